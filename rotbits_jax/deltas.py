@@ -94,7 +94,7 @@ def apply(
     uses, same = reader.uses_of_base(), reader.unchanged()
     # Records before the first one that needs the base do not tell that it is wrong.
     first = reader.records.get(next(iter(uses.values()), ''))
-    donate = donate and (first is None or base.holds(first))
+    donate = donate and (first is None or base.holds(first.leaves))
     counts = collections.Counter(_buffers(params) if donate else ())
     last_used = collections.defaultdict(list)
     for path, record in uses.items():

@@ -18,6 +18,7 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
 from rotbits_jax.file import container
@@ -27,6 +28,7 @@ from rotbits_jax.file import placement
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries as entries_lib
+from rotbits_jax.structured import difference
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
@@ -221,12 +223,22 @@ class Decoder:
           _targets(leaf, specs, place, integers)
           for (leaf, specs), place in zip(entry.leaf_specs(), places, strict=True)
         ]
+        stored = [
+          _Stored(leaf, arrays, functools.partial(self._needed, leaf, resolve))
+          for leaf, arrays in zip(entry.leaves, targets, strict=True)
+        ]
+        firsts = itertools.accumulate(map(len, targets), initial=0)
+        known = {
+          first + leaf.differences: leaf.known
+          for first, leaf in zip(firsts, stored, strict=False)
+          if leaf.differences is not None
+        }
         with self.files[name].checked(name, entry.crc32) as data:
           arrays = list(itertools.chain(*targets))
-          entry.record_coder.decode(entry.stream_spec, data, out=arrays)
+          entry.record_coder.decode(entry.stream_spec, data, out=arrays, known=known)
         return {
-          leaf.path: self._leaf(leaf, arrays, place, resolve, integers)
-          for leaf, arrays, place in zip(entry.leaves, targets, places, strict=True)
+          leaf.entry.path: self._leaf(leaf, place, integers)
+          for leaf, place in zip(stored, places, strict=True)
         }
       except MemoryError:
         raise _too_large(name, entry.decoded_bytes) from None
@@ -237,17 +249,16 @@ class Decoder:
 
   def _leaf(
     self,
-    entry: leaves_lib.Leaf,
-    arrays: list[np.ndarray],
+    stored: '_Stored',
     place: list[np.ndarray] | None,
-    resolve: Resolve,
     integers: bool,
   ) -> Any:
     """Returns the array or the leaf of an entry, made of its stored arrays."""
+    entry = stored.entry
     if not entry.type_name:
-      return arrays[0].view(np.dtype(entry.dtype))
+      return stored.arrays[0].view(np.dtype(entry.dtype))
     try:
-      leaf = entry.make(arrays)
+      leaf = stored.leaf
       shapes = [self.leaves[x].shape for x in entry.needs if x in self.leaves]
       if entry.needs and len(shapes) == len(entry.needs):
         leaf.check_needed(*shapes)
@@ -257,7 +268,7 @@ class Decoder:
         array = host.empty(entry.shape, entry.dtype) if place is None else place[0]
         leaf.write(array)
         return array
-      array = self._materialized(entry, leaf, resolve)
+      array = stored.array()
     except ContainerError:
       raise
     except ValueError as error:
@@ -267,24 +278,16 @@ class Decoder:
     place[0][...] = host.contiguous(array)
     return place[0]
 
-  def _materialized(
-    self, entry: leaves_lib.Leaf, leaf: structured.Structured, resolve: Resolve
-  ) -> np.ndarray:
-    """Returns the array of a leaf that only files hold.
-
-    Raises:
-      ValueError: if its checksum differs, or an array of the base is missing.
-    """
+  def _needed(self, entry: leaves_lib.Leaf, resolve: Resolve) -> list[Any]:
+    """Returns the arrays that a leaf is computed from."""
     needed = [resolve(path) for path in entry.needs]
     if entry.base is not None:
       assert self._base is not None
-      needed.append(self._base.get(entry.base, leaf.columns_first))
+      columns_first = bool(entry.settings.get('columns_first'))
+      needed.append(self._base.get(entry.base, columns_first))
     if entry.product is not None:
       needed.append(self._product(entry, entry.product))
-    array = np.asarray(leaf.materialize(*needed))
-    if checksums.of_array(array.T if leaf.columns_first else array) != entry.crc32:
-      raise ValueError('decoded elements differ from the encoded ones')
-    return array
+    return needed
 
   def _product(
     self, entry: leaves_lib.Leaf, product: entries_lib.Product
@@ -303,6 +306,70 @@ class Decoder:
       return None
     basis: np.ndarray = self.decode(self.holders[path])[path]
     return basis
+
+
+class _Stored:
+  """A leaf and its stored arrays, while these are decoded.
+
+  Attributes:
+    entry: the manifest's entry of the leaf.
+    arrays: its stored arrays; they are filled when the record is decoded.
+  """
+
+  def __init__(
+    self,
+    entry: leaves_lib.Leaf,
+    arrays: list[np.ndarray],
+    needed: Callable[[], list[Any]],
+  ):
+    """Takes a function that returns what the leaf is computed from."""
+    self.entry, self.arrays, self._needed = entry, arrays, needed
+    self._predicted: tuple[np.ndarray, difference.Prediction] | None = None
+
+  @functools.cached_property
+  def leaf(self) -> Any:
+    """The leaf, when its arrays are decoded; differences with classes may be missing.
+
+    Raises:
+      ValueError: if the arrays do not make it up.
+    """
+    return self.entry.make(self.arrays)
+
+  @property
+  def differences(self) -> int | None:
+    """The index of the differences, if they have classes, among the arrays."""
+    names = self.entry.arrays
+    if self.entry.leaf_class is not structured.Difference or (
+      not {'differences', 'column_scales'} <= set(names)
+    ):
+      return None
+    return names.index('differences')
+
+  def known(self) -> known_lib.Known:
+    """Returns what the decoder knows of the differences when the rest is decoded."""
+    try:
+      self._predicted = self.leaf.predict(*self._needed(), run=pool.run)
+    except ContainerError:
+      raise
+    except ValueError as error:
+      raise ContainerError(f'{self.entry.path}: {error}') from error
+    classes = self._predicted[1].classes
+    return known_lib.Known(classes, difference.class_shifts(self.leaf.dtype))
+
+  def array(self) -> np.ndarray:
+    """Returns the array of a leaf that only files hold.
+
+    Raises:
+      ValueError: if its checksum differs, or an array that it needs is missing.
+    """
+    if self._predicted is None:
+      array = np.asarray(self.leaf.materialize(*self._needed()))
+    else:
+      array = self.leaf.joined(*self._predicted, run=pool.run)
+    columns_first = self.leaf.columns_first
+    if checksums.of_array(array.T if columns_first else array) != self.entry.crc32:
+      raise ValueError('decoded elements differ from the encoded ones')
+    return array
 
 
 def _targets(

@@ -142,7 +142,8 @@ class Reader:
     return {
       path
       for path, leaf in self._decoder.leaves.items()
-      if leaf.leaf_class is structured.Same
+      if leaf.leaf_class is structured.Difference
+      and not leaf.arrays
       and leaf.base is not None
       and (leaf.base.path, leaf.base.crc32) == (path, leaf.crc32)
       and (leaf.base.shape, leaf.base.dtype) == (leaf.shape, leaf.dtype)

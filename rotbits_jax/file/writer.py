@@ -12,12 +12,14 @@ from zlib_ng import zlib_ng
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.coding import known as known_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
+from rotbits_jax.relative import measure
 from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
@@ -176,6 +178,7 @@ def encode_record(
   """
   leaves: list[leaves_lib.Leaf] = []
   arrays: list[np.ndarray] = []
+  known: dict[int, known_lib.Known] = {}
   params = structured.flatten(record.params)
   beside = {} if base is None else base.beside(params, resolve)
   savings = [manifest_lib.SavingEntry(**x._asdict()) for x in record.savings]
@@ -183,19 +186,21 @@ def encode_record(
     savings.append(_saving(params, beside))
   for path, leaf in params.items():
     if path in beside:
-      own = beside[path]
-      entry, parts = _entry_of_leaf(
-        path, own.leaf, own.leaf.stored(), own.crc32, own.base
-      )
+      measured, known_array, crc32 = beside[path]
+      content = measured.leaf.stored()
+      entry, parts = _entry_of_leaf(path, measured.leaf, content, crc32, known_array)
+      classes = measured.known
     else:
-      entry, parts = entry_of(path, leaf, resolve)
+      entry, parts, classes = entry_of(path, leaf, resolve)
+    if classes is not None:
+      known[len(arrays) + entry.arrays.index('differences')] = classes
     leaves.append(entry)
     arrays += map(host.contiguous, parts)
   coder = coders.find(coder_name)
   if coder is None:
     raise ValueError(f'there is no coder of records of the name {coder_name!r}')
   try:
-    encoded = coder.encode(arrays)
+    encoded = coder.encode(arrays, known)
     entry_of_record = manifest_lib.RecordEntry(
       name=record.name,
       nbytes=encoded.spec.nbytes,
@@ -216,7 +221,7 @@ def encode_record(
 
 def entry_of(
   path: str, leaf: Any, resolve: Resolve
-) -> tuple[leaves_lib.Leaf, list[np.ndarray]]:
+) -> tuple[leaves_lib.Leaf, list[np.ndarray], known_lib.Known | None]:
   """Makes the entry of a parameter in the manifest.
 
   Args:
@@ -225,7 +230,8 @@ def entry_of(
     resolve: returns the parameters that it needs.
 
   Returns:
-    The entry, and the arrays as which the parameter is stored.
+    The entry, the arrays as which the parameter is stored, and what a decoder knows of
+    the differences among them.
 
   Raises:
     ValueError: if it would not come back as it is. It names the parameter.
@@ -234,15 +240,18 @@ def entry_of(
     type_name, shape, dtype, _ = structured.stack_key(leaf)
     if not type_name:
       stored = np.asarray(leaf).view(entries.stored_dtype(dtype))
-      return leaves_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored]
+      return leaves_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored], None
     settings, arrays = leaf.stored()
     if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
       raise ValueError(f'a leaf of type {type_name!r} cannot store all of this value')
-    crc32 = None
+    crc32 = classes = None
     if leaf.origin.is_in_files:
-      array = leaf.materialize(*map(resolve, leaf.needs))
+      needed = list(map(resolve, leaf.needs))
+      array = leaf.materialize(*needed)
       crc32 = checksums.of_array(jax.device_get(array))
-    return _entry_of_leaf(path, leaf, (settings, arrays), crc32)
+      if leaf.origin is structured.Origin.KNOWN:
+        classes = measure.measured(leaf, *needed).known
+    return *_entry_of_leaf(path, leaf, (settings, arrays), crc32), classes
   # A leaf that is stacked, or should be, raises any of these.
   except (*leaves_lib.UNTRUSTED, ValueError) as error:
     raise ValueError(f'{path}: it cannot be stored: {error}') from error
@@ -287,7 +296,7 @@ def _saving(
 ) -> manifest_lib.SavingEntry:
   """Returns the saving of the base before anything is coded."""
   arrays = [params[path] for path in beside]
-  leaves = [x.leaf for x in beside.values()]
+  leaves: list[Any] = [x.measured.leaf for x in beside.values()]
   is_basis = lambda path: models.names.subspace_index(path) is not None
   leaves += [x for path, x in params.items() if is_basis(path)]
   count, size = structured.count_elements, structured.count_bytes

@@ -14,6 +14,7 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.passes import transform
+from rotbits_jax.relative import measure
 from rotbits_jax.structured import tied as leaves
 from rotbits_jax.symmetries import tied
 
@@ -55,7 +56,7 @@ def retie_exactly() -> transform.Transform:
 
   Returns:
     A transform. Its note says whether the embedding is stored as T and residuals, and
-    how many entries are exceptions, see `structured.TiedExactly`.
+    how many entries are exceptions, see `structured.Difference`.
   """
   return transform.Transform(
     'exactly tied embedding', outer=_retie_exactly, takes='stored'
@@ -99,10 +100,10 @@ def _retie_exactly(
   if table.dtype not in leaves.EXACT_DTYPES:
     return params, []
   if _error_of_unseen_tokens(table, head) <= _UNTIED:
-    leaf = _exact_leaf(table, head)
-    if coder.estimate([*leaf.stored()[1].values()]) < coder.estimate([table]):
-      params[_EMBED] = leaf
-      count = leaf.exceptions.size
+    exact = _exact_leaf(table, head)
+    if exact.estimate() < coder.estimate([table]):
+      leaf = params[_EMBED] = exact.leaf
+      count = 0 if leaf.exceptions is None else leaf.exceptions.size
       return params, [transform.note(_EMBED, leaf, exceptions=count)]
   return params, [transform.note(_EMBED, table)]
 
@@ -196,7 +197,7 @@ def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
   return float(np.median(off * weights[unseen]))
 
 
-def _exact_leaf(table: np.ndarray, head: np.ndarray) -> structured.TiedExactly:
+def _exact_leaf(table: np.ndarray, head: np.ndarray) -> measure.Measured:
   """Makes the leaf; chooses how finely T is rounded."""
   rank, tokens = head.shape
   scales = tied.row_weights(tied.row_norms(table))
@@ -223,9 +224,7 @@ def _exact_leaf(table: np.ndarray, head: np.ndarray) -> structured.TiedExactly:
   integers = np.rint(np.ldexp(matrix, exponents.astype(np.int32)[:, None]))
   limit = (1 << 23) - 1
   integers = np.clip(integers, -limit, limit).astype(np.int32)
-  return structured.TiedExactly.from_table(
-    table, head, integers, exponents.astype(np.int32)
-  )
+  return measure.beside_head(table, head, integers, exponents.astype(np.int32))
 
 
 _TINY = float(np.finfo(np.float32).tiny)

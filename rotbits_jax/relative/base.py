@@ -1,12 +1,12 @@
 """The base of a file: arrays that it needs and does not hold.
 
-A leaf of `structured.relative` is made from one array of another model, which the
-receiver has: the base of a fine-tune, or an earlier step of one run. Arrays are found
-by their paths. Tensors of unknown families are also found if their names differ by a
-prefix such as 'model.'.
+A `structured.Difference` is made from one array of another model, which the receiver
+has: the base of a fine-tune, or an earlier step of one run. Arrays are found by their
+paths. Tensors of unknown families are also found if their names differ by a prefix such
+as 'model.'.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import functools
 import threading
@@ -17,10 +17,10 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import coder
 from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
+from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
@@ -30,16 +30,16 @@ _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
 class Beside(NamedTuple):
-  """An array beside one of the base.
+  """An array beside one that the receiver knows.
 
   Attributes:
-    leaf: the structured leaf.
-    base: the array of the base that it needs, or a product with one.
+    measured: the leaf, and the classes of its differences.
+    known: the array of the base that it needs, or the product of such arrays.
     crc32: CRC-32 of the array that it stands for.
   """
 
-  leaf: structured.Structured
-  base: entries.BaseArray | entries.Product
+  measured: measure.Measured
+  known: entries.BaseArray | entries.Product
   crc32: int
 
 
@@ -169,34 +169,37 @@ class Base:
     Returns:
       How to store these arrays, by path.
     """
-    jobs, found = {}, dict[str, Beside | None]()
+    jobs, stored = {}, dict[str, Beside | None]()
     for path, leaf in params.items():
-      is_predicted = structured.is_in_files(leaf) and bool(leaf.needs)
-      own = None
-      if is_predicted or not structured.is_structured(leaf):
-        own = self.find(path)
-      if own is not None:
-        _, shape, dtype = self._specs[own]
-        if _fits(leaf, shape, dtype) and self._has_fixed_bits(own):
-          if is_predicted:
-            leaf = leaf.materialize(*map(resolve, leaf.needs))
-          # The base is read here, because an encoded file takes jobs of its own.
-          given = leaf, self._array(own), own
-          if leaf.size > _LARGE:
-            found[path] = _beside(*given, pool.run)
-          else:
-            jobs[path] = functools.partial(_beside, *given, pool.in_turn)
-    found |= zip(jobs, pool.run(jobs.values()), strict=True)
+      is_predicted = isinstance(leaf, structured.Difference)
+      base_path = self.find(path)
+      if base_path is None or (structured.is_structured(leaf) and not is_predicted):
+        continue
+      _, shape, dtype = self._specs[base_path]
+      if not _fits(leaf, shape, dtype) or not self._has_fixed_bits(base_path):
+        continue
+      array = leaf.materialize(*map(resolve, leaf.needs)) if is_predicted else leaf
+      # The base is read here, because an encoded file takes jobs of its own.
+      pair = np.asarray(array), self._array(base_path), base_path
+      if leaf.size > _LARGE:
+        stored[path] = _beside(*pair, pool.run)
+      else:
+        jobs[path] = functools.partial(_beside, *pair, difference.in_turn)
+    stored |= zip(jobs, pool.run(jobs.values()), strict=True)
     return {
-      path: own
-      for path, own in found.items()
-      if own is not None and _is_smaller(own.leaf, params[path])
+      path: beside
+      for path, beside in stored.items()
+      if beside is not None and _is_smaller(beside, params[path], resolve)
     }
 
-  def holds(self, entry: Any) -> bool:
-    """Returns whether the base has the arrays that a record was encoded beside."""
+  def holds(self, leaves: Iterable[Any]) -> bool:
+    """Returns whether the base has the arrays that some leaves need.
+
+    Args:
+      leaves: entries of the manifest.
+    """
     try:
-      for leaf in entry.leaves:
+      for leaf in leaves:
         for array in leaf.base_arrays:
           self.get(array, bool(leaf.settings.get('columns_first')))
     except ValueError:
@@ -206,15 +209,24 @@ class Base:
 
 def _fits(leaf: Any, shape: tuple[int, ...], dtype: str) -> bool:
   """Returns whether an array or its transpose can be stored beside one of the base."""
-  turned = len(shape) == 2 and structured.fits_base(
+  is_transposed_fit = len(shape) == 2 and difference.fits(
     leaf.shape[::-1], leaf.dtype, shape[::-1], dtype
   )
-  return turned or structured.fits_base(leaf.shape, leaf.dtype, shape, dtype)
+  return is_transposed_fit or difference.fits(leaf.shape, leaf.dtype, shape, dtype)
 
 
-def _beside(leaf: Any, given: np.ndarray, path: str, run: pool.Run) -> Beside | None:
-  """Returns how to store an array beside one of the base, whose path is given."""
-  target, base = np.asarray(leaf), given
+def _beside(
+  target: np.ndarray, base: np.ndarray, path: str, run: difference.Run
+) -> Beside | None:
+  """Returns how to store an array beside one of the base; None if it is not worth it.
+
+  Args:
+    target: the array.
+    base: the array of the base.
+    path: its path there.
+    run: runs jobs for parts of the array.
+  """
+  base_shape = base.shape
   transposed = target.shape[1:] != base.shape[1:]  # more tokens or fewer
   if target.shape == base.shape:  # nothing moves the kernels of transposed tensors
     transposed = all(
@@ -224,21 +236,23 @@ def _beside(leaf: Any, given: np.ndarray, path: str, run: pool.Run) -> Beside | 
   if transposed:
     target, base = target.T, base.T
   target, base = host.contiguous(target), host.contiguous(base)
-  made = measure.beside(target, base, run)
-  if made is None:
+  measured = measure.beside(target, base, run)
+  if measured is None:
     return None
-  nbytes = sum(x.nbytes for x in made.stored()[1].values())
+  leaf = dataclasses.replace(measured.leaf, columns_first=transposed)
+  nbytes = structured.count_bytes(leaf)
   if entries.is_too_short(target.size, base.size, nbytes):
     return None
-  made = dataclasses.replace(made, columns_first=transposed)
-  entry = dataclasses.replace(entries.BaseArray.of(path, base), shape=given.shape)
-  return Beside(made, entry, checksums.of_array(target))
+  known = dataclasses.replace(entries.BaseArray.of(path, base), shape=base_shape)
+  return Beside(measured._replace(leaf=leaf), known, checksums.of_array(target))
 
 
-def _is_smaller(own: structured.Structured, leaf: Any) -> bool:
-  """Returns whether a leaf beside the base takes fewer bytes than the given one."""
-  size = lambda x: coder.estimate([*x.stored()[1].values()])
-  return not structured.is_structured(leaf) or bool(size(own) < size(leaf))
+def _is_smaller(beside: Beside, leaf: Any, resolve: Callable[[str], Any]) -> bool:
+  """Returns whether a leaf beside the base takes fewer bytes than one that it had."""
+  if not isinstance(leaf, structured.Difference):
+    return True
+  alone = measure.measured(leaf, *map(resolve, leaf.needs))
+  return beside.measured.estimate() < alone.estimate()
 
 
 def beside_product(
@@ -252,8 +266,10 @@ def beside_product(
     product: the product.
   """
   # The programs of `run` are those of the processor, also beside an accelerator.
-  leaf = measure.beside(target, host.contiguous(made), pool.run)
-  return None if leaf is None else Beside(leaf, product, checksums.of_array(target))
+  measured = measure.beside(target, host.contiguous(made), pool.run)
+  if measured is None:
+    return None
+  return Beside(measured, product, checksums.of_array(target))
 
 
 def _short(path: str) -> str:

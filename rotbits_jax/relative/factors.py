@@ -11,10 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax.coding import line_sums
-from rotbits_jax.coding import pool
-from rotbits_jax.relative import scales
-from rotbits_jax.structured import relative
+from rotbits_jax.structured import difference
+from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
 _LEAST = 64  # rows and columns of a matrix for which factors are tried
@@ -29,7 +27,7 @@ _MOST = (1 << 15) - 1
 
 
 class Factors(NamedTuple):
-  """A product that predicts differences, see `structured.Relative`.
+  """A product that predicts differences, see `structured.difference`.
 
   Attributes:
     left: int16 `[R, k]`.
@@ -43,25 +41,25 @@ class Factors(NamedTuple):
 
 
 def find(
-  bits: np.ndarray, base: np.ndarray, dtype: np.dtype, run: pool.Run
+  bits: np.ndarray, base: np.ndarray, dtype: np.dtype, run: difference.Run
 ) -> Factors | None:
   """Finds factors.
 
   Args:
-    bits: bits of the array, `[R, C]`, see `relative.bits_of`.
+    bits: bits of the array, `[R, C]`, see `ulps.bits_of`.
     base: bits of its base, `[R, C]`.
     dtype: their dtype.
-    run: runs jobs for some rows, such as `pool.run`.
+    run: runs jobs for some rows.
 
   Returns:
     The factors; None if none save more than they take.
   """
-  mantissa = relative.mantissa_bits(dtype) if dtype.itemsize > 1 else None
+  mantissa = ulps.MANTISSA_BITS.get(dtype) if dtype.itemsize > 1 else None
   if mantissa is None or min(bits.shape) < _LEAST:
     return None
   with np.errstate(all='ignore'):
     typical = base.reshape(-1)[:: -(-base.size // _TYPICAL)]
-    sizes = np.abs(scales.widened(typical, dtype))
+    sizes = np.abs(widened(typical, dtype))
   sizes = sizes[np.isfinite(sizes)]
   if not sizes.size:
     return None
@@ -71,7 +69,7 @@ def find(
   for most in _RANKS:
     some = slice(None, None, -(-len(bits) // (_SKETCHED * most)))
     if len(far) < len(bits):
-      far = scales.floats(bits[some], base[some], dtype)
+      far = floats(bits[some], base[some], dtype)
       scale = float(np.abs(far).max(initial=0))
       if not 1e-30 < scale < 1e30:
         return None
@@ -85,19 +83,20 @@ def find(
     return None
   some = slice(None, None, -(-len(bits) // _BASIS))
   if len(far) < len(bits):
-    far = scales.floats(bits[some], base[some], dtype)
+    far = floats(bits[some], base[some], dtype)
     far /= np.float32(scale)
   else:
     far = far[some]
   basis = _basis(far, most)
 
   def job(rows: slice) -> _Projected:
-    own = scales.floats(bits[rows], base[rows], dtype)
+    own = floats(bits[rows], base[rows], dtype)
     own /= np.float32(scale)
     return _Projected.of(own, basis)
 
-  jobs = [functools.partial(job, x) for x in line_sums.row_parts(bits.shape, _PART)]
-  made = run(jobs)
+  step = max(_PART // bits.shape[1], 1)
+  parts = [slice(i, i + step) for i in range(0, len(bits), step)]
+  made = run([functools.partial(job, part) for part in parts])
   whole = _Projected(np.concatenate([x.tall for x in made]), sum(x.total for x in made))
   found = _product(whole, basis, most, least / scale, len(bits))
   if found is None:
@@ -198,3 +197,23 @@ def random_signs(rows: int, columns: int) -> np.ndarray:
   """Returns a matrix of 1 and -1, float32, that is the same each time."""
   signs = np.random.default_rng(0).integers(0, 2, (rows, columns), np.int8)
   return (2 * signs - 1).astype(np.float32)
+
+
+def floats(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the differences, float32; 0 for those not finite."""
+  with np.errstate(all='ignore'):
+    if dtype not in ulps.MANTISSA_BITS:
+      return (bits - known).astype(np.float32)
+    far = widened(bits, dtype)
+    far -= widened(known, dtype)
+    ends = far.max(initial=0), far.min(initial=0)
+    if not np.isfinite(ends).all():
+      far[~np.isfinite(far)] = 0
+  return far
+
+
+def widened(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns floats, given by their bits, as float32."""
+  if ulps.MANTISSA_BITS.get(dtype) == 7:  # bfloat16, which NumPy converts slowly
+    return (bits.astype(np.int32) << 16).view(np.float32)
+  return np.ascontiguousarray(bits).view(dtype).astype(np.float32)

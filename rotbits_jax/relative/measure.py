@@ -1,12 +1,13 @@
-"""Chooses how an array is stored beside one of a base, see `structured.relative`.
+"""Chooses how an array is stored beside a known one, see `structured.difference`.
 
-A fine-tune differs from its base by numbers whose scales depend on the row and the
+A fine-tune differs from its base by numbers whose sizes depend on the row and the
 column. Many fine-tunes are the base plus a product of two small matrices, or nearly so:
 such a product is stored, where it saves more than it takes. Weight decay moves the rows
 of tokens that no text has; a drift stores that.
+
+Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -15,60 +16,127 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rotbits_jax import structured
-from rotbits_jax.coding import buffers
-from rotbits_jax.coding import given
-from rotbits_jax.coding import line_sums
-from rotbits_jax.coding import pool
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import tables
 from rotbits_jax.relative import factors as factors_lib
-from rotbits_jax.relative import scales as scales_lib
-from rotbits_jax.structured import division
-from rotbits_jax.structured import relative
+from rotbits_jax.structured import difference
+from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 15  # elements by which leaves are compared
-_PART = 1 << 18  # elements that fit a cache
+_CHUNK = 1 << 18  # elements that fit a cache
+_PART = 1 << 20  # elements of a job
 _FIRST = 16  # columns that most often tell that a row differs
-_SPARSE = 1 / 16  # the greatest share of changed elements of a patch
-_OCTAVE = 4  # levels
-_LOWEST = -6 * _OCTAVE  # differences of 2^-6 ULPs and less share a class
+_SPARSE = 1 / 16  # the greatest share of few changed elements
 _FEW = 1 << 14  # elements that tell a drift, or how often an exponent changes
 _LEAST_DRIFT = 1 / 4  # of the elements move one way more than the other; bits it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
-_LEAF_BITS = 8 * 60  # of a leaf beside its arrays
+_LEAF_BITS = 8 * 60  # of a leaf besides its arrays
+_LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
+_WIDEST = 1 << 20  # columns
+_LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
+_SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
+_FAR = 24  # eighths of an octave from which scales of lines are equally wrong
+_TINY = 1e-18  # of the scales by which roots are divided
 
 
-def beside(target: np.ndarray, base: np.ndarray, run: pool.Run = pool.in_turn) -> Any:
-  """Returns the leaf that stores an array beside one of a base.
+class Measured(NamedTuple):
+  """How to store an array beside a known one.
+
+  Attributes:
+    leaf: the leaf.
+    classes: the class of each of its differences, uint8; None if they have none.
+  """
+
+  leaf: structured.Difference
+  classes: np.ndarray | None = None
+
+  @property
+  def known(self) -> known_lib.Known | None:
+    """What the decoder knows of the differences; None for nothing."""
+    if self.classes is None:
+      return None
+    return known_lib.Known(self.classes, difference.class_shifts(self.leaf.dtype))
+
+  def estimate(self) -> float:
+    """Estimates the bytes of the leaf without coding it."""
+    arrays = self.leaf.stored()[1]
+    known = self.known
+    places = {} if known is None else {list(arrays).index('differences'): known}
+    return coder.estimate([*arrays.values()], places)
+
+
+def beside(
+  target: np.ndarray, known: np.ndarray, run: difference.Run = difference.in_turn
+) -> Measured | None:
+  """Returns how to store an array beside a known one.
 
   Args:
     target: the array.
-    base: an array of the base.
-    run: runs jobs for parts of the array, such as `pool.run`.
+    known: the known array.
+    run: runs jobs for parts of the array.
 
   Returns:
-    A structured leaf; None if the array takes fewer bytes alone, or cannot be stored
-    beside this base.
+    None if the array takes fewer bytes alone, or cannot be stored beside this one.
   """
   dtype = target.dtype
-  if not relative.fits(target.shape, dtype, base.shape, base.dtype):
+  if not difference.fits(target.shape, dtype, known.shape, known.dtype):
     return None
-  bits = relative.bits_of(target)
-  known = relative.base_bits(base, target.shape, dtype)
-  places = _changed(bits, known, run)
+  bits = ulps.bits_of(target)
+  base = difference.known_bits(known, target.shape, dtype)
+  draft = structured.Difference(lengths=target.shape, name=dtype.name)
+  places = _changed(bits, base, run)
   if places is None:
     if dtype.itemsize > 4:
       return None
   elif not places.size:
-    return structured.Same(target.shape, dtype.name)
-  elif dtype.itemsize > 4 or _is_sparse(known, places, dtype):
-    return structured.Patched.of(target, known, places, run)
+    return Measured(draft)
+  elif dtype.itemsize > 4 or _is_sparse(base, places, dtype):
+    return Measured(_with_few(draft, bits[places], base[places], places))
   if bits.size < _LEAST:
     return None
-  return _relative(target, bits, known, _bits_alone(bits, dtype), run)
+  return _with_classes(draft, bits, base, _bits_alone(bits, dtype), run)
 
 
-def _changed(bits: np.ndarray, base: np.ndarray, run: pool.Run) -> np.ndarray | None:
+def beside_head(
+  table: np.ndarray,
+  head: np.ndarray,
+  map: np.ndarray,
+  exponents: np.ndarray,
+  run: difference.Run = difference.in_turn,
+) -> Measured:
+  """Returns how to store an embedding beside its product with the head.
+
+  Args:
+    table: the embedding `[V, d]`, of a dtype in `tied.EXACT_DTYPES`.
+    head: `[D, V]`, finite.
+    map: int32 `[D, d]`, below 2^23 in absolute value.
+    exponents: integers `[D]`. Row k of T is `2^-exponents[k] map[k]`.
+    run: runs jobs for parts of the embedding.
+  """
+  scale, shifts = tied.scale_of(head, map, exponents)
+  made = tied.product(head, map, shifts, scale, table.dtype)
+  draft = structured.Difference(
+    lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
+  )
+  bits, known = ulps.bits_of(table), ulps.bits_of(made)
+  found = _with_classes(draft, bits, known, math.inf, run, predicts=False)
+  assert found is not None
+  return found
+
+
+def measured(leaf: structured.Difference, *needed: Any) -> Measured:
+  """Returns a leaf with its classes, given the known array or what it `needs`."""
+  return Measured(leaf, leaf.predict(*needed)[1].classes if leaf.has_classes else None)
+
+
+# ---- few differences -----------------------------------------------------------------
+
+
+def _changed(
+  bits: np.ndarray, base: np.ndarray, run: difference.Run
+) -> np.ndarray | None:
   """Returns the indices of changed elements; None if there are many."""
   some = slice(None, None, -(-bits.size // _FEW) or 1)
   if np.count_nonzero(bits[some] != base[some]) > 2 * _SPARSE * _FEW:
@@ -76,31 +144,30 @@ def _changed(bits: np.ndarray, base: np.ndarray, run: pool.Run) -> np.ndarray | 
 
   def job(start: int) -> np.ndarray:
     found = [np.zeros(0, np.int64)]
-    for i in range(start, min(start + buffers.ROOM, bits.size), _PART):
-      changed = bits[i : i + _PART] != base[i : i + _PART]
+    for i in range(start, min(start + _PART, bits.size), _CHUNK):
+      changed = bits[i : i + _CHUNK] != base[i : i + _CHUNK]
       if changed.any():
         found.append(np.flatnonzero(changed) + i)
     return np.concatenate(found)
 
-  starts = range(0, bits.size, buffers.ROOM)
-  found = run([functools.partial(job, start) for start in starts])
+  found = run([functools.partial(job, i) for i in range(0, bits.size, _PART)])
   places = np.concatenate([np.zeros(0, np.int64), *found])
   return places if places.size <= _SPARSE * bits.size else None
 
 
 def _is_sparse(base: np.ndarray, places: np.ndarray, dtype: np.dtype) -> bool:
   """Returns whether gaps between changed elements are about as short as classes."""
-  mantissa = relative.mantissa_bits(dtype)
+  mantissa = ulps.MANTISSA_BITS.get(dtype)
   if mantissa is None:
     return True
   every, some = -(-base.size // _FEW), -(-places.size // _FEW)
-  counts, own = (
+  of_all, of_changed = (
     step * np.bincount((x & np.iinfo(x.dtype).max) >> mantissa, minlength=1 << 8)
     for x, step in ((base[::every], every), (base[places[::some]], some))
   )
-  counts = np.maximum(counts, own)
-  alone = _binary_entropy(own.sum(), counts.sum())
-  return float(_binary_entropy(own, counts).sum()) > 0.9 * float(alone)
+  of_all = np.maximum(of_all, of_changed)
+  alone = _binary_entropy(of_changed.sum(), of_all.sum())
+  return float(_binary_entropy(of_changed, of_all).sum()) > 0.9 * float(alone)
 
 
 def _binary_entropy(ones: Any, counts: Any) -> Any:
@@ -109,51 +176,78 @@ def _binary_entropy(ones: Any, counts: Any) -> Any:
   return -counts * (p * np.log2(p) + (1 - p) * np.log2(1 - p))
 
 
-# ---- differences ---------------------------------------------------------------------
+def _with_few(
+  draft: structured.Difference, bits: np.ndarray, base: np.ndarray, places: np.ndarray
+) -> structured.Difference:
+  """Returns the leaf of few changed elements at some places."""
+  far = ulps.differences(bits, base, draft.dtype)
+  far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
+  is_far = (far <= difference.FAR) | (far > 127)
+  gaps = np.diff(places, prepend=-1) - 1
+  ends = np.cumsum(gaps // difference.MOST_GAP + 1)
+  cut = np.full(ends[-1], difference.MOST_GAP, np.uint16)
+  cut[ends - 1] = gaps % difference.MOST_GAP
+  return dataclasses.replace(
+    draft,
+    differences=np.where(is_far, difference.FAR, far).astype(np.int8),
+    exceptions=bits[is_far] if is_far.any() else None,
+    gaps=cut,
+  )
 
 
-def _relative(
-  target: np.ndarray,
+# ---- differences with classes --------------------------------------------------------
+
+
+def _with_classes(
+  draft: structured.Difference,
   bits: np.ndarray,
   base: np.ndarray,
-  alone: float,
-  run: pool.Run,
-) -> structured.Relative | None:
-  """Returns the leaf of differences; None if it takes more bits than `alone`."""
-  dtype = target.dtype
-  width = target.shape[-1] if target.ndim > 1 else bits.size
-  if not scales_lib.LEAST_LINES <= width <= buffers.ROOM:
+  most: float,
+  run: difference.Run,
+  *,
+  predicts: bool = True,
+) -> Measured | None:
+  """Returns differences with classes; None if they take more bits than `most`.
+
+  Args:
+    draft: the leaf without differences.
+    bits: bits of the array, `[n]`.
+    base: bits of the known array, `[n]`.
+    most: the most bits.
+    run: runs jobs for parts of the array.
+    predicts: whether factors and a drift are tried.
+  """
+  dtype, lengths = draft.dtype, draft.lengths
+  width = lengths[-1] if len(lengths) > 1 else bits.size
+  if not _LEAST_LINES <= width <= _WIDEST:
     width = bits.size
-  if width > relative.LONGEST:
+  if width > difference.LONGEST:
     return None
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
-  own = _differing(wanted, known)
-  factors = factors_lib.find(wanted, known, dtype, run)
-  draft = structured.Relative(
-    head=np.zeros(0, np.uint8),
-    left=factors.left if factors else None,
-    right=factors.right if factors else None,
-    drift=None,
-    coded=np.zeros(0, np.uint8),
-    values=None,
-    lengths=target.shape,
-    name=dtype.name,
-    width=width,
-    first=_LOWEST,
-    parts=(),
-    unit=factors.unit if factors else 0,
-  )
-  whole = own.size == len(wanted)
-  some = None if whole else own
-  known = draft.predicted(base, some, run)
-  wanted = wanted if whole else wanted[own]
-  if (drift := _drift(wanted.reshape(-1), known.reshape(-1), dtype)) is not None:
+  places = _differing(wanted, known) if predicts else np.arange(len(wanted))
+  if places.size < len(wanted):
+    is_equal = np.ones(len(wanted), bool)
+    is_equal[places] = False
+    equal = np.packbits(is_equal, bitorder='little')
+    draft = dataclasses.replace(draft, equal=equal)
+  zero = np.zeros(1, np.int16)
+  draft = dataclasses.replace(draft, width=width, row_scales=zero, column_scales=zero)
+  if predicts and (found := factors_lib.find(wanted, known, dtype, run)):
+    draft = dataclasses.replace(draft, **found._asdict())
+  wanted = wanted if places.size == len(wanted) else wanted[places]
+  expected = draft.predicted_bits(base, run)
+  drift = _drift(wanted.reshape(-1), expected.reshape(-1), dtype)
+  if predicts and drift is not None:
     draft = dataclasses.replace(draft, drift=drift)
-    known = draft.predicted(base, some, run)
-  rows = np.full(bits.size // width, relative.EQUAL, np.int16)
-  rows[own], columns = scales_lib.scales(wanted, known, dtype, run)
-  head = relative.Head(rows, columns, *np.zeros((2, 0), np.uint8))
-  return _coded(draft, head, wanted.reshape(-1), known, alone, run)
+    expected = draft.predicted_bits(base, run)
+  rows, columns = scales(wanted, expected, dtype)
+  draft = dataclasses.replace(draft, row_scales=rows, column_scales=columns)
+  made = difference.Prediction(expected, draft.classes(expected, run))
+  differences, exceptions = difference.divided(wanted.reshape(-1), made, dtype, run)
+  leaf = dataclasses.replace(draft, differences=differences, exceptions=exceptions)
+  if _coded_bits(differences, made.classes, dtype) + _side_bits(leaf) > most:
+    return None
+  return Measured(leaf, made.classes)
 
 
 def _differing(bits: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -161,29 +255,24 @@ def _differing(bits: np.ndarray, known: np.ndarray) -> np.ndarray:
   # Most rows differ at once.
   found = (bits[:, :_FIRST] != known[:, :_FIRST]).any(axis=1)
   if not found.all():
-    parts = line_sums.row_parts(bits.shape, _PART)
+    step = max(_CHUNK // bits.shape[1], 1)
+    parts = (slice(i, i + step) for i in range(0, len(bits), step))
     found = np.concatenate([(bits[x] != known[x]).any(axis=1) for x in parts])
   return np.flatnonzero(found)
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
-  """Returns the drift of elements, see `structured.Relative`; None if it saves little.
-
-  Args:
-    bits: bits of elements, `[n]`.
-    known: the bits that predict them.
-    dtype: their dtype.
-  """
-  mantissa = relative.mantissa_bits(dtype)
+  """Returns the drift of elements `[n]`; None if it saves little."""
+  mantissa = ulps.MANTISSA_BITS.get(dtype)
   if mantissa is None or dtype.itemsize == 1:
     return None
   sample = slice(None, None, -(-bits.size // _FEW))
   far = ulps.differences(bits[sample], known[sample], dtype).astype(np.int64)
   if abs(np.sign(far).mean()) < _LEAST_DRIFT:
     return None
-  places = relative.drift_places(known[sample], mantissa)
+  places = difference.drift_places(known[sample], mantissa)
   order = np.lexsort((far, places))
-  counts = np.bincount(places, minlength=relative.DRIFTS)
+  counts = np.bincount(places, minlength=difference.DRIFTS)
   middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, far.size - 1)
   drift = np.where(counts, far[order[middle]], 0)
   saved = np.log2((1.0 + abs(far)) / (1 + abs(far - drift[places]))).mean()
@@ -192,166 +281,119 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray |
   return drift.astype(np.int32)
 
 
-def _coded(
-  leaf: structured.Relative,
-  head: relative.Head,
-  bits: np.ndarray,
-  known: np.ndarray,
-  alone: float,
-  run: pool.Run,
-) -> structured.Relative | None:
-  """Codes the differences; returns None if they take too many bits.
+def scales(
+  bits: np.ndarray, known: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+  """Measures the scales of the differences of rows and columns.
+
+  The mean of square roots is used, because few large differences change it little. Some
+  elements of each row and each column are enough.
 
   Args:
-    leaf: a draft, with factors.
-    head: has the scales.
-    bits: bits of the rows that differ, `[n]`.
-    known: the bits that predict them, `[r, C]`.
-    alone: the most bits.
-    run: see `beside`.
-  """
-  dtype, mantissa = leaf.dtype, relative.mantissa_bits(leaf.dtype)
-  # Differences in the last class are more than half of a number.
-  width = 8 * dtype.itemsize
-  highest = width if mantissa is None else mantissa - 1
-  levels = np.arange(leaf.first, highest * _OCTAVE)
-  shifts = [*division.shifts_of(levels, width).tolist(), width - 8]
-  sums = head.sums(dtype, leaf.first)
-  made = _symbols(bits, known.reshape(-1), sums, leaf.first, shifts, dtype, run)
-  bands, of_bands = _bands(made.counts, shifts)
-  head = head._replace(
-    bands=np.array(bands, np.uint8), shifts=np.array(of_bands, np.uint8)
-  )
-  counts = np.add.reduceat(made.counts, np.cumsum([0, *bands[:-1]]))
-  used, frequencies = counts.any(axis=1), np.zeros_like(counts)
-  frequencies[:, 0] = tables.TOTAL
-  frequencies[used] = tables.quantize(counts[used])
-  leaf = dataclasses.replace(
-    leaf,
-    values=made.values if made.values.size else None,
-    head=head.to_bytes(),
-  )
-  size = float((counts.sum(axis=1) * np.array(of_bands)).sum())
-  size += float(_table_bits(counts).sum())
-  if size + _side_bits(leaf) > alone:
-    return None
-  coded = given.encode(
-    made.symbols,
-    made.raw,
-    made.classes,
-    head.of_classes,
-    frequencies,
-    of_bands,
-    run=run,
-  )
-  return dataclasses.replace(
-    leaf,
-    coded=np.concatenate(coded),
-    parts=tuple(x.size for x in coded),
-  )
-
-
-class _Symbols(NamedTuple):
-  """The symbols and the raw bits of n elements.
-
-  Attributes:
-    classes: uint8 `[n]`.
-    symbols: uint8 `[n]`.
-    raw: the raw bits of elements that have some, for each block.
-    values: the bits of elements with the symbol 0.
-    counts: int64 `[classes, 256]`, how often each symbol occurs.
-  """
-
-  classes: np.ndarray
-  symbols: np.ndarray
-  raw: list[given.Raw]
-  values: np.ndarray
-  counts: np.ndarray
-
-
-def _symbols(
-  bits: np.ndarray,
-  known: np.ndarray,
-  sums: division.Sums,
-  first: int,
-  shifts: list[int],
-  dtype: np.dtype,
-  run: pool.Run,
-) -> _Symbols:
-  """Divides elements `[n]` into symbols and raw bits, see `structured.Relative`."""
-  kind = division.Kind.of(dtype, relative.mantissa_bits(dtype))
-  last, first_raw = len(shifts) - 1, shifts.count(0)
-  classes, symbols = np.empty((2, bits.size), np.uint8)
-
-  def job(part: slice) -> tuple[given.Raw, np.ndarray, np.ndarray]:
-    fill = functools.partial(sums.write, part.start)
-    own = bits[part]
-    made = division.divide(own, known[part], fill, kind, first, last)
-    classes[part], symbols[part] = made.classes, made.symbols
-    (at,) = np.nonzero(made.classes >= first_raw)
-    raw = given.Raw(made.classes[at], made.raw[at])
-    counts = made.counts[: len(shifts)].astype(np.int64)
-    values = own[made.symbols == 0] if counts[:, 0].any() else own[:0]
-    return raw, values, counts
-
-  jobs = [functools.partial(job, part) for part, _ in given.parts(bits.size)]
-  raw, values, counts = zip(*run(jobs), strict=True)
-  return _Symbols(
-    classes, symbols, list(raw), np.concatenate(values), np.sum(counts, axis=0)
-  )
-
-
-def _bands(counts: np.ndarray, shifts: Sequence[int]) -> tuple[list[int], list[int]]:
-  """Puts neighbouring classes of one shift together where that saves bits.
-
-  Args:
-    counts: `[classes, 256]`.
-    shifts: of the classes.
+    bits: bits of the array, `[R, C]`.
+    known: bits of the known array, `[R, C]`.
+    dtype: their dtype.
 
   Returns:
-    The number of classes of each band, and its shift.
+    The scales of the rows and of the columns, int16, see `structured.difference`.
   """
-  own, last = _table_bits(counts).tolist(), len(counts) - 1
-  bands, of_bands, band, bits = [1], [shifts[0]], counts[0], own[0]
-  for i in range(1, len(counts)):
-    both, size = band + counts[i], math.inf
-    if shifts[i] == of_bands[-1] and i < last:
-      size = float(_table_bits(both)) if own[i] else bits
-    if size <= bits + own[i]:
-      bands[-1] += 1
-      band, bits = both, size
+  rows, columns = bits.shape
+  some_columns = slice(None, None, max(columns // _LINES, 1))
+  weights, of_columns, share = np.ones(1, np.float32), np.ones(1), 1.0
+  if rows >= _LEAST_LINES:
+    some_rows = slice(None, None, max(rows // _LINES, 1))
+    roots = _roots(bits[some_rows], known[some_rows], dtype)
+    share = np.count_nonzero(roots) / roots.size
+    of_some = roots.mean(axis=1, keepdims=True)
+    present = max(np.count_nonzero(of_some), 1)
+    roots = np.divide(roots, of_some, out=roots, where=of_some > 0)
+    of_columns = roots.sum(axis=0, dtype=np.float64) / present
+    weights = 1 / np.maximum(of_columns[some_columns], _TINY)
+    weights = np.where(of_columns[some_columns], weights, 0).astype(np.float32)
+  step = max(_CHUNK // max(-(-columns // (some_columns.step)), 1), 1)
+  sums = [
+    _roots(bits[part, some_columns], known[part, some_columns], dtype)
+    for part in (slice(i, i + step) for i in range(0, rows, step))
+  ]
+  with np.errstate(all='ignore'):
+    if weights.size == 1:
+      of_rows = np.concatenate([x.mean(axis=1, dtype=np.float64) for x in sums])
     else:
-      bands.append(1)
-      of_bands.append(shifts[i])
-      band, bits = counts[i], own[i]
-  return bands, of_bands
+      of_rows = np.concatenate([(x * weights).sum(1, dtype=np.float64) for x in sums])
+      of_rows /= max(np.count_nonzero(weights), 1)
+  bias = 0.0
+  if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
+    one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
+    bias = 8.0 * (one + mantissa)
+  return (
+    _kept(_logs(of_rows, bias), share * columns),
+    _kept(_logs(of_columns, 0.0), share * rows),
+  )
 
 
-def _table_bits(counts: np.ndarray) -> np.ndarray:
-  """Returns the bits of symbols, counted `[..., 256]`, and of their tables: `[...]`."""
-  total = counts.sum(axis=-1)
-  alone = counts * np.log2(np.maximum(counts, 1))
-  # A stored frequency takes about a byte.
-  bits = total * np.log2(np.maximum(total, 1)) - alone.sum(axis=-1)
-  return np.asarray(bits + 8 * np.count_nonzero(counts, axis=-1))
+def _roots(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the square roots of absolute differences, float32; 0 for those infinite."""
+  far = factors_lib.floats(bits, known, dtype)
+  np.abs(far, out=far)
+  return np.sqrt(far, out=far)
+
+
+def _logs(roots: np.ndarray, bias: float) -> np.ndarray:
+  """Returns the scales of lines, in eighths of an octave."""
+  logs = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
+  bound = difference.MOST_SCALE
+  return np.clip(logs, -bound, bound).astype(np.int16)
+
+
+def _kept(logs: np.ndarray, size: float) -> np.ndarray:
+  """Returns the scales of lines, or one for all if they save less than they take.
+
+  Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
+
+  Args:
+    logs: the scales, in eighths of an octave.
+    size: the differences of a line that are not 0.
+  """
+  middle = float(np.median(logs))
+  far = np.clip(logs - middle, -_FAR, _FAR)
+  if size * float(np.square(far).mean()) * math.log(2) / 64 > _SCALE_BITS:
+    return logs
+  return np.full(1, round(middle), np.int16)
 
 
 # ---- the choice ----------------------------------------------------------------------
 
 
-def _side_bits(leaf: structured.Relative) -> float:
-  """Estimates the bits of a leaf beside its symbols and raw bits."""
-  total = float(_LEAF_BITS) + 8 * leaf.head.size
+def _coded_bits(differences: np.ndarray, classes: np.ndarray, dtype: np.dtype) -> float:
+  """Estimates the bits of differences from some of them."""
+  stride = max(differences.size // _CHUNK, 1)
+  some, own = differences[::stride].astype(np.int64), classes[::stride].astype(np.int64)
+  shifts = np.array(difference.class_shifts(dtype))
+  symbols = (some + (1 << shifts[own] + 7)) >> shifts[own]
+  counts = np.bincount(own << 8 | symbols, minlength=shifts.size << 8)
+  counts = counts.reshape(-1, 256)
+  total = counts.sum(axis=1)
+  bits = (total * (np.log2(np.maximum(total, 1)) + shifts)).sum()
+  bits -= (counts * np.log2(np.maximum(counts, 1))).sum()
+  # A stored frequency takes about a byte, and classes may share tables.
+  return float(bits) * differences.size / some.size + 4 * np.count_nonzero(counts)
+
+
+def _side_bits(leaf: structured.Difference) -> float:
+  """Estimates the bits of a leaf besides its differences."""
+  total = float(_LEAF_BITS)
+  for scales_of in (leaf.row_scales, leaf.column_scales):
+    total += 7 * scales_of.size
   for factor in (leaf.left, leaf.right):
     if factor is not None:
       total += factor.size * math.log2(2 + 4 * float(np.abs(factor).mean()))
-  return total if leaf.values is None else total + 8 * leaf.values.nbytes
+  return total + (0 if leaf.exceptions is None else 8 * leaf.exceptions.nbytes)
 
 
 def _bits_alone(bits: np.ndarray, dtype: np.dtype) -> float:
   """Estimates the bits that an array takes alone."""
   sample = bits[:: -(-bits.size // _SAMPLE)]
-  mantissa = relative.mantissa_bits(dtype)
+  mantissa = ulps.MANTISSA_BITS.get(dtype)
   if bits.itemsize > 2:
     found = np.unique(sample, return_counts=True)[1]
   else:

@@ -9,7 +9,7 @@ follows its product is that product. Where it cannot be rotated, as `passes.resi
 says, bases are those of the checkpoint, too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import functools
 import math
 import threading
@@ -28,7 +28,6 @@ from rotbits_jax.relative import fit
 from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
-from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
 _MOST_SEGMENTS = 8  # that are held; two layers at a time need five
@@ -238,20 +237,6 @@ class Recipe:
     found = leaf.materialize()
     turn = fit.turn(basis, np.ldexp(found.astype(np.float64), -subspaces.UNIT))
     return _Segment(leaf, found, turn, True)
-
-  def holds(self, records: Sequence[Any]) -> bool:
-    """Returns whether records of an earlier run have the bases that this one finds.
-
-    Another processor or library rounds them in another way. The first basis and the
-    last one are compared: the records that are missing need these.
-    """
-    found = [(models.names.subspace_index(x.name), x) for x in records if x.leaves]
-    bases = [(i, x.leaves[0].crc32) for i, x in found if i is not None]
-    for segment, crc32 in (*bases[:1], *bases[-1:]):
-      basis = self.segment(segment).basis
-      if basis is None or checksums.of_array(basis) != crc32:
-        return False
-    return True
 
   # ---- the tensors
 

@@ -12,9 +12,10 @@ A leaf may be stacked, like the layers of a model: its arrays then have a leadin
 axis `[N, ...]`.
 
 `Quantized` stands for a plain array in a file only: the reader puts the array in its
-place. So do `Same`, `Patched` and `Relative`, which need an array of another model, see
-`relative`, and `Basis` and `Subspace`, of which a sliced model is made, see
-`subspaces`. `UniformlyQuantized` stands for a plain array, in memory too.
+place. So do `Difference`, which needs an array that the reader knows, and `Basis` and
+`Subspace`, of which a sliced model is made, see `subspaces`.
+
+`UniformlyQuantized` stands for a plain array, in memory too.
 
 To add a leaf, write a dataclass with annotated fields, see `fields`, and `register` it.
 """
@@ -25,6 +26,7 @@ from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import floating
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.constant import Constant
+from rotbits_jax.structured.difference import Difference
 from rotbits_jax.structured.fields import Array
 from rotbits_jax.structured.fields import Lower
 from rotbits_jax.structured.fields import Matrix
@@ -36,16 +38,11 @@ from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.quantized import Quantized
-from rotbits_jax.structured.relative import Patched
-from rotbits_jax.structured.relative import Relative
-from rotbits_jax.structured.relative import Same
-from rotbits_jax.structured.relative import fits as fits_base
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
 from rotbits_jax.structured.subspaces import Basis
 from rotbits_jax.structured.subspaces import Subspace
 from rotbits_jax.structured.tied import Tied
-from rotbits_jax.structured.tied import TiedExactly
 from rotbits_jax.structured.trees import astype
 from rotbits_jax.structured.trees import count_bytes
 from rotbits_jax.structured.trees import count_elements
@@ -69,6 +66,7 @@ __all__ = [
   'Array',
   'Basis',
   'Constant',
+  'Difference',
   'FactorPair',
   'HeadColumns',
   'HeadRows',
@@ -77,15 +75,11 @@ __all__ = [
   'Lower',
   'Matrix',
   'Origin',
-  'Patched',
   'Quantized',
   'ReducedLowRank',
-  'Relative',
-  'Same',
   'Structured',
   'Subspace',
   'Tied',
-  'TiedExactly',
   'TrapezoidalRows',
   'UniformlyQuantized',
   'astype',
@@ -93,7 +87,6 @@ __all__ = [
   'count_elements',
   'empty_dicts',
   'expand',
-  'fits_base',
   'flatten',
   'floating',
   'is_in_files',

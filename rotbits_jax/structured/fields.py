@@ -80,6 +80,12 @@ def _fields(cls: Any) -> tuple[tuple[str, Any], ...]:
   return tuple(found)
 
 
+@functools.cache
+def _default(cls: Any, name: str) -> Any:
+  """Returns the default of a setting, which a file does not store."""
+  return next(x.default for x in dataclasses.fields(cls) if x.name == name)
+
+
 def _arrays(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
   """Yields the name, the annotation and the value of each array of a leaf."""
   cls: Any = type(leaf)
@@ -98,7 +104,7 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
   settings = {
     name: schema.dump(getattr(leaf, name))
     for name, annotation in _fields(cls)
-    if not isinstance(annotation, Array)
+    if not isinstance(annotation, Array) and getattr(leaf, name) != _default(cls, name)
   }
   arrays = {}
   for name, annotation, array in _arrays(leaf):
@@ -133,7 +139,8 @@ def load(cls: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> An
   found: dict[str, Any] = {}
   for name, annotation in _fields(cls):
     if not isinstance(annotation, Array):
-      found[name] = schema.load(annotation, _take(settings, name), name)
+      if name in settings or _default(cls, name) is dataclasses.MISSING:
+        found[name] = schema.load(annotation, _take(settings, name), name)
     elif annotation.several:
       names = itertools.takewhile(
         arrays.__contains__, (f'{name}_{i}' for i in itertools.count())

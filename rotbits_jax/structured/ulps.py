@@ -7,13 +7,30 @@ indices counts units in the last place.
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+
+MANTISSA_BITS = {
+  np.dtype(getattr(ml_dtypes, name, None) or name): bits
+  for name, bits in {
+    'float16': 10,
+    'bfloat16': 7,
+    'float32': 23,
+    'float8_e4m3fn': 3,
+    'float8_e5m2': 2,
+  }.items()
+}
+"""The bits of the mantissa of the floats that have a level, see `difference`."""
+
+
+def bits_of(array: np.ndarray) -> np.ndarray:
+  """Returns the bits of an array in C order, as signed integers `[n]`."""
+  return np.ascontiguousarray(array).reshape(-1).view(f'i{array.dtype.itemsize}')
 
 
 def index(numbers: np.ndarray) -> np.ndarray:
   """Returns the ULP indices of numbers: signed integers of their width."""
-  bits = np.ascontiguousarray(numbers).view(f'i{numbers.dtype.itemsize}')
-  return _flipped(bits)
+  return _flipped(np.ascontiguousarray(numbers).view(f'i{numbers.dtype.itemsize}'))
 
 
 def number(indices: np.ndarray, dtype: Any) -> np.ndarray:
@@ -35,7 +52,9 @@ def differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndar
   if dtype.kind in 'iub':
     return bits - known
   sign = known & np.iinfo(known.dtype).min
-  return index(bits ^ sign) - (known ^ sign)
+  found = _flipped(bits ^ sign)
+  found -= known ^ sign
+  return found
 
 
 def moved(known: np.ndarray, far: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -43,7 +62,9 @@ def moved(known: np.ndarray, far: np.ndarray, dtype: np.dtype) -> np.ndarray:
   if dtype.kind in 'iub':
     return known + far
   sign = known & np.iinfo(known.dtype).min
-  return number(far + (known ^ sign), known.dtype) ^ sign
+  found = _flipped(far + (known ^ sign))
+  found ^= sign
+  return found
 
 
 def is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -53,6 +74,9 @@ def is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _flipped(bits: np.ndarray) -> np.ndarray:
-  """Flips all bits but the sign of negative integers."""
-  most = np.iinfo(bits.dtype).max
-  return bits ^ (bits >> 8 * bits.dtype.itemsize - 1 & most)
+  """Returns integers, all bits but the sign of negative ones flipped."""
+  # NumPy shifts slowly, and `where` branches.
+  negative = (bits < 0).view(np.int8).astype(bits.dtype)
+  negative *= np.iinfo(bits.dtype).max
+  negative ^= bits
+  return negative

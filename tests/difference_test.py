@@ -1,0 +1,338 @@
+"""Arrays beside known ones come back in few bytes; hostile leaves are refused."""
+
+import contextlib
+import dataclasses
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rotbits_jax import structured
+from rotbits_jax.coding import coder
+from rotbits_jax.coding import pool
+from rotbits_jax.relative import factors
+from rotbits_jax.relative import measure
+from rotbits_jax.structured import difference
+from rotbits_jax.structured import tied
+from rotbits_jax.structured import ulps
+
+FLOATS = 'float16', 'bfloat16', 'float32'
+DTYPES = *FLOATS, 'float8_e4m3fn', 'float8_e5m2', 'int8', 'uint8', 'int16', 'int32'
+SHAPES = (40, 50), (2, 3, 40), (700,), (5, 3), (1, 70000)
+
+
+def pair(dtype='bfloat16', shape=(200, 96), *, scale=0.01, seed=0):
+  """A base, and an array near it whose rows and columns differ in their scales."""
+  rng = np.random.default_rng(seed)
+  base = rng.normal(size=shape)
+  rows = np.exp(rng.normal(size=(*shape[:-1], 1)))
+  columns = np.exp(rng.normal(size=shape[-1:]))
+  target = base + scale * rng.normal(size=shape) * rows * columns
+  dtype = difference.dtype_of(dtype)
+  if dtype.kind in 'iu':
+    base, target = 50 + 9 * base, 50 + 9 * target
+  return target.astype(dtype), base.astype(dtype)
+
+
+def with_special_numbers(dtype):
+  target, base = pair(dtype)
+  odd = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-7, -1e-7]
+  base[0, :8], target[1, :8] = odd, odd
+  base[2, :8], target[2, :8] = odd, odd[::-1]
+  target[3], base[4], target[4], target[5, :9] = 0, 0, -0.0, 1e4
+  return target, base
+
+
+def with_adapter(dtype):
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=(300, 400)).astype(dtype)
+  update = 0.02 * rng.normal(size=(300, 8)) @ rng.normal(size=(8, 400))
+  target = (base.astype(np.float64) + update).astype(dtype)
+  base[0, :3], target[1, :3] = [np.inf, np.nan, 0], [np.inf, np.nan, 0]
+  return target, base
+
+
+def with_decay(dtype):
+  target, base = pair(dtype, (1000, 96), scale=0.1)
+  unused = np.arange(1000) % 20 > 0
+  decayed = base[unused].astype(np.float32)
+  for step in np.linspace(2e-5, 1e-5, 1000, dtype=np.float32):
+    decayed -= step * decayed
+  target[unused] = decayed.astype(target.dtype)
+  return target, base
+
+
+def with_equal_rows(dtype):
+  target, base = pair(dtype, (2000, 96))
+  some = np.arange(2000) % 4 > 0
+  target[some] = base[some]
+  return target, base
+
+
+def step(dtype):
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=(1000, 400)).astype(dtype)
+  bits = base.view(f'i{base.itemsize}').copy()
+  changed = rng.random(bits.shape) < 0.01
+  bits[changed] += rng.choice([-1, 1], np.count_nonzero(changed)).astype(bits.dtype)
+  return bits.view(base.dtype), base
+
+
+CASES = {
+  'fine_tune': (pair, {'row_scales', 'column_scales', 'differences'}, 0.85),
+  'special': (with_special_numbers, {'row_scales', 'exceptions'}, 1.0),
+  'adapter': (with_adapter, {'left', 'right'}, 0.5),
+  'decay': (with_decay, {'drift'}, 0.65),
+  'equal_rows': (with_equal_rows, {'equal'}, 0.3),
+  'step': (step, {'gaps', 'differences'}, 0.02),
+  'equal': (lambda dtype: (pair(dtype)[1],) * 2, set(), 0.001),
+}
+"""Makes an array and its base; arrays of the leaf; its bytes over those alone."""
+
+
+def beside(target, base):
+  measured = measure.beside(target, base)
+  assert measured is not None
+  return measured
+
+
+def assert_comes_back(measured, target, *needed):
+  """Codes a leaf as a file does; returns the bytes."""
+  leaf = measured.leaf
+  settings, arrays = leaf.stored()
+  places = [] if measured.known is None else [[*arrays].index('differences')]
+  encoded = coder.encode([*arrays.values()], dict.fromkeys(places, measured.known))
+  memory = [np.empty(x.shape, x.dtype) for x in arrays.values()]
+  made = []
+
+  def known():
+    again = type(leaf).from_stored(settings, dict(zip(arrays, memory, strict=True)))
+    made.append((again, again.predict(*needed)))
+    return measure.Measured(again, made[0][1][1].classes).known
+
+  known_later = dict.fromkeys(places, known)
+  coder.decode(encoded.spec, encoded.data, out=memory, known=known_later)
+  if made:
+    array = made[0][0].joined(*made[0][1])
+  else:
+    again = type(leaf).from_stored(settings, dict(zip(arrays, memory, strict=True)))
+    array = again.materialize(*needed)
+  assert structured.same_bits(array, target)
+  assert structured.same_bits(leaf.materialize(*needed), target)
+  assert (leaf.shape, leaf.dtype) == (target.shape, target.dtype)
+  return encoded.data.size
+
+
+@pytest.mark.parametrize('dtype', FLOATS)
+@pytest.mark.parametrize('case', CASES)
+def test_an_array_beside_its_base(case, dtype):
+  make, names, share = CASES[case]
+  target, base = make(difference.dtype_of(dtype).name)
+  measured = beside(target, base)
+  assert names <= measured.leaf.stored()[1].keys()
+  alone = coder.encode([target]).data.size
+  assert assert_comes_back(measured, target, base) <= share * alone
+
+
+def test_any_dtype_and_shape(subtests):
+  for dtype in DTYPES:
+    for shape in SHAPES:
+      with subtests.test(dtype=dtype, shape=shape):
+        target, base = pair(dtype, shape, scale=0.1)
+        draft = structured.Difference(lengths=shape, name=dtype)
+        bits = [ulps.bits_of(x) for x in (target, base)]
+        leaf = measure._with_classes(draft, *bits, 1e9, difference.in_turn)
+        assert_comes_back(leaf, target, base)
+
+
+@pytest.mark.parametrize('dtype', ['int2', 'uint4', 'float4_e2m1fn', 'int64', 'bool'])
+def test_numbers_of_other_sizes(dtype):
+  target, base = np.random.default_rng(0).integers(0, 2, (2, 72, 80))
+  target[9:] = base[9:]
+  target, base = (x.astype(difference.dtype_of(dtype)) for x in (target, base))
+  measured = measure.beside(target, base)
+  if measured is not None:
+    assert_comes_back(measured, target, base)
+
+
+@pytest.mark.parametrize('rows', [150, 200, 260])
+def test_another_number_of_rows(rows):
+  base = pair(shape=(200, 96))[1]
+  target = pair(shape=(rows, 96))[0]
+  common = min(rows, 200)
+  far = 1e-3 * np.random.default_rng(1).normal(size=(common, 96))
+  target[:common] = (base[:common].astype(np.float32) + far).astype(base.dtype)
+  assert_comes_back(beside(target, base), target, base)
+  assert measure.beside(target[:, :95], base) is None
+
+
+def test_the_base_is_rounded_first():
+  base = np.random.default_rng(0).normal(size=(40, 50))
+  for dtype in FLOATS:
+    target = base.astype(difference.dtype_of(dtype))
+    assert not beside(target, base).leaf.stored()[1]
+  assert measure.beside(base, base.astype(np.float32)) is None
+  assert measure.beside(base.astype(np.int32), base.astype(np.float32)) is None
+
+
+def test_another_model_is_stored_alone():
+  target, _ = pair(seed=0)
+  _, base = pair(seed=1)
+  assert measure.beside(target, base) is None
+
+
+def test_jobs_side_by_side_give_the_same_leaf():
+  target, base = pair(shape=(9000, 256))
+  one, other = (measure.beside(target, base, x) for x in (difference.in_turn, pool.run))
+  assert structured.same_bits(one.leaf, other.leaf)
+
+
+@pytest.mark.parametrize('dtype', FLOATS)
+def test_scales_are_those_of_rows_and_columns(dtype):
+  rng = np.random.default_rng(0)
+  rows, columns = (2.0 ** rng.integers(-6, 6, n) for n in (3000, 500))
+  base = np.zeros((3000, 500))
+  target = rng.normal(size=base.shape) * rows[:, None] * columns
+  dtype = difference.dtype_of(dtype)
+  bits = [ulps.bits_of(x.astype(dtype)).reshape(base.shape) for x in (target, base)]
+  # In eighths of an octave; a factor may move from rows to columns.
+  for scales, given in zip(measure.scales(*bits, dtype), (rows, columns), strict=True):
+    error = scales - 8 * np.log2(given)
+    assert np.abs(error - np.median(error)).max() < 4
+
+
+def test_factors_are_found_in_rows_of_any_size():
+  rng = np.random.default_rng(0)
+  base, noise = rng.normal(size=(2, 3000, 64)).astype(np.float32)
+  update = rng.normal(size=(3000, 2)) @ rng.normal(size=(2, 64))
+  target = base + (noise / 500 + update).astype(np.float32)
+  bits = [ulps.bits_of(x).reshape(base.shape) for x in (target, base)]
+  made = factors.find(*bits, base.dtype, difference.in_turn)
+  assert made is not None
+  assert 2 <= made.left.shape[1] < 4
+
+
+# ---- an embedding beside its product with the head -----------------------------------
+
+
+def embedding(dtype, tokens=512, rank=24, width=18):
+  """A table that is the head times a map, up to rounding."""
+  rng = np.random.default_rng(0)
+  head = rng.normal(size=(rank, tokens)).astype(dtype)
+  matrix = rng.normal(size=(rank, width))
+  table = (head.astype(np.float64).T @ matrix).astype(dtype)
+  return table, head, np.rint(matrix * 2.0**14).astype(np.int32), np.full(rank, 14)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_an_embedding_beside_its_head(dtype):
+  table, head, map, exponents = embedding(difference.dtype_of(dtype))
+  table[3:7] = np.array([[np.inf], [-1e4], [1e-7], [-0.0]]).astype(table.dtype)
+  measured = measure.beside_head(table, head, map, exponents)
+  nbytes = assert_comes_back(measured, table, head)
+  assert nbytes < 0.7 * coder.encode([table]).data.size
+  order = np.random.default_rng(0).permutation(len(head))
+  leaf = measured.leaf
+  turned = leaf.replace(map=leaf.map[order], shifts=leaf.shifts[order])
+  assert structured.same_bits(turned.materialize(head[order]), table)
+
+
+def test_products_with_the_head_are_rounded_once():
+  rng = np.random.default_rng(0)
+  for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
+    info = jnp.finfo(dtype)
+    for low, high in ((info.minexp - 9, info.minexp), (-9, 3), (-38, 3)):
+      sizes = 2.0 ** rng.integers(low, high, (1, 32))
+      head = (rng.uniform(-1, 1, (5, 32)) * sizes).astype(dtype)
+      map, exponents = rng.integers(-(1 << 14), 1 << 14, (5, 3)), np.full(5, 14)
+      scale, shifts = tied.scale_of(head, map, exponents)
+      made = tied.product(head, np.int32(map), shifts, scale, dtype)
+      wide = np.rint(np.ldexp(head.astype(np.float64), shifts[:, None]))
+      exact = np.ldexp(wide.T @ map, -scale)
+      spacing = np.maximum(np.abs(exact) * float(info.eps), float(info.tiny) * 2.0**-7)
+      assert (np.abs(made.astype(np.float64) - exact) <= spacing).all()
+
+
+@pytest.mark.parametrize('scale', [64, np.nan])
+def test_another_head_is_refused(scale):
+  table, head, map, exponents = embedding(np.float16)
+  leaf = measure.beside_head(table, head, map, exponents).leaf
+  with pytest.raises(ValueError, match='too large'):
+    leaf.materialize(np.float32(head) * scale)
+  with pytest.raises(ValueError, match='needs head/kernel of shape'):
+    leaf.materialize(head[:, 1:])
+
+
+# ---- hostile leaves ------------------------------------------------------------------
+
+HOSTILE_SETTINGS = (
+  *({'lengths': x} for x in ([200, 97], [1 << 30] * 5, [2] * 40)),
+  *({'name': x} for x in ('object', 'no such dtype', '(01,2)f4', 'float64', 'U3')),
+  *({'width': x} for x in (95, 0, 200 * 97)),
+  {'unit': 1000},
+  {'scale': 4000},
+)
+HOSTILE_ARRAYS = {
+  'differences': (lambda x: x[:-1], lambda x: x.astype(np.int32)),
+  'exceptions': (lambda x: x.astype(np.int8), lambda x: x[:0]),
+  'row_scales': (lambda x: x[:-1], lambda x: x * 0 + 9000),
+  'column_scales': (lambda x: x[:2], lambda x: x.astype(np.int8)),
+  'equal': (lambda x: x[:-1],),
+  'left': (lambda x: x[:-1],),
+  'right': (lambda x: x[:, 1:],),
+  'drift': (lambda x: x[:-1], lambda x: x ^ 2**30),
+  'map': (lambda x: x[:-1], lambda x: x[:, 1:]),
+  'shifts': (lambda x: x[:-1],),
+}
+
+
+def leaves():
+  """Leaves that have all arrays between them."""
+  for make in (with_special_numbers, with_adapter, with_decay, with_equal_rows):
+    target, base = make('bfloat16')
+    yield beside(target, base).leaf
+  yield measure.beside_head(*embedding(np.float16)).leaf
+
+
+def test_hostile_settings_and_arrays_are_refused(subtests):
+  damaged = set()
+  for leaf in leaves():
+    settings, arrays = leaf.stored()
+    for change in HOSTILE_SETTINGS:
+      with subtests.test(change=change), pytest.raises(ValueError):  # noqa: PT011
+        type(leaf).from_stored(settings | change, arrays)
+    for name in HOSTILE_ARRAYS.keys() & arrays.keys():
+      damaged.add(name)
+      for damage in HOSTILE_ARRAYS[name]:
+        with subtests.test(name=name), pytest.raises(ValueError):  # noqa: PT011
+          type(leaf).from_stored(settings, arrays | {name: damage(arrays[name])})
+      if name not in ('exceptions', 'equal', 'drift'):
+        rest = {key: x for key, x in arrays.items() if key != name}
+        with subtests.test(lacks=name), pytest.raises(ValueError):  # noqa: PT011
+          type(leaf).from_stored(settings, rest)
+  assert damaged == HOSTILE_ARRAYS.keys()
+
+
+def test_hostile_gaps_are_refused():
+  target, base = step('bfloat16')
+  leaf = beside(target, base).leaf
+  for change in (
+    {'gaps': leaf.gaps[:-1]},
+    {'gaps': np.full_like(leaf.gaps, 60000)},
+    {'differences': leaf.differences[1:]},
+    {'differences': np.full_like(leaf.differences, difference.FAR)},
+    {'exceptions': np.zeros(1, np.int16)},
+  ):
+    with pytest.raises(ValueError):  # noqa: PT011
+      dataclasses.replace(leaf, **change).materialize(base)
+
+
+def test_another_base_is_refused_or_gives_other_elements():
+  target, base = pair()
+  leaf = beside(target, base).leaf
+  for other in (base[:, :40], base.astype(np.int16)):
+    with pytest.raises(ValueError, match='cannot be made from'):
+      leaf.materialize(other)
+  with contextlib.suppress(ValueError):
+    assert not structured.same_bits(leaf.materialize(base[::-1].copy()), target)
