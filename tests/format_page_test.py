@@ -17,6 +17,7 @@ from rotbits_jax.coding import specs
 from rotbits_jax.file import leaves
 from rotbits_jax.file import manifest
 from rotbits_jax.file import shards
+from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
@@ -58,8 +59,8 @@ def leaf():
     settings={'x': 1},
     arrays=('x',),
     needs=('x',),
-    base=leaves.BaseArray(path='x', shape=(), dtype='float16', crc32=1),
-    product=leaves.Product(kind='shortcut', segments=(0, 1)),
+    base=entries.BaseArray(path='x', shape=(), dtype='float16', crc32=1),
+    product=entries.Product(kind='shortcut', segments=(0, 1)),
     crc32=1,
   )
 
@@ -118,7 +119,7 @@ def test_fields_of_objects(subtests):
     ('A *leaf* is one parameter:', leaf()),
     ('The field `spec` of a record describes its stream:', stream_spec()),
     ('`rotbits_jax.models.ModelConfig` says', field_names(models.ModelConfig)),
-    ('The object `product` has', field_names(leaves.Product)),
+    ('The object `product` has', field_names(entries.Product)),
     ('The object `rope_scaling` has', field_names(models.RopeScaling)),
     ('A file with a message has no records', schema.dump(message())),
   ):
@@ -127,7 +128,8 @@ def test_fields_of_objects(subtests):
 
 
 def test_fields_of_the_index():
-  assert documented('The folder has an index, a JSON object in the file') == field_names(shards.ShardIndex)
+  fields = documented('The folder has an index, a JSON object in the file')
+  assert fields == field_names(shards.ShardIndex)
   (row,) = re.findall(r'^\| `metadata` \| object: (.*)', PAGES, re.M)
   assert field_names(shards.Metadata) == names(row) - {'manifest'}
 
