@@ -192,12 +192,10 @@ def _share_of_elements(source: Any) -> float:
   """Returns the part of the elements of a model that `free` and `near` store."""
   config = source.config
   total = models.count_elements(config)
-  valid, removed = models.layout.symmetries(config), 0
-  for layer in range(config.num_layers):
-    rotated = config.positions(layer).rotary_dim
-    queries = rotated + (config.head_dim - rotated) ** 2
-    per_head = valid.values * config.head_dim**2 + valid.queries * queries
-    removed += config.num_kv_heads * per_head
+  valid, rotated = models.layout.symmetries(config), config.rotary_dim
+  queries = rotated + (config.head_dim - rotated) ** 2
+  per_head = valid.values * config.head_dim**2 + valid.queries * queries
+  removed = config.num_layers * config.num_kv_heads * per_head
   if valid.segments:
     hidden = config.hidden_size
     for before, after in itertools.pairwise(config.segment_widths):

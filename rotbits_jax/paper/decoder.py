@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax.coding import coder
 from rotbits_jax.coding import rans
 from rotbits_jax.paper import frames
 from rotbits_jax.paper import layout as layout_lib
@@ -78,18 +79,18 @@ def arrays(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the parameters by path, unchecked, those of the last segment first."""
   message, corrections = (stack.WordStack(streams[name]) for name in STREAMS)
-  coders, segment_shapes = list(layout.coders), segments.shapes(config)
+  stream_specs, segment_shapes = list(layout.coders), segments.shapes(config)
   widths, lanes = config.segment_widths, frames.lanes(config.segment_widths)
 
   def pop(shapes: segments.Shapes) -> segments.Arrays:
     """Pops arrays that the encoder pushed together."""
     if options.entropy:
-      coder = coders.pop()
-      listed = [(array.dtype, array.shape) for array in coder.arrays]
+      spec = stream_specs.pop()
+      listed = [(array.dtype, array.shape) for array in spec.arrays]
       if listed != [(layout.arrays[path].dtype, x) for path, x in shapes.items()]:
         raise ValueError('a coder and the config list different arrays')
-      data = message.pop(-(-coder.nbytes // 2)).view(np.uint8)[: coder.nbytes]
-      return dict(zip(shapes, coder.decode(coder, data), strict=True))
+      data = message.pop(-(-spec.nbytes // 2)).view(np.uint8)[: spec.nbytes]
+      return dict(zip(shapes, coder.decode(spec, data), strict=True))
     words = {
       path: message.pop(layout.arrays[path].num_words(shape))
       for path, shape in reversed(shapes.items())

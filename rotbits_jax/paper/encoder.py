@@ -51,10 +51,10 @@ def refuse(source: passes.ModelSource) -> None:
       'a dense model has no shortcuts, so its segments cannot be rotated'
     )
   trees = map(source.specs, source.records)
-  specs = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
+  leaves = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
   for segment in segments.shapes(source.config):
     for path, shape in segment.all.items():
-      leaf = specs.get(path)
+      leaf = leaves.get(path)
       if leaf is None or structured.is_structured(leaf):
         raise ValueError(f'{path}: expected an array, got {type(leaf).__name__}')
       if np.dtype(leaf.dtype).name not in typing.get_args(layout_lib.Dtype):
