@@ -20,7 +20,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
-from rotbits_jax.file import decode
+from rotbits_jax.file import stacks
 from rotbits_jax.system import progress
 from tests import devices
 
@@ -114,15 +114,15 @@ class LoadTest(parameterized.TestCase):
     model = models.from_layers(model.config, model.outer(), layers)
     with (
       rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader,
-      mock.patch.object(decode.placement, 'local_layers', return_value=wanted),
+      mock.patch.object(stacks.placement, 'local_layers', return_value=wanted),
       pool.record_jobs() as start,
       progress.Progress('test', 1, 'B', show=False) as bar,
     ):
       place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      (stack,) = decode.start_stacks(
+      (stack,) = stacks.start_stacks(
         reader._decoder, range(3), place, start, None, False
       )
-      found = decode.placed([], [stack], None, bar)
+      found = stacks.placed([], [stack], None, bar)
     whole = structured.flatten({'layers.0:3': model.params['layers.0:3']})
     self.assertEqual(found.keys(), whole.keys())
     for path, leaf in whole.items():

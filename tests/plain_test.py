@@ -25,8 +25,8 @@ from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import lazy
 from rotbits_jax.file import container
-from rotbits_jax.file import decode
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import memory
 from rotbits_jax.file import writer
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -133,7 +133,7 @@ class TreeTest(parameterized.TestCase):
       ('tied', [1 << 31, 3], 'tokens: must be'),
     ):
       with self.subTest(name=name, shape=shape, words=words):
-        self.enterContext(mock.patch.object(decode, '_available', return_value=None))
+        self.enterContext(mock.patch.object(memory, '_available', return_value=None))
         data = rotbits_jax.encode({'a': {'b': seeds.leaves()[name]}})
         streams, manifest = containers.unpack(data)
         (entry,) = manifest['records'][0]['leaves']

@@ -17,6 +17,7 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.file import decode
+from rotbits_jax.file import memory
 
 TREE = {'a': {'b': np.arange(3)}, 'c': np.ones(4, np.float32)}
 WRONG = (None, -1, 2**62, True, 'x', [], {}, [[]], {'x': 1}, 1e300)
@@ -123,10 +124,10 @@ def test_what_decodes_to_more_than_memory_is_refused_before_it_is_allocated(
 ):
   data = rotbits_jax.encode({'a': np.zeros(1 << 17), 'b': np.zeros(1 << 17)})
   limit = tmp_path / 'limit'
-  monkeypatch.setattr(decode, '_LIMITS', (limit, 'missing'))
+  monkeypatch.setattr(memory, '_LIMITS', (limit, 'missing'))
   for text, is_read in {'100\n': (), f'{3 << 19}\n': 'a', 'max\n': 'ab'}.items():
     limit.write_text(text)
-    decode._available.cache_clear()
+    memory._available.cache_clear()
     calls = {
       'a': lambda: rotbits_jax.read_record(data, 'a'),
       'b': lambda: rotbits_jax.decode(data),
@@ -137,7 +138,7 @@ def test_what_decodes_to_more_than_memory_is_refused_before_it_is_allocated(
       else:
         with pytest.raises(file.ContainerError, match='it decodes to'):
           call()
-  decode._available.cache_clear()
+  memory._available.cache_clear()
   full = mock.patch.object(decode.host, 'empty', side_effect=MemoryError)
   with full, pytest.raises(file.ContainerError, match='more than memory holds'):
     rotbits_jax.decode(data)

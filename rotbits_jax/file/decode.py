@@ -1,17 +1,13 @@
-"""Decodes the records of a file: leaves by path, and layers straight into stacks.
+"""Decodes the records of a file: leaves by path.
 
 A damaged or incomplete file raises `ContainerError`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent import futures
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import functools
-import itertools
 import math
-import os
-import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +16,11 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
-from rotbits_jax.coding import specs
+from rotbits_jax.coding import specs as specs_lib
 from rotbits_jax.file import container
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import placement
+from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries as entries_lib
@@ -32,10 +28,6 @@ from rotbits_jax.structured import difference
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
-from rotbits_jax.system import progress
-
-LARGE = 1 << 30
-"""Bytes of records beside which no others are held, as those of the widest layers."""
 
 _MOST_BASES = 8  # of subspaces that are held, because several parameters need one
 _MOST_USES = 16  # of an array by leaves that are small beside it
@@ -198,7 +190,7 @@ class Decoder:
       name: name of the record.
       resolve: returns the parameters that leaves of the record need. By default they
         are decoded, too.
-      rows: where to decode leaves to, see `allocate`; new memory for those it lacks.
+      rows: where to decode leaves to, see `stacks.allocate`; new memory for those it lacks.
       integers: whether multiples of one step stay integers.
       shared: whether arrays may share the memory of the base, and have any strides.
 
@@ -211,72 +203,33 @@ class Decoder:
     with self.files[name].errors():
       try:
         if not rows:
-          check_memory(name, entry.decoded_bytes)
-        places = [(rows or {}).get(entry.inner(leaf.path)) for leaf in entry.leaves]
-        places = [
-          [host.empty(leaf.shape, leaf.dtype)]
-          if place is None and leaf.base is not None and not shared
-          else place
-          for leaf, place in zip(entry.leaves, places, strict=True)
-        ]
-        targets = [
-          _targets(leaf, specs, place, integers)
-          for (leaf, specs), place in zip(entry.leaf_specs(), places, strict=True)
-        ]
-        stored = [
-          _Stored(leaf, arrays, functools.partial(self._needed, leaf, resolve))
-          for leaf, arrays in zip(entry.leaves, targets, strict=True)
-        ]
-        firsts = itertools.accumulate(map(len, targets), initial=0)
-        known = {
-          first + leaf.differences: leaf.known
-          for first, leaf in zip(firsts, stored, strict=False)
-          if leaf.differences is not None
-        }
+          memory.check(name, entry.decoded_bytes)
+        leaves, arrays, known = [], [], {}
+        for leaf, specs in entry.leaf_specs():
+          place = (rows or {}).get(entry.inner(leaf.path))
+          if place is None and leaf.base is not None and not shared:
+            place = [host.empty(leaf.shape, leaf.dtype)]
+          is_expanded = leaf.is_expanded(integers)
+          needed = functools.partial(self._needed, leaf, resolve)
+          leaves.append(_StoredLeaf(leaf, specs, place, is_expanded, needed))
+          if leaf.has_classes:
+            index = leaf.arrays.index('differences')
+            known[len(arrays) + index] = leaves[-1].known
+          arrays += leaves[-1].arrays
         with self.files[name].checked(name, entry.crc32) as data:
-          arrays = list(itertools.chain(*targets))
           entry.record_coder.decode(entry.stream_spec, data, out=arrays, known=known)
-        return {
-          leaf.entry.path: self._leaf(leaf, place, integers)
-          for leaf, place in zip(stored, places, strict=True)
-        }
+        flat = {leaf.entry.path: leaf.value() for leaf in leaves}
+        for leaf in entry.leaves:
+          shapes = [self.leaves[x].shape for x in leaf.needs if x in self.leaves]
+          if shapes and structured.is_structured(flat[leaf.path]):
+            flat[leaf.path].check_needed(*shapes)
+        return flat
       except MemoryError:
-        raise _too_large(name, entry.decoded_bytes) from None
+        raise memory.too_large(name, entry.decoded_bytes) from None
       except ContainerError:
         raise
       except ValueError as error:
         raise ContainerError(f'{name}: {error}') from error
-
-  def _leaf(
-    self,
-    stored: '_Stored',
-    place: list[np.ndarray] | None,
-    integers: bool,
-  ) -> Any:
-    """Returns the array or the leaf of an entry, made of its stored arrays."""
-    entry = stored.entry
-    if not entry.type_name:
-      return stored.arrays[0].view(np.dtype(entry.dtype))
-    try:
-      leaf = stored.leaf
-      shapes = [self.leaves[x].shape for x in entry.needs if x in self.leaves]
-      if entry.needs and len(shapes) == len(entry.needs):
-        leaf.check_needed(*shapes)
-      if not entry.is_expanded(integers):
-        return leaf
-      if entry.crc32 is None:  # multiples of a step
-        array = host.empty(entry.shape, entry.dtype) if place is None else place[0]
-        leaf.write(array)
-        return array
-      array = stored.array()
-    except ContainerError:
-      raise
-    except ValueError as error:
-      raise ContainerError(f'{entry.path}: {error}') from error
-    if place is None:
-      return array
-    place[0][...] = host.contiguous(array)
-    return place[0]
 
   def _needed(self, entry: leaves_lib.Leaf, resolve: Resolve) -> list[Any]:
     """Returns the arrays that a leaf is computed from."""
@@ -308,280 +261,86 @@ class Decoder:
     return basis
 
 
-class _Stored:
-  """A leaf and its stored arrays, while these are decoded.
+class _StoredLeaf:
+  """A leaf while its stored arrays are decoded.
 
   Attributes:
     entry: the manifest's entry of the leaf.
-    arrays: its stored arrays; they are filled when the record is decoded.
+    arrays: its stored arrays, which the coder fills.
   """
 
   def __init__(
     self,
     entry: leaves_lib.Leaf,
-    arrays: list[np.ndarray],
+    specs: Sequence[specs_lib.ArraySpec],
+    place: list[np.ndarray] | None,
+    is_expanded: bool,
     needed: Callable[[], list[Any]],
   ):
-    """Takes a function that returns what the leaf is computed from."""
-    self.entry, self.arrays, self._needed = entry, arrays, needed
+    """Makes room for the stored arrays.
+
+    Args:
+      entry: see the class.
+      specs: the specs of the stored arrays.
+      place: arrays for the result; None for new ones.
+      is_expanded: whether the array takes the place of the leaf.
+      needed: returns what the leaf is computed from.
+    """
+    self.entry, self._place, self._needed = entry, place, needed
+    self._is_expanded = is_expanded
     self._predicted: tuple[np.ndarray, difference.Prediction] | None = None
+    if place is None or is_expanded:
+      self.arrays = [host.empty(x.shape, x.dtype) for x in specs]
+    else:
+      self.arrays = [x.view(y.dtype) for x, y in zip(place, specs, strict=True)]
 
   @functools.cached_property
-  def leaf(self) -> Any:
-    """The leaf, when its arrays are decoded; differences with classes may be missing.
-
-    Raises:
-      ValueError: if the arrays do not make it up.
-    """
+  def _leaf(self) -> Any:
+    """The leaf; of differences with classes, these may not be decoded yet."""
     return self.entry.make(self.arrays)
 
-  @property
-  def differences(self) -> int | None:
-    """The index of the differences, if they have classes, among the arrays."""
-    names = self.entry.arrays
-    if self.entry.leaf_class is not structured.Difference or (
-      not {'differences', 'column_scales'} <= set(names)
-    ):
-      return None
-    return names.index('differences')
-
   def known(self) -> known_lib.Known:
-    """Returns what the decoder knows of the differences when the rest is decoded."""
+    """Returns what the coder must know of the differences."""
+    with self._errors():
+      self._predicted = self._leaf.predict(*self._needed(), run=pool.run)
+    classes = self._predicted[1].classes
+    return known_lib.Known(classes, difference.class_shifts(self._leaf.dtype))
+
+  def value(self) -> Any:
+    """Returns the array or the leaf, when the stored arrays are decoded."""
+    if not self.entry.type_name:
+      return self.arrays[0].view(np.dtype(self.entry.dtype))
+    with self._errors():
+      if not self._is_expanded:
+        return self._leaf
+      if self.entry.crc32 is None:  # multiples of a step
+        shape, dtype = self.entry.shape, self.entry.dtype
+        array = self._place[0] if self._place else host.empty(shape, dtype)
+        self._leaf.write(array)
+        return array
+      array = self._array()
+    if self._place is None:
+      return array
+    self._place[0][...] = host.contiguous(array)
+    return self._place[0]
+
+  def _array(self) -> np.ndarray:
+    """Returns the array of a leaf that only files hold."""
+    if self._predicted is None:
+      array = np.asarray(self._leaf.materialize(*self._needed()))
+    else:
+      array = self._leaf.joined(*self._predicted, run=pool.run)
+    stored = array.T if self._leaf.columns_first else array
+    if checksums.of_array(stored) != self.entry.crc32:
+      raise ValueError('decoded elements differ from the encoded ones')
+    return array
+
+  @contextlib.contextmanager
+  def _errors(self) -> Iterator[None]:
+    """Puts the path of the leaf before an error."""
     try:
-      self._predicted = self.leaf.predict(*self._needed(), run=pool.run)
+      yield
     except ContainerError:
       raise
     except ValueError as error:
       raise ContainerError(f'{self.entry.path}: {error}') from error
-    classes = self._predicted[1].classes
-    return known_lib.Known(classes, difference.class_shifts(self.leaf.dtype))
-
-  def array(self) -> np.ndarray:
-    """Returns the array of a leaf that only files hold.
-
-    Raises:
-      ValueError: if its checksum differs, or an array that it needs is missing.
-    """
-    if self._predicted is None:
-      array = np.asarray(self.leaf.materialize(*self._needed()))
-    else:
-      array = self.leaf.joined(*self._predicted, run=pool.run)
-    columns_first = self.leaf.columns_first
-    if checksums.of_array(array.T if columns_first else array) != self.entry.crc32:
-      raise ValueError('decoded elements differ from the encoded ones')
-    return array
-
-
-def _targets(
-  leaf: leaves_lib.Leaf,
-  specs: Sequence[specs.ArraySpec],
-  place: list[np.ndarray] | None,
-  integers: bool,
-) -> list[np.ndarray]:
-  """Returns the arrays to decode the stored arrays of a leaf into."""
-  if place is None or leaf.is_expanded(integers):
-    return [host.empty(x.shape, x.dtype) for x in specs]
-  return [array.view(x.dtype) for array, x in zip(place, specs, strict=True)]
-
-
-# ---- stacks of layers ----------------------------------------------------------------
-
-
-class Stack(NamedTuple):
-  """Layers that are decoded straight into their places in a stack.
-
-  Attributes:
-    name: the name of the stack, see `models.names`.
-    count: the number of its layers.
-    wanted: places of the layers that this process needs.
-    jobs: the work of decoding each of these layers.
-    sizes: the bytes of each layer before coding.
-    stacked: takes the results of the jobs; returns the stacked leaves by path.
-  """
-
-  name: str
-  count: int
-  wanted: range
-  jobs: 'list[futures.Future[Flat]]'
-  sizes: list[int]
-  stacked: Callable[[list[Flat]], Flat]
-
-
-def placed(
-  outer: Iterable[tuple[int, 'futures.Future[Flat]']],
-  stacks: Sequence[Stack],
-  place: placement.Place | None,
-  bar: progress.Progress,
-) -> Flat:
-  """Returns the leaves of a model by path, on their devices.
-
-  Args:
-    outer: the bytes of each record outside the layers, and the work of decoding it.
-    stacks: the stacks.
-    place: the sharding of arrays; None for NumPy arrays.
-    bar: the progress, in bytes of the layers.
-  """
-  flat: Flat = {}
-  for nbytes, job in outer:
-    for path, leaf in job.result().items():
-      is_array = isinstance(leaf, np.ndarray)
-      contiguous = host.contiguous(leaf) if is_array else leaf
-      flat |= placement.placed({path: contiguous}, place)
-    bar.update(nbytes)
-  for stack in stacks:
-    layers = []
-    for i, job in zip(stack.wanted, stack.jobs, strict=True):
-      layers.append(job.result())
-      bar.update(stack.sizes[i])
-    leaves = {f'{stack.name}/{x}': y for x, y in stack.stacked(layers).items()}
-    flat |= placement.placed_stack(leaves, place, stack.wanted, stack.count)
-  return flat
-
-
-def start_stacks(
-  decoder: Decoder,
-  layers: range,
-  place: placement.Place | None,
-  start: pool.Start,
-  resolve: Resolve,
-  integers: bool,
-) -> list[Stack]:
-  """Starts to decode layers into their places in stacks.
-
-  Args:
-    decoder: decodes the records.
-    layers: the layers.
-    place: the sharding of arrays; None if this process needs all layers.
-    start: starts a job.
-    resolve: returns the parameters that leaves of the layers need.
-    integers: whether multiples of one step stay integers.
-  """
-  entry = lambda index: decoder.entry(models.names.layer(index))
-
-  def stack(run: range) -> Stack:
-    """Starts a stack of layers with equal keys."""
-    records, wanted = list(map(entry, run)), range(len(run))
-    name, first = models.names.stack(run), records[0]
-    if place is not None:
-      shapes = [
-        (first.inner(leaf.path), shape)
-        for leaf, specs in first.leaf_specs()
-        for shape in ([leaf.shape] if leaf.is_array() else [x.shape for x in specs])
-      ]
-      wanted = placement.local_layers(place, name, shapes, len(run))
-    # Where ranks differ, a stack has room for the greatest one in each layer.
-    largest = max(record.memory_bytes(integers) for record in records)
-    check_memory(name, largest * len(wanted))
-    memory, jobs = allocate(records, len(wanted), integers), []
-    for row, i in enumerate(wanted):
-      rows = {path: [x[row, ...] for x in arrays] for path, arrays in memory.items()}
-      decode = functools.partial(decoder.decode, rows=rows, integers=integers)
-      jobs.append(start(functools.partial(decode, records[i].name, resolve)))
-    sizes = [record.input.bytes for record in records]
-    stacked = functools.partial(_stacked, records, wanted, memory)
-    return Stack(name, len(run), wanted, jobs, sizes, stacked)
-
-  key = lambda index: entry(index).stack_key(integers)
-  return [stack(run) for run in models.stack_ranges(layers, key)]
-
-
-def _stacked(
-  records: list[manifest_lib.RecordEntry],
-  wanted: range,
-  memory: Rows,
-  layers: list[Flat],
-) -> Flat:
-  """Stacks the leaves of layers; returns them by path within a layer."""
-  leaves: dict[str, list[Any]] = {}
-  for i, layer in zip(wanted, layers, strict=True):
-    for path, leaf in layer.items():
-      leaves.setdefault(records[i].inner(path), []).append(leaf)
-  stacked: Flat = {}
-  for path, of_layers in leaves.items():
-    if not structured.is_structured(of_layers[0]):
-      stacked[path] = memory[path][0]
-      continue
-    ranks = [record.rank(path) for record in records]
-    stack = type(of_layers[0]).stack
-    # The arrays of all processes have one shape.
-    stacked[path] = stack(of_layers) if None in ranks else stack(of_layers, ranks)
-  return stacked
-
-
-# ---- memory --------------------------------------------------------------------------
-
-
-def allocate(
-  records: Sequence[manifest_lib.RecordEntry], count: int, integers: bool
-) -> Rows:
-  """Makes the memory for the leaves of layers in a stack.
-
-  Args:
-    records: the manifest's entries of the records, which have equal stack keys.
-    count: the length of the leading axis of the arrays.
-    integers: whether multiples of one step stay integers.
-
-  Returns:
-    The arrays for each leaf, by its path within a record. A leaf that is stored as
-    arrays of different shapes in different records has none.
-  """
-  specs_of_records = [
-    {
-      record.inner(leaf.path): [(x.shape, x.dtype) for x in specs]
-      for leaf, specs in record.leaf_specs()
-    }
-    for record in records
-  ]
-  memory: dict[str, list[np.ndarray]] = {}
-  for leaf in records[0].leaves:
-    path = records[0].inner(leaf.path)
-    specs = specs_of_records[0][path]
-    if not leaf.type_name or leaf.is_expanded(integers):
-      specs = [(leaf.shape, leaf.dtype)]
-    elif any(x[path] != specs for x in specs_of_records):
-      continue
-    try:
-      memory[path] = [host.empty((count, *shape), dtype) for shape, dtype in specs]
-    except MemoryError:
-      raise _too_large(leaf.path, sum(x.decoded_bytes for x in records)) from None
-  return memory
-
-
-def check_memory(name: str, nbytes: int) -> None:
-  """Refuses to decode more than this machine can hold, before it allocates anything.
-
-  The size of a file is no bound, because zeros take hardly any bytes in it.
-
-  Args:
-    name: name of the content, for the error.
-    nbytes: the bytes that it takes in memory.
-  """
-  if nbytes > (_available() or nbytes):
-    raise _too_large(name, nbytes)
-
-
-def _too_large(name: str, nbytes: int) -> ContainerError:
-  """Returns the error for content that memory cannot hold."""
-  return ContainerError(
-    f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
-  )
-
-
-# Where a container of Linux finds the bytes of memory that it may use, with the second
-# and the first version of control groups.
-_LIMITS = (
-  '/sys/fs/cgroup/memory.max',
-  '/sys/fs/cgroup/memory/memory.limit_in_bytes',
-)
-
-
-@functools.cache
-def _available() -> int | None:
-  """Returns the bytes of memory for this process; None if the system does not tell."""
-  limits = []
-  with contextlib.suppress(AttributeError, ValueError, OSError):  # not a Unix
-    limits.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
-  for path in _LIMITS:
-    with contextlib.suppress(OSError, ValueError):  # 'max' stands for no limit
-      limits.append(int(pathlib.Path(path).read_text()))
-  return min(limits, default=None)

@@ -29,8 +29,8 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
-from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import memory
 from rotbits_jax.file import sources
 from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.relative import base as base_lib
@@ -356,7 +356,7 @@ class Encoder:
         ahead.append(_Coded(records, reached))
         size = self.nbytes([name for name, _ in records])
         del records
-        while len(ahead) > (0 if size >= decode_lib.LARGE else 1):
+        while len(ahead) > (0 if size >= memory.LARGE else 1):
           yield ahead.popleft()
       while ahead:
         yield ahead.popleft()

@@ -127,6 +127,12 @@ class Leaf:
       raise ValueError(f'{self.path}: expected a leaf with two factors') from error
 
   @property
+  def has_classes(self) -> bool:
+    """Whether the leaf has differences whose classes the reader computes."""
+    has_scales = {'differences', 'column_scales'} <= set(self.arrays)
+    return self.leaf_class is structured.Difference and has_scales
+
+  @property
   def is_multiples(self) -> bool:
     """Whether the leaf is an array of integers times one step."""
     multiples = structured.UniformlyQuantized.type_name

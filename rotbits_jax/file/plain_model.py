@@ -16,7 +16,9 @@ from rotbits_jax import structured
 from rotbits_jax.checkpoints import attributes
 from rotbits_jax.coding import pool
 from rotbits_jax.file import decode
+from rotbits_jax.file import memory
 from rotbits_jax.file import placement
+from rotbits_jax.file import stacks
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
@@ -74,7 +76,7 @@ def read_model(
     for name in (*outer, *names.values())
   }
   sizes = {name: sum(x.nbytes for x in flat.values()) for name, flat in specs.items()}
-  decode.check_memory('the whole content', sum(sizes.values()))
+  memory.check('the whole content', sum(sizes.values()))
 
   def fill(index: int, rows: Mapping[str, np.ndarray]) -> decode.Flat:
     """Decodes a layer into its rows."""
@@ -83,22 +85,24 @@ def read_model(
       rows[path][...] = host.contiguous(leaf)
     return {}
 
-  def stack(run: range) -> decode.Stack:
+  def stack(run: range) -> stacks.Stack:
     """Starts a stack of layers whose arrays have equal shapes and dtypes."""
     name, wanted = models.names.stack(run), range(len(run))
     arrays = specs[names[run[0]]]
     if place is not None:
       shapes = [(path, x.shape) for path, x in arrays.items()]
       wanted = placement.local_layers(place, name, shapes, len(run))
-    memory = {
+    arrays_of_stack = {
       path: host.empty((len(wanted), *x.shape), x.dtype) for path, x in arrays.items()
     }
     jobs = []
     for row, i in enumerate(wanted):
-      rows = {path: x[row] for path, x in memory.items()}
+      rows = {path: x[row] for path, x in arrays_of_stack.items()}
       jobs.append(start(functools.partial(fill, run[i], rows)))
     of_layers = [sizes[names[i]] for i in run]
-    return decode.Stack(name, len(run), wanted, jobs, of_layers, lambda _: memory)
+    return stacks.Stack(
+      name, len(run), wanted, jobs, of_layers, lambda _: arrays_of_stack
+    )
 
   read = lambda name: structured.flatten(source.read(name))
   with (
@@ -107,5 +111,5 @@ def read_model(
   ):
     jobs = [(sizes[name], start(functools.partial(read, name))) for name in outer]
     runs = models.stack_ranges(layers, lambda i: specs[names[i]])
-    flat = decode.placed(jobs, list(map(stack, runs)), place, bar)
+    flat = stacks.placed(jobs, list(map(stack, runs)), place, bar)
   return models.Model(structured.unflatten(flat), source.buffers, source.config)

@@ -30,11 +30,13 @@ from rotbits_jax.file import container
 from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
+from rotbits_jax.file import memory
 from rotbits_jax.file import placement
 from rotbits_jax.file import plain_model
 from rotbits_jax.file import shards
 from rotbits_jax.file import sidecars
 from rotbits_jax.file import sources
+from rotbits_jax.file import stacks as stacks_lib
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
@@ -297,7 +299,7 @@ class Reader:
     is_whole = place is None or jax.process_count() == 1
     held = entries if is_whole else entries[: len(outer)]
     nbytes = sum(entry.memory_bytes(integers) for entry in held)
-    decode_lib.check_memory('the whole content', nbytes)
+    memory.check('the whole content', nbytes)
     total = sum(entry.input.bytes for entry in entries)
     decode = functools.partial(self._decoder.decode, integers=integers)
     with (
@@ -308,12 +310,12 @@ class Reader:
       resolve = self._resolver(jobs)
       for name in outer:
         jobs[name] = start(functools.partial(decode, name, resolve))
-      stacks = decode_lib.start_stacks(
+      stacks = stacks_lib.start_stacks(
         self._decoder, layers, place, start, resolve, integers
       )
       sizes = [self._decoder.entry(name).input.bytes for name in jobs]
       pairs = zip(sizes, jobs.values(), strict=True)
-      flat = decode_lib.placed(pairs, stacks, place, bar)
+      flat = stacks_lib.placed(pairs, stacks, place, bar)
     if self.config is None:
       return self._tree(flat)
     return self._model(flat)
@@ -353,7 +355,7 @@ class Reader:
       ahead: collections.deque[Any] = collections.deque()
       for i, name in enumerate(names):
         # One record is decoded while the caller works on the one before it.
-        wanted = 1 if sizes[name] >= decode_lib.LARGE else 2
+        wanted = 1 if sizes[name] >= memory.LARGE else 2
         for other in names[i + len(ahead) : i + wanted]:
           decode = functools.partial(
             self._decoder.decode, integers=keep is None, shared=True
@@ -416,7 +418,7 @@ class Reader:
         options = schema.load(paper.Options, self.options, 'options')
         sizes = entry.layout.record_bytes(config)
         rotation = 16 * max(config.segment_widths) ** 2  # with its integers
-        decode_lib.check_memory('the message', 2 * sum(sizes.values()) + rotation)
+        memory.check('the message', 2 * sum(sizes.values()) + rotation)
         streams = {}
         for name, stream in entry.streams.items():
           with file.checked(name, stream.crc32) as data:

@@ -148,7 +148,7 @@ class FileWriter:
   def _deflated(
     self, prefix: str, contents: Mapping[str, bytes]
   ) -> dict[str, manifest_lib.Deflated]:
-    """Writes files as streams of the format of zlib; their names begin with a prefix."""
+    """Writes files as zlib streams, whose names begin with a prefix."""
     entries = {}
     for name, data in contents.items():
       packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)

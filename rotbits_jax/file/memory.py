@@ -1,0 +1,51 @@
+"""The bounds of memory: too much is refused before it is allocated."""
+
+import contextlib
+import functools
+import os
+import pathlib
+
+from rotbits_jax.file.container import ContainerError
+
+LARGE = 1 << 30
+"""Bytes of records beside which no others are held, as those of the widest layers."""
+
+
+def check(name: str, nbytes: int) -> None:
+  """Refuses to decode more than this machine can hold, before it allocates anything.
+
+  The size of a file is no bound, because zeros take hardly any bytes in it.
+
+  Args:
+    name: name of the content, for the error.
+    nbytes: the bytes that it takes in memory.
+  """
+  if nbytes > (_available() or nbytes):
+    raise too_large(name, nbytes)
+
+
+def too_large(name: str, nbytes: int) -> ContainerError:
+  """Returns the error for content that memory cannot hold."""
+  return ContainerError(
+    f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
+  )
+
+
+# Where a container of Linux finds the bytes of memory that it may use, with the second
+# and the first version of control groups.
+_LIMITS = (
+  '/sys/fs/cgroup/memory.max',
+  '/sys/fs/cgroup/memory/memory.limit_in_bytes',
+)
+
+
+@functools.cache
+def _available() -> int | None:
+  """Returns the bytes of memory for this process; None if the system does not tell."""
+  limits = []
+  with contextlib.suppress(AttributeError, ValueError, OSError):  # not a Unix
+    limits.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+  for path in _LIMITS:
+    with contextlib.suppress(OSError, ValueError):  # 'max' stands for no limit
+      limits.append(int(pathlib.Path(path).read_text()))
+  return min(limits, default=None)
