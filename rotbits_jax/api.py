@@ -76,14 +76,14 @@ def encode(
 
   Args:
     source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A PyTree
-      needs a preset that keeps all bits, because its symmetries are not known. A model
+      takes 'exact' and 'near', because its symmetries are not known. A model
       with `stored_as` is not rounded yet; it is rounded at the end. Arrays in the other
       byte order come back in that of the machine.
     preset: a name, or a preset that a factory in `presets` made. 'exact' keeps every
       bit of the input; 'free' removes elements on which the function does not depend;
-      'near' also rounds to coarser steps; 'paper' rotates the weights and gets the bits
-      of the rotations back as published. The default is 'free' for a sliced model and
-      'exact' for everything else.
+      'near' also rounds to coarser steps, and only that where no family is known;
+      'paper' rotates the weights and gets the bits of the rotations back as published.
+      The default is 'free' for a sliced model and 'exact' for everything else.
     base: a model or PyTree that the receiver has and that differs little, such as the
       base of a fine-tune. Its arrays are not stored again, and whoever decodes the file
       passes it, too. Arrays are found by their paths. It needs the preset 'exact',
@@ -454,7 +454,8 @@ def verify(
   bits must have those of the checkpoint; they are compared one record at a time. For
   other files memory holds both models. The divergence of the predictions for random
   tokens is measured; unless the preset is an approximation, it must be at most a few
-  times the noise floor, which rounding alone makes.
+  times the noise floor, which rounding alone makes. Of plain tensors that `near` has
+  rounded, only the other files are compared.
 
   >>> rotbits_jax.verify(rotbits_jax.encode({'w': np.ones(2)})).tensors
   1
@@ -486,7 +487,7 @@ def verify(
       verification.compare_files(reader, expected.files)
     bits = expected if reader.keeps == 'bits' else None
     found = verification.read_all(reader, bits, progress=progress)
-    if against is None or bits is not None:
+    if against is None or bits is not None or reader.is_plain:
       return found
     kl, floor = verification.compare_function(
       reader,

@@ -131,7 +131,7 @@ def _write_tensors(
         raise ContainerError(f'{name}: the headers and the records differ')
   _check_inputs(reader, directory, writer.names())
   with writer:
-    for _, flat in reader.each(show_progress=progress):
+    for _, flat in reader.each(keep=(), show_progress=progress):
       for name, tensor in flat.items():
         writer.add(name, tensor)
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 import rotbits_jax
@@ -190,11 +191,13 @@ class Encoder:
     source: Any = self.source
     if source.config is not None:
       return passes.make_context(self._records, stored_as=source.stored_as)
+    if self.preset.keeps == 'approximation':
+      return None  # each matrix is rounded by itself, see `_record`
     if self.preset.keeps != 'bits':
       reason = getattr(source, 'reason', None)
       raise checkpoints.UnsupportedError(
         f'{f"{reason}; " if reason else ""}the preset {self.preset.name!r} needs a '
-        'model of a known family; the preset exact stores plain arrays'
+        'model of a known family; the presets exact and near store plain arrays'
       )
     return None
 
@@ -326,7 +329,13 @@ class Encoder:
 
   def _record(self, name: str) -> passes.Record:
     """Returns a record that no transform rewrites."""
-    return passes.Record(name, self._records.read(name), [])
+    params = self._records.read(name)
+    if self._context is None and self.preset.rounding is not None:
+      flat = {path: {} for path in structured.empty_dicts(params)}
+      for path, leaf in structured.flatten(params).items():
+        flat[path] = _rounded(self.preset.rounding, path, leaf)
+      params = structured.unflatten(flat)
+    return passes.Record(name, params, [])
 
   def _coded(self, names: Sequence[str], state: Any) -> Iterator[_Coded]:
     """Codes records while the next ones are rewritten.
@@ -395,6 +404,20 @@ class Encoder:
       savings=(saving,),
     )
     bar.update(sum(x.bytes for x in counts))
+
+
+def _rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
+  """Rounds a matrix of no known model to a step by its root mean square."""
+  dtype = np.dtype(leaf.dtype)
+  is_float = dtype in (np.float16, ml_dtypes.bfloat16, np.float32)
+  log2_step = rounding.log2_step(path, dtype)
+  is_matrix = structured.is_plain(leaf) and passes.is_matrix(leaf)
+  if log2_step is None or not is_float or not is_matrix:
+    return leaf
+  wide = jnp.asarray(leaf, jnp.float32)
+  array = np.asarray(passes.round_leaf(wide, dtype, log2_step, uniform=True)[0])
+  multiples = structured.UniformlyQuantized.of(array)
+  return structured.astype(array if multiples is None else multiples, dtype)
 
 
 def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:

@@ -45,8 +45,7 @@ def open_model(
     name = decoder.holders[path]
     if getattr(thread, 'name', None) != name:
       thread.name, thread.flat = name, decoder.decode(name)
-    array: np.ndarray = thread.flat[path]
-    return array
+    return np.asarray(structured.materialize(thread.flat[path]))
 
   tensors = {
     path: checkpoints.LazyTensor(

@@ -158,7 +158,13 @@ class Report(NamedTuple):
         'that were trained on the input do not fit it: merge them first, or use the '
         'preset exact.'
       )
-    if self.keeps == 'approximation':
+    if self.keeps == 'approximation' and self.family is None:
+      remarks.append(
+        'No divergence was measured, because the tensors are of no known family: '
+        'compare the predictions of the decoded checkpoint with those of the input, on '
+        'a text that matters to you.'
+      )
+    elif self.keeps == 'approximation':
       remarks.append('Measure how much it differs with `rotbits evaluate`.')
     return remarks
 
