@@ -19,6 +19,7 @@ the model is sliced, null for plain tensors.
 
 import pathlib
 import typing
+from typing import Any
 
 from absl import flags
 
@@ -41,11 +42,12 @@ _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
 
 
 def main() -> program.Result:
+  weights_format: Any = _FORMAT.value
   rotbits_jax.decode_to_directory(
     _INPUT.value,
     _OUTPUT.value,
     base=_BASE.value,
-    format=_FORMAT.value,
+    format=weights_format,
     shard_size=program.parse_size(_SHARD_SIZE),
     dtype=_DTYPE.value,
     overwrite=_OVERWRITE.value,
@@ -62,6 +64,6 @@ def main() -> program.Result:
     'sliced': sliced,
   }
   text = f'wrote {_OUTPUT.value}'
-  if sliced and _FORMAT.value == 'safetensors':
+  if sliced and weights_format == 'safetensors':
     text += '\nThe model is sliced; to load it in transformers: --format=transformers'
   return result, text

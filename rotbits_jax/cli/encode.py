@@ -174,10 +174,10 @@ def _read_choice(source: Any) -> _Choice:
     raise ValueError('--max_kl and --text are needed together')
   if _TEXT.present and goals in ([], ['step']):
     raise ValueError('--text is for --max_kl, --target_size or --bits')
-  target_size = program.parse_size(_TARGET_SIZE)
-  if _BITS.present:
-    target_size = int(_BITS.value * estimate_lib.elements(source) / 8)
-  if not _TEXT.present:
+  target_size, bits = program.parse_size(_TARGET_SIZE), _BITS.value
+  if bits is not None:
+    target_size = int(bits * estimate_lib.elements(source) / 8)
+  if _TEXT.value is None:
     options = {'step': _STEP.value} if _STEP.present else {}
     return _Choice(preset, options, target_size)
   opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
@@ -188,7 +188,7 @@ def _read_choice(source: Any) -> _Choice:
     'folder': outputs.resolved(_OUTPUT.value).parent,
     'progress': True,
   }
-  if not _MAX_KL.present:
+  if _MAX_KL.value is None:
     calibration = steps.calibrate(opened, tokens, **settings)
     options = {'offsets': calibration.offsets, 'inputs': calibration.inputs}
     return _Choice(preset, options, target_size)

@@ -32,15 +32,16 @@ _MAX_TOKENS = flags.DEFINE_integer('max_tokens', None, 'Tokens to use.', 2)
 def main() -> program.Result:
   text = pathlib.Path(_TEXT.value).read_text('utf-8-sig')
   # A base is for the file of the two that may need one.
-  reference_is_file = bool(_REFERENCE.value) and shards.is_encoded(_REFERENCE.value)
+  path = _REFERENCE.value
+  reference_is_file = path is not None and shards.is_encoded(path)
   model_is_file = shards.is_encoded(_MODEL.value)
   model_base = _BASE.value if model_is_file or not reference_is_file else None
   checkpoint = program.read_model(_MODEL.value, model_base)
   tokens = evaluation.encode_text(checkpoint.files, text)
   reference = rerounded = None
-  if _REFERENCE.value is not None:
+  if path is not None:
     reference_base = _BASE.value if reference_is_file else None
-    reference = program.read_model(_REFERENCE.value, reference_base).model
+    reference = program.read_model(path, reference_base).model
     rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   measured = evaluation.evaluate(
     checkpoint.model,

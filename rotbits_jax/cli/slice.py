@@ -65,9 +65,9 @@ def main() -> program.Result:
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   directory = outputs.directory_target(_OUTPUT.value)
   names = f'{stem}.pt', f'{stem}.json', *dense.files
-  encoded_files = {_ENCODED.value: None, _RECIPE.value: dense.model}
-  encoded_files.pop(None, None)
-  targets = [outputs.resolved(path) for path in encoded_files]
+  bases = {_ENCODED.value: None, _RECIPE.value: dense.model}
+  encoded_files = {file: base for file, base in bases.items() if file is not None}
+  targets = [outputs.resolved(file) for file in encoded_files]
   for target in [*targets, *([directory / names[0]] if directory.exists() else [])]:
     outputs.check(target, overwrite=_OVERWRITE.value)
   targets += [directory / name for name in names]
@@ -97,10 +97,10 @@ def main() -> program.Result:
   rotbits_jax.save_checkpoint(
     checkpoint, _OUTPUT.value, format='slicegpt', overwrite=_OVERWRITE.value
   )
-  for target, base in encoded_files.items():
+  for file, base in encoded_files.items():
     rotbits_jax.encode_to_file(
       unrounded,
-      target,
+      file,
       preset='free',
       base=base,
       files=checkpoint.files,
