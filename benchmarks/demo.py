@@ -12,7 +12,7 @@ rotated at random and rounded again. Seconds include what JAX takes to compile.
 from collections.abc import Iterable, Iterator
 import pathlib
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
@@ -82,7 +82,7 @@ def sliced_smollm2(settings: common.Settings, sparsity: float) -> pathlib.Path:
 
 
 def measure(
-  folder: pathlib.Path, name: str, presets: Iterable[str], output: pathlib.Path
+  folder: pathlib.Path, name: str, presets: Iterable[Any], output: pathlib.Path
 ) -> Iterator[Row]:
   """Encodes a model with some presets, decodes, verifies and evaluates it."""
   checkpoint = rotbits_jax.load_checkpoint(folder)
@@ -150,7 +150,7 @@ def run(settings: common.Settings, full: bool = True) -> Iterator[common.Section
       'SmolLM2-135M, dense': common.smollm2(settings),
       'SmolLM2-135M, sliced by 25%': sliced_smollm2(settings, SPARSITY),
     }
-  rows = []
+  rows: list[Row] = []
   for name, folder in subjects.items():
     rows += measure(folder, name, presets, settings.output)
   about = (

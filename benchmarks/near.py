@@ -41,8 +41,6 @@ PICTURES = {
 }
 """The models, and the pictures of their tables."""
 
-_TOGETHER = 3  # models in memory at once, so that the reference predicts less often
-
 
 class Row(NamedTuple):
   """A line of the table.
@@ -70,23 +68,14 @@ def title(model: str) -> str:
 
 
 def stored_by_near(
-  rewritten: models.Model,
+  model: models.Model,
   step: float,
   offsets: Mapping[str, float],
   inputs: Mapping[str, passes.Inputs],
 ) -> formats.Stored:
-  """Encodes with `near` and decodes.
-
-  Args:
-    rewritten: the model after the transforms of `near`, which are the same for every
-      step; see `steps_lib.rewritten`.
-    step: see `presets.near`.
-    offsets: see `presets.near`.
-    inputs: see `presets.near`.
-  """
+  """Encodes with `near` and decodes; see `presets.near` for the arguments."""
   preset = presets.near(step=step, offsets=offsets, inputs=inputs)
-  preset = preset._replace(transform=passes.chain())
-  data = rotbits_jax.encode(rewritten, preset=preset)
+  data = rotbits_jax.encode(model, preset=preset)
   loaded = rotbits_jax.load(data)
   assert isinstance(loaded, rotbits_jax.Model)
   return formats.Stored(loaded, len(data))
@@ -103,34 +92,25 @@ def measure(checkpoint: rotbits_jax.Checkpoint) -> list[Row]:
     )
   )
   calibrated = steps_lib.calibrate(model, calibration, progress=True)
-  rewritten = steps_lib.rewritten(model)
   model = jax.device_put(model)
   ways: list[tuple[str, str, Callable[[], formats.Stored]]] = []
   for method, offsets in ((PLAIN, {}), (CALIBRATED, calibrated.offsets)):
     for step in STEPS:
-      make = functools.partial(
-        stored_by_near, rewritten, step, offsets, calibrated.inputs
-      )
+      settings = step, offsets, calibrated.inputs
+      make = functools.partial(stored_by_near, model, *settings)
       ways.append((method, f'2^{step}', make))
-  for name in BLOCKS:
-    ways.append((GGUF, name, functools.partial(formats.in_blocks, model, name)))
-  for bits in WIDTHS:
-    ways.append((ROWS, f'int{bits}', functools.partial(formats.in_rows, model, bits)))
+  ways += [(GGUF, x, functools.partial(formats.in_blocks, model, x)) for x in BLOCKS]
+  ways += [
+    (ROWS, f'int{x}', functools.partial(formats.in_rows, model, x)) for x in WIDTHS
+  ]
   rows = []
-  for start in range(0, len(ways), _TOGETHER):
-    some = ways[start : start + _TOGETHER]
-    stored = {(method, name): make() for method, name, make in some}
-    measured = evaluation.compare(
-      {' '.join(key): x.model for key, x in stored.items()},
-      tokens,
-      {'model': model},
-      progress=True,
-    )
-    for key, x in stored.items():
-      found = measured[' '.join(key)]
-      rows.append(
-        Row(*key, x.bytes, found.perplexity, found.kl['model'], found.ear['model'])
-      )
+  for method, name, store in ways:
+    stored = store()
+    measured = evaluation.evaluate(stored.model, tokens, reference=model, progress=True)
+    assert measured.kl is not None
+    assert measured.ear is not None
+    measures = measured.perplexity, measured.kl, measured.ear
+    rows.append(Row(method, name, stored.bytes, *measures))
   return rows
 
 

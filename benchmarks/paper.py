@@ -37,7 +37,7 @@ def schemes() -> str:
   model = checkpoint.model
   text = evaluation.encode_text(checkpoint.files, common.read_data('evaluation.txt'))
   parameters = sum(d * (d - 1) // 2 for d in model.config.segment_widths)
-  rows, decoded = [], {}
+  rows = []
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder, 'x.rotbits')
     for name, options in SCHEMES.items():
@@ -46,16 +46,15 @@ def schemes() -> str:
         preset = presets.make('paper', **options)
         rotbits_jax.encode_to_file(common.SLICED, file, preset=preset, overwrite=True)
         encoded = time.perf_counter()
-        decoded[name] = common.load_model(file)
+        decoded = common.load_model(file)
         seconds = encoded - start, time.perf_counter() - encoded
       report = rotbits_jax.inspect(file)
       net = sum(note.get('net', 0) for note in report.notes['rotations'])
       reduction = f'{1 - report.file_bytes / report.input_bytes:.2%}'
       size, back = f'{report.file_bytes:,}', f'{net / parameters:.2f}'
-      rows.append([name, size, reduction, back, *(f'{x:.1f}' for x in seconds)])
-  measured = evaluation.compare(decoded, text, {'given': model}, max_tokens=TOKENS)
-  for row in rows:
-    row.append(f'{measured[row[0]].kl["given"]:.2g}')
+      measured = evaluation.evaluate(decoded, text, reference=model, max_tokens=TOKENS)
+      costs = (f'{x:.1f}' for x in seconds)
+      rows.append((name, size, reduction, back, *costs, f'{measured.kl:.2g}'))
   header = ('scheme', 'bytes', 'reduction', 'bits back', 'encode s', 'decode s', 'KL')
   return common.table(header, rows)
 

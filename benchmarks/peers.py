@@ -149,7 +149,7 @@ class Openzl:
 class Rotbits:
   """This project: `encode_to_file`, and `load`, which returns JAX arrays."""
 
-  def __init__(self, preset: str) -> None:
+  def __init__(self, preset: Any) -> None:
     self._preset = preset
 
   def compress(self, source: str, output: str) -> None:

@@ -8,6 +8,7 @@ table from there, too.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import re
 from typing import Any
 
@@ -43,7 +44,7 @@ def canonical() -> None:
   model = rotbits_jax.load_checkpoint(common.SLICED).model
   canonicalize = jax.jit(rotbits_jax.canonicalize, static_argnums=1)
   params, _ = canonicalize(model.params, model.config)
-  fixed = model.replace(params=params)
+  fixed = dataclasses.replace(model, params=params)
   before, after = (x.layer(1)['mlp_shortcut']['kernel'] for x in (model, fixed))
   factor = np.asarray(after.b, np.float32)
   factor = factor[:, np.abs(factor).max(0) > 1e-6]

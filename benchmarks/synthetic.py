@@ -220,9 +220,10 @@ def _arrays(
       full = models.names.prefix(index) + path
       if 'shortcut' in path:
         number = 2 * index + (path == 'mlp_shortcut/kernel')
-        widths = config.segment_widths[number : number + 2]
+        width, following = config.segment_widths[number : number + 2]
         rng = np.random.default_rng([seed, number])
-        yield full, shortcut(config.hidden_size, *widths, rng).astype(np.float16)
+        matrix = shortcut(config.hidden_size, width, following, rng)
+        yield full, matrix.astype(np.float16)
       else:
         writes = path in ('attention/out/kernel', 'mlp/down/kernel')
         scales = deviations[::-1] if writes else deviations
