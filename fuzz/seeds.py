@@ -16,7 +16,7 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.relative import measure
 from tests import random_models
@@ -284,10 +284,12 @@ def torch_files() -> list[bytes]:
   }
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'x.pt'
-    specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
+    specs = {
+      name: tensors_lib.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()
+    }
     writer = torch_zip.TorchZipWriter(path, specs, 'x')
     for name, x in tensors.items():
-      writer.add(name, lazy.row_major(x))
+      writer.add(name, tensors_lib.row_major(x))
     writer.close()
     return [path.read_bytes()]
 

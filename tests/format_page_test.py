@@ -171,13 +171,6 @@ def test_settings_and_arrays_of_leaves(subtests):
       assert written <= names(' '.join(about))
 
 
-def test_names_of_factors():
-  (paragraph,) = re.findall(
-    r'^\*\*`low_rank`, `reduced_low_rank`\.\*\*(?:.+\n)+', PAGES, re.M
-  )
-  assert set(checkpoints.FACTORS) <= names(paragraph)
-
-
 def test_every_type_is_in_the_table():
   text = PAGES
   rows = re.findall(r'^\| ((?:`\w+`,? ?)+)\| (?:.*\| ){2}', text, re.M)

@@ -20,7 +20,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import transformers_files
+from rotbits_jax.checkpoints import transformers
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 SLICED = sorted(path.parent.name for path in TESTDATA.glob('*sliced*/config.json'))
@@ -217,7 +217,7 @@ def test_code_that_is_made_of_that_of_llama(family, sha256):
 def written_for(model, family):
   """Returns the files beside the weights of a model, as if it were of this family."""
   config = dataclasses.replace(model.config, family=family)
-  return transformers_files.sidecars(
+  return transformers.sidecars(
     config, checkpoint_of(model).files, stem='x_0.25', ranks={}, dtype=np.dtype('f')
   )
 

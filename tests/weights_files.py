@@ -6,8 +6,8 @@ import pathlib
 
 import numpy as np
 
-from rotbits_jax.checkpoints import lazy
-from rotbits_jax.checkpoints import safetensors_files
+from rotbits_jax.checkpoints import safetensors
+from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 
 Tensors = Mapping[str, np.ndarray]
@@ -18,18 +18,24 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  opened = safetensors_files.open_file(path)
+  opened = safetensors.open_file(path)
   return {name: tensor.read() for name, tensor in opened.items()}
 
 
 def write_torch(path: pathlib.Path, tensors: Tensors, stem: str) -> None:
   """Writes a file whose top folder in the zip is the stem."""
-  specs = {name: lazy.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}
-  writer = torch_zip.TorchZipWriter(path, specs, stem)
+  writer = torch_zip.TorchZipWriter(path, specs_of(tensors), stem)
   for name, tensor in tensors.items():
-    writer.add(name, lazy.row_major(tensor))
+    writer.add(name, tensors_lib.row_major(tensor))
   writer.close()
 
 
 def write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
-  path.write_bytes(safetensors_files.to_bytes(tensors))
+  header, offsets = safetensors.layout(specs_of(tensors))
+  ordered = sorted(offsets, key=offsets.get)
+  contents = [np.ascontiguousarray(tensors[name]).tobytes() for name in ordered]
+  path.write_bytes(b''.join([header, *contents]))
+
+
+def specs_of(tensors: Tensors) -> dict[str, tensors_lib.TensorSpec]:
+  return {name: tensors_lib.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()}

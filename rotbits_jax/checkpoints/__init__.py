@@ -5,48 +5,44 @@ files. The checkpoint of a sliced model also has a slicing JSON, in which SliceG
 the width of every residual segment.
 """
 
-from rotbits_jax.checkpoints.checkpoint import example
-from rotbits_jax.checkpoints.checkpoint import fitting_files
-from rotbits_jax.checkpoints.checkpoint import is_divided
-from rotbits_jax.checkpoints.checkpoint import load_checkpoint
-from rotbits_jax.checkpoints.checkpoint import open_any
-from rotbits_jax.checkpoints.checkpoint import open_checkpoint
-from rotbits_jax.checkpoints.checkpoint import open_plain
-from rotbits_jax.checkpoints.checkpoint import save_checkpoint
-from rotbits_jax.checkpoints.configs import parse_config
-from rotbits_jax.checkpoints.configs import slicing_json
-from rotbits_jax.checkpoints.configs import with_dtype
-from rotbits_jax.checkpoints.configs import with_own_head
-from rotbits_jax.checkpoints.contents import ADAPTER_CONFIG
-from rotbits_jax.checkpoints.contents import Checkpoint
+from rotbits_jax.checkpoints.config import parse_object
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.errors import UnsupportedError
-from rotbits_jax.checkpoints.factors import FACTORS
-from rotbits_jax.checkpoints.factors import Factored
-from rotbits_jax.checkpoints.factors import FactorNames
 from rotbits_jax.checkpoints.families import FAMILIES
 from rotbits_jax.checkpoints.families import Family
 from rotbits_jax.checkpoints.families import TensorRow
-from rotbits_jax.checkpoints.lazy import LazyTensor
-from rotbits_jax.checkpoints.lazy import TensorSpec
+from rotbits_jax.checkpoints.families import parse_config
+from rotbits_jax.checkpoints.families import slicing_json
+from rotbits_jax.checkpoints.families import with_dtype
+from rotbits_jax.checkpoints.families import with_own_head
 from rotbits_jax.checkpoints.plain import PlainFiles
 from rotbits_jax.checkpoints.plain import PlainWriter
+from rotbits_jax.checkpoints.plain import open_plain
 from rotbits_jax.checkpoints.reader import CheckpointReader
+from rotbits_jax.checkpoints.reader import example
 from rotbits_jax.checkpoints.reader import from_tensors
+from rotbits_jax.checkpoints.reader import load_checkpoint
+from rotbits_jax.checkpoints.reader import open_any
+from rotbits_jax.checkpoints.reader import open_checkpoint
+from rotbits_jax.checkpoints.tensors import Checkpoint
+from rotbits_jax.checkpoints.tensors import LazyTensor
+from rotbits_jax.checkpoints.tensors import TensorSpec
 from rotbits_jax.checkpoints.tensors import to_tensors
 from rotbits_jax.checkpoints.writer import CheckpointWriter
 from rotbits_jax.checkpoints.writer import Format
+from rotbits_jax.checkpoints.writer import fitting_files
+from rotbits_jax.checkpoints.writer import save_checkpoint
+
+ADAPTER_CONFIG = 'adapter_config.json'
+"""Name of the file that PEFT writes beside a LoRA adapter."""
 
 __all__ = [
   'ADAPTER_CONFIG',
-  'FACTORS',
   'FAMILIES',
   'Checkpoint',
   'CheckpointError',
   'CheckpointReader',
   'CheckpointWriter',
-  'FactorNames',
-  'Factored',
   'Family',
   'Format',
   'LazyTensor',
@@ -58,12 +54,12 @@ __all__ = [
   'example',
   'fitting_files',
   'from_tensors',
-  'is_divided',
   'load_checkpoint',
   'open_any',
   'open_checkpoint',
   'open_plain',
   'parse_config',
+  'parse_object',
   'save_checkpoint',
   'slicing_json',
   'to_tensors',

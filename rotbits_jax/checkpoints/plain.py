@@ -1,10 +1,11 @@
-"""Safetensors files of any model: tensors under their names, and the files' headers.
+"""Plain checkpoints: safetensors files of any model, as tensors under their names.
 
-Tensors follow each other without holes in a safetensors file, so its header and its
-tensors give it back byte for byte, whatever model they belong to.
+The tensors of a safetensors file are contiguous: one begins where the one before it
+ends. So the header and the tensors give the file back, byte for byte, whatever model
+they belong to.
 
 Raises:
-  CheckpointError: if a file is damaged or has changed.
+  CheckpointError: if a file is missing or damaged, or has changed.
 """
 
 from collections.abc import Mapping
@@ -18,9 +19,10 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.checkpoints import lazy
-from rotbits_jax.checkpoints import safetensors_files
-from rotbits_jax.checkpoints import staging
+from rotbits_jax.checkpoints import folder as folder_lib
+from rotbits_jax.checkpoints import safetensors
+from rotbits_jax.checkpoints import tensors as tensors_lib
+from rotbits_jax.checkpoints import writer
 
 
 class PlainFiles:
@@ -32,14 +34,14 @@ class PlainFiles:
   Elsewhere weight and bias of one name are a record.
 
   Attributes:
-    path: the weights file, or the index of several; the first of those in sub-folders
-      if there are no others.
-    root: the folder of the checkpoint, which also has the sub-folders.
-    headers: the bytes before the tensors of each file, by its path in the folder.
+    config: None, because the model is not known; so are `stem` and `stored_as`.
+    path: the weights file, or the index of several.
     files: the files beside the weights, byte for byte. An index is one of them.
     left_out: names of files and folders beside the weights that are not kept.
     reason: why the checkpoint is not opened as a model; None if nobody tried.
-    tensors: the tensors by name. Names in a sub-folder begin with its path.
+    headers: the header of each weights file by its name, see
+      `safetensors.read_header`.
+    tensors: the tensors by name.
     records: names of the records.
   """
 
@@ -48,103 +50,64 @@ class PlainFiles:
   def __init__(
     self,
     path: pathlib.Path,
-    weights: Mapping[str, pathlib.Path],
+    weights: list[pathlib.Path],
     *,
-    root: pathlib.Path,
     files: Mapping[str, bytes],
     left_out: tuple[str, ...] = (),
     reason: str | None = None,
   ):
-    """Reads the headers; `weights` has each file by its path in the folder."""
-    self.path, self.root, self.files = path, root, dict(files)
+    """Opens the weights files, which are in one folder."""
+    self.path, self.files = path, dict(files)
     self.left_out, self.reason = left_out, reason
-    self._opened = {name: lazy.opened(file) for name, file in weights.items()}
-    self.headers = {
-      name: safetensors_files.read_header(file) for name, file in self._opened.items()
-    }
-    sizes = {name: file.size for name, file in self._opened.items()}
-    self.tensors: dict[str, lazy.LazyTensor] = {}
-    for file, places in tensor_places(self.headers, sizes).items():
-      for name, place in places.items():
-        tensor = lazy.in_file(self._opened[file], place.offset, place.spec)
-        self.tensors[name] = tensor
+    self._opened = [tensors_lib.opened(file) for file in weights]
+    self.headers: dict[str, bytes] = {}
+    self.tensors: dict[str, tensors_lib.LazyTensor] = {}
+    for file in self._opened:
+      header = safetensors.read_header(file)
+      tensors = safetensors.open_tensors(file, header, any_dtype=True)
+      if twice := self.tensors.keys() & tensors.keys():
+        raise errors.CheckpointError(
+          f'{file.path}: {min(twice)} is in another file, too'
+        )
+      self.headers[file.path.name] = header
+      self.tensors |= tensors
     self._records: dict[str, list[str]] = {}
     for name in self.tensors:
+      if not all(name.split('/')):
+        raise errors.CheckpointError(f'{path}: {name!r} cannot be the name of a tensor')
       self._records.setdefault(_record_of(name), []).append(name)
     self.records = tuple(self._records)
 
   @property
   def input_bytes(self) -> int:
     """Size of the weights files."""
-    return sum(file.size for file in self._opened.values())
+    return sum(file.size for file in self._opened)
 
   def read(self, record: str) -> dict[str, Any]:
     """Returns the tensors of a record by name; a slash makes nested dicts."""
-    flat = {name: self.tensors[name].read() for name in self._records[record]}
-    return structured.unflatten(flat)
+    names = self._records[record]
+    return structured.unflatten({name: self.tensors[name].read() for name in names})
 
   def specs(self, record: str) -> dict[str, Any]:
     """Returns the shapes and dtypes of a record, like `read`; nothing is read."""
-    flat = {name: self.tensors[name].spec for name in self._records[record]}
-    return structured.unflatten(flat)
+    names = self._records[record]
+    return structured.unflatten({name: self.tensors[name].spec for name in names})
 
   def fingerprint(self) -> str:
     """Returns a digest of the files as they were when they were opened."""
-    contents = [*self.headers.items(), *self.files.items()]
     summary = [
-      [(file.path.name, file.size, file.modified) for file in self._opened.values()],
-      [(name, hashlib.sha256(data).hexdigest()) for name, data in contents],
+      [(file.path.name, file.size, file.modified) for file in self._opened],
+      {name: hashlib.sha256(x).hexdigest() for name, x in self.headers.items()},
+      {name: hashlib.sha256(x).hexdigest() for name, x in self.files.items()},
     ]
     return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
 
 
-def tensor_places(
-  headers: Mapping[str, bytes], sizes: Mapping[str, int] | None = None
-) -> dict[str, dict[str, safetensors_files.Place]]:
-  """Finds the tensors of safetensors files.
-
-  Args:
-    headers: the bytes before the tensors of each file, by its path in the folder.
-    sizes: the sizes of the files; None if they follow from the headers.
-
-  Returns:
-    For each file, the places of its tensors by name. Names in a sub-folder begin with
-    its path, or with that of the file if another one there has such names.
-  """
-  seen: set[str] = set()
-  found = {}
-  for file, header in headers.items():
-    size = None if sizes is None else sizes[file]
-    places = safetensors_files.places(header, size, file)
-    folder = file.rpartition('/')[0]
-    if folder and any(f'{folder}/{name}' in seen for name in places):
-      folder = file
-    prefix = f'{folder}/' if folder else ''
-    places = {f'{prefix}{name}': place for name, place in places.items()}
-    for name in places:
-      if not all(name.split('/')):
-        raise errors.CheckpointError(f'{file}: {name!r} cannot be the name of a tensor')
-      if name in seen:
-        raise errors.CheckpointError(f'{file}: {name} is in another file, too')
-    seen |= places.keys()
-    found[file] = places
-  return found
-
-
-def _record_of(name: str) -> str:
-  """Returns the name of the record of a tensor, see `PlainFiles`."""
-  words = name.split('.')
-  numbers = [i for i, x in enumerate(words) if x.isdecimal()]
-  experts = [i for i in numbers if i and words[i - 1] == 'experts']
-  last = (*experts, *numbers, max(len(words) - 2, 0))[0] + 1
-  return '.'.join(words[:last])
-
-
-class PlainWriter(staging.StagedWriter):
-  """Writes safetensors files whose tensors come one at a time, in any order.
+class PlainWriter(writer.FolderWriter):
+  """Writes safetensors files whose headers are known. Tensors come in any order.
 
   Attributes:
-    specs: the tensors that the files have, by name.
+    specs: the shape and dtype of each tensor by its name.
   """
 
   def __init__(
@@ -155,39 +118,75 @@ class PlainWriter(staging.StagedWriter):
     files: Mapping[str, bytes],
     overwrite: bool = True,
   ):
-    """Checks the names and the headers. Nothing is written yet.
+    """Plans the files; nothing is written yet.
 
     Args:
       directory: the target directory, which is made if it does not exist.
-      headers: see `PlainFiles`.
+      headers: the header of each weights file by its name.
       files: the files to put beside the weights, by name.
       overwrite: whether files that exist may be replaced.
     """
-    self._headers, self._places = headers, tensor_places(headers)
+    self._headers = dict(headers)
+    self._placed = {
+      name: safetensors.places(header, name, any_dtype=True)
+      for name, header in headers.items()
+    }
     self.specs = {
-      name: place.spec
-      for places in self._places.values()
-      for name, place in places.items()
+      tensor: spec
+      for placed in self._placed.values()
+      for tensor, (_, spec) in placed.items()
     }
     super().__init__(
       directory,
-      weights=self._places,
+      weights=headers,
       tensors=self.specs,
       files=files,
       overwrite=overwrite,
     )
 
-  def _open(self, folder: pathlib.Path) -> staging.TensorWriter:
-    """Makes the weights files in a folder."""
-    writer = staging.PlacedWriter(folder)
-    for file, places in self._places.items():
-      offsets = {name: place.offset for name, place in places.items()}
-      nbytes = len(self._headers[file])
-      nbytes += sum(place.spec.nbytes for place in places.values())
-      layout = staging.WeightsFile(file, self._headers[file], offsets, nbytes)
-      writer.make(layout)
-    return writer
+  def _open(self) -> None:
+    for name, header in self._headers.items():
+      placed = self._placed[name]
+      offsets = {tensor: offset for tensor, (offset, _) in placed.items()}
+      nbytes = len(header) + sum(spec.nbytes for _, spec in placed.values())
+      self._make(name, header, offsets, nbytes)
 
   def add(self, name: str, tensor: np.ndarray) -> None:
     """Writes a tensor."""
     self._add(name, [tensor])
+
+
+def open_plain(
+  path: str | os.PathLike[str], *, reason: str | None = None
+) -> PlainFiles:
+  """Opens the safetensors files of a checkpoint of any family.
+
+  Args:
+    path: a directory with `model.safetensors`, or with an index, or with one other
+      safetensors file; or a weights file or an index. No `config.json` is needed.
+    reason: why the checkpoint is not opened as a model, if there is a reason.
+
+  Returns:
+    The tensors, the headers, and the other files.
+  """
+  weights = folder_lib.find_weights(pathlib.Path(path))
+  if folder_lib.is_torch(weights):
+    raise errors.UnsupportedError(
+      f'{weights}: of PyTorch files only models of known families are read; '
+      'convert others to safetensors'
+    )
+  shards, index = [weights], {}
+  if weights.suffix == '.json':
+    index = {weights.name: safetensors.read_index(weights)}
+    shards = list(folder_lib.shards(weights, index[weights.name]))
+  files, left_out = folder_lib.read_sidecars(weights.parent, {weights, *shards}, index)
+  return PlainFiles(weights, shards, files=files, left_out=left_out, reason=reason)
+
+
+def _record_of(tensor: str) -> str:
+  """Returns the name of the record of a tensor, see `PlainFiles`."""
+  words = tensor.split('.')
+  numbers = [i for i, word in enumerate(words) if word.isdecimal()]
+  experts = [i for i in numbers if i and words[i - 1] == 'experts']
+  last = (*experts, *numbers, max(len(words) - 2, 0))[0] + 1
+  return '.'.join(words[:last])

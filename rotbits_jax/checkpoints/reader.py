@@ -1,4 +1,14 @@
-"""A checkpoint on disk that is read one record at a time."""
+"""Reading checkpoints: a folder of weights, configs and tokenizer files.
+
+The stem is the name that SliceGPT gives to the weights and the slicing JSON of a sliced
+model, as in `<stem>.pt` and `<stem>.json`.
+
+Raises:
+  UnsupportedError: if the files are not a checkpoint of a known family; if a tensor is
+    missing or unknown, or has a wrong shape or dtype; or if a head that must be tied
+    differs from the embedding.
+  CheckpointError: if a file is missing or damaged, or has changed.
+"""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -6,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -14,12 +25,15 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.checkpoints import factors
 from rotbits_jax.checkpoints import families
-from rotbits_jax.checkpoints import lazy
+from rotbits_jax.checkpoints import folder as folder_lib
+from rotbits_jax.checkpoints import plain
+from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
-from rotbits_jax.checkpoints.contents import Checkpoint
+from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.checkpoints.families import CONFIG
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 _SHOWN = 8  # names listed in an error
@@ -29,12 +43,13 @@ class CheckpointReader:
   """A checkpoint whose parameters are read when they are requested.
 
   Opening a checkpoint reads its names, shapes, dtypes and config. A record is a layer,
-  or all parameters of a key outside the layers; see `models.names`. The
-  parameters of a record are in memory until the caller deletes them.
+  or all parameters of a key outside the layers; see `models.names`. The parameters of a
+  record are in memory until the caller deletes them.
 
   Attributes:
     config: sizes and switches. If the given config says that the head is tied, but the
       checkpoint stores a head, this config says that it is not tied.
+    stored_as: None, because the parameters have their final dtype.
     records: names of the records: the layers, then those outside the layers.
     path: the weights file, or the index if there are several.
     files: bytes of the sidecar files (configs, tokenizer, license, code) beside the
@@ -47,9 +62,11 @@ class CheckpointReader:
     nbytes: how many bytes all tensors have.
   """
 
+  stored_as = None
+
   def __init__(
     self,
-    tensors: Mapping[str, lazy.LazyTensor],
+    tensors: Mapping[str, tensors_lib.LazyTensor],
     config: models.ModelConfig,
     *,
     path: pathlib.Path | None = None,
@@ -62,14 +79,11 @@ class CheckpointReader:
 
     The tensors have their names in the checkpoint. The files that hold them are `path`,
     which is None for tensors in memory, and `weights`.
-
-    Raises:
-      UnsupportedError: if a tensor is missing or unknown, or has a wrong shape or
-        dtype; or if a head that must be tied differs from the embedding.
     """
     self.path, self.files, self.stem = path, dict(files or {}), stem
     self.left_out = left_out
-    self._weights = [lazy.opened(x) for x in (path, *weights) if x is not None]
+    opened = [x for x in (path, *weights) if x is not None]
+    self._weights = [tensors_lib.opened(x) for x in opened]
     self._tensors = tensors
     try:
       self.config = _untied(tensors, config)
@@ -83,33 +97,25 @@ class CheckpointReader:
     self.elements = sum(tensor.size for tensor in tensors.values())
     self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
 
-  stored_as = None  # the parameters are rounded
-
   @property
   def input_bytes(self) -> int:
-    """Size of the files that hold the tensors."""
+    """Size of the files that hold the tensors, without their index."""
     sizes = {file.path: file.size for file in self._weights}
-    if self.path is not None and self.path.suffix == '.json':  # an index
-      del sizes[self.path]
-    return sum(sizes.values())
+    return sum(size for path, size in sizes.items() if path.suffix != '.json')
 
   def read(self, record: str) -> models.Params:
     """Reads one of `records`.
 
     Returns:
-      Nested dicts, with the record as their only key. Leaves are NumPy arrays, or
-      structured leaves where the checkpoint has factors or quantised codes. Kernels are
-      `[in, out]`.
-
-    Raises:
-      CheckpointError: if a file has changed or is damaged.
+      Nested dicts, with the record as their only key. Leaves are NumPy arrays. Kernels
+      are `[in, out]`.
     """
     if record == models.names.BUFFERS:
       return {record: {name: self._tensors[name].read() for name in self._buffers}}
-    found: models.Params = {}
+    flat: models.Params = {}
     for entry in self._entries[record]:
-      found |= entry.read(self._tensors[name].read() for name in entry.stored())
-    return structured.unflatten(found)
+      flat |= entry.read(self._tensors[entry.name].read())
+    return structured.unflatten(flat)
 
   def specs(self, record: str) -> models.Params:
     """Returns the shapes and dtypes of one of `records`; nothing is read.
@@ -118,24 +124,18 @@ class CheckpointReader:
     """
     if record == models.names.BUFFERS:
       return {record: {name: self._tensors[name].spec for name in self._buffers}}
-    found: models.Params = {}
-    for entry in self._entries[record]:
-      specs = [self._tensors[name].spec for name in entry.stored()]
-      if entry.factored is not None:
-        found |= entry.read(specs)
-      else:
-        for path, shape in entry.parameters().items():
-          found[path] = lazy.TensorSpec(shape, specs[0].dtype)
-    return structured.unflatten(found)
+    return structured.unflatten(
+      {
+        path: tensors_lib.TensorSpec(shape, self._tensors[entry.name].dtype)
+        for entry in self._entries[record]
+        for path, shape in entry.parameters().items()
+      }
+    )
 
   def layer(self, index: int) -> models.Params:
-    """Reads the parameters of a layer, see `read`.
-
-    Returns:
-      Nested dicts with the keys of `Model.layer`.
+    """Reads the parameters of a layer, with the keys of `Model.layer`.
 
     Raises:
-      CheckpointError: if a file has changed or is damaged.
       IndexError: if there is no such layer.
     """
     if not 0 <= index < self.config.num_layers:
@@ -146,11 +146,11 @@ class CheckpointReader:
 
   def outer(self) -> models.Params:
     """Reads the parameters outside the layers, see `read`."""
-    found: models.Params = {}
+    params: models.Params = {}
     for record in self._entries:
       if models.names.layer_index(record) is None:
-        found |= self.read(record)
-    return found
+        params |= self.read(record)
+    return params
 
   @functools.cached_property
   def buffers(self) -> dict[str, np.ndarray]:
@@ -179,28 +179,17 @@ class CheckpointReader:
     }
     return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
 
-  def load(self) -> Checkpoint:
-    """Reads the whole checkpoint into memory.
-
-    Returns:
-      The checkpoint; the model's leaves are NumPy arrays.
-
-    Raises:
-      CheckpointError: if a file has changed or is damaged.
-    """
-    arrays = functools.partial(models.materialize, keep_factors=True)
-    params = arrays(self.outer())
-
-    def key(index: int) -> tuple[Any, ...]:
-      name = models.names.layer(index)
-      return models.stack_key(self.specs(name)[name])
-
+  def load(self) -> tensors_lib.Checkpoint:
+    """Reads the whole checkpoint into memory, as NumPy arrays."""
+    params = self.outer()
+    key = lambda index: models.stack_key(
+      self.specs(models.names.layer(index))[models.names.layer(index)]
+    )
     for layers in models.stack_ranges(range(self.config.num_layers), key):
-      own = (arrays(self.layer(index)) for index in layers)
-      stack = models.stack_layers(own, len(layers))
+      stack = models.stack_layers(map(self.layer, layers), len(layers))
       params[models.names.stack(layers)] = stack
     model = models.Model(params, self.buffers, self.config)
-    return Checkpoint(model, dict(self.files), self.stem)
+    return tensors_lib.Checkpoint(model, dict(self.files), self.stem)
 
 
 def from_tensors(
@@ -210,44 +199,26 @@ def from_tensors(
 
   If the config says that the head is tied, but there is a tensor for the head, it must
   equal the embedding. The model then has the head as a parameter, and its config says
-  that the head is not tied. Two factors of a weight, see `factors`, become a
-  `structured.LowRank`.
+  that the head is not tied.
 
   Returns:
     The model; its leaves are NumPy arrays of the tensors' dtypes.
-
-  Raises:
-    CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype,
-      or if a head that must be tied differs from the embedding.
   """
-  known = {name: lazy.LazyTensor.of(tensor) for name, tensor in tensors.items()}
+  known = {name: tensors_lib.LazyTensor.of(tensor) for name, tensor in tensors.items()}
   return CheckpointReader(known, config).load().model
 
 
 def _match(
-  tensors: Mapping[str, lazy.LazyTensor], config: models.ModelConfig
+  tensors: Mapping[str, tensors_lib.LazyTensor], config: models.ModelConfig
 ) -> dict[str, list[tensors_lib.ExpectedTensor]]:
-  """Returns the entries of all records, after checking the tensors.
-
-  Raises:
-    CheckpointError: if a tensor is missing or unknown, or has a wrong shape or dtype.
-  """
+  """Returns the entries of all records, after checking the tensors."""
   if config.num_layers > len(tensors):  # before a table is made of what the config says
     raise errors.CheckpointError(
       f'tensors of the checkpoint: most are missing: there are {len(tensors)}, and the '
       f'config has {config.num_layers} layers'
     )
-  factored = {}
-  for own in tensors_lib.entries(config).values():
-    for entry in own:
-      is_matrix = len(entry.paths) == 1 and len(entry.shape) == 2
-      found = factors.find(tensors, entry.name) if is_matrix else None
-      if found is not None:
-        factored[entry.paths[0]] = found
-  records = tensors_lib.entries(config, factored)
-  expected: dict[str, tuple[int, ...]] = {}
-  for entry in itertools.chain(*records.values()):
-    expected |= entry.stored()
+  records = tensors_lib.entries(config)
+  expected = {entry.name: entry.shape for entry in itertools.chain(*records.values())}
   got = {name for name in tensors if not families.is_buffer(name)}
   problems = []
   states = {'missing': expected.keys() - got, 'unknown': got - expected.keys()}
@@ -258,39 +229,170 @@ def _match(
   if problems:
     raise errors.CheckpointError(f'tensors of the checkpoint: {"; ".join(problems)}')
   for name, shape in expected.items():
-    tensor = tensors[name]
-    if tensor.shape != shape:
+    if tensors[name].shape != shape:
       raise errors.CheckpointError(
-        f'{name}: expected shape {shape}, got {tensor.shape}'
+        f'{name}: expected shape {shape}, got {tensors[name].shape}'
       )
-    if tensor.dtype not in _DTYPES:
+    if tensors[name].dtype not in _DTYPES:
       raise errors.CheckpointError(
-        f'{name}: expected float16, bfloat16 or float32, got {tensor.dtype}'
+        f'{name}: expected float16, bfloat16 or float32, got {tensors[name].dtype}'
       )
   return records
 
 
 def _untied(
-  tensors: Mapping[str, lazy.LazyTensor], config: models.ModelConfig
+  tensors: Mapping[str, tensors_lib.LazyTensor], config: models.ModelConfig
 ) -> models.ModelConfig:
-  """Returns the config of a checkpoint that may store its tied head.
-
-  Raises:
-    CheckpointError: if the head differs from the embedding.
-  """
+  """Returns the config of a checkpoint that may store its tied head."""
   untied = dataclasses.replace(config, tied_head=False)
-  known = tensors_lib.outer_entries(untied)
-  head, embedding = known['head'][0].name, known['embed'][0].name
+  entries = tensors_lib.outer_entries(untied)
+  head, embedding = (entries[x][0].name for x in ('head', 'embed'))
   if not config.tied_head or head not in tensors:
     return config
-  if embedding in tensors and not _same_bits(tensors[head], tensors[embedding]):
+  a, b = tensors[head], tensors.get(embedding)
+  if b is not None and (
+    a.spec != b.spec or not structured.same_bits(a.read(), b.read())
+  ):
     raise errors.CheckpointError(
       f'{head} differs from {embedding}, but the config says that they are tied'
     )
   return untied
 
 
-def _same_bits(a: lazy.LazyTensor, b: lazy.LazyTensor) -> bool:
-  if a.shape != b.shape or a.dtype != b.dtype:
-    return False
-  return structured.same_bits(a.read(), b.read())
+# ---- folders -------------------------------------------------------------------------
+
+
+def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
+  """Returns the folder of a small checkpoint of random weights, for examples.
+
+  Args:
+    name: 'phi2-tiny-sliced-0.25', 'phi2-tiny-dense' or 'llama-tiny-dense'.
+  """
+  package = pathlib.Path(__file__).parents[1]
+  # setup.py copies some of the folders of the repository into the package.
+  for folder in (package / 'testdata', package.parent / 'tests' / 'testdata'):
+    if (folder / name / CONFIG).is_file():
+      return folder / name
+  raise errors.CheckpointError(f'there is no example {name!r}')
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tensors_lib.Checkpoint:
+  """Loads a dense or a sliced checkpoint into memory, as NumPy arrays.
+
+  Args:
+    path: see `open_checkpoint`.
+  """
+  return open_checkpoint(path).load()
+
+
+def open_any(path: str | os.PathLike[str]) -> CheckpointReader | plain.PlainFiles:
+  """Opens a checkpoint, as plain tensors if it is not of a known family.
+
+  Args:
+    path: see `open_checkpoint`.
+  """
+  try:
+    return open_checkpoint(path)
+  except errors.UnsupportedError as e:
+    return plain.open_plain(path, reason=str(e))
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
+  """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
+
+  Three types of directories are supported: Hugging Face's (`model.safetensors`,
+  `pytorch_model.bin`, or shards and their index), SliceGPT's (`<name>_<sparsity>.pt`
+  and `.json`), and the directories of `save_checkpoint`. Weights with shortcuts are
+  taken as a sliced model.
+
+  Args:
+    path: the directory; or a weights file or index in it, if it has several.
+
+  Returns:
+    The checkpoint. It reads parameters only when they are requested.
+  """
+  weights = folder_lib.find_weights(pathlib.Path(path))
+  is_torch = folder_lib.is_torch(weights)
+  open_file = torch_zip.open_file if is_torch else safetensors.open_file
+  shards: list[pathlib.Path] = []
+  index: dict[str, bytes] = {}
+  tensors: dict[str, tensors_lib.LazyTensor] = {}
+  if weights.suffix == '.json':
+    content = safetensors.read_index(weights)
+    for shard, names in folder_lib.shards(weights, content).items():
+      own_tensors = open_file(shard)
+      if differing := sorted(own_tensors.keys() ^ {*names})[:_SHOWN]:
+        raise errors.CheckpointError(
+          f'{weights}: {shard.name} and the index differ in '
+          f'{errors.cut(", ".join(differing))}'
+        )
+      tensors |= own_tensors
+      shards.append(shard)
+    if weights.name == safetensors.INDEX:  # the writer divides the tensors as it does
+      index = {weights.name: content}
+  else:
+    tensors = open_file(weights)
+  folder = weights.parent
+  files, left_out = folder_lib.read_sidecars(folder, {weights, *shards}, index)
+  if CONFIG not in files:
+    is_link = ' other than a link that leaves the folder or leads nowhere'
+    raise errors.UnsupportedError(
+      f'{folder}: there is no {CONFIG}{is_link if CONFIG in left_out else ""}'
+    )
+  slicing_jsons = _slicing_jsons(files)
+  stem = None
+  if any(name.endswith(f'.{families.SHORTCUT_NAME}') for name in tensors):
+    stem = _slicing_stem(weights, slicing_jsons.keys())
+  others = [f'{x}.json' for x in sorted(slicing_jsons.keys() - {stem})]  # of models
+  files = {name: content for name, content in files.items() if name not in others}
+  metadata = [
+    f'the metadata of {file.name}'
+    for file in (shards or [weights])
+    if not is_torch and safetensors.has_own_metadata(file)
+  ]
+  config_json = config_lib.parse_json(files[CONFIG], str(folder / CONFIG))
+  try:
+    config = families.parse_config(config_json, stem and slicing_jsons[stem])
+  except errors.CheckpointError as e:
+    raise errors.UnsupportedError(f'{weights}: {e}') from e
+  return CheckpointReader(
+    tensors,
+    config,
+    path=weights,
+    weights=shards,
+    files=files,
+    stem=stem,
+    left_out=(*left_out, *others, *metadata[:1]),
+  )
+
+
+def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
+  """Returns the slicing JSONs among the sidecar files, by their stems."""
+  key = f'"{families.SLICING_KEY}"'.encode()
+  parsed = {
+    name.removesuffix('.json'): config_lib.parse_json(content, name)
+    for name, content in files.items()
+    if name.endswith('.json') and '/' not in name and key in content
+  }
+  return {
+    stem: value
+    for stem, value in parsed.items()
+    if isinstance(value, dict) and families.SLICING_KEY in value
+  }
+
+
+def _slicing_stem(weights: pathlib.Path, stems: Iterable[str]) -> str:
+  """Returns the stem of the slicing JSON that describes the weights."""
+  stems = sorted(stems)
+  if weights.suffix == '.pt':
+    if weights.stem not in stems:
+      raise errors.CheckpointError(
+        f'{weights}: the slicing JSON {weights.stem}.json must be beside it'
+      )
+    return weights.stem
+  if len(stems) != 1:
+    names = errors.cut(', '.join(f'{stem}.json' for stem in stems)) or 'none'
+    raise errors.CheckpointError(
+      f'{weights}: a sliced model needs one slicing JSON beside it, got {names}'
+    )
+  return stems[0]

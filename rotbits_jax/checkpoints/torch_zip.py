@@ -5,28 +5,31 @@ storages `<stem>/data/<number>`. A storage is the bytes of one or more tensors.
 `data.pkl` is a pickle of the state dict, which has the tensors by name. Each tensor in
 it is a view of a storage: an offset, a shape and strides.
 
-A pickle is a program, so an untrusted pickle could run any code. The interpreter in
-this file knows tensors and dicts only, and it refuses every other name.
+A pickle is a program, so an untrusted pickle could run any code. Python's unpickler is
+restricted here to the operations and functions that tensors need. Every other one is
+refused.
+
+Raises:
+  CheckpointError: if a file is damaged or refers to code other than PyTorch's tensors,
+    or if a tensor reaches outside its storage.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
+import io
 import math
 import os
 import pathlib
 import pickle
-import pickletools
 import struct
 from typing import Any, NamedTuple
 import zipfile
-import zlib
 
 import ml_dtypes
 import numpy as np
 
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.checkpoints import lazy
-from rotbits_jax.checkpoints import staging
+from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.system import files
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
@@ -42,18 +45,15 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
   'BoolStorage': np.dtype(np.bool_),
 }
 
-Specs = Mapping[str, lazy.TensorSpec]
-
 _ALIGNMENT = 64
 _CHUNK = 1 << 24  # bytes written at a time
 _ZIP64_FROM = 1 << 30  # members of at least this size get 64-bit sizes in the zip file
 # Bytes; a tensor takes about 200, and 70 times as many when it has been read.
 _MOST_PICKLE = 1 << 22
-_MOST_ARGUMENTS = 9  # of a function; PyTorch's takes 7
 _MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share storages
 
 
-def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
+def open_file(path: str | os.PathLike[str]) -> dict[str, tensors_lib.LazyTensor]:
   """Opens a file that `torch.save(state_dict)` wrote. No storage is read.
 
   Returns:
@@ -64,55 +64,19 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, lazy.LazyTensor]:
   Raises:
     UnsupportedError: if the state dict holds other values than tensors, such as dicts,
       or if several tensors share most of the storages.
-    CheckpointError: if the file is damaged or refers to code other than PyTorch's
-      tensors, or if a tensor reaches outside its storage. The `read` of a tensor also
-      raises it, if the storage is damaged.
   """
-  file = lazy.opened(path)
+  file = tensors_lib.opened(path)
   with _errors_name(path):
     members = _Members(file)
     tensors = {
       name: _tensor(name, view, members) for name, view in _state(members).items()
     }
-    held = sum(tensor.nbytes for tensor in tensors.values())
-    if held > _MOST_SHARED * file.size:
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    if nbytes > _MOST_SHARED * file.size:
       raise errors.UnsupportedError(
-        f'the tensors overlap: {held} bytes in a file of {file.size}'
+        f'the tensors overlap: {nbytes} bytes in a file of {file.size}'
       )
     return tensors
-
-
-def open_places(
-  path: str | os.PathLike[str],
-) -> dict[str, tuple[int, lazy.LazyTensor]]:
-  """Opens the storages of a file that `torch.save` wrote.
-
-  Returns:
-    Where each storage begins in the file, and its elements, by the name of the first
-    tensor in it. They have the shape of that tensor if it fills the storage, else one
-    axis.
-
-  Raises:
-    CheckpointError: see `open_file`.
-  """
-  file = lazy.opened(path)
-  found: dict[str, tuple[int, lazy.LazyTensor]] = {}
-  with _errors_name(path):
-    members = _Members(file)
-    seen: set[str] = set()
-    for name, view in _views(_state(members)):
-      _, key, size = view.storage
-      tensor, start = _tensor(name, view, members), members.place(f'data/{key}')
-      if key in seen:
-        continue
-      seen.add(key)
-      if name in found:  # {'a': {'b': x}, 'a.b': y}
-        raise errors.UnsupportedError(f'{name}: two tensors have this name')
-      whole = tensor.size == size and view.strides == _row_major_strides(view.shape)
-      shape = tensor.shape if whole else (size,)
-      storage = _View(view.storage, 0, shape, _row_major_strides(shape))
-      found[name] = start, _tensor(name, storage, members)
-  return found
 
 
 @contextlib.contextmanager
@@ -124,11 +88,13 @@ def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
     named = str(e).startswith(f'{path}: ')
     raise e if named else type(e)(f'{path}: {e}') from e
   except (
-    zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError,
-    ValueError, struct.error,
+    zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, struct.error,
   ) as e:  # fmt: skip
     text = errors.cut(str(e))
     raise errors.CheckpointError(f'{path}: not a readable PyTorch zip: {text}') from e
+
+
+# ---- the zip file --------------------------------------------------------------------
 
 
 class _Members:
@@ -137,8 +103,10 @@ class _Members:
   def __init__(self, file: files.File):
     with zipfile.ZipFile(file.path) as archive:
       infos = archive.infolist()
-    stored = [x.file_size for x in infos if x.compress_type == zipfile.ZIP_STORED]
-    if sum(stored) > file.size:  # each is read whole for its checksum
+    # PyTorch compresses nothing, and nothing says how large a member inflates to.
+    if any(x.compress_type != zipfile.ZIP_STORED or x.flag_bits & 1 for x in infos):
+      raise errors.CheckpointError('a member is compressed or encrypted')
+    if sum(info.file_size for info in infos) > file.size:
       raise errors.CheckpointError('the members overlap, or the file is truncated')
     self._infos = {info.filename: info for info in infos}
     suffix = '/data.pkl'
@@ -149,39 +117,37 @@ class _Members:
     self._root = roots[0].removesuffix(suffix)
     self._verified: set[str] = set()
 
-  def get(self, name: str, default: bytes) -> bytes:
-    """Returns the content of a member, or the default if there is no such member."""
-    if f'{self._root}/{name}' not in self._infos:
-      return default
-    return self.read(name, 0, self.size(name)).tobytes()
+  def __contains__(self, name: str) -> bool:
+    return f'{self._root}/{name}' in self._infos
 
   def size(self, name: str) -> int:
     """Returns the size of a member's content in bytes."""
     return self._info(name).file_size
+
+  def content(self, name: str) -> bytes:
+    """Returns the content of a member."""
+    return self.read(name, 0, self.size(name)).tobytes()
 
   def read(self, name: str, offset: int, size: int) -> np.ndarray:
     """Returns a part of the content of a member, uint8 `[size]`.
 
     The checksum of the whole member is verified when the member is first read.
     """
-    info, start = self._info(name), self.place(name)
+    info, start = self._info(name), self._start(name)
     # torch.serialization.set_crc32_options(False) leaves zeros.
     if not info.CRC or name in self._verified:
-      return lazy.read(self.file, start + offset, size)
-    content, crc = lazy.read_with_crc32(self.file, start, info.file_size)
+      return tensors_lib.read(self.file, start + offset, size)
+    content, crc = tensors_lib.read_with_crc32(self.file, start, info.file_size)
     if crc != info.CRC:
       raise errors.CheckpointError(f'the member {name} has a wrong checksum')
     self._verified.add(name)
     return content[offset : offset + size]
 
-  def place(self, name: str) -> int:
+  def _start(self, name: str) -> int:
     """Returns where a member's content begins."""
     info = self._info(name)
-    # PyTorch compresses nothing, and nothing says how large a member inflates to.
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-      raise errors.CheckpointError(f'the member {name} is compressed or encrypted')
     # The local header's lengths may differ from the central directory's.
-    header = lazy.read(self.file, info.header_offset, 30)
+    header = tensors_lib.read(self.file, info.header_offset, 30)
     signature, name_length, extra_length = struct.unpack('<4s22xHH', header)
     start = info.header_offset + 30 + name_length + extra_length
     if signature != b'PK\3\4' or start + info.file_size > self.file.size:
@@ -189,6 +155,7 @@ class _Members:
     return start
 
   def _info(self, name: str) -> zipfile.ZipInfo:
+    """Returns the entry of a member in the central directory."""
     try:
       return self._infos[f'{self._root}/{name}']
     except KeyError:
@@ -196,22 +163,7 @@ class _Members:
       raise errors.CheckpointError(f'the member {text} is missing') from None
 
 
-def _state(members: _Members) -> dict[str, Any]:
-  """Returns the state dict of a file: views, or dicts of views, by name."""
-  if members.get('byteorder', b'little').strip() != b'little':
-    raise errors.CheckpointError('big-endian tensors are not supported')
-  if members.size('data.pkl') > _MOST_PICKLE:
-    raise errors.CheckpointError('data.pkl is too long for a state dict')
-  state = _unpickle(members.get('data.pkl', b''))
-  if not isinstance(state, dict):
-    raise errors.CheckpointError(
-      f'expected a state dict of tensors, got {type(state).__name__}'
-    )
-  return state
-
-
-class _Global(NamedTuple):
-  name: str
+# ---- the pickle ----------------------------------------------------------------------
 
 
 class _Storage(NamedTuple):
@@ -227,163 +179,126 @@ class _View(NamedTuple):
   strides: tuple[int, ...]
 
 
-_GLOBALS = {
-  'collections.OrderedDict',
-  'torch._utils._rebuild_tensor_v2',
-  'torch._utils._rebuild_parameter',
-  *(f'torch.{storage}' for storage in STORAGE_DTYPES),
+class _StateDict(dict[str, Any]):
+  """A dict in the pickle. Its keys are strings: others take long to hash."""
+
+  def __init__(self) -> None:
+    super().__init__()
+
+  def __setitem__(self, key: str, value: Any) -> None:
+    if type(key) is not str:
+      raise errors.CheckpointError('the keys of a state dict must be strings')
+    super().__setitem__(key, value)
+
+
+def _rebuild_tensor_v2(
+  storage: Any,
+  offset: Any,
+  shape: Any,
+  strides: Any,
+  requires_grad: Any,
+  backward_hooks: Any,
+  metadata: Any = None,  # says that the tensor is negated or conjugated
+) -> _View:
+  """Stands for the function of PyTorch that makes a tensor."""
+  del requires_grad, backward_hooks
+  if (
+    metadata
+    or not isinstance(storage, _Storage)
+    or not (isinstance(shape, tuple) and isinstance(strides, tuple))
+  ):
+    raise errors.CheckpointError('the pickle has unexpected arguments of a tensor')
+  return _View(storage, offset, shape, strides)
+
+
+def _rebuild_parameter(data: Any, requires_grad: Any, backward_hooks: Any) -> Any:
+  """Stands for the function of PyTorch that makes a parameter of a tensor."""
+  del requires_grad, backward_hooks
+  return data
+
+
+_FUNCTIONS = {
+  'collections.OrderedDict': _StateDict,
+  'torch._utils._rebuild_tensor_v2': _rebuild_tensor_v2,
+  'torch._utils._rebuild_parameter': _rebuild_parameter,
 }
+_OPERATIONS = (
+  pickle.PROTO + pickle.MARK + pickle.STOP
+  + pickle.BINPUT + pickle.LONG_BINPUT + pickle.BINGET + pickle.LONG_BINGET
+  + pickle.BINUNICODE + pickle.BININT + pickle.BININT1 + pickle.BININT2 + pickle.LONG1
+  + pickle.NONE + pickle.NEWTRUE + pickle.NEWFALSE + pickle.EMPTY_DICT
+  + pickle.EMPTY_TUPLE + pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3
+  + pickle.SETITEM + pickle.SETITEMS + pickle.GLOBAL + pickle.BINPERSID + pickle.REDUCE
+)  # fmt: skip
 
 
-def _unpickle(program: bytes) -> Any:
-  """Runs the subset of pickle's opcodes that a state dict needs."""
-  try:
-    return _run(program)
-  except (IndexError, KeyError, TypeError, AttributeError) as e:
-    raise errors.CheckpointError(f'data.pkl is malformed: {e!r}') from e
+class _Unpickler(pickle._Unpickler):
+  """Python's unpickler with the operations that a state dict needs.
 
-
-def _run(program: bytes) -> Any:
-  stack: list[Any] = []
-  marks: list[int] = []
-  memo: dict[int, Any] = {}
-
-  def pop_to_mark() -> list[Any]:
-    start = marks.pop()
-    items = stack[start:]
-    del stack[start:]
-    return items
-
-  arg: Any
-  for opcode, arg, _ in pickletools.genops(program):
-    match opcode.name:
-      case 'PROTO':
-        pass
-      case 'MARK':
-        marks.append(len(stack))
-      case 'BINPUT' | 'LONG_BINPUT':
-        memo[arg] = stack[-1]
-      case 'BINGET' | 'LONG_BINGET':
-        stack.append(memo[arg])
-      case 'BINUNICODE' | 'BININT' | 'BININT1' | 'BININT2' | 'LONG1':
-        stack.append(arg)
-      case 'NONE':
-        stack.append(None)
-      case 'NEWTRUE' | 'NEWFALSE':
-        stack.append(opcode.name == 'NEWTRUE')
-      case 'EMPTY_DICT':
-        stack.append({})
-      case 'EMPTY_TUPLE':
-        stack.append(())
-      case 'TUPLE':
-        stack.append(tuple(pop_to_mark()))
-      case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
-        size = int(opcode.name[-1])
-        stack[-size:] = [tuple(stack[-size:])]
-      case 'SETITEM':
-        value, key = stack.pop(), stack.pop()
-        _set_items(stack[-1], [key], [value])
-      case 'SETITEMS':
-        items = pop_to_mark()
-        _set_items(stack[-1], items[::2], items[1::2])
-      case 'GLOBAL':
-        name = arg.replace(' ', '.')
-        if name not in _GLOBALS:
-          raise errors.CheckpointError(
-            f'the pickle refers to {errors.cut(name)}: refused'
-          )
-        stack.append(_Global(name))
-      case 'BINPERSID':
-        stack.append(_storage(stack.pop()))
-      case 'REDUCE':
-        args, function = stack.pop(), stack.pop()
-        stack.append(_call(function, args))
-      case 'BUILD':
-        # A state dict has the versions of PyTorch's modules in `_metadata`. They are
-        # ignored, and no other state is permitted.
-        if set(_dict(stack.pop())) != {'_metadata'}:
-          raise errors.CheckpointError('a dict has state other than _metadata')
-        _dict(stack[-1])
-      case 'STOP':
-        return stack.pop()
-      case _:
-        raise errors.CheckpointError(f'unexpected pickle opcode {opcode.name}')
-  raise errors.CheckpointError('data.pkl has no end')
-
-
-def _dict(value: Any) -> dict[Any, Any]:
-  if not isinstance(value, dict):
-    raise errors.CheckpointError(f'expected a dict, got {type(value).__name__}')
-  return value
-
-
-def _set_items(target: Any, keys: list[Any], values: list[Any]) -> None:
-  if not all(isinstance(key, str) for key in keys):
-    raise errors.CheckpointError('the keys of a state dict must be strings')
-  _dict(target).update(zip(keys, values, strict=True))
-
-
-def _call(function: Any, args: tuple[Any, ...]) -> Any:
-  # Each call would go through all of a long tuple, which the memo holds once.
-  match (function, *args) if len(args) <= _MOST_ARGUMENTS else ():
-    case (_Global('collections.OrderedDict'),):
-      return {}
-    case (_Global('torch._utils._rebuild_parameter'), _View() as view, bool(), dict()):
-      return view
-    case (
-      _Global('torch._utils._rebuild_tensor_v2'),
-      _Storage() as storage, int(offset), tuple(shape), tuple(strides), bool(), dict(),
-      *flags,  # bits that negate or conjugate the tensor
-    ) if not any(flags):  # fmt: skip
-      return _View(storage, offset, shape, strides)
-  raise errors.CheckpointError(
-    f'the pickle has unexpected arguments of {getattr(function, "name", None)}'
-  )
-
-
-def _views(state: dict[str, Any]) -> Iterator[tuple[str, _View]]:
-  """Yields the tensors of nested dicts with their keys, joined by dots.
-
-  A dict may be in several others, so that there are exponentially many ways to it. It
-  is visited once.
+  It is the one in Python, because the one in C allocates as many places as the largest
+  number of a place says, and calls no methods to make or change a dict.
   """
-  visited = {id(state)}
-  stack = [('', iter(state.items()))]
-  while stack:
-    prefix, items = stack[-1]
-    for key, item in items:
-      name = prefix + key
-      lazy.check_name(name)
-      if isinstance(item, _View):
-        yield name, item
-      elif isinstance(item, dict) and id(item) not in visited:
-        visited.add(id(item))
-        stack.append((f'{name}.', iter(item.items())))
-        break
-    else:
-      stack.pop()
+
+  def find_class(self, module: str, name: str) -> Any:
+    """Returns what stands for a function, or the name of a storage."""
+    if module == 'torch' and name in STORAGE_DTYPES:
+      return name
+    if f'{module}.{name}' not in _FUNCTIONS:
+      text = errors.cut(f'{module}.{name}')
+      raise errors.CheckpointError(f'the pickle refers to {text}: refused')
+    return _FUNCTIONS[f'{module}.{name}']
+
+  def persistent_load(self, pid: Any) -> _Storage:
+    """Returns the storage of a persistent id."""
+    match pid:
+      case ('storage', str(name), str(key), str(), int(size)) if name in STORAGE_DTYPES:
+        return _Storage(STORAGE_DTYPES[name], key, size)
+    raise errors.CheckpointError('a persistent id is not a storage')
+
+  def load_empty_dict(self) -> None:
+    self.append(_StateDict())
+
+  def load_build(self) -> None:
+    """Drops the versions of PyTorch's modules, the only state of a state dict."""
+    state = self.stack.pop()
+    if not isinstance(self.stack[-1], _StateDict) or state.keys() != {'_metadata'}:
+      raise errors.CheckpointError('a dict has state other than _metadata')
+
+  dispatch = {  # noqa: RUF012
+    **{code: pickle._Unpickler.dispatch[code] for code in _OPERATIONS},
+    pickle.EMPTY_DICT[0]: load_empty_dict,
+    pickle.BUILD[0]: load_build,
+  }
 
 
-def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-  strides, step = [], 1
-  for n in reversed(shape):
-    strides.append(step)
-    step *= max(n, 1)
-  return tuple(strides[::-1])
+def _state(members: _Members) -> dict[str, Any]:
+  """Returns the state dict of a file, which should have views by name."""
+  if 'byteorder' in members and members.content('byteorder').strip() != b'little':
+    raise errors.CheckpointError('big-endian tensors are not supported')
+  if members.size('data.pkl') > _MOST_PICKLE:
+    raise errors.CheckpointError('data.pkl is too long for a state dict')
+  program = io.BytesIO(members.content('data.pkl'))
+  try:
+    state = _Unpickler(program).load()
+  except (
+    pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError,
+  ) as e:  # fmt: skip
+    raise errors.CheckpointError(
+      f'data.pkl is malformed, or has an operation that is refused: {e!r}'
+    ) from e
+  if not isinstance(state, _StateDict):
+    raise errors.CheckpointError(
+      f'expected a state dict of tensors, got {type(state).__name__}'
+    )
+  return state
 
 
-def _storage(persistent_id: Any) -> _Storage:
-  match persistent_id:
-    case ('storage', _Global(name=name), str(key), str(), int(size)):
-      dtype = STORAGE_DTYPES.get(name.removeprefix('torch.'))
-      if dtype is not None:
-        return _Storage(dtype, key, size)
-  raise errors.CheckpointError('a persistent id is not a storage')
+# ---- tensors -------------------------------------------------------------------------
 
 
-def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
+def _tensor(name: str, view: Any, members: _Members) -> tensors_lib.LazyTensor:
   """Makes a lazy tensor of a view, after checking that it lies inside its storage."""
-  lazy.check_name(name)
+  tensors_lib.check_name(name)
   if not isinstance(view, _View):
     raise errors.UnsupportedError(
       f'{name}: expected a tensor, got {type(view).__name__}'
@@ -396,23 +311,18 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
       f'of {dtype}, got {content_size} bytes'
     )
   shape, strides = view.shape, view.strides
-  integers = (view.offset, *shape, *strides)
   # Not shown, because tuples of tuples may be exponentially long.
-  if len(integers) > 1 + 2 * lazy.MAX_AXES or not all(
-    isinstance(n, int) for n in integers
+  if not len(shape) == len(strides) <= tensors_lib.MAX_AXES or not all(
+    type(n) is int and 0 <= n < 2**63 for n in (view.offset, *shape, *strides)
   ):
     raise errors.CheckpointError(
       f'{name}: the offset, shape and strides are not those of a tensor'
     )
   shown = errors.cut(f'{view.offset=}, {shape=}, {strides=}')
-  if len(shape) != len(strides) or not all(
-    type(n) is int and 0 <= n < 2**63 for n in integers
-  ):
-    raise errors.CheckpointError(f'{name}: got {shown}')
-  if not lazy.numpy_holds(shape, dtype):
+  if not tensors_lib.numpy_holds(shape, dtype):
     raise errors.CheckpointError(f'{name}: {shown} is too large')
   if math.prod(shape) == 0:
-    return lazy.LazyTensor(shape, dtype, lambda: np.zeros(shape, dtype))
+    return tensors_lib.LazyTensor(shape, dtype, lambda: np.zeros(shape, dtype))
   last = view.offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   if last >= size:
     raise errors.CheckpointError(
@@ -430,10 +340,10 @@ def _tensor(name: str, view: Any, members: _Members) -> lazy.LazyTensor:
       steps = tuple(s * dtype.itemsize for s in strides)
       return np.ndarray(shape, dtype, content, 0, steps)
 
-  return lazy.LazyTensor(shape, dtype, read)
+  return tensors_lib.LazyTensor(shape, dtype, read)
 
 
-class TorchZipWriter(staging.TensorWriter):
+class TorchZipWriter:
   """Writes a file as `torch.save` would. Tensors are added one at a time, in any order.
 
   `torch.load(path, weights_only=True)` reads the file. Each tensor is contiguous and
@@ -441,7 +351,9 @@ class TorchZipWriter(staging.TensorWriter):
   tensors are added.
   """
 
-  def __init__(self, path: pathlib.Path, specs: Specs, stem: str):
+  def __init__(
+    self, path: pathlib.Path, specs: Mapping[str, tensors_lib.TensorSpec], stem: str
+  ):
     """Makes the file.
 
     Args:
@@ -496,7 +408,17 @@ class TorchZipWriter(staging.TensorWriter):
           member.write(piece[begin : begin + _CHUNK])
 
 
-def _pickle(specs: Specs, names: dict[np.dtype, str]) -> Iterator[bytes]:
+def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+  strides, step = [], 1
+  for n in reversed(shape):
+    strides.append(step)
+    step *= max(n, 1)
+  return tuple(strides[::-1])
+
+
+def _pickle(
+  specs: Mapping[str, tensors_lib.TensorSpec], names: dict[np.dtype, str]
+) -> Iterator[bytes]:
   """Yields the pickle of the state dict (protocol 2), piece by piece."""
   empty_dict = _global('collections OrderedDict') + b')R'
   yield pickle.PROTO + b'\2' + empty_dict + pickle.MARK

@@ -61,7 +61,7 @@ def write(
       path: wanted if jnp.issubdtype(own, jnp.floating) else own
       for path, own in dtypes.items()
     }
-  factors, shortcuts = reader.factors(), reader.thin_shortcuts()
+  shortcuts = reader.thin_shortcuts()
   reader.check_records()  # the writer plans all layers of the config, however many
   with _errors_of_file():
     if reader.keeps != 'bits':
@@ -76,15 +76,14 @@ def write(
       stem=reader.stem,
       format=format,
       shard_size=shard_size,
-      factors=factors,
       shortcuts=shortcuts,
       buffers=reader.buffers(),
       overwrite=overwrite,
     )
   _check_inputs(reader, directory, writer.names())
-  keep = shortcuts if format == 'transformers' else factors
+  keep = shortcuts.keys() if format == 'transformers' else ()
   with writer:
-    for name, flat in reader.each(keep=keep.keys(), show_progress=progress):
+    for name, flat in reader.each(keep=keep, show_progress=progress):
       if name == models.names.BUFFERS:
         continue
       for path, leaf in flat.items():

@@ -38,7 +38,7 @@ def _paths(given: Any) -> list[str | os.PathLike[str]]:
   if type(given) in (list, tuple):  # but no Checkpoint, whose stem is no path
     return [path for part in given for path in _paths(part)]
   if isinstance(given, checkpoints.PlainFiles):
-    return [given.root, given.path]
+    return [given.path.parent, given.path]
   if isinstance(given, checkpoints.CheckpointReader):
     given = given.path
   return [given] if isinstance(given, str | os.PathLike) else []
@@ -72,5 +72,4 @@ def _belongs(file: pathlib.Path, path: str | os.PathLike[str]) -> bool:
     return True
   if not real.is_dir():
     return False
-  is_other = (file.parent / 'config.json').exists()
-  return checkpoints.is_divided(folder) or not is_other
+  return not (file.parent / 'config.json').exists()

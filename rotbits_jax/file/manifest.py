@@ -19,7 +19,6 @@ import functools
 import json
 from typing import Annotated, Any, Self
 
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import presets
@@ -350,7 +349,7 @@ class Manifest:
     is_of_arrays = not any(leaf.type_name for leaf in record.leaves)
     if record.name == models.names.BUFFERS and not is_of_arrays:
       raise ValueError(f'{record.name}: buffers are arrays')
-    for leaf, array_specs in record.leaf_specs() if record.is_known else ():
+    for leaf in record.leaves if record.is_known else ():
       fields_of_config = (
         {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
       )
@@ -359,9 +358,6 @@ class Manifest:
           raise ValueError(
             f'{leaf.path}: the config and the setting {setting!r} disagree'
           )
-      factored = leaf.factored([x.shape for x in array_specs])
-      if factored is not None and factored[1] not in checkpoints.FACTORS:
-        raise ValueError(f'{leaf.path}: its factors have no known names')
 
   def other_streams(self) -> dict[str, Stream]:
     """Returns the streams that are not those of records, by name."""

@@ -13,7 +13,6 @@ import numpy as np
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import attributes
 from rotbits_jax.coding import pool
 from rotbits_jax.file import decode
 from rotbits_jax.file import memory
@@ -54,7 +53,7 @@ def open_model(
     for path, leaf in decoder.leaves.items()
   }
   try:
-    config = checkpoints.parse_config(attributes.parse_object(content, 'config.json'))
+    config = checkpoints.parse_config(checkpoints.parse_object(content, 'config.json'))
     return checkpoints.CheckpointReader(tensors, config, files=files)
   except checkpoints.CheckpointError:
     return None

@@ -209,14 +209,6 @@ class Reader:
       for path, dtype in self.dtypes().items()
     }
 
-  def factors(self) -> dict[str, tuple[int, str]]:
-    """Returns rank and naming of the parameters stored as two factors, by path."""
-    return {
-      leaf.path: factored
-      for leaf, shapes in self._leaves()
-      if (factored := leaf.factored(shapes)) is not None
-    }
-
   def thin_shortcuts(self) -> dict[str, tuple[int, int]]:
     """Returns the columns of B and of C of thin shortcuts, by path.
 

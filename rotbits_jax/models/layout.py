@@ -1,4 +1,4 @@
-"""The meaning of every parameter's axes, and the symmetries that follow from it.
+"""The axes and the shape of every parameter, and the symmetries that follow.
 
 The rest of the package looks up three things here: which segment of the residual stream
 a parameter reads or writes, which axis holds neurons or heads, and which changes of
@@ -10,9 +10,12 @@ are `[in, out]`. Shape letters are those of `models.config`.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
+from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
+from rotbits_jax.models import names
 
 Axis = int | Literal['query', 'key', 'head', 'neuron', 'vocabulary', 'position', 'norm']
 """The meaning of one axis of a parameter.
@@ -106,6 +109,53 @@ def neuron_axes(config: config_lib.ModelConfig) -> dict[str, int]:
 def norm_of(config: config_lib.ModelConfig, sublayer: str) -> str:
   """Returns the name of the norm before a sublayer of a dense model."""
   return 'attention_norm' if config.parallel_block else f'{sublayer}_norm'
+
+
+def layer_shapes(config: config_lib.ModelConfig, layer: int) -> dict[str, Any]:
+  """Returns the shapes of a layer's parameters as nested dicts; kernels `[in, out]`."""
+  widths = config.layer_widths(layer)
+  return _shapes(config, layer_axes(config), widths)
+
+
+def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """Returns the shapes of the parameters outside the layers, as nested dicts."""
+  return _shapes(config, outer_axes(config), config.segment_widths)
+
+
+def record_shapes(config: config_lib.ModelConfig, record: str) -> dict[str, Any]:
+  """Returns the shapes of a record, see `names`; nothing if there is no such record."""
+  index = names.layer_index(record)
+  if index is None:
+    shapes: dict[str, Any] = outer_shapes(config).get(record, {})
+    return shapes
+  return layer_shapes(config, index) if index < config.num_layers else {}
+
+
+def count_elements(config: config_lib.ModelConfig) -> int:
+  """Counts the elements in the checkpoint of a model with this config."""
+  trees = [outer_shapes(config)]
+  trees += [layer_shapes(config, layer) for layer in range(config.num_layers)]
+  return sum(math.prod(s) for tree in trees for s in structured.flatten(tree).values())
+
+
+def _shapes(
+  config: config_lib.ModelConfig, axes: Axes, widths: tuple[int, ...]
+) -> dict[str, Any]:
+  """Returns the shapes of parameters with these axes, as nested dicts."""
+  sizes: dict[Axis, int] = {
+    'query': config.num_heads * config.head_dim,
+    'key': config.num_kv_heads * config.head_dim,
+    'head': config.head_dim,
+    'neuron': config.intermediate_size,
+    'vocabulary': config.vocab_size,
+    'position': config.learned_positions,
+    'norm': config.hidden_size,
+    -1: widths[-1],
+  }
+  sizes |= dict(enumerate(widths))
+  return structured.unflatten(
+    {path: tuple(sizes[axis] for axis in own) for path, own in axes.items()}
+  )
 
 
 class Symmetries(NamedTuple):

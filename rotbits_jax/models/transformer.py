@@ -21,9 +21,10 @@ Shape letters are those of `models.config`. In addition:
   N  layers of a stack                   r  coordinates of a head that RoPE rotates
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
@@ -32,10 +33,8 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
-from rotbits_jax.models import linear
 from rotbits_jax.models import model as model_lib
 from rotbits_jax.models import names
-from rotbits_jax.models import shapes as shapes_lib
 
 Params = model_lib.Params
 
@@ -156,8 +155,8 @@ def unembed(
   """
   x = norm(params.get('final_norm'), config, x)
   if config.tied_head:
-    return x, x @ linear.float32(params['embed']['tokens']).T
-  return x, linear.apply(params['head'], x)
+    return x, x @ float32(params['embed']['tokens']).T
+  return x, linear(params['head'], x)
 
 
 def layer(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
@@ -177,7 +176,7 @@ def layer(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Writt
     if not config.sliced:
       return x
     inputs[name] = {'kernel': x}
-    return linear.apply(params[name], x)
+    return linear(params[name], x)
 
   normed = norm(params.get('attention_norm'), config, x)
   attended = attention(params['attention'], config, normed)
@@ -205,7 +204,7 @@ def attention(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> W
   chex.assert_type(x, jnp.float32)
 
   def heads(name: str, count: int) -> jax.Array:
-    return linear.apply(params[name], x).reshape(*x.shape[:-1], count, config.head_dim)
+    return linear(params[name], x).reshape(*x.shape[:-1], count, config.head_dim)
 
   query = heads('query', config.num_heads)  # [B, T, H, h]
   key = heads('key', config.num_kv_heads)  # [B, T, K, h]
@@ -230,7 +229,7 @@ def attention(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> W
   mixed = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
   inputs = {name: {'kernel': x} for name in ('query', 'key', 'value')}
   inputs['out'] = {'kernel': mixed}
-  return Written(linear.apply(params['out'], mixed), inputs)
+  return Written(linear(params['out'], mixed), inputs)
 
 
 def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
@@ -248,14 +247,31 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
   chex.assert_type(x, jnp.float32)
   activation = ACTIVATIONS[config.activation]
   inputs = {'up': {'kernel': x}}
-  hidden = linear.apply(params['up'], x)
+  hidden = linear(params['up'], x)
   if config.gated_mlp:
     inputs['gate'] = {'kernel': x}
-    hidden = activation(linear.apply(params['gate'], x)) * hidden
+    hidden = activation(linear(params['gate'], x)) * hidden
   else:
     hidden = activation(hidden)
   inputs['down'] = {'kernel': hidden}
-  return Written(linear.apply(params['down'], hidden), inputs)
+  return Written(linear(params['down'], hidden), inputs)
+
+
+def linear(params: Params, x: jax.Array) -> jax.Array:
+  """Computes `x @ kernel`, plus the bias if there is one."""
+  kernel = params['kernel']
+  y = kernel.apply(x) if structured.is_structured(kernel) else x @ float32(kernel)
+  return y + float32(params['bias']) if 'bias' in params else y
+
+
+def float32(leaf: Any) -> jax.Array:
+  """Returns a parameter as a float32 array.
+
+  A structured leaf is materialized in float32, because its own dtype is coarser.
+  """
+  if structured.is_structured(leaf):
+    leaf = leaf.astype(jnp.float32).materialize()
+  return jnp.asarray(leaf, jnp.float32)
 
 
 def norm(
@@ -271,8 +287,8 @@ def norm(
   x = _divided_by_rms(x, config.hidden_size, config.norm_eps)
   if params is None:
     return x
-  x = x * linear.float32(params['scale'])
-  return x + linear.float32(params['bias']) if 'bias' in params else x
+  x = x * float32(params['scale'])
+  return x + float32(params['bias']) if 'bias' in params else x
 
 
 def _head_norm(
@@ -281,7 +297,7 @@ def _head_norm(
   """Norms every head of `[B, T, H, h]`: RMSNorm, also in a sliced model."""
   assert config.qk_norm_eps is not None
   x = _divided_by_rms(x, config.head_dim, config.qk_norm_eps)
-  return x * linear.float32(params['scale'])
+  return x * float32(params['scale'])
 
 
 def _divided_by_rms(x: jax.Array, size: int, eps: float) -> jax.Array:
@@ -349,7 +365,7 @@ def _check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
   stacks = names.stacks(params)
   if [*itertools.chain(*stacks)] != [*range(config.num_layers)]:
     raise ValueError(f'the model has {config.num_layers} layers, got {stacks=}')
-  expected = shapes_lib.stacked_shapes(config, stacks)
+  expected = model_lib.stacked_shapes(config, stacks)
   got = {path: leaf.shape for path, leaf in structured.flatten(params).items()}
   for path in sorted(expected | got):
     if path not in got or path not in expected:
@@ -382,7 +398,60 @@ def _rows(table: Any, indices: jax.Array, params: Params) -> jax.Array:
   """Returns rows of a table in float32; rows outside the table are NaN."""
   if structured.is_structured(table):
     flat = structured.flatten(params)
-    needed = [linear.float32(flat[path]) for path in table.needs]
+    needed = [float32(flat[path]) for path in table.needs]
     return jnp.asarray(table.astype(jnp.float32).rows(*needed, indices))
   taken = jnp.asarray(table).at[indices].get(mode='fill', fill_value=jnp.nan)
   return taken.astype(jnp.float32)
+
+
+# ---- layer by layer ------------------------------------------------------------------
+
+
+class Layers(Protocol):
+  """A model whose layers are read one by one: a `Model`, or a checkpoint on disk.
+
+  A model that is too large for memory needs that of one layer, and of the residual
+  stream of a text.
+  """
+
+  @property
+  def config(self) -> config_lib.ModelConfig: ...
+
+  def outer(self) -> Params:
+    """The parameters outside the layers."""
+
+  def layer(self, index: int) -> Params:
+    """The parameters of one layer, by paths within the layer."""
+
+
+def streams(model: Layers, windows: Sequence[np.ndarray]) -> Iterator[list[jax.Array]]:
+  """Computes the residual stream in front of each layer, and after the last one.
+
+  Args:
+    model: the model, dense or sliced; it may have structured leaves.
+    windows: the tokens of a text, integers `[B, T]` each.
+
+  Yields:
+    The stream of each window, float32 `[B, T, d]`.
+  """
+  config = model.config
+  outer = model.outer()
+  xs = [_embed(outer, config, window) for window in windows]
+  del outer
+  yield list(xs)
+  for i in range(config.num_layers):
+    params = jax.device_put(model.layer(i))
+    for k, x in enumerate(xs):
+      xs[k] = _layer(params, config, x)
+    del params
+    yield list(xs)
+
+
+_embed = jax.jit(embed, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _layer(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> jax.Array:
+  """Applies a layer."""
+  with jax.default_matmul_precision('highest'):
+    return layer(params, config, x).x

@@ -5,7 +5,7 @@ The divergence that an error E `[in, out]` of a kernel causes is about
     KL = sum_j g_j (E^T A E)_jj / 2
 
 with the second moments A of its inputs and the mean squares g of the gradients of the
-predictions at its outputs, see `models.gradients`. A token that is embedded is an input
+predictions at its outputs, see `models.fisher`. A token that is embedded is an input
 too, whose probability is that of the predictions; so a row of an embedding counts by
 this probability, and its error by the second moments of the gradient that it meets.
 

@@ -2,9 +2,8 @@
 
 transformers has no sliced models. A folder may bring the code of its model, though, and
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` runs it. The code
-is in `remote_code`. A family without a file there has that of Llama, with its own name
-in place of Llama's. The package copies these files and never imports them, because
-they need PyTorch.
+is `remote_code/modeling_sliced.py`. The package copies this file and never imports it,
+because it needs PyTorch.
 
 The tensors have the names that transformers gives them. A shortcut is one of
 
@@ -25,16 +24,15 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import attributes
+from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import tensors as tensors_lib
-from rotbits_jax.checkpoints.contents import CONFIG
+from rotbits_jax.checkpoints.families import CONFIG
 
 Ranks = Mapping[str, tuple[int, int]]
 
+_MODELING = 'modeling_sliced'
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
-_SHARED_CODE = ('configuration_sliced.py', 'sliced_modules.py')
-
 _TOKENIZER, _TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 _TOKENIZER_SETTINGS = {
   'model_input_names': ['input_ids', 'attention_mask'],
@@ -77,18 +75,14 @@ class GramEntry(NamedTuple):
     """Returns the shape of the shortcut by its path."""
     return {self.paths[0]: self.shape}
 
-  def check(self, path: str, leaf: Any) -> None:
-    """Checks that a shortcut has these factors.
+  def write(self, leaves: Sequence[Any]) -> dict[str, list[np.ndarray]]:
+    """Returns the factors by name, each as one array.
 
     Raises:
-      ValueError: if it has not.
+      ValueError: if the shortcut has not these factors.
     """
-    found = thin_shortcuts({path: leaf}).get(path)
-    if found != self.ranks:
-      raise ValueError(f'{path}: expected factors, {self.ranks}, got {found}')
-
-  def write(self, leaves: Sequence[Any]) -> dict[str, list[np.ndarray]]:
-    """Returns the factors by name, each as one part."""
+    if thin_shortcuts({self.name: leaves[0]}) != {self.name: self.ranks}:
+      raise ValueError(f'{self.name}: expected factors with {self.ranks} columns')
     return {name: [np.asarray(getattr(leaves[0], name[-1]))] for name in self.stored()}
 
 
@@ -148,7 +142,7 @@ def sidecars(
   if config.family not in _CLASSES:
     raise ValueError(f'there is no code for transformers of the family {config.family}')
   named = {name: content for name, content in files.items() if name != f'{stem}.json'}
-  dense = _older_rope(attributes.parse_object(files[CONFIG], CONFIG), config)
+  dense = _older_rope(config_lib.parse_object(files[CONFIG], CONFIG), config)
   # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
   # type that it does not know by the class that one of these files names.
   dense = {'tokenizer_class': _CLASSES[config.family][1]} | dense
@@ -156,19 +150,8 @@ def sidecars(
     named.setdefault(_TOKENIZER_CONFIG, _json(_TOKENIZER_SETTINGS))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
   named[CONFIG] = _json(dense | _settings(config, ranks, dtype))
-  for name in _SHARED_CODE:
-    named[name] = (_CODE / name).read_bytes()
-  named[f'modeling_sliced_{config.family}.py'] = _modeling(config.family)
+  named[f'{_MODELING}.py'] = (_CODE / f'{_MODELING}.py').read_bytes()
   return named
-
-
-def _modeling(family: str) -> bytes:
-  """Returns the code of a family's model."""
-  own, llama = (_CODE / f'modeling_sliced_{x}.py' for x in (family, 'llama'))
-  if own.is_file():
-    return own.read_bytes()
-  code = llama.read_text('utf-8').replace('Llama', _CLASSES[family][0])
-  return code.replace('llama', family).encode()
 
 
 def _older_rope(dense: dict[str, Any], config: models.ModelConfig) -> dict[str, Any]:
@@ -198,14 +181,13 @@ def _settings(
 ) -> dict[str, Any]:
   """Returns the fields of `config.json` that slicing changes."""
   name = f'Sliced{_CLASSES[config.family][0]}'
-  modeling = f'modeling_sliced_{config.family}'
   causal = f'{name}ForCausalLM'
   return {
     'architectures': [causal],
     'auto_map': {
-      'AutoConfig': f'configuration_sliced.{name}Config',
-      'AutoModel': f'{modeling}.{name}Model',
-      'AutoModelForCausalLM': f'{modeling}.{causal}',
+      'AutoConfig': f'{_MODELING}.{name}Config',
+      'AutoModel': f'{_MODELING}.{name}Model',
+      'AutoModelForCausalLM': f'{_MODELING}.{causal}',
     },
     'model_type': f'sliced_{config.family}',
     'segment_widths': list(config.segment_widths),
@@ -228,4 +210,5 @@ def _shortcut_ranks(
 
 
 def _json(value: Any) -> bytes:
+  """Returns the content of a JSON file."""
   return (json.dumps(value, indent=2, sort_keys=True) + '\n').encode()

@@ -24,7 +24,6 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
-from rotbits_jax.models import layerwise
 from rotbits_jax.models import names
 from rotbits_jax.models import transformer
 
@@ -47,7 +46,7 @@ class Factors(NamedTuple):
 
 
 def fisher_factors(
-  model: layerwise.Layers,
+  model: transformer.Layers,
   windows: Sequence[np.ndarray],
   *,
   seed: int = 0,
@@ -69,7 +68,7 @@ def fisher_factors(
   """
   config, kept = model.config, {} if kept is None else kept
   xs: list[jax.Array] = []
-  for i, xs in enumerate(layerwise.streams(model, windows)):
+  for i, xs in enumerate(transformer.streams(model, windows)):
     for k, x in enumerate(xs if i < config.num_layers else ()):
       kept[i, k] = x
   outer = jax.device_put(model.outer())
