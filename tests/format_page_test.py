@@ -9,7 +9,6 @@ import numpy as np
 
 from fuzz import seeds
 import rotbits_jax
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import structured
