@@ -7,18 +7,16 @@ import struct
 import tempfile
 from typing import Any
 
-import jax
 import numpy as np
 
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
-from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
-from rotbits_jax.relative import measure
+from tests import cases
 from tests import random_models
 
 TESTDATA = pathlib.Path(__file__).parents[1] / 'tests/testdata'
@@ -73,7 +71,7 @@ def base() -> dict[str, Any]:
   """Returns the base of `containers_beside_base`: a dense model, and other arrays."""
   dense = random_models.random_model(WIDE, np.float16)
   layers = {models.names.layer(i): x for i, x in enumerate(dense.layers())}
-  arrays = {name: array for name, (_, array) in leaves_beside_base().items()}
+  arrays = {name: array for name, (_, array) in cases.leaves_beside_base().items()}
   return {**dense.outer(), **layers, 'arrays': arrays}
 
 
@@ -84,7 +82,7 @@ def containers_beside_base() -> dict[str, bytes]:
   model = random_models.sliced_from(dense, (24, 28, 32))
   arrays = {
     name: leaf.materialize(array)
-    for name, (leaf, array) in leaves_beside_base().items()
+    for name, (leaf, array) in cases.leaves_beside_base().items()
   }
   encode = functools.partial(rotbits_jax.encode, model, base=dense)
   return {
@@ -134,83 +132,6 @@ def container(name: str, seed: int = 0) -> bytes:
     return (path / 'x.rotbits').read_bytes()
 
 
-def transforms() -> dict[str, passes.Transform]:
-  """Returns all transforms of the package, by name."""
-  chain = (
-    passes.remove_residual_gauge(),
-    passes.retie_embedding(),
-    passes.remove_biases(),
-    passes.remove_value_gauge(),
-    passes.remove_query_key_gauge(),
-    passes.remove_low_rank_gauge(),
-    passes.random_rotation(key=jax.random.key(1)),
-    passes.retie_exactly(),
-  )
-  return {transform.name: transform for transform in chain}
-
-
-def leaves() -> dict[str, Any]:
-  """Returns a structured leaf of every type that needs no other parameter."""
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float16)
-  lower = lambda rows, columns: np.tril(normal(rows, columns))
-  return {
-    'gram': structured.IdentityMinusGram(lower(6, 3), lower(6, 1), columns=9),
-    'gram_of_rank_0': structured.IdentityMinusGram(lower(6, 0), lower(6, 0), columns=6),
-    'trapezoidal_rows': structured.TrapezoidalRows(normal(2, 8), lower(8, 5)),
-    'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
-    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2, head_dim=3),
-    'constant': structured.Constant.like(normal(3, 4), 1.5),
-    'low_rank': structured.LowRank(normal(6, 2), normal(2, 5), names='asvd'),
-    'reduced': structured.ReducedLowRank(
-      normal(3, 2), normal(2, 7), size=5, transposed=True, names='factors'
-    ),
-    'reduced_lines': structured.ReducedLowRank(
-      normal(3, 2),
-      normal(2, 7),
-      size=5,
-      transposed=True,
-      basis_exponents=np.arange(-2, 3, dtype=np.int8),
-      other_exponents=np.arange(7, dtype=np.int8),
-    ),
-    'tied': structured.Tied(normal(5, 3), tokens=9),
-    'quantized': structured.Quantized(
-      rng.integers(0, 16, (6, 64)).astype(np.uint8),
-      rng.integers(0, 64, (6, 4)).astype(np.uint8),
-      rng.integers(0, 64, (6, 4)).astype(np.uint8),
-      normal(6, 2),
-      normal(6, 2),
-      name='bfloat16',
-      transposed=True,
-    ),
-    'multiples': structured.UniformlyQuantized(
-      rng.integers(-900, 900, (6, 5)).astype(np.int16),
-      np.float32(0.625),
-      'float16',
-      rng.integers(-9, 9, 6).astype(np.int8),
-      rng.integers(-9, 9, 5).astype(np.int8),
-    ),
-    'basis': structured.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
-    # The mask is a byte 1, as in the target, whose arrays have ones.
-    'subspace': structured.Subspace.of(
-      0.2 * normal(7, 1).astype(np.float64), np.arange(8) == 0, 1 << 10
-    ),
-  }
-
-
-def leaves_beside_base() -> dict[str, tuple[Any, np.ndarray]]:
-  """Returns leaves of every form that need an array of a base, and the array."""
-  rng = np.random.default_rng(0)
-  base = rng.standard_normal((80, 128)).astype(np.float16)
-  near = (base + 0.01 * rng.standard_normal(base.shape)).astype(np.float16)
-  near[0, :3] = 100, -100, np.inf
-  few = base.copy()
-  few[3, :9] = near[3, :9]
-  decayed = (0.98 * base.astype(np.float32)).astype(np.float16)
-  arrays = {'relative': near, 'decayed': decayed, 'patched': few, 'same': base}
-  return {name: (measure.beside(x, base), base) for name, x in arrays.items()}
-
-
 @functools.cache
 def containers_of_trees() -> dict[str, bytes]:
   """Encodes PyTrees whose arrays are stored in all possible ways."""
@@ -230,7 +151,7 @@ def containers_of_trees() -> dict[str, bytes]:
   }
   of_trees = {  # without bases, which only models have
     name: leaf
-    for name, leaf in leaves().items()
+    for name, leaf in cases.leaves().items()
     if not isinstance(leaf, structured.Basis | structured.Subspace)
   }
   return {
@@ -254,22 +175,13 @@ def containers_of_models() -> list[bytes]:
 
 
 def stored_leaves() -> list[bytes]:
-  """Returns the settings and shapes of structured leaves, as JSON, and their heads."""
+  """Returns the settings and the shapes of the arrays of structured leaves, as JSON."""
   entries = []
-  beside_base = [leaf for leaf, _ in leaves_beside_base().values()]
-  for leaf in (*leaves().values(), *beside_base):
+  beside_base = [leaf for leaf, _ in cases.leaves_beside_base().values()]
+  for leaf in (*cases.leaves().values(), *beside_base):
     settings, arrays = leaf.stored()
     shapes = {n: [np.dtype(x.dtype).name, list(x.shape)] for n, x in arrays.items()}
-    if 'head' in arrays:  # bytes that are read when the leaf is made
-      shapes['head'].append(arrays['head'].tolist())
     entries.append({'type': leaf.type_name, 'settings': settings, 'arrays': shapes})
-  with rotbits_jax.file.Reader(container('exact')) as reader:
-    for leaf, specs in reader.records['embed'].leaf_specs():
-      pairs = zip(leaf.arrays, specs, strict=True)
-      shapes = {name: [x.dtype, list(x.shape)] for name, x in pairs}
-      if leaf.type_name:  # predicted from the head
-        value = {'type': leaf.type_name, 'settings': leaf.settings, 'arrays': shapes}
-        entries.append(value)
   return [json.dumps(value).encode() for value in entries]
 
 

@@ -7,16 +7,16 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
-from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from tests import cases
 from tests import random_models
 from tests import transform_checks
 
-TRANSFORMS = seeds.transforms()
+TRANSFORMS = cases.transforms()
 TOKENS = np.arange(12)[None]
 OPT = {
   'model_type': 'opt',

@@ -29,6 +29,7 @@ from rotbits_jax import evaluation
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from tests import cases
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 CHECKPOINTS = tuple(
@@ -430,9 +431,9 @@ class ErrorsTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (UP, structured.Constant(np.float16(1), (12, 24)), f'^{UP} must have 1 layers'),
-    (UP, seeds.leaves()['tied'], f'^{UP} must have 1 layers'),
-    ('embed/tokens', seeds.leaves()['tied'], '^embed/tokens: '),
-    ('head/kernel', seeds.leaves()['tied'], '^head/kernel: '),
+    (UP, cases.leaves()['tied'], f'^{UP} must have 1 layers'),
+    ('embed/tokens', cases.leaves()['tied'], '^embed/tokens: '),
+    ('head/kernel', cases.leaves()['tied'], '^head/kernel: '),
     (
       'embed/tokens',
       structured.TiedExactly(

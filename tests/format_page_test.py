@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 
-from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import paper
@@ -18,6 +17,7 @@ from rotbits_jax.file import manifest
 from rotbits_jax.file import shards
 from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
+from tests import cases
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 PAGES = ''.join(
@@ -151,8 +151,8 @@ def exact_embedding():
 
 def test_settings_and_arrays_of_leaves(subtests):
   for leaf in (
-    *seeds.leaves().values(),
-    *(leaf for leaf, _ in seeds.leaves_beside_base().values()),
+    *cases.leaves().values(),
+    *(leaf for leaf, _ in cases.leaves_beside_base().values()),
     exact_embedding(),
   ):
     with subtests.test(leaf=leaf.type_name):

@@ -19,7 +19,6 @@ import optax
 import weights_files
 
 from fuzz import containers
-from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
@@ -28,6 +27,7 @@ from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import writer
+from tests import cases
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 PARAMS = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.zeros(4, jnp.bfloat16)}
@@ -109,9 +109,9 @@ class TreeTest(parameterized.TestCase):
     np.testing.assert_array_equal(second, zeros)
 
   def test_a_structured_leaf_comes_back_or_is_refused(self):
-    for name in seeds.leaves():
+    for name in cases.leaves():
       with self.subTest(name=name):
-        leaf = seeds.leaves()[name]
+        leaf = cases.leaves()[name]
         if name in ('basis', 'subspace'):
           with self.assertRaisesRegex(ValueError, '^a/b: it cannot be stored: a basis'):
             rotbits_jax.encode({'a': {'b': leaf}})
@@ -134,7 +134,7 @@ class TreeTest(parameterized.TestCase):
     ):
       with self.subTest(name=name, shape=shape, words=words):
         self.enterContext(mock.patch.object(memory, '_available', return_value=None))
-        data = rotbits_jax.encode({'a': {'b': seeds.leaves()[name]}})
+        data = rotbits_jax.encode({'a': {'b': cases.leaves()[name]}})
         streams, manifest = containers.unpack(data)
         (entry,) = manifest['records'][0]['leaves']
         entry['shape'] = shape

@@ -1,6 +1,6 @@
 """Checks of every transform on every family.
 
-To add a transform to all these tests, add it to `fuzz.seeds.transforms`.
+To add a transform to all these tests, add it to `tests.cases.transforms`.
 """
 
 import functools
@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from fuzz import seeds
 from rotbits_jax import checkpoints
 from rotbits_jax import passes
 from rotbits_jax import structured
+from tests import cases
 from tests import transform_checks
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -27,7 +27,7 @@ TINY = tuple(
     if (path / 'config.json').exists() and path.name != TRAINED
   )
 )
-TRANSFORMS = {name: t for name, t in seeds.transforms().items() if t.takes != 'stored'}
+TRANSFORMS = {name: t for name, t in cases.transforms().items() if t.takes != 'stored'}
 
 
 @functools.cache

@@ -190,7 +190,7 @@ class Decoder:
       name: name of the record.
       resolve: returns the parameters that leaves of the record need. By default they
         are decoded, too.
-      rows: where to decode leaves to, see `stacks.allocate`; new memory for those it lacks.
+      rows: where to decode leaves to, see `stacks.allocate`; others get new memory.
       integers: whether multiples of one step stay integers.
       shared: whether arrays may share the memory of the base, and have any strides.
 

@@ -74,7 +74,7 @@ class FactorPair(Structured):
   def stored_factored(
     cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
   ) -> tuple[int, str]:
-    return shapes[cls._factor][0], settings['names']
+    return shapes[cls._factor][0], settings.get('names', 'factors')
 
   @classmethod
   def stored_rank(
