@@ -97,7 +97,7 @@ def low_rank_model() -> models.Model:
   (layer,) = model.layers()
   kernel = layer['mlp']['up']['kernel']
   ones = np.ones((3, kernel.shape[1]), np.float16)
-  layer['mlp']['up'] = {'kernel': structured.LowRank(kernel[:, :3], ones, names='asvd')}
+  layer['mlp']['up'] = {'kernel': structured.LowRank(kernel[:, :3], ones)}
   return models.from_layers(model.config, model.outer(), [layer])
 
 

@@ -38,9 +38,9 @@ def leaves():
     'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
     'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2, head_dim=3),
     'constant': structured.Constant.like(normal(3, 4), 1.5),
-    'low_rank': structured.LowRank(normal(6, 2), normal(2, 5), names='asvd'),
+    'low_rank': structured.LowRank(normal(6, 2), normal(2, 5)),
     'reduced': structured.ReducedLowRank(
-      normal(3, 2), normal(2, 7), size=5, transposed=True, names='factors'
+      normal(3, 2), normal(2, 7), size=5, transposed=True
     ),
     'reduced_lines': structured.ReducedLowRank(
       normal(3, 2),

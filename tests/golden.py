@@ -177,13 +177,13 @@ def recorded():
 
 def write():
   """Writes the golden files and their digests."""
+  files = {name: rotbits_jax.encode(x, **y) for name, (x, y) in cases().items()}
   FOLDER.mkdir(parents=True, exist_ok=True)
   for name in names():
     file_of(name).unlink()
-  entries = {}
-  for name, (model, options) in cases().items():
-    file_of(name).write_bytes(rotbits_jax.encode(model, **options))
-    entries[name] = digests(file_of(name), base_of(name))
+  for name, data in files.items():
+    file_of(name).write_bytes(data)
+  entries = {name: digests(file_of(name), base_of(name)) for name in files}
   DIGESTS.write_text(json.dumps(entries, indent=0) + '\n')
 
 

@@ -71,7 +71,7 @@ _logits = jax.jit(models.logits)
 def _pair(m, n, rank, dtype=np.float16, seed=0):
   rng = np.random.default_rng(seed)
   u, v = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
-  return structured.LowRank(u.astype(dtype), v.astype(dtype), names='asvd')
+  return structured.LowRank(u.astype(dtype), v.astype(dtype))
 
 
 def _product(leaf):
@@ -82,7 +82,7 @@ def _product(leaf):
 def _reduced(m, n, rank, seed=0):
   pair = _pair(m, n, rank, np.float32, seed)
   fixed = jax.device_get(_fix_pair(pair.u, pair.v))
-  return fixed.replace(names='linears').astype(np.float16)
+  return fixed.astype(np.float16)
 
 
 def _definition(leaf):
@@ -137,7 +137,7 @@ class LeavesTest(absltest.TestCase):
           json.loads(json.dumps(settings)), arrays
         )
         chex.assert_trees_all_equal(again, leaf)
-        self.assertEqual((again.shape, again.names), (leaf.shape, leaf.names))
+        self.assertEqual(again.shape, leaf.shape)
         self.assertEqual(again.dtype, np.float16)
 
   def test_stands_for_the_product_of_its_definition(self):
@@ -183,10 +183,9 @@ class LeavesTest(absltest.TestCase):
         structured.count_elements(_reduced(m, n, r)), r * (m + n) - r * r + m + n
       )
 
-  def test_plain_pair_has_the_same_product_and_names(self):
+  def test_plain_pair_has_the_same_product(self):
     leaf = _reduced(9, 7, 3).astype(np.float32)
     plain = leaf.pair()
-    self.assertEqual(plain.names, 'linears')
     np.testing.assert_allclose(_product(plain), _definition(leaf), atol=1e-5)
 
   def test_arrays_of_wrong_shapes_are_refused(self):
@@ -202,7 +201,7 @@ class LeavesTest(absltest.TestCase):
       ('reduced_low_rank', _with_exponents(np.zeros(7), np.zeros(9))),
     ):
       with self.subTest(kind=kind, arrays=arrays):
-        settings = {'names': 'asvd'}
+        settings = {}
         if kind == 'reduced_low_rank':
           settings |= {'transposed': False, 'size': 7}
         with self.assertRaisesRegex(ValueError, r'\(.*\)'):
@@ -330,9 +329,7 @@ def _compressed():
     u, values, vt = np.linalg.svd(np.float64(kernel), full_matrices=False)
     roots = np.sqrt(values[:rank])
     u, v = u[:, :rank] * roots, roots[:, None] * vt[:rank]
-    return structured.LowRank(
-      u.astype(kernel.dtype), v.astype(kernel.dtype), names='asvd'
-    )
+    return structured.LowRank(u.astype(kernel.dtype), v.astype(kernel.dtype))
 
   layers = []
   for i, layer in enumerate(model.layers()):

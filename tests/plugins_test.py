@@ -49,16 +49,14 @@ class Spec:
   nbytes: schema.Size
   arrays: tuple[Array, ...]
 
-  def grid(self, array):
-    return None
-
 
 class Encoded(NamedTuple):
   spec: Spec
   data: np.ndarray
 
 
-def encode(arrays):
+def encode(arrays, known):
+  del known  # this coder takes no advantage of it
   data = zlib.compress(b''.join(x.tobytes() for x in arrays))
   entries = tuple(
     Array(shape=x.shape, dtype=x.dtype.name, crc32=checksums.of_array(x))
@@ -67,7 +65,8 @@ def encode(arrays):
   return Encoded(Spec(nbytes=len(data), arrays=entries), np.frombuffer(data, np.uint8))
 
 
-def decode(spec, data, *, out):
+def decode(spec, data, *, out, known):
+  del known
   size = sum(array.nbytes for array in out)
   left = zlib.decompressobj().decompress(data.tobytes(), size)
   for array, entry in zip(out, spec.arrays, strict=True):

@@ -6,12 +6,13 @@ The coder of records is `coding.coder`. Another package registers its own:
     rotbits_jax.encode(model, preset=presets.exact()._replace(coder='zstd'))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rotbits_jax.coding import coder
+from rotbits_jax.coding import known
 from rotbits_jax.coding import specs
 
 
@@ -22,17 +23,17 @@ class RecordCoder(NamedTuple):
     name: name of the coder in files.
     spec: class of the spec of a stream: a schema dataclass, see `system.schema`. Like
       `specs.StreamSpec` it has `arrays`, each with its `shape`, `dtype` (a name) and
-      `nbytes`; `nbytes`, the length of the stream; and the method `grid` of one of
-      `arrays`, which may always return None.
-    encode: takes arrays, contiguous; returns an object with the attributes `spec` and
-      `data`, the stream, uint8 `[n]`.
-    decode: takes a spec, a stream, and as `out` the arrays to decode into. It raises a
-      ValueError if the stream or an array is damaged.
+      `nbytes`; and `nbytes`, the length of the stream.
+    encode: takes arrays, contiguous, and what the decoder will know of some, see
+      `coder.encode`; returns an object with the attributes `spec` and `data`, the
+      stream, uint8 `[n]`.
+    decode: takes a spec, a stream, as `out` the arrays to decode into, and `known`, see
+      `coder.decode`. It raises a ValueError if the stream or an array is damaged.
   """
 
   name: str
   spec: type[Any]
-  encode: Callable[[Sequence[np.ndarray]], Any]
+  encode: Callable[[Sequence[np.ndarray], Mapping[int, known.Known]], Any]
   decode: Callable[..., Any]
 
 

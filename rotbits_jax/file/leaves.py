@@ -4,7 +4,7 @@ A leaf is an array or a structured leaf, see `structured`. It is stored as one o
 arrays of its record, see `manifest`. What does not fit raises a ValueError.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -96,33 +96,17 @@ class Leaf:
       leaf.check_needed(self.shape if self.base is None else self.base.shape)
     return leaf
 
-  def factored(self, shapes: Sequence[Shape]) -> tuple[int, str] | None:
-    """Returns rank and naming of a leaf of two factors; None for others.
+  def rank(self, shapes: Sequence[Shape]) -> Any:
+    """Returns the rank of the leaf, see `Structured.stored_rank`; None for most.
 
     Args:
       shapes: shapes of the arrays as which the leaf is stored.
     """
-    factored: tuple[int, str] | None = self._told(
-      lambda cls, named: cls.stored_factored(self.settings, named), shapes
-    )
-    if factored is not None and not isinstance(factored[1], str):
-      raise ValueError(f'{self.path}: the naming of its factors is no text')
-    return factored
-
-  def rank(self, shapes: Sequence[Shape]) -> Any:
-    """Returns the rank of the leaf, see `Structured.stored_rank` and `factored`."""
-    return self._told(lambda cls, named: cls.stored_rank(self.settings, named), shapes)
-
-  def _told(
-    self,
-    tell: Callable[[type[structured.Structured], dict[str, Shape]], Any],
-    shapes: Sequence[Shape],
-  ) -> Any:
-    """Returns what the class tells of the stored arrays; None without a class."""
     if (cls := self.leaf_class) is None:
       return None
     try:
-      return tell(cls, dict(zip(self.arrays, shapes, strict=True)))
+      named = dict(zip(self.arrays, shapes, strict=True))
+      return cls.stored_rank(self.settings, named)
     except UNTRUSTED as error:
       raise ValueError(f'{self.path}: expected a leaf with two factors') from error
 

@@ -153,7 +153,7 @@ class RecordEntry:
     if sum(len(leaf.arrays) for leaf in self.leaves) != len(spec.arrays):
       raise ValueError('the leaves and the coder list different arrays')
     for leaf, array_specs in self.leaf_specs():
-      leaf.factored([x.shape for x in array_specs])
+      leaf.rank([x.shape for x in array_specs])
       if not leaf.type_name:
         stored = leaf.shape, entries.stored_dtype(leaf.dtype)
         if (array_specs[0].shape, array_specs[0].dtype) != stored:

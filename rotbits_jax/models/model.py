@@ -162,7 +162,7 @@ def materialize(params: Params, *, keep_factors: bool = False) -> Params:
 
   Args:
     params: nested dicts. They must contain the parameters that leaves need.
-    keep_factors: whether low-rank leaves remain, see `structured.Structured.factored`.
+    keep_factors: whether low-rank leaves remain, see `structured.Structured.pair`.
   """
   flat = structured.expand(structured.flatten(params), keep_factors=keep_factors)
   return structured.unflatten(flat)

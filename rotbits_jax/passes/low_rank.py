@@ -1,6 +1,5 @@
 """The gauge of low-rank pairs, see `symmetries.low_rank`."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -86,7 +85,7 @@ def _fix_pairs(
 def _fix(
   pair: structured.LowRank, *, dtype: np.dtype
 ) -> tuple[structured.ReducedLowRank, heads.Errors, jax.Array]:
-  fixed = dataclasses.replace(low_rank.fix_pair(pair.u, pair.v), names=pair.names)
+  fixed = low_rank.fix_pair(pair.u, pair.v)
   even = fixed.without_lines()
   rounded = structured.astype(structured.astype(even, dtype), jnp.float32)
   factors = fixed.divided(*pair.factors()), even.factors(), rounded.factors()

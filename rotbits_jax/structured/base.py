@@ -59,6 +59,7 @@ class Structured(abc.ABC):
     type_name: name of the class in the file format.
     needs: paths of the parameters that `materialize` takes, as in 'head/kernel'.
     origin: where the array comes from, and when it takes the place of the leaf.
+    has_factors: whether two factors make the matrix, see `pair`.
     columns_first: whether the checksums of the array and of that of the base are those
       of their transposes.
     config_fields: the field of `ModelConfig` that a setting must equal, by the name of
@@ -68,6 +69,7 @@ class Structured(abc.ABC):
   type_name: ClassVar[str]
   needs: ClassVar[tuple[str, ...]] = ()
   origin: ClassVar[Origin] = Origin.SUMMED
+  has_factors: ClassVar[bool] = False
   columns_first: bool = False
   config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
 
@@ -113,11 +115,6 @@ class Structured(abc.ABC):
   def apply(self, x: jax.Array) -> jax.Array:
     """Returns `x @ matrix` for x `[..., rows]`, in the cheapest way and x's dtype."""
     return jnp.matmul(x, self.astype(x.dtype).materialize(), precision='highest')
-
-  @property
-  def factored(self) -> tuple[int, str] | None:
-    """The rank and a key of `checkpoints.FACTORS`, if two factors make the matrix."""
-    return None
 
   def pair(self) -> Any:
     """Returns the matrix as a `LowRank` of two factors; None if there are none."""
@@ -221,13 +218,6 @@ class Structured(abc.ABC):
     Ranks determine the shapes of a stack. So a process that has some of its layers only
     gives the ranks of all of them to `stack`, as a second argument.
     """
-    return None
-
-  @classmethod
-  def stored_factored(
-    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
-  ) -> tuple[int, str] | None:
-    """Returns `factored` of a leaf in a file, from the shapes of its stored arrays."""
     return None
 
 

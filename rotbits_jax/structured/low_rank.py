@@ -36,13 +36,13 @@ class FactorPair(Structured):
   rank in a way that does not change the product.
 
   Attributes:
-    names: key of `checkpoints.FACTORS`; this row names the factors in a checkpoint.
     ranks: the rank of each layer, if the leaf is stacked and its layers differ in rank;
       else None.
   """
 
-  names: str = static(default='factors')
   ranks: tuple[int, ...] | None = of_stacks()
+
+  has_factors: ClassVar[bool] = True
 
   _factor: ClassVar[str]  # field of a factor with r rows
 
@@ -66,28 +66,15 @@ class FactorPair(Structured):
   def rank(self) -> int:
     return int(getattr(self, self._factor).shape[-2])
 
-  @property
-  def factored(self) -> tuple[int, str]:
-    return self.rank, self.names
-
-  @classmethod
-  def stored_factored(
-    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
-  ) -> tuple[int, str]:
-    return shapes[cls._factor][0], settings.get('names', 'factors')
-
   @classmethod
   def stored_rank(
     cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
   ) -> int:
-    return cls.stored_factored(settings, shapes)[0]
-
-  def stack_key(self) -> tuple[str, ...]:
-    return (self.names,)
+    return shapes[cls._factor][0]
 
   def pair(self) -> 'LowRank':
     u, v = (x.astype(self.dtype) for x in self.factors())
-    return LowRank(u, v, names=self.names, ranks=self.ranks)
+    return LowRank(u, v, ranks=self.ranks)
 
   def materialize(self, *needed: Any) -> jax.Array:
     return _product(*self.factors()).astype(self.dtype)

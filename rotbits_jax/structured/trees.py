@@ -44,7 +44,7 @@ def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   """
 
   def array(leaf: Any) -> Any:
-    if not is_structured(leaf) or (keep_factors and leaf.factored is not None):
+    if not is_structured(leaf) or (keep_factors and leaf.has_factors):
       return leaf
     # Bits of leaves that stand for arrays in files do not depend on a compiler.
     return leaf.materialize() if leaf.origin.is_in_files else _materialize(leaf)
