@@ -15,7 +15,13 @@ from benchmarks import common
 from fuzz import seeds
 from fuzz import sweep
 
-ENDS = ('refused', 'same', 'failed')
+DAMAGES = {
+  'flip': 'flips',
+  'truncation': 'truncations',
+  'exchange': 'exchanges',
+  'field': 'fields',
+}
+ENDS = {'refused': 'refused', 'same': 'the same numbers', 'failed': 'failures'}
 QUICK_STRIDE = 8  # takes one of so many cases
 SECONDS = 120  # of each target of the fuzzer
 
@@ -24,14 +30,13 @@ def swept(stride: int) -> str:
   """Returns the table of damaged files."""
   warnings.simplefilter('ignore')
   rows = []
-  for preset in (*seeds.presets_of_sweep(), seeds.PLAIN):
-    data, other = (seeds.container(preset, seed) for seed in (0, 1))
+  for name in (*seeds.presets_of_sweep(), seeds.PLAIN):
+    data, other = (seeds.container(name, seed) for seed in (0, 1))
     counts = sweep.sweep(data, other, stride=stride)
-    for damage in dict.fromkeys(damage for damage, _ in counts):
-      cells = [counts[damage, end] for end in ENDS]
-      rows.append((preset, damage, sum(cells), *cells))
-  header = ('file', 'damage', 'cases', 'refused', 'the same numbers', 'failures')
-  return common.table(header, rows, texts=2)
+    damages = (sum(n for x, n in counts.items() if x[0] == y) for y in DAMAGES)
+    ends = (sum(n for x, n in counts.items() if x[1] == y) for y in ENDS)
+    rows.append((name, *(f'{n:,}' for n in (*damages, *ends))))
+  return common.table(('file', *DAMAGES.values(), *ENDS.values()), rows)
 
 
 def fuzzed() -> str:

@@ -29,7 +29,7 @@ from rotbits_jax import structured
 
 TITLE = 'How small is a model, and is it still the same?'
 SPARSITY = 0.25
-TOKENS = 2048
+TOKENS = 3072
 CALIBRATION_SEQUENCES, CALIBRATION_LENGTH = 32, 1024
 
 _FULL = flags.DEFINE_bool('full', False, 'Measures SmolLM2-135M, too.')

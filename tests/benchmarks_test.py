@@ -47,3 +47,12 @@ def test_demo(tmp_path):
   for preset in ('exact', 'free', 'near'):
     assert f'`{preset}`' in section.body
   assert 'every bit' in section.body
+
+
+def test_every_section_is_written_by_a_benchmark():
+  text = RESULTS.read_text('utf-8')
+  titles = re.findall(r'^## .*$', text, re.M)
+  named = re.findall(r'^## .*\n\n`python -m benchmarks (\w+)`', text, re.M)
+  assert len(named) == len(titles)
+  assert set(named) <= set(runner.BENCHMARKS)
+  assert text.count(': start -->') == text.count(': end -->') == len(titles)
