@@ -80,25 +80,21 @@ def bit_patterns(array: np.ndarray) -> np.ndarray:
 
 
 def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
-  """Returns the form of an array with many zeros, and its parts; None for others.
+  """Returns the form of floats with many zeros, and its parts; None for others.
 
-  Args:
-    array: any elements, contiguous.
+  Zeros of integers are a symbol of their own.
   """
-  if array.size < _LEAST_ELEMENTS or array.itemsize == 1:
+  if array.size < _LEAST_ELEMENTS or array.dtype not in layouts.FORMATS:
     return None
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
-  top = 8 * array.itemsize - 1
-  # The signs of integers are no bits of their own.
-  magnitudes = (1 << top) - 1 if array.dtype in layouts.FORMATS else -1 % (2 << top)
-  least = bits.dtype.type(magnitudes)
-  sample = _sample(bits.reshape(-1)) & least > 0
+  magnitude = bits.dtype.type((1 << 8 * array.itemsize - 1) - 1)
+  sample = _sample(bits.reshape(-1)) & magnitude > 0
   zeros = sample.size - int(np.count_nonzero(sample))
   counts = np.array([zeros, sample.size - zeros])
   saved = 8 * array.itemsize * zeros - tables.entropy_bits(counts)
   if not zeros or saved <= _LEAST_SAVED * 8 * array.itemsize * sample.size:
     return None
-  is_set = bits & least > 0
+  is_set = bits & magnitude > 0
   masks = [np.packbits(x, axis=1) for x in (is_set, is_set.T)]
   costs = [tables.entropy_bits(np.bincount(x.reshape(-1))) for x in masks]
   transposed = costs[1] < costs[0]
