@@ -2,89 +2,143 @@
 
 from absl.testing import absltest
 from absl.testing import parameterized
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding.bits_back import correction
+from rotbits_jax.coding.bits_back import eigen
+from rotbits_jax.coding.bits_back import haar
 from tests import codec_checks
 
+RNG = np.random.default_rng(0)
+SIZES = np.concatenate([[1, 65536, 65535], RNG.integers(1, 65537, 21)])
+FREQUENCIES = tables.quantize(
+  RNG.integers(0, 50, (3, 17)) * RNG.integers(0, 2, 17) + (np.arange(17) == 8)
+)
+CONTEXTS = RNG.integers(0, 3, (6, 7))
+MOST = FREQUENCIES.argmax(axis=1)[CONTEXTS]
+LEVELS = tables.quantize(1 << np.arange(17)[::-1])
+SIGNS = tables.quantize((np.arange(17) < 2).astype(int))
+MIXED = tables.quantize(RNG.integers(1, 90, (4, 5)))
 
-def _every_slot(bits: int) -> rans.Message:
-  """Returns a message with one lane for each slot that a symbol can be popped from."""
-  return rans.seeded(jnp.arange(1 << bits, dtype=jnp.uint16), 2)._replace(
-    size=jnp.ones(1 << bits, jnp.int32)
+
+def uint32(x):
+  return jnp.asarray(x, jnp.uint32)
+
+
+def corrections(size, groups):
+  extra = RNG.integers(0, 3, size)
+  return correction.Correction(
+    base=jnp.ones(groups, jnp.uint8),
+    extra=jnp.asarray(extra, jnp.uint8),
+    residue=jnp.asarray(RNG.integers(0, 2 << extra), jnp.uint16),
   )
 
 
-class UniformTest(absltest.TestCase):
-  def test_is_exact(self):
-    for shape, lanes in (((40,), 1), ((3, 5), 4), ((2, 3, 4), 7), ((0,), 3)):
-      with self.subTest(shape=shape, lanes=lanes):
-        rng = np.random.default_rng(lanes)
-        sizes = rng.integers(1, 65537, shape)
-        sizes.flat[:3] = [1, 65536, 65535]
-        codec = codecs.uniform(jnp.asarray(sizes, jnp.uint32))
-        symbol = jnp.asarray(rng.integers(0, sizes), jnp.uint32)
-        message = codec_checks.random_message(lanes, lanes, 60)
-        sampled = codec_checks.check_codec(codec, symbol, message, eager=lanes == 4)
-        self.assertTrue((np.asarray(sampled) < sizes).all())
-
-  def test_slots_are_shared_out_evenly(self):
-    for size in (1, 2, 3, 1000, 32767, 65535, 65536):
-      with self.subTest(size=size):
-        codec = codecs.uniform(jnp.full(1 << 16, size, jnp.uint32))
-        _, symbols = codec.pop(_every_slot(16))
-        counts = np.bincount(np.asarray(symbols), minlength=size)
-        self.assertEqual(counts.size, size)
-        self.assertLessEqual(abs(counts - 65536 / size).max(), 1)
-        self.assertTrue((np.diff(np.asarray(symbols).astype(np.int64)) >= 0).all())
-
-  def test_costs_the_logarithm_of_the_size(self):
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 5000, 20000)
-    codec = codecs.uniform(jnp.asarray(sizes, jnp.uint32))
-    message = codec_checks.random_message(0, 32, 700)
-    before = rans.content_bits(message)
-    message = codec.push(message, jnp.asarray(rng.integers(0, sizes), jnp.uint32))
-    cost = rans.content_bits(rans.check(message)) - before
-    self.assertAlmostEqual(cost / np.log2(sizes).sum(), 1, delta=2e-3)
+def frame(n, k):
+  flips = jnp.asarray(RNG.integers(0, 2, k), bool)
+  return haar.FrameCorrection(flips, corrections(haar.num_cells(n, k), k))
 
 
-class CategoricalTest(absltest.TestCase):
-  def test_is_exact(self):
-    for count, alphabet, lanes in ((1, 1, 1), (3, 2, 2), (5, 17, 3), (9, 64, 8)):
-      with self.subTest(count=count, alphabet=alphabet, lanes=lanes):
-        rng = np.random.default_rng(alphabet)
-        counts = rng.integers(0, 50, (count, alphabet)) * rng.integers(0, 2, alphabet)
-        counts[:, alphabet // 2] = 1
-        frequencies = np.stack([tables.quantize(row) for row in counts])
-        contexts = rng.integers(0, count, (6, 7))
-        symbol = [rng.choice(np.flatnonzero(frequencies[c])) for c in contexts.flat]
-        codec = codecs.categorical(jnp.asarray(contexts), jnp.asarray(frequencies))
-        symbol = jnp.asarray(symbol, jnp.uint32).reshape(6, 7)
-        message = codec_checks.random_message(count, lanes, 60)
-        sampled = codec_checks.check_codec(codec, symbol, message, eager=lanes == 3)
-        self.assertTrue((frequencies[contexts, np.asarray(sampled)] > 0).all())
+def cells(n, k):
+  message = codec_checks.random_message(n, 4, 200)
+  return haar.codec(n, k).pop(message)[1]
+
+
+# A codec and one of its symbols.
+CODECS = {
+  'certain': (codecs.certain(3), 3),
+  'uniform': (codecs.uniform(uint32(SIZES)), uint32(RNG.integers(0, SIZES))),
+  'uniform matrix': (
+    codecs.uniform(uint32(SIZES.reshape(4, 6))),
+    uint32([[0] * 6] * 4),
+  ),
+  'uniform nothing': (codecs.uniform(uint32([])), uint32([])),
+  'categorical': (codecs.categorical(uint32(CONTEXTS), FREQUENCIES), uint32(MOST)),
+  'categorical traced': (
+    codecs.categorical(uint32(CONTEXTS), jnp.asarray(FREQUENCIES)),
+    uint32(MOST),
+  ),
+  'one symbol': (
+    codecs.categorical(jnp.zeros(9, jnp.uint32), np.array([[tables.TOTAL]])),
+    uint32([0] * 9),
+  ),
+  'serial': (
+    codecs.serial(
+      codecs.uniform(uint32([16] * 4)),
+      codecs.certain(None),
+      codecs.deferred(lambda: codecs.uniform(uint32([7] * 3))),
+    ),
+    (uint32([3, 1, 0, 15]), None, uint32([6, 0, 2])),
+  ),
+  'bits back': (
+    codecs.bits_back(
+      prior=codecs.categorical(jnp.zeros(20, jnp.uint32), MIXED[:1]),
+      likelihood=lambda z: codecs.categorical(z % 4, MIXED),
+      posterior=lambda x: codecs.categorical(x % 3, MIXED),
+    ),
+    uint32(RNG.integers(0, 5, 20)),
+  ),
+  'haar, no dimensions': (haar.codec(0, 0), cells(0, 0)),
+  'haar, one dimension': (haar.codec(1, 1), cells(1, 1)),
+  'haar': (haar.codec(9, 9), cells(9, 9)),
+  'haar, a frame': (haar.codec(7, 3), cells(7, 3)),
+  'corrections of a frame': (
+    haar.correction_codec(4, 3, jnp.asarray(np.stack([LEVELS, LEVELS, SIGNS]))),
+    frame(4, 3),
+  ),
+  'eigen': (eigen.codec(6), jnp.asarray(RNG.integers(0, 1 << 16, 21), jnp.uint16)),
+  'spectrum': (
+    eigen.spectrum_codec(6),
+    eigen.Spectrum(jnp.float32(1.5), jnp.arange(6, dtype=jnp.uint16)),
+  ),
+  'corrections of eigenvectors': (
+    eigen.correction_codec(4, jnp.asarray(np.stack([LEVELS] * 2))),
+    corrections(10, 4),
+  ),
+}
+
+
+def every_slot(bits):
+  """Returns a message with one lane for each slot that a symbol can be popped from."""
+  slots = jnp.arange(1 << bits, dtype=jnp.uint16)
+  return rans.stacked(jnp.stack([jnp.zeros_like(slots), slots]), 2)
+
+
+class CodecsTest(parameterized.TestCase):
+  @parameterized.named_parameters((name, name) for name in CODECS)
+  def test_is_exact(self, name):
+    codec, symbol = CODECS[name]
+    for lanes in (1, 7):
+      message = codec_checks.random_message(lanes, lanes, 90)
+      codec_checks.check_codec(codec, symbol, message, eager=name == 'serial')
+
+  @parameterized.parameters(1, 2, 3, 1000, 32767, 65535, 65536)
+  def test_slots_are_shared_out_evenly(self, size):
+    codec = codecs.uniform(jnp.full(1 << 16, size, jnp.uint32))
+    symbols = np.asarray(codec.pop(every_slot(16))[1]).astype(np.int64)
+    counts = np.bincount(symbols, minlength=size)
+    self.assertEqual(counts.size, size)
+    self.assertLessEqual(abs(counts - 65536 / size).max(), 1)
+    self.assertTrue((np.diff(symbols) >= 0).all())
 
   def test_every_slot_is_its_owner_s(self):
     frequencies = tables.quantize(np.array([0, 5, 0, 0, 90, 1, 1, 0, 300, 0]))[None]
-    contexts = jnp.zeros(tables.TOTAL, jnp.uint32)
-    codec = codecs.categorical(contexts, jnp.asarray(frequencies))
-    _, symbols = codec.pop(_every_slot(tables.PRECISION))
+    codec = codecs.categorical(jnp.zeros(tables.TOTAL, jnp.uint32), frequencies)
+    _, symbols = codec.pop(every_slot(tables.PRECISION))
     np.testing.assert_array_equal(symbols, tables.slots(frequencies)[0])
 
-
-class CombinatorsTest(parameterized.TestCase):
-  def test_serial_pops_the_last_first(self):
-    low = codecs.uniform(jnp.full(4, 16, jnp.uint32))
-    parts = codecs.serial(low, codecs.certain(None), codecs.uniform(jnp.full(3, 7)))
-    symbol = jnp.arange(4, dtype=jnp.uint32), None, jnp.arange(3, dtype=jnp.uint32)
-    message = codec_checks.random_message(0, 2, 20)
-    codec_checks.check_codec(parts, symbol, message)
-    rest, _ = codecs.uniform(jnp.full(3, 7)).pop(parts.push(message, symbol))
-    np.testing.assert_array_equal(low.pop(rest)[1], symbol[0])
+  def test_costs_the_logarithm_of_the_size(self):
+    sizes = RNG.integers(1, 5000, 20000)
+    message = codec_checks.random_message(0, 32, 700)
+    symbols = uint32(RNG.integers(0, sizes))
+    longer = jax.jit(codecs.uniform(uint32(sizes)).push)(message, symbols)
+    cost = rans.content_bits(rans.check(longer)) - rans.content_bits(message)
+    self.assertAlmostEqual(cost / np.log2(sizes).sum(), 1, delta=2e-3)
 
   def test_serial_refuses_another_number_of_symbols(self):
     parts = codecs.serial(codecs.certain(1), codecs.certain(2))

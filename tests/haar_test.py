@@ -25,16 +25,16 @@ recover = jax.jit(haar.recover)
 places = jax.jit(haar._places, static_argnums=(0, 1))
 
 
-def _sample(n: int, k: int, batch: tuple[int, ...] = ()) -> jax.Array:
+def _sample(n: int, k: int) -> jax.Array:
   """Draws the cells of random frames without the codec."""
   rng = np.random.default_rng(0)
   row = np.asarray(places(n, k)[0])
-  slots = rng.integers(0, tables.TOTAL, (*batch, row.size))
+  slots = rng.integers(0, tables.TOTAL, row.size)
   bins = np.zeros(slots.shape, int)
   for i, v in enumerate(n - row):
     if v >= 2:
       ends = np.cumsum(haar.bin_tables(n)[v - 2])
-      bins[..., i] = np.searchsorted(ends, slots[..., i], side='right')
+      bins[i] = np.searchsorted(ends, slots[i], side='right')
   fine = rng.integers(0, np.where(row < n - 1, 1 << 10, 2), slots.shape)
   return jnp.asarray(bins << 10 | fine, jnp.uint16)
 
@@ -78,21 +78,6 @@ def _ks_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class CodecTest(absltest.TestCase):
-  def test_is_exact(self):
-    for n, k, batch, lanes in (
-      (0, 0, (), 1),
-      (1, 1, (), 1),
-      (3, 1, (2, 2), 3),
-      (9, 9, (3,), 8),
-    ):
-      with self.subTest(n=n, k=k, batch=batch, lanes=lanes):
-        shape = (*batch, haar.num_cells(n, k))
-        cells = _sample(n, k, batch)
-        message = codec_checks.random_message(n, lanes, 2 * cells.size // lanes + 40)
-        sampled = codec_checks.check_codec(haar.codec(n, k, batch), cells, message)
-        chex.assert_shape(sampled, shape)
-        chex.assert_type(sampled, jnp.uint16)
-
   def test_bins_have_the_probability_of_a_ratio(self):
     for v in (2, 3, 4, 5, 8, 16, 17, 40, 300):
       with self.subTest(v=v):
@@ -162,9 +147,12 @@ class UniformityTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    message = codec_checks.random_message(0, 64, 4000)
-    codec = haar.codec(cls.N, cls.N, (cls.COUNT,))
-    message, cells = jax.jit(codec.pop)(message)
+    message = codec_checks.random_message(0, 10, 30_000)
+    codec = haar.codec(cls.N, cls.N)
+    sample = lambda message, _: codec.pop(message)
+    message, cells = jax.jit(
+      lambda message: jax.lax.scan(sample, message, length=cls.COUNT)
+    )(message)
     rans.check(message)
     cls.q = np.asarray(_rotate_all(cells, cls.N, cls.N))
     key = jax.random.key(0)
@@ -295,22 +283,6 @@ class RecoveryTest(parameterized.TestCase):
       ideal = -math.log2(noise) - mean_share
       net = rans.content_bits(message) - rans.content_bits(sent)
       self.assertBetween(net / (n * (n - 1) / 2), ideal - loss, ideal)
-
-  def test_codec_of_a_stack_s_corrections_is_exact(self):
-    rng = np.random.default_rng(0)
-    shape = (3, haar.num_cells(4, 3))
-    extra = rng.integers(0, 3, shape)
-    correction = haar.FrameCorrection(
-      flips=jnp.asarray(rng.integers(0, 2, (3, 3)), bool),
-      cells=correction_lib.Correction(
-        base=jnp.ones((3, 3), jnp.uint8),
-        extra=jnp.asarray(extra, jnp.uint8),
-        residue=jnp.asarray(rng.integers(0, 2 << extra), jnp.uint16),
-      ),
-    )
-    codec = haar.correction_codec(4, 3, jnp.asarray(haar.fit(correction)), (3,))
-    message = codec_checks.random_message(0, 4, 40)
-    codec_checks.check_codec(codec, correction, message)
 
   @pytest.mark.slow
   def test_large(self):

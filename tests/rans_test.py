@@ -1,39 +1,47 @@
 """The coder is exact in both orders and as short as its probabilities allow."""
 
-import itertools
-
 from absl.testing import absltest
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import rans
+from tests import codec_checks
 
 LANES, PRECISION = 5, 12
 
-
-def _random_message(seed: int, depth: int = 40, room: int = 40) -> rans.Message:
-  """Returns a message with random content and lanes of unequal depth."""
-  rng = np.random.default_rng(seed)
-  size = rng.integers(depth // 2, depth, LANES).astype(np.int32)
-  return rans.Message(
-    state=jnp.asarray(rng.integers(1 << 16, 1 << 32, LANES), jnp.uint32),
-    words=jnp.asarray(rng.integers(0, 1 << 16, (LANES, depth + room)), jnp.uint16),
-    size=jnp.asarray(size),
-    lowest=jnp.asarray(size),
-    highest=jnp.asarray(size),
-  )
+# Four symbols divide [0, 2^12) into unequal parts.
+BOUNDS = jnp.asarray([0, 1, 100, 3000, 1 << PRECISION], jnp.uint32)
 
 
-def _content(message: rans.Message) -> tuple[list[int], list[list[int]]]:
+def interval(symbol):
+  return BOUNDS[symbol], BOUNDS[symbol + 1] - BOUNDS[symbol]
+
+
+def lookup(slot, _):
+  symbol = jnp.searchsorted(BOUNDS, slot, side='right') - 1
+  return symbol, *interval(symbol)
+
+
+def words_pushed(message, count):
+  """Pushes `count` words of 16 bits onto each lane."""
+  ones = jnp.ones((count, message.lanes), jnp.uint32)
+  return rans.push_all(message, (ones, ones), lambda x: x, 16)
+
+
+def words_popped(message, count):
+  one = jnp.ones(message.lanes, jnp.uint32)
+  uniform = lambda slot, _: (slot, slot, one)
+  return rans.pop_all(message, None, uniform, 16, length=count)[0]
+
+
+def content(message):
   words, size = np.asarray(message.words), np.asarray(message.size)
   stacks = [words[i, : size[i]].tolist() for i in range(message.lanes)]
   return np.asarray(message.state).tolist(), stacks
 
 
-def _reference_push(
-  state: int, stack: list[int], start: int, frequency: int, precision: int
-) -> int:
+def reference_push(state, stack, start, frequency, precision):
   """Pushes to one lane with Python integers, as in the definition."""
   if (state // frequency) << precision >= 1 << 32:
     stack.append(state & 0xFFFF)
@@ -45,24 +53,19 @@ class RansTest(absltest.TestCase):
   def test_push_agrees_with_python_integers(self):
     for precision in (10, 12, 16):
       with self.subTest(precision=precision):
-        rng = np.random.default_rng(precision)
-        total = 1 << precision
-        message = _random_message(0)
-        states, stacks = _content(message)
-        for _ in range(30):
-          start = rng.integers(0, total, LANES)
-          frequency = np.array([rng.integers(1, total - s + 1) for s in start])
-          message = rans.push(
-            message,
-            jnp.asarray(start, jnp.uint32),
-            jnp.asarray(frequency, jnp.uint32),
-            precision,
-          )
+        rng, total = np.random.default_rng(precision), 1 << precision
+        message = codec_checks.random_message(0, LANES, 40)
+        states, stacks = content(message)
+        starts = rng.integers(0, total, (30, LANES))
+        frequencies = rng.integers(1, total - starts + 1)
+        pairs = jnp.asarray(starts, jnp.uint32), jnp.asarray(frequencies, jnp.uint32)
+        message = rans.push_all(message, pairs, lambda x: x, precision)
+        for row in zip(starts[::-1], frequencies[::-1], strict=True):
           states = [
-            _reference_push(x, stack, int(s), int(f), precision)
-            for x, stack, s, f in zip(states, stacks, start, frequency, strict=True)
+            reference_push(x, stack, int(s), int(f), precision)
+            for x, stack, s, f in zip(states, stacks, *row, strict=True)
           ]
-        self.assertEqual(_content(message), (states, stacks))
+        self.assertEqual(content(message), (states, stacks))
 
   def test_divmod_is_exact_at_the_edges(self):
     rng = np.random.default_rng(0)
@@ -74,107 +77,65 @@ class RansTest(absltest.TestCase):
     remainders = rng.integers(0, 1 << 16, y.size).astype(np.uint64) % y
     remainders[::2], remainders[1::4] = 0, (y - 1)[1::4]
     x = quotients * y + remainders
-    got = rans._divmod(jnp.asarray(x, jnp.uint32), jnp.asarray(y, jnp.uint32))
-    np.testing.assert_array_equal(np.asarray(got[0]), quotients)
-    np.testing.assert_array_equal(np.asarray(got[1]), remainders)
+    found = rans._divmod(jnp.asarray(x, jnp.uint32), jnp.asarray(y, jnp.uint32))
+    np.testing.assert_array_equal(found[0], quotients)
+    np.testing.assert_array_equal(found[1], remainders)
 
   def test_pop_undoes_push_and_push_undoes_pop(self):
-    # Four symbols divide [0, 2^12) into unequal parts.
-    bounds = jnp.asarray([0, 1, 100, 3000, 1 << PRECISION], jnp.uint32)
-
-    def lookup(slot):
-      symbol = jnp.searchsorted(bounds, slot, side='right') - 1
-      return symbol, bounds[symbol], bounds[symbol + 1] - bounds[symbol]
-
-    def push(message, symbol):
-      start = bounds[symbol]
-      return rans.push(message, start, bounds[symbol + 1] - start, PRECISION)
-
-    def pop(message):
-      return rans.pop(message, lookup, PRECISION)
-
-    eager = push, pop
-    compiled = jax.jit(push), jax.jit(pop)
-    for (push, pop), seed in itertools.product((eager, compiled), range(3)):
-      with self.subTest(compiled=push is compiled[0], seed=seed):
-        message = _random_message(seed)
-        before = _content(message)
-        symbols = np.random.default_rng(seed).integers(0, 4, (20, LANES))
-        for symbol in symbols:
-          message = push(message, jnp.asarray(symbol))
-        for symbol in symbols[::-1]:
-          message, popped = pop(message)
-          np.testing.assert_array_equal(np.asarray(popped), symbol)
-        self.assertEqual(_content(message), before)
-        popped = []
-        for _ in range(20):
-          message, symbol = pop(message)
-          popped.append(symbol)
-        for symbol in popped[::-1]:
-          message = push(message, symbol)
-        self.assertEqual(_content(message), before)
+    push = lambda m, x: rans.push_all(m, x, interval, PRECISION)
+    pop = lambda m: rans.pop_all(m, None, lookup, PRECISION, length=20)
+    for compiled in (jax.jit, lambda function: function):
+      message = codec_checks.random_message(1, LANES, 40)
+      symbols = np.random.default_rng(0).integers(0, 4, (20, LANES))
+      restored, popped = compiled(pop)(compiled(push)(message, jnp.asarray(symbols)))
+      np.testing.assert_array_equal(popped, symbols)
+      self.assertEqual(content(restored), content(message))
+      restored = compiled(push)(*compiled(pop)(message))
+      self.assertEqual(content(restored), content(message))
 
   def test_whole_interval_leaves_a_lane_as_it_is(self):
-    message = _random_message(3)
-    start = jnp.zeros(LANES, jnp.uint32)
-    after = rans.push(message, start, jnp.full(LANES, 1 << 16, jnp.uint32), 16)
-    self.assertEqual(_content(after), _content(message))
+    message = codec_checks.random_message(3, LANES, 40)
+    whole = jnp.zeros((1, LANES), jnp.uint32), jnp.full((1, LANES), 1 << 16, jnp.uint32)
+    after = rans.push_all(message, whole, lambda x: x, 16)
+    self.assertEqual(content(after), content(message))
 
-  def test_running_dry_says_how_many_bits_are_missing(self):
-    message = rans.empty(LANES, 10)
-    uniform = lambda slot: (slot, slot, jnp.ones_like(slot))
-    for _ in range(2):
-      message, symbol = rans.pop(message, uniform, 16)
-    # Later pushes do not hide that the message was dry.
-    for _ in range(4):
-      message = rans.push(message, symbol, jnp.ones_like(symbol), 16)
+  def test_errors_are_noticed_later(self):
+    dry = words_pushed(words_popped(rans.empty(LANES, 10), 2), 4)
     with self.assertRaisesRegex(rans.MessageError, f'{16 * 2 * LANES} bits'):
-      rans.check(message)
-
-  def test_overflow_is_noticed_even_if_popped_again(self):
-    message = rans.empty(LANES, 3)
-    one = jnp.ones(LANES, jnp.uint32)
-    for _ in range(5):
-      message = rans.push(message, one, one, 16)
-    for _ in range(5):
-      message, _ = rans.pop(message, lambda slot: (slot, slot, one), 16)
+      rans.check(dry)
+    full = words_popped(words_pushed(rans.empty(LANES, 3), 5), 5)
     with self.assertRaisesRegex(rans.MessageError, '2 words more'):
-      rans.check(message)
+      rans.check(full)
+    for precision in (9, 17):
+      with self.assertRaisesRegex(ValueError, 'precision'):
+        rans.push_all(full, jnp.zeros((1, LANES), int), interval, precision)
 
   def test_words_round_trip(self):
     for seed in (0, 1, 7):
-      with self.subTest(seed=seed):
-        message = _random_message(seed)
-        words = rans.to_words(message)
-        self.assertEqual(_content(rans.from_words(words, LANES)), _content(message))
+      message = codec_checks.random_message(seed, LANES, 40)
+      words = rans.to_words(message)
+      self.assertEqual(content(rans.from_words(words, LANES)), content(message))
+      for wrong in (words[:-1], words[:8]):
         with self.assertRaises(rans.MessageError):
-          rans.from_words(words[:-1], LANES)
-        with self.assertRaises(rans.MessageError):
-          rans.from_words(words[:8], LANES)
+          rans.from_words(wrong, LANES)
 
-  def test_payload_comes_back_from_under_the_content(self):
-    payload = jnp.asarray([0, 1, 65535, 4711, 32768], jnp.uint16)
-    message = rans.seeded(payload, 10)
-    one = jnp.ones(LANES, jnp.uint32)
-    for _ in range(6):
-      message = rans.push(message, one, one, 16)
-    for _ in range(6):
-      message, _ = rans.pop(message, lambda slot: (slot, slot, one), 16)
-    np.testing.assert_array_equal(np.asarray(rans.payload(message)), payload)
-
-  def test_precision_out_of_range_is_refused(self):
-    one = jnp.ones(LANES, jnp.uint32)
-    for precision in (9, 17):
-      with self.assertRaisesRegex(ValueError, 'precision'):
-        rans.push(_random_message(0), one, one, precision)
+  def test_words_come_back_from_under_the_content(self):
+    for depth in (1, 3):
+      words = np.random.default_rng(0).integers(0, 1 << 16, (depth, 5), np.uint16)
+      message = rans.stacked(jnp.asarray(words), 9)
+      message = words_popped(words_pushed(message, 4), 4)
+      np.testing.assert_array_equal(rans.unstacked(rans.check(message)), words)
+      message = rans.check(words_popped(message, depth - 1))
+      with self.assertRaises(rans.MessageError):
+        rans.check(words_popped(message, 1))
 
   def test_golden_words(self):
     """The emitted words are part of the format, so a change here breaks every file."""
-    message = rans.seeded(jnp.asarray([7, 65535, 0], jnp.uint16), 8)
-    for i in range(9):
-      start = jnp.asarray([i, 100 * i, 3000], jnp.uint32)
-      frequency = jnp.asarray([1, 50, 1000], jnp.uint32)
-      message = rans.push(message, start, frequency, 12)
+    message = rans.stacked(jnp.asarray([[7, 65535, 0]], jnp.uint16), 8)
+    i = np.arange(9)[::-1, None]
+    starts = jnp.asarray(np.hstack([i, 100 * i, 0 * i + 3000]), jnp.uint32)
+    frequencies = jnp.broadcast_to(jnp.asarray([1, 50, 1000], jnp.uint32), (9, 3))
+    message = rans.push_all(message, (starts, frequencies), lambda x: x, 12)
     golden = [1, 0, 1, 28680, 9001, 7376, 4096, 1163, 5, 517, 0]
     golden += [28672, 1, 2, 12292, 5, 6, 32905, 24923, 634, 15936]
     self.assertEqual(rans.to_words(message).tolist(), golden)

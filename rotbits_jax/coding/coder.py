@@ -72,7 +72,7 @@ def encode(
   if sum(x.nbytes for x in arrays) > _FEW:
     blocks.compile_push()
   planned = _planned(arrays, known)
-  groups = _allowed(planned, _grouped(planned))
+  groups = _worthwhile(planned, _grouped(planned))
   groups += [
     _known_group(i, planned[i].array, x.check(planned[i].array.size))[0]
     for i, x in known.items()
@@ -357,35 +357,16 @@ def _known_group(
 def _planned(
   arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]
 ) -> list[plans.Plan]:
-  """Returns plans in which every layout saves more than it takes.
-
-  Arrays of known classes have no layout yet.
-  """
+  """Returns plans. Arrays of known classes have no layout yet."""
   for array in arrays:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   contiguous = (functools.partial(host.contiguous, np.asarray(x)) for x in arrays)
   whole = pool.run(contiguous, [x.nbytes for x in arrays])
   made = iter(plans.plan([x for i, x in enumerate(whole) if i not in known]))
-  planned = [
+  return [
     plans.Plan(x, None, (plans.Part(x),)) if i in known else next(made)
     for i, x in enumerate(whole)
-  ]
-  saved: dict[layouts.Layout, float] = {}
-  for plan in planned:
-    for part in plan.parts:
-      if part.coded:
-        saved[part.coded.layout] = saved.get(part.coded.layout, 0.0) + part.saved
-  return [
-    plan._replace(
-      parts=tuple(
-        plans.Part(part.array)
-        if part.coded and saved[part.coded.layout] < _GROUP_BYTES
-        else part
-        for part in plan.parts
-      )
-    )
-    for plan in planned
   ]
 
 
@@ -416,16 +397,16 @@ def _grouped(planned: list[plans.Plan]) -> list[_Group]:
   return groups
 
 
-def _allowed(planned: list[plans.Plan], groups: list[_Group]) -> list[_Group]:
-  """Returns as many groups as a record may have; the parts of others get no coding."""
-  saving = lambda own: sum(planned[i].parts[j].saved for i, j in own.members)
-  while len(groups) > specs.most_groups(sum(group.total for group in groups)):
-    least = min(range(len(groups)), key=lambda g: saving(groups[g]))
-    for i, j in groups.pop(least).members:
-      parts = list(planned[i].parts)
-      parts[j] = plans.Part(parts[j].array)
-      planned[i] = planned[i]._replace(parts=tuple(parts))
-  return groups
+def _worthwhile(planned: list[plans.Plan], groups: list[_Group]) -> list[_Group]:
+  """Returns the groups that save more than they take, as many as a record may have."""
+  saving = lambda group: sum(planned[i].parts[j].saved for i, j in group.members)
+  ordered = sorted(groups, key=saving)
+  while ordered and (
+    saving(ordered[0]) < _GROUP_BYTES
+    or len(ordered) > specs.most_groups(sum(group.total for group in ordered))
+  ):
+    del ordered[0]
+  return [group for group in groups if any(group is x for x in ordered)]
 
 
 def _fits(coded: Sequence[plans.Coded]) -> bool:

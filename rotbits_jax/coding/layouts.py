@@ -131,9 +131,9 @@ class Layout(abc.ABC):
   def is_valid(self) -> bool:
     """Returns whether the type has a layout of these attributes."""
 
-  @abc.abstractmethod
   def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
-    """Returns the symbols of `split`, uint16."""
+    """Returns the symbols of `split`, uint16; `shift` may be traced."""
+    return self.split(bits, min_exponent, shift)[0]
 
   @abc.abstractmethod
   def split(
@@ -230,21 +230,15 @@ class Float(Layout):
       and 1 <= self.min_exponent < (1 << self.format.exponent) - 1
     )
 
-  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
-    del shift  # leaves out low bits, which no symbol has
-    bits = self._raised(bits, min_exponent)
-    return (bits >> self._low & bits.dtype.type(self.alphabet - 1)).astype(jnp.uint16)
-
   def split(
     self, bits: jax.Array, min_exponent: Any, shift: Any
   ) -> tuple[jax.Array, jax.Array]:
-    symbols = self.symbols(bits, min_exponent, shift)
-    bits, low = self._raised(bits, min_exponent), self._low
-    raw = bits >> self.format.width - 1 << low | bits & bits.dtype.type((1 << low) - 1)
+    kind, low = bits.dtype.type, self._low
+    if self.min_exponent > 1:
+      bits = raised(bits, self.format, min_exponent)
+    symbols = (bits >> low & kind(self.alphabet - 1)).astype(jnp.uint16)
+    raw = bits >> self.format.width - 1 << low | bits & kind((1 << low) - 1)
     return symbols, raw >> self.most_raw_bits - shift
-
-  def _raised(self, bits: jax.Array, min_exponent: Any) -> jax.Array:
-    return raised(bits, self.format, min_exponent) if self.min_exponent > 1 else bits
 
   def join(
     self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
@@ -394,9 +388,6 @@ class Difference(Layout):
   def is_valid(self) -> bool:
     known = self.dtype.kind == 'i' and self.dtype.itemsize <= 4
     return known and 0 <= self.raw_bits <= MOST_SHIFT and self.min_exponent == 1
-
-  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
-    return self.split(bits, min_exponent, shift)[0]
 
   def split(
     self, bits: jax.Array, min_exponent: Any, shift: Any

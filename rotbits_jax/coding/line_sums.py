@@ -19,22 +19,18 @@ from rotbits_jax.system import native
 WIDTH = 128  # elements of a row that one step takes
 PADDED = buffers.ROOM + WIDTH  # because the last step of a row may go beyond it
 
-_NAMES = 'means', 'rows', 'columns', 'weighted'
+_NAMES = 'rows', 'weighted'
 
 
 class Sums(NamedTuple):
   """Sums of one number of each element of some rows.
 
   Attributes:
-    means: the mean of each row, `[R]`.
     rows: the sum of each row, weighted by columns, `[R]`.
-    columns: the sum of each column, `[C]`.
     weighted: the sum of each column, weighted by the inverse of `rows`, `[C]`.
   """
 
-  means: Any
   rows: Any
-  columns: Any
   weighted: Any
 
 
@@ -64,44 +60,29 @@ def loop(
 
   def whole(out: Sums, elements: Any, weights: jax.Array, *counts: jax.Array) -> Sums:
     rows, columns, summed = counts
-    steps, share = -(-columns // WIDTH), 1 / columns.astype(jnp.float32)
-    steps_below = -(-summed // WIDTH)
 
-    def clear(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      return tuple(put(x, jnp.zeros(WIDTH, x.dtype), j * WIDTH) for x in sums)
+    def clear(j: jax.Array, sums: jax.Array) -> jax.Array:
+      return put(sums, jnp.zeros(WIDTH, sums.dtype), j * WIDTH)
 
-    def row(r: jax.Array, out: tuple[jax.Array, ...]) -> Any:
-      *of_rows, of_columns, weighted = out
+    def row(r: jax.Array, out: Sums) -> Sums:
+      def add(j: jax.Array, total: jax.Array) -> jax.Array:
+        own = numbers(elements, r * columns + j * WIDTH)
+        return total + own * part(weights, j * WIDTH)
 
-      def add(j: jax.Array, both: tuple[jax.Array, jax.Array]) -> Any:
-        found = numbers(elements, r * columns + j * WIDTH)
-        is_own = jnp.arange(WIDTH) < columns - j * WIDTH
-        return (
-          both[0] + jnp.where(is_own, found, 0) * share,
-          both[1] + found * part(weights, j * WIDTH),
-        )
+      steps, zeros = -(-columns // WIDTH), jnp.zeros(WIDTH, jnp.float32)
+      total = jax.lax.fori_loop(0, steps, add, zeros).sum()
+      factor = jnp.where(total > 0, 1 / total, 0)
 
-      both = jax.lax.fori_loop(0, steps, add, (jnp.zeros(WIDTH, jnp.float32),) * 2)
-      own = [x.sum() for x in both]
-      factors = jnp.float32(1), jnp.where(own[1] > 0, 1 / own[1], 0)
+      def below(j: jax.Array, sums: jax.Array) -> jax.Array:
+        own = numbers(elements, r * columns + j * WIDTH)
+        return put(sums, part(sums, j * WIDTH) + own * factor, j * WIDTH)
 
-      def below(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        start, found = j * WIDTH, numbers(elements, r * columns + j * WIDTH)
-        return tuple(
-          put(x, part(x, start) + found * factor, start)
-          for x, factor in zip(sums, factors, strict=True)
-        )
+      weighted = jax.lax.fori_loop(0, -(-summed // WIDTH), below, out.weighted)
+      own_rows = jax.lax.dynamic_update_index_in_dim(out.rows, total, r, 0)
+      return Sums(own_rows, weighted)
 
-      of_columns, weighted = jax.lax.fori_loop(
-        0, steps_below, below, (of_columns, weighted)
-      )
-      pairs = zip(of_rows, own, strict=True)
-      made = [jax.lax.dynamic_update_index_in_dim(x, y, r, 0) for x, y in pairs]
-      return *made, of_columns, weighted
-
-    *of_rows, of_columns, weighted = out
-    cleared = jax.lax.fori_loop(0, steps_below, clear, (of_columns, weighted))
-    return Sums(*jax.lax.fori_loop(0, rows, row, (*of_rows, *cleared)))
+    cleared = jax.lax.fori_loop(0, -(-summed // WIDTH), clear, out.weighted)
+    return jax.lax.fori_loop(0, rows, row, Sums(out.rows, cleared))
 
   found: Sums = native.loop(whole)(out, elements, weights, rows, columns, summed)
   return found
@@ -143,7 +124,7 @@ def run(
   out = Sums(*(buffers.taken(name, PADDED, np.float32) for name in _NAMES))
   numbers = map(np.int32, (rows, columns, summed))
   found = program(out, elements, padded, *numbers)
-  sizes = rows, rows, summed, summed
+  sizes = rows, summed
   # A sum is infinite where some rows gave a column of great elements a great weight.
   most = np.finfo(np.float32).max
   pairs = zip(found, sizes, strict=True)
@@ -155,9 +136,8 @@ def run(
 
 def joined(parts: Sequence[Sums]) -> Sums:
   """Returns the sums over all rows, given those over parts of the rows, in order."""
-  means, rows, columns, weighted = zip(*parts, strict=True)
-  sums = (np.sum(x, axis=0) for x in (columns, weighted))
-  return Sums(np.concatenate(means), np.concatenate(rows), *sums)
+  rows, weighted = zip(*parts, strict=True)
+  return Sums(np.concatenate(rows), np.sum(weighted, axis=0))
 
 
 def row_parts(shape: tuple[int, ...], most: int = buffers.ROOM) -> Iterator[slice]:

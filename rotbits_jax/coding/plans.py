@@ -217,132 +217,92 @@ def _alike(drafts: list[_Draft]) -> list[_Draft]:
 # ---- tables --------------------------------------------------------------------------
 
 
-class _Batch(NamedTuple):
-  """Parts of one layout whose symbols are counted at once.
-
-  Attributes:
-    places: their indices.
-    arrays: the parts: one, or several of at most 2^20 elements together.
-    layout: the layout.
-    scales: scales of the only part; None if each part gets one table.
-    shape: the number of classes, or of parts, and a bound for the symbols.
-  """
-
-  places: list[int]
-  arrays: list[np.ndarray]
-  layout: layouts.Layout
-  scales: contexts.Scales | None
-  shape: tuple[int, int]
-
-
 def _planned(drafts: list[_Draft]) -> list[Part]:
   """Chooses the tables of parts with a layout."""
-  batches = _batches(drafts)
-  sizes = [sum(x.nbytes for x in batch.arrays) for batch in batches]
-  counts = [
-    functools.reduce(np.add, parts)
-    for parts in pool.run_lists([_counting(batch) for batch in batches], sizes)
+  lined = [
+    i
+    for i, (array, layout) in enumerate(drafts)
+    if layout and layout.has_scale and scales_lib.has_lines(array.shape)
   ]
-  pairs = zip(batches, counts, strict=True)
-  chosen = pool.run((functools.partial(_choose, *pair) for pair in pairs), sizes)
-  found: dict[int, Part] = {}
-  for batch, parts in zip(batches, chosen, strict=True):
-    found |= zip(batch.places, parts, strict=True)
-  return [found[i] for i in range(len(drafts))]
-
-
-def _batches(drafts: list[_Draft]) -> list[_Batch]:
-  """Finds the scales of parts, and puts small parts without scales together."""
-  lined, others = list[int](), dict[tuple[layouts.Layout, int], list[int]]()
-  for i, (array, layout) in enumerate(drafts):
-    assert layout
-    if layout.has_scale and scales_lib.has_lines(array.shape):
-      lined.append(i)
-    else:
-      alone = -1 if array.size <= _SMALL else i
-      others.setdefault((layout, alone), []).append(i)
-  batches = []
   chosen = scales_lib.of_arrays([drafts[i].array for i in lined])
-  for i, scales in zip(lined, chosen, strict=True):
-    array, layout = drafts[i]
-    assert layout
-    alphabet = _alphabet(array, layout)
-    # More raw bits leave room for the tables of all classes.
-    while (scales.count + 1) * alphabet > blocks.MAX_ENTRIES:
-      layout = dataclasses.replace(layout, raw_bits=layout.raw_bits + 1)
-      alphabet = -(-alphabet // 2)
-    batches.append(_Batch([i], [array], layout, scales, (scales.count, alphabet)))
-  for (layout, _), places in others.items():
-    arrays = [drafts[i].array for i in places]
-    alphabet = max(_alphabet(x, layout) for x in arrays)
-    most = min(blocks.MAX_TABLES, blocks.MAX_ENTRIES // alphabet - 1)
-    most = max(min(most, blocks.CAPACITY // _SMALL), 1)
-    for start in range(0, len(places), most):
-      part = slice(start, start + most)
-      shape = len(places[part]), alphabet
-      batches.append(_Batch(places[part], arrays[part], layout, None, shape))
-  return batches
+  scales = dict(zip(lined, chosen, strict=True))
+  fitted = [_fitted(*draft, scales.get(i)) for i, draft in enumerate(drafts)]
+  jobs = [_counting(x.array, *own) for x, own in zip(drafts, fitted, strict=True)]
+  sizes = [x.array.nbytes for x in drafts]
+  counts = pool.run_lists(jobs, sizes)
+  choices = (
+    functools.partial(_choose, x.array, layout, own, functools.reduce(np.add, parts))
+    for x, (layout, own, _), parts in zip(drafts, fitted, counts, strict=True)
+  )
+  return pool.run(choices, sizes)
 
 
-def _alphabet(array: np.ndarray, layout: layouts.Layout) -> int:
-  """Returns a bound for the symbols of a part."""
+def _fitted(
+  array: np.ndarray, layout: layouts.Layout | None, scales: contexts.Scales | None
+) -> tuple[layouts.Layout, contexts.Scales | None, int]:
+  """Adds raw bits to a layout until the tables of all classes have room.
+
+  Returns:
+    The layout, the scales, and a bound for the symbols.
+  """
+  assert layout
+  alphabet = layout.alphabet
   if isinstance(layout, layouts.Int):
-    return (formats.most_folded(array) >> layout.raw_bits) + 1
-  return layout.alphabet
+    alphabet = (formats.most_folded(array) >> layout.raw_bits) + 1
+  while scales and (scales.count + 1) * alphabet > blocks.MAX_ENTRIES:
+    layout = dataclasses.replace(layout, raw_bits=layout.raw_bits + 1)
+    alphabet = -(-alphabet // 2)
+  return layout, scales, alphabet
 
 
-def _counting(batch: _Batch) -> list[Callable[[], np.ndarray]]:
-  """Returns jobs that count the symbols of a batch, whose results add up."""
-  bits = [sparse.bit_patterns(x) for x in batch.arrays]
-  scales, sizes = batch.scales, [x.size for x in bits]
-  _, columns = contexts.matrix_shape(batch.arrays[0].shape)
+def _counting(
+  array: np.ndarray,
+  layout: layouts.Layout,
+  scales: contexts.Scales | None,
+  alphabet: int,
+) -> list[Callable[[], np.ndarray]]:
+  """Returns jobs that count the symbols of a part, whose results add up."""
+  bits, (_, columns) = sparse.bit_patterns(array), contexts.matrix_shape(array.shape)
 
   def job(start: int) -> np.ndarray:
-    part = slice(start, start + blocks.CAPACITY)
-    count = min(sum(sizes) - start, blocks.CAPACITY)
+    own = bits[start : start + blocks.CAPACITY]
 
     def classes(out: np.ndarray) -> None:
-      if scales is not None:
-        scales.write(out, start, columns, 0)
-      elif len(bits) == 1:
+      if scales is None:
         out.fill(0)
       else:
-        out[:] = np.repeat(np.arange(len(bits)), sizes)
+        scales.write(out, start, columns, 0)
 
-    copy = lambda out: np.concatenate([x[part] for x in bits], out=out)
-    return histogram(copy, classes, count, batch.shape, batch.layout)
+    count = scales.count if scales else 1
+    copy = lambda out: np.copyto(out, own)
+    return histogram(copy, classes, own.size, (count, alphabet), layout)
 
-  return [functools.partial(job, x) for x in range(0, sum(sizes), blocks.CAPACITY)]
+  return [functools.partial(job, x) for x in range(0, bits.size, blocks.CAPACITY)]
 
 
-def _choose(batch: _Batch, counts: np.ndarray) -> list[Part]:
-  """Returns the parts with the fewest bytes, given the counts."""
-  scales, layout = batch.scales, batch.layout
-  alphabet = np.flatnonzero(counts.any(axis=0))[-1] + 1
-  counts = counts[:, :alphabet]
-  total = counts if scales is None else counts.sum(axis=0, keepdims=True)
-  coded = [Coded(layout, None, row[None]) for row in total]
-  costs = contexts.choose(layout, None, total).costs
-  if scales is not None:
-    (used,) = np.nonzero(counts.any(axis=1))
-    choice = contexts.choose(layout, scales.base + used, counts[used])
-    of_lines = sum(tables.entropy_bits(np.bincount(x)) for x in scales[1:])
-    other = float(choice.costs.sum()) + of_lines / 8
-    if other < costs[0]:
-      costs, coded = np.array([other]), [Coded(layout, scales, counts)]
-  elif layout.has_scale:
-    classes = scales_lib.of_counts(layout, counts)
-    others = contexts.choose(layout, classes, counts).costs
-    zero = np.zeros(1, np.uint8)
-    for i in np.flatnonzero(others < costs).tolist():
-      own = contexts.Scales(int(classes[i]), zero, zero)
-      coded[i] = Coded(layout, own, counts[i : i + 1])
-    costs = np.minimum(costs, others)
-  parts = []
-  for array, way, cost in zip(batch.arrays, coded, costs, strict=True):
-    saved = array.nbytes - array.size * layout.raw_bits / 8 - float(cost)
-    parts.append(Part(array, way, saved) if saved > 0 else Part(array))
-  return parts
+def _choose(
+  array: np.ndarray,
+  layout: layouts.Layout,
+  scales: contexts.Scales | None,
+  counts: np.ndarray,
+) -> Part:
+  """Returns the part with the fewest bytes: with scales, with one table, or neither."""
+  counts = counts[:, : np.flatnonzero(counts.any(axis=0))[-1] + 1]
+  total = counts.sum(axis=0, keepdims=True)
+  choices = [(contexts.choose(layout, None, total).costs, Coded(layout, None, total))]
+  if layout.has_scale:
+    base, zero = int(scales_lib.of_counts(layout, total)[0]), np.zeros(1, np.uint8)
+    one = Coded(layout, contexts.Scales(base, zero, zero), total)
+    for coded in [one] + ([Coded(layout, scales, counts)] if scales else []):
+      assert coded.scales
+      (used,) = np.nonzero(coded.counts.any(axis=1))
+      classes = coded.scales.base + used
+      costs = contexts.choose(layout, classes, coded.counts[used]).costs
+      of_lines = sum(tables.entropy_bits(np.bincount(x)) for x in coded.scales[1:])
+      choices.append((np.append(costs, of_lines / 8), coded))
+  cost, coded = min(((costs.sum(), x) for costs, x in choices), key=lambda x: x[0])
+  saved = array.nbytes - array.size * layout.raw_bits / 8 - float(cost)
+  return Part(array, coded, saved) if saved > 0 else Part(array)
 
 
 # ---- counts --------------------------------------------------------------------------

@@ -15,22 +15,22 @@ device. They are exact inverses in both orders. Therefore symbols may also be *p
 from a message that holds other data, as bits-back coding does.
 
     >>> import jax.numpy as jnp
-    >>> message = empty(lanes=2, capacity=4)
-    >>> start = jnp.array([3, 0], jnp.uint32)
-    >>> frequency = jnp.array([1, 1 << 11], jnp.uint32)  # 12 bits and 1 bit
-    >>> message = push(message, start, frequency, precision=12)
-    >>> round(content_bits(message), 6)
-    13.0
-    >>> owner = lambda slot: (slot < 4, start, frequency)
-    >>> message, symbols = pop(message, owner, precision=12)
-    >>> symbols.tolist(), round(content_bits(message), 6)
-    ([True, True], 0.0)
+    >>> frequencies = jnp.array([1, 1023], jnp.uint32)  # 10 bits, and hardly any
+    >>> starts = jnp.array([0, 1], jnp.uint32)
+    >>> interval = lambda symbol: (starts[symbol], frequencies[symbol])
+    >>> symbols = jnp.array([[1], [0], [1]])  # of one lane
+    >>> message = push_all(empty(lanes=1, capacity=4), symbols, interval, precision=10)
+    >>> round(content_bits(message))
+    10
+    >>> owner = lambda slot: (slot > 0).astype(jnp.int32)
+    >>> lookup = lambda slot, _: (owner(slot), *interval(owner(slot)))
+    >>> pop_all(message, None, lookup, precision=10, length=3)[1].tolist()
+    [[1], [0], [1]]
 
-All functions but those that say so are pure and can be jitted. `push` and `pop` take
-one symbol per lane; `push_all` and `pop_all` take many. A message overflows if a lane
-needs more words than its capacity; it underflows, or runs dry, if a lane is asked for
-more words than it has. Neither raises an error under `jit`. Both are recorded in the
-message, and `check` raises the error on the host.
+All functions but those that say so are pure and can be jitted. A message overflows if a
+lane needs more words than its capacity; it underflows, or runs dry, if a lane is asked
+for more words than it has. Neither raises an error under `jit`. Both are recorded in
+the message, and `check` raises the error on the host.
 
 Shape letters: N lanes, C capacity of a lane's stack in words, T symbols of a lane.
 
@@ -162,45 +162,27 @@ def _check_precision(precision: int) -> None:
 
 def empty(lanes: int, capacity: int) -> Message:
   """Returns a message without content; each lane has room for `capacity` words."""
-  return seeded(jnp.zeros(lanes, jnp.uint16), capacity)
-
-
-def seeded(payload: jax.Array, capacity: int) -> Message:
-  """Returns a message whose states hold 16 bits of payload each.
-
-  The payload costs no bits, because an empty state has room for it. When all symbols
-  have been popped again, the function `payload` reads it back.
-
-  Args:
-    payload: uint16 `[N]`.
-    capacity: C, at least 1.
-  """
-  if capacity < 1:
-    raise ValueError(f'capacity must be at least 1, got {capacity=}')
-  size = jnp.zeros(payload.shape, jnp.int32)
-  return Message(
-    state=payload.astype(jnp.uint32) | jnp.uint32(1 << 16),
-    words=jnp.zeros((*payload.shape, capacity), jnp.uint16),
-    size=size,
-    lowest=size,
-    highest=size,
-  )
+  return stacked(jnp.zeros((1, lanes), jnp.uint16), capacity)
 
 
 def stacked(words: jax.Array, capacity: int) -> Message:
   """Returns a message that holds the given words.
 
-  The last row becomes the payload of the states (see `seeded`), and the rows before it
-  become the stacks. A caller may pop symbols of almost 16 (W - 1) bits from every lane.
+  The last row becomes the low halves of the states. It costs no bits, because an empty
+  state has room for 16 bits. The rows before it become the stacks. A caller may pop
+  symbols of almost 16 (W - 1) bits from every lane.
 
   Args:
     words: uint16 `[W, N]`, with W from 1 to C + 1.
-    capacity: C.
+    capacity: C, at least 1.
   """
-  message, depth = seeded(words[-1], capacity), words.shape[0] - 1
-  size = message.size + depth
-  stacks = message.words.at[:, :depth].set(words[:-1].T)
-  return Message(message.state, stacks, size, size, size)
+  if capacity < 1:
+    raise ValueError(f'capacity must be at least 1, got {capacity=}')
+  depth, lanes = words.shape[0] - 1, words.shape[1]
+  size = jnp.full(lanes, depth, jnp.int32)
+  stacks = jnp.zeros((lanes, capacity), jnp.uint16).at[:, :depth].set(words[:-1].T)
+  state = words[-1].astype(jnp.uint32) | jnp.uint32(1 << 16)
+  return Message(state, stacks, size, size, size)
 
 
 def unstacked(message: Message) -> np.ndarray:
@@ -213,51 +195,10 @@ def unstacked(message: Message) -> np.ndarray:
   if (state >> 16 != 1).any() or (size != size[0]).any():
     raise MessageError('the message is not one of words alone')
   rows = np.asarray(message.words)[:, : size[0]].T
-  return np.concatenate([rows, payload(message)[None]])
+  return np.concatenate([rows, state.astype(np.uint16)[None]])
 
 
-def payload(message: Message) -> jax.Array:
-  """Returns the payload that `seeded` put below the content: uint16 `[N]`."""
-  return message.state.astype(jnp.uint16)
-
-
-def push(
-  message: Message, start: jax.Array, frequency: jax.Array, precision: int
-) -> Message:
-  """Pushes one symbol onto each lane.
-
-  Args:
-    message: the message.
-    start: as in `push_step`.
-    frequency: as in `push_step`.
-    precision: as in `push_step`.
-
-  Returns:
-    The message with the symbols on top.
-  """
-  _check_precision(precision)
-  state, word, moved = push_step(message.state, start, frequency, precision)
-  return _placed(message, state, word[None], moved[None])
-
-
-def pop(message: Message, lookup: Lookup, precision: int) -> tuple[Message, Any]:
-  """Pops one symbol from each lane: the inverse of `push`.
-
-  Args:
-    message: the message.
-    lookup: takes one slot for each lane, uint32 `[N]`; a slot is an integer in
-      [0, 2^precision). Returns the symbols whose intervals contain the slots, and the
-      starts and frequencies of these intervals.
-    precision: as in `push_step`.
-
-  Returns:
-    The message without the symbols, and the symbols.
-  """
-  _check_precision(precision)
-  word = _top(message.words.reshape(-1), message.size)
-  symbol, start, frequency = lookup(_slot(message.state, precision))
-  state, taken = pop_step(message.state, word, start, frequency, precision)
-  return _popped(message, state, message.size - taken.astype(jnp.int32)), symbol
+# ---- symbols -------------------------------------------------------------------------
 
 
 def push_all(
@@ -269,18 +210,6 @@ def push_all(
   """Pushes T symbols onto each lane, the last one first.
 
   In this order, `pop_all` returns the first one first.
-
-  >>> frequencies = jnp.array([1, 1023], jnp.uint32)
-  >>> starts = jnp.array([0, 1], jnp.uint32)
-  >>> interval = lambda symbol: (starts[symbol], frequencies[symbol])
-  >>> symbols = jnp.array([[1], [0], [1]])  # of one lane
-  >>> message = push_all(empty(1, 4), symbols, interval, precision=10)
-  >>> round(content_bits(message))
-  10
-  >>> owner = lambda slot: (slot > 0).astype(jnp.int32)
-  >>> lookup = lambda slot, _: (owner(slot), *interval(owner(slot)))
-  >>> pop_all(message, None, lookup, precision=10, length=3)[1].tolist()
-  [[1], [0], [1]]
 
   Args:
     message: the message.
@@ -305,7 +234,15 @@ def push_all(
 
   out = tuple(jnp.zeros((total, message.lanes), x) for x in (jnp.uint16, bool))
   state, found = native.loop(rows)(message.state, symbols, out)
-  return _placed(message, state, *found)
+  words, moved = found
+  # A word that does not move is put beyond the capacity, and dropped.
+  counts = jnp.cumsum(moved, axis=0, dtype=jnp.int32)
+  place = jnp.where(moved, message.size[None] + counts - 1, message.capacity)
+  lane = jnp.arange(message.lanes, dtype=jnp.int32)[None]
+  stacks = message.words.at[lane, place].set(words, mode='drop')
+  size = message.size + counts[-1] if total else message.size
+  highest = jnp.maximum(message.highest, size)
+  return Message(state, stacks, size, message.lowest, highest)
 
 
 def pop_all(
@@ -323,7 +260,9 @@ def pop_all(
   Args:
     message: the message.
     contexts: a PyTree of arrays `[T, ...]`, or None.
-    lookup: as in `pop`; its second argument is the contexts of one row.
+    lookup: takes one slot for each lane, uint32 `[N]`, an integer in
+      [0, 2^precision); and the contexts of one row. Returns the symbols whose intervals
+      contain the slots, and the starts and frequencies of these intervals.
     precision: as in `push_step`.
     length: T; needed only if `contexts` is None.
     steps: int32, how many of the T rows are popped, the first ones; all by default. The
@@ -370,26 +309,8 @@ def pop_all(
     jnp.int32(total) if steps is None else steps,
     out,
   )
-  return _popped(message, state, size), popped
-
-
-def _placed(
-  message: Message, state: jax.Array, words: jax.Array, moved: jax.Array
-) -> Message:
-  """Returns the message after the results of `push_step`, `[T, N]`, in their order."""
-  # A word that does not move is put beyond the capacity, and dropped.
-  counts = jnp.cumsum(moved, axis=0, dtype=jnp.int32)
-  place = jnp.where(moved, message.size[None] + counts - 1, message.capacity)
-  lane = jnp.arange(message.lanes, dtype=jnp.int32)[None]
-  stacks = message.words.at[lane, place].set(words, mode='drop')
-  size = message.size + counts[-1] if len(words) else message.size
-  highest = jnp.maximum(message.highest, size)
-  return Message(state, stacks, size, message.lowest, highest)
-
-
-def _popped(message: Message, state: jax.Array, size: jax.Array) -> Message:
   lowest = jnp.minimum(message.lowest, size)
-  return Message(state, message.words, size, lowest, message.highest)
+  return Message(state, message.words, size, lowest, message.highest), popped
 
 
 def _top(words: jax.Array, size: jax.Array) -> jax.Array:
@@ -459,11 +380,6 @@ def content_bits(message: Message) -> float:
 
 def to_words(message: Message) -> np.ndarray:
   """Serialises a message into uint16 words; `split_words` describes them.
-
-  >>> message = push(empty(2, 1), jnp.uint32([5, 5]), jnp.uint32([1, 1]), precision=12)
-  >>> again = from_words(to_words(message), lanes=2)
-  >>> again.state.tolist() == message.state.tolist()
-  True
 
   Raises:
     MessageError: if the message overflowed or ran dry, or if its lanes' sizes differ

@@ -5,8 +5,6 @@ Shape letters: R rows, C columns.
 
 from collections.abc import Sequence
 import functools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +15,9 @@ from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import line_sums
 from rotbits_jax.coding import pool
-from rotbits_jax.coding import tables
 
 _ROWS = 1 << 7  # of a matrix that tell the weights of its columns
-_MANY = 1 << 9  # elements of a line
-_FEW_ELEMENTS = 1 << 16  # of a matrix
+_STEPS = (512, 1), (128, 2), (0, 4)  # elements of a line, and a distance of classes
 _GREATEST = 2.0**60  # elements are limited to it, so that their squares are finite
 _ZERO = -(1 << 14)  # the class of zeros, far below all others
 
@@ -127,11 +123,7 @@ def _weights(matrix: np.ndarray, exponent: int) -> np.ndarray:
 
 
 def _chosen(sums: line_sums.Sums, exponent: int) -> contexts.Scales:
-  """Chooses scales for the rows of an array, its columns, both or neither.
-
-  The function takes the choice with the least cost. The cost is an estimate: the bits
-  of normally distributed elements and of the scales. Only the size of the file depends
-  on it.
+  """Rounds the scales of the rows and columns of an array to classes.
 
   The factors of rows and columns whose products model the squares are close to the
   maximum-likelihood factors. The factor of a row is the mean of its squares, each
@@ -141,96 +133,31 @@ def _chosen(sums: line_sums.Sums, exponent: int) -> contexts.Scales:
     sums: sums over all rows, with weights that follow from the columns of some rows.
     exponent: that of the sums.
   """
-  count, width = sums.rows.size, sums.columns.size
-  one, scale = np.ones(1), 4.0**exponent
+  count, width = sums.rows.size, sums.weighted.size
+  # Short lines tell their scales less exactly, and each class costs a table.
+  step = next(step for least, step in _STEPS if min(count, width) >= least)
+  rows, row_base = _classes(4.0**exponent * sums.rows, step)
   present = max(np.count_nonzero(sums.rows), 1)
-  pairs = [
-    (scale * sums.means.mean(keepdims=True), one),
-    (scale * sums.means, one),
-    (one, scale * sums.columns / count),
-    (scale * sums.rows, sums.weighted / present),
-  ]
-  size = count * width
-  if size <= _FEW_ELEMENTS:
-    # More choices save less than the time that they take.
-    costs = [_rounded(x, y, size, (1,))[0][0] for x, y in pairs]
-    pairs = [pairs[int(np.argmin(costs))]]
-  # Fewer classes save less than they cost, if lines have many elements.
-  steps = (1,) if min(count, width) >= _MANY else (1, 2, 4, 8)
-  choices = [own for x, y in pairs for own in _rounded(x, y, size, steps)]
-  return min(choices, key=lambda choice: choice[0])[1]
+  columns, column_base = _classes(sums.weighted / present, step)
+  return contexts.Scales(row_base + column_base, rows, columns)
 
 
-def _rounded(
-  rows: np.ndarray, columns: np.ndarray, size: int, steps: Sequence[int]
-) -> list[tuple[float, contexts.Scales]]:
-  """Rounds scales to classes.
-
-  Args:
-    rows: mean squares of the rows, or factors of them: `[R]`, or `[1]` if all rows have
-      one scale.
-    columns: the same for columns.
-    size: the number of elements in the array.
-    steps: distances between neighbouring classes.
-
-  Returns:
-    For each distance, the estimated cost in bits, and the scales.
-  """
-  found = []
-  for of_rows, of_columns in zip(
-    _classes(rows, steps), _classes(columns, steps), strict=True
-  ):
-    scales = contexts.Scales(
-      of_rows.base + of_columns.base, of_rows.scales, of_columns.scales
-    )
-    error = of_rows.error * of_columns.error / math.log(4)
-    bits = size * (of_rows.mean_log + of_columns.mean_log + error)
-    bits += of_rows.entropy + of_columns.entropy
-    used = np.convolve(*(np.bincount(x) > 0 for x in scales[1:]))
-    bits += 8 * contexts.TABLE_BYTES * np.count_nonzero(used)
-    found.append((bits, scales))
-  return found
-
-
-class _Classes(NamedTuple):
-  """The scales of the lines along one axis, rounded to classes.
-
-  Attributes:
-    base: the least class.
-    scales: uint8, the class of each line above it.
-    mean_log: mean log2 of the classes' scales.
-    error: mean of the squares divided by the squared scales.
-    entropy: bits of the scales.
-  """
-
-  base: int
-  scales: np.ndarray
-  mean_log: float
-  error: float
-  entropy: float
-
-
-def _classes(squares: np.ndarray, steps: Sequence[int]) -> list[_Classes]:
-  """Rounds the mean squares of lines, or factors of them, for each distance of classes.
+def _classes(squares: np.ndarray, step: int) -> tuple[np.ndarray, int]:
+  """Rounds mean squares of lines, or factors of them, to classes.
 
   A line of zeros has the least class.
+
+  Returns:
+    The class of each line above the least, uint8, a single 0 if all are equal; and the
+    least class.
   """
   present = squares > 0
   if not present.any():
-    return [_Classes(_ZERO, np.zeros(1, np.uint8), 0.0, 1.0, 0.0)] * len(steps)
+    return np.zeros(1, np.uint8), _ZERO
   least = squares.min(where=present, initial=np.inf)
-  exact = contexts.STEPS / 2 * np.log2(np.maximum(squares, least))
-  found = []
-  for step in steps:
-    classes = np.rint(exact / step).astype(np.int64) * step
-    top = int(np.max(classes))
-    classes = np.maximum(classes, top - _RANGE)
-    base = int(np.min(classes))
-    scales = (classes - base).astype(np.uint8)
-    entropy = tables.entropy_bits(np.bincount(scales))
-    if not scales.any():
-      scales = scales[:1]
-    error = float(np.exp2((exact - classes) / (contexts.STEPS / 2)).mean())
-    mean_log = float(classes.mean()) / contexts.STEPS
-    found.append(_Classes(base, scales, mean_log, error, entropy))
-  return found
+  logs = contexts.STEPS / 2 * np.log2(np.maximum(squares, least))
+  classes = np.rint(logs / step).astype(np.int64) * step
+  classes = np.maximum(classes, np.max(classes) - _RANGE)
+  base = int(np.min(classes))
+  scales = (classes - base).astype(np.uint8)
+  return scales if scales.any() else scales[:1], base

@@ -59,7 +59,7 @@ digest of each array notices that, and the file is refused there.
   decoder makes a message of the block, pushes the integers of the recovered rotation
   onto it, and so gets back the words.
 * `corrections`, uint16: another stack, with a block for each sampled segment (see
-  `bits_back.rotation_codes`). It is apart from the message, because the next
+  `bits_back.codes`). It is apart from the message, because the next
   rotation is sampled from the words of the message, and a threshold leaves errors in
   them.
 

@@ -6,7 +6,7 @@ follows from its frame; see `paper`.
 
 from typing import NamedTuple
 
-from rotbits_jax.coding.bits_back import rotation_codes
+from rotbits_jax.coding.bits_back import codes
 from rotbits_jax.paper import options as options_lib
 
 
@@ -40,12 +40,12 @@ def frame(
   return Frame(False, fixed, width - fixed, width - fixed)
 
 
-def code(shape: Frame, options: options_lib.Options) -> rotation_codes.RotationCode:
+def code(shape: Frame, options: options_lib.Options) -> codes.RotationCode:
   """Returns the code of a frame."""
   if options.rotation_codec == 'haar':
-    return rotation_codes.haar_code(shape.n, shape.k)
+    return codes.haar_code(shape.n, shape.k)
   threshold = None if options.exact else options.threshold
-  return rotation_codes.symmetric_eig_code(shape.n, options.entropy, threshold)
+  return codes.eigen_code(shape.n, options.entropy, threshold)
 
 
 def lanes(widths: tuple[int, ...]) -> int:

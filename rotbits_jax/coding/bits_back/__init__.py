@@ -16,12 +16,12 @@ the encoder may choose:
 The message grows by the bits that y costs under the prior, minus log2 of the number of
 elements in the orbit. In the order of reading:
 
-    haar             rotations under the Haar measure, the uniform distribution
-    symmetric_eig    rotations as eigenvectors of popped numbers, as published
-    correction       exact integers from floats that were recovered inexactly
-    rotation_codes   haar and symmetric_eig with corrections, behind one interface
+    haar          rotations under the Haar measure, the uniform distribution
+    eigen         rotations as eigenvectors of popped numbers, as published
+    correction    exact integers from floats that were recovered inexactly
+    codes         haar and eigen with corrections, behind one interface
 
-`haar`, `symmetric_eig` and `correction` make codecs (see
+`haar`, `eigen` and `correction` make codecs (see
 `coding.codecs`) and can be used by themselves. `rotbits_jax.paper` needs the other
 modules to code a whole checkpoint.
 

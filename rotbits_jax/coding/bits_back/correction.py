@@ -153,8 +153,8 @@ def with_levels(
 
 
 def levels(correction: Correction, groups: jax.Array) -> jax.Array:
-  """Returns the level of each integer, base plus extra level: int32 `[..., S]`."""
-  base = correction.base[..., groups].astype(jnp.int32)
+  """Returns the level of each integer, base plus extra level: int32 `[S]`."""
+  base = correction.base[groups].astype(jnp.int32)
   return jnp.minimum(base + correction.extra.astype(jnp.int32), LEVELS - 1)
 
 
@@ -188,22 +188,16 @@ def fit(correction: Correction) -> np.ndarray:
   return np.stack([table(correction.base), table(correction.extra)])
 
 
-def codec(
-  groups: jax.Array, batch: tuple[int, ...], count: int, frequencies: jax.Array
-) -> codecs.Codec:
+def codec(groups: jax.Array, count: int, frequencies: jax.Array) -> codecs.Codec:
   """Returns the codec of corrections.
 
   Args:
     groups: int32 `[S]`, as in `correct`.
-    batch: leading axes of the corrections, which all have the same groups.
     count: G.
     frequencies: `[2, 17]`, from `fit`.
-
-  Returns:
-    A codec of corrections whose arrays have the leading axes `batch`.
   """
   tables_of = lambda size, table: codecs.categorical(
-    jnp.full((*batch, size), table, jnp.uint32), frequencies
+    jnp.full(size, table, jnp.uint32), frequencies
   )
   bases, extras = tables_of(count, 0), tables_of(groups.size, 1)
 

@@ -39,8 +39,7 @@ between the floats of machines, as far as `correct` was told them. A machine who
 floats differ by more than the margin gets other cells, which a digest must notice.
 
 Shape letters: [n, k] the shape of the frame; S cells of a frame, of which one is the
-sign if k = n; P columns of a panel. Functions are unbatched unless they have an
-argument `batch`; use `vmap` for others.
+sign if k = n; P columns of a panel. Functions are unbatched; use `vmap`.
 
 References:
   G. W. Stewart, SIAM J. Numer. Anal. 17 (1980) 403.
@@ -87,18 +86,16 @@ def num_cells(n: int, k: int) -> int:
   return k * (2 * n - 1 - k) // 2 + (0 < k == n)
 
 
-def codec(n: int, k: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
+def codec(n: int, k: int) -> codecs.Codec:
   """Returns the codec of cells under the Haar measure.
 
   Args:
     n: rows of the frame.
     k: columns of the frame; n for a rotation.
-    batch: leading axes, for a stack of frames.
 
   Returns:
-    A codec of uint16 `[*batch, S]`.
+    A codec of uint16 `[S]`.
   """
-  shape = (*batch, num_cells(n, k))
 
   def make() -> codecs.Codec:
     row, _ = _places(n, k)
@@ -106,8 +103,7 @@ def codec(n: int, k: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
     context = jnp.where(row < n - 1, n - 2 - row, max(n - 1, 0))
     fine = jnp.where(row < n - 1, 1 << _FINE_BITS, 2)
     return codecs.serial(
-      codecs.uniform(jnp.broadcast_to(fine, shape)),
-      codecs.categorical(jnp.broadcast_to(context, shape), bin_tables(n)),
+      codecs.uniform(fine), codecs.categorical(context, bin_tables(n))
     )
 
   parts = codecs.deferred(make)
@@ -292,24 +288,12 @@ def fit(correction: FrameCorrection) -> np.ndarray:
   return np.concatenate([correction_lib.fit(correction.cells), flip_table[None]])
 
 
-def correction_codec(
-  n: int, k: int, frequencies: jax.Array, batch: tuple[int, ...] = ()
-) -> codecs.Codec:
-  """Returns the codec of corrections.
-
-  Args:
-    n: rows of the frame.
-    k: columns of the frame.
-    frequencies: `[3, 17]`, from `fit`.
-    batch: leading axes, for a stack of frames.
-
-  Returns:
-    A codec of corrections whose arrays have the leading axes `batch`.
-  """
+def correction_codec(n: int, k: int, frequencies: jax.Array) -> codecs.Codec:
+  """Returns the codec of corrections of frames, given the tables of `fit`."""
   parts = codecs.deferred(
     lambda: codecs.serial(
-      correction_lib.codec(_places(n, k)[1], batch, k, frequencies[:2]),
-      codecs.categorical(jnp.zeros((*batch, k), jnp.uint32), frequencies[2:]),
+      correction_lib.codec(_places(n, k)[1], k, frequencies[:2]),
+      codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:]),
     )
   )
 

@@ -31,7 +31,7 @@ integers on an even grid over their range. float16 would be too coarse: its roun
 would change the product about as much as the errors of Q_hat do, which come from the
 rounding of the weights.
 
-Shape letters: n dimensions, S numbers. All functions but the codecs are unbatched.
+Shape letters: n dimensions, S numbers. Functions are unbatched.
 """
 
 from collections.abc import Callable
@@ -71,19 +71,14 @@ def num_numbers(n: int) -> int:
   return n * (n + 1) // 2
 
 
-def codec(n: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
-  """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[*batch, S]`.
-
-  Args:
-    n: dimensions.
-    batch: leading axes, for a stack of rotations.
-  """
-  return _raw((*batch, num_numbers(n)))
+def codec(n: int) -> codecs.Codec:
+  """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[S]`."""
+  return _raw(num_numbers(n))
 
 
-def spectrum_codec(n: int, batch: tuple[int, ...] = ()) -> codecs.Codec:
+def spectrum_codec(n: int) -> codecs.Codec:
   """Returns the codec of spectra: 16 bits per eigenvalue and 32 bits for the scale."""
-  parts = codecs.serial(_raw((*batch, n)), _raw((*batch, 2)))
+  parts = codecs.serial(_raw(n), _raw(2))
 
   def push(message: rans.Message, spectrum: Spectrum) -> rans.Message:
     halves = jax.lax.bitcast_convert_type(spectrum.scale, jnp.uint16)
@@ -196,24 +191,14 @@ def recover(
   return _pattern(correction_lib.nearest(position, level, correction.residue))
 
 
-def correction_codec(
-  n: int, frequencies: jax.Array, batch: tuple[int, ...] = ()
-) -> codecs.Codec:
-  """Returns the codec of corrections.
-
-  Args:
-    n: dimensions.
-    frequencies: `[2, 17]`, from `correction.fit`.
-    batch: leading axes, for a stack of rotations.
-  """
-  return codecs.deferred(
-    lambda: correction_lib.codec(_places(n)[0], batch, n, frequencies)
-  )
+def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
+  """Returns the codec of corrections, given the tables of `correction.fit`."""
+  return codecs.deferred(lambda: correction_lib.codec(_places(n)[0], n, frequencies))
 
 
-def _raw(shape: tuple[int, ...]) -> codecs.Codec:
-  """Returns the codec of uint16 arrays with uniform entries."""
-  parts = codecs.deferred(lambda: codecs.uniform(jnp.full(shape, 1 << 16, jnp.uint32)))
+def _raw(size: int) -> codecs.Codec:
+  """Returns the codec of uint16 `[size]` with uniform entries."""
+  parts = codecs.deferred(lambda: codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32)))
 
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
     message, symbols = parts.pop(message)

@@ -20,8 +20,8 @@ from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.coding.bits_back import eigen
 from rotbits_jax.coding.bits_back import haar
-from rotbits_jax.coding.bits_back import symmetric_eig
 
 _MAX_LANES = 1024
 
@@ -90,8 +90,8 @@ def haar_code(n: int, k: int) -> RotationCode:
 
 
 @functools.lru_cache
-def symmetric_eig_code(n: int, even: bool, threshold: float | None) -> RotationCode:
-  """Returns the published code of rotations; see `symmetric_eig`.
+def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
+  """Returns the published code of rotations; see `eigen`.
 
   The eigenvalues are stored with the correction and not on the message. On the message,
   the next rotation would be sampled from them, and a threshold would leave errors in
@@ -100,14 +100,14 @@ def symmetric_eig_code(n: int, even: bool, threshold: float | None) -> RotationC
   Args:
     n: dimensions.
     even: whether the spacing of the numbers is `EVEN`; otherwise it is `FLOAT16`.
-    threshold: as for `symmetric_eig.correct`.
+    threshold: as for `eigen.correct`.
   """
-  spacing = symmetric_eig.EVEN if even else symmetric_eig.FLOAT16
-  codec, spectra = symmetric_eig.codec(n), symmetric_eig.spectrum_codec(n)
+  spacing = eigen.EVEN if even else eigen.FLOAT16
+  codec, spectra = eigen.codec(n), eigen.spectrum_codec(n)
 
   def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
     message, patterns = codec.pop(message)
-    frame, spectrum = symmetric_eig.rotation(patterns, n, spacing)
+    frame, spectrum = eigen.rotation(patterns, n, spacing)
     return message, (patterns, spectrum), frame
 
   def correct(
@@ -115,22 +115,20 @@ def symmetric_eig_code(n: int, even: bool, threshold: float | None) -> RotationC
   ) -> Any:
     del frame
     patterns, spectrum = latent
-    correction = symmetric_eig.correct(
-      recovered, spectrum, patterns, spacing, threshold, other
-    )
+    correction = eigen.correct(recovered, spectrum, patterns, spacing, threshold, other)
     return spectrum, correction
 
   def restore(
     message: rans.Message, recovered: jax.Array, correction: Any
   ) -> tuple[rans.Message, Any]:
     spectrum, own = correction
-    patterns = symmetric_eig.recover(recovered, spectrum, own, spacing)
+    patterns = eigen.recover(recovered, spectrum, own, spacing)
     return codec.push(message, patterns), (patterns, spectrum)
 
   def both(frequencies: jax.Array) -> codecs.Codec:
-    return codecs.serial(spectra, symmetric_eig.correction_codec(n, frequencies))
+    return codecs.serial(spectra, eigen.correction_codec(n, frequencies))
 
-  size = symmetric_eig.num_numbers(n)
+  size = eigen.num_numbers(n)
   fit = lambda correction: correction_lib.fit(correction[1])
   pack, unpack = _packing(both, fit, size, num_tables=2)
   return RotationCode(
