@@ -93,19 +93,6 @@ def test_a_tied_head_that_is_stored_too_is_the_models_own_once_it_is_rewritten(
         assert not rotbits_jax.load_checkpoint(way).model.config.tied_head
 
 
-def test_a_tied_head_that_is_stored_too_is_the_models_own_once_it_is_trained(tmp_path):
-  given = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense')
-  config = json.loads(given.files['config.json']) | {'tie_word_embeddings': True}
-  files = given.files | {'config.json': json.dumps(config).encode()}
-  head = {'kernel': given.model.params['embed']['tokens'].T * 2}
-  trained = given.model.replace(params=given.model.params | {'head': head})
-  data = rotbits_jax.encode(checkpoints.Checkpoint(trained, files, None))
-  rotbits_jax.decode_to_directory(data, tmp_path / 'x')
-  found = json.loads((tmp_path / 'x' / 'config.json').read_text())
-  assert found == config | {'tie_word_embeddings': False}
-  rotbits_jax.load_checkpoint(tmp_path / 'x')
-
-
 def with_config(model, **changes):
   """Returns the first layers of a model, with another config."""
   config = dataclasses.replace(model.config, **changes)
@@ -138,17 +125,6 @@ def test_files_of_another_model_are_refused(tmp_path, name, changes, message):
   with pytest.raises(ValueError, match=message):
     rotbits_jax.save_checkpoint(other, tmp_path / 'x')
   assert not list(tmp_path.iterdir())
-
-
-def test_a_config_that_is_changed_in_the_files_too(tmp_path):
-  given = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense')
-  model = with_config(given.model, rope_theta=1e6)
-  settings = json.loads(given.files['config.json']) | {'rope_theta': 1e6}
-  files = given.files | {'config.json': json.dumps(settings).encode()}
-  rotbits_jax.save_checkpoint(checkpoints.Checkpoint(model, files, None), tmp_path)
-  assert rotbits_jax.load_checkpoint(tmp_path).model.config == model.config
-  # The files of a base are not kept.
-  rotbits_jax.encode(given, base=given._replace(model=model))
 
 
 def test_the_config_names_the_dtype(tmp_path):

@@ -51,15 +51,6 @@ class LoadTest(parameterized.TestCase):
       for tree in pool.map(rotbits_jax.decode, [self.path] * 16):
         assert_same_bits(tree, TREE)
 
-  def test_readers_share_one_reader(self):
-    with (
-      rotbits_jax.file.Reader(self.path) as reader,
-      futures.ThreadPoolExecutor(16) as pool,
-    ):
-      names = list(TREE) * 4
-      for name, tree in zip(names, pool.map(reader.record, names), strict=True):
-        assert_same_bits(tree[name], TREE[name])
-
   @parameterized.parameters('path', 'bytes')
   def test_decoded_arrays_own_their_memory(self, kind):
     source = self.path if kind == 'path' else bytearray(self.data)
@@ -75,14 +66,7 @@ class LoadTest(parameterized.TestCase):
     self.assertFalse(any(np.shares_memory(array, x) for x in jax.tree.leaves(TREE)))
 
   def test_memory_does_not_grow(self):
-    self.check_memory(20)
-
-  @pytest.mark.slow
-  def test_memory_does_not_grow_in_a_thousand_rounds(self):
-    self.check_memory(1000)
-
-  def check_memory(self, count):
-    tree = TREE['record 0']
+    tree, count = TREE['record 0'], 20
 
     def rounds(count):
       for _ in range(count):
@@ -93,9 +77,8 @@ class LoadTest(parameterized.TestCase):
     tracemalloc.start()
     self.addCleanup(tracemalloc.stop)
     before = rounds(5)
-    grown = rounds(count) - before
     # A round that kept its arrays would keep 10 kB.
-    self.assertLess(grown, count * 4_000)
+    self.assertLess(rounds(count) - before, count * 4_000)
 
   @parameterized.parameters((range(0, 2),), (range(2, 3),))
   def test_a_process_with_a_part_of_a_stack_has_the_shapes_of_the_whole(self, wanted):

@@ -194,20 +194,17 @@ class Reader:
 
   def dtypes(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter, by path."""
-    found = {path: np.dtype(x.dtype) for path, x in self._decoder.leaves.items()}
-    return found if self._message is None else found | self._message.layout.dtypes()
+    dtypes = {path: np.dtype(x.dtype) for path, x in self._decoder.leaves.items()}
+    return dtypes | (self._message.layout.dtypes() if self._message else {})
 
   def dtypes_on_disk(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter in the checkpoint that was encoded."""
-    others: dict[str, str] = {}
-    for own in self.manifests:
-      others |= own.dtypes
-    return {
-      path: np.dtype(others.get(path, others.get('', dtype)))
-      if dtype == np.float32
-      else dtype
-      for path, dtype in self.dtypes().items()
-    }
+    dtypes = self.dtypes()
+    others = {path: x for own in self.manifests for path, x in own.dtypes.items()}
+    for path, dtype in dtypes.items():
+      if dtype == np.float32:
+        dtypes[path] = np.dtype(others.get(path, others.get('', dtype)))
+    return dtypes
 
   def thin_shortcuts(self) -> dict[str, tuple[int, int]]:
     """Returns the columns of B and of C of thin shortcuts, by path.
@@ -227,18 +224,10 @@ class Reader:
       for leaf, specs in self._decoder.entry(name).leaf_specs():
         yield leaf, [x.shape for x in specs]
 
-  def streams(self) -> list[tuple[str, int]]:
-    """Returns the names and the bytes of all streams but the manifests, in order."""
-    return [
-      (name, file.nbytes(name))
-      for file in self._files
-      for name in file.names()
-      if name != container.MANIFEST
-    ]
-
   def stream_bytes(self) -> int:
-    """Returns the bytes of all these streams. The rest of the files is overhead."""
-    return sum(nbytes for _, nbytes in self.streams())
+    """Returns the bytes of all streams but the manifests. The rest is overhead."""
+    streams = ((x, name) for x in self._files for name in x.names())
+    return sum(x.nbytes(name) for x, name in streams if name != container.MANIFEST)
 
   # ---- the whole content -------------------------------------------------------------
 
@@ -381,8 +370,8 @@ class Reader:
     if self._message is not None or self.config is None:
       return self._outer()
     layers = map(models.names.layer, range(self.config.num_layers))
-    own = self._decoder.entries
-    return [*layers, *self._outer(), *(x for x in own if x == models.names.BUFFERS)]
+    others = [x for x in self._decoder.entries if x == models.names.BUFFERS]
+    return [*layers, *self._outer(), *others]
 
   def _outer(self) -> list[str]:
     """Returns the records outside the layers. Those that need others come last."""
@@ -460,13 +449,10 @@ class Reader:
     for file in self._files:
       if metadata.manifest_crc32[os.path.basename(file.name)] != file.manifest_crc32:
         raise ContainerError(f'{file.name}: the index names another shard of this name')
-    found = {
-      name: os.path.basename(own.name) for name, own in self._decoder.files.items()
-    }
-    if wrong := sorted(found.items() ^ index.weight_map.items()):
-      raise ContainerError(
-        f'{wrong[0][0]}: the index and the shards differ in this record'
-      )
+    homes = {x: os.path.basename(y.name) for x, y in self._decoder.files.items()}
+    if wrong := sorted(homes.items() ^ index.weight_map.items()):
+      record = wrong[0][0]
+      raise ContainerError(f'{record}: the index and the shards differ in this record')
     if self.size != metadata.total_size:
       raise ContainerError(
         f'the shards must have {metadata.total_size} bytes by their index, '
