@@ -18,6 +18,7 @@ import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.relative import measure
 from tests import golden
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -135,7 +136,7 @@ def test_a_head_of_another_vocabulary(tokens):
     data = rotbits_jax.encode(new, base=old)
     assert len(data) < 0.6 * len(rotbits_jax.encode(new))
     notes = rotbits_jax.inspect(data).notes['beside a base']
-    assert [x['form'] for x in notes] == ['relative']
+    assert [x['form'] for x in notes] == ['difference']
     assert structured.same_bits(rotbits_jax.decode(data, base=old), new)
 
 
@@ -152,9 +153,8 @@ def test_a_stack_whose_first_layer_is_that_of_the_base_on_devices():
 
 def test_a_base_whose_embedding_has_no_head():
   head, table = np.zeros((5, 9), np.float16), np.zeros((9, 3), np.float16)
-  leaf = structured.TiedExactly.from_table(
-    table, head, np.zeros((5, 3), np.int32), np.zeros(5, np.int32)
-  )
+  exponents = np.zeros(5, np.int32)
+  leaf = measure.beside_head(table, head, np.zeros((5, 3), np.int32), exponents).leaf
   tied = {'embed': {'tokens': leaf}, 'head': {'kernel': head}}
   streams, manifest = containers.unpack(rotbits_jax.encode(tied))
   manifest['records'] = [x for x in manifest['records'] if x['name'] != 'head']
@@ -170,7 +170,7 @@ def test_an_embedding_that_is_predicted_from_its_head():
   outer |= {'embed': {'tokens': near(table, scale=2)}, 'head': {'kernel': near(kernel)}}
   other = models.from_layers(model.config, outer, list(model.layers()))
   alone = rotbits_jax.encode(model, preset='exact')
-  for base, form, share in ((model, 'same', 0.2), (other, 'tied_exactly', 0.9)):
+  for base, form, share in ((model, 'unchanged', 0.2), (other, 'difference', 0.9)):
     data = rotbits_jax.encode(model, preset='exact', base=base)
     assert len(data) < share * len(alone)
     notes = rotbits_jax.inspect(data).notes['beside a base']

@@ -79,11 +79,11 @@ def test_checkpoints_that_microsoft_sliced(name, exact, free):
   # back: about twice the noise floor, and more if SliceGPT rounded a tensor twice.
   assert found.kl < (2.5 if name == 'llama-tiny' else 2) * found.kl_rerounded
   stored = {
-    'relative' if product == 'shortcut' else 'same'
+    'difference' if product == 'shortcut' else 'unchanged'
     for form, product in forms(data).values()
     if product is not None
   }
-  assert stored == {'relative', 'same'}
+  assert stored == {'difference', 'unchanged'}
 
 
 @pytest.mark.parametrize('preset', ['exact', 'free'])
@@ -118,7 +118,7 @@ def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
   for widths in ((48,) * 5, (40, 48, 48, 44, 48)):
     model = random_models.sliced_from(dense, widths, np.float16)
     data = rotbits_jax.encode(model, base=dense, preset='free')
-    assert forms(data)['layers.0/mlp_shortcut/kernel'] == ('same', 'shortcut')
+    assert forms(data)['layers.0/mlp_shortcut/kernel'] == ('unchanged', 'shortcut')
     found = rotbits_jax.decode(data, base=dense).layer(0)['mlp_shortcut']['kernel']
     np.testing.assert_array_equal(found, np.eye(48))
     exact = rotbits_jax.encode(model, base=dense, preset='exact')
@@ -173,9 +173,9 @@ def test_a_tensor_that_was_changed_after_slicing_is_a_difference():
   tuned = models.from_layers(model.config, model.outer(), layers)
   data = rotbits_jax.encode(tuned, base=dense, preset='free')
   found = forms(data)
-  assert found['layers.1/mlp/up/kernel'] == ('relative', 'reads')
+  assert found['layers.1/mlp/up/kernel'] == ('difference', 'reads')
   assert found['layers.1/mlp/down/kernel'] == ('array', None)
-  assert found['layers.1/mlp/gate/kernel'] == ('same', 'reads')
+  assert found['layers.1/mlp/gate/kernel'] == ('unchanged', 'reads')
   data = rotbits_jax.encode(tuned, base=dense, preset='exact')
   assert structured.same_bits(rotbits_jax.decode(data, base=dense).params, tuned.params)
 
@@ -195,8 +195,8 @@ def test_a_change_below_the_rounding_errors_is_kept_if_it_has_few_directions(ran
   for own in (model, tuned):
     data = rotbits_jax.encode(own, base=dense, preset='free')
     found.append(rotbits_jax.decode(data, base=dense).layer(1)['mlp']['up']['kernel'])
-  assert forms(data)['layers.1/mlp/up/kernel'][0] == 'relative'
-  assert forms(data)['layers.1/mlp/gate/kernel'] == ('same', 'reads')
+  assert forms(data)['layers.1/mlp/up/kernel'][0] == 'difference'
+  assert forms(data)['layers.1/mlp/gate/kernel'] == ('unchanged', 'reads')
   # The rows are in other coordinates. These of the columns are those of the update.
   onto = np.linalg.pinv(right)
   change = np.float64(found[1] @ onto) - np.float64(found[0] @ onto)

@@ -249,7 +249,8 @@ def _beside_base(reader: reader_lib.Reader) -> dict[str, list[dict[str, Any]]]:
     return {}
   notes = []
   for leaf in leaves:
-    note: dict[str, Any] = {'tensor': leaf.path, 'form': leaf.type_name or 'array'}
+    form = (leaf.type_name if leaf.arrays else 'unchanged') or 'array'
+    note: dict[str, Any] = {'tensor': leaf.path, 'form': form}
     if leaf.base is not None and leaf.base.path != leaf.path:
       note['base'] = leaf.base.path
     if leaf.product is not None:
