@@ -27,6 +27,7 @@ from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import writer
+from rotbits_jax.relative import measure
 from tests import cases
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -37,11 +38,8 @@ def _nnx_state():
   return nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
 
 
-def _tied_exactly():
-  none = np.zeros(0, np.float16)
-  return structured.TiedExactly(
-    np.zeros((5, 3), np.int32), np.zeros(5, np.int16), (none,), none, 9, 0, 0
-  )
+def _without_base():
+  return structured.Difference(lengths=(9, 3), name='float16')
 
 
 class TreeTest(parameterized.TestCase):
@@ -66,9 +64,8 @@ class TreeTest(parameterized.TestCase):
 
   def test_a_leaf_that_needs_one_of_its_own_record_is_refused(self):
     head, table = np.zeros((5, 9), np.float16), np.zeros((9, 3), np.float16)
-    leaf = structured.TiedExactly.from_table(
-      table, head, np.zeros((5, 3), np.int32), np.zeros(5, np.int32)
-    )
+    exponents = np.zeros(5, np.int32)
+    leaf = measure.beside_head(table, head, np.zeros((5, 3), np.int32), exponents).leaf
     tree = {'head': {'kernel': head, 'x': leaf}}
     with self.assertRaisesRegex(ValueError, 'head/kernel, which is in its own record'):
       rotbits_jax.encode(tree)
@@ -224,7 +221,7 @@ class TreeTest(parameterized.TestCase):
       ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b/shape: .* up to 32 axes'),
       ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),
       ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
-      ({'b': _tied_exactly()}, 'b: it cannot be stored'),
+      ({'b': _without_base()}, 'b: it cannot be stored'),
     ):
       with self.subTest(words=words), self.assertRaisesRegex(ValueError, words):
         rotbits_jax.encode(tree)
