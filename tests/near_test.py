@@ -161,10 +161,10 @@ def test_other_presets_have_no_steps(preset):
   assert_same_bits(rotbits_jax.load(data), loaded)
 
 
-def divergence_of(search, model, tokens):
+def divergence_of(calibration, model, tokens):
   """Returns the mean KL of the decoded checkpoint, in the dtype of the model."""
-  options = {'step': search.step, 'offsets': search.offsets, 'inputs': search.inputs}
-  decoded = rotbits_jax.decode(rotbits_jax.encode(model, preset='near', **options))
+  data = rotbits_jax.encode(model, preset='near', **calibration.options)
+  decoded = rotbits_jax.decode(data)
   dtype = model.params['embed']['tokens'].dtype
   stored = structured.astype(decoded.materialize(), dtype)
   return evaluation.evaluate(stored, tokens, reference=model).kl
@@ -180,14 +180,16 @@ def divergence_of(search, model, tokens):
 def test_the_divergence_of_the_file_is_below_the_bound(dtype, bound):
   model = structured.astype(load().model, jnp.dtype(dtype))
   tokens = tokens_of(model)
-  search = steps_lib.search(model, tokens, max_kl=bound)
-  assert search.offsets
-  assert search.inputs
-  kl = divergence_of(search, model, tokens)
+  calibration = steps_lib.calibrate(model, tokens, max_kl=bound)
+  assert calibration.offsets
+  assert calibration.inputs
+  kl = divergence_of(calibration, model, tokens)
   assert kl <= bound
-  assert kl == pytest.approx(search.kl, rel=0.01)
+  assert kl == pytest.approx(calibration.kl, rel=0.01)
   # The next step that was measured is too coarse.
-  assert all(point.kl > bound for point in search.curve if point.step > search.step)
+  assert all(
+    point.kl > bound for point in calibration.curve if point.step > calibration.step
+  )
 
 
 def test_the_search_measures_what_decode_writes():
@@ -200,8 +202,10 @@ def test_the_search_measures_what_decode_writes():
   }
   model = random_models.sliced(config, widths, ml_dtypes.bfloat16)
   tokens = tokens_of(model, 512)
-  search = steps_lib.search(model, tokens, max_kl=1e-3)
-  assert divergence_of(search, model, tokens) == pytest.approx(search.kl, rel=0.02)
+  calibration = steps_lib.calibrate(model, tokens, max_kl=1e-3)
+  assert divergence_of(calibration, model, tokens) == pytest.approx(
+    calibration.kl, rel=0.02
+  )
 
 
 class Watched:
@@ -234,7 +238,7 @@ def test_a_few_layers_are_in_memory():
   read = spool.Spool.__getitem__
   noted = lambda files, key: source.note(read(files, key))
   with mock.patch.object(spool.Spool, '__getitem__', noted):
-    steps_lib.search(source, np.arange(32), max_kl=1e-2)
+    steps_lib.calibrate(source, np.arange(32), max_kl=1e-2)
   assert source.reads > 4 * 12
   assert source.most <= 6
 
@@ -262,7 +266,7 @@ def test_numbers_that_are_not_finite_have_no_errors():
 )
 def test_bad_arguments(tokens, max_kl, words):
   with pytest.raises(ValueError, match=words):
-    steps_lib.search(load().model, np.array(tokens, np.int32), max_kl=max_kl)
+    steps_lib.calibrate(load().model, np.array(tokens, np.int32), max_kl=max_kl)
 
 
 @pytest.mark.parametrize(

@@ -90,13 +90,13 @@ class _Choice(NamedTuple):
     preset: name of the preset.
     options: its options.
     target_size: greatest number of bytes of the file, in place of a step.
-    search: with --max_kl the result of the search.
+    calibration: with --text its result.
   """
 
   preset: str
   options: dict[str, Any]
   target_size: int | None = None
-  search: steps.SearchResult | None = None
+  calibration: steps.Calibration | None = None
 
 
 def main() -> program.Result | None:
@@ -132,7 +132,9 @@ def main() -> program.Result | None:
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
     'plain_because': reason,
-    'curve': choice.search and [point._asdict() for point in choice.search.curve],
+    'curve': [x._asdict() for x in choice.calibration.curve]
+    if choice.calibration
+    else None,
   }
   lines = [report.to_text(verbose=True), ''] if program.VERBOSE.value else []
   if source.left_out:
@@ -188,13 +190,8 @@ def _read_choice(source: Any) -> _Choice:
     'folder': outputs.resolved(_OUTPUT.value).parent,
     'progress': True,
   }
-  if _MAX_KL.value is None:
-    calibration = steps.calibrate(opened, tokens, **settings)
-    options = {'offsets': calibration.offsets, 'inputs': calibration.inputs}
-    return _Choice(preset, options, target_size)
-  search = steps.search(opened, tokens, max_kl=_MAX_KL.value, **settings)
-  options = {'offsets': search.offsets, 'inputs': search.inputs, 'step': search.step}
-  return _Choice(preset, options, search=search)
+  calibration = steps.calibrate(opened, tokens, max_kl=_MAX_KL.value, **settings)
+  return _Choice(preset, calibration.options, target_size, calibration)
 
 
 def _summary(
@@ -202,8 +199,9 @@ def _summary(
 ) -> str:
   """Returns the line with which the command ends."""
   comes_back = savings.BACK[report.keeps]
-  if choice.search is not None:
-    comes_back += f': KL {choice.search.kl:.2g} nats, step 2^{choice.search.step:g}'
+  if choice.calibration is not None and choice.calibration.step is not None:
+    kl, step = choice.calibration.kl, choice.calibration.step
+    comes_back += f': KL {kl:.2g} nats, step 2^{step:g}'
   elif report.keeps == 'approximation':
     comes_back += '; measure it with rotbits evaluate'
   elif report.needs:

@@ -18,8 +18,7 @@ rotation from them, and pushes it back. With segments 0 .. S, the encoder does t
         it, and the parameters that write it (without the columns above)
       store the correction of T_t
 
-The decoder does the inverse, from the end. Both hold the message in memory, and of the
-model the parameters of a few layers.
+The decoder does the inverse, from the end. The message and the model are in memory.
 
 There are three canonicalizers (`symmetries.canonical`), which recover T from different
 parameters. The sampled matrix, the frame, depends on the canonicalizer:
@@ -65,9 +64,8 @@ digest of each array notices that, and the file is refused there.
 
 The modules:
 
-    options    the options of the scheme
+    options    the options of the scheme, and the frame of each segment
     stack      the message in memory
-    frames     the frame of each segment
     segments   the parameters around each segment
     rotations  rotates these parameters, and recovers the rotation
     layout     the values that a decoder needs, validated

@@ -11,7 +11,6 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import rans
-from rotbits_jax.paper import frames
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
@@ -53,7 +52,7 @@ def decode(
     ValueError: if the streams do not fit the layout, if the layout does not fit the
       config, or if an array differs from the encoded one.
   """
-  layout_lib.check(layout, options, config, streams['message'].size)
+  layout_lib.check(layout, options, config)
   counts: dict[str, int] = {}
   for path in layout.arrays:
     record = path.partition('/')[0]
@@ -80,7 +79,7 @@ def arrays(
   """Yields the parameters by path, unchecked, those of the last segment first."""
   message, corrections = (stack.WordStack(streams[name]) for name in STREAMS)
   stream_specs, segment_shapes = list(layout.coders), segments.shapes(config)
-  widths, lanes = config.segment_widths, frames.lanes(config.segment_widths)
+  widths, lanes = config.segment_widths, options_lib.lanes(config.segment_widths)
 
   def pop(shapes: segments.Shapes) -> segments.Arrays:
     """Pops arrays that the encoder pushed together."""
@@ -113,8 +112,8 @@ def arrays(
     yield from ((path, x) for path, x in popped.items() if path not in embeddings)
     if layout.sampled[t]:
       # The words from which the rotation was sampled come back with it.
-      shape = frames.frame(widths, t, layout.fixed, options)
-      code = frames.code(shape, options)
+      shape = options.frame(widths, t, layout.fixed)
+      code = options.code(shape)
       correction = code.unpack(corrections.pop_block())
       recovered = rotations.recovered(
         shape, segment_shapes[t], popped, options.canonicalizer

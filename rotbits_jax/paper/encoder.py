@@ -1,4 +1,4 @@
-"""The encoder of the published scheme, which reads a few layers at a time."""
+"""The encoder of the published scheme."""
 
 from collections.abc import Iterable
 import typing
@@ -14,7 +14,6 @@ from rotbits_jax.coding import coder
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import specs
 from rotbits_jax.paper import decoder
-from rotbits_jax.paper import frames
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
@@ -40,12 +39,7 @@ class EncodedModel(NamedTuple):
 
 
 def refuse(source: passes.ModelSource) -> None:
-  """Raises an error if a model cannot be coded. It reads only shapes and dtypes.
-
-  Raises:
-    ValueError: if the model is dense, or if a parameter is not an array of floats with
-      the shape that the config implies.
-  """
+  """Raises a ValueError if a model cannot be coded. It reads only shapes and dtypes."""
   if not source.config.sliced:
     raise ValueError(
       'a dense model has no shortcuts, so its segments cannot be rotated'
@@ -69,18 +63,19 @@ def encode(
   """Encodes a sliced model by the published scheme.
 
   Args:
-    source: the model. A layer is read once or twice, in order.
+    source: the model.
     options: the options of the scheme.
     progress: whether to show the progress on stderr.
-
-  Returns:
-    The encoded model.
 
   Raises:
     ValueError: see `refuse`.
   """
   refuse(source)
-  encoded = _Encoder(source, options).run(progress)
+  encoder = _Encoder(source, options)
+  count = len(encoder.segments)
+  for t in track(range(count), 'encode', 'segment', total=count, show=progress):
+    encoder.push(t)
+  encoded = encoder.result()
   if options.exact:
     return encoded
   # Only decoding shows which errors a threshold leaves in the elements.
@@ -106,17 +101,16 @@ class _Sample(NamedTuple):
   left: np.ndarray  # words of the message that the rotation was popped from
   correction: np.ndarray  # words of the correction
   popped: int  # words that were popped
-  # A block on a stack has two words for its length.
 
   @property
   def cost(self) -> int:
-    """Words of the correction."""
-    return self.correction.size + 2
+    """Words of the correction, as a block."""
+    return self.correction.size + stack.LENGTH
 
   @property
   def net(self) -> int:
     """Words that the rotation saves."""
-    return self.popped - self.left.size - 2 - self.cost
+    return self.popped - (self.left.size + stack.LENGTH) - self.cost
 
 
 class _Encoder:
@@ -124,46 +118,38 @@ class _Encoder:
 
   def __init__(self, source: passes.ModelSource, options: options_lib.Options):
     self.options, self.widths = options, source.config.segment_widths
-    self.read, self.shapes = segments.reader(source), segments.shapes(source.config)
-    self.stack = stack.WordStack()
-    self.corrections = stack.WordStack()
-    self.lanes = frames.lanes(self.widths)
-    self.fixed = 0
+    self.segments = segments.read(source)
+    self.message, self.corrections = stack.WordStack(), stack.WordStack()
+    self.lanes = options_lib.lanes(self.widths)
+    self.fixed = 0  # columns of the embeddings that are pushed first
     self.before: jax.Array | None = None  # the rotation of the previous segment
     self.coders: list[specs.StreamSpec] = []
     self.stored: dict[str, layout_lib.Stored] = {}
-    self.samples: list[bool] = []
+    self.sampled: list[bool] = []
     self.notes: list[dict[str, Any]] = []
-    self.saved = 0  # words
 
-  def run(self, progress: bool) -> EncodedModel:
-    """Encodes the whole model."""
-    count = len(self.shapes)
-    for t in track(range(count), 'encode', 'segment', total=count, show=progress):
-      self._encode(t, self.read(self.shapes[t]))
+  def result(self) -> EncodedModel:
+    """Returns the encoded model, after all segments."""
     layout = layout_lib.MessageLayout(
       fixed=self.fixed,
-      sampled=tuple(self.samples),
+      sampled=tuple(self.sampled),
       arrays=self.stored,
       coders=tuple(self.coders),
     )
-    return EncodedModel(
-      layout=layout,
-      streams={
-        'message': self.stack.pop(self.stack.size),
-        'corrections': self.corrections.pop(self.corrections.size),
-      },
-      saving=passes.Saving('rotations', 0, 2 * self.saved, tuple(self.notes)),
-    )
+    streams = zip(decoder.STREAMS, (self.message, self.corrections), strict=True)
+    words = {name: words.pop(words.size) for name, words in streams}
+    saved = sum(note.get('net', 0) for note in self.notes) // 8
+    saving = passes.Saving('rotations', 0, saved, tuple(self.notes))
+    return EncodedModel(layout, words, saving)
 
-  def _encode(self, t: int, segment: segments.SegmentParameters) -> None:
+  def push(self, t: int) -> None:
     """Encodes one segment."""
+    segment, frame = self.segments[t], self._frame(t)
     can_rotate = rotations.can_rotate(segment)
     neutral = None  # the canonical rotation of the readers
-    if can_rotate and not self._frame(t).from_shortcut:
-      neutral = rotations.reader_rotation(
-        segment.readers.values(), self.options.canonicalizer
-      )
+    if can_rotate and not frame.from_shortcut:
+      kernels = segment.readers.values()
+      neutral = rotations.reader_rotation(kernels, self.options.canonicalizer)
     first = {} if t else self._push_first(segment, neutral)
     sample = self._sample(t, segment, neutral) if can_rotate else None
     if sample is None:
@@ -172,17 +158,16 @@ class _Encoder:
       arrays = rotations.rotated(segment, self.before, rotation)
     else:
       rotation, arrays = sample.rotation, sample.arrays
-      self.stack.push_block(sample.left)
+      self.message.push_block(sample.left)
       self.corrections.push_block(sample.correction)
-      self.saved += sample.net
-    arrays = {path: arrays[path] for path in self.shapes[t].all}
-    pushed = arrays | {path: arrays[path][:, self.fixed :] for path in first}
-    self._push(pushed.values())
-    for path, array in first.items():
-      arrays[path] = np.concatenate([array, pushed[path]], axis=1)
+    arrays = {path: arrays[path] for path in segment.all}
+    others = {path: arrays[path][:, self.fixed :] for path in first}
+    self._push((arrays | others).values())
+    for path, columns in first.items():
+      arrays[path] = np.concatenate([columns, others[path]], axis=1)
     self.stored |= {path: _stored(array) for path, array in arrays.items()}
     self.before = rotation
-    self.samples.append(sample is not None)
+    self.sampled.append(sample is not None)
     self.notes.append(self._note(t, sample))
 
   def _note(self, t: int, sample: _Sample | None) -> dict[str, Any]:
@@ -199,9 +184,9 @@ class _Encoder:
       'of 16 d(d-1)/2': round(2 * sample.net / max(width * (width - 1), 1), 4),
     }
 
-  def _frame(self, t: int) -> frames.Frame:
+  def _frame(self, t: int) -> options_lib.Frame:
     """Returns the frame of a segment."""
-    return frames.frame(self.widths, t, self.fixed, self.options)
+    return self.options.frame(self.widths, t, self.fixed)
 
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
     """Pushes arrays onto the message."""
@@ -210,7 +195,7 @@ class _Encoder:
       self.coders.append(encoded.spec)
       arrays = [np.pad(encoded.data, (0, encoded.data.size % 2))]
     for array in arrays:
-      self.stack.push(np.ascontiguousarray(array).reshape(-1).view(np.uint16))
+      self.message.push(np.ascontiguousarray(array).reshape(-1).view(np.uint16))
 
   def _push_first(
     self, segment: segments.SegmentParameters, neutral: jax.Array | None
@@ -236,57 +221,57 @@ class _Encoder:
     self, t: int, segment: segments.SegmentParameters, neutral: jax.Array | None
   ) -> _Sample | None:
     """Samples a segment's rotation; None if that is impossible or saves nothing."""
-    shape = self._frame(t)
-    if not shape.n:
+    frame = self._frame(t)
+    if not frame.n:
       return None
-    code = frames.code(shape, self.options)
+    code = self.options.code(frame)
     capacity = code.max_rows(self.lanes)
-    rows = min(capacity, self.stack.size // self.lanes)
+    rows = min(capacity, self.message.size // self.lanes)
     if not rows:
       return None
-    words = self.stack.pop(rows * self.lanes)
+    words = self.message.pop(rows * self.lanes)
     message = rans.stacked(jnp.asarray(words.reshape(rows, -1)), capacity)
-    sample = self._try(t, segment, neutral, words.size, *code.sample(message))
+    message, latent, q = code.sample(message)
+    sample = None
+    if int(np.min(message.lowest)) >= 0:
+      sample = self._recovered(segment, neutral, frame, latent, q, message, words.size)
     if sample is None or sample.net <= 0:
-      self.stack.push(words)
+      self.message.push(words)
       return None
     return sample
 
-  def _try(
+  def _recovered(
     self,
-    t: int,
     segment: segments.SegmentParameters,
     neutral: jax.Array | None,
-    popped: int,
-    message: rans.Message,
+    frame: options_lib.Frame,
     latent: Any,
     q: jax.Array,
+    message: rans.Message,
+    popped: int,
   ) -> _Sample | None:
     """Rotates a segment by the frame q; None if the decoder could not recover it."""
-    if int(np.min(message.lowest)) < 0:
-      return None
-    shape = self._frame(t)
-    code = frames.code(shape, self.options)
-    if shape.from_shortcut:
+    code = self.options.code(frame)
+    if frame.from_shortcut:
       (shortcut,) = segment.shortcut.values()
       before = self.before
       if before is None:
-        before = jnp.eye(shape.k, dtype=jnp.float32)
+        before = jnp.eye(frame.k, dtype=jnp.float32)
       rotation = rotations.chained(shortcut, before, q)
     else:
       rotation = rotations.counter_rotated(neutral, q)
     arrays = rotations.rotated(segment, self.before, rotation)
-    recovered, other = (
+    recovered, elsewhere = (
       rotations.recovered(
-        shape, self.shapes[t], arrays, self.options.canonicalizer, disturb=disturb
+        frame, segment, arrays, self.options.canonicalizer, disturb=disturb
       )
       for disturb in (False, True)
     )
-    correction = code.correct(recovered, latent, q, other)
+    correction = code.correct(recovered, latent, q, elsewhere)
     # The decoder's own steps on two machines, tried before anything is written.
-    for frame in (recovered, other) if self.options.exact else ():
-      _, again = code.restore(message, frame, correction)
-      same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), again, latent)
+    for matrix in (recovered, elsewhere) if self.options.exact else ():
+      _, integers = code.restore(message, matrix, correction)
+      same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), integers, latent)
       if not all(jax.tree.leaves(same)):
         return None
     left, packed = rans.to_words(message), code.pack(correction)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import math
 from typing import Literal
 
@@ -11,7 +10,6 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding import specs
-from rotbits_jax.paper import frames
 from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import segments
 from rotbits_jax.system import schema
@@ -79,67 +77,21 @@ class MessageLayout:
 
 
 def check(
-  layout: MessageLayout,
-  options: options_lib.Options,
-  config: models.ModelConfig,
-  words: int,
+  layout: MessageLayout, options: options_lib.Options, config: models.ModelConfig
 ) -> None:
-  """Checks a layout that may come from an untrusted file.
-
-  Args:
-    layout: the layout.
-    options: the options of the scheme.
-    config: config of the model.
-    words: number of words of the message.
-
-  Raises:
-    ValueError: if the layout does not fit the config and the message.
-  """
+  """Raises a ValueError if an untrusted layout does not fit the options and config."""
   if not config.sliced:
     raise ValueError('a dense model has no segments that can be rotated')
-  layout.record_bytes(config)
+  words = sum(layout.record_bytes(config).values()) // 2
   widths = config.segment_widths
-  segment_shapes = segments.shapes(config)
   if layout.fixed > widths[0] or len(layout.sampled) != len(widths):
     raise ValueError('the layout has other segments than the config')
   if len(layout.coders) != options.entropy * (len(widths) + 1):
     raise ValueError(f'the layout has {len(layout.coders)} coders')
-  # The message holds the words of all arrays without those that rotations are made of.
-  if options.entropy:
-    held = sum(-(-coder.nbytes // 2) for coder in layout.coders)
-  else:
-    held = sum(
-      layout.arrays[path].num_words(shape)
-      for segment in segment_shapes
-      for path, shape in segment.all.items()
-    )
-  pushed = _pushed_words(layout, segment_shapes)
-  lanes = frames.lanes(widths)
   for t in [t for t, sampled in enumerate(layout.sampled) if sampled]:
-    shape = frames.frame(widths, t, layout.fixed, options)
-    if not shape.n:
+    frame = options.frame(widths, t, layout.fixed)
+    if not frame.n:
       raise ValueError(f'segment {t} has no rotation to sample')
-    code = frames.code(shape, options)
-    # An integer takes 10 bits of these words or more, and 9 where the coder rounds.
-    if code.num_integers > 2 * pushed[t] + _SPARE:
-      raise ValueError(
-        f'segment {t}: a rotation of {code.num_integers} integers cannot be sampled '
-        f'from arrays of {pushed[t]} words'
-      )
-    held -= lanes * code.max_rows(lanes)
-  if words < held:
-    raise ValueError(f'the message must have {held} words or more, got {words}')
-
-
-def _pushed_words(
-  layout: MessageLayout, segment_shapes: list[segments.SegmentParameters]
-) -> list[int]:
-  """Returns the words of the arrays that are pushed before each segment's rotation."""
-  words = lambda shapes: sum(layout.arrays[path].num_words(x) for path, x in shapes)
-  first = [
-    (path, (shape[0], layout.fixed))
-    for path, shape in segment_shapes[0].all.items()
-    if path.startswith('embed/')
-  ]
-  wholes = [words(segment.all.items()) for segment in segment_shapes[:-1]]
-  return [words(first), *itertools.accumulate(wholes)]
+    # An integer takes 9 bits of the message or more.
+    if options.code(frame).num_integers > 2 * words + _SPARE:
+      raise ValueError(f'segment {t}: its arrays are too small for a rotation')

@@ -1,11 +1,32 @@
-"""The options of the published scheme."""
+"""The options of the published scheme, and the frames that follow from them.
+
+A frame is a matrix of k orthonormal columns in n dimensions, which is sampled for each
+segment. A segment's rotation follows from its frame; see `paper`.
+"""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
+
+from rotbits_jax.coding.bits_back import codes
 
 Canonicalizer = Literal['polar_shortcut', 'qr', 'svd']
 RotationCodec = Literal['haar', 'symmetric_eig']
 CorrectionMethod = Literal['exact', 'threshold']
+
+
+class Frame(NamedTuple):
+  """The shape of a segment's sampled frame, and the source of its recovery."""
+
+  from_shortcut: bool  # whether it is recovered from the shortcut or from the readers
+  fixed: int  # number of leading coordinates that are not rotated
+  n: int  # rows of the frame
+  k: int  # columns of the frame
+
+
+def lanes(widths: tuple[int, ...]) -> int:
+  """Returns the number of lanes of the messages that rotations are sampled from."""
+  # A message costs about 2 bytes a lane.
+  return 1 << min(max(max(widths) ** 2 >> 11, 1), 1024).bit_length() - 1
 
 
 def _not_negative(value: float) -> str | None:
@@ -42,3 +63,21 @@ class Options:
   def exact(self) -> bool:
     """Whether the decoder gets all elements bit for bit as they were pushed."""
     return self.correction == 'exact'
+
+  def frame(self, widths: tuple[int, ...], segment: int, fixed: int) -> Frame:
+    """Returns the frame of a segment, if `fixed` columns are pushed first."""
+    width = widths[segment]
+    if self.canonicalizer == 'polar_shortcut' and segment:
+      before = widths[segment - 1]
+      # `symmetric_eig` samples whole rotations only, no narrower frames.
+      if before == width or (before < width and self.rotation_codec == 'haar'):
+        return Frame(True, 0, width, before)
+    fixed = 0 if segment else fixed
+    return Frame(False, fixed, width - fixed, width - fixed)
+
+  def code(self, frame: Frame) -> codes.RotationCode:
+    """Returns the code of a frame."""
+    if self.rotation_codec == 'haar':
+      return codes.haar_code(frame.n, frame.k)
+    threshold = None if self.exact else self.threshold
+    return codes.eigen_code(frame.n, self.entropy, threshold)

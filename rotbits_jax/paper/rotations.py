@@ -1,8 +1,7 @@
 """Rotation of the parameters around a segment, and recovery of the rotation from them.
 
 A rotation T is a float32 array `[d, d]` on the device; None means that the segment is
-not rotated. Large arrays are widened to float32 one slab at a time. Frames are defined
-in `frames`, readers and writers in `segments`.
+not rotated. Frames are defined in `options`, readers and writers in `segments`.
 """
 
 from collections.abc import Iterable
@@ -12,11 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.paper import frames
+from rotbits_jax.paper import options
 from rotbits_jax.paper import segments
 from rotbits_jax.symmetries import canonical
-
-_SLAB = 8192  # number of rows that are rotated at once
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
@@ -27,14 +24,13 @@ def can_rotate(segment: segments.SegmentParameters) -> bool:
   rows += [np.atleast_2d(x) for x in segment.writers.values()]
   # A shortcut is rotated on both sides, so an element may be as great as its norm.
   rows += [x.reshape(1, -1) for x in (segment.shortcut | segment.leaving).values()]
-  return all(_greatest_norm(x) < 0.99 * float(jnp.finfo(x.dtype).max) for x in rows)
+  return all(_norm(x) < 0.99 * float(jnp.finfo(x.dtype).max) for x in rows)
 
 
-def _greatest_norm(rows: np.ndarray) -> float:
+@jax.jit
+def _norm(rows: jax.Array) -> jax.Array:
   """Returns the greatest norm of a row; NaN if a norm is NaN."""
-  slabs = range(0, rows.shape[0], _SLAB)
-  squares = [float(_greatest_square(rows[i : i + _SLAB])) for i in slabs]
-  return float(np.sqrt(np.max(squares, initial=0.0)))
+  return jnp.sqrt(jnp.square(rows.astype(jnp.float32)).sum(axis=1).max(initial=0))
 
 
 def rotated(
@@ -67,12 +63,7 @@ def rotate(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
   """Returns `matrix @ rotation`, rounded to the dtype of the matrix: `[..., d]`."""
   if rotation is None:
     return matrix
-  rows = np.atleast_2d(matrix)
-  out = np.empty((rows.shape[0], rotation.shape[1]), matrix.dtype)
-  for i in range(0, rows.shape[0], _SLAB):
-    slab = _product(jnp.asarray(rows[i : i + _SLAB]), rotation)
-    out[i : i + _SLAB] = np.asarray(_round(slab, matrix.dtype))
-  return out.reshape(*matrix.shape[:-1], rotation.shape[1])
+  return np.asarray(_round(_product(matrix, rotation), matrix.dtype))
 
 
 def reader_rotation(
@@ -85,23 +76,16 @@ def reader_rotation(
   a block of W may be, such as the first columns of a head whose first tokens never
   occur. `qr` also serves the segments for which `polar_shortcut` cannot use a shortcut.
   """
-  kernels = list(readers)
+  matrix = np.concatenate([np.asarray(x, np.float32) for x in readers], axis=1)
   if canonicalizer == 'svd':
-    matrix = np.concatenate([np.asarray(x, np.float32) for x in kernels], axis=1)
     return _svd(_disturbed(jnp.asarray(matrix), disturb))
-  width = kernels[0].shape[0]
-  folded, place = np.zeros((width, width), np.float32), 0
-  for matrix in kernels:
-    start = 0
-    while start < matrix.shape[1]:
-      count = min(width - place, matrix.shape[1] - start)
-      folded[:, place : place + count] += matrix[:, start : start + count]
-      start, place = start + count, (place + count) % width
-  return _qr(_disturbed(jnp.asarray(folded), disturb))
+  width, columns = matrix.shape
+  blocks = np.pad(matrix, ((0, 0), (0, -columns % width))).reshape(width, -1, width)
+  return _qr(_disturbed(jnp.asarray(blocks.sum(axis=1)), disturb))
 
 
 def recovered(
-  frame: frames.Frame,
+  frame: options.Frame,
   shapes: segments.SegmentParameters,
   arrays: segments.Arrays,
   canonicalizer: str,
@@ -142,12 +126,6 @@ def _disturbed(matrix: jax.Array, disturb: bool) -> jax.Array:
   noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape, jnp.float32)
   scale = jnp.sqrt(jnp.square(matrix).mean())
   return matrix + _BACKWARD_ERROR * scale * noise
-
-
-@jax.jit
-def _greatest_square(rows: jax.Array) -> jax.Array:
-  """Returns the square of the greatest norm of a row."""
-  return jnp.square(rows.astype(jnp.float32)).sum(axis=1).max(initial=0)
 
 
 @jax.jit

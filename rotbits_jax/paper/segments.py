@@ -2,11 +2,9 @@
 
 `models.config` defines segments. A reader of a segment is a kernel that is multiplied
 by it; a writer is a parameter whose output is added to it. A shortcut leads from one
-segment to the next. The parameters are read from a source one layer at a time.
+segment to the next.
 """
 
-from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,21 +89,13 @@ def _add(
       ).update(shape)
 
 
-def reader(
-  source: passes.ModelSource,
-) -> Callable[[SegmentParameters], SegmentParameters]:
-  """Returns a function that reads the arrays around a segment, given their shapes.
-
-  It holds at most two records: two layers, or a layer and the embedding or the head.
-  """
-
-  @functools.lru_cache(2)
-  def record(name: str) -> dict[str, Any]:
-    return structured.flatten(source.read(name))
-
-  def array(path: str) -> np.ndarray:
-    return np.asarray(record(path.partition('/')[0])[path])
-
-  return lambda part: SegmentParameters(
-    *({path: array(path) for path in x} for x in part)
-  )
+def read(source: passes.ModelSource) -> list[SegmentParameters]:
+  """Returns the arrays around each segment of a model, in order."""
+  arrays: Arrays = {}
+  for record in source.records:
+    flat = structured.flatten(source.read(record))
+    arrays |= {path: np.asarray(array) for path, array in flat.items()}
+  return [
+    SegmentParameters(*({path: arrays[path] for path in group} for group in segment))
+    for segment in shapes(source.config)
+  ]

@@ -7,6 +7,9 @@ stack.
 
 import numpy as np
 
+LENGTH = 2
+"""Words for the number of words in a block."""
+
 
 class WordStack:
   """A stack of 16-bit words.
@@ -54,5 +57,5 @@ class WordStack:
 
   def pop_block(self) -> np.ndarray:
     """Pops the words of a block: the inverse of `push_block`; raises as `pop` does."""
-    low, high = self.pop(2).tolist()
+    low, high = self.pop(LENGTH).tolist()
     return self.pop(low | high << 16)

@@ -28,8 +28,8 @@ def near(
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's elements.
     offsets: numbers to add to `step`, by pattern of paths, see `models.names.pattern`.
-      `presets.steps.search` finds good ones.
-    inputs: see `passes.Rounding`; `presets.steps.search` measures them.
+      `presets.steps.calibrate` finds good ones.
+    inputs: see `passes.Rounding`; `presets.steps.calibrate` measures them.
     tolerance: how far a singular value of a shortcut may be from 1 and count as 1, in
       units of the storage format's roundoff.
     transforms: further transforms, applied after those of the preset.

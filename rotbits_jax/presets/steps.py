@@ -1,4 +1,4 @@
-"""The search for the steps of the preset `near` that keep a divergence below a bound.
+"""Calibration of the preset `near`: its steps, for a bound of the divergence.
 
     model -> transforms of `near`, float32 -> steps -> divergence on a text
 
@@ -56,36 +56,33 @@ class Point(NamedTuple):
 
 
 class Calibration(NamedTuple):
-  """The result of `calibrate`.
+  """The result of `calibrate`: options of `near`, and the measurements behind them.
 
   Attributes:
     offsets: octaves to add to the step, by the path of a parameter. Their mean over the
       numbers that rounding changes is about zero.
+    inputs: the inputs of matrices, see `passes.Rounding`.
     sensitivities: about the mean KL in nats that each causes alone at the step `PROBE`.
-    inputs: the inputs of matrices, see `passes.Rounding`.
+    curve: with a bound, all steps that were measured, from the finest one on.
+    step: with a bound, the coarsest one of these whose divergence is below it.
   """
 
   offsets: dict[str, float]
+  inputs: Mapping[str, passes.Inputs]
   sensitivities: dict[str, float]
-  inputs: Mapping[str, passes.Inputs]
+  curve: tuple[Point, ...] = ()
+  step: float | None = None
 
+  @property
+  def kl(self) -> float:
+    """The mean divergence that was measured at the step."""
+    return dict(self.curve)[self.step]
 
-class SearchResult(NamedTuple):
-  """The result of `search`.
-
-  Attributes:
-    step: the coarsest one of the measured steps whose divergence is below the bound.
-    kl: the mean divergence at this step.
-    curve: all measurements, from the finest step on.
-    offsets: octaves to add to the steps, see `Calibration`.
-    inputs: the inputs of matrices, see `passes.Rounding`.
-  """
-
-  step: float
-  kl: float
-  curve: list[Point]
-  offsets: dict[str, float]
-  inputs: Mapping[str, passes.Inputs]
+  @property
+  def options(self) -> dict[str, Any]:
+    """The options of `near`, with the step if there is one."""
+    options = {'offsets': self.offsets, 'inputs': self.inputs, 'step': self.step}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @host.own_settings()
@@ -93,98 +90,82 @@ def calibrate(
   model: passes.ModelSource,
   tokens: np.ndarray,
   *,
+  max_kl: float | None = None,
   max_tokens: int | None = 4096,
   tolerance: float = 0.7,
   folder: str | os.PathLike[str] | None = None,
   progress: bool = False,
 ) -> Calibration:
-  """Divides the bits among the parameters, see above.
+  """Divides the bits among the parameters, and finds the coarsest steps for a bound.
 
   Args:
     model: the model, in memory or on disk.
     tokens: `[N]` token ids of the text on which divergences are measured.
+    max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats; None
+      for no search.
     max_tokens: number of tokens to use; None for all.
     tolerance: see `near`.
     folder: where temporary files are; None for the system's folder for such files.
     progress: whether to show the progress on stderr.
 
   Returns:
-    The offsets and the measurements. The moments of the inputs remain in the file.
+    The options and measurements. The moments of the inputs remain in a file.
 
   Raises:
-    ValueError: if the tokens are not those of a text for this model.
+    ValueError: if the tokens are not those of a text for this model, if the bound is
+      not positive, or if no measured step is fine enough.
     OSError: if a file cannot be written.
   """
+  if max_kl is not None and not (math.isfinite(max_kl) and max_kl > 0):
+    raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
   cut = perplexity.windows(tokens, model.config, max_tokens=max_tokens)
-  count = 2 * (model.config.num_layers + 1)
+  count = 2 if max_kl is None else 3 + _EVALUATIONS
+  count *= model.config.num_layers + 1
   with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
     context = _rewritten(model, tolerance, folder, bar)
-    return _calibrated(context, cut, folder, bar)
-
-
-@host.own_settings()
-def search(
-  model: passes.ModelSource,
-  tokens: np.ndarray,
-  *,
-  max_kl: float,
-  max_tokens: int | None = 4096,
-  tolerance: float = 0.7,
-  folder: str | os.PathLike[str] | None = None,
-  progress: bool = False,
-) -> SearchResult:
-  """Finds the coarsest steps that keep the mean divergence on a text below a bound.
-
-  Args:
-    model: the model, in memory or on disk.
-    tokens: `[N]` token ids of the text.
-    max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats.
-    max_tokens: number of tokens to use; None for all.
-    tolerance: see `near`.
-    folder: see `calibrate`.
-    progress: whether to show the progress on stderr.
-
-  Raises:
-    ValueError: if the bound is not positive, or if no measured step is fine enough.
-    OSError: see `calibrate`.
-  """
-  if not (math.isfinite(max_kl) and max_kl > 0):
-    raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
-  config = model.config
-  cut = perplexity.windows(tokens, config, max_tokens=max_tokens)
-  windows, lengths = [window for window, _ in cut], [length for _, length in cut]
-  count = (3 + _EVALUATIONS) * (config.num_layers + 1)
-  with progress_lib.Progress('search', count, 'record', show=progress) as bar:
-    context = _rewritten(model, tolerance, folder, bar)
     calibration = _calibrated(context, cut, folder, bar)
-    offsets, inputs = calibration.offsets, calibration.inputs
-    bar.stage('predictions')
-    stored: Any = model
-    reference = _Arrays.of(
-      stored.rounded() if getattr(model, 'stored_as', None) else model
-    )
-    expected = reference.outer(), _last_streams(reference, windows, bar)
-    estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
-    step = _next_step({PROBE: sum(estimates)}, max_kl)
-    curve: dict[float, float] = {}
-    while step is not None and len(curve) < _EVALUATIONS:
-      bar.stage(f'2^{step:g}')
-      rounded = _Arrays.rounded(context, passes.to_steps(step, offsets, inputs))
-      predicted = rounded.outer(), _last_streams(rounded, windows, bar)
-      curve[step] = perplexity.mean_divergence(config, expected, predicted, lengths)
-      if not math.isfinite(curve[step]):
-        raise ValueError('the predictions are not finite')
-      del rounded, predicted
-      step = _next_step(curve, max_kl)
-    bar.finish()
-  points = [Point(step, curve[step]) for step in sorted(curve)]
-  below = [point for point in points if point.kl <= max_kl]
+    if max_kl is not None:
+      calibration = _searched(calibration, model, context, cut, max_kl, bar)
+  return calibration
+
+
+def _searched(
+  calibration: Calibration,
+  model: Any,
+  context: passes.Context,
+  cut: Sequence[tuple[np.ndarray, int]],
+  max_kl: float,
+  bar: progress_lib.Progress,
+) -> Calibration:
+  """Adds the coarsest step that keeps the bound, and all that were measured."""
+  offsets, config = calibration.offsets, model.config
+  windows, lengths = [window for window, _ in cut], [length for _, length in cut]
+  bar.stage('predictions')
+  stored = model.rounded() if getattr(model, 'stored_as', None) else model
+  reference = _Arrays.of(stored)
+  expected = reference.outer(), _last_streams(reference, windows, bar)
+  estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
+  step = _next_step({PROBE: sum(estimates)}, max_kl)
+  curve: dict[float, float] = {}
+  while step is not None and len(curve) < _EVALUATIONS:
+    bar.stage(f'2^{step:g}')
+    rounding = passes.to_steps(step, offsets, calibration.inputs)
+    rounded = _Arrays.rounded(context, rounding)
+    predicted = rounded.outer(), _last_streams(rounded, windows, bar)
+    curve[step] = perplexity.mean_divergence(config, expected, predicted, lengths)
+    if not math.isfinite(curve[step]):
+      raise ValueError('the predictions are not finite')
+    del rounded, predicted
+    step = _next_step(curve, max_kl)
+  bar.finish()
+  points = tuple(Point(step, curve[step]) for step in sorted(curve))
+  below = [point.step for point in points if point.kl <= max_kl]
   if not below:
     raise ValueError(
       f'the finest step, 2^{points[0].step:g}, has a divergence of '
       f'{points[0].kl:.3g}, above {max_kl}; a preset that keeps more is `free`'
     )
-  return SearchResult(*below[-1], points, offsets, inputs)
+  return calibration._replace(curve=points, step=below[-1])
 
 
 class _Arrays(NamedTuple):
@@ -302,7 +283,7 @@ def _calibrated(
         counts[path] = count
         divergences[path] = sensitivities.divergence(matrix_inputs, error)
     bar.update()
-  return Calibration(_offsets(counts, divergences), divergences, inputs)
+  return Calibration(_offsets(counts, divergences), inputs, divergences)
 
 
 @jax.jit
