@@ -4,8 +4,6 @@ import functools
 import json
 import pathlib
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import chex
 import jax
 import ml_dtypes
@@ -21,7 +19,6 @@ from rotbits_jax import slicing
 from rotbits_jax.models import transformer
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
-from rotbits_jax.slicing import slicegpt
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 OPT = {
@@ -54,13 +51,12 @@ RANDOM = {
   | {'model_type': 'qwen3', 'head_dim': 6, 'max_position_embeddings': 48},
 }
 # A dense model, the result of Microsoft's SliceGPT, and whether its head is sliced.
-FIXTURES = (
-  ('llama-tiny-dense', 'llama-tiny-sliced-head-0.25', True),
-  ('phi2-tiny-dense', 'phi2-tiny-sliced-0.25', False),
-  ('phi3-tiny-dense', 'phi3-tiny-sliced-0.25', False),
-)
-DENSE = (*RANDOM, *(name for name, _, _ in FIXTURES))
-SLICED_HEADS = {name for name, _, head in FIXTURES if head}
+FIXTURES = {
+  'llama-tiny-dense': ('llama-tiny-sliced-head-0.25', True),
+  'phi2-tiny-dense': ('phi2-tiny-sliced-0.25', False),
+  'phi3-tiny-dense': ('phi3-tiny-sliced-0.25', False),
+}
+SLICED_HEADS = {name for name, (_, head) in FIXTURES.items() if head}
 
 # Compilation takes half the time; the slower program does not matter here.
 logits_of = jax.jit(
@@ -156,183 +152,154 @@ def _segments(model, tokens):
       yield x
 
 
-class NormFusionTest(parameterized.TestCase):
-  @parameterized.parameters(*DENSE)
-  def test_keeps_the_function(self, name):
-    self.assertTrue(fused(name).config.sliced)
-    assert_same_logits(logits_of(fused(name), EVALUATION), dense_logits(name))
-
-  def test_refuses_sliced_models(self):
-    with self.assertRaisesRegex(ValueError, 'only a dense model'):
-      norm_fusion.fused(fused('opt-random').config)
-    with self.assertRaisesRegex(ValueError, 'only a dense model'):
-      slicing.slice_model(fused('opt-random'), CALIBRATION, sparsity=0.25)
+@pytest.mark.parametrize('name', [*RANDOM, *FIXTURES])
+def test_fusing_norms_keeps_the_function(name):
+  assert fused(name).config.sliced
+  assert_same_logits(logits_of(fused(name), EVALUATION), dense_logits(name))
 
 
-class PrincipalComponentsTest(parameterized.TestCase):
-  def test_same_as_singular_vectors(self):
-    rng = np.random.default_rng(3)
-    x = (rng.standard_normal((3, 50, 20)) * np.geomspace(1, 1e-3, 20)).astype(
-      np.float32
-    )
-    _, values, vt = np.linalg.svd(x.reshape(-1, 20).astype(np.float64))
-    basis = calibration.principal_components(x, 12)
-    np.testing.assert_allclose(
-      basis.kept @ basis.kept.T, vt[:12].T @ vt[:12], atol=1e-9
-    )
-    np.testing.assert_allclose(basis.cut @ basis.cut.T, vt[12:].T @ vt[12:], atol=1e-9)
-    energies = np.square(x.reshape(-1, 20).astype(np.float64) @ basis.kept).sum(axis=0)
-    np.testing.assert_allclose(energies, values[:12] ** 2, rtol=1e-9)
-
-  def test_non_finite_activations(self):
-    x = np.full((1, 9, 4), np.inf, np.float32)
-    with (
-      np.errstate(invalid='ignore'),
-      self.assertRaisesRegex(ValueError, 'not finite'),
-    ):
-      calibration.principal_components(x, 2)
+def test_principal_components_are_singular_vectors():
+  rng = np.random.default_rng(3)
+  x = np.float32(rng.standard_normal((3, 50, 20)) * np.geomspace(1, 1e-3, 20))
+  rows = x.reshape(-1, 20).astype(np.float64)
+  _, values, vt = np.linalg.svd(rows)
+  basis = calibration.principal_components(x, 12)
+  for found, expected in ((basis.kept, vt[:12]), (basis.cut, vt[12:])):
+    np.testing.assert_allclose(found @ found.T, expected.T @ expected, atol=1e-9)
+  energies = np.square(rows @ basis.kept).sum(axis=0)
+  np.testing.assert_allclose(energies, values[:12] ** 2, rtol=1e-9)
 
 
-class SliceModelTest(parameterized.TestCase):
-  @parameterized.parameters(
+@pytest.mark.parametrize(
+  ('name', 'sparsity', 'interval', 'width'),
+  [
     ('llama-random', 0.0, 8, 32),
     ('qwen3-random', 0.0, 8, 32),
     ('phi2-tiny-dense', 0.0, 8, 128),
     ('opt-random', 1 / 32, 31, 31),  # LayerNorm removes the direction of the mean
+  ],
+)
+def test_keeps_the_function_where_nothing_is_lost(name, sparsity, interval, width):
+  model = sliced(name, sparsity=sparsity, round_interval=interval)
+  assert model.config.segment_widths[0] == width
+  assert_same_logits(logits_of(model, EVALUATION), dense_logits(name))
+
+
+@pytest.mark.parametrize('name', ['opt-random', 'llama-random', 'phi2-tiny-dense'])
+def test_orientations(name):
+  random, pca = sliced(name), sliced(name, final_orientation='pca')
+  assert_same_logits(logits_of(random, EVALUATION), logits_of(pca, EVALUATION))
+  head = lambda model: np.asarray(model.params['head']['kernel'])
+  assert np.abs(head(random) - head(pca)).max() > 0.1
+  if name == 'opt-random':  # its streams have no mean
+    return
+  # This holds if each layer was calibrated after all layers before it were sliced.
+  for x in segments(pca, CALIBRATION):
+    x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    gram, energies = x.T @ x, np.square(x).sum(axis=0)
+    tolerance = 1e-5 * energies.max()
+    assert np.diff(energies).max() < tolerance
+    np.testing.assert_allclose(gram, np.diag(energies), atol=tolerance)
+
+
+@pytest.mark.parametrize('name', FIXTURES)
+def test_no_worse_than_microsofts(name):
+  theirs = checkpoints.load_checkpoint(TESTDATA / FIXTURES[name][0]).model
+  ours = sliced(name)
+  assert ours.config == theirs.config
+  chex.assert_trees_all_equal_shapes(ours, theirs)
+  theirs = jax.tree.map(lambda x: x.astype(np.float32), theirs)
+  ours, theirs = (
+    np.mean(evaluation.kl_divergence(dense_logits(name), logits_of(x, EVALUATION)))
+    for x in (ours, theirs)
   )
-  def test_keeps_the_function_where_nothing_is_lost(
-    self, name, sparsity, interval, width
-  ):
-    model = sliced(name, sparsity=sparsity, round_interval=interval)
-    self.assertEqual(model.config.segment_widths[0], width)
-    assert_same_logits(logits_of(model, EVALUATION), dense_logits(name))
+  assert ours < 1.05 * theirs
 
-  @parameterized.parameters('opt-random', 'phi2-tiny-dense')
-  def test_orientations_have_the_same_function(self, name):
-    random, pca = sliced(name), sliced(name, final_orientation='pca')
-    assert_same_logits(logits_of(random, EVALUATION), logits_of(pca, EVALUATION))
-    head = lambda model: np.asarray(model.params['head']['kernel'])
-    self.assertGreater(np.abs(head(random) - head(pca)).max(), 0.1)
 
-  @parameterized.parameters('llama-random', 'phi2-tiny-dense')
-  def test_segments_of_the_sliced_model_are_in_principal_components(self, name):
-    # This holds if each layer was calibrated after all layers before it were sliced.
-    model = sliced(name, final_orientation='pca')
-    for x in segments(model, CALIBRATION):
-      x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
-      gram = x.T @ x
-      energies = np.diag(gram)
-      tolerance = 1e-5 * energies.max()
-      self.assertLess(np.diff(energies).max(), tolerance)
-      np.testing.assert_allclose(gram, np.diag(energies), atol=tolerance)
+@pytest.mark.parametrize('name', ['opt-random', 'phi2-tiny-dense'])
+def test_shortcuts_are_blocks_of_orthogonal_matrices(name):
+  for layer in sliced(name).layers():
+    for key in layer.keys() & {'attention_shortcut', 'mlp_shortcut'}:
+      values = np.linalg.svd(layer[key]['kernel'], compute_uv=False)
+      d, hidden = len(values), dense(name).config.hidden_size
+      assert values.max() < 1 + 1e-6
+      assert np.sort(values)[::-1][2 * d - hidden - 1] > 1 - 1e-6
 
-  @parameterized.parameters(*FIXTURES)
-  def test_no_worse_than_microsofts(self, name, theirs, slice_head):
-    del slice_head
-    reference = checkpoints.load_checkpoint(TESTDATA / theirs).model
-    ours = sliced(name)
-    self.assertEqual(ours.config, reference.config)
-    chex.assert_trees_all_equal_shapes(ours, reference)
-    reference = jax.tree.map(lambda x: x.astype(np.float32), reference)
-    ours, theirs = (
-      np.mean(evaluation.kl_divergence(dense_logits(name), logits_of(m, EVALUATION)))
-      for m in (ours, reference)
-    )
-    self.assertLess(ours, 1.05 * theirs)
 
-  @parameterized.parameters('opt-random', 'phi2-tiny-dense')
-  def test_shortcuts_are_blocks_of_orthogonal_matrices(self, name):
-    for layer in sliced(name).layers():
-      for key in layer.keys() & {'attention_shortcut', 'mlp_shortcut'}:
-        values = np.linalg.svd(layer[key]['kernel'], compute_uv=False)
-        d, hidden = len(values), dense(name).config.hidden_size
-        self.assertLess(values.max(), 1 + 1e-6)
-        self.assertGreater(np.sort(values)[::-1][2 * d - hidden - 1], 1 - 1e-6)
+def test_seed_decides():
+  tokens = lambda model: model.params['embed']['tokens']
+  again = slicing.slice_model(dense('opt-random'), CALIBRATION, sparsity=0.25)
+  np.testing.assert_array_equal(tokens(sliced('opt-random')), tokens(again))
+  other = tokens(sliced('opt-random', seed=1))
+  assert np.abs(other - tokens(again)).max() > 0.1
 
-  def test_random_rotations_have_the_haar_measure(self):
-    rng = np.random.default_rng(5)
-    drawn = np.stack([slicegpt._haar(4, rng) for _ in range(2000)])
-    np.testing.assert_allclose(
-      drawn @ drawn.mT, np.eye(4) + np.zeros_like(drawn), atol=1e-12
-    )
-    # The entries have mean 0, variance 1/4 and no correlations.
-    entries = drawn.reshape(-1, 16)
-    np.testing.assert_allclose(entries.mean(axis=0), 0, atol=0.05)
-    np.testing.assert_allclose(entries.T @ entries / 2000, np.eye(16) / 4, atol=0.05)
 
-  def test_seed_decides(self):
-    tokens = lambda model: model.params['embed']['tokens']
-    again = slicing.slice_model(dense('opt-random'), CALIBRATION, sparsity=0.25)
-    np.testing.assert_array_equal(tokens(sliced('opt-random')), tokens(again))
-    self.assertGreater(
-      np.abs(tokens(sliced('opt-random', seed=1)) - tokens(again)).max(), 0.1
-    )
-
-  def test_numbers_too_large_for_float32(self):
+@pytest.mark.parametrize(
+  ('model', 'settings', 'tokens', 'message'),
+  [
+    ('opt-random', {}, CALIBRATION[0], r'tokens must be \[S, T\] integers'),
+    ('opt-random', {}, CALIBRATION + 0.5, r'tokens must be \[S, T\] integers'),
+    ('opt-random', {}, CALIBRATION + 1, 'token 69 is outside'),
+    ('opt-random', {}, CALIBRATION - 1, 'token -1 is outside'),
+    ('opt-random', {}, CALIBRATION.reshape(6, 96), '48 positions, got sequences of 96'),
+    ('opt-random', {}, CALIBRATION[:1, :31], 'hidden size 32, got 31'),
+    ('opt-random', {'sparsity': 1.0}, CALIBRATION, r'must be in \[0, 1\), got 1.0'),
+    (
+      'opt-random',
+      {'round_interval': 0},
+      CALIBRATION,
+      'round_interval must be positive',
+    ),
+    ('opt-random', {'final_orientation': 'qr'}, CALIBRATION, "got 'qr'"),
+    ('sliced', {}, CALIBRATION, 'only a dense model'),
+    ('too large', {}, CALIBRATION, 'head/kernel has .* float32'),
+  ],
+)
+def test_refuses(model, settings, tokens, message):
+  if model == 'sliced':
+    model = fused('opt-random')
+  elif model == 'too large':
     model = jax.tree.map(np.copy, dense('llama-random'))
     model.params['final_norm']['scale'][:] = 3e38
-    with self.assertRaisesRegex(ValueError, 'head/kernel has .* float32'):
-      slicing.slice_model(model, CALIBRATION, sparsity=0.25)
-
-  def test_refuses(self):
-    for settings, tokens, message in (
-      ({}, CALIBRATION[0], r'tokens must be \[S, T\] integers'),
-      ({}, CALIBRATION + 0.5, r'tokens must be \[S, T\] integers'),
-      ({}, CALIBRATION + 1, 'token 69 is outside'),
-      ({}, CALIBRATION - 1, 'token -1 is outside'),
-      ({}, CALIBRATION.reshape(6, 96), '48 positions, got sequences of 96'),
-      ({}, CALIBRATION[:1, :31], 'hidden size 32, got 31'),
-      ({'sparsity': 1.0}, CALIBRATION, r'sparsity must be in \[0, 1\), got 1.0'),
-      ({'final_orientation': 'qr'}, CALIBRATION, "final_orientation .* got 'qr'"),
-    ):
-      with self.subTest(message=message), self.assertRaisesRegex(ValueError, message):
-        slicing.slice_model(
-          dense('opt-random'), tokens, **({'sparsity': 0.25} | settings)
-        )
+  else:
+    model = dense(model)
+  with pytest.raises(ValueError, match=message):
+    slicing.slice_model(model, tokens, **({'sparsity': 0.25} | settings))
 
 
-class WidthTest(parameterized.TestCase):
-  def test_as_slicegpt_rounds(self):
-    for hidden, sparsity, interval, width in (
-      (256, 0.2, 8, 200),
-      (576, 0.3, 8, 400),
-      (4096, 0.25, 8, 3072),
-      (4096, 0.3, 1, 2867),
-      (768, 0.0, 8, 768),
-    ):
-      self.assertEqual(slicing.sliced_width(hidden, sparsity, interval), width)
-
-  @parameterized.parameters(('opt-random', False), ('llama-tiny-dense', True))
-  def test_the_last_segment_is_sliced_with_the_head_only(self, name, slice_head):
-    hidden = dense(name).config.hidden_size
-    width = hidden * 3 // 4
-    *widths, last = sliced(name).config.segment_widths
-    self.assertEqual(set(widths), {width})
-    self.assertEqual(last, width if slice_head else hidden)
+@pytest.mark.parametrize(
+  ('hidden', 'sparsity', 'interval', 'width'),
+  [
+    (256, 0.2, 8, 200),
+    (576, 0.3, 8, 400),
+    (4096, 0.25, 8, 3072),
+    (4096, 0.3, 1, 2867),
+    (768, 0.0, 8, 768),
+  ],
+)
+def test_widths_are_rounded_as_by_slicegpt(hidden, sparsity, interval, width):
+  assert slicing.sliced_width(hidden, sparsity, interval) == width
 
 
-class SampleSequencesTest(absltest.TestCase):
-  def test_one_in_each_part_of_the_text(self):
-    drawn = slicing.sample_sequences(np.arange(1000), sequences=20, length=30, seed=0)
-    self.assertEqual(drawn.shape, (20, 30))
-    np.testing.assert_array_equal(
-      drawn // 50, np.arange(20)[:, None] + np.zeros((1, 30))
-    )
-    np.testing.assert_array_equal(np.diff(drawn), 1)
-    self.assertGreater(len(np.unique(drawn[:, 0] % 50)), 5)
-    other = slicing.sample_sequences(np.arange(1000), sequences=20, length=30, seed=1)
-    self.assertFalse(np.array_equal(drawn, other))
+@pytest.mark.parametrize('name', ['opt-random', 'llama-tiny-dense'])
+def test_the_last_segment_is_sliced_with_the_head_only(name):
+  hidden = dense(name).config.hidden_size
+  *widths, last = sliced(name).config.segment_widths
+  assert set(widths) == {hidden * 3 // 4}
+  assert last == (widths[0] if name in SLICED_HEADS else hidden)
 
-  def test_short_texts(self):
-    few = slicing.sample_sequences(np.arange(61), sequences=20, length=30, seed=0)
-    np.testing.assert_array_equal(few, np.arange(60).reshape(2, 30))
-    one = slicing.sample_sequences(np.arange(7), sequences=20, length=30, seed=0)
-    np.testing.assert_array_equal(one, np.arange(7)[None])
 
-  def test_refuses_nothing(self):
-    for tokens, length in ((np.arange(0), 3), (np.arange(9), 0)):
-      with self.assertRaisesRegex(ValueError, 'at least 1'):
-        slicing.sample_sequences(tokens, sequences=1, length=length, seed=0)
+def test_sequences_come_from_each_part_of_the_text():
+  sample = functools.partial(slicing.sample_sequences, np.arange(1000), length=30)
+  drawn = sample(sequences=20, seed=0)
+  np.testing.assert_array_equal(drawn // 50, np.tile(np.arange(20)[:, None], 30))
+  np.testing.assert_array_equal(np.diff(drawn), 1)
+  assert len(np.unique(drawn[:, 0] % 50)) > 5
+  assert not np.array_equal(drawn, sample(sequences=20, seed=1))
+  short = slicing.sample_sequences(np.arange(61), sequences=20, length=30, seed=0)
+  np.testing.assert_array_equal(short, np.arange(60).reshape(2, 30))
+  with pytest.raises(ValueError, match='at least 1'):
+    slicing.sample_sequences(np.arange(0), sequences=1, length=3, seed=0)
 
 
 class TestSlice:
@@ -417,7 +384,7 @@ class TestSlice:
     ('changed', 'message'),
     [
       ({'model': 'missing'}, 'there is no such file or directory'),
-      ({'model': TESTDATA / FIXTURES[1][1]}, 'has no tokenizer.json'),
+      ({'model': TESTDATA / 'phi2-tiny-sliced-0.25'}, 'has no tokenizer.json'),
       ({'calibration': 'missing'}, 'No such file'),
       ({'sparsity': 1.0}, 'sparsity must be in [0, 1)'),
       ({'sequence_length': 4096}, 'got sequences of'),
@@ -440,7 +407,3 @@ class TestSlice:
     assert len(err.splitlines()) == 1
     names = [file.name for file in output.parent.iterdir()]
     assert sorted(names) == [source.name, 'text']
-
-
-if __name__ == '__main__':
-  absltest.main()
