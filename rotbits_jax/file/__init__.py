@@ -9,7 +9,7 @@ container     stores streams in a safetensors file
 manifest      describes the content of a file, and validates the description
 leaves        the part of the manifest that describes parameters
 shards        divides a model among several files, with an index
-coders        finds the coder of records, or of a whole model, by its name
+coders        finds the coder of records by its name
 
 Writing:
 
@@ -25,11 +25,14 @@ Reading:
 
 reader        reads a record without the others, or the whole content
 decode        decodes records, into given memory or into new memory
+stacks        decodes layers straight into their places in a stack
 plain_model   makes a model of plain tensors
-sidecars      reads the other files of a checkpoint
+memory        bounds the memory of what is decoded
 placement     places decoded arrays on devices
 directory     writes the checkpoint that a file holds
 verification  compares a file with a source
+savings       the report on a file: the saving of each step, to the byte
+report        the report as a web page
 """
 
 from rotbits_jax.file.container import ContainerError

@@ -34,7 +34,6 @@ from rotbits_jax.file import memory
 from rotbits_jax.file import placement
 from rotbits_jax.file import plain_model
 from rotbits_jax.file import shards
-from rotbits_jax.file import sidecars
 from rotbits_jax.file import sources
 from rotbits_jax.file import stacks as stacks_lib
 from rotbits_jax.file.container import ContainerError
@@ -435,11 +434,27 @@ class Reader:
 
   def headers(self) -> dict[str, bytes]:
     """Reads the bytes before the tensors of each weights file, by its name."""
-    return sidecars.headers(self._files, self.manifests)
+    return self._inflated(manifest_lib.HEADERS, [x.headers for x in self.manifests])
 
   def files(self) -> dict[str, bytes]:
     """Reads the other files of the checkpoint; returns their bytes by name."""
-    return sidecars.files(self._files, self.manifests)
+    return self._inflated(manifest_lib.FILES, [x.files for x in self.manifests])
+
+  def _inflated(
+    self, prefix: str, entries_of_files: list[dict[str, manifest_lib.Deflated]]
+  ) -> dict[str, bytes]:
+    """Inflates streams whose names begin with a prefix; returns them by their names."""
+    contents, left = dict[str, bytes](), manifest_lib.MOST_FILES
+    for file, entries_of_file in zip(self._files, entries_of_files, strict=True):
+      for name, entry in entries_of_file.items():
+        left -= entry.size
+        with file.errors():
+          if left < 0:
+            raise ContainerError(f'{prefix}{name}: the files are too large together')
+          contents[name] = file.inflated(f'{prefix}{name}', entry.crc32, entry.size)
+          if len(contents[name]) != entry.size:
+            raise ContainerError(f'{prefix}{name}: it must inflate to {entry.size}')
+    return contents
 
   # ---- checks ------------------------------------------------------------------------
 

@@ -124,7 +124,8 @@ def dump(record: Any) -> Any:
     values = {x.name: getattr(record, x.name) for x in dataclasses.fields(record)}
     if getattr(record, 'as_list', False):
       return [dump(x) for x in values.values()]
-    defaults = _fields(type(record))
+    cls: Any = type(record)
+    defaults = _fields(cls)
     return {
       name: dump(x) for name, x in values.items() if x != _default(defaults[name][0])
     }
