@@ -296,6 +296,7 @@ class _Group(NamedTuple):
 
   def _write_contexts(self, start: int, out: np.ndarray) -> None:
     """Writes the index of the table of each element from `start` on."""
+    # A span: the array, its first place in the block, its elements there, the first one.
     for i, place, size, first in self._spans(start, out.size):
       shape = self.arrays[i].shape
       self.contexts.write(out[place : place + size], i, first, shape)
@@ -313,12 +314,7 @@ class _Group(NamedTuple):
       own[first : first + size] = bits[place : place + size]
 
   def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Finds the parts that hold `count` elements from `start` on.
-
-    Yields:
-      For each part: its index, its first place among these elements, how many of them
-      it holds, and the place of the first of them in the part.
-    """
+    """Finds the parts that hold `count` elements from `start` on."""
     begin = 0
     for i, array in enumerate(self.arrays):
       low, high = max(start, begin), min(start + count, begin + array.size)

@@ -158,13 +158,7 @@ def _with_layouts(parts: Sequence[np.ndarray]) -> list[_Draft]:
 
 
 def _of_integers(arrays: Sequence[np.ndarray]) -> layouts.Int | None:
-  """Returns the layout whose raw bits make arrays of integers shortest.
-
-  The result is None for bytes that, by the look of a sample, are noise.
-
-  Args:
-    arrays: arrays of one dtype, whose layouts have equally many raw bits at least.
-  """
+  """Returns the layout that makes integers shortest; None for bytes that are noise."""
   dtype, least = arrays[0].dtype, formats.least_raw_bits(arrays[0])
   most = _SAMPLE if dtype.itemsize > 1 else _SAMPLE_OF_BYTES
   stride = -(-sum(x.size for x in arrays) // most)
@@ -240,11 +234,7 @@ def _planned(drafts: list[_Draft]) -> list[Part]:
 def _fitted(
   array: np.ndarray, layout: layouts.Layout | None, scales: contexts.Scales | None
 ) -> tuple[layouts.Layout, contexts.Scales | None, int]:
-  """Adds raw bits to a layout until the tables of all classes have room.
-
-  Returns:
-    The layout, the scales, and a bound for the symbols.
-  """
+  """Adds raw bits to a layout until the tables of all classes have room."""
   assert layout
   alphabet = layout.alphabet
   if isinstance(layout, layouts.Int):

@@ -314,12 +314,7 @@ def pop_all(
 
 
 def _top(words: jax.Array, size: jax.Array) -> jax.Array:
-  """Returns the word on top of each stack, or any word if the stack is empty.
-
-  Args:
-    words: uint16 `[N C]`, the stacks one after the other.
-    size: int32 `[N]`.
-  """
+  """Returns the word on top of each stack, or any word if the stack is empty."""
   capacity = words.size // size.size
   start = jnp.arange(size.size, dtype=jnp.int32) * capacity
   index = start + jnp.clip(size, 1, capacity) - 1

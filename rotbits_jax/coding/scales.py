@@ -1,5 +1,10 @@
 """The choice of the scales of the rows and columns of arrays, see `contexts`.
 
+The factors of rows and columns whose products model the squares of elements are close
+to the maximum-likelihood factors. The factor of a row is the mean of its squares, each
+divided by the factor of its column; and vice versa. Some rows give the first factors of
+columns. Only the size of a file depends on the choice.
+
 Shape letters: R rows, C columns.
 """
 
@@ -123,16 +128,7 @@ def _weights(matrix: np.ndarray, exponent: int) -> np.ndarray:
 
 
 def _chosen(sums: line_sums.Sums, exponent: int) -> contexts.Scales:
-  """Rounds the scales of the rows and columns of an array to classes.
-
-  The factors of rows and columns whose products model the squares are close to the
-  maximum-likelihood factors. The factor of a row is the mean of its squares, each
-  divided by the factor of its column; and vice versa.
-
-  Args:
-    sums: sums over all rows, with weights that follow from the columns of some rows.
-    exponent: that of the sums.
-  """
+  """Rounds the scales of the rows and columns of an array to classes."""
   count, width = sums.rows.size, sums.weighted.size
   # Short lines tell their scales less exactly, and each class costs a table.
   step = next(step for least, step in _STEPS if min(count, width) >= least)
@@ -143,14 +139,7 @@ def _chosen(sums: line_sums.Sums, exponent: int) -> contexts.Scales:
 
 
 def _classes(squares: np.ndarray, step: int) -> tuple[np.ndarray, int]:
-  """Rounds mean squares of lines, or factors of them, to classes.
-
-  A line of zeros has the least class.
-
-  Returns:
-    The class of each line above the least, uint8, a single 0 if all are equal; and the
-    least class.
-  """
+  """Rounds mean squares of lines, or factors of them, to classes."""
   present = squares > 0
   if not present.any():
     return np.zeros(1, np.uint8), _ZERO

@@ -1,9 +1,9 @@
 """Bits-back coding of rotations.
 
 If a choice does not matter, such as the rotation of a residual stream, the encoder
-makes it by popping bits from the message. The decoder finds out the
-choice and pushes the same bits back. So the choice costs no bits. `codecs.bits_back`
-does this for any latent variable model.
+makes it by popping bits from the message. The decoder finds out the choice and pushes
+the same bits back. So the choice costs no bits. `codecs.bits_back` does this for any
+latent variable model.
 
 **Symmetries.** Suppose that a group acts on y and that only the orbit of y matters.
 Then x is the canonical element of the orbit, and z = y is an element of the orbit that
@@ -21,9 +21,8 @@ elements in the orbit. In the order of reading:
     correction    exact integers from floats that were recovered inexactly
     codes         haar and eigen with corrections, behind one interface
 
-`haar`, `eigen` and `correction` make codecs (see
-`coding.codecs`) and can be used by themselves. `rotbits_jax.paper` needs the other
-modules to code a whole checkpoint.
+`haar`, `eigen` and `correction` make codecs (see `coding.codecs`) and can be used by
+themselves. `rotbits_jax.paper` codes a whole checkpoint.
 
 Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, arXiv 2410.01309.
 """

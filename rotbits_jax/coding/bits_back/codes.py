@@ -147,14 +147,7 @@ def _packing(
   size: int,
   num_tables: int,
 ) -> tuple[Callable[[Any], np.ndarray], Callable[[np.ndarray], Any]]:
-  """Returns `RotationCode.pack` and `unpack`. A correction is a message of its own.
-
-  Args:
-    codec: takes `frequencies`; returns the codec of the correction.
-    fit: takes a correction; returns its frequency tables, int64 `[R, 17]`.
-    size: S.
-    num_tables: R.
-  """
+  """Returns `RotationCode.pack` and `unpack`. A correction is a message of its own."""
   lanes = 1 << min(max(size >> 12, 1), _MAX_LANES).bit_length() - 1
   # An integer has a residue of at most 16 bits and two levels of at most 14 bits each.
   # The rest of the room is for signs.

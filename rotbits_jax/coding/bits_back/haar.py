@@ -228,20 +228,7 @@ def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
 def _recover_columns(
   remaining: jax.Array, levels: jax.Array, residues: jax.Array, k: int, count: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Reads the first of the remaining columns of a frame.
-
-  Args:
-    remaining: float32 `[m, w]`, the last m coordinates of the remaining columns. All
-      reflections so far have been applied to them.
-    levels: int32 `[m, w]`, levels of the corrections of these cells.
-    residues: uint16 `[m, w]`, residues of these corrections.
-    k: number of columns that are not padding.
-    count: number of columns to read, a multiple of P.
-
-  Returns:
-    The columns after their reflections, `[m, w]`; and the cells of the columns that
-    were read, uint16 `[m, count]`.
-  """
+  """Reads the first of the remaining columns of a frame."""
   rows = jnp.arange(remaining.shape[0], dtype=jnp.int32)
 
   def read(start: jax.Array, c: jax.Array, carry: _Panel) -> _Panel:
@@ -356,16 +343,7 @@ def _reach(n: int) -> jax.Array:
 
 
 def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the Householder vectors x_j + s_j e_j and the signs s_j.
-
-  Args:
-    cells: uint16 `[n, c]`; each column holds the cells of one vector.
-    first: int32 `[c]`, the first row j of each vector.
-
-  Returns:
-    The vectors, float32 `[n, c]`, which are zero above their first rows; and the signs,
-    float32 `[c]`.
-  """
+  """Returns the Householder vectors x_j + s_j e_j and the signs s_j."""
   n = cells.shape[0]
   rows = jnp.arange(n, dtype=jnp.int32)[:, None]
   number = cells.astype(jnp.float32)
@@ -385,16 +363,7 @@ def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _positions(x: jax.Array) -> jax.Array:
-  """Returns the positions of vectors in units of cells, modulo 2^16.
-
-  `_reflectors` computes the vectors x_j from cells; this is the inverse.
-
-  Args:
-    x: float32 `[n, c]`, zero above the first row of each vector.
-
-  Returns:
-    float32 `[n, c]`. Entries for which the vectors have no cells are meaningless.
-  """
+  """Returns the positions of vectors in units of cells, modulo 2^16."""
   n = x.shape[0]
   rows = jnp.arange(n, dtype=jnp.int32)[:, None]
   t = x / _norms(x)
