@@ -1,17 +1,18 @@
 """Converts a GGUF file of a Llama to a folder of safetensors, config and tokenizer.
 
-  python examples/gguf_to_safetensors.py MODEL.gguf FOLDER
+  python examples/gguf_to_safetensors.py MODEL.gguf FOLDER [--dtype=bfloat16]
 
-Quantised weights are rounded to float16, with a relative error of 2e-4, a fraction
-of the error that the quantisation made. It needs the package `gguf`.
+Quantised weights are rounded to the dtype, with a fraction of the error that the
+quantisation made. It needs the package `gguf`.
 """
 
+import argparse
 import importlib.util
 import json
 import pathlib
-import sys
 
 import gguf
+import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import checkpoints
@@ -43,7 +44,7 @@ def packaged_smollm2() -> pathlib.Path:
   return files[0]
 
 
-def convert(path: pathlib.Path, folder: pathlib.Path, dtype: str = 'float16') -> None:
+def convert(path: pathlib.Path, folder: pathlib.Path, dtype: str = 'bfloat16') -> None:
   """Writes the checkpoint that a GGUF file stores."""
   reader = gguf.GGUFReader(path)
   values = {name: field.contents() for name, field in reader.fields.items()}
@@ -58,12 +59,13 @@ def convert(path: pathlib.Path, folder: pathlib.Path, dtype: str = 'float16') ->
     if name in ('attn_q', 'attn_k'):
       heads = 'num_attention_heads' if name == 'attn_q' else 'num_key_value_heads'
       array = array[_order(len(array), config[heads])]
-    tensors[f'{prefix}{NAMES[name]}.{suffix}'] = array.astype(dtype)
+    tensors[f'{prefix}{NAMES[name]}.{suffix}'] = array.astype(jnp.dtype(dtype))
   config['tie_word_embeddings'] = 'lm_head.weight' not in tensors
   model = checkpoints.from_tensors(tensors, checkpoints.parse_config(config))
   files = {'config.json': json.dumps(config, indent=2).encode()}
   if values.get('tokenizer.ggml.pre') == 'smollm':
     files['tokenizer.json'] = json.dumps(_tokenizer(values)).encode()
+    files['tokenizer_config.json'] = b'{"tokenizer_class": "PreTrainedTokenizerFast"}'
   checkpoints.save_checkpoint(checkpoints.Checkpoint(model, files, None), folder)
 
 
@@ -123,4 +125,8 @@ def _order(rows: int, heads: int) -> np.ndarray:
 
 
 if __name__ == '__main__':
-  convert(*map(pathlib.Path, sys.argv[1:3]))
+  parser = argparse.ArgumentParser()
+  parser.add_argument('path', type=pathlib.Path)
+  parser.add_argument('folder', type=pathlib.Path)
+  parser.add_argument('--dtype', default='bfloat16')
+  convert(**vars(parser.parse_args()))

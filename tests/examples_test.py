@@ -67,7 +67,7 @@ def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
   writer.write_tensors_to_file()
   writer.close()
 
-  gguf_to_safetensors.convert(tmp_path / 'x.gguf', tmp_path / 'folder')
+  gguf_to_safetensors.convert(tmp_path / 'x.gguf', tmp_path / 'folder', 'float16')
   converted = rotbits_jax.load_checkpoint(tmp_path / 'folder').model
   for name, tensor in checkpoints.to_tensors(converted).items():
     np.testing.assert_array_equal(tensor, np.float16(tensors[name]), err_msg=name)

@@ -25,7 +25,6 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.system import schema
 
 CONFIG = 'config.json'
 SLICING_KEY = 'embedding_dimensions'  # distinguishes a slicing JSON from other files
@@ -315,8 +314,7 @@ _IGNORED = frozenset([
   'sep_token_id', 'suppress_tokens', 'task_specific_params', 'temperature',
   'tf_legacy_loss', 'tie_encoder_decoder', 'tokenizer_class', 'top_k', 'top_p',
   'torch_dtype', 'torchscript', 'transformers.js_config', 'transformers_version',
-  'truncation_ranks',
-  'typical_p', 'unsloth_version', 'use_bfloat16', 'use_cache',
+  'truncation_ranks', 'typical_p', 'unsloth_version', 'use_bfloat16', 'use_cache',
 ])  # fmt: skip
 
 
@@ -433,7 +431,6 @@ def with_own_head(
   A checkpoint may store its tied head. Once the model was rewritten, its head and its
   embedding may differ. A config with settings that are not known may tie the head by
   default, so it gets the word that it does not.
-
   """
   if config.sliced or config.tied_head or CONFIG not in files:
     return files
@@ -454,24 +451,8 @@ def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
 
 
 def _changed(files: dict[str, bytes], parsed: Any) -> dict[str, bytes]:
+  """Returns files with another `config.json`."""
   return {**files, CONFIG: f'{json.dumps(parsed, indent=2)}\n'.encode()}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Slicing:
-  """The slicing JSON: widths by the index of the layer, as a string."""
-
-  hidden_size: int
-  layers_num: int
-  do_slice_head: bool
-  parallel_blocks: bool
-  embedding_dimensions: dict[str, int]
-  attention_input_dimensions: dict[str, int]
-  attention_output_dimensions: dict[str, int]
-  mlp_input_dimensions: dict[str, int]
-  mlp_output_dimensions: dict[str, int]
-  head_dimension: int
-  const_dimension: Any
 
 
 def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
@@ -480,23 +461,28 @@ def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
   It takes the widths that sublayers write. The JSON must be the one that SliceGPT makes
   for the result.
   """
-  where = 'slicing JSON'
   try:
-    given = schema.load(_Slicing, values, where)
-    widths = [given.attention_input_dimensions.get('0', 0)]
-    for index in map(str, range(dense.num_layers)):
+    widths = [values['attention_input_dimensions']['0']]
+    for layer in map(str, range(dense.num_layers)):
       if not dense.parallel_block:
-        widths.append(given.attention_output_dimensions.get(index, 0))
-      widths.append(given.mlp_output_dimensions.get(index, 0))
+        widths.append(values['attention_output_dimensions'][layer])
+      widths.append(values['mlp_output_dimensions'][layer])
+    if not all(type(width) is int for width in widths):
+      raise ValueError('expected integers')
     config = dense.sliced_to(tuple(widths))
-  except ValueError as e:
-    text = str(e).removeprefix(f'{where}: ')
-    raise errors.CheckpointError(f'{where}: {errors.cut(text)}') from e
-  expected = slicing_json(config) | {'do_slice_head': given.do_slice_head}
-  for name, value in expected.items():
-    if values[name] != value:
-      raise errors.CheckpointError(
-        f'{where}: {name} is {errors.cut(repr(values[name]))}, which does not fit the '
-        f'other widths; expected {errors.cut(repr(value))}'
-      )
+  except (KeyError, TypeError, ValueError) as e:
+    raise errors.CheckpointError(f'slicing JSON: {errors.cut(repr(e))}') from e
+  expected = slicing_json(config)
+  # SliceGPT knows whether the head was to be sliced, whatever its width.
+  if isinstance(values.get('do_slice_head'), bool):
+    expected['do_slice_head'] = values['do_slice_head']
+  if values != expected:
+    differing = sorted(
+      name
+      for name in values.keys() | expected.keys()
+      if name not in values or values[name] != expected.get(name)
+    )
+    raise errors.CheckpointError(
+      f'slicing JSON: these do not fit the widths: {errors.cut(", ".join(differing))}'
+    )
   return config
