@@ -55,11 +55,7 @@ def options(**changes):
 
 
 def decode(encoded, config, **changes):
-  flat = {}
-  settings = options(**changes)
-  for _, arrays in paper.decode(settings, encoded.layout, encoded.streams, config):
-    flat |= arrays
-  return flat
+  return paper.decode(options(**changes), encoded.layout, encoded.streams, config)
 
 
 def size(encoded):

@@ -317,7 +317,7 @@ class Reader:
 
     Yields:
       The name of each record, and its leaves by path, which may share the memory of
-      the base. Layers come first; those of a message come in reverse.
+      the base. Layers come first.
     """
     if self._message is not None:
       yield from self._decode_message(show_progress)
@@ -389,7 +389,7 @@ class Reader:
     return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
 
   def _decode_message(self, show_progress: bool) -> Iterator[tuple[str, Tree]]:
-    """Yields the records of a message, the last layer first; see `paper.decode`."""
+    """Yields the records of a message; see `paper.decode`."""
     assert self._message is not None
     assert self.config is not None
     entry, config, (file,) = self._message, self.config, self._files
@@ -405,11 +405,13 @@ class Reader:
             if data.size % 2:
               raise ValueError(f'{name}: an odd number of bytes')
             streams[name] = data.view('<u2').copy()
-        yield from paper.decode(
+        flat = paper.decode(
           options, entry.layout, streams, config, progress=show_progress
         )
       except (ValueError, MemoryError) as error:
         raise ContainerError(f'message: {error}') from error
+    for name in sizes:
+      yield name, {k: x for k, x in flat.items() if k.partition('/')[0] == name}
 
   def _message_model(
     self, layers: range, place: placement.Place | None, show_progress: bool

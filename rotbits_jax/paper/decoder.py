@@ -1,9 +1,6 @@
-"""The decoder of the published scheme.
+"""The decoder of the published scheme, which reads the message from its end."""
 
-It reads the message from its end, so it returns the arrays of the last segment first.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +31,9 @@ def decode(
   streams: Mapping[str, np.ndarray],
   config: models.ModelConfig,
   *,
+  check: bool = True,
   progress: bool = False,
-) -> Iterator[tuple[str, segments.Arrays]]:
+) -> segments.Arrays:
   """Decodes a model: the inverse of `encode`.
 
   Args:
@@ -43,40 +41,17 @@ def decode(
     layout: the layout of the message, which may come from an untrusted file.
     streams: uint16 `[n]` by name, see `STREAMS`.
     config: config of the model.
+    check: whether to check the digests of the arrays.
     progress: whether to show the progress on stderr.
 
-  Yields:
-    The name of each record, and its parameters by path; the last layer comes first.
+  Returns:
+    The parameters, by path.
 
   Raises:
     ValueError: if the streams do not fit the layout, if the layout does not fit the
       config, or if an array differs from the encoded one.
   """
   layout_lib.check(layout, options, config)
-  counts: dict[str, int] = {}
-  for path in layout.arrays:
-    record = path.partition('/')[0]
-    counts[record] = counts.get(record, 0) + 1
-  incomplete: dict[str, segments.Arrays] = {}
-  for path, array in arrays(options, layout, streams, config, progress=progress):
-    if checksums.of_array(array) != layout.arrays[path].digest:
-      raise ValueError(f'{path}: decoded elements differ from the encoded; {_CAUSE}')
-    record = path.partition('/')[0]
-    parameters = incomplete.setdefault(record, {})
-    parameters[path] = array
-    if len(parameters) == counts[record]:
-      yield record, incomplete.pop(record)
-
-
-def arrays(
-  options: options_lib.Options,
-  layout: layout_lib.MessageLayout,
-  streams: Mapping[str, np.ndarray],
-  config: models.ModelConfig,
-  *,
-  progress: bool = False,
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields the parameters by path, unchecked, those of the last segment first."""
   message, corrections = (stack.WordStack(streams[name]) for name in STREAMS)
   stream_specs, segment_shapes = list(layout.coders), segments.shapes(config)
   widths, lanes = config.segment_widths, options_lib.lanes(config.segment_widths)
@@ -99,24 +74,21 @@ def arrays(
       for path, shape in shapes.items()
     }
 
+  arrays: segments.Arrays = {}
   embeddings: segments.Shapes = {}
-  popped: segments.Arrays = {}
   order = range(len(segment_shapes))[::-1]
   for t in track(order, 'decode', 'segment', total=len(segment_shapes), show=progress):
-    embeddings = {
-      path: (shape[0], shape[1] - layout.fixed)
-      for path, shape in segment_shapes[t].all.items()
-      if path.startswith('embed/')
-    }
-    popped = pop(segment_shapes[t].all | embeddings)
-    yield from ((path, x) for path, x in popped.items() if path not in embeddings)
+    shapes = segment_shapes[t].all
+    embeddings = {k: shape for k, shape in shapes.items() if k.startswith('embed/')}
+    others = {k: (rows, n - layout.fixed) for k, (rows, n) in embeddings.items()}
+    arrays |= pop(shapes | others)
     if layout.sampled[t]:
       # The words from which the rotation was sampled come back with it.
-      shape = options.frame(widths, t, layout.fixed)
-      code = options.code(shape)
+      frame = options.frame(widths, t, layout.fixed)
+      code = options.code(frame)
       correction = code.unpack(corrections.pop_block())
       recovered = rotations.recovered(
-        shape, segment_shapes[t], popped, options.canonicalizer
+        frame, segment_shapes[t], arrays, options.canonicalizer
       )
       left = rans.from_words(message.pop_block(), lanes, code.max_rows(lanes))
       restored, _ = code.restore(left, recovered, correction)
@@ -124,8 +96,12 @@ def arrays(
         message.push(rans.unstacked(rans.check(restored)).reshape(-1))
       except rans.MessageError as error:
         raise ValueError(f'segment {t}: {error}; {_CAUSE}') from error
-  first = pop({path: (shape[0], layout.fixed) for path, shape in embeddings.items()})
-  for path, array in first.items():
-    yield path, np.concatenate([array, popped[path]], axis=1)
+  first = pop({k: (rows, layout.fixed) for k, (rows, _) in embeddings.items()})
+  for path, columns in first.items():
+    arrays[path] = np.concatenate([columns, arrays[path]], axis=1)
   if message.size or corrections.size:
     raise ValueError('the streams hold more data than the model')
+  for path, array in arrays.items() if check else ():
+    if checksums.of_array(array) != layout.arrays[path].digest:
+      raise ValueError(f'{path}: decoded elements differ from the encoded; {_CAUSE}')
+  return arrays

@@ -79,8 +79,10 @@ def encode(
   if options.exact:
     return encoded
   # Only decoding shows which errors a threshold leaves in the elements.
-  decoded = decoder.arrays(options, encoded.layout, encoded.streams, source.config)
-  stored = {path: _stored(array) for path, array in decoded}
+  decoded = decoder.decode(
+    options, encoded.layout, encoded.streams, source.config, check=False
+  )
+  stored = {path: _stored(array) for path, array in decoded.items()}
   layout = layout_lib.MessageLayout(
     fixed=encoded.layout.fixed, sampled=encoded.layout.sampled, arrays=stored
   )
