@@ -275,3 +275,19 @@ def test_processes_write_the_bytes_of_one(tmp_path):
   ]
   assert [process.wait(timeout=500) for process in processes] == [0] * 4
   assert contents(tmp_path / 'four') == contents(tmp_path / 'one')
+
+
+@pytest.mark.slow
+def test_a_cluster_writes_the_bytes_of_one_process(tmp_path):
+  ray = pytest.importorskip('ray')
+  from examples import encode_on_ray
+
+  options = {'preset': 'free', 'shard_size': 200_000}
+  write(tmp_path / 'one', SLICED, **options)
+  environment = {'env_vars': {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}}
+  ray.init(num_cpus=2, include_dashboard=False, runtime_env=environment)
+  try:
+    encode_on_ray.encode(str(SLICED), str(tmp_path / 'ray'), **options)
+  finally:
+    ray.shutdown()
+  assert contents(tmp_path / 'ray') == contents(tmp_path / 'one')
