@@ -226,8 +226,8 @@ class StreamReader:
     if name not in self._streams:
       raise ContainerError(f'{name}: no such stream')
     begin, end = self._streams[name]
-    with self._bytes(self._start + begin, end - begin) as (data, found):
-      if crc32 not in (None, found):
+    with self._bytes(self._start + begin, end - begin) as (data, crc):
+      if crc32 not in (None, crc):
         raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
       yield data
 

@@ -58,8 +58,8 @@ def write(
   if dtype is not None:
     wanted = structured.floating(dtype)
     dtypes = {
-      path: wanted if jnp.issubdtype(own, jnp.floating) else own
-      for path, own in dtypes.items()
+      path: wanted if jnp.issubdtype(stored, jnp.floating) else stored
+      for path, stored in dtypes.items()
     }
   shortcuts = reader.thin_shortcuts()
   reader.check_records()  # the writer plans all layers of the config, however many
@@ -92,16 +92,16 @@ def write(
 
 def _converted(path: str, leaf: Any, dtype: np.dtype) -> Any:
   """Returns a parameter in the dtype of the checkpoint."""
-  found = structured.astype(leaf, dtype)
+  converted = structured.astype(leaf, dtype)
   are_floats = all(jnp.issubdtype(x, jnp.floating) for x in (leaf.dtype, dtype))
   if are_floats and jnp.finfo(dtype).maxexp < jnp.finfo(leaf.dtype).maxexp:
-    for x, y in zip(_numbers(leaf), _numbers(found), strict=True):
+    for x, y in zip(_numbers(leaf), _numbers(converted), strict=True):
       if not np.array_equal(np.isfinite(x), np.isfinite(y)):
         raise ValueError(
           f'{path}: its numbers are too large for {dtype.name}; decode with '
           '--dtype=float32'
         )
-  return found
+  return converted
 
 
 def _numbers(leaf: Any) -> list[np.ndarray]:

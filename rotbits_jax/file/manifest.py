@@ -300,8 +300,8 @@ class Manifest:
   dtypes: dict[str, entries.Dtype] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
-    found = [*(x.name for x in self.records), *self.other_streams()]
-    if len(set(found)) != len(found):
+    streams = [*(x.name for x in self.records), *self.other_streams()]
+    if len(set(streams)) != len(streams):
       raise ValueError('two streams have the same name')
     for name in (*self.files, *self.headers):
       if not schema.is_relative_path(name):

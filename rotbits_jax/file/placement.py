@@ -129,19 +129,19 @@ def _sharding(
   leave it to the compiler where intermediate arrays are, and `scan` refuses stacks that
   are divided along an `Explicit` axis.
   """
-  found = place(path, shape) if callable(place) else place
-  if not isinstance(found, jax.sharding.NamedSharding):
-    return found
+  sharding = place(path, shape) if callable(place) else place
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return sharding
   spec = []
-  for length, names in zip(shape, found.spec, strict=False):
+  for length, names in zip(shape, sharding.spec, strict=False):
     axes = names if isinstance(names, tuple) else (names,)
-    devices = math.prod(found.mesh.shape[x] for x in axes if x is not None)
+    devices = math.prod(sharding.mesh.shape[x] for x in axes if x is not None)
     spec.append(None if length % devices else names)
-  mesh = found.mesh
+  mesh = sharding.mesh
   if isinstance(mesh, jax.sharding.Mesh):
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
   return jax.sharding.NamedSharding(
-    mesh, jax.sharding.PartitionSpec(*spec), memory_kind=found.memory_kind
+    mesh, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
   )
 
 

@@ -199,7 +199,7 @@ class Reader:
   def dtypes_on_disk(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter in the checkpoint that was encoded."""
     dtypes = self.dtypes()
-    others = {path: x for own in self.manifests for path, x in own.dtypes.items()}
+    others = {path: x for y in self.manifests for path, x in y.dtypes.items()}
     for path, dtype in dtypes.items():
       if dtype == np.float32:
         dtypes[path] = np.dtype(others.get(path, others.get('', dtype)))
@@ -478,7 +478,7 @@ class Reader:
 
   def _check_names(self) -> None:
     """Checks that files have different names."""
-    names = [x for own in self.manifests for x in (*own.files, *own.headers)]
+    names = [x for y in self.manifests for x in (*y.files, *y.headers)]
     if twice := [x for x, count in collections.Counter(names).items() if count > 1]:
       raise ContainerError(f'{twice[0]}: two files have this name')
 

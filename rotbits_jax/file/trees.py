@@ -54,10 +54,10 @@ def _to_dicts(tree: Any, where: str, leaf: Callable[[Any, str], Any]) -> Any:
   if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
     children = list(tree.items())
   else:
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
-    if [keys for keys, _ in found] == [()]:
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+    if [keys for keys, _ in pairs] == [()]:
       return leaf(tree, where.removesuffix('/'))
-    children = [(''.join(map(_part, keys)), child) for keys, child in found]
+    children = [(''.join(map(_part, keys)), child) for keys, child in pairs]
   nested: Tree = {}
   for key, child in children:
     if not key or '/' in key or key in nested:
@@ -99,19 +99,19 @@ def _part(key: Any) -> str:
   raise ValueError(f'{key!r}: a key of this class has no name')
 
 
-def unflatten_like(like: Any, found: Tree) -> Any:
+def unflatten_like(like: Any, leaves: Tree) -> Any:
   """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
 
   Args:
     like: the other one; its leaves may be `jax.ShapeDtypeStruct`. A structured leaf for
       which files have an array becomes that array.
-    found: the leaves.
+    leaves: the leaves.
 
   Raises:
     ValueError: if the paths, shapes or dtypes differ.
   """
   flat, expected = (
-    structured.flatten(found),
+    structured.flatten(leaves),
     structured.flatten(_to_dicts(like, '', _spec)),
   )
   if wrong := sorted(expected.keys() ^ flat.keys()):
