@@ -79,9 +79,9 @@ class Tables(NamedTuple):
     void[0, 0] = tables_lib.TOTAL
     rows = np.concatenate([frequencies, void])
     rows[~rows.any(axis=1)] = void
-    own = np.zeros(len(rows), np.uint8)
-    own[:-1] = shifts
-    return cls(rows, own)
+    of_tables = np.zeros(len(rows), np.uint8)
+    of_tables[:-1] = shifts
+    return cls(rows, of_tables)
 
   @property
   def void(self) -> int:
@@ -163,7 +163,7 @@ def encode(
   program = layout.program
   names = ['symbols', *(f'piece {i}' for i in range(len(program.pieces)))]
   dtypes = [np.uint16, *(np.uint8 for _ in program.pieces)]
-  found = layouts.split(
+  divided = layouts.split(
     tuple(
       buffers.taken(name, buffers.ROOM, dtype)
       for name, dtype in zip(names, dtypes, strict=True)
@@ -175,14 +175,14 @@ def encode(
     layout=program,
   )
   planes = []
-  for piece, own in zip(program.pieces, found[1:], strict=True):
-    values = np.asarray(own)[:count]
+  for piece, values in zip(program.pieces, divided[1:], strict=True):
+    values = np.asarray(values)[:count]
     if _differ(layout):
       has = piece.is_in(tables.shifts)[places[:count]]
       values = _gathered(values, has)
     planes.append(packed(values, piece.width))
-  words = push(found[0], places, count, lanes, tables)
-  for name, array in zip(names, found, strict=True):
+  words = push(divided[0], places, count, lanes, tables)
+  for name, array in zip(names, divided, strict=True):
     buffers.keep(name, array)
   return np.concatenate([words, *planes])
 
@@ -221,11 +221,11 @@ def decode(
   for i, ((piece, number), size, mask) in enumerate(
     zip(pairs, sizes, masks, strict=True)
   ):
-    own = buffers.scratch(f'piece {i}', buffers.ROOM, np.uint8)
-    unpack(data[end : end + size], piece.width, own[:number])
-    pieces.append(own if mask is None else _spread(own, mask))
+    values = buffers.scratch(f'piece {i}', buffers.ROOM, np.uint8)
+    unpack(data[end : end + size], piece.width, values[:number])
+    pieces.append(values if mask is None else _spread(values, mask))
     end += size
-  found = layouts.join(
+  joined = layouts.join(
     buffers.taken('bits', buffers.ROOM, layout.unsigned),
     symbols,
     tuple(pieces),
@@ -234,8 +234,8 @@ def decode(
     np.int32(count),
     layout=program,
   )
-  write(np.asarray(found)[:count])
-  buffers.keep('bits', found)
+  write(np.asarray(joined)[:count])
+  buffers.keep('bits', joined)
 
 
 def planes_size(count: int, layout: layouts.Layout) -> int:
@@ -319,8 +319,8 @@ def pop(
   stacks = buffers.scratch('stacks', LANES * _STACK, np.uint16).reshape(LANES, _STACK)
   ends = np.cumsum(size).tolist()
   for lane, end in enumerate(ends):
-    own = words[end - int(size[lane]) : end]
-    stacks[lane, : own.size] = own
+    lane_words = words[end - int(size[lane]) : end]
+    stacks[lane, : lane_words.size] = lane_words
   states = np.full(LANES, 1 << 16, np.uint32)
   states[:lanes] = state
   sizes = np.zeros(LANES, np.int32)
@@ -400,23 +400,23 @@ def _gathered(pieces: np.ndarray, has: np.ndarray) -> np.ndarray:
 
 def _spread(pieces: np.ndarray, has: np.ndarray) -> np.ndarray:
   """Returns the pieces of all elements, of which some have none: `[2^20]`."""
-  found = _moved(_scatter, pieces[: np.count_nonzero(has)], has, has.size)
-  pieces[: has.size] = found
+  spread = _moved(_scatter, pieces[: np.count_nonzero(has)], has, has.size)
+  pieces[: has.size] = spread
   return pieces
 
 
 def _moved(program: Any, pieces: np.ndarray, has: np.ndarray, count: int) -> np.ndarray:
   """Returns `count` pieces. NumPy takes longer, because it branches for each one."""
-  own, places = (
+  values, places = (
     buffers.scratch('moved', buffers.ROOM + _UNROLLED, x) for x in (np.uint8, np.bool_)
   )
-  own[: pieces.size], places[: has.size] = pieces, has
+  values[: pieces.size], places[: has.size] = pieces, has
   places[has.size : has.size + _UNROLLED] = False
   out = buffers.taken('moved', buffers.ROOM + _UNROLLED, np.uint8)
-  out = program(out, own, places, np.int32(has.size))
-  found = np.asarray(out)[:count].copy()
+  out = program(out, values, places, np.int32(has.size))
+  moved = np.asarray(out)[:count].copy()
   buffers.keep('moved', out)
-  return found
+  return moved
 
 
 # ---- programs ------------------------------------------------------------------------
@@ -460,8 +460,8 @@ def _push(
       def put(j: jax.Array, stacks: jax.Array) -> jax.Array:
         # A word that does not move is put there, too, and the next one replaces it.
         part = lambda x: jax.lax.dynamic_slice(x, (j * _MOVED,), (_MOVED,))
-        for own, at in zip(part(word), part(place), strict=True):
-          stacks = jax.lax.dynamic_update_index_in_dim(stacks, own, at, 0)
+        for top, at in zip(part(word), part(place), strict=True):
+          stacks = jax.lax.dynamic_update_index_in_dim(stacks, top, at, 0)
         return stacks
 
       stacks = jax.lax.fori_loop(0, LANES // _MOVED, put, stacks)
@@ -558,8 +558,8 @@ def _each(
     carry = out, jnp.int32(0)
     return jax.lax.fori_loop(0, -(-count // _UNROLLED), steps, carry)[0]
 
-  found: jax.Array = native.loop(loop)(out, pieces, has, count)
-  return found
+  result: jax.Array = native.loop(loop)(out, pieces, has, count)
+  return result
 
 
 def _one(array: jax.Array, i: jax.Array) -> jax.Array:

@@ -104,17 +104,17 @@ def encode(
     )
   entries = []
   for i, (plan, crc32) in enumerate(zip(planned, checksums, strict=True)):
-    own = tuple(index.get((i, j)) for j in range(len(plan.parts)))
+    part_groups = tuple(index.get((i, j)) for j in range(len(plan.parts)))
     entries.append(
       specs.ArraySpec(
         dtype=plan.array.dtype.name,
         shape=plan.array.shape,
         crc32=crc32,
-        groups=own,
+        groups=part_groups,
         zeros=plan.zeros,
       )
     )
-    pairs = zip(plan.parts, own, strict=True)
+    pairs = zip(plan.parts, part_groups, strict=True)
     bodies += [_bytes(part.array) for part, group in pairs if group is None]
   spec = specs.StreamSpec(arrays=tuple(entries), groups=tuple(of_groups))
   return Encoded(spec, np.concatenate([np.zeros(0, np.uint8), *heads, *bodies]))
@@ -173,9 +173,10 @@ def decode(
 
   def group(g: int, contexts: '_Contexts') -> _Group:
     members = [(x.array, x.part) for x in coded[g]]
-    own, layout = spec.groups[g], spec.groups[g].layout(coded[g][0].dtype)
+    group_spec, layout = spec.groups[g], spec.groups[g].layout(coded[g][0].dtype)
     arrays = [parts[i][j] for i, j in members]
-    return _Group(layout, contexts, members, arrays, own.lanes, own.elements)
+    sizes = group_spec.lanes, group_spec.elements
+    return _Group(layout, contexts, members, arrays, *sizes)
 
   def finish(indices: Sequence[int]) -> None:
     jobs = (functools.partial(_finish, i, spec.arrays[i], parts[i]) for i in indices)
@@ -197,10 +198,10 @@ def decode(
   pool.run(jobs)
   finish([i for i in range(len(arrays)) if i not in numbers])
   for i, g in numbers.items():
-    own = known[i]().check(arrays[i].size)
-    if max(own.shifts) != spec.groups[g].raw_bits:
-      raise ValueError(f'array {i} cannot have shifts up to {max(own.shifts)}')
-    bands = known_lib.from_bytes(heads[g].tobytes(), own)
+    classes = known[i]().check(arrays[i].size)
+    if max(classes.shifts) != spec.groups[g].raw_bits:
+      raise ValueError(f'array {i} cannot have shifts up to {max(classes.shifts)}')
+    bands = known_lib.from_bytes(heads[g].tobytes(), classes)
     pool.run(group(g, bands).decode_jobs(bodies[g]))
   finish([*numbers])
   return arrays
@@ -279,9 +280,9 @@ class _Group(NamedTuple):
     """Returns a job for each block, which decodes its bytes into the arrays."""
     tables = self.contexts.tables(self.layout)
 
-    def job(start: int, own: np.ndarray) -> None:
+    def job(start: int, block: np.ndarray) -> None:
       blocks.decode(
-        own,
+        block,
         functools.partial(self._write_contexts, start),
         min(self.elements, self.total - start),
         self.lanes,
@@ -291,12 +292,12 @@ class _Group(NamedTuple):
       )
 
     return [
-      functools.partial(job, i * self.elements, own) for i, own in enumerate(data)
+      functools.partial(job, i * self.elements, block) for i, block in enumerate(data)
     ]
 
   def _write_contexts(self, start: int, out: np.ndarray) -> None:
     """Writes the index of the table of each element from `start` on."""
-    # A span: the array, its first place in the block, its elements there, the first one.
+    # A span: an array, its first place in the block, its elements there, the first one.
     for i, place, size, first in self._spans(start, out.size):
       shape = self.arrays[i].shape
       self.contexts.write(out[place : place + size], i, first, shape)
@@ -304,14 +305,14 @@ class _Group(NamedTuple):
   def _read(self, start: int, out: np.ndarray) -> None:
     """Copies the bit patterns of the elements from `start` on."""
     for i, place, size, first in self._spans(start, out.size):
-      own = sparse.bit_patterns(self.arrays[i])
-      out[place : place + size] = own[first : first + size]
+      array_bits = sparse.bit_patterns(self.arrays[i])
+      out[place : place + size] = array_bits[first : first + size]
 
   def _write(self, start: int, bits: np.ndarray) -> None:
     """Copies bit patterns to the elements from `start` on."""
     for i, place, size, first in self._spans(start, bits.size):
-      own = sparse.bit_patterns(self.arrays[i])
-      own[first : first + size] = bits[place : place + size]
+      array_bits = sparse.bit_patterns(self.arrays[i])
+      array_bits[first : first + size] = bits[place : place + size]
 
   def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
     """Finds the parts that hold `count` elements from `start` on."""
@@ -359,9 +360,9 @@ def _planned(
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   contiguous = (functools.partial(host.contiguous, np.asarray(x)) for x in arrays)
   whole = pool.run(contiguous, [x.nbytes for x in arrays])
-  made = iter(plans.plan([x for i, x in enumerate(whole) if i not in known]))
+  planned = iter(plans.plan([x for i, x in enumerate(whole) if i not in known]))
   return [
-    plans.Plan(x, None, (plans.Part(x),)) if i in known else next(made)
+    plans.Plan(x, None, (plans.Part(x),)) if i in known else next(planned)
     for i, x in enumerate(whole)
   ]
 
@@ -373,15 +374,15 @@ def _grouped(planned: list[plans.Plan]) -> list[_Group]:
   for i, plan in enumerate(planned):
     for j, part in enumerate(plan.parts):
       if part.coded:
-        own = open_.setdefault(part.coded.layout, [])
-        more = [*own, ((i, j), part.coded)]
-        if own and not _fits([coded for _, coded in more]):
-          closed.append(own)
+        together = open_.setdefault(part.coded.layout, [])
+        more = [*together, ((i, j), part.coded)]
+        if together and not _fits([coded for _, coded in more]):
+          closed.append(together)
           more = more[-1:]
         open_[part.coded.layout] = more
   groups = []
-  for own in (*closed, *open_.values()):
-    members, coded = zip(*own, strict=True)
+  for together in (*closed, *open_.values()):
+    members, coded = zip(*together, strict=True)
     layout = coded[0].layout
     contexts = contexts_lib.fit(
       layout, [x.scales for x in coded], [x.counts for x in coded]
@@ -441,11 +442,11 @@ def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
 
 def _finish(index: int, spec: specs.ArraySpec, parts: list[np.ndarray]) -> None:
   """Makes an array of its parts, and checks it."""
-  *own, array = parts
+  *decoded, array = parts
   if spec.zeros:
-    spec.zeros.join(own, array)
-  elif own:
-    sparse.join_halves(own, array)
+    spec.zeros.join(decoded, array)
+  elif decoded:
+    sparse.join_halves(decoded, array)
   if checksums_lib.of_array(array) != spec.crc32:
     raise ValueError(f'array {index} of the record is damaged: its checksum differs')
 

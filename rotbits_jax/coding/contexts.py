@@ -163,8 +163,8 @@ def fit(
   used = total.any(axis=1)
   for members in (used & has_class, used & ~has_class):
     if members.any():
-      own = classes[members] if has_class[members][0] else None
-      choice = choose(layout, own, total[members])
+      of_tables = classes[members] if has_class[members][0] else None
+      choice = choose(layout, of_tables, total[members])
       normal[members] = choice.normal
       places = np.ix_(members, choice.symbols)
       frequencies[places] = tables.quantize(choice.weights)
@@ -245,11 +245,11 @@ def _arrange(scales: Sequence[Scales | None]) -> _Tables:
 def to_bytes(contexts: Contexts) -> bytes:
   """Serialises contexts; `from_bytes` describes the bytes."""
   heads, lines = [], []
-  for own in contexts.scales:
+  for scales in contexts.scales:
     head = 0, 0
-    if own:
-      head = 1 + (own.rows.size > 1) + 2 * (own.columns.size > 1), own.base
-      lines += [x.tobytes() for x in (own.rows, own.columns) if x.size > 1]
+    if scales:
+      head = 1 + (scales.rows.size > 1) + 2 * (scales.columns.size > 1), scales.base
+      lines += [x.tobytes() for x in (scales.rows, scales.columns) if x.size > 1]
     heads.append(head)
   alphabet = np.array(contexts.frequencies.shape[1], '<u2').tobytes()
   of_arrays = alphabet + np.array(heads, '<i2').tobytes() + b''.join(lines)
@@ -330,7 +330,7 @@ def _scales(part: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Scales |
   position = 4 * len(sizes)
   if part.size < position:
     raise ValueError('the scales of the arrays are cut short')
-  found: list[Scales | None] = []
+  result: list[Scales | None] = []
   for (mode, base), shape in zip(
     part[:position].view('<i2').reshape(-1, 2).tolist(), sizes, strict=True
   ):
@@ -343,27 +343,27 @@ def _scales(part: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Scales |
         position += size
         if lines[axis].size != size or not size:
           raise ValueError('the scales of the arrays are cut short')
-    own = Scales(base, *lines)
+    scales = Scales(base, *lines)
     # A block of few elements makes the contexts of whole rows.
     if mode > 1 and shape[1] > buffers.ROOM:
       raise ValueError(f'rows of {shape[1]} elements cannot have scales')
-    if own.count > MOST_CLASSES:
-      raise ValueError(f'{own.count} classes of an array are too many')
-    found.append(own if mode else None)
+    if scales.count > MOST_CLASSES:
+      raise ValueError(f'{scales.count} classes of an array are too many')
+    result.append(scales if mode else None)
   if part.size != position:
     raise ValueError(f'the scales need {position} bytes, got {part.size}')
-  return found
+  return result
 
 
 def deflate(data: bytes) -> bytes:
   """Returns a raw Deflate stream; `inflate` reads it."""
   # Some scales are close to noise, where matches are chance and cost more than they
   # save. Others repeat.
-  found = []
+  packed = []
   for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
     packer = zlib_ng.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
-    found.append(packer.compress(data) + packer.flush())
-  return min(found, key=len)
+    packed.append(packer.compress(data) + packer.flush())
+  return min(packed, key=len)
 
 
 def inflate(data: bytes, most: int) -> tuple[np.ndarray, bytes]:

@@ -75,8 +75,8 @@ class Bands(NamedTuple):
   ) -> None:
     """Writes the index of each element's table, as `contexts.Contexts.write` does."""
     del index, shape
-    own = self.known.classes[start : start + out.size]
-    np.take(self._of_classes, own, out=out, mode='clip')
+    classes = self.known.classes[start : start + out.size]
+    np.take(self._of_classes, classes, out=out, mode='clip')
 
 
 def fit(known: Known, counts: np.ndarray) -> tuple[Bands, float]:
@@ -93,10 +93,10 @@ def fit(known: Known, counts: np.ndarray) -> tuple[Bands, float]:
   bands: list[tuple[int, int, np.ndarray, float]] = []  # first, classes, counts, bits
   for i, shift in enumerate(known.shifts):
     if bands and known.shifts[bands[-1][0]] == shift:
-      first, size, own, cost = bands[-1]
-      both = float(_table_bits(own + counts[i])) if bits[i] else cost
+      first, size, band_counts, cost = bands[-1]
+      both = float(_table_bits(band_counts + counts[i])) if bits[i] else cost
       if both <= cost + bits[i]:
-        bands[-1] = first, size + 1, own + counts[i], both
+        bands[-1] = first, size + 1, band_counts + counts[i], both
         continue
     bands.append((i, 1, counts[i], bits[i]))
   raw = float(counts.sum(axis=1) @ np.array(known.shifts))

@@ -429,9 +429,9 @@ class Shifts(NamedTuple):
   of_tables: Any
 
   def at(self, start: jax.Array, size: int) -> jax.Array:
-    own = jax.lax.dynamic_slice(self.contexts, (start,), (size,))
-    found = self.of_tables.at[own].get(mode='promise_in_bounds')
-    return found.astype(jnp.uint32)
+    contexts = jax.lax.dynamic_slice(self.contexts, (start,), (size,))
+    shifts = self.of_tables.at[contexts].get(mode='promise_in_bounds')
+    return shifts.astype(jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
@@ -463,22 +463,22 @@ def split(
 
     def step(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       shift = layout.raw_bits if shifts is None else shifts.at(i * size, size)
-      own = jax.lax.dynamic_slice(bits, (i * size,), (size,))
-      symbols, raw = layout.split(own, min_exponent, shift)
+      elements = jax.lax.dynamic_slice(bits, (i * size,), (size,))
+      symbols, raw = layout.split(elements, min_exponent, shift)
       pieces = [
         (raw >> x.low(shift)).astype(jnp.uint8) & jnp.uint8((1 << x.width) - 1)
         for x in layout.pieces
       ]
-      put = lambda x, own: jax.lax.dynamic_update_slice(x, own, (i * size,))
+      put = lambda x, result: jax.lax.dynamic_update_slice(x, result, (i * size,))
       return tuple(map(put, out, (symbols, *pieces)))
 
     return jax.lax.fori_loop(0, -(-count // size), step, out)
 
   # On one thread, because the others have blocks of their own.
-  found: tuple[jax.Array, ...] = native.loop(loop)(
+  divided: tuple[jax.Array, ...] = native.loop(loop)(
     out, bits, shifts, min_exponent, count
   )
-  return found
+  return divided
 
 
 @functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
@@ -515,7 +515,7 @@ def join(
 
     return jax.lax.fori_loop(0, -(-count // size), step, out)
 
-  found: jax.Array = native.loop(loop)(
+  joined: jax.Array = native.loop(loop)(
     out, symbols, pieces, shifts, min_exponent, count
   )
-  return found
+  return joined

@@ -102,17 +102,18 @@ def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
   planned = iter(_planned([x for x in of_parts if x.layout]))
   drafts, plans = iter(of_parts), []
   for array, choices in zip(arrays, candidates, strict=True):
-    made = []
+    candidates_planned = []
     for zeros, parts in choices:
-      own = [next(drafts) for _ in parts]
-      made.append(
+      own_drafts = [next(drafts) for _ in parts]
+      candidates_planned.append(
         Plan(
           array,
           zeros,
-          tuple(next(planned) if x.layout else Part(x.array) for x in own),
+          tuple(next(planned) if x.layout else Part(x.array) for x in own_drafts),
         )
       )
-    plans.append(min(made, key=lambda x: x.nbytes + _PART_BYTES * len(x.parts)))
+    cost = lambda plan: plan.nbytes + _PART_BYTES * len(plan.parts)
+    plans.append(min(candidates_planned, key=cost))
   return plans
 
 
@@ -148,10 +149,10 @@ def _with_layouts(parts: Sequence[np.ndarray]) -> list[_Draft]:
       groups.setdefault(key, []).append(i)
   for members in groups.values():
     jobs[members[0]] = functools.partial(_of_integers, [parts[i] for i in members])
-  found = zip(
+  pairs = zip(
     jobs, pool.run(jobs.values(), [parts[i].nbytes for i in jobs]), strict=True
   )
-  chosen = dict(found)
+  chosen = dict(pairs)
   for members in groups.values():
     chosen |= dict.fromkeys(members, chosen[members[0]])
   return _alike([_Draft(x, chosen.get(i)) for i, x in enumerate(parts)])
@@ -191,20 +192,22 @@ def _alike(drafts: list[_Draft]) -> list[_Draft]:
     sizes[layout] = sizes.get(layout, 0) + array.size
   floats = [layout for layout in sizes if isinstance(layout, layouts.Float)]
   chosen: dict[layouts.Layout | None, layouts.Layout | None] = {}
-  for own in floats:
+  for layout in floats:
     # A layout with a lower minimum exponent and more raw bits fits the elements, too,
     # but takes more bits for each of them.
     wider = {
-      other: other.raw_bits - own.raw_bits + own.min_exponent - other.min_exponent
+      other: other.raw_bits - layout.raw_bits + layout.min_exponent - other.min_exponent
       for other in floats
-      if other.dtype == own.dtype
-      and other != own
-      and other.raw_bits >= own.raw_bits
-      and other.min_exponent <= own.min_exponent
+      if other.dtype == layout.dtype
+      and other != layout
+      and other.raw_bits >= layout.raw_bits
+      and other.min_exponent <= layout.min_exponent
     }
     if wider:
       best = min(wider, key=wider.__getitem__)
-      chosen[own] = best if wider[best] * sizes[own] < 8 * _LAYOUT_BYTES else own
+      chosen[layout] = (
+        best if wider[best] * sizes[layout] < 8 * _LAYOUT_BYTES else layout
+      )
   return [_Draft(array, chosen.get(layout, layout)) for array, layout in drafts]
 
 
@@ -221,12 +224,16 @@ def _planned(drafts: list[_Draft]) -> list[Part]:
   chosen = scales_lib.of_arrays([drafts[i].array for i in lined])
   scales = dict(zip(lined, chosen, strict=True))
   fitted = [_fitted(*draft, scales.get(i)) for i, draft in enumerate(drafts)]
-  jobs = [_counting(x.array, *own) for x, own in zip(drafts, fitted, strict=True)]
+  jobs = [
+    _counting(x.array, *arguments) for x, arguments in zip(drafts, fitted, strict=True)
+  ]
   sizes = [x.array.nbytes for x in drafts]
   counts = pool.run_lists(jobs, sizes)
   choices = (
-    functools.partial(_choose, x.array, layout, own, functools.reduce(np.add, parts))
-    for x, (layout, own, _), parts in zip(drafts, fitted, counts, strict=True)
+    functools.partial(
+      _choose, x.array, layout, own_scales, functools.reduce(np.add, parts)
+    )
+    for x, (layout, own_scales, _), parts in zip(drafts, fitted, counts, strict=True)
   )
   return pool.run(choices, sizes)
 
@@ -255,7 +262,7 @@ def _counting(
   bits, (_, columns) = sparse.bit_patterns(array), contexts.matrix_shape(array.shape)
 
   def job(start: int) -> np.ndarray:
-    own = bits[start : start + blocks.CAPACITY]
+    block = bits[start : start + blocks.CAPACITY]
 
     def classes(out: np.ndarray) -> None:
       if scales is None:
@@ -264,8 +271,8 @@ def _counting(
         scales.write(out, start, columns, 0)
 
     count = scales.count if scales else 1
-    copy = lambda out: np.copyto(out, own)
-    return histogram(copy, classes, own.size, (count, alphabet), layout)
+    copy = lambda out: np.copyto(out, block)
+    return histogram(copy, classes, block.size, (count, alphabet), layout)
 
   return [functools.partial(job, x) for x in range(0, bits.size, blocks.CAPACITY)]
 
@@ -327,20 +334,20 @@ def _count(
     part = lambda x, i: jax.lax.dynamic_slice(x, (i * _UNROLLED,), (_UNROLLED,))
 
     def step(i: jax.Array, counts: jax.Array) -> jax.Array:
-      own, shift = part(classes, i), raw_bits
+      block_classes, shift = part(classes, i), raw_bits
       if shifts is not None:
-        shift = shifts.at[own].get(mode='promise_in_bounds')
+        shift = shifts.at[block_classes].get(mode='promise_in_bounds')
       symbols = layout.symbols(part(bits, i), min_exponent, shift)
       # Unsigned, because it takes time to see whether signed indices are below 0.
-      for j in symbols + own.astype(jnp.uint32) * alphabet:
-        found = jax.lax.dynamic_index_in_dim(counts, j, keepdims=False)
-        counts = jax.lax.dynamic_update_index_in_dim(counts, found + 1, j, 0)
+      for j in symbols + block_classes.astype(jnp.uint32) * alphabet:
+        number = jax.lax.dynamic_index_in_dim(counts, j, keepdims=False)
+        counts = jax.lax.dynamic_update_index_in_dim(counts, number + 1, j, 0)
       return counts
 
     return jax.lax.fori_loop(0, count // _UNROLLED, step, counts)
 
-  found: jax.Array = native.loop(loop)(counts, bits, classes, shifts, *numbers)
-  return found
+  counted: jax.Array = native.loop(loop)(counts, bits, classes, shifts, *numbers)
+  return counted
 
 
 def histogram(
@@ -385,6 +392,6 @@ def histogram(
     # The raw bits are an operand, so that layouts share programs.
     layout=dataclasses.replace(layout.program, raw_bits=0),
   )
-  found = np.asarray(counts)[:used].reshape(shape).astype(np.int64)
+  result = np.asarray(counts)[:used].reshape(shape).astype(np.int64)
   buffers.keep('counts', counts)
-  return found
+  return result
