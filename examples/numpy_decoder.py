@@ -453,18 +453,6 @@ def head_rows(s, a):
   return np.vstack(rows)
 
 
-def quantized(s, a):
-  grown = lambda x, n: np.repeat(np.float32(x), n // x.shape[1], axis=1)
-
-  def of_elements(name):
-    x, units = a[f'{name}s'], a.get(f'{name}_units')
-    x = x if units is None else np.float32(x) * grown(units, x.shape[1])
-    return grown(x, a['codes'].shape[1])
-
-  numbers = np.float32(a['codes']) * of_elements('scale')
-  return numbers + of_elements('offset') if 'offsets' in a else numbers
-
-
 LEAVES = {
   'constant': lambda s, a: np.full(s['tail'], a['value']),
   'low_rank': lambda s, a: a['u'] @ a['v'],
@@ -474,7 +462,6 @@ LEAVES = {
   'head_columns': head_columns,
   'head_rows': head_rows,
   'tied': lambda s, a: widen(*s['head']).T @ a['map'],
-  'quantized': quantized,
   'uniformly_quantized': lambda s, a: (
     a['integers'] * a['step'] * line_factors(a, 'row', 'column')
   ),

@@ -19,7 +19,6 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.relative import measure
-from tests import golden
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 DENSE = TESTDATA / 'llama-tiny-dense'
@@ -200,21 +199,6 @@ def test_arrays_that_each_machine_sums_are_no_base():
   assert not summed & needed.keys()
 
 
-def test_results_in_the_folder_of_the_base_are_replaced(rotbits, tmp_path):
-  dense = tmp_path / 'dense'
-  shutil.copytree(DENSE, dense)
-  encoded = tmp_path / 'tuned.rotbits'
-  rotbits_jax.encode_to_file(tuned_checkpoint(tmp_path / 'tuned'), encoded, base=dense)
-  for _ in range(2):
-    rotbits_jax.decode_to_directory(encoded, dense / 'tuned', base=dense)
-    given = f'--input={encoded}', f'--base={dense}', f'--against={tmp_path / "tuned"}'
-    page = f'--output={dense / "page.html"}'
-    code, _, err = rotbits('report', *given, page, '--overwrite')
-    assert (code, err) == (0, '')
-  with pytest.raises(ValueError, match='it is a file of an input'):
-    rotbits_jax.decode_to_directory(encoded, dense, base=dense)
-
-
 def test_an_optimizer_and_empty_arrays():
   base = {
     'm': (np.zeros((0, 3), np.float16), np.float32(3)),
@@ -337,25 +321,6 @@ def test_a_chain_of_bases(tmp_path):
     )
 
 
-def test_an_opened_base_is_not_replaced(tmp_path):
-  first, second, shards = (tmp_path / f'{x}.rotbits' for x in ('a', 'b', 'c'))
-  base = tree()
-  rotbits_jax.encode_to_file(base, first)
-  rotbits_jax.encode_to_file(tuned(base), second, base=first)
-  rotbits_jax.encode_to_file(base, shards, shard_size=1000)
-  found = {x: x.read_bytes() for x in tmp_path.iterdir()}
-  for output, given in (
-    (first, file.Reader(first)),
-    (first, [second, file.Reader(first)]),
-    (first, file.Reader(second, base=first)),
-    (second, file.Reader(second, base=file.Reader(first))),
-    (shards, file.Reader(shards)),
-  ):
-    with pytest.raises(ValueError, match='it is a file of an input'):
-      rotbits_jax.encode_to_file(tuned(base), output, base=given)
-  assert {x: x.read_bytes() for x in tmp_path.iterdir()} == found
-
-
 def test_decoding_over_the_base_is_refused(tmp_path):
   folders = {x: tmp_path / x for x in ('model', 'plain', 'encoded')}
   new = {x: tmp_path / f'new-{x}' for x in ('model', 'plain')}
@@ -386,12 +351,6 @@ def test_decoding_over_the_base_is_refused(tmp_path):
   assert given.exists()
 
 
-def test_a_file_of_a_message_is_no_base():
-  data = golden.file_of('paper').read_bytes()
-  with pytest.raises(ValueError, match='cannot be a base'):
-    rotbits_jax.encode(tree(), base=data)
-
-
 @pytest.mark.parametrize('prefixes', [('', 'model.'), ('base_model.model.', 'model.')])
 def test_names_that_differ_by_a_prefix(prefixes, tmp_path):
   rng = np.random.default_rng(0)
@@ -410,88 +369,3 @@ def test_names_that_differ_by_a_prefix(prefixes, tmp_path):
   # Any folder with these tensors will do.
   renamed = plain_checkpoint(tmp_path / 'renamed', with_prefix('module.', base))
   assert rotbits_jax.verify(encoded, against=path, base=renamed).same_bits
-
-
-def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
-  path = tuned_checkpoint(tmp_path / 'tuned')
-  base = tmp_path / 'base'
-  shutil.copytree(DENSE, base)
-  encode = lambda: rotbits_jax.encode_to_file(path, tmp_path / 'x.rotbits', base=base)
-  encode()
-  whole = (tmp_path / 'x.rotbits').read_bytes()
-  (tmp_path / 'x.rotbits').unlink()
-  from rotbits_jax.file import writer
-
-  own, calls = writer.encode_record, []
-
-  def interrupted(record, *args):
-    calls.append(record.name)
-    if record.name == 'layers.1' and calls.count('layers.1') == 1:
-      raise KeyboardInterrupt
-    return own(record, *args)
-
-  monkeypatch.setattr(writer, 'encode_record', interrupted)
-  with pytest.raises(KeyboardInterrupt):
-    encode()
-  encode()
-  assert calls.count('layers.0') == 1  # it was kept
-  assert (tmp_path / 'x.rotbits').read_bytes() == whole
-  # Another base has another fingerprint.
-  del calls[:]
-  with pytest.raises(KeyboardInterrupt):
-    encode()
-  tensors = tensors_of(base)
-  name = max(tensors, key=lambda x: tensors[x].size)
-  tensors[name] = near(tensors[name])
-  safetensors_numpy.save_file(tensors, base / 'model.safetensors')
-  encode()
-  assert calls.count('layers.0') == 2
-  assert rotbits_jax.verify(tmp_path / 'x.rotbits', against=path, base=base).same_bits
-
-
-def test_commands(rotbits, tmp_path):
-  path = tuned_checkpoint(tmp_path / 'tuned')
-  encoded, again = tmp_path / 'x.rotbits', tmp_path / 'again'
-  both = f'--checkpoint={path}', f'--base={DENSE}'
-  code, out, _ = rotbits('encode', *both, f'--output={encoded}', '--verify', '--json')
-  assert code == 0
-  needed = json.loads(out)['base']
-  assert ['layers.0/mlp/down/kernel', [256, 128]] in [x[:2] for x in needed]
-  assert json.loads(out)['preset'] == 'exact'
-  source = f'--input={encoded}'
-  code, out, _ = rotbits('inspect', source)
-  assert code == 0
-  assert 'beside a base' in out
-  assert f'needs {len(needed)} tensors of a base' in ' '.join(out.split())
-  code, _, err = rotbits('decode', source, f'--output={again}')
-  assert code == 2
-  assert 'give that model as the base' in err
-  code, _, err = rotbits('decode', source, f'--output={again}', f'--base={path}')
-  assert code == 2
-  assert 'has other elements' in err
-  assert not again.exists()
-  code, _, err = rotbits('decode', source, f'--output={again}', f'--base={DENSE}')
-  assert code == 0
-  code, out, _ = rotbits('verify', source, f'--against={path}', f'--base={DENSE}')
-  assert code == 0
-  assert 'all bits are those' in out
-  page = f'--output={tmp_path / "page.html"}'
-  code, _, err = rotbits('report', source, page, f'--against={path}', f'--base={DENSE}')
-  assert code == 0, err
-  assert 'Compared with the checkpoint: all' in (tmp_path / 'page.html').read_text()
-  code, _, err = rotbits('report', source, page, '--overwrite', f'--base={DENSE}')
-  assert code == 2
-  assert '--base is for --against' in err
-  other = f'--checkpoint={SLICED}', f'--base={DENSE}', f'--output={tmp_path / "z"}'
-  code, _, err = rotbits('encode', *other)
-  assert code == 0
-  assert 'does not need the base' in err
-  # A chain: the file of a second fine-tune needs the first file, and that its base.
-  second = tuned_checkpoint(tmp_path / 'second', source=path, seed=2)
-  chain = f'--base={encoded}', f'--base={DENSE}'
-  own = f'--checkpoint={second}', f'--output={tmp_path / "y.rotbits"}'
-  code, _, err = rotbits('encode', *own, *chain)
-  assert code == 0, err
-  source = f'--input={tmp_path / "y.rotbits"}'
-  code, _, err = rotbits('verify', source, f'--against={second}', *chain)
-  assert code == 0, err

@@ -51,15 +51,6 @@ def leaves():
       other_exponents=np.arange(7, dtype=np.int8),
     ),
     'tied': structured.Tied(normal(5, 3), tokens=9),
-    'quantized': structured.Quantized(
-      rng.integers(0, 16, (6, 64)).astype(np.uint8),
-      rng.integers(0, 64, (6, 4)).astype(np.uint8),
-      rng.integers(0, 64, (6, 4)).astype(np.uint8),
-      normal(6, 2),
-      normal(6, 2),
-      name='bfloat16',
-      transposed=True,
-    ),
     'multiples': structured.UniformlyQuantized(
       rng.integers(-900, 900, (6, 5)).astype(np.int16),
       np.float32(0.625),
@@ -84,5 +75,5 @@ def leaves_beside_base():
   few = base.copy()
   few[3, :9] = near[3, :9]
   decayed = (0.98 * base.astype(np.float32)).astype(np.float16)
-  arrays = {'relative': near, 'decayed': decayed, 'patched': few, 'same': base}
+  arrays = {'all': near, 'decayed': decayed, 'few': few, 'equal': base}
   return {name: (measure.beside(x, base).leaf, base) for name, x in arrays.items()}

@@ -102,25 +102,6 @@ def test_reads_golden_files(name, tmp_path):
   assert_reads_the_same(golden.file_of(name), output, path, base)
 
 
-@pytest.mark.parametrize('units', [False, True])
-@pytest.mark.parametrize('transposed', [False, True])
-def test_reads_quantized_leaves(transposed, units):
-  rng = np.random.default_rng(0)
-  halves = lambda *shape: rng.normal(size=shape).astype(np.float16)
-  bytes = lambda *shape: rng.integers(0, 200, shape).astype(np.uint8)
-  blocks = bytes if units else halves
-  more = (halves(6, 2), halves(6, 2)) if units else (None, None)
-  leaf = structured.Quantized(
-    bytes(6, 64), blocks(6, 8), blocks(6, 8), *more, 'bfloat16', transposed
-  )
-  settings, arrays = leaf.stored()
-  bits = lambda x: x.view(f'u{x.itemsize}') if x.dtype.kind in 'fV' else x
-  parts = {name: (bits(x), x.dtype.name) for name, x in arrays.items()}
-  settings['dtype'] = leaf.dtype.name
-  found = load_decoder().expand('quantized', settings, parts)
-  np.testing.assert_array_equal(found, bits(leaf.materialize()))
-
-
 def test_reads_a_tree_beside_a_base(tmp_path, subtests):
   for own, dtype in itertools.product(
     ('float16', 'bfloat16', 'float32', 'float64', 'int16'),

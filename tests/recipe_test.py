@@ -141,27 +141,6 @@ def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
     rotbits_jax.decode(data, base=dense)
 
 
-@pytest.mark.parametrize('preset', ['exact', 'free'])
-def test_each_subspace_is_found_once(preset, monkeypatch):
-  layers = 10
-  dense = random_models.random_model(OPT | {'num_hidden_layers': layers}, np.float16)
-  widths = (*(40 + i % 3 for i in range(2 * layers)), 48)
-  model, fit, fits = (
-    random_models.sliced_from(dense, widths, np.float16),
-    recipe.fit,
-    [],
-  )
-
-  def counted(*arguments, **options):
-    fits.append(arguments)
-    return fit(*arguments, **options)
-
-  monkeypatch.setattr(recipe, 'fit', counted)
-  rotbits_jax.encode(model, base=dense, preset=preset)
-  # The first one is tried with tensors that were rounded and with others.
-  assert len(fits) == len(widths) + 1
-
-
 def test_a_tensor_that_was_changed_after_slicing_is_a_difference():
   dense = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense').model
   model = rotbits_jax.load_checkpoint(TESTDATA / MICROSOFT['llama-tiny']).model
@@ -201,18 +180,6 @@ def test_a_change_below_the_rounding_errors_is_kept_if_it_has_few_directions(ran
   onto = np.linalg.pinv(right)
   change = np.float64(found[1] @ onto) - np.float64(found[0] @ onto)
   assert np.linalg.norm(change) == pytest.approx(np.linalg.norm(update @ onto), rel=0.3)
-
-
-def test_errors_are_measured_on_many_rows():
-  rng = np.random.default_rng(0)
-  basis = random_models.orthogonal(rng, 64)
-  within, beside = basis[:, :48], basis[:, 48:]
-  kernel = rng.normal(size=(2000, 64))
-  kernel[0] = 0.01 * within @ rng.normal(size=48) + beside @ rng.normal(size=16)
-  way = subspaces.Way('writes')
-  pair = recipe.Pair(way, [kernel], (kernel @ within).astype(np.float16))
-  found = recipe.fit([pair], within.shape, rounded=False, roundoff=2.0**-11)
-  assert found.growth < 1.5
 
 
 def test_a_model_of_a_file_of_free_can_be_encoded():
@@ -389,17 +356,6 @@ def test_products_with_numbers_that_cannot_be_added_exactly_are_refused():
     make(kernel, huge[:5] // 2**8)
 
 
-def test_a_product_with_an_identity_is_that_with_its_array():
-  basis = random_models.orthogonal(np.random.default_rng(0), 11)[:, :8]
-  made, one = recipe.as_subspace(basis, 2.0**-11).materialize(), np.eye(11)
-  identity = np.int32(np.ldexp(one, subspaces.UNIT))
-  way, dtype = subspaces.Way('shortcut'), np.dtype(np.float32)
-  make = lambda *bases, shape: subspaces.tensor(way, [], bases, shape, dtype)
-  for bases, shape in (((None, made), (11, 8)), ((made, None), (8, 11))):
-    full = [identity if x is None else x for x in bases]
-    assert structured.same_bits(make(*bases, shape=shape), make(*full, shape=shape))
-
-
 def test_records_that_are_no_bases_are_refused():
   dense, model = opt_pair()
   encoded = rotbits_jax.encode(model, base=dense, preset='free')
@@ -427,18 +383,6 @@ def test_records_that_are_no_bases_are_refused():
       rotbits_jax.decode(containers.pack(streams | own, changed), base=dense)
 
 
-def test_a_basis_in_a_file_of_arrays_is_refused():
-  numbers = np.random.default_rng(0).integers(0, 99, (48, 36), np.int32)
-  for name in ('a', 'subspaces.1'):
-    own, found = containers.unpack(rotbits_jax.encode({name: {'basis': numbers}}))
-    (leaf,) = found['records'][0]['leaves']
-    leaf |= {'type_name': 'basis', 'settings': {'step': 1}, 'arrays': ['numbers']}
-    leaf['crc32'] = 0
-    data = containers.pack(own, containers.to_json(found))
-    with pytest.raises(file.ContainerError, match='a basis needs a segment of a model'):
-      rotbits_jax.inspect(data)
-
-
 def test_a_basis_must_have_as_many_rows_as_it_says():
   leaf = recipe.as_subspace(
     random_models.orthogonal(np.random.default_rng(0), 11)[:, :8], 2.0**-11
@@ -464,36 +408,3 @@ def test_a_narrow_basis_is_stored_by_its_numbers(monkeypatch):
   assert {x.type_name for own in leaves_of for x in own} == {'basis'}
   found = rotbits_jax.verify(data, against=path, base=base)
   assert found.kl < 2 * found.kl_rerounded
-
-
-def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch):
-  source, base = TESTDATA / MICROSOFT['phi2-tiny'], TESTDATA / 'phi2-tiny-dense'
-  target, calls, own = tmp_path / 'x.rotbits', [], writer.encode_record
-  encode = lambda: rotbits_jax.encode_to_file(source, target, base=base, preset='free')
-  encode()
-  whole = target.read_bytes()
-  target.unlink()
-
-  def interrupted(record, *args):
-    calls.append(record.name)
-    if calls.count('layers.1') == 1 and record.name == 'layers.1':
-      raise KeyboardInterrupt
-    return own(record, *args)
-
-  monkeypatch.setattr(writer, 'encode_record', interrupted)
-  with pytest.raises(KeyboardInterrupt):
-    encode()
-  encode()
-  assert calls.count('subspaces.0') == calls.count('layers.0') == 1  # they were kept
-  assert target.read_bytes() == whole
-
-  # On another processor, bases have other bits: records beside these are not kept.
-  target.unlink()
-  calls.clear()
-  with pytest.raises(KeyboardInterrupt):
-    encode()
-  real = recipe.orthonormal
-  monkeypatch.setattr(recipe, 'orthonormal', lambda x: real(x) + np.float64(2e-5))
-  encode()
-  assert calls.count('subspaces.0') == calls.count('layers.0') == 2
-  rotbits_jax.verify(target, base=base)

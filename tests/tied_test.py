@@ -244,12 +244,6 @@ class RetieExactlyTest(parameterized.TestCase):
       self.assertIs(leaf, table)
       self.assertEqual((note['form'], note['elements']), ('array', table.size))
 
-  def test_numbers_of_32_bits_are_left_alone(self):
-    model = _model(*_matrices(np.float32))
-    after, notes = _apply_exactly(model)
-    transform_checks.assert_same_bits(after, model)
-    self.assertEmpty(notes)
-
 
 class LeastSquaresTest(absltest.TestCase):
   def test_is_what_lapack_finds(self):

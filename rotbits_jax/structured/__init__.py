@@ -11,9 +11,9 @@ example, an embedding may be stored as a small matrix that is multiplied by the 
 A leaf may be stacked, like the layers of a model: its arrays then have a leading layer
 axis `[N, ...]`.
 
-`Quantized` stands for a plain array in a file only: the reader puts the array in its
-place. So do `Difference`, which needs an array that the reader knows, and `Basis` and
-`Subspace`, of which a sliced model is made, see `subspaces`.
+`Difference` stands for a plain array in a file only: the reader computes the array from
+one that it knows, and puts it in the place of the leaf. So do `Basis` and `Subspace`,
+of which a sliced model is made, see `subspaces`.
 
 `UniformlyQuantized` stands for a plain array, in memory too.
 
@@ -37,7 +37,6 @@ from rotbits_jax.structured.heads import HeadRows
 from rotbits_jax.structured.low_rank import FactorPair
 from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
-from rotbits_jax.structured.quantized import Quantized
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
 from rotbits_jax.structured.subspaces import Basis
@@ -75,7 +74,6 @@ __all__ = [
   'Lower',
   'Matrix',
   'Origin',
-  'Quantized',
   'ReducedLowRank',
   'Structured',
   'Subspace',
