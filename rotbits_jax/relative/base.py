@@ -178,10 +178,11 @@ class Base:
       _, shape, dtype = self._specs[base_path]
       if not _fits(leaf, shape, dtype) or not self._has_fixed_bits(base_path):
         continue
-      array = leaf.materialize(*map(resolve, leaf.needs)) if is_predicted else leaf
+      needed = map(resolve, leaf.needs) if is_predicted else ()
+      array = np.asarray(leaf.materialize(*needed) if is_predicted else leaf)
       # The base is read here, because an encoded file takes jobs of its own.
-      pair = np.asarray(array), self._array(base_path), base_path
-      if leaf.size > _LARGE:
+      pair = array, self._array(base_path), base_path
+      if array.size > _LARGE:
         stored[path] = _beside(*pair, pool.run)
       else:
         jobs[path] = functools.partial(_beside, *pair, difference.in_turn)
