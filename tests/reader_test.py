@@ -218,6 +218,11 @@ def test_plain_tensors_of_a_known_family_load_as_the_model(tmp_path):
   rotbits_jax.decode_to_directory(tmp_path / 'x', tmp_path / 'out')
   for path in (tmp_path / 'out').iterdir():
     assert path.read_bytes() == (source / path.name).read_bytes()
+  rotbits_jax.decode_to_directory(tmp_path / 'x', tmp_path / 'half', dtype='bfloat16')
+  half = rotbits_jax.load_checkpoint(tmp_path / 'half').model.params
+  jax.tree.map(
+    np.testing.assert_array_equal, half, structured.astype(expected.params, 'bfloat16')
+  )
 
 
 def test_what_a_file_says_does_not_steer_a_terminal():

@@ -30,15 +30,17 @@ def write(
   progress: bool = False,
 ) -> None:
   """Writes a checkpoint, see `api.decode_to_directory`."""
-  if reader.is_plain:
-    if (format, shard_size, dtype) != ('safetensors', None, None):
-      raise ValueError(
-        'plain tensors come back in the files and dtypes that they were encoded from: '
-        'leave out format, shard_size and dtype'
-      )
+  is_plain = reader.is_plain
+  if is_plain and (format, shard_size, dtype) == ('safetensors', None, None):
     _write_tensors(reader, directory, overwrite=overwrite, progress=progress)
     return
-  config = reader.config
+  model = reader.plain_model()
+  if is_plain and model is None:
+    raise ValueError(
+      'tensors of no known family come back in the files and dtypes that they were '
+      'encoded from: leave out format, shard_size and dtype'
+    )
+  config = reader.config if model is None else model.config
   if config is None:
     raise ContainerError(
       'the file holds a PyTree, not a checkpoint; `decode` in Python reads it'
@@ -54,7 +56,7 @@ def write(
       f'the file holds a model of the family {config.family!r:.100}, whose '
       'checkpoints are not known'
     )
-  dtypes = reader.dtypes_on_disk()
+  dtypes = reader.dtypes_on_disk() if model is None else _dtypes(model)
   if dtype is not None:
     wanted = structured.floating(dtype)
     dtypes = {
@@ -77,17 +79,30 @@ def write(
       format=format,
       shard_size=shard_size,
       shortcuts=shortcuts,
-      buffers=reader.buffers(),
+      buffers=reader.buffers() if model is None else model.buffers,
       overwrite=overwrite,
     )
   _check_inputs(reader, directory, writer.names())
   keep = shortcuts.keys() if format == 'transformers' else ()
+  if model is None:
+    records = reader.each(keep=keep, show_progress=progress)
+  else:
+    records = ((name, structured.flatten(model.read(name))) for name in model.records)
   with writer:
-    for name, flat in reader.each(keep=keep, show_progress=progress):
+    for name, flat in records:
       if name == models.names.BUFFERS:
         continue
       for path, leaf in flat.items():
         writer.add(path, _converted(path, leaf, dtypes[path]))
+
+
+def _dtypes(model: checkpoints.CheckpointReader) -> dict[str, np.dtype]:
+  """Returns the dtypes of the parameters of plain tensors, by paths."""
+  return {
+    path: spec.dtype
+    for record in model.records
+    for path, spec in structured.flatten(model.specs(record)).items()
+  }
 
 
 def _converted(path: str, leaf: Any, dtype: np.dtype) -> Any:

@@ -260,9 +260,7 @@ class Reader:
       ContainerError: if the file is damaged or incomplete.
       ValueError: if there are no such layers.
     """
-    source = None
-    if as_model and self.is_plain:
-      source = plain_model.open_model(self._decoder, self.files())
+    source = self.plain_model() if as_model else None
     config = self.config if source is None else source.config
     count = 0 if config is None else config.num_layers
     layers = range(count) if layers is None else layers
@@ -433,6 +431,12 @@ class Reader:
   def is_plain(self) -> bool:
     """Whether the records are the tensors of weights files of any family."""
     return any(manifest.headers for manifest in self.manifests)
+
+  def plain_model(self) -> checkpoints.CheckpointReader | None:
+    """Returns the model that plain tensors are; None for others, see `plain_model`."""
+    if not self.is_plain:
+      return None
+    return plain_model.open_model(self._decoder, self.files())
 
   def headers(self) -> dict[str, bytes]:
     """Reads the bytes before the tensors of each weights file, by its name."""
