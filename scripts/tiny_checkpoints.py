@@ -2,9 +2,8 @@
 
   python -m scripts.tiny_checkpoints FOLDER NAME ...
 
-It needs PyTorch and transformers, see `scripts/transformers.sh`. The numbers are large
-enough that every switch of a family changes the logits: windows are shorter than the
-sequences, and soft caps bend the scores.
+It needs PyTorch and transformers, see `scripts/transformers.sh`. The weights are large
+enough that every switch of a family changes the logits.
 """
 
 import pathlib
