@@ -10,6 +10,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import chex
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -105,33 +106,21 @@ def test_options_in_a_config(rotbits, tmp_path, encoded):
   assert stored[1] > stored[0]  # without a tolerance no singular value counts as 1
 
 
-@pytest.mark.parametrize('preset', ['exact', 'free'])
-@pytest.mark.parametrize('output_format', ['safetensors', 'slicegpt', 'transformers'])
-def test_decode(rotbits, tmp_path, encoded, preset, output_format):
+@pytest.mark.parametrize('output_format', ['safetensors', 'slicegpt'])
+def test_decode(rotbits, tmp_path, encoded, output_format):
   output = tmp_path / 'out'
-  flags = f'--input={encoded / preset}', f'--output={output}'
+  flags = f'--input={encoded / "exact"}', f'--output={output}'
   result = json_of(rotbits, 'decode', *flags, f'--format={output_format}')
   assert result['sliced']
-  assert result['bytes'] == sum(
-    (output / name).stat().st_size for name in result['files']
-  )
-  expected = rotbits_jax.load_checkpoint(SLICED)
-  for name, content in expected.files.items():
-    if not name.endswith('.json') or output_format != 'transformers':
-      assert (output / name).read_bytes() == content
-  if output_format == 'transformers':
-    return
-  if output_format == 'slicegpt':
-    (weights,) = output.glob('*.pt')
-    actual = tensors_of(rotbits_jax.load_checkpoint(weights).model)
+  sizes = [(output / name).stat().st_size for name in result['files']]
+  assert result['bytes'] == sum(sizes)
+  (weights,) = [x for x in output.iterdir() if x.suffix in ('.pt', '.safetensors')]
+  tensors = tensors_of(rotbits_jax.load_checkpoint(SLICED).model)
+  if output_format == 'safetensors':
+    found = safetensors.numpy.load_file(weights)
   else:
-    actual = safetensors.numpy.load_file(output / 'model.safetensors')
-  tensors = tensors_of(expected.model)
-  assert actual.keys() == tensors.keys()
-  for name, tensor in tensors.items():
-    assert (actual[name].shape, actual[name].dtype) == (tensor.shape, tensor.dtype)
-    if preset == 'exact':
-      np.testing.assert_array_equal(actual[name], tensor, name)
+    found = tensors_of(rotbits_jax.load_checkpoint(weights).model)
+  chex.assert_trees_all_equal(found, tensors)
 
 
 def test_estimates_are_close_to_the_files(rotbits, encoded):
@@ -366,15 +355,6 @@ def test_errors_name_files_and_have_tracebacks_on_demand(rotbits):
   assert code == program.BAD_INPUT
   assert err.startswith('Traceback')
   assert err.endswith('rotbits inspect: missing: No such file or directory\n')
-
-
-def test_names_do_not_steer_a_terminal(rotbits, tmp_path):
-  source = shutil.copytree(DENSE, tmp_path / 'source')
-  (source / 'folder\x1b[2J').mkdir()
-  flags = f'--checkpoint={source}', f'--output={tmp_path / "out"}'
-  code, out, _ = rotbits('encode', *flags)
-  assert code == 0
-  assert r'folder\x1b[2J' in out
 
 
 def test_a_process_of_its_own(tmp_path):

@@ -1,6 +1,11 @@
 """Weights of each step of a training, sent as what changed."""
 
+import os
 import pathlib
+import runpy
+import subprocess
+import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import structured
 
 ROOT = pathlib.Path(__file__).parents[1]
+PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def params(dtype=jnp.bfloat16):
@@ -36,37 +42,79 @@ def moved(tree, seed=0):
   return jax.tree.map(move, tree)
 
 
-def assert_same(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  assert structured.same_bits(jax.device_get(a), jax.device_get(b))
+def model():
+  return rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense')).model
 
 
-def test_a_delta_turns_one_tree_into_another():
-  old = params()
-  new = moved(old)
+def low_rank():
+  pair = structured.LowRank(jnp.ones((64, 2)), jnp.ones((2, 64)))
+  return {'x': pair, 'y': jnp.zeros(64)}
+
+
+def integers():
+  numbers = np.arange(-32, 32, dtype=np.int16).reshape(8, 8)
+  return {'w': structured.UniformlyQuantized(numbers, np.float32(0.5), 'float32')}
+
+
+def plus_one(tree):
+  return jax.tree.map(lambda x: x + jnp.ones((), x.dtype), tree)
+
+
+def twice():
+  array = params()['head']
+  return {'a': array, 'b': array}
+
+
+# The PyTree before a step, and the step.
+TREES = {
+  'bfloat16': (params, moved),
+  'a new head': (params, lambda old: old | {'head': old['head'] + 1}),
+  'on the host': (
+    lambda: jax.device_get(params()),
+    lambda old: jax.device_get(moved(old)),
+  ),
+  'placed': (lambda: jax.device_put(params(), PLACE), moved),
+  'a model': (model, lambda old: old.replace(params=plus_one(old.params))),
+  'structured leaves': (low_rank, plus_one),
+  'integers': (integers, lambda old: plus_one(old)),
+  'an array twice': (twice, lambda old: old | {'a': old['a'].at[0, 0].set(5)}),
+  '64 bits': (
+    lambda: {'n': np.arange(2), 'w': np.ones(99)},
+    lambda old: {'n': np.array([2**40 + 1, 3]), 'w': np.full(99, 1 + 1e-12)},
+  ),
+}
+
+
+def assert_same(found, expected):
+  arrays = lambda tree: jax.device_get(structured.materialize(tree))
+  assert structured.same_bits(arrays(found), arrays(expected))
+
+
+@pytest.mark.parametrize('options', [{}, {'donate': True}, {'sharding': PLACE}])
+@pytest.mark.parametrize('name', TREES)
+def test_a_delta_turns_one_tree_into_another(name, options):
+  make, step = TREES[name]
+  old = make()
+  new = step(old)
+  expected = jax.device_get(new)
   data = rotbits_jax.delta(new, old)
-  found = rotbits_jax.apply(data, old)
-  assert_same(found, new)
-  assert isinstance(found['head'], jax.Array)
-  assert_same(rotbits_jax.apply(data, jax.device_get(old)), jax.device_get(new))
-
-
-@pytest.mark.parametrize('donate', [False, True])
-def test_a_model_is_a_pytree_too(donate):
-  old = rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense')).model
-  new = old.replace(params=jax.tree.map(lambda x: x * 2, old.params))
-  data = rotbits_jax.delta(new, old)
-  found = rotbits_jax.apply(data, jax.device_put(old), donate=donate)
-  assert found.config == new.config
-  assert_same(found.params, new.params)
+  found = rotbits_jax.apply(data, old, **options)
+  if name == 'a model':
+    assert found.config == new.config
+    found, expected = found.params, expected.params
+  assert_same(found, expected)
+  for x in jax.tree.leaves(found):
+    if 'sharding' in options:
+      assert x.sharding == PLACE
+    elif name == 'on the host':
+      assert isinstance(x, np.ndarray)
 
 
 def test_placed_arrays_do_not_share_memory_with_the_old_ones():
-  given = {'a': np.ones((512, 512), np.float32), 'b': np.zeros(9, np.float32)}
-  old = rotbits_jax.decode(rotbits_jax.encode(given))  # JAX takes its memory as it is
+  tree = {'a': np.ones((512, 512), np.float32), 'b': np.zeros(9, np.float32)}
+  old = rotbits_jax.decode(rotbits_jax.encode(tree))  # JAX takes its memory as it is
   data = rotbits_jax.delta({'a': old['a'], 'b': old['b'] + 1}, old)
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  new = rotbits_jax.apply(data, old, sharding=place)
+  new = rotbits_jax.apply(data, old, sharding=PLACE)
   old['a'][:] = 7
   assert float(new['a'][0, 0]) == 1
 
@@ -76,78 +124,62 @@ def test_arrays_that_do_not_change_are_not_moved():
   new = old | {'head': old['head'] + 1}
   found = rotbits_jax.apply(rotbits_jax.delta(new, old), old)
   assert found['layers'][0]['w'] is old['layers'][0]['w']
-  assert_same(found, new)
-
-
-def test_donated_arrays_are_deleted():
-  old = params()
-  new = moved(old)
-  host = jax.device_get(new)
-  data = rotbits_jax.delta(new, old)
-  found = rotbits_jax.apply(data, old, donate=True)
-  assert_same(found, host)
-  assert old['layers'][0]['w'].is_deleted()
-  # The biases did not change, and stay.
-  assert found['layers'][0]['b'] is old['layers'][0]['b'] or (
-    old['layers'][0]['b'].is_deleted()
-  )
+  leaf = integers()
+  assert rotbits_jax.apply(rotbits_jax.delta(leaf, leaf), leaf)['w'] is leaf['w']
 
 
 def test_each_array_is_donated_when_it_is_replaced():
   old = {'params': [params()['head'] + i for i in range(8)], 'b': jnp.zeros(2048)}
   new = {'params': moved(old['params']), 'b': jnp.ones(2048)}
-  host = jax.device_get(new)
   data = rotbits_jax.delta(new, old)
   leaves, alive = jax.tree.leaves(old), []
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
   def where(path, shape):
     alive.append(sum(not x.is_deleted() for x in leaves))
-    return place
+    return PLACE
 
-  found = rotbits_jax.apply(data, old, sharding=where, donate=True)
-  assert_same(found, host)
+  rotbits_jax.apply(data, old, sharding=where, donate=True)
   assert alive == [*range(9, 0, -1)]
-  # The file stores one alone: it does not need the old one.
   assert all(x.is_deleted() for x in leaves)
 
 
-def test_a_wrong_base_deletes_nothing():
-  old = {'alone': jnp.zeros(2048), 'w': params()['layers'][0]['w']}
-  data = rotbits_jax.delta({'alone': jnp.ones(2048), 'w': moved(old['w'])}, old)
-  wrong = old | {'w': old['w'] + 1}
-  with pytest.raises(rotbits_jax.ContainerError, match='w: w of this base has other'):
+@pytest.mark.parametrize(
+  'address', [{'return_value': 64}, {'side_effect': jax.errors.JaxRuntimeError('no')}]
+)
+def test_backends_whose_addresses_tell_less(address):
+  place = jax.NamedSharding(jax.make_mesh((1,), ('x',)), jax.P())
+  old = jax.device_put({'w': jnp.zeros((64, 64))}, place)
+  data = rotbits_jax.delta({'w': old['w'] + 1}, old)
+  with mock.patch.object(type(old['w']), 'unsafe_buffer_pointer', **address):
+    found = rotbits_jax.apply(data, old, donate=True)
+  np.testing.assert_array_equal(found['w'], np.ones((64, 64)))
+  assert old['w'].is_deleted()
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [
+    (lambda old: old | {'head': old['head'] + 1}, 'other elements'),
+    (lambda old: {'x': old}, 'the base has no'),
+    (lambda old: old | {'more': jnp.ones(3)}, 'only one of the file and'),
+  ],
+)
+def test_a_wrong_base_deletes_nothing(change, words):
+  old = params()
+  data = rotbits_jax.delta(moved(old), old)
+  wrong = change(old)
+  with pytest.raises(ValueError, match=words):
     rotbits_jax.apply(data, wrong, donate=True)
   assert not any(x.is_deleted() for x in jax.tree.leaves(wrong))
 
 
-def test_donated_arrays_that_are_there_twice_stay():
-  old = {'a': params()['layers'][0]['w']}
-  old['b'] = old['a']
-  new = jax.device_get(old | {'a': old['a'].at[0, 0].set(5)})
-  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, donate=True)
-  assert_same(found, new)
-
-
-def test_a_sharding_places_the_arrays():
-  old = params()
-  new = moved(old)
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, sharding=place)
-  assert_same(found, new)
-  assert found['head'].sharding == place
-
-
 def test_the_sharding_of_a_model_gets_the_paths_of_load():
-  old = rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense')).model
-  old = old.replace(buffers={'inv_freq': np.ones(64, np.float32)})
-  new = old.replace(params=jax.tree.map(lambda x: x * 2, old.params))
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  old = model().replace(buffers={'inv_freq': np.ones(64, np.float32)})
+  new = old.replace(params=plus_one(old.params))
   loaded, applied = [], []
-  where = lambda paths: lambda path, shape: paths.append(path) or place
+  where = lambda paths: lambda path, shape: paths.append(path) or PLACE
   rotbits_jax.load(rotbits_jax.encode(new, preset='exact'), sharding=where(loaded))
-  data = rotbits_jax.delta(new, old)
-  found = rotbits_jax.apply(data, old, sharding=where(applied))
+  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, sharding=where(applied))
   assert set(applied) == set(loaded)
   assert found.buffers['inv_freq'] is old.buffers['inv_freq']
 
@@ -156,7 +188,6 @@ def test_the_sharding_of_a_model_gets_the_paths_of_load():
 def test_the_upper_bits_of_short_integers_say_nothing(dtype):
   given = {'x': np.tile(np.arange(256, dtype=np.uint8), 4).view(jnp.dtype(dtype))}
   plain = {'x': given['x'].astype(np.int8).astype(given['x'].dtype)}
-  assert not structured.same_bits(given, plain)
   new = {'x': plain['x'].copy()}
   new['x'][:3] = 1
   assert rotbits_jax.encode(given) == rotbits_jax.encode(plain)
@@ -164,47 +195,13 @@ def test_the_upper_bits_of_short_integers_say_nothing(dtype):
   assert_same(rotbits_jax.apply(rotbits_jax.delta(new, given), plain), new)
 
 
-def test_leaves_of_integers_come_back_as_arrays():
-  numbers = np.arange(-32, 32, dtype=np.int16).reshape(8, 8)
-  leaf = structured.UniformlyQuantized(numbers, np.float32(0.5), 'float32')
-  old, new = {'w': leaf}, {'w': leaf.replace(integers=numbers + 1)}
-  expected = {'w': np.asarray(new['w'].materialize())}
-  assert_same(rotbits_jax.decode(rotbits_jax.encode(new), like=old), expected)
-  assert_same(rotbits_jax.apply(rotbits_jax.delta(new, old), old), new)
-  assert rotbits_jax.apply(rotbits_jax.delta(old, old), old)['w'] is leaf
-  with pytest.raises(ValueError, match='w: `like` has'):
-    rotbits_jax.decode(rotbits_jax.encode({'w': np.ones((8, 9))}), like=old)
-
-
-def test_numbers_of_64_bits_keep_them_on_devices():
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  new = {'n': np.array([2**40 + 1, 3]), 'w': np.full(99, 1 + 1e-12)}
-  assert_same(rotbits_jax.load(rotbits_jax.encode(new), sharding=place), new)
-  with jax.enable_x64(True):
-    old = {'n': jnp.arange(2), 'w': jnp.ones(99)}
-    for sharding in (None, place):
-      data = rotbits_jax.delta(new, old)
-      found = rotbits_jax.apply(data, old, sharding=sharding)
-      assert_same(found, new)
-      assert isinstance(found['w'], jax.Array)
-  model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
-  params = jax.tree.map(lambda x: np.float64(x) + 1e-12, model.params)
-  data = rotbits_jax.encode(model.replace(params=params), preset='exact')
-  assert_same(rotbits_jax.load(data, sharding=place).params, params)
-
-
-def test_a_step_out_of_order_is_refused():
-  steps = [params()]
-  for seed in range(2):
-    steps.append(moved(steps[-1], seed))
-  second = rotbits_jax.delta(steps[2], steps[1])
-  with pytest.raises(rotbits_jax.ContainerError, match='has other elements'):
-    rotbits_jax.apply(second, steps[0], donate=True)
-  assert not any(x.is_deleted() for x in jax.tree.leaves(steps[0]))
-  with pytest.raises(rotbits_jax.ContainerError, match='the base has no'):
-    rotbits_jax.apply(second, {'x': steps[1]})
-  with pytest.raises(ValueError, match='only one of the file and'):
-    rotbits_jax.apply(second, steps[1] | {'more': jnp.ones(3)})
+def test_arrays_stay_committed_or_uncommitted():
+  old = {
+    'free': jnp.zeros(64),
+    'bound': jax.device_put(jnp.zeros(64), jax.devices()[0]),
+  }
+  found = rotbits_jax.apply(rotbits_jax.delta(plus_one(old), old), old)
+  assert (found['free'].committed, found['bound'].committed) == (False, True)
 
 
 def test_a_sampler_follows_a_training():
@@ -236,13 +233,17 @@ def test_a_sampler_follows_a_training():
   assert sizes[-1] < len(rotbits_jax.encode(trained))
 
 
-def test_structured_leaves_stay_on_their_devices():
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  pair = structured.LowRank(jnp.ones((64, 2)), jnp.ones((2, 64)))
-  old = jax.device_put({'x': pair, 'y': jnp.zeros(64)}, place)
-  new = jax.tree.map(lambda x: x + 1, old)
-  host = jax.device_get(new)
-  found = rotbits_jax.apply(rotbits_jax.delta(new, old), old, donate=True)
-  assert_same(found, host)
-  assert all(x.committed for x in jax.tree.leaves(found))
-  assert all(x.is_deleted() for x in jax.tree.leaves(old))
+def test_two_processes(tmp_path, capsys):
+  path = ROOT / 'examples' / 'weight_sync.py'
+  run = [sys.executable, str(path), str(tmp_path), '--steps=4', '--anchor_every=3']
+  env = os.environ | {'PYTHONPATH': str(ROOT)}
+  done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr
+  assert 'the sampler has the weights of step 4' in done.stdout
+  # Another sampler begins from the first anchor, lacks a delta, and waits.
+  (tmp_path / 'delta-2.rotbits').unlink()
+  anchor = tmp_path / 'anchor-3.rotbits'
+  later = anchor.rename(tmp_path / 'later')
+  with mock.patch('time.sleep', side_effect=lambda _: later.rename(anchor)):
+    runpy.run_path(str(path))['sample'](tmp_path, 4)
+  assert 'the sampler has the weights of step 4' in capsys.readouterr().out
