@@ -177,33 +177,11 @@ class TransformerTest(chex.TestCase):
     with pytest.raises(ValueError, match=r'layers.0:3/mlp/up/kernel .*\(3, 24, 35\)'):
       trace(model, (1, 2))
 
-  @parameterized.parameters(
-    ('layers.0:3', 'layers.0:2', '3 layers'),
-    ('layers.0:3', 'layers.1:4', '3 layers'),
-    ('final_norm', 'last_norm', 'final_norm/scale is missing'),
-    ('embed', 'tail', 'embed/tokens is missing'),
-  )
-  def test_missing_parameters_are_refused_by_their_paths(self, key, renamed, message):
-    model = random_model(parse(LLAMA, None))
-    model.params[renamed] = model.params.pop(key)
-    with pytest.raises(ValueError, match=message):
-      trace(model, (1, 2))
-
   def test_unknown_parameters_are_refused_by_their_paths(self):
     model = random_model(parse(LLAMA, None))
     model.params['tail'] = {'kernel': np.zeros(3)}
     with pytest.raises(ValueError, match='tail/kernel is not known'):
       trace(model, (1, 2))
-
-  def test_a_layer_of_a_stack_of_another_length_is_refused(self):
-    model = random_model(parse(LLAMA, None))
-    model.params['layers.0:2'] = model.params.pop('layers.0:3')
-    with pytest.raises(ValueError, match=r'layers.0:2/.*/kernel must have 2 layers'):
-      model.layer(1)
-
-  def test_tokens_without_a_batch_are_refused(self):
-    with pytest.raises(ValueError, match=r'tokens must be \[B, T\].*\(5,\)'):
-      trace(random_model(parse(LLAMA, None)), (5,))
 
 
 class StructuredLeavesTest(chex.TestCase):

@@ -227,8 +227,9 @@ def sliding_window(config: Attributes) -> int | None:
 
 def activation(config: Attributes, name: str, default: str) -> Any:
   known = ('relu', 'gelu_new', 'gelu_pytorch_tanh', 'silu')
-  found = config.choice(name, known, default)
-  return 'gelu_new' if found == 'gelu_pytorch_tanh' else found  # two names of one
+  function = config.choice(name, known, default)
+  # Two names of one function.
+  return 'gelu_new' if function == 'gelu_pytorch_tanh' else function
 
 
 def head_dim(config: Attributes) -> int:
@@ -290,12 +291,12 @@ def positions(config: Attributes, factor: float | None) -> dict[str, Any]:
 
 def _scaling(settings: Attributes, config: Attributes) -> models.RopeScaling | None:
   older = settings.take('type', 'default')
-  found = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
-  settings.require(type=found)
-  if found == 'default':
+  rope_type = settings.choice('rope_type', ('default', 'linear', 'llama3'), older)
+  settings.require(type=rope_type)
+  if rope_type == 'default':
     return None
   factor = settings.number('factor')
-  if found == 'linear':
+  if rope_type == 'linear':
     return models.RopeScaling(type_name='linear', factor=factor)
   original = settings.size('original_max_position_embeddings')
   if config.take('original_max_position_embeddings', None) is not None:

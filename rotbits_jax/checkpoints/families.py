@@ -410,16 +410,18 @@ def check_files(
   if not files.keys() >= {*names}:
     return
   try:
-    found = parse_config(*(config_lib.parse_object(files[x], x) for x in names))
+    of_files = parse_config(*(config_lib.parse_object(files[x], x) for x in names))
   except errors.CheckpointError:
     return
-  found = dataclasses.replace(found, tied_head=found.tied_head and config.tied_head)
+  tied_head = of_files.tied_head and config.tied_head
+  of_files = dataclasses.replace(of_files, tied_head=tied_head)
   fields = [field.name for field in dataclasses.fields(config)]
-  if other := [x for x in fields if getattr(found, x) != getattr(config, x)]:
-    given = ', '.join(names)
+  differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
+  if differing:
+    listed = ', '.join(names)
     raise ValueError(
-      f'{given}: the config of the model has another {", ".join(other)}; '
-      f'change {given} in `files`, too'
+      f'{listed}: the config of the model has another {", ".join(differing)}; '
+      f'change {listed} in `files`, too'
     )
 
 

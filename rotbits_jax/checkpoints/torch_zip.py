@@ -385,10 +385,6 @@ class TorchZipWriter:
     self._add_text('version', b'3\n')
     self._archive.close()
 
-  def abandon(self) -> None:
-    with contextlib.suppress(OSError, ValueError):
-      self._archive.close()
-
   def _add_text(self, name: str, content: bytes) -> None:
     self._add(name, [memoryview(content)], len(content))
 

@@ -75,9 +75,9 @@ def fisher_factors(
   gradients: list[jax.Array] = []
   total: Any = None
   for k, x in enumerate(xs):
-    gradient, *own = _predictions(outer, config, x, jax.random.key(seed + k))
+    gradient, *sums = _predictions(outer, config, x, jax.random.key(seed + k))
     gradients.append(gradient)
-    total = own if total is None else _add(total, own)
+    total = sums if total is None else _add(total, sums)
   del outer, xs, x
   head, probabilities = total
   yield 'head', head
@@ -85,8 +85,8 @@ def fisher_factors(
     layer = jax.device_put(model.layer(i))
     total = None
     for k, gradient in enumerate(gradients):
-      gradients[k], own = _backward(layer, config, kept[i, k], gradient)
-      total = own if total is None else _add(total, own)
+      gradients[k], factors = _backward(layer, config, kept[i, k], gradient)
+      total = factors if total is None else _add(total, factors)
     del layer
     prefix = names.prefix(i)
     moments = {
@@ -141,16 +141,16 @@ def _backward(
 
   def apply(x: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
     # An array that is added to a bias of each token is added to its output.
-    given = dict(flat)
-    for path, own_zeros in added.items():
+    biased = dict(flat)
+    for path, addend in added.items():
       bias = f'{path.removesuffix("kernel")}bias'
       old = structured.materialize(flat[bias]) if bias in flat else 0.0
-      given[bias] = own_zeros + old
-    written = transformer.layer(structured.unflatten(given), config, x)
+      biased[bias] = addend + old
+    written = transformer.layer(structured.unflatten(biased), config, x)
     inputs = structured.flatten(written.inputs)
     shared: dict[int, list[str]] = {}
-    for path, own in inputs.items():
-      shared.setdefault(id(own), []).append(path)
+    for path, kernel_input in inputs.items():
+      shared.setdefault(id(kernel_input), []).append(path)
     return written.x, {
       tuple(paths): transformer.second_moments(inputs[paths[0]])
       for paths in shared.values()

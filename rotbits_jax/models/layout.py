@@ -97,15 +97,6 @@ def _norm(name: str, config: config_lib.ModelConfig) -> Axes:
   return {f'{name}/{parameter}': ('norm',) for parameter in parameters}
 
 
-def neuron_axes(config: config_lib.ModelConfig) -> dict[str, int]:
-  """Returns the axis of the MLP neurons for each parameter of a layer that has one."""
-  return {
-    path: axes.index('neuron')
-    for path, axes in layer_axes(config).items()
-    if 'neuron' in axes
-  }
-
-
 def norm_of(config: config_lib.ModelConfig, sublayer: str) -> str:
   """Returns the name of the norm before a sublayer of a dense model."""
   return 'attention_norm' if config.parallel_block else f'{sublayer}_norm'
@@ -154,7 +145,7 @@ def _shapes(
   }
   sizes |= dict(enumerate(widths))
   return structured.unflatten(
-    {path: tuple(sizes[axis] for axis in own) for path, own in axes.items()}
+    {path: tuple(sizes[axis] for axis in named) for path, named in axes.items()}
   )
 
 
@@ -170,7 +161,6 @@ class Symmetries(NamedTuple):
       coordinates that RoPE does not rotate in the layer. On each plane that RoPE
       rotates, a complex factor acts. False if queries and keys are normed.
     key_bias: whether the key bias changes no output; true where there is no RoPE.
-    neurons: whether the neurons of an MLP can be put in any order.
   """
 
   segments: bool = False
@@ -178,7 +168,6 @@ class Symmetries(NamedTuple):
   values: bool = False
   queries: bool = False
   key_bias: bool = False
-  neurons: bool = False
 
 
 # The fields that `symmetries` takes into account. A config with another field may
@@ -192,14 +181,12 @@ _UNDERSTOOD = frozenset([
   'rope_scaling', 'sliding_window', 'qk_norm_eps', 'tied_head', 'segment_widths',
 ])  # fmt: skip
 _NORMS = ('layernorm', 'rmsnorm', 'rmsn')
-_POINTWISE = ('relu', 'gelu_new', 'silu')
 
 
 def symmetries(config: config_lib.ModelConfig) -> Symmetries:
   """Returns the symmetries of a model with this config.
 
-  A config with a field, a norm or an activation that this function does not know gets
-  no symmetry that could depend on it.
+  A config with a field or a norm that this function does not know gets none.
   """
   fields = {field.name for field in dataclasses.fields(config)}
   if fields != _UNDERSTOOD or config.norm not in _NORMS:
@@ -211,5 +198,4 @@ def symmetries(config: config_lib.ModelConfig) -> Symmetries:
     values=True,
     queries=not normed,
     key_bias=not (config.rotary_dim or normed),
-    neurons=config.activation in _POINTWISE,
   )

@@ -65,8 +65,8 @@ def stacked_layers(path: str) -> range | None:
 
 def stacks(keys: Iterable[str]) -> tuple[range, ...]:
   """Returns the layers of each stack among the keys of a model, in order."""
-  found = filter(None, map(stacked_layers, keys))
-  return tuple(sorted(found, key=lambda layers: layers.start))
+  ranges = filter(None, map(stacked_layers, keys))
+  return tuple(sorted(ranges, key=lambda layers: layers.start))
 
 
 def pattern(path: str) -> str:
