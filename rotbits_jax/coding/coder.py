@@ -80,10 +80,7 @@ def encode(
   index = {place: g for g, group in enumerate(groups) for place in group.members}
   jobs = [job for group in groups for job in group.encode_jobs()]
   results = iter(pool.run(jobs))
-  checksums = pool.run(
-    (functools.partial(checksums_lib.of_array, x.array) for x in planned),
-    [x.array.nbytes for x in planned],
-  )
+  checksums = pool.each(checksums_lib.of_array, [x.array for x in planned])
   heads: list[np.ndarray] = []
   bodies: list[np.ndarray] = []
   of_groups = []
@@ -179,8 +176,8 @@ def decode(
     return _Group(layout, contexts, members, arrays, *sizes)
 
   def finish(indices: Sequence[int]) -> None:
-    jobs = (functools.partial(_finish, i, spec.arrays[i], parts[i]) for i in indices)
-    pool.run(jobs, [spec.arrays[i].nbytes for i in indices])
+    of_arrays = zip(*((spec.arrays[i], parts[i]) for i in indices), strict=True)
+    pool.each(_finish, indices, *of_arrays)
 
   plain = [g for g, x in enumerate(spec.groups) if not x.is_known]
   jobs = [
@@ -345,8 +342,7 @@ def _known_group(
       of_classes,
     )
 
-  starts = range(0, bits.size, blocks.CAPACITY)
-  counts = sum(pool.run(functools.partial(job, start) for start in starts))
+  counts = sum(pool.each(job, range(0, bits.size, blocks.CAPACITY)))
   bands, nbytes = known_lib.fit(known, counts)
   return _Group.make(layout, bands, [(index, 0)], [array], nbytes), nbytes
 
@@ -358,8 +354,7 @@ def _planned(
   for array in arrays:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
-  contiguous = (functools.partial(host.contiguous, np.asarray(x)) for x in arrays)
-  whole = pool.run(contiguous, [x.nbytes for x in arrays])
+  whole = pool.each(host.contiguous, map(np.asarray, arrays))
   planned = iter(plans.plan([x for i, x in enumerate(whole) if i not in known]))
   return [
     plans.Plan(x, None, (plans.Part(x),)) if i in known else next(planned)

@@ -95,8 +95,7 @@ def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
   Returns:
     The plans.
   """
-  sizes = [array.nbytes for array in arrays]
-  candidates = pool.run((functools.partial(_candidates, x) for x in arrays), sizes)
+  candidates = pool.each(_candidates, arrays)
   parts = [x for choices in candidates for _, parts in choices for x in parts]
   of_parts = _with_layouts(parts)
   planned = iter(_planned([x for x in of_parts if x.layout]))
@@ -149,10 +148,7 @@ def _with_layouts(parts: Sequence[np.ndarray]) -> list[_Draft]:
       groups.setdefault(key, []).append(i)
   for members in groups.values():
     jobs[members[0]] = functools.partial(_of_integers, [parts[i] for i in members])
-  pairs = zip(
-    jobs, pool.run(jobs.values(), [parts[i].nbytes for i in jobs]), strict=True
-  )
-  chosen = dict(pairs)
+  chosen = dict(zip(jobs, pool.run(jobs.values()), strict=True))
   for members in groups.values():
     chosen |= dict.fromkeys(members, chosen[members[0]])
   return _alike([_Draft(x, chosen.get(i)) for i, x in enumerate(parts)])
@@ -224,18 +220,10 @@ def _planned(drafts: list[_Draft]) -> list[Part]:
   chosen = scales_lib.of_arrays([drafts[i].array for i in lined])
   scales = dict(zip(lined, chosen, strict=True))
   fitted = [_fitted(*draft, scales.get(i)) for i, draft in enumerate(drafts)]
-  jobs = [
-    _counting(x.array, *arguments) for x, arguments in zip(drafts, fitted, strict=True)
-  ]
-  sizes = [x.array.nbytes for x in drafts]
-  counts = pool.run_lists(jobs, sizes)
-  choices = (
-    functools.partial(
-      _choose, x.array, layout, own_scales, functools.reduce(np.add, parts)
-    )
-    for x, (layout, own_scales, _), parts in zip(drafts, fitted, counts, strict=True)
-  )
-  return pool.run(choices, sizes)
+  arrays = [draft.array for draft in drafts]
+  pairs = zip(arrays, fitted, strict=True)
+  counts = pool.run_lists([_counting(array, *ways) for array, ways in pairs])
+  return pool.each(_choose, arrays, fitted, counts)
 
 
 def _fitted(
@@ -279,11 +267,11 @@ def _counting(
 
 def _choose(
   array: np.ndarray,
-  layout: layouts.Layout,
-  scales: contexts.Scales | None,
-  counts: np.ndarray,
+  fitted: tuple[layouts.Layout, contexts.Scales | None, int],
+  block_counts: list[np.ndarray],
 ) -> Part:
   """Returns the part with the fewest bytes: with scales, with one table, or neither."""
+  (layout, scales, _), counts = fitted, np.sum(block_counts, axis=0)
   counts = counts[:, : np.flatnonzero(counts.any(axis=0))[-1] + 1]
   total = counts.sum(axis=0, keepdims=True)
   choices = [(contexts.choose(layout, None, total).costs, Coded(layout, None, total))]

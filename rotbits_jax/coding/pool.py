@@ -9,6 +9,7 @@ The JAX programs of `run` run on the CPU, because their data is in its memory.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 import contextlib
+import functools
 import os
 import threading
 from typing import Any, TypeVar
@@ -18,8 +19,6 @@ import jax
 from rotbits_jax.system import host
 
 _Result = TypeVar('_Result')
-
-_FEW = 1 << 18  # bytes
 
 _lock = threading.Lock()
 _pools: dict[str, futures.ThreadPoolExecutor] = {}
@@ -32,15 +31,11 @@ def threads() -> int:
   return count() or 1
 
 
-def run(
-  jobs: Iterable[Callable[[], _Result]], sizes: Iterable[int] | None = None
-) -> list[_Result]:
+def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   """Runs jobs side by side.
 
   Args:
     jobs: functions without arguments that do not call `run`.
-    sizes: about how many bytes each job is for. Neighbours with few bytes run one after
-      the other, because to start a job takes longer. By default none do.
 
   Returns:
     The results of the jobs, in order.
@@ -48,44 +43,31 @@ def run(
   Raises:
     Exception: the exception of the first job that failed, after all jobs have ended.
   """
-  pool = _pool('blocks')
-  started = [pool.submit(in_turn, own) for own in _together(list(jobs), sizes)]
+  started = [_pool('blocks').submit(job) for job in jobs]
   futures.wait(started)
   try:
-    return [x for own in map(futures.Future.result, started) for x in own]
+    return [future.result() for future in started]
   finally:
     # The exception of a job refers to these frames, which must not refer to the job.
     started.clear()
 
 
+def each(function: Callable[..., _Result], *arguments: Iterable[Any]) -> list[_Result]:
+  """Calls a function for arguments side by side, as `map` does in turn."""
+  return run(functools.partial(function, *x) for x in zip(*arguments, strict=True))
+
+
 def run_lists(
-  lists: Sequence[Sequence[Callable[[], _Result]]], sizes: Iterable[int]
+  lists: Sequence[Sequence[Callable[[], _Result]]],
 ) -> list[list[_Result]]:
-  """Runs lists of jobs, each list for so many bytes; returns the results of each."""
-  each = [n // len(jobs) for jobs, n in zip(lists, sizes, strict=True) for _ in jobs]
-  results = iter(run((job for jobs in lists for job in jobs), each))
+  """Runs lists of jobs, and returns the results of each list."""
+  results = iter(run(job for jobs in lists for job in jobs))
   return [[next(results) for _ in jobs] for jobs in lists]
 
 
 def start(job: Callable[[], object]) -> None:
   """Starts a job for whose result nobody waits, such as to compile a program."""
   _pool('blocks').submit(job)
-
-
-def _together(
-  jobs: list[Callable[[], _Result]], sizes: Iterable[int] | None
-) -> list[list[Callable[[], _Result]]]:
-  """Divides jobs into runs of neighbours with few bytes."""
-  if sizes is None:
-    return [[job] for job in jobs]
-  found, left = list[list[Callable[[], _Result]]](), -1
-  for job, size in zip(jobs, sizes, strict=True):
-    left -= size
-    if left < 0:
-      found.append([])
-      left = max(_FEW - size, 0)
-    found[-1].append(job)
-  return found
 
 
 def in_turn(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:

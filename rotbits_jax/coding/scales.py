@@ -62,19 +62,17 @@ def of_counts(layout: layouts.Layout, counts: np.ndarray) -> np.ndarray:
 def of_arrays(arrays: Sequence[np.ndarray]) -> list[contexts.Scales]:
   """Chooses the scales of arrays of floats or integers, by sums of their squares."""
   matrices = [x.reshape(contexts.matrix_shape(x.shape)) for x in arrays]
-  sizes, exponents = [x.nbytes for x in matrices], map(_exponent_of, matrices)
-  pairs = list(zip(matrices, exponents, strict=True))
-  weights = pool.run((functools.partial(_weights, *pair) for pair in pairs), sizes)
+  exponents = [_exponent_of(matrix) for matrix in matrices]
+  weights = pool.each(_weights, matrices, exponents)
   jobs = [
     [
-      functools.partial(_sums, matrix[rows], own, exponent)
+      functools.partial(_sums, matrix[rows], of_columns, exponent)
       for rows in line_sums.row_parts(matrix.shape)
     ]
-    for (matrix, exponent), own in zip(pairs, weights, strict=True)
+    for matrix, of_columns, exponent in zip(matrices, weights, exponents, strict=True)
   ]
-  parts = map(line_sums.joined, pool.run_lists(jobs, sizes))
-  sums = zip(parts, [exponent for _, exponent in pairs], strict=True)
-  return pool.run((functools.partial(_chosen, *x) for x in sums), sizes)
+  sums = map(line_sums.joined, pool.run_lists(jobs))
+  return pool.each(_chosen, sums, exponents)
 
 
 # ---- sums of squares -----------------------------------------------------------------
