@@ -20,7 +20,7 @@ from rotbits_jax.file import writer
 from tests import random_models
 
 ROOT = pathlib.Path(__file__).parents[1]
-SLICED = checkpoints.example()
+SLICED, DENSE = map(checkpoints.example, ('phi2-tiny-sliced-0.25', 'llama-tiny-dense'))
 TREE = {'a': {'b': np.arange(3)}, 'c': np.ones(4, np.float32), 'd': np.zeros((9, 9))}
 OTHER = {'a': {'b': np.arange(3) + 1}, 'c': np.zeros(4, np.float32)}
 
@@ -260,14 +260,14 @@ def test_the_file_is_within_a_percent_of_the_size(tmp_path):
 
 @pytest.mark.slow
 def test_processes_write_the_bytes_of_one(tmp_path):
-  write(tmp_path / 'one', SLICED, preset='free', shard_size=200_000)
+  write(tmp_path / 'one', DENSE, shard_size=200_000)
   program = (
     'import jax, sys\n'
     f'jax.distributed.initialize("localhost:{20000 + os.getpid() % 20000}", 4, '
     'int(sys.argv[1]))\n'
     'import rotbits_jax\n'
-    f'rotbits_jax.encode_to_file({str(SLICED)!r}, {str(tmp_path / "four")!r}, '
-    'preset="free", shard_size=200_000)\n'
+    f'rotbits_jax.encode_to_file({str(DENSE)!r}, {str(tmp_path / "four")!r}, '
+    'shard_size=200_000)\n'
   )
   processes = [
     subprocess.Popen([sys.executable, '-c', program, str(i)], cwd=ROOT)
@@ -282,12 +282,12 @@ def test_a_cluster_writes_the_bytes_of_one_process(tmp_path):
   ray = pytest.importorskip('ray')
   from examples import encode_on_ray
 
-  options = {'preset': 'free', 'shard_size': 200_000}
-  write(tmp_path / 'one', SLICED, **options)
+  write(tmp_path / 'one', DENSE, shard_size=200_000)
   environment = {'env_vars': {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}}
   ray.init(num_cpus=2, include_dashboard=False, runtime_env=environment)
   try:
-    encode_on_ray.encode(str(SLICED), str(tmp_path / 'ray'), **options)
+    paths = str(DENSE), str(tmp_path / 'ray')
+    encode_on_ray.encode(*paths, shard_size=200_000)
   finally:
     ray.shutdown()
   assert contents(tmp_path / 'ray') == contents(tmp_path / 'one')

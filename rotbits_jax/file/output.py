@@ -9,6 +9,7 @@ and the settings, so a run that was killed finds the shards that it had written.
 from collections.abc import Iterable, Iterator
 import contextlib
 import glob
+import itertools
 import os
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import uuid
 
 import jax
+from jax._src import distributed
 
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import inputs as inputs_lib
@@ -24,6 +26,9 @@ from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import verification
 from rotbits_jax.system import outputs
 from rotbits_jax.system import progress as progress_lib
+
+_LONGEST_WAIT = 7 * 24 * 3600 * 1000  # milliseconds
+_barriers = itertools.count()  # each is used once
 
 
 def write_file(
@@ -241,24 +246,27 @@ class ShardPlan:
     with progress_lib.Progress('encode', size, 'B', show=progress) as bar:
       for index in indices:
         self.encode(index, bar)
-    _wait_for_all(processes)
+    _wait_for_all()
     size = self.encoded_bytes()
-    _wait_for_all(processes)
+    _wait_for_all()
     if process == 0:
       if accepted is None or size in accepted:
         self.publish(check=check)
       else:
         self.discard()
-    _wait_for_all(processes)
+    _wait_for_all()
     return size
 
 
-def _wait_for_all(processes: int) -> None:
-  """Waits until all processes are here."""
-  if processes > 1:
-    from jax.experimental import multihost_utils  # needs jax.distributed
+def _wait_for_all() -> None:
+  """Waits until all processes of `jax.distributed` are here.
 
-    multihost_utils.sync_global_devices('rotbits_jax')
+  They meet at the coordinator, because a collective of their devices may have to wait
+  for threads of the encoder.
+  """
+  if jax.process_count() > 1:
+    client: Any = distributed.global_state.client
+    client.wait_at_barrier(f'rotbits_jax {next(_barriers)}', _LONGEST_WAIT)
 
 
 @contextlib.contextmanager
