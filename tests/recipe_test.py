@@ -252,14 +252,14 @@ def test_parts_and_shards(tmp_path):
   path = 'layers.1/attention/query/kernel'
   found = rotbits_jax.read_tensor(data, path, base=dense)
   assert structured.same_bits(found, model.layer(1)['attention']['query']['kernel'])
-  target = tmp_path / 'x.rotbits'
   for size in (None, 3000):
+    target = tmp_path / f'{size}.rotbits'
     rotbits_jax.encode_to_file(
       model, target, base=dense, preset='exact', shard_size=size, check=True
     )
     found = rotbits_jax.load(target, base=dense)
     assert structured.same_bits(jax.device_get(found.params), model.params)
-  assert len(list(tmp_path.glob('*.rotbits'))) > 3
+  assert len(list(target.glob('*.rotbits'))) > 3
 
 
 def as_integers(array):
