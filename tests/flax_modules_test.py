@@ -34,7 +34,7 @@ def _structured() -> models.Model:
     thin.astype(np.float16), np.zeros((20, 1), np.float16), 20
   )
   up = layers[0]['mlp']['up']
-  integers = np.rint(up['kernel'].astype(np.float32) * 64).astype(np.int8)
+  integers = np.rint(up['kernel'].astype(np.float32) * 64).astype(np.int16)
   up['kernel'] = structured.UniformlyQuantized(integers, np.float32(1 / 64), 'float16')
   return models.from_layers(model.config, model.outer(), layers)
 
