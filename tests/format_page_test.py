@@ -163,6 +163,8 @@ def test_settings_and_arrays_of_leaves(subtests):
         rf'^\*\*`{leaf.type_name}`\.\*\*(?:.+\n)+',
       )
       about = re.findall(f'{row}|{paragraph}', text, re.M)
+      if leaf.type_name == 'difference':
+        about += re.findall(r'^## Differences from (?:.|\n)+?^## ', text, re.M)
       settings, arrays = leaf.stored()
       assert {*settings, *arrays} <= names(' '.join(about))
 

@@ -44,7 +44,7 @@ def test_what_changes_the_content_changes_the_folder(tmp_path):
     rotbits_jax.snapshot(path, dtype='bfloat16'),
   ]
   assert len(set(folders)) == 3
-  assert (folders[0] / 'modeling_sliced_phi.py').exists()
+  assert (folders[0] / 'modeling_sliced.py').exists()
   assert rotbits_jax.snapshot(path, format='transformers') == folders[0]
 
 
