@@ -171,9 +171,9 @@ def open_plain(
   """
   weights = folder_lib.find_weights(pathlib.Path(path))
   if folder_lib.is_torch(weights):
+    why = '' if reason is None else f'{reason}, and '
     raise errors.UnsupportedError(
-      f'{weights}: of PyTorch files only models of known families are read; '
-      'convert others to safetensors'
+      f'{why}{weights} is not safetensors, in which any family is stored'
     )
   shards, index = [weights], {}
   if weights.suffix == '.json':
