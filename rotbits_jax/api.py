@@ -3,6 +3,12 @@
 Functions that read a file take its path, its bytes, or an open binary file. `decode`
 and `load` hold the whole model in memory; `encode_to_file`, `decode_to_directory` and
 `verify` hold a few layers.
+
+Raises:
+  ContainerError: if a file is not of this format or is damaged, or if its base is
+    missing or another one.
+  CheckpointError: if a checkpoint cannot be read.
+  OSError: if a path cannot be read or written.
 """
 
 from collections.abc import Mapping
@@ -133,8 +139,9 @@ def encode_to_file(
   n-th shard.
 
   Args:
-    source: the path of a checkpoint, or a source of `encode`. A checkpoint at a path
-      that is not of a known family is stored as plain tensors, with 'exact'.
+    source: the path of a checkpoint, or a source of `encode`. 'exact' stores a dense
+      checkpoint of safetensors files as plain tensors, whatever its family is, and the
+      files come back byte for byte.
     path: path of the file, or of the folder of shards, which also gets their index in
       Hugging Face's format.
     preset: see `encode`.
@@ -149,27 +156,21 @@ def encode_to_file(
     overwrite: whether an existing file may be replaced. No file of the source or
       the base is.
     check: whether to decode everything that was written before a file is replaced, and
-      to compare it with the source if the preset keeps all bits, see `verify`. It needs
-      a single process.
+      to compare it with the source if the preset keeps all bits, see `verify`.
     progress: whether to show the progress on stderr.
     options: options of the preset, if it is given by its name.
 
   Raises:
     ValueError: see `encode`.
-    CheckpointError: if the checkpoint cannot be read.
-    ContainerError: if the check fails.
-    OSError: if the file cannot be written or must not be replaced.
   """
-  inputs = source, base
-  check_path = {'inputs': inputs, 'overwrite': overwrite}
-  output.check_path(path, shard_size, **check_path)
   content = files, stem, base
+  target: Any = {'inputs': (source, base), 'overwrite': overwrite}
 
   def write(encoder: encode_lib.Encoder, accepted: range | None = None) -> int:
-    settings = {'check': check, 'progress': progress, 'accepted': accepted}
+    settings: Any = {'check': check, 'progress': progress, 'accepted': accepted}
     if shard_size is None:
-      return output.write_file(encoder, path, **check_path, **settings)
-    plan = output.ShardPlan(encoder, path, shard_size, **check_path)
+      return output.write_file(encoder, path, **target, **settings)
+    plan = output.ShardPlan(encoder, path, shard_size, **target)
     return plan.write(**settings)
 
   if target_size is None:
@@ -255,10 +256,7 @@ def decode(
     a checkpoint that is stored as plain tensors, it returns the tensors by name.
 
   Raises:
-    ContainerError: if the file is not of this format or is damaged, or if the base is
-      missing or another one.
     ValueError: if `like` has other leaves than the PyTree in the file.
-    OSError: if the path cannot be read.
   """
   with file.Reader(source, base=base) as reader:
     found = reader.read(show_progress=progress)
@@ -306,10 +304,7 @@ def load(
     narrow them; with `sharding` they keep these bits on the devices.
 
   Raises:
-    ContainerError: as for `decode`.
-    CheckpointError: if the base cannot be read.
     ValueError: if there are no such layers, or the dtype is not one of floats.
-    OSError: if the path cannot be read.
   """
   wanted = None if dtype is None else structured.floating(dtype)
   with file.Reader(source, base=base) as reader:
@@ -330,12 +325,7 @@ def load(
 def decode_checkpoint(
   source: file.Readable, *, base: Base | None = None, progress: bool = False
 ) -> checkpoints.Checkpoint:
-  """Decodes the model in a file with its sidecar files and its stem; see `decode`.
-
-  Raises:
-    ContainerError: as for `decode`, or if the file does not hold a model.
-    OSError: if the path cannot be read.
-  """
+  """Decodes the model in a file with its sidecar files and its stem; see `decode`."""
   with file.Reader(source, base=base) as reader:
     model = reader.read(as_model=True, show_progress=progress)
     if not isinstance(model, models.Model):
@@ -374,10 +364,8 @@ def decode_to_directory(
     progress: whether to show the progress on stderr.
 
   Raises:
-    ContainerError: as for `decode_checkpoint`.
     ValueError: if the format, shard_size or dtype does not suit the model, if numbers
       are too large for the dtype, or if a file of the source or the base would be lost.
-    OSError: if a path cannot be read or written, or a file must not be replaced.
   """
   with file.Reader(source, base=base) as reader:
     directory_lib.write(
@@ -398,10 +386,6 @@ def read_record(source: file.Readable, name: str, *, base: Base | None = None) -
   >>> data = rotbits_jax.encode({'w': np.ones(2), 'b': np.zeros(2)})
   >>> rotbits_jax.read_record(data, 'w')
   {'w': array([1., 1.])}
-
-  Raises:
-    ContainerError: as for `decode`, or if there is no such record.
-    OSError: if the path cannot be read.
   """
   with file.Reader(source, base=base) as reader:
     return reader.record(name)
@@ -416,10 +400,6 @@ def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -
   >>> data = rotbits_jax.encode({'layer': {'w': np.ones(2)}})
   >>> rotbits_jax.read_tensor(data, 'layer/w').tolist()
   [1.0, 1.0]
-
-  Raises:
-    ContainerError: as for `decode`, or if there is no such parameter.
-    OSError: if the path cannot be read.
   """
   with file.Reader(source, base=base) as reader:
     return reader.tensor(path)
@@ -431,10 +411,6 @@ def inspect(source: file.Readable) -> savings.Report:
   >>> report = rotbits_jax.inspect(rotbits_jax.encode({'w': np.ones((64, 64))}))
   >>> report.preset, report.input_bytes
   ('exact', 32768)
-
-  Raises:
-    ContainerError: if the source is not of this format or its manifest is damaged.
-    OSError: if the path cannot be read.
   """
   with file.Reader(source) as reader:
     return savings.from_reader(reader)
@@ -468,11 +444,6 @@ def verify(
 
   Returns:
     The counts and measurements.
-
-  Raises:
-    ContainerError: if the file is damaged, or if it differs from the checkpoint.
-    CheckpointError: if the checkpoint cannot be read.
-    OSError: if a path cannot be read.
   """
   with file.Reader(source, base=base) as reader:
     expected = None
@@ -507,8 +478,11 @@ def _encoder(
   base: Base | None,
 ) -> encode_lib.Encoder:
   """Returns the encoder of a source, or of the checkpoint at a path."""
-  is_path = isinstance(source, str | os.PathLike)
-  opened: Any = checkpoints.open_any(source) if is_path else sources.of(source)
+  opened: Any
+  if isinstance(source, str | os.PathLike):
+    opened = checkpoints.open_any(source)
+  else:
+    opened = sources.of(source)
   default = presets.default(opened.config) if base is None else 'exact'
   made = presets.make(preset or default, **options)
   as_plain = sources.plain(opened, source) if made.keeps == 'bits' else opened

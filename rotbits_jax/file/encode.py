@@ -331,7 +331,8 @@ class Encoder:
     """Returns a record that no transform rewrites."""
     params = self._records.read(name)
     if self._context is None and self.preset.rounding is not None:
-      flat = {path: {} for path in structured.empty_dicts(params)}
+      empty = structured.empty_dicts(params)
+      flat: dict[str, Any] = {path: {} for path in empty}
       for path, leaf in structured.flatten(params).items():
         flat[path] = _rounded(self.preset.rounding, path, leaf)
       params = structured.unflatten(flat)
