@@ -41,26 +41,15 @@ from rotbits_jax import slicing
 
 
 class Accounting(NamedTuple):
-  """The elements that each scheme stores; the module docstring defines them.
+  """The elements that each scheme stores; the module docstring defines them."""
 
-  Attributes:
-    width: d, the width of the sliced segments.
-    dense: the dense model, with fused norms and an untied head.
-    slicegpt: the sliced checkpoint.
-    bits_back_ideal: bits-back coding that saves all bits of every rotation.
-    gauge_fixed: fixed rotations, and shortcuts as `I - B B^T`.
-    gauge_fixed_heads: the same, and fixed gauges of the attention heads.
-    gauge_fixed_heads_retied: the same, and the embedding as the image of the head;
-      None if the dense model's head is not tied.
-  """
-
-  width: int
-  dense: int
+  width: int  # d, the width of the sliced segments
+  dense: int  # with fused norms and an untied head
   slicegpt: int
   bits_back_ideal: int
   gauge_fixed: int
   gauge_fixed_heads: int
-  gauge_fixed_heads_retied: int | None
+  gauge_fixed_heads_retied: int | None  # None if the dense model's head is not tied
 
   def elements(self) -> dict[str, int | None]:
     """Returns the counts by scheme; that of the dense model comes first."""

@@ -21,23 +21,13 @@ _MEASURES = 'loss', 'kl', 'ear', 'kl_rerounded'
 
 
 class Evaluation(NamedTuple):
-  """The result of `evaluate`.
+  """The result of `evaluate`; what needs a reference is None without one."""
 
-  Attributes:
-    perplexity: `exp` of the mean negative log-likelihood of a token.
-    tokens: number of predicted tokens.
-    kl: mean of KL(reference || model) over the predicted tokens, in nats; None without
-      a reference.
-    kl_rerounded: mean of KL(reference || rerounded); None without a rerounded model.
-    ear: mean of the expected agreement rate with the reference, see `agreement`; None
-      without a reference.
-  """
-
-  perplexity: float
-  tokens: int
-  kl: float | None
-  kl_rerounded: float | None
-  ear: float | None
+  perplexity: float  # exp of the mean negative log-likelihood of a token
+  tokens: int  # number of predicted tokens
+  kl: float | None  # mean of KL(reference || model) over these, in nats
+  kl_rerounded: float | None  # mean of KL(reference || rerounded)
+  ear: float | None  # mean of the expected agreement rate, see `agreement`
 
 
 def evaluate(
