@@ -6,7 +6,6 @@ Arrays of a fine-tune, of a later step of a training, or of a sliced model are s
     entries          entries of the manifest: which array of the base a leaf needs
     base             finds the arrays of a base, and stores arrays beside them
     measure          chooses how differences are stored
-    scales           the sizes of the differences of rows and columns
     factors          a product of two matrices that predicts differences
     recipe           a sliced model as products with its dense base
     fit              the bases of its subspaces

@@ -298,19 +298,20 @@ def scales(
     The scales of the rows and of the columns, int16, see `structured.difference`.
   """
   rows, columns = bits.shape
-  some_columns = slice(None, None, max(columns // _LINES, 1))
+  stride = max(columns // _LINES, 1)
+  some_columns = slice(None, None, stride)
   weights, of_columns, share = np.ones(1, np.float32), np.ones(1), 1.0
   if rows >= _LEAST_LINES:
     some_rows = slice(None, None, max(rows // _LINES, 1))
     roots = _roots(bits[some_rows], known[some_rows], dtype)
-    share = np.count_nonzero(roots) / roots.size
+    share = float(np.count_nonzero(roots)) / roots.size
     of_some = roots.mean(axis=1, keepdims=True)
     present = max(np.count_nonzero(of_some), 1)
     roots = np.divide(roots, of_some, out=roots, where=of_some > 0)
     of_columns = roots.sum(axis=0, dtype=np.float64) / present
     weights = 1 / np.maximum(of_columns[some_columns], _TINY)
     weights = np.where(of_columns[some_columns], weights, 0).astype(np.float32)
-  step = max(_CHUNK // max(-(-columns // (some_columns.step)), 1), 1)
+  step = max(_CHUNK // max(-(-columns // stride), 1), 1)
   sums = [
     _roots(bits[part, some_columns], known[part, some_columns], dtype)
     for part in (slice(i, i + step) for i in range(0, rows, step))
@@ -370,8 +371,8 @@ def _coded_bits(differences: np.ndarray, classes: np.ndarray, dtype: np.dtype) -
   some, own = differences[::stride].astype(np.int64), classes[::stride].astype(np.int64)
   shifts = np.array(difference.class_shifts(dtype))
   symbols = (some + (1 << shifts[own] + 7)) >> shifts[own]
-  counts = np.bincount(own << 8 | symbols, minlength=shifts.size << 8)
-  counts = counts.reshape(-1, 256)
+  flat = np.bincount(own << 8 | symbols, minlength=shifts.size << 8)
+  counts = flat.reshape(-1, 256)
   total = counts.sum(axis=1)
   bits = (total * (np.log2(np.maximum(total, 1)) + shifts)).sum()
   bits -= (counts * np.log2(np.maximum(counts, 1))).sum()

@@ -409,7 +409,7 @@ class Difference(Structured):
     if self.equal is not None:
       if self.equal.size != -(-rows // 8):
         raise ValueError(f'{rows} rows cannot have {self.equal.size} bytes of bits')
-      places = rows - np.count_nonzero(_unpacked(self.equal, rows))
+      places = rows - int(np.count_nonzero(_unpacked(self.equal, rows)))
     if _size(self.differences) != places * width or self.differences.dtype != signed:
       raise ValueError(f'{places} rows of {width} {signed} have other differences')
     for scales, count in ((self.row_scales, places), (self.column_scales, width)):

@@ -18,7 +18,7 @@ def divide(array: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     return None
   bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
   sample = bits[:: max(bits.size >> 12, 1)]
-  if np.bitwise_or.reduce(sample) & _LOW_BITS:
+  if np.bitwise_or.reduce(sample) & _LOW_BITS:  # type: ignore[call-overload]
     return None
   sizes = np.abs(array)
   step = sizes.min(initial=np.inf, where=sizes > 0)
