@@ -123,6 +123,7 @@ def places(
   placed, end = {}, len(header)
   # Tensors without elements come first where several have one offset.
   for name in sorted(entries, key=lambda name: entries[name].data_offsets):
+    tensors_lib.check_name(name)
     entry = entries[name]
     nbytes = entry.data_offsets[1] - entry.data_offsets[0]
     if entry.dtype not in _DTYPES and not any_dtype:
@@ -133,7 +134,6 @@ def places(
     spec = tensors_lib.TensorSpec((max(nbytes, 0),), np.dtype(np.uint8))
     if entry.dtype in _DTYPES:
       spec = tensors_lib.TensorSpec(entry.shape, _DTYPES[entry.dtype])
-    tensors_lib.check_name(name)
     if not tensors_lib.numpy_holds(spec.shape, spec.dtype):
       raise errors.CheckpointError(
         f'{where}: {name} has shape {errors.cut(str(spec.shape))}'
