@@ -180,7 +180,7 @@ def decode(
     pool.each(_finish, indices, *of_arrays)
 
   plain = [g for g, x in enumerate(spec.groups) if not x.is_known]
-  jobs = [
+  jobs: list[Callable[[], None]] = [
     functools.partial(_read_bytes, parts[x.array][x.part], next(pieces)) for x in whole
   ]
   for i in range(0, len(plain), _GROUPS):
@@ -342,7 +342,7 @@ def _known_group(
       of_classes,
     )
 
-  counts = sum(pool.each(job, range(0, bits.size, blocks.CAPACITY)))
+  counts = np.sum(pool.each(job, range(0, bits.size, blocks.CAPACITY)), axis=0)
   bands, nbytes = known_lib.fit(known, counts)
   return _Group.make(layout, bands, [(index, 0)], [array], nbytes), nbytes
 

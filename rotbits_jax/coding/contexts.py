@@ -70,7 +70,7 @@ class Scales(NamedTuple):
   columns: np.ndarray
 
   @property
-  def count(self) -> int:
+  def num_classes(self) -> int:
     """The number of classes from the least to the greatest that may occur."""
     return int(self.rows.max()) + int(self.columns.max()) + 1
 
@@ -227,7 +227,9 @@ class _Tables(NamedTuple):
 def _arrange(scales: Sequence[Scales | None]) -> _Tables:
   """Arranges the tables of arrays, which share those of classes that overlap."""
   first, classes = [0] * len(scales), list[int]()
-  spans = sorted((x.base, x.count, i) for i, x in enumerate(scales) if x is not None)
+  spans = sorted(
+    (x.base, x.num_classes, i) for i, x in enumerate(scales) if x is not None
+  )
   for base, count, i in spans:
     start = base if not classes or base > classes[-1] else classes[-1] + 1
     classes += range(start, base + count)
@@ -347,8 +349,8 @@ def _scales(part: np.ndarray, sizes: Sequence[tuple[int, int]]) -> list[Scales |
     # A block of few elements makes the contexts of whole rows.
     if mode > 1 and shape[1] > buffers.ROOM:
       raise ValueError(f'rows of {shape[1]} elements cannot have scales')
-    if scales.count > MOST_CLASSES:
-      raise ValueError(f'{scales.count} classes of an array are too many')
+    if scales.num_classes > MOST_CLASSES:
+      raise ValueError(f'{scales.num_classes} classes of an array are too many')
     result.append(scales if mode else None)
   if part.size != position:
     raise ValueError(f'the scales need {position} bytes, got {part.size}')

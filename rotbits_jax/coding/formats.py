@@ -67,7 +67,8 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> layouts.Float:
     if _RUNS * run < bits.size:
       starts = np.linspace(0, bits.size - run, _RUNS).astype(int)
       part = np.concatenate([bits[start : start + run] for start in starts])
-    layout = _layout(_survey(part, form), int(np.bitwise_or.reduce(part)), dtype)
+    used = int(np.bitwise_or.reduce(part))  # type: ignore[call-overload]
+    layout = _layout(_survey(part, form), used, dtype)
     if part is bits or layout == layouts.Float(dtype, layout.most_raw_bits):
       break
   return layout

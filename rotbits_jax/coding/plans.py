@@ -234,7 +234,7 @@ def _fitted(
   alphabet = layout.alphabet
   if isinstance(layout, layouts.Int):
     alphabet = (formats.most_folded(array) >> layout.raw_bits) + 1
-  while scales and (scales.count + 1) * alphabet > blocks.MAX_ENTRIES:
+  while scales and (scales.num_classes + 1) * alphabet > blocks.MAX_ENTRIES:
     layout = dataclasses.replace(layout, raw_bits=layout.raw_bits + 1)
     alphabet = -(-alphabet // 2)
   return layout, scales, alphabet
@@ -258,7 +258,7 @@ def _counting(
       else:
         scales.write(out, start, columns, 0)
 
-    count = scales.count if scales else 1
+    count = scales.num_classes if scales else 1
     copy = lambda out: np.copyto(out, block)
     return histogram(copy, classes, block.size, (count, alphabet), layout)
 
