@@ -352,7 +352,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   ]
   config_json = config_lib.parse_json(files[CONFIG], str(folder / CONFIG))
   try:
-    config = families.parse_config(config_json, stem and slicing_jsons[stem])
+    slicing_json = None if stem is None else slicing_jsons[stem]
+    config = families.parse_config(config_json, slicing_json)
   except errors.CheckpointError as e:
     raise errors.UnsupportedError(f'{weights}: {e}') from e
   return CheckpointReader(

@@ -22,7 +22,7 @@ import os
 import pathlib
 import pickle
 import struct
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 import zipfile
 
 import ml_dtypes
@@ -239,6 +239,8 @@ class _Unpickler(pickle._Unpickler):
   number of a place says, and calls no methods to make or change a dict.
   """
 
+  stack: list[Any]
+
   def find_class(self, module: str, name: str) -> Any:
     """Returns what stands for a function, or the name of a storage."""
     if module == 'torch' and name in STORAGE_DTYPES:
@@ -256,7 +258,7 @@ class _Unpickler(pickle._Unpickler):
     raise errors.CheckpointError('a persistent id is not a storage')
 
   def load_empty_dict(self) -> None:
-    self.append(_StateDict())
+    self.stack.append(_StateDict())
 
   def load_build(self) -> None:
     """Drops the versions of PyTorch's modules, the only state of a state dict."""
@@ -264,7 +266,7 @@ class _Unpickler(pickle._Unpickler):
     if not isinstance(self.stack[-1], _StateDict) or state.keys() != {'_metadata'}:
       raise errors.CheckpointError('a dict has state other than _metadata')
 
-  dispatch = {  # noqa: RUF012
+  dispatch: ClassVar[dict[int, Any]] = {
     **{code: pickle._Unpickler.dispatch[code] for code in _OPERATIONS},
     pickle.EMPTY_DICT[0]: load_empty_dict,
     pickle.BUILD[0]: load_build,
