@@ -46,6 +46,17 @@ LEAVES = {
   'head_rows': lambda seed: structured.HeadRows(
     first=_normal(seed, 6, 2), others=_normal(seed + 9, 12, 5), groups=2, head_dim=3
   ),
+  'low_rank': lambda seed: structured.LowRank(
+    _normal(seed, 8, 1 + seed), _normal(seed + 9, 1 + seed, 5)
+  ),
+  'reduced_low_rank': lambda seed: structured.ReducedLowRank(
+    _normal(seed, 4 - seed, 1 + seed),
+    _normal(seed + 9, 1 + seed, 8),
+    size=5,
+    transposed=False,
+    basis_exponents=np.arange(-2, 3, dtype=np.int8),
+    other_exponents=np.arange(8, dtype=np.int8) - np.int8(seed),
+  ),
   'constant': lambda seed: structured.Constant.like(_lower(seed, 3, 4), 1.5),
   'multiples': lambda seed: structured.UniformlyQuantized(
     integers=np.arange(-15, 15, dtype=np.int16).reshape(6, 5) * (1 + seed),
