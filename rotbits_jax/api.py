@@ -110,6 +110,11 @@ def encode(
       if the `config.json` of a model is that of another one, or if the base has none
       of its arrays.
   """
+  if isinstance(source, str | os.PathLike):
+    raise ValueError(
+      f'{os.fspath(source)}: expected a model, got a path; encode_to_file takes one, '
+      'and open_checkpoint opens one for encode'
+    )
   encoder = _encoder(source, preset, options, files, stem, base)
   return encoder.in_memory(progress=progress)
 

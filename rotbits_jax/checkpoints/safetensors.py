@@ -119,6 +119,8 @@ def places(
   Raises:
     UnsupportedError: see `open_file`.
   """
+  if int.from_bytes(header[:8], 'little') != len(header) - 8:
+    raise errors.CheckpointError(f'{where}: header: its length is wrong')
   entries = _entries(header, f'{where}: header')
   placed, end = {}, len(header)
   # Tensors without elements come first where several have one offset.

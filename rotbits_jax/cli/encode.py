@@ -113,7 +113,7 @@ def main() -> program.Result | None:
   choice = _read_choice(source)
   preset: Any = choice.preset
   rotbits_jax.encode_to_file(
-    source,
+    _CHECKPOINT.value,
     _OUTPUT.value,
     preset=preset,
     target_size=choice.target_size,
@@ -128,6 +128,8 @@ def main() -> program.Result | None:
     return None
   report = rotbits_jax.inspect(outputs.resolved(_OUTPUT.value))
   reason = getattr(source, 'reason', None)
+  if report.family is None and reason is None:
+    source = checkpoints.open_plain(_CHECKPOINT.value)
   result = report.to_json() | {
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),

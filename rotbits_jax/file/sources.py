@@ -49,16 +49,11 @@ def of(value: Any) -> Source:
   """Returns the source of a model, an opened checkpoint, or a PyTree.
 
   Raises:
-    ValueError: if it is a path, or if a leaf of a PyTree is no array or has no name.
+    ValueError: if a leaf of a PyTree is no array or has no name.
   """
   source: Any = value
   if isinstance(value, checkpoints.Checkpoint):
     source = value.model
-  if isinstance(source, str | os.PathLike):
-    raise ValueError(
-      f'{os.fspath(source)}: expected a model, got a path; encode_to_file takes one, '
-      'and open_checkpoint opens one for encode'
-    )
   if isinstance(source, models.Model):
     return dataclasses.replace(
       source, params=native(source.params), buffers=native(source.buffers)
