@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-from unittest import mock
 import weakref
 
 import jax
@@ -20,7 +19,6 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
 from rotbits_jax.presets import steps as steps_lib
-from rotbits_jax.system import spool
 from tests import random_models
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -235,11 +233,8 @@ class Watched:
 def test_a_few_layers_are_in_memory():
   config = random_models.BASE | {'num_hidden_layers': 12, 'intermediate_size': 57}
   source = Watched(random_models.random_model(config, np.float16))
-  read = spool.Spool.__getitem__
-  noted = lambda files, key: source.note(read(files, key))
-  with mock.patch.object(spool.Spool, '__getitem__', noted):
-    steps_lib.calibrate(source, np.arange(32), max_kl=1e-2)
-  assert source.reads > 4 * 12
+  steps_lib.calibrate(source, np.arange(32), max_kl=1e-2)
+  assert source.reads >= 2 * 12
   assert source.most <= 6
 
 

@@ -13,9 +13,8 @@ A head that is the embedding as well, or that a tied embedding is made of, cause
 errors. Then the sum of both is approximated by a product of the same form.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
-import os
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.system import spool
 
 
 def measure(
@@ -92,6 +90,7 @@ def _sum(*pairs: tuple[np.ndarray, np.ndarray], axis: int) -> passes.Inputs:
 def fitted(
   measured: Sequence[Mapping[str, passes.Inputs]],
   windows: Sequence[Sequence[np.ndarray]],
+  store: Callable[[Any], Any] = np.asarray,
 ) -> dict[str, passes.Inputs]:
   """Returns A and g for rounding, given those on each of several texts.
 
@@ -103,6 +102,7 @@ def fitted(
     measured: A and g on each text, see `measure`. Matrices that share one A share one
       in the result.
     windows: the tokens of each text.
+    store: takes each A; returns the array to keep.
   """
   counts = [sum(tokens.size for tokens in text) for text in windows]
   total = sum(counts)
@@ -119,38 +119,11 @@ def fitted(
       moments = mean(x.moments for x in of_texts)
       n = len(moments)
       ridge = np.float32(np.trace(moments) * n / total**2)
-      shared[id(first.moments)] = moments + ridge * np.eye(n, dtype=np.float32)
+      moments = moments + ridge * np.eye(n, dtype=np.float32)
+      shared[id(first.moments)] = store(moments)
     outputs = mean(x.outputs for x in of_texts)
     inputs[path] = first._replace(moments=shared[id(first.moments)], outputs=outputs)
   return inputs
-
-
-class OnDisk(Mapping[str, passes.Inputs]):
-  """Inputs of matrices by path, whose moments are in a temporary file."""
-
-  def __init__(self, folder: str | os.PathLike[str] | None = None):
-    """Makes the file, see `spool.Spool`."""
-    self._moments = spool.Spool(folder)
-    self._inputs: dict[str, passes.Inputs] = {}
-
-  def add(self, inputs: Mapping[str, passes.Inputs]) -> None:
-    """Adds the inputs of the matrices of a record."""
-    shared: dict[int, str] = {}
-    for path, matrix_inputs in inputs.items():
-      first = shared.setdefault(id(matrix_inputs.moments), path)
-      if first == path:
-        self._moments[path] = matrix_inputs.moments
-      self._inputs[path] = matrix_inputs._replace(moments=first)
-
-  def __getitem__(self, path: str) -> passes.Inputs:
-    inputs = self._inputs[path]
-    return inputs._replace(moments=self._moments[inputs.moments])
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._inputs)
-
-  def __len__(self) -> int:
-    return len(self._inputs)
 
 
 @functools.partial(jax.jit, static_argnames='axis')

@@ -255,8 +255,8 @@ def _calibrated(
   # Padding is no input whose statistics are of interest.
   windows = [window for window, length in cut if length == window.size]
   bar.stage('gradients')
-  inputs = sensitivities.OnDisk(folder)
-  counts, divergences = {}, {}
+  inputs: dict[str, passes.Inputs] = {}
+  counts, divergences, store = {}, {}, spool.Spool(folder).stored
   rewritten_model: Any = context.source
   # Feedback fits the text that it has seen. So errors are made with one half of it, and
   # the other half tells their cost.
@@ -266,7 +266,7 @@ def _calibrated(
     for half in halves
   )
   for seen, *unseen in zip(*measured, strict=True):
-    inputs.add(sensitivities.fitted([seen, *unseen], halves))
+    inputs |= sensitivities.fitted([seen, *unseen], halves, store)
     index = models.names.layer_index(next(iter(seen)))
     name = None if index is None else models.names.layer(index)
     rounding = passes.to_steps(PROBE, {}, sensitivities.fitted([seen], halves[:1]))
