@@ -2,7 +2,7 @@
 
 from rotbits_jax import passes
 from rotbits_jax.presets.preset import Preset
-from rotbits_jax.presets.preset import check_finite
+from rotbits_jax.presets.preset import number
 
 
 def free(
@@ -26,12 +26,8 @@ def free(
     ValueError: if the tolerance is negative, a number is not finite, or the floor is
       below -64 or above 1, where the function would not stay the same.
   """
-  tolerance = check_finite('tolerance', tolerance, least=0)
-  floor = None if floor is None else check_finite('floor', floor, least=-64)
-  if floor is not None and floor > 1:
-    raise ValueError(
-      f'floor must be at most 1, got {floor}: near rounds to coarser steps'
-    )
+  tolerance = number('tolerance', tolerance, 0)
+  floor = None if floor is None else number('floor', floor, -64, 1)
   return Preset(
     name='free',
     options={'tolerance': tolerance, 'floor': floor},

@@ -1,11 +1,12 @@
 """The preset `near`, which rounds to coarse steps; `presets.steps` searches them."""
 
 from collections.abc import Mapping
+import math
 
 from rotbits_jax import passes
 from rotbits_jax.presets.free import without_gauges
 from rotbits_jax.presets.preset import Preset
-from rotbits_jax.presets.preset import check_finite
+from rotbits_jax.presets.preset import number
 
 
 def near(
@@ -36,19 +37,11 @@ def near(
 
   Raises:
     ValueError: if the tolerance is negative, if a number is not finite, or if the step
-      is too fine to save bytes, or too coarse to keep anything.
+      is too fine to save bytes, or too coarse to keep anything: `free` keeps more.
   """
-  step = check_finite('step', step)
-  if step < passes.FINEST:
-    raise ValueError(
-      f'step must be at least {passes.FINEST:g}, got {step}: `free` keeps more'
-    )
-  if step > passes.COARSEST:
-    raise ValueError(
-      f'step must be at most {passes.COARSEST:g}, got {step}: nearly all would be 0'
-    )
-  offsets = {key: check_finite(key, value) for key, value in (offsets or {}).items()}
-  tolerance = check_finite('tolerance', tolerance, least=0)
+  step = number('step', step, passes.FINEST, passes.COARSEST)
+  offsets = {key: number(key, x, -math.inf) for key, x in (offsets or {}).items()}
+  tolerance = number('tolerance', tolerance, 0)
   return Preset(
     name='near',
     options={

@@ -35,19 +35,10 @@ class Preset(NamedTuple):
   coder: str = 'weights'
 
 
-def check_finite(name: str, value: Any, *, least: float = -math.inf) -> float:
-  """Returns the value of an option as a float.
-
-  Args:
-    name: name of the option.
-    value: its value.
-    least: the least valid value.
-
-  Raises:
-    ValueError: if the value is not a finite number, or too small.
-  """
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not (is_number and math.isfinite(value) and value >= least):
-    bound = '' if least == -math.inf else f', at least {least:g}'
-    raise ValueError(f'{name} must be a finite number{bound}, got {value!r}')
+def number(name: str, value: Any, least: float, most: float = math.inf) -> float:
+  """Returns the value of an option as a float; a ValueError if it is out of range."""
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not (is_number and math.isfinite(value) and least <= value <= most):
+    expected = f'must be a finite number from {least:g} to {most:g}'
+    raise ValueError(f'{name} {expected}, got {value!r}')
   return float(value)
