@@ -11,7 +11,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.symmetries import biases
+from rotbits_jax.symmetries import heads
 from tests import random_models
 from tests import transform_checks
 
@@ -99,7 +99,7 @@ class BiasesTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     out, value, kernel = (rng.standard_normal(s) for s in ((5,), (2, 3), (2, 4, 3, 5)))
     expected = out + sum(value[g] @ kernel[g, j] for g in range(2) for j in range(4))
-    take_up = functools.partial(biases.with_value_bias, kv_heads=2)
+    take_up = functools.partial(heads.with_value_bias, kv_heads=2)
     arrays = (out, value.reshape(6), kernel.reshape(24, 5))
     arrays = tuple(x.astype(np.float32) for x in arrays)
     got = jax.jit(take_up)(*arrays)

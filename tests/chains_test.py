@@ -101,32 +101,31 @@ class RefusalsTest(parameterized.TestCase):
 
   def test_presets_refuse_what_they_cannot_take(self):
     rotation = TRANSFORMS['rotation']
-    with self.assertRaisesRegex(ValueError, "embedding' takes numbers as they"):
+    with self.assertRaisesRegex(ValueError, "embedding' takes weights as they"):
       presets.exact(transforms=(rotation,))
     with self.assertRaisesRegex(ValueError, "'residual gauge' must be the first"):
       presets.free(transforms=(TRANSFORMS['residual gauge'],))
-    with self.assertRaisesRegex(ValueError, 'embedding. takes numbers as they are'):
+    with self.assertRaisesRegex(ValueError, 'embedding. takes weights as they are'):
       presets.near(transforms=(TRANSFORMS['exactly tied embedding'],))
     presets.free(transforms=(rotation,))
 
   def test_a_rounding_that_does_not_fit_is_refused(self):
     model, _ = _model('dense')
-    with self.assertRaisesRegex(ValueError, "'rotation' takes float32 numbers"):
+    with self.assertRaisesRegex(ValueError, "'rotation' takes float32 weights"):
       passes.run_chain((TRANSFORMS['rotation'],), model, rounding=None)
-    with self.assertRaisesRegex(ValueError, 'takes numbers as they are stored'):
+    with self.assertRaisesRegex(ValueError, 'takes weights as they are stored'):
       passes.run_chain((TRANSFORMS['exactly tied embedding'],), model)
 
-  @parameterized.parameters('layers', 'outer')
+  @parameterized.parameters('layer', 'outer')
   def test_a_large_error_ends_the_work_in_every_preset(self, where):
     def damage(path, params):
       params[path] = params[path] * 1.5
       return passes.note(path, params[path], error=0.5)
 
     damaging = {
-      'layers': lambda context, state, first, layers: (
-        state,
-        layers,
-        [[damage('mlp/down/kernel', layer)] for layer in layers],
+      'layer': lambda context, state, index, params: (
+        params,
+        [damage('mlp/down/kernel', params)],
       ),
       'outer': lambda context, state, params: (
         params,
@@ -134,7 +133,7 @@ class RefusalsTest(parameterized.TestCase):
       ),
     }
     transform = passes.Transform('damage', **{where: damaging[where]})
-    tensor = {'layers': 'mlp/down/kernel', 'outer': 'embed/tokens'}[where]
+    tensor = {'layer': 'mlp/down/kernel', 'outer': 'embed/tokens'}[where]
     message = f'damage: {tensor} has a relative error of 0.5'
     model, _ = _model('dense', np.float16)
     for make in (presets.free, presets.near, presets.exact):

@@ -113,16 +113,15 @@ class Int8(structured.Structured):
     return self  # it is quantised already
 
 
-def _quantize_layers(context, state, first, layers):
-  for layer in layers:
-    for path, x in layer.items():
-      if 'mlp' in path and structured.is_plain(x) and x.ndim == 2:
-        scale = jnp.abs(jnp.float32(x)).max(axis=0, keepdims=True) / 127
-        layer[path] = Int8(jnp.round(jnp.float32(x) / scale).astype(jnp.int8), scale)
-  return state, layers, [[] for _ in layers]
+def _quantize_layer(context, state, index, params):
+  for path, x in params.items():
+    if 'mlp' in path and structured.is_plain(x) and x.ndim == 2:
+      scale = jnp.abs(jnp.float32(x)).max(axis=0, keepdims=True) / 127
+      params[path] = Int8(jnp.round(jnp.float32(x) / scale).astype(jnp.int8), scale)
+  return params, []
 
 
-QUANTIZER = passes.Transform('int8', layers=_quantize_layers)
+QUANTIZER = passes.Transform('int8', layer=_quantize_layer)
 
 
 @functools.cache
@@ -309,7 +308,7 @@ class RoundTripTest(Checks):
     report = rotbits_jax.inspect(data)
     self.assertEqual(
       [line.name for line in report.lines[:-3]],
-      [*preset.transform.names, 'rounding'],
+      [*(x.name for x in preset.transform), 'rounding'],
     )
     model = rotbits_jax.decode(data)
     kernel = model.layer(1)['mlp']['down']['kernel']

@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 
 from rotbits_jax import checkpoints
-from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.symmetries import biases
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import low_rank
@@ -89,9 +87,9 @@ def _some(rng, paths):
 # Functions, each with a function that makes its float32 arguments from a generator.
 FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
-  'polar_from_gram': (canonical.polar_from_gram, lambda r: (_normal(r, 6, 8),)),
-  'lower_factor': (
-    shortcuts.lower_factor,
+  'quick_polar': (canonical.quick_polar, lambda r: (_normal(r, 6, 8),)),
+  'narrowing_rotation': (
+    shortcuts.narrowing_rotation,
     lambda r: (_orthogonal(r, 6), _normal(r, 6, 5)),
   ),
   'factors': (
@@ -111,9 +109,7 @@ FUNCTIONS = {
     lambda r: (structured.LowRank(_normal(r, 6, 2), _normal(r, 2, 8)),),
   ),
   'fold_norm_scales': (
-    functools.partial(
-      norms.fold_norm_scales, config=DENSE, axes=models.layout.layer_axes(DENSE)
-    ),
+    functools.partial(norms.fold_norm_scales, config=DENSE),
     lambda r: (_dense_layer(r),),
   ),
   'lower': (rotations.lower, lambda r: (_normal(r, 6, 3),)),
@@ -149,7 +145,7 @@ FUNCTIONS = {
     lambda r: (_some(r, heads.KEYS),),
   ),
   'with_value_bias': (
-    functools.partial(biases.with_value_bias, kv_heads=2),
+    functools.partial(heads.with_value_bias, kv_heads=2),
     lambda r: (_normal(r, 6), _normal(r, 4), _normal(r, 8, 6)),
   ),
   'fix_pair': (low_rank.fix_pair, lambda r: (_normal(r, 8, 3), _normal(r, 3, 6))),

@@ -224,7 +224,7 @@ def test_what_cannot_be_rotated_keeps_its_bases():
     own = found.layer(1)['mlp']['up']['kernel']
     np.testing.assert_array_equal(np.isfinite(own), np.isfinite(kernel))
     (note,) = rotbits_jax.inspect(data).notes['residual gauge']
-    assert note['obstacle'].startswith('layers.1/mlp/up/kernel has numbers')
+    assert note['obstacle'].startswith('layers.1/mlp/up/kernel has weights')
 
 
 def test_a_base_with_numbers_too_large_for_a_product(subtests):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
 
 from fuzz import seeds
 from rotbits_jax import checkpoints
@@ -19,7 +18,6 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from tests import devices
 from tests import random_models
 from tests import transform_checks
 
@@ -31,11 +29,7 @@ def _map(name, function):
   on_all = lambda params: {path: function(x) for path, x in params.items()}
   return passes.Transform(
     name,
-    layers=lambda context, state, first, layers: (
-      state,
-      [on_all(layer) for layer in layers],
-      [[] for _ in layers],
-    ),
+    layer=lambda context, state, index, params: (on_all(params), []),
     outer=lambda context, state, params: (on_all(params), []),
   )
 
@@ -190,24 +184,16 @@ def running_sum():
   def init(context):
     return jnp.zeros((), jnp.int32), jnp.asarray(context.config.num_layers * 1.0)
 
-  def core(kernel, total, *, factor):
-    return kernel * factor + total, jnp.sum(jnp.abs(kernel))
+  path = 'mlp/down/kernel'
 
-  def layers(context, state, first, layers):
-    index, total = state
-    assert int(index) == first
-    arguments = [
-      (layer['mlp/down/kernel'], jnp.float32(i))
-      for i, layer in enumerate(layers, first)
-    ]
-    notes = []
-    results = context.map_layers(core, arguments, factor=0.5)
-    for i, (layer, (kernel, own)) in enumerate(zip(layers, results, strict=True)):
-      total = jax.device_put(total, own.device) + own
-      layer['mlp/down/kernel'] = kernel - arguments[i][1]
-      path = f'layers.{first + i}/mlp/down/kernel'
-      notes.append([passes.note(path, kernel, sum=total)])
-    return (index + len(layers), total), layers, notes
+  def advance(context, state, index, params):
+    count, total = state
+    assert int(count) == index
+    return count + 1, total + jnp.sum(jnp.abs(params[path]))
+
+  def layer(context, state, index, params):
+    params[path] = kernel = params[path] / 2
+    return params, [passes.note(f'layers.{index}/{path}', kernel, sum=state[1])]
 
   def outer(context, state, outer):
     index, total = state
@@ -216,7 +202,7 @@ def running_sum():
     outer['head/kernel'] = leaf = structured.Constant.like(kernel, 0.0)
     return outer, [passes.note('head/kernel', leaf)]
 
-  return passes.Transform('sums', init=init, layers=layers, outer=outer)
+  return passes.Transform('sums', init=init, advance=advance, layer=layer, outer=outer)
 
 
 class MakeTest(absltest.TestCase):
@@ -308,9 +294,8 @@ class RewriteTest(parameterized.TestCase):
     transform = presets.free().transform
     for k in sorted({0, 1, count // 2, count - 1, count}):
       state = None
-      if how == 'state' and k:  # as if the state was read from a file
-        leaves = [np.asarray(x) for x in jax.tree.leaves(yielded[k - 1][1])]
-        state = jax.tree.unflatten(jax.tree.structure(transform.init(context)), leaves)
+      if how == 'state' and k:
+        state = yielded[k - 1][1]
       rest = passes.rewrite(context, transform, layers=range(k, count), state=state)
       for (records, _), (expected, _) in zip(rest, yielded[k:], strict=True):
         transform_checks.assert_same_records(records, expected)
@@ -319,20 +304,15 @@ class RewriteTest(parameterized.TestCase):
     path = 'mlp/up/kernel'
     double = passes.Transform(
       'double',
-      layers=lambda context, state, first, layers: (
-        state,
-        [layer | {path: 2 * layer[path]} for layer in layers],
-        [[] for _ in layers],
+      layer=lambda context, state, index, params: (
+        params | {path: 2 * params[path]},
+        [],
       ),
     )
     total = passes.Transform(
       'total',
       init=lambda context: jnp.float32(0),
-      layers=lambda context, state, first, layers: (
-        state + sum(jnp.abs(layer[path]).sum() for layer in layers),
-        layers,
-        [[] for _ in layers],
-      ),
+      advance=lambda context, state, index, params: state + jnp.abs(params[path]).sum(),
     )
     context = passes.make_context(_load('llama-tiny-dense'))
     found = []
@@ -360,67 +340,6 @@ class RewriteTest(parameterized.TestCase):
     savings = [record.savings for records, _ in yielded for record in records]
     self.assertEqual([len(s) for s in savings], [6, 6, 6, 6, 0])
     self.assertEqual(context.config.num_layers, 3)
-
-
-# ---- several devices -----------------------------------------------------------------
-
-
-MANY_WIDTHS = [16, 16, 18, 18] + [14] * 14 + [24]
-DENSE = random_models.BASE | {'num_hidden_layers': 9, 'vocab_size': 64}
-
-# Models with more layers than devices.
-MESH_SOURCES = {
-  'alike': lambda: random_models.sliced_llama([18] * 18 + [24], np.float16),
-  'widths': lambda: random_models.sliced_llama(MANY_WIDTHS, np.float32),
-  'dense': lambda: random_models.random_model(DENSE, np.float16),
-}
-
-
-def rewrite_over_devices(names):
-  """Prints a hash of each record of some models, rewritten on all devices."""
-  import hashlib
-
-  devices = jax.device_count()
-  mesh = jax.make_mesh((devices,), ('layers',)) if devices > 1 else None
-  chain = passes.chain(presets.free().transform, running_sum())
-  for name in names:
-    context = passes.make_context(MESH_SOURCES[name](), mesh=mesh)
-    sizes = []
-    for records, _ in passes.rewrite(context, chain):
-      sizes.append(len(records))
-      for record in records:
-        for path, found in sorted(transform_checks.bits(record.params).items()):
-          digest = hashlib.sha256(repr(found).encode()).hexdigest()
-          print(name, record.name, path, digest)
-        print(name, record.name, 'savings', repr(record.savings))
-    assert sizes[0] == devices, sizes
-
-
-class MeshTest(absltest.TestCase):
-  @pytest.mark.slow
-  @pytest.mark.daily
-  def test_eight_devices_give_the_bits_of_one(self):
-    self.check_devices(['widths'])
-
-  @pytest.mark.slow
-  def test_eight_devices_give_the_bits_of_one_for_other_models(self):
-    self.check_devices(['alike', 'dense'])
-
-  def check_devices(self, names):
-    outputs = []
-    for count in (1, 8):
-      program = (
-        'import jax\n'
-        'from tests import transform_chain_test as t\n'
-        f'assert jax.device_count() == {count}\n'
-        f't.rewrite_over_devices({names})\n'
-      )
-      # XLA has at least one thread for each device. The number of threads must not
-      # differ, because it decides how a CPU divides the sums of a product.
-      output = devices.run(program, devices=count, NPROC='8')
-      outputs.append(output.splitlines())
-    self.assertNotEmpty(outputs[0])
-    self.assertEqual(outputs[1], outputs[0])
 
 
 if __name__ == '__main__':

@@ -67,17 +67,6 @@ def layer_axes(config: config_lib.ModelConfig) -> Axes:
   return axes
 
 
-def adapter_of(path: str) -> str:
-  """Returns the path of the adapter beside a kernel or an embedding."""
-  parent, _, name = path.rpartition('/')
-  return f'{parent}/adapter' if name in ('kernel', 'tokens') else path
-
-
-def with_adapters(axes: Axes) -> Axes:
-  """Adds the axes of adapters, which are those of the kernels beside them."""
-  return {adapter_of(path): own for path, own in axes.items()} | axes
-
-
 def outer_axes(config: config_lib.ModelConfig) -> Axes:
   """Returns the axes of the parameters outside the layers, by path."""
   axes: Axes = {'embed/tokens': ('vocabulary', 0)}

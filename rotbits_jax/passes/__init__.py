@@ -1,6 +1,6 @@
 """Transforms: passes over a model that leave fewer numbers to store.
 
-A transform rewrites a model, a few layers at a time. It calls the pure functions of
+A transform rewrites a model, layer by layer. It calls the pure functions of
 `symmetries`, decides by measurement which forms to keep, and notes its choices. To
 apply transforms to a model in memory:
 
@@ -10,17 +10,15 @@ The modules, in the order of reading:
 
     transform   transforms, and chains of transforms
     rewrite     the walk of a model through a transform
-    rounding    the rounding of float32 numbers to the stored dtype
-    devices     layers side by side on several devices
+    rounding    the rounding of float32 weights to the stored dtype
     residual    the rotations of all segments of the residual stream
-    heads       the bases of attention heads: value and output, query and key
-    biases      biases that the output does not need
+    heads       the bases and biases of attention heads
     tied        an embedding that is a linear image of the head
     low_rank    the basis between two factors
     noise       the change that rounding alone makes, as a yardstick
 """
 
-from rotbits_jax.passes.biases import remove_biases
+from rotbits_jax.passes.heads import remove_biases
 from rotbits_jax.passes.heads import remove_query_key_gauge
 from rotbits_jax.passes.heads import remove_value_gauge
 from rotbits_jax.passes.low_rank import remove_low_rank_gauge

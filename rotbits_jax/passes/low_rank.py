@@ -26,65 +26,41 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
       exceeds it more is not changed.
 
   Returns:
-    A transform. Its notes give, for each pair, the form, the rank, the count of numbers
+    A transform. Its notes give, for each pair, the form, the rank, the count of weights
     and the relative rounding error of the product, in this form and as plain factors.
-    Lines of the product count alike in the error, whatever their size.
+    Rows and columns of the product count alike in the error, whatever their size.
   """
-  fix = functools.partial(_fix_pairs, tolerance=tolerance)
 
-  def layers(
-    context: transform.Context, state: Any, first: int, given: list[transform.Params]
+  def fix(
+    context: transform.Context, state: Any, index: int | None, params: transform.Params
   ) -> transform.Noted:
-    return state, given, [fix(context, i, x) for i, x in enumerate(given, first)]
-
-  def outer(
-    context: transform.Context, state: Any, given: transform.Params
-  ) -> tuple[transform.Params, list[transform.Note]]:
-    return given, fix(context, None, given)
+    prefix, notes = models.names.prefix(index), []
+    for path, pair in params.copy().items():
+      is_pair = isinstance(pair, structured.LowRank)
+      if not is_pair or not 1 <= pair.rank <= min(pair.shape):
+        continue
+      leaf, *measured = _fix(pair, dtype=context.holder(prefix + path))
+      errors, spread = jax.device_get(measured)
+      most = max(tolerance * errors.plain / spread, _FLOAT32_ERROR)
+      note = heads_lib.settle(
+        params, path, {path: leaf}, errors, prefix=prefix, most=most
+      )
+      notes.append(note | {'rank': pair.rank})
+    return params, notes
 
   return transform.Transform(
     'low-rank gauge',
-    layers=layers,
-    outer=outer,
+    layer=fix,
+    outer=lambda context, state, params: fix(context, state, None, params),
     takes='float32',
-    carries_adapters=True,
   )
-
-
-def _fix_pairs(
-  context: transform.Context,
-  index: int | None,
-  params: transform.Params,
-  *,
-  tolerance: float,
-) -> list[transform.Note]:
-  """Fixes the gauge of every pair of a layer, in place; returns notes."""
-  pairs = {
-    path: pair
-    for path, pair in params.items()
-    if isinstance(pair, structured.LowRank)
-    and 1 <= pair.rank <= min(pair.shape)
-    and not path.endswith('/adapter')  # its factors stay two factors
-  }
-  prefix = models.names.prefix(index)
-  fixed = {
-    path: _fix(pair, dtype=context.holder(prefix + path))
-    for path, pair in pairs.items()
-  }
-  found = jax.device_get({path: others for path, (_, *others) in fixed.items()})
-  notes = []
-  for path, (errors, spread) in found.items():
-    most = max(tolerance * errors.plain / spread, _FLOAT32_ERROR)
-    leaf = {path: fixed[path][0]}
-    note = heads_lib.settle(params, index, path, leaf, errors, most)
-    notes.append(note | {'rank': pairs[path].rank})
-  return notes
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
 def _fix(
   pair: structured.LowRank, *, dtype: np.dtype
 ) -> tuple[structured.ReducedLowRank, heads.Errors, jax.Array]:
+  """Fixes the gauge of a pair; returns the errors of rounding, and the spread."""
   fixed = low_rank.fix_pair(pair.u, pair.v)
   even = fixed.without_lines()
   rounded = structured.astype(structured.astype(even, dtype), jnp.float32)

@@ -1,6 +1,6 @@
 """The change that rounding alone makes to the function of a model.
 
-It is the yardstick for every transform that rounds numbers: a transform should not
+It is the yardstick for every transform that rounds weights: a transform should not
 change the function much more than a random rotation does, which changes it by rounding
 only.
 """
@@ -17,8 +17,7 @@ from rotbits_jax.passes import residual
 from rotbits_jax.passes import rewrite
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import heads
-from rotbits_jax.symmetries import norms
-from rotbits_jax.symmetries import rotations as rotations_lib
+from rotbits_jax.symmetries import layer as layer_lib
 
 
 def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
@@ -27,7 +26,7 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
   The rotations are uniform under the Haar measure. In a sliced model, every segment of
   the residual stream gets its own rotation. In a dense model with RMSNorm, all segments
   get the same rotation. The residual stream of other dense models (with LayerNorm, or
-  with a head that is the embedding, or with numbers that would then be too large)
+  with a head that is the embedding, or with weights that would then be too large)
   cannot be rotated. In these models, the attention heads are rotated: the values, and
   queries and keys in the coordinates that RoPE does not rotate.
 
@@ -53,87 +52,66 @@ def random_rotation(*, key: jax.Array, only_heads: bool = False) -> transform.Tr
     key: a key from `jax.random.key`.
     only_heads: whether the residual stream stays as it is.
   """
-  return transform.Transform(
-    'rotation',
-    layers=functools.partial(_layers, key=key, only_heads=only_heads),
-    outer=functools.partial(_outer, key=key, only_heads=only_heads),
-    takes='float32',
-  )
+
+  def layer(
+    context: transform.Context, state: Any, index: int, params: transform.Params
+  ) -> transform.Noted:
+    config, steps = context.config, context.config.segments_per_layer
+    if only_heads or not _has_stream(config):
+      return _with_rotated_heads(params, index, config, key), []
+    segments = range(index * steps, (index + 1) * steps + 1)
+    return _rotated(params, segments, config, key, is_outer=False), []
+
+  def outer(
+    context: transform.Context, state: Any, params: transform.Params
+  ) -> transform.Noted:
+    config = context.config
+    if only_heads or not _has_stream(config):
+      return params, []
+    ends = (0, len(config.segment_widths) - 1)
+    return _rotated(params, ends, config, key, is_outer=True), []
+
+  return transform.Transform('rotation', layer=layer, outer=outer, takes='float32')
 
 
-def _layers(
-  context: transform.Context,
-  state: Any,
-  first: int,
-  layers: list[transform.Params],
-  *,
-  key: jax.Array,
-  only_heads: bool,
-) -> transform.Noted:
-  config = context.config
-  valid, steps = models.layout.symmetries(config), config.segments_per_layer
-  axes = models.layout.layer_axes(config)
-  for k, i in enumerate(range(first, first + len(layers))):
-    if (valid.segments or valid.stream) and not only_heads:
-      segments = range(i * steps, (i + 1) * steps + 1)
-      rotations = tuple(_rotation(config, s, key) for s in segments)
-      layers[k] = _rotated(layers[k], rotations, valid.stream, config, axes)
-      continue
-    layers[k] = structured.expand(layers[k])
-    own = jax.random.fold_in(key, i)
-    for paths, is_valid, fixed in (
-      (heads.VALUES, valid.values, 0),
-      (heads.KEYS, valid.queries, config.rotary_dim),
-    ):
-      if is_valid and fixed < config.head_dim:
-        pair = {path: layers[k][path] for path in paths if path in layers[k]}
-        width = config.head_dim - fixed
-        layers[k] |= _rotate_heads(
-          pair, _orthogonal(own, config.num_kv_heads, width, fixed)
-        )
-        own = jax.random.fold_in(own, 1)
-  return state, layers, [[] for _ in layers]
-
-
-def _outer(
-  context: transform.Context,
-  state: Any,
-  params: transform.Params,
-  *,
-  key: jax.Array,
-  only_heads: bool,
-) -> tuple[transform.Params, list[transform.Note]]:
-  config = context.config
+def _has_stream(config: models.ModelConfig) -> bool:
+  """Returns whether the residual stream of a model can be rotated."""
   valid = models.layout.symmetries(config)
-  if only_heads or not (valid.segments or valid.stream):
-    return params, []
-  last = len(config.segment_widths) - 1
-  rotations = _rotation(config, 0, key), _rotation(config, last, key)
-  axes = models.layout.outer_axes(config)
-  return _rotated(params, rotations, valid.stream, config, axes), []
+  return valid.segments or valid.stream
 
 
 def _rotated(
   params: transform.Params,
-  rotations: tuple[jax.Array, ...],
-  folds: bool,
+  segments: Any,
   config: models.ModelConfig,
-  axes: models.layout.Axes,
+  key: jax.Array,
+  *,
+  is_outer: bool,
 ) -> transform.Params:
+  """Rotates parameters between segments, shortcuts among them."""
+  rotations = []
+  for segment in segments:
+    segment = segment if config.sliced else 0
+    width = config.segment_widths[segment]
+    rotations.append(_orthogonal(jax.random.fold_in(key, segment), 1, width)[0])
   params = structured.expand(params, keep_factors=True)
-  if folds:
-    params = norms.fold_norm_scales(params, config, axes)
-  return {
-    path: _rotate(leaf, *(None if s is None else rotations[s] for s in own))
-    for path, leaf in params.items()
-    for own in [rotations_lib.sides(axes[path])]
-  }
+  rotated = residual.rotate(params, rotations, config, is_outer=is_outer)
+  return structured.expand(rotated, keep_factors=True)
 
 
-def _rotation(config: models.ModelConfig, segment: int, key: jax.Array) -> jax.Array:
-  segment = segment if config.sliced else 0
-  width = config.segment_widths[segment]
-  return _orthogonal(jax.random.fold_in(key, segment), 1, width)[0]
+def _with_rotated_heads(
+  params: transform.Params, index: int, config: models.ModelConfig, key: jax.Array
+) -> transform.Params:
+  """Rotates the heads of a layer."""
+  params, layer_key = structured.expand(params), jax.random.fold_in(key, index)
+  for paths in (heads.VALUES, heads.KEYS):
+    fixed = 0 if paths == heads.VALUES else config.rotary_dim
+    if pair := layer_lib.head_pair(params, config, paths=paths):
+      width = config.head_dim - fixed
+      rotations = _orthogonal(layer_key, config.num_kv_heads, width, fixed)
+      params |= _rotate_heads(pair, rotations)
+      layer_key = jax.random.fold_in(layer_key, 1)
+  return params
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -144,5 +122,4 @@ def _orthogonal(key: jax.Array, count: int, width: int, fixed: int = 0) -> jax.A
   return jax.vmap(lambda x: jax.scipy.linalg.block_diag(kept, x))(rotations)
 
 
-_rotate = jax.jit(rotations_lib.rotate)
 _rotate_heads = jax.jit(heads.rotate_heads)

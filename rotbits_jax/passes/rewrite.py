@@ -1,10 +1,9 @@
-"""Rewrites a model with a chain of transforms, a few layers at a time.
+"""Rewrites a model with a chain of transforms, layer by layer.
 
 The layers pass through each transform once, in order. `rewrite` reads one layer at a
-time from a source, or one for each device if there are several devices. It widens the
-numbers to float32, applies the transforms, and rounds the numbers once to the dtypes of
-the source. The parameters outside the layers come last, because the embedding may be
-stored in terms of the head.
+time from a source, widens the weights to float32, applies the transforms, and rounds
+the weights once to the dtypes of the source. The parameters outside the layers come
+last, because the embedding may be stored in terms of the head.
 
 A record is a part of the model that is stored and decoded on its own: a layer, the
 embedding, the final norm or the head. A saving is the count of elements and bytes that
@@ -30,6 +29,8 @@ from rotbits_jax.passes.transform import Note
 from rotbits_jax.passes.transform import Params
 from rotbits_jax.passes.transform import State
 from rotbits_jax.passes.transform import Transform
+
+Rounding = rounding_lib.Rounding | None
 
 
 class Saving(NamedTuple):
@@ -65,18 +66,14 @@ class Record(NamedTuple):
 
 
 def make_context(
-  source: transform_lib.ModelSource,
-  *,
-  stored_as: str | None = None,
-  mesh: jax.sharding.Mesh | None = None,
+  source: transform_lib.ModelSource, *, stored_as: str | None = None
 ) -> Context:
   """Makes the context for a source.
 
   Args:
     source: the model.
-    stored_as: the dtype to which all floating-point numbers are rounded, for a source
+    stored_as: the dtype to which all floating-point weights are rounded, for a source
       that is not rounded yet; None to keep the dtype of each parameter.
-    mesh: see `Context`.
   """
   dtypes: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
@@ -88,19 +85,22 @@ def make_context(
         sizes[dtype] += int(np.prod(leaf.shape))
       dtypes[path] = dtype
   most = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
-  return Context(source, dtypes, most, mesh)
+  return Context(source, dtypes, most)
+
+
+# ---- a whole model -----------------------------------------------------------------
 
 
 def rewrite(
   context: Context,
   chain: Chain,
   *,
-  rounding: rounding_lib.Rounding | None = rounding_lib.NEAREST,
+  rounding: Rounding = rounding_lib.NEAREST,
   layers: range | None = None,
   state: State | None = None,
   outer: bool = True,
 ) -> Iterator[tuple[list[Record], State]]:
-  """Rewrites a model, a few layers at a time.
+  """Rewrites a model, layer by layer.
 
   >>> model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
   >>> rewritten = rewrite(make_context(model), rotbits_jax.passes.chain())
@@ -110,194 +110,116 @@ def rewrite(
   Args:
     context: see `make_context`.
     chain: the transforms to apply.
-    rounding: how numbers are rounded after the transforms, which get float32 numbers.
-      If None, the transforms get the numbers as they are stored, so that they can keep
+    rounding: how weights are rounded after the transforms, which get float32 weights.
+      If None, the transforms get the weights as they are stored, so that they can keep
       every bit.
-    layers: the layers to rewrite; all by default. If no state is given, the layers
-      before them are skipped with `Transform.skip`.
+    layers: the layers to rewrite; all by default. If no state is given, the state
+      advances over the layers before them.
     state: the state before the first of these layers, as an earlier call yielded it.
     outer: whether to rewrite the parameters outside the layers, too.
 
   Yields:
-    Complete records, and the state after them.
+    The record of a layer, or all records outside the layers, and the state after them.
 
   Raises:
-    ValueError: if a transform takes other numbers than this rounding gives, or if it
+    ValueError: if a transform takes other weights than this rounding gives, or if it
       notes an error that is too large, see `Transform`.
   """
-  chain.check('stored' if rounding is None else 'float32')
-  count = context.config.num_layers
-  layers = range(count) if layers is None else layers
+  transform_lib.check_takes(chain, 'stored' if rounding is None else 'float32')
   return _rewrite(context, chain, rounding, layers, state, outer)
 
 
 def _rewrite(
   context: Context,
   chain: Chain,
-  rounding: rounding_lib.Rounding | None,
-  layers: range,
+  rounding: Rounding,
+  layers: range | None,
   state: State | None,
   outer: bool,
 ) -> Iterator[tuple[list[Record], State]]:
-  widen = rounding is not None
-  step = 1 if context.mesh is None else context.mesh.size
+  """Yields what `rewrite` does."""
+  layers = range(context.config.num_layers) if layers is None else layers
   if state is None:
-    state = chain.init(context)
-    for first in range(0, layers.start, step):
-      before = range(first, min(first + step, layers.start))
-      state = _skip(context, chain, state, first, _layers(context, before, widen))
-  for first in range(layers.start, layers.stop, step):
-    indices = range(first, min(first + step, layers.stop))
-    names, given = map(models.names.layer, indices), _layers(context, indices, widen)
-    records, state = _rewritten(context, chain, rounding, state, names, given)
-    yield records, state
+    state = tuple(transform.init(context) for transform in chain)
+    # A state depends on what earlier transforms make of the layers.
+    count = max((i for i, x in enumerate(chain) if x.advance is not None), default=-1)
+    for index in range(layers.start if count >= 0 else 0):
+      params = _read(context, models.names.layer(index), rounding)
+      states, params, _ = _apply(context, chain[:count], state, index, params)
+      last = _advanced(context, chain[count], state[count], index, params)
+      state = (*states, last, *state[count + 1 :])
+  for index in layers:
+    params = _read(context, models.names.layer(index), rounding)
+    state, params, savings = _apply(context, chain, state, index, params)
+    prefix = models.names.prefix(index)
+    params = {prefix + path: params.pop(path) for path in [*params]}
+    name = models.names.layer(index)
+    yield [_record(name, params, context, rounding, savings)], state
   if outer:
     yield _outer(context, chain, rounding, state), state
 
 
-def _rewritten(
-  context: Context,
-  chain: Chain,
-  rounding: rounding_lib.Rounding | None,
-  state: State,
-  names: Iterable[str],
-  given: list[Params],
-) -> tuple[list[Record], State]:
-  """Rewrites consecutive layers.
-
-  `given` has the parameters of each record in `names`, and is emptied. The state is
-  that before the layers; the one after them is returned.
-  """
-  names, states = list(names), []
-  first = models.names.layer_index(names[0])
-  assert first is not None
-  effects: list[list[_Effect]] = [[] for _ in given]
-  size_of = lambda name, layer: _count(context, f'{name}/', layer)
-  sizes = [*map(size_of, names, given)]
-  for transform, own in zip(chain.transforms, state, strict=True):
-    own, given, notes = transform.layers(context, own, first, given)
-    states.append(own)
-    for k, name in enumerate(names):
-      size, sizes[k] = sizes[k], size_of(name, given[k])
-      effects[k].append(_Effect(transform, size, sizes[k], notes[k]))
-  records = []
-  for name, found in zip(names, effects, strict=True):
-    layer = given.pop(0)
-    params = {f'{name}/{path}': layer.pop(path) for path in [*layer]}
-    records.append(_record(name, params, context, rounding, _savings(context, found)))
-  return records, tuple(states)
+def _read(context: Context, name: str, rounding: Rounding) -> Params:
+  """Reads a record: float32 on the device, or as stored if there is no rounding."""
+  tree = context.source.read(name)[name]
+  if rounding is None:
+    return structured.flatten(tree)
+  return widened(tree)
 
 
-def _skip(
-  context: Context, chain: Chain, state: State, first: int, layers: list[Params]
+def _advanced(
+  context: Context, transform: Transform, state: State, index: int, params: Params
 ) -> State:
-  """Returns the state after layers that are not wanted.
+  """Returns the state with which a layer is rewritten."""
+  if transform.advance is None:
+    return state
+  return transform.advance(context, state, index, params)
 
-  The states of later transforms depend on what earlier ones make of the layers.
-  """
-  stateless = Transform._field_defaults['init']
-  has_state = [transform.init is not stateless for transform in chain.transforms]
-  found = []
-  for i, (transform, own) in enumerate(zip(chain.transforms, state, strict=True)):
-    given = [dict(layer) for layer in layers]
-    if any(has_state[i + 1 :]):
-      own, layers, _ = transform.layers(context, own, first, given)
-    elif transform.skip is not None:
-      own = transform.skip(context, own, first, given)
-    else:
-      own = transform.layers(context, own, first, given)[0]
-    found.append(own)
-  return tuple(found)
+
+def _apply(
+  context: Context, chain: Chain, state: State, index: int, params: Params
+) -> tuple[State, Params, list[Saving]]:
+  """Applies transforms to a layer; returns the states, the layer and the savings."""
+  states, effects, prefix = [], [], models.names.prefix(index)
+  size = _count(context, prefix, params)
+  for transform, transform_state in zip(chain, state, strict=False):
+    states.append(_advanced(context, transform, transform_state, index, params))
+    params, notes = transform.layer(context, states[-1], index, params)
+    before, size = size, _count(context, prefix, params)
+    effects.append(_Effect(transform, before, size, notes))
+  return tuple(states), params, _savings(context, effects)
 
 
 def _outer(
-  context: Context,
-  chain: Chain,
-  rounding: rounding_lib.Rounding | None,
-  state: State,
+  context: Context, chain: Chain, rounding: Rounding, state: State
 ) -> list[Record]:
   """Rewrites the parameters outside the layers."""
-  if context.mesh is not None:
-    # The state is on the device of the last layer. The parameters outside the layers
-    # are on the first device.
-    first = context.mesh.devices.flat[0]
-    put = lambda x: jax.device_put(x, first) if isinstance(x, jax.Array) else x
-    state = jax.tree.map(put, state)
   params: Params = {}
   for name, tree in context.source.outer().items():
     # One by one, because both dtypes of a parameter are in memory meanwhile.
-    params |= _given({name: tree}, rounding is not None)
+    if rounding is None:
+      params |= structured.flatten({name: tree})
+    else:
+      params |= widened({name: tree})
   effects, size = [], _count(context, '', params)
-  for transform, own in zip(chain.transforms, state, strict=True):
-    params, notes = transform.outer(context, own, params)
+  for transform, transform_state in zip(chain, state, strict=True):
+    params, notes = transform.outer(context, transform_state, params)
     before, size = size, _count(context, '', params)
     effects.append(_Effect(transform, before, size, notes))
   savings, records = _savings(context, effects), list[Record]()
   for name in dict.fromkeys(path.split('/')[0] for path in params):
     paths = [path for path in params if path.split('/')[0] == name]
-    own = {path: params.pop(path) for path in paths}
-    records.append(_record(name, own, context, rounding, savings))
+    leaves = {path: params.pop(path) for path in paths}
+    records.append(_record(name, leaves, context, rounding, savings))
     savings = []
   return records
 
 
-class Parts(NamedTuple):
-  """A model whose parts are in a mapping, after transforms: a source of `round_part`.
-
-  Attributes:
-    config: sizes and switches.
-    parts: the parameters of a layer by the name of its record, and those
-      outside the layers by None.
-  """
-
-  config: models.ModelConfig
-  parts: Any
-
-  def add(self, records: Iterable[Record]) -> None:
-    """Adds layers, or all parameters outside the layers."""
-    outer: models.Params = {}
-    for record in records:
-      if models.names.layer_index(record.name) is None:
-        outer |= record.params
-      else:
-        self.parts[record.name] = record.params[record.name]
-    if outer:
-      self.parts[None] = outer
-
-  def read(self, record: str) -> models.Params:
-    return {record: self.parts[record]}
-
-  def outer(self) -> models.Params:
-    found: models.Params = self.parts[None]
-    return found
-
-
-def round_part(
-  context: Context, name: str | None, rounding: rounding_lib.Rounding
-) -> models.Params:
-  """Rounds a part of a model as `rewrite` does, without transforms.
-
-  Args:
-    context: its source has at least this part, see `Parts`.
-    name: the record of a layer; None for the parameters outside the
-      layers.
-    rounding: the rule.
-
-  Returns:
-    The parameters, on the host: nested dicts whose keys are names of records.
-  """
-  if name is not None:
-    params = _given(context.source.read(name), True)
-    return _record(name, params, context, rounding, []).params
-  records = _outer(context, transform_lib.chain(), rounding, ())
-  return {key: tree for record in records for key, tree in record.params.items()}
-
-
 def run_chain(
-  transforms: tuple[Transform | Chain, ...],
+  transforms: Iterable[Transform | Chain],
   model: models.Model,
   *,
-  rounding: rounding_lib.Rounding | None = rounding_lib.NEAREST,
+  rounding: Rounding = rounding_lib.NEAREST,
 ) -> tuple[models.Model, list[Saving]]:
   """Applies transforms, in order, to a whole model in memory.
 
@@ -322,12 +244,12 @@ def run_chain(
   rewritten = rewrite(context, chain, rounding=rounding)
   records = [record for some, _ in rewritten for record in some]
   totals = []
-  for i, name in enumerate(chain.names):
-    own = [record.savings[i] for record in records if len(record.savings) > i]
-    own = [saving for saving in own if saving.name == name]
-    elements, nbytes = sum(x.elements for x in own), sum(x.bytes for x in own)
-    notes = tuple(note for saving in own for note in saving.notes)
-    totals.append(Saving(name, elements, nbytes, notes))
+  for i, transform in enumerate(chain):
+    savings = [record.savings[i] for record in records if len(record.savings) > i]
+    savings = [saving for saving in savings if saving.name == transform.name]
+    elements, nbytes = sum(x.elements for x in savings), sum(x.bytes for x in savings)
+    notes = tuple(note for saving in savings for note in saving.notes)
+    totals.append(Saving(transform.name, elements, nbytes, notes))
   return to_model(model.config, records, model.buffers), totals
 
 
@@ -337,11 +259,11 @@ def to_model(
   buffers: dict[str, Any] | None = None,
 ) -> models.Model:
   """Makes a model from all records that `rewrite` yields."""
-  found = {record.name: record.params for record in records}
-  outer = [x for x in found if models.names.layer_index(x) is None]
+  params = {record.name: record.params for record in records}
+  outer = [name for name in params if models.names.layer_index(name) is None]
   names = map(models.names.layer, range(config.num_layers))
-  layers = [found[name][name] for name in names]
-  return models.from_layers(config, {x: found[x][x] for x in outer}, layers, buffers)
+  layers = [params[name][name] for name in names]
+  return models.from_layers(config, {x: params[x][x] for x in outer}, layers, buffers)
 
 
 def count_model(model: models.Model) -> tuple[int, int]:
@@ -357,26 +279,64 @@ def count_model(model: models.Model) -> tuple[int, int]:
   return elements + buffers, size + structured.count_bytes(model.buffers)
 
 
-# ---- between the source and the transforms -----------------------------------------
+# ---- rounding alone ----------------------------------------------------------------
 
 
-def _layers(context: Context, indices: range, widen: bool) -> list[Params]:
-  devices = [None] if context.mesh is None else list(context.mesh.devices.flat)
-  return [
-    _given(context.source.read(name)[name], widen, devices[k % len(devices)])
-    for k, name in enumerate(map(models.names.layer, indices))
-  ]
+class Parts(NamedTuple):
+  """A model whose parts are in a mapping, after transforms: a source of `round_part`.
+
+  Attributes:
+    config: sizes and switches.
+    parts: the parameters of a layer by the name of its record, and those outside the
+      layers by None.
+  """
+
+  config: models.ModelConfig
+  parts: Any
+
+  def add(self, records: Iterable[Record]) -> None:
+    """Adds layers, or all parameters outside the layers."""
+    outer: models.Params = {}
+    for record in records:
+      if models.names.layer_index(record.name) is None:
+        outer |= record.params
+      else:
+        self.parts[record.name] = record.params[record.name]
+    if outer:
+      self.parts[None] = outer
+
+  def read(self, record: str) -> models.Params:
+    """The parameters of a layer, by whole paths."""
+    return {record: self.parts[record]}
+
+  def outer(self) -> models.Params:
+    """The parameters outside the layers."""
+    params: models.Params = self.parts[None]
+    return params
 
 
-def _given(tree: models.Params, widen: bool, device: Any = None) -> Params:
-  """Returns the parameters for a transform: float32 on a device, or as stored."""
-  if not widen:
-    return structured.flatten(tree)
-  return widened(tree, device)
+def round_part(
+  context: Context, name: str | None, rounding: rounding_lib.Rounding
+) -> models.Params:
+  """Rounds a part of a model as `rewrite` does, without transforms.
+
+  Args:
+    context: its source has at least this part, see `Parts`.
+    name: the record of a layer; None for the parameters outside the layers.
+    rounding: the rule.
+
+  Returns:
+    The parameters, on the host: nested dicts whose keys are names of records.
+  """
+  if name is not None:
+    params = widened(context.source.read(name))
+    return _record(name, params, context, rounding, []).params
+  records = _outer(context, (), rounding, ())
+  return {key: tree for record in records for key, tree in record.params.items()}
 
 
-def widened(tree: models.Params, device: Any = None) -> Params:
-  """Returns parameters in float32 on a device, by path.
+def widened(tree: models.Params) -> Params:
+  """Returns parameters in float32 on the device, by path.
 
   Arrays take the place of multiples of steps. Leaves that stand for arrays in files,
   such as quantised codes, remain on the host.
@@ -385,19 +345,41 @@ def widened(tree: models.Params, device: Any = None) -> Params:
   kept = {path: x for path, x in params.items() if structured.is_in_files(x)}
   others = {path: x for path, x in params.items() if path not in kept}
   # Programs take whole arrays, which are on one device.
-  divided = lambda x: isinstance(x, jax.Array) and len(x.devices()) > 1
-  others = jax.tree.map(lambda x: jax.device_get(x) if divided(x) else x, others)
-  return _widened(jax.device_put(others, device)) | kept
+  is_sharded = lambda x: isinstance(x, jax.Array) and len(x.devices()) > 1
+  others = jax.tree.map(lambda x: jax.device_get(x) if is_sharded(x) else x, others)
+  return _widened(jax.device_put(others)) | kept
 
 
 @jax.jit
 def _widened(params: Params) -> Params:
-  multiples = structured.UniformlyQuantized
+  """Returns arrays and leaves in float32."""
   plain = {
-    path: x.materialize() if isinstance(x, multiples) else x
+    path: x.materialize() if isinstance(x, structured.UniformlyQuantized) else x
     for path, x in params.items()
   }
   return structured.astype(plain, jnp.float32)
+
+
+# ---- records and savings -----------------------------------------------------------
+
+
+ROUNDING = 'rounding'
+"""Name of the saving that rounding to a coarser step makes."""
+
+
+def _record(
+  name: str,
+  params: Params,
+  context: Context,
+  rounding: Rounding,
+  savings: list[Saving],
+) -> Record:
+  """Makes a record of its rewritten parameters, by whole paths, on the host."""
+  if rounding is None:
+    return Record(name, structured.unflatten(jax.device_get(params)), savings)
+  params, notes, bits = rounding_lib.apply(rounding, params, context)
+  rounded = [Saving(ROUNDING, 0, int(bits / 8), tuple(notes))] if notes else []
+  return Record(name, structured.unflatten(params), savings + rounded)
 
 
 def _count(context: Context, prefix: str, params: Params) -> tuple[int, int]:
@@ -442,7 +424,7 @@ def _savings(context: Context, effects: list[_Effect]) -> list[Saving]:
   values = iter(jax.device_get([[*n.values()] for x in effects for n in x.notes]))
   savings = []
   for transform, before, after, notes in effects:
-    found = []
+    json_notes = []
     for keys in notes:
       note = dict(zip(keys, next(values), strict=True))
       unit = max(context.roundoff, float(note.get('plain_error', 0)))
@@ -452,26 +434,7 @@ def _savings(context: Context, effects: list[_Effect]) -> list[Saving]:
           f'{transform.name}: {note["tensor"]} has a relative error of '
           f'{float(note["error"]):.3g}, which must be at most {most:.3g}'
         )
-      found.append({key: rounding_lib.to_json(value) for key, value in note.items()})
+      json_notes.append({k: rounding_lib.to_json(value) for k, value in note.items()})
     elements, nbytes = before[0] - after[0], before[1] - after[1]
-    savings.append(Saving(transform.name, elements, nbytes, tuple(found)))
+    savings.append(Saving(transform.name, elements, nbytes, tuple(json_notes)))
   return savings
-
-
-ROUNDING = 'rounding'
-"""Name of the saving that rounding to a coarser step makes."""
-
-
-def _record(
-  name: str,
-  params: Params,
-  context: Context,
-  rounding: rounding_lib.Rounding | None,
-  savings: list[Saving],
-) -> Record:
-  """Makes a record of its rewritten parameters, by whole paths, on the host."""
-  if rounding is None:
-    return Record(name, structured.unflatten(jax.device_get(params)), savings)
-  params, notes, bits = rounding_lib.apply(rounding, params, context)
-  rounded = [Saving(ROUNDING, 0, int(bits / 8), tuple(notes))] if notes else []
-  return Record(name, structured.unflatten(params), savings + rounded)

@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
     axis: the axis of the matrix that the inputs meet: 0 for a kernel, 1 for an
       embedding. Those of an embedding are gradients, which meet its errors so.
     outputs: float32 `[m]`, how much the square of an error of each output counts; None
-      if the lines of the matrix have no steps of their own.
+      if the rows and columns of the matrix have no steps of their own.
   """
 
   moments: Any
@@ -61,23 +61,34 @@ class Rounding(NamedTuple):
       an array over its rms, see above; None to round to the nearest number of the
       dtype.
     uniform: if False, arrays have the dtype of the source. Their step is the power of
-      two below, and numbers for which the dtype is coarser are rounded to the dtype.
-      An array does not change if all its numbers are numbers of the dtype already,
-      because no transform changed it. If True, all numbers of an array are multiples of
+      two below, and weights for which the dtype is coarser are rounded to the dtype.
+      An array does not change if all its weights are numbers of the dtype already,
+      because no transform changed it. If True, all weights of an array are multiples of
       the step. The array is float32, because the step is the nearest one of
       4, 5, 6, 7 times a power of two, and the dtype may not have its multiples.
     inputs: the inputs of a matrix, by the path of the parameter. If `uniform` is set,
-      such a matrix is rounded with error feedback. Its lines have steps of their own if
-      it is a plain array or the head: the result is `structured.UniformlyQuantized`.
+      such a matrix is rounded with error feedback. Its rows and columns have steps of
+      their own if it is a plain array or the head: the result is
+      `structured.UniformlyQuantized`.
   """
 
   log2_step: Callable[[str, np.dtype], float | None]
   uniform: bool = False
-  inputs: Mapping[str, 'Inputs'] = types.MappingProxyType({})
+  inputs: Mapping[str, Inputs] = types.MappingProxyType({})
 
 
 NEAREST = Rounding(lambda path, dtype: None)
 """Rounds to the nearest numbers of the dtype."""
+
+FINEST = -12.0
+"""The finest uniform step: log2 of the step over the rms.
+
+A normally distributed weight then takes 14 bits, fewer than a number of any stored
+dtype but those of 8 bits.
+"""
+
+COARSEST = 1.0
+"""The coarsest uniform step, as `FINEST`; two thirds of normal weights become 0."""
 
 
 def with_minimum_exponent(offset: float = 0.0) -> Rounding:
@@ -100,23 +111,12 @@ def with_minimum_exponent(offset: float = 0.0) -> Rounding:
   return Rounding(log2_step)
 
 
-FINEST = -12.0
-"""The finest uniform step: log2 of the step over the rms.
-
-A normally distributed number then takes 14 bits, fewer than a number of any stored
-dtype but those of 8 bits.
-"""
-
-COARSEST = 1.0
-"""The coarsest uniform step, as `FINEST`; two thirds of normal numbers become 0."""
-
-
 def to_steps(
   step: float,
   offsets: Mapping[str, float] | None = None,
   inputs: Mapping[str, Inputs] | None = None,
 ) -> Rounding:
-  """Makes the rounding of all numbers of an array to multiples of one step.
+  """Makes the rounding of all weights of an array to multiples of one step.
 
   Args:
     step: log2 of the step over the rms of the array.
@@ -134,10 +134,36 @@ def to_steps(
   return Rounding(log2_step, uniform=True, inputs=inputs or {})
 
 
+# ---- the parameters of a record ----------------------------------------------------
+
+
+class Effect(NamedTuple):
+  """The effect of rounding on the arrays of a leaf.
+
+  Attributes:
+    step: the step of the first array, float32; 0 if it was rounded without a step.
+    squares: sum of the squares of the errors of finite weights, float32.
+    norm: sum of the squares of the finite weights, float32.
+    bits: log2 of the coarser step over the step of the dtype, summed over the weights,
+      float32. An entropy coder saves about as many bits.
+    outliers: how many weights did not count for the step, see `steps.Size`.
+  """
+
+  step: Any
+  squares: Any
+  norm: Any
+  bits: Any
+  outliers: Any
+
+  def note(self, path: str) -> transform.Note:
+    """Returns the note on a parameter, of an effect on the host."""
+    error = np.sqrt(self.squares / max(self.norm, 1e-30))
+    note = {'tensor': path, 'step': to_json(self.step), 'error': to_json(error)}
+    return note | ({'outliers': int(self.outliers)} if self.outliers else {})
+
+
 def apply(
-  rounding: Rounding,
-  params: transform.Params,
-  context: transform.Context,
+  rounding: Rounding, params: transform.Params, context: transform.Context
 ) -> tuple[transform.Params, list[transform.Note], float]:
   """Rounds matrices to their steps on their device, and fetches all parameters once.
 
@@ -151,25 +177,14 @@ def apply(
     step; and about how many bits that saves an entropy coder.
   """
   effects: dict[str, Effect] = {}
-  nearest: dict[str, np.dtype] = {}
-  codes: dict[str, Any] = {}
+  codes: transform.Params = {}
   for path in list(params):
     leaf, dtype = params[path], context.dtypes.get(path, context.dtype)
     if structured.is_in_files(leaf) and rounding.uniform:
       codes[path], leaf = leaf, jnp.asarray(leaf.materialize(), jnp.float32)
-    is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
-    is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
-    log2_step = rounding.log2_step(path, dtype)
-    is_tied = isinstance(leaf, structured.Tied)  # fitted to a head, and small
-    if log2_step is None or is_vector or is_tied or not is_on_device:
-      nearest[path] = dtype
+    log2_step = _log2_step(rounding, path, leaf, dtype, context.config)
+    if log2_step is None:
       continue
-    if isinstance(leaf, structured.FactorPair) and not rounding.uniform:
-      # The usual one would make twice the divergence that rounding other factors makes,
-      # because the errors of two factors add up and a basis has errors of its own.
-      log2_step -= 1
-    if path == 'embed/tokens' and structured.is_plain(leaf) and not rounding.uniform:
-      log2_step += _for_small_rows(leaf, context.config)
     inputs = rounding.inputs.get(path)
     if inputs is not None and path == 'head/kernel':
       # Steps of its columns save more than the zeros of a structured leaf.
@@ -179,35 +194,51 @@ def apply(
     )
   params, effects = jax.device_get((params, effects))
   for path, leaf in params.items():
-    if isinstance(leaf, structured.UniformlyQuantized):
+    if path not in effects:
+      # On the host, because these are vectors as a rule, and a program for so few
+      # weights takes longer to compile.
+      params[path] = structured.astype(leaf, context.dtypes.get(path, context.dtype))
+    elif isinstance(leaf, structured.UniformlyQuantized):
       params[path] = _in_files(leaf)
     elif rounding.uniform and structured.is_plain(leaf) and is_matrix(leaf):
       params[path] = structured.UniformlyQuantized.of(np.asarray(leaf)) or leaf
-  # On the host, because these are vectors as a rule, and a program for so few numbers
-  # takes longer to compile.
-  for path, dtype in nearest.items():
-    params[path] = structured.astype(params[path], dtype)
-  # Codes have no error, so they remain if they take no more bytes.
   for path, leaf in codes.items():
-    rounded = params[path]
-    arrays = (
-      [*x.stored()[1].values()] if structured.is_structured(x) else [x]
-      for x in (leaf, rounded)
-    )
-    size, size_rounded = map(coder.estimate, arrays)
-    if size <= size_rounded:
+    # Codes have no error, so they remain if they take no more bytes.
+    if _estimate(leaf) <= _estimate(params[path]):
       params[path] = leaf
       effects.pop(path, None)
-  notes, bits = [], 0.0
-  for path, effect in effects.items():
-    if effect.step:
-      error = np.sqrt(effect.squares / max(effect.norm, 1e-30))
-      note = {'step': to_json(effect.step), 'error': to_json(error)}
-      if effect.outliers:
-        note['outliers'] = int(effect.outliers)
-      notes.append({'tensor': path, **note})
-      bits += float(effect.bits)
-  return params, notes, bits
+  stepped = {path: effect for path, effect in effects.items() if effect.step}
+  notes = [effect.note(path) for path, effect in stepped.items()]
+  return params, notes, sum(float(effect.bits) for effect in stepped.values())
+
+
+def _log2_step(
+  rounding: Rounding,
+  path: str,
+  leaf: Any,
+  dtype: np.dtype,
+  config: models.ModelConfig,
+) -> float | None:
+  """Returns log2 of the step of a parameter; None to round it to nearest numbers."""
+  log2_step = rounding.log2_step(path, dtype)
+  is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
+  is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
+  is_tied = isinstance(leaf, structured.Tied)  # fitted to a head, and small
+  if log2_step is None or is_vector or is_tied or not is_on_device:
+    return None
+  if isinstance(leaf, structured.FactorPair) and not rounding.uniform:
+    # The usual one would make twice the divergence that rounding other factors makes,
+    # because the errors of two factors add up and a basis has errors of its own.
+    log2_step -= 1
+  if path == 'embed/tokens' and structured.is_plain(leaf) and not rounding.uniform:
+    log2_step += _for_small_rows(leaf, config)
+  return log2_step
+
+
+def _estimate(leaf: Any) -> float:
+  """Returns about how many bytes a leaf takes in a file."""
+  is_leaf = structured.is_structured(leaf)
+  return coder.estimate([*leaf.stored()[1].values()] if is_leaf else [leaf])
 
 
 def _for_small_rows(table: Any, config: models.ModelConfig) -> float:
@@ -255,23 +286,7 @@ def to_json(value: Any) -> Any:
   return float(f'{value:.3g}') if math.isfinite(value) else None
 
 
-class Effect(NamedTuple):
-  """The effect of rounding on the arrays of a leaf.
-
-  Attributes:
-    step: the step of the first array, float32; 0 if it was rounded without a step.
-    squares: sum of the squares of the errors of finite numbers, float32.
-    norm: sum of the squares of the finite numbers, float32.
-    bits: log2 of the coarser step over the step of the dtype, summed over the numbers,
-      float32. An entropy coder saves about as many bits.
-    outliers: how many numbers did not count for the step, see `steps.Size`.
-  """
-
-  step: Any
-  squares: Any
-  norm: Any
-  bits: Any
-  outliers: Any
+# ---- one leaf ----------------------------------------------------------------------
 
 
 def round_leaf(

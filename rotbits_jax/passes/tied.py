@@ -4,7 +4,6 @@ A fit to a sample of the tokens comes first, because it shows at little cost whe
 embedding was ever tied. Shape letters are those of `symmetries.tied`.
 """
 
-from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -21,9 +20,6 @@ from rotbits_jax.symmetries import tied
 # An embedding with a greater relative error was never tied. The relative error of an
 # unrelated embedding is about 1.
 _UNTIED = 0.1
-
-_COLUMNS, _UNSEEN, _STEPS = 4, 256, 20  # by which `is_tied` looks
-_LEFT = 1e-3  # of the squares of a gradient, at which its search for a matrix ends
 
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 
@@ -43,9 +39,7 @@ def retie_embedding(*, tolerance: float = 1.5) -> transform.Transform:
     `misfit` is the error that it would have.
   """
   outer = functools.partial(_retie_embedding, tolerance=tolerance)
-  return transform.Transform(
-    'tied embedding', outer=outer, takes='float32', carries_adapters=True
-  )
+  return transform.Transform('tied embedding', outer=outer, takes='float32')
 
 
 def retie_exactly() -> transform.Transform:
@@ -108,44 +102,6 @@ def _retie_exactly(
   return params, [transform.note(_EMBED, table)]
 
 
-def is_tied(outer: Mapping[str, np.ndarray]) -> bool:
-  """Returns whether an embedding is about the head times some matrix.
-
-  A few of its columns are predicted for some tokens from those of others, by conjugate
-  gradients; a decomposition of a wide head would take too long.
-
-  Args:
-    outer: the embedding, `[V, d]`, and the head, `[D, V]`, by path; or nothing.
-  """
-  if _HEAD not in outer:
-    return False
-  table, kernel = outer[_EMBED], outer[_HEAD]
-  rank, tokens = kernel.shape
-  if 3 * rank > tokens:
-    return False
-  few = min(rank, _UNSEEN)
-  chosen = np.sort(np.random.default_rng(0).permutation(tokens)[: 2 * rank + few])
-  is_seen = np.arange(len(chosen)) % (len(chosen) // few) > 0
-  (seen, fit), (unseen, test) = (
-    (np.asarray(x, np.float32) for x in (kernel.T[own], table[own][:, :_COLUMNS]))
-    for own in (chosen[is_seen], chosen[~is_seen])
-  )
-  with np.errstate(all='ignore'):  # numbers that are not finite are never tied
-    norms = np.maximum(np.linalg.norm(test, axis=1), _TINY)
-    matrix, left = np.zeros((rank, fit.shape[1]), np.float32), seen.T @ fit
-    direction, least = left, _LEFT * np.square(left).sum()
-    for _ in range(_STEPS):
-      squares, image = np.square(left).sum(0), seen.T @ (seen @ direction)
-      length = squares / np.maximum((direction * image).sum(0), _TINY)
-      matrix, left = matrix + length * direction, left - length * image
-      if np.median(np.linalg.norm(unseen @ matrix - test, axis=1) / norms) < 0.3:
-        return True
-      if np.square(left).sum() < least:
-        break
-      direction = left + np.square(left).sum(0) / np.maximum(squares, _TINY) * direction
-  return False
-
-
 def _table_and_head(
   params: transform.Params, dtype: np.dtype | None
 ) -> tuple[np.ndarray, np.ndarray] | list[transform.Note]:
@@ -171,7 +127,7 @@ def _table_and_head(
   with np.errstate(invalid='ignore'):  # a signalling NaN would cause a warning
     for path, array in zip((_EMBED, _HEAD), arrays, strict=True):
       if not np.isfinite(array).all():
-        obstacle = f'{path} has numbers that are not finite'
+        obstacle = f'{path} has weights that are not finite'
         return [transform.note(_EMBED, table, obstacle=obstacle)]
   return arrays
 

@@ -2,9 +2,8 @@
 
 A symmetry is a change of the weights that does not change the function of the model. A
 gauge is one choice among the weights that a symmetry connects. These functions take and
-return arrays. They work under `jit` and `vmap`, and they do not wait for the device.
-`passes` applies them to models that do not fit the device, and `canonicalize` to one
-that does.
+return arrays, work under `jit` and `vmap`, and do not wait for the device. `passes`
+applies them to models that do not fit the device, and `canonicalize` to one that does.
 
 The modules, in the order of reading:
 
@@ -12,16 +11,15 @@ The modules, in the order of reading:
     canonical     canonical forms under rotations: polar, QR, SVD
     shortcuts     shortcuts between rotated segments
     norms         folding the scales of norms into kernels
-    heads         the bases of attention heads: value and output, query and key
-    biases        biases that the output does not need
+    heads         the bases and biases of attention heads
+    layer         one layer: gauge, rotate, fix
+    stacked       all layers in one call: `canonicalize` is the `vmap` of `layer`
     low_rank      the basis between two factors
     tied          the map from the head to an embedding
-    stacked       canonical weights of a whole model in one call
     steps         rounding to multiples of a step, also with error feedback
     products      matrix products that round equally on any number of threads
 """
 
-from rotbits_jax.symmetries.biases import with_value_bias
 from rotbits_jax.symmetries.canonical import CANONICALIZERS
 from rotbits_jax.symmetries.canonical import Canonicalizer
 from rotbits_jax.symmetries.canonical import Polar
@@ -34,6 +32,7 @@ from rotbits_jax.symmetries.heads import basis
 from rotbits_jax.symmetries.heads import fix_keys
 from rotbits_jax.symmetries.heads import fix_values
 from rotbits_jax.symmetries.heads import rotate_heads
+from rotbits_jax.symmetries.heads import with_value_bias
 from rotbits_jax.symmetries.low_rank import fix_pair
 from rotbits_jax.symmetries.norms import fold_norm_scales
 from rotbits_jax.symmetries.rotations import next_rotation

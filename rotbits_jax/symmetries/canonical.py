@@ -38,6 +38,7 @@ Canonicalizer = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 _matmul = products.matmul
 
+_LEAST = 0.03  # root of an eigenvalue that is accurate enough, see `quick_polar`
 _MOST_SKEW = 1e-4  # products of unit vectors that count as orthogonal
 
 
@@ -79,6 +80,7 @@ def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _matrix(w: jax.Array) -> jax.Array:
+  """Returns a matrix in float32."""
   chex.assert_rank(w, 2)
   return w.astype(jnp.float32)
 
@@ -111,46 +113,48 @@ def polar(matrix: jax.Array) -> Polar:
   return Polar(u, values, _frame(_matmul(u, vt)))
 
 
-def polar_from_gram(matrix: jax.Array) -> tuple[Polar, jax.Array]:
-  """Returns the left polar decomposition in less time than `polar` does.
+def quick_polar(matrix: jax.Array) -> Polar:
+  """Returns the left polar decomposition in half the time of `polar`.
 
-  The eigenvectors of `M M^T` are those of P, and an SVD takes twice as long. But they
-  square the condition of M; so a small SVD decomposes what M does to the last sixteenth
-  of them. Of the blocks of orthogonal matrices that shortcuts are, that is enough.
+  The eigenvectors of `M M^T` are those of P, but they square the condition of M. So a
+  small SVD decomposes what M does to the last sixteenth of them. Of the blocks of
+  orthogonal matrices that shortcuts are, that is enough; `polar` decomposes others. (Do
+  not use it under `vmap`, which computes both.)
 
-  >>> found, least = polar_from_gram(jnp.diag(jnp.array([1.0, 0.5, 0.25])))
-  >>> np.round(found.values, 3).tolist(), bool(least > 0.1)
-  ([1.0, 0.5, 0.25], True)
-
-  Args:
-    matrix: M `[d, e]`, d <= e.
-
-  Returns:
-    The decomposition; and the least singular value of those that are roots of
-    eigenvalues, divided by the greatest if that is above 1; 0 if the rotation is not
-    orthogonal. If it is above 0.03, float32, the errors are those of `polar`.
+  >>> np.round(quick_polar(jnp.diag(jnp.array([1.0, 0.5, 0.25]))).values, 3).tolist()
+  [1.0, 0.5, 0.25]
   """
-  chex.assert_rank(matrix, 2)
-  matrix = matrix.astype(jnp.float32)
+  quick, least = _polar_from_gram(matrix)
+  is_accurate = least > _LEAST  # not if it is NaN
+  return jax.lax.cond(is_accurate, lambda: quick, lambda: polar(matrix))
+
+
+def _polar_from_gram(matrix: jax.Array) -> tuple[Polar, jax.Array]:
+  """Returns a decomposition, and the least singular value that is a root.
+
+  It is divided by the greatest value if that is above 1, and 0 if the rotation is not
+  orthogonal. If it is above `_LEAST`, the errors are those of `polar`.
+  """
+  matrix = _matrix(matrix)
   d = len(matrix)
   squares, u = jnp.linalg.eigh(_matmul(matrix, matrix.T))
   few = -(-d // 16)
   many, last = u[:, few:][:, ::-1], u[:, :few]
   values = jnp.sqrt(jnp.maximum(squares[few:][::-1], jnp.finfo(jnp.float32).tiny))
   rows = _matmul(many.T, matrix) / values[:, None]
-  rest = _matmul(last.T, matrix)
+  remainder = _matmul(last.T, matrix)
   for _ in range(2):  # the first time leaves rounding errors
-    rest = rest - _matmul(_matmul(rest, rows.T), rows)
-  turn, least, ends = jnp.linalg.svd(rest, full_matrices=False)
+    remainder = remainder - _matmul(_matmul(remainder, rows.T), rows)
+  turn, least, ends = jnp.linalg.svd(remainder, full_matrices=False)
   u = jnp.concatenate([many, _matmul(last, turn)], axis=1)
   frame = _frame(_matmul(u, jnp.concatenate([rows, ends])))
-  found = Polar(u, jnp.concatenate([values, least]), frame)
+  quick = Polar(u, jnp.concatenate([values, least]), frame)
   if few == d:
-    return found, jnp.float32(1)
-  # Where M has no rest, the ends are any rows, and need not be orthogonal to others.
+    return quick, jnp.float32(1)
+  # Where M has no remainder, the ends are any rows, maybe not orthogonal to others.
   skew = jnp.max(jnp.abs(_matmul(ends, rows.T)))
   relative = values[-1] / jnp.maximum(values[0], 1)
-  return found, jnp.where(skew < _MOST_SKEW, relative, 0)
+  return quick, jnp.where(skew < _MOST_SKEW, relative, 0)
 
 
 def _frame(rows: jax.Array) -> jax.Array:

@@ -1,25 +1,30 @@
 r"""The gauges of attention heads: a change of basis within every head.
 
-A gauge is a choice of coordinates that does not change the function of the model. Two
-kernels share the h coordinates of a head, and they can change together:
+Two kernels share the h coordinates of a head, and they can change together:
 
     value, output:  W_v -> W_v A,  W_o -> A^-1 W_o          A in GL(h)
     query, key:     W_q -> W_q A,  W_k -> W_k A^-T          A in GL(h), without RoPE
 
 GL(h) is the group of invertible matrices `[h, h]`. RoPE rotates the first r coordinates
 of a query or key in planes, and on these A must be the identity here. (Complex factors
-commute with RoPE, too, but they are 0.004% of the numbers.) On the other m = h - r
+commute with RoPE, too, but they are 0.004% of the weights.) On the other m = h - r
 coordinates A is in GL(m). All query heads that read the same key-value head share its
 A.
 
 To fix the gauge, the output kernel (transposed) or the key kernel is replaced by a
 basis of its column space, see `structured.heads`. The kernel is this basis times A^T,
-and its partner is multiplied by A. This saves h^2 or m^2 numbers for each key-value
+and its partner is multiplied by A. This saves h^2 or m^2 weights for each key-value
 head. No matrix is inverted that can be singular, so heads may have any rank.
 
-Biases change with their kernels, with one exception. The bias of the key does not
-change the output in coordinates that RoPE does not rotate, see `biases`; it becomes
-zero there.
+**Biases.** Biases change with their kernels, and two of them are redundant. The bias of
+the keys adds `q . b_k` to all scores of a query, and the softmax ignores a number that
+is added to all scores; so it is zero in the coordinates that RoPE does not rotate. The
+attention weights of a query sum to 1, so the bias of the values adds the same vector to
+the output at every token, and the bias of the output can include it:
+
+    (weights @ (x W_v + b_v)) W_o + b_o = (weights @ x W_v) W_o + (b_v W_o + b_o)
+
+Here b_v is repeated for every query head that reads it.
 
 Shape letters are those of `models.config`; d is the width of the segment that a kernel
 reads or writes, and G = H / K. G query heads that share a key-value head form a group.
@@ -36,6 +41,17 @@ from rotbits_jax import models
 from rotbits_jax import structured
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
+
+VALUE, OUT = 'attention/value/kernel', 'attention/out/kernel'
+QUERY, KEY = 'attention/query/kernel', 'attention/key/kernel'
+VALUE_BIAS, OUT_BIAS = 'attention/value/bias', 'attention/out/bias'
+QUERY_BIAS, KEY_BIAS = 'attention/query/bias', 'attention/key/bias'
+
+VALUES = (VALUE, VALUE_BIAS, OUT)
+"""The parameters that share the gauge of values; the bias may be missing."""
+
+KEYS = (QUERY, QUERY_BIAS, KEY, KEY_BIAS)
+"""The parameters that share the gauge of keys; the biases may be missing."""
 
 
 class BasisAndFactor(NamedTuple):
@@ -74,36 +90,31 @@ def basis(matrix: jax.Array) -> BasisAndFactor:
   return BasisAndFactor(2 * _matmul(q[h:], inverse), factor)
 
 
-def multiply(array: jax.Array, matrices: jax.Array) -> jax.Array:
-  """Multiplies the heads of a kernel or bias from the right, in float32.
+def with_value_bias(
+  out_bias: jax.Array, value_bias: jax.Array, kernel: jax.Array, *, kv_heads: int
+) -> jax.Array:
+  """Returns the output bias that includes the value bias: `b_o + b_v W_o`.
+
+  >>> with_value_bias(jnp.zeros(2), jnp.ones(2), jnp.eye(2), kv_heads=1).tolist()
+  [1.0, 1.0]
 
   Args:
-    array: `[..., H h]`.
-    matrices: float32 `[K, h, h]`; G consecutive heads share one.
+    out_bias: `[d]`.
+    value_bias: `[K h]`.
+    kernel: W_o, `[H h, d]`.
+    kv_heads: K.
 
   Returns:
-    float32 `[..., H h]`.
+    float32 `[d]`.
   """
-  chex.assert_rank(matrices, 3)
-  groups, h, _ = matrices.shape
-  heads = array.astype(jnp.float32).reshape(*array.shape[:-1], groups, -1, h)
-  product = jnp.einsum('...kgi,kij->...kgj', heads, matrices, precision='highest')
-  return product.reshape(array.shape)
-
-
-VALUE, OUT = 'attention/value/kernel', 'attention/out/kernel'
-QUERY, KEY = 'attention/query/kernel', 'attention/key/kernel'
-_QUERY_BIAS, KEY_BIAS = 'attention/query/bias', 'attention/key/bias'
-
-_OUT_ADAPTER = models.layout.adapter_of(OUT)
-# Adapters of kernels that are multiplied by A, not by its inverse.
-_DIRECT = tuple(map(models.layout.adapter_of, (VALUE, QUERY)))
-
-VALUES = (VALUE, 'attention/value/bias', OUT)
-"""The parameters that share the gauge of values; the bias may be missing."""
-
-KEYS = (QUERY, _QUERY_BIAS, KEY, KEY_BIAS)
-"""The parameters that share the gauge of keys; the biases may be missing."""
+  chex.assert_rank([out_bias, value_bias, kernel], [1, 1, 2])
+  chex.assert_shape(kernel, (None, len(out_bias)))
+  # H / K consecutive query heads read the same value head.
+  groups = kernel.shape[0] // value_bias.shape[0]
+  heads = value_bias.astype(jnp.float32).reshape(kv_heads, 1, -1)
+  repeated = jnp.broadcast_to(heads, (kv_heads, groups, heads.shape[2])).reshape(-1)
+  moved = jnp.matmul(repeated, kernel.astype(jnp.float32), precision='highest')
+  return out_bias.astype(jnp.float32) + moved
 
 
 def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
@@ -124,7 +135,7 @@ def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
   """
 
   def rotate(path: str, x: jax.Array) -> jax.Array:
-    product = multiply(x.T, rotations).T if path == OUT else multiply(x, rotations)
+    product = _multiply(x.T, rotations).T if path == OUT else _multiply(x, rotations)
     return product.astype(x.dtype)
 
   return {path: rotate(path, x) for path, x in params.items()}
@@ -170,7 +181,7 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   rows = jnp.swapaxes(others.reshape(kv_heads, -1, width, h), 2, 3).reshape(-1, width)
   gauge = jnp.matrix_transpose(factors)
   fixed: models.Params = {
-    path: multiply(x, gauge) for path, x in params.items() if path != OUT
+    path: _multiply(x, gauge) for path, x in params.items() if path != OUT
   }
   fixed[OUT] = structured.HeadRows(
     first, rows if rows.size else None, groups=kv_heads, head_dim=h
@@ -205,8 +216,8 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   gauge, kept = jnp.matrix_transpose(factors), jnp.eye(rotary, dtype=jnp.float32)
   whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
   fixed: models.Params = {
-    path: multiply(params[path], whole)
-    for path in (QUERY, _QUERY_BIAS)
+    path: _multiply(params[path], whole)
+    for path in (QUERY, QUERY_BIAS)
     if path in params
   }
   columns = params[KEY].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
@@ -221,56 +232,12 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   return Fixed(fixed, gauge)
 
 
-def in_gauge(pairs: models.Params, gauge: jax.Array, *, rotary: int) -> models.Params:
-  """Returns low-rank updates of kernels in a gauge: of `W_v`, `W_o`, `W_q`, `W_k`.
-
-  Args:
-    pairs: low-rank leaves, float32, by the paths of adapters.
-    gauge: A, as `fix_values` or `fix_keys` returned it.
-    rotary: r for queries and keys, 0 for values.
-
-  Returns:
-    The leaves. They are not finite if A has no inverse.
-  """
-  kept = jnp.eye(rotary, dtype=jnp.float32)
-  whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
-  found = {}
-  for path, pair in pairs.items():
-    if path in _DIRECT:
-      found[path] = pair.replace(v=multiply(pair.v, whole))
-      continue
-    inverse = jnp.matrix_transpose(jnp.linalg.inv(whole))
-    if path == _OUT_ADAPTER:
-      found[path] = pair.replace(u=multiply(pair.u.T, inverse).T)
-    else:
-      found[path] = pair.replace(v=multiply(pair.v, inverse))
-  return found
-
-
-def sides(params: models.Params, *, kv_heads: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the two kernels of a pair, float32 `[K, ..., h]`.
-
-  Only `left @ right^T` matters for the function of the model. Biases are further rows.
-
-  Args:
-    params: `VALUES`, or `KEYS`, by path.
-    kv_heads: K.
-  """
-  params = structured.materialize(params)
-
-  def with_bias(name: str) -> jax.Array:
-    rows = [params[f'attention/{name}/kernel']]
-    if (bias := params.get(f'attention/{name}/bias')) is not None:
-      rows.append(bias[None])
-    return jnp.concatenate(rows)
-
-  if OUT in params:
-    left, right = with_bias('value'), params[OUT].T
-    h = left.shape[1] // kv_heads
-  else:
-    left, right = with_bias('query'), with_bias('key')
-    h = right.shape[1] // kv_heads
-  return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
+def _multiply(array: jax.Array, matrices: jax.Array) -> jax.Array:
+  """Multiplies heads `[..., H h]` by matrices `[K, h, h]`; G heads share one."""
+  groups, h, _ = matrices.shape
+  heads = array.astype(jnp.float32).reshape(*array.shape[:-1], groups, -1, h)
+  product = jnp.einsum('...kgi,kij->...kgj', heads, matrices, precision='highest')
+  return product.reshape(array.shape)
 
 
 def _stacked_heads(kernel: jax.Array, kv_heads: int, h: int) -> jax.Array:
@@ -280,6 +247,9 @@ def _stacked_heads(kernel: jax.Array, kv_heads: int, h: int) -> jax.Array:
 
 
 # ---- the error that rounding makes -------------------------------------------------
+
+Sides = tuple[jax.Array, jax.Array]
+"""float32 `[K, a, h]` and `[K, b, h]`, of K products `left @ right^T`."""
 
 
 class Errors(NamedTuple):
@@ -296,8 +266,30 @@ class Errors(NamedTuple):
   plain: jax.Array
 
 
-Sides = tuple[jax.Array, jax.Array]
-"""float32 `[K, a, h]` and `[K, b, h]`, of K products `left @ right^T`."""
+def sides(params: models.Params, *, kv_heads: int) -> Sides:
+  """Returns the two kernels of a pair. Biases are further rows.
+
+  Only `left @ right^T` matters for the function of the model.
+
+  Args:
+    params: `VALUES`, or `KEYS`, by path.
+    kv_heads: K.
+  """
+  params = structured.materialize(params)
+
+  def with_bias(kernel: str, bias: str) -> jax.Array:
+    rows = [params[kernel]]
+    if bias in params:
+      rows.append(params[bias][None])
+    return jnp.concatenate(rows)
+
+  if OUT in params:
+    left, right = with_bias(VALUE, VALUE_BIAS), params[OUT].T
+    h = left.shape[1] // kv_heads
+  else:
+    left, right = with_bias(QUERY, QUERY_BIAS), with_bias(KEY, KEY_BIAS)
+    h = right.shape[1] // kv_heads
+  return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
 
 
 def rounding_errors(
@@ -309,9 +301,9 @@ def rounding_errors(
     plain: the sides before their gauge was fixed.
     fixed: the sides after that.
     rounded: these sides after their stored arrays are rounded.
-    dtype: the dtype to which numbers are rounded.
+    dtype: the dtype to which weights are rounded.
   """
-  # The numbers of a checkpoint have no rounding error, because they are rounded
+  # The weights of a checkpoint have no rounding error, because they are rounded
   # already. A multiple of them has the usual error.
   left, right = plain[0] * _SQRT2, plain[1] / _SQRT2
   round_off = lambda x: x.astype(dtype).astype(jnp.float32)
@@ -325,22 +317,12 @@ def rounding_errors(
 _SQRT2 = 2**0.5
 
 
-def growth(plain: Sides, fixed: Sides) -> jax.Array:
-  """Returns how much larger the norms of the sides are than those of their products.
-
-  Errors of float32 arithmetic in the products grow by as much.
-  """
-  of_heads = [jnp.linalg.norm(side, axis=(1, 2)) for side in fixed]
-  product = jnp.maximum(_product_norm(*plain), jnp.finfo(jnp.float32).tiny)
-  return jnp.linalg.norm(of_heads[0] * of_heads[1]) / product
-
-
-def product_error(sides: Sides, near: Sides) -> jax.Array:
+def product_error(exact: Sides, near: Sides) -> jax.Array:
   """Returns the Frobenius norm of the difference of all products, float32.
 
   The result is accurate even if the sides differ little.
   """
-  (left, right), (near_left, near_right) = sides, near
+  (left, right), (near_left, near_right) = exact, near
   return _product_norm(
     jnp.concatenate([near_left - left, near_left], axis=2),
     jnp.concatenate([right, near_right - right], axis=2),
@@ -348,5 +330,6 @@ def product_error(sides: Sides, near: Sides) -> jax.Array:
 
 
 def _product_norm(left: jax.Array, right: jax.Array) -> jax.Array:
+  """Returns the Frobenius norm of `left @ right^T` over all heads."""
   gram = lambda x: _matmul(jnp.matrix_transpose(x), x)
   return jnp.sqrt(jnp.maximum(jnp.sum(gram(left) * gram(right)), 0))

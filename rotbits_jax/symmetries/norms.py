@@ -22,7 +22,7 @@ def scale_rows(kernel: Any, scale: jax.Array) -> Any:
   [[10.0, 20.0], [3.0, 4.0]]
 
   Args:
-    kernel: an array `[..., n, m]`, or a low-rank leaf `[n, m]`.
+    kernel: an array or a low-rank leaf `[n, m]`.
     scale: `[n]`.
   """
   pair = structured.pair(kernel)
@@ -34,14 +34,13 @@ def scale_rows(kernel: Any, scale: jax.Array) -> Any:
 
 
 def fold_norm_scales(
-  params: dict[str, Any], config: models.ModelConfig, axes: models.layout.Axes
+  params: dict[str, Any], config: models.ModelConfig, *, is_outer: bool = False
 ) -> dict[str, Any]:
   """Moves the scales of RMSNorms into the kernels that read them.
 
   >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')
   >>> model = rotbits_jax.load_checkpoint(checkpoint).model
-  >>> layer, axes = model.layer(0), models.layout.layer_axes(model.config)
-  >>> folded = fold_norm_scales(structured.flatten(layer), model.config, axes)
+  >>> folded = fold_norm_scales(structured.flatten(model.layer(0)), model.config)
   >>> set(folded['mlp_norm/scale'].tolist())
   {1.0}
 
@@ -49,7 +48,7 @@ def fold_norm_scales(
     params: parameters of a layer, or parameters outside the layers, of a dense model,
       by path.
     config: its config.
-    axes: `models.layout.layer_axes`, or `models.layout.outer_axes`.
+    is_outer: whether the parameters are those outside the layers.
 
   Returns:
     The parameters in their old dtypes; the scales are 1.
@@ -58,22 +57,24 @@ def fold_norm_scales(
     ValueError: if the norms of the model are no RMSNorms.
   """
   if config.norm != 'rmsnorm':
-    raise ValueError(f'{config.family}: only the scales of RMSNorms can be folded')
-  folded = dict(params)
-  for path, own in axes.items():
-    if path in params and len(own) > 1 and isinstance(own[-2], int):  # it reads one
-      first, norm = path.split('/')[0], 'final_norm'
-      if first != 'head':
-        norm = models.layout.norm_of(config, first)
-      folded[path] = scale_rows(params[path], params[f'{norm}/scale'])
-      folded[f'{norm}/scale'] = jnp.ones_like(params[f'{norm}/scale'])
+    raise ValueError(f'{config.family}: only scales of RMSNorms can be folded')
+  layout, folded = models.layout, dict(params)
+  axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
+  for path, path_axes in axes.items():
+    sublayer, is_reader = path.split('/')[0], isinstance(path_axes[0], int)
+    if path not in params or len(path_axes) < 2 or not is_reader:
+      continue
+    norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
+    folded[path] = scale_rows(params[path], params[f'{norm}/scale'])
+    folded[f'{norm}/scale'] = jnp.ones_like(params[f'{norm}/scale'])
   return folded
 
 
 def with_constant_scales(
-  params: dict[str, Any], axes: models.layout.Axes
+  params: dict[str, Any], config: models.ModelConfig
 ) -> dict[str, Any]:
   """Replaces the scales that `fold_norm_scales` made 1 by leaves of one number."""
+  axes = models.layout.layer_axes(config) | models.layout.outer_axes(config)
   return {
     path: structured.Constant.like(leaf, 1.0) if axes[path] == ('norm',) else leaf
     for path, leaf in params.items()

@@ -23,6 +23,7 @@ Rotations include reflections.
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -49,8 +50,7 @@ def rotate(
   [-2.0, 1.0]
 
   Args:
-    array: an array `[n, m]` or `[m]`, or a low-rank leaf `[n, m]`; or `[E, n, m]`, of
-      which each matrix is rotated.
+    array: an array `[n, m]` or `[m]`, or a low-rank leaf `[n, m]`.
     rows: float32 `[n, n]`; None for no rotation.
     columns: float32 `[m, m]`; None for no rotation.
 
@@ -60,8 +60,6 @@ def rotate(
   pair = structured.pair(array)
   if pair is not None:
     return pair.replace(u=rotate(pair.u, rows), v=rotate(pair.v, None, columns))
-  if array.ndim > 2:
-    return jax.vmap(lambda own: rotate(own, rows, columns))(array)
   product = array.astype(jnp.float32)
   if rows is not None:
     chex.assert_shape(rows, (array.shape[0], array.shape[0]))
@@ -83,8 +81,10 @@ def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
 
 def rotate_parameters(
   params: dict[str, Any],
-  rotations: tuple[jax.Array | None, ...],
+  rotations: Sequence[jax.Array | None],
   axes: dict[str, tuple[Any, ...]],
+  *,
+  function: Callable[..., Any] = rotate,
 ) -> dict[str, Any]:
   """Rotates the parameters of a layer, or the parameters outside the layers.
 
@@ -103,13 +103,14 @@ def rotate_parameters(
       they are the first and the last segment of the model.
     axes: the axes of each parameter by path, see `models.layout`. Other parameters do
       not change.
+    function: the rotation of one array, `rotate` or its compiled form.
 
   Returns:
     The parameters in their old dtypes.
   """
   of = lambda segment: None if segment is None else rotations[segment]
   return {
-    path: rotate(leaf, *map(of, sides(axes[path]))) if path in axes else leaf
+    path: function(leaf, *map(of, sides(axes[path]))) if path in axes else leaf
     for path, leaf in params.items()
   }
 

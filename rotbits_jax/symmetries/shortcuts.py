@@ -44,30 +44,26 @@ def factors(
   chex.assert_equal_shape([rotation, polar.u])
   # The values descend: those above 1 are the first, those below 1 are the last.
   excess = polar.values - 1
-  found = []
-  for u, size, count in (
-    (polar.u[:, ::-1], -excess[::-1], columns[0]),
-    (polar.u, excess, columns[1]),
-  ):
-    weights = jnp.where(size[:count] > tolerance, size[:count], 0)
-    rotated = _matmul(rotation.T, u[:, :count] * jnp.sqrt(weights))
-    found.append(rotations.lower(rotated))
-  return found[0], found[1]
+
+  def factor(vectors: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
+    weights = jnp.where(sizes[:count] > tolerance, sizes[:count], 0)
+    rotated = _matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights))
+    return rotations.lower(rotated)
+
+  below = factor(polar.u[:, ::-1], -excess[::-1], columns[0])
+  return below, factor(polar.u, excess, columns[1])
 
 
-def lower_factor(
-  rotation: jax.Array, shortcut: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns L and the rotation of the next segment, for a shortcut with d > e.
+def narrowing_rotation(rotation: jax.Array, shortcut: jax.Array) -> jax.Array:
+  """Returns the R_{s+1} that makes R_s^T M_s R_{s+1} lower trapezoidal, for d > e.
 
   Args:
     rotation: R_s, float32 `[d, d]`.
     shortcut: M_s, `[d, e]`.
 
   Returns:
-    L = R_s^T M_s R_{s+1}, float32 `[d, e]`, lower trapezoidal; and R_{s+1} `[e, e]`.
+    R_{s+1}, float32 `[e, e]`.
   """
   chex.assert_shape(shortcut, (len(rotation), None))
   rotated = _matmul(rotation.T, shortcut.astype(jnp.float32))
-  q, r = jnp.linalg.qr(rotated.T, mode='complete')
-  return jnp.tril(r.T), q
+  return jnp.linalg.qr(rotated.T, mode='complete')[0]

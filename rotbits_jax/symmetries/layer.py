@@ -1,0 +1,272 @@
+r"""One layer of a model, in the coordinates that `canonicalize` chooses.
+
+    gauge      the polar factors of its shortcuts, M_s = [P_s 0] O_s
+    segments   the rotations of its segments, R_{s+1} = O_s^T R_s
+    rotate     its kernels between rotated segments
+    shortcut   a shortcut between rotated segments, I - B B^T + C C^T
+    fix        the biases and the bases of its attention heads
+
+`gauge` needs the layer alone, and `segments` the rotation that the layer before ends
+with. The others need the rotations, and no other layer. `stacked.canonicalize` is their
+`vmap` over stacked layers; `passes` calls the same functions layer by layer, measures
+what rounding does to the result, and keeps what is accurate.
+
+A layer is a dict of float32 leaves by path. Every function returns new leaves. d is the
+width of a shortcut's first segment, and e that of its second one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rotbits_jax import models
+from rotbits_jax import structured
+from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import heads
+from rotbits_jax.symmetries import norms
+from rotbits_jax.symmetries import products
+from rotbits_jax.symmetries import rotations as rotations_lib
+from rotbits_jax.symmetries import shortcuts
+
+Params = dict[str, Any]
+UP, HEAD = 'mlp/up/kernel', 'head/kernel'
+
+
+def shortcut_paths(config: models.ModelConfig) -> list[str]:
+  """Returns the paths of the shortcuts of a layer; none in a dense model."""
+  sublayers = models.layout.SUBLAYERS[: config.segments_per_layer]
+  return [f'{x}_shortcut/kernel' for x in sublayers] if config.sliced else []
+
+
+def is_array(params: Params, path: str) -> bool:
+  """Returns whether a parameter is an array of floating-point numbers."""
+  return structured.is_plain(params.get(path))
+
+
+# ---- the residual stream -----------------------------------------------------------
+
+
+def gauge(
+  params: Params,
+  config: models.ModelConfig,
+  *,
+  polar: Callable[[jax.Array], canonical.Polar] = canonical.polar,
+) -> list[canonical.Polar | None]:
+  """Returns the polar decompositions of the shortcuts of a layer.
+
+  Args:
+    params: the layer.
+    config: the config of the model.
+    polar: the decomposition, `canonical.polar` or `canonical.quick_polar`.
+
+  Returns:
+    One for each shortcut; None for a shortcut that narrows the stream.
+  """
+  kernels = [params[path] for path in shortcut_paths(config)]
+  (d, e), *others = [kernel.shape for kernel in kernels]
+  if others == [(d, e)] and d <= e:
+    # One after the other, because LAPACK uses all CPUs for each.
+    both = jax.lax.map(polar, jnp.stack(kernels))
+    return [jax.tree.map(lambda x, s=s: x[s], both) for s in range(2)]
+  return [polar(x) if x.shape[0] <= x.shape[1] else None for x in kernels]
+
+
+def segments(
+  params: Params,
+  polars: Sequence[canonical.Polar | None],
+  first: jax.Array,
+  config: models.ModelConfig,
+  *,
+  free: jax.Array | None = None,
+) -> list[jax.Array]:
+  """Returns the rotations of the segments that a layer reads and writes.
+
+  Args:
+    params: the layer of a sliced model.
+    polars: `gauge` of the layer.
+    first: R_s of the segment that the layer reads, float32 `[d, d]`.
+    config: the config of the model.
+    free: Z of the last shortcut, see `rotations.next_rotation`.
+
+  Returns:
+    R_s, R_{s+1}, ..., float32 `[e, e]` each.
+  """
+  found, paths = [first], shortcut_paths(config)
+  for path, polar in zip(paths, polars, strict=True):
+    if polar is None:
+      found.append(shortcuts.narrowing_rotation(found[-1], params[path]))
+    else:
+      z = free if path == paths[-1] else None
+      found.append(rotations_lib.next_rotation(polar.rotation, found[-1], z))
+  return found
+
+
+def first_rotation(
+  params: Params, polars: Sequence[canonical.Polar | None], config: models.ModelConfig
+) -> jax.Array | None:
+  """Returns the R_0 that makes the up kernel of the first layer upper trapezoidal.
+
+  It is None if that kernel is a pair of factors, or if the segment that it reads has
+  another width than the first.
+
+  Args:
+    params: the first layer, without scales of norms, see `norms.fold_norm_scales`.
+    polars: `gauge` of the layer.
+    config: the config of the model.
+  """
+  if not is_array(params, UP):
+    return None
+  kernel = params[UP]
+  if config.sliced and not config.parallel_block:
+    if polars[0] is None or len(polars[0].u) != len(kernel):
+      return None
+    kernel = products.matmul(polars[0].rotation, kernel)
+  return rotations_lib.upper_rotation(kernel[:, : len(kernel)])
+
+
+def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | None:
+  """Returns the Z that makes the last rows of the head upper trapezoidal.
+
+  Args:
+    outer: the parameters outside the layers.
+    polar: the decomposition of the last shortcut.
+
+  Returns:
+    Z, float32 `[e - d, e - d]`; None if the stream does not get wider at its end, or if
+    the head is a pair of factors.
+  """
+  new = 0 if polar is None else len(polar.rotation) - len(polar.u)
+  if polar is None or not new or not is_array(outer, HEAD):
+    return None
+  head = outer[HEAD][:, :new].astype(jnp.float32)
+  return rotations_lib.upper_rotation(products.matmul(polar.rotation[-new:], head))
+
+
+def rotate(
+  params: Params,
+  rotations: Sequence[jax.Array | None],
+  config: models.ModelConfig,
+  *,
+  is_outer: bool = False,
+  function: Callable[..., Any] = rotations_lib.rotate,
+) -> Params:
+  """Rotates the kernels and biases of a layer, or the parameters outside the layers.
+
+  In a dense model, the scales of norms are 1, see `norms.fold_norm_scales`, and become
+  leaves of one number.
+
+  Args:
+    params: the parameters. Shortcuts among them stay matrices, see `shortcut`.
+    rotations: R of the segments of the layer, see `segments`; or of the first and the
+      last segment of the model.
+    config: the config of the model.
+    is_outer: whether the parameters are those outside the layers.
+    function: the rotation of one array, `rotations.rotate` or its compiled form.
+  """
+  layout = models.layout
+  axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
+  rotated = rotations_lib.rotate_parameters(params, rotations, axes, function=function)
+  return rotated if config.sliced else norms.with_constant_scales(rotated, config)
+
+
+def shortcut(
+  rotation: jax.Array,
+  polar: canonical.Polar,
+  *,
+  tolerance: float,
+  columns: tuple[int, int],
+) -> structured.IdentityMinusGram:
+  """Returns a shortcut between rotated segments, in the low-rank form.
+
+  Args:
+    rotation: R_s of the first segment, float32 `[d, d]`.
+    polar: the decomposition of the shortcut.
+    tolerance: see `shortcuts.factors`.
+    columns: the number of columns of B and of C.
+
+  Returns:
+    The leaf. Columns that are not needed are zero and come last.
+  """
+  b, c = shortcuts.factors(rotation, polar, tolerance=tolerance, columns=columns)
+  return structured.IdentityMinusGram(b, c, columns=len(polar.rotation))
+
+
+# ---- attention heads ---------------------------------------------------------------
+
+
+def without_biases(params: Params, config: models.ModelConfig) -> Params:
+  """Returns the biases that change when those of key and value become zero.
+
+  The bias of the key does so without RoPE. That of the value does if the output has a
+  bias that can include it, see `heads`.
+  """
+  valid, changed = models.layout.symmetries(config), Params()
+  if valid.key_bias and is_array(params, heads.KEY_BIAS):
+    zeros = structured.Constant.like(params[heads.KEY_BIAS], 0.0)
+    changed[heads.KEY_BIAS] = zeros
+  if valid.values and all(
+    is_array(params, x) for x in (heads.VALUE_BIAS, heads.OUT_BIAS)
+  ):
+    value, out = params[heads.VALUE_BIAS], params[heads.OUT_BIAS]
+    kernel = structured.materialize(params[heads.OUT])
+    changed[heads.OUT_BIAS] = heads.with_value_bias(
+      out, value, kernel, kv_heads=config.num_kv_heads
+    )
+    changed[heads.VALUE_BIAS] = structured.Constant.like(value, 0.0)
+  return changed
+
+
+def head_pair(
+  params: Params, config: models.ModelConfig, *, paths: tuple[str, ...]
+) -> Params:
+  """Returns the parameters that share the gauge of heads; {} if it cannot be fixed.
+
+  Args:
+    params: the layer.
+    config: the config of the model.
+    paths: `heads.VALUES` or `heads.KEYS`.
+  """
+  valid, pair = models.layout.symmetries(config), Params()
+  is_values = paths == heads.VALUES
+  is_free = valid.queries and config.rotary_dim < config.head_dim
+  if not (valid.values if is_values else is_free):
+    return {}
+  for path in paths:
+    leaf = params.get(path)
+    if leaf is None or (isinstance(leaf, structured.Constant) and not leaf.value):
+      continue  # a missing bias is zero
+    if not structured.is_plain(leaf):
+      return {}
+    pair[path] = leaf
+  kernel = pair[heads.OUT if is_values else heads.KEY]
+  return pair if min(kernel.shape) >= config.head_dim else {}
+
+
+def fix_pair(pair: Params, config: models.ModelConfig) -> heads.Fixed:
+  """Fixes the gauge of the heads of a `head_pair`."""
+  count = config.num_kv_heads
+  if heads.OUT in pair:
+    return heads.fix_values(pair, kv_heads=count)
+  return heads.fix_keys(pair, kv_heads=count, rotary=config.rotary_dim)
+
+
+def fix(
+  params: Params, config: models.ModelConfig
+) -> tuple[Params, dict[str, jax.Array]]:
+  """Removes biases and fixes the gauges of the heads of a layer.
+
+  Args:
+    params: the layer.
+    config: the config of the model.
+
+  Returns:
+    The layer, and A by 'values' and 'keys', see `heads.Fixed`.
+  """
+  params, gauges = params | without_biases(params, config), {}
+  for name, paths in (('values', heads.VALUES), ('keys', heads.KEYS)):
+    if pair := head_pair(params, config, paths=paths):
+      fixed = fix_pair(pair, config)
+      params, gauges[name] = params | fixed.params, fixed.gauge
+  return params, gauges
