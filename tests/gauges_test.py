@@ -1,0 +1,268 @@
+"""Each gauge transform keeps the function and stores as many fewer elements as it says.
+
+A row of `CASES` is a transform on a model; the elements follow from the group.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import jax
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax import passes
+from rotbits_jax import structured
+from tests import random_models
+from tests import transform_checks
+
+SMALL = {
+  'intermediate_size': 8,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 4,
+  'num_key_value_heads': 2,
+  'vocab_size': 31,
+  'max_position_embeddings': 32,
+  'rope_theta': 50.0,
+}
+LLAMA = SMALL | {
+  'model_type': 'llama',
+  'hidden_size': 12,
+  'head_dim': 6,
+  'rms_norm_eps': 1e-3,
+}
+PHI = SMALL | {'model_type': 'phi', 'hidden_size': 24, 'partial_rotary_factor': 2 / 3}
+OPT = {
+  'model_type': 'opt',
+  'hidden_size': 12,
+  'ffn_dim': 8,
+  'num_hidden_layers': 2,
+  'num_attention_heads': 2,
+  'vocab_size': 31,
+  'max_position_embeddings': 20,
+  'word_embed_proj_dim': 12,
+}
+CONFIGS = {
+  'opt': OPT,
+  'llama': LLAMA,
+  'phi': PHI,
+  'qwen2': LLAMA | {'model_type': 'qwen2'},
+  'qwen3': LLAMA | {'model_type': 'qwen3', 'attention_bias': True},
+}
+TOKENS = np.arange(12)[None] % 31
+
+
+def _triangle(n):
+  """Returns how many entries a rotation of n dimensions makes zero."""
+  return n * (n - 1) // 2
+
+
+def _shortcut(d, e, rank):
+  """Returns how many elements the low-rank form of a shortcut `[d, e]` saves."""
+  return d * e - (d * rank - _triangle(rank))
+
+
+class Case(NamedTuple):
+  """A transform, a family or segment widths, and the elements that it saves."""
+
+  transform: passes.Transform
+  model: Any
+  elements: int
+
+
+RESIDUAL = passes.remove_residual_gauge()
+BIASES = passes.remove_biases()
+VALUES, KEYS = passes.remove_value_gauge(), passes.remove_query_key_gauge()
+ROTATION = passes.random_rotation(key=jax.random.key(1))
+
+# A constant stores its value. K h^2 and K (h - r)^2 a layer are those of GL(h).
+CASES = {
+  'biases of opt': Case(BIASES, 'opt', 2 * (24 - 2)),
+  'biases of phi': Case(BIASES, 'phi', 2 * (12 - 1)),
+  'biases of qwen2': Case(BIASES, 'qwen2', 0),
+  'values of opt': Case(VALUES, 'opt', 2 * 2 * 6**2),
+  'values of llama': Case(VALUES, 'llama', 2 * 2 * 6**2),
+  'values of phi': Case(VALUES, 'phi', 2 * 2 * 6**2),
+  'values of qwen2': Case(VALUES, 'qwen2', 2 * 2 * 6**2),
+  'keys of opt': Case(KEYS, 'opt', 2 * 2 * 6**2),
+  'keys of llama': Case(KEYS, 'llama', 0),
+  'keys of phi': Case(KEYS, 'phi', 2 * 2 * 2**2),
+  'keys of qwen3': Case(KEYS, 'qwen3', 0),
+  'stream of llama': Case(RESIDUAL, 'llama', _triangle(12) - _triangle(4) + 5 * 11),
+  'stream of opt': Case(RESIDUAL, 'opt', 0),
+  'rotation of llama': Case(ROTATION, 'llama', 0),
+  'rotation of opt': Case(ROTATION, 'opt', 0),
+  'rotation of segments': Case(ROTATION, (18, 18, 20, 20, 24), 0),
+  'one width': Case(RESIDUAL, (18,) * 5, 4 * _shortcut(18, 18, 6) + _triangle(18)),
+  'unsliced end': Case(
+    RESIDUAL,
+    (18, 18, 18, 18, 24),
+    3 * _shortcut(18, 18, 6) + 18 * 24 + _triangle(18) + _triangle(6),
+  ),
+  'wider everywhere': Case(RESIDUAL, (12, 14, 14, 18, 24), -1),
+  'narrower, then wider': Case(RESIDUAL, (18, 18, 16, 16, 24), -1),
+  'one wide': Case(RESIDUAL, (1, 1, 1, 1, 24), -1),
+}
+
+
+@functools.cache
+def _model(name):
+  """Makes a dense model of a family, or a sliced Llama of these widths."""
+  if isinstance(name, str):
+    return random_models.random_model(CONFIGS[name])
+  return random_models.sliced_llama(name)
+
+
+class GaugesTest(parameterized.TestCase):
+  @parameterized.parameters(*CASES)
+  def test_the_function_is_kept_with_fewer_elements(self, name):
+    transform, family, elements = CASES[name]
+    model = _model(family)
+    after, (saving,) = passes.run_chain((transform,), model)
+    if elements >= 0:
+      self.assertEqual(saving.elements, elements)
+    else:
+      self.assertGreater(saving.elements, 0)
+    if isinstance(family, str):  # beside the second forward pass, in float64
+      expected = random_models.reference_logits(CONFIGS[family], model)
+      found = random_models.reference_logits(CONFIGS[family], after.materialize())
+    else:
+      expected = transform_checks.fast_logits(model, TOKENS)
+      found = transform_checks.fast_logits(after, TOKENS)
+    atol = 1e-4 * np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    leaves = dict(after.leaves())
+    for note in saving.notes:
+      leaf = leaves[note['tensor']]
+      self.assertEqual(note['elements'], structured.count_elements(leaf))
+      self.assertEqual(tuple(note['shape']), leaf.shape)
+
+
+# ---- what is not changed -------------------------------------------------------------
+
+
+def _changed(model, path, change):
+  """Changes a parameter of the first layer, or one outside the layers."""
+  outer = structured.flatten(model.outer())
+  layers = [structured.flatten(layer) for layer in model.layers()]
+  params = outer if path in outer else layers[0]
+  with np.errstate(all='ignore'):
+    params[path] = change(np.array(params[path])).astype(params[path].dtype)
+  layers = [structured.unflatten(layer) for layer in layers]
+  return models.from_layers(model.config, structured.unflatten(outer), layers)
+
+
+def _nan(array):
+  array.reshape(-1)[5] = np.nan
+  return array
+
+
+def _large(array):
+  array[2] = 60_000  # a rotation could make it 250,000
+  return array
+
+
+SLICED = (18,) * 5
+OUT = 'attention/out/kernel'
+# A transform, the model, the parameter that has such weights, and how many structured
+# leaves the transform makes all the same.
+OBSTACLES = {
+  'a shortcut': (RESIDUAL, SLICED, 'attention_shortcut/kernel', _nan, 0),
+  'a kernel': (RESIDUAL, SLICED, 'mlp/down/kernel', _nan, 0),
+  'a head': (RESIDUAL, SLICED, 'head/kernel', _nan, 0),
+  'a large row': (RESIDUAL, SLICED, 'mlp/down/kernel', _large, 0),
+  'a dense head': (RESIDUAL, 'llama', 'head/kernel', _nan, 0),
+  'an output': (VALUES, 'llama', OUT, _nan, 1),
+  'infinite products': (VALUES, 'llama', OUT, lambda x: x * np.inf, 1),
+  'a key': (KEYS, 'opt', 'attention/key/kernel', _nan, 1),
+  'a value bias': (BIASES, 'opt', 'attention/value/bias', _nan, 3),
+  'a large bias': (BIASES, 'opt', 'attention/value/bias', lambda x: x * 0 + 6e4, 3),
+}
+
+
+class ObstaclesTest(parameterized.TestCase):
+  @parameterized.parameters(*OBSTACLES)
+  def test_weights_that_cannot_be_changed_stay(self, name):
+    transform, family, path, change, made = OBSTACLES[name]
+    half = lambda model: jax.tree.map(lambda x: x.astype(np.float16), model)
+    model = _changed(half(_model(family)), path, change)
+    after, (saving,) = passes.run_chain((transform,), model)
+    before, leaves = dict(model.leaves()), dict(after.leaves())
+    changed = [x for x, leaf in leaves.items() if structured.is_structured(leaf)]
+    self.assertLen(changed, made)
+    tensor = path if path in before else f'layers.0/{path}'
+    self.assertTrue(structured.same_bits(before[tensor], leaves[tensor]))
+    obstacles = [note['obstacle'] for note in saving.notes if 'obstacle' in note]
+    self.assertLen(obstacles, 1)
+    self.assertIn('finite', obstacles[0])
+
+  def test_tokens_that_are_not_finite_do_not_matter(self):
+    broken = _changed(_model(SLICED), 'embed/tokens', _nan)
+    after, (saving,) = passes.run_chain((RESIDUAL,), broken)
+    self.assertGreater(saving.elements, 0)
+    rows = np.isfinite(after.params['embed']['tokens']).all(axis=1)
+    self.assertEqual(rows.tolist(), [False] + [True] * 39)
+
+  @parameterized.parameters(passes.remove_value_gauge, passes.remove_query_key_gauge)
+  def test_a_layer_that_rounding_would_harm_stays(self, make):
+    model = jax.tree.map(lambda x: x.astype(np.float16), _model('phi'))
+    same, notes = transform_checks.apply(make(tolerance=0.1), model)
+    transform_checks.assert_same_bits(same, model)
+    self.assertEqual([(n['form'], n['error']) for n in notes], [('array', 0.0)] * 2)
+
+  @parameterized.parameters(
+    lambda x: x * (np.arange(x.shape[-1]) >= 6),
+    lambda x: x * 0,
+    lambda x: np.outer(x[:, 0], x[0]),
+  )
+  def test_heads_of_any_rank_are_fixed(self, change):
+    model = _model('opt')
+    for name in ('value', 'out', 'query', 'key'):
+      model = _changed(model, f'attention/{name}/kernel', change)
+    after, savings = passes.run_chain((VALUES, KEYS), model)
+    self.assertEqual([saving.elements for saving in savings], [144, 144])
+    expected = random_models.reference_logits(OPT, model)
+    found = random_models.reference_logits(OPT, after)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+# ---- shortcuts of other kinds --------------------------------------------------------
+
+SHORTCUTS = {
+  'of lower rank': lambda rng, m: m[:, :5] @ m[:5, :],
+  'of zeros': lambda rng, m: 0 * m,
+  'without a coordinate': lambda rng, m: 0.15 * np.diag(np.arange(18) != 3),
+  'above 1': lambda rng, m: m + 0.5 * np.outer(rng.standard_normal(18), m[0]) / 18,
+  'far from 1': lambda rng, m: 1e-3 * m * np.linspace(1, 2, 18),
+}
+
+
+class ShortcutsTest(parameterized.TestCase):
+  @parameterized.parameters(*SHORTCUTS)
+  def test_the_function_is_kept(self, name):
+    model = random_models.sliced_llama(SLICED, shortcut=SHORTCUTS[name])
+    after, notes = transform_checks.apply(RESIDUAL, model)
+    expected = transform_checks.fast_logits(model, TOKENS)
+    found = transform_checks.fast_logits(after, TOKENS)
+    np.testing.assert_allclose(found, expected, atol=3e-4)
+    forms = {note['form'] for note in notes if 'shortcut' in note['tensor']}
+    self.assertEqual(
+      forms, {'array' if name == 'far from 1' else 'identity_minus_gram'}
+    )
+    if name == 'above 1':
+      kernel = after.layer(1)['attention_shortcut']['kernel']
+      self.assertGreater(kernel.c.shape[-1], 0)
+
+  def test_a_second_time_the_ranks_are_the_same(self):
+    once, notes = transform_checks.apply(RESIDUAL, _model(SLICED))
+    twice, again = transform_checks.apply(RESIDUAL, once)
+    ranks = lambda notes: [note['rank'] for note in notes if 'rank' in note]
+    self.assertEqual((ranks(notes), ranks(again)), ([6] * 4, [6] * 4))
+    expected = transform_checks.fast_logits(once, TOKENS)
+    found = transform_checks.fast_logits(twice, TOKENS)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+if __name__ == '__main__':
+  absltest.main()
