@@ -75,16 +75,6 @@ class CanonicalTest(parameterized.TestCase):
       np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5, err_msg=case)
       np.testing.assert_allclose(q @ reference, w, atol=1e-5, err_msg=case)
 
-  @parameterized.parameters(*NAMES)
-  def test_stacks(self, name):
-    canonicalize = canonical.CANONICALIZERS[name]
-    stack = jnp.asarray([_spread(6, 11, seed) for seed in range(3)], jnp.float32)
-    references, rotations = jax.jit(jax.vmap(canonicalize))(stack)
-    for w, reference, q in zip(stack, references, rotations, strict=True):
-      alone = canonicalize(w)
-      np.testing.assert_allclose(reference, alone[0], atol=2e-5)
-      np.testing.assert_allclose(q, alone[1], atol=2e-5)
-
   def test_polar_is_the_steadiest(self):
     n = 60
     rng = np.random.default_rng(0)

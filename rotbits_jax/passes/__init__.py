@@ -34,10 +34,10 @@ from rotbits_jax.passes.rewrite import make_context
 from rotbits_jax.passes.rewrite import rewrite
 from rotbits_jax.passes.rewrite import round_part
 from rotbits_jax.passes.rewrite import run_chain
-from rotbits_jax.passes.rewrite import to_model
 from rotbits_jax.passes.rewrite import widened
 from rotbits_jax.passes.rounding import COARSEST
 from rotbits_jax.passes.rounding import FINEST
+from rotbits_jax.passes.rounding import FLOAT32
 from rotbits_jax.passes.rounding import NEAREST
 from rotbits_jax.passes.rounding import Inputs
 from rotbits_jax.passes.rounding import Rounding
@@ -61,6 +61,7 @@ from rotbits_jax.passes.transform import note
 __all__ = [
   'COARSEST',
   'FINEST',
+  'FLOAT32',
   'MOST_ERROR',
   'NEAREST',
   'ROUNDING',
@@ -94,7 +95,6 @@ __all__ = [
   'round_leaf',
   'round_part',
   'run_chain',
-  'to_model',
   'to_steps',
   'widened',
   'with_minimum_exponent',

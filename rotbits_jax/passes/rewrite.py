@@ -250,20 +250,10 @@ def run_chain(
     elements, nbytes = sum(x.elements for x in savings), sum(x.bytes for x in savings)
     notes = tuple(note for saving in savings for note in saving.notes)
     totals.append(Saving(transform.name, elements, nbytes, notes))
-  return to_model(model.config, records, model.buffers), totals
-
-
-def to_model(
-  config: models.ModelConfig,
-  records: Iterable[Record],
-  buffers: dict[str, Any] | None = None,
-) -> models.Model:
-  """Makes a model from all records that `rewrite` yields."""
-  params = {record.name: record.params for record in records}
-  outer = [name for name in params if models.names.layer_index(name) is None]
-  names = map(models.names.layer, range(config.num_layers))
-  layers = [params[name][name] for name in names]
-  return models.from_layers(config, {x: params[x][x] for x in outer}, layers, buffers)
+  params = {name: x for record in records for name, x in record.params.items()}
+  names = [models.names.layer(i) for i in range(model.config.num_layers)]
+  layers = [params.pop(name) for name in names]
+  return models.from_layers(model.config, params, layers, model.buffers), totals
 
 
 def count_model(model: models.Model) -> tuple[int, int]:

@@ -66,6 +66,7 @@ class Rounding(NamedTuple):
       because no transform changed it. If True, all weights of an array are multiples of
       the step. The array is float32, because the step is the nearest one of
       4, 5, 6, 7 times a power of two, and the dtype may not have its multiples.
+    dtype: the dtype of weights that have no step; None for that of each parameter.
     inputs: the inputs of a matrix, by the path of the parameter. If `uniform` is set,
       such a matrix is rounded with error feedback. Its rows and columns have steps of
       their own if it is a plain array or the head: the result is
@@ -74,11 +75,15 @@ class Rounding(NamedTuple):
 
   log2_step: Callable[[str, np.dtype], float | None]
   uniform: bool = False
+  dtype: Any = None
   inputs: Mapping[str, Inputs] = types.MappingProxyType({})
 
 
 NEAREST = Rounding(lambda path, dtype: None)
 """Rounds to the nearest numbers of the dtype."""
+
+FLOAT32 = NEAREST._replace(dtype=np.float32)
+"""Does not round: all weights stay float32."""
 
 FINEST = -12.0
 """The finest uniform step: log2 of the step over the rms.
@@ -197,7 +202,8 @@ def apply(
     if path not in effects:
       # On the host, because these are vectors as a rule, and a program for so few
       # weights takes longer to compile.
-      params[path] = structured.astype(leaf, context.dtypes.get(path, context.dtype))
+      dtype = rounding.dtype or context.dtypes.get(path, context.dtype)
+      params[path] = structured.astype(leaf, dtype)
     elif isinstance(leaf, structured.UniformlyQuantized):
       params[path] = _in_files(leaf)
     elif rounding.uniform and structured.is_plain(leaf) and is_matrix(leaf):

@@ -66,13 +66,11 @@ class Context(NamedTuple):
     dtypes: the dtype to which the weights of each parameter are rounded at the end, by
       path.
     dtype: the dtype to which most weights are rounded.
-    held: the dtypes that must hold the weights, by path; None for `dtypes`.
   """
 
   source: ModelSource
   dtypes: Mapping[str, np.dtype]
   dtype: np.dtype
-  held: Mapping[str, np.dtype] | None = None
 
   @property
   def config(self) -> models.ModelConfig:
@@ -88,24 +86,13 @@ class Context(NamedTuple):
     least = 16 * float(jnp.finfo(jnp.float32).eps)
     return max(float(jnp.finfo(self.dtype).eps) / 2, least)
 
-  def widened(self) -> 'Context':
-    """Returns the context with which weights stay float32 at the end.
-
-    By `held` the transforms see the same limits, so that they do the same.
-    """
-    wide = {
-      path: np.dtype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
-      for path, dtype in self.dtypes.items()
-    }
-    return self._replace(dtypes=wide, held=self.held or self.dtypes)
-
   def holder(self, *paths: str) -> np.dtype:
-    """Returns the dtype that must hold parameters: the one with the smallest range."""
-    dtypes = [(self.held or self.dtypes).get(path, self.dtype) for path in paths]
+    """Returns the dtype of parameters; of several, the one with the smallest range."""
+    dtypes = [self.dtypes.get(path, self.dtype) for path in paths]
     return min(dtypes, key=lambda dtype: float(jnp.finfo(dtype).max))
 
   def limit(self, path: str) -> float:
-    """Returns the greatest finite number of the dtype that must hold a parameter."""
+    """Returns the greatest finite number of the dtype of a parameter."""
     return float(jnp.finfo(self.holder(path)).max)
 
 

@@ -239,7 +239,7 @@ def _rewritten(
   bar.stage('compiling, removing gauges')
   context = passes.make_context(model, stored_as=getattr(model, 'stored_as', None))
   rewritten_model: Any = passes.Parts(context.config, spool.Spool(folder))
-  for records, _ in passes.rewrite(context.widened(), transform):
+  for records, _ in passes.rewrite(context, transform, rounding=passes.FLOAT32):
     rewritten_model.add(records)
     bar.update()
   return context._replace(source=rewritten_model)

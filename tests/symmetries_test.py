@@ -1,0 +1,507 @@
+"""Pure functions of `symmetries`, beside NumPy; and under `jit`, `vmap` and sharding.
+
+A function that joins the table `FUNCTIONS` joins the tests of composition.
+"""
+
+import functools
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rotbits_jax import checkpoints
+from rotbits_jax import structured
+from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import heads
+from rotbits_jax.symmetries import low_rank
+from rotbits_jax.symmetries import norms
+from rotbits_jax.symmetries import rotations
+from rotbits_jax.symmetries import shortcuts
+from rotbits_jax.symmetries import steps
+from tests import devices
+from tests import random_models
+
+STACK = 8  # layers
+
+
+def _normal(rng, *shape):
+  return rng.standard_normal(shape).astype(np.float32)
+
+
+def _orthogonal(rng, n):
+  return np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
+
+
+LINEARS = {
+  'attention/query': (6, 8),
+  'attention/key': (6, 4),
+  'attention/value': (6, 4),
+  'attention/out': (8, 6),
+  'mlp/down': (8, 6),
+}
+
+
+def _layer(rng):
+  layer = {}
+  for path, (n, m) in LINEARS.items():
+    layer |= {f'{path}/kernel': _normal(rng, n, m), f'{path}/bias': _normal(rng, m)}
+  for name in ('attention', 'mlp'):
+    layer[f'{name}_shortcut/kernel'] = _normal(rng, 6, 6)
+  layer['mlp/up/kernel'] = structured.LowRank(_normal(rng, 6, 2), _normal(rng, 2, 8))
+  return layer
+
+
+def _dense_layer(rng):
+  layer = {path: x for path, x in _layer(rng).items() if '_shortcut' not in path}
+  layer['mlp/gate/kernel'] = _normal(rng, 6, 8)
+  return layer | {f'{x}_norm/scale': _normal(rng, 6) for x in ('attention', 'mlp')}
+
+
+def _polar(rng):
+  values = np.float32([1.5, 1, 1, 1, 0.5, 0.25])
+  return canonical.Polar(_orthogonal(rng, 6), values, _orthogonal(rng, 6))
+
+
+# The axes of the parameters above.
+AXES = {
+  'attention/query/kernel': (0, 'query'),
+  'attention/query/bias': ('query',),
+  'attention/out/kernel': ('query', 1),
+  'attention/out/bias': (1,),
+  'mlp/up/kernel': (1, 'neuron'),
+  'mlp/down/kernel': ('neuron', -1),
+  'attention_shortcut/kernel': (0, 1),
+  'mlp_shortcut/kernel': (1, -1),
+}
+DENSE = checkpoints.parse_config(random_models.BASE | {'num_hidden_layers': 1}, None)
+
+
+def _some(rng, paths):
+  layer = _layer(rng)
+  return {path: layer[path] for path in paths}
+
+
+# Functions, each with a function that makes its float32 arguments from a generator.
+FUNCTIONS = {
+  'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
+  'quick_polar': (canonical.quick_polar, lambda r: (_normal(r, 6, 8),)),
+  'narrowing_rotation': (
+    shortcuts.narrowing_rotation,
+    lambda r: (_orthogonal(r, 6), _normal(r, 6, 5)),
+  ),
+  'factors': (
+    functools.partial(shortcuts.factors, tolerance=0.1, columns=(3, 2)),
+    lambda r: (_orthogonal(r, 6), _polar(r)),
+  ),
+  'next_rotation': (
+    rotations.next_rotation,
+    lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
+  ),
+  'running_rotations': (
+    rotations.running_rotations,
+    lambda r: (np.stack([_orthogonal(r, 4) for _ in range(5)]), _orthogonal(r, 4)),
+  ),
+  'largest_norm': (
+    functools.partial(rotations.largest_norm, axes=(0, -1)),
+    lambda r: (structured.LowRank(_normal(r, 6, 2), _normal(r, 2, 8)),),
+  ),
+  'fold_norm_scales': (
+    functools.partial(norms.fold_norm_scales, config=DENSE),
+    lambda r: (_dense_layer(r),),
+  ),
+  'lower': (rotations.lower, lambda r: (_normal(r, 6, 3),)),
+  'rotate': (rotations.rotate, lambda r: (_normal(r, 6, 5), _orthogonal(r, 6))),
+  'rotate_parameters': (
+    functools.partial(rotations.rotate_parameters, axes=AXES),
+    lambda r: (_layer(r), tuple(_orthogonal(r, 6) for _ in range(3))),
+  ),
+  'upper_rotation': (rotations.upper_rotation, lambda r: (_normal(r, 6, 8),)),
+  'typical_size': (steps.typical_size, lambda r: (_normal(r, 6, 8),)),
+  'with_feedback': (
+    steps.with_feedback,
+    lambda r: (_normal(r, 6, 8), np.float32(0.5), np.eye(6, dtype=np.float32)),
+  ),
+  'canonical_svd': (canonical.svd, lambda r: (_normal(r, 6, 8),)),
+  'canonical_qr': (canonical.qr, lambda r: (_normal(r, 6, 8),)),
+  'canonical_polar': (canonical.polar_shortcut, lambda r: (_normal(r, 6, 8),)),
+  'basis': (heads.basis, lambda r: (_normal(r, 8, 3),)),
+  'rotate_heads': (
+    heads.rotate_heads,
+    lambda r: (_some(r, heads.VALUES), np.stack([_orthogonal(r, 2)] * 2)),
+  ),
+  'rounding_errors': (
+    functools.partial(heads.rounding_errors, dtype=np.float16),
+    lambda r: tuple((_normal(r, 2, 6, 3), _normal(r, 2, 5, 3)) for _ in range(3)),
+  ),
+  'fix_values': (
+    functools.partial(heads.fix_values, kv_heads=2),
+    lambda r: (_some(r, heads.VALUES),),
+  ),
+  'fix_keys': (
+    functools.partial(heads.fix_keys, kv_heads=1, rotary=2),
+    lambda r: (_some(r, heads.KEYS),),
+  ),
+  'with_value_bias': (
+    functools.partial(heads.with_value_bias, kv_heads=2),
+    lambda r: (_normal(r, 6), _normal(r, 4), _normal(r, 8, 6)),
+  ),
+  'fix_pair': (low_rank.fix_pair, lambda r: (_normal(r, 8, 3), _normal(r, 3, 6))),
+}
+
+
+@functools.cache
+def _arguments(name):
+  """Returns a stack of arguments, and the compiled function's result for each."""
+  function, arguments = FUNCTIONS[name]
+  rng = np.random.default_rng(0)
+  layers = [arguments(rng) for _ in range(STACK)]
+  stack = jax.tree.map(lambda *x: np.stack(x), *layers)
+  compiled = jax.jit(function)
+  results = [jax.device_get(compiled(*layer)) for layer in layers]
+  return layers, stack, jax.tree.map(lambda *x: np.stack(x), *results)
+
+
+def _assert_same(actual, expected):
+  chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+  chex.assert_trees_all_close(actual, expected, atol=2e-5, rtol=2e-5)
+
+
+def check_sharded(name):
+  """Checks one function on all devices; each device holds some of the layers."""
+  function, _ = FUNCTIONS[name]
+  _, stack, expected = _arguments(name)
+  mesh = jax.sharding.Mesh(jax.devices(), 'layers')
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('layers'))
+  sharded = jax.device_put(stack, sharding)
+  result = jax.jit(jax.vmap(function))(*sharded)
+  for leaf in jax.tree.leaves(result):
+    assert len(leaf.sharding.device_set) == jax.device_count(), leaf.sharding
+  _assert_same(jax.device_get(result), expected)
+
+
+class CompositionTest(absltest.TestCase):
+  def test_a_compiled_function_does_what_it_does_uncompiled(self):
+    for name in FUNCTIONS:
+      with self.subTest(name=name):
+        layers, _, expected = _arguments(name)
+        result = jax.device_get(
+          FUNCTIONS[name][0](*jax.tree.map(jnp.asarray, layers[0]))
+        )
+        _assert_same(result, jax.tree.map(lambda x: x[0], expected))
+
+  def test_a_sharded_stack_of_layers_is_like_each_layer_by_itself(self):
+    for name in FUNCTIONS:
+      with self.subTest(name=name):
+        check_sharded(name)
+
+  def test_a_model_that_is_divided_over_devices_is_encoded(self):
+    devices.run(
+      'import jax, numpy as np, rotbits_jax\n'
+      'from jax.sharding import NamedSharding, PartitionSpec as P\n'
+      'auto = (jax.sharding.AxisType.Auto,)\n'
+      'mesh = jax.make_mesh((2,), ("model",), axis_types=auto)\n'
+      'place = NamedSharding(mesh, P(None, None, "model"))\n'
+      'for name in ("phi2-tiny-sliced-0.25", "llama-tiny-dense"):\n'
+      '  model = rotbits_jax.load_checkpoint(f"tests/testdata/{name}").model\n'
+      '  data = rotbits_jax.encode(model, preset="exact")\n'
+      '  divided = rotbits_jax.load(data, sharding=place)\n'
+      '  for preset in ("free", "near"):\n'
+      '    own = rotbits_jax.encode(model, preset=preset)\n'
+      '    assert rotbits_jax.encode(divided, preset=preset) == own, (name, preset)\n',
+      devices=2,
+    )
+
+  @pytest.mark.slow
+  def test_eight_devices_do_what_one_does(self):
+    devices.run(
+      'import jax\n'
+      'from tests import symmetries_test as t\n'
+      'assert jax.device_count() == 8\n'
+      'for name in t.FUNCTIONS:\n'
+      '  t.check_sharded(name)\n'
+    )
+
+
+# ---- beside NumPy --------------------------------------------------------------------
+
+
+def _random(shape, seed=0, scale=1.0):
+  values = np.random.default_rng(seed).standard_normal(shape)
+  return (scale * values).astype(np.float32)
+
+
+def _spanned(below):
+  """Returns `[I - B^T B / 4; B]` in float64."""
+  below = np.float64(below)
+  return np.concatenate([np.eye(below.shape[1]) - below.T @ below / 4, below])
+
+
+MATRICES = {
+  'random': _random((9, 4)),
+  'square': _random((4, 4)),
+  'of_rank_1': np.outer(_random(9), _random(4, 1)),
+  'zero': np.zeros((9, 4), np.float32),
+  'opposite_to_the_first_rows': np.eye(9, 4, dtype=np.float32) * -3,
+  'orthogonal_to_the_first_rows': np.eye(9, 4, -4, dtype=np.float32),
+  'of_equal_rows': np.ones((9, 4), np.float32),
+  'ill_conditioned': _random((9, 4)) * np.float32([1e4, 1, 1e-3, 1e-6]),
+}
+
+
+_basis = jax.jit(heads.basis)
+_fix_values = jax.jit(functools.partial(heads.fix_values, kv_heads=2))
+VALUE, VALUE_BIAS, OUT = heads.VALUES
+QUERY, QUERY_BIAS, KEY, KEY_BIAS = heads.KEYS
+
+
+class StreamTest(parameterized.TestCase):
+  def test_polar_agrees_with_numpy(self):
+    for d, e in ((5, 5), (4, 7), (1, 1), (1, 3)):
+      with self.subTest(d=d, e=e):
+        matrix = np.random.default_rng(d).standard_normal((d, e))
+        got = jax.jit(canonical.polar)(jnp.float32(matrix))
+        u, o = np.float64(got.u), np.float64(got.rotation)
+        psd = u * np.float64(got.values) @ u.T
+        values, vectors = np.linalg.eigh(matrix @ matrix.T)
+        expected = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+        np.testing.assert_allclose(psd, expected, atol=1e-5)
+        np.testing.assert_allclose(o @ o.T, np.eye(e), atol=1e-5)
+        np.testing.assert_allclose(
+          np.pad(psd, ((0, 0), (0, e - d))) @ o, matrix, atol=1e-5
+        )
+
+  def test_quick_polar_agrees_with_numpy_for_small_and_no_singular_values(self):
+    rng = np.random.default_rng(0)
+    quick_polar = jax.jit(canonical.quick_polar)
+    for d, e, least in ((64, 64, 0.0), (64, 80, 1e-3), (48, 48, 0.05), (3, 3, 1.0)):
+      with self.subTest(d=d, e=e, least=least):
+        left, right = (random_models.orthogonal(rng, n) for n in (d, e))
+        values = np.append(rng.uniform(0.1, 1, d - 3), [least] * 3)
+        matrix = (left * values) @ right[:d]
+        got = quick_polar(jnp.float32(matrix))
+        u, o = np.float64(got.u), np.float64(got.rotation)
+        psd = (u * np.float64(got.values)) @ u.T
+        np.testing.assert_allclose(psd, (left * values) @ left.T, atol=1e-5)
+        np.testing.assert_allclose(o @ o.T, np.eye(e), atol=1e-5)
+        np.testing.assert_allclose(psd @ o[:d], matrix, atol=1e-5)
+    # Where too many values are small, or nothing is left for the last rows.
+    dropped = np.diag(np.arange(64) != 3).astype(np.float32)
+    outlier = dropped.copy()
+    outlier[3, 3], outlier[5, 5] = 1, 1000
+    flat = np.diag(np.repeat(np.float32([1.0, 1e-3]), 32))
+    for matrix in (dropped, 0.15 * dropped, outlier, flat):
+      got = quick_polar(matrix)
+      o, psd = np.float64(got.rotation), np.float64(got.u * got.values) @ got.u.T
+      np.testing.assert_allclose(o @ o.T, np.eye(64), atol=1e-5)
+      np.testing.assert_allclose(psd @ o, matrix, atol=1e-5 * np.abs(matrix).max())
+
+  def test_next_rotation_is_the_product_of_its_definition(self):
+    rng = np.random.default_rng(0)
+    step, rotation = random_models.orthogonal(rng, 9), random_models.orthogonal(rng, 6)
+    free = random_models.orthogonal(rng, 3)
+    arrays = [jnp.float32(x) for x in (step, rotation, free)]
+    both = np.zeros((9, 9))
+    both[:6, :6], both[6:, 6:] = rotation, free
+    got = jax.jit(rotations.next_rotation)(*arrays)
+    np.testing.assert_allclose(np.asarray(got), step.T @ both, atol=1e-6)
+    same_width = rotations.next_rotation(arrays[1], arrays[1])
+    np.testing.assert_allclose(np.asarray(same_width), np.eye(6), atol=1e-6)
+
+  def test_a_scan_over_many_layers_is_the_walk_and_orthogonal(self):
+    rng = np.random.default_rng(0)
+    steps = np.stack([random_models.orthogonal(rng, 16) for _ in range(200)])
+    first = random_models.orthogonal(rng, 16)
+    walk, expected = first, []
+    for step in steps:
+      walk = step.T @ walk
+      expected.append(walk)
+    got = jax.jit(rotations.running_rotations)(jnp.float32(steps), jnp.float32(first))
+    got = np.float64(got)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    error = np.abs(np.swapaxes(got, 1, 2) @ got - np.eye(16)).max()
+    self.assertLess(error, 2e-6)
+
+  @parameterized.parameters((3, 3), (3, 0), (6, 6), (2, 1), (0, 0))
+  def test_factors_are_trapezoidal_and_right(self, *columns):
+    rng = np.random.default_rng(0)
+    rotation, u = (random_models.orthogonal(rng, 6) for _ in range(2))
+    values = np.array([1.7, 1.2, 1.001, 0.9, 0.6, 0.1])
+    polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(6))
+    factors = functools.partial(shortcuts.factors, tolerance=0.01, columns=columns)
+    for factor, own, k, count in zip(
+      jax.jit(factors)(jnp.float32(rotation), polar),
+      (np.where(values < 1, 1 - values, 0), np.where(values > 1.01, values - 1, 0)),
+      columns,
+      (3, 2),
+      strict=True,
+    ):
+      factor = np.asarray(factor)
+      self.assertEqual(factor.shape, (6, k))
+      own[np.argsort(-own)[k:]] = 0  # columns are for the values farthest from 1
+      expected = rotation.T @ (u * own) @ u.T @ rotation
+      np.testing.assert_allclose(factor @ factor.T, expected, atol=1e-6)
+      np.testing.assert_array_equal(np.triu(factor, 1), 0)
+      np.testing.assert_array_equal(factor[:, count:], 0)
+      self.assertTrue((np.diag(factor) >= 0).all())
+
+  def test_upper_rotation_is_a_qr_factor(self):
+    matrix = np.random.default_rng(0).standard_normal((6, 9))
+    got = np.float64(rotations.upper_rotation(jnp.float32(matrix)))
+    np.testing.assert_allclose(got.T @ got, np.eye(6), atol=1e-6)
+    np.testing.assert_allclose(np.tril(got.T @ matrix, -1), 0, atol=1e-5)
+    self.assertTrue((np.diag(got.T @ matrix) > 0).all())
+
+  def test_folded_scales_give_the_same_kernel_products(self):
+    rng = np.random.default_rng(0)
+    layer = structured.materialize(_dense_layer(rng))
+    folded = norms.fold_norm_scales(layer, DENSE)
+    self.assertEqual(folded.keys(), layer.keys())
+    for path, norm in (
+      ('attention/query/kernel', 'attention_norm/scale'),
+      ('attention/key/kernel', 'attention_norm/scale'),
+      ('attention/value/kernel', 'attention_norm/scale'),
+      ('mlp/gate/kernel', 'mlp_norm/scale'),
+      ('mlp/up/kernel', 'mlp_norm/scale'),
+    ):
+      expected = layer[norm][:, None] * layer[path]
+      np.testing.assert_allclose(folded[path], expected, rtol=1e-6)
+      np.testing.assert_array_equal(folded[norm], 1)
+    for path in ('attention/out/kernel', 'mlp/down/kernel'):
+      np.testing.assert_array_equal(folded[path], layer[path])
+
+  def test_no_rotation_exceeds_the_range_that_is_foreseen(self):
+    rng = np.random.default_rng(0)
+    flat = {
+      'reads': rng.standard_normal((6, 9)),
+      'writes': rng.standard_normal((9, 6)),
+      'both': rng.standard_normal((6, 6)),
+      'bias': rng.standard_normal(6),
+      'none': rng.standard_normal(6),
+    }
+    axes = {
+      'reads': (0, 'neuron'),
+      'writes': ('neuron', -1),
+      'both': (0, -1),
+      'bias': (-1,),
+      'none': ('neuron',),
+    }
+    # A rotation that aligns the largest row or column with an axis makes the largest
+    # number.
+    norm = lambda x, axis=None: np.linalg.norm(x, axis=axis).max()
+    expected = {
+      'reads': norm(flat['reads'], 0),
+      'writes': norm(flat['writes'], 1),
+      'both': norm(flat['both']),
+      'bias': norm(flat['bias']),
+      'none': np.abs(flat['none']).max(),
+    }
+    bound = jax.jit(rotations.largest_norm, static_argnums=1)
+    for path, largest in expected.items():
+      found = bound(jnp.float32(flat[path]), axes[path])
+      np.testing.assert_allclose(found, largest, rtol=1e-5, err_msg=path)
+    flat['reads'][2, 3] = np.nan
+    self.assertTrue(np.isnan(bound(jnp.float32(flat['reads']), axes['reads'])))
+    flat['writes'][2, 3] = np.inf
+    tokens = bound(jnp.float32(flat['writes']), ('vocabulary', 0))
+    finite = np.delete(flat['writes'], 2, axis=0)
+    np.testing.assert_allclose(tokens, norm(finite, 1), rtol=1e-5)
+
+
+class HeadsTest(parameterized.TestCase):
+  def test_spans_a_matrix_of_any_rank_and_is_well_conditioned(self):
+    for name in MATRICES:
+      with self.subTest(name=name):
+        matrix = MATRICES[name]
+        below, factor = _basis(matrix)
+        self.assertEqual(below.dtype, matrix.dtype)
+        spanned = _spanned(below)
+        wide = np.asarray(factor, spanned.dtype)
+        tolerance = 2e-6 * max(np.linalg.norm(matrix), 1e-30)
+        np.testing.assert_allclose(spanned @ wide, matrix, rtol=0, atol=tolerance)
+        self.assertLess(np.linalg.cond(spanned), 2 + 1e-5)
+        if below.size:
+          self.assertLess(np.linalg.norm(below, 2), 2 + 1e-5)
+
+  def test_a_change_of_basis_changes_nothing(self):
+    matrix = MATRICES['random']
+    mixed = matrix @ _random((4, 4), 5)
+    below, again = (_basis(x).below for x in (matrix, mixed))
+    np.testing.assert_allclose(np.asarray(below), again, rtol=0, atol=1e-4)
+
+  def test_values_and_outputs_keep_their_products(self):
+    h = 3
+    pair = {
+      VALUE: _random((7, 2 * h)),
+      VALUE_BIAS: _random(2 * h, 1),
+      OUT: _random((4 * h, 5), 2),
+    }
+    fixed, gauge = _fix_values(pair)
+    fixed = structured.materialize(fixed)
+    for j in range(4):
+      at = slice(j // 2 * h, j // 2 * h + h)
+
+      def product(pair, j=j, at=at):
+        wide = jax.tree.map(np.float64, pair)
+        rows = np.concatenate([wide[VALUE], wide[VALUE_BIAS][None]])
+        return rows[:, at] @ wide[OUT][j * h : j * h + h]
+
+      np.testing.assert_allclose(product(fixed), product(pair), atol=1e-5)
+      own = gauge[j // 2] @ fixed[OUT][j * h : j * h + h]
+      np.testing.assert_allclose(own, pair[OUT][j * h : j * h + h], atol=1e-5)
+
+  @parameterized.parameters(0, 4)
+  def test_queries_and_keys_keep_the_products_that_rope_does_not_rotate(self, rotary):
+    d, groups, m = 7, 2, 3
+    h = rotary + m
+    pair = {
+      QUERY: _random((d, 2 * groups * h)),
+      QUERY_BIAS: _random(2 * groups * h, 1),
+      KEY: _random((d, groups * h), 2),
+      KEY_BIAS: _random(groups * h, 3),
+    }
+    fix = functools.partial(heads.fix_keys, kv_heads=groups, rotary=rotary)
+    fixed = structured.materialize(jax.jit(fix)(pair).params)
+
+    def products(pair, j):
+      """Returns a query and a key head where RoPE rotates, and their product else."""
+      sides = []
+      for names, i in (((QUERY, QUERY_BIAS), j), ((KEY, KEY_BIAS), j // 2)):
+        kernel, bias = (np.float64(pair[name]) for name in names)
+        rows = np.concatenate([kernel, bias[None]])
+        sides.append(rows[:, i * h : (i + 1) * h])
+      # The last row is the bias of the key. It is left out where RoPE does not rotate,
+      # because it adds the same number to all scores of a query there.
+      product = sides[0][:, rotary:] @ sides[1][:-1, rotary:].T
+      return [side[:, :rotary] for side in sides], product
+
+    for j in range(2 * groups):
+      chex.assert_trees_all_close(products(fixed, j), products(pair, j), atol=1e-4)
+    kept = np.asarray(fixed[KEY_BIAS]).reshape(groups, h)
+    self.assertTrue((kept[:, rotary:] == 0).all())
+    self.assertTrue((kept[:, :rotary] != 0).all())
+
+  def test_errors_of_products_are_those_of_numpy(self):
+    left, right = _random((2, 9, 3)), _random((2, 7, 3), 1)
+    near = left + _random(left.shape, 2, 1e-3), right + _random(right.shape, 3, 1e-3)
+    wide = lambda a, b: np.float64(a) @ np.float64(b).transpose(0, 2, 1)
+    expected = np.linalg.norm(wide(left, right) - wide(*near))
+    got = jax.jit(heads.product_error)((left, right), near)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+  def test_value_biases_add_up_over_the_query_heads(self):
+    rng = np.random.default_rng(0)
+    out, value, kernel = (rng.standard_normal(s) for s in ((5,), (2, 3), (2, 4, 3, 5)))
+    expected = out + sum(value[g] @ kernel[g, j] for g in range(2) for j in range(4))
+    take_up = functools.partial(heads.with_value_bias, kv_heads=2)
+    arrays = (out, value.reshape(6), kernel.reshape(24, 5))
+    arrays = tuple(x.astype(np.float32) for x in arrays)
+    got = jax.jit(take_up)(*arrays)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+if __name__ == '__main__':
+  absltest.main()
