@@ -42,9 +42,8 @@ class FeedbackTest(parameterized.TestCase):
     inputs = _correlated(rng, count)
     moments = inputs.T @ inputs
     kernel = rng.standard_normal((count, 24))
-    found = steps.with_feedback(
-      jnp.float32(kernel), jnp.float32(STEP), jnp.float32(moments)
-    )
+    arguments = jnp.float32(kernel), jnp.float32(STEP), jnp.float32(moments)
+    found = STEP * steps.with_feedback(*arguments).integers
     np.testing.assert_array_equal(np.asarray(found) % STEP, 0)
     # A number in the middle between two multiples may be rounded to either, and then
     # the numbers after it in its column differ, too.
@@ -55,7 +54,8 @@ class FeedbackTest(parameterized.TestCase):
     rng = np.random.default_rng(1)
     inputs, kernel = _correlated(rng, 200), rng.standard_normal((200, 50))
     arguments = jnp.float32(kernel), jnp.float32(STEP)
-    rounded = steps.with_feedback(*arguments, jnp.float32(inputs.T @ inputs))
+    moments = jnp.float32(inputs.T @ inputs)
+    rounded = STEP * steps.with_feedback(*arguments, moments).integers
     plain = steps.multiples(*arguments)
     error = lambda x: np.square(inputs @ (np.asarray(x) - kernel)).sum()
     self.assertLess(error(rounded), 0.5 * error(plain))
@@ -64,7 +64,7 @@ class FeedbackTest(parameterized.TestCase):
   def test_without_correlations_numbers_are_rounded_to_the_nearest(self, moment):
     kernel = np.random.default_rng(2).standard_normal((70, 9)).astype(np.float32)
     moments = jnp.eye(70) * moment
-    rounded = steps.with_feedback(kernel, jnp.float32(STEP), moments)
+    rounded = STEP * steps.with_feedback(kernel, jnp.float32(STEP), moments).integers
     np.testing.assert_array_equal(rounded, steps.multiples(kernel, STEP))
 
   def test_the_axis_of_the_inputs(self):
@@ -73,8 +73,8 @@ class FeedbackTest(parameterized.TestCase):
     arguments = jnp.float32(STEP), jnp.float32(inputs.T @ inputs)
     kernel = jnp.float32(kernel)
     np.testing.assert_array_equal(
-      steps.with_feedback(kernel.T, *arguments, axis=1).T,
-      steps.with_feedback(kernel, *arguments),
+      steps.with_feedback(kernel.T, *arguments, axis=1).integers.T,
+      steps.with_feedback(kernel, *arguments).integers,
     )
 
 

@@ -38,8 +38,8 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
     The rotated model in its old dtypes, with NumPy arrays.
   """
   valid = models.layout.symmetries(model.config)
-  only_heads = (valid.segments or valid.stream) and not residual.is_in_range(
-    rewrite.make_context(model, stored_as=model.stored_as)
+  only_heads = (valid.segments or valid.stream) and bool(
+    residual.obstacle(rewrite.make_context(model, stored_as=model.stored_as))
   )
   rotation = random_rotation(key=key, only_heads=only_heads)
   return rewrite.run_chain((rotation,), model)[0]

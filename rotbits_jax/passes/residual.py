@@ -284,22 +284,9 @@ def _padded(rank: int, most: int) -> int:
 def obstacle(context: transform.Context) -> str:
   """Returns why the model cannot be rotated; '' if it can."""
   for index in (None, *range(context.config.num_layers)):
-    params = _source_part(context, index)
-    prefix = models.names.prefix(index)
-    codes = [path for path, leaf in params.items() if structured.is_in_files(leaf)]
-    if codes:
-      return f'{prefix}{codes[0]} has quantised codes, and a rotation would keep none'
-    if path := _too_large(context, index, params):
+    if path := _too_large(context, index):
       return f'{path} has weights that are not finite, or too large to rotate'
   return ''
-
-
-def is_in_range(context: transform.Context) -> bool:
-  """Returns whether the weights of a model are small enough to be rotated."""
-  return not any(
-    _too_large(context, index, _source_part(context, index))
-    for index in (None, *range(context.config.num_layers))
-  )
 
 
 def _source_part(context: transform.Context, index: int | None) -> transform.Params:
@@ -322,11 +309,10 @@ def _wide(params: transform.Params) -> transform.Params:
   return structured.expand(wide, keep_factors=True)
 
 
-def _too_large(
-  context: transform.Context, index: int | None, params: transform.Params
-) -> str | None:
+def _too_large(context: transform.Context, index: int | None) -> str | None:
   """Returns the path of a parameter that is too large to rotate, if any."""
-  params, prefix = _wide(params), models.names.prefix(index)
+  params = _wide(_source_part(context, index))
+  prefix = models.names.prefix(index)
   limits = [context.limit(prefix + path) for path in params]
   if _rough_norm(params) <= _RANGE * min(limits):
     return None

@@ -328,16 +328,13 @@ def round_part(
 def widened(tree: models.Params) -> Params:
   """Returns parameters in float32 on the device, by path.
 
-  Arrays take the place of multiples of steps. Leaves that stand for arrays in files,
-  such as quantised codes, remain on the host.
+  Arrays take the place of multiples of steps.
   """
   params = structured.flatten(tree)
-  kept = {path: x for path, x in params.items() if structured.is_in_files(x)}
-  others = {path: x for path, x in params.items() if path not in kept}
   # Programs take whole arrays, which are on one device.
   is_sharded = lambda x: isinstance(x, jax.Array) and len(x.devices()) > 1
-  others = jax.tree.map(lambda x: jax.device_get(x) if is_sharded(x) else x, others)
-  return _widened(jax.device_put(others)) | kept
+  params = jax.tree.map(lambda x: jax.device_get(x) if is_sharded(x) else x, params)
+  return _widened(jax.device_put(params))
 
 
 @jax.jit

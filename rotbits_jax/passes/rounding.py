@@ -29,7 +29,6 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import coder
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import steps
 from rotbits_jax.system import host
@@ -182,12 +181,9 @@ def apply(
     step; and about how many bits that saves an entropy coder.
   """
   effects: dict[str, Effect] = {}
-  codes: transform.Params = {}
   for path in list(params):
     leaf, dtype = params[path], context.dtypes.get(path, context.dtype)
-    if structured.is_in_files(leaf) and rounding.uniform:
-      codes[path], leaf = leaf, jnp.asarray(leaf.materialize(), jnp.float32)
-    log2_step = _log2_step(rounding, path, leaf, dtype, context.config)
+    log2_step = _log2_step(rounding, path, leaf, context)
     if log2_step is None:
       continue
     inputs = rounding.inputs.get(path)
@@ -208,25 +204,16 @@ def apply(
       params[path] = _in_files(leaf)
     elif rounding.uniform and structured.is_plain(leaf) and is_matrix(leaf):
       params[path] = structured.UniformlyQuantized.of(np.asarray(leaf)) or leaf
-  for path, leaf in codes.items():
-    # Codes have no error, so they remain if they take no more bytes.
-    if _estimate(leaf) <= _estimate(params[path]):
-      params[path] = leaf
-      effects.pop(path, None)
   stepped = {path: effect for path, effect in effects.items() if effect.step}
   notes = [effect.note(path) for path, effect in stepped.items()]
   return params, notes, sum(float(effect.bits) for effect in stepped.values())
 
 
 def _log2_step(
-  rounding: Rounding,
-  path: str,
-  leaf: Any,
-  dtype: np.dtype,
-  config: models.ModelConfig,
+  rounding: Rounding, path: str, leaf: Any, context: transform.Context
 ) -> float | None:
   """Returns log2 of the step of a parameter; None to round it to nearest numbers."""
-  log2_step = rounding.log2_step(path, dtype)
+  log2_step = rounding.log2_step(path, context.dtypes.get(path, context.dtype))
   is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
   is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
   is_tied = isinstance(leaf, structured.Tied)  # fitted to a head, and small
@@ -237,14 +224,8 @@ def _log2_step(
     # because the errors of two factors add up and a basis has errors of its own.
     log2_step -= 1
   if path == 'embed/tokens' and structured.is_plain(leaf) and not rounding.uniform:
-    log2_step += _for_small_rows(leaf, config)
+    log2_step += _for_small_rows(leaf, context.config)
   return log2_step
-
-
-def _estimate(leaf: Any) -> float:
-  """Returns about how many bytes a leaf takes in a file."""
-  is_leaf = structured.is_structured(leaf)
-  return coder.estimate([*leaf.stored()[1].values()] if is_leaf else [leaf])
 
 
 def _for_small_rows(table: Any, config: models.ModelConfig) -> float:
@@ -354,7 +335,7 @@ def _round_lines(
 ) -> tuple[structured.UniformlyQuantized, Effect]:
   size = steps.typical_size(array)
   step = steps.quarter_step(size.rms, log2_step)
-  found = steps.with_lines(array, step, moments, outputs, axis=axis)
+  found = steps.with_feedback(array, step, moments, outputs, axis=axis)
   leaf = structured.UniformlyQuantized(
     found.integers,  # float32, because an outlier may have more than 2^31 steps
     step,
@@ -398,7 +379,7 @@ def _round(
     if moments is None:
       result = steps.multiples(array, step)
     else:
-      result = steps.with_feedback(array, step, moments, axis=axis)
+      result = step * steps.with_feedback(array, step, moments, axis=axis).integers
     overflows, count = _overflows(result, step, array, dtype)
     result = jnp.where(overflows, jnp.copysign(count * step, result), result)
   else:

@@ -166,36 +166,6 @@ def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
   return jnp.where(steps == 0, 0, steps * step)
 
 
-@functools.partial(jax.jit, static_argnames='axis')
-def with_feedback(
-  array: jax.Array, step: jax.Array, moments: jax.Array, *, axis: int = 0
-) -> jax.Array:
-  """Rounds a matrix to multiples of a step with error feedback.
-
-  Zeros remain, because structure makes them.
-
-  >>> kernel, moments = jnp.full((4, 1), 0.4), jnp.ones((4, 4))  # inputs are equal
-  >>> with_feedback(kernel, jnp.float32(1), moments).sum().tolist()  # 1.6 before
-  2.0
-
-  Args:
-    array: float32 `[n, m]`, or `[m, n]` if `axis` is 1.
-    step: float32 `[]`, positive.
-    moments: float32 `[n, n]`, sums or means of products of the inputs. If they are not
-      finite, there is no feedback.
-    axis: the axis of the inputs.
-
-  Returns:
-    Multiples of the step, float32 with the shape of the array.
-  """
-  kernel = array if axis == 0 else array.T
-  chex.assert_shape(moments, (len(kernel),) * 2)
-  order, lower, _ = _factors(moments)
-  found = _round_rows(kernel[order], step, lower)
-  found = jnp.zeros_like(kernel).at[order].set(found)
-  return found if axis == 0 else found.T
-
-
 class Lines(NamedTuple):
   """A matrix of integers times steps of lines, see `structured.UniformlyQuantized`.
 
@@ -211,21 +181,29 @@ class Lines(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames='axis')
-def with_lines(
+def with_feedback(
   array: jax.Array,
   step: jax.Array,
   moments: jax.Array,
-  outputs: jax.Array,
+  outputs: jax.Array | None = None,
   *,
   axis: int = 0,
 ) -> Lines:
-  """Rounds a matrix with error feedback to multiples of a step for each line.
+  """Rounds a matrix to multiples of a step, or of a step for each line.
+
+  Zeros remain, because structure makes them.
+
+  >>> kernel, moments = jnp.full((4, 1), 0.4), jnp.ones((4, 4))  # inputs are equal
+  >>> with_feedback(kernel, jnp.float32(1), moments).integers.sum().tolist()  # from 1.6
+  2.0
 
   Args:
     array: float32 `[n, m]`, or `[m, n]` if `axis` is 1.
-    step: float32 `[]`, positive: the geometric mean of the steps, roughly.
-    moments: float32 `[n, n]`, see `with_feedback`.
-    outputs: float32 `[m]`, how much the square of an error of each output counts.
+    step: float32 `[]`, positive; with steps for lines roughly their geometric mean.
+    moments: float32 `[n, n]`, sums or means of products of the inputs. If they are not
+      finite, there is no feedback.
+    outputs: float32 `[m]`, how much the square of an error of each output counts. None
+      for one step: the exponents of all lines are then 0.
     axis: the axis of the inputs.
 
   Returns:
@@ -234,11 +212,17 @@ def with_lines(
   kernel = array if axis == 0 else array.T
   chex.assert_shape(moments, (len(kernel),) * 2)
   order, lower, pivots = _factors(moments)
-  of_inputs, of_outputs = _exponents(pivots), _exponents(outputs)
-  rows, columns = map(structured.line_factors, (of_inputs, of_outputs))
-  scaled = kernel[order] / (rows[:, None] * columns)
-  found = _round_rows(scaled, step, lower * (rows[:, None] / rows))
-  integers = jnp.zeros_like(kernel).at[order].set(jnp.rint(found / step))
+  of_inputs, of_outputs = (jnp.zeros(n, jnp.int8) for n in kernel.shape)
+  rows = kernel[order]
+  if outputs is not None:
+    of_inputs, of_outputs = _exponents(pivots), _exponents(outputs)
+    factors, columns = map(structured.line_factors, (of_inputs, of_outputs))
+    rows, lower = (
+      rows / (factors[:, None] * columns),
+      lower * (factors[:, None] / factors),
+    )
+  rounded = jnp.rint(_round_rows(rows, step, lower) / step)
+  integers = jnp.zeros_like(kernel).at[order].set(rounded)
   of_inputs = jnp.zeros_like(of_inputs).at[order].set(of_inputs)
   if axis == 0:
     return Lines(integers, of_inputs, of_outputs)
