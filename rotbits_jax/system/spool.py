@@ -4,6 +4,7 @@ from collections.abc import Hashable
 import os
 import tempfile
 from typing import Any
+import weakref
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ class Spool(dict[Hashable, Any]):
     super().__init__()
     self._folder = tempfile.gettempdir() if folder is None else folder
     self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115
+    weakref.finalize(self, self._file.close)
 
   def __setitem__(self, key: Hashable, tree: Any) -> None:
     super().__setitem__(key, jax.tree.map(self.stored, tree))
