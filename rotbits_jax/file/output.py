@@ -206,14 +206,20 @@ class ShardPlan:
           raise
       if self._target.is_dir():  # a folder cannot be replaced at once
         older = self._staging.with_suffix('.old')
-        self._target.rename(older)
-        outputs.move(self._staging, self._target)
-        shutil.rmtree(older)
+        shutil.rmtree(older, ignore_errors=True)
+        try:
+          self._target.rename(older)
+          outputs.move(self._staging, self._target)
+        except BaseException:
+          if older.exists() and not self._target.exists():
+            older.rename(self._target)
+          raise
       else:
         outputs.move(self._staging, self._target)
-      pattern = f'.{glob.escape(self._target.name)}.*.partial'
-      for folder in self._target.parent.glob(pattern):
-        shutil.rmtree(folder, ignore_errors=True)
+      for suffix in ('partial', 'old'):
+        pattern = f'.{glob.escape(self._target.name)}.*.{suffix}'
+        for folder in self._target.parent.glob(pattern):
+          shutil.rmtree(folder, ignore_errors=True)
 
   def discard(self) -> None:
     """Removes the shards that are encoded and not published."""
