@@ -206,7 +206,8 @@ def _share_of_elements(source: Any) -> float:
     width = config.segment_widths[0]
     removed += width * (width - 1) // 2
     outer = {k: v for x in ('embed', 'head') for k, v in _leaves(source, x)}
-    if tied.is_tied({path: np.asarray(x) for path, x in outer.items()}):
+    table, head = (np.asarray(outer[k]) for k in ('embed/tokens', 'head/kernel'))
+    if tied.is_tied(table, head):
       removed += (config.vocab_size - hidden) * width
   return 1 - removed / total
 

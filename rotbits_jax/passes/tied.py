@@ -132,6 +132,12 @@ def _table_and_head(
   return arrays
 
 
+def is_tied(table: np.ndarray, head: np.ndarray) -> bool:
+  """Returns whether an embedding `[V, d]` is about `head^T` `[V, D]` times a matrix."""
+  is_long = len(table) > 4 * len(head)
+  return is_long and _error_of_unseen_tokens(table, head) <= _UNTIED
+
+
 def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
   """Returns the median relative error of some tokens with the T of other tokens.
 

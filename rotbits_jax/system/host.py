@@ -57,15 +57,6 @@ def _without_mesh() -> Iterator[None]:
     yield
 
 
-def lapack_is_serial() -> bool:
-  """Returns whether LAPACK uses one thread on the CPU, so that calls can be parallel.
-
-  The threads of OpenBLAS wait for each other in loops. Of two cores of which others use
-  one, they make a small decomposition many times slower.
-  """
-  return blas_is_serial() and jax.default_backend() == 'cpu'
-
-
 def blas_is_serial() -> bool:
   """Returns whether the products of NumPy use one thread."""
   return os.environ.get('OPENBLAS_NUM_THREADS') == '1'
