@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.relative import measure
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 DENSE = TESTDATA / 'llama-tiny-dense'
@@ -114,17 +112,6 @@ def test_what_the_base_lacks_is_stored_alone():
   assert needs['a/w'].dtype == 'bfloat16'
 
 
-def test_arrays_that_grew_by_zeros():
-  old = tree()['a']
-  grown = jax.tree.map(lambda x: np.pad(x, ((0, 90), *[(0, 0)] * (x.ndim - 1))), old)
-  for new in (
-    grown,
-    grown | {'w': np.where(grown['w'] == old['w'][3, 5], 1, grown['w'])},
-  ):
-    data = rotbits_jax.encode(new, base=old)
-    assert structured.same_bits(rotbits_jax.decode(data, base=old), new)
-
-
 @pytest.mark.parametrize('tokens', [140, 120])
 def test_a_head_of_another_vocabulary(tokens):
   old = {'head': {'kernel': tree()['c']}}  # of 128 tokens
@@ -137,29 +124,6 @@ def test_a_head_of_another_vocabulary(tokens):
     notes = rotbits_jax.inspect(data).notes['beside a base']
     assert [x['form'] for x in notes] == ['difference']
     assert structured.same_bits(rotbits_jax.decode(data, base=old), new)
-
-
-def test_a_stack_whose_first_layer_is_that_of_the_base_on_devices():
-  base = rotbits_jax.load_checkpoint(DENSE).model
-  first = dataclasses.replace(base, params=jax.tree.map(np.array, base.params))
-  first.params['layers.0:3']['mlp']['up']['kernel'][1:] *= 2
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  for model in (base, first):
-    data = rotbits_jax.encode(model, base=base, preset='exact')
-    found = rotbits_jax.load(data, base=base, sharding=place)
-    assert structured.same_bits(found.params, model.params)
-
-
-def test_a_base_whose_embedding_has_no_head():
-  head, table = np.zeros((5, 9), np.float16), np.zeros((9, 3), np.float16)
-  exponents = np.zeros(5, np.int32)
-  leaf = measure.beside_head(table, head, np.zeros((5, 3), np.int32), exponents).leaf
-  tied = {'embed': {'tokens': leaf}, 'head': {'kernel': head}}
-  streams, manifest = containers.unpack(rotbits_jax.encode(tied))
-  manifest['records'] = [x for x in manifest['records'] if x['name'] != 'head']
-  damaged = containers.pack({'embed': streams['embed']}, containers.to_json(manifest))
-  with pytest.raises(file.ContainerError, match='head/kernel: other'):
-    rotbits_jax.encode({'embed': {'tokens': table}}, base=damaged)
 
 
 def test_an_embedding_that_is_predicted_from_its_head():
@@ -248,13 +212,6 @@ def test_small_leaves_that_need_one_large_array_over_and_over_are_refused():
     rotbits_jax.decode(data, base=base)
 
 
-def test_only_exact_takes_any_base():
-  model = rotbits_jax.load_checkpoint(DENSE).model
-  for preset in ('free', 'near', 'paper'):
-    with pytest.raises(ValueError, match=r'takes no (such )?base'):
-      rotbits_jax.encode(model, preset=preset, base=model)
-
-
 def test_a_model_beside_another(tmp_path):
   path = tuned_checkpoint(tmp_path / 'tuned')
   base = rotbits_jax.load_checkpoint(DENSE).model
@@ -319,36 +276,6 @@ def test_a_chain_of_bases(tmp_path):
     decode(
       paths[1], base=[str(plain_checkpoint(tmp_path / 'p', steps[0]['a'])), paths[0]]
     )
-
-
-def test_decoding_over_the_base_is_refused(tmp_path):
-  folders = {x: tmp_path / x for x in ('model', 'plain', 'encoded')}
-  new = {x: tmp_path / f'new-{x}' for x in ('model', 'plain')}
-  files = {x: tmp_path / f'{x}.rotbits' for x in new}
-  tensors = tree()['a']
-  shutil.copytree(DENSE, folders['model'])
-  tuned_checkpoint(new['model'])
-  plain_checkpoint(folders['plain'], tensors)
-  plain_checkpoint(new['plain'], tuned(tensors))
-  for name, path in files.items():
-    rotbits_jax.encode_to_file(new[name], path, base=folders[name])
-  folders['encoded'].mkdir()
-  base = folders['encoded'] / 'model.safetensors'  # older weights, by its name
-  rotbits_jax.encode_to_file(DENSE, base, preset='exact')
-  for name, source, given in (
-    ('model', files['model'], folders['model']),
-    ('plain', files['plain'], folders['plain'] / 'model.safetensors'),
-    ('encoded', files['model'], base),
-  ):
-    found = {x: x.read_bytes() for x in folders[name].iterdir() if x.is_file()}
-    with pytest.raises(ValueError, match='it is a file of an input'):
-      rotbits_jax.decode_to_directory(source, folders[name], base=given)
-    assert {x: x.read_bytes() for x in folders[name].iterdir() if x.is_file()} == found
-  base.rename(folders['encoded'] / 'base.rotbits')
-  for _ in range(2):  # beside the base, and over an older result
-    given = folders['encoded'] / 'base.rotbits'
-    rotbits_jax.decode_to_directory(files['model'], folders['encoded'], base=given)
-  assert given.exists()
 
 
 @pytest.mark.parametrize('prefixes', [('', 'model.'), ('base_model.model.', 'model.')])

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import symmetries
 from rotbits_jax.symmetries import canonical
 
 NAMES = tuple(canonical.CANONICALIZERS)
@@ -24,10 +23,6 @@ def _spread(n: int, m: int, seed: int = 0) -> np.ndarray:
 
 
 class CanonicalTest(parameterized.TestCase):
-  @parameterized.parameters(*NAMES)
-  def test_all_are_public_by_their_names(self, name):
-    self.assertIs(getattr(symmetries, name), canonical.CANONICALIZERS[name])
-
   @parameterized.parameters(*NAMES)
   def test_rotation_of_the_reference_is_found(self, name):
     canonicalize = jax.jit(canonical.CANONICALIZERS[name])
@@ -74,21 +69,6 @@ class CanonicalTest(parameterized.TestCase):
       self.assertEqual((reference.dtype, q.dtype), (jnp.float32, jnp.float32))
       np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5, err_msg=case)
       np.testing.assert_allclose(q @ reference, w, atol=1e-5, err_msg=case)
-
-  def test_polar_is_the_steadiest(self):
-    n = 60
-    rng = np.random.default_rng(0)
-    noise = 1e-3 * rng.standard_normal((n, 2 * n))
-    w = rng.standard_normal((n, 2 * n))
-    w[:, :n] = _orthogonal(n, 0) * np.sort(rng.uniform(0.2, 1, n))
-    errors = {}
-    for name, canonicalize in canonical.CANONICALIZERS.items():
-      reference, _ = canonicalize(w)
-      _, found = canonicalize(np.asarray(reference) + noise)
-      found *= np.sign(np.diag(found))
-      errors[name] = np.linalg.norm(found - np.eye(n))
-    self.assertLess(errors['polar_shortcut'], errors['qr'])
-    self.assertLess(errors['polar_shortcut'], errors['svd'])
 
 
 if __name__ == '__main__':

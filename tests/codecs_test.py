@@ -140,11 +140,6 @@ class CodecsTest(parameterized.TestCase):
     cost = rans.content_bits(rans.check(longer)) - rans.content_bits(message)
     self.assertAlmostEqual(cost / np.log2(sizes).sum(), 1, delta=2e-3)
 
-  def test_serial_refuses_another_number_of_symbols(self):
-    parts = codecs.serial(codecs.certain(1), codecs.certain(2))
-    with self.assertRaises(ValueError):
-      parts.push(codec_checks.random_message(0, 2, 20), (1,))
-
 
 if __name__ == '__main__':
   absltest.main()

@@ -238,14 +238,6 @@ class RecordsTest(parameterized.TestCase):
     self.assertLessEqual(size, nbytes)
     self.assertLess(abs(coder.estimate(arrays) - size), 0.01 * nbytes + 500)
 
-  def test_several_blocks_of_several_arrays(self):
-    # The capacity is small, because large arrays are slow without XLA's optimisations.
-    with mock.patch.object(blocks, 'CAPACITY', 3000):
-      arrays = [normal((70, 100), np.float16), normal((31, 41), np.float16, 1)]
-      encoded = coder.encode(arrays)
-      self.assertLen(encoded.spec.groups[0].blocks, 3)
-      round_trip(arrays)
-
   def test_known_classes(self):
     array, known, ideal = differences()
     for dtype in (np.int16, np.int32):
@@ -329,9 +321,6 @@ class DamageTest(parameterized.TestCase):
     cls.value, cls.data = dump(encoded.spec), encoded.data
     cls.expected = [x.tobytes() for x in cls.arrays]
 
-  def test_undamaged(self):
-    self.assertFalse(self.check(self.value, self.data))
-
   def check(self, value, data):
     """Returns whether a stream is refused; if it is not, its arrays must be right."""
     try:
@@ -361,13 +350,6 @@ class DamageTest(parameterized.TestCase):
     for wrong in (self.data[:-1], longer, self.data[None], self.data.view(np.int8)):
       with self.assertRaisesRegex(ValueError, 'stream'):
         coder.decode(load(self.value), wrong)
-
-  def test_a_checksum_names_its_array(self):
-    for i in range(len(self.arrays)):
-      value = copy.deepcopy(self.value)
-      value['arrays'][i][2] ^= 1
-      with self.assertRaisesRegex(ValueError, f'array {i} '):
-        coder.decode(load(value), self.data, known={6: lambda: self.known})
 
   def _paths(self, value, path=()):
     yield path

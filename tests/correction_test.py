@@ -55,16 +55,6 @@ class CorrectionTest(absltest.TestCase):
     self.assertEqual(np.asarray(levels(correction, groups)).max(), 0)
     self.assertEqual(np.asarray(correction.residue).max(), 0)
 
-  def test_a_position_that_is_no_number_gets_the_integer_itself(self):
-    integers = jnp.asarray([7, 65535, 12], jnp.uint16)
-    positions = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf], jnp.float32)
-    groups = jnp.zeros(3, jnp.int32)
-    correction = correct(positions, integers, 0.125, groups, 1)
-    level = levels(correction, groups)
-    np.testing.assert_array_equal(
-      nearest(positions, level, correction.residue), integers
-    )
-
 
 if __name__ == '__main__':
   absltest.main()

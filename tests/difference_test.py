@@ -11,7 +11,6 @@ import pytest
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import pool
-from rotbits_jax.relative import factors
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import tied
@@ -186,31 +185,6 @@ def test_jobs_side_by_side_give_the_same_leaf():
   target, base = pair(shape=(9000, 256))
   one, other = (measure.beside(target, base, x) for x in (difference.in_turn, pool.run))
   assert structured.same_bits(one.leaf, other.leaf)
-
-
-@pytest.mark.parametrize('dtype', FLOATS)
-def test_scales_are_those_of_rows_and_columns(dtype):
-  rng = np.random.default_rng(0)
-  rows, columns = (2.0 ** rng.integers(-6, 6, n) for n in (3000, 500))
-  base = np.zeros((3000, 500))
-  target = rng.normal(size=base.shape) * rows[:, None] * columns
-  dtype = difference.dtype_of(dtype)
-  bits = [ulps.bits_of(x.astype(dtype)).reshape(base.shape) for x in (target, base)]
-  # In eighths of an octave; a factor may move from rows to columns.
-  for scales, given in zip(measure.scales(*bits, dtype), (rows, columns), strict=True):
-    error = scales - 8 * np.log2(given)
-    assert np.abs(error - np.median(error)).max() < 4
-
-
-def test_factors_are_found_in_rows_of_any_size():
-  rng = np.random.default_rng(0)
-  base, noise = rng.normal(size=(2, 3000, 64)).astype(np.float32)
-  update = rng.normal(size=(3000, 2)) @ rng.normal(size=(2, 64))
-  target = base + (noise / 500 + update).astype(np.float32)
-  bits = [ulps.bits_of(x).reshape(base.shape) for x in (target, base)]
-  made = factors.find(*bits, base.dtype, difference.in_turn)
-  assert made is not None
-  assert 2 <= made.left.shape[1] < 4
 
 
 # ---- an embedding beside its product with the head -----------------------------------

@@ -11,7 +11,6 @@ import numpy as np
 
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.passes import rounding
 from rotbits_jax.symmetries import low_rank
 
 _fix_pair = jax.jit(low_rank.fix_pair)
@@ -72,10 +71,6 @@ class FixPairTest(absltest.TestCase):
     expected = np.float64(u) @ np.float64(v)
     self.assertLess(_relative(_definition(fixed), expected), 1e-5)
 
-  def test_zeros_are_kept(self):
-    fixed = _fix_pair(np.zeros((24, 8), np.float32), np.ones((8, 16), np.float32))
-    np.testing.assert_array_equal(_definition(fixed), np.zeros((24, 16)))
-
 
 def _fix_pairs(params, **options):
   """Applies the transform to leaves outside the layers, by path, without rounding."""
@@ -107,39 +102,11 @@ class FixPairsTest(parameterized.TestCase):
       self.assertEqual(tuple(note['shape']), pair.shape)
     self.assertEqual([note['tensor'] for note in notes], ['a', 'b/c'])
 
-  def test_small_rows_get_small_errors(self):
-    # As those of U have whose inputs are large.
-    sizes = np.float32(2.0) ** np.linspace(-6, 6, 64)
-    for shape in ((64, 48), (48, 64)):
-      pair = _pair(*shape, 24, np.float32)
-      u = (pair.u * sizes[: len(pair.u), None]).astype(ml_dtypes.bfloat16)
-      pair = pair.replace(u=u, v=pair.v.astype(ml_dtypes.bfloat16))
-      fixed, _ = _fix_pairs({'a': pair})
-      leaf, _ = rounding.round_leaf(fixed['a'], pair.dtype, -7, uniform=False)
-      q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((24, 24)))
-      rotated = pair.replace(
-        u=(np.float32(u) @ q).astype(pair.dtype),
-        v=(q.T @ np.float32(pair.v)).astype(pair.dtype),
-      )
-      whole = _product(pair) / sizes[: shape[0], None]
-      error, noise = (
-        _relative(x / sizes[: shape[0], None], whole)
-        for x in (_definition(leaf), _product(rotated))
-      )
-      self.assertLess(error, 2**0.5 * noise)
-
   def test_float32_is_kept_to_what_float32_arithmetic_can_tell(self):
     pair = _pair(24, 16, 8, np.float32)
     fixed, _ = _fix_pairs({'a': pair})
     self.assertEqual(fixed['a'].type_name, 'reduced_low_rank')
     self.assertLess(_relative(_definition(fixed['a']), _product(pair)), 2e-6)
-
-  def test_a_pair_that_rounding_would_harm_more_than_the_tolerance_stays(self):
-    pair = _pair(24, 16, 8)
-    fixed, notes = _fix_pairs({'a': pair}, tolerance=0)
-    self.assertIs(fixed['a'], pair)
-    self.assertEqual(notes[0]['form'], 'low_rank')
-    self.assertEqual(notes[0]['elements'], 8 * 40)
 
   def test_what_overflows_or_is_not_finite_or_no_pair_stays(self):
     huge = structured.LowRank(

@@ -60,23 +60,6 @@ class FeedbackTest(parameterized.TestCase):
     error = lambda x: np.square(inputs @ (np.asarray(x) - kernel)).sum()
     self.assertLess(error(rounded), 0.5 * error(plain))
 
-  @parameterized.parameters(0.0, 1.0, np.nan)
-  def test_without_correlations_numbers_are_rounded_to_the_nearest(self, moment):
-    kernel = np.random.default_rng(2).standard_normal((70, 9)).astype(np.float32)
-    moments = jnp.eye(70) * moment
-    rounded = STEP * steps.with_feedback(kernel, jnp.float32(STEP), moments).integers
-    np.testing.assert_array_equal(rounded, steps.multiples(kernel, STEP))
-
-  def test_the_axis_of_the_inputs(self):
-    rng = np.random.default_rng(3)
-    inputs, kernel = _correlated(rng, 30), rng.standard_normal((30, 40))
-    arguments = jnp.float32(STEP), jnp.float32(inputs.T @ inputs)
-    kernel = jnp.float32(kernel)
-    np.testing.assert_array_equal(
-      steps.with_feedback(kernel.T, *arguments, axis=1).integers.T,
-      steps.with_feedback(kernel, *arguments).integers,
-    )
-
 
 class InputMomentsTest(parameterized.TestCase):
   def test_the_moments_of_the_first_layer_are_those_of_its_inputs(self):

@@ -14,17 +14,6 @@ def apply(transform, model, **options):
   return rewritten, saving.notes
 
 
-def apply_outer(transform, model):
-  """Applies a transform without state to the parameters outside the layers.
-
-  Returns:
-    The parameters and the notes. In contrast to `apply`, nothing is rounded.
-  """
-  context = passes.make_context(model, stored_as=model.stored_as)
-  params = structured.flatten(model.outer())
-  return transform.outer(context, transform.init(context), params)
-
-
 def fast_logits(model, tokens):
   """Computes the logits of a model, with one program for all its structured forms."""
   return np.asarray(_jitted_logits(model.materialize(), tokens))
