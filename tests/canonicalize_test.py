@@ -1,5 +1,6 @@
 """Canonical weights of stacked layers in one call, beside the way that streams."""
 
+import dataclasses
 import functools
 
 from absl.testing import absltest
@@ -18,29 +19,7 @@ from tests import devices
 from tests import random_models
 from tests import transform_checks
 
-LLAMA = random_models.BASE | {'num_hidden_layers': 4}
-GROUPS = LLAMA | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 8}
-OPT = {
-  'model_type': 'opt',
-  'hidden_size': 24,
-  'ffn_dim': 40,
-  'num_hidden_layers': 4,
-  'num_attention_heads': 3,
-  'vocab_size': 40,
-  'max_position_embeddings': 30,
-  'word_embed_proj_dim': 24,
-}
-PHI = LLAMA | {'model_type': 'phi', 'partial_rotary_factor': 0.5}
-FAMILIES = {
-  'llama': GROUPS,
-  'mistral': GROUPS | {'model_type': 'mistral', 'sliding_window': 5},
-  'qwen2': GROUPS | {'model_type': 'qwen2'},
-  'qwen3': GROUPS | {'model_type': 'qwen3'},
-  'phi3': LLAMA
-  | {'model_type': 'phi3', 'num_key_value_heads': 2, 'rms_norm_eps': 1e-5},
-  'opt': OPT,
-  'phi2': PHI,
-}
+FAMILIES = random_models.FAMILIES
 TOKENS = np.arange(12)[None]
 _canonicalize = jax.jit(rotbits_jax.canonicalize, static_argnums=1)
 
@@ -170,11 +149,6 @@ class CanonicalizeTest(parameterized.TestCase):
         self.check_second_time(family, kind)
         self.check_streams(family, kind)
 
-  def test_uncompiled_it_is_the_same(self):
-    model, (result, gauges) = _model('llama', 'sliced'), _result('llama', 'sliced')
-    found = rotbits_jax.canonicalize(model.params, model.config)
-    chex.assert_trees_all_close(found, (result.params, gauges), atol=3e-5)
-
   def test_an_outer_vmap_maps_over_models(self):
     pair = [random_models.sliced_llama([18] * 9, seed=seed) for seed in range(2)]
     config = pair[0].config
@@ -207,22 +181,6 @@ class CanonicalizeTest(parameterized.TestCase):
         self.assertEqual(leaf.b.shape[1], (values[i] < 1 - tolerance).sum())
         self.assertEqual(leaf.c.shape[1], (values[i] > 1 + tolerance).sum())
 
-  def test_columns_are_at_most_max_rank(self):
-    model = random_models.sliced_llama([18] * 9)  # D - d = 6
-    function = functools.partial(rotbits_jax.canonicalize, max_rank=6)
-    params, _ = jax.jit(function, static_argnums=1)(model.params, model.config)
-    self.assertEqual(params['layers.0:4']['mlp_shortcut']['kernel'].b.shape, (4, 18, 6))
-    logits = transform_checks.fast_logits(model, TOKENS)
-    found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
-    np.testing.assert_allclose(found, logits, atol=1e-4)
-
-  def test_segments_that_get_wider_twice(self):
-    model = random_models.sliced_llama([16, 16, 18, 18, 18, 18, 24])
-    params, _ = rotbits_jax.canonicalize(model.params, model.config)
-    logits = transform_checks.fast_logits(model, TOKENS)
-    found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
-    np.testing.assert_allclose(found, logits, atol=3e-5 * np.abs(logits).max())
-
   def test_factors_of_a_kernel_remain(self):
     model = _model('llama', 'dense')
     params = jax.tree.map(np.asarray, model.params)
@@ -235,15 +193,6 @@ class CanonicalizeTest(parameterized.TestCase):
     found = transform_checks.fast_logits(model.replace(params=params), TOKENS)
     np.testing.assert_allclose(found, logits, atol=3e-5 * np.abs(logits).max())
 
-  def test_not_a_number_spreads_and_ends(self):
-    model = random_models.sliced_llama([18] * 9)
-    params = jax.tree.map(np.array, model.params)
-    params['layers.0:4']['attention_shortcut']['kernel'][1, 2, 3] = np.nan
-    found, _ = _canonicalize(params, model.config)
-    query = found['layers.0:4']['attention']['query']['kernel']
-    finite = np.isfinite(query).all(axis=(1, 2))
-    self.assertEqual(finite.tolist(), [True, True, False, False])
-
   def test_segments_that_get_narrower_are_refused(self):
     model = random_models.sliced_llama([18, 18, 16, 16, 24])
     with self.assertRaisesRegex(ValueError, 'do not get narrower'):
@@ -253,6 +202,46 @@ class CanonicalizeTest(parameterized.TestCase):
   @pytest.mark.daily
   def test_a_sharded_layer_axis_stays_sharded(self):
     devices.run('from tests import canonicalize_test as t; t.check_sharded()')
+
+
+# ---- which symmetries there are ------------------------------------------------------
+
+EVERY = models.layout.Symmetries(segments=True, values=True, queries=True)
+SYMMETRIES = {
+  ('llama', False): EVERY._replace(segments=False, stream=True),
+  ('llama', True): EVERY,
+  ('phi3', False): EVERY._replace(segments=False, stream=True),
+  ('phi3', True): EVERY,
+  ('qwen2', False): EVERY._replace(segments=False, stream=True),
+  ('qwen3', False): EVERY._replace(segments=False, stream=True, queries=False),
+  ('qwen3', True): EVERY._replace(queries=False),
+  ('opt', False): EVERY._replace(segments=False, key_bias=True),
+  ('opt', True): EVERY._replace(key_bias=True),
+  ('phi2', False): EVERY._replace(segments=False),
+  ('phi2', True): EVERY,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _NewConfig(models.ModelConfig):
+  """A config with a switch that `layout.symmetries` does not know."""
+
+  residual_scale: float = 1.0
+
+
+class SymmetriesTest(absltest.TestCase):
+  def test_symmetries_are_those_of_the_table(self):
+    for (family, sliced), expected in SYMMETRIES.items():
+      config = _model(family, 'sliced' if sliced else 'dense').config
+      symmetries = models.layout.symmetries
+      self.assertEqual(symmetries(config), expected, (family, sliced))
+      # A config with a field that is not known has none.
+      fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+      self.assertFalse(any(symmetries(_NewConfig(**fields))))
+      self.assertFalse(any(symmetries(dataclasses.replace(config, norm='other'))))
+    tied = random_models.BASE | {'num_hidden_layers': 1, 'tie_word_embeddings': True}
+    config = random_models.random_model(tied).config
+    self.assertEqual(symmetries(config), EVERY._replace(segments=False))
 
 
 if __name__ == '__main__':

@@ -26,42 +26,72 @@ def transforms():
   return {transform.name: transform for transform in chain}
 
 
+def lower(seed, rows, columns, dtype=np.float16, scale=0.1):
+  rng = np.random.default_rng(seed)
+  return np.tril(rng.standard_normal((rows, columns)) * scale).astype(dtype)
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
+
+
+LEAVES = {
+  'gram': lambda seed: structured.IdentityMinusGram(
+    b=lower(seed, 6, 2 + seed), c=lower(seed, 6, 1), columns=6
+  ),
+  'gram_wide': lambda seed: structured.IdentityMinusGram(
+    b=lower(seed, 6, 3), c=lower(seed, 6, 0), columns=9
+  ),
+  'gram_of_rank_0': lambda seed: structured.IdentityMinusGram(
+    b=lower(seed, 6, 0), c=lower(seed, 6, 0), columns=9
+  ),
+  'trapezoidal_rows': lambda seed: structured.TrapezoidalRows(
+    full=normal(seed, 2, 8), lower=lower(seed + 9, 8, 3)
+  ),
+  'trapezoidal_rows_only': lambda seed: structured.TrapezoidalRows(
+    full=None, lower=lower(seed, 8, 5)
+  ),
+  'trapezoidal_rows_wide': lambda seed: structured.TrapezoidalRows(
+    full=None, lower=lower(seed, 4, 7)
+  ),
+  'head_columns': lambda seed: structured.HeadColumns(
+    rotary=normal(seed, 7, 8), below=normal(seed + 9, 4, 6), heads=2
+  ),
+  'head_rows': lambda seed: structured.HeadRows(
+    first=normal(seed, 6, 2), others=normal(seed + 9, 12, 5), groups=2, head_dim=3
+  ),
+  'low_rank': lambda seed: structured.LowRank(
+    normal(seed, 8, 1 + seed), normal(seed + 9, 1 + seed, 5)
+  ),
+  'reduced_low_rank': lambda seed: structured.ReducedLowRank(
+    normal(seed, 4 - seed, 1 + seed),
+    normal(seed + 9, 1 + seed, 8),
+    size=5,
+    transposed=False,
+    basis_exponents=np.arange(-2, 3, dtype=np.int8),
+    other_exponents=np.arange(8, dtype=np.int8) - np.int8(seed),
+  ),
+  'constant': lambda seed: structured.Constant.like(lower(seed, 3, 4), 1.5),
+  'multiples': lambda seed: structured.UniformlyQuantized(
+    integers=np.arange(-15, 15, dtype=np.int16).reshape(6, 5) * (1 + seed),
+    step=np.float32(0.625),
+    name='float16',
+    row_exponents=np.arange(-3, 3, dtype=np.int8),
+    column_exponents=np.arange(5, dtype=np.int8) - np.int8(seed),
+  ),
+}
+"""Makes a leaf of every type that needs no other parameter, from a seed."""
+
+
 def leaves():
-  """Returns a structured leaf of every type that needs no other parameter."""
+  """Returns a structured leaf of every type, by name."""
   rng = np.random.default_rng(0)
-  normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float16)
-  lower = lambda rows, columns: np.tril(normal(rows, columns))
-  return {
-    'gram': structured.IdentityMinusGram(lower(6, 3), lower(6, 1), columns=9),
-    'gram_of_rank_0': structured.IdentityMinusGram(lower(6, 0), lower(6, 0), columns=6),
-    'trapezoidal_rows': structured.TrapezoidalRows(normal(2, 8), lower(8, 5)),
-    'head_columns': structured.HeadColumns(normal(7, 8), normal(4, 6), heads=2),
-    'head_rows': structured.HeadRows(normal(6, 2), normal(12, 5), groups=2, head_dim=3),
-    'constant': structured.Constant.like(normal(3, 4), 1.5),
-    'low_rank': structured.LowRank(normal(6, 2), normal(2, 5)),
-    'reduced': structured.ReducedLowRank(
-      normal(3, 2), normal(2, 7), size=5, transposed=True
-    ),
-    'reduced_lines': structured.ReducedLowRank(
-      normal(3, 2),
-      normal(2, 7),
-      size=5,
-      transposed=True,
-      basis_exponents=np.arange(-2, 3, dtype=np.int8),
-      other_exponents=np.arange(7, dtype=np.int8),
-    ),
-    'tied': structured.Tied(normal(5, 3), tokens=9),
-    'multiples': structured.UniformlyQuantized(
-      rng.integers(-900, 900, (6, 5)).astype(np.int16),
-      np.float32(0.625),
-      'float16',
-      rng.integers(-9, 9, 6).astype(np.int8),
-      rng.integers(-9, 9, 5).astype(np.int8),
-    ),
+  return {name: make(0) for name, make in LEAVES.items()} | {
+    'tied': structured.Tied(normal(0, 5, 3), tokens=9),
     'basis': structured.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
     # The mask is a byte 1, as in the target, whose arrays have ones.
     'subspace': structured.Subspace.of(
-      0.2 * normal(7, 1).astype(np.float64), np.arange(8) == 0, 1 << 10
+      0.2 * normal(0, 7, 1).astype(np.float64), np.arange(8) == 0, 1 << 10
     ),
   }
 

@@ -6,7 +6,6 @@ import pathlib
 
 import chex
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import word_checkpoints
@@ -16,7 +15,6 @@ from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import slicing
-from rotbits_jax.models import transformer
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
 
@@ -132,26 +130,6 @@ def assert_same_logits(actual, expected, tolerance=1e-5):
   assert error < tolerance, error
 
 
-@jax.jit
-def segments(model, tokens):
-  return list(_segments(model, tokens))
-
-
-def _segments(model, tokens):
-  """Returns the residual stream `[B, T, d]` at every segment."""
-  config = model.config
-  with jax.default_matmul_precision('highest'):
-    x = transformer.embed(model.params, config, tokens)
-    yield x
-    for layer in model.layers():
-      if not config.parallel_block:
-        normed = transformer.norm(None, config, x)
-        attended = transformer.attention(layer['attention'], config, normed).x
-        yield x @ layer['attention_shortcut']['kernel'] + attended
-      x = transformer.layer(layer, config, x).x
-      yield x
-
-
 @pytest.mark.parametrize('name', [*RANDOM, *FIXTURES])
 def test_fusing_norms_keeps_the_function(name):
   assert fused(name).config.sliced
@@ -191,15 +169,6 @@ def test_orientations(name):
   assert_same_logits(logits_of(random, EVALUATION), logits_of(pca, EVALUATION))
   head = lambda model: np.asarray(model.params['head']['kernel'])
   assert np.abs(head(random) - head(pca)).max() > 0.1
-  if name == 'opt-random':  # its streams have no mean
-    return
-  # This holds if each layer was calibrated after all layers before it were sliced.
-  for x in segments(pca, CALIBRATION):
-    x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
-    gram, energies = x.T @ x, np.square(x).sum(axis=0)
-    tolerance = 1e-5 * energies.max()
-    assert np.diff(energies).max() < tolerance
-    np.testing.assert_allclose(gram, np.diag(energies), atol=tolerance)
 
 
 @pytest.mark.parametrize('name', FIXTURES)
@@ -219,20 +188,11 @@ def test_no_worse_than_microsofts(name):
 @pytest.mark.parametrize(
   ('model', 'settings', 'tokens', 'message'),
   [
-    ('opt-random', {}, CALIBRATION[0], r'tokens must be \[S, T\] integers'),
     ('opt-random', {}, CALIBRATION + 0.5, r'tokens must be \[S, T\] integers'),
     ('opt-random', {}, CALIBRATION + 1, 'token 69 is outside'),
-    ('opt-random', {}, CALIBRATION - 1, 'token -1 is outside'),
     ('opt-random', {}, CALIBRATION.reshape(6, 96), '48 positions, got sequences of 96'),
     ('opt-random', {}, CALIBRATION[:1, :31], 'hidden size 32, got 31'),
     ('opt-random', {'sparsity': 1.0}, CALIBRATION, r'must be in \[0, 1\), got 1.0'),
-    (
-      'opt-random',
-      {'round_interval': 0},
-      CALIBRATION,
-      'round_interval must be positive',
-    ),
-    ('opt-random', {'final_orientation': 'qr'}, CALIBRATION, "got 'qr'"),
     ('sliced', {}, CALIBRATION, 'only a dense model'),
     ('too large', {}, CALIBRATION, 'head/kernel has .* float32'),
   ],
@@ -273,14 +233,10 @@ class TestSlice:
     (tmp_path / 'text').write_text(word_checkpoints.random_text(600))
     return source, tmp_path / 'text', tmp_path / 'sliced'
 
-  @pytest.fixture(name='sliced')
-  def _sliced(self, rotbits):
-    """Runs `rotbits slice ARGS`; returns exit code, stdout and stderr."""
-    return functools.partial(rotbits, 'slice')
-
-  def test_writes_what_microsofts_writes(self, sliced, paths):
+  def test_writes_what_microsofts_writes(self, rotbits, paths):
     source, text, output = paths
-    code, out, err = sliced(
+    code, out, err = rotbits(
+      'slice',
       f'--model={source}',
       f'--output={output}',
       f'--calibration={text}',
@@ -322,47 +278,22 @@ class TestSlice:
       loaded.model, rotbits_jax.structured.astype(unrounded, np.float16)
     )
 
-  def test_flags(self, sliced, paths):
-    source, text, output = paths
-    code, _, err = sliced(
-      f'--model={source}/model.safetensors',
-      f'--output={output}',
-      f'--calibration={text}',
-      '--sparsity=0.30',
-      '--sequence_length=48',
-      '--sequences=5',
-      '--round_interval=16',
-      '--slice_head',
-      '--final_orientation=pca',
-      '--dtype=bfloat16',
-    )
-    assert (code, err) == (0, '')
-    loaded = checkpoints.load_checkpoint(output / 'model_0.3.pt')
-    assert loaded.model.config.segment_widths == (80, 80, 80, 80)
-    assert loaded.model.params['embed']['tokens'].dtype == ml_dtypes.bfloat16
-
   @pytest.mark.parametrize(
     ('changed', 'message'),
     [
-      ({'model': 'missing'}, 'there is no such file or directory'),
       ({'model': TESTDATA / 'phi2-tiny-sliced-0.25'}, 'has no tokenizer.json'),
-      ({'calibration': 'missing'}, 'No such file'),
-      ({'sparsity': 1.0}, 'sparsity must be in [0, 1)'),
-      ({'sequence_length': 4096}, 'got sequences of'),
       ({'sequences': 1}, 'as many tokens as the hidden size 128, got 48'),
-      ({'output': __file__}, 'is a file, not a directory'),
-      ({'recipe': 'SOURCE/config.json', 'overwrite': True}, 'is a file of an input'),
       ({'recipe': 'TEXT', 'overwrite': True}, 'is a file of an input'),
     ],
   )
-  def test_bad_input_writes_nothing(self, sliced, paths, changed, message):
+  def test_bad_input_writes_nothing(self, rotbits, paths, changed, message):
     source, text, output = paths
     text.write_text(word_checkpoints.random_text(3000))
     given = {'model': source, 'output': output, 'calibration': text}
     given |= {'sparsity': 0.25, 'sequence_length': 48} | changed
     flags = [f'--{key}={value}' for key, value in given.items()]
-    flags = [x.replace('SOURCE', str(source)).replace('TEXT', str(text)) for x in flags]
-    code, out, err = sliced(*flags)
+    flags = [x.replace('TEXT', str(text)) for x in flags]
+    code, out, err = rotbits('slice', *flags)
     assert (code, out) == (2, '')
     assert message in err
     assert len(err.splitlines()) == 1

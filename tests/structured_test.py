@@ -9,63 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import structured
+from tests import cases
 
-
-def _lower(seed, rows, columns, dtype=np.float16, scale=0.1):
-  rng = np.random.default_rng(seed)
-  return np.tril(rng.standard_normal((rows, columns)) * scale).astype(dtype)
-
-
-def _normal(seed, *shape):
-  return np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
-
-
-LEAVES = {
-  'gram': lambda seed: structured.IdentityMinusGram(
-    b=_lower(seed, 6, 2 + seed), c=_lower(seed, 6, 1), columns=6
-  ),
-  'gram_wide': lambda seed: structured.IdentityMinusGram(
-    b=_lower(seed, 6, 3), c=_lower(seed, 6, 0), columns=9
-  ),
-  'gram_of_rank_0': lambda seed: structured.IdentityMinusGram(
-    b=_lower(seed, 6, 0), c=_lower(seed, 6, 0), columns=9
-  ),
-  'trapezoidal_rows': lambda seed: structured.TrapezoidalRows(
-    full=_normal(seed, 2, 8), lower=_lower(seed + 9, 8, 3)
-  ),
-  'trapezoidal_rows_only': lambda seed: structured.TrapezoidalRows(
-    full=None, lower=_lower(seed, 8, 5)
-  ),
-  'trapezoidal_rows_wide': lambda seed: structured.TrapezoidalRows(
-    full=None, lower=_lower(seed, 4, 7)
-  ),
-  'head_columns': lambda seed: structured.HeadColumns(
-    rotary=_normal(seed, 7, 8), below=_normal(seed + 9, 4, 6), heads=2
-  ),
-  'head_rows': lambda seed: structured.HeadRows(
-    first=_normal(seed, 6, 2), others=_normal(seed + 9, 12, 5), groups=2, head_dim=3
-  ),
-  'low_rank': lambda seed: structured.LowRank(
-    _normal(seed, 8, 1 + seed), _normal(seed + 9, 1 + seed, 5)
-  ),
-  'reduced_low_rank': lambda seed: structured.ReducedLowRank(
-    _normal(seed, 4 - seed, 1 + seed),
-    _normal(seed + 9, 1 + seed, 8),
-    size=5,
-    transposed=False,
-    basis_exponents=np.arange(-2, 3, dtype=np.int8),
-    other_exponents=np.arange(8, dtype=np.int8) - np.int8(seed),
-  ),
-  'constant': lambda seed: structured.Constant.like(_lower(seed, 3, 4), 1.5),
-  'multiples': lambda seed: structured.UniformlyQuantized(
-    integers=np.arange(-15, 15, dtype=np.int16).reshape(6, 5) * (1 + seed),
-    step=np.float32(0.625),
-    name='float16',
-    row_exponents=np.arange(-3, 3, dtype=np.int8),
-    column_exponents=np.arange(5, dtype=np.int8) - np.int8(seed),
-  ),
-}
-"""Every type of leaf; a new one joins all tests by a row here."""
+LEAVES = cases.LEAVES
 
 
 class StructuredTest(absltest.TestCase):

@@ -373,43 +373,6 @@ class StreamTest(parameterized.TestCase):
     for path in ('attention/out/kernel', 'mlp/down/kernel'):
       np.testing.assert_array_equal(folded[path], layer[path])
 
-  def test_no_rotation_exceeds_the_range_that_is_foreseen(self):
-    rng = np.random.default_rng(0)
-    flat = {
-      'reads': rng.standard_normal((6, 9)),
-      'writes': rng.standard_normal((9, 6)),
-      'both': rng.standard_normal((6, 6)),
-      'bias': rng.standard_normal(6),
-      'none': rng.standard_normal(6),
-    }
-    axes = {
-      'reads': (0, 'neuron'),
-      'writes': ('neuron', -1),
-      'both': (0, -1),
-      'bias': (-1,),
-      'none': ('neuron',),
-    }
-    # A rotation that aligns the largest row or column with an axis makes the largest
-    # number.
-    norm = lambda x, axis=None: np.linalg.norm(x, axis=axis).max()
-    expected = {
-      'reads': norm(flat['reads'], 0),
-      'writes': norm(flat['writes'], 1),
-      'both': norm(flat['both']),
-      'bias': norm(flat['bias']),
-      'none': np.abs(flat['none']).max(),
-    }
-    bound = jax.jit(rotations.largest_norm, static_argnums=1)
-    for path, largest in expected.items():
-      found = bound(jnp.float32(flat[path]), axes[path])
-      np.testing.assert_allclose(found, largest, rtol=1e-5, err_msg=path)
-    flat['reads'][2, 3] = np.nan
-    self.assertTrue(np.isnan(bound(jnp.float32(flat['reads']), axes['reads'])))
-    flat['writes'][2, 3] = np.inf
-    tokens = bound(jnp.float32(flat['writes']), ('vocabulary', 0))
-    finite = np.delete(flat['writes'], 2, axis=0)
-    np.testing.assert_allclose(tokens, norm(finite, 1), rtol=1e-5)
-
 
 class HeadsTest(parameterized.TestCase):
   def test_spans_a_matrix_of_any_rank_and_is_well_conditioned(self):
@@ -425,12 +388,6 @@ class HeadsTest(parameterized.TestCase):
         self.assertLess(np.linalg.cond(spanned), 2 + 1e-5)
         if below.size:
           self.assertLess(np.linalg.norm(below, 2), 2 + 1e-5)
-
-  def test_a_change_of_basis_changes_nothing(self):
-    matrix = MATRICES['random']
-    mixed = matrix @ _random((4, 4), 5)
-    below, again = (_basis(x).below for x in (matrix, mixed))
-    np.testing.assert_allclose(np.asarray(below), again, rtol=0, atol=1e-4)
 
   def test_values_and_outputs_keep_their_products(self):
     h = 3
@@ -484,14 +441,6 @@ class HeadsTest(parameterized.TestCase):
     self.assertTrue((kept[:, rotary:] == 0).all())
     self.assertTrue((kept[:, :rotary] != 0).all())
 
-  def test_errors_of_products_are_those_of_numpy(self):
-    left, right = _random((2, 9, 3)), _random((2, 7, 3), 1)
-    near = left + _random(left.shape, 2, 1e-3), right + _random(right.shape, 3, 1e-3)
-    wide = lambda a, b: np.float64(a) @ np.float64(b).transpose(0, 2, 1)
-    expected = np.linalg.norm(wide(left, right) - wide(*near))
-    got = jax.jit(heads.product_error)((left, right), near)
-    np.testing.assert_allclose(got, expected, rtol=1e-4)
-
   def test_value_biases_add_up_over_the_query_heads(self):
     rng = np.random.default_rng(0)
     out, value, kernel = (rng.standard_normal(s) for s in ((5,), (2, 3), (2, 4, 3, 5)))
@@ -501,6 +450,52 @@ class HeadsTest(parameterized.TestCase):
     arrays = tuple(x.astype(np.float32) for x in arrays)
     got = jax.jit(take_up)(*arrays)
     np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+NAMES = tuple(canonical.CANONICALIZERS)
+
+
+def _turn(n: int, seed: int) -> np.ndarray:
+  key = jax.random.key(seed)
+  return np.asarray(jax.random.orthogonal(key, n), np.float64)
+
+
+def _spread(n: int, m: int, seed: int = 0) -> np.ndarray:
+  """Returns a matrix with the singular values 1, 2, ..., n."""
+  left, right = _turn(n, seed + 1), _turn(m, seed + 2)
+  return (left * np.arange(n, 0, -1.0)) @ right[:n]
+
+
+class CanonicalTest(parameterized.TestCase):
+  @parameterized.parameters(*NAMES)
+  def test_rotation_of_the_reference_is_found(self, name):
+    canonicalize = jax.jit(canonical.CANONICALIZERS[name])
+    for shape in ((1, 1), (6, 6), (6, 11)):
+      w = _spread(*shape)
+      reference, q = canonicalize(w)
+      np.testing.assert_allclose(q @ reference, w, atol=1e-5)
+      np.testing.assert_allclose(q.T @ q, np.eye(shape[0]), atol=2e-6)
+      for seed in range(3):
+        turn = _turn(shape[0], seed)
+        again, found = canonicalize(turn @ np.asarray(reference, np.float64))
+        np.testing.assert_allclose(found, turn, atol=2e-5)
+        np.testing.assert_allclose(again, reference, atol=1e-4)
+
+  @parameterized.parameters(*NAMES)
+  def test_degenerate_matrices_give_orthogonal_rotations(self, name):
+    cases = {
+      'zero': np.zeros((6, 8)),
+      'identity': np.eye(6, 8),
+      'equal': _turn(8, 0)[:6],
+      'zero rows': _spread(6, 8) * (np.arange(6) % 2)[:, None],
+      'low rank': _spread(2, 8)[[0, 1, 0, 1, 0, 1]],
+      'narrow': _spread(4, 4)[[0, 1, 2, 3, 0, 1]],
+    }
+    for case, w in cases.items():
+      reference, q = canonical.CANONICALIZERS[name](w)
+      self.assertEqual((reference.dtype, q.dtype), (jnp.float32, jnp.float32))
+      np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5, err_msg=case)
+      np.testing.assert_allclose(q @ reference, w, atol=1e-5, err_msg=case)
 
 
 if __name__ == '__main__':
