@@ -1,7 +1,6 @@
 """Sizes from shapes: the paper's table, and the fixtures' files."""
 
 import json
-import math
 import pathlib
 
 import pytest
@@ -130,15 +129,3 @@ def test_parallel_blocks_with_partial_rotary_heads():
   heads = config.num_layers * config.num_kv_heads
   saved = counts.gauge_fixed - counts.gauge_fixed_heads
   assert saved == heads * (h * h + r + (h - r) ** 2)
-
-
-def test_sparsity_zero_leaves_the_dense_model_and_its_global_gauge():
-  counts = accounting.accounting(config_of('llama-2-7b'), 0.0)
-  assert counts.slicegpt == counts.dense + 64 * 4096 * 4096
-  assert counts.gauge_fixed == counts.dense - 4096 * 4095 // 2
-
-
-@pytest.mark.parametrize('sparsity', [-0.1, 1.0, 0.9999, math.nan])
-def test_sparsity_out_of_range(sparsity):
-  with pytest.raises(ValueError, match=r'sparsity|hidden size'):
-    accounting.accounting(config_of('opt-1.3b'), sparsity)

@@ -12,28 +12,6 @@ from benchmarks import demo
 RESULTS = common.ROOT / 'RESULTS.md'
 
 
-def test_a_section_is_replaced_and_others_stay(tmp_path):
-  path = tmp_path / 'RESULTS.md'
-  path.write_text('# Results\n\nA head.\n')
-  for title, body in (('One', 'first'), ('Two', 'other'), ('One', 'second')):
-    common.write(path, 'kinds', common.Section(title, body))
-  text = path.read_text()
-  assert text.startswith('# Results\n\nA head.\n')
-  assert re.findall('^## (.*)$', text, re.M) == ['One', 'Two']
-  assert 'second' in text
-  assert 'first' not in text
-
-
-def test_tables_are_markdown():
-  lines = common.table(('a', 'bytes'), [('x', 1), ('long', None)]).splitlines()
-  assert lines == [
-    '| a    | bytes |',
-    '| ---- | ----: |',
-    '| x    |     1 |',
-    '| long |       |',
-  ]
-
-
 def test_every_benchmark_is_there():
   folder = pathlib.Path(runner.__file__).parent
   for name in runner.BENCHMARKS:

@@ -1,6 +1,5 @@
 """The commands, as a user types them."""
 
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -8,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from unittest import mock
 
 import chex
 import numpy as np
@@ -19,8 +17,6 @@ import word_checkpoints
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import main
-from rotbits_jax.cli import program
-from rotbits_jax.file import verification
 
 ROOT = pathlib.Path(__file__).parents[1]
 TESTDATA = ROOT / 'tests' / 'testdata'
@@ -79,20 +75,6 @@ def test_encode_says_where_the_bytes_are_saved(rotbits, tmp_path, preset):
     whole, part = report[numbers].values()
     assert sum(line[key] for line in report['lines']) == whole - part
   assert json_of(rotbits, 'inspect', f'--input={output}').items() <= report.items()
-
-
-@pytest.mark.parametrize(('source', 'preset'), [(SLICED, 'free'), (DENSE, 'exact')])
-def test_default_presets(rotbits, tmp_path, source, preset):
-  flags = f'--checkpoint={source}', f'--output={tmp_path / "file"}'
-  assert json_of(rotbits, 'encode', *flags)['preset'] == preset
-
-
-def test_encode_ends_with_one_line(rotbits, tmp_path):
-  flags = f'--checkpoint={SLICED}', f'--output={tmp_path / "file"}', '--verify'
-  code, out, err = rotbits('encode', *flags)
-  assert (code, err) == (0, '')
-  line = r'\d\d[.]\d\d% \([\d.]+ kB => [\d.]+ kB, .*\) in \d+ s; the same function .*'
-  assert re.fullmatch(line, out.splitlines()[-1])
 
 
 def test_options_in_a_config(rotbits, tmp_path, encoded):
@@ -259,32 +241,6 @@ class TestBadInput:
     assert rotbits(*decode, '--overwrite')[0] == 0
     assert (tmp_path / 'out' / 'model.safetensors').exists()
 
-  def test_no_file_of_an_input_is_replaced(self, rotbits, tmp_path):
-    source = shutil.copytree(DENSE, tmp_path / 'source')
-    base = shutil.copytree(DENSE, tmp_path / 'base')
-    (tmp_path / 'text').write_text('some words')
-    encode = ['encode', f'--checkpoint={source}', '--overwrite']
-    assert rotbits(*encode, f'--output={base / "one.rotbits"}')[0] == 0
-    cases = [
-      [*encode, f'--output={source / "config.json"}'],
-      [*encode, f'--output={base / "model.safetensors"}', f'--base={base}'],
-      [
-        *encode,
-        *2 * [f'--output={base / "one.rotbits"}'],
-        f'--base={base}/one.rotbits',
-      ],
-      [
-        *('report', f'--input={base / "one.rotbits"}', f'--against={source}'),
-        *(f'--output={source / "config.json"}', '--overwrite'),
-      ],
-      [
-        *('slice', f'--model={source}', f'--output={source}', '--sparsity=0.25'),
-        *(f'--calibration={tmp_path / "text"}', '--overwrite'),
-      ],
-    ]
-    for args in cases:
-      self.check(rotbits, tmp_path, args, 'is a file of an input')
-
   @pytest.mark.parametrize(
     ('command', 'damage', 'words'),
     [
@@ -303,32 +259,6 @@ class TestBadInput:
     args = [command, f'--input={tmp_path / "damaged"}']
     args += [f'--output={tmp_path / "out"}'] if command in ('decode', 'report') else []
     self.check(rotbits, tmp_path, args, words)
-
-  @pytest.mark.parametrize(
-    ('content', 'words'),
-    [
-      (None, 'No such file'),
-      (b' \n', 'no words'),
-      (b'\xff', 'utf'),
-      (b'a', 'tokenizer'),
-    ],
-  )
-  def test_text(self, rotbits, tmp_path, content, words):
-    if content is not None:
-      (tmp_path / 'text').write_bytes(content)
-    args = ['evaluate', f'--model={SLICED}', f'--text={tmp_path / "text"}']
-    self.check(rotbits, tmp_path, args, words)
-
-  def test_a_failed_check(self, rotbits, tmp_path, monkeypatch):
-    error = rotbits_jax.ContainerError('layers.0: decoded numbers differ')
-    monkeypatch.setattr(verification, 'read_all', mock.Mock(side_effect=error))
-    args = [
-      'encode',
-      f'--checkpoint={SLICED}',
-      f'--output={tmp_path / "x"}',
-      '--verify',
-    ]
-    self.check(rotbits, tmp_path, args, str(error))
 
 
 def test_usage(rotbits):
@@ -350,13 +280,6 @@ def test_help(rotbits, command):
     assert re.search(rf'^  --(\[no\])?{flag}:', out, re.M)
 
 
-def test_errors_name_files_and_have_tracebacks_on_demand(rotbits):
-  code, _, err = rotbits('inspect', '--input=missing', '--verbose')
-  assert code == program.BAD_INPUT
-  assert err.startswith('Traceback')
-  assert err.endswith('rotbits inspect: missing: No such file or directory\n')
-
-
 def test_a_process_of_its_own(tmp_path):
   flags = f'--checkpoint={SLICED}', f'--output={tmp_path / "out"}', '--json'
   done = subprocess.run(
@@ -369,8 +292,3 @@ def test_a_process_of_its_own(tmp_path):
   )
   assert json.loads(done.stdout)['bytes']['file'] == (tmp_path / 'out').stat().st_size
   assert [path.name for path in tmp_path.iterdir()] == ['out']
-
-
-def test_console_script():
-  (script,) = importlib.metadata.entry_points(group='console_scripts', name='rotbits')
-  assert script.load() is main.main

@@ -110,20 +110,6 @@ class ContainerTest(parameterized.TestCase):
       with self.subTest(i=i), self.assertRaises(container.ContainerError):
         container.StreamReader(lying)
 
-  def test_json_of_strangers(self):
-    for text in (
-      b'[' * 100_000,
-      b'{"a": NaN}',
-      b'{"a": 1e999}',
-      b'{"a": 1, "a": 1}',
-      b'{"a": 1' + b'0' * 6000 + b'}',
-      b'\xff',
-    ):
-      with self.subTest(text=text[:20]):
-        data = struct.pack('<Q', len(text)) + text
-        with self.assertRaises(container.ContainerError):
-          container.StreamReader(data)
-
 
 if __name__ == '__main__':
   absltest.main()

@@ -1,15 +1,8 @@
-"""Readers side by side, memory that does not grow, and arrays that own their memory."""
+"""Readers side by side, parts of stacks, and arrays that own their memory."""
 
 from concurrent import futures
-import gc
-import pathlib
-import tempfile
-import tracemalloc
 from unittest import mock
-import weakref
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import jax
 import numpy as np
 import pytest
@@ -32,95 +25,55 @@ TREE = {
 }
 
 
-def assert_same_bits(actual, expected):
-  assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+def test_sixteen_readers_at_once(tmp_path):
+  rotbits_jax.encode_to_file(TREE, tmp_path / 'x')
+  with futures.ThreadPoolExecutor(16) as pool:
+    for tree in pool.map(rotbits_jax.decode, [tmp_path / 'x'] * 16):
+      assert structured.same_bits(tree, TREE)
 
 
-class LoadTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-    self.path = folder / 'tree.rotbits'
-    self.data = rotbits_jax.encode(TREE, preset='exact')
-    self.path.write_bytes(self.data)
+@pytest.mark.parametrize('is_path', [True, False])
+def test_decoded_arrays_own_their_memory(tmp_path, is_path):
+  data = bytearray(rotbits_jax.encode(TREE))
+  (tmp_path / 'x').write_bytes(data)
+  tree = rotbits_jax.decode(tmp_path / 'x' if is_path else data)
+  (tmp_path / 'x').write_bytes(bytes(len(data)))
+  data[:] = bytes(len(data))
+  assert structured.same_bits(tree, TREE)
+  for array in jax.tree.leaves(tree):
+    array[0, 0] += 1
+  assert not structured.same_bits(tree, TREE)
 
-  def test_sixteen_readers_at_once(self):
-    with futures.ThreadPoolExecutor(16) as pool:
-      for tree in pool.map(rotbits_jax.decode, [self.path] * 16):
-        assert_same_bits(tree, TREE)
 
-  @parameterized.parameters('path', 'bytes')
-  def test_decoded_arrays_own_their_memory(self, kind):
-    source = self.path if kind == 'path' else bytearray(self.data)
-    tree = rotbits_jax.decode(source)
-    if kind == 'path':
-      self.path.write_bytes(bytes(len(self.data)))
-    else:
-      source[:] = bytes(len(source))
-    assert_same_bits(tree, TREE)
-    for array in jax.tree.leaves(tree):
-      self.assertTrue(array.flags.writeable)
-      array[0, 0] += 1
-    self.assertFalse(any(np.shares_memory(array, x) for x in jax.tree.leaves(TREE)))
-
-  def test_memory_does_not_grow(self):
-    tree, count = TREE['record 0'], 20
-
-    def rounds(count):
-      for _ in range(count):
-        rotbits_jax.decode(rotbits_jax.encode(tree, preset='exact'))
-      gc.collect()
-      return tracemalloc.get_traced_memory()[0]
-
-    tracemalloc.start()
-    self.addCleanup(tracemalloc.stop)
-    before = rounds(5)
-    # A round that kept its arrays would keep 10 kB.
-    self.assertLess(rounds(count) - before, count * 4_000)
-
-  @parameterized.parameters((range(0, 2),), (range(2, 3),))
-  def test_a_process_with_a_part_of_a_stack_has_the_shapes_of_the_whole(self, wanted):
-    model, rng = random_models.sliced_llama((16,) * 7), np.random.default_rng(0)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    layers = list(model.layers())
-    for rank, layer in zip((3, 1, 4), layers, strict=True):
-      b, c = np.tril(normal(16, rank)), np.tril(normal(16, 5 - rank))
-      layer['mlp_shortcut']['kernel'] = structured.IdentityMinusGram(b, c, 16)
-      layer['mlp']['up']['kernel'] = structured.LowRank(
-        normal(16, rank), normal(rank, 32)
-      )
-      layer['mlp']['gate']['kernel'] = structured.ReducedLowRank(
-        normal(16 - rank, rank), normal(rank, 32), 16, False
-      )
-    model = models.from_layers(model.config, model.outer(), layers)
-    with (
-      rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader,
-      mock.patch.object(stacks.placement, 'local_layers', return_value=wanted),
-      pool.record_jobs() as start,
-      progress.Progress('test', 1, 'B', show=False) as bar,
-    ):
-      place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      (stack,) = stacks.start_stacks(
-        reader._decoder, range(3), place, start, None, False
-      )
-      found = stacks.placed([], [stack], None, bar)
-    whole = structured.flatten({'layers.0:3': model.params['layers.0:3']})
-    self.assertEqual(found.keys(), whole.keys())
-    for path, leaf in whole.items():
-      part = jax.tree.map(lambda x: x[wanted.start : wanted.stop], leaf)
-      self.assertTrue(structured.same_bits(found[path], part), path)
-
-  def test_layers_are_freed_as_soon_as_they_are_used(self):
-    model = random_models.random_model(random_models.BASE | {'num_hidden_layers': 12})
-    with rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader:
-      alive: list[weakref.ref[np.ndarray]] = []
-      for name, flat in reader.each():
-        alive = [x for x in alive if x() is not None]
-        self.assertLessEqual(len(alive), 3, name)
-        alive.append(weakref.ref(next(iter(flat.values()))))
-        del flat
+@pytest.mark.parametrize('wanted', [range(2), range(2, 3)])
+def test_a_process_with_a_part_of_a_stack_has_the_shapes_of_the_whole(wanted):
+  model, rng = random_models.sliced_llama((16,) * 7), np.random.default_rng(0)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  layers = list(model.layers())
+  for rank, layer in zip((3, 1, 4), layers, strict=True):
+    b, c = np.tril(normal(16, rank)), np.tril(normal(16, 5 - rank))
+    layer['mlp_shortcut']['kernel'] = structured.IdentityMinusGram(b, c, 16)
+    layer['mlp']['up']['kernel'] = structured.LowRank(
+      normal(16, rank), normal(rank, 32)
+    )
+    layer['mlp']['gate']['kernel'] = structured.ReducedLowRank(
+      normal(16 - rank, rank), normal(rank, 32), 16, False
+    )
+  model = models.from_layers(model.config, model.outer(), layers)
+  with (
+    rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader,
+    mock.patch.object(stacks.placement, 'local_layers', return_value=wanted),
+    pool.record_jobs() as start,
+    progress.Progress('test', 1, 'B', show=False) as bar,
+  ):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    (stack,) = stacks.start_stacks(reader._decoder, range(3), place, start, None, False)
+    found = stacks.placed([], [stack], None, bar)
+  whole = structured.flatten({'layers.0:3': model.params['layers.0:3']})
+  assert found.keys() == whole.keys()
+  for path, leaf in whole.items():
+    part = jax.tree.map(lambda x: x[wanted.start : wanted.stop], leaf)
+    assert structured.same_bits(found[path], part), path
 
 
 @pytest.mark.slow
@@ -146,7 +99,3 @@ def test_layers_go_where_a_sharding_says(tmp_path, kind):
     'np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), atol=1e-4)\n',
     devices=2,
   )
-
-
-if __name__ == '__main__':
-  absltest.main()

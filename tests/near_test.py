@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import weakref
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,6 @@ import pytest
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
-from rotbits_jax import models
-from rotbits_jax import passes
-from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
 from rotbits_jax.presets import steps as steps_lib
@@ -63,14 +59,6 @@ def assert_same_bits(plain, loaded):
       assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
 
 
-def test_offsets_are_by_pattern_of_path():
-  offsets = {'layers.*/mlp/up/kernel': 2.0}
-  octaves = presets.near(step=-4.0, offsets=offsets).rounding.log2_step
-  dtype = np.dtype(np.float16)
-  assert octaves('layers.12/mlp/up/kernel', dtype) == -2.0
-  assert octaves('layers.12/mlp/down/kernel', dtype) == -4.0
-
-
 def test_matrices_are_float32_multiples_of_one_step():
   for layer in rotbits_jax.decode(encoded()).layers():
     for path, leaf in structured.flatten(layer).items():
@@ -78,12 +66,6 @@ def test_matrices_are_float32_multiples_of_one_step():
         if rounding.is_matrix(x):
           assert x.dtype == np.float32, path
           assert np.unique(np.abs(x)).size < 400, path
-
-
-def test_a_coarser_step_takes_fewer_bytes():
-  assert len(encoded(-3.0)) < len(encoded(-5.0))
-  free = rotbits_jax.encode(load(), preset='free')
-  assert len(encoded(-5.0)) < 0.9 * len(free)
 
 
 @pytest.mark.parametrize('dtype', [None, 'float32'])
@@ -108,18 +90,6 @@ def test_integers_are_encoded_as_numbers():
   head = rotbits_jax.load(encoded(-3.0), integers=True).params['head']
   found = rotbits_jax.decode(rotbits_jax.encode({'head': head}))['head']['kernel']
   np.testing.assert_array_equal(found, head['kernel'].materialize())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', [TINY, 'llama-tiny-dense'])
-def test_predictions_of_integers_are_the_same(name):
-  data = rotbits_jax.encode(load(name).model, preset='near')
-  logits = jax.jit(models.logits)
-  plain, loaded = (
-    logits(rotbits_jax.load(data, integers=integers), np.arange(8)[None])
-    for integers in (False, True)
-  )
-  np.testing.assert_array_equal(plain, loaded)
 
 
 MESH = jax.make_mesh((1,), ('layers',))
@@ -204,86 +174,3 @@ def test_the_search_measures_what_decode_writes():
   assert divergence_of(calibration, model, tokens) == pytest.approx(
     calibration.kl, rel=0.02
   )
-
-
-class Watched:
-  """A model that counts the arrays of one kernel of its layers that are in memory."""
-
-  def __init__(self, model):
-    self._model, self.config, self.records = model, model.config, model.records
-    self.specs, self.outer = model.specs, model.outer
-    self._shape = model.layer(0)['mlp']['down']['kernel'].shape
-    self._alive = []
-    self.most = self.reads = 0
-
-  def note(self, tree):
-    for x in jax.tree.leaves(tree):
-      if x.shape == self._shape:
-        self._alive.append(weakref.ref(x))
-        self.reads += 1
-    self._alive = [x for x in self._alive if x() is not None]
-    on_device = sum(x.shape == self._shape for x in jax.live_arrays())
-    self.most = max(self.most, len(self._alive) + on_device)
-    return tree
-
-  def read(self, record):
-    return self.note(jax.tree.map(np.copy, self._model.read(record)))
-
-
-def test_a_few_layers_are_in_memory():
-  config = random_models.BASE | {'num_hidden_layers': 12, 'intermediate_size': 57}
-  source = Watched(random_models.random_model(config, np.float16))
-  steps_lib.calibrate(source, np.arange(32), max_kl=1e-2)
-  assert source.reads >= 2 * 12
-  assert source.most <= 6
-
-
-def test_numbers_that_are_not_finite_have_no_errors():
-  config = random_models.BASE | {'num_hidden_layers': 1}
-  model = random_models.random_model(config, np.float16)
-  embed = {'tokens': model.params['embed']['tokens'].copy()}
-  embed['tokens'][-1] = np.nan
-  model = model.replace(params=model.params | {'embed': embed})
-  tokens = tokens_of(model) % (model.config.vocab_size - 1)
-  calibration = steps_lib.calibrate(model, tokens)
-  assert 'embed/tokens' in calibration.offsets
-  assert np.isfinite(list(calibration.offsets.values())).all()
-
-
-@pytest.mark.parametrize(
-  ('tokens', 'max_kl', 'words'),
-  [
-    ([1, 2, 3], 0.0, 'max_kl'),
-    ([1, 2, 3], np.inf, 'max_kl'),
-    ([], 1e-3, 'at least 2 tokens'),
-    ([1, 100_000], 1e-3, 'vocabulary'),
-  ],
-)
-def test_bad_arguments(tokens, max_kl, words):
-  with pytest.raises(ValueError, match=words):
-    steps_lib.calibrate(load().model, np.array(tokens, np.int32), max_kl=max_kl)
-
-
-@pytest.mark.parametrize(
-  ('curve', 'max_kl', 'expected'),
-  [
-    ({-5.0: 1e-3}, 1e-1, -1.75),
-    ({-5.0: 1e-1}, 1e-3, -8.375),
-    ({-5.0: 1e-3, -2.0: 1e-1}, 1e-2, -3.75),
-    ({-5.0: 1e-3, -4.75: 1e-1}, 1e-2, -4.875),
-    ({-5.0: 1e-3, -4.875: 1e-1}, 1e-2, None),
-    ({passes.FINEST: 1.0}, 1e-2, None),
-    ({0.0: 1e-3}, 1e-2, None),
-  ],
-)
-def test_steps_are_searched_between_the_bounds(curve, max_kl, expected):
-  assert steps_lib._next_step(curve, max_kl) == expected
-
-
-@pytest.mark.parametrize('max_kl', [0.5, 1e-2, 1e-5])
-def test_a_search_needs_few_evaluations(max_kl):
-  curve, step = {}, -5.0
-  while step is not None and len(curve) < steps_lib._EVALUATIONS:
-    curve[step] = 0.7 * 4.0**step + 1e-6  # the dtype makes a little of it
-    step = steps_lib._next_step(curve, max_kl)
-  assert step is None

@@ -69,14 +69,6 @@ def coded():
     yield names
 
 
-def test_plan():
-  sizes = {'a': 5, 'b': 5, 'c': 20, 'd': 1}
-  plan = lambda size: list(shards.plan(sizes, size).values())
-  assert plan(10) == [('a', 'b'), ('c',), ('d',)]
-  assert plan(21) == [('a', 'b'), ('c', 'd')]
-  assert list(shards.plan(sizes, 100)) == ['model-00001-of-00001.rotbits']
-
-
 @pytest.mark.parametrize('source', [TREE, {}, SLICED])
 def test_shards_hold_the_streams_of_one_file(tmp_path, source):
   write(tmp_path / 'one', source, shard_size=None)
@@ -90,13 +82,6 @@ def test_shards_hold_the_streams_of_one_file(tmp_path, source):
   assert rotbits_jax.inspect(tmp_path / 'many').file_bytes == sum(
     map(len, files.values())
   )
-
-
-def test_shards_are_decoded_as_one_checkpoint(tmp_path):
-  write(tmp_path / 'many', SLICED, shard_size=250_000, check=True)
-  assert not rotbits_jax.verify(tmp_path / 'many', against=SLICED).same_bits
-  rotbits_jax.decode_to_directory(tmp_path / 'many', tmp_path / 'out')
-  assert (tmp_path / 'out' / 'config.json').exists()
 
 
 @pytest.mark.parametrize(
@@ -143,16 +128,6 @@ def test_a_killed_run_finds_its_shards_again(tmp_path):
   assert names == ['d', 'e']
   assert contents(path / 'x') == contents(path / 'expected')
   assert len([*path.iterdir()]) == 4
-
-
-def test_a_killed_run_leaves_no_file(tmp_path):
-  write(tmp_path / 'x', OTHER, shard_size=None)
-  old = contents(tmp_path)
-  with killed_at('c'):
-    write(tmp_path / 'x', shard_size=None)
-  assert contents(tmp_path) == old
-  write(tmp_path / 'x', shard_size=None)
-  assert streams(tmp_path / 'x').keys() == TREE.keys()
 
 
 def test_which_folders_are_replaced(tmp_path):

@@ -21,8 +21,6 @@ from rotbits_jax import paper
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.coding import rans
-from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.paper import stack
@@ -264,22 +262,6 @@ class TestStack:
     with pytest.raises(ValueError, match='ran dry'):
       stack.WordStack(np.array(content, np.uint16)).pop_block()
 
-  @pytest.mark.parametrize('lanes', [1, 8])
-  def test_a_rotation_is_popped_from_words_and_pushed_back(self, lanes):
-    given, codec = words_of(400 * lanes), haar.codec(9, 9)
-    words, cells = stack.WordStack(given), []
-    for _ in range(2):
-      rows = words.pop(60 * lanes).reshape(60, lanes)
-      message, popped = jax.jit(codec.pop)(rans.stacked(jnp.asarray(rows), 60))
-      cells.append(popped)
-      words.push_block(rans.to_words(rans.check(message)))
-    assert words.size < (400 - 2) * lanes
-    for popped in cells[::-1]:
-      message = rans.from_words(words.pop_block(), lanes, 60)
-      message = rans.check(jax.jit(codec.push)(message, popped))
-      words.push(rans.unstacked(message).reshape(-1))
-    np.testing.assert_array_equal(words.pop(words.size), given)
-
 
 @functools.cache
 def encoded_model(entropy=False):
@@ -332,15 +314,6 @@ def test_streams_of_another_length_are_refused(name, entropy):
     decode(encoded._replace(streams=streams), model.config, entropy=entropy)
 
 
-def test_coders_of_other_arrays_are_refused():
-  model, encoded = encoded_model(True)
-  first, second, third, *others = encoded.layout.coders
-  coders = first, third, second, *others
-  layout = dataclasses.replace(encoded.layout, coders=coders)
-  with pytest.raises(ValueError, match=r'\w'):
-    decode(encoded._replace(layout=layout), model.config, entropy=True)
-
-
 def test_a_rotation_that_the_arrays_cannot_give_is_refused_at_once():
   model, encoded = encoded_model()
   config = dataclasses.replace(
@@ -360,17 +333,3 @@ def test_a_rotation_that_the_arrays_cannot_give_is_refused_at_once():
   )
   with pytest.raises(ValueError, match='too small for a rotation'):
     decode(encoded._replace(layout=layout), config)
-
-
-def test_what_cannot_be_coded_is_refused():
-  model = sliced()
-  outer, layers = model.outer(), list(model.layers())
-  for wrong in (
-    jax.tree.map(lambda x: x.astype(np.int16), outer),
-    outer | {'head': {'kernel': outer['head']['kernel'][:, 1:]}},
-    {'embed': outer['embed']},
-  ):
-    with pytest.raises(ValueError, match=r'\w'):
-      paper.encode(models.from_layers(model.config, wrong, layers), options())
-  with pytest.raises(ValueError, match='dense'):
-    paper.encode(load('llama-tiny-dense'), options())

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-from unittest import mock
 
 import jax
 import numpy as np
@@ -14,7 +13,6 @@ import tokenizers
 
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
-from rotbits_jax import models
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 DENSE, SLICED = 'llama-tiny-dense', 'llama-tiny-sliced-head-0.25'
@@ -87,15 +85,6 @@ def test_windows():
     assert found.tokens == 2000 - windows
 
 
-def test_unused_tokens_may_be_nan():
-  dense = load(DENSE).model
-  params = jax.tree.map(np.array, dense.params)
-  params['embed']['tokens'][0] = np.nan
-  tokens = np.maximum(TOKENS, 1)
-  found = evaluation.evaluate(dense.replace(params=params), tokens, window=49)
-  assert found == evaluation.evaluate(dense, tokens, window=49)
-
-
 @pytest.mark.parametrize(
   ('message', 'arguments'),
   [
@@ -164,26 +153,3 @@ def test_tokens_of_a_text():
   )
   files = {'tokenizer.json': tokenizer.to_str().encode()}
   np.testing.assert_array_equal(evaluation.encode_text(files, TEXT), tokens)
-
-
-@pytest.mark.parametrize(
-  ('files', 'text', 'words'),
-  [
-    ({'tokenizer.json': b''}, ' \n\t ', 'no words'),
-    ({'tokenizer.json': b'{}'}, TEXT, r'tokenizer\.json'),
-    ({'tokenizer.json': b'\xff'}, TEXT, r'tokenizer\.json'),
-    ({}, TEXT, r'no tokenizer\.json'),
-  ],
-)
-def test_texts_and_tokenizers_that_are_refused(files, text, words):
-  with pytest.raises(ValueError, match=words):
-    evaluation.encode_text(files, text)
-
-
-def test_all_windows_share_one_compilation():
-  # No other test compiles for this config, so that nothing is compiled before.
-  dense = load(DENSE).model
-  config = dataclasses.replace(dense.config, max_positions=771)
-  with mock.patch.object(models, 'logits', wraps=models.logits) as logits:
-    evaluation.evaluate(dataclasses.replace(dense, config=config), TOKENS, window=7)
-  assert logits.call_count == 1

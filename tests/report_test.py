@@ -67,13 +67,6 @@ def test_page_is_whole_and_says_what_inspect_says(name):
       assert f'{abs(line.bytes_saved):,} ' in text
 
 
-def test_a_file_beside_a_base_says_so():
-  sliced = rotbits_jax.open_checkpoint(TESTDATA / 'llama-tiny-sliced-head-0.25')
-  for preset in ('exact', 'free'):
-    data = rotbits_jax.encode(sliced, base=TESTDATA / 'llama-tiny-dense', preset=preset)
-    assert 'base=BASE' in report.report_page(data)
-
-
 @pytest.mark.parametrize(
   'note',
   [

@@ -96,12 +96,6 @@ def test_missing_fields_are_refused_by_name():
     schema.load(Record, [], 'here')
 
 
-def test_long_values_are_cut_in_errors():
-  with pytest.raises(schema.SchemaError) as error:
-    schema.load(Record, LEAST | {'name': 'x' * 10**6 + '//', 'kind': 'y' * 10**6})
-  assert len(str(error.value)) < 300
-
-
 def test_names_of_files_lead_nowhere_else(subtests):
   for name in ('', '.', '..', 'a/b', 'a\\b', 'a\n', 'x' * 256):
     with subtests.test(name=name):

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import pathlib
 
 import jax
 import numpy as np
@@ -10,9 +9,6 @@ import pytest
 
 from fuzz import seeds
 import rotbits_jax
-from rotbits_jax.presets import steps
-
-DENSE = pathlib.Path(__file__).parent / 'testdata/llama-tiny-dense'
 
 SWITCHES = {
   'jax_enable_x64': True,
@@ -92,14 +88,6 @@ def test_a_mesh_with_explicit_axes():
       assert encode(given) == data
       assert bits(rotbits_jax.load(data)) == expected
       assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
-
-
-def test_commands_and_searches(rotbits):
-  model, tokens = seeds.sliced_model(seeds.LLAMA), np.arange(16)
-  with switched(TOGETHER):
-    code, _, err = rotbits('estimate', f'--checkpoint={DENSE}')
-    assert (code, err) == (0, '')
-    steps.calibrate(model, tokens, max_kl=1e-3)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 `scripts/transformers_sliced_check.py` runs them.
 """
 
-import ast
 import dataclasses
 import json
 import pathlib
@@ -19,11 +18,9 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import transformers
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 SLICED = sorted(path.parent.name for path in TESTDATA.glob('*sliced*/config.json'))
-DENSE = 'llama-tiny-dense'
 CODE = pathlib.Path(checkpoints.__file__).parent / 'remote_code'
 CHANGED = {
   'architectures', 'auto_map', 'model_type', 'segment_widths', 'shortcut_ranks',
@@ -151,48 +148,6 @@ def test_rope_is_where_transformers_4_reads_it(name, beside, scaling, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('given', 'expected'),
-  [
-    ({}, None),
-    ({'tokenizer.json': b'{}'}, 'PreTrainedTokenizerFast'),
-    (
-      {'tokenizer.json': b'{}', 'tokenizer_config.json': b'{"tokenizer_class": "A"}'},
-      'A',
-    ),
-  ],
-)
-def test_tokenizers_have_a_class(given, expected, tmp_path):
-  checkpoint = checkpoint_of(random_models.sliced_llama((20, 20, 20)))
-  checkpoint = checkpoint._replace(files=checkpoint.files | given)
-  checkpoints.save_checkpoint(checkpoint, tmp_path, 'transformers')
-  assert read(tmp_path)[1]['tokenizer_class'] == 'LlamaTokenizer'
-  path = tmp_path / 'tokenizer_config.json'
-  assert path.exists() == (expected is not None)
-  if expected:
-    assert json.loads(path.read_text())['tokenizer_class'] == expected
-
-
-def test_every_family_has_code():
-  code = (CODE / 'modeling_sliced.py').read_text()
-  for name, _ in transformers._CLASSES.values():
-    assert f"'{name}', modeling_" in code
-  assert transformers._CLASSES.keys() == checkpoints.FAMILIES.keys()
-
-
-def test_code_needs_pytorch_and_transformers_only():
-  for file in CODE.glob('*.py'):
-    for node in ast.walk(ast.parse(file.read_text())):
-      if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-      elif isinstance(node, ast.ImportFrom):
-        names = [node.module]
-      else:
-        continue
-      roots = {name.split('.')[0] for name in names}
-      assert roots <= {'torch', 'transformers', 'typing'}
-
-
-@pytest.mark.parametrize(
   ('ranks', 'names'), [((3, 2), 'bc'), ((3, 0), 'b'), ((0, 0), '')]
 )
 def test_thin_shortcuts_are_factors(ranks, names, tmp_path):
@@ -209,30 +164,6 @@ def test_thin_shortcuts_are_factors(ranks, names, tmp_path):
       leaf = layer[f'{ours}_shortcut']['kernel']
       for factor in names:
         np.testing.assert_array_equal(own[f'{name}.{factor}'], getattr(leaf, factor))
-
-
-def test_other_structured_leaves_are_matrices(tmp_path):
-  model = random_models.sliced_llama((20, 20, 20))
-  model = with_shortcuts(model, gram(8, 3))  # 2 (8 + 3) is more than 20 columns
-  pair = structured.LowRank(np.ones((20, 2), 'f'), np.ones((2, 32), 'f'))
-  (layer,) = model.layers()
-  layer['mlp']['up']['kernel'] = pair
-  model = models.from_layers(model.config, model.outer(), [layer])
-  checkpoint = checkpoint_of(model)
-  checkpoints.save_checkpoint(checkpoint, tmp_path / 'x', 'transformers')
-  tensors, config = read(tmp_path / 'x')
-  assert config['shortcut_ranks'] == [None, None]
-  shortcut = layer['mlp_shortcut']['kernel'].materialize()
-  np.testing.assert_array_equal(
-    tensors['model.layers.0.mlp_shortcut.weight'], shortcut.T
-  )
-  np.testing.assert_array_equal(
-    tensors['model.layers.0.mlp.up_proj.weight'], pair.materialize().T
-  )
-  encoded = rotbits_jax.encode(checkpoint, preset='exact')
-  rotbits_jax.decode_to_directory(encoded, tmp_path / 'y', format='transformers')
-  for file in (tmp_path / 'x').iterdir():
-    assert file.read_bytes() == (tmp_path / 'y' / file.name).read_bytes()
 
 
 @pytest.fixture(name='encoded', scope='module')
