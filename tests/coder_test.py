@@ -165,11 +165,6 @@ RATES = {
     [widened(normal(100_000, np.float16))],
     1.01 * modelled(normal(100_000, np.float16)),
   ),
-  'one value': ([np.full(100_000, 0.125, np.float16)], 300),
-  'few values': (
-    [np.random.default_rng(0).integers(1, 9, (200, 500)).astype(np.float16)],
-    1.01 * 3 / 8 * 100_000 + 300,
-  ),
   'heavy tails': (
     [np.random.default_rng(0).standard_t(2, (200, 500)).astype(np.float32)],
     1.002
@@ -177,16 +172,7 @@ RATES = {
     + 500,
   ),
   'noise': ([noise(50_000, np.float16), noise(50_000, np.int8)], 150_000),
-  'tiny': ([normal(10, np.float32)], 40),
   'half of the elements': ([pruned(0.5)], 200_000 / 8 + 100_000 * 1.32 + 500),
-  'two of every four': (
-    [normal((400, 500), np.float16) * np.float16([1, 0, 0, 1] * 125)],
-    200_000 / 8 / 2 + 100_000 * 1.7 + 500,  # half of the zeros are -0
-  ),
-  'rows of zeros': (
-    [abs(normal((1000, 200), np.float16)) * np.float16([[1], [0]] * 500)],
-    100_000 * 1.7 + 500,
-  ),
   'wide integers': ([integers((200, 500), np.int16, 2000)], 1.005e5 * gaussian(2000)),
   'integers of columns': (
     [integers((500, 200), np.int8, 2.0 ** np.linspace(1, 5, 200))],
@@ -199,14 +185,6 @@ RATES = {
   'rare outliers': (
     [np.where(noise(100_000, np.uint16) < 4, 8000, integers(100_000, np.int16, 2))],
     1e5 * gaussian(2) + 600,
-  ),
-  'arrays of one scale': (
-    [normal((40, 50), np.float16, i) for i in range(50)],
-    1.01 * modelled(normal((2000, 50), np.float16)),
-  ),
-  'more tables than a byte counts': (
-    [np.uint8(x % 7 * 40 + noise(300, np.uint8) % 4) for x in range(300)],
-    300 * (300 / 4 + 30) + 300,
   ),
 }
 
@@ -282,8 +260,6 @@ class RecordsTest(parameterized.TestCase):
     ):
       with self.assertRaises(ValueError):
         coder.decode(encoded.spec, encoded.data, out=wrong)
-    with self.assertRaisesRegex(ValueError, 'complex64'):
-      coder.encode([np.zeros(3, np.complex64)])
 
   def test_threads_do_not_matter(self):
     arrays, streams = [normal((40, 300), np.float16, i) for i in range(3)], set()
@@ -293,9 +269,10 @@ class RecordsTest(parameterized.TestCase):
         mock.patch.object(pool, '_pools', {}),
         mock.patch.object(blocks, 'CAPACITY', 4000),
       ):
+        round_trip(arrays)
         encoded = coder.encode(arrays)
+        self.assertGreater(len(encoded.spec.groups[0].blocks), 1)
         streams.add((encoded.data.tobytes(), encoded.spec))
-        coder.decode(encoded.spec, encoded.data)
     self.assertLen(streams, 1)
 
 
@@ -331,6 +308,7 @@ class DamageTest(parameterized.TestCase):
     return False
 
   def test_flipped_bits(self):
+    self.assertFalse(self.check(self.value, self.data))
     rng = np.random.default_rng(0)
     head = sum(group[3] for group in self.value['groups'])
     places = [*range(0, head, 3), *rng.integers(head, self.data.size, 100)]
@@ -403,16 +381,15 @@ class DamageTest(parameterized.TestCase):
       coder.decode(load(value), np.zeros(40, np.uint8))
 
   def test_groups_and_blocks_are_bounded(self):
-    value = {
+    many = {
       'arrays': [['float16', [16], 0, [i], None] for i in range(300)],
       'groups': [['float', 8, 1, 20, 1, 16, [20]]] * 300,
     }
-    with self.assertRaisesRegex(ValueError, '300 groups are too many'):
-      load(value)
-    value = dump(coder.encode([normal((600, 1000), np.float16)]).spec)
-    value['groups'][0][5:] = 1000, [8] * 600
-    with self.assertRaisesRegex(ValueError, '600 blocks for 600000 elements'):
-      load(value)
+    small = dump(coder.encode([normal((600, 1000), np.float16)]).spec)
+    small['groups'][0][5:] = 1000, [8] * 600
+    for value in (many, small):
+      with self.assertRaisesRegex(ValueError, 'too many|600 blocks'):
+        load(value)
 
 
 def test_golden_record():

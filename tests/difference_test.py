@@ -10,7 +10,6 @@ import pytest
 
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
-from rotbits_jax.coding import pool
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import tied
@@ -173,18 +172,6 @@ def test_the_base_is_rounded_first():
     assert not beside(target, base).leaf.stored()[1]
   assert measure.beside(base, base.astype(np.float32)) is None
   assert measure.beside(base.astype(np.int32), base.astype(np.float32)) is None
-
-
-def test_another_model_is_stored_alone():
-  target, _ = pair(seed=0)
-  _, base = pair(seed=1)
-  assert measure.beside(target, base) is None
-
-
-def test_jobs_side_by_side_give_the_same_leaf():
-  target, base = pair(shape=(9000, 256))
-  one, other = (measure.beside(target, base, x) for x in (difference.in_turn, pool.run))
-  assert structured.same_bits(one.leaf, other.leaf)
 
 
 # ---- an embedding beside its product with the head -----------------------------------

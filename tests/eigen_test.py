@@ -97,15 +97,6 @@ class SymmetricEigTest(parameterized.TestCase):
           steps = np.random.default_rng(seed).integers(-4, 5, (N, N)).astype(np.float32)
           recovered = _noisy(q, noise) + steps * np.spacing(_noisy(q, noise))
 
-  def test_matrix_has_the_numbers_as_its_triangle(self):
-    patterns = _weights(5)
-    matrix = np.asarray(eigen._symmetric(patterns, 5))
-    np.testing.assert_array_equal(matrix, matrix.T)
-    row, column = eigen._places(5)
-    np.testing.assert_array_equal(matrix[row, column], patterns)
-    self.assertLen(set(zip(row.tolist(), column.tolist(), strict=True)), 15)
-    self.assertTrue((row >= column).all())
-
   @parameterized.parameters(
     (_weights, 'float16', 4.5), (_weights, 'even', 6.0), (_bits, 'even', 7.0)
   )

@@ -17,40 +17,11 @@ from rotbits_jax import structured
 from tests import random_models
 from tests import transform_checks
 
-SMALL = {
-  'intermediate_size': 8,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 4,
-  'num_key_value_heads': 2,
-  'vocab_size': 31,
-  'max_position_embeddings': 32,
-  'rope_theta': 50.0,
-}
-LLAMA = SMALL | {
-  'model_type': 'llama',
-  'hidden_size': 12,
-  'head_dim': 6,
-  'rms_norm_eps': 1e-3,
-}
-PHI = SMALL | {'model_type': 'phi', 'hidden_size': 24, 'partial_rotary_factor': 2 / 3}
-OPT = {
-  'model_type': 'opt',
-  'hidden_size': 12,
-  'ffn_dim': 8,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 2,
-  'vocab_size': 31,
-  'max_position_embeddings': 20,
-  'word_embed_proj_dim': 12,
-}
+SIZES = {'num_hidden_layers': 2, 'rope_theta': 50.0, 'rms_norm_eps': 1e-3}
 CONFIGS = {
-  'opt': OPT,
-  'llama': LLAMA,
-  'phi': PHI,
-  'qwen2': LLAMA | {'model_type': 'qwen2'},
-  'qwen3': LLAMA | {'model_type': 'qwen3', 'attention_bias': True},
+  family: config_json | SIZES for family, config_json in random_models.FAMILIES.items()
 }
-TOKENS = np.arange(12)[None] % 31
+TOKENS = np.arange(12)[None]
 
 
 def _triangle(n):
@@ -78,18 +49,18 @@ ROTATION = passes.random_rotation(key=jax.random.key(1))
 
 # A constant stores its value. K h^2 and K (h - r)^2 a layer are those of GL(h).
 CASES = {
-  'biases of opt': Case(BIASES, 'opt', 2 * (24 - 2)),
-  'biases of phi': Case(BIASES, 'phi', 2 * (12 - 1)),
+  'biases of opt': Case(BIASES, 'opt', 2 * (48 - 2)),
+  'biases of phi': Case(BIASES, 'phi2', 2 * (12 - 1)),
   'biases of qwen2': Case(BIASES, 'qwen2', 0),
-  'values of opt': Case(VALUES, 'opt', 2 * 2 * 6**2),
-  'values of llama': Case(VALUES, 'llama', 2 * 2 * 6**2),
-  'values of phi': Case(VALUES, 'phi', 2 * 2 * 6**2),
-  'values of qwen2': Case(VALUES, 'qwen2', 2 * 2 * 6**2),
-  'keys of opt': Case(KEYS, 'opt', 2 * 2 * 6**2),
+  'values of opt': Case(VALUES, 'opt', 2 * 3 * 8**2),
+  'values of llama': Case(VALUES, 'llama', 2 * 2 * 8**2),
+  'values of phi': Case(VALUES, 'phi2', 2 * 1 * 12**2),
+  'values of qwen2': Case(VALUES, 'qwen2', 2 * 2 * 8**2),
+  'keys of opt': Case(KEYS, 'opt', 2 * 3 * 8**2),
   'keys of llama': Case(KEYS, 'llama', 0),
-  'keys of phi': Case(KEYS, 'phi', 2 * 2 * 2**2),
+  'keys of phi': Case(KEYS, 'phi2', 2 * 1 * 6**2),
   'keys of qwen3': Case(KEYS, 'qwen3', 0),
-  'stream of llama': Case(RESIDUAL, 'llama', _triangle(12) - _triangle(4) + 5 * 11),
+  'stream of llama': Case(RESIDUAL, 'llama', _triangle(24) + 5 * 23),
   'stream of opt': Case(RESIDUAL, 'opt', 0),
   'rotation of llama': Case(ROTATION, 'llama', 0),
   'rotation of opt': Case(ROTATION, 'opt', 0),
@@ -205,22 +176,8 @@ class ObstaclesTest(parameterized.TestCase):
     self.assertLen(obstacles, 1)
     self.assertIn('finite', obstacles[0])
 
-  def test_tokens_that_are_not_finite_do_not_matter(self):
-    broken = _changed(_model(SLICED), 'embed/tokens', _nan)
-    after, (saving,) = passes.run_chain((RESIDUAL,), broken)
-    self.assertGreater(saving.elements, 0)
-    rows = np.isfinite(after.params['embed']['tokens']).all(axis=1)
-    self.assertEqual(rows.tolist(), [False] + [True] * 39)
-
-  @parameterized.parameters(passes.remove_value_gauge, passes.remove_query_key_gauge)
-  def test_a_layer_that_rounding_would_harm_stays(self, make):
-    model = jax.tree.map(lambda x: x.astype(np.float16), _model('phi'))
-    same, notes = transform_checks.apply(make(tolerance=0.1), model)
-    transform_checks.assert_same_bits(same, model)
-    self.assertEqual([(n['form'], n['error']) for n in notes], [('array', 0.0)] * 2)
-
   @parameterized.parameters(
-    lambda x: x * (np.arange(x.shape[-1]) >= 6),
+    lambda x: x * (np.arange(x.shape[-1]) >= 8),
     lambda x: x * 0,
     lambda x: np.outer(x[:, 0], x[0]),
   )
@@ -229,9 +186,9 @@ class ObstaclesTest(parameterized.TestCase):
     for name in ('value', 'out', 'query', 'key'):
       model = _changed(model, f'attention/{name}/kernel', change)
     after, savings = passes.run_chain((VALUES, KEYS), model)
-    self.assertEqual([saving.elements for saving in savings], [144, 144])
-    expected = random_models.reference_logits(OPT, model)
-    found = random_models.reference_logits(OPT, after)
+    self.assertEqual([saving.elements for saving in savings], [384, 384])
+    expected = random_models.reference_logits(CONFIGS['opt'], model)
+    found = random_models.reference_logits(CONFIGS['opt'], after)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
@@ -260,15 +217,6 @@ class ShortcutsTest(parameterized.TestCase):
     if name == 'above 1':
       kernel = after.layer(1)['attention_shortcut']['kernel']
       self.assertGreater(kernel.c.shape[-1], 0)
-
-  def test_a_second_time_the_ranks_are_the_same(self):
-    once, notes = transform_checks.apply(RESIDUAL, _model(SLICED))
-    twice, again = transform_checks.apply(RESIDUAL, once)
-    ranks = lambda notes: [note['rank'] for note in notes if 'rank' in note]
-    self.assertEqual((ranks(notes), ranks(again)), ([6] * 4, [6] * 4))
-    expected = transform_checks.fast_logits(once, TOKENS)
-    found = transform_checks.fast_logits(twice, TOKENS)
-    np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
 if __name__ == '__main__':

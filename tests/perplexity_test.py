@@ -1,6 +1,5 @@
 """Perplexity and KL agree with float64 NumPy; texts become tokens."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -74,29 +73,12 @@ def test_perplexity_and_kl_are_those_of_the_reference(window, count):
   assert again.kl_rerounded == pytest.approx(found.kl, rel=1e-6)
 
 
-def test_windows():
-  dense = load(DENSE).model
-  cut = evaluation.evaluate(dense, TOKENS, window=40, max_tokens=60)
-  assert cut == evaluation.evaluate(dense, TOKENS[:60], window=40)
-  for positions, windows in ((512, 4), (4096, 2)):
-    config = dataclasses.replace(dense.config, max_positions=positions)
-    model = dataclasses.replace(dense, config=config)
-    found = evaluation.evaluate(model, np.zeros(2000, np.int32))
-    assert found.tokens == 2000 - windows
-
-
 @pytest.mark.parametrize(
   ('message', 'arguments'),
   [
     ('vocabulary of 69.* got 4096', {'reference': 'opt-small-sliced-0.2'}),
-    ('reference', {'rerounded': DENSE}),
     ('at least 2 tokens.* got 1', {'tokens': [3]}),
-    ('at least 2 tokens.* got 1', {'max_tokens': 1}),
     ('token 69 ', {'tokens': [3, 69, 70]}),
-    ('token -1 ', {'tokens': [3, -1]}),
-    (r'tokens.shape=\(1, 2\)', {'tokens': [[3, 4]]}),
-    (r'dtype\(.float64.\)', {'tokens': [3.0, 4.0]}),
-    ('window=1', {'window': 1}),
   ],
 )
 def test_wrong_arguments_are_refused(message, arguments):

@@ -55,11 +55,6 @@ def test_round_trip_through_json():
     assert schema.load(Record, json.loads(text), 'here') == record
 
 
-def test_defaults_are_left_out_and_short_records_are_lists():
-  assert schema.dump(Record(**LEAST)) == LEAST
-  assert schema.dump(FULL)['pairs'] == [['p', 3], ['q', 0]]
-
-
 def test_wrong_values_are_refused_by_name(subtests):
   for change, message in (
     ({'name': None}, 'here/name: must be a string, got None'),
@@ -67,20 +62,14 @@ def test_wrong_values_are_refused_by_name(subtests):
     ({'kind': 'c'}, 'here/kind: must be one of a, b'),
     ({'pairs': [['p', 1], ['q']]}, 'here/pairs/1: must be a list of 2 values'),
     ({'pairs': [['p', -1]]}, 'here/pairs/0/size: must be from 0 to'),
-    ({'pairs': [['p', 1 << 49]]}, 'here/pairs/0/size: must be from 0 to'),
-    ({'pairs': 3}, 'here/pairs: must be a list'),
-    ({'shape': [1]}, 'here/shape: must be a list of 2 values'),
     ({'shape': [1, True]}, 'here/shape/1: must be an integer'),
     ({'shift': 1 << 54}, 'here/shift: must be from -9007199254740992 to'),
     ({'shift': 1.0}, 'here/shift: must be an integer'),
     ({'ratio': float('inf')}, 'here/ratio: must be a finite number'),
-    ({'ratio': True}, 'here/ratio: must be a finite number'),
     ({'flag': 1}, 'here/flag: must be true or false'),
     ({'flag': True}, 'here: a flag needs pairs'),
     ({'few': 4}, 'here/few: must be from 1 to 3, got 4'),
     ({'by_name': {'n': -1}}, 'here/by_name/n: must be an integer from 0'),
-    ({'by_name': {'n': 'm'}}, 'here/by_name/n: must be an integer'),
-    ({'by_name': []}, 'here/by_name: must be an object'),
     ({'other': 1}, 'here/other: is not known'),
   ):
     with subtests.test(change=change):

@@ -61,11 +61,6 @@ def _dense_layer(rng):
   return layer | {f'{x}_norm/scale': _normal(rng, 6) for x in ('attention', 'mlp')}
 
 
-def _polar(rng):
-  values = np.float32([1.5, 1, 1, 1, 0.5, 0.25])
-  return canonical.Polar(_orthogonal(rng, 6), values, _orthogonal(rng, 6))
-
-
 # The axes of the parameters above.
 AXES = {
   'attention/query/kernel': (0, 'query'),
@@ -88,15 +83,6 @@ def _some(rng, paths):
 # Functions, each with a function that makes its float32 arguments from a generator.
 FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
-  'quick_polar': (canonical.quick_polar, lambda r: (_normal(r, 6, 8),)),
-  'narrowing_rotation': (
-    shortcuts.narrowing_rotation,
-    lambda r: (_orthogonal(r, 6), _normal(r, 6, 5)),
-  ),
-  'factors': (
-    functools.partial(shortcuts.factors, tolerance=0.1, columns=(3, 2)),
-    lambda r: (_orthogonal(r, 6), _polar(r)),
-  ),
   'next_rotation': (
     rotations.next_rotation,
     lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
@@ -105,15 +91,10 @@ FUNCTIONS = {
     rotations.running_rotations,
     lambda r: (np.stack([_orthogonal(r, 4) for _ in range(5)]), _orthogonal(r, 4)),
   ),
-  'largest_norm': (
-    functools.partial(rotations.largest_norm, axes=(0, -1)),
-    lambda r: (structured.LowRank(_normal(r, 6, 2), _normal(r, 2, 8)),),
-  ),
   'fold_norm_scales': (
     functools.partial(norms.fold_norm_scales, config=DENSE),
     lambda r: (_dense_layer(r),),
   ),
-  'lower': (rotations.lower, lambda r: (_normal(r, 6, 3),)),
   'rotate': (rotations.rotate, lambda r: (_normal(r, 6, 5), _orthogonal(r, 6))),
   'rotate_parameters': (
     functools.partial(rotations.rotate_parameters, axes=AXES),
@@ -132,10 +113,6 @@ FUNCTIONS = {
   'rotate_heads': (
     heads.rotate_heads,
     lambda r: (_some(r, heads.VALUES), np.stack([_orthogonal(r, 2)] * 2)),
-  ),
-  'rounding_errors': (
-    functools.partial(heads.rounding_errors, dtype=np.float16),
-    lambda r: tuple((_normal(r, 2, 6, 3), _normal(r, 2, 5, 3)) for _ in range(3)),
   ),
   'fix_values': (
     functools.partial(heads.fix_values, kv_heads=2),
@@ -259,57 +236,31 @@ QUERY, QUERY_BIAS, KEY, KEY_BIAS = heads.KEYS
 
 
 class StreamTest(parameterized.TestCase):
-  def test_polar_agrees_with_numpy(self):
-    for d, e in ((5, 5), (4, 7), (1, 1), (1, 3)):
-      with self.subTest(d=d, e=e):
-        matrix = np.random.default_rng(d).standard_normal((d, e))
-        got = jax.jit(canonical.polar)(jnp.float32(matrix))
-        u, o = np.float64(got.u), np.float64(got.rotation)
-        psd = u * np.float64(got.values) @ u.T
-        values, vectors = np.linalg.eigh(matrix @ matrix.T)
-        expected = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-        np.testing.assert_allclose(psd, expected, atol=1e-5)
-        np.testing.assert_allclose(o @ o.T, np.eye(e), atol=1e-5)
-        np.testing.assert_allclose(
-          np.pad(psd, ((0, 0), (0, e - d))) @ o, matrix, atol=1e-5
-        )
-
-  def test_quick_polar_agrees_with_numpy_for_small_and_no_singular_values(self):
-    rng = np.random.default_rng(0)
-    quick_polar = jax.jit(canonical.quick_polar)
-    for d, e, least in ((64, 64, 0.0), (64, 80, 1e-3), (48, 48, 0.05), (3, 3, 1.0)):
+  @parameterized.parameters(canonical.polar, canonical.quick_polar)
+  def test_polar_factors_agree_with_numpy(self, function):
+    rng, polar = np.random.default_rng(0), jax.jit(function)
+    for d, e, least in ((3, 3, 1.0), (4, 7, 0.5), (48, 48, 0.05), (64, 80, 1e-3)):
       with self.subTest(d=d, e=e, least=least):
         left, right = (random_models.orthogonal(rng, n) for n in (d, e))
         values = np.append(rng.uniform(0.1, 1, d - 3), [least] * 3)
         matrix = (left * values) @ right[:d]
-        got = quick_polar(jnp.float32(matrix))
-        u, o = np.float64(got.u), np.float64(got.rotation)
-        psd = (u * np.float64(got.values)) @ u.T
+        got = polar(jnp.float32(matrix))
+        o, psd = np.float64(got.rotation), np.float64(got.u * got.values) @ got.u.T
         np.testing.assert_allclose(psd, (left * values) @ left.T, atol=1e-5)
         np.testing.assert_allclose(o @ o.T, np.eye(e), atol=1e-5)
         np.testing.assert_allclose(psd @ o[:d], matrix, atol=1e-5)
+
+  def test_quick_polar_of_small_and_no_singular_values(self):
     # Where too many values are small, or nothing is left for the last rows.
     dropped = np.diag(np.arange(64) != 3).astype(np.float32)
     outlier = dropped.copy()
     outlier[3, 3], outlier[5, 5] = 1, 1000
     flat = np.diag(np.repeat(np.float32([1.0, 1e-3]), 32))
     for matrix in (dropped, 0.15 * dropped, outlier, flat):
-      got = quick_polar(matrix)
+      got = jax.jit(canonical.quick_polar)(matrix)
       o, psd = np.float64(got.rotation), np.float64(got.u * got.values) @ got.u.T
       np.testing.assert_allclose(o @ o.T, np.eye(64), atol=1e-5)
       np.testing.assert_allclose(psd @ o, matrix, atol=1e-5 * np.abs(matrix).max())
-
-  def test_next_rotation_is_the_product_of_its_definition(self):
-    rng = np.random.default_rng(0)
-    step, rotation = random_models.orthogonal(rng, 9), random_models.orthogonal(rng, 6)
-    free = random_models.orthogonal(rng, 3)
-    arrays = [jnp.float32(x) for x in (step, rotation, free)]
-    both = np.zeros((9, 9))
-    both[:6, :6], both[6:, 6:] = rotation, free
-    got = jax.jit(rotations.next_rotation)(*arrays)
-    np.testing.assert_allclose(np.asarray(got), step.T @ both, atol=1e-6)
-    same_width = rotations.next_rotation(arrays[1], arrays[1])
-    np.testing.assert_allclose(np.asarray(same_width), np.eye(6), atol=1e-6)
 
   def test_a_scan_over_many_layers_is_the_walk_and_orthogonal(self):
     rng = np.random.default_rng(0)
@@ -347,31 +298,6 @@ class StreamTest(parameterized.TestCase):
       np.testing.assert_array_equal(np.triu(factor, 1), 0)
       np.testing.assert_array_equal(factor[:, count:], 0)
       self.assertTrue((np.diag(factor) >= 0).all())
-
-  def test_upper_rotation_is_a_qr_factor(self):
-    matrix = np.random.default_rng(0).standard_normal((6, 9))
-    got = np.float64(rotations.upper_rotation(jnp.float32(matrix)))
-    np.testing.assert_allclose(got.T @ got, np.eye(6), atol=1e-6)
-    np.testing.assert_allclose(np.tril(got.T @ matrix, -1), 0, atol=1e-5)
-    self.assertTrue((np.diag(got.T @ matrix) > 0).all())
-
-  def test_folded_scales_give_the_same_kernel_products(self):
-    rng = np.random.default_rng(0)
-    layer = structured.materialize(_dense_layer(rng))
-    folded = norms.fold_norm_scales(layer, DENSE)
-    self.assertEqual(folded.keys(), layer.keys())
-    for path, norm in (
-      ('attention/query/kernel', 'attention_norm/scale'),
-      ('attention/key/kernel', 'attention_norm/scale'),
-      ('attention/value/kernel', 'attention_norm/scale'),
-      ('mlp/gate/kernel', 'mlp_norm/scale'),
-      ('mlp/up/kernel', 'mlp_norm/scale'),
-    ):
-      expected = layer[norm][:, None] * layer[path]
-      np.testing.assert_allclose(folded[path], expected, rtol=1e-6)
-      np.testing.assert_array_equal(folded[norm], 1)
-    for path in ('attention/out/kernel', 'mlp/down/kernel'):
-      np.testing.assert_array_equal(folded[path], layer[path])
 
 
 class HeadsTest(parameterized.TestCase):
@@ -440,16 +366,6 @@ class HeadsTest(parameterized.TestCase):
     kept = np.asarray(fixed[KEY_BIAS]).reshape(groups, h)
     self.assertTrue((kept[:, rotary:] == 0).all())
     self.assertTrue((kept[:, :rotary] != 0).all())
-
-  def test_value_biases_add_up_over_the_query_heads(self):
-    rng = np.random.default_rng(0)
-    out, value, kernel = (rng.standard_normal(s) for s in ((5,), (2, 3), (2, 4, 3, 5)))
-    expected = out + sum(value[g] @ kernel[g, j] for g in range(2) for j in range(4))
-    take_up = functools.partial(heads.with_value_bias, kv_heads=2)
-    arrays = (out, value.reshape(6), kernel.reshape(24, 5))
-    arrays = tuple(x.astype(np.float32) for x in arrays)
-    got = jax.jit(take_up)(*arrays)
-    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 NAMES = tuple(canonical.CANONICALIZERS)
