@@ -13,8 +13,6 @@ from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import correction as correction_lib
-from rotbits_jax.coding.bits_back import haar
-from rotbits_jax.symmetries import canonical
 from tests import codec_checks
 
 LATENTS, SYMBOLS = 6, 9
@@ -68,60 +66,6 @@ class BitsBackTest(parameterized.TestCase):
     rans.check(push(held(words + 1), x))
     with self.assertRaises(rans.MessageError):
       rans.check(push(held(words - 1), x))
-
-
-def _rotated_weights(n: int, m: int) -> codecs.Codec:
-  """Matrices whose rotation does not matter, as a bits-back codec.
-
-  The symbol is the canonical matrix, float32 `[n, m]`; the latent variable is the
-  rotated float16 weights as they are stored, with the correction of the rotation.
-  """
-  anything = np.stack([tables.quantize(1 << np.arange(17)[::-1])] * 3)
-  weights_codec = codecs.uniform(jnp.full((n, m), 1 << 16))
-  corrections = haar.correction_codec(n, n, jnp.asarray(anything))
-  rotations = haar.codec(n, n)
-
-  def unpack(bits: jax.Array) -> jax.Array:
-    half = jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.float16)
-    return half.astype(jnp.float32)
-
-  def posterior(reference: jax.Array) -> codecs.Codec:
-    def pop(message: rans.Message):
-      message, cells = rotations.pop(message)
-      q = haar.rotation(cells, n, n)
-      half = jnp.matmul(q, reference, precision='highest').astype(jnp.float16)
-      bits = jax.lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32)
-      _, recovered = canonical.polar_shortcut(unpack(bits))
-      return message, (bits, haar.correct(recovered, cells))
-
-    def push(message: rans.Message, latent) -> rans.Message:
-      bits, correction = latent
-      _, recovered = canonical.polar_shortcut(unpack(bits))
-      return rotations.push(message, haar.recover(recovered, correction))
-
-    return codecs.Codec(push, pop)
-
-  return codecs.bits_back(
-    prior=codecs.serial(weights_codec, corrections),
-    likelihood=lambda latent: codecs.certain(
-      canonical.polar_shortcut(unpack(latent[0]))[0]
-    ),
-    posterior=posterior,
-  )
-
-
-class RotationTest(parameterized.TestCase):
-  def test_the_rotation_is_free(self):
-    n, m = 64, 80
-    weights = jnp.asarray(np.random.default_rng(0).standard_normal((n, m)), jnp.float32)
-    reference, _ = canonical.polar_shortcut(weights)
-    codec, message = _rotated_weights(n, m), codec_checks.random_message(0, 8, 1500)
-    longer = rans.check(jax.jit(codec.push)(message, reference))
-    restored, decoded = jax.jit(codec.pop)(longer)
-    codec_checks.assert_same_message(restored, message)
-    np.testing.assert_allclose(decoded, reference, atol=5e-3)
-    cost = rans.content_bits(longer) - rans.content_bits(message)
-    self.assertGreater((16 * weights.size - cost) / (n * (n - 1) / 2), 7)
 
 
 correct = jax.jit(correction_lib.correct, static_argnums=4)

@@ -94,10 +94,13 @@ def check_sharded():
 
 class CanonicalizeTest(parameterized.TestCase):
   @parameterized.named_parameters(*CASES)
-  def test_the_function_is_kept_with_fewer_numbers(self, family, kind):
+  def test_all_checks(self, family, kind):
     self.check_function(family, kind)
+    self.check_second_time(family, kind)
+    self.check_streams(family, kind)
 
   def check_function(self, family, kind):
+    """The function is kept with fewer numbers."""
     model, (result, gauges) = _model(family, kind), _result(family, kind)
     logits = transform_checks.fast_logits(model, TOKENS)
     found = transform_checks.fast_logits(result, TOKENS)
@@ -109,11 +112,8 @@ class CanonicalizeTest(parameterized.TestCase):
     self.assertEqual(bool(gauges.segments), expected.segments)
     self.assertLess(passes.count_model(result), passes.count_model(model))
 
-  @parameterized.named_parameters(*CASES)
-  def test_a_second_time_changes_nothing(self, family, kind):
-    self.check_second_time(family, kind)
-
   def check_second_time(self, family, kind):
+    """A second time changes nothing."""
     once, _ = _result(family, kind)
     params, gauges = _canonicalize(once.params, once.config)
     chex.assert_trees_all_close(_arrays(params), _arrays(once.params), atol=5e-5)
@@ -121,11 +121,8 @@ class CanonicalizeTest(parameterized.TestCase):
       eye = np.eye(len(gauges.first))
       np.testing.assert_allclose(gauges.first, eye, atol=5e-5)
 
-  @parameterized.named_parameters(*CASES)
-  def test_the_way_that_streams_agrees(self, family, kind):
-    self.check_streams(family, kind)
-
   def check_streams(self, family, kind):
+    """The way that streams agrees."""
     model, (result, _) = _model(family, kind), _result(family, kind)
     # A tolerance for everything, because float32 numbers have no rounding error.
     chain = (

@@ -142,12 +142,9 @@ OUT = 'attention/out/kernel'
 # leaves the transform makes all the same.
 OBSTACLES = {
   'a shortcut': (RESIDUAL, SLICED, 'attention_shortcut/kernel', _nan, 0),
-  'a kernel': (RESIDUAL, SLICED, 'mlp/down/kernel', _nan, 0),
-  'a head': (RESIDUAL, SLICED, 'head/kernel', _nan, 0),
   'a large row': (RESIDUAL, SLICED, 'mlp/down/kernel', _large, 0),
   'a dense head': (RESIDUAL, 'llama', 'head/kernel', _nan, 0),
   'an output': (VALUES, 'llama', OUT, _nan, 1),
-  'infinite products': (VALUES, 'llama', OUT, lambda x: x * np.inf, 1),
   'a key': (
     passes.remove_query_key_gauge(tolerance=3.0),
     'opt',
@@ -156,7 +153,6 @@ OBSTACLES = {
     1,
   ),
   'a value bias': (BIASES, 'opt', 'attention/value/bias', _nan, 3),
-  'a large bias': (BIASES, 'opt', 'attention/value/bias', lambda x: x * 0 + 6e4, 3),
 }
 
 

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
 from rotbits_jax.symmetries import steps
-from tests import random_models
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
 
@@ -199,22 +197,6 @@ class FeedbackTest(parameterized.TestCase):
     plain = steps.multiples(*arguments)
     error = lambda x: np.square(inputs @ (np.asarray(x) - kernel)).sum()
     self.assertLess(error(rounded), 0.5 * error(plain))
-
-
-class InputMomentsTest(parameterized.TestCase):
-  def test_the_moments_of_the_first_layer_are_those_of_its_inputs(self):
-    model = random_models.sliced_llama([18] * 7)
-    tokens = np.random.default_rng(0).integers(0, 40, (2, 9))
-    found = {}
-    for _, factors in models.fisher_factors(model, [tokens]):
-      found |= factors.by_path()
-    self.assertEqual(found['layers.2/mlp/down/kernel'].shape, (32, 32))
-    self.assertEqual(found['head/kernel'].shape, (18, 18))
-    x = np.float64(model.params['embed']['tokens'])[tokens].reshape(-1, 18)
-    hidden = model.config.hidden_size
-    x /= np.sqrt(np.square(x).sum(-1, keepdims=True) / hidden + model.config.norm_eps)
-    moments = found['layers.0/attention/query/kernel']
-    np.testing.assert_allclose(moments, x.T @ x, rtol=1e-4, atol=1e-4)
 
 
 if __name__ == '__main__':

@@ -185,79 +185,45 @@ def test_widths_are_rounded_as_by_slicegpt(hidden, sparsity, interval, width):
   assert slicing.sliced_width(hidden, sparsity, interval) == width
 
 
-class TestSlice:
-  """The command, as a user types it."""
-
-  @pytest.fixture(name='paths')
-  def _paths(self, tmp_path):
-    """Makes a dense checkpoint with a tokenizer, a text, and an output path."""
-    source = word_checkpoints.copy_with_tokenizer('phi2-tiny-dense', tmp_path)
-    (tmp_path / 'text').write_text(word_checkpoints.random_text(600))
-    return source, tmp_path / 'text', tmp_path / 'sliced'
-
-  def test_writes_what_microsofts_writes(self, rotbits, paths):
-    source, text, output = paths
-    code, out, err = rotbits(
-      'slice',
-      f'--model={source}',
-      f'--output={output}',
-      f'--calibration={text}',
-      '--sparsity=0.25',
-      '--sequence_length=48',
-      f'--encoded={output.parent / "free.rotbits"}',
-      f'--recipe={output.parent / "recipe.rotbits"}',
-    )
-    assert (code, err) == (0, '')
-    stem = 'phi2-tiny-dense_0.25'
-    encoded = rotbits_jax.inspect(output.parent / 'free.rotbits')
-    tensors = checkpoints.to_tensors(rotbits_jax.load_checkpoint(output).model)
-    assert encoded.input_bytes == sum(tensor.nbytes for tensor in tensors.values())
-    assert encoded.file_bytes < encoded.input_bytes
-    recipe = rotbits_jax.inspect(output.parent / 'recipe.rotbits')
-    assert recipe.file_bytes < 0.2 * encoded.file_bytes
-    assert 'layers.0/mlp/up/kernel' in recipe.needs
-    assert f'{stem}.pt: width 96 of 128, calibrated on 576 tokens' in out
-    names = {f'{stem}.pt', f'{stem}.json', 'tokenizer.json', 'config.json'}
-    assert {file.name for file in output.iterdir()} == names | {
-      'generation_config.json'
-    }
-    loaded = checkpoints.load_checkpoint(output)
-    theirs = json.loads(
-      (TESTDATA / 'phi2-tiny-sliced-0.25/phi-2_0.25.json').read_text()
-    )
-    assert json.loads((output / f'{stem}.json').read_text()) == theirs
-    assert loaded.model.params['embed']['tokens'].dtype == np.float16  # as before
-    tokens = slicing.sample_sequences(
-      evaluation.encode_text(loaded.files, text.read_text()),
-      sequences=128,
-      length=48,
-      seed=42,
-    )
-    unrounded = slicing.slice_model(
-      checkpoints.load_checkpoint(source).model, tokens, sparsity=0.25
-    )
-    chex.assert_trees_all_equal(
-      loaded.model, rotbits_jax.structured.astype(unrounded, np.float16)
-    )
-
-  @pytest.mark.parametrize(
-    ('changed', 'message'),
-    [
-      ({'model': TESTDATA / 'phi2-tiny-sliced-0.25'}, 'has no tokenizer.json'),
-      ({'sequences': 1}, 'as many tokens as the hidden size 128, got 48'),
-      ({'recipe': 'TEXT', 'overwrite': True}, 'is a file of an input'),
-    ],
+def test_the_command_writes_what_microsofts_writes(rotbits, tmp_path):
+  source = word_checkpoints.copy_with_tokenizer('phi2-tiny-dense', tmp_path)
+  text, output = tmp_path / 'text', tmp_path / 'sliced'
+  text.write_text(word_checkpoints.random_text(600))
+  code, out, err = rotbits(
+    'slice',
+    f'--model={source}',
+    f'--output={output}',
+    f'--calibration={text}',
+    '--sparsity=0.25',
+    '--sequence_length=48',
+    f'--encoded={output.parent / "free.rotbits"}',
+    f'--recipe={output.parent / "recipe.rotbits"}',
   )
-  def test_bad_input_writes_nothing(self, rotbits, paths, changed, message):
-    source, text, output = paths
-    text.write_text(word_checkpoints.random_text(3000))
-    given = {'model': source, 'output': output, 'calibration': text}
-    given |= {'sparsity': 0.25, 'sequence_length': 48} | changed
-    flags = [f'--{key}={value}' for key, value in given.items()]
-    flags = [x.replace('TEXT', str(text)) for x in flags]
-    code, out, err = rotbits('slice', *flags)
-    assert (code, out) == (2, '')
-    assert message in err
-    assert len(err.splitlines()) == 1
-    names = [file.name for file in output.parent.iterdir()]
-    assert sorted(names) == [source.name, 'text']
+  assert (code, err) == (0, '')
+  stem = 'phi2-tiny-dense_0.25'
+  encoded = rotbits_jax.inspect(output.parent / 'free.rotbits')
+  tensors = checkpoints.to_tensors(rotbits_jax.load_checkpoint(output).model)
+  assert encoded.input_bytes == sum(tensor.nbytes for tensor in tensors.values())
+  assert encoded.file_bytes < encoded.input_bytes
+  recipe = rotbits_jax.inspect(output.parent / 'recipe.rotbits')
+  assert recipe.file_bytes < 0.2 * encoded.file_bytes
+  assert 'layers.0/mlp/up/kernel' in recipe.needs
+  assert f'{stem}.pt: width 96 of 128, calibrated on 576 tokens' in out
+  names = {f'{stem}.pt', f'{stem}.json', 'tokenizer.json', 'config.json'}
+  assert {file.name for file in output.iterdir()} == names | {'generation_config.json'}
+  loaded = checkpoints.load_checkpoint(output)
+  theirs = json.loads((TESTDATA / 'phi2-tiny-sliced-0.25/phi-2_0.25.json').read_text())
+  assert json.loads((output / f'{stem}.json').read_text()) == theirs
+  assert loaded.model.params['embed']['tokens'].dtype == np.float16  # as before
+  tokens = slicing.sample_sequences(
+    evaluation.encode_text(loaded.files, text.read_text()),
+    sequences=128,
+    length=48,
+    seed=42,
+  )
+  unrounded = slicing.slice_model(
+    checkpoints.load_checkpoint(source).model, tokens, sparsity=0.25
+  )
+  chex.assert_trees_all_equal(
+    loaded.model, rotbits_jax.structured.astype(unrounded, np.float16)
+  )

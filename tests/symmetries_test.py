@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import low_rank
-from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries import shortcuts
 from rotbits_jax.symmetries import steps
@@ -36,50 +34,6 @@ def _orthogonal(rng, n):
   return np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
 
 
-LINEARS = {
-  'attention/query': (6, 8),
-  'attention/key': (6, 4),
-  'attention/value': (6, 4),
-  'attention/out': (8, 6),
-  'mlp/down': (8, 6),
-}
-
-
-def _layer(rng):
-  layer = {}
-  for path, (n, m) in LINEARS.items():
-    layer |= {f'{path}/kernel': _normal(rng, n, m), f'{path}/bias': _normal(rng, m)}
-  for name in ('attention', 'mlp'):
-    layer[f'{name}_shortcut/kernel'] = _normal(rng, 6, 6)
-  layer['mlp/up/kernel'] = structured.LowRank(_normal(rng, 6, 2), _normal(rng, 2, 8))
-  return layer
-
-
-def _dense_layer(rng):
-  layer = {path: x for path, x in _layer(rng).items() if '_shortcut' not in path}
-  layer['mlp/gate/kernel'] = _normal(rng, 6, 8)
-  return layer | {f'{x}_norm/scale': _normal(rng, 6) for x in ('attention', 'mlp')}
-
-
-# The axes of the parameters above.
-AXES = {
-  'attention/query/kernel': (0, 'query'),
-  'attention/query/bias': ('query',),
-  'attention/out/kernel': ('query', 1),
-  'attention/out/bias': (1,),
-  'mlp/up/kernel': (1, 'neuron'),
-  'mlp/down/kernel': ('neuron', -1),
-  'attention_shortcut/kernel': (0, 1),
-  'mlp_shortcut/kernel': (1, -1),
-}
-DENSE = checkpoints.parse_config(random_models.BASE | {'num_hidden_layers': 1}, None)
-
-
-def _some(rng, paths):
-  layer = _layer(rng)
-  return {path: layer[path] for path in paths}
-
-
 # Functions, each with a function that makes its float32 arguments from a generator.
 FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
@@ -91,15 +45,7 @@ FUNCTIONS = {
     rotations.running_rotations,
     lambda r: (np.stack([_orthogonal(r, 4) for _ in range(5)]), _orthogonal(r, 4)),
   ),
-  'fold_norm_scales': (
-    functools.partial(norms.fold_norm_scales, config=DENSE),
-    lambda r: (_dense_layer(r),),
-  ),
   'rotate': (rotations.rotate, lambda r: (_normal(r, 6, 5), _orthogonal(r, 6))),
-  'rotate_parameters': (
-    functools.partial(rotations.rotate_parameters, axes=AXES),
-    lambda r: (_layer(r), tuple(_orthogonal(r, 6) for _ in range(3))),
-  ),
   'upper_rotation': (rotations.upper_rotation, lambda r: (_normal(r, 6, 8),)),
   'typical_size': (steps.typical_size, lambda r: (_normal(r, 6, 8),)),
   'with_feedback': (
@@ -110,18 +56,6 @@ FUNCTIONS = {
   'canonical_qr': (canonical.qr, lambda r: (_normal(r, 6, 8),)),
   'canonical_polar': (canonical.polar_shortcut, lambda r: (_normal(r, 6, 8),)),
   'basis': (heads.basis, lambda r: (_normal(r, 8, 3),)),
-  'rotate_heads': (
-    heads.rotate_heads,
-    lambda r: (_some(r, heads.VALUES), np.stack([_orthogonal(r, 2)] * 2)),
-  ),
-  'fix_values': (
-    functools.partial(heads.fix_values, kv_heads=2),
-    lambda r: (_some(r, heads.VALUES),),
-  ),
-  'fix_keys': (
-    functools.partial(heads.fix_keys, kv_heads=1, rotary=2),
-    lambda r: (_some(r, heads.KEYS),),
-  ),
   'with_value_bias': (
     functools.partial(heads.with_value_bias, kv_heads=2),
     lambda r: (_normal(r, 6), _normal(r, 4), _normal(r, 8, 6)),

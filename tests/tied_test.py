@@ -80,20 +80,6 @@ class RetieEmbeddingTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(note['worst'], worst, rtol=0.02)
 
-  def test_works_on_a_structured_head(self):
-    table, head = _matrices(np.float16)
-    upper = np.linalg.qr(np.float64(head), mode='r').astype(np.float16)
-    leaf = structured.TrapezoidalRows.of(upper, D)
-    model = _model(table, head)
-    model = dataclasses.replace(model, params=model.params | {'head': {'kernel': leaf}})
-    after, (saving,) = passes.run_chain((passes.retie_embedding(),), model)
-    self.assertEqual(saving.notes[0]['form'], 'tied')
-    expanded = np.float64(after.materialize().params['embed']['tokens'])
-    error = np.linalg.norm(expanded - table) / np.linalg.norm(np.float64(table))
-    self.assertLess(error, 1.5 * 2**-11)
-    # `retie_exactly` does nothing, because the head is a structured leaf.
-    self.assertEmpty(_apply_exactly(model)[1])
-
   def test_an_embedding_of_its_own_is_left_alone(self):
     for tokens in (TOKENS, 2 * D):  # sampled, and too few to sample
       table, _ = _matrices(np.float16, seed=1, tokens=tokens)
