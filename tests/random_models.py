@@ -18,7 +18,8 @@ BASE = {
   'vocab_size': 40,
   'max_position_embeddings': 64,
 }
-_LLAMA = BASE | {'num_hidden_layers': 4}
+_ROTARY = BASE | {'num_hidden_layers': 4, 'rope_theta': 50.0}
+_LLAMA = _ROTARY | {'rms_norm_eps': 1e-5}
 _GROUPS = _LLAMA | {'num_attention_heads': 4, 'num_key_value_heads': 2, 'head_dim': 8}
 OPT = {
   'model_type': 'opt',
@@ -35,10 +36,9 @@ FAMILIES = {
   'mistral': _GROUPS | {'model_type': 'mistral', 'sliding_window': 5},
   'qwen2': _GROUPS | {'model_type': 'qwen2'},
   'qwen3': _GROUPS | {'model_type': 'qwen3'},
-  'phi3': _LLAMA
-  | {'model_type': 'phi3', 'num_key_value_heads': 2, 'rms_norm_eps': 1e-5},
+  'phi3': _LLAMA | {'model_type': 'phi3', 'num_key_value_heads': 2},
   'opt': OPT,
-  'phi2': _LLAMA | {'model_type': 'phi', 'partial_rotary_factor': 0.5},
+  'phi2': _ROTARY | {'model_type': 'phi', 'partial_rotary_factor': 0.5},
 }
 """The configs of small models of every family; a new one joins tests by a row here."""
 

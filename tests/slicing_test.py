@@ -87,7 +87,7 @@ def dense_logits(name):
   return np.asarray(logits_of(dense(name), EVALUATION))
 
 
-def assert_same_logits(actual, expected, tolerance=1e-5):
+def assert_same_logits(actual, expected, tolerance=1e-4):
   error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
   assert error < tolerance, error
 
