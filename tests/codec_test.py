@@ -165,17 +165,6 @@ class RoundTripTest(Checks):
     with self.assertRaisesRegex(rotbits_jax.ContainerError, 'layers.9'):
       rotbits_jax.read_record(data, 'layers.9')
 
-  def test_a_tensor_is_read_by_its_record_only(self):
-    data = _flip(_encoded(TINY, 'exact'), 'layers.1')
-    path = 'attention/query/kernel'
-    expected = _load(TINY).model.layer(2)['attention']['query']['kernel']
-    actual = rotbits_jax.read_tensor(data, f'layers.2/{path}')
-    _assert_same_bits(actual, expected)
-    head = rotbits_jax.read_tensor(data, 'head/kernel')
-    _assert_same_bits(head, _load(TINY).model.params['head']['kernel'])
-    with self.assertRaisesRegex(rotbits_jax.ContainerError, 'no such parameter'):
-      rotbits_jax.read_tensor(data, 'layers.2/nothing')
-
   @parameterized.parameters('exact', 'free')
   def test_some_layers_load_without_the_others(self, preset):
     name = 'opt-small-sliced-0.2'

@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 
 import numpy as np
 import pytest
@@ -10,8 +9,6 @@ import pytest
 import rotbits_jax
 from rotbits_jax import passes
 from rotbits_jax import presets
-
-SLICED = pathlib.Path(__file__).parent / 'testdata' / 'llama-tiny-sliced-head-0.25'
 
 BAD_OPTIONS = [
   ('fre', {}, r"free, exact, near, paper.*got 'fre'"),
@@ -39,20 +36,6 @@ def test_bad_options(name, options, words):
 def test_options_are_json(name):
   options = presets.make(name).options
   assert json.loads(json.dumps(options)) == options
-
-
-def test_a_preset_of_another_package(monkeypatch):
-  def unrotated():
-    return presets.free()._replace(
-      name='unrotated', transform=passes.chain(), options={}
-    )
-
-  monkeypatch.setitem(presets.PRESETS, 'unrotated', unrotated)
-  model = rotbits_jax.load_checkpoint(SLICED).model
-  data = rotbits_jax.encode(model, preset='unrotated')
-  monkeypatch.undo()
-  assert rotbits_jax.inspect(data).preset == 'unrotated'
-  assert rotbits_jax.decode(data).config == model.config  # nothing else is needed
 
 
 def test_exact_with_transforms_keeps_the_function_only():

@@ -1,8 +1,10 @@
-"""Numbers that are not finite, and outliers, do no harm to the other numbers."""
+"""Numbers at the edges of what can be stored come back and do no harm to others."""
 
 import functools
 import itertools
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -110,3 +112,68 @@ def test_huge_weights_do_not_make_the_step_coarse(rows):
     steps[size] = note['step']
     assert note.get('outliers', 0) == (rows if size else 0)
   assert steps[3e4] <= 1.1 * steps[0.0]
+
+
+FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+OTHERS = (np.bool_, np.int8, np.int16, np.int32, np.int64)
+OTHERS += (np.uint8, np.uint16, np.uint32, np.uint64)
+SHAPE = (96, 80)
+
+
+def bits(array):
+  return array.view(np.dtype(f'u{array.dtype.itemsize}'))
+
+
+def special_floats(dtype, rng):
+  """Arrays of one dtype, by name: values at the edges, alone and among others."""
+  dtype = np.dtype(dtype)
+  unsigned = np.dtype(f'u{dtype.itemsize}')
+  normal = rng.normal(size=SHAPE).astype(dtype)
+  mixed = normal.copy()
+  mixed[3, 4], mixed[5], mixed[:, 7] = np.nan, np.inf, -np.inf
+  bits(mixed)[9, 9] |= 1
+  zeros = normal.copy()
+  zeros[rng.random(SHAPE) < 0.5] = 0
+  zeros[rng.random(SHAPE) < 0.3] *= -1
+  small = rng.integers(0, 50, SHAPE).astype(unsigned)
+  sign = unsigned.type(1 << (8 * dtype.itemsize - 1))
+  greatest = np.full(SHAPE, jax.numpy.finfo(dtype).max, dtype)
+  any_bits = np.frombuffer(rng.bytes(normal.nbytes), dtype).reshape(SHAPE)
+  return {
+    'any bits': any_bits,
+    'infinite': np.full(SHAPE, -np.inf, dtype),
+    'mixed': mixed,
+    'NaN': np.full(SHAPE, np.nan, dtype),
+    'zeros': np.zeros(SHAPE, dtype),
+    'negative zeros': -np.zeros(SHAPE, dtype),
+    'zeros among others': zeros,
+    'subnormal': small.view(dtype),
+    'negative subnormal': (small | sign).view(dtype),
+    'greatest': greatest * np.sign(normal),
+  }
+
+
+@pytest.mark.parametrize('dtype', FLOATS)
+def test_floats(dtype):
+  check_tree({'x': special_floats(dtype, np.random.default_rng(0))})
+
+
+def test_every_dtype_in_every_shape():
+  rng = np.random.default_rng(0)
+  shapes = {'()': (), '(0)': (0,), '(3, 0, 2)': (3, 0, 2), '(1, 1)': (1, 1)}
+  check_tree(
+    {
+      np.dtype(dtype).name: {
+        name: np.asarray(100 * rng.normal(size=shape), dtype)
+        for name, shape in (shapes | {'(7, 300)': (7, 300)}).items()
+      }
+      for dtype in (*FLOATS, *OTHERS)
+    }
+  )
+
+
+def check_tree(tree):
+  data = rotbits_jax.encode(tree, preset='exact')
+  read = {key: rotbits_jax.read_record(data, key)[key] for key in tree}
+  for found in (rotbits_jax.decode(data), jax.device_get(rotbits_jax.load(data)), read):
+    assert structured.same_bits(found, tree)
