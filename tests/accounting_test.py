@@ -23,13 +23,6 @@ TABLE = {
     'heads': 0.44,
     'retied': (5.7, 5.3, 4.9),
   },
-  'opt-2.7b': {
-    'slicegpt': (9.19, 15.07, 20.88),
-    'bits_back_ideal': (14.01, 19.31, 24.57),
-    'gauge_fixed': (16.88, 21.35, 25.93),
-    'heads': 0.47,
-    'retied': (3.6, 3.4, 3.2),
-  },
   'opt-6.7b': {
     'slicegpt': (9.29, 15.16, 21.18),
     'bits_back_ideal': (14.28, 19.56, 25.00),
@@ -37,25 +30,11 @@ TABLE = {
     'heads': 0.49,
     'retied': (2.3, 2.2, 2.0),
   },
-  'opt-13b': {
-    'slicegpt': (9.18, 15.27, 21.29),
-    'bits_back_ideal': (14.29, 19.77, 25.21),
-    'gauge_fixed': (17.30, 21.89, 26.61),
-    'heads': 0.40,
-    'retied': (1.5, 1.4, 1.3),
-  },
   'llama-2-7b': {
     'slicegpt': (9.38, 15.34, 21.45),
     'bits_back_ideal': (14.47, 19.82, 25.34),
     'gauge_fixed': (17.47, 21.96, 26.76),
     'heads': 0.25,
-    'retied': None,
-  },
-  'llama-2-13b': {
-    'slicegpt': (9.30, 15.45, 21.52),
-    'bits_back_ideal': (14.45, 19.98, 25.47),
-    'gauge_fixed': (17.48, 22.12, 26.88),
-    'heads': 0.20,
     'retied': None,
   },
 }

@@ -144,121 +144,91 @@ def test_snapshot(rotbits, tmp_path, monkeypatch, encoded):
   assert pathlib.Path(out.strip(), 'config.json').exists()
 
 
-def truncated(tmp_path):
-  copy = shutil.copytree(SLICED, tmp_path / 'truncated')
-  (weights,) = copy.glob('*.pt')
+ENCODE = ('encode', f'--checkpoint={SLICED}', '--output=OUT')
+NEAR = (*ENCODE, '--preset=near')
+CONFIG = (*ENCODE, '--config=free')
+# Commands, and a word of the line on stderr. IN is a folder of damaged inputs.
+BAD_INPUT = (
+  (ENCODE[:2], '--output'),
+  ((*ENCODE, '--chekpoint=x'), 'chekpoint'),
+  ((*ENCODE, 'more'), "'more'"),
+  ((*ENCODE, '--preset=none'), 'free|exact'),
+  ((*ENCODE, '--base=gs://bucket/model'), 'gs:'),
+  ((*ENCODE, '--shard_size=0MB'), 'size like 2GB'),
+  ((*ENCODE[:2], '--output=OUT/missing/file'), 'no such directory'),
+  ((*ENCODE[:2], '--output=.'), 'directory'),
+  ((*ENCODE[:2], '--output=/dev/null', '--overwrite'), 'not a regular file'),
+  ((*CONFIG, '--preset=free'), 'cannot be combined'),
+  ((*CONFIG, '--config.nothing=1'), 'nothing'),
+  ((*CONFIG, '--config.tolerance=x'), 'tolerance'),
+  ((*ENCODE, '--config=no_such.py'), 'no_such.py'),
+  ((*ENCODE, '--preset=free', '--bits=4'), '--bits is for'),
+  ((*NEAR, '--bits=4', '--step=-5'), 'cannot be combined'),
+  ((*NEAR, '--max_kl=1'), 'needed together'),
+  ((*NEAR, '--step=4'), 'step must be'),
+  (('encode', '--checkpoint=IN/missing', '--output=OUT'), 'missing'),
+  (('encode', '--checkpoint=IN/truncated', '--output=OUT'), '.pt'),
+  (('encode', '--checkpoint=IN/bert', '--output=OUT', '--preset=free'), 'bert'),
+  (('verify', '--input=IN/missing'), 'No such file'),
+  (('report', '--input=IN/empty', '--output=OUT'), 'not a rotbits file'),
+  (('inspect', '--input=IN/header'), 'cut short'),
+  (('decode', '--input=IN/cut', '--output=OUT'), 'cut short'),
+  (('decode', '--input=IN/flipped', '--output=OUT'), 'damaged'),
+  (('evaluate', f'--model={SLICED}', '--text=IN/missing'), 'No such file'),
+)
+
+
+@pytest.fixture(scope='module', name='damaged')
+def _damaged(tmp_path_factory, encoded):
+  """Makes damaged checkpoints and files."""
+  folder = tmp_path_factory.mktemp('damaged')
+  shutil.copytree(SLICED, folder / 'truncated')
+  (weights,) = (folder / 'truncated').glob('*.pt')
   weights.write_bytes(weights.read_bytes()[:-5000])
-  return copy
+  shutil.copytree(DENSE, folder / 'bert')
+  (folder / 'bert' / 'config.json').write_text('{"model_type": "bert"}')
+  data = (encoded / 'free').read_bytes()
+  flipped = data[:9999] + b'ab' + data[10001:]
+  files = {'empty': b'', 'header': data[:100], 'cut': data[:-1], 'flipped': flipped}
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
+  return folder
 
 
-def with_config(tmp_path, text):
-  copy = shutil.copytree(DENSE, tmp_path / 'copy')
-  (copy / 'config.json').write_text(text)
-  return copy
+def check_refused(rotbits, folder, args, words):
+  """Checks for one line on stderr, exit code 2, and nothing written."""
+  before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
+  code, out, err = rotbits(*args)
+  assert (code, out) == (2, '')
+  assert err.startswith(f'rotbits {args[0]}: ')
+  assert len(err.splitlines()) == 1
+  assert words in err
+  assert {p: p.stat().st_mtime_ns for p in folder.rglob('*')} == before
 
 
-class TestBadInput:
-  """One line on stderr, exit code 2, and nothing written."""
+def test_bad_input(rotbits, tmp_path, damaged, subtests):
+  for args, words in BAD_INPUT:
+    with subtests.test(args=args):
+      places = [x.replace('OUT', f'{tmp_path}/out') for x in args]
+      places = [x.replace('IN', str(damaged)) for x in places]
+      check_refused(rotbits, tmp_path, places, words)
 
-  def check(self, rotbits, tmp_path, args, words):
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
-    code, out, err = rotbits(*args)
-    assert (code, out) == (2, '')
-    assert err.startswith(f'rotbits {args[0]}: ')
-    assert len(err.splitlines()) == 1
-    assert words in err
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
 
-  @pytest.mark.parametrize(
-    ('flags', 'words'),
-    [
-      ([], '--output'),
-      (['--output=OUT', '--chekpoint=x'], 'chekpoint'),
-      (['--output=OUT', 'more'], "'more'"),
-      (['--output=OUT', '--preset=none'], 'free|exact'),
-      (['--output=OUT/missing/file'], 'no such directory'),
-      (['--output=.'], 'directory'),
-      (['--output='], 'empty'),
-      (['--output=/dev/null', '--overwrite'], 'not a regular file'),
-      (['--output=OUT', '--base=gs://bucket/model'], 'gs:'),
-      (['--output=OUT', '--preset=free', '--config=free'], 'cannot be combined'),
-      (['--output=OUT', '--config=no_such.py'], 'no_such.py'),
-      (['--output=OUT', f'--config={ROOT / "LICENSE"}'], 'config'),
-      (['--output=OUT', '--config=free', '--config.nothing=1'], 'nothing'),
-      (['--output=OUT', '--config=free', '--config.tolerance=x'], 'tolerance'),
-      (['--output=OUT', '--config=free', '--config.preset=none'], 'none'),
-      (['--output=OUT', '--shard_size=0MB'], 'size like 2GB'),
-      (['--output=OUT', '--preset=free', '--bits=4'], '--bits is for'),
-      (
-        ['--output=OUT', '--preset=near', '--bits=4', '--step=-5'],
-        'cannot be combined',
-      ),
-      (
-        ['--output=OUT', '--preset=near', '--bits=4', '--max_kl=1'],
-        'cannot be combined',
-      ),
-      (['--output=OUT', '--preset=near', '--max_kl=1'], 'needed together'),
-      (['--output=OUT', '--preset=near', '--text=x'], '--text is for'),
-      (['--output=OUT', '--preset=near', '--step=4'], 'step must be'),
-    ],
+def test_files_that_exist_need_overwrite(rotbits, tmp_path, encoded):
+  output = tmp_path / 'output'
+  output.write_text('the old file stays')
+  encode = ['encode', f'--checkpoint={SLICED}', f'--output={output}', '--preset=exact']
+  check_refused(
+    rotbits, tmp_path, encode, f'{output}: the file exists; use --overwrite'
   )
-  def test_flags(self, rotbits, tmp_path, flags, words):
-    flags = [f.replace('OUT', f'{tmp_path}/out') for f in flags]
-    self.check(rotbits, tmp_path, ['encode', f'--checkpoint={SLICED}', *flags], words)
-
-  @pytest.mark.parametrize(
-    ('make', 'words'),
-    [
-      (lambda tmp_path: tmp_path / 'missing', 'missing'),
-      (truncated, '.pt'),
-      (lambda tmp_path: with_config(tmp_path, '{"model_type": '), 'config.json'),
-      (lambda tmp_path: with_config(tmp_path, '{"model_type": "bert"}'), 'bert'),
-    ],
-    ids=['missing', 'truncated', 'no JSON', 'family'],
-  )
-  def test_checkpoint(self, rotbits, tmp_path, make, words):
-    (tmp_path / 'output').write_text('the old file stays')
-    flags = f'--checkpoint={make(tmp_path)}', f'--output={tmp_path / "output"}'
-    args = ['encode', *flags, '--overwrite', '--preset=free']
-    self.check(rotbits, tmp_path, args, words)
-
-  def test_files_that_exist_need_overwrite(self, rotbits, tmp_path, encoded):
-    output = tmp_path / 'output'
-    output.write_text('the old file stays')
-    encode = [
-      'encode',
-      f'--checkpoint={SLICED}',
-      f'--output={output}',
-      '--preset=exact',
-    ]
-    self.check(rotbits, tmp_path, encode, f'{output}: the file exists; use --overwrite')
-    assert rotbits(*encode, '--overwrite')[0] == 0
-    assert output.read_bytes() == (encoded / 'exact').read_bytes()
-    decode = ['decode', f'--input={output}', f'--output={tmp_path / "out"}']
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'config.json').write_text('the old file stays')
-    self.check(rotbits, tmp_path, decode, 'config.json: the file exists')
-    assert rotbits(*decode, '--overwrite')[0] == 0
-    assert (tmp_path / 'out' / 'model.safetensors').exists()
-
-  @pytest.mark.parametrize(
-    ('command', 'damage', 'words'),
-    [
-      ('verify', lambda data: None, 'No such file'),
-      ('report', lambda data: b'', 'not a rotbits file'),
-      ('inspect', lambda data: data[:100], 'cut short'),
-      ('decode', lambda data: data[:-1], 'cut short'),
-      ('decode', lambda data: data[:9999] + b'ab' + data[10001:], 'damaged'),
-    ],
-    ids=['missing', 'empty', 'header', 'streams', 'flipped'],
-  )
-  def test_file(self, rotbits, tmp_path, encoded, command, damage, words):
-    data = damage((encoded / 'free').read_bytes())
-    if data is not None:
-      (tmp_path / 'damaged').write_bytes(data)
-    args = [command, f'--input={tmp_path / "damaged"}']
-    args += [f'--output={tmp_path / "out"}'] if command in ('decode', 'report') else []
-    self.check(rotbits, tmp_path, args, words)
+  assert rotbits(*encode, '--overwrite')[0] == 0
+  assert output.read_bytes() == (encoded / 'exact').read_bytes()
+  decode = ['decode', f'--input={output}', f'--output={tmp_path / "out"}']
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out' / 'config.json').write_text('the old file stays')
+  check_refused(rotbits, tmp_path, decode, 'config.json: the file exists')
+  assert rotbits(*decode, '--overwrite')[0] == 0
+  assert (tmp_path / 'out' / 'model.safetensors').exists()
 
 
 def test_usage(rotbits):
@@ -271,13 +241,14 @@ def test_usage(rotbits):
   assert rotbits('enkode')[0] == 2
 
 
-@pytest.mark.parametrize('command', main.COMMANDS)
-def test_help(rotbits, command):
-  code, out, err = rotbits(command, '--help')
-  assert (code, err) == (0, '')
-  example = re.search(rf'rotbits {command} (--.*(\\\n.*)*)', out)[1]
-  for flag in re.findall(r'--(\w+)', example):
-    assert re.search(rf'^  --(\[no\])?{flag}:', out, re.M)
+def test_help(rotbits, subtests):
+  for command in main.COMMANDS:
+    with subtests.test(command=command):
+      code, out, err = rotbits(command, '--help')
+      assert (code, err) == (0, '')
+      example = re.search(rf'rotbits {command} (--.*(\\\n.*)*)', out)[1]
+      for flag in re.findall(r'--(\w+)', example):
+        assert re.search(rf'^  --(\[no\])?{flag}:', out, re.M)
 
 
 def test_a_process_of_its_own(tmp_path):

@@ -59,11 +59,12 @@ def test_examples(page):
   run_examples([parse(blocks(page, 'pycon'), {}, page, page, 0)])
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_examples_in_docstrings(module):
+def test_examples_in_docstrings(subtests):
   names = {'rotbits_jax': rotbits_jax, 'jax': jax, 'jnp': jax.numpy, 'np': np}
-  found = importlib.import_module(module)
-  run_examples(doctest.DocTestFinder().find(found, extraglobs=names))
+  for module in MODULES:
+    with subtests.test(module=module):
+      found = importlib.import_module(module)
+      run_examples(doctest.DocTestFinder().find(found, extraglobs=names))
 
 
 @pytest.mark.parametrize('page', pages_with('python'))
@@ -91,13 +92,13 @@ def test_commands(page, tmp_path):
   )
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_have_outputs(path):
-  cells = nbformat.read(path, as_version=4).cells
-  outputs = [output for cell in cells for output in cell.get('outputs', [])]
-  assert outputs
-  names = {x.get('name', x.output_type) for x in outputs}
-  assert names.isdisjoint({'error', 'stderr'})
+def test_notebooks_have_outputs():
+  for path in NOTEBOOKS:
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get('outputs', [])]
+    assert outputs, path
+    names = {x.get('name', x.output_type) for x in outputs}
+    assert names.isdisjoint({'error', 'stderr'}), path
 
 
 @pytest.mark.slow

@@ -40,33 +40,22 @@ def write(path, source=TREE, **options):
 
 
 @contextlib.contextmanager
-def killed_at(record):
-  """Ends the process, as it were, when a record is coded."""
-  encode_record = writer.encode_record
-
-  def mortal(given, *args):
-    if given.name == record:
-      raise KeyboardInterrupt
-    return encode_record(given, *args)
-
-  with (
-    mock.patch.object(writer, 'encode_record', mortal),
-    pytest.raises(KeyboardInterrupt),
-  ):
-    yield
-
-
-@contextlib.contextmanager
-def coded():
-  """Yields a list that gets the names of the records that are coded."""
+def coded(killed_at=None):
+  """Yields a list of the records that are coded; one ends the process, as it were."""
   names, encode_record = [], writer.encode_record
 
   def noted(record, *args):
     names.append(record.name)
+    if record.name == killed_at:
+      raise KeyboardInterrupt
     return encode_record(record, *args)
 
   with mock.patch.object(writer, 'encode_record', noted):
-    yield names
+    if killed_at is None:
+      yield names
+    else:
+      with pytest.raises(KeyboardInterrupt):
+        yield names
 
 
 @pytest.mark.parametrize('source', [TREE, {}, SLICED])
@@ -84,14 +73,10 @@ def test_shards_hold_the_streams_of_one_file(tmp_path, source):
   )
 
 
-@pytest.mark.parametrize(
-  ('preset', 'source'), [('exact', TREE), ('free', SLICED), ('near', SLICED)]
-)
-def test_shards_are_jobs_that_run_in_any_order(tmp_path, preset, source):
-  options = {'preset': preset, 'shard_size': 250_000 if source is SLICED else 1}
-  if source is TREE and preset == 'exact':
-    source = checkpoints.load_checkpoint(SLICED).model
-    options['shard_size'] = 250_000
+@pytest.mark.parametrize('preset', ['exact', 'free', 'near'])
+def test_shards_are_jobs_that_run_in_any_order(tmp_path, preset):
+  source = checkpoints.load_checkpoint(SLICED).model
+  options = {'preset': preset, 'shard_size': 250_000}
   write(tmp_path / 'at_once', source, **options)
   plan = rotbits_jax.plan_shards(source, tmp_path / 'alone', **options)
   assert len(plan) > 2
@@ -114,9 +99,9 @@ def test_a_set_that_is_not_whole_is_not_published(tmp_path):
 def test_a_killed_run_finds_its_shards_again(tmp_path):
   source, path = {name: np.arange(i + 3) for i, name in enumerate('abcde')}, tmp_path
   write(path / 'expected', source)
-  with killed_at('c'):
+  with coded(killed_at='c'):
     write(path / 'x', source)
-  with killed_at('d'), coded() as names:
+  with coded(killed_at='d') as names:
     write(path / 'x', source)
   assert names == ['c', 'd']
   with coded() as names:  # another source, and another preset
@@ -165,27 +150,28 @@ def test_no_file_of_an_input_is_replaced(tmp_path):
   write(source / 'x.rotbits', source, shard_size=None)  # a result is no input
 
 
-@pytest.mark.parametrize(
-  ('change', 'words'),
-  [
-    (lambda x: x['weight_map'].pop('a'), 'a: the index and the shards differ'),
-    (lambda x: x['weight_map'].update(e=x['weight_map']['a']), 'e: the index and'),
-    (lambda x: x['weight_map'].update(a=x['weight_map']['c']), 'a: the index and'),
-    (lambda x: x['weight_map'].update(a='../x'), 'not the name of a shard'),
-    (lambda x: x['metadata'].pop('manifest_crc32'), 'manifest_crc32: is missing'),
-    (lambda x: x['metadata'].update(total_size=1), 'must have 1 bytes'),
-    (lambda x: x.update(more=1), 'more: is not known'),
-    (lambda x: x['metadata']['manifest_crc32'].popitem(), 'not the name of a shard'),
-  ],
+WRONG_INDEXES = (
+  (lambda x: x['weight_map'].pop('a'), 'a: the index and the shards differ'),
+  (lambda x: x['weight_map'].update(e=x['weight_map']['a']), 'e: the index and'),
+  (lambda x: x['weight_map'].update(a=x['weight_map']['c']), 'a: the index and'),
+  (lambda x: x['weight_map'].update(a='../x'), 'not the name of a shard'),
+  (lambda x: x['metadata'].pop('manifest_crc32'), 'manifest_crc32: is missing'),
+  (lambda x: x['metadata'].update(total_size=1), 'must have 1 bytes'),
+  (lambda x: x.update(more=1), 'more: is not known'),
+  (lambda x: x['metadata']['manifest_crc32'].popitem(), 'not the name of a shard'),
 )
-def test_an_index_must_fit_its_shards(tmp_path, change, words):
+
+
+def test_an_index_must_fit_its_shards(tmp_path):
   write(tmp_path / 'x')
   index = tmp_path / 'x' / shards.INDEX
-  value = json.loads(index.read_text())
-  change(value)
-  index.write_text(json.dumps(value))
-  with pytest.raises(file.ContainerError, match=words):
-    file.Reader(tmp_path / 'x')
+  text = index.read_text()
+  for change, words in WRONG_INDEXES:
+    value = json.loads(text)
+    change(value)
+    index.write_text(json.dumps(value))
+    with pytest.raises(file.ContainerError, match=words):
+      file.Reader(tmp_path / 'x')
 
 
 def test_an_index_with_a_changed_byte_is_refused_or_says_the_same(tmp_path):

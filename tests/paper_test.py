@@ -244,23 +244,19 @@ def words_of(count, seed=0):
   return rng.integers(0, 1 << 16, count).astype(np.uint16)
 
 
-class TestStack:
-  def test_pieces_and_blocks(self):
-    words = stack.WordStack(words_of(10))
-    blocks = [words_of(count, count) for count in (3, 0, 70000)]
-    for block in blocks:
-      words.push_block(block)
-    for block in blocks[::-1]:
-      np.testing.assert_array_equal(words.pop_block(), block)
-    words.push(words_of(5, 1))
-    expected = np.concatenate([words_of(10)[8:], words_of(5, 1)])
-    np.testing.assert_array_equal(words.pop(7), expected)
-    np.testing.assert_array_equal(words.pop(words.size), words_of(10)[:8])
-
-  @pytest.mark.parametrize('content', [[], [1], [4, 0], [0, 1]])
-  def test_too_few_words(self, content):
-    with pytest.raises(ValueError, match='ran dry'):
-      stack.WordStack(np.array(content, np.uint16)).pop_block()
+def test_words_come_back_from_a_stack():
+  words = stack.WordStack(words_of(10))
+  blocks = [words_of(count, count) for count in (3, 0, 70000)]
+  for block in blocks:
+    words.push_block(block)
+  for block in blocks[::-1]:
+    np.testing.assert_array_equal(words.pop_block(), block)
+  words.push(words_of(5, 1))
+  expected = np.concatenate([words_of(10)[8:], words_of(5, 1)])
+  np.testing.assert_array_equal(words.pop(7), expected)
+  np.testing.assert_array_equal(words.pop(words.size), words_of(10)[:8])
+  with pytest.raises(ValueError, match='ran dry'):
+    words.pop_block()
 
 
 @functools.cache
@@ -286,32 +282,27 @@ LAYOUTS = {
   'wider': lambda x: changed_array(x, 'head/kernel', dtype='float32'),
   'digest': lambda x: changed_array(x, 'layers.1/mlp/up/kernel', digest=1),
 }
-STREAMS = {
-  'message cut': ('message', lambda x: x[1:]),
-  'message short': ('message', lambda x: x[:-1]),
-  'message empty': ('message', lambda x: x[:0]),
-  'message long': ('message', lambda x: np.append(x, x)),
-  'corrections cut': ('corrections', lambda x: x[1:]),
-  'corrections short': ('corrections', lambda x: x[:-3]),
-  'corrections empty': ('corrections', lambda x: x[:0]),
-}
-
-
-@pytest.mark.parametrize('name', LAYOUTS)
-def test_malformed_layouts_are_refused(name):
-  model, encoded = encoded_model()
-  with pytest.raises(ValueError, match=r'\w'):
-    decode(encoded._replace(layout=LAYOUTS[name](encoded.layout)), model.config)
+STREAMS = (
+  ('message', lambda x: x[1:]),
+  ('message', lambda x: x[:-1]),
+  ('message', lambda x: x[:0]),
+  ('message', lambda x: np.append(x, x)),
+  ('corrections', lambda x: x[1:]),
+  ('corrections', lambda x: x[:-3]),
+  ('corrections', lambda x: x[:0]),
+)
 
 
 @pytest.mark.parametrize('entropy', [False, True])
-@pytest.mark.parametrize('name', STREAMS)
-def test_streams_of_another_length_are_refused(name, entropy):
+def test_malformed_layouts_and_streams_are_refused(entropy, subtests):
   model, encoded = encoded_model(entropy)
-  stream, change = STREAMS[name]
-  streams = encoded.streams | {stream: change(encoded.streams[stream])}
-  with pytest.raises(ValueError, match=r'\w'):
-    decode(encoded._replace(streams=streams), model.config, entropy=entropy)
+  changed = [encoded._replace(layout=x(encoded.layout)) for x in LAYOUTS.values()]
+  for name, change in STREAMS:
+    streams = encoded.streams | {name: change(encoded.streams[name])}
+    changed.append(encoded._replace(streams=streams))
+  for number, wrong in enumerate(changed):
+    with subtests.test(number=number), pytest.raises(ValueError, match=r'\w'):
+      decode(wrong, model.config, entropy=entropy)
 
 
 def test_a_rotation_that_the_arrays_cannot_give_is_refused_at_once():

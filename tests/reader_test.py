@@ -80,11 +80,10 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize('name', TREES)
-def test_manifests_of_trees(name):
-  edit, words = TREES[name]
-  with pytest.raises(file.ContainerError, match=words):
-    rotbits_jax.decode(edited_tree(edit))
+def test_manifests_of_trees(subtests):
+  for name, (edit, words) in TREES.items():
+    with subtests.test(name), pytest.raises(file.ContainerError, match=words):
+      rotbits_jax.decode(edited_tree(edit))
 
 
 def test_every_field_of_the_manifest_is_checked():

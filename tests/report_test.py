@@ -1,6 +1,5 @@
 """The report as a web page: complete, of no network, and safe with hostile notes."""
 
-import html.parser
 import pathlib
 import re
 
@@ -26,38 +25,12 @@ def encoded(name):
   return seeds.container(name)
 
 
-class Parser(html.parser.HTMLParser):
-  """Collects headings, and checks that elements are closed in order."""
-
-  VOID = frozenset(['meta', 'br'])
-
-  def __init__(self):
-    super().__init__()
-    self.open, self.headings, self.addresses = [], [], []
-
-  def handle_starttag(self, tag, attrs):
-    if tag not in self.VOID:
-      self.open.append(tag)
-    self.addresses += [x for name, x in attrs if name in ('src', 'href')]
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if self.open[-1:] == ['h2']:
-      self.headings.append(data)
-
-
 @pytest.mark.parametrize('name', HEADINGS)
 def test_page_is_whole_and_says_what_inspect_says(name):
   data = encoded(name)
   page = report.report_page(data)
-  parser = Parser()
-  parser.feed(page)
-  assert parser.headings == HEADINGS[name]
-  assert not parser.open
-  assert not parser.addresses
-  assert not re.search('@import|url[(]|<script>', page)
+  assert re.findall('<h2>(.*?)</h2>', page) == HEADINGS[name]
+  assert not re.search('@import|url[(]|<script>| src=| href=', page)
   found = rotbits_jax.inspect(data)
   text = found.to_text()
   assert sum(x.bytes_saved for x in found.lines) == found.input_bytes - found.file_bytes

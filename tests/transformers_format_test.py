@@ -8,7 +8,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import random_models
@@ -121,7 +120,6 @@ def test_files(name, tmp_path):
 @pytest.mark.parametrize(
   ('name', 'beside', 'scaling'),
   [
-    ('llama-tiny-sliced-head-0.25', {'rope_theta': 500000.0}, None),
     ('llama-tiny-sliced-head-0.25', {'rope_theta': 500000.0}, LLAMA3),
     ('llama-tiny-sliced-head-0.25', {}, {'type': 'linear', 'factor': 2.0}),
     ('phi2-tiny-sliced-0.25', {'rope_theta': 50.0, 'partial_rotary_factor': 0.5}, None),
@@ -166,61 +164,24 @@ def test_thin_shortcuts_are_factors(ranks, names, tmp_path):
         np.testing.assert_array_equal(own[f'{name}.{factor}'], getattr(leaf, factor))
 
 
-@pytest.fixture(name='encoded', scope='module')
-def _encoded(tmp_path_factory):
-  """Encodes a sliced model with `free`; its buffer is one that old versions stored."""
+@pytest.mark.parametrize('options', [{}, {'dtype': 'float32', 'shard_size': 4000}])
+def test_decoding_is_saving_what_was_decoded(options, tmp_path):
   model = random_models.sliced_llama((20, 20, 20, 20, 24), np.float16)
+  # Old versions of transformers stored this buffer.
   buffers = {'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(6, np.float32)}
   model = dataclasses.replace(model, buffers=buffers)
-  file = tmp_path_factory.mktemp('encoded') / 'x.rotbits'
-  rotbits_jax.encode_to_file(checkpoint_of(model), file, preset='free')
-  return file
-
-
-class TestDecode:
-  def test_free(self, encoded, tmp_path):
-    rotbits_jax.decode_to_directory(encoded, tmp_path, format='transformers')
-    tensors, config = read(tmp_path)
-    assert not any('rotary' in name for name in tensors)
-    assert (tmp_path / 'LICENSE').read_bytes() == b'free'
-    decoded = rotbits_jax.decode(encoded)
-    leaves = [
-      layer[f'{sublayer}_shortcut']['kernel']
-      for layer in decoded.layers()
-      for sublayer in ('attention', 'mlp')
-    ]
-    thin = [x.is_thin for x in leaves]
-    assert True in thin  # otherwise this tests nothing
-    names = [
-      f'model.layers.{index}.{sublayer}_shortcut'
-      for index in range(2)
-      for sublayer in ('attn', 'mlp')
-    ]
-    for name, leaf, ranks in zip(names, leaves, config['shortcut_ranks'], strict=True):
-      if leaf.is_thin:
-        assert ranks == [leaf.b.shape[1], leaf.c.shape[1]]
-        assert f'{name}.weight' not in tensors
-        if leaf.b.size:
-          np.testing.assert_array_equal(tensors[f'{name}.b'], leaf.b)
-      else:
-        assert ranks is None
-        expected = jax.device_get(structured.materialize(leaf)).T
-        np.testing.assert_array_equal(tensors[f'{name}.weight'], expected)
-
-  def test_saving_what_was_decoded_is_the_same(self, encoded, tmp_path):
-    rotbits_jax.decode_to_directory(encoded, tmp_path / 'x', format='transformers')
-    decoded = rotbits_jax.decode_checkpoint(encoded)
-    checkpoints.save_checkpoint(decoded, tmp_path / 'y', 'transformers')
-    for file in (tmp_path / 'x').iterdir():
-      assert file.read_bytes() == (tmp_path / 'y' / file.name).read_bytes()
-
-  def test_dtype_and_shards(self, encoded, tmp_path):
-    rotbits_jax.decode_to_directory(
-      encoded, tmp_path, format='transformers', dtype='float32', shard_size=4000
-    )
-    tensors, config = read(tmp_path)
-    assert {x.dtype for x in tensors.values()} == {np.dtype(np.float32)}
-    assert config['torch_dtype'] == 'float32'
-    index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
-    assert index['weight_map'].keys() == tensors.keys()
-    assert len(list(tmp_path.glob('*.safetensors'))) > 1
+  data = rotbits_jax.encode(checkpoint_of(model), preset='free')
+  here, there = tmp_path / 'x', tmp_path / 'y'
+  rotbits_jax.decode_to_directory(data, here, format='transformers', **options)
+  decoded = rotbits_jax.decode_checkpoint(data)
+  checkpoints.save_checkpoint(decoded, there, 'transformers')
+  (tensors, config), (expected, _) = read(here), read(there)
+  assert any(config['shortcut_ranks'])  # otherwise this tests nothing
+  assert not any('rotary' in name for name in tensors)
+  assert tensors.keys() == expected.keys()
+  for name, tensor in tensors.items():
+    dtype = options.get('dtype', 'float16')
+    np.testing.assert_array_equal(tensor, expected[name].astype(dtype))
+    assert tensor.dtype == dtype
+  assert config['torch_dtype'] == options.get('dtype', 'float16')
+  assert (len(list(here.glob('*.safetensors'))) > 1) == bool(options)
