@@ -179,8 +179,9 @@ def test_a_parameter_that_a_leaf_needs_must_be_there():
     rotbits_jax.decode(data)
 
 
-def test_plain_tensors_of_a_known_family_load_as_the_model(tmp_path):
-  source = checkpoints.example('llama-tiny-dense')
+@pytest.mark.parametrize('name', ['llama-tiny-dense', 'phi3-tiny-dense'])
+def test_plain_tensors_of_a_known_family_load_as_the_model(tmp_path, name):
+  source = checkpoints.example(name)
   expected = rotbits_jax.load_checkpoint(source).model
   rotbits_jax.encode_to_file(checkpoints.open_plain(source), tmp_path / 'x')
   model = rotbits_jax.load(tmp_path / 'x')
