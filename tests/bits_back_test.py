@@ -113,7 +113,3 @@ class CorrectionTest(absltest.TestCase):
     correction = correct(exact, integers, 0.125, groups, GROUPS)
     self.assertEqual(np.asarray(levels(correction, groups)).max(), 0)
     self.assertEqual(np.asarray(correction.residue).max(), 0)
-
-
-if __name__ == '__main__':
-  absltest.main()

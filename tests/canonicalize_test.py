@@ -241,7 +241,3 @@ class SymmetriesTest(absltest.TestCase):
     tied = random_models.BASE | {'num_hidden_layers': 1, 'tie_word_embeddings': True}
     config = random_models.random_model(tied).config
     self.assertEqual(symmetries(config), EVERY._replace(segments=False))
-
-
-if __name__ == '__main__':
-  absltest.main()

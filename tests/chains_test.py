@@ -305,7 +305,3 @@ class RewriteTest(parameterized.TestCase):
     savings = [record.savings for records, _ in yielded for record in records]
     self.assertEqual([len(s) for s in savings], [7, 7, 7, 7, 0])
     self.assertEqual(context.config.num_layers, 3)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -17,7 +17,6 @@ from rotbits_jax.checkpoints import CheckpointError
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
 SLICED = [name for name in FIXTURES if 'sliced' in name]
-DENSE = [name for name in FIXTURES if 'dense' in name]
 
 CONFIGS = {
   family: json.loads((TESTDATA / name / 'config.json').read_text())
@@ -393,14 +392,6 @@ class TestDirectory:
     blobs.rename(tmp_path / 'private')
     blobs.symlink_to('private')
     assert not checkpoints.open_plain(snapshot).files
-
-  def test_dense_weights_beside_a_sliced_model(self, tmp_path):
-    shutil.copytree(TESTDATA / 'llama-tiny-sliced-head-0.25', tmp_path / 'x')
-    shutil.copy(TESTDATA / 'llama-tiny-dense' / 'model.safetensors', tmp_path / 'x')
-    checkpoint = checkpoints.load_checkpoint(tmp_path / 'x' / 'model.safetensors')
-    assert not checkpoint.model.config.sliced
-    assert checkpoint.stem is None
-    assert 'Llama-2-tiny_0.25.json' not in checkpoint.files
 
   @pytest.mark.parametrize(
     ('removed', 'match'),

@@ -11,7 +11,6 @@ import sys
 import chex
 import numpy as np
 import pytest
-import safetensors.numpy
 import word_checkpoints
 
 import rotbits_jax
@@ -67,9 +66,6 @@ def test_encode_says_where_the_bytes_are_saved(rotbits, tmp_path, preset):
   flags = f'--checkpoint={SLICED}', f'--output={output}', f'--preset={preset}'
   report = json_of(rotbits, 'encode', *flags)
   assert (report['preset'], report['family']) == (preset, 'llama')
-  tensors = tensors_of(rotbits_jax.load_checkpoint(SLICED).model)
-  assert report['elements']['input'] == sum(t.size for t in tensors.values())
-  assert report['bytes']['input'] == sum(t.nbytes for t in tensors.values())
   assert report['bytes']['file'] == output.stat().st_size
   for key, numbers in (('bytes_saved', 'bytes'), ('elements_saved', 'elements')):
     whole, part = report[numbers].values()
@@ -98,11 +94,9 @@ def test_decode(rotbits, tmp_path, encoded, output_format):
   assert result['bytes'] == sum(sizes)
   (weights,) = [x for x in output.iterdir() if x.suffix in ('.pt', '.safetensors')]
   tensors = tensors_of(rotbits_jax.load_checkpoint(SLICED).model)
-  if output_format == 'safetensors':
-    found = safetensors.numpy.load_file(weights)
-  else:
-    found = tensors_of(rotbits_jax.load_checkpoint(weights).model)
-  chex.assert_trees_all_equal(found, tensors)
+  chex.assert_trees_all_equal(
+    tensors_of(rotbits_jax.load_checkpoint(weights).model), tensors
+  )
 
 
 def test_estimates_are_close_to_the_files(rotbits, encoded):
@@ -135,13 +129,6 @@ def test_evaluate(rotbits, readable, tmp_path):
   assert compared['tokens'] == 39
   assert 0 < compared['kl'] < 1e-4
   assert 0 < compared['kl_rerounded'] < 1e-4
-
-
-def test_snapshot(rotbits, tmp_path, monkeypatch, encoded):
-  monkeypatch.setenv('ROTBITS_JAX_CACHE', str(tmp_path))
-  code, out, _ = rotbits('snapshot', f'--input={encoded / "exact"}')
-  assert code == 0
-  assert pathlib.Path(out.strip(), 'config.json').exists()
 
 
 ENCODE = ('encode', f'--checkpoint={SLICED}', '--output=OUT')

@@ -1,6 +1,5 @@
 """Codecs are exact inverses in both orders, and as short as they should be."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -193,7 +192,3 @@ def test_vmap():
   expected = jnp.stack([doubled(row, n) for row, n in zip(x, (3, 4), strict=True)])
   batched = jax.vmap(native.loop(doubled))(x, jnp.array([3, 4]))
   np.testing.assert_array_equal(batched, expected)
-
-
-if __name__ == '__main__':
-  absltest.main()

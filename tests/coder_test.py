@@ -7,7 +7,6 @@ import tracemalloc
 from unittest import mock
 import zlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
@@ -408,7 +407,3 @@ def test_golden_record():
 
 
 GOLDEN = 4185671764, 2769182261
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -109,7 +109,3 @@ class ContainerTest(parameterized.TestCase):
       lying = struct.pack('<Q', len(text)) + text + data[8 + length :]
       with self.subTest(i=i), self.assertRaises(container.ContainerError):
         container.StreamReader(lying)
-
-
-if __name__ == '__main__':
-  absltest.main()

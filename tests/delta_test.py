@@ -144,17 +144,6 @@ def test_a_wrong_base_is_refused(change, words):
     assert not any(x.is_deleted() for x in jax.tree.leaves(wrong))
 
 
-@pytest.mark.parametrize('dtype', ['int2', 'uint2', 'int4', 'uint4'])
-def test_the_upper_bits_of_short_integers_say_nothing(dtype):
-  given = {'x': np.tile(np.arange(256, dtype=np.uint8), 4).view(jnp.dtype(dtype))}
-  plain = {'x': given['x'].astype(np.int8).astype(given['x'].dtype)}
-  new = {'x': plain['x'].copy()}
-  new['x'][:3] = 1
-  assert rotbits_jax.encode(given) == rotbits_jax.encode(plain)
-  assert_same(rotbits_jax.apply(rotbits_jax.delta(new, plain), given), new)
-  assert_same(rotbits_jax.apply(rotbits_jax.delta(new, given), plain), new)
-
-
 @pytest.mark.slow
 @pytest.mark.daily
 def test_two_processes(tmp_path, capsys):

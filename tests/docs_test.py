@@ -1,10 +1,11 @@
-"""The code of the documentation and of notebooks runs, and its site is built."""
+"""The code of README, documentation and notebooks runs; tables are those of RESULTS."""
 
 import doctest
 import importlib
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,11 @@ import nbformat
 import numpy as np
 import pytest
 
+from benchmarks import __main__ as runner
+from benchmarks import common
+from benchmarks import demo
 import rotbits_jax
+from rotbits_jax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
@@ -31,6 +36,15 @@ MODULES = [
   for path in sorted((ROOT / 'rotbits_jax').rglob('*.py'))
   if '>>>' in path.read_text('utf-8')
 ]
+README = (ROOT / 'README.md').read_text('utf-8')
+README_BLOCKS = re.findall(r'^```(\w+)\n(.*?)^```$', README, re.MULTILINE | re.DOTALL)
+README_COMMANDS = [
+  shlex.split(line, comments=True)
+  for language, block in README_BLOCKS
+  if language == 'bash'
+  for line in block.replace('\\\n', ' ').splitlines()
+]
+ELSEWHERE = ('bash', 'python3', '.', 'pip')  # what the tests run in, and what runs them
 
 
 def blocks(page, language):
@@ -131,3 +145,83 @@ def test_site_is_built_without_warnings(tmp_path):
     timeout=1200,
   )
   assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(name='clone')
+def _clone(tmp_path, monkeypatch):
+  """A folder with what a clone has, so that blocks write nothing into this one."""
+  for path in ROOT.iterdir():
+    if not path.name.startswith('.') and path.suffix != '.rotbits':
+      (tmp_path / path.name).symlink_to(path)
+  (tmp_path / 'MY-MODEL').symlink_to(ROOT / 'tests/testdata/opt-small-sliced-0.2')
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+@pytest.mark.usefixtures('clone')
+def test_commands_of_the_readme(rotbits):
+  """In their order, because later ones use the files of earlier ones."""
+  for command, *args in README_COMMANDS:
+    if command == 'rotbits':
+      assert rotbits(*args)[0] == 0, args
+    else:
+      assert command in (*ELSEWHERE, 'cp')
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+@pytest.mark.usefixtures('clone')
+def test_python_of_the_readme():
+  code = ''.join(block for language, block in README_BLOCKS if language == 'python')
+  exec(compile(code, 'README.md', 'exec'), {})
+
+
+def test_readme_names_every_command_and_contributing_every_extra():
+  named = re.search(r'^The commands are (.*?)\n\n', README, re.M | re.S)[1]
+  assert set(re.findall(r'`([a-z]+)`', named)) == set(main.COMMANDS)
+  requires = (ROOT / 'setup.py').read_text().partition('extras_require')[2]
+  extras = re.findall(r"^    '(\w+)': ", requires, re.MULTILINE)
+  assert extras
+  for extra in extras:
+    assert f'| `{extra}` |' in (ROOT / 'CONTRIBUTING.md').read_text()
+
+
+def test_its_table_is_that_of_the_results():
+  rows = re.findall(r'^\|.*%\*\* \|$', README, re.MULTILINE)
+  results = (ROOT / 'RESULTS.md').read_text('utf-8')
+  assert rows
+  for row in rows:
+    assert row in results
+
+
+def test_links_lead_somewhere():
+  for page in ('README.md', 'CONTRIBUTING.md', 'SECURITY.md', 'RESULTS.md'):
+    text = (ROOT / page).read_text('utf-8')
+    for target in re.findall(r'\]\((?!https?:)([^)#]+)', text):
+      assert (ROOT / target).exists(), target
+
+
+def test_every_benchmark_is_there():
+  folder = pathlib.Path(runner.__file__).parent
+  for name in runner.BENCHMARKS:
+    assert '\ndef run(' in (folder / f'{name}.py').read_text('utf-8')
+
+
+@pytest.mark.slow
+@pytest.mark.daily
+def test_demo_of_the_benchmarks(tmp_path):
+  (section,) = demo.run(common.Settings(output=tmp_path), full=False)
+  for preset in ('exact', 'free', 'near'):
+    assert f'`{preset}`' in section.body
+  assert 'every bit' in section.body
+
+
+def test_every_section_is_written_by_a_benchmark():
+  text = (ROOT / 'RESULTS.md').read_text('utf-8')
+  titles = re.findall(r'^## .*$', text, re.M)
+  named = re.findall(r'^## .*\n\n`python -m benchmarks (\w+)`', text, re.M)
+  assert len(named) == len(titles)
+  assert set(named) <= set(runner.BENCHMARKS)
+  assert text.count(': start -->') == text.count(': end -->') == len(titles)

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -155,7 +154,3 @@ _recover = jax.jit(
   lambda q, w, x, name: eigen.recover(q, w, x, SPACINGS[name]),
   static_argnums=3,
 )
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -6,7 +6,6 @@ A row of `CASES` is a transform on a model; the elements follow from the group.
 import functools
 from typing import Any, NamedTuple
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -213,7 +212,3 @@ class ShortcutsTest(parameterized.TestCase):
     if name == 'above 1':
       kernel = after.layer(1)['attention_shortcut']['kernel']
       self.assertGreater(kernel.c.shape[-1], 0)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -218,7 +218,3 @@ class RecoveryTest(parameterized.TestCase):
     self.assertLess(float(level.mean()), 4)
     for moved in (recovered, _ulps(recovered, 0), _ulps(recovered, 1)):
       np.testing.assert_array_equal(recover(moved, correction), cells)
-
-
-if __name__ == '__main__':
-  absltest.main()

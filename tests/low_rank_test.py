@@ -120,7 +120,3 @@ class FixPairsTest(parameterized.TestCase):
       self.assertIs(fixed[name], leaf)
     self.assertEqual([note['tensor'] for note in notes], ['broken', 'huge'])
     self.assertIn('not finite', notes[0]['obstacle'])
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -195,7 +195,3 @@ class TablesTest(absltest.TestCase):
     stack[0, 100] += 1
     with self.assertRaisesRegex(ValueError, 'add up'):
       tables.from_bytes(tables.to_bytes(stack), 1, 256)
-
-
-if __name__ == '__main__':
-  absltest.main()

@@ -3,7 +3,6 @@
 import itertools
 import types
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax.numpy as jnp
 import ml_dtypes
@@ -197,7 +196,3 @@ class FeedbackTest(parameterized.TestCase):
     plain = steps.multiples(*arguments)
     error = lambda x: np.square(inputs @ (np.asarray(x) - kernel)).sum()
     self.assertLess(error(rounded), 0.5 * error(plain))
-
-
-if __name__ == '__main__':
-  absltest.main()

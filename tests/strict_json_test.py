@@ -39,7 +39,3 @@ class LoadsTest(absltest.TestCase):
     ):
       with self.subTest(problem=problem), self.assertRaisesRegex(ValueError, problem):
         strict_json.loads(text)
-
-
-if __name__ == '__main__':
-  absltest.main()

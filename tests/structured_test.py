@@ -177,7 +177,3 @@ class StructuredTest(absltest.TestCase):
       structured.Constant.from_stored(
         {'tail': [1 << 30] * 2}, {'value': np.array(1, np.float16)}
       )
-
-
-if __name__ == '__main__':
-  absltest.main()

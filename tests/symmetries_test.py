@@ -346,7 +346,3 @@ class CanonicalTest(parameterized.TestCase):
       self.assertEqual((reference.dtype, q.dtype), (jnp.float32, jnp.float32))
       np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5, err_msg=case)
       np.testing.assert_allclose(q @ reference, w, atol=1e-5, err_msg=case)
-
-
-if __name__ == '__main__':
-  absltest.main()

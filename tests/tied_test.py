@@ -157,7 +157,3 @@ class LeastSquaresTest(absltest.TestCase):
     np.testing.assert_allclose(
       tied.least_squares(tied.Equations(a.T @ a, a.T @ b)), expected, rtol=1e-6
     )
-
-
-if __name__ == '__main__':
-  absltest.main()

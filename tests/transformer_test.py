@@ -187,17 +187,3 @@ class StructuredLeavesTest(chex.TestCase):
     build = lambda layers: models.from_layers(model.config, model.outer(), layers)
     assert build(compact).stacks == (range(2), range(2, 3))
     self.assert_acts_as(build(compact), build(plain))
-
-  def test_any_parameter_may_be_structured(self):
-    model = random_model(parse(LLAMA | {'tie_word_embeddings': True}, None))
-
-    def edited(edit):
-      outer, layers = model.outer(), list(model.layers())
-      outer = outer | {'embed': {'tokens': edit(outer['embed']['tokens'])}}
-      for layer in layers:
-        for linear in (layer['attention']['query'], layer['mlp']['down']):
-          linear['kernel'] = edit(linear['kernel'])
-      return models.from_layers(model.config, outer, layers)
-
-    trapezoid = lambda x: structured.TrapezoidalRows.of(np.triu(x), len(x))
-    self.assert_acts_as(edited(trapezoid), edited(np.triu))

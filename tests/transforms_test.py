@@ -6,7 +6,6 @@ To add a transform to all these tests, add it to `tests.cases.transforms`.
 import functools
 import pathlib
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import numpy as np
@@ -103,7 +102,3 @@ class TransformsTest(Checks):
 class TrainedCheckpointTest(Checks):
   def test_all_checks(self):
     self.check_all(TRAINED)
-
-
-if __name__ == '__main__':
-  absltest.main()
