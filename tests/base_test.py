@@ -209,13 +209,12 @@ def test_checkpoints_on_disk(tmp_path):
 def test_shards_beside_shards(tmp_path):
   path = tuned_checkpoint(tmp_path / 'tuned')
   size = 40_000
-  rotbits_jax.encode_to_file(DENSE, tmp_path / 'b.rotbits', shard_size=size)
-  base = tmp_path / 'b.rotbits'
-  rotbits_jax.encode_to_file(path, tmp_path / 'x.rotbits', base=base, shard_size=size)
-  assert len(list(tmp_path.glob('x-*.rotbits'))) > 1
-  for own in (base, tmp_path / 'b.rotbits.index.json', DENSE):
-    found = rotbits_jax.verify(tmp_path / 'x.rotbits', against=path, base=own)
-    assert found.same_bits
+  base, tuned = tmp_path / 'base', tmp_path / 'x'
+  rotbits_jax.encode_to_file(DENSE, base, shard_size=size)
+  rotbits_jax.encode_to_file(path, tuned, base=base, shard_size=size)
+  assert len(list(tuned.glob('*.rotbits'))) > 1
+  for own in (base, base / 'model.rotbits.index.json', DENSE):
+    assert rotbits_jax.verify(tuned, against=path, base=own).same_bits
 
 
 def test_a_chain_of_bases(tmp_path):

@@ -49,7 +49,7 @@ if 'ROTBITS_TEST_OPTIMISED' not in os.environ:
 
 
 # They come first, so that no worker waits at the end until the other is done with one.
-_LONG = {'transforms_test', 'weights_test'}
+_LONG = {'transforms_test', 'chains_test'}
 
 
 def pytest_collection_modifyitems(items):
