@@ -11,6 +11,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.models import fisher
 from rotbits_jax.presets import sensitivities
 from tests import random_models
 
@@ -33,7 +34,7 @@ def gradients_of_parameters(model, tokens):
 
 def test_those_of_one_token_are_factors_of_those_of_kernels():
   model, tokens = random_models.sliced_llama([18] * 7), jnp.asarray([[5]])
-  found = dict(models.fisher_factors(model, [tokens], seed=SEED))
+  found = dict(fisher.fisher_factors(model, [tokens], seed=SEED))
   for path, own in gradients_of_parameters(model, tokens).leaves():
     if path.startswith('layers.') and path.endswith('/kernel'):
       factors = found[path.partition('/')[0]]
@@ -45,7 +46,7 @@ def test_those_of_one_token_are_factors_of_those_of_kernels():
 def test_those_at_the_embedding_and_the_head():
   model = random_models.sliced_llama([18] * 7)
   tokens = jnp.asarray([[7, 1, 9, 30, 2]])
-  found = dict(models.fisher_factors(model, [tokens], seed=SEED))
+  found = dict(fisher.fisher_factors(model, [tokens], seed=SEED))
   table = gradients_of_parameters(model, tokens).params['embed']['tokens']
   rows = np.asarray(table)[tokens[0]]
   (met,), seen = found['embed'].moments.values(), found['embed'].squares['embed/tokens']

@@ -92,7 +92,7 @@ class RoundTest(parameterized.TestCase):
     inputs = rounding.Inputs(np.eye(64, dtype=np.float32), 0, np.ones(64, np.float32))
     rule = passes.to_steps(-12.0, inputs={'a': inputs})
     context = passes.Context(None, {}, np.dtype(np.float32))
-    found, *_ = rounding.apply(rule, {'a': jnp.asarray(kernel)}, context)
+    found, *_ = rounding.round_params(rule, {'a': jnp.asarray(kernel)}, context)
     np.testing.assert_allclose(found['a'], kernel, rtol=1e-6, atol=1e-5)
 
   def test_a_multiple_that_would_become_infinite_is_the_one_below(self):
@@ -121,7 +121,7 @@ class RoundTest(parameterized.TestCase):
     source = types.SimpleNamespace(config=config)
     context = passes.Context(source, {path: half}, half)
     rule = passes.with_minimum_exponent()
-    found, _, _ = rounding.apply(rule, {path: jnp.asarray(table)}, context)
+    found, _, _ = rounding.round_params(rule, {path: jnp.asarray(table)}, context)
     errors = np.linalg.norm(np.float32(found[path]) - table, axis=1)
     relative = errors / np.linalg.norm(table, axis=1)
     self.assertEqual(relative[3] < 8 * 2.0**-11, is_kept)

@@ -18,7 +18,6 @@ from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import low_rank
 from rotbits_jax.symmetries import rotations
-from rotbits_jax.symmetries import shortcuts
 from rotbits_jax.symmetries import steps
 from tests import devices
 from tests import random_models
@@ -216,9 +215,10 @@ class StreamTest(parameterized.TestCase):
     rotation, u = (random_models.orthogonal(rng, 6) for _ in range(2))
     values = np.array([1.7, 1.2, 1.001, 0.9, 0.6, 0.1])
     polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(6))
-    factors = functools.partial(shortcuts.factors, tolerance=0.01, columns=columns)
+    factors = functools.partial(rotations.shortcut, tolerance=0.01, columns=columns)
+    leaf = jax.jit(factors)(jnp.float32(rotation), polar)
     for factor, own, k, count in zip(
-      jax.jit(factors)(jnp.float32(rotation), polar),
+      (leaf.b, leaf.c),
       (np.where(values < 1, 1 - values, 0), np.where(values > 1.01, values - 1, 0)),
       columns,
       (3, 2),

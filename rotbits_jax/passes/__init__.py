@@ -26,13 +26,11 @@ from rotbits_jax.passes.noise import random_rotation
 from rotbits_jax.passes.noise import randomly_rotated
 from rotbits_jax.passes.residual import remove_residual_gauge
 from rotbits_jax.passes.rewrite import ROUNDING
-from rotbits_jax.passes.rewrite import Parts
 from rotbits_jax.passes.rewrite import Record
 from rotbits_jax.passes.rewrite import Saving
 from rotbits_jax.passes.rewrite import count_model
 from rotbits_jax.passes.rewrite import make_context
 from rotbits_jax.passes.rewrite import rewrite
-from rotbits_jax.passes.rewrite import round_part
 from rotbits_jax.passes.rewrite import run_chain
 from rotbits_jax.passes.rewrite import widened
 from rotbits_jax.passes.rounding import COARSEST
@@ -43,17 +41,14 @@ from rotbits_jax.passes.rounding import Inputs
 from rotbits_jax.passes.rounding import Rounding
 from rotbits_jax.passes.rounding import is_matrix
 from rotbits_jax.passes.rounding import round_leaf
+from rotbits_jax.passes.rounding import round_params
 from rotbits_jax.passes.rounding import to_steps
 from rotbits_jax.passes.rounding import with_minimum_exponent
 from rotbits_jax.passes.tied import retie_embedding
 from rotbits_jax.passes.tied import retie_exactly
-from rotbits_jax.passes.transform import MOST_ERROR
 from rotbits_jax.passes.transform import Chain
 from rotbits_jax.passes.transform import Context
 from rotbits_jax.passes.transform import ModelSource
-from rotbits_jax.passes.transform import Note
-from rotbits_jax.passes.transform import Params
-from rotbits_jax.passes.transform import State
 from rotbits_jax.passes.transform import Transform
 from rotbits_jax.passes.transform import chain
 from rotbits_jax.passes.transform import note
@@ -62,20 +57,15 @@ __all__ = [
   'COARSEST',
   'FINEST',
   'FLOAT32',
-  'MOST_ERROR',
   'NEAREST',
   'ROUNDING',
   'Chain',
   'Context',
   'Inputs',
   'ModelSource',
-  'Note',
-  'Params',
-  'Parts',
   'Record',
   'Rounding',
   'Saving',
-  'State',
   'Transform',
   'chain',
   'count_model',
@@ -93,7 +83,7 @@ __all__ = [
   'retie_exactly',
   'rewrite',
   'round_leaf',
-  'round_part',
+  'round_params',
   'run_chain',
   'to_steps',
   'widened',

@@ -115,27 +115,30 @@ def _fix_heads(
   fixed, errors = _fix(pair, config, dtype=dtype)
   errors = jax.device_get(errors)
   kernel = heads.OUT if is_values else heads.KEY
-  most = tolerance * errors.plain
+  most = tolerance * errors['plain_error']
   return params, [settle(params, kernel, fixed, errors, prefix=prefix, most=most)]
 
 
 @functools.partial(jax.jit, static_argnums=1, static_argnames='dtype')
 def _fix(
   pair: models.Params, config: models.ModelConfig, *, dtype: np.dtype
-) -> tuple[models.Params, heads.Errors]:
+) -> tuple[models.Params, dict[str, jax.Array]]:
   """Fixes the gauge of a pair, and measures the errors of rounding."""
   fixed = layer_lib.fix_pair(pair, config).params
   rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
-  forms = (pair, fixed, rounded)
-  sides = (heads.sides(x, kv_heads=config.num_kv_heads) for x in forms)
-  return fixed, heads.rounding_errors(*sides, dtype=dtype)
+  plain, exact, near = (
+    heads.sides(x, kv_heads=config.num_kv_heads) for x in (pair, fixed, rounded)
+  )
+  plain_error = heads.rounding_error(plain, dtype)
+  error = heads.relative_error(exact, near)
+  return fixed, {'plain_error': plain_error, 'error': error}
 
 
 def settle(
   params: transform.Params,
   path: str,
   fixed: transform.Params,
-  errors: heads.Errors,
+  errors: transform.Note,
   *,
   prefix: str,
   most: float,
@@ -146,17 +149,17 @@ def settle(
     params: the parameters of a layer, or outside the layers; changed in place.
     path: path of the parameter that stores fewer weights.
     fixed: the parameters with their gauge fixed, by path.
-    errors: the errors of rounding, on the host.
+    errors: the errors of rounding, `plain_error` without the gauge; on the host.
     prefix: the beginning of the paths in the whole model.
     most: the greatest error.
 
   Returns:
     A note on the parameter.
   """
-  details: transform.Note = {'plain_error': errors.plain}
-  if not np.isfinite(errors.plain):
+  details = {'plain_error': errors['plain_error']}
+  if not np.isfinite(errors['plain_error']):
     details = {'obstacle': 'it has weights that are not finite, or not when rounded'}
-  elif errors.fixed <= most:  # false if rounding makes a weight infinite
+  elif errors['error'] <= most:  # false if rounding makes a weight infinite
     params |= fixed
-    details['error'] = errors.fixed
+    details = errors
   return transform.note(prefix + path, params[path], **details)

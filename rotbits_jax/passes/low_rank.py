@@ -41,7 +41,7 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
         continue
       leaf, *measured = _fix(pair, dtype=context.holder(prefix + path))
       errors, spread = jax.device_get(measured)
-      most = max(tolerance * errors.plain / spread, _FLOAT32_ERROR)
+      most = max(tolerance * errors['plain_error'] / spread, _FLOAT32_ERROR)
       note = heads_lib.settle(
         params, path, {path: leaf}, errors, prefix=prefix, most=most
       )
@@ -59,13 +59,15 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> transform.Transform:
 @functools.partial(jax.jit, static_argnames='dtype')
 def _fix(
   pair: structured.LowRank, *, dtype: np.dtype
-) -> tuple[structured.ReducedLowRank, heads.Errors, jax.Array]:
+) -> tuple[structured.ReducedLowRank, dict[str, jax.Array], jax.Array]:
   """Fixes the gauge of a pair; returns the errors of rounding, and the spread."""
   fixed = low_rank.fix_pair(pair.u, pair.v)
   even = fixed.without_lines()
   rounded = structured.astype(structured.astype(even, dtype), jnp.float32)
   factors = fixed.divided(*pair.factors()), even.factors(), rounded.factors()
-  sides = [(u[None], v.T[None]) for u, v in factors]
+  plain, exact, near = ((u[None], v.T[None]) for u, v in factors)
   (u, v), *_ = factors
   spread = jnp.maximum(low_rank.spread(u), low_rank.spread(v.T))
-  return fixed, heads.rounding_errors(*sides, dtype=dtype), spread
+  plain_error = heads.rounding_error(plain, dtype)
+  error = heads.relative_error(exact, near)
+  return fixed, {'plain_error': plain_error, 'error': error}, spread

@@ -37,47 +37,35 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
   Returns:
     The rotated model in its old dtypes, with NumPy arrays.
   """
-  valid = models.layout.symmetries(model.config)
-  only_heads = (valid.segments or valid.stream) and bool(
-    residual.obstacle(rewrite.make_context(model, stored_as=model.stored_as))
-  )
-  rotation = random_rotation(key=key, only_heads=only_heads)
-  return rewrite.run_chain((rotation,), model)[0]
+  return rewrite.run_chain((random_rotation(key=key),), model)[0]
 
 
-def random_rotation(*, key: jax.Array, only_heads: bool = False) -> transform.Transform:
-  """Makes the transform that `randomly_rotated` applies.
+def random_rotation(*, key: jax.Array) -> transform.Transform:
+  """Makes the transform that `randomly_rotated` applies."""
 
-  Args:
-    key: a key from `jax.random.key`.
-    only_heads: whether the residual stream stays as it is.
-  """
+  def init(context: transform.Context) -> bool:
+    return residual.has_stream(context.config) and not residual.obstacle(context)
 
   def layer(
-    context: transform.Context, state: Any, index: int, params: transform.Params
+    context: transform.Context, has_stream: bool, index: int, params: transform.Params
   ) -> transform.Noted:
     config, steps = context.config, context.config.segments_per_layer
-    if only_heads or not _has_stream(config):
+    if not has_stream:
       return _with_rotated_heads(params, index, config, key), []
     segments = range(index * steps, (index + 1) * steps + 1)
     return _rotated(params, segments, config, key, is_outer=False), []
 
   def outer(
-    context: transform.Context, state: Any, params: transform.Params
+    context: transform.Context, has_stream: bool, params: transform.Params
   ) -> transform.Noted:
-    config = context.config
-    if only_heads or not _has_stream(config):
-      return params, []
-    ends = (0, len(config.segment_widths) - 1)
-    return _rotated(params, ends, config, key, is_outer=True), []
+    ends = (0, len(context.config.segment_widths) - 1)
+    if has_stream:
+      params = _rotated(params, ends, context.config, key, is_outer=True)
+    return params, []
 
-  return transform.Transform('rotation', layer=layer, outer=outer, takes='float32')
-
-
-def _has_stream(config: models.ModelConfig) -> bool:
-  """Returns whether the residual stream of a model can be rotated."""
-  valid = models.layout.symmetries(config)
-  return valid.segments or valid.stream
+  return transform.Transform(
+    'rotation', init=init, layer=layer, outer=outer, takes='float32'
+  )
 
 
 def _rotated(

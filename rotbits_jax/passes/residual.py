@@ -1,7 +1,7 @@
 r"""The residual gauge: a rotation of every segment of the residual stream.
 
 `symmetries.rotations` explains why the segments can be rotated, and the polar gauge in
-which all shortcuts are symmetric. `symmetries.shortcuts` gives their low-rank form.
+which all shortcuts are symmetric and have a low-rank form.
 This pass calls the functions of `symmetries.layer` layer by layer, because R_0 needs
 the first layer and O_s needs M_s.
 
@@ -50,7 +50,7 @@ from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 
-# Norms of rows and columns may be at most this part of the greatest number of a dtype.
+# Norms of rotated lines may be at most this part of the greatest number of a dtype.
 _RANGE = 0.99
 
 # The low-rank form is accurate enough if its relative error is at most this multiple of
@@ -114,7 +114,7 @@ class State(NamedTuple):
 def _init(context: transform.Context) -> State | tuple[()]:
   """Returns the state before the first layer; () if nothing is rotated."""
   config = context.config
-  if not _is_valid(config) or obstacle(context):
+  if not has_stream(config) or obstacle(context):
     return ()
   first = models.names.layer(0)
   params = _wide(structured.flatten(context.source.read(first)[first]))
@@ -132,7 +132,7 @@ def _init(context: transform.Context) -> State | tuple[()]:
   return State(rotation, is_upper, [rotation] * count, [], 0)
 
 
-def _is_valid(config: models.ModelConfig) -> bool:
+def has_stream(config: models.ModelConfig) -> bool:
   """Returns whether the residual stream of a model has rotations."""
   symmetries = models.layout.symmetries(config)
   return symmetries.segments or symmetries.stream
@@ -190,7 +190,7 @@ def _outer(
   """Rotates the parameters outside the layers."""
   config = context.config
   if not state:
-    reason = obstacle(context) if _is_valid(config) else ''
+    reason = obstacle(context) if has_stream(config) else ''
     note = transform.note('embed/tokens', params['embed/tokens'], obstacle=reason)
     return params, [note] if reason else []
   params, notes = structured.expand(params, keep_factors=True), []
@@ -310,30 +310,40 @@ def _wide(params: transform.Params) -> transform.Params:
 
 
 def _too_large(context: transform.Context, index: int | None) -> str | None:
-  """Returns the path of a parameter that is too large to rotate, if any."""
-  params = _wide(_source_part(context, index))
-  prefix = models.names.prefix(index)
-  limits = [context.limit(prefix + path) for path in params]
-  if _rough_norm(params) <= _RANGE * min(limits):
-    return None
-  bounds = _norms(params, config=context.config, is_outer=index is None)
-  for path, norm in jax.device_get(bounds).items():
-    if not norm <= _RANGE * context.limit(prefix + path):  # also if it is NaN
+  """Returns the path of a parameter that is too large to rotate, if any.
+
+  A rotation keeps the norms of the lines that it mixes. None exceeds the greatest
+  number times the root of the length.
+  """
+  config, layout = context.config, models.layout
+  axes = layout.outer_axes(config) if index is None else layout.layer_axes(config)
+  params, prefix = _wide(_source_part(context, index)), models.names.prefix(index)
+  # Scales of a dense model are folded into its kernels.
+  scales = [_greatest(x) for path, x in params.items() if axes[path] == ('norm',)]
+  scale = np.max([1.0, *scales])  # NaN if one is
+  for path, leaf in params.items():
+    sides = zip(leaf.shape, axes[path], strict=True)
+    lengths = [length for length, axis in sides if isinstance(axis, int)]
+    is_table = axes[path][0] in ('vocabulary', 'position')
+    bound = scale * _greatest(leaf, is_table) * math.sqrt(math.prod(lengths))
+    if lengths and not bound <= _RANGE * context.limit(prefix + path):
       return prefix + path
   return None
 
 
-def _rough_norm(params: transform.Params) -> float:
-  """Returns a bound of `_norms` that costs no program; infinite or NaN if unknown."""
-  greatest, longest = 0.0, 1
-  for x in jax.tree.leaves(params):
-    if not isinstance(x, np.ndarray):
-      return math.inf
-    bits = x.view(f'u{x.itemsize}')  # without their sign, they are in order
-    top = np.max(bits << 1, initial=0) >> 1
-    greatest = float(np.maximum(greatest, float(top.view(x.dtype))))
-    longest = max((longest, *x.shape))
-  return (1 + greatest) ** 2 * math.sqrt(longest)  # a scale may be folded into a kernel
+def _greatest(leaf: Any, only_finite: bool = False) -> float:
+  """Returns the greatest magnitude of the numbers of a leaf."""
+  greatest = 0.0
+  for array in map(np.asarray, jax.tree.leaves(leaf)):
+    # Without their sign, bits are in order, and NumPy is slow in half precision.
+    unsigned = f'u{array.itemsize}'
+    bits = array.view(unsigned) << 1
+    if only_finite:
+      infinite = np.array(np.inf, array.dtype).view(unsigned) << 1
+      bits = np.where(bits < infinite, bits, 0)
+    top = (np.max(bits, initial=0) >> 1).view(array.dtype)
+    greatest = float(np.maximum(greatest, float(top)))
+  return greatest
 
 
 # ---- compiled functions ------------------------------------------------------------
@@ -376,22 +386,6 @@ def _with_zeros(kernel: jax.Array, *, rows: int) -> tuple[Any, jax.Array]:
   return leaf, jnp.linalg.norm(upper - kernel) / norm
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'is_outer'))
-def _norms(
-  params: transform.Params, *, config: models.ModelConfig, is_outer: bool
-) -> dict[str, jax.Array]:
-  """Returns a bound of the weights of each parameter that can be rotated."""
-  layout = models.layout
-  axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
-  if not config.sliced:
-    wide = structured.astype(params, jnp.float32)
-    params = norms.fold_norm_scales(wide, config, is_outer=is_outer)
-  rotated = [x for x in params if rotations_lib.sides(axes[x]) != (None, None)]
-  return {
-    path: rotations_lib.largest_norm(params[path], axes[path]) for path in rotated
-  }
-
-
 _gauge = jax.jit(
   functools.partial(layer_lib.gauge, polar=canonical.quick_polar), static_argnums=1
 )
@@ -400,4 +394,4 @@ _first_rotation = jax.jit(layer_lib.first_rotation, static_argnums=2)
 _last_rotation = jax.jit(layer_lib.last_rotation)
 fold = jax.jit(norms.fold_norm_scales, static_argnums=1, static_argnames='is_outer')
 _rotate_array = jax.jit(rotations_lib.rotate)
-_low_rank = jax.jit(layer_lib.shortcut, static_argnames=('tolerance', 'columns'))
+_low_rank = jax.jit(rotations_lib.shortcut, static_argnames=('tolerance', 'columns'))

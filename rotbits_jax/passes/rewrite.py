@@ -11,9 +11,9 @@ a transform removed from a record.
 """
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,31 +126,19 @@ def rewrite(
       notes an error that is too large, see `Transform`.
   """
   transform_lib.check_takes(chain, 'stored' if rounding is None else 'float32')
-  return _rewrite(context, chain, rounding, layers, state, outer)
-
-
-def _rewrite(
-  context: Context,
-  chain: Chain,
-  rounding: Rounding,
-  layers: range | None,
-  state: State | None,
-  outer: bool,
-) -> Iterator[tuple[list[Record], State]]:
-  """Yields what `rewrite` does."""
   layers = range(context.config.num_layers) if layers is None else layers
   if state is None:
     state = tuple(transform.init(context) for transform in chain)
     # A state depends on what earlier transforms make of the layers.
     count = max((i for i, x in enumerate(chain) if x.advance is not None), default=-1)
     for index in range(layers.start if count >= 0 else 0):
-      params = _read(context, models.names.layer(index), rounding)
-      states, params, _ = _apply(context, chain[:count], state, index, params)
+      params = _read(context, index, rounding)
+      states, params, _ = _layer(context, chain[:count], state, index, params)
       last = _advanced(context, chain[count], state[count], index, params)
       state = (*states, last, *state[count + 1 :])
   for index in layers:
-    params = _read(context, models.names.layer(index), rounding)
-    state, params, savings = _apply(context, chain, state, index, params)
+    params = _read(context, index, rounding)
+    state, params, savings = _layer(context, chain, state, index, params)
     prefix = models.names.prefix(index)
     params = {prefix + path: params.pop(path) for path in [*params]}
     name = models.names.layer(index)
@@ -159,12 +147,15 @@ def _rewrite(
     yield _outer(context, chain, rounding, state), state
 
 
-def _read(context: Context, name: str, rounding: Rounding) -> Params:
-  """Reads a record: float32 on the device, or as stored if there is no rounding."""
-  tree = context.source.read(name)[name]
-  if rounding is None:
-    return structured.flatten(tree)
-  return widened(tree)
+def _read(context: Context, index: int, rounding: Rounding) -> Params:
+  """Reads a layer."""
+  name = models.names.layer(index)
+  return _wide(context.source.read(name)[name], rounding)
+
+
+def _wide(tree: models.Params, rounding: Rounding) -> Params:
+  """Returns parameters by path: as stored without a rounding, else widened."""
+  return structured.flatten(tree) if rounding is None else widened(tree)
 
 
 def _advanced(
@@ -176,18 +167,19 @@ def _advanced(
   return transform.advance(context, state, index, params)
 
 
-def _apply(
+def _layer(
   context: Context, chain: Chain, state: State, index: int, params: Params
 ) -> tuple[State, Params, list[Saving]]:
   """Applies transforms to a layer; returns the states, the layer and the savings."""
-  states, effects, prefix = [], [], models.names.prefix(index)
-  size = _count(context, prefix, params)
-  for transform, transform_state in zip(chain, state, strict=False):
-    states.append(_advanced(context, transform, transform_state, index, params))
-    params, notes = transform.layer(context, states[-1], index, params)
-    before, size = size, _count(context, prefix, params)
-    effects.append(_Effect(transform, before, size, notes))
-  return tuple(states), params, _savings(context, effects)
+  states: list[State] = []
+
+  def apply(transform: Transform, params: Params) -> transform_lib.Noted:
+    before = state[len(states)]
+    states.append(_advanced(context, transform, before, index, params))
+    return transform.layer(context, states[-1], index, params)
+
+  params, savings = _apply(context, chain, models.names.prefix(index), params, apply)
+  return tuple(states), params, savings
 
 
 def _outer(
@@ -197,22 +189,35 @@ def _outer(
   params: Params = {}
   for name, tree in context.source.outer().items():
     # One by one, because both dtypes of a parameter are in memory meanwhile.
-    if rounding is None:
-      params |= structured.flatten({name: tree})
-    else:
-      params |= widened({name: tree})
-  effects, size = [], _count(context, '', params)
-  for transform, transform_state in zip(chain, state, strict=True):
-    params, notes = transform.outer(context, transform_state, params)
-    before, size = size, _count(context, '', params)
-    effects.append(_Effect(transform, before, size, notes))
-  savings, records = _savings(context, effects), list[Record]()
+    params |= _wide({name: tree}, rounding)
+  states = iter(state)
+  apply = lambda transform, params: transform.outer(context, next(states), params)
+  params, savings = _apply(context, chain, '', params, apply)
+  records = list[Record]()
   for name in dict.fromkeys(path.split('/')[0] for path in params):
     paths = [path for path in params if path.split('/')[0] == name]
     leaves = {path: params.pop(path) for path in paths}
     records.append(_record(name, leaves, context, rounding, savings))
     savings = []
   return records
+
+
+def _apply(
+  context: Context,
+  chain: Chain,
+  prefix: str,
+  params: Params,
+  apply: Callable[[Transform, Params], transform_lib.Noted],
+) -> tuple[Params, list[Saving]]:
+  """Applies transforms in order; returns the parameters and the savings."""
+  savings, size = [], _count(context, prefix, params)
+  for transform in chain:
+    params, notes = apply(transform, params)
+    before, size = size, _count(context, prefix, params)
+    checked = tuple(_checked(context, transform, note) for note in notes)
+    saved = before[0] - size[0], before[1] - size[1]
+    savings.append(Saving(transform.name, *saved, checked))
+  return params, savings
 
 
 def run_chain(
@@ -269,62 +274,6 @@ def count_model(model: models.Model) -> tuple[int, int]:
   return elements + buffers, size + structured.count_bytes(model.buffers)
 
 
-# ---- rounding alone ----------------------------------------------------------------
-
-
-class Parts(NamedTuple):
-  """A model whose parts are in a mapping, after transforms: a source of `round_part`.
-
-  Attributes:
-    config: sizes and switches.
-    parts: the parameters of a layer by the name of its record, and those outside the
-      layers by None.
-  """
-
-  config: models.ModelConfig
-  parts: Any
-
-  def add(self, records: Iterable[Record]) -> None:
-    """Adds layers, or all parameters outside the layers."""
-    outer: models.Params = {}
-    for record in records:
-      if models.names.layer_index(record.name) is None:
-        outer |= record.params
-      else:
-        self.parts[record.name] = record.params[record.name]
-    if outer:
-      self.parts[None] = outer
-
-  def read(self, record: str) -> models.Params:
-    """The parameters of a layer, by whole paths."""
-    return {record: self.parts[record]}
-
-  def outer(self) -> models.Params:
-    """The parameters outside the layers."""
-    params: models.Params = self.parts[None]
-    return params
-
-
-def round_part(
-  context: Context, name: str | None, rounding: rounding_lib.Rounding
-) -> models.Params:
-  """Rounds a part of a model as `rewrite` does, without transforms.
-
-  Args:
-    context: its source has at least this part, see `Parts`.
-    name: the record of a layer; None for the parameters outside the layers.
-    rounding: the rule.
-
-  Returns:
-    The parameters, on the host: nested dicts whose keys are names of records.
-  """
-  if name is not None:
-    params = widened(context.source.read(name))
-    return _record(name, params, context, rounding, []).params
-  records = _outer(context, (), rounding, ())
-  return {key: tree for record in records for key, tree in record.params.items()}
-
-
 def widened(tree: models.Params) -> Params:
   """Returns parameters in float32 on the device, by path.
 
@@ -364,7 +313,7 @@ def _record(
   """Makes a record of its rewritten parameters, by whole paths, on the host."""
   if rounding is None:
     return Record(name, structured.unflatten(jax.device_get(params)), savings)
-  params, notes, bits = rounding_lib.apply(rounding, params, context)
+  params, notes, bits = rounding_lib.round_params(rounding, params, context)
   rounded = [Saving(ROUNDING, 0, int(bits / 8), tuple(notes))] if notes else []
   return Record(name, structured.unflatten(params), savings + rounded)
 
@@ -392,36 +341,15 @@ def _count(context: Context, prefix: str, params: Params) -> tuple[int, int]:
   return elements, size
 
 
-class _Effect(NamedTuple):
-  """A transform, the sizes before and after it, see `_count`; and its notes."""
-
-  transform: Transform
-  before: tuple[int, int]
-  after: tuple[int, int]
-  notes: list[Note]
-
-
-def _savings(context: Context, effects: list[_Effect]) -> list[Saving]:
-  """Returns savings, whose notes are JSON values.
-
-  Raises:
-    ValueError: if a note states an error that is too large.
-  """
-  # JAX sorts the keys of a dict.
-  values = iter(jax.device_get([[*n.values()] for x in effects for n in x.notes]))
-  savings = []
-  for transform, before, after, notes in effects:
-    json_notes = []
-    for keys in notes:
-      note = dict(zip(keys, next(values), strict=True))
-      unit = max(context.roundoff, float(note.get('plain_error', 0)))
-      most = transform.most_error or transform_lib.MOST_ERROR * unit
-      if not note.get('error', 0) <= most:  # also if it is NaN
-        raise ValueError(
-          f'{transform.name}: {note["tensor"]} has a relative error of '
-          f'{float(note["error"]):.3g}, which must be at most {most:.3g}'
-        )
-      json_notes.append({k: rounding_lib.to_json(value) for k, value in note.items()})
-    elements, nbytes = before[0] - after[0], before[1] - after[1]
-    savings.append(Saving(transform.name, elements, nbytes, tuple(json_notes)))
-  return savings
+def _checked(context: Context, transform: Transform, note: Note) -> Note:
+  """Returns a note of JSON values; a ValueError if its error is too large."""
+  values = jax.device_get([*note.values()])  # JAX would sort the keys of a dict
+  note = dict(zip(note, values, strict=True))
+  unit = max(context.roundoff, float(note.get('plain_error', 0)))
+  most = transform_lib.MOST_ERROR * unit
+  if not note.get('error', 0) <= most:  # also if it is NaN
+    raise ValueError(
+      f'{transform.name}: {note["tensor"]} has a relative error of '
+      f'{float(note["error"]):.3g}, which must be at most {most:.3g}'
+    )
+  return {key: rounding_lib.to_json(value) for key, value in note.items()}

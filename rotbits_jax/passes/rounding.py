@@ -8,7 +8,7 @@ and then to the nearest number of the dtype, which is coarser only for large num
 
     q = floor(log2(rms) + log2_step)
 
-Here rms is the typical size of the array's numbers, see `symmetries.typical_size`. If
+Here rms is the typical size of the array's numbers, see `symmetries.steps`. If
 the mantissa has m bits and log2_step is -m, 2^q is the step of the dtype at the rms,
 and the numbers below 2 rms share it. They take about one bit less, see
 `coding.layouts`. The greatest error in the array does not change. The mean
@@ -101,7 +101,7 @@ def with_minimum_exponent(offset: float = 0.0) -> Rounding:
   In dtypes with fewer than 10 bits of mantissa, the step of the head is a quarter of
   that: no layer averages the head's errors, and on OPT in bfloat16 they are most of
   the divergence that a common step adds (measured). The step of low-rank factors is
-  half of the usual one, see `apply`.
+  half of the usual one, see `round_params`.
 
   Args:
     offset: added to log2 of the step; negative for a finer step.
@@ -166,7 +166,7 @@ class Effect(NamedTuple):
     return note | ({'outliers': int(self.outliers)} if self.outliers else {})
 
 
-def apply(
+def round_params(
   rounding: Rounding, params: transform.Params, context: transform.Context
 ) -> tuple[transform.Params, list[transform.Note], float]:
   """Rounds matrices to their steps on their device, and fetches all parameters once.
@@ -335,18 +335,11 @@ def _round_lines(
 ) -> tuple[structured.UniformlyQuantized, Effect]:
   size = steps.typical_size(array)
   step = steps.quarter_step(size.rms, log2_step)
-  found = steps.with_feedback(array, step, moments, outputs, axis=axis)
-  leaf = structured.UniformlyQuantized(
-    found.integers,  # float32, because an outlier may have more than 2^31 steps
-    step,
-    'float32',
-    found.row_exponents,
-    found.column_exponents,
-  )
+  leaf = steps.with_feedback(array, step, moments, outputs, axis=axis)
   values = leaf.materialize()
   # Where an integer is 0 the step is NaN, but nothing is too large.
-  overflows, count = _overflows(values, values / found.integers, array, dtype)
-  integers = jnp.where(overflows, jnp.copysign(count, values), found.integers)
+  overflows, count = _overflows(values, values / leaf.integers, array, dtype)
+  integers = jnp.where(overflows, jnp.copysign(count, values), leaf.integers)
   leaf = dataclasses.replace(leaf, integers=integers)
   return leaf, _effect(array, leaf.materialize(), step, dtype, size.outliers)
 
@@ -379,7 +372,7 @@ def _round(
     if moments is None:
       result = steps.multiples(array, step)
     else:
-      result = step * steps.with_feedback(array, step, moments, axis=axis).integers
+      result = steps.with_feedback(array, step, moments, axis=axis).materialize()
     overflows, count = _overflows(result, step, array, dtype)
     result = jnp.where(overflows, jnp.copysign(count * step, result), result)
   else:

@@ -33,6 +33,7 @@ Noted = tuple[Params, list[Note]]
 MOST_ERROR = 8.0
 """The greatest relative error that a note may state, as a multiple of the roundoff.
 
+A greater error ends the work.
 A note with `plain_error`, the error that plain arrays would have, may state as many
 times that error.
 """
@@ -118,8 +119,6 @@ class Transform(NamedTuple):
     takes: the weights that it takes: 'float32' if they must be float32 and are rounded
       after the last transform, 'stored' if they must be those of the source, in its
       dtypes.
-    most_error: the greatest relative error that its notes may state, if it changes the
-      function; by default `MOST_ERROR` limits them. A greater error ends the work.
   """
 
   name: str
@@ -134,7 +133,6 @@ class Transform(NamedTuple):
   )
   reads_source: bool = False
   takes: Literal['any', 'float32', 'stored'] = 'any'
-  most_error: float | None = None
 
 
 Chain = tuple[Transform, ...]

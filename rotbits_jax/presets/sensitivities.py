@@ -21,20 +21,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.models import fisher
+from rotbits_jax.models import transformer
 
 
 def measure(
-  model: models.Layers, windows: Sequence[np.ndarray], kept: Any = None
+  model: transformer.Layers, windows: Sequence[np.ndarray], kept: Any = None
 ) -> Iterator[dict[str, passes.Inputs]]:
   """Measures A and g of every matrix of a model on a text.
 
   Args:
     model: the model, dense or sliced; it may have structured leaves.
     windows: the tokens of the text, `[1, T]` each.
-    kept: see `models.fisher_factors`.
+    kept: see `fisher.fisher_factors`.
 
   Yields:
     For each layer, from the last to the first, and then for the parameters outside the
@@ -43,7 +44,7 @@ def measure(
   """
   count = sum(tokens.size for tokens in windows)
   head: Any = None
-  for name, factors in models.fisher_factors(model, windows, kept=kept):
+  for name, factors in fisher.fisher_factors(model, windows, kept=kept):
     means = jax.tree.map(lambda x: np.asarray(x) / count, factors)
     if name == 'head':
       head = means
@@ -57,7 +58,7 @@ def measure(
 
 
 def _outer(
-  model: models.Layers, of_head: models.Factors, of_embedding: models.Factors
+  model: transformer.Layers, of_head: fisher.Factors, of_embedding: fisher.Factors
 ) -> dict[str, passes.Inputs]:
   """Returns A and g of the head and of embeddings."""
   (moments,), outputs = of_head.moments.values(), of_head.squares['head/kernel']

@@ -31,6 +31,7 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.evaluation import perplexity
+from rotbits_jax.models import transformer
 from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.near import near
 from rotbits_jax.system import host
@@ -46,6 +47,9 @@ MOST_OFFSET = 4.0
 _PRECISION = 0.125  # octaves
 _EVALUATIONS = 8
 _BY_LAW = 4  # evaluations before the range is halved instead
+
+
+_Part = Callable[[str | None], models.Params]
 
 
 class Point(NamedTuple):
@@ -122,10 +126,10 @@ def calibrate(
   count = 2 if max_kl is None else 3 + _EVALUATIONS
   count *= model.config.num_layers + 1
   with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
-    context = _rewritten(model, tolerance, folder, bar)
-    calibration = _calibrated(context, cut, folder, bar)
+    context, part = _rewritten(model, tolerance, folder, bar)
+    calibration = _calibrated(context, part, cut, folder, bar)
     if max_kl is not None:
-      calibration = _searched(calibration, model, context, cut, max_kl, bar)
+      calibration = _searched(calibration, model, context, part, cut, max_kl, bar)
   return calibration
 
 
@@ -133,6 +137,7 @@ def _searched(
   calibration: Calibration,
   model: Any,
   context: passes.Context,
+  part: _Part,
   cut: Sequence[tuple[np.ndarray, int]],
   max_kl: float,
   bar: progress_lib.Progress,
@@ -142,7 +147,9 @@ def _searched(
   windows, lengths = [window for window, _ in cut], [length for _, length in cut]
   bar.stage('predictions')
   stored = model.rounded() if getattr(model, 'stored_as', None) else model
-  reference = _Arrays.of(stored)
+  reference = _Arrays.of(
+    config, lambda name: stored.read(name) if name else stored.outer()
+  )
   expected = reference.outer(), _last_streams(reference, windows, bar)
   estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
   step = _next_step({PROBE: sum(estimates)}, max_kl)
@@ -150,7 +157,7 @@ def _searched(
   while step is not None and len(curve) < _EVALUATIONS:
     bar.stage(f'2^{step:g}')
     rounding = passes.to_steps(step, offsets, calibration.inputs)
-    rounded = _Arrays.rounded(context, rounding)
+    rounded = _Arrays.rounded(context, part, rounding)
     predicted = rounded.outer(), _last_streams(rounded, windows, bar)
     curve[step] = perplexity.mean_divergence(config, expected, predicted, lengths)
     if not math.isfinite(curve[step]):
@@ -169,33 +176,34 @@ def _searched(
 
 
 class _Arrays(NamedTuple):
-  """A model that is read part by part, as the forward pass takes it, see `_arrays`."""
+  """A model that is read part by part, as the forward pass takes it, see `_arrays`.
+
+  Attributes:
+    config: sizes and switches.
+    part: returns a layer by the name of its record, and those outside the layers for
+      None: nested dicts whose keys are names of records.
+  """
 
   config: models.ModelConfig
-  layer: Callable[[int], models.Params]
-  outer: Callable[[], models.Params]
+  part: _Part
 
   @classmethod
-  def of(cls, model: passes.ModelSource) -> '_Arrays':
-    """Returns a model as it is stored."""
-    return cls(
-      model.config,
-      lambda index: structured.unflatten(
-        _arrays(model.read(models.names.layer(index))[models.names.layer(index)])
-      ),
-      lambda: structured.unflatten(_arrays(model.outer())),
-    )
+  def of(cls, config: models.ModelConfig, part: _Part) -> '_Arrays':
+    """Returns a model whose parts are stored in any form."""
+    return cls(config, lambda name: structured.unflatten(_arrays(part(name))))
 
   @classmethod
-  def rounded(cls, context: passes.Context, rounding: passes.Rounding) -> '_Arrays':
+  def rounded(
+    cls, context: passes.Context, part: _Part, rounding: passes.Rounding
+  ) -> '_Arrays':
     """Returns a model that is rounded part by part, as the preset `near` does it.
 
     Its leaves become arrays whose numbers are rounded to the dtype of the checkpoint,
     too, as `decode` does it.
     """
 
-    def part(name: str | None) -> models.Params:
-      leaves = _arrays(passes.round_part(context, name, rounding))
+    def rounded_part(name: str | None) -> models.Params:
+      leaves = _rounded(context, part(name), rounding)
       arrays = structured.expand(leaves, keep_factors=True)
       stored = {
         path: structured.astype(leaf, context.dtypes.get(path, context.dtype))
@@ -203,9 +211,26 @@ class _Arrays(NamedTuple):
       }
       return structured.unflatten(structured.astype(stored, np.float32))
 
-    outer = part(None)  # it is needed before the layers and after them
-    layer = lambda name: part(name)[name]
-    return cls(context.config, lambda i: layer(models.names.layer(i)), lambda: outer)
+    outer = rounded_part(None)  # it is needed before the layers and after them
+    return cls(context.config, lambda name: rounded_part(name) if name else outer)
+
+  def layer(self, index: int) -> models.Params:
+    """Returns the parameters of a layer."""
+    name = models.names.layer(index)
+    layer: models.Params = self.part(name)[name]
+    return layer
+
+  def outer(self) -> models.Params:
+    """Returns the parameters outside the layers."""
+    return self.part(None)
+
+
+def _rounded(
+  context: passes.Context, part: models.Params, rounding: passes.Rounding
+) -> dict[str, Any]:
+  """Rounds a part of a model as `passes.rewrite` does; returns arrays by path."""
+  params, *_ = passes.round_params(rounding, passes.widened(part), context)
+  return _arrays(structured.unflatten(params))
 
 
 def _arrays(params: models.Params) -> dict[str, Any]:
@@ -218,11 +243,11 @@ def _arrays(params: models.Params) -> dict[str, Any]:
 
 
 def _last_streams(
-  model: models.Layers, windows: Sequence[np.ndarray], bar: progress_lib.Progress
+  model: transformer.Layers, windows: Sequence[np.ndarray], bar: progress_lib.Progress
 ) -> list[jax.Array]:
   """Returns the residual stream of each window after the last layer."""
   last: list[jax.Array] = []
-  for xs in models.streams(model, windows):
+  for xs in transformer.streams(model, windows):
     last = xs
     bar.update()
   return last
@@ -233,20 +258,23 @@ def _rewritten(
   tolerance: float,
   folder: str | os.PathLike[str] | None,
   bar: progress_lib.Progress,
-) -> passes.Context:
-  """Applies the transforms of `near`; the result is the source of the context."""
+) -> tuple[passes.Context, _Part]:
+  """Applies the transforms of `near`; returns the parts of the result, too."""
   transform = near(tolerance=tolerance).transform
   bar.stage('compiling, removing gauges')
   context = passes.make_context(model, stored_as=getattr(model, 'stored_as', None))
-  rewritten_model: Any = passes.Parts(context.config, spool.Spool(folder))
+  parts = spool.Spool(folder)
   for records, _ in passes.rewrite(context, transform, rounding=passes.FLOAT32):
-    rewritten_model.add(records)
+    is_layer = models.names.layer_index(records[0].name) is not None
+    params = {name: x for record in records for name, x in record.params.items()}
+    parts[records[0].name if is_layer else None] = params
     bar.update()
-  return context._replace(source=rewritten_model)
+  return context, lambda name: parts[name]
 
 
 def _calibrated(
   context: passes.Context,
+  part: _Part,
   cut: Sequence[tuple[np.ndarray, int]],
   folder: str | os.PathLike[str] | None,
   bar: progress_lib.Progress,
@@ -257,23 +285,20 @@ def _calibrated(
   bar.stage('gradients')
   inputs: dict[str, passes.Inputs] = {}
   counts, divergences, store = {}, {}, spool.Spool(folder).stored
-  rewritten_model: Any = context.source
+  rewritten_model = _Arrays.of(context.config, part)
   # Feedback fits the text that it has seen. So errors are made with one half of it, and
   # the other half tells their cost.
   halves = [half for half in (windows[::2], windows[1::2]) if half]
   measured = (
-    sensitivities.measure(_Arrays.of(rewritten_model), half, spool.Spool(folder))
-    for half in halves
+    sensitivities.measure(rewritten_model, half, spool.Spool(folder)) for half in halves
   )
   for seen, *unseen in zip(*measured, strict=True):
     inputs |= sensitivities.fitted([seen, *unseen], halves, store)
     index = models.names.layer_index(next(iter(seen)))
     name = None if index is None else models.names.layer(index)
     rounding = passes.to_steps(PROBE, {}, sensitivities.fitted([seen], halves[:1]))
-    exact = _arrays(
-      rewritten_model.outer() if name is None else rewritten_model.read(name)
-    )
-    rounded = _arrays(passes.round_part(context, name, rounding))
+    exact = _arrays(part(name))
+    rounded = _rounded(context, part(name), rounding)
     for path, matrix_inputs in (unseen or [seen])[0].items():
       leaf = exact[path]
       count = _count(leaf, rounded[path])

@@ -9,7 +9,6 @@ The modules, in the order of reading:
 
     rotations     the residual stream in other coordinates
     canonical     canonical forms under rotations: polar, QR, SVD
-    shortcuts     shortcuts between rotated segments
     norms         folding the scales of norms into kernels
     heads         the bases and biases of attention heads
     layer         one layer: gauge, rotate, fix
@@ -21,34 +20,22 @@ The modules, in the order of reading:
 """
 
 from rotbits_jax.symmetries.canonical import CANONICALIZERS
-from rotbits_jax.symmetries.canonical import Canonicalizer
 from rotbits_jax.symmetries.canonical import Polar
 from rotbits_jax.symmetries.canonical import polar
 from rotbits_jax.symmetries.canonical import polar_shortcut
 from rotbits_jax.symmetries.canonical import qr
 from rotbits_jax.symmetries.canonical import svd
-from rotbits_jax.symmetries.heads import BasisAndFactor
 from rotbits_jax.symmetries.heads import basis
 from rotbits_jax.symmetries.heads import fix_keys
 from rotbits_jax.symmetries.heads import fix_values
-from rotbits_jax.symmetries.heads import rotate_heads
-from rotbits_jax.symmetries.heads import with_value_bias
 from rotbits_jax.symmetries.low_rank import fix_pair
 from rotbits_jax.symmetries.norms import fold_norm_scales
-from rotbits_jax.symmetries.rotations import next_rotation
 from rotbits_jax.symmetries.rotations import rotate
-from rotbits_jax.symmetries.rotations import rotate_parameters
-from rotbits_jax.symmetries.rotations import running_rotations
-from rotbits_jax.symmetries.rotations import upper_rotation
 from rotbits_jax.symmetries.stacked import Gauges
 from rotbits_jax.symmetries.stacked import canonicalize
-from rotbits_jax.symmetries.steps import typical_size
-from rotbits_jax.symmetries.steps import with_feedback
 
 __all__ = [
   'CANONICALIZERS',
-  'BasisAndFactor',
-  'Canonicalizer',
   'Gauges',
   'Polar',
   'basis',
@@ -57,17 +44,9 @@ __all__ = [
   'fix_pair',
   'fix_values',
   'fold_norm_scales',
-  'next_rotation',
   'polar',
   'polar_shortcut',
   'qr',
   'rotate',
-  'rotate_heads',
-  'rotate_parameters',
-  'running_rotations',
   'svd',
-  'typical_size',
-  'upper_rotation',
-  'with_feedback',
-  'with_value_bias',
 ]

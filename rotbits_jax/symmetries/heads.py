@@ -246,24 +246,10 @@ def _stacked_heads(kernel: jax.Array, kv_heads: int, h: int) -> jax.Array:
   return heads.transpose(1, 2, 0, 3).reshape(kv_heads, -1, h)
 
 
-# ---- the error that rounding makes -------------------------------------------------
+# ---- the errors of products --------------------------------------------------------
 
 Sides = tuple[jax.Array, jax.Array]
 """float32 `[K, a, h]` and `[K, b, h]`, of K products `left @ right^T`."""
-
-
-class Errors(NamedTuple):
-  """Errors that rounding makes in the products of two kernels.
-
-  They are relative to the products, in the Frobenius norm, float32.
-
-  Attributes:
-    fixed: the error, if the kernels are rounded after their gauge is fixed.
-    plain: the error, if they are rounded without that.
-  """
-
-  fixed: jax.Array
-  plain: jax.Array
 
 
 def sides(params: models.Params, *, kv_heads: int) -> Sides:
@@ -292,41 +278,26 @@ def sides(params: models.Params, *, kv_heads: int) -> Sides:
   return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
 
 
-def rounding_errors(
-  plain: Sides, fixed: Sides, rounded: Sides, *, dtype: Any
-) -> Errors:
-  """Returns the errors that rounding makes in products.
-
-  Args:
-    plain: the sides before their gauge was fixed.
-    fixed: the sides after that.
-    rounded: these sides after their stored arrays are rounded.
-    dtype: the dtype to which weights are rounded.
-  """
-  # The weights of a checkpoint have no rounding error, because they are rounded
-  # already. A multiple of them has the usual error.
-  left, right = plain[0] * _SQRT2, plain[1] / _SQRT2
-  round_off = lambda x: x.astype(dtype).astype(jnp.float32)
-  near = round_off(left), round_off(right)
-  norm = jnp.maximum(_product_norm(left, right), jnp.finfo(jnp.float32).tiny)
-  return Errors(
-    product_error(fixed, rounded) / norm, product_error((left, right), near) / norm
-  )
-
-
-_SQRT2 = 2**0.5
-
-
-def product_error(exact: Sides, near: Sides) -> jax.Array:
-  """Returns the Frobenius norm of the difference of all products, float32.
+def relative_error(exact: Sides, near: Sides) -> jax.Array:
+  """Returns the error of all products, relative in the Frobenius norm, float32.
 
   The result is accurate even if the sides differ little.
   """
   (left, right), (near_left, near_right) = exact, near
-  return _product_norm(
+  off = _product_norm(
     jnp.concatenate([near_left - left, near_left], axis=2),
     jnp.concatenate([right, near_right - right], axis=2),
   )
+  return off / jnp.maximum(_product_norm(left, right), jnp.finfo(jnp.float32).tiny)
+
+
+def rounding_error(plain: Sides, dtype: Any) -> jax.Array:
+  """Returns the relative error that rounding makes in the products of kernels."""
+  # The weights of a checkpoint have no rounding error, because they are rounded
+  # already. A multiple of them has the usual error.
+  left, right = plain[0] * 2**0.5, plain[1] / 2**0.5
+  round_off = lambda x: x.astype(dtype).astype(jnp.float32)
+  return relative_error((left, right), (round_off(left), round_off(right)))
 
 
 def _product_norm(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@ r"""One layer of a model, in the coordinates that `canonicalize` chooses.
     gauge      the polar factors of its shortcuts, M_s = [P_s 0] O_s
     segments   the rotations of its segments, R_{s+1} = O_s^T R_s
     rotate     its kernels between rotated segments
-    shortcut   a shortcut between rotated segments, I - B B^T + C C^T
     fix        the biases and the bases of its attention heads
 
 `gauge` needs the layer alone, and `segments` the rotation that the layer before ends
@@ -28,7 +27,6 @@ from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
-from rotbits_jax.symmetries import shortcuts
 
 Params = dict[str, Any]
 UP, HEAD = 'mlp/up/kernel', 'head/kernel'
@@ -96,7 +94,7 @@ def segments(
   found, paths = [first], shortcut_paths(config)
   for path, polar in zip(paths, polars, strict=True):
     if polar is None:
-      found.append(shortcuts.narrowing_rotation(found[-1], params[path]))
+      found.append(rotations_lib.narrowing_rotation(found[-1], params[path]))
     else:
       z = free if path == paths[-1] else None
       found.append(rotations_lib.next_rotation(polar.rotation, found[-1], z))
@@ -158,7 +156,8 @@ def rotate(
   leaves of one number.
 
   Args:
-    params: the parameters. Shortcuts among them stay matrices, see `shortcut`.
+    params: the parameters. Shortcuts among them stay matrices, see
+      `rotations.shortcut`.
     rotations: R of the segments of the layer, see `segments`; or of the first and the
       last segment of the model.
     config: the config of the model.
@@ -167,30 +166,12 @@ def rotate(
   """
   layout = models.layout
   axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
-  rotated = rotations_lib.rotate_parameters(params, rotations, axes, function=function)
+  of = lambda segment: None if segment is None else rotations[segment]
+  rotated = {
+    path: function(leaf, *map(of, rotations_lib.sides(axes[path])))
+    for path, leaf in params.items()
+  }
   return rotated if config.sliced else norms.with_constant_scales(rotated, config)
-
-
-def shortcut(
-  rotation: jax.Array,
-  polar: canonical.Polar,
-  *,
-  tolerance: float,
-  columns: tuple[int, int],
-) -> structured.IdentityMinusGram:
-  """Returns a shortcut between rotated segments, in the low-rank form.
-
-  Args:
-    rotation: R_s of the first segment, float32 `[d, d]`.
-    polar: the decomposition of the shortcut.
-    tolerance: see `shortcuts.factors`.
-    columns: the number of columns of B and of C.
-
-  Returns:
-    The leaf. Columns that are not needed are zero and come last.
-  """
-  b, c = shortcuts.factors(rotation, polar, tolerance=tolerance, columns=columns)
-  return structured.IdentityMinusGram(b, c, columns=len(polar.rotation))
 
 
 # ---- attention heads ---------------------------------------------------------------

@@ -17,13 +17,16 @@ a parameter belongs to which segment.
 and O_s orthogonal. With R_{s+1} = O_s^T diag(R_s, Z), every shortcut becomes symmetric.
 Z rotates the dimensions by which segment s + 1 is wider. R_0 and Z are free.
 
+**Low rank.** In SliceGPT's models a shortcut is a block of an orthogonal matrix.
+Therefore most of its singular values are 1, and P = I - B B^T, where B has few columns.
+Values above 1 add C C^T.
+
 In this file d is the width of a segment, and e >= d is the width of the next segment.
 Rotations include reflections.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -77,73 +80,6 @@ def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
   """
   segment = lambda axis: axis if isinstance(axis, int) else None
   return (segment(axes[-2]) if len(axes) > 1 else None), segment(axes[-1])
-
-
-def rotate_parameters(
-  params: dict[str, Any],
-  rotations: Sequence[jax.Array | None],
-  axes: dict[str, tuple[Any, ...]],
-  *,
-  function: Callable[..., Any] = rotate,
-) -> dict[str, Any]:
-  """Rotates the parameters of a layer, or the parameters outside the layers.
-
-  >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
-  >>> params = {'down': jnp.eye(2), 'up': jnp.eye(2)}
-  >>> axes = {'down': ('hidden', 0), 'up': (0, 'hidden')}
-  >>> rotated = rotate_parameters(params, (quarter,), axes)
-  >>> (rotated['down'] @ rotated['up']).tolist()
-  [[1.0, 0.0], [0.0, 1.0]]
-
-  Args:
-    params: arrays, or low-rank leaves, by path.
-    rotations: float32 `[d, d]`, or None, for each segment that the parameters read or
-      write. For a layer, these are its input, the segment between attention and MLP
-      (unless they are parallel), and its output. For the parameters outside the layers,
-      they are the first and the last segment of the model.
-    axes: the axes of each parameter by path, see `models.layout`. Other parameters do
-      not change.
-    function: the rotation of one array, `rotate` or its compiled form.
-
-  Returns:
-    The parameters in their old dtypes.
-  """
-  of = lambda segment: None if segment is None else rotations[segment]
-  return {
-    path: function(leaf, *map(of, sides(axes[path]))) if path in axes else leaf
-    for path, leaf in params.items()
-  }
-
-
-def largest_norm(leaf: Any, axes: tuple[Any, ...]) -> jax.Array:
-  """Returns a bound of all numbers that a rotation of a parameter can make.
-
-  A rotation of the rows keeps the norm of each column, and a rotation of the columns
-  keeps the norm of each row.
-
-  Args:
-    leaf: an array or a low-rank leaf.
-    axes: its axes, see `models.layout`.
-
-  Returns:
-    float32 `[]`. It is NaN or infinite if a number is not finite. Rows of tokens and
-    positions that are not finite do not count, because a rotation keeps every row to
-    itself.
-  """
-  read, written = (side is not None for side in sides(axes))
-  pair = structured.pair(leaf)
-  if pair is not None:
-    first, last = axes
-    return jnp.maximum(
-      largest_norm(pair.u, (first, 'rank')), largest_norm(pair.v, ('rank', last))
-    )
-  size = jnp.abs(leaf.astype(jnp.float32))
-  scale = jnp.maximum(jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=0), 1e-30)
-  rotated = (*([-2] if read else []), *([-1] if written else []))
-  norms = scale * jnp.sqrt(jnp.sum(jnp.square(size / scale), axis=rotated))
-  if axes[0] in ('vocabulary', 'position'):
-    norms = jnp.where(jnp.isfinite(norms), norms, 0)
-  return jnp.max(norms, initial=0)
 
 
 def next_rotation(
@@ -233,3 +169,51 @@ def lower(factor: jax.Array) -> jax.Array:
   r = jnp.linalg.qr(factor.T.astype(jnp.float32), mode='r')
   r = jnp.where(jnp.diagonal(r)[:, None] < 0, -r, r)
   return jnp.tril(jnp.pad(r.T, ((0, 0), (0, factor.shape[1] - len(r)))))
+
+
+def shortcut(
+  rotation: jax.Array,
+  polar: canonical.Polar,
+  *,
+  tolerance: float,
+  columns: tuple[int, int],
+) -> structured.IdentityMinusGram:
+  """Returns a shortcut between rotated segments: R^T P R = I - B B^T + C C^T.
+
+  Args:
+    rotation: R, float32 `[d, d]`.
+    polar: the polar decomposition of the shortcut.
+    tolerance: a value counts as 1 if it differs from 1 by at most this.
+    columns: the number of columns of B and of C. If there are more values below 1 than
+      B has columns, the values closest to 1 count as 1; so do those above 1 for C.
+
+  Returns:
+    The leaf. B and C are lower trapezoidal. Columns that are not needed are zero and
+    come last.
+  """
+  chex.assert_equal_shape([rotation, polar.u])
+  # The values descend: those above 1 are the first, those below 1 are the last.
+  excess = polar.values - 1
+
+  def factor(vectors: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
+    weights = jnp.where(sizes[:count] > tolerance, sizes[:count], 0)
+    return lower(_matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights)))
+
+  b = factor(polar.u[:, ::-1], -excess[::-1], columns[0])
+  c = factor(polar.u, excess, columns[1])
+  return structured.IdentityMinusGram(b, c, columns=len(polar.rotation))
+
+
+def narrowing_rotation(rotation: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Returns the R_{s+1} that makes R_s^T M_s R_{s+1} lower trapezoidal, for d > e.
+
+  Args:
+    rotation: R_s, float32 `[d, d]`.
+    kernel: M_s, `[d, e]`.
+
+  Returns:
+    R_{s+1}, float32 `[e, e]`.
+  """
+  chex.assert_shape(kernel, (len(rotation), None))
+  rotated = _matmul(rotation.T, kernel.astype(jnp.float32))
+  return jnp.linalg.qr(rotated.T, mode='complete')[0]

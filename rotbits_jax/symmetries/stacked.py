@@ -146,7 +146,7 @@ def _rotate_segments(
     rotated = layer_lib.rotate(kernels, segments, config)
     for rows, polar, path in zip(segments, polars, names, strict=False):
       rank = len(polar.u) if max_rank is None else min(max_rank, len(polar.u))
-      rotated[path] = layer_lib.shortcut(
+      rotated[path] = rotations.shortcut(
         rows, polar, tolerance=tolerance, columns=(rank, rank)
       )
     return rotated, segments[1:]

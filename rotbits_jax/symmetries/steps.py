@@ -166,20 +166,6 @@ def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
   return jnp.where(steps == 0, 0, steps * step)
 
 
-class Lines(NamedTuple):
-  """A matrix of integers times steps of lines, see `structured.UniformlyQuantized`.
-
-  Attributes:
-    integers: float32, in the shape of the matrix.
-    row_exponents: int8, one for each row.
-    column_exponents: int8, one for each column.
-  """
-
-  integers: jax.Array
-  row_exponents: jax.Array
-  column_exponents: jax.Array
-
-
 @functools.partial(jax.jit, static_argnames='axis')
 def with_feedback(
   array: jax.Array,
@@ -188,7 +174,7 @@ def with_feedback(
   outputs: jax.Array | None = None,
   *,
   axis: int = 0,
-) -> Lines:
+) -> structured.UniformlyQuantized:
   """Rounds a matrix to multiples of a step, or of a step for each line.
 
   Zeros remain, because structure makes them.
@@ -202,31 +188,28 @@ def with_feedback(
     step: float32 `[]`, positive; with steps for lines roughly their geometric mean.
     moments: float32 `[n, n]`, sums or means of products of the inputs. If they are not
       finite, there is no feedback.
-    outputs: float32 `[m]`, how much the square of an error of each output counts. None
-      for one step: the exponents of all lines are then 0.
+    outputs: float32 `[m]`, how much the square of an error of each output counts; None
+      for one step.
     axis: the axis of the inputs.
 
   Returns:
-    The integers and the exponents of rows and columns.
+    The leaf. Its integers are float32: an outlier may have more than 2^31 steps.
   """
   kernel = array if axis == 0 else array.T
   chex.assert_shape(moments, (len(kernel),) * 2)
   order, lower, pivots = _factors(moments)
-  of_inputs, of_outputs = (jnp.zeros(n, jnp.int8) for n in kernel.shape)
-  rows = kernel[order]
+  rows, exponents = kernel[order], [None, None]
   if outputs is not None:
     of_inputs, of_outputs = _exponents(pivots), _exponents(outputs)
     factors, columns = map(structured.line_factors, (of_inputs, of_outputs))
-    rows, lower = (
-      rows / (factors[:, None] * columns),
-      lower * (factors[:, None] / factors),
-    )
+    rows = rows / (factors[:, None] * columns)
+    lower = lower * (factors[:, None] / factors)
+    exponents = [jnp.zeros_like(of_inputs).at[order].set(of_inputs), of_outputs]
   rounded = jnp.rint(_round_rows(rows, step, lower) / step)
   integers = jnp.zeros_like(kernel).at[order].set(rounded)
-  of_inputs = jnp.zeros_like(of_inputs).at[order].set(of_inputs)
-  if axis == 0:
-    return Lines(integers, of_inputs, of_outputs)
-  return Lines(integers.T, of_outputs, of_inputs)
+  if axis == 1:
+    integers, exponents = integers.T, exponents[::-1]
+  return structured.UniformlyQuantized(integers, step, 'float32', *exponents)
 
 
 def _exponents(counts: jax.Array) -> jax.Array:
@@ -274,19 +257,19 @@ def _round_rows(rows: jax.Array, step: jax.Array, lower: jax.Array) -> jax.Array
   def round_block(errors: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rounds rows, given the errors of the rows after them, `[n, m]`."""
     columns = jax.lax.dynamic_slice_in_dim(lower, start, _BLOCK, axis=1)
-    own = jax.lax.dynamic_slice_in_dim(columns, start, _BLOCK)
-    given = jax.lax.dynamic_slice_in_dim(rows, start, _BLOCK)
-    wanted = given + _matmul(columns.T, errors)
+    below = jax.lax.dynamic_slice_in_dim(columns, start, _BLOCK)
+    block = jax.lax.dynamic_slice_in_dim(rows, start, _BLOCK)
+    wanted = block + _matmul(columns.T, errors)
 
     def round_row(
       k: jax.Array, carry: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
       found, block_errors = carry
       i = _BLOCK - 1 - k
-      after = jnp.where(jnp.arange(_BLOCK) > i, own[:, i], 0)
+      after = jnp.where(jnp.arange(_BLOCK) > i, below[:, i], 0)
       rounded = multiples(wanted[i] + _matmul(after, block_errors), step)
-      rounded = jnp.where(given[i] == 0, 0, rounded)
-      error = given[i] - rounded
+      rounded = jnp.where(block[i] == 0, 0, rounded)
+      error = block[i] - rounded
       error = jnp.where(jnp.isfinite(error), error, 0)
       return found.at[i].set(rounded), block_errors.at[i].set(error)
 
