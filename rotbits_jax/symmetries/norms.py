@@ -15,24 +15,6 @@ from rotbits_jax import models
 from rotbits_jax import structured
 
 
-def scale_rows(kernel: Any, scale: jax.Array) -> Any:
-  """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype.
-
-  >>> scale_rows(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([10.0, 1.0])).tolist()
-  [[10.0, 20.0], [3.0, 4.0]]
-
-  Args:
-    kernel: an array or a low-rank leaf `[n, m]`.
-    scale: `[n]`.
-  """
-  pair = structured.pair(kernel)
-  if pair is not None:
-    return pair.replace(u=scale_rows(pair.u, scale))
-  chex.assert_shape(scale, (kernel.shape[-2],))
-  product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
-  return product.astype(kernel.dtype)
-
-
 def fold_norm_scales(
   params: dict[str, Any], config: models.ModelConfig, *, is_outer: bool = False
 ) -> dict[str, Any]:
@@ -65,9 +47,19 @@ def fold_norm_scales(
     if path not in params or len(path_axes) < 2 or not is_reader:
       continue
     norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
-    folded[path] = scale_rows(params[path], params[f'{norm}/scale'])
+    folded[path] = _scale_rows(params[path], params[f'{norm}/scale'])
     folded[f'{norm}/scale'] = jnp.ones_like(params[f'{norm}/scale'])
   return folded
+
+
+def _scale_rows(kernel: Any, scale: jax.Array) -> Any:
+  """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype."""
+  pair = structured.pair(kernel)
+  if pair is not None:
+    return pair.replace(u=_scale_rows(pair.u, scale))
+  chex.assert_shape(scale, (kernel.shape[-2],))
+  product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
+  return product.astype(kernel.dtype)
 
 
 def with_constant_scales(
