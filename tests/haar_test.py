@@ -113,14 +113,6 @@ class RotationTest(absltest.TestCase):
       expected -= np.outer(v, v @ expected) * (2 / (v @ v))
     np.testing.assert_allclose(rotate(cells, n, n), expected, atol=2e-6)
 
-  def test_a_frame_is_the_start_of_a_rotation(self):
-    n, k = 40, 32
-    cells = _sample(n, n)
-    frame = jax.jit(lambda x: haar._pack(haar._unpack(x, n, n), n, k))(cells)
-    np.testing.assert_allclose(
-      rotate(frame, n, k), rotate(cells, n, n)[:, :k], atol=2e-6
-    )
-
 
 class UniformityTest(parameterized.TestCase):
   N, COUNT = 5, 20000

@@ -204,25 +204,6 @@ def test_parts_and_shards(tmp_path):
   assert len(list(target.glob('*.rotbits'))) > 3
 
 
-def as_integers(array):
-  return [[int(x) for x in row] for row in array]
-
-
-def times(a, b):
-  return [
-    [
-      sum(x * y for x, y in zip(row, column, strict=True))
-      for column in zip(*b, strict=True)
-    ]
-    for row in a
-  ]
-
-
-def scaled(a):
-  """Multiples of 2^-50 as the nearest ones of 2^-25; ties to even."""
-  return [[int(np.rint(x / 2**25)) for x in row] for row in a]
-
-
 def test_a_subspace_is_made_of_integers():
   rng = np.random.default_rng(0)
   basis = random_models.orthogonal(rng, 11)[:, :8]
@@ -234,22 +215,19 @@ def test_a_subspace_is_made_of_integers():
   np.testing.assert_allclose(
     basis @ (basis.T @ found) / one, found / one, atol=2.0**-12
   )
-  tangent = as_integers(leaf.tangent.astype(int) * leaf.step)
-  flipped = [list(x) for x in zip(*tangent, strict=True)]
-  unit = lambda n, x: [[x * (i == k) for k in range(n)] for i in range(n)]
-  plus = lambda a, b, s=1: [
-    [x + s * y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)
-  ]
-  gram = plus(scaled(times(tangent, flipped)), unit(3, one))
+  # The same in integers of Python. Multiples of 2^-50 become the nearest of 2^-25.
+  scaled = np.vectorize(lambda x: int(np.rint(x / one)), otypes=[object])
+  unit = lambda n, x: np.eye(n, dtype=int).astype(object) * x
+  tangent = leaf.tangent.astype(object) * leaf.step
+  gram = scaled(tangent @ tangent.T) + unit(3, one)
   inverse = unit(3, int(np.rint(one * 2 / 3)))
   for _ in range(5):
-    off = plus(unit(3, 2 * one), scaled(times(gram, inverse)), -1)
-    inverse = scaled(times(inverse, off))
-  lower = [[2 * x for x in row] for row in scaled(times(inverse, tangent))]
-  upper = plus(unit(8, one), scaled(times(flipped, lower)), -1)
+    inverse = scaled(inverse @ (unit(3, 2 * one) - scaled(gram @ inverse)))
+  lower = 2 * scaled(inverse @ tangent)
+  upper = unit(8, one) - scaled(tangent.T @ lower)
   rows = np.unpackbits(leaf.mask, count=11, bitorder='little').astype(bool)
-  assert found[rows].tolist() == upper
-  assert found[~rows].tolist() == lower
+  assert found[rows].tolist() == upper.tolist()
+  assert found[~rows].tolist() == lower.tolist()
 
 
 def test_products_with_numbers_that_cannot_be_added_exactly_are_refused():

@@ -134,17 +134,6 @@ class RoundTest(parameterized.TestCase):
         rounded, _ = _round(jnp.asarray(values), np.float32, -4.0, uniform=True)
         np.testing.assert_allclose(rounded, values, rtol=2.0**-4)
 
-  def test_each_array_of_a_structured_leaf_has_its_own_step(self):
-    leaf = structured.IdentityMinusGram(
-      jnp.asarray(_normal((6, 4))), jnp.asarray(_normal((6, 2), 0.01)), 8
-    )
-    rounded, effect = _round(leaf, np.float16, -3.0)
-    self.assertEqual(rounded.b.dtype, np.float16)
-    expected, step = _round(leaf.b, np.float16, -3.0)
-    np.testing.assert_array_equal(rounded.b, expected)
-    self.assertEqual(effect.step, step.step)
-    np.testing.assert_array_equal(rounded.c, _round(leaf.c, np.float16, -3.0)[0])
-
 
 STEP = 0.25
 

@@ -108,6 +108,7 @@ class CompositionTest(absltest.TestCase):
       with self.subTest(name=name):
         check_sharded(name)
 
+  @pytest.mark.slow
   def test_a_model_that_is_divided_over_devices_is_encoded(self):
     devices.run(
       'import jax, numpy as np, rotbits_jax\n'
