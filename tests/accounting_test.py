@@ -96,15 +96,3 @@ def test_slicegpt_is_what_slicegpt_wrote(sliced, sparsity):
   assert counts.width == model.config.segment_widths[0]
   tensors = checkpoints.to_tensors(model)
   assert counts.slicegpt == sum(tensor.size for tensor in tensors.values())
-
-
-def test_parallel_blocks_with_partial_rotary_heads():
-  config = config_of('phi2-tiny-dense')
-  r, h = config.rotary_dim, config.head_dim
-  assert 0 < r < h
-  counts = accounting.accounting(config, 0.25)
-  rotation = counts.width * (counts.width - 1) // 2
-  assert counts.slicegpt - counts.bits_back_ideal == config.num_layers * rotation
-  heads = config.num_layers * config.num_kv_heads
-  saved = counts.gauge_fixed - counts.gauge_fixed_heads
-  assert saved == heads * (h * h + r + (h - r) ** 2)
