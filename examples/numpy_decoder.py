@@ -1,11 +1,12 @@
-"""A second reader of rotbits files, in plain NumPy, from docs/format*.md alone.
+"""A second reader of rotbits files, in NumPy, from docs/format*.md alone.
 
   python examples/numpy_decoder.py FILE OUTPUT.safetensors [BASE.safetensors]
 
 It writes the parameters by their paths, and shares no code with the package. It checks
-checksums only: give it no files from strangers. Arrays of floats are bit patterns.
+checksums only: give it no files from strangers.
 """
 
+import functools
 import io
 import json
 import math
@@ -13,11 +14,10 @@ import pathlib
 import sys
 import zlib
 
+from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
+from safetensors import numpy as safetensors_numpy
 
-EXPONENT = {'float16': 5, 'bfloat16': 8, 'float32': 8}
-MANTISSA = {'float16': 10, 'bfloat16': 7, 'float32': 23}
-MANTISSA |= {'float8_e4m3fn': 3, 'float8_e5m2': 2}
 TOTAL = 1 << 14
 np.seterr(over='ignore', invalid='ignore')  # of numbers that are not final yet
 
@@ -26,28 +26,13 @@ def ceil_div(a, b):
   return -(-a // b)
 
 
-def bits_dtype(dtype):
-  """The dtype of the bits of a float, and an integer's own."""
-  if 'float8' in dtype:
-    return np.dtype('u1')
-  return np.dtype(f'u{int(dtype[-2:]) // 8}' if 'float' in dtype else dtype)
+def bits_of(numbers, sign='u'):
+  """The bit patterns of numbers as integers, unsigned or signed."""
+  return numbers.view(f'{sign}{numbers.itemsize}')
 
 
-def signed(bits):
-  return bits.view(f'i{bits.itemsize}')
-
-
-def widen(bits, dtype):
-  if dtype == 'bfloat16':
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-  return bits.view(dtype).astype(np.float32 if dtype in EXPONENT else dtype)
-
-
-def narrow(numbers, dtype):
-  if dtype == 'bfloat16':
-    bits = np.float32(numbers).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-  return np.ascontiguousarray(numbers.astype(dtype)).view(bits_dtype(dtype))
+def is_float(dtype):
+  return 'float' in str(dtype)
 
 
 # ---- tables ----------------------------------------------------------------------
@@ -74,7 +59,7 @@ def normal_table(k, present, kind, dtype, r, f):
   symbol = np.arange(present.size)
   if kind == 'float':
     e, m = symbol >> 3, symbol % 8
-    w = np.maximum(e, 1) - (1 << EXPONENT[dtype] - 1) - 3 + f
+    w = np.maximum(e, 1) - (1 << finfo(dtype).nexp - 1) - 3 + f
     x, c = w - 1, 2 * (m + 8 * (e > 0)) + 1
   else:
     w, x, c = (0, r - 2, 2 * symbol + 1) if r else (0, 0, (symbol + 1) // 2)
@@ -103,11 +88,11 @@ def read_tables(data, shapes, layout):
     place += row[:, None] if row.size else 0
     place += column if column.size else 0
     lines.append((mode, place.ravel(), row.max(initial=0) + column.max(initial=0) + 1))
-  spans = [
-    (head[1], line[2], i)
-    for i, (head, line) in enumerate(zip(heads, lines, strict=True))
-  ]
   first, classes = {}, []
+  spans = [
+    (base, line[2], i)
+    for i, ((_, base), line) in enumerate(zip(heads, lines, strict=True))
+  ]
   for base, count, i in sorted(x for x in spans if heads[x[2]][0]):
     start = base if not classes or base > classes[-1] else classes[-1] + 1
     classes += range(start, base + count)
@@ -186,14 +171,28 @@ def read_block(data, lanes, contexts, tables, shifts, layout):
     return np.int64(symbols << s | raw) - (128 << np.int64(s))
   if kind == 'int':
     folded = symbols << r | raw
-    return folded if dtype[0] != 'i' else folded >> 1 ^ 0 - (folded & 1)
-  width, m = 8 * bits_dtype(dtype).itemsize, MANTISSA[dtype]
+    return folded if dtype.kind != 'i' else folded >> 1 ^ 0 - (folded & 1)
+  width, m = 8 * dtype.itemsize, finfo(dtype).nmant
   raw = raw << m - 2 - r
   large = symbols << m - 3 | raw & (1 << m - 3) - 1
-  exponent = f + 1 - m - (1 << EXPONENT[dtype] - 1)
-  small = narrow(np.ldexp(np.where(large >> m, 0.0, large), exponent), dtype)
+  exponent = f + 1 - m - (1 << finfo(dtype).nexp - 1)
+  small = np.ldexp(np.where(large >> m, 0.0, large), exponent).astype(dtype)
   large = np.where(large >> m, large + (f - 1 << m), 0)
-  return raw >> m - 3 << width - 1 | large | small
+  return raw >> m - 3 << width - 1 | large | bits_of(small)
+
+
+def read_blocks(blocks, lanes, elements, layout, contexts, tables, shifts):
+  """The bits of the elements of a group."""
+  runs = np.split(contexts, range(elements, contexts.size, elements))
+  return np.concatenate(
+    [
+      read_block(block, lanes, run, tables, shifts, layout)
+      for block, run in zip(blocks, runs, strict=True)
+    ]
+  )
+
+
+# ---- arrays ----------------------------------------------------------------------
 
 
 def parts_of(dtype, shape, crc32, groups, zeros):
@@ -224,92 +223,78 @@ def joined(parts, shape, zeros):
   return bits
 
 
+def checked(bits, array):
+  """The array of these bits."""
+  dtype, shape, crc32, *_ = array
+  bits = np.ascontiguousarray(bits.astype(f'u{np.dtype(dtype).itemsize}'))
+  if zlib.crc32(bits.tobytes()) != crc32:
+    raise ValueError('an array is damaged')
+  return bits.view(dtype).reshape(shape)
+
+
+def read_differences(head, decoded, array, classes, shifts):
+  """An array whose elements have known classes."""
+  return checked(decoded(*read_bands(head, classes, shifts)), array)
+
+
 def read_record(spec, stream):
-  """The arrays of a record with their dtypes; functions for those of known classes."""
+  """The arrays of a record; functions for those of known classes."""
   take, arrays = io.BytesIO(stream).read, spec['arrays']
   heads = [take(group[3]) for group in spec['groups']]
   bodies = [[take(n) for n in group[6]] for group in spec['groups']]
   parts = [
-    (*part, group, (i, j))
+    (np.dtype(dtype), shape, array[3][j], (i, j))
     for i, array in enumerate(arrays)
-    for j, (part, group) in enumerate(zip(parts_of(*array), array[3], strict=True))
+    for j, (dtype, shape) in enumerate(parts_of(*array))
   ]
   content, known = {}, {}
   for g, (kind, r, f, _, lanes, n, _) in enumerate(spec['groups']):
     members = [part for part in parts if part[2] == g]
     layout = kind, members[0][0], r, f
-
-    def decoded(contexts, tables, shifts, g=g, lanes=lanes, n=n, layout=layout):
-      runs = np.split(contexts, range(n, contexts.size, n))
-      pairs = zip(bodies[g], runs, strict=True)
-      blocks = [read_block(x, lanes, y, tables, shifts, layout) for x, y in pairs]
-      return np.concatenate(blocks)
-
+    decoded = functools.partial(read_blocks, bodies[g], lanes, n, layout)
     if kind == 'difference':
-      (i, _), dtype, shape = members[0][3], *members[0][:2]
-
-      def differences(classes, shifts, g=g, decoded=decoded, dtype=dtype, i=i):
-        numbers = decoded(*read_bands(heads[g], classes, shifts)).astype(dtype)
-        return checked(numbers, dtype, arrays[i])[0]
-
-      known[i] = differences
+      i, _ = members[0][3]
+      known[i] = functools.partial(read_differences, heads[g], decoded, arrays[i])
       continue
-    shapes = [shape for _, shape, *_ in members]
-    contexts, tables = read_tables(heads[g], shapes, layout)
+    contexts, tables = read_tables(heads[g], [x[1] for x in members], layout)
     bits = decoded(contexts, tables, np.full(len(tables), r))
-    for dtype, shape, _, key in members:
-      size = math.prod(shape)
-      content[key], bits = (
-        bits[:size].astype(bits_dtype(dtype)).reshape(shape),
-        bits[size:],
-      )
+    ends = np.cumsum([math.prod(x[1]) for x in members])
+    for (dtype, shape, _, key), part in zip(
+      members, np.split(bits, ends[:-1]), strict=True
+    ):
+      content[key] = part.astype(f'u{dtype.itemsize}').reshape(shape)
   for dtype, shape, group, key in parts:
     if group is None:
-      data = take(math.prod(shape) * bits_dtype(dtype).itemsize)
-      content[key] = np.frombuffer(data, bits_dtype(dtype)).reshape(shape)
+      data = take(math.prod(shape) * dtype.itemsize)
+      content[key] = np.frombuffer(data, f'u{dtype.itemsize}').reshape(shape)
   for i, array in enumerate(arrays):
     if i in known:
-      yield known[i], array[0]
+      yield known[i]
     else:
       bits = joined([content[i, j] for j in range(len(array[3]))], array[1], array[4])
-      yield checked(bits, array[0], array)
-
-
-def checked(bits, dtype, array):
-  bits = np.ascontiguousarray(bits.astype(bits_dtype(dtype))).reshape(array[1])
-  if zlib.crc32(bits.tobytes()) != array[2]:
-    raise ValueError('an array is damaged')
-  return bits, dtype
+      yield checked(bits, array)
 
 
 # ---- differences -----------------------------------------------------------------
 
 
-def flipped(x):
-  return x ^ (x >> 8 * x.itemsize - 1 & np.iinfo(x.dtype).max)
-
-
 def moved(known, difference, dtype):
   """The bits of elements that differ from known ones."""
-  if 'float' not in dtype:
+  if not is_float(dtype):
     return known + difference
-  sign = known & np.iinfo(known.dtype).min
-  return flipped((known ^ sign) + difference) ^ sign
+  top = np.iinfo(known.dtype).max
+  flip = lambda x: x ^ (x >> 8 * x.itemsize - 1 & top)
+  sign = known & ~top
+  return flip((known ^ sign) + difference) ^ sign
 
 
 def embedding_bits(s, a):
   """The bits of an embedding that is predicted from the head."""
-  head, dtype = s['head']
-  m = MANTISSA[s['name']]
-  h = np.rint(np.ldexp(np.float64(widen(head, dtype)), a['shifts'][:, None]))
+  m, least = finfo(s['name']).nmant, 2.0 ** (2 - 2 ** (finfo(s['name']).nexp - 1))
+  h = np.rint(np.ldexp(np.float64(s['head']), a['shifts'][:, None]))
   p = np.ldexp(h.T @ np.float64(a['map']), -s.get('scale', 0))
-  bits, least = (
-    lambda x: np.float64(x).view(np.int64),
-    2.0 ** (2 - 2 ** (EXPONENT[s['name']] - 1)),
-  )
-  o = (bits(np.maximum(abs(p), least)) + (1 << 51 - m) >> 52 - m) - (
-    bits(least) >> 52 - m
-  )
+  steps = lambda x: bits_of(np.float64(x), 'i') + (1 << 51 - m) >> 52 - m
+  o = steps(np.maximum(abs(p), least)) - steps(least)
   o += np.int64(np.rint(np.minimum(abs(p), least) * (2.0**m / least)))
   o = np.minimum(o, 32767)
   return np.where(p < 0, o | -32768, o).astype(np.int16)
@@ -319,9 +304,8 @@ def known_bits(s, a):
   """The bits of the known array, cut or filled with zeros."""
   if 'map' in a:
     return embedding_bits(s, a).ravel()
-  (bits, dtype), n = s['known'], math.prod(s['lengths'])
-  bits = bits if dtype == s['name'] else narrow(widen(bits, dtype), s['name'])
-  bits = signed(np.ravel(bits)[:n])
+  n = math.prod(s['lengths'])
+  bits = bits_of(np.ravel(s['known'].astype(s['name'], order='C'))[:n], 'i')
   return np.pad(bits, (0, n - bits.size))
 
 
@@ -329,14 +313,14 @@ def predicted(b, rows, s, a):
   """The bits of the rows that may differ, before the differences."""
   name = s['name']
   if 'left' in a:
-    wide = np.float64(widen(b.view(bits_dtype(name)), name))
+    wide = np.float64(b.view(name))
     product = np.float64(a['left'][rows]) @ a['right']
-    near = narrow(np.float32(wide + np.ldexp(product, s.get('unit', 0))), name)
-    b = np.where(np.isfinite(wide), signed(near), b)
+    near = np.float32(wide + np.ldexp(product, s.get('unit', 0))).astype(name)
+    b = np.where(np.isfinite(wide), bits_of(near, 'i'), b)
   if 'drift' in a:
-    m, top = MANTISSA[name], b & np.iinfo(b.dtype).max
+    m, top = finfo(name).nmant, b & np.iinfo(b.dtype).max
     drift = a['drift'][top >> max(m - 8, 0) & min((1 << m) - 1, 255)]
-    b = b + drift.astype(b.dtype) * ((top >> m) % ((1 << EXPONENT[name]) - 1) > 0)
+    b = b + drift.astype(b.dtype) * ((top >> m) % ((1 << finfo(name).nexp) - 1) > 0)
   return b
 
 
@@ -346,27 +330,28 @@ def difference(s, a):
     is_last = a['gaps'] < 65535
     at = np.cumsum(np.int64(a['gaps']) + is_last)[is_last] - 1
     new = moved(bits[at], a['differences'].astype(bits.dtype), name)
-    new[a['differences'] == -128] = a.get('exceptions', new[:0])
+    new[a['differences'] == -128] = bits_of(a.get('exceptions', new[:0]), 'i')
     bits[at] = new
   if 'column_scales' in a:
     whole, w = bits.reshape(-1, s['width']), 8 * bits.itemsize
     rows = np.unpackbits(a.get('equal', np.zeros(len(whole), 'u1')), bitorder='little')
     rows = rows[: len(whole)] == 0
     b = predicted(whole[rows], rows, s, a)
-    e = (b & np.iinfo(b.dtype).max) >> MANTISSA[name] if name in MANTISSA else 0 * b
-    e = 8 * np.maximum(np.int64(e), name in MANTISSA)
+    m, e = (finfo(name).nmant, 1) if is_float(name) else (w + 1, 0)
+    if e:
+      e = 8 * np.maximum(np.int64((b & np.iinfo(b.dtype).max) >> m), 1)
     level = (np.int64(a['row_scales'])[:, None] + a['column_scales'] - e) >> 1
-    levels = np.arange(-24, 4 * (MANTISSA.get(name, w + 1) - 1))
+    levels = np.arange(-24, 4 * (m - 1))
     shifts = np.append(np.clip(levels // 4 - 3, 0, w - 8), w - 8)
     classes, last = np.clip(level + 24, 0, shifts.size - 1).ravel(), shifts.size - 1
     x, b = a['differences'](classes, shifts), b.ravel()
     new = moved(b, x, name)
     far = (classes < last) & (x == -1 << shifts[classes] + 7)
-    new[far] = a.get('exceptions', new[:0])
-    u = (x ^ np.iinfo(x.dtype).min).view(f'u{x.itemsize}')
-    new = np.where(classes == last, signed(u >> 1 | u << w - 1), new)
+    new[far] = bits_of(a.get('exceptions', new[:0]), 'i')
+    u = bits_of(x ^ np.iinfo(x.dtype).min)
+    new = np.where(classes == last, bits_of(u >> 1 | u << w - 1, 'i'), new)
     whole[rows] = new.reshape(-1, s['width'])
-  return bits.reshape(s['lengths'])
+  return bits.view(s['name']).reshape(s['lengths'])
 
 
 # ---- products --------------------------------------------------------------------
@@ -387,15 +372,14 @@ def subspace(s, a):
 
 
 def product(p, arrays, bases, name, hidden):
-  """The bits of a product with tensors of the dense model."""
-  rounded = lambda x: np.float64(
-    widen(narrow(np.float32(x), name), name) if p.get('rounded') else x
-  )
+  """A product with tensors of the dense model."""
+  narrow = lambda x: np.float32(x).astype(name)
+  rounded = lambda x: np.float64(narrow(x) if p.get('rounded') else x)
   power = lambda x, k: k - np.frexp(abs(x).max(-1, keepdims=True))[1]
   k = 26 - (hidden.bit_length() + 1) // 2
   if p['kind'] == 'shortcut':
     v, w = (2.0**25 * np.eye(hidden) if x is None else x for x in bases)
-    return narrow(np.float32(np.ldexp(v.T @ w, -50)), name)
+    return narrow(np.ldexp(v.T @ w, -50))
   whole = np.float64(arrays[0])
   across = p['kind'] != 'writes' and not p.get('transposed')
   x, e = rounded(whole.T if across else whole), 25
@@ -411,7 +395,7 @@ def product(p, arrays, bases, name, hidden):
     y = np.rint(np.ldexp(x, n := power(x, k))) @ bases[0]
     x = np.ldexp(y, -(n[:, 0] if p['kind'] == 'bias' else n) - e)
   x = x + rounded(arrays[2]) if len(arrays) > 2 else x
-  return narrow(np.float32(x.T if p['kind'] == 'reads' else x), name)
+  return narrow(x.T if p['kind'] == 'reads' else x)
 
 
 # ---- leaves ----------------------------------------------------------------------
@@ -454,6 +438,9 @@ def head_rows(s, a):
 
 
 LEAVES = {
+  'difference': difference,
+  'basis': lambda s, a: a['numbers'] * np.int32(s['step']),
+  'subspace': subspace,
   'constant': lambda s, a: np.full(s['tail'], a['value']),
   'low_rank': lambda s, a: a['u'] @ a['v'],
   'identity_minus_gram': identity_minus_gram,
@@ -461,28 +448,19 @@ LEAVES = {
   'reduced_low_rank': reduced_low_rank,
   'head_columns': head_columns,
   'head_rows': head_rows,
-  'tied': lambda s, a: widen(*s['head']).T @ a['map'],
+  'tied': lambda s, a: np.float32(s['head']).T @ a['map'],
   'uniformly_quantized': lambda s, a: (
     a['integers'] * a['step'] * line_factors(a, 'row', 'column')
   ),
 }
-"""Numbers of leaves with the settings s and the arrays a."""
-
-EXACT = {
-  'difference': difference,
-  'basis': lambda s, a: np.int32(a['numbers'] * s['step']),
-  'subspace': subspace,
-}
-"""Bits of leaves, from bits."""
+"""The arrays of leaves with the settings s and the arrays a."""
 
 
-def expand(kind, s, arrays):
-  """The bits of the array that a leaf stands for."""
-  if kind in EXACT:
-    bits = EXACT[kind](s, {name: x for name, (x, _) in arrays.items()})
-    bits = bits.T if s.get('columns_first') else bits
-    return bits.view(bits_dtype(s['dtype']))
-  a = {name: widen(x, dtype) for name, (x, dtype) in arrays.items()}
+def expand(kind, s, a):
+  """The array that a leaf stands for."""
+  wide = lambda x: np.float32(x) if str(x.dtype) in ('float16', 'bfloat16') else x
+  if kind != 'difference':
+    a = {name: wide(x) for name, x in a.items()}
   for name in [x for x in a if f'{x}_step' in a]:  # multiples of a step
     a[name] = a[name] * a.pop(f'{name}_step')
   for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
@@ -490,27 +468,12 @@ def expand(kind, s, arrays):
     n, columns = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape[1]
     (top := np.tril(np.ones((n, columns))))[top > 0] = corner
     a[name] = np.vstack([top, below])
-  numbers = LEAVES[kind](s, a)
-  return narrow(numbers.T if s.get('transposed') else numbers, s['dtype'])
+  array = LEAVES[kind](s, a)
+  is_turned = s.get('transposed') or s.get('columns_first')
+  return (array.T if is_turned else array).astype(s['dtype'])
 
 
 # ---- files -----------------------------------------------------------------------
-
-
-def read_base(path):
-  """The bits and dtypes of a safetensors file."""
-  if path is None:
-    return {}
-  data, content = pathlib.Path(path).read_bytes(), {}
-  start = 8 + int.from_bytes(data[:8], 'little')
-  names = {'BF16': 'bfloat16', 'F8_E4M3': 'float8_e4m3fn', 'F8_E5M2': 'float8_e5m2'}
-  names |= {'BOOL': 'bool', 'F': 'float', 'U': 'uint', 'I': 'int'}
-  for key, x in json.loads(data[8:start]).items():
-    if key != '__metadata__':
-      dtype = names.get(x['dtype']) or names[x['dtype'][0]] + x['dtype'][1:]
-      part = data[start:][slice(*x['data_offsets'])]
-      content[key] = np.frombuffer(part, bits_dtype(dtype)).reshape(x['shape']), dtype
-  return content
 
 
 def known_array(leaf, s, base, tensors, config):
@@ -519,35 +482,36 @@ def known_array(leaf, s, base, tensors, config):
   needed = p.get('arrays', []) if p else [leaf['base']]
   transposed = s.get('columns_first')
   for path, *_, crc32 in needed:
-    bits = base[path][0].T if transposed else base[path][0]
-    if zlib.crc32(bits.tobytes()) != crc32:
+    array = base[path].T if transposed else base[path]
+    if zlib.crc32(array.tobytes()) != crc32:
       raise ValueError(f'{leaf["path"]} needs another base')
   if not p:
-    return bits, base[needed[0][0]][1]
+    return array
   bases = [tensors.get(f'subspaces.{i}/basis') for i in p.get('segments', [])]
-  bases = [x and np.float64(signed(x[0])) for x in bases]
-  arrays = [widen(*base[path]) for path, *_ in needed]
-  return product(p, arrays, bases, s['dtype'], config['hidden_size']), s['dtype']
+  bases = [x if x is None else np.float64(x) for x in bases]
+  arrays = [np.float64(base[path]) for path, *_ in needed]
+  return product(p, arrays, bases, s['dtype'], config['hidden_size'])
 
 
 def read_leaf(leaf, arrays, base, tensors, config):
-  """The bits of a leaf, and their dtype."""
+  """The array of a leaf."""
   if 'type_name' not in leaf:
-    (bits, dtype), shift = arrays[''], {'int2': 6, 'int4': 4}.get(leaf['dtype'])
-    return (signed(bits) << shift >> shift).view('u1') if shift else bits, dtype
+    shift = {'int2': 6, 'int4': 4}.get(leaf['dtype'], 0)
+    return arrays[''] << shift >> shift if shift else arrays['']
   s = dict(leaf.get('settings', {}), dtype=leaf['dtype'])
   s['head'] = tensors.get('head/kernel')
   if 'base' in leaf or 'product' in leaf:
     s['known'] = known_array(leaf, s, base, tensors, config)
-  bits = expand(leaf['type_name'], s, arrays).reshape(leaf['shape'])
-  stored = bits.T if s.get('columns_first') else bits
+  array = expand(leaf['type_name'], s, arrays).reshape(leaf['shape'])
+  stored = array.T if s.get('columns_first') else array
   if leaf.get('crc32') not in (None, zlib.crc32(stored.tobytes())):
     raise ValueError(f'{leaf["path"]} is damaged')
-  return bits, leaf['dtype']
+  return array
 
 
 def main(path, output, base=None):
-  base, data = read_base(base), pathlib.Path(path).read_bytes()
+  base = safetensors_numpy.load_file(base) if base else {}
+  data = pathlib.Path(path).read_bytes()
   tensors, empty = {}, []
   start = 8 + int.from_bytes(data[:8], 'little')
   streams, data = json.loads(data[8:start]), data[start:]
@@ -564,15 +528,11 @@ def main(path, output, base=None):
       named = {name: next(arrays) for name in leaf.get('arrays', [''])}
       config = manifest.get('config')
       tensors[leaf['path']] = read_leaf(leaf, named, base, tensors, config)
-  header, end = {'__metadata__': {'empty': json.dumps(empty)}}, 0
-  tensors = {k: x for k, x in tensors.items() if not k.startswith('subspaces.')}
-  for name, (bits, dtype) in tensors.items():
-    dtype = dtype.replace('loat', '').replace('int', 'i').replace('ui', 'u').upper()
-    header[name] = {'dtype': dtype, 'shape': bits.shape}
-    header[name]['data_offsets'] = [end, end := end + bits.nbytes]
-  text = json.dumps(header).encode()
-  body = b''.join(bits.tobytes() for bits, _ in tensors.values())
-  pathlib.Path(output).write_bytes(len(text).to_bytes(8, 'little') + text + body)
+  tensors = {
+    path: x.copy() for path, x in tensors.items() if not path.startswith('subspaces.')
+  }
+  metadata = {'empty': json.dumps(empty)}
+  safetensors_numpy.save_file(tensors, output, metadata=metadata)
 
 
 if __name__ == '__main__':

@@ -114,18 +114,12 @@ def mutate_zip(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
     return mutate(data)
   if not members or rng.random() < 0.1:
     return mutate(data)
-  programs = [name for name in members if name.endswith('.pkl')]
-  name = rng.choice(programs if programs and rng.random() < 0.8 else list(members))
-  if rng.random() < 0.1:
-    members[f'{name}{rng.choice(("", "x", "/data.pkl"))}'] = members.pop(name)
-  else:
-    members[name] = mutate(members[name])
-  methods = zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA
-  method = rng.choice(methods) if rng.random() < 0.05 else zipfile.ZIP_STORED
+  name = rng.choice(list(members))
+  members[name] = mutate(members[name])
   file = io.BytesIO()
-  with zipfile.ZipFile(file, 'w', method) as archive:
+  with zipfile.ZipFile(file, 'w') as archive:
     for name, content in members.items():
-      archive.writestr(zipfile.ZipInfo(name), content, method)
+      archive.writestr(zipfile.ZipInfo(name), content)
   return file.getvalue()
 
 

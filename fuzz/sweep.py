@@ -1,12 +1,10 @@
 """Damages small containers in every way, and counts how reading them ends.
 
-  python -m fuzz.sweep [--presets=free,exact] [--stride=1]
-
 For each preset, and for plain tensors: every byte flipped, every truncation, streams
 exchanged with those of another file or with each other, and every field of the manifest
 edited; the latter with the checksums that the manifest then must have. Reading ends in
 a `ContainerError` that names the stream, or, if a field says nothing about the numbers,
-in the same numbers. Anything else is a failure, and the exit code is 1.
+in the same numbers. Anything else is a failure. `python -m benchmarks damage` runs it.
 """
 
 import collections
@@ -17,22 +15,15 @@ import itertools
 import struct
 import tempfile
 from typing import Any, NamedTuple
-import warnings
 
-from absl import app
-from absl import flags
 import jax
 import numpy as np
 
 from fuzz import containers
-from fuzz import seeds
 import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.file import container
-
-_PRESETS = flags.DEFINE_list('presets', None, 'Which presets; all by default.')
-_STRIDE = flags.DEFINE_integer('stride', 1, 'Takes one of so many cases.')
 
 _VALUES: tuple[Any, ...] = (
   *(None, True, -1, 0, 1 << 40, 1 << 62, 1e300, 'x', '../x', [], [[]], {}, {'x': 1}),
@@ -213,22 +204,3 @@ def sweep(
     if not i % 2000:
       jax.clear_caches()  # programs of shapes that were edited
   return counts
-
-
-def main(argv: list[str]) -> None:
-  del argv
-  warnings.simplefilter('ignore')
-  failed = 0
-  for preset in _PRESETS.value or (*seeds.presets_of_sweep(), seeds.PLAIN):
-    data, other = (seeds.container(preset, seed) for seed in (0, 1))
-    report = lambda text, preset=preset: print(f'{preset}: {text}', flush=True)
-    counts = sweep(data, other, stride=_STRIDE.value, report=report)
-    for (damage, end), count in sorted(counts.items()):
-      print(f'{preset:18}{damage:12}{end:10}{count:9,}', flush=True)
-      failed += count * (end == 'failed')
-  if failed:
-    raise SystemExit(1)
-
-
-if __name__ == '__main__':
-  app.run(main)

@@ -98,7 +98,7 @@ def _is_small(leaf: Any) -> bool:
 def _read_manifest(data: bytes) -> None:
   """Reports on a container."""
   with rotbits_jax.file.Reader(data) as reader:
-    reader.dtypes()
+    reader.dtypes_on_disk()
   report = rotbits_jax.inspect(data)
   report.to_text().encode()
   json.dumps(report.to_json(), allow_nan=False)

@@ -11,7 +11,6 @@ import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import specs
-from rotbits_jax.file import leaves
 from rotbits_jax.file import manifest
 from rotbits_jax.file import shards
 from rotbits_jax.relative import entries
@@ -45,7 +44,7 @@ def test_fields_of_objects(subtests):
   for introduction, cls in (
     ('The stream `manifest` is a zlib stream of a JSON object.', manifest.Manifest),
     ('A *record* decodes on its own', manifest.RecordEntry),
-    ('A *leaf* is one parameter:', leaves.Leaf),
+    ('A *leaf* is one parameter:', manifest.Leaf),
     ('The field `spec` of a record describes its stream:', specs.StreamSpec),
     ('`rotbits_jax.models.ModelConfig` says', models.ModelConfig),
     ('The object `product` has', entries.Product),

@@ -13,9 +13,9 @@ from rotbits_jax.file import report
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 HEADINGS = {
-  'free': ['The bytes', 'The tensors', 'The errors', 'To load it'],
-  'exact': ['The bytes', 'The tensors', 'To load it'],
-  'tree': ['The bytes', 'The tensors', 'To load it'],
+  'free': ['The bytes', 'The records', 'The steps', 'To load it'],
+  'exact': ['The bytes', 'The records', 'The steps', 'To load it'],
+  'tree': ['The bytes', 'The records', 'To load it'],
 }
 
 

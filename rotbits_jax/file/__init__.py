@@ -7,7 +7,6 @@ The format:
 
 container     stores streams in a safetensors file
 manifest      describes the content of a file, and validates the description
-leaves        the part of the manifest that describes parameters
 shards        divides a model among several files, with an index
 coders        finds the coder of records by its name
 
@@ -25,7 +24,7 @@ Reading:
 
 reader        reads a record without the others, or the whole content
 decode        decodes records, into given memory or into new memory
-stacks        decodes layers straight into their places in a stack
+stacks        reads records, and layers straight into their stacks
 plain_model   makes a model of plain tensors
 memory        bounds the memory of what is decoded
 placement     places decoded arrays on devices

@@ -4,10 +4,12 @@ A damaged or incomplete file raises `ContainerError`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 import contextlib
 import functools
 import math
-from typing import Any
+import types
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,7 +20,6 @@ from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs as specs_lib
 from rotbits_jax.file import container
-from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
@@ -40,6 +41,26 @@ Resolve = Callable[[str], Any]
 
 Rows = Mapping[str, list[np.ndarray]]
 """Arrays to decode a leaf into, by its path within the record."""
+
+Started = Mapping[str, 'futures.Future[Flat]']
+"""Records that are being decoded, by their names."""
+
+
+class RecordDecoder(Protocol):
+  """Decodes records: those of a file, or those that plain tensors are."""
+
+  def entry(self, name: str) -> manifest_lib.RecordEntry:
+    """Returns the entry of a record."""
+
+  def decode(
+    self,
+    name: str,
+    started: Started = ...,
+    *,
+    rows: Rows | None = None,
+    integers: bool = False,
+  ) -> Flat:
+    """Decodes a record, see `Decoder.decode`."""
 
 
 class Decoder:
@@ -69,7 +90,7 @@ class Decoder:
     self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
     self.files: dict[str, container.StreamReader] = {}
     self.entries: dict[str, manifest_lib.RecordEntry] = {}
-    self.leaves: dict[str, leaves_lib.Leaf] = {}
+    self.leaves: dict[str, manifest_lib.Leaf] = {}
     self.holders: dict[str, str] = {}
     for file, manifest in zip(files, manifests, strict=True):
       with file.errors():
@@ -90,7 +111,7 @@ class Decoder:
     self._check_uses()
 
   def _check_needs(
-    self, leaf: leaves_lib.Leaf, config: models.ModelConfig | None
+    self, leaf: manifest_lib.Leaf, config: models.ModelConfig | None
   ) -> None:
     """Checks that what a leaf needs is there, or may be in another shard.
 
@@ -160,25 +181,27 @@ class Decoder:
       )
     return entry
 
-  def resolver(self, decoded: Callable[[str], Flat]) -> Resolve:
+  def resolver(self, started: Started) -> Resolve:
     """Returns a function that takes the path of a parameter and returns its array.
 
     Args:
-      decoded: takes the name of a record; returns its leaves.
+      started: records that are decoded already; others are when they are needed.
     """
+    decoded = functools.cache(self.decode)
 
     def resolve(path: str) -> Any:
-      if path not in self.holders:
+      name = self.holders.get(path)
+      if name is None:
         raise ContainerError(f'{path}: other parameters need it, but it is missing')
-      leaf = decoded(self.holders[path])[path]
-      return jax.device_get(structured.materialize(leaf))
+      flat = started[name].result() if name in started else decoded(name)
+      return jax.device_get(structured.materialize(flat[path]))
 
     return resolve
 
   def decode(
     self,
     name: str,
-    resolve: Resolve | None = None,
+    started: Started = types.MappingProxyType({}),
     *,
     rows: Rows | None = None,
     integers: bool = False,
@@ -188,9 +211,8 @@ class Decoder:
 
     Args:
       name: name of the record.
-      resolve: returns the parameters that leaves of the record need. By default they
-        are decoded, too.
-      rows: where to decode leaves to, see `stacks.allocate`; others get new memory.
+      started: records that are decoded already, for leaves that need others.
+      rows: where to decode leaves to; others get new memory.
       integers: whether multiples of one step stay integers.
       shared: whether arrays may share the memory of the base, and have any strides.
 
@@ -198,8 +220,7 @@ class Decoder:
       The leaves by path: NumPy arrays and structured leaves.
     """
     entry = self.entry(name)
-    if resolve is None:
-      resolve = self.resolver(functools.cache(self.decode))
+    resolve = self.resolver(started)
     with self.files[name].errors():
       try:
         if not rows:
@@ -231,7 +252,7 @@ class Decoder:
       except ValueError as error:
         raise ContainerError(f'{name}: {error}') from error
 
-  def _needed(self, entry: leaves_lib.Leaf, resolve: Resolve) -> list[Any]:
+  def _needed(self, entry: manifest_lib.Leaf, resolve: Resolve) -> list[Any]:
     """Returns the arrays that a leaf is computed from."""
     needed = [resolve(path) for path in entry.needs]
     if entry.base is not None:
@@ -243,7 +264,7 @@ class Decoder:
     return needed
 
   def _product(
-    self, entry: leaves_lib.Leaf, product: entries_lib.Product
+    self, entry: manifest_lib.Leaf, product: entries_lib.Product
   ) -> np.ndarray:
     """Returns the product that an array is stored beside."""
     assert self._base is not None or not product.arrays
@@ -271,7 +292,7 @@ class _StoredLeaf:
 
   def __init__(
     self,
-    entry: leaves_lib.Leaf,
+    entry: manifest_lib.Leaf,
     specs: Sequence[specs_lib.ArraySpec],
     place: list[np.ndarray] | None,
     is_expanded: bool,

@@ -1,6 +1,6 @@
 """Decoding of a file to a checkpoint on disk, one record at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
@@ -82,7 +82,8 @@ def write(
       buffers=reader.buffers() if model is None else model.buffers,
       overwrite=overwrite,
     )
-  _check_inputs(reader, directory, writer.names())
+  folder = pathlib.Path(directory)
+  inputs.check([folder / name for name in sorted(writer.names())], [reader])
   keep = shortcuts.keys() if format == 'transformers' else ()
   if model is None:
     records = reader.each(keep=keep, show_progress=progress)
@@ -143,25 +144,12 @@ def _write_tensors(
     for name in {**specs, **writer.specs}:
       if specs.get(name) != writer.specs.get(name):
         raise ContainerError(f'{name}: the headers and the records differ')
-  _check_inputs(reader, directory, writer.names())
+  folder = pathlib.Path(directory)
+  inputs.check([folder / name for name in sorted(writer.names())], [reader])
   with writer:
     for _, flat in reader.each(keep=(), show_progress=progress):
       for name, tensor in flat.items():
         writer.add(name, tensor)
-
-
-def _check_inputs(
-  reader: reader_lib.Reader, directory: str | os.PathLike[str], names: Iterable[str]
-) -> None:
-  """Checks, before anything is written, that no file of the base or the file is lost.
-
-  Args:
-    reader: the file.
-    directory: the directory for the checkpoint.
-    names: names of the files there that are written or removed.
-  """
-  folder = pathlib.Path(directory)
-  inputs.check([folder / name for name in sorted(names)], [reader])
 
 
 @contextlib.contextmanager

@@ -30,7 +30,6 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
-from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import sources
@@ -255,7 +254,7 @@ class Encoder:
     for name in source.records:
       for path, leaf in structured.flatten(source.specs(name)).items():
         if not structured.is_structured(leaf):
-          leaves_lib.check_array(path, tuple(leaf.shape), np.dtype(leaf.dtype))
+          manifest_lib.check_array(path, tuple(leaf.shape), np.dtype(leaf.dtype))
     if config is None:
       return
     layers = map(models.names.layer, range(config.num_layers))

@@ -1,6 +1,7 @@
 """Places decoded arrays on devices, by a sharding or a function that returns one."""
 
 from collections.abc import Callable, Iterable, Mapping
+import functools
 import math
 from typing import Any
 
@@ -16,14 +17,40 @@ Place = (
 None for an array that is committed to no device."""
 
 
-def placed(flat: Mapping[str, Any], place: Place | None) -> dict[str, Any]:
-  """Puts leaves on devices; the arrays of a leaf have the sharding of its path."""
+def placed(
+  flat: Mapping[str, Any],
+  place: Place | None,
+  wanted: range | None = None,
+  total: int = 0,
+) -> dict[str, Any]:
+  """Puts leaves on devices; the arrays of a leaf have the sharding of its path.
+
+  Args:
+    flat: the leaves by path.
+    place: the sharding.
+    wanted: the places of the layers of stacked leaves in their stack, of which this
+      process may hold only some; None for other leaves.
+    total: number of layers of the stack.
+  """
   if place is None:
     return dict(flat)
+
+  def put_array(path: str, array: Any) -> jax.Array:
+    shape = array.shape if wanted is None else (total, *array.shape[1:])
+    sharding = _sharding(place, path, shape)
+    if wanted is None or sharding is None:  # then `local_layers` are all of them
+      return put(array, sharding)
+
+    def part(index: Any) -> Any:
+      start, stop, _ = index[0].indices(total)
+      rows = slice(start - wanted.start, stop - wanted.start)
+      return array[(rows, *index[1:])]
+
+    with jax.enable_x64(True):  # see `put`
+      return jax.make_array_from_callback(shape, sharding, part)
+
   return {
-    path: jax.tree.map(
-      lambda x, path=path: put(x, _sharding(place, path, x.shape)), leaf
-    )
+    path: jax.tree.map(functools.partial(put_array, path), leaf)
     for path, leaf in flat.items()
   }
 
@@ -60,40 +87,6 @@ def placed_like(old: Any, new: Any) -> Any:
   if old is None or isinstance(old, np.ndarray | np.generic):
     return new
   return put(new, committed(old))
-
-
-def placed_stack(
-  flat: Mapping[str, Any], place: Place | None, wanted: range, total: int
-) -> dict[str, Any]:
-  """Puts stacked leaves on devices, of which this process may hold only some layers.
-
-  Args:
-    flat: the leaves by path, with the layers that this process needs.
-    place: the sharding.
-    wanted: the places of these layers in the stack.
-    total: number of layers of the stack.
-  """
-  if place is None:
-    return dict(flat)
-
-  def put_stack(stack: np.ndarray, path: str) -> jax.Array:
-    shape = (total, *stack.shape[1:])
-    sharding = _sharding(place, path, shape)
-    if sharding is None:
-      return put(stack, None)  # `local_layers` are all of them
-
-    def part(index: Any) -> Any:
-      start, stop, _ = index[0].indices(total)
-      rows = slice(start - wanted.start, stop - wanted.start)
-      return stack[(rows, *index[1:])]
-
-    with jax.enable_x64(True):  # see `put`
-      return jax.make_array_from_callback(shape, sharding, part)
-
-  return {
-    path: jax.tree.map(lambda x, path=path: put_stack(x, path), leaf)
-    for path, leaf in flat.items()
-  }
 
 
 def local_layers(

@@ -4,26 +4,24 @@ The tensors of a layer are decoded together, and copied into the rows of the sta
 files have the kernels of most families transposed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import functools
 import threading
+import types
+from typing import Any
 
 import numpy as np
 
 from rotbits_jax import checkpoints
-from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import pool
-from rotbits_jax.file import decode
-from rotbits_jax.file import memory
-from rotbits_jax.file import placement
-from rotbits_jax.file import stacks
+from rotbits_jax.file import decode as decode_lib
+from rotbits_jax.file import manifest
+from rotbits_jax.relative import entries
 from rotbits_jax.system import host
-from rotbits_jax.system import progress
 
 
 def open_model(
-  decoder: decode.Decoder, files: Mapping[str, bytes]
+  decoder: decode_lib.Decoder, files: Mapping[str, bytes]
 ) -> checkpoints.CheckpointReader | None:
   """Matches plain tensors with the parameters of a model.
 
@@ -59,55 +57,46 @@ def open_model(
     return None
 
 
-def read_model(
-  source: checkpoints.CheckpointReader,
-  layers: range,
-  place: placement.Place | None,
-  show_progress: bool,
-) -> models.Model:
-  """Reads the model that `open_model` found, see `Reader.read`."""
-  names = {i: models.names.layer(i) for i in layers}
-  is_outer = lambda x: models.names.layer_index(x) is None and x != models.names.BUFFERS
-  outer = list(filter(is_outer, source.records))
-  specs = {
-    name: structured.flatten(source.specs(name)[name])
-    for name in (*outer, *names.values())
-  }
-  sizes = {name: sum(x.nbytes for x in flat.values()) for name, flat in specs.items()}
-  memory.check('the whole content', sum(sizes.values()))
+class ModelDecoder:
+  """Decodes the records of a model of arrays, such as `open_model` finds.
 
-  def fill(index: int, rows: Mapping[str, np.ndarray]) -> decode.Flat:
-    """Decodes a layer into its rows."""
-    leaves = structured.flatten(source.read(names[index])[names[index]])
-    for path, leaf in leaves.items():
-      rows[path][...] = host.contiguous(leaf)
-    return {}
+  Attributes:
+    specs: returns the shapes and dtypes of a record, in nested dicts.
+    read: returns its arrays.
+  """
 
-  def stack(run: range) -> stacks.Stack:
-    """Starts a stack of layers whose arrays have equal shapes and dtypes."""
-    name, wanted = models.names.stack(run), range(len(run))
-    arrays = specs[names[run[0]]]
-    if place is not None:
-      shapes = [(path, x.shape) for path, x in arrays.items()]
-      wanted = placement.local_layers(place, name, shapes, len(run))
-    arrays_of_stack = {
-      path: host.empty((len(wanted), *x.shape), x.dtype) for path, x in arrays.items()
-    }
-    jobs = []
-    for row, i in enumerate(wanted):
-      rows = {path: x[row] for path, x in arrays_of_stack.items()}
-      jobs.append(start(functools.partial(fill, run[i], rows)))
-    of_layers = [sizes[names[i]] for i in run]
-    return stacks.Stack(
-      name, len(run), wanted, jobs, of_layers, lambda _: arrays_of_stack
+  def __init__(self, specs: Callable[[str], Any], read: Callable[[str], Any]):
+    self.specs, self.read = specs, read
+
+  def entry(self, name: str) -> manifest.RecordEntry:
+    """Returns an entry for a record, as if its parameters were stored as they are."""
+    leaves, arrays = [], []
+    for path, spec in structured.flatten(self.specs(name)).items():
+      dtype = spec.dtype.name
+      leaves.append(manifest.Leaf(path=path, shape=spec.shape, dtype=dtype))
+      stored_dtype = entries.stored_dtype(dtype)
+      arrays.append([stored_dtype, list(spec.shape), 0, [None], None])
+    nbytes = sum(leaf.nbytes for leaf in leaves)
+    return manifest.RecordEntry(
+      name=name,
+      nbytes=nbytes,
+      crc32=0,
+      leaves=tuple(leaves),
+      spec={'arrays': arrays, 'groups': []},
+      input=manifest.Counts(elements=sum(x.size for x in leaves), bytes=nbytes),
     )
 
-  read = lambda name: structured.flatten(source.read(name))
-  with (
-    progress.Progress('decode', sum(sizes.values()), 'B', show=show_progress) as bar,
-    pool.record_jobs() as start,
-  ):
-    jobs = [(sizes[name], start(functools.partial(read, name))) for name in outer]
-    runs = models.stack_ranges(layers, lambda i: specs[names[i]])
-    flat = stacks.placed(jobs, list(map(stack, runs)), place, bar)
-  return models.Model(structured.unflatten(flat), source.buffers, source.config)
+  def decode(
+    self,
+    name: str,
+    started: decode_lib.Started = types.MappingProxyType({}),
+    *,
+    rows: decode_lib.Rows | None = None,
+    integers: bool = False,
+  ) -> decode_lib.Flat:
+    """Decodes a record; no parameter needs another one, or is of integers."""
+    flat = structured.flatten(self.read(name))
+    for path, leaf in flat.items() if rows else ():
+      (flat[path],) = rows[path.removeprefix(f'{name}/')]
+      flat[path][...] = host.contiguous(leaf)
+    return flat

@@ -11,7 +11,7 @@ damaged or incomplete file raises `ContainerError`.
 """
 
 import collections
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 import functools
 import hashlib
 import os
@@ -28,14 +28,13 @@ from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.file import container
 from rotbits_jax.file import decode as decode_lib
-from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import placement
 from rotbits_jax.file import plain_model
 from rotbits_jax.file import shards
 from rotbits_jax.file import sources
-from rotbits_jax.file import stacks as stacks_lib
+from rotbits_jax.file import stacks
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
@@ -94,7 +93,9 @@ class Reader:
     self._message = first.message
     if index is not None:
       self._check_index(index)
-    self._check_names()
+    names = [x for y in self.manifests for x in (*y.files, *y.headers)]
+    if twice := [x for x, count in collections.Counter(names).items() if count > 1]:
+      raise ContainerError(f'{twice[0]}: two files have this name')
     if self.config is None and not self.is_plain:
       for name, record in self._decoder.entries.items():
         paths = *record.empty, *(leaf.path for leaf in record.leaves)
@@ -191,14 +192,10 @@ class Reader:
       return {}
     return self.record(name)[name]
 
-  def dtypes(self) -> dict[str, np.dtype]:
-    """Returns the dtype of every parameter, by path."""
-    dtypes = {path: np.dtype(x.dtype) for path, x in self._decoder.leaves.items()}
-    return dtypes | (self._message.layout.dtypes() if self._message else {})
-
   def dtypes_on_disk(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter in the checkpoint that was encoded."""
-    dtypes = self.dtypes()
+    dtypes = {path: np.dtype(x.dtype) for path, x in self._decoder.leaves.items()}
+    dtypes |= self._message.layout.dtypes() if self._message else {}
     others = {path: x for y in self.manifests for path, x in y.dtypes.items()}
     for path, dtype in dtypes.items():
       if dtype == np.float32:
@@ -210,23 +207,18 @@ class Reader:
 
     See `structured.IdentityMinusGram.is_thin`.
     """
-    return {
-      leaf.path: leaf.rank(shapes)
-      for leaf, shapes in self._leaves()
-      if leaf.leaf_class is structured.IdentityMinusGram
-      and shortcuts.is_thin(leaf.rank(shapes), leaf.shape[-1])
-    }
-
-  def _leaves(self) -> Iterator[tuple[leaves_lib.Leaf, list[tuple[int, ...]]]]:
-    """Yields the manifest's entry of each leaf, and the shapes of its stored arrays."""
+    thin = {}
     for name in self._decoder.entries:
       for leaf, specs in self._decoder.entry(name).leaf_specs():
-        yield leaf, [x.shape for x in specs]
+        if leaf.leaf_class is structured.IdentityMinusGram:
+          ranks = leaf.rank([x.shape for x in specs])
+          if shortcuts.is_thin(ranks, leaf.shape[-1]):
+            thin[leaf.path] = ranks
+    return thin
 
   def stream_bytes(self) -> int:
     """Returns the bytes of all streams but the manifests. The rest is overhead."""
-    streams = ((x, name) for x in self._files for name in x.names())
-    return sum(x.nbytes(name) for x, name in streams if name != container.MANIFEST)
+    return sum(x for manifest in self.manifests for x in manifest.sizes().values())
 
   # ---- the whole content -------------------------------------------------------------
 
@@ -266,42 +258,25 @@ class Reader:
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
+    decoder: decode_lib.RecordDecoder = self._decoder
     if source is not None:
-      return plain_model.read_model(source, layers, place, show_progress)
-    if self._message is not None:
-      return self._message_model(layers, place, show_progress)
-    outer = self._outer()
-    names = [*outer, *map(models.names.layer, layers)]
-    entries = [self._decoder.entry(name) for name in names]
-    # A process of several checks those layers that it needs, see `stacks`.
-    is_whole = place is None or jax.process_count() == 1
-    held = entries if is_whole else entries[: len(outer)]
-    nbytes = sum(entry.memory_bytes(integers) for entry in held)
-    memory.check('the whole content', nbytes)
-    total = sum(entry.input.bytes for entry in entries)
-    decode = functools.partial(self._decoder.decode, integers=integers)
-    with (
-      progress.Progress('decode', total, 'B', show=show_progress) as bar,
-      pool.record_jobs() as start,
-    ):
-      jobs: dict[str, Any] = {}
-      resolve = self._resolver(jobs)
-      for name in outer:
-        jobs[name] = start(functools.partial(decode, name, resolve))
-      stacks = stacks_lib.start_stacks(
-        self._decoder, layers, place, start, resolve, integers
-      )
-      sizes = [self._decoder.entry(name).input.bytes for name in jobs]
-      pairs = zip(sizes, jobs.values(), strict=True)
-      flat = stacks_lib.placed(pairs, stacks, place, bar)
-    if self.config is None:
-      return self._tree(flat)
-    return self._model(flat)
-
-  def _model(self, flat: Tree) -> models.Model:
-    assert self.config is not None
-    params = structured.unflatten(flat)
-    return models.Model(params=params, buffers=self.buffers(), config=self.config)
+      decoder = plain_model.ModelDecoder(source.specs, source.read)
+    elif self._message is not None:
+      records = dict(self._decode_message(show_progress))
+      tree = lambda name: structured.unflatten(records[name])
+      decoder, show_progress = plain_model.ModelDecoder(tree, tree), False
+    is_stored = decoder is self._decoder  # else no record needs others
+    outer = self._outer() if is_stored else list(models.outer_shapes(config))
+    flat = stacks.read(
+      decoder, outer, layers, place, integers=integers, show_progress=show_progress
+    )
+    if config is None:
+      if self.is_plain:  # the tensors by name
+        return flat
+      empty = [x for entry in self.records.values() for x in entry.empty]
+      return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
+    buffers = self.buffers() if source is None else source.buffers
+    return models.Model(structured.unflatten(flat), buffers, config)
 
   def each(
     self, *, keep: Collection[str] | None = None, show_progress: bool = False
@@ -325,7 +300,7 @@ class Reader:
     needed = {path for leaf in self._decoder.leaves.values() for path in leaf.needs}
     held = {self._decoder.holders.get(path) for path in needed}
     kept: dict[str, Any] = {}
-    resolve = self._resolver(kept)
+    resolve = self._decoder.resolver(kept)
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
       pool.record_jobs() as start,
@@ -336,9 +311,9 @@ class Reader:
         wanted = 1 if sizes[name] >= memory.LARGE else 2
         for other in names[i + len(ahead) : i + wanted]:
           decode = functools.partial(
-            self._decoder.decode, integers=keep is None, shared=True
+            self._decoder.decode, started=kept, integers=keep is None, shared=True
           )
-          ahead.append(start(functools.partial(decode, other, resolve)))
+          ahead.append(start(functools.partial(decode, other)))
           if other in held:
             kept[other] = ahead[-1]
         flat = ahead.popleft().result()
@@ -350,17 +325,6 @@ class Reader:
         yield name, flat
         del flat
         bar.update(sizes[name])
-
-  def _resolver(self, started: Mapping[str, Any]) -> decode_lib.Resolve:
-    """Returns a function of the path of a parameter, which returns its array.
-
-    Args:
-      started: futures of records. Other records are decoded when they are needed.
-    """
-    decode = self._decoder.decode
-    return self._decoder.resolver(
-      lambda name: started[name].result() if name in started else decode(name)
-    )
 
   def _names(self) -> list[str]:
     """Returns all records in an order in which they can be read one at a time."""
@@ -378,13 +342,6 @@ class Reader:
     # Nothing waits for a record that needs others, or all threads could wait for it.
     needs = lambda name: any(x.needs for x in self._decoder.entry(name).leaves)
     return sorted(names, key=needs)
-
-  def _tree(self, flat: Tree) -> Tree:
-    """Returns a PyTree, or the tensors by name."""
-    if self.is_plain:
-      return flat
-    empty = [x for entry in self.records.values() for x in entry.empty]
-    return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
 
   def _decode_message(self, show_progress: bool) -> Iterator[tuple[str, Tree]]:
     """Yields the records of a message; see `paper.decode`."""
@@ -410,20 +367,6 @@ class Reader:
         raise ContainerError(f'message: {error}') from error
     for name in sizes:
       yield name, {k: x for k, x in flat.items() if k.partition('/')[0] == name}
-
-  def _message_model(
-    self, layers: range, place: placement.Place | None, show_progress: bool
-  ) -> models.Model:
-    """Decodes the model in a message, or some of its layers."""
-    assert self.config is not None
-    records = dict(self._decode_message(show_progress))
-    trees = {x: structured.unflatten(flat)[x] for x, flat in records.items()}
-    params = {x: y for x, y in trees.items() if models.names.layer_index(x) is None}
-    layer = lambda i: trees[models.names.layer(i)]
-    for run in models.stack_ranges(layers, lambda i: models.stack_key(layer(i))):
-      stack = models.stack_layers(map(layer, run), len(run))
-      params[models.names.stack(run)] = stack
-    return self._model(placement.placed(structured.flatten(params), place))
 
   # ---- the other files of a checkpoint -----------------------------------------------
 
@@ -479,12 +422,6 @@ class Reader:
         f'the shards must have {metadata.total_size} bytes by their index, '
         f'got {self.size}'
       )
-
-  def _check_names(self) -> None:
-    """Checks that files have different names."""
-    names = [x for y in self.manifests for x in (*y.files, *y.headers)]
-    if twice := [x for x, count in collections.Counter(names).items() if count > 1]:
-      raise ContainerError(f'{twice[0]}: two files have this name')
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:

@@ -1,36 +1,24 @@
 """The report on a file as one web page, which needs no network.
 
-The page shows the bytes that each step saves, the bits of an element of each type of
-tensor, the greatest error of each type, and how the file is loaded. It follows the
-light or dark theme of the browser.
+The page shows what `inspect` does, the bits that each type of record takes for a number
+of the input, and how the file is loaded. It follows the light or dark theme of the
+browser.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import html
 import os
-from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax import structured
-from rotbits_jax.coding import coder
-from rotbits_jax.coding import specs
 from rotbits_jax.file import container
+from rotbits_jax.file import manifest
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import savings
 from rotbits_jax.file import verification
 from rotbits_jax.system import text
 
-_LAYERS = 3
-"""The greatest number of layers that are decoded, for the bits of their elements."""
-
-_ROWS = 16
-"""The greatest number of rows of a table."""
-
-_ROUNDING = 0.4
-"""The relative error of rounding a matrix (Frobenius norm), in units of roundoff."""
+_ROWS = 64
+"""The greatest number of rows of records: a PyTree may have any."""
 
 
 def report_page(
@@ -39,8 +27,7 @@ def report_page(
   """Makes the report of a file as a web page.
 
   Args:
-    source: a path, bytes, or an open binary file. A few records are decoded for the
-      bits of their elements.
+    source: a path, bytes, or an open binary file.
     verified: the result of `verify` against the checkpoint, which the page then tells.
 
   Returns:
@@ -57,8 +44,11 @@ def report_page(
     report = savings.from_reader(reader)
     sections = {
       'The bytes': _bytes(report),
-      'The tensors': _tensors(reader),
-      'The errors': _errors(reader, report),
+      'The records': _records(reader),
+      'The steps': ''.join(
+        f'<h3>{html.escape(name)}</h3>{_table(*rows)}'
+        for name, rows in report.tables().items()
+      ),
       'To load it': _loading(path or 'FILE', reader, report),
     }
   before, after = map(text.of_bytes, (report.input_bytes, report.file_bytes))
@@ -102,88 +92,32 @@ def _measured(verified: verification.Verification | None) -> str:
 
 def _bytes(report: savings.Report) -> str:
   """Draws how the bytes of the tensors become those of the file."""
-  bars = report.bars()
-  longest = max(1, *(bar.begin + bar.nbytes for bar in bars))
   rows = []
-  for bar in bars:
-    sides = f'{bar.begin / longest:.3%} {bar.nbytes / longest:.3%}'.split()
+  for bar in report.bars():
     color = {'': 'whole', '-': 'less', '+': 'more'}[bar.sign]
     rows.append(
-      f'<tr><td>{html.escape(bar.name)}</td><td>{bar.sign}{bar.nbytes:,}</td>'
-      f'<td>{bar.sign}{bar.nbytes / max(report.input_bytes, 1):.2%}</td>'
-      f'<td class="track"><i class="{color}" '
-      f'style="margin-left:{sides[0]};width:{sides[1]}"></i></td></tr>'
+      f'<tr><td>{html.escape(bar.name)}</td><td>{bar.size}</td><td>{bar.share}</td>'
+      f'<td class="track"><i class="{color}" style="margin-left:{bar.begin:.3%};'
+      f'width:{bar.end - bar.begin:.3%}"></i></td></tr>'
     )
   return f'<table class="bars">{"".join(rows)}</table>'
 
 
-def _tensors(reader: reader_lib.Reader) -> str:
-  """Tabulates the bits of an element for each type of tensor; '' without any."""
-  arrays_of_type: dict[str, list[np.ndarray]] = {}
-  records = _some_records(reader)
-  for name in records:
-    for path, leaf in structured.flatten(reader.record(name)).items():
-      arrays = leaf.stored()[1].values() if structured.is_structured(leaf) else [leaf]
-      pattern = models.names.pattern(path).removesuffix('/kernel')
-      arrays_of_type.setdefault(pattern, []).extend(map(np.asarray, arrays))
+def _records(reader: reader_lib.Reader) -> str:
+  """Tabulates the bits of a number for each type of record; '' without any."""
+  types: dict[str, list[manifest.RecordEntry]] = {}
+  for name, record in reader.records.items():
+    types.setdefault(models.names.pattern(name), []).append(record)
   rows = []
-  for pattern, arrays in arrays_of_type.items():
-    count = sum(x.size for x in arrays)
-    if not count or any(x.dtype.name not in specs.DTYPES for x in arrays):
-      continue
-    nbytes = coder.encode(arrays).data.size
-    before = 8 * sum(x.nbytes for x in arrays) / count
-    rows.append(
-      (nbytes, pattern, f'{count:,}', f'{before:.0f}', f'{8 * nbytes / count:.2f}')
+  for pattern, records in types.items():
+    count = sum(record.input.elements for record in records)
+    before, after = (
+      f'{8 * sum(sizes) / max(count, 1):.2f}'
+      for sizes in zip(*((x.input.bytes, x.nbytes) for x in records), strict=True)
     )
-  if not rows:
-    return ''
-  cells = [row[1:] for row in sorted(rows, reverse=True)[:_ROWS]]
-  return (
-    f'<p>Bits of an element, in {len(records)} records, each type of tensor coded on '
-    'its own.</p>' + _table(('tensor', 'elements', 'bits', 'bits when coded'), cells)
-  )
-
-
-def _some_records(reader: reader_lib.Reader) -> list[str]:
-  """Returns some records that need no others: a few layers and what is beside them."""
-  names = [
-    name
-    for name, record in reader.records.items()
-    if not any(leaf.base_arrays or leaf.needs for leaf in record.leaves)
-  ]
-  patterns = [models.names.pattern(name) for name in names]
-  some = []
-  for pattern in dict.fromkeys(patterns):
-    alike = [name for name, x in zip(names, patterns, strict=True) if x == pattern]
-    places = np.linspace(0, len(alike) - 1, min(len(alike), _LAYERS))
-    some += [alike[round(place)] for place in places]
-  return some[:_ROWS]
-
-
-def _errors(reader: reader_lib.Reader, report: savings.Report) -> str:
-  """Tabulates the errors that the notes tell, beside that of rounding; '' if none."""
-  on_disk = reader.dtypes_on_disk().values()
-  dtypes = [x for x in on_disk if jnp.issubdtype(x, jnp.floating)]
-  rows = [
-    (row.get('tensor', ''), name, row['error'])
-    for name, notes in report.notes.items()
-    for row in savings.summary(notes)
-    if row.get('error')
-  ]
-  if not (rows and dtypes):
-    return ''
-  dtype = max(set(dtypes), key=dtypes.count)
-  floor = _ROUNDING * float(jnp.finfo(dtype).eps) / 2
-  cells = [
-    (tensor, name, f'{error:.2g}', f'{error / floor:.3g}')
-    for tensor, name, error in sorted(rows, key=lambda row: -row[2])[:_ROWS]
-  ]
-  return (
-    '<p>The greatest relative error (Frobenius norm) of each type of rewritten tensor. '
-    f'Rounding a matrix to {html.escape(dtype.name)} alone makes about {floor:.1e}.</p>'
-    + _table(('tensor', 'step', 'error', 'error / rounding'), cells)
-  )
+    rows.append((pattern, f'{len(records):,}', f'{count:,}', before, after))
+  header = 'record', 'records', 'numbers', 'bits of each', 'bits in the file'
+  return _table(header, *rows[:_ROWS]) if rows else ''
 
 
 def _loading(name: str, reader: reader_lib.Reader, report: savings.Report) -> str:
@@ -198,7 +132,7 @@ def _loading(name: str, reader: reader_lib.Reader, report: savings.Report) -> st
   return f'<pre>{html.escape(lines)}</pre>'
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _table(header: Sequence[str], *rows: Sequence[str]) -> str:
   """Returns a table; its cells are escaped."""
   head = ''.join(f'<th>{html.escape(x)}</th>' for x in header)
   body = ''.join(

@@ -26,21 +26,25 @@ class ReportLine(NamedTuple):
 
 
 class Bar(NamedTuple):
-  """A bar of the waterfall from the bytes of the tensors to those of the file.
+  """A row of the waterfall from the bytes of the tensors to those of the file.
 
   Attributes:
     name: name of the step, 'tensors' or 'file'.
     sign: '' for a whole size, '-' for saved bytes, '+' for added ones.
-    elements: number of elements.
-    nbytes: number of bytes, which is the length of the bar.
-    begin: where the bar begins, in bytes.
+    elements: number of elements, as text.
+    size: number of bytes, as text with the sign.
+    share: that number as percents of the tensors.
+    begin: where the bar begins, from 0 to 1.
+    end: where it ends.
   """
 
   name: str
   sign: str
-  elements: int
-  nbytes: int
-  begin: int
+  elements: str
+  size: str
+  share: str
+  begin: float
+  end: float
 
 
 BACK: dict[presets.Keeps, str] = {
@@ -95,47 +99,57 @@ class Report(NamedTuple):
 
   def bars(self) -> list[Bar]:
     """Returns the bars from the tensors to the file; each begins where one ended."""
+    sizes = [('tensors', '', self.input_bytes, self.input_elements, 0)]
     bytes_left = self.input_bytes
-    bars = [Bar('tensors', '', self.input_elements, bytes_left, 0)]
-    for line in self.lines:
-      after = bytes_left - line.bytes_saved
-      if line.bytes_saved or line.elements_saved:
-        bars.append(
-          Bar(
-            line.name,
-            '-' if line.bytes_saved >= 0 else '+',
-            -line.elements_saved,
-            abs(line.bytes_saved),
-            min(bytes_left, after),
-          )
-        )
-      bytes_left = after
-    return [*bars, Bar('file', '', self.stored_elements, self.file_bytes, 0)]
+    for name, elements, saved in self.lines:
+      bytes_left -= saved
+      if saved or elements:
+        begin = min(bytes_left, bytes_left + saved)
+        sizes.append((name, '-' if saved >= 0 else '+', abs(saved), -elements, begin))
+    sizes.append(('file', '', self.file_bytes, self.stored_elements, 0))
+    longest = max(1, *(begin + nbytes for _, _, nbytes, _, begin in sizes))
+    return [
+      Bar(
+        name,
+        sign,
+        f'{elements:{"+" if sign else ""},}' if elements else '',
+        f'{sign}{nbytes:,}',
+        f'{sign}{nbytes / max(self.input_bytes, 1):.2%}',
+        begin / longest,
+        (begin + nbytes) / longest,
+      )
+      for name, sign, nbytes, elements, begin in sizes
+    ]
 
-  def to_text(self, *, verbose: bool = False) -> str:
-    """Returns the report as tables for people.
+  def tables(self, *, verbose: bool = False) -> dict[str, list[list[str]]]:
+    """Returns the notes of each transform as a table, whose first row is the header.
 
     Args:
-      verbose: whether every note has a line, rather than layers of one type.
+      verbose: whether every note has a row, rather than layers of one type.
     """
+    tables = {}
+    for name, notes in self.notes.items():
+      rows = notes if verbose else summary(notes)
+      header = list(dict.fromkeys(key for row in rows for key in row))[:_COLUMNS]
+      cells = [[_cell(row.get(key)) for key in header] for row in rows]
+      tables[name] = [header, *cells]
+    return tables
+
+  def to_text(self, *, verbose: bool = False) -> str:
+    """Returns the report as tables for people, see `tables`."""
     family = f'family {self.family}' if self.family else 'plain tensors'
     lines = [f'preset {self.preset}, {family}', f'{"":24}{"elements":>16}{"bytes":>18}']
-    bars = self.bars()
-    longest = max(1, *(bar.begin + bar.nbytes for bar in bars))
-    for bar in bars:
-      indent = '  ' if bar.sign else ''
-      elements = f'{bar.elements:{"+" if bar.sign else ""},}' if bar.elements else ''
-      size = f'{bar.sign}{bar.nbytes:,}'
-      share = f'{bar.sign}{100 * bar.nbytes / max(self.input_bytes, 1):.2f}%'
-      begin, end = (
-        round(_BAR * x / longest) for x in (bar.begin, bar.begin + bar.nbytes)
-      )
-      drawn = f'{"":{begin}}' + (bar.sign or '#') * max(end - begin, 1)
-      lines.append(
-        f'{indent + bar.name:24}{elements:>16}{size:>18} {share:>8}  {drawn}'
-      )
-    for name, notes in self.notes.items():
-      lines += ['', *_table(name, notes if verbose else summary(notes))]
+    for bar in self.bars():
+      begin, end = round(_BAR * bar.begin), round(_BAR * bar.end)
+      drawn = ' ' * begin + (bar.sign or '#') * max(end - begin, 1)
+      name = f'  {bar.name}' if bar.sign else bar.name
+      lines.append(f'{name:24}{bar.elements:>16}{bar.size:>18} {bar.share:>8}  {drawn}')
+    for name, rows in self.tables(verbose=verbose).items():
+      widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+      lines += ['', f'{name}:']
+      for row in rows:
+        cells = [x.ljust(width) for x, width in zip(row, widths, strict=True)]
+        lines.append(f'  {"  ".join(cells).rstrip()}')
     lines = [text.printable(line) for line in lines]
     for remark in self.remarks():
       lines += ['', *textwrap.wrap(remark, _WIDTH)]
@@ -257,18 +271,6 @@ def _beside_base(reader: reader_lib.Reader) -> dict[str, list[dict[str, Any]]]:
       note['product'] = leaf.product.kind
     notes.append(note)
   return {writer_lib.BESIDE: notes}
-
-
-def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
-  """Returns the lines of a table with a column for every key of a row."""
-  header = list(dict.fromkeys(key for row in rows for key in row))[:_COLUMNS]
-  cells = [header] + [[_cell(row.get(key)) for key in header] for row in rows]
-  widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-  lines = [
-    '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-    for row in cells
-  ]
-  return [f'{name}:', *(f'  {line.rstrip()}' for line in lines)]
 
 
 def _cell(value: Any) -> str:

@@ -15,7 +15,6 @@ from rotbits_jax import structured
 from rotbits_jax.coding import known as known_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
-from rotbits_jax.file import leaves as leaves_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
@@ -176,7 +175,7 @@ def encode_record(
   Raises:
     ValueError: if a reader would refuse a parameter. It names the parameter.
   """
-  leaves: list[leaves_lib.Leaf] = []
+  leaves: list[manifest_lib.Leaf] = []
   arrays: list[np.ndarray] = []
   known: dict[int, known_lib.Known] = {}
   params = structured.flatten(record.params)
@@ -221,7 +220,7 @@ def encode_record(
 
 def entry_of(
   path: str, leaf: Any, resolve: Resolve
-) -> tuple[leaves_lib.Leaf, list[np.ndarray], known_lib.Known | None]:
+) -> tuple[manifest_lib.Leaf, list[np.ndarray], known_lib.Known | None]:
   """Makes the entry of a parameter in the manifest.
 
   Args:
@@ -240,7 +239,7 @@ def entry_of(
     type_name, shape, dtype, _ = structured.stack_key(leaf)
     if not type_name:
       stored = np.asarray(leaf).view(entries.stored_dtype(dtype))
-      return leaves_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored], None
+      return manifest_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored], None
     settings, arrays = leaf.stored()
     if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
       raise ValueError(f'a leaf of type {type_name!r} cannot store all of this value')
@@ -253,7 +252,7 @@ def entry_of(
         classes = measure.measured(leaf, *needed).known
     return *_entry_of_leaf(path, leaf, (settings, arrays), crc32), classes
   # A leaf that is stacked, or should be, raises any of these.
-  except (*leaves_lib.UNTRUSTED, ValueError) as error:
+  except (*manifest_lib.UNTRUSTED, ValueError) as error:
     raise ValueError(f'{path}: it cannot be stored: {error}') from error
 
 
@@ -263,7 +262,7 @@ def _entry_of_leaf(
   stored: tuple[dict[str, Any], dict[str, np.ndarray]],
   crc32: int | None,
   base: entries.BaseArray | entries.Product | None = None,
-) -> tuple[leaves_lib.Leaf, list[np.ndarray]]:
+) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
   """Makes the entry of a structured leaf.
 
   Args:
@@ -275,7 +274,7 @@ def _entry_of_leaf(
   """
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored
-  entry = leaves_lib.Leaf(
+  entry = manifest_lib.Leaf(
     path=path,
     shape=shape,
     dtype=dtype,

@@ -46,8 +46,12 @@ class SchemaError(ValueError):
 
 def between(least: int, most: int) -> Callable[[Any], str | None]:
   """Returns the check of a number from `least` to `most`, both included."""
-  expected = f'must be from {least} to {most}'
-  return lambda value: None if least <= value <= most else expected
+  return _check(lambda x: least <= x <= most, f'must be from {least} to {most}')
+
+
+def _check(fits: Callable[[Any], bool], expected: str) -> Callable[[Any], str | None]:
+  """Returns the check that a function makes of a value."""
+  return lambda value: None if fits(value) else expected
 
 
 def is_file_name(name: str) -> bool:
@@ -70,30 +74,18 @@ def is_relative_path(name: str) -> bool:
   return len(names) <= _MOST_LEVELS and all(map(is_file_name, names))
 
 
-def _file_name(value: Any) -> str | None:
-  """Checks the name of a file."""
-  return None if is_file_name(value) else 'must be the name of a file'
-
-
-def _relative_path(value: Any) -> str | None:
-  """Checks the path of a file."""
-  return None if is_relative_path(value) else 'must be the path of a file in a folder'
-
-
-def _path(value: Any) -> str | None:
-  """Checks the path of a parameter."""
+def _is_path(value: str) -> bool:
+  """Returns whether a string is the path of a parameter."""
   keys = value.split('/')
-  is_path = all(keys) and len(keys) <= 64  # trees are walked recursively
-  return None if is_path else 'must be up to 64 keys joined by slashes'
+  return all(keys) and len(keys) <= 64  # trees are walked recursively
 
 
 Size = Annotated[int, between(0, 1 << 48)]
 """The length of an axis, a count of elements, or a number of bytes."""
 
 Crc32 = Annotated[int, between(0, 0xFFFFFFFF)]
-FileName = Annotated[str, _file_name]
-RelativePath = Annotated[str, _relative_path]
-Path = Annotated[str, _path]
+FileName = Annotated[str, _check(is_file_name, 'must be the name of a file')]
+Path = Annotated[str, _check(_is_path, 'must be up to 64 keys joined by slashes')]
 """The path of a parameter: keys joined by slashes."""
 
 Integer = Annotated[int, between(-_GREATEST, _GREATEST)]
