@@ -337,8 +337,9 @@ def difference(s, a):
     rows = np.unpackbits(a.get('equal', np.zeros(len(whole), 'u1')), bitorder='little')
     rows = rows[: len(whole)] == 0
     b = predicted(whole[rows], rows, s, a)
-    m, e = (finfo(name).nmant, 1) if is_float(name) else (w + 1, 0)
-    if e:
+    m, e = w + 1, np.zeros(b.shape, np.int64)
+    if is_float(name):
+      m = finfo(name).nmant
       e = 8 * np.maximum(np.int64((b & np.iinfo(b.dtype).max) >> m), 1)
     level = (np.int64(a['row_scales'])[:, None] + a['column_scales'] - e) >> 1
     levels = np.arange(-24, 4 * (m - 1))

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import types
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +24,6 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
-from rotbits_jax.relative import entries as entries_lib
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
@@ -44,23 +43,6 @@ Rows = Mapping[str, list[np.ndarray]]
 
 Started = Mapping[str, 'futures.Future[Flat]']
 """Records that are being decoded, by their names."""
-
-
-class RecordDecoder(Protocol):
-  """Decodes records: those of a file, or those that plain tensors are."""
-
-  def entry(self, name: str) -> manifest_lib.RecordEntry:
-    """Returns the entry of a record."""
-
-  def decode(
-    self,
-    name: str,
-    started: Started = ...,
-    *,
-    rows: Rows | None = None,
-    integers: bool = False,
-  ) -> Flat:
-    """Decodes a record, see `Decoder.decode`."""
 
 
 class Decoder:
@@ -259,19 +241,13 @@ class Decoder:
       assert self._base is not None
       columns_first = bool(entry.settings.get('columns_first'))
       needed.append(self._base.get(entry.base, columns_first))
-    if entry.product is not None:
-      needed.append(self._product(entry, entry.product))
+    if (product := entry.product) is not None:
+      assert self._base is not None or not product.arrays
+      arrays = [self._base.get(array) for array in product.arrays if self._base]
+      bases = [self._basis(segment) for segment in product.segments]
+      dtype = np.dtype(entry.dtype)
+      needed.append(subspaces.tensor(product.way, arrays, bases, entry.shape, dtype))
     return needed
-
-  def _product(
-    self, entry: manifest_lib.Leaf, product: entries_lib.Product
-  ) -> np.ndarray:
-    """Returns the product that an array is stored beside."""
-    assert self._base is not None or not product.arrays
-    arrays = [self._base.get(array) for array in product.arrays if self._base]
-    bases = [self._basis(segment) for segment in product.segments]
-    dtype = np.dtype(entry.dtype)
-    return subspaces.tensor(product.way, arrays, bases, entry.shape, dtype)
 
   def _read_basis(self, segment: int) -> np.ndarray | None:
     """Returns the basis of a segment; None for the identity."""

@@ -258,7 +258,7 @@ class Reader:
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
-    decoder: decode_lib.RecordDecoder = self._decoder
+    decoder: decode_lib.Decoder | plain_model.ModelDecoder = self._decoder
     if source is not None:
       decoder = plain_model.ModelDecoder(source.specs, source.read)
     elif self._message is not None:

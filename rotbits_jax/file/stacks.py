@@ -17,15 +17,16 @@ from rotbits_jax.coding import pool
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import placement
+from rotbits_jax.file.decode import Decoder
 from rotbits_jax.file.decode import Flat
-from rotbits_jax.file.decode import RecordDecoder
 from rotbits_jax.file.decode import Rows
+from rotbits_jax.file.plain_model import ModelDecoder
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
 
 def read(
-  decoder: RecordDecoder,
+  decoder: Decoder | ModelDecoder,
   outer: Sequence[str],
   layers: range,
   place: placement.Place | None = None,
