@@ -290,14 +290,9 @@ def moved(known, difference, dtype):
 
 def embedding_bits(s, a):
   """The bits of an embedding that is predicted from the head."""
-  m, least = finfo(s['name']).nmant, 2.0 ** (2 - 2 ** (finfo(s['name']).nexp - 1))
   h = np.rint(np.ldexp(np.float64(s['head']), a['shifts'][:, None]))
   p = np.ldexp(h.T @ np.float64(a['map']), -s.get('scale', 0))
-  steps = lambda x: bits_of(np.float64(x), 'i') + (1 << 51 - m) >> 52 - m
-  o = steps(np.maximum(abs(p), least)) - steps(least)
-  o += np.int64(np.rint(np.minimum(abs(p), least) * (2.0**m / least)))
-  o = np.minimum(o, 32767)
-  return np.where(p < 0, o | -32768, o).astype(np.int16)
+  return bits_of(np.float32(p).astype(s['name']), 'i')
 
 
 def known_bits(s, a):

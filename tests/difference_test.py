@@ -199,7 +199,7 @@ def test_an_embedding_beside_its_head(dtype):
   assert structured.same_bits(turned.materialize(head[order]), table)
 
 
-def test_products_with_the_head_are_rounded_once():
+def test_products_with_the_head_are_near():
   rng = np.random.default_rng(0)
   for dtype in (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)):
     info = jnp.finfo(dtype)

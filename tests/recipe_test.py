@@ -16,7 +16,7 @@ from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file import writer
 from rotbits_jax.relative import entries
-from rotbits_jax.relative import fit as recipe
+from rotbits_jax.relative import fit
 from rotbits_jax.structured import subspaces
 from tests import random_models
 
@@ -207,7 +207,7 @@ def test_parts_and_shards(tmp_path):
 def test_a_subspace_is_made_of_integers():
   rng = np.random.default_rng(0)
   basis = random_models.orthogonal(rng, 11)[:, :8]
-  leaf = recipe.as_subspace(basis, 2.0**-11)
+  leaf = fit.FoundBasis(basis, 0, 1).as_subspace(2.0**-11)
   found = leaf.materialize()
   one = 1 << 25
   np.testing.assert_allclose(found.T @ (found / one**2), np.eye(8), atol=1e-6)
@@ -250,7 +250,7 @@ def test_records_that_are_no_bases_are_refused():
   streams, manifest = containers.unpack(encoded)
   numbers = np.random.default_rng(0).integers(0, 99, (48, WIDTHS[1]), np.int32)
   tree = {'subspaces.1': {'basis': numbers}}
-  leaf = recipe.as_subspace(np.eye(96)[:, :72], 2.0**-11)
+  leaf = fit.FoundBasis(np.eye(96)[:, :72], 0, 1).as_subspace(2.0**-11)
   for name in ('subspaces.1', 'a'):
     with pytest.raises(ValueError, match='a basis needs'):
       rotbits_jax.encode({name: {'basis': leaf}})
@@ -272,9 +272,8 @@ def test_records_that_are_no_bases_are_refused():
 
 
 def test_a_basis_must_have_as_many_rows_as_it_says():
-  leaf = recipe.as_subspace(
-    random_models.orthogonal(np.random.default_rng(0), 11)[:, :8], 2.0**-11
-  )
+  basis = random_models.orthogonal(np.random.default_rng(0), 11)[:, :8]
+  leaf = fit.FoundBasis(basis, 0, 1).as_subspace(2.0**-11)
   settings, arrays = leaf.stored()
   wrong = arrays | {'mask': np.full(2, 255, np.uint8)}
   with pytest.raises(ValueError, match='must have 8 rows'):

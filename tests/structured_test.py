@@ -56,7 +56,7 @@ class StructuredTest(absltest.TestCase):
     expected = np.eye(6) - b @ b.T + c @ c.T
     np.testing.assert_allclose(np.float64(leaf.materialize()), expected, atol=1e-3)
 
-  def test_apply_rows_and_values_are_those_of_the_matrix(self):
+  def test_apply_and_rows_are_those_of_the_matrix(self):
     for name in LEAVES:
       with self.subTest(name=name):
         leaf = LEAVES[name](1)
@@ -68,8 +68,6 @@ class StructuredTest(absltest.TestCase):
         rows = leaf.astype(np.float32).rows(jnp.asarray([[1, 99]]))
         np.testing.assert_allclose(rows[0, 0], matrix[1], atol=1e-5)
         self.assertTrue(np.isnan(rows[0, 1]).all())
-        values = np.linalg.svd(matrix, compute_uv=False)
-        np.testing.assert_allclose(leaf.singular_values()[::-1], values, atol=1e-2)
 
   def test_trapezoids_store_nothing_above_the_diagonal(self):
     matrix = np.arange(1, 13).reshape(4, 3)

@@ -16,7 +16,7 @@ Shape letters: n elements, N lanes in use, T rows, K tables, A symbols in use.
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +179,7 @@ def encode(
     values = np.asarray(values)[:count]
     if _differ(layout):
       has = piece.is_in(tables.shifts)[places[:count]]
-      values = _gathered(values, has)
+      values = values[np.flatnonzero(has)]  # a mask takes longer
     planes.append(packed(values, piece.width))
   words = push(divided[0], places, count, lanes, tables)
   for name, array in zip(names, divided, strict=True):
@@ -223,7 +223,11 @@ def decode(
   ):
     values = buffers.scratch(f'piece {i}', buffers.ROOM, np.uint8)
     unpack(data[end : end + size], piece.width, values[:number])
-    pieces.append(values if mask is None else _spread(values, mask))
+    if mask is not None:
+      present = values[:number].copy()
+      values[:count] = 0
+      values[np.flatnonzero(mask)] = present
+    pieces.append(values)
     end += size
   joined = layouts.join(
     buffers.taken('bits', buffers.ROOM, layout.unsigned),
@@ -393,32 +397,6 @@ def unpack(plane: np.ndarray, width: int, out: np.ndarray) -> None:
   np.bitwise_and(out, np.uint8((1 << width) - 1), out=out)
 
 
-def _gathered(pieces: np.ndarray, has: np.ndarray) -> np.ndarray:
-  """Returns the pieces of the elements that have one."""
-  return _moved(_gather, pieces, has, int(np.count_nonzero(has)))
-
-
-def _spread(pieces: np.ndarray, has: np.ndarray) -> np.ndarray:
-  """Returns the pieces of all elements, of which some have none: `[2^20]`."""
-  spread = _moved(_scatter, pieces[: np.count_nonzero(has)], has, has.size)
-  pieces[: has.size] = spread
-  return pieces
-
-
-def _moved(program: Any, pieces: np.ndarray, has: np.ndarray, count: int) -> np.ndarray:
-  """Returns `count` pieces. NumPy takes longer, because it branches for each one."""
-  values, places = (
-    buffers.scratch('moved', buffers.ROOM + _UNROLLED, x) for x in (np.uint8, np.bool_)
-  )
-  values[: pieces.size], places[: has.size] = pieces, has
-  places[has.size : has.size + _UNROLLED] = False
-  out = buffers.taken('moved', buffers.ROOM + _UNROLLED, np.uint8)
-  out = program(out, values, places, np.int32(has.size))
-  moved = np.asarray(out)[:count].copy()
-  buffers.keep('moved', out)
-  return moved
-
-
 # ---- programs ------------------------------------------------------------------------
 
 
@@ -507,60 +485,3 @@ def _pop(
     out=out.reshape(-1, LANES),
   )
   return message.state, message.size, symbols.reshape(-1)
-
-
-_UNROLLED = 8  # elements that one step moves
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _gather(
-  out: jax.Array, pieces: jax.Array, has: jax.Array, count: jax.Array
-) -> jax.Array:
-  """Writes the pieces of the elements that have one, one behind the other."""
-
-  def step(out: Any, i: Any, end: Any, pieces: Any, has: Any) -> jax.Array:
-    return jax.lax.dynamic_update_slice(out, _one(pieces, i), (end,))
-
-  return _each(step, out, pieces, has, count)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _scatter(
-  out: jax.Array, pieces: jax.Array, has: jax.Array, count: jax.Array
-) -> jax.Array:
-  """Writes the pieces of all elements, 0 for those that have none."""
-
-  def step(out: Any, i: Any, end: Any, pieces: Any, has: Any) -> jax.Array:
-    piece = jnp.where(_one(has, i), _one(pieces, end), 0)
-    return jax.lax.dynamic_update_slice(out, piece, (i,))
-
-  return _each(step, out, pieces, has, count)
-
-
-def _each(
-  step: Callable[..., jax.Array],
-  out: jax.Array,
-  pieces: jax.Array,
-  has: jax.Array,
-  count: jax.Array,
-) -> jax.Array:
-  """Takes a step for each element, and some beyond them that have no piece."""
-
-  def loop(out: Any, pieces: Any, has: Any, count: Any) -> jax.Array:
-    def steps(i: jax.Array, carry: Any) -> Any:
-      out, end = carry
-      for j in range(_UNROLLED):
-        place = i * _UNROLLED + j
-        out = step(out, place, end, pieces, has)
-        end += _one(has, place)[0]
-      return out, end
-
-    carry = out, jnp.int32(0)
-    return jax.lax.fori_loop(0, -(-count // _UNROLLED), steps, carry)[0]
-
-  result: jax.Array = native.loop(loop)(out, pieces, has, count)
-  return result
-
-
-def _one(array: jax.Array, i: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_slice(array, (i,), (1,))

@@ -14,12 +14,13 @@ from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.passes import transform
 from rotbits_jax.relative import measure
-from rotbits_jax.structured import tied as leaves
 from rotbits_jax.symmetries import tied
 
 # An embedding with a greater relative error was never tied. The relative error of an
 # unrelated embedding is about 1.
 _UNTIED = 0.1
+
+_EXACT_DTYPES = np.dtype(np.float16), np.dtype(jnp.bfloat16)
 
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 
@@ -91,7 +92,7 @@ def _retie_exactly(
   if not isinstance(found, tuple):
     return params, found
   table, head = found
-  if table.dtype not in leaves.EXACT_DTYPES:
+  if table.dtype not in _EXACT_DTYPES:
     return params, []
   if _error_of_unseen_tokens(table, head) <= _UNTIED:
     exact = _exact_leaf(table, head)

@@ -16,9 +16,8 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
 _LEAST = 64  # rows and columns of a matrix for which factors are tried
-_RANKS = (16, 64)  # the greatest rank that is tried first, and then
-_SKETCHED = 1 << 5  # rows for each rank that tell whether factors are worth it
-_BASIS = 1 << 10  # rows that tell the basis
+_RANK = 64  # the greatest that is tried
+_SKETCHED = 1 << 10  # rows that tell the basis, and whether factors are worth it
 _TYPICAL = 1 << 12  # elements that tell the rounding error of the dtype
 _PART = 1 << 17  # elements whose differences fit a cache
 _MORE = 8  # columns of a sketch beyond the rank
@@ -65,67 +64,36 @@ def find(
     return None
   # The rounding error of the dtype, at most numbers.
   least = float(np.median(sizes)) * 2.0 ** -(mantissa + 2)
-  far, scale = np.zeros((0, bits.shape[1]), np.float32), 1.0
-  for most in _RANKS:
-    some = slice(None, None, -(-len(bits) // (_SKETCHED * most)))
-    if len(far) < len(bits):
-      far = floats(bits[some], base[some], dtype)
-      scale = float(np.abs(far).max(initial=0))
-      if not 1e-30 < scale < 1e30:
-        return None
-      far /= np.float32(scale)
-    basis = _basis(far[::2], most)
-    projected = _Projected.of(far[1::2], basis)
-    found = _product(projected, basis, most, least / scale, len(bits))
-    if found is None or len(found.right) < most:
-      break
-  if found is None:
+  some = slice(None, None, -(-len(bits) // _SKETCHED))
+  far = floats(bits[some], base[some], dtype)
+  scale = float(np.abs(far).max(initial=0))
+  if not 1e-30 < scale < 1e30:
     return None
-  some = slice(None, None, -(-len(bits) // _BASIS))
-  if len(far) < len(bits):
-    far = floats(bits[some], base[some], dtype)
-    far /= np.float32(scale)
-  else:
-    far = far[some]
-  basis = _basis(far, most)
+  least /= scale
+  far /= np.float32(scale)
+  # Half of the rows are a basis, and the others tell whether it saves anything.
+  basis = _basis(far[::2])
+  if _product(*_projected(far[1::2], basis), basis, least, len(bits)) is None:
+    return None
+  basis = _basis(far)
 
-  def job(rows: slice) -> _Projected:
-    own = floats(bits[rows], base[rows], dtype)
-    own /= np.float32(scale)
-    return _Projected.of(own, basis)
+  def job(rows: slice) -> tuple[np.ndarray, float]:
+    part = floats(bits[rows], base[rows], dtype)
+    part /= np.float32(scale)
+    return _projected(part, basis)
 
   step = max(_PART // bits.shape[1], 1)
   parts = [slice(i, i + step) for i in range(0, len(bits), step)]
-  made = run([functools.partial(job, part) for part in parts])
-  whole = _Projected(np.concatenate([x.tall for x in made]), sum(x.total for x in made))
-  found = _product(whole, basis, most, least / scale, len(bits))
-  if found is None:
+  tall, totals = zip(*run([functools.partial(job, x) for x in parts]), strict=True)
+  product = _product(np.concatenate(tall), sum(totals), basis, least, len(bits))
+  if product is None:
     return None
-  left, right, step = found
+  left, right, finest = product
   # The unit is a power of two, and so is its root.
-  exponent = math.floor(math.log2(step * math.sqrt(scale)))
+  exponent = math.floor(math.log2(finest * math.sqrt(scale)))
   root = math.sqrt(scale) * 2.0**-exponent
   rounded = lambda x: np.rint(x * root).clip(-_MOST, _MOST).astype(np.int16)
   return Factors(rounded(left), rounded(right), 2 * exponent)
-
-
-class _Projected(NamedTuple):
-  """Rows of differences, projected onto a basis.
-
-  Attributes:
-    tall: their products with the basis, float32 `[r, k]`.
-    total: the sum of their squares.
-  """
-
-  tall: np.ndarray
-  total: float
-
-  @classmethod
-  def of(cls, far: np.ndarray, basis: np.ndarray) -> '_Projected':
-    with np.errstate(over='ignore', invalid='ignore'):
-      squares = np.einsum('rc,rc->r', far, far)
-      tall = host.small_products(far, basis)
-    return cls(tall, float(squares.sum(dtype=np.float64)))
 
 
 class _Product(NamedTuple):
@@ -136,9 +104,17 @@ class _Product(NamedTuple):
   step: float
 
 
-def _basis(far: np.ndarray, most: int) -> np.ndarray:
+def _projected(far: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, float]:
+  """Returns rows of differences times a basis, and the sum of the rows' squares."""
+  with np.errstate(over='ignore', invalid='ignore'):
+    squares = np.einsum('rc,rc->r', far, far)
+    tall = host.small_products(far, basis)
+  return tall, float(squares.sum(dtype=np.float64))
+
+
+def _basis(far: np.ndarray) -> np.ndarray:
   """Returns an orthonormal basis `[C, k]` of most of the rows of differences."""
-  width = min(most + _MORE, min(far.shape) // 2)
+  width = min(_RANK + _MORE, min(far.shape) // 2)
   sketch = host.small_products(far, random_signs(far.shape[1], width))
   rows = host.small_products(far.T, sketch).astype(np.float64)
   energies, turn = np.linalg.eigh(host.small_products(rows.T, rows))
@@ -147,14 +123,14 @@ def _basis(far: np.ndarray, most: int) -> np.ndarray:
 
 
 def _product(
-  projected: _Projected, basis: np.ndarray, most: int, least: float, rows: int
+  tall: np.ndarray, total: float, basis: np.ndarray, least: float, rows: int
 ) -> _Product | None:
   """Finds the product of a rank that saves most.
 
   Args:
-    projected: of some rows of differences, `[r, C]`.
-    basis: of their rows, `[C, k]`.
-    most: the greatest rank.
+    tall: some rows of differences times the basis, `[r, k]`.
+    total: the sum of the squares of these rows.
+    basis: `[C, k]`.
     least: root mean square that no product removes.
     rows: the rows of the whole matrix.
 
@@ -162,7 +138,6 @@ def _product(
     The product; None if none saves more than it takes, or if the differences of some
     rows are far too large.
   """
-  tall, total = projected
   with np.errstate(over='ignore', invalid='ignore'):
     squares = host.small_products(tall.T, tall).astype(np.float64)
   if not (np.isfinite(squares).all() and math.isfinite(total)):
@@ -181,7 +156,7 @@ def _product(
     numbers = np.log2(1 + np.sqrt(np.cumsum(roots) / ranks / min(shape)) / steps) + 2
     saved = np.log2((total / size + least**2) / rest) / 2 * rows * shape[1]
     saved -= numbers * ranks * (rows + shape[1])
-  best = int(np.argmax(saved[:most]))
+  best = int(np.argmax(saved[:_RANK]))
   if not saved[best] > 0:  # also if it is NaN
     return None
   turned = turn[:, : best + 1]

@@ -9,7 +9,6 @@ Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import known as known_lib
-from rotbits_jax.coding import tables
+from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors as factors_lib
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import tied
@@ -26,13 +25,12 @@ from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 15  # elements by which leaves are compared
 _CHUNK = 1 << 18  # elements that fit a cache
-_PART = 1 << 20  # elements of a job
 _FIRST = 16  # columns that most often tell that a row differs
 _SPARSE = 1 / 16  # the greatest share of few changed elements
 _FEW = 1 << 14  # elements that tell a drift, or how often an exponent changes
 _LEAST_DRIFT = 1 / 4  # of the elements move one way more than the other; bits it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
-_LEAF_BITS = 8 * 60  # of a leaf besides its arrays
+_LEAF_BYTES = 60  # of a leaf besides its arrays
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _WIDEST = 1 << 20  # columns
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
@@ -96,7 +94,7 @@ def beside(
     return Measured(_with_few(draft, bits[places], base[places], places))
   if bits.size < _LEAST:
     return None
-  return _with_classes(draft, bits, base, _bits_alone(bits, dtype), run)
+  return _with_classes(draft, bits, base, _nbytes_alone(target), run)
 
 
 def beside_head(
@@ -109,7 +107,7 @@ def beside_head(
   """Returns how to store an embedding beside its product with the head.
 
   Args:
-    table: the embedding `[V, d]`, of a dtype in `tied.EXACT_DTYPES`.
+    table: the embedding `[V, d]`, float16 or bfloat16.
     head: `[D, V]`, finite.
     map: int32 `[D, d]`, below 2^23 in absolute value.
     exponents: integers `[D]`. Row k of T is `2^-exponents[k] map[k]`.
@@ -142,16 +140,11 @@ def _changed(
   if np.count_nonzero(bits[some] != base[some]) > 2 * _SPARSE * _FEW:
     return None
 
-  def job(start: int) -> np.ndarray:
-    found = [np.zeros(0, np.int64)]
-    for i in range(start, min(start + _PART, bits.size), _CHUNK):
-      changed = bits[i : i + _CHUNK] != base[i : i + _CHUNK]
-      if changed.any():
-        found.append(np.flatnonzero(changed) + i)
-    return np.concatenate(found)
+  def job(part: slice) -> np.ndarray:
+    return np.flatnonzero(bits[part] != base[part]) + part.start
 
-  found = run([functools.partial(job, i) for i in range(0, bits.size, _PART)])
-  places = np.concatenate([np.zeros(0, np.int64), *found])
+  changed = difference.in_parts(job, bits.size, 1, run)
+  places = np.concatenate([np.zeros(0, np.int64), *changed])
   return places if places.size <= _SPARSE * bits.size else None
 
 
@@ -207,13 +200,13 @@ def _with_classes(
   *,
   predicts: bool = True,
 ) -> Measured | None:
-  """Returns differences with classes; None if they take more bits than `most`.
+  """Returns differences with classes; None if they take more bytes than `most`.
 
   Args:
     draft: the leaf without differences.
     bits: bits of the array, `[n]`.
     base: bits of the known array, `[n]`.
-    most: the most bits.
+    most: the most bytes.
     run: runs jobs for parts of the array.
     predicts: whether factors and a drift are tried.
   """
@@ -245,7 +238,7 @@ def _with_classes(
   made = difference.Prediction(expected, draft.classes(expected, run))
   differences, exceptions = difference.divided(wanted.reshape(-1), made, dtype, run)
   leaf = dataclasses.replace(draft, differences=differences, exceptions=exceptions)
-  if _coded_bits(differences, made.classes, dtype) + _side_bits(leaf) > most:
+  if _nbytes(leaf, made.classes) > most:
     return None
   return Measured(leaf, made.classes)
 
@@ -298,30 +291,27 @@ def scales(
     The scales of the rows and of the columns, int16, see `structured.difference`.
   """
   rows, columns = bits.shape
-  stride = max(columns // _LINES, 1)
-  some_columns = slice(None, None, stride)
-  weights, of_columns, share = np.ones(1, np.float32), np.ones(1), 1.0
+  some_rows, some_columns = (
+    slice(None, None, max(length // _LINES, 1)) for length in bits.shape
+  )
+  of_columns, share = np.ones(columns), 1.0
   if rows >= _LEAST_LINES:
-    some_rows = slice(None, None, max(rows // _LINES, 1))
     roots = _roots(bits[some_rows], known[some_rows], dtype)
     share = float(np.count_nonzero(roots)) / roots.size
     of_some = roots.mean(axis=1, keepdims=True)
     present = max(np.count_nonzero(of_some), 1)
     roots = np.divide(roots, of_some, out=roots, where=of_some > 0)
     of_columns = roots.sum(axis=0, dtype=np.float64) / present
-    weights = 1 / np.maximum(of_columns[some_columns], _TINY)
-    weights = np.where(of_columns[some_columns], weights, 0).astype(np.float32)
-  step = max(_CHUNK // max(-(-columns // stride), 1), 1)
-  sums = [
-    _roots(bits[part, some_columns], known[part, some_columns], dtype)
-    for part in (slice(i, i + step) for i in range(0, rows, step))
-  ]
-  with np.errstate(all='ignore'):
-    if weights.size == 1:
-      of_rows = np.concatenate([x.mean(axis=1, dtype=np.float64) for x in sums])
-    else:
-      of_rows = np.concatenate([(x * weights).sum(1, dtype=np.float64) for x in sums])
-      of_rows /= max(np.count_nonzero(weights), 1)
+  weights = 1 / np.maximum(of_columns[some_columns], _TINY)
+  weights = np.where(of_columns[some_columns], weights, 0).astype(np.float32)
+
+  def job(part: slice) -> np.ndarray:
+    roots = _roots(bits[part, some_columns], known[part, some_columns], dtype)
+    with np.errstate(all='ignore'):
+      return (roots * weights).sum(axis=1, dtype=np.float64)
+
+  sums = np.concatenate(difference.in_parts(job, rows, weights.size))
+  of_rows = sums / max(np.count_nonzero(weights), 1)
   bias = 0.0
   if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
@@ -365,50 +355,21 @@ def _kept(logs: np.ndarray, size: float) -> np.ndarray:
 # ---- the choice ----------------------------------------------------------------------
 
 
-def _coded_bits(differences: np.ndarray, classes: np.ndarray, dtype: np.dtype) -> float:
-  """Estimates the bits of differences from some of them."""
-  stride = max(differences.size // _CHUNK, 1)
-  some, own = differences[::stride].astype(np.int64), classes[::stride].astype(np.int64)
-  shifts = np.array(difference.class_shifts(dtype))
-  symbols = (some + (1 << shifts[own] + 7)) >> shifts[own]
-  flat = np.bincount(own << 8 | symbols, minlength=shifts.size << 8)
-  counts = flat.reshape(-1, 256)
-  total = counts.sum(axis=1)
-  bits = (total * (np.log2(np.maximum(total, 1)) + shifts)).sum()
-  bits -= (counts * np.log2(np.maximum(counts, 1))).sum()
-  # A stored frequency takes about a byte, and classes may share tables.
-  return float(bits) * differences.size / some.size + 4 * np.count_nonzero(counts)
+def _nbytes(leaf: structured.Difference, classes: np.ndarray) -> float:
+  """Estimates the bytes of a leaf from some of its differences."""
+  stride = max(leaf.differences.size // _CHUNK, 1)
+  known = known_lib.Known(
+    np.ascontiguousarray(classes[::stride]), difference.class_shifts(leaf.dtype)
+  )
+  differences = coder.estimate([leaf.differences[::stride]], {0: known}) * stride
+  # Scales and factors take about a byte of two each.
+  others = structured.count_bytes(leaf) - leaf.differences.size
+  return differences + others / 2 + _LEAF_BYTES
 
 
-def _side_bits(leaf: structured.Difference) -> float:
-  """Estimates the bits of a leaf besides its differences."""
-  total = float(_LEAF_BITS)
-  for scales_of in (leaf.row_scales, leaf.column_scales):
-    total += 7 * scales_of.size
-  for factor in (leaf.left, leaf.right):
-    if factor is not None:
-      total += factor.size * math.log2(2 + 4 * float(np.abs(factor).mean()))
-  return total + (0 if leaf.exceptions is None else 8 * leaf.exceptions.nbytes)
-
-
-def _bits_alone(bits: np.ndarray, dtype: np.dtype) -> float:
-  """Estimates the bits that an array takes alone."""
-  sample = bits[:: -(-bits.size // _SAMPLE)]
-  mantissa = ulps.MANTISSA_BITS.get(dtype)
-  if bits.itemsize > 2:
-    found = np.unique(sample, return_counts=True)[1]
-  else:
-    counts = np.bincount(sample.view(f'u{bits.itemsize}'))
-    found = counts[counts > 0]
-  cost = 8.0 * bits.dtype.itemsize
-  if found.size <= sample.size // 16:  # more values than that are not seen in a sample
-    cost = tables.entropy_bits(found) / sample.size
-  if mantissa is not None and mantissa > 3:
-    low = mantissa - 3
-    top = np.bincount((sample & np.iinfo(bits.dtype).max) >> low)
-    union: Any = np.bitwise_or.reduce(sample)  # type: ignore[call-overload]
-    used = int(union) & ((1 << low) - 1)
-    zeros = (used & -used).bit_length() - 1 if used else low
-    raw = np.count_nonzero(sample) / sample.size * (low - zeros + 1)
-    cost = min(tables.entropy_bits(top) / sample.size + float(raw), cost)
-  return cost * bits.size
+def _nbytes_alone(array: np.ndarray) -> float:
+  """Estimates the bytes that an array takes alone from some of its elements."""
+  sample = array.reshape(-1)[:: -(-array.size // _SAMPLE)]
+  return coder.estimate([sample.view(entries.stored_dtype(sample.dtype.name))]) * (
+    array.size / sample.size
+  )

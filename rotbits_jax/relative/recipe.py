@@ -25,7 +25,6 @@ from rotbits_jax.passes import residual
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import fit
-from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import host
@@ -51,12 +50,18 @@ class _Segment(NamedTuple):
   known: bool
 
 
-class _Array(NamedTuple):
-  """An array of the base, its entry in the manifest, and its greatest number."""
+class _Ingredients(NamedTuple):
+  """The parts of which a tensor of a sliced model is made.
 
-  array: np.ndarray
-  entry: entries.BaseArray
-  greatest: float
+  Attributes:
+    way: how it is made.
+    paths: of tensors of the base, in the order of `subspaces.tensor`.
+    segments: the segments of the model whose bases are needed.
+  """
+
+  way: subspaces.Way
+  paths: tuple[str, ...]
+  segments: tuple[int, ...]
 
 
 class Recipe:
@@ -79,12 +84,12 @@ class Recipe:
     assert base.config is not None
     self.config = source.config
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
-    self._made_of = fit.ingredients(base.config, self.config)
+    self._made_of = _ingredients(base.config, self.config)
     given: Any = source
     self._context = passes.make_context(given, stored_as=source.stored_as)
-    # Arrays of the base may be rounded to these dtypes after they are centred.
+    # A tensor of the base is multiplied by a scale, and may be rounded then.
     dtypes = np.float32, self._context.dtype
-    self._most = min(float(jnp.finfo(x).max) for x in dtypes) / 2
+    self._most = min(math.sqrt(float(jnp.finfo(x).max)) for x in dtypes)
     self._lock = threading.RLock()
     self._segments = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
     self._array = functools.lru_cache(_MOST_ARRAYS)(self._find)
@@ -185,58 +190,54 @@ class Recipe:
     records += ['embed'] if segment == 0 else []
     records += ['head'] if segment == last else []
     pairs = []
-    for path, leaf in (
-      (x, y) for name in records for x, y in self._given(name).items()
-    ):
-      own = self._made_of.get(path)
-      if own is None or own.segments != (segment,) or structured.is_structured(leaf):
+    for path, leaf in (x for name in records for x in self._given(name).items()):
+      made_of = self._made_of.get(path)
+      if made_of is None or made_of.segments != (segment,):
         continue
-      arrays = self._arrays(own)
-      if arrays is not None and np.isfinite(np.asarray(leaf, np.float32)).all():
-        pairs.append(fit.Pair(own.way, arrays, np.asarray(leaf)))
+      arrays = self._arrays(made_of)
+      if structured.is_structured(leaf) or arrays is None:
+        continue
+      if np.isfinite(np.asarray(leaf, np.float32)).all():
+        way = made_of.way._replace(rounded=rounded)
+        pairs.append(fit.Pair(way, [x for x, _ in arrays], np.asarray(leaf)))
     shape = config.hidden_size, config.segment_widths[segment]
-    roundoff = self._context.roundoff
-    return fit.fit(pairs, shape, rounded=rounded, roundoff=roundoff)
+    return fit.fit(pairs, shape, self._context.roundoff)
 
-  def _arrays(self, made_of: fit.Ingredients) -> list[np.ndarray] | None:
+  def _arrays(
+    self, made_of: _Ingredients
+  ) -> list[tuple[np.ndarray, entries.BaseArray]] | None:
     """Returns the arrays of the base; None if it lacks one that can be multiplied."""
-    found = [x for path in made_of.paths if (x := self._array(path)) is not None]
-    is_scaled = made_of.way.kind == 'reads'
-    if len(found) < len(made_of.paths) or (
-      is_scaled and math.prod(x.greatest for x in found) > self._most
-    ):
-      return None
-    return [x.array for x in found]
+    arrays = [self._array(path) for path in made_of.paths]
+    complete = [x for x in arrays if x is not None]
+    return complete if len(complete) == len(arrays) else None
 
-  def _find(self, path: str) -> _Array | None:
+  def _find(self, path: str) -> tuple[np.ndarray, entries.BaseArray] | None:
+    """Returns an array of the base, and its entry in the manifest."""
     array = self._base.array(path)
-    if array is None:
+    # The comparison is false if a number is NaN.
+    if array is None or not float(np.abs(array).max(initial=0)) <= self._most:
       return None
-    greatest = float(np.abs(array).max(initial=0))
-    if not greatest <= self._most:  # also if it is NaN
-      return None
-    return _Array(array, entries.BaseArray.of(path, array), greatest)
+    return array, entries.BaseArray.of(path, array)
 
   def _segment(self, segment: int) -> _Segment:
     if segment == 0:
-      basis, error, growth = self._first[self._rounded]
+      found = self._first[self._rounded]
     else:
-      basis, error, growth = self._fit(segment, self._rounded)
-    if basis is None or error > _UNRELATED:
+      found = self._fit(segment, self._rounded)
+    basis, roundoff = found.basis, self._context.roundoff
+    if basis is None or found.error > _UNRELATED:
       return _Segment(None, None, None, False)
-    roundoff = self._context.roundoff
     if self._keeps_bits:
-      leaf: Any = fit.as_basis(basis, roundoff)
+      leaf: Any = found.as_basis(roundoff)
       return _Segment(leaf, leaf.materialize(), None, True)
     if basis.shape[0] == basis.shape[1]:
       return _Segment(None, None, basis.T, True)
-    if subspaces.is_narrow(basis.shape):
-      leaf = fit.as_basis(basis, roundoff)
-    else:
-      leaf = fit.as_subspace(basis, roundoff, growth)
-    found = leaf.materialize()
-    turn = fit.turn(basis, np.ldexp(found.astype(np.float64), -subspaces.UNIT))
-    return _Segment(leaf, found, turn, True)
+    is_narrow = subspaces.is_narrow(basis.shape)
+    leaf = found.as_basis(roundoff) if is_narrow else found.as_subspace(roundoff)
+    numbers = leaf.materialize()
+    # The two have the same subspace, up to rounding.
+    near = np.ldexp(numbers.astype(np.float64), -subspaces.UNIT)
+    return _Segment(leaf, numbers, fit.orthonormal(basis.T @ near), True)
 
   # ---- the tensors
 
@@ -252,43 +253,34 @@ class Recipe:
     Returns:
       How to store these arrays, by path.
     """
-    found, others = {}, dict(params)
-    for path, leaf in params.items():
-      made = None if structured.is_structured(leaf) else self._product(path, leaf)
-      if made is not None:
-        found[path] = made
-      if path in self._made_of:
-        del others[path]
-    return found | self._base.beside(others, resolve)
+    products = {}
+    for path, made_of in self._made_of.items():
+      leaf = params.get(path)
+      if leaf is not None and not structured.is_structured(leaf):
+        product = self._product(np.asarray(leaf), made_of)
+        if product is not None:
+          products[path] = product
+    others = {x: y for x, y in params.items() if x not in self._made_of}
+    return products | self._base.beside(others, resolve)
 
-  def _product(self, path: str, leaf: Any) -> base_lib.Beside | None:
-    own = self._made_of.get(path)
-    if own is None:
-      return None
-    segments = [self.segment(i) for i in own.segments]
-    arrays = self._arrays(own)
+  def _product(
+    self, target: np.ndarray, made_of: _Ingredients
+  ) -> base_lib.Beside | None:
+    """Returns how to store a tensor beside its product; None if it is not worth it."""
+    segments, arrays = [*map(self.segment, made_of.segments)], self._arrays(made_of)
     if arrays is None or not all(x.known for x in segments):
       return None
-    target = host.contiguous(np.asarray(leaf))
-    way = own.way._replace(rounded=self._rounded and own.way.kind != 'shortcut')
-    made = subspaces.tensor(
-      way, arrays, [x.basis for x in segments], target.shape, target.dtype
-    )
+    target, dense = host.contiguous(target), [x for x, _ in arrays]
+    way = made_of.way
+    way = way._replace(rounded=self._rounded and way.kind != 'shortcut')
+    bases = [x.basis for x in segments]
+    made = subspaces.tensor(way, dense, bases, target.shape, target.dtype)
     product = entries.Product(
-      kind=way.kind,
-      arrays=tuple(x.entry for x in map(self._array, own.paths) if x),
-      segments=own.segments,
-      transposed=way.transposed,
-      centred=way.centred,
-      rounded=way.rounded,
+      **way._asdict(), arrays=tuple(x for _, x in arrays), segments=made_of.segments
     )
-    if not self._keeps_bits:
-      roundoff = self._context._replace(dtype=target.dtype).roundoff
-      limit = fit.error_limit(way, self.config.hidden_size, roundoff)
-      norms = fit.vector_norms(way, arrays, target.dtype)
-      both = (target.T, made.T) if way.kind == 'reads' else (target, made)
-      if rounding_errors.explain(*both, limit, norms):
-        target = made
+    roundoff = self._context._replace(dtype=target.dtype).roundoff
+    if not self._keeps_bits and fit.Pair(way, dense, target).is_rounded(made, roundoff):
+      target = made
     return base_lib.beside_product(target, made, product)
 
 
@@ -303,6 +295,51 @@ def _rotated(leaf: Any, rows: np.ndarray | None, columns: np.ndarray | None) -> 
   found = np.asarray(leaf, np.float32)
   found = found if rows is None else rows.T.astype(np.float32) @ found
   return found if columns is None else found @ columns.astype(np.float32)
+
+
+def _ingredients(
+  dense: models.ModelConfig, sliced: models.ModelConfig
+) -> dict[str, _Ingredients]:
+  """Returns the ingredients of the parameters that slicing changes, by path."""
+  layer, outer = models.layout.layer_axes(sliced), models.layout.outer_axes(sliced)
+  step, found = sliced.segments_per_layer, {}
+  has_mean = dense.norm == 'layernorm'
+  known = {*models.layout.layer_axes(dense), *models.layout.outer_axes(dense)}
+
+  def add(
+    name: str, axes: models.layout.Axes, path: str, norm: str, first: int, last: int
+  ) -> None:
+    segment = lambda axis: first + axis if axis >= 0 else last
+    sides, head = axes[path], path.startswith('head/')
+    kernel = f'{path.rpartition("/")[0]}/kernel'
+    source = 'embed/tokens' if head and dense.tied_head else f'{name}{kernel}'
+    tied = head and dense.tied_head
+    if '_shortcut' in path:
+      made = _Ingredients(
+        subspaces.Way('shortcut'), (), (segment(sides[0]), segment(sides[1]))
+      )
+    elif isinstance(sides[-1], int):
+      way = subspaces.Way('writes', centred=has_mean)
+      made = _Ingredients(way, (f'{name}{path}',), (segment(sides[-1]),))
+    elif isinstance(sides[0], int):
+      way = subspaces.Way('reads', transposed=tied)
+      made = _Ingredients(way, (source, f'{norm}/scale'), (segment(sides[0]),))
+    elif has_mean and isinstance(axes.get(kernel, ('',))[0], int):
+      way = subspaces.Way('bias', transposed=tied)
+      bias = (f'{name}{path}',) if path in known else ()
+      made = _Ingredients(way, (source, f'{norm}/bias', *bias), ())
+    else:
+      return
+    found[f'{name}{path}'] = made
+
+  for i in range(sliced.num_layers):
+    name = models.names.prefix(i)
+    for path in layer:
+      norm = models.layout.norm_of(dense, path.partition('/')[0])
+      add(name, layer, path, f'{name}{norm}', i * step, (i + 1) * step)
+  for path in outer:
+    add('', outer, path, 'final_norm', 0, sliced.num_layers * step)
+  return found
 
 
 def suits(source: Any, base: base_lib.Base) -> bool:

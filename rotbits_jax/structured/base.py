@@ -120,11 +120,6 @@ class Structured(abc.ABC):
     """Returns the matrix as a `LowRank` of two factors; None if there are none."""
     return None
 
-  def singular_values(self) -> np.ndarray:
-    """Returns the singular values of an unstacked matrix, float64, ascending."""
-    matrix = np.asarray(self.astype(np.float32).materialize(), np.float64)
-    return np.linalg.svd(matrix, compute_uv=False)[::-1]
-
   # ---- stacks
 
   def layer(self, index: int) -> Self:

@@ -38,7 +38,8 @@ Everything here is exact: integers, and sums of floats that are rounded once. Sh
 letters: R rows that may differ, C columns.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+import functools
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -79,7 +80,7 @@ _OCTAVE = 4  # levels
 _BITS = 3  # the octaves of a difference that the symbols of a coder tell
 _MOST_RANK = 1 << 12
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit a cache
-_PART = 1 << 20  # elements of a job
+_PARTS = 1 << 4  # of a job
 
 _ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]
 _FLOAT64 = np.dtype(np.float64)
@@ -91,6 +92,28 @@ Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
 def in_turn(jobs: Iterable[Callable[[], Any]]) -> list[Any]:
   """Runs jobs one after the other."""
   return [job() for job in jobs]
+
+
+def in_parts(
+  job: Callable[[slice], Any], rows: int, width: int, run: Run = in_turn
+) -> list[Any]:
+  """Runs a job for parts of some rows that fit a cache; returns the results in order.
+
+  Args:
+    job: takes a part.
+    rows: the number of rows.
+    width: the elements of a row.
+    run: runs jobs, each of many parts.
+  """
+  step = max(_CHUNK // max(width, 1), 1)
+  many = step * _PARTS
+
+  def parts(start: int) -> list[Any]:
+    end = min(start + many, rows)
+    return [job(slice(i, min(i + step, end))) for i in range(start, end, step)]
+
+  results = run([functools.partial(parts, i) for i in range(0, rows, many)])
+  return [result for several in results for result in several]
 
 
 class Prediction(NamedTuple):
@@ -188,9 +211,9 @@ class Difference(Structured):
   # ---- the array
 
   def materialize(self, *needed: Any) -> np.ndarray:
-    known = self._known_bits(*needed)
     if self.has_classes:
-      return self.joined(known, self.predicted(known))
+      return self.joined(*self.predict(*needed))
+    known = self._known_bits(*needed)
     if self.differences is not None:
       self._change_few(known)
     return self._array(known)
@@ -198,7 +221,8 @@ class Difference(Structured):
   def predict(self, *needed: Any, run: Run = in_turn) -> tuple[np.ndarray, Prediction]:
     """Returns the bits of the known array, `[n]`, and the prediction for `joined`."""
     known = self._known_bits(*needed)
-    return known, self.predicted(known, run)
+    bits = self.predicted_bits(known, run)
+    return known, Prediction(bits, self.classes(bits, run))
 
   def _known_bits(self, known: Any) -> np.ndarray:
     """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
@@ -249,35 +273,28 @@ class Difference(Structured):
     count = math.prod(self.lengths) // self.width
     return np.flatnonzero(~_unpacked(self.equal, count))
 
-  def predicted(self, known: np.ndarray, run: Run = in_turn) -> Prediction:
-    """Returns the prediction of the rows that may differ; `known` are bits `[n]`."""
-    bits = self.predicted_bits(known, run)
-    return Prediction(bits, self.classes(bits, run))
-
   def predicted_bits(self, known: np.ndarray, run: Run = in_turn) -> np.ndarray:
-    """Returns the `bits` of the prediction."""
+    """Returns the `bits` of the prediction; `known` are bits `[n]`."""
     matrix = known.reshape(-1, self.width)[self._places]
     if self.left is None and self.drift is None:
       return matrix.copy() if self.equal is None else matrix
     left = None if self.left is None else self.left[self._places].astype(np.float64)
     bits = np.empty_like(matrix)
 
-    def job(rows: slice) -> None:
-      for part in _chunks(rows, self.width):
-        bits[part] = self._drifted(self._with_factors(matrix[part], left, part))
+    def job(part: slice) -> None:
+      bits[part] = self._drifted(self._with_factors(matrix[part], left, part))
 
-    run([_bound(job, rows) for rows in _jobs(matrix.shape)])
+    in_parts(job, *matrix.shape, run)
     return bits
 
   def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
     """Returns the `classes` of the prediction, given its bits."""
     classes = np.empty(bits.shape, np.uint8)
 
-    def job(rows: slice) -> None:
-      for part in _chunks(rows, self.width):
-        self._write_classes(bits[part], part, classes[part])
+    def job(part: slice) -> None:
+      self._write_classes(bits[part], part, classes[part])
 
-    run([_bound(job, rows) for rows in _jobs(bits.shape)])
+    in_parts(job, *bits.shape, run)
     return classes.reshape(-1)
 
   def _with_factors(
@@ -326,21 +343,17 @@ class Difference(Structured):
     bits, dtype, marks = made.bits.reshape(-1), self.dtype, _marks(self.dtype)
     last = len(marks) - 1
 
-    def job(start: int) -> np.ndarray:
-      far = [np.zeros(0, np.int64)]
-      for i in range(start, min(start + _PART, bits.size), _CHUNK):
-        part = slice(i, min(i + _CHUNK, bits.size))
-        classes, differences = made.classes[part], self.differences[part]
-        bits[part] = ulps.moved(bits[part], differences, dtype)
-        (own,) = np.nonzero(classes == last)
-        bits[part][own] = _rotated_back(differences[own])
-        if self.exceptions is not None:
-          is_mark = differences == marks.take(classes)
-          far.append(np.flatnonzero(is_mark & (classes < last)) + i)
-      return np.concatenate(far)
+    def job(part: slice) -> np.ndarray:
+      classes, differences = made.classes[part], self.differences[part]
+      bits[part] = ulps.moved(bits[part], differences, dtype)
+      (places,) = np.nonzero(classes == last)
+      bits[part][places] = _rotated_back(differences[places])
+      if self.exceptions is None:
+        return places[:0]
+      is_mark = differences == marks.take(classes)
+      return np.flatnonzero(is_mark & (classes < last)) + part.start
 
-    jobs = [_bound(job, start) for start in range(0, bits.size, _PART)]
-    far = np.concatenate([np.zeros(0, np.int64), *run(jobs)])
+    far = np.concatenate([np.zeros(0, np.int64), *in_parts(job, bits.size, 1, run)])
     if far.size != _size(self.exceptions):
       raise ValueError(f'{far.size} exceptions, got {_size(self.exceptions)}')
     if far.size:
@@ -354,12 +367,7 @@ class Difference(Structured):
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
     if self.map is not None:
-      expected = (len(self.map), self.lengths[0])
-      if shapes != (expected,):
-        raise ValueError(
-          f'a leaf of type {self.type_name!r} needs head/kernel of shape {expected}, '
-          f'got {shapes}'
-        )
+      tied.Tied(self.map, self.lengths[0]).check_needed(*shapes)
       return
     if self.columns_first:
       shapes = tuple(shape[::-1] for shape in shapes)
@@ -375,10 +383,12 @@ class Difference(Structured):
     signed = np.dtype(f'i{dtype.itemsize}')
     if self.exceptions is not None and self.exceptions.dtype != signed:
       raise ValueError(f'exceptions of {self.name} cannot be {self.exceptions.dtype}')
+    if (self.map is None) != (self.shifts is None):
+      raise ValueError('a map and its shifts belong together')
     if self.map is not None:
-      tied.check(self.map, self.shifts, self.lengths, dtype)
-    elif self.shifts is not None:
-      raise ValueError('there are shifts without a map')
+      map_shape = self.shifts.size, *self.lengths[1:]
+      if self.map.shape != map_shape or dtype not in _ROUNDED:
+        raise ValueError(f'an embedding {self.name} {self.lengths} has another map')
     if self.has_classes:
       self._check_classes(size, signed)
       return
@@ -518,28 +528,22 @@ def divided(
   # The differences of a class are from its mark + 1 on, and so many.
   counts = (-2 * marks - 1).view(f'u{bits.itemsize}')
 
-  def job(start: int) -> np.ndarray:
-    far = [bits[:0]]
-    for i in range(start, min(start + _PART, bits.size), _CHUNK):
-      part = slice(i, min(i + _CHUNK, bits.size))
-      classes, own = (
-        made.classes[part],
-        ulps.differences(bits[part], known[part], dtype),
-      )
-      mark = marks.take(classes)
-      above = (own - mark - 1).view(counts.dtype)
-      is_far = above >= counts.take(classes)
-      (places,) = np.nonzero(classes == last)
-      is_far[places] = False
-      if is_far.any():
-        own[is_far] = mark[is_far]
-        far.append(bits[part][is_far])
-      own[places] = _rotated(bits[part][places])
-      differences[part] = own
-    return np.concatenate(far)
+  def job(part: slice) -> np.ndarray:
+    classes = made.classes[part]
+    part_differences = ulps.differences(bits[part], known[part], dtype)
+    mark = marks.take(classes)
+    above = (part_differences - mark - 1).view(counts.dtype)
+    is_far = above >= counts.take(classes)
+    (places,) = np.nonzero(classes == last)
+    is_far[places] = False
+    far = bits[part][is_far]
+    if far.size:
+      part_differences[is_far] = mark[is_far]
+    part_differences[places] = _rotated(bits[part][places])
+    differences[part] = part_differences
+    return far
 
-  jobs = [_bound(job, start) for start in range(0, bits.size, _PART)]
-  exceptions = np.concatenate([bits[:0], *run(jobs)])
+  exceptions = np.concatenate([bits[:0], *in_parts(job, bits.size, 1, run)])
   return differences, exceptions if exceptions.size else None
 
 
@@ -567,21 +571,3 @@ def _unpacked(bits: np.ndarray, count: int) -> np.ndarray:
 
 def _size(array: np.ndarray | None) -> int:
   return 0 if array is None else int(array.size)
-
-
-def _chunks(rows: slice, width: int) -> Iterator[slice]:
-  """Yields parts of rows that fit a cache, or single rows."""
-  step = max(_CHUNK // max(width, 1), 1)
-  for start in range(rows.start, rows.stop, step):
-    yield slice(start, min(start + step, rows.stop))
-
-
-def _jobs(shape: tuple[int, ...]) -> Iterator[slice]:
-  """Yields the rows of each job."""
-  step = max(_PART // max(shape[1], 1), 1)
-  return (slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step))
-
-
-def _bound(job: Callable[[Any], Any], value: Any) -> Callable[[], Any]:
-  """Returns a job of a value; a lambda in a loop would see the last one."""
-  return lambda: job(value)

@@ -13,7 +13,6 @@ checks how its fields fit together.
 from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
-import itertools
 import math
 import typing
 from typing import Annotated, Any
@@ -39,14 +38,12 @@ class Array:
     lower: whether the entries above the diagonal of a matrix are zero and not stored.
     optional: whether None stands for an array without elements, which Orbax cannot
       save.
-    several: whether the field is a tuple of such arrays.
   """
 
   axes: int | None
   dtype: Any = None
   lower: bool = False
   optional: bool = False
-  several: bool = False
 
 
 Length = Annotated[int, schema.between(0, (1 << 31) - 1)]
@@ -90,12 +87,9 @@ def _arrays(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
   """Yields the name, the annotation and the value of each array of a leaf."""
   cls: Any = type(leaf)
   for name, annotation in _fields(cls):
-    value = getattr(leaf, name)
-    if not isinstance(annotation, Array) or value is None:
-      continue
-    several = annotation.several
-    for i, array in enumerate(value if several else [value]):
-      yield f'{name}_{i}' if several else name, annotation, array
+    array = getattr(leaf, name)
+    if isinstance(annotation, Array) and array is not None:
+      yield name, annotation, array
 
 
 def store(leaf: Any) -> tuple[Settings, Arrays]:
@@ -141,11 +135,6 @@ def load(cls: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> An
     if not isinstance(annotation, Array):
       if name in settings or _default(cls, name) is dataclasses.MISSING:
         found[name] = schema.load(annotation, _take(settings, name), name)
-    elif annotation.several:
-      names = itertools.takewhile(
-        arrays.__contains__, (f'{name}_{i}' for i in itertools.count())
-      )
-      found[name] = tuple(_take_array(annotation, x, arrays) for x in names)
     elif annotation.optional and name not in arrays:
       found[name] = None
     else:

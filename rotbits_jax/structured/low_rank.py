@@ -44,33 +44,36 @@ class FactorPair(Structured):
 
   has_factors: ClassVar[bool] = True
 
-  _factor: ClassVar[str]  # field of a factor with r rows
+  _columns: ClassVar[str]  # field of the factor with r columns
+  _rows: ClassVar[str]  # and of that with r rows
 
   @abc.abstractmethod
   def factors(self) -> tuple[jax.Array, jax.Array]:
     """Returns U `[..., m, r]` and V `[..., r, n]` in float32, not rounded."""
 
-  @abc.abstractmethod
-  def _multiplied(self, x: jax.Array) -> jax.Array:
-    """Returns `x @ U @ V` without the product of the factors."""
-
-  @abc.abstractmethod
   def _padded(self, rank: int) -> Self:
     """Returns an unstacked leaf with the same product and a higher rank."""
+    columns, rows = getattr(self, self._columns), getattr(self, self._rows)
+    zeros = (rank - self.rank, 0)
+    wider, longer = _pad(columns, ((0, 0), zeros)), _pad(rows, (zeros, (0, 0)))
+    return dataclasses.replace(self, **{self._columns: wider, self._rows: longer})
 
-  @abc.abstractmethod
   def _cut(self, rank: int) -> Self:
     """Removes the padding from an unstacked leaf: the inverse of `_padded`."""
+    columns, rows = getattr(self, self._columns), getattr(self, self._rows)
+    first = self.rank - rank
+    parts = {self._columns: columns[:, first:], self._rows: rows[first:]}
+    return dataclasses.replace(self, **parts)
 
   @property
   def rank(self) -> int:
-    return int(getattr(self, self._factor).shape[-2])
+    return int(getattr(self, self._rows).shape[-2])
 
   @classmethod
   def stored_rank(
     cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
   ) -> int:
-    return shapes[cls._factor][0]
+    return shapes[cls._rows][0]
 
   def pair(self) -> 'LowRank':
     u, v = (x.astype(self.dtype) for x in self.factors())
@@ -81,7 +84,10 @@ class FactorPair(Structured):
 
   def apply(self, x: jax.Array) -> jax.Array:
     m, n = self.shape[-2:]
-    return self._multiplied(x) if self.rank * (m + n) < m * n else super().apply(x)
+    if self.rank * (m + n) >= m * n:
+      return super().apply(x)
+    u, v = (factor.astype(x.dtype) for factor in self.factors())
+    return _product(_product(x, u), v)
 
   def layer(self, index: int) -> Self:
     leaf = super().layer(index)
@@ -116,7 +122,8 @@ class LowRank(FactorPair):
   """
 
   type_name: ClassVar[str] = 'low_rank'
-  _factor: ClassVar[str] = 'v'
+  _columns: ClassVar[str] = 'u'
+  _rows: ClassVar[str] = 'v'
 
   u: Matrix
   v: Matrix
@@ -139,19 +146,6 @@ class LowRank(FactorPair):
 
   def pair(self) -> 'LowRank':
     return self
-
-  def _multiplied(self, x: jax.Array) -> jax.Array:
-    u, v = (jnp.asarray(factor, x.dtype) for factor in (self.u, self.v))
-    return _product(_product(x, u), v)
-
-  def _padded(self, rank: int) -> 'LowRank':
-    zeros = (rank - self.rank, 0)
-    u = _pad(self.u, ((0, 0), zeros))
-    return dataclasses.replace(self, u=u, v=_pad(self.v, (zeros, (0, 0))))
-
-  def _cut(self, rank: int) -> 'LowRank':
-    first = self.rank - rank
-    return dataclasses.replace(self, u=self.u[:, first:], v=self.v[first:])
 
   def check(self) -> None:
     if self.u.shape[1] != len(self.v):
@@ -197,7 +191,8 @@ class ReducedLowRank(FactorPair):
   """
 
   type_name: ClassVar[str] = 'reduced_low_rank'
-  _factor: ClassVar[str] = 'other'
+  _columns: ClassVar[str] = 'below'
+  _rows: ClassVar[str] = 'other'
 
   below: Matrix
   other: Matrix
@@ -220,23 +215,15 @@ class ReducedLowRank(FactorPair):
     other = jnp.asarray(self.other, jnp.float32)
     gram = _product(jnp.matrix_transpose(below), below)
     square = jnp.eye(self.rank, dtype=jnp.float32) - gram / 4
-    basis = self._joined(below, square, axis=-2) * self._lines()[0][..., None]
+    # The two parts overlap only in padding.
+    spare = [(0, 0)] * (below.ndim - 2)
+    last = jnp.pad(square, [*spare, (self.size - self.rank, 0), (0, 0)])
+    first = jnp.pad(below, [*spare, (0, self.size - below.shape[-2]), (0, 0)])
+    basis = (first + last) * self._lines()[0][..., None]
     other = other * self._lines()[1][..., None, :]
     if self.transposed:
       return jnp.matrix_transpose(other), jnp.matrix_transpose(basis)
     return basis, other
-
-  def _multiplied(self, x: jax.Array) -> jax.Array:
-    below, other = (jnp.asarray(y, x.dtype) for y in (self.below, self.other))
-    of_basis, of_other = (y.astype(x.dtype) for y in self._lines())
-    if self.transposed:
-      x = _product(x * of_other, other.T)
-      above = _product(x, below.T)
-      return of_basis * self._joined(above, x - _product(above, below) / 4, axis=-1)
-    x = x * of_basis
-    last = x[..., self.size - self.rank :]
-    above = x[..., : below.shape[0]] - _product(last, below.T) / 4
-    return _product(last + _product(above, below), other) * of_other
 
   def _lines(self) -> tuple[jax.Array, jax.Array]:
     """Returns the factors of the basis's rows and of the other factor's columns."""
@@ -257,26 +244,9 @@ class ReducedLowRank(FactorPair):
     lines = () if self.basis_exponents is None else ('lines',)
     return (*super().stack_key(), *lines)
 
-  def _joined(self, first: jax.Array, last: jax.Array, axis: int) -> jax.Array:
-    """Joins two parts along an axis of size s. They overlap only in padding."""
-    whole: Any = 0
-    for part, is_last in ((first, False), (last, True)):
-      spare, widths = self.size - part.shape[axis], [(0, 0)] * part.ndim
-      widths[axis] = (spare, 0) if is_last else (0, spare)
-      whole += jnp.pad(part, widths)
-    return jnp.asarray(whole)
-
-  def _padded(self, rank: int) -> 'ReducedLowRank':
-    zeros = (rank - self.rank, 0)
-    below = _pad(self.below, ((0, 0), zeros))
-    return dataclasses.replace(
-      self, below=below, other=_pad(self.other, (zeros, (0, 0)))
-    )
-
   def _cut(self, rank: int) -> 'ReducedLowRank':
-    first = self.rank - rank
-    below = self.below[: self.size - rank, first:]
-    return dataclasses.replace(self, below=below, other=self.other[first:])
+    leaf = super()._cut(rank)
+    return dataclasses.replace(leaf, below=leaf.below[: self.size - rank])
 
   @classmethod
   def stack(

@@ -110,13 +110,6 @@ class IdentityMinusGram(Structured):
         y = y + sign * jnp.matmul(coordinates, factor.T, precision='highest')
     return _pad_columns(y, self.columns)
 
-  def singular_values(self) -> np.ndarray:
-    if self.c.shape[-1]:  # its columns need not be orthogonal to those of B
-      return super().singular_values()
-    b = np.asarray(self.b, np.float64)
-    ones = np.ones(len(b) - b.shape[1])
-    return np.sort(np.abs(np.concatenate([1 - np.linalg.eigvalsh(b.T @ b), ones])))
-
   def _widths(self) -> tuple[int, int]:
     """Returns the columns of B and of C that are not zero in some layer."""
     if self.ranks is None:

@@ -20,19 +20,19 @@ So beside the dense model it is enough to store the bases. Two leaves stand for 
 
 Products must have the same bits on every machine. Therefore all of them, and the steps
 of Newton's iteration for the inverse, are sums of integers, which float64 adds exactly
-in any order, see `_product`. Numbers of bases are multiples of 2^-25. Vectors of the
+in any order, see `exact`. Numbers of bases are multiples of 2^-25. Vectors of the
 dense model are rounded to integers of so many bits that their norms are below 2^26.
 
 Shape letters: D hidden size, d width of a segment, n any other length.
 """
 
 from collections.abc import Sequence
-import math
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from flax import struct
 import numpy as np
 
+from rotbits_jax.structured import exact
 from rotbits_jax.structured.base import Origin
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
@@ -124,10 +124,10 @@ class Subspace(_OfSubspace):
   def materialize(self, *needed: Any) -> np.ndarray:
     tangent = self.tangent.astype(np.float64) * self.step
     others, width = tangent.shape
-    inverse = _inverse(_scaled(_product(tangent, tangent.T)) + _identity(others))
-    lower = 2 * _scaled(_product(inverse, tangent))
+    inverse = _inverse(_scaled(exact.product(tangent, tangent.T)) + _identity(others))
+    lower = 2 * _scaled(exact.product(inverse, tangent))
     found = np.empty(self.shape, np.int32)
-    upper = _identity(width) - _scaled(_product(tangent.T, lower))
+    upper = _identity(width) - _scaled(exact.product(tangent.T, lower))
     is_upper = self._is_upper()
     found[is_upper], found[~is_upper] = _int32(upper), _int32(lower)
     return found
@@ -168,21 +168,10 @@ def _inverse(matrix: np.ndarray) -> np.ndarray:
   identity = _identity(len(matrix))
   found = np.rint(identity * (2 / 3))
   for _ in range(_NEWTON):
-    found = _scaled(_product(found, 2 * identity - _scaled(_product(matrix, found))))
+    found = _scaled(
+      exact.product(found, 2 * identity - _scaled(exact.product(matrix, found)))
+    )
   return found
-
-
-def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-  """Returns the product of matrices of integers, float64, without any rounding.
-
-  Raises:
-    ValueError: if float64 may round a sum.
-  """
-  # By Cauchy and Schwarz this bounds every partial sum.
-  norm = lambda x, axis: math.sqrt(float(np.square(x).sum(axis).max(initial=0)))
-  if not norm(left, 1) * norm(right, 0) < 2.0**53 * (1 - 1e-6):
-    raise ValueError('the numbers of a product are too large')
-  return left @ right
 
 
 def _int32(numbers: np.ndarray) -> np.ndarray:
@@ -270,45 +259,40 @@ def tensor(
     ValueError: if the arrays do not fit together, or if numbers are not finite.
   """
   try:
-    found = _tensor(way, arrays, bases, shape, dtype)
+    if way.kind == 'shortcut':
+      made = _shortcut(*bases, shape[0])
+    elif way.kind == 'bias':
+      made = _bias(way, arrays, dtype)
+    else:
+      rows = (fused(way, arrays, dtype, block) for block in blocks(way, arrays))
+      made = np.concatenate([exact.rounded(_times(x, *bases), dtype) for x in rows])
   except (IndexError, MemoryError) as error:
     raise ValueError(f'a product of these tensors cannot be made: {error}') from error
-  if found.shape != shape:
-    raise ValueError(f'a product must have the shape {shape}, got {found.shape}')
-  return found
-
-
-def _tensor(
-  way: Way,
-  arrays: Sequence[np.ndarray],
-  bases: Sequence[np.ndarray | None],
-  shape: tuple[int, ...],
-  dtype: np.dtype,
-) -> np.ndarray:
-  if way.kind == 'shortcut':
-    first, last = bases
-    if first is None and last is None:
-      return np.eye(shape[0], dtype=dtype)
-    if first is None or last is None:
-      only = last if first is None else first.T
-      return _as(np.ldexp(np.ascontiguousarray(only, np.float64), -UNIT), dtype)
-    product = _product(first.T.astype(np.float64), last.astype(np.float64))
-    return _as(np.ldexp(product, -2 * UNIT), dtype)
-  if way.kind == 'bias':
-    return _bias(way, arrays, dtype)
-  (basis,) = bases
-  parts = []
-  for block in blocks(way, arrays):
-    rows = fused(way, arrays, dtype, block)
-    parts.append(_as(_times(rows, basis), dtype))
-  found = np.concatenate(parts)
   if way.kind == 'reads':
-    return np.ascontiguousarray(found.T)
-  return found if arrays[0].ndim == 2 else found[0]
+    made = np.ascontiguousarray(made.T)
+  elif way.kind == 'writes' and arrays[0].ndim == 1:
+    made = made[0]
+  if made.shape != shape:
+    raise ValueError(f'a product must have the shape {shape}, got {made.shape}')
+  return exact.rounded(made, dtype)
+
+
+def _shortcut(
+  first: np.ndarray | None, last: np.ndarray | None, size: int
+) -> np.ndarray:
+  """Returns the product of two bases."""
+  if first is None and last is None:
+    return np.eye(size)
+  if first is None or last is None:
+    only = last if first is None else first.T
+    return np.ldexp(np.ascontiguousarray(only, np.float64), -UNIT)
+  product = exact.product(first.T.astype(np.float64), last.astype(np.float64))
+  return np.ldexp(product, -2 * UNIT)
 
 
 def _bias(way: Way, arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-  kernel, offset, *own = arrays
+  """Returns the bias of a linear layer that reads a LayerNorm."""
+  kernel, offset, *biases = arrays
   offset = _rounded(offset, way, dtype)
   powers = _powers(offset[None], integer_bits(offset.size))
   integers = np.rint(np.ldexp(offset, powers))[:, None]
@@ -317,7 +301,10 @@ def _bias(way: Way, arrays: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray
     np.ldexp(_times(_rounded(columns[block], way, dtype), integers, 0), -powers)[:, 0]
     for block in blocks(way._replace(kind='reads'), arrays)
   ]
-  return _as(sum((_rounded(x, way, dtype) for x in own), np.concatenate(found)), dtype)
+  total: np.ndarray = sum(
+    (_rounded(x, way, dtype) for x in biases), np.concatenate(found)
+  )
+  return total
 
 
 def _times(rows: np.ndarray, basis: np.ndarray | None, unit: int = UNIT) -> np.ndarray:
@@ -328,7 +315,7 @@ def _times(rows: np.ndarray, basis: np.ndarray | None, unit: int = UNIT) -> np.n
     raise ValueError(f'a basis of {basis.shape} cannot take rows of {rows.shape[1]}')
   powers = _powers(rows, integer_bits(rows.shape[1]))[:, None]
   integers = np.rint(np.ldexp(rows, powers))
-  return np.ldexp(_product(integers, basis.astype(np.float64)), -powers - unit)
+  return np.ldexp(exact.product(integers, basis.astype(np.float64)), -powers - unit)
 
 
 def integer_bits(size: int) -> int:
@@ -350,9 +337,5 @@ def _powers(rows: np.ndarray, bits: int) -> np.ndarray:
 
 def _rounded(array: np.ndarray, way: Way, dtype: np.dtype) -> np.ndarray:
   """Returns an array in float64, rounded to a dtype if that is the way."""
-  return (_as(array, dtype) if way.rounded else np.asarray(array)).astype(np.float64)
-
-
-def _as(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  with np.errstate(over='ignore'):
-    return np.asarray(array).astype(np.float32).astype(dtype)
+  numbers = exact.rounded(array, dtype) if way.rounded else np.asarray(array)
+  return numbers.astype(np.float64)

@@ -5,8 +5,6 @@ that of -0 is -1. Neighbouring numbers have neighbouring indices, so a differenc
 indices counts units in the last place.
 """
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 
@@ -26,16 +24,6 @@ MANTISSA_BITS = {
 def bits_of(array: np.ndarray) -> np.ndarray:
   """Returns the bits of an array in C order, as signed integers `[n]`."""
   return np.ascontiguousarray(array).reshape(-1).view(f'i{array.dtype.itemsize}')
-
-
-def index(numbers: np.ndarray) -> np.ndarray:
-  """Returns the ULP indices of numbers: signed integers of their width."""
-  return _flipped(np.ascontiguousarray(numbers).view(f'i{numbers.dtype.itemsize}'))
-
-
-def number(indices: np.ndarray, dtype: Any) -> np.ndarray:
-  """Returns the numbers with these ULP indices: the inverse of `index`."""
-  return _flipped(indices).view(dtype)
 
 
 def differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
