@@ -16,9 +16,10 @@ from rotbits_jax import structured
 from tests import random_models
 from tests import transform_checks
 
-SIZES = {'num_hidden_layers': 2, 'rope_theta': 50.0, 'rms_norm_eps': 1e-3}
+TWO_LAYERS = {'num_hidden_layers': 2}
 CONFIGS = {
-  family: config_json | SIZES for family, config_json in random_models.FAMILIES.items()
+  family: config_json | TWO_LAYERS
+  for family, config_json in random_models.FAMILIES.items()
 }
 TOKENS = np.arange(12)[None]
 
