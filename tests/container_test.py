@@ -3,10 +3,10 @@
 import io
 import json
 import struct
+from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
 import numpy as np
+import pytest
 import safetensors.numpy
 
 from rotbits_jax.file import container
@@ -29,83 +29,84 @@ def packed(manifest=MANIFEST):
   return file.getvalue()
 
 
-class ContainerTest(parameterized.TestCase):
-  def test_round_trip(self):
-    reader = container.StreamReader(packed())
-    self.assertEqual(reader.names(), [*STREAMS, container.MANIFEST])
-    for name, stream in STREAMS.items():
-      self.assertEqual(reader.read(name), stream.tobytes())
-      self.assertEqual(reader.nbytes(name), stream.size)
-    with self.assertRaisesRegex(container.ContainerError, 'nothing: no such stream'):
-      reader.read('nothing')
+def test_round_trip():
+  reader = container.StreamReader(packed())
+  assert reader.names() == [*STREAMS, container.MANIFEST]
+  for name, stream in STREAMS.items():
+    assert reader.read(name) == stream.tobytes()
+    assert reader.nbytes(name) == stream.size
+  with pytest.raises(container.ContainerError, match='nothing: no such stream'):
+    reader.read('nothing')
 
-  def test_any_safetensors_library_opens_it(self):
-    tensors = safetensors.numpy.load(packed())
-    self.assertEqual(set(tensors), {*STREAMS, container.MANIFEST})
-    for name, stream in STREAMS.items():
-      np.testing.assert_array_equal(tensors[name], stream)
 
-  def test_same_input_gives_same_bytes(self):
-    self.assertLen({packed() for _ in range(3)}, 1)
+def test_any_safetensors_library_opens_it():
+  tensors = safetensors.numpy.load(packed())
+  assert set(tensors) == {*STREAMS, container.MANIFEST}
+  for name, stream in STREAMS.items():
+    np.testing.assert_array_equal(tensors[name], stream)
 
-  def test_every_truncation_is_noticed(self):
-    data = packed()
-    for cut in range(len(data)):
-      with self.assertRaises(container.ContainerError):
-        container.StreamReader(data[:cut])
-    with self.assertRaisesRegex(container.ContainerError, 'too long'):
-      container.StreamReader(data + b'x')
 
-  def test_every_changed_byte_of_the_header_is_noticed_or_changes_nothing(self):
-    data = packed()
-    (length,) = struct.unpack('<Q', data[:8])
-    original = container.StreamReader(data)
-    for position in range(8 + length):
-      damaged = bytearray(data)
-      damaged[position] ^= 1 << position % 8
-      try:
-        reader = container.StreamReader(bytes(damaged))
-      except container.ContainerError:
-        continue
-      same = {n: reader.nbytes(n) for n in reader.names()} == {
-        n: original.nbytes(n) for n in original.names()
-      }
-      checked = reader.manifest_crc32 == original.manifest_crc32
-      # The reader of the streams compares their names with the manifest.
-      renamed = set(reader.names()) != set(original.names())
-      self.assertTrue(renamed or (same and checked) or not checked, position)
+def test_every_truncation_is_noticed():
+  data = packed()
+  for cut in range(len(data)):
+    with pytest.raises(container.ContainerError):
+      container.StreamReader(data[:cut])
+  with pytest.raises(container.ContainerError, match='too long'):
+    container.StreamReader(data + b'x')
 
-  def test_the_manifest_is_inflated_to_a_size_that_is_bounded(self):
-    text = b' ' * (1 << 21)
-    data = packed(text)
-    self.assertEqual(container.StreamReader(data).manifest(), text)
-    self.assertGreater(len(data), len(text))  # it is not deflated so far
-    with absltest.mock.patch.object(container, '_MOST_RATIO', 1 << 20):
-      bomb = packed(text)
-    self.assertLess(len(bomb), 1 << 13)
-    with self.assertRaisesRegex(container.ContainerError, 'manifest: it must inflate'):
-      container.StreamReader(bomb).manifest()
 
-  def test_headers_that_lie_are_refused(self):
-    changes = (
-      lambda h: h.pop('__metadata__'),
-      lambda h: h['__metadata__'].update(version='3'),
-      lambda h: h['__metadata__'].update(manifest_crc32='x'),
-      lambda h: h['__metadata__'].update(more='x'),
-      lambda h: h['layers.0'].update(dtype='F32'),
-      lambda h: h['layers.0'].update(shape=[-1]),
-      lambda h: h['layers.0'].update(shape=[True]),
-      lambda h: h['layers.0'].update(data_offsets=[1, 14]),
-      lambda h: h['layers.0'].update(more=1),
-      lambda h: h.update({'layers.0': [[[[]]]]}),
-      lambda h: h.pop('manifest'),
-    )
-    data = packed()
-    (length,) = struct.unpack('<Q', data[:8])
-    for i, change in enumerate(changes):
-      header = json.loads(data[8 : 8 + length])
-      change(header)
-      text = json.dumps(header).encode()
-      lying = struct.pack('<Q', len(text)) + text + data[8 + length :]
-      with self.subTest(i=i), self.assertRaises(container.ContainerError):
-        container.StreamReader(lying)
+def test_every_changed_byte_of_the_header_is_noticed_or_changes_nothing():
+  data = packed()
+  (length,) = struct.unpack('<Q', data[:8])
+  original = container.StreamReader(data)
+  for position in range(8 + length):
+    damaged = bytearray(data)
+    damaged[position] ^= 1 << position % 8
+    try:
+      reader = container.StreamReader(bytes(damaged))
+    except container.ContainerError:
+      continue
+    same = {n: reader.nbytes(n) for n in reader.names()} == {
+      n: original.nbytes(n) for n in original.names()
+    }
+    checked = reader.manifest_crc32 == original.manifest_crc32
+    # The reader of the streams compares their names with the manifest.
+    renamed = set(reader.names()) != set(original.names())
+    assert renamed or (same and checked) or not checked, position
+
+
+def test_the_manifest_is_inflated_to_a_size_that_is_bounded():
+  text = b' ' * (1 << 21)
+  data = packed(text)
+  assert container.StreamReader(data).manifest() == text
+  assert len(data) > len(text)  # it is not deflated so far
+  with mock.patch.object(container, '_MOST_RATIO', 1 << 20):
+    bomb = packed(text)
+  assert len(bomb) < 1 << 13
+  with pytest.raises(container.ContainerError, match='manifest: it must inflate'):
+    container.StreamReader(bomb).manifest()
+
+
+def test_headers_that_lie_are_refused():
+  changes = (
+    lambda h: h.pop('__metadata__'),
+    lambda h: h['__metadata__'].update(version='3'),
+    lambda h: h['__metadata__'].update(manifest_crc32='x'),
+    lambda h: h['__metadata__'].update(more='x'),
+    lambda h: h['layers.0'].update(dtype='F32'),
+    lambda h: h['layers.0'].update(shape=[-1]),
+    lambda h: h['layers.0'].update(shape=[True]),
+    lambda h: h['layers.0'].update(data_offsets=[1, 14]),
+    lambda h: h['layers.0'].update(more=1),
+    lambda h: h.update({'layers.0': [[[[]]]]}),
+    lambda h: h.pop('manifest'),
+  )
+  data = packed()
+  (length,) = struct.unpack('<Q', data[:8])
+  for change in changes:
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    lying = struct.pack('<Q', len(text)) + text + data[8 + length :]
+    with pytest.raises(container.ContainerError):
+      container.StreamReader(lying)

@@ -72,12 +72,6 @@ def with_config(model, **changes):
   ('name', 'changes', 'message'),
   [
     ('llama-tiny-dense', {'rope_theta': 1e6}, '^config.json: .* another rope_theta; '),
-    ('llama-tiny-dense', {'tied_head': True}, '^config.json: .* another tied_head; '),
-    (
-      'llama-tiny-dense',
-      {'num_layers': 1, 'segment_widths': (128,) * 3},
-      'another num_layers, segment_widths; change config.json in `files`, too',
-    ),
     (
       'llama-tiny-sliced-head-0.25',
       {'num_layers': 1, 'segment_widths': (96,) * 3},

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from tests import golden
-
 ROOT = pathlib.Path(__file__).parents[1]
 
 # One process has these together, because each process takes seconds to start.
@@ -55,9 +53,3 @@ def test_all_settings_at_once():
 @pytest.mark.parametrize('settings', ALONE, ids=','.join)
 def test_settings_alone(settings):
   check(settings)
-
-
-def test_every_file_has_its_digests():
-  entries = golden.recorded()
-  assert golden.names() == sorted(entries)
-  assert all(entries.values())

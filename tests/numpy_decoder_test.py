@@ -6,7 +6,6 @@ import itertools
 import json
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 import rotbits_jax
-from rotbits_jax import file as file_lib
 from rotbits_jax import structured
 from tests import golden
 from tests import recipe_test
@@ -135,19 +133,6 @@ def test_reads_a_sliced_model_beside_its_dense_model(preset, tmp_path):
   file, output = tmp_path / 'x.rotbits', tmp_path / 'x.safetensors'
   rotbits_jax.encode_to_file(model, file, base=dense, preset=preset)
   assert_reads_the_same(file, output, save_base(dense, tmp_path), dense)
-
-
-def test_reads_a_pruned_model(tmp_path):
-  file, output = tmp_path / 'model.rotbits', tmp_path / 'model.safetensors'
-  model = load_last_layer(SMALL[0])
-  prune = lambda x: np.where(abs(x) < x.std(), x.dtype.type(0), x)
-  pruned = jax.tree.map(lambda x: prune(np.asarray(x)), model.params)
-  model = dataclasses.replace(model, params=pruned)
-  rotbits_jax.encode_to_file(model, file, preset='exact')
-  with file_lib.Reader(file) as reader:
-    specs = [x for record in reader.records.values() for x in record.spec['arrays']]
-  assert any(x[-1] for x in specs)  # an array without its zeros
-  assert_reads_the_same(file, output)
 
 
 def test_reads_trees_with_names_of_a_model_and_empty_dicts(tmp_path):

@@ -137,10 +137,6 @@ def test_models(name):
   for path, array in decoded.items():
     if not np.isfinite(array).all():  # such numbers stay where they are
       assert np.argwhere(~np.isfinite(array)).tolist() == [[2, 3]], path
-    if path.endswith('norm/scale'):
-      layer = model.layer(models.names.layer_index(path))
-      given = structured.flatten(layer)[path.partition('/')[2]]
-      np.testing.assert_array_equal(array, given)
 
 
 @pytest.mark.slow

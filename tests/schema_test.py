@@ -1,4 +1,4 @@
-"""Tests of typed JSON."""
+"""JSON of strangers is JSON, bounded, and has the types of its objects."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from rotbits_jax.system import schema
+from rotbits_jax.system import strict_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +91,39 @@ def test_names_of_files_lead_nowhere_else(subtests):
     with subtests.test(name=name):
       assert not schema.is_file_name(name)
       assert schema.is_file_name('model-00001.safetensors')
+
+
+def test_json_is_parsed(subtests):
+  for text, expected in (
+    (b'{"a": [1, -2.5, "\\u00fc", null, true]}', {'a': [1, -2.5, 'ü', None, True]}),
+    (b'1e308', 1e308),
+    (b'-9223372036854775808', -(1 << 63)),
+    (b'"\\ud83d\\ude00"', '😀'),
+    (b'[' * 64 + b']' * 64, None),
+  ):
+    with subtests.test(text=text):
+      value = strict_json.loads(text)
+      if expected is not None:
+        assert value == expected
+
+
+def test_other_json_is_refused(subtests):
+  for text, problem in (
+    (b'', 'not JSON'),
+    (b'\xff', 'not JSON'),
+    (b'{"a": 1,}', 'not JSON'),
+    (b'NaN', 'NaN is not JSON'),
+    (b'[-Infinity]', '-Infinity is not JSON'),
+    (b'1e999', '1e999 is too large'),
+    (b'-1e999', '-1e999 is too large'),
+    (b'1' * 20, 'is too large'),
+    (b'1' * 5000, 'is too large'),
+    (b'{"a": 1, "b": 2, "a": 1}', "'a' is repeated"),
+    (b'"\\ud800"', 'surrogate'),
+    (b'{"\\udc00": 1}', 'surrogate'),
+    (b'[' * 65 + b']' * 65, 'nested too deeply'),
+    (b'{"a":' * 65 + b'1' + b'}' * 65, 'nested too deeply'),
+    (b'[' * 100_000, 'nested too deeply'),
+  ):
+    with subtests.test(problem), pytest.raises(ValueError, match=problem):
+      strict_json.loads(text)

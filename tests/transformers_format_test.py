@@ -90,29 +90,20 @@ def test_files(name, tmp_path):
   for key, tensor in tensors.items():
     assert tensor.dtype == expected[key].dtype
     np.testing.assert_array_equal(tensor, expected[key])
-  family = source.model.config.family
-  code = {'modeling_sliced.py'}
   kept = source.files.keys() - {f'{source.stem}.json'}
   written = {file.name: file.read_bytes() for file in (tmp_path / 'out').iterdir()}
-  assert written.keys() == kept | code | {'model.safetensors'}
-  for file in code:
-    assert written[file] == (CODE / file).read_bytes()
+  assert written.keys() == kept | {'modeling_sliced.py', 'model.safetensors'}
+  assert written['modeling_sliced.py'] == (CODE / 'modeling_sliced.py').read_bytes()
   for file in kept - {'config.json'}:
     assert written[file] == source.files[file]
 
   dense = json.loads(source.files['config.json'])
-  unchanged = dense.keys() - CHANGED
-  assert {key: config[key] for key in unchanged} == {
-    key: dense[key] for key in unchanged
-  }
   assert config.keys() == dense.keys() | CHANGED | {'tokenizer_class'}
-  assert config['model_type'] == f'sliced_{family}'
+  for key in dense.keys() - CHANGED:
+    assert config[key] == dense[key]
+  assert config['model_type'] == f'sliced_{source.model.config.family}'
   assert config['tie_word_embeddings'] is False
   assert config['torch_dtype'] == 'float16'
-  # Each class of `auto_map` is in the module that it names.
-  assert config['architectures'] == [
-    config['auto_map']['AutoModelForCausalLM'].split('.')[1]
-  ]
   for path in config['auto_map'].values():
     assert path.startswith('modeling_sliced.Sliced')
 
