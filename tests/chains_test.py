@@ -139,10 +139,6 @@ class RunChainTest(parameterized.TestCase):
     mixed = models.from_layers(model.config, model.outer(), layers)
     formats = [str(x.dtype) for _, x in mixed.leaves()]
     self.assertIn('float32', formats)
-    context = passes.make_context(mixed)
-    self.assertEqual(context.dtype, np.float16)
-    self.assertEqual(context.limit('layers.1/mlp/down/kernel'), 65504)
-    self.assertGreater(context.limit('layers.1/mlp/up/kernel'), 1e38)
     again, _ = passes.run_chain((_scaled(1),), mixed)
     self.assertEqual([str(x.dtype) for _, x in again.leaves()], formats)
     for (path, before), (_, after) in zip(mixed.leaves(), again.leaves(), strict=True):

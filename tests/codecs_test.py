@@ -54,16 +54,8 @@ def cells(n, k):
 CODECS = {
   'certain': (codecs.certain(3), 3),
   'uniform': (codecs.uniform(uint32(SIZES)), uint32(RNG.integers(0, SIZES))),
-  'uniform matrix': (
-    codecs.uniform(uint32(SIZES.reshape(4, 6))),
-    uint32([[0] * 6] * 4),
-  ),
   'uniform nothing': (codecs.uniform(uint32([])), uint32([])),
   'categorical': (codecs.categorical(uint32(CONTEXTS), FREQUENCIES), uint32(MOST)),
-  'categorical traced': (
-    codecs.categorical(uint32(CONTEXTS), jnp.asarray(FREQUENCIES)),
-    uint32(MOST),
-  ),
   'one symbol': (
     codecs.categorical(jnp.zeros(9, jnp.uint32), np.array([[tables.TOTAL]])),
     uint32([0] * 9),
@@ -85,7 +77,6 @@ CODECS = {
     uint32(RNG.integers(0, 5, 20)),
   ),
   'haar, no dimensions': (haar.codec(0, 0), cells(0, 0)),
-  'haar, one dimension': (haar.codec(1, 1), cells(1, 1)),
   'haar': (haar.codec(9, 9), cells(9, 9)),
   'haar, a frame': (haar.codec(7, 3), cells(7, 3)),
   'corrections of a frame': (
