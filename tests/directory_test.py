@@ -1,7 +1,6 @@
 """Files become checkpoints again: every fixture, with every preset, in each format."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 
@@ -20,15 +19,6 @@ FIXTURES = sorted(x.parent.name for x in TESTDATA.glob('*/config.json'))
 QUICK = {('phi3-tiny-sliced-0.25', 'paper'), ('llama-tiny-sliced-head-0.25', 'free')}
 
 
-def cases():
-  """Yields each fixture with each preset that takes it."""
-  for name, preset in itertools.product(FIXTURES, presets.PRESETS):
-    if preset == 'paper' and 'sliced' not in name:
-      continue
-    marks = [] if (name, preset) in QUICK else [pytest.mark.slow]
-    yield pytest.param(name, preset, marks=marks)
-
-
 def tensors(path):
   """Returns shape and dtype of each tensor of a checkpoint, and its bits."""
   found = checkpoints.to_tensors(rotbits_jax.load_checkpoint(path).model)
@@ -36,8 +26,22 @@ def tensors(path):
   return specs, {name: x.tobytes() for name, x in found.items()}
 
 
-@pytest.mark.parametrize(('name', 'preset'), list(cases()))
+@pytest.mark.parametrize(('name', 'preset'), sorted(QUICK))
 def test_a_checkpoint_comes_back(tmp_path, name, preset):
+  check_directory(tmp_path, name, preset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', presets.PRESETS)
+def test_every_checkpoint_comes_back(tmp_path, preset, subtests):
+  for name in FIXTURES:
+    if preset != 'paper' or 'sliced' in name:
+      with subtests.test(name=name):
+        (tmp_path / name).mkdir()
+        check_directory(tmp_path / name, name, preset)
+
+
+def check_directory(tmp_path, name, preset):
   output = tmp_path / 'x.rotbits'
   rotbits_jax.encode_to_file(TESTDATA / name, output, preset=preset)
   specs, bits = tensors(TESTDATA / name)

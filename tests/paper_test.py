@@ -130,13 +130,13 @@ MODELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', MODELS)
-def test_models(name):
-  model = MODELS[name]()
-  _, decoded = assert_exact(model)
-  for path, array in decoded.items():
-    if not np.isfinite(array).all():  # such numbers stay where they are
-      assert np.argwhere(~np.isfinite(array)).tolist() == [[2, 3]], path
+def test_models(subtests):
+  for name, make in MODELS.items():
+    with subtests.test(name=name):
+      _, decoded = assert_exact(make())
+      for path, array in decoded.items():
+        if not np.isfinite(array).all():  # such numbers stay where they are
+          assert np.argwhere(~np.isfinite(array)).tolist() == [[2, 3]], path
 
 
 @pytest.mark.slow
