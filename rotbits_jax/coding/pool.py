@@ -1,8 +1,9 @@
 """The pools of threads that code blocks and records. The process has one of each.
 
-A job of `run` waits for no other job, so several callers may share the pool. A job of
-`record_jobs` may call `run` and wait for earlier jobs of `record_jobs`. Several of
-them run side by side, because one of them does not always have work for all threads.
+A job of `run` waits for no other job: if it calls `run`, its thread does these jobs in
+turn. So several callers may share the pool. A job of `record_jobs` may call `run` and
+wait for earlier jobs of `record_jobs`. Several of them run side by side, because one of
+them does not always have work for all threads.
 The JAX programs of `run` run on the CPU, because their data is in its memory.
 """
 
@@ -35,7 +36,7 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   """Runs jobs side by side.
 
   Args:
-    jobs: functions without arguments that do not call `run`.
+    jobs: functions without arguments.
 
   Returns:
     The results of the jobs, in order.
@@ -43,6 +44,8 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   Raises:
     Exception: the exception of the first job that failed, after all jobs have ended.
   """
+  if getattr(_local, 'pool', None) == 'blocks':
+    return in_turn(jobs)
   started = [_pool('blocks').submit(job) for job in jobs]
   futures.wait(started)
   try:
@@ -121,15 +124,16 @@ def _pool(name: str) -> futures.ThreadPoolExecutor:
     if name not in _pools:
       # One more than processors, because a thread often waits for Python's lock.
       _pools[name] = futures.ThreadPoolExecutor(
-        threads() + 1, f'rotbits-{name}', initializer=_set
+        threads() + 1, f'rotbits-{name}', _set, (name,)
       )
     return _pools[name]
 
 
-def _set() -> None:
+def _set(name: str) -> None:
   """Gives JAX the settings of this package in this thread, for good."""
   settings = contextlib.ExitStack()
   settings.enter_context(host.own_settings())
   # Programs take NumPy arrays, which are in the memory of the processor already.
   settings.enter_context(jax.default_device(host.device()))
+  _local.pool = name
   _local.settings = settings  # a context ends when nothing refers to it
