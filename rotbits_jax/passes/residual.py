@@ -32,7 +32,6 @@ References:
   freedom, removed by bits-back coding.
 """
 
-from collections.abc import Sequence
 import functools
 import math
 from typing import Any, NamedTuple
@@ -46,7 +45,6 @@ from rotbits_jax import structured
 from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import layer as layer_lib
-from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 
@@ -121,10 +119,7 @@ def _init(context: transform.Context) -> State | tuple[()]:
   params, polars = jax.device_put(structured.astype(params, np.float32)), []
   if config.sliced:
     polars = _gauge({x: params[x] for x in layer_lib.shortcut_paths(config)}, config)
-  else:
-    params = fold(params, config)
-  kernel = {layer_lib.UP: params[layer_lib.UP]}
-  rotation = _first_rotation(kernel, polars, config)
+  rotation = _first_rotation(params, polars, config)
   is_upper = rotation is not None
   if rotation is None:
     rotation = np.eye(config.segment_widths[0], dtype=np.float32)
@@ -204,24 +199,6 @@ def _outer(
     rotated[layer_lib.HEAD] = head
     notes.append(transform.note(layer_lib.HEAD, head, error=error))
   return rotated, notes
-
-
-def rotate(
-  params: transform.Params,
-  rotations: Sequence[jax.Array],
-  config: models.ModelConfig,
-  *,
-  is_outer: bool = False,
-) -> transform.Params:
-  """Rotates a layer, or parameters outside the layers, see `layer.rotate`.
-
-  Each array is rotated by a program of its own, which serves all arrays of its shape.
-  """
-  if not config.sliced:
-    params = fold(params, config, is_outer=is_outer)
-  return layer_lib.rotate(
-    params, rotations, config, is_outer=is_outer, function=_rotate_array
-  )
 
 
 # ---- shortcuts ---------------------------------------------------------------------
@@ -392,6 +369,7 @@ _gauge = jax.jit(
 _segments = jax.jit(layer_lib.segments, static_argnums=3)
 _first_rotation = jax.jit(layer_lib.first_rotation, static_argnums=2)
 _last_rotation = jax.jit(layer_lib.last_rotation)
-fold = jax.jit(norms.fold_norm_scales, static_argnums=1, static_argnames='is_outer')
 _rotate_array = jax.jit(rotations_lib.rotate)
+# Each array is rotated by a program of its own, which serves all arrays of its shape.
+rotate = functools.partial(layer_lib.rotate, function=_rotate_array)
 _low_rank = jax.jit(rotations_lib.shortcut, static_argnames=('tolerance', 'columns'))

@@ -110,12 +110,14 @@ def first_rotation(
   another width than the first.
 
   Args:
-    params: the first layer, without scales of norms, see `norms.fold_norm_scales`.
+    params: the first layer.
     polars: `gauge` of the layer.
     config: the config of the model.
   """
   if not is_array(params, UP):
     return None
+  if not config.sliced:
+    params = norms.fold_norm_scales(params, config)
   kernel = params[UP]
   if config.sliced and not config.parallel_block:
     if polars[0] is None or len(polars[0].u) != len(kernel):
@@ -152,8 +154,8 @@ def rotate(
 ) -> Params:
   """Rotates the kernels and biases of a layer, or the parameters outside the layers.
 
-  In a dense model, the scales of norms are 1, see `norms.fold_norm_scales`, and become
-  leaves of one number.
+  In a dense model, the scales of norms are folded into kernels first, see `norms`, and
+  become leaves of one number.
 
   Args:
     params: the parameters. Shortcuts among them stay matrices, see
@@ -166,6 +168,8 @@ def rotate(
   """
   layout = models.layout
   axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
+  if not config.sliced:
+    params = norms.fold_norm_scales(params, config, is_outer=is_outer)
   of = lambda segment: None if segment is None else rotations[segment]
   rotated = {
     path: function(leaf, *map(of, rotations_lib.sides(axes[path])))

@@ -25,7 +25,6 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import layer as layer_lib
-from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries.layer import Params
@@ -192,15 +191,12 @@ def _rotate_stream(
   stacks: dict[str, Params], outer: Params, config: models.ModelConfig
 ) -> tuple[dict[str, Params], Params, Gauges]:
   """Folds the norms of a dense model and rotates its stream."""
-  fold = functools.partial(norms.fold_norm_scales, config=config)
-  stacks = {key: jax.vmap(fold)(stack) for key, stack in stacks.items()}
   first_key, *_ = stacks
   rotation = layer_lib.first_rotation(_layer(stacks[first_key], 0), [], config)
   rotate = lambda layer: layer_lib.rotate(layer, [rotation] * 3, config)
   stacks = {key: jax.vmap(rotate)(stack) for key, stack in stacks.items()}
   if rotation is not None:
     _set_upper(stacks[first_key])
-  outer = fold(outer, is_outer=True)
   outer = layer_lib.rotate(outer, [rotation] * 2, config, is_outer=True)
   return stacks, outer, Gauges(rotation, {}, {}, {})
 
