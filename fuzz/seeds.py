@@ -13,9 +13,9 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
-from rotbits_jax import structured
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.structured import subspaces
 from tests import cases
 from tests import random_models
 
@@ -142,7 +142,7 @@ def containers_of_trees() -> dict[str, bytes]:
   of_trees = {  # without bases, which only models have
     name: leaf
     for name, leaf in cases.leaves().items()
-    if not isinstance(leaf, structured.Basis | structured.Subspace)
+    if not isinstance(leaf, subspaces.Basis | subspaces.Subspace)
   }
   return {
     'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),

@@ -9,6 +9,7 @@ import numpy as np
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.relative import measure
+from rotbits_jax.structured import subspaces
 
 
 def transforms():
@@ -88,9 +89,9 @@ def leaves():
   rng = np.random.default_rng(0)
   return {name: make(0) for name, make in LEAVES.items()} | {
     'tied': structured.Tied(normal(0, 5, 3), tokens=9),
-    'basis': structured.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
+    'basis': subspaces.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
     # The mask is a byte 1, as in the target, whose arrays have ones.
-    'subspace': structured.Subspace.of(
+    'subspace': subspaces.Subspace.of(
       0.2 * normal(0, 7, 1).astype(np.float64), np.arange(8) == 0, 1 << 10
     ),
   }

@@ -138,7 +138,7 @@ def test_any_dtype_and_shape(subtests):
     for shape in SHAPES:
       with subtests.test(dtype=dtype, shape=shape):
         target, base = pair(dtype, shape, scale=0.1)
-        draft = structured.Difference(lengths=shape, name=dtype)
+        draft = difference.Difference(lengths=shape, name=dtype)
         bits = [ulps.bits_of(x) for x in (target, base)]
         leaf = measure._with_classes(draft, *bits, 1e9, difference.in_turn)
         assert_comes_back(leaf, target, base)

@@ -277,7 +277,7 @@ def test_a_basis_must_have_as_many_rows_as_it_says():
   settings, arrays = leaf.stored()
   wrong = arrays | {'mask': np.full(2, 255, np.uint8)}
   with pytest.raises(ValueError, match='must have 8 rows'):
-    structured.Subspace.from_stored(settings, wrong)
+    subspaces.Subspace.from_stored(settings, wrong)
   greater = dataclasses.replace(leaf, tangent=leaf.tangent * 100)
   with pytest.raises(ValueError, match='too large'):
     greater.materialize()

@@ -10,6 +10,7 @@ import numpy as np
 
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.structured import difference
 from rotbits_jax.symmetries import tied
 from tests import random_models
 from tests import transform_checks
@@ -125,9 +126,9 @@ class RetieExactlyTest(parameterized.TestCase):
   def test_every_bit_comes_back_from_what_is_stored(self, dtype):
     table, head = _matrices(dtype)
     leaf, note, saved = _exactly(table, head)
-    self.assertIsInstance(leaf, structured.Difference)
+    self.assertIsInstance(leaf, difference.Difference)
     self.assertEqual((leaf.shape, leaf.dtype), (table.shape, table.dtype))
-    again = structured.Difference.from_stored(*leaf.stored())
+    again = difference.Difference.from_stored(*leaf.stored())
     chex.assert_trees_all_equal(again, leaf)
     np.testing.assert_array_equal(_bits(again.materialize(head)), _bits(table))
     # About half of each number is saved; T and exceptions cost a little.
@@ -143,7 +144,7 @@ class RetieExactlyTest(parameterized.TestCase):
     table = table.astype(np.float16)
     self.assertLess(np.abs(table).max(), 2**-14)
     leaf, *_ = _exactly(table, head)
-    self.assertIsInstance(leaf, structured.Difference)
+    self.assertIsInstance(leaf, difference.Difference)
     np.testing.assert_array_equal(_bits(leaf.materialize(head)), _bits(table))
 
 

@@ -16,6 +16,7 @@ from fuzz import containers
 import rotbits_jax
 from rotbits_jax import structured
 from rotbits_jax.file import memory
+from rotbits_jax.structured import difference
 from tests import cases
 
 PARAMS = {'kernel': jnp.arange(12.0).reshape(3, 4), 'bias': jnp.zeros(4, jnp.bfloat16)}
@@ -200,7 +201,7 @@ REFUSED = (
   ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b/shape: .* up to 32 axes'),
   ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),
   ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
-  ({'b': structured.Difference(lengths=(9, 3), name='float16')}, 'b: it cannot be'),
+  ({'b': difference.Difference(lengths=(9, 3), name='float16')}, 'b: it cannot be'),
 )
 
 

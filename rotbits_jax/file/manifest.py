@@ -30,6 +30,8 @@ from rotbits_jax.coding import specs
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.relative import entries
+from rotbits_jax.structured import difference
+from rotbits_jax.structured import subspaces
 from rotbits_jax.system import schema
 
 UNTRUSTED = ArithmeticError, AttributeError, LookupError, TypeError
@@ -205,7 +207,7 @@ class Leaf:
   def has_classes(self) -> bool:
     """Whether the leaf has differences whose classes the reader computes."""
     has_scales = {'differences', 'column_scales'} <= set(self.arrays)
-    return self.leaf_class is structured.Difference and has_scales
+    return self.leaf_class is difference.Difference and has_scales
 
   @property
   def is_multiples(self) -> bool:
@@ -305,7 +307,7 @@ class RecordEntry:
             f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
           )
       # The config of the model bounds the size of a basis.
-      elif leaf.is_expanded() and leaf.leaf_class is not structured.Subspace:
+      elif leaf.is_expanded() and leaf.leaf_class is not subspaces.Subspace:
         nbytes = sum(x.nbytes for x in array_specs)
         if entries.is_too_short(leaf.size, leaf.base_size, nbytes):
           raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
@@ -336,7 +338,7 @@ class RecordEntry:
     inverses = sum(
       6 * 8 * (leaf.shape[0] - leaf.shape[1]) ** 2
       for leaf in self.leaves
-      if leaf.leaf_class is structured.Subspace
+      if leaf.leaf_class is subspaces.Subspace
     )
     return max(stored, sum(leaf.nbytes for leaf in self.leaves)) + inverses
 
@@ -469,7 +471,7 @@ class Manifest:
       record: the record.
       segment: the segment whose basis it is, see `structured.subspaces`.
     """
-    bases = structured.Basis, structured.Subspace
+    bases = subspaces.Basis, subspaces.Subspace
     for leaf in record.leaves:
       if leaf.product is not None and self.config is None:
         raise ValueError(f'{leaf.path}: a product needs a config')

@@ -38,6 +38,7 @@ from rotbits_jax.file import stacks
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
+from rotbits_jax.structured import difference
 from rotbits_jax.structured import shortcuts
 from rotbits_jax.system import progress
 from rotbits_jax.system import schema
@@ -144,7 +145,7 @@ class Reader:
     return {
       path
       for path, leaf in self._decoder.leaves.items()
-      if leaf.leaf_class is structured.Difference
+      if leaf.leaf_class is difference.Difference
       and not leaf.arrays
       and leaf.base is not None
       and (leaf.base.path, leaf.base.crc32) == (path, leaf.crc32)

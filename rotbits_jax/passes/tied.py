@@ -51,7 +51,7 @@ def retie_exactly() -> transform.Transform:
 
   Returns:
     A transform. Its note says whether the embedding is stored as T and residuals, and
-    how many entries are exceptions, see `structured.Difference`.
+    how many entries are exceptions, see `structured.difference`.
   """
   return transform.Transform(
     'exactly tied embedding', outer=_retie_exactly, takes='stored'

@@ -1,6 +1,6 @@
 """The base of a file: arrays that it needs and does not hold.
 
-A `structured.Difference` is made from one array of another model, which the receiver
+A `structured.difference` is made from one array of another model, which the receiver
 has: the base of a fine-tune, or an earlier step of one run. Arrays are found by their
 paths. Tensors of unknown families are also found if their names differ by a prefix such
 as 'model.'.
@@ -171,7 +171,7 @@ class Base:
     """
     jobs, stored = {}, dict[str, Beside | None]()
     for path, leaf in params.items():
-      is_predicted = isinstance(leaf, structured.Difference)
+      is_predicted = isinstance(leaf, difference.Difference)
       base_path = self.find(path)
       if base_path is None or (structured.is_structured(leaf) and not is_predicted):
         continue
@@ -250,7 +250,7 @@ def _beside(
 
 def _is_smaller(beside: Beside, leaf: Any, resolve: Callable[[str], Any]) -> bool:
   """Returns whether a leaf beside the base takes fewer bytes than one that it had."""
-  if not isinstance(leaf, structured.Difference):
+  if not isinstance(leaf, difference.Difference):
     return True
   alone = measure.measured(leaf, *map(resolve, leaf.needs))
   return beside.measured.estimate() < alone.estimate()

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax import structured
 from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
 
@@ -98,14 +97,14 @@ class FoundBasis(NamedTuple):
   error: float
   growth: float
 
-  def as_basis(self, roundoff: float) -> structured.Basis:
+  def as_basis(self, roundoff: float) -> subspaces.Basis:
     """Returns the leaf of the basis, whose error is a small part of the roundoff."""
     assert self.basis is not None
     step = _step(roundoff / 4 / math.sqrt(len(self.basis)))
     numbers = np.rint(self.basis * (2.0**subspaces.UNIT / step)).astype(np.int32)
-    return structured.Basis(numbers, step)
+    return subspaces.Basis(numbers, step)
 
-  def as_subspace(self, roundoff: float) -> structured.Subspace:
+  def as_subspace(self, roundoff: float) -> subspaces.Subspace:
     """Returns the leaf of the subspace.
 
     The rows J are chosen so that the matrix M is not singular: the error of A, and its
@@ -125,7 +124,7 @@ class FoundBasis(NamedTuple):
     lower = self.basis[~rows] @ self.basis[rows].T @ ((turn / sizes) @ turn.T)
     tangent = np.linalg.solve(np.eye(width) + upper, lower.T).T
     share = math.sqrt(12 / max(hidden - width, 1)) / (6 * self.growth)
-    return structured.Subspace.of(tangent, rows, _step(roundoff * share))
+    return subspaces.Subspace.of(tangent, rows, _step(roundoff * share))
 
 
 def fit(pairs: list[Pair], shape: tuple[int, ...], roundoff: float) -> FoundBasis:

@@ -47,7 +47,7 @@ class Measured(NamedTuple):
     classes: the class of each of its differences, uint8; None if they have none.
   """
 
-  leaf: structured.Difference
+  leaf: difference.Difference
   classes: np.ndarray | None = None
 
   @property
@@ -83,7 +83,7 @@ def beside(
     return None
   bits = ulps.bits_of(target)
   base = difference.known_bits(known, target.shape, dtype)
-  draft = structured.Difference(lengths=target.shape, name=dtype.name)
+  draft = difference.Difference(lengths=target.shape, name=dtype.name)
   places = _changed(bits, base, run)
   if places is None:
     if dtype.itemsize > 4:
@@ -115,7 +115,7 @@ def beside_head(
   """
   scale, shifts = tied.scale_of(head, map, exponents)
   made = tied.product(head, map, shifts, scale, table.dtype)
-  draft = structured.Difference(
+  draft = difference.Difference(
     lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
   )
   bits, known = ulps.bits_of(table), ulps.bits_of(made)
@@ -124,7 +124,7 @@ def beside_head(
   return found
 
 
-def measured(leaf: structured.Difference, *needed: Any) -> Measured:
+def measured(leaf: difference.Difference, *needed: Any) -> Measured:
   """Returns a leaf with its classes, given the known array or what it `needs`."""
   return Measured(leaf, leaf.predict(*needed)[1].classes if leaf.has_classes else None)
 
@@ -170,8 +170,8 @@ def _binary_entropy(ones: Any, counts: Any) -> Any:
 
 
 def _with_few(
-  draft: structured.Difference, bits: np.ndarray, base: np.ndarray, places: np.ndarray
-) -> structured.Difference:
+  draft: difference.Difference, bits: np.ndarray, base: np.ndarray, places: np.ndarray
+) -> difference.Difference:
   """Returns the leaf of few changed elements at some places."""
   far = ulps.differences(bits, base, draft.dtype)
   far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
@@ -192,7 +192,7 @@ def _with_few(
 
 
 def _with_classes(
-  draft: structured.Difference,
+  draft: difference.Difference,
   bits: np.ndarray,
   base: np.ndarray,
   most: float,
@@ -355,7 +355,7 @@ def _kept(logs: np.ndarray, size: float) -> np.ndarray:
 # ---- the choice ----------------------------------------------------------------------
 
 
-def _nbytes(leaf: structured.Difference, classes: np.ndarray) -> float:
+def _nbytes(leaf: difference.Difference, classes: np.ndarray) -> float:
   """Estimates the bytes of a leaf from some of its differences."""
   stride = max(leaf.differences.size // _CHUNK, 1)
   known = known_lib.Known(

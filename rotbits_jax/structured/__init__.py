@@ -26,7 +26,6 @@ from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import floating
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.constant import Constant
-from rotbits_jax.structured.difference import Difference
 from rotbits_jax.structured.fields import Array
 from rotbits_jax.structured.fields import Lower
 from rotbits_jax.structured.fields import Matrix
@@ -39,8 +38,6 @@ from rotbits_jax.structured.low_rank import LowRank
 from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
-from rotbits_jax.structured.subspaces import Basis
-from rotbits_jax.structured.subspaces import Subspace
 from rotbits_jax.structured.tied import Tied
 from rotbits_jax.structured.trees import astype
 from rotbits_jax.structured.trees import count_bytes
@@ -63,9 +60,7 @@ from rotbits_jax.structured.uniform import line_factors
 __all__ = [
   'TYPES',
   'Array',
-  'Basis',
   'Constant',
-  'Difference',
   'FactorPair',
   'HeadColumns',
   'HeadRows',
@@ -76,7 +71,6 @@ __all__ = [
   'Origin',
   'ReducedLowRank',
   'Structured',
-  'Subspace',
   'Tied',
   'TrapezoidalRows',
   'UniformlyQuantized',
