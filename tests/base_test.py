@@ -234,10 +234,6 @@ def test_a_chain_of_bases(tmp_path):
   assert structured.same_bits(decode(paths[3], base=reader), steps[3])
   with pytest.raises(file.ContainerError, match='give that model as the base'):
     decode(paths[3], base=paths[2])
-  with pytest.raises(ValueError, match='needs no base'):
-    decode(
-      paths[1], base=[str(plain_checkpoint(tmp_path / 'p', steps[0]['a'])), paths[0]]
-    )
 
 
 @pytest.mark.parametrize('prefixes', [('', 'model.'), ('base_model.model.', 'model.')])

@@ -176,10 +176,3 @@ def test_closures_and_constants(size):
 
   found = jax.jit(native.loop(looked_up))(jnp.asarray(table[1]), 5)
   np.testing.assert_array_equal(found, table[1] + table[0][:5].sum() + 10)
-
-
-def test_vmap():
-  x = jnp.arange(12.0).reshape(2, 6)
-  expected = jnp.stack([doubled(row, n) for row, n in zip(x, (3, 4), strict=True)])
-  batched = jax.vmap(native.loop(doubled))(x, jnp.array([3, 4]))
-  np.testing.assert_array_equal(batched, expected)

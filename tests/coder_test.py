@@ -43,10 +43,6 @@ def pruned(share, dtype=ml_dtypes.bfloat16, shape=(400, 500)):
   return array
 
 
-def widened(array):
-  return array.astype(np.float32)
-
-
 def same_bits(actual, expected):
   assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
   assert actual.tobytes() == expected.tobytes()
@@ -160,10 +156,6 @@ RATES = {
       ('both', ROWS * COLUMNS, 700),
     )
   },
-  'widened floats': (
-    [widened(normal(100_000, np.float16))],
-    1.01 * modelled(normal(100_000, np.float16)),
-  ),
   'heavy tails': (
     [np.random.default_rng(0).standard_t(2, (200, 500)).astype(np.float32)],
     1.002
@@ -180,10 +172,6 @@ RATES = {
   'bytes': (
     [np.uint8(120 + integers((200, 500), int, 25))],
     1.005 * entropy(integers((200, 500), int, 25)) + 250,
-  ),
-  'rare outliers': (
-    [np.where(noise(100_000, np.uint16) < 4, 8000, integers(100_000, np.int16, 2))],
-    1e5 * gaussian(2) + 600,
   ),
 }
 

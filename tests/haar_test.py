@@ -11,11 +11,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import haar
 from tests import codec_checks
 
@@ -199,14 +197,3 @@ class RecoveryTest(parameterized.TestCase):
       ideal = -math.log2(noise) - mean_share
       net = rans.content_bits(message) - rans.content_bits(sent)
       self.assertBetween(net / (n * (n - 1) / 2), ideal - loss, ideal)
-
-  @pytest.mark.slow
-  def test_large(self):
-    n = 1000
-    cells = _sample(n, n)
-    recovered = _noisy(rotate(cells, n, n), 3e-4)
-    correction = correct(recovered, cells)
-    level = correction_lib.levels(correction.cells, places(n, n)[1])
-    self.assertLess(float(level.mean()), 4)
-    for moved in (recovered, _ulps(recovered, 0), _ulps(recovered, 1)):
-      np.testing.assert_array_equal(recover(moved, correction), cells)

@@ -80,16 +80,6 @@ def test_switches_together(given, tmp_path):
   check(given, TOGETHER, tmp_path)
 
 
-def test_a_mesh_with_explicit_axes():
-  mesh = jax.make_mesh((1,), ('x',), axis_types=(jax.sharding.AxisType.Explicit,))
-  for given in ('free', 'near'):
-    data, expected = encoded(given)
-    with jax.set_mesh(mesh):
-      assert encode(given) == data
-      assert bits(rotbits_jax.load(data)) == expected
-      assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('given', INPUTS)
 def test_each_switch(given, tmp_path, subtests):
