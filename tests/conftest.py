@@ -48,14 +48,6 @@ if 'ROTBITS_TEST_OPTIMISED' not in os.environ:
     import rotbits_jax.coding.coder  # noqa: F401
 
 
-# They come first, so that no worker waits at the end until the other is done with one.
-_LONG = {'transforms_test', 'chains_test'}
-
-
-def pytest_collection_modifyitems(items):
-  items.sort(key=lambda item: item.path.stem not in _LONG)
-
-
 # Linux gives a process 65,530 mappings, and each compiled program takes several.
 _MOST_MAPPINGS = 45_000
 

@@ -207,15 +207,3 @@ def test_another_checkpoint_is_not_what_was_encoded(tmp_path):
     weights.write_bytes(changed)
     with pytest.raises(rotbits_jax.ContainerError, match='differ'):
       rotbits_jax.verify(tmp_path / 'x', against=source)
-
-
-def test_what_plain_tensors_do_not_take(tmp_path):
-  source = _write(tmp_path / 'in', 'one file')
-  with pytest.raises(ValueError, match='known family'):
-    rotbits_jax.encode_to_file(source, tmp_path / 'x', preset='free')
-  rotbits_jax.encode_to_file(source, tmp_path / 'x')
-  with pytest.raises(rotbits_jax.ContainerError, match='known family'):
-    rotbits_jax.decode_checkpoint(tmp_path / 'x')
-  for option in ({'format': 'slicegpt'}, {'dtype': 'float16'}, {'shard_size': 9}):
-    with pytest.raises(ValueError, match='come back in the files'):
-      rotbits_jax.decode_to_directory(tmp_path / 'x', tmp_path / 'out', **option)

@@ -48,14 +48,6 @@ def test_what_changes_the_content_changes_the_folder(tmp_path):
   assert rotbits_jax.snapshot(path, format='transformers') == folders[0]
 
 
-def test_the_base_is_checked_also_if_the_folder_is_there(tmp_path):
-  path = encoded(DENSE, tmp_path / 'x', base=DENSE)
-  for _ in range(2):
-    with pytest.raises(rotbits_jax.ContainerError, match='give that model'):
-      rotbits_jax.snapshot(path)
-    rotbits_jax.snapshot(path, DENSE)
-
-
 def test_bad_input_leaves_nothing(tmp_path, cache):
   path = encoded(DENSE, tmp_path / 'x')
   damaged = bytearray(path.read_bytes())

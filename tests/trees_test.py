@@ -177,13 +177,12 @@ def test_arrays_in_the_other_byte_order(dtype):
     assert structured.same_bits(rotbits_jax.apply(data, base), new)
 
 
-@pytest.mark.parametrize('preset', ['exact', 'free'])
-def test_models_in_the_other_byte_order(preset):
+def test_a_model_in_the_other_byte_order():
   model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
   params = jax.tree.map(lambda x: np.asarray(x).astype('>f2'), model.params)
   swapped = dataclasses.replace(model, params=params)
-  expected = rotbits_jax.encode(model, preset=preset)
-  assert rotbits_jax.encode(swapped, preset=preset) == expected
+  expected = rotbits_jax.encode(model, preset='exact')
+  assert rotbits_jax.encode(swapped, preset='exact') == expected
 
 
 REFUSED = (
