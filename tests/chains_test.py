@@ -218,12 +218,6 @@ class MakeTest(absltest.TestCase):
     _, savings = passes.run_chain(chain, model)
     self.assertEqual([len(s.notes) for s in savings], [7, 4])
 
-  def test_what_is_left_out_stays(self):
-    model = random_models.sliced_llama([18] * 3, np.float16)
-    same, savings = passes.run_chain((passes.Transform('nothing'),), model)
-    transform_checks.assert_same_bits(same, model)
-    self.assertEqual(savings, [passes.Saving('nothing', 0, 0)])
-
 
 # ---- chains of transforms, and a part of a model -------------------------------------
 
