@@ -183,7 +183,7 @@ def torch_files() -> list[bytes]:
     specs = {
       name: tensors_lib.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()
     }
-    writer = torch_zip.TorchZipWriter(path, specs, 'x')
+    writer = torch_zip.TorchZipWriter(path, specs)
     for name, x in tensors.items():
       writer.add(name, tensors_lib.row_major(x))
     writer.close()

@@ -367,6 +367,27 @@ class TestDirectory:
       checkpoints.load_checkpoint(tmp_path / 'x')
 
 
+def test_which_folders_are_replaced(tmp_path):
+  checkpoint, path = (
+    checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense'),
+    tmp_path / 'x',
+  )
+  for shard_size in (None, 100_000, 300_000, None):  # in place of older weights
+    checkpoints.save_checkpoint(checkpoint, path, shard_size=shard_size)
+    assert os.listdir(tmp_path) == ['x']
+    loaded = checkpoints.load_checkpoint(path)
+    chex.assert_trees_all_equal(loaded.model, checkpoint.model)
+  with pytest.raises(FileExistsError, match='overwrite'):
+    checkpoints.save_checkpoint(checkpoint, path, overwrite=False)
+  for other in ('mine.py', 'mine.safetensors', 'folder/config.json'):
+    (path / other).parent.mkdir(exist_ok=True)
+    (path / other).write_text('mine')
+    with pytest.raises(FileExistsError, match=f'{other} is lost'):
+      checkpoints.save_checkpoint(checkpoint, path)
+    assert (path / other).read_text() == 'mine'
+    (path / other).unlink()
+
+
 class TestSafetensors:
   def tensors(self):
     rng = np.random.default_rng(0)

@@ -288,7 +288,7 @@ class TestRefusals:
     """Damage causes an error, or does no harm (in dates, for example)."""
     path = tmp_path / 'x.pt'
     tensors = {'a': numbers(40, np.dtype(np.float16)), 'b': np.zeros((0, 2), np.int8)}
-    weights_files.write_torch(path, tensors, 'x')
+    weights_files.write_torch(path, tensors)
     content = path.read_bytes()
     rng = np.random.default_rng(3)
     refused = 0
@@ -329,8 +329,8 @@ class TestWrite:
     }
 
   def test_layout(self, tmp_path):
-    path = tmp_path / 'x.pt'
-    weights_files.write_torch(path, self.tensors(), 'a_0.2')
+    path = tmp_path / 'a_0.2.pt'
+    weights_files.write_torch(path, self.tensors())
     fixture = TESTDATA / 'phi2-tiny-sliced-0.25' / 'phi-2_0.25.pt'
     layouts = []
     for file, stem in ((path, 'a_0.2'), (fixture, 'phi-2_0.25')):

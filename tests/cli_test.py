@@ -213,7 +213,7 @@ def test_files_that_exist_need_overwrite(rotbits, tmp_path, encoded):
   decode = ['decode', f'--input={output}', f'--output={tmp_path / "out"}']
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'config.json').write_text('the old file stays')
-  check_refused(rotbits, tmp_path, decode, 'config.json: the file exists')
+  check_refused(rotbits, tmp_path, decode, 'the folder has files')
   assert rotbits(*decode, '--overwrite')[0] == 0
   assert (tmp_path / 'out' / 'model.safetensors').exists()
 

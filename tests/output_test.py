@@ -122,8 +122,8 @@ def test_which_folders_are_replaced(tmp_path):
     write(path, overwrite=False)
   write(path)
   assert len(contents(path)) == 4
-  (path / shards.INDEX).unlink()
-  with pytest.raises(FileExistsError, match='no shards'):
+  (path / 'mine').touch()
+  with pytest.raises(FileExistsError, match='mine is lost'):
     write(path)
   with pytest.raises(IsADirectoryError):
     write(path, shard_size=None)

@@ -22,19 +22,18 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   return {name: tensor.read() for name, tensor in opened.items()}
 
 
-def write_torch(path: pathlib.Path, tensors: Tensors, stem: str) -> None:
-  """Writes a file whose top folder in the zip is the stem."""
-  writer = torch_zip.TorchZipWriter(path, specs_of(tensors), stem)
+def write_torch(path: pathlib.Path, tensors: Tensors) -> None:
+  writer = torch_zip.TorchZipWriter(path, specs_of(tensors))
   for name, tensor in tensors.items():
     writer.add(name, tensors_lib.row_major(tensor))
   writer.close()
 
 
 def write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
-  header, offsets = safetensors.layout(specs_of(tensors))
-  ordered = sorted(offsets, key=offsets.get)
-  contents = [np.ascontiguousarray(tensors[name]).tobytes() for name in ordered]
-  path.write_bytes(b''.join([header, *contents]))
+  path.unlink(missing_ok=True)
+  writer = safetensors.FileWriter(path, safetensors.header(specs_of(tensors)))
+  for name, tensor in tensors.items():
+    writer.add(name, tensors_lib.row_major(tensor))
 
 
 def specs_of(tensors: Tensors) -> dict[str, tensors_lib.TensorSpec]:

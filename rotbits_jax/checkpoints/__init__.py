@@ -16,7 +16,6 @@ from rotbits_jax.checkpoints.families import slicing_json
 from rotbits_jax.checkpoints.families import with_dtype
 from rotbits_jax.checkpoints.families import with_own_head
 from rotbits_jax.checkpoints.plain import PlainFiles
-from rotbits_jax.checkpoints.plain import PlainWriter
 from rotbits_jax.checkpoints.plain import open_plain
 from rotbits_jax.checkpoints.reader import CheckpointReader
 from rotbits_jax.checkpoints.reader import example
@@ -29,6 +28,7 @@ from rotbits_jax.checkpoints.tensors import LazyTensor
 from rotbits_jax.checkpoints.tensors import TensorSpec
 from rotbits_jax.checkpoints.tensors import to_tensors
 from rotbits_jax.checkpoints.writer import CheckpointWriter
+from rotbits_jax.checkpoints.writer import FolderWriter
 from rotbits_jax.checkpoints.writer import Format
 from rotbits_jax.checkpoints.writer import fitting_files
 from rotbits_jax.checkpoints.writer import save_checkpoint
@@ -44,10 +44,10 @@ __all__ = [
   'CheckpointReader',
   'CheckpointWriter',
   'Family',
+  'FolderWriter',
   'Format',
   'LazyTensor',
   'PlainFiles',
-  'PlainWriter',
   'TensorRow',
   'TensorSpec',
   'UnsupportedError',

@@ -15,14 +15,11 @@ import os
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import folder as folder_lib
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
-from rotbits_jax.checkpoints import writer
 
 
 class PlainFiles:
@@ -101,59 +98,6 @@ class PlainFiles:
       {name: hashlib.sha256(x).hexdigest() for name, x in self.files.items()},
     ]
     return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
-
-
-class PlainWriter(writer.FolderWriter):
-  """Writes safetensors files whose headers are known. Tensors come in any order.
-
-  Attributes:
-    specs: the shape and dtype of each tensor by its name.
-  """
-
-  def __init__(
-    self,
-    directory: str | os.PathLike[str],
-    headers: Mapping[str, bytes],
-    *,
-    files: Mapping[str, bytes],
-    overwrite: bool = True,
-  ):
-    """Plans the files; nothing is written yet.
-
-    Args:
-      directory: the target directory, which is made if it does not exist.
-      headers: the header of each weights file by its name.
-      files: the files to put beside the weights, by name.
-      overwrite: whether files that exist may be replaced.
-    """
-    self._headers = dict(headers)
-    self._placed = {
-      name: safetensors.places(header, name, any_dtype=True)
-      for name, header in headers.items()
-    }
-    self.specs = {
-      tensor: spec
-      for placed in self._placed.values()
-      for tensor, (_, spec) in placed.items()
-    }
-    super().__init__(
-      directory,
-      weights=headers,
-      tensors=self.specs,
-      files=files,
-      overwrite=overwrite,
-    )
-
-  def _open(self) -> None:
-    for name, header in self._headers.items():
-      placed = self._placed[name]
-      offsets = {tensor: offset for tensor, (offset, _) in placed.items()}
-      nbytes = len(header) + sum(spec.nbytes for _, spec in placed.values())
-      self._make(name, header, offsets, nbytes)
-
-  def add(self, name: str, tensor: np.ndarray) -> None:
-    """Writes a tensor."""
-    self._add(name, [tensor])
 
 
 def open_plain(

@@ -10,7 +10,7 @@ Raises:
     dtype.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import json
 import os
@@ -148,7 +148,7 @@ def places(
 
 
 def has_own_metadata(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a file has metadata other than what `layout` puts into a header."""
+  """Returns whether a file has metadata other than what `header` puts into a file."""
   file = tensors_lib.opened(path)
   values = config_lib.parse_object(
     read_header(file)[8:], f'{path}: header', most=_MOST_HEADER
@@ -190,12 +190,10 @@ def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
   }
 
 
-def layout(specs: Specs) -> tuple[bytes, dict[str, int]]:
-  """Lays out a file with these tensors.
+def header(specs: Specs) -> bytes:
+  """Returns the header of a file with these tensors, see `read_header`.
 
-  Returns:
-    The header with Hugging Face's metadata and the length in front of it, and the
-    offset of each tensor in the file.
+  It has Hugging Face's metadata.
   """
   for tensor, spec in specs.items():
     if spec.dtype not in _CODES:
@@ -205,16 +203,35 @@ def layout(specs: Specs) -> tuple[bytes, dict[str, int]]:
   # If tensors of wider dtypes come first, every tensor is aligned.
   order = sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x))
   values: dict[str, Any] = {_METADATA: _WRITTEN}
-  offsets, end = {}, 0
+  end = 0
   for tensor in order:
     spec, begin = specs[tensor], end
-    offsets[tensor], end = begin, begin + spec.nbytes
-    entry = _Entry(_CODES[spec.dtype], spec.shape, (begin, end))
-    values[tensor] = schema.dump(entry)
+    end = begin + spec.nbytes
+    values[tensor] = schema.dump(_Entry(_CODES[spec.dtype], spec.shape, (begin, end)))
   encoded = json.dumps(values, separators=(',', ':'), ensure_ascii=False).encode()
   encoded += b' ' * (-len(encoded) % 8)
-  header = struct.pack('<Q', len(encoded)) + encoded
-  return header, {tensor: len(header) + offset for tensor, offset in offsets.items()}
+  return struct.pack('<Q', len(encoded)) + encoded
+
+
+class FileWriter:
+  """Writes a file whose header is known. Tensors are added in any order."""
+
+  def __init__(self, path: pathlib.Path, header: bytes):
+    """Makes the file, which must not exist."""
+    self._path, self._places = path, places(header, path.name, any_dtype=True)
+    nbytes = sum(spec.nbytes for _, spec in self._places.values())
+    with path.open('xb') as file:
+      file.truncate(len(header) + nbytes)
+      file.write(header)
+
+  def add(self, name: str, pieces: Iterable[memoryview]) -> None:
+    """Writes a tensor, given its bytes in row-major order."""
+    with self._path.open('r+b') as file:
+      file.seek(self._places[name][0])
+      file.writelines(pieces)
+
+  def close(self) -> None:
+    """Does nothing: each tensor is in the file when it has been added."""
 
 
 # ---- the index -----------------------------------------------------------------------

@@ -353,15 +353,12 @@ class TorchZipWriter:
   tensors are added.
   """
 
-  def __init__(
-    self, path: pathlib.Path, specs: Mapping[str, tensors_lib.TensorSpec], stem: str
-  ):
+  def __init__(self, path: pathlib.Path, specs: Mapping[str, tensors_lib.TensorSpec]):
     """Makes the file.
 
     Args:
-      path: the file, which must not exist.
+      path: the file, which must not exist. Its stem is the top folder in the zip file.
       specs: the tensors by name.
-      stem: name of the top folder in the zip file; PyTorch uses the name of the file.
 
     Raises:
       CheckpointError: if PyTorch does not support a dtype.
@@ -372,7 +369,7 @@ class TorchZipWriter:
         raise errors.CheckpointError(
           f'{name}: PyTorch files do not support {spec.dtype}'
         )
-    self._specs, self._stem = specs, stem
+    self._specs, self._stem = specs, path.stem
     self._keys = {name: str(index) for index, name in enumerate(specs)}
     self._archive = zipfile.ZipFile(path, 'x', allowZip64=True)
     self._add_text('data.pkl', b''.join(_pickle(specs, names)))

@@ -1,24 +1,19 @@
 """Writing checkpoints: a folder of weights files and the files beside them.
 
-The files are written to a hidden folder beside the target, `.<name>.partial`, and moved
-into the target when all are complete, see `outputs`. A target that does not exist
-appears at once. If the target exists, its config and weights are removed before
-anything is moved, and the new ones are moved last; older weights that programs would
-load in place of the new ones are removed, and other files stay. After an exception the
-hidden folder is removed.
+The files are written to a hidden folder beside the target, which takes the place of the
+target when all are complete, see `outputs.move`. After an exception it is removed.
 
 Raises:
   CheckpointError: if a required file is missing, if a name is not that of a file, or if
     the format does not support the dtype of a tensor.
 """
 
-import abc
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
+import fnmatch
 import itertools
 import os
 import pathlib
-import shutil
 import typing
 from typing import Any, Literal, Self, TypeAlias
 
@@ -43,194 +38,131 @@ Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
 _Entry: TypeAlias = tensors_lib.ExpectedTensor | transformers.GramEntry
 
 _SHOWN = 8  # names listed in an error
+_OLDER_WEIGHTS = 'model*.safetensors*'  # that new weights replace
 
 
-class FolderWriter(abc.ABC):
-  """Base class of the writers of checkpoints; a context manager."""
+class FolderWriter:
+  """Writes weights files and the files beside them. Tensors come in any order.
+
+  The class is a context manager, see `CheckpointWriter`.
+
+  Attributes:
+    specs: the shape and dtype of each tensor by its name.
+  """
 
   def __init__(
     self,
     path: str | os.PathLike[str],
+    weights: Mapping[str, bytes | safetensors.Specs],
     *,
-    weights: Iterable[str],
-    tensors: Iterable[str],
     files: Mapping[str, bytes],
-    overwrite: bool,
+    overwrite: bool = True,
   ):
-    """Checks the names of the files. Nothing is written yet.
+    """Plans the files; nothing is written yet.
 
     Args:
       path: the target directory, which is made if it does not exist.
-      weights: names of the weights files.
-      tensors: names of the tensors in them.
+      weights: by the name of each weights file, the header of a safetensors file, or
+        the tensors of a PyTorch file.
       files: the files to put beside the weights, by name.
-      overwrite: whether existing files may be replaced.
+      overwrite: whether an existing checkpoint may be replaced.
     """
-    self._path, self._overwrite = path, overwrite
-    self._weights, self._files = list(weights), dict(files)
-    self._missing = dict.fromkeys(tensors)
-    self._places: dict[str, tuple[pathlib.Path, int]] = {}
-    self._stack: contextlib.ExitStack | None = None
+    self._path, self._weights = path, dict(weights)
+    self._files, self._overwrite = dict(files), overwrite
+    self._open_files: dict[str, safetensors.FileWriter | torch_zip.TorchZipWriter] = {}
     names = [*self._weights, *self._files]
     for name in names:
       if not schema.is_relative_path(name):
         raise errors.CheckpointError(f'{name!r} is not the name of a file')
-    if twice := {name for name in names if names.count(name) > 1}:
-      raise errors.CheckpointError(f'two files have the name {min(twice)}')
-    if clashing := sorted({*names} & _folders(names)):
-      raise errors.CheckpointError(f'{clashing[0]} cannot be a file and a folder')
-
-  @abc.abstractmethod
-  def _open(self) -> None:
-    """Makes the weights files in `self._folder`."""
-
-  def _close(self) -> None:  # noqa: B027
-    """Completes the weights files, after all tensors have been added."""
+      if names.count(name) > 1:
+        raise errors.CheckpointError(f'two files have the name {name}')
+    self.specs: dict[str, tensors_lib.TensorSpec] = {}
+    self._file_of: dict[str, str] = {}
+    for name, content in self._weights.items():
+      specs = content
+      if isinstance(content, bytes):
+        placed = safetensors.places(content, name, any_dtype=True)
+        specs = {tensor: spec for tensor, (_, spec) in placed.items()}
+      if twice := self.specs.keys() & specs.keys():
+        raise errors.CheckpointError(f'two files have the tensor {min(twice)}')
+      self.specs |= specs
+      self._file_of |= dict.fromkeys(specs, name)
+    self._missing = dict.fromkeys(self.specs)
 
   def __enter__(self) -> Self:
     """Makes the hidden folder.
 
     Raises:
-      OSError: if the directory cannot be written, if a file in it must not be replaced,
-        if the file system takes two names for one, or if another process writes to it.
+      OSError: if the directory cannot be written or must not be replaced, if the file
+        system takes two names for one, or if another process writes to it.
     """
-    self._directory = outputs.directory_target(self._path)
-    if self._directory.exists():
-      check_files(self._directory, self.names(), overwrite=self._overwrite)
+    target = outputs.directory_target(self._path)
+    self.replaced()
     with contextlib.ExitStack() as stack:
       stack.enter_context(outputs.named(self._path))
-      staging = outputs.fresh(outputs.staging(self._directory))
-      self._folder = stack.enter_context(staging)
-      for folder in _folders((*self._files, *self._weights)):
-        (self._folder / folder).mkdir(parents=True, exist_ok=True)
+      folder = stack.enter_context(outputs.fresh(outputs.staging(target)))
+      for name in (*self._files, *self._weights):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
       for name, content in self._files.items():
         # Where the file system ignores case, it may have another file of this name.
-        with (self._folder / name).open('xb') as file:
+        with (folder / name).open('xb') as file:
           file.write(content)
-      self._open()
-      self._stack = stack.pop_all()
+      for name, content in self._weights.items():
+        if isinstance(content, bytes):
+          self._open_files[name] = safetensors.FileWriter(folder / name, content)
+        else:
+          self._open_files[name] = torch_zip.TorchZipWriter(folder / name, content)
+      self._folder, self._target, self._stack = folder, target, stack.pop_all()
     return self
 
   def __exit__(self, error_type: Any, error: Any, trace: Any) -> None:
-    """Moves the files into place, or removes them after an exception.
+    """Moves the folder into place, or removes it after an exception.
 
     Raises:
       ValueError: if a tensor was not written.
     """
-    stack, self._stack = self._stack, None
-    assert stack is not None
     if error_type is not None:
-      stack.__exit__(error_type, error, trace)  # names a full disk; the error goes on
+      self._stack.__exit__(error_type, error, trace)  # names a full disk
       return
-    with stack:
+    with self._stack:
       if self._missing:
         shown = ', '.join(itertools.islice(self._missing, _SHOWN))
         raise ValueError(
           f'{len(self._missing)} tensors have not been written, such as {shown}'
         )
-      self._close()
-      self._move()
+      for file in self._open_files.values():
+        file.close()
+      outputs.move(self._folder, self._target)
 
-  def names(self) -> set[str]:
-    """Returns the names of the files that are written to the directory, or removed."""
-    directory = outputs.directory_target(self._path)
-    return {*self._files, *self._weights, *self._stale(directory)}
+  def add(self, name: str, *arrays: np.ndarray) -> None:
+    """Writes a tensor, given its parts along the first axis.
 
-  def _make(
-    self, name: str, header: bytes, offsets: Mapping[str, int], nbytes: int
-  ) -> None:
-    """Makes a weights file with its header; the tensors follow at their offsets."""
-    path = self._folder / name
-    with path.open('xb') as file:
-      file.truncate(nbytes)
-      file.write(header)
-    self._places |= {tensor: (path, offset) for tensor, offset in offsets.items()}
-
-  def _write(self, name: str, pieces: Iterable[memoryview]) -> None:
-    """Writes a tensor, given its bytes in row-major order, into its file."""
-    path, offset = self._places[name]
-    with path.open('r+b') as file:
-      file.seek(offset)
-      for piece in pieces:
-        file.write(piece)
-
-  def _add(self, name: str, arrays: Iterable[np.ndarray]) -> None:
-    """Writes a tensor, given its parts along the first axis."""
-    self._check_open()
+    Raises:
+      ValueError: if it was written before.
+    """
     if name not in self._missing:
       raise ValueError(f'{name} was written before')
     pieces = map(tensors_lib.row_major, arrays)
-    self._write(name, itertools.chain.from_iterable(pieces))
+    file = self._open_files[self._file_of[name]]
+    file.add(name, itertools.chain.from_iterable(pieces))
     del self._missing[name]
 
-  def _check_open(self) -> None:
-    """Raises ValueError outside the context."""
-    if self._stack is None:
-      raise ValueError('the writer is not open; it is a context manager')
+  def replaced(self) -> list[pathlib.Path]:
+    """Returns the files of an older checkpoint that are replaced.
 
-  def _stale(self, directory: pathlib.Path) -> set[str]:
-    """Returns names of older weights, which may not exist, that new ones replace."""
-    new = {*self._files, *self._weights}
-    if new.isdisjoint((safetensors.INDEX, safetensors.WEIGHTS)):
-      return set()  # weights of another name stay beside these
-    try:
-      content = safetensors.read_index(directory / safetensors.INDEX)
-      shards = safetensors.parse_index(content, safetensors.INDEX).shards()
-    except errors.CheckpointError:  # there is none
-      shards = {}
-    older = {name for name in shards if name.endswith('.safetensors')}
-    return (older | {safetensors.INDEX, safetensors.WEIGHTS}) - new
-
-  def _move(self) -> None:
-    """Moves the files into their directory, or makes their folder the directory."""
-    directory = self._directory
-    if not directory.exists():
-      outputs.move(self._folder, directory)
-      return
-    # A folder without its config, its weights and their index is not a checkpoint.
-    # These are removed first and come last, so that a mixture of old and new files is
-    # never taken for a checkpoint.
-    new = (file for file in self._folder.rglob('*') if file.is_file())
-    files = {file.relative_to(self._folder).as_posix(): file for file in new}
-    for folder in _folders(files):
-      (directory / folder).mkdir(parents=True, exist_ok=True)
-    last = [x for x in (*self._weights, safetensors.INDEX, CONFIG) if x in files]
-    for name in (*reversed(last), *self._stale(directory)):
-      old = directory / name
-      if name in files and old.exists():
-        shutil.copymode(old, files[name])
-      old.unlink(missing_ok=True)
-    for name in (*(name for name in files if name not in last), *last):
-      outputs.move(files[name], directory / name)
+    Raises:
+      OSError: if they must not be replaced, or if another file would be lost.
+    """
+    return outputs.check_replaced(
+      outputs.directory_target(self._path),
+      lambda name: (
+        name in {*self._files, *self._weights} or fnmatch.fnmatch(name, _OLDER_WEIGHTS)
+      ),
+      overwrite=self._overwrite,
+    )
 
 
-def check_files(
-  directory: pathlib.Path, names: Collection[str], *, overwrite: bool
-) -> None:
-  """Checks, before the work, that files can be written into a directory.
-
-  Args:
-    directory: a directory that exists, see `outputs.directory_target`.
-    names: relative paths of the files, whose folders need not exist.
-    overwrite: whether existing files may be replaced.
-
-  Raises:
-    OSError: if one cannot be written, or must not be replaced.
-  """
-  for folder in sorted(_folders(names)):
-    outputs.check_folder(directory / folder)
-  for name in names:
-    if (directory / name).parent.exists():
-      outputs.check(directory / name, overwrite=overwrite)
-
-
-def _folders(names: Iterable[str]) -> set[str]:
-  """Returns the folders that files with these relative paths are in."""
-  parents = {x for name in names for x in pathlib.PurePosixPath(name).parents}
-  return {x.as_posix() for x in parents} - {'.'}
-
-
-class CheckpointWriter(FolderWriter):
+class CheckpointWriter:
   """Writes the checkpoint of a model. Parameters are added one at a time.
 
   The class is a context manager:
@@ -279,7 +211,7 @@ class CheckpointWriter(FolderWriter):
         as factors, by its path in the model; the other formats multiply them.
       buffers: tensors of the checkpoint that the forward pass does not use, by name.
         'transformers' leaves them out, because it computes them.
-      overwrite: whether existing files may be replaced.
+      overwrite: whether an existing checkpoint may be replaced.
 
     Raises:
       ValueError: if the format does not suit the model, or a dtype is missing.
@@ -299,7 +231,6 @@ class CheckpointWriter(FolderWriter):
         f'got {shard_size} and {format}'
       )
     _check_sidecars(config, stem, files)
-    self._stem, self._format = stem, format
     entries: Iterable[_Entry]
     if format == 'transformers':
       ranks, buffers = shortcuts or {}, {}
@@ -313,26 +244,25 @@ class CheckpointWriter(FolderWriter):
     self._plan(entries, dtypes)
     files = dict(files)
     index = files.pop(safetensors.INDEX, None)
-    if format == 'slicegpt':
-      weights = [f'{stem}.pt']
-    else:
-      self._shards, metadata = self._divide(index, shard_size)
-      weights = list(self._shards)
-      if weights != [safetensors.WEIGHTS]:
-        files[safetensors.INDEX] = safetensors.index_json(self._shards, metadata)
-    super().__init__(
-      directory,
-      weights=weights,
-      tensors=self._specs,
-      files=files,
-      overwrite=overwrite,
-    )
+    weights: dict[str, Any] = {f'{stem}.pt': self._specs}
+    if format != 'slicegpt':
+      shards, metadata = self._divide(index, shard_size)
+      weights = {name: safetensors.header(specs) for name, specs in shards.items()}
+      if [*weights] != [safetensors.WEIGHTS]:
+        files[safetensors.INDEX] = safetensors.index_json(shards, metadata)
+    self._folder = FolderWriter(directory, weights, files=files, overwrite=overwrite)
+    self.replaced = self._folder.replaced
 
   def __enter__(self) -> Self:
-    super().__enter__()
+    """Makes the hidden folder, see `FolderWriter`."""
+    self._folder.__enter__()
     for name, buffer in self._buffers.items():
-      self._add(name, [buffer])
+      self._folder.add(name, buffer)
     return self
+
+  def __exit__(self, *error: Any) -> None:
+    """Moves the folder into place, see `FolderWriter`."""
+    self._folder.__exit__(*error)
 
   def add(self, path: str, leaf: Any) -> None:
     """Adds a parameter.
@@ -343,12 +273,11 @@ class CheckpointWriter(FolderWriter):
 
     Raises:
       ValueError: if the parameter is unknown, was added before, or does not have the
-        planned shape and dtype; or if the writer is not open.
+        planned shape and dtype.
     """
     entry = self._entries.get(path)
     if entry is None:
       raise ValueError(f'{path}: the model has no such parameter')
-    self._check_open()
     if path in self._added:  # a tensor of several parameters waits for the others
       raise ValueError(f'{path} was added before')
     expected = self._dtypes[path], entry.parameters()[path]
@@ -362,7 +291,7 @@ class CheckpointWriter(FolderWriter):
     if all(x in self._waiting for x in entry.paths):
       leaves = [self._waiting.pop(x) for x in entry.paths]
       for name, arrays in entry.write(leaves).items():
-        self._add(name, arrays)
+        self._folder.add(name, *arrays)
 
   def _plan(self, entries: Iterable[_Entry], dtypes: Dtypes) -> None:
     """Plans the tensors of the files."""
@@ -401,26 +330,6 @@ class CheckpointWriter(FolderWriter):
         return divided, parsed.metadata
     return safetensors.plan_shards(self._specs, shard_size), None
 
-  def _open(self) -> None:
-    if self._format == 'slicegpt':
-      path = self._folder / f'{self._stem}.pt'
-      self._torch = torch_zip.TorchZipWriter(path, self._specs, str(self._stem))
-      return
-    for name, specs in self._shards.items():
-      header, offsets = safetensors.layout(specs)
-      nbytes = len(header) + sum(spec.nbytes for spec in specs.values())
-      self._make(name, header, offsets, nbytes)
-
-  def _write(self, name: str, pieces: Iterable[memoryview]) -> None:
-    if self._format == 'slicegpt':
-      self._torch.add(name, pieces)
-    else:
-      super()._write(name, pieces)
-
-  def _close(self) -> None:
-    if self._format == 'slicegpt':
-      self._torch.close()
-
 
 def _dtype(dtypes: Dtypes, path: str) -> np.dtype:
   """Returns the dtype of a parameter."""
@@ -455,8 +364,7 @@ def save_checkpoint(
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
-  Structured leaves are materialized one layer at a time. Other files in the directory
-  stay, except older weights that programs would load in place of the new ones.
+  Structured leaves are materialized one layer at a time.
 
   Args:
     checkpoint: the model and its sidecar files.
@@ -511,11 +419,5 @@ def fitting_files(
   families.parse_config(config_lib.parse_object(files[CONFIG], CONFIG))  # or leave it
   flat = structured.flatten(model.outer())
   pair = [flat.get('head/kernel'), flat.get('embed/tokens')]
-  # Parts of arrays on other hosts are not compared: a head of its own is never wrong.
-  known = all(
-    structured.is_plain(x) and getattr(x, 'is_fully_addressable', True) for x in pair
-  )
-  if known:
-    head, table = map(np.asarray, pair)
-    known = structured.same_bits(head.T, table)
-  return files if known else untied
+  head, table = map(np.asarray, structured.materialize(pair))
+  return files if structured.same_bits(head.T, table) else untied

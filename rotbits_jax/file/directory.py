@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import contextlib
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -82,8 +81,7 @@ def write(
       buffers=reader.buffers() if model is None else model.buffers,
       overwrite=overwrite,
     )
-  folder = pathlib.Path(directory)
-  inputs.check([folder / name for name in sorted(writer.names())], [reader])
+  inputs.check(writer.replaced(), [reader])
   keep = shortcuts.keys() if format == 'transformers' else ()
   if model is None:
     records = reader.each(keep=keep, show_progress=progress)
@@ -135,7 +133,7 @@ def _write_tensors(
 ) -> None:
   """Writes the weights files of a checkpoint that is stored as plain tensors."""
   with _errors_of_file():
-    writer = checkpoints.PlainWriter(
+    writer = checkpoints.FolderWriter(
       directory, reader.headers(), files=reader.files(), overwrite=overwrite
     )
     specs: dict[str, Any] = {}
@@ -144,8 +142,7 @@ def _write_tensors(
     for name in {**specs, **writer.specs}:
       if specs.get(name) != writer.specs.get(name):
         raise ContainerError(f'{name}: the headers and the records differ')
-  folder = pathlib.Path(directory)
-  inputs.check([folder / name for name in sorted(writer.names())], [reader])
+  inputs.check(writer.replaced(), [reader])
   with writer:
     for _, flat in reader.each(keep=(), show_progress=progress):
       for name, tensor in flat.items():

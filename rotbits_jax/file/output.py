@@ -103,11 +103,8 @@ def check_path(
   if shard_size < 1:
     raise ValueError(f'shard_size must be positive, got {shard_size}')
   folder = outputs.directory_target(path)
-  existing = list(folder.iterdir()) if folder.is_dir() else []
-  if existing and not (overwrite and (folder / shards_lib.INDEX).is_file()):
-    why = 'use overwrite=True to replace it' if not overwrite else 'it holds no shards'
-    raise FileExistsError(f'{folder}: the folder exists; {why}')
-  inputs_lib.check(existing, inputs)
+  replaced = outputs.check_replaced(folder, shards_lib.is_of_set, overwrite=overwrite)
+  inputs_lib.check(replaced, inputs)
 
 
 class ShardPlan:
@@ -204,22 +201,10 @@ class ShardPlan:
         except BaseException:
           self.discard()
           raise
-      if self._target.is_dir():  # a folder cannot be replaced at once
-        older = self._staging.with_suffix('.old')
-        shutil.rmtree(older, ignore_errors=True)
-        try:
-          self._target.rename(older)
-          outputs.move(self._staging, self._target)
-        except BaseException:
-          if older.exists() and not self._target.exists():
-            older.rename(self._target)
-          raise
-      else:
-        outputs.move(self._staging, self._target)
-      for suffix in ('partial', 'old'):
-        pattern = f'.{glob.escape(self._target.name)}.*.{suffix}'
-        for folder in self._target.parent.glob(pattern):
-          shutil.rmtree(folder, ignore_errors=True)
+      outputs.move(self._staging, self._target)
+      pattern = f'.{glob.escape(self._target.name)}.*.partial'
+      for folder in self._target.parent.glob(pattern):
+        shutil.rmtree(folder, ignore_errors=True)
 
   def discard(self) -> None:
     """Removes the shards that are encoded and not published."""

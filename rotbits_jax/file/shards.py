@@ -7,6 +7,7 @@ runs are not taken for one model.
 
 from collections.abc import Mapping
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
@@ -132,6 +133,11 @@ def is_encoded(path: str | os.PathLike[str]) -> bool:
   except ContainerError:  # the file is damaged or has another format
     return place.suffix not in _CHECKPOINT_SUFFIXES
   return True
+
+
+def is_of_set(name: str) -> bool:
+  """Returns whether a file in a folder of shards has a name that `plan` gives."""
+  return name == INDEX or fnmatch.fnmatch(name, 'model-*-of-*.rotbits')
 
 
 def is_result(path: pathlib.Path) -> bool:

@@ -14,7 +14,7 @@ Raises:
   OSError: if something cannot be written. It names the path.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import errno
 import os
@@ -100,18 +100,58 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     raise
 
 
+def check_replaced(
+  folder: pathlib.Path, is_replaced: Callable[[str], bool], *, overwrite: bool
+) -> list[pathlib.Path]:
+  """Checks, before the work, that a folder can be replaced by a new one.
+
+  Args:
+    folder: see `directory_target`. It may be missing or empty.
+    is_replaced: whether a file, given its relative path, may go with the folder.
+    overwrite: whether a folder with files may be replaced.
+
+  Returns:
+    The files in it.
+  """
+  files = []
+  for file in folder.rglob('*'):
+    if file.is_dir() and not file.is_symlink():
+      continue
+    name = file.relative_to(folder).as_posix()
+    if not overwrite:
+      text = f'the folder has files, such as {name}; use overwrite=True to replace it'
+      raise _error(errno.EEXIST, text, folder)
+    if not is_replaced(name):
+      raise _error(errno.EEXIST, f'the folder is not replaced: {name} is lost', folder)
+    files.append(file)
+  return files
+
+
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
   """Renames a complete file, or a folder of complete files, to its target.
 
   The content is on the disk before the name, and the name is on the disk when the
-  function returns. The new file takes the mode of the file that it replaces.
+  function returns. A new file takes the mode of the file that it replaces. An older
+  folder cannot be replaced at once: it is renamed, and removed at the end, or gets its
+  name back after an exception.
   """
   for path in [source, *source.rglob('*')]:
     _sync(path)
+  older = target.parent / f'.{target.name}.replaced'
   if target.is_file():
     os.chmod(source, stat.S_IMODE(target.stat().st_mode))
-  os.replace(source, target)
+  try:
+    if target.is_dir():
+      shutil.rmtree(older, ignore_errors=True)
+      target.rename(older)
+    os.replace(source, target)
+  except BaseException:
+    if older.exists() and not target.exists():
+      older.rename(target)
+    raise
   _sync(target.parent)
+  if target.is_dir():
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]:
