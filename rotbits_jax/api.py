@@ -1,8 +1,9 @@
 """The functions of a session: encode, decode, load, verify.
 
-Functions that read a file take its path, its bytes, or an open binary file. `decode`
-and `load` hold the whole model in memory; `encode_to_file`, `decode_to_directory` and
-`verify` hold a few layers.
+Functions that read a file take its path, its bytes, or an open binary file as `source`.
+`decode` and `load` hold the whole model in memory; `encode_to_file`,
+`decode_to_directory` and `verify` hold a few layers. Arguments that several functions
+share are described in `encode`.
 
 Raises:
   ContainerError: if a file is not of this format or is damaged, or if its base is
@@ -149,21 +150,15 @@ def encode_to_file(
       files come back byte for byte.
     path: path of the file, or of the folder of shards, which also gets their index in
       Hugging Face's format.
-    preset: see `encode`.
-    base: see `encode`.
-    files: see `encode`.
-    stem: see `encode`.
     shard_size: greatest size of the records of a shard before they are coded, in bytes;
       a larger record has a shard to itself. None for one file.
     target_size: the greatest number of bytes of the file, or of all shards, in place of
       the option `step` of 'near', which is found so that the file has at least 99% of
       them, where steps between exist. The preset is given by its name.
-    overwrite: whether an existing file may be replaced. No file of the source or
-      the base is.
+    overwrite: whether an existing file, or folder of shards, may be replaced. No file
+      of the source or the base is.
     check: whether to decode everything that was written before a file is replaced, and
       to compare it with the source if the preset keeps all bits, see `verify`.
-    progress: whether to show the progress on stderr.
-    options: options of the preset, if it is given by its name.
 
   Raises:
     ValueError: see `encode`.
@@ -246,13 +241,10 @@ def decode(
   {'layers': [array([0., 0., 0.]), array([1., 1.])]}
 
   Args:
-    source: a path, bytes, or a binary file.
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
       states. Its arrays, or each `jax.ShapeDtypeStruct` in place of one, give shapes
       and dtypes, which must be those in the file. A leaf of integers, see `load`,
       becomes its array.
-    base: the base of `encode`.
-    progress: whether to show the progress on stderr.
 
   Returns:
     The `Model` with NumPy arrays; structured leaves stay structured. Memory holds at
@@ -289,8 +281,6 @@ def load(
   [1.0, 1.0]
 
   Args:
-    source: a path, bytes, or an open binary file.
-    base: see `decode`.
     layers: the layers to load; all by default. Other layers are not read.
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
       path and the shape of a parameter and returns one. Layers are stacked along the
@@ -302,7 +292,6 @@ def load(
     integers: whether a matrix that the file stores as multiples of one step, as `near`
       does, stays integers with a step, see `structured.UniformlyQuantized`. It takes
       half of the memory of float32. The elements are the same, bit for bit.
-    progress: whether to show the progress on stderr.
 
   Returns:
     See `decode`. Arrays with 64 bits a number stay NumPy arrays, because JAX would
@@ -355,18 +344,15 @@ def decode_to_directory(
   """Decodes a file to a checkpoint on disk, one layer at a time.
 
   Args:
-    source: a path, bytes, or an open binary file.
-    directory: the directory for the checkpoint.
-    base: see `decode`.
-    format: see `checkpoints.save_checkpoint`. Plain tensors come back in the files that
-      they were encoded from: they take no format, shard_size or dtype.
+    directory: the directory for the checkpoint. An older checkpoint in it is replaced;
+      one with other files is not, nor is one of the source or the base.
+    format: see `checkpoints.save_checkpoint`. Plain tensors of no known family come
+      back in the files that they were encoded from: they take no format, shard_size or
+      dtype.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for the
       shards that the checkpoint had, or else one file.
     dtype: dtype for all floating-point elements, rounded to nearest. By default they
       keep the dtype of the encoded checkpoint.
-    overwrite: whether existing files may be replaced. No file of the source or
-      the base is.
-    progress: whether to show the progress on stderr.
 
   Raises:
     ValueError: if the format, shard_size or dtype does not suit the model, if numbers
@@ -442,10 +428,7 @@ def verify(
   1
 
   Args:
-    source: a path, bytes, or an open binary file.
     against: the checkpoint that was encoded: its directory or its weights file.
-    base: see `decode`.
-    progress: whether to show the progress on stderr.
 
   Returns:
     The counts and measurements.
