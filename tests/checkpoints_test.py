@@ -368,13 +368,11 @@ class TestDirectory:
 
 
 def test_which_folders_are_replaced(tmp_path):
-  checkpoint, path = (
-    checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense'),
-    tmp_path / 'x',
-  )
+  path = tmp_path / 'x'
+  checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
   for shard_size in (None, 100_000, 300_000, None):  # in place of older weights
     checkpoints.save_checkpoint(checkpoint, path, shard_size=shard_size)
-    assert os.listdir(tmp_path) == ['x']
+    assert list(tmp_path.iterdir()) == [path]
     loaded = checkpoints.load_checkpoint(path)
     chex.assert_trees_all_equal(loaded.model, checkpoint.model)
   with pytest.raises(FileExistsError, match='overwrite'):
