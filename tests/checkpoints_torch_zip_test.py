@@ -354,7 +354,7 @@ class TestWrite:
   def test_what_is_written_is_read(self, tmp_path, zip64_from):
     path, expected = tmp_path / 'x.pt', self.tensors()
     with mock.patch.object(torch_zip, '_ZIP64_FROM', zip64_from):
-      weights_files.write_torch(path, expected, 'x')
+      weights_files.write_torch(path, expected)
     got = weights_files.read_torch(path)
     assert list(got) == list(expected)
     for name, tensor in expected.items():
