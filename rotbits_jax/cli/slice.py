@@ -68,8 +68,9 @@ def main() -> program.Result:
   bases = {_ENCODED.value: None, _RECIPE.value: dense.model}
   encoded_files = {file: base for file, base in bases.items() if file is not None}
   targets = [outputs.resolved(file) for file in encoded_files]
-  for target in [*targets, *([directory / names[0]] if directory.exists() else [])]:
+  for target in targets:
     outputs.check(target, overwrite=_OVERWRITE.value)
+  outputs.check_replaced(directory, names.__contains__, overwrite=_OVERWRITE.value)
   targets += [directory / name for name in names]
   inputs.check(targets, [_MODEL.value, _CALIBRATION.value])
   config = dense.model.config
