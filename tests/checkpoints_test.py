@@ -171,13 +171,6 @@ class TestTensors:
       checkpoints.from_tensors(change(tiny_tensors()), checkpoints.parse_config(TINY))
 
 
-LLAMA3 = {
-  'rope_type': 'llama3',
-  'factor': 4.0,
-  'low_freq_factor': 1.0,
-  'high_freq_factor': 3.0,
-  'original_max_position_embeddings': 24,
-}
 # Family, attribute of config.json, and a value that it must not have (... if missing).
 REFUSED = (
   ('opt', 'do_layer_norm_before', False),
@@ -204,11 +197,11 @@ REFUSED = (
   ('llama', 'rope_theta', 0),
   ('llama', 'rope_scaling', {'rope_type': 'yarn', 'factor': 2.0}),
   ('llama', 'rope_scaling', {'rope_type': 'linear'}),
-  ('llama', 'rope_scaling', LLAMA3 | {'low_freq_factor': None}),
-  ('llama', 'rope_scaling', LLAMA3 | {'attention_factor': 1.5}),
-  ('llama', 'rope_scaling', LLAMA3 | {'high_freq_factor': 1.0}),
-  ('llama', 'rope_scaling', LLAMA3 | {'type': 'linear'}),
-  ('llama', 'rope_parameters', LLAMA3 | {'rope_theta': 50.0}),
+  ('llama', 'rope_scaling', random_models.LLAMA3_ROPE | {'low_freq_factor': None}),
+  ('llama', 'rope_scaling', random_models.LLAMA3_ROPE | {'attention_factor': 1.5}),
+  ('llama', 'rope_scaling', random_models.LLAMA3_ROPE | {'high_freq_factor': 1.0}),
+  ('llama', 'rope_scaling', random_models.LLAMA3_ROPE | {'type': 'linear'}),
+  ('llama', 'rope_parameters', random_models.LLAMA3_ROPE | {'rope_theta': 50.0}),
   ('llama', 'tie_word_embeddings', 'false'),
   ('llama', 'model_type', 'gemma'),
   ('llama', 'model_type', ['llama']),

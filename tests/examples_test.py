@@ -16,9 +16,8 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / 'examples'
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 
 
-@pytest.mark.parametrize('name', ['orbax_checkpoint'])
-def test_example(name, capsys):
-  runpy.run_path(str(EXAMPLES / f'{name}.py'), run_name='__main__')
+def test_orbax_checkpoint(capsys):
+  runpy.run_path(str(EXAMPLES / 'orbax_checkpoint.py'), run_name='__main__')
   assert capsys.readouterr().out
 
 

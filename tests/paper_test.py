@@ -140,12 +140,6 @@ def test_models(subtests):
 
 
 @pytest.mark.slow
-def test_rotations_that_cannot_be_recovered_are_not_sampled():
-  encoded = paper.encode(MODELS['zero shortcuts'](), options())
-  assert not any(encoded.layout.sampled[1:])
-
-
-@pytest.mark.slow
 def test_polar_shortcut_gives_back_eleven_bits_a_parameter():
   encoded = paper.encode(load(TRAINED), options())
   parameters = sum(d * (d - 1) // 2 for d in load(TRAINED).config.segment_widths)

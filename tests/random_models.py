@@ -41,6 +41,13 @@ FAMILIES = {
   'phi2': _ROTARY | {'model_type': 'phi', 'partial_rotary_factor': 0.5},
 }
 """The configs of small models of every family; a new one joins tests by a row here."""
+LLAMA3_ROPE = {
+  'rope_type': 'llama3',
+  'factor': 4.0,
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 3.0,
+  'original_max_position_embeddings': 24,
+}
 
 
 def orthogonal(rng, n):

@@ -23,13 +23,6 @@ CONFIGS = {
 }
 CONFIGS['phi3'] |= {'sliding_window': 5}
 CONFIGS['qwen2'] |= {'use_sliding_window': False, 'sliding_window': 3}
-LLAMA3 = {
-  'rope_type': 'llama3',
-  'factor': 4.0,
-  'low_freq_factor': 1.0,
-  'high_freq_factor': 3.0,
-  'original_max_position_embeddings': 24,
-}
 TIED = {'tie_word_embeddings': True}
 BIASES = {'attention_bias': True, 'mlp_bias': True}
 LINEAR = {'type': 'linear', 'factor': 2.5}
@@ -51,7 +44,7 @@ CASES = (
   ('opt', {}, {}, NARROW),
   ('llama', BIASES, {}, None),
   ('llama', {}, {}, (22, 12, 24, 9, 7)),
-  ('llama', TIED | {'rope_scaling': LLAMA3}, SCALED, None),
+  ('llama', TIED | {'rope_scaling': random_models.LLAMA3_ROPE}, SCALED, None),
   ('llama', {'rope_scaling': LINEAR}, DIVIDED, None),
   ('mistral', {}, {}, None),
   ('qwen2', TIED, WHOLE, None),

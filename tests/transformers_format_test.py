@@ -25,13 +25,6 @@ CHANGED = {
   'architectures', 'auto_map', 'model_type', 'segment_widths', 'shortcut_ranks',
   'tie_word_embeddings', 'torch_dtype',
 }  # fmt: skip
-LLAMA3 = {
-  'rope_type': 'llama3',
-  'factor': 8.0,
-  'low_freq_factor': 1.0,
-  'high_freq_factor': 4.0,
-  'original_max_position_embeddings': 256,
-}
 
 
 def read(folder):
@@ -111,7 +104,7 @@ def test_files(name, tmp_path):
 @pytest.mark.parametrize(
   ('name', 'beside', 'scaling'),
   [
-    ('llama-tiny-sliced-head-0.25', {'rope_theta': 500000.0}, LLAMA3),
+    ('llama-tiny-sliced-head-0.25', {'rope_theta': 5e5}, random_models.LLAMA3_ROPE),
     ('llama-tiny-sliced-head-0.25', {}, {'type': 'linear', 'factor': 2.0}),
     ('phi2-tiny-sliced-0.25', {'rope_theta': 50.0, 'partial_rotary_factor': 0.5}, None),
   ],
