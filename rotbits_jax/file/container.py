@@ -131,15 +131,15 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
     'version': str(VERSION),
     'manifest_crc32': str(manifest_crc32),
   }
-  header: dict[str, Any] = {_METADATA: metadata}
-  for name, (begin, end) in streams.items():
-    header[name] = {
-      'dtype': 'U8',
-      'shape': [end - begin],
-      'data_offsets': [begin, end],
-    }
+  entries = {name: _entry(begin, end) for name, (begin, end) in streams.items()}
+  header = {_METADATA: metadata, **entries}
   text = json.dumps(header, separators=(',', ':')).encode()
   return text + b' ' * (-len(text) % 8)
+
+
+def _entry(begin: int, end: int) -> dict[str, Any]:
+  """Returns the entry of a stream in the header, by its offsets."""
+  return {'dtype': 'U8', 'shape': [end - begin], 'data_offsets': [begin, end]}
 
 
 class StreamReader:
@@ -294,21 +294,12 @@ class StreamReader:
 
 
 def _size(entry: Any, begin: int) -> int | None:
-  """Returns the length of a stream from its entry in the header; None if it is wrong.
-
-  Args:
-    entry: the entry.
-    begin: the offset at which the stream must begin.
-  """
-  if not isinstance(entry, dict) or set(entry) != {'dtype', 'shape', 'data_offsets'}:
-    return None
-  shape, offsets = entry['shape'], entry['data_offsets']
-  if entry['dtype'] != 'U8' or not isinstance(shape, list) or len(shape) != 1:
-    return None
-  size = shape[0]
+  """Returns the length of a stream by its entry in the header; None if it is wrong."""
+  shape = entry.get('shape') if isinstance(entry, dict) else None
+  size = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
   if type(size) is not int or not 0 <= size < _MOST:
     return None
-  return size if offsets == [begin, begin + size] else None
+  return size if entry == _entry(begin, begin + size) else None
 
 
 def parse_json(data: bytes, where: str) -> Any:
