@@ -68,7 +68,11 @@ def accept_checksums() -> None:
 
 
 def _read_container(data: bytes) -> None:
-  """Decodes a container to memory, or to a directory."""
+  """Reports on a container, and decodes it to memory or to a directory."""
+  report = rotbits_jax.inspect(data)
+  report.to_text().encode()
+  json.dumps(report.to_json(), allow_nan=False)
+  report_lib.report_page(data).encode()
   with rotbits_jax.file.Reader(data) as reader:
     is_model = reader.config is not None and 'config.json' in reader.files()
     if len(data) % 2 and (is_model or reader.is_plain):
@@ -93,16 +97,6 @@ def _is_small(leaf: Any) -> bool:
     return False
   is_known = leaf.origin is structured.Origin.KNOWN
   return not is_known and math.prod(leaf.shape) <= _SMALL
-
-
-def _read_manifest(data: bytes) -> None:
-  """Reports on a container."""
-  with rotbits_jax.file.Reader(data) as reader:
-    reader.dtypes_on_disk()
-  report = rotbits_jax.inspect(data)
-  report.to_text().encode()
-  json.dumps(report.to_json(), allow_nan=False)
-  report_lib.report_page(data).encode()
 
 
 def _read_leaf(data: bytes) -> None:
@@ -181,12 +175,6 @@ TARGETS: dict[str, Target] = {
     lambda: seeds.containers_beside_base().values(),
     mutations.mutate_container,
     _read_beside_base,
-    rotbits_jax.ContainerError,
-  ),
-  'manifest': Target(
-    lambda: map(seeds.container, seeds.presets_of_sweep()),
-    mutations.mutate_container,
-    _read_manifest,
     rotbits_jax.ContainerError,
   ),
   'leaves': Target(seeds.stored_leaves, mutations.mutate_json, _read_leaf, ValueError),
