@@ -215,7 +215,8 @@ class Decoder:
           is_expanded = leaf.is_expanded(integers)
           needed = functools.partial(self._needed, leaf, resolve)
           leaves.append(_StoredLeaf(leaf, specs, place, is_expanded, needed))
-          if leaf.has_classes:
+          is_difference = leaf.leaf_class is difference.Difference
+          if is_difference and {'differences', 'column_scales'} <= set(leaf.arrays):
             index = leaf.arrays.index('differences')
             known[len(arrays) + index] = leaves[-1].known
           arrays += leaves[-1].arrays

@@ -30,7 +30,6 @@ from rotbits_jax.coding import specs
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.relative import entries
-from rotbits_jax.structured import difference
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import schema
 
@@ -202,12 +201,6 @@ class Leaf:
       return cls.stored_rank(self.settings, named)
     except UNTRUSTED as error:
       raise ValueError(f'{self.path}: expected a leaf with two factors') from error
-
-  @property
-  def has_classes(self) -> bool:
-    """Whether the leaf has differences whose classes the reader computes."""
-    has_scales = {'differences', 'column_scales'} <= set(self.arrays)
-    return self.leaf_class is difference.Difference and has_scales
 
   @property
   def is_multiples(self) -> bool:

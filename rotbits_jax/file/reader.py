@@ -56,6 +56,7 @@ class Reader:
     config: config of the model; None for a PyTree of arrays, and for plain tensors.
     stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
     manifests: the manifest of the file, or of each shard.
+    message: the manifest's entry of a model that is one message; None for records.
     size: size of all files in bytes.
     inputs: the source and the base, as they were given.
   """
@@ -91,7 +92,7 @@ class Reader:
     opened = None if base is None else open_base(base, plain=self.config is None)
     self._base = opened
     self._decoder = decode_lib.Decoder(self._files, self.manifests, opened)
-    self._message = first.message
+    self.message = first.message
     if index is not None:
       self._check_index(index)
     names = [x for y in self.manifests for x in (*y.files, *y.headers)]
@@ -110,11 +111,6 @@ class Reader:
     """Does nothing, because no file stays open between two streams."""
 
   # ---- the parts of a file -----------------------------------------------------------
-
-  @property
-  def is_message(self) -> bool:
-    """Whether the file holds the model as one message."""
-    return self._message is not None
 
   @property
   def records(self) -> dict[str, manifest_lib.RecordEntry]:
@@ -196,7 +192,7 @@ class Reader:
   def dtypes_on_disk(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter in the checkpoint that was encoded."""
     dtypes = {path: np.dtype(x.dtype) for path, x in self._decoder.leaves.items()}
-    dtypes |= self._message.layout.dtypes() if self._message else {}
+    dtypes |= self.message.layout.dtypes() if self.message else {}
     others = {path: x for y in self.manifests for path, x in y.dtypes.items()}
     for path, dtype in dtypes.items():
       if dtype == np.float32:
@@ -262,7 +258,7 @@ class Reader:
     decoder: decode_lib.Decoder | plain_model.ModelDecoder = self._decoder
     if source is not None:
       decoder = plain_model.ModelDecoder(source.specs, source.read)
-    elif self._message is not None:
+    elif self.message is not None:
       records = dict(self._decode_message(show_progress))
       tree = lambda name: structured.unflatten(records[name])
       decoder, show_progress = plain_model.ModelDecoder(tree, tree), False
@@ -293,7 +289,7 @@ class Reader:
       The name of each record, and its leaves by path, which may share the memory of
       the base. Layers come first.
     """
-    if self._message is not None:
+    if self.message is not None:
       yield from self._decode_message(show_progress)
     names = self._names()
     sizes = {name: self._decoder.entry(name).input.bytes for name in names}
@@ -329,7 +325,7 @@ class Reader:
 
   def _names(self) -> list[str]:
     """Returns all records in an order in which they can be read one at a time."""
-    if self._message is not None or self.config is None:
+    if self.message is not None or self.config is None:
       return self._outer()
     layers = map(models.names.layer, range(self.config.num_layers))
     others = [x for x in self._decoder.entries if x == models.names.BUFFERS]
@@ -338,7 +334,7 @@ class Reader:
   def _outer(self) -> list[str]:
     """Returns the records outside the layers. Those that need others come last."""
     names = list(self._decoder.entries)
-    if self.config is not None and self._message is None:
+    if self.config is not None and self.message is None:
       names = list(models.outer_shapes(self.config))
     # Nothing waits for a record that needs others, or all threads could wait for it.
     needs = lambda name: any(x.needs for x in self._decoder.entry(name).leaves)
@@ -346,9 +342,9 @@ class Reader:
 
   def _decode_message(self, show_progress: bool) -> Iterator[tuple[str, Tree]]:
     """Yields the records of a message; see `paper.decode`."""
-    assert self._message is not None
+    assert self.message is not None
     assert self.config is not None
-    entry, config, (file,) = self._message, self.config, self._files
+    entry, config, (file,) = self.message, self.config, self._files
     with file.errors():
       try:
         options = schema.load(paper.Options, self.options, 'options')
@@ -455,7 +451,7 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
   if below:
     raise ValueError('a base that is no encoded file needs no base itself')
   if isinstance(source, Reader):
-    if source.is_message:
+    if source.message is not None:
       raise ValueError(f'a file of the preset {source.preset!r} cannot be a base')
     source = types.SimpleNamespace(
       config=source.config,
