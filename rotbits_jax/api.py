@@ -13,7 +13,6 @@ Raises:
 """
 
 from collections.abc import Mapping
-import contextlib
 import os
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
@@ -483,6 +482,5 @@ def _encoder(
   files = getattr(content, 'files', {}) if files is None else files
   stem = getattr(content, 'stem', None) if stem is None else stem
   if isinstance(opened, models.Model):
-    with contextlib.suppress(checkpoints.CheckpointError):  # of a family not known
-      files = checkpoints.fitting_files(opened, dict(files), stem)
+    files = checkpoints.fitting_files(opened, dict(files), stem)
   return encode_lib.Encoder(opened, made, base=opened_base, files=files, stem=stem)

@@ -374,7 +374,7 @@ def test_which_folders_are_replaced(tmp_path):
   for other in ('mine.py', 'mine.safetensors', 'folder/config.json'):
     (path / other).parent.mkdir(exist_ok=True)
     (path / other).write_text('mine')
-    with pytest.raises(FileExistsError, match=f'{other} is lost'):
+    with pytest.raises(FileExistsError, match=f'{other} would be lost'):
       checkpoints.save_checkpoint(checkpoint, path)
     assert (path / other).read_text() == 'mine'
     (path / other).unlink()

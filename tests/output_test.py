@@ -123,7 +123,7 @@ def test_which_folders_are_replaced(tmp_path):
   write(path)
   assert len(contents(path)) == 4
   (path / 'mine').touch()
-  with pytest.raises(FileExistsError, match='mine is lost'):
+  with pytest.raises(FileExistsError, match='mine would be lost'):
     write(path)
   with pytest.raises(IsADirectoryError):
     write(path, shard_size=None)

@@ -13,7 +13,7 @@ Raises:
     unsupported value.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import contextlib
 import dataclasses
 import json
@@ -388,41 +388,6 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
     'head_dimension': last,
     'const_dimension': None,
   }
-
-
-def check_files(
-  files: Mapping[str, bytes], config: models.ModelConfig, stem: str | None
-) -> None:
-  """Checks that the config in the files of a model is that of the model.
-
-  The files may tie a head that the model has itself, see `with_own_head`. Files that
-  are missing, or cannot be parsed, are not compared.
-
-  Args:
-    files: the sidecar files by name.
-    config: config of the model.
-    stem: name of the slicing JSON.
-
-  Raises:
-    ValueError: if it is another one. The message names the fields that differ.
-  """
-  names = [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]
-  if not files.keys() >= {*names}:
-    return
-  try:
-    of_files = parse_config(*(config_lib.parse_object(files[x], x) for x in names))
-  except errors.CheckpointError:
-    return
-  tied_head = of_files.tied_head and config.tied_head
-  of_files = dataclasses.replace(of_files, tied_head=tied_head)
-  fields = [field.name for field in dataclasses.fields(config)]
-  differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
-  if differing:
-    listed = ', '.join(names)
-    raise ValueError(
-      f'{listed}: the config of the model has another {", ".join(differing)}; '
-      f'change {listed} in `files`, too'
-    )
 
 
 def with_own_head(

@@ -10,6 +10,7 @@ Raises:
 
 from collections.abc import Iterable, Mapping
 import contextlib
+import dataclasses
 import fnmatch
 import itertools
 import os
@@ -406,18 +407,38 @@ def fitting_files(
 
   Args:
     model: the model as it is stored.
-    files: the files by name, of the checkpoint that the model was.
+    files: the files by name, of the checkpoint that the model was. They are returned as
+      they are if a config is missing or is not of a known family.
     stem: name of the slicing JSON among them.
 
   Raises:
-    ValueError: if the files tell another config than that of the model.
+    ValueError: if the config in the files is not that of the model. The message names
+      the fields that differ.
   """
-  families.check_files(files, model.config, stem)
-  untied = families.with_own_head(files, model.config)
-  if untied is files:
+  config = model.config
+  names = [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]
+  if not files.keys() >= {*names}:
     return files
-  families.parse_config(config_lib.parse_object(files[CONFIG], CONFIG))  # or leave it
+  try:
+    parsed = [config_lib.parse_object(files[name], name) for name in names]
+    of_files = families.parse_config(*parsed)
+  except errors.CheckpointError:
+    return files
+  if is_untied := of_files.tied_head and not config.tied_head:
+    of_files = dataclasses.replace(of_files, tied_head=False)
+  fields = [field.name for field in dataclasses.fields(config)]
+  differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
+  if differing:
+    listed = ', '.join(names)
+    raise ValueError(
+      f'{listed}: the config of the model has another {", ".join(differing)}; '
+      f'change {listed} in `files`, too'
+    )
+  if not is_untied:
+    return files
   flat = structured.flatten(model.outer())
-  pair = [flat.get('head/kernel'), flat.get('embed/tokens')]
-  head, table = map(np.asarray, structured.materialize(pair))
-  return files if structured.same_bits(head.T, table) else untied
+  head, table = flat['head/kernel'], flat['embed/tokens']
+  is_plain = structured.is_plain(head) and structured.is_plain(table)
+  if is_plain and structured.same_bits(np.asarray(head).T, np.asarray(table)):
+    return files
+  return families.with_own_head(files, config)

@@ -122,7 +122,9 @@ def check_replaced(
       text = f'the folder has files, such as {name}; use overwrite=True to replace it'
       raise _error(errno.EEXIST, text, folder)
     if not is_replaced(name):
-      raise _error(errno.EEXIST, f'the folder is not replaced: {name} is lost', folder)
+      raise _error(
+        errno.EEXIST, f'the folder is not replaced: {name} would be lost', folder
+      )
     files.append(file)
   return files
 
