@@ -183,9 +183,9 @@ class Base:
       # The base is read here, because an encoded file takes jobs of its own.
       pair = array, self._array(base_path), base_path
       if array.size > _LARGE:
-        stored[path] = _beside(*pair, pool.run)
+        stored[path] = _beside(*pair)
       else:
-        jobs[path] = functools.partial(_beside, *pair, difference.in_turn)
+        jobs[path] = functools.partial(_beside, *pair)
     stored |= zip(jobs, pool.run(jobs.values()), strict=True)
     return {
       path: beside
@@ -216,16 +216,13 @@ def _fits(leaf: Any, shape: tuple[int, ...], dtype: str) -> bool:
   return is_transposed_fit or difference.fits(leaf.shape, leaf.dtype, shape, dtype)
 
 
-def _beside(
-  target: np.ndarray, base: np.ndarray, path: str, run: difference.Run
-) -> Beside | None:
+def _beside(target: np.ndarray, base: np.ndarray, path: str) -> Beside | None:
   """Returns how to store an array beside one of the base; None if it is not worth it.
 
   Args:
     target: the array.
     base: the array of the base.
     path: its path there.
-    run: runs jobs for parts of the array.
   """
   base_shape = base.shape
   transposed = target.shape[1:] != base.shape[1:]  # more tokens or fewer
@@ -237,7 +234,7 @@ def _beside(
   if transposed:
     target, base = target.T, base.T
   target, base = host.contiguous(target), host.contiguous(base)
-  measured = measure.beside(target, base, run)
+  measured = measure.beside(target, base)
   if measured is None:
     return None
   leaf = dataclasses.replace(measured.leaf, columns_first=transposed)
@@ -267,7 +264,7 @@ def beside_product(
     product: the product.
   """
   # The programs of `run` are those of the processor, also beside an accelerator.
-  measured = measure.beside(target, host.contiguous(made), pool.run)
+  measured = measure.beside(target, host.contiguous(made))
   if measured is None:
     return None
   return Beside(measured, product, checksums.of_array(target))

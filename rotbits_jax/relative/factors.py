@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax.structured import difference
+from rotbits_jax.coding import pool
 from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
@@ -39,16 +39,13 @@ class Factors(NamedTuple):
   unit: int
 
 
-def find(
-  bits: np.ndarray, base: np.ndarray, dtype: np.dtype, run: difference.Run
-) -> Factors | None:
+def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> Factors | None:
   """Finds factors.
 
   Args:
     bits: bits of the array, `[R, C]`, see `ulps.bits_of`.
     base: bits of its base, `[R, C]`.
     dtype: their dtype.
-    run: runs jobs for some rows.
 
   Returns:
     The factors; None if none save more than they take.
@@ -84,7 +81,7 @@ def find(
 
   step = max(_PART // bits.shape[1], 1)
   parts = [slice(i, i + step) for i in range(0, len(bits), step)]
-  tall, totals = zip(*run([functools.partial(job, x) for x in parts]), strict=True)
+  tall, totals = zip(*pool.each(job, parts), strict=True)
   product = _product(np.concatenate(tall), sum(totals), basis, least, len(bits))
   if product is None:
     return None

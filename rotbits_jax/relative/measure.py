@@ -17,6 +17,7 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import known as known_lib
+from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors as factors_lib
 from rotbits_jax.structured import difference
@@ -65,15 +66,12 @@ class Measured(NamedTuple):
     return coder.estimate([*arrays.values()], places)
 
 
-def beside(
-  target: np.ndarray, known: np.ndarray, run: difference.Run = difference.in_turn
-) -> Measured | None:
+def beside(target: np.ndarray, known: np.ndarray) -> Measured | None:
   """Returns how to store an array beside a known one.
 
   Args:
     target: the array.
     known: the known array.
-    run: runs jobs for parts of the array.
 
   Returns:
     None if the array takes fewer bytes alone, or cannot be stored beside this one.
@@ -84,7 +82,7 @@ def beside(
   bits = ulps.bits_of(target)
   base = difference.known_bits(known, target.shape, dtype)
   draft = difference.Difference(lengths=target.shape, name=dtype.name)
-  places = _changed(bits, base, run)
+  places = _changed(bits, base)
   if places is None:
     if dtype.itemsize > 4:
       return None
@@ -94,7 +92,7 @@ def beside(
     return Measured(_with_few(draft, bits[places], base[places], places))
   if bits.size < _LEAST:
     return None
-  return _with_classes(draft, bits, base, _nbytes_alone(target), run)
+  return _with_classes(draft, bits, base, _nbytes_alone(target))
 
 
 def beside_head(
@@ -102,7 +100,6 @@ def beside_head(
   head: np.ndarray,
   map: np.ndarray,
   exponents: np.ndarray,
-  run: difference.Run = difference.in_turn,
 ) -> Measured:
   """Returns how to store an embedding beside its product with the head.
 
@@ -111,7 +108,6 @@ def beside_head(
     head: `[D, V]`, finite.
     map: int32 `[D, d]`, below 2^23 in absolute value.
     exponents: integers `[D]`. Row k of T is `2^-exponents[k] map[k]`.
-    run: runs jobs for parts of the embedding.
   """
   scale, shifts = tied.scale_of(head, map, exponents)
   made = tied.product(head, map, shifts, scale, table.dtype)
@@ -119,7 +115,7 @@ def beside_head(
     lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
   )
   bits, known = ulps.bits_of(table), ulps.bits_of(made)
-  found = _with_classes(draft, bits, known, math.inf, run, predicts=False)
+  found = _with_classes(draft, bits, known, math.inf, predicts=False)
   assert found is not None
   return found
 
@@ -132,9 +128,7 @@ def measured(leaf: difference.Difference, *needed: Any) -> Measured:
 # ---- few differences -----------------------------------------------------------------
 
 
-def _changed(
-  bits: np.ndarray, base: np.ndarray, run: difference.Run
-) -> np.ndarray | None:
+def _changed(bits: np.ndarray, base: np.ndarray) -> np.ndarray | None:
   """Returns the indices of changed elements; None if there are many."""
   some = slice(None, None, -(-bits.size // _FEW) or 1)
   if np.count_nonzero(bits[some] != base[some]) > 2 * _SPARSE * _FEW:
@@ -143,7 +137,7 @@ def _changed(
   def job(part: slice) -> np.ndarray:
     return np.flatnonzero(bits[part] != base[part]) + part.start
 
-  changed = difference.in_parts(job, bits.size, 1, run)
+  changed = difference.in_parts(job, bits.size, 1, pool.run)
   places = np.concatenate([np.zeros(0, np.int64), *changed])
   return places if places.size <= _SPARSE * bits.size else None
 
@@ -196,7 +190,6 @@ def _with_classes(
   bits: np.ndarray,
   base: np.ndarray,
   most: float,
-  run: difference.Run,
   *,
   predicts: bool = True,
 ) -> Measured | None:
@@ -207,7 +200,6 @@ def _with_classes(
     bits: bits of the array, `[n]`.
     base: bits of the known array, `[n]`.
     most: the most bytes.
-    run: runs jobs for parts of the array.
     predicts: whether factors and a drift are tried.
   """
   dtype, lengths = draft.dtype, draft.lengths
@@ -225,18 +217,20 @@ def _with_classes(
     draft = dataclasses.replace(draft, equal=equal)
   zero = np.zeros(1, np.int16)
   draft = dataclasses.replace(draft, width=width, row_scales=zero, column_scales=zero)
-  if predicts and (found := factors_lib.find(wanted, known, dtype, run)):
+  if predicts and (found := factors_lib.find(wanted, known, dtype)):
     draft = dataclasses.replace(draft, **found._asdict())
   wanted = wanted if places.size == len(wanted) else wanted[places]
-  expected = draft.predicted_bits(base, run)
+  expected = draft.predicted_bits(base, pool.run)
   drift = _drift(wanted.reshape(-1), expected.reshape(-1), dtype)
   if predicts and drift is not None:
     draft = dataclasses.replace(draft, drift=drift)
-    expected = draft.predicted_bits(base, run)
+    expected = draft.predicted_bits(base, pool.run)
   rows, columns = scales(wanted, expected, dtype)
   draft = dataclasses.replace(draft, row_scales=rows, column_scales=columns)
-  made = difference.Prediction(expected, draft.classes(expected, run))
-  differences, exceptions = difference.divided(wanted.reshape(-1), made, dtype, run)
+  made = difference.Prediction(expected, draft.classes(expected, pool.run))
+  differences, exceptions = difference.divided(
+    wanted.reshape(-1), made, dtype, pool.run
+  )
   leaf = dataclasses.replace(draft, differences=differences, exceptions=exceptions)
   if _nbytes(leaf, made.classes) > most:
     return None
