@@ -28,22 +28,6 @@ from absl import logging
 
 from benchmarks import common
 
-BENCHMARKS = {
-  'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
-  'kinds': 'bytes by kind of weights',
-  'base': 'a model beside its base',
-  'near': '`near` beside other lossy formats',
-  'speed': 'encoding and decoding, beside zstd, ZipNN, lmzip and OpenZL',
-  'large': 'time and memory for the shape of Llama-2-7B',
-  'coder': 'the entropy coder, and rotations by bits-back',
-  'canonicalize': 'canonical weights of a whole model in one call',
-  'paper': 'the parts of the published scheme',
-  'accounting': 'sizes of sliced models, from their shapes alone',
-  'damage': 'damaged and fuzzed files',
-  'pictures': 'no section: the pictures, and the table of README.md',
-}
-"""The modules, and what they measure: `run(settings)` yields sections."""
-
 _QUICK = flags.DEFINE_bool('quick', False, 'Measures the small subjects only.')
 _RESULTS = flags.DEFINE_bool('results', False, 'Writes the sections of RESULTS.md.')
 _PEERS = flags.DEFINE_string('peers_python', None, 'A Python with the peers.')
@@ -52,10 +36,10 @@ _OUTPUT = flags.DEFINE_string('output', 'demo_output', 'The folder for models.')
 
 def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # JAX tells which devices it has not
-  names = list(BENCHMARKS) if argv[1:] == ['all'] else argv[1:]
+  names = list(common.BENCHMARKS) if argv[1:] == ['all'] else argv[1:]
   if not names:
-    print('\n'.join(f'{name:14}{about}' for name, about in BENCHMARKS.items()))
-  if unknown := set(names) - set(BENCHMARKS):
+    print('\n'.join(f'{name:14}{about}' for name, about in common.BENCHMARKS.items()))
+  if unknown := set(names) - set(common.BENCHMARKS):
     raise app.UsageError(f'no benchmarks: {", ".join(sorted(unknown))}')
   output = pathlib.Path(_OUTPUT.value).absolute()
   settings = common.Settings(_QUICK.value, _PEERS.value, output)

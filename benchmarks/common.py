@@ -24,6 +24,22 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import checkpoints
 
+BENCHMARKS = {
+  'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
+  'kinds': 'bytes by kind of weights',
+  'base': 'a model beside its base',
+  'near': '`near` beside other lossy formats',
+  'speed': 'encoding and decoding, beside zstd, ZipNN, lmzip and OpenZL',
+  'large': 'time and memory for the shape of Llama-2-7B',
+  'coder': 'the entropy coder, and rotations by bits-back',
+  'canonicalize': 'canonical weights of a whole model in one call',
+  'paper': 'the parts of the published scheme',
+  'accounting': 'sizes of sliced models, from their shapes alone',
+  'damage': 'damaged and fuzzed files',
+  'pictures': 'no section: the pictures, and the table of README.md',
+}
+"""The modules, and what they measure: `run(settings)` yields sections."""
+
 ROOT = pathlib.Path(__file__).parents[1]
 TESTDATA = ROOT / 'tests' / 'testdata'
 SLICED = TESTDATA / 'opt-small-sliced-0.2'

@@ -16,7 +16,6 @@ import nbformat
 import numpy as np
 import pytest
 
-from benchmarks import __main__ as runner
 from benchmarks import common
 from benchmarks import demo
 import rotbits_jax
@@ -81,6 +80,8 @@ def test_examples_in_docstrings(subtests):
       run_examples(doctest.DocTestFinder().find(found, extraglobs=names))
 
 
+@pytest.mark.slow
+@pytest.mark.daily
 @pytest.mark.parametrize('page', pages_with('python'))
 def test_programs(page, tmp_path, monkeypatch):
   path = CHECKPOINT.with_name('phi2-tiny-sliced-0.25')
@@ -204,8 +205,8 @@ def test_links_lead_somewhere():
 
 
 def test_every_benchmark_is_there():
-  folder = pathlib.Path(runner.__file__).parent
-  for name in runner.BENCHMARKS:
+  folder = pathlib.Path(common.__file__).parent
+  for name in common.BENCHMARKS:
     assert '\ndef run(' in (folder / f'{name}.py').read_text('utf-8')
 
 
@@ -223,5 +224,5 @@ def test_every_section_is_written_by_a_benchmark():
   titles = re.findall(r'^## .*$', text, re.M)
   named = re.findall(r'^## .*\n\n`python -m benchmarks (\w+)`', text, re.M)
   assert len(named) == len(titles)
-  assert set(named) <= set(runner.BENCHMARKS)
+  assert set(named) <= set(common.BENCHMARKS)
   assert text.count(': start -->') == text.count(': end -->') == len(titles)
