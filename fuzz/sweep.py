@@ -59,7 +59,8 @@ def cases(data: bytes, other: bytes) -> Iterator[Case]:
       where = f'byte {place} of {name or "the header"}'
       yield Case('flip', where, name, functools.partial(_flipped, data, place))
   for size in range(len(data)):
-    yield Case('truncation', f'{size} bytes', '', lambda size=size: data[:size])
+    cut = functools.partial(_cut, data, size)
+    yield Case('truncation', f'{size} bytes', '', cut)
   streams, manifest = containers.unpack(data)
   their_streams, _ = containers.unpack(other)
   for name, stream in streams.items():
@@ -89,6 +90,11 @@ def sections(data: bytes) -> list[tuple[str, int, int]]:
     places.append((name, start, start + reader.nbytes(name)))
     start += reader.nbytes(name)
   return places
+
+
+def _cut(data: bytes, size: int) -> bytes:
+  """Returns the first bytes of a container."""
+  return data[:size]
 
 
 def _flipped(data: bytes, place: int) -> bytes:

@@ -80,10 +80,11 @@ class FolderWriter:
     self.specs: dict[str, tensors_lib.TensorSpec] = {}
     self._file_of: dict[str, str] = {}
     for name, content in self._weights.items():
-      specs = content
       if isinstance(content, bytes):
         placed = safetensors.places(content, name, any_dtype=True)
-        specs = {tensor: spec for tensor, (_, spec) in placed.items()}
+        specs: safetensors.Specs = {x: spec for x, (_, spec) in placed.items()}
+      else:
+        specs = content
       if twice := self.specs.keys() & specs.keys():
         raise errors.CheckpointError(f'two files have the tensor {min(twice)}')
       self.specs |= specs
@@ -104,10 +105,10 @@ class FolderWriter:
       folder = stack.enter_context(outputs.fresh(outputs.staging(target)))
       for name in (*self._files, *self._weights):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      for name, content in self._files.items():
+      for name, data in self._files.items():
         # Where the file system ignores case, it may have another file of this name.
         with (folder / name).open('xb') as file:
-          file.write(content)
+          file.write(data)
       for name, content in self._weights.items():
         if isinstance(content, bytes):
           self._open_files[name] = safetensors.FileWriter(folder / name, content)

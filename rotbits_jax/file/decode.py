@@ -133,7 +133,9 @@ class Decoder:
       for path in leaf.needs:
         if path in self.leaves:
           uses.setdefault(path, []).append((self.leaves[path].size, leaf.size))
-      for array in leaf.base_arrays if self._base is not None else ():
+      if self._base is None:
+        continue
+      for array in leaf.base_arrays:
         path_in_base = self._base.find(array.path)
         uses.setdefault(path_in_base, []).append((math.prod(array.shape), leaf.size))
     for name, pairs in uses.items():
@@ -207,7 +209,8 @@ class Decoder:
       try:
         if not rows:
           memory.check(name, entry.decoded_bytes)
-        leaves, arrays, known = [], [], {}
+        leaves, known = [], {}
+        arrays: list[np.ndarray] = []
         for leaf, specs in entry.leaf_specs():
           place = (rows or {}).get(entry.inner(leaf.path))
           if place is None and leaf.base is not None and not shared:

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import platform
+import typing
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
@@ -104,7 +105,8 @@ class Encoder:
     self._check_records()
     self._context = self._made_context()
     if not self.can_be_divided:
-      paper.refuse(self._records)
+      # The context is made of its config.
+      paper.refuse(typing.cast(passes.ModelSource, self._records))
     dtypes = self._context.dtypes if self._context else {}
     specs, names = self._records.specs, self._records.records
     self.counts = {name: _counts(specs(name), dtypes) for name in names}

@@ -158,7 +158,8 @@ def _leaf_bytes(path: str, leaf: Any, rounding: Any, is_plain: bool) -> float:
     wide = jnp.asarray(rows, jnp.float32)
     rows, _ = rounding_lib.round_leaf(wide, rows.dtype, step, uniform)
     if uniform:  # encoding stores integers and the step
-      rows = structured.UniformlyQuantized.of(np.asarray(rows)) or rows
+      quantized = structured.UniformlyQuantized.of(np.asarray(rows))
+      return times * coded_bytes(quantized or rows)
   return times * coded_bytes(rows)
 
 

@@ -96,7 +96,8 @@ class ModelDecoder:
   ) -> decode_lib.Flat:
     """Decodes a record; no parameter needs another one, or is of integers."""
     flat = structured.flatten(self.read(name))
-    for path, leaf in flat.items() if rows else ():
-      (flat[path],) = rows[path.removeprefix(f'{name}/')]
-      flat[path][...] = host.contiguous(leaf)
+    if rows:
+      for path, leaf in flat.items():
+        (flat[path],) = rows[path.removeprefix(f'{name}/')]
+        flat[path][...] = host.contiguous(leaf)
     return flat

@@ -262,8 +262,11 @@ class Reader:
       records = dict(self._decode_message(show_progress))
       tree = lambda name: structured.unflatten(records[name])
       decoder, show_progress = plain_model.ModelDecoder(tree, tree), False
-    is_stored = decoder is self._decoder  # else no record needs others
-    outer = self._outer() if is_stored else list(models.outer_shapes(config))
+    if decoder is self._decoder:
+      outer = self._outer()
+    else:  # no record needs others
+      assert config is not None
+      outer = list(models.outer_shapes(config))
     flat = stacks.read(
       decoder, outer, layers, place, integers=integers, show_progress=show_progress
     )

@@ -87,7 +87,7 @@ def _without_biases(
 ) -> tuple[transform.Params, transform.Params]:
   """Returns the biases that change, and the greatest number that each removal makes."""
   changed = layer_lib.without_biases(params, config)
-  made = {heads.KEY_BIAS: params.get(heads.KEY_BIAS)}
+  made: dict[str, Any] = {heads.KEY_BIAS: params.get(heads.KEY_BIAS)}
   made[heads.VALUE_BIAS] = changed.get(heads.OUT_BIAS)
   return changed, {x: jnp.max(jnp.abs(made[x])) for x in made if x in changed}
 

@@ -80,6 +80,7 @@ class Calibration(NamedTuple):
   @property
   def kl(self) -> float:
     """The mean divergence that was measured at the step."""
+    assert self.step is not None
     return dict(self.curve)[self.step]
 
   @property

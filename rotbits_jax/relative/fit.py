@@ -78,8 +78,10 @@ class Pair(NamedTuple):
       )
       for x in subspaces.blocks(self.way, self.arrays)
     ]
-    pair = (x.T if self.way.kind == 'reads' else x for x in (self.target, made))
-    return rounding_errors.explain(*pair, limit, np.concatenate(norms))
+    target = self.target
+    if self.way.kind == 'reads':
+      target, made = target.T, made.T
+    return rounding_errors.explain(target, made, limit, np.concatenate(norms))
 
 
 class FoundBasis(NamedTuple):

@@ -284,7 +284,7 @@ class Difference(Structured):
     def job(part: slice) -> None:
       bits[part] = self._drifted(self._with_factors(matrix[part], left, part))
 
-    in_parts(job, *matrix.shape, run)
+    in_parts(job, len(matrix), matrix.shape[1], run)
     return bits
 
   def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
@@ -294,7 +294,7 @@ class Difference(Structured):
     def job(part: slice) -> None:
       self._write_classes(bits[part], part, classes[part])
 
-    in_parts(job, *bits.shape, run)
+    in_parts(job, len(bits), bits.shape[1], run)
     return classes.reshape(-1)
 
   def _with_factors(

@@ -260,12 +260,14 @@ def tensor(
   """
   try:
     if way.kind == 'shortcut':
-      made = _shortcut(*bases, shape[0])
+      first, last = bases
+      made = _shortcut(first, last, shape[0])
     elif way.kind == 'bias':
       made = _bias(way, arrays, dtype)
     else:
+      (basis,) = bases
       rows = (fused(way, arrays, dtype, block) for block in blocks(way, arrays))
-      made = np.concatenate([exact.rounded(_times(x, *bases), dtype) for x in rows])
+      made = np.concatenate([exact.rounded(_times(x, basis), dtype) for x in rows])
   except (IndexError, MemoryError) as error:
     raise ValueError(f'a product of these tensors cannot be made: {error}') from error
   if way.kind == 'reads':

@@ -125,8 +125,7 @@ def scale_of(
     np.linalg.norm(weights * head[:, block].astype(np.float64), axis=0).max()
     for block in token_blocks(head)
   )
-  bound = float(max(norms)) * float(
-    np.linalg.norm(map.astype(np.float64), axis=0).max()
-  )
+  longest = np.max(np.linalg.norm(map.astype(np.float64), axis=0))
+  bound = float(max(norms)) * float(longest)
   scale = 52 - math.frexp(bound)[1]
   return scale, (scale - exponents).astype(np.int16)

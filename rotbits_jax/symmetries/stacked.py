@@ -14,9 +14,10 @@ scan communicates.
 source, and cuts masked columns. Shape letters are those of `models.config`.
 """
 
+from collections.abc import Callable
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from rotbits_jax.symmetries import layer as layer_lib
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries.layer import Params
+
+_Stack = TypeVar('_Stack')
 
 
 class Gauges(NamedTuple):
@@ -125,8 +128,13 @@ def _rotate_segments(
       'canonicalize takes segments that do not get narrower, got '
       f'{config.segment_widths=}; passes.remove_residual_gauge takes any widths'
     )
-  gauge = jax.vmap(functools.partial(layer_lib.gauge, config=config))
-  polars = {key: gauge(stack) for key, stack in stacks.items()}
+  gauge: Callable[[Params], Any] = jax.vmap(
+    functools.partial(layer_lib.gauge, config=config)
+  )
+  # No shortcut narrows the stream, so none is None.
+  polars: dict[str, list[canonical.Polar]] = {
+    key: gauge(stack) for key, stack in stacks.items()
+  }
   first_key, *_, last_key = *stacks, *stacks
   first_layer, last_polars = _layer(stacks[first_key], 0), polars[last_key]
   rotation = layer_lib.first_rotation(first_layer, _layer(polars[first_key], 0), config)
@@ -167,9 +175,10 @@ def _rotate_segments(
   return stacks, outer, gauges
 
 
-def _layer(stack: Params, index: int) -> Params:
+def _layer(stack: _Stack, index: int) -> _Stack:
   """Returns one layer of a stack of arrays."""
-  return jax.tree.map(lambda x: x[index], stack)
+  layer: _Stack = jax.tree.map(lambda x: x[index], stack)
+  return layer
 
 
 def _running_rotations(polars: list[canonical.Polar], first: jax.Array) -> jax.Array:

@@ -198,7 +198,8 @@ def with_feedback(
   kernel = array if axis == 0 else array.T
   chex.assert_shape(moments, (len(kernel),) * 2)
   order, lower, pivots = _factors(moments)
-  rows, exponents = kernel[order], [None, None]
+  rows = kernel[order]
+  exponents: list[jax.Array | None] = [None, None]
   if outputs is not None:
     of_inputs, of_outputs = _exponents(pivots), _exponents(outputs)
     factors, columns = map(structured.line_factors, (of_inputs, of_outputs))
