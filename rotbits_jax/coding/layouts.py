@@ -230,13 +230,23 @@ class Float(Layout):
       and 1 <= self.min_exponent < (1 << self.format.exponent) - 1
     )
 
+  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
+    # Raw bits that nobody needs would make the compiler of JAX 0.10 abort.
+    mask = bits.dtype.type(self.alphabet - 1)
+    return (self._raised(bits, min_exponent) >> self._low & mask).astype(jnp.uint16)
+
+  def _raised(self, bits: jax.Array, min_exponent: Any) -> jax.Array:
+    """Returns the patterns with the minimum exponent as their least."""
+    return raised(bits, self.format, min_exponent) if self.min_exponent > 1 else bits
+
   def split(
     self, bits: jax.Array, min_exponent: Any, shift: Any
   ) -> tuple[jax.Array, jax.Array]:
     kind, low = bits.dtype.type, self._low
-    if self.min_exponent > 1:
-      bits = raised(bits, self.format, min_exponent)
-    symbols = (bits >> low & kind(self.alphabet - 1)).astype(jnp.uint16)
+    symbols, bits = (
+      self.symbols(bits, min_exponent, shift),
+      self._raised(bits, min_exponent),
+    )
     raw = bits >> self.format.width - 1 << low | bits & kind((1 << low) - 1)
     return symbols, raw >> self.most_raw_bits - shift
 
