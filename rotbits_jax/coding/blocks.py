@@ -242,11 +242,6 @@ def decode(
   buffers.keep('bits', joined)
 
 
-def planes_size(count: int, layout: layouts.Layout) -> int:
-  """Returns the bytes of the planes of a block whose elements have equal shifts."""
-  return sum(-(-count * x.width // 8) for x in layout.pieces)
-
-
 def _differ(layout: layouts.Layout) -> bool:
   """Returns whether the shifts of elements differ."""
   return isinstance(layout, layouts.Difference)
