@@ -110,13 +110,20 @@ def record_jobs() -> Iterator[Start]:
     future.add_done_callback(started.discard)
     return future
 
+  is_dropped = False
   try:
     yield start
+  except GeneratorExit:
+    is_dropped = True
+    raise
   finally:
     left = list(started)
     for future in left:
       future.cancel()
-    futures.wait(left)
+    # A generator that nobody uses any more ends in any thread, at any time, also when
+    # this thread holds a lock that the others need.
+    if not is_dropped:
+      futures.wait(left)
 
 
 def _pool(name: str) -> futures.ThreadPoolExecutor:
