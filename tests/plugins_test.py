@@ -1,6 +1,5 @@
 """Parts of other packages: a leaf, a coder and a preset that this package lacks."""
 
-import dataclasses
 from typing import Annotated, Any, ClassVar, NamedTuple
 import zlib
 
@@ -33,8 +32,7 @@ class Doubled(structured.Structured):
     return self.half * 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Array:
+class Array(schema.Object):
   shape: tuple[schema.Size, ...]
   dtype: str
   crc32: schema.Crc32
@@ -44,8 +42,7 @@ class Array:
     return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(schema.Object):
   nbytes: schema.Size
   arrays: tuple[Array, ...]
 

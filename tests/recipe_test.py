@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 
@@ -116,10 +117,10 @@ def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
   def hostile(*args):
     entry, data = encode(*args)
     others = tuple(
-      dataclasses.replace(x, product=identity) if x.path == 'head/kernel' else x
+      msgspec.structs.replace(x, product=identity) if x.path == 'head/kernel' else x
       for x in entry.leaves
     )
-    return dataclasses.replace(entry, leaves=others), data
+    return msgspec.structs.replace(entry, leaves=others), data
 
   monkeypatch.setattr(writer, 'encode_record', hostile)
   data = rotbits_jax.encode(model, base=dense, preset='free')

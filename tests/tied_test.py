@@ -6,6 +6,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import chex
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from rotbits_jax import passes
@@ -36,7 +37,7 @@ def _model(table, head, **other_embeddings):
     'embed': {'tokens': table, **other_embeddings},
     'head': {'kernel': head},
   }
-  config = dataclasses.replace(model.config, vocab_size=len(table))
+  config = msgspec.structs.replace(model.config, vocab_size=len(table))
   return dataclasses.replace(model, params=params, config=config)
 
 

@@ -6,7 +6,7 @@ read the attributes that several families share, and make fields of a
 
 Raises:
   UnsupportedError: if JSON is too long, or has an infinite number or the like, see
-    `strict_json.LimitError`. Configs of families that are not known have these.
+    `schema.LimitError`. Configs of families that are not known have these.
   CheckpointError: if JSON is damaged, or an attribute is refused.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from rotbits_jax import models
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.system import strict_json
+from rotbits_jax.system import schema
 
 MOST_LAYERS = 1 << 12
 """A bound for layers, because a config is read before tensors bound their number."""
@@ -42,8 +42,8 @@ def parse_json(content: bytes, where: str, *, most: int = _MOST_CONFIG) -> Any:
       f'{where}: the JSON has {len(content)} bytes, more than {most}'
     )
   try:
-    return strict_json.loads(content)
-  except strict_json.LimitError as e:
+    return schema.parse(content)
+  except schema.LimitError as e:
     raise errors.UnsupportedError(f'{where}: {e}') from e
   except ValueError as e:
     raise errors.CheckpointError(f'{where}: {e}') from e

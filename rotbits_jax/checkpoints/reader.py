@@ -11,7 +11,6 @@ Raises:
 """
 
 from collections.abc import Iterable, Mapping
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -21,6 +20,7 @@ import pathlib
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -34,6 +34,7 @@ from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints.families import CONFIG
+from rotbits_jax.system import schema
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 _SHOWN = 8  # names listed in an error
@@ -170,7 +171,7 @@ class CheckpointReader:
         name: (tensor.shape, tensor.dtype.name)
         for name, tensor in self._tensors.items()
       },
-      'config': dataclasses.asdict(self.config),
+      'config': schema.dump(self.config),
       'files': {
         name: hashlib.sha256(content).hexdigest()
         for name, content in self.files.items()
@@ -244,7 +245,7 @@ def _untied(
   tensors: Mapping[str, tensors_lib.LazyTensor], config: models.ModelConfig
 ) -> models.ModelConfig:
   """Returns the config of a checkpoint that may store its tied head."""
-  untied = dataclasses.replace(config, tied_head=False)
+  untied = msgspec.structs.replace(config, tied_head=False)
   entries = tensors_lib.outer_entries(untied)
   head, embedding = (entries[x][0].name for x in ('head', 'embed'))
   if not config.tied_head or head not in tensors:

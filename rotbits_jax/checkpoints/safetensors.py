@@ -11,7 +11,6 @@ Raises:
 """
 
 from collections.abc import Iterable, Mapping
-import dataclasses
 import json
 import os
 import pathlib
@@ -57,8 +56,7 @@ _WRITTEN = {'format': 'pt'}  # the metadata that Hugging Face expects
 Specs = Mapping[str, tensors_lib.TensorSpec]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
+class _Entry(schema.Object):
   """A tensor's entry in the header.
 
   Attributes:
@@ -162,7 +160,7 @@ def _entries(header: bytes, where: str) -> dict[str, _Entry]:
   values.pop(_METADATA, None)
   try:
     return {k: schema.load(_Entry, x, k[:40]) for k, x in values.items()}
-  except schema.SchemaError as e:
+  except ValueError as e:
     raise errors.CheckpointError(f'{where}: {errors.cut(str(e))}') from e
 
 
@@ -207,7 +205,9 @@ def header(specs: Specs) -> bytes:
   for tensor in order:
     spec, begin = specs[tensor], end
     end = begin + spec.nbytes
-    values[tensor] = schema.dump(_Entry(_CODES[spec.dtype], spec.shape, (begin, end)))
+    values[tensor] = schema.dump(
+      _Entry(dtype=_CODES[spec.dtype], shape=spec.shape, data_offsets=(begin, end))
+    )
   encoded = json.dumps(values, separators=(',', ':'), ensure_ascii=False).encode()
   encoded += b' ' * (-len(encoded) % 8)
   return struct.pack('<Q', len(encoded)) + encoded
@@ -237,8 +237,7 @@ class FileWriter:
 # ---- the index -----------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightIndex:
+class WeightIndex(schema.Object):
   """The content of an index.
 
   Attributes:
@@ -246,8 +245,13 @@ class WeightIndex:
     metadata: any value.
   """
 
-  weight_map: dict[str, schema.FileName]
+  weight_map: dict[str, str]
   metadata: Any = None
+
+  def __post_init__(self) -> None:
+    for name in self.weight_map.values():
+      if not schema.is_file_name(name):
+        raise ValueError(f'{name!r:.100} is not the name of a file')
 
   def shards(self) -> dict[str, list[str]]:
     """Returns the names of the tensors in each shard."""
@@ -267,7 +271,7 @@ def parse_index(content: bytes, where: str) -> WeightIndex:
   value = config_lib.parse_json(content, where, most=_MOST_INDEX)
   try:
     return schema.load(WeightIndex, value, where)
-  except schema.SchemaError as e:
+  except ValueError as e:
     raise errors.CheckpointError(str(e)) from e
 
 

@@ -10,7 +10,6 @@ Raises:
 
 from collections.abc import Iterable, Mapping
 import contextlib
-import dataclasses
 import fnmatch
 import itertools
 import os
@@ -18,6 +17,7 @@ import pathlib
 import typing
 from typing import Any, Literal, Self, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -426,8 +426,8 @@ def fitting_files(
   except errors.CheckpointError:
     return files
   if is_untied := of_files.tied_head and not config.tied_head:
-    of_files = dataclasses.replace(of_files, tied_head=False)
-  fields = [field.name for field in dataclasses.fields(config)]
+    of_files = msgspec.structs.replace(of_files, tied_head=False)
+  fields = config.__struct_fields__
   differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
   if differing:
     listed = ', '.join(names)

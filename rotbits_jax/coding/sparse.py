@@ -5,8 +5,6 @@ elements are not zero and z of whose elements are.
 """
 
 from collections.abc import Sequence
-import dataclasses
-from typing import ClassVar
 
 import numpy as np
 
@@ -24,8 +22,7 @@ _LEAST_SAVED = 0.004  # of the bits of all elements; less is not worth the time
 _RUNS, _LENGTH = 64, 256  # of a sample
 
 
-@dataclasses.dataclass(frozen=True)
-class Sparse:
+class Sparse(schema.Row):
   """An array without its zeros.
 
   The parts are a mask; the signs of the zeros, if one is -0; and the elements that are
@@ -40,8 +37,6 @@ class Sparse:
     negative: whether a zero is -0.
     transposed: whether the order is that of the transpose.
   """
-
-  as_list: ClassVar[bool] = True
 
   values: schema.Size
   negative: bool

@@ -8,11 +8,9 @@ elements.
 Raises a ValueError for values that are not a spec.
 """
 
-from collections.abc import Callable, Collection
-import dataclasses
 import functools
 import math
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -47,12 +45,7 @@ def most_groups(elements: int) -> int:
   return _MAX_GROUPS + elements // _ELEMENTS_PER_GROUP
 
 
-def _one_of(known: Collection[str]) -> Callable[[Any], str | None]:
-  return lambda name: None if name in known else f'must be one of {", ".join(known)}'
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ArraySpec:
+class ArraySpec(schema.Row):
   """An array of a stream.
 
   Attributes:
@@ -65,9 +58,7 @@ class ArraySpec:
     zeros: where its zeros are, if it is stored without them; then it has four parts.
   """
 
-  as_list: ClassVar[bool] = True
-
-  dtype: Annotated[str, _one_of(DTYPES)]
+  dtype: Annotated[str, schema.one_of(DTYPES)]
   shape: tuple[schema.Size, ...]
   crc32: schema.Crc32
   groups: tuple[schema.Size | None, ...]
@@ -107,8 +98,7 @@ class ArraySpec:
     return [(self.numpy_dtype, self.shape)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupSpec:
+class GroupSpec(schema.Row):
   """A group: parts of one layout. Their elements, part after part, lie in blocks.
 
   Attributes:
@@ -121,9 +111,7 @@ class GroupSpec:
     blocks: number of bytes of each block.
   """
 
-  as_list: ClassVar[bool] = True
-
-  type_name: Annotated[str, _one_of(layouts.TYPES)]
+  type_name: Annotated[str, schema.one_of(layouts.TYPES)]
   raw_bits: schema.Size
   min_exponent: schema.Size
   contexts: schema.Size
@@ -168,8 +156,7 @@ class Member(NamedTuple):
     return math.prod(self.shape)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamSpec:
+class StreamSpec(schema.Object):
   """A record of arrays that decodes on its own.
 
   Attributes:

@@ -27,7 +27,7 @@ import numpy as np
 from zlib_ng import zlib_ng
 
 from rotbits_jax.system import files
-from rotbits_jax.system import strict_json
+from rotbits_jax.system import schema
 
 FORMAT = 'rotbits'
 VERSION = 1
@@ -305,7 +305,7 @@ def _size(entry: Any, begin: int) -> int | None:
 def parse_json(data: bytes, where: str) -> Any:
   """Parses JSON that may be untrusted."""
   try:
-    return strict_json.loads(data)
+    return schema.parse(data)
   except ValueError as error:
     raise ContainerError(
       f'not a rotbits file, or its {where} is damaged: {error}'

@@ -14,12 +14,12 @@ What an entry must not say raises a ValueError that names the record or the para
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import functools
 import json
 import math
 from typing import Annotated, Any, Self
 
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -48,10 +48,20 @@ MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Note:
-  """The fields of a note with which reports compute; others may be any JSON values."""
+_Setting = schema.Scalar | tuple[schema.Scalar, ...]
 
+Note = dict[str, _Setting]
+"""What a transform tells about a tensor, see `_check_note`."""
+
+
+def _check_note(note: Note) -> None:
+  """Checks the fields of a note with which reports compute."""
+  schema.load(
+    _Note, {name: note[name] for name in _Note.__struct_fields__ if name in note}
+  )
+
+
+class _Note(schema.Object):
   tensor: str = ''
   shape: entries.Shape | None = None
   elements: schema.Integer | None = None
@@ -62,60 +72,40 @@ class _Note:
       raise ValueError('a shape needs the number of elements')
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(_Note))
-
-
-def _notes(value: tuple[dict[str, Any], ...]) -> str | None:
-  """Checks the notes of a saving."""
-  try:
-    for note in value:
-      schema.load(_Note, {name: note[name] for name in _FIELDS if name in note})
-  except schema.SchemaError as error:
-    return f'must be notes: {error}'
-  return None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stream:
+class Stream(schema.Row):
   """Length and CRC-32 of a stream."""
-
-  as_list = True
 
   nbytes: schema.Size
   crc32: schema.Crc32
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Deflated(Stream):
   """A stream of the format of zlib, with the number of bytes that it inflates to."""
 
   size: Annotated[int, schema.between(0, MOST_FILES)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SavingEntry:
+class SavingEntry(schema.Row):
   """See `passes.Saving`."""
-
-  as_list = True
 
   name: str
   elements: schema.Integer
   bytes: schema.Integer
-  notes: Annotated[tuple[dict[str, Any], ...], _notes]
+  notes: tuple[Note, ...]
+
+  def __post_init__(self) -> None:
+    for note in self.notes:
+      _check_note(note)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Counts:
+class Counts(schema.Row):
   """Numbers of elements and bytes."""
-
-  as_list = True
 
   elements: schema.Size
   bytes: schema.Size
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaf:
+class Leaf(schema.Object, kw_only=True):
   """A stored parameter.
 
   Attributes:
@@ -139,7 +129,7 @@ class Leaf:
   dtype: entries.Dtype
   type_name: str = ''
   stack_key: tuple[str, ...] = ()
-  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  settings: dict[str, _Setting] = msgspec.field(default_factory=dict)
   arrays: tuple[str, ...] = ('',)
   needs: tuple[schema.Path, ...] = ()
   base: entries.BaseArray | None = None
@@ -147,6 +137,7 @@ class Leaf:
   crc32: schema.Crc32 | None = None
 
   def __post_init__(self) -> None:
+    entries.check_shape(self.shape)
     if len(set(self.arrays)) != len(self.arrays):
       raise ValueError(f'{self.path}: the names of the arrays must differ')
     known = [x for x in (self.base, self.product, self.needs) if x]
@@ -245,8 +236,7 @@ class Leaf:
     return self.size * np.dtype(entries.stored_dtype(self.dtype)).itemsize
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecordEntry:
+class RecordEntry(schema.Object, kw_only=True):
   """A part of a model that decodes on its own.
 
   Attributes:
@@ -385,8 +375,7 @@ class RecordEntry:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MessageEntry:
+class MessageEntry(schema.Object, kw_only=True):
   """A whole model as one message, see `paper`.
 
   Attributes:
@@ -406,8 +395,7 @@ class MessageEntry:
       raise ValueError(f'the streams must be {", ".join(paper.STREAMS)}')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(schema.Object, kw_only=True):
   """The description of a file, or of one shard of a model.
 
   Attributes:
@@ -431,17 +419,19 @@ class Manifest:
   options: dict[str, Any]
   keeps: presets.Keeps
   config: models.ModelConfig | None = None
-  stem: schema.FileName | None = None
+  stem: str | None = None
   records: tuple[RecordEntry, ...]
   message: MessageEntry | None = None
-  files: dict[str, Deflated] = dataclasses.field(default_factory=dict)
-  headers: dict[str, Deflated] = dataclasses.field(default_factory=dict)
-  dtypes: dict[str, entries.Dtype] = dataclasses.field(default_factory=dict)
+  files: dict[str, Deflated] = msgspec.field(default_factory=dict)
+  headers: dict[str, Deflated] = msgspec.field(default_factory=dict)
+  dtypes: dict[str, entries.Dtype] = msgspec.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     streams = [*(x.name for x in self.records), *self.other_streams()]
     if len(set(streams)) != len(streams):
       raise ValueError('two streams have the same name')
+    if self.stem is not None and not schema.is_file_name(self.stem):
+      raise ValueError(f'{self.stem!r:.100} is not the name of a file')
     for name in (*self.files, *self.headers):
       if not schema.is_relative_path(name):
         raise ValueError(f'{name!r:.100}: not the name of a file')

@@ -6,7 +6,6 @@ runs are not taken for one model.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import fnmatch
 import json
 import os
@@ -30,8 +29,7 @@ _MOST_INDEX = 1 << 25  # bytes
 _CHECKPOINT_SUFFIXES = ('.bin', '.json', '.pt', '.safetensors')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Metadata:
+class Metadata(schema.Object):
   """Facts about the shards.
 
   Attributes:
@@ -50,8 +48,7 @@ class Metadata:
         raise ValueError(f'{name!r:.100} is not the name of a shard')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardIndex:
+class ShardIndex(schema.Object):
   """The content of an index.
 
   Attributes:

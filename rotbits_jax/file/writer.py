@@ -1,11 +1,11 @@
 """The writer of one file: codes records, and appends them to a container."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-import dataclasses
 import json
 from typing import Any, BinaryIO
 
 import jax
+import msgspec
 import numpy as np
 from zlib_ng import zlib_ng
 
@@ -23,7 +23,6 @@ from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
-from rotbits_jax.system import strict_json
 
 Resolve = Callable[[str], Any]
 """Takes the path of a parameter; returns its array."""
@@ -106,7 +105,7 @@ class FileWriter:
   def add(self, entry: manifest_lib.RecordEntry, data: np.ndarray) -> None:
     """Appends a record that `encode_record` coded."""
     stream = self._append(entry.name, data)
-    self._records.append(dataclasses.replace(entry, crc32=stream.crc32))
+    self._records.append(msgspec.structs.replace(entry, crc32=stream.crc32))
 
   def add_message(self, streams: Mapping[str, np.ndarray], **facts: Any) -> None:
     """Writes a whole model as one message.
@@ -212,7 +211,7 @@ def encode_record(
       empty=tuple(structured.empty_dicts(record.params)),
     )
     text = json.dumps(schema.dump(entry_of_record), allow_nan=False)
-    schema.load(manifest_lib.RecordEntry, strict_json.loads(text), record.name)
+    schema.load(manifest_lib.RecordEntry, schema.parse(text), record.name)
   except ValueError as error:
     raise ValueError(f'{record.name}: it cannot be stored: {error}') from error
   return entry_of_record, encoded.data

@@ -13,9 +13,9 @@ Shape letters used throughout the package:
   H  query heads, K key-value heads      h  width of one head
 """
 
-import dataclasses
 from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 
 from rotbits_jax.system import schema
@@ -29,8 +29,7 @@ Count = Annotated[int, schema.between(0, (1 << 31) - 1)]
 SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN ignores the epsilon of the dense config
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class RopeScaling(schema.Object, kw_only=True):
   """How RoPE's frequencies are lowered to reach beyond the trained positions.
 
   'linear' divides every frequency by `factor` (arXiv 2306.15595). 'llama3' (Llama
@@ -70,8 +69,7 @@ def _check_positive(**numbers: float | None) -> None:
       raise ValueError(f'{name} must be positive, got {number}')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(schema.Object, kw_only=True):
   """Sizes and switches of one dense or sliced decoder-only transformer.
 
   A switch stands for one thing that a family does otherwise, so that another family is
@@ -191,7 +189,7 @@ class ModelConfig:
 
   def sliced_to(self, widths: tuple[int, ...]) -> 'ModelConfig':
     """Returns the config after SliceGPT has sliced the model to these widths."""
-    return dataclasses.replace(
+    return msgspec.structs.replace(
       self,
       norm='rmsn',
       norm_eps=SLICED_NORM_EPS,

@@ -9,7 +9,6 @@ A parameter's path is its keys joined by '/', as in 'attention/query/kernel'. Ke
 are `[in, out]`. Shape letters are those of `models.config`.
 """
 
-import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -177,7 +176,7 @@ def symmetries(config: config_lib.ModelConfig) -> Symmetries:
 
   A config with a field or a norm that this function does not know gets none.
   """
-  fields = {field.name for field in dataclasses.fields(config)}
+  fields = set(config.__struct_fields__)
   if fields != _UNDERSTOOD or config.norm not in _NORMS:
     return Symmetries()
   normed = config.qk_norm_eps is not None

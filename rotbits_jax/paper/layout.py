@@ -1,7 +1,6 @@
 """The values that a decoder needs besides config and options, and their validation."""
 
 import collections
-import dataclasses
 import math
 from typing import Literal
 
@@ -21,11 +20,8 @@ Dtype = Literal['float16', 'bfloat16', 'float32']
 _SPARE = 1 << 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stored:
+class Stored(schema.Row):
   """The dtype and the CRC-32 of an array, known before it is decoded."""
-
-  as_list = True
 
   dtype: Dtype
   digest: schema.Crc32
@@ -35,8 +31,7 @@ class Stored:
     return math.prod(shape) * jnp.dtype(self.dtype).itemsize // 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MessageLayout:
+class MessageLayout(schema.Object):
   """The values that a decoder needs besides config and options.
 
   Attributes:
@@ -47,7 +42,7 @@ class MessageLayout:
       embeddings, then those of each segment; empty if arrays are pushed plain.
   """
 
-  fixed: int
+  fixed: schema.Size
   sampled: tuple[bool, ...]
   arrays: dict[str, Stored]
   coders: tuple[specs.StreamSpec, ...] = ()

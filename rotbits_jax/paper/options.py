@@ -4,10 +4,12 @@ A frame is a matrix of k orthonormal columns in n dimensions, which is sampled f
 segment. A segment's rotation follows from its frame; see `paper`.
 """
 
-import dataclasses
 from typing import Annotated, Literal, NamedTuple
 
+import msgspec
+
 from rotbits_jax.coding.bits_back import codes
+from rotbits_jax.system import schema
 
 Canonicalizer = Literal['polar_shortcut', 'qr', 'svd']
 RotationCodec = Literal['haar', 'symmetric_eig']
@@ -29,13 +31,7 @@ def lanes(widths: tuple[int, ...]) -> int:
   return 1 << min(max(max(widths) ** 2 >> 11, 1), 1024).bit_length() - 1
 
 
-def _not_negative(value: float) -> str | None:
-  """Says what is wrong with a threshold."""
-  return None if value >= 0 else 'must not be negative'
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(schema.Object):
   """The options of the scheme, as the file has them; see `presets.paper`.
 
   Attributes:
@@ -50,7 +46,7 @@ class Options:
   canonicalizer: Canonicalizer
   rotation_codec: RotationCodec
   correction: CorrectionMethod
-  threshold: Annotated[float, _not_negative]
+  threshold: Annotated[float, msgspec.Meta(ge=0)]
   entropy: bool
 
   def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import threading
 from typing import Any, NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -241,7 +242,7 @@ def _beside(target: np.ndarray, base: np.ndarray, path: str) -> Beside | None:
   nbytes = structured.count_bytes(leaf)
   if entries.is_too_short(target.size, base.size, nbytes):
     return None
-  known = dataclasses.replace(entries.BaseArray.of(path, base), shape=base_shape)
+  known = msgspec.structs.replace(entries.BaseArray.of(path, base), shape=base_shape)
   return Beside(measured._replace(leaf=leaf), known, checksums.of_array(target))
 
 

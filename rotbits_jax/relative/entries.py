@@ -4,11 +4,11 @@ It is an array of a base, or a product of arrays of a base with the bases of sub
 see `structured.subspaces`.
 """
 
-import dataclasses
 import math
 from typing import Annotated
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -35,23 +35,21 @@ def stored_dtype(dtype: str) -> str:
   return _STORED_AS.get(dtype, dtype)
 
 
-def _check_shape(value: tuple[int, ...]) -> str | None:
+def check_shape(shape: tuple[int, ...]) -> None:
+  """Raises a ValueError if no array can have this shape."""
   # NumPy multiplies the lengths of the other axes, even if one of them is 0.
-  fits = len(value) <= 32 and math.prod(n for n in value if n) <= _MOST_ELEMENTS
-  return None if fits else 'must be the shape of an array of up to 32 axes'
+  if math.prod(n for n in shape if n) > _MOST_ELEMENTS:
+    raise ValueError(f'an array of shape {shape!r:.100} is too large')
 
 
-def _check_dtype(value: str) -> str | None:
-  is_stored = stored_dtype(value) in specs.DTYPES
-  return None if is_stored else 'must be the name of a dtype'
+Shape = Annotated[tuple[schema.Size, ...], msgspec.Meta(max_length=32)]
+"""The shape of an array, see `check_shape`."""
+
+Dtype = Annotated[str, schema.one_of([*specs.DTYPES, *_STORED_AS])]
+"""The name of a dtype."""
 
 
-Shape = Annotated[tuple[int, ...], _check_shape]
-Dtype = Annotated[str, _check_dtype]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseArray:
+class BaseArray(schema.Row):
   """An array of another model or PyTree that a leaf needs, see `base`.
 
   Attributes:
@@ -61,12 +59,13 @@ class BaseArray:
     crc32: CRC-32 of its bytes in C order.
   """
 
-  as_list = True
-
   path: schema.Path
   shape: Shape
   dtype: Dtype
   crc32: schema.Crc32
+
+  def __post_init__(self) -> None:
+    check_shape(self.shape)
 
   @classmethod
   def of(cls, path: str, array: np.ndarray) -> 'BaseArray':
@@ -75,8 +74,7 @@ class BaseArray:
     return cls(path=path, shape=array.shape, dtype=array.dtype.name, crc32=crc32)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
+class Product(schema.Object, kw_only=True):
   """A tensor of a sliced model as a product, see `structured.subspaces`.
 
   Attributes:

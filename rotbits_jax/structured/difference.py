@@ -45,6 +45,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 from flax import struct
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from rotbits_jax.structured import tied
@@ -129,8 +130,7 @@ class Prediction(NamedTuple):
 
 
 # NumPy evaluates a part of other texts, such as '(1,2)f4'.
-_is_name = lambda x: x.isidentifier() and len(x) < 32
-_Name = Annotated[str, lambda x: None if _is_name(x) else 'must be the name of a dtype']
+_Name = Annotated[str, msgspec.Meta(pattern=r'\A\w{1,32}\Z')]
 _Int16 = np.dtype(np.int16)
 
 
