@@ -12,7 +12,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.models import transformer
-from rotbits_jax.system.progress import track
+from rotbits_jax.system.progress import Progress
 
 DEFAULT_WINDOW = 1024
 
@@ -79,7 +79,7 @@ def evaluate(
   # Buffers are left out, because JAX does not support every dtype that they may have.
   on_device = [jax.device_put(dataclasses.replace(x, buffers={})) for x in compared]
   totals = np.zeros(len(_MEASURES))
-  tracked = track(cut, 'evaluate', 'window', total=len(cut), show=progress)
+  tracked = Progress('evaluate', len(cut), 'window', show=progress, units=cut)
   for padded, length in tracked:
     logits = [_predictions(x, padded) for x in on_device]
     measured = np.asarray(_measure(logits, padded), np.float64)

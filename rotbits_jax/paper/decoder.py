@@ -14,7 +14,7 @@ from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.paper import stack
 from rotbits_jax.system import checksums
-from rotbits_jax.system.progress import track
+from rotbits_jax.system.progress import Progress
 
 STREAMS = 'message', 'corrections'
 """The names of the streams."""
@@ -77,7 +77,8 @@ def decode(
   arrays: segments.Arrays = {}
   embeddings: segments.Shapes = {}
   order = range(len(segment_shapes))[::-1]
-  for t in track(order, 'decode', 'segment', total=len(segment_shapes), show=progress):
+  count = len(segment_shapes)
+  for t in Progress('decode', count, 'segment', show=progress, units=order):
     shapes = segment_shapes[t].all
     embeddings = {k: shape for k, shape in shapes.items() if k.startswith('embed/')}
     others = {k: (rows, n - layout.fixed) for k, (rows, n) in embeddings.items()}

@@ -20,7 +20,7 @@ from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.paper import stack
 from rotbits_jax.system import checksums
-from rotbits_jax.system.progress import track
+from rotbits_jax.system.progress import Progress
 
 
 class EncodedModel(NamedTuple):
@@ -73,7 +73,7 @@ def encode(
   refuse(source)
   encoder = _Encoder(source, options)
   count = len(encoder.segments)
-  for t in track(range(count), 'encode', 'segment', total=count, show=progress):
+  for t in Progress('encode', count, 'segment', show=progress, units=range(count)):
     encoder.push(t)
   encoded = encoder.result()
   if options.exact:

@@ -165,7 +165,7 @@ def _searched(
       raise ValueError('the predictions are not finite')
     del rounded, predicted
     step = _next_step(curve, max_kl)
-  bar.finish()
+  bar.update(bar.total - bar.n)
   points = tuple(Point(step, curve[step]) for step in sorted(curve))
   below = [point.step for point in points if point.kl <= max_kl]
   if not below:

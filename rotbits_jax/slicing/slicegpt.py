@@ -24,7 +24,7 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
-from rotbits_jax.system.progress import track
+from rotbits_jax.system.progress import Progress
 
 ORIENTATIONS = ('random', 'pca')
 
@@ -118,7 +118,7 @@ def slice_model(
   embeddings = {name: table @ bases[0].kept for name, table in embeddings.items()}
   outer = {'embed': _float32(embeddings, 'embed')}
   count = config.num_layers
-  tracked = track(dense.layers(), 'slice', 'layer', total=count, show=progress)
+  tracked = Progress('slice', count, 'layer', show=progress, units=dense.layers())
   for i, layer in enumerate(tracked):
     fused = norm_fusion.fuse_layer(layer, dense.config)
     steps = [fused] if config.parallel_block else [{k: v} for k, v in fused.items()]

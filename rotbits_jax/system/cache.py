@@ -1,4 +1,4 @@
-"""The cache of a user: compiled programs and snapshots."""
+"""The folder in which a user's compiled programs and snapshots are kept."""
 
 import os
 import pathlib
@@ -8,13 +8,7 @@ VARIABLE = 'ROTBITS_JAX_CACHE'
 
 
 def root() -> pathlib.Path:
-  """Returns the folder of the cache, which need not exist.
-
-  It is that of the variable, or `rotbits_jax` in XDG_CACHE_HOME or in ~/.cache.
-
-  Raises:
-    OSError: if the path is not absolute, as where the user has no home.
-  """
+  """Returns the folder, which need not exist; an OSError if the user has no home."""
   cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   path = os.environ.get(VARIABLE) or os.path.join(cache, 'rotbits_jax')
   if not os.path.isabs(path):

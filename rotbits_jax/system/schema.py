@@ -1,13 +1,5 @@
 """JSON of strangers: text to values, values to typed objects, and objects back.
 
-    class Stream(schema.Object):
-      name: str
-      nbytes: schema.Size
-      crc32: schema.Crc32 | None = None
-
-    stream = schema.load(Stream, schema.parse(b'{"name":"embed","nbytes":12}'))
-    schema.dump(stream) == {'name': 'embed', 'nbytes': 12}
-
 `msgspec` refuses wrong types, missing and unknown fields, and numbers out of range. How
 fields fit together is checked in `__post_init__`. A field that equals its default is
 left out. Whatever is refused raises a ValueError.
@@ -107,14 +99,14 @@ def dump(record: Any) -> Any:
 def parse(data: bytes | str) -> Any:
   """Parses a JSON text of a stranger; bytes are UTF-8.
 
-  Refuses what `json.loads` accepts beyond the standard, or what others cannot handle:
-  infinite numbers, repeated keys, lone surrogates and deep nesting.
+  It refuses infinite numbers, repeated keys, lone surrogates and deep nesting, which
+  `json.loads` accepts.
   """
   try:
     text = data if isinstance(data, str) else data.decode()
     value = json.loads(
       text,
-      parse_constant=_refuse_constant,
+      parse_constant=_refuse,
       parse_float=_finite,
       object_pairs_hook=_object,
     )
@@ -126,31 +118,27 @@ def parse(data: bytes | str) -> Any:
     raise ValueError(f'not JSON: {error}') from None
   level = [value]
   for _ in range(_MOST_DEPTH):
-    level = [
-      child
-      for x in level
-      if isinstance(x, list | dict)
-      for child in (x.values() if isinstance(x, dict) else x)
-    ]
-  if any(isinstance(x, list | dict) for x in level):
+    nodes = (x.values() if isinstance(x, dict) else x for x in level if _nests(x))
+    level = [child for node in nodes for child in node]
+  if any(map(_nests, level)):
     raise LimitError('not JSON: it is nested too deeply')
   return value
 
 
-def _refuse_constant(constant: str) -> NoReturn:
-  """Refuses NaN and infinity."""
-  raise LimitError(f'the number {constant} is not JSON')
+def _nests(value: Any) -> bool:
+  return isinstance(value, list | dict)
+
+
+def _refuse(constant: str) -> NoReturn:
+  raise LimitError(f'the number {constant[:20]} is not JSON')
 
 
 def _finite(text: str) -> float:
-  """Returns a number, unless it overflows."""
-  if not math.isfinite(number := float(text)):
-    raise LimitError(f'the number {text[:20]} is too large')
-  return number
+  number = float(text)
+  return number if math.isfinite(number) else _refuse(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """Returns an object whose keys differ."""
   value = dict(pairs)
   if len(value) < len(pairs):
     raise LimitError('a key is repeated')
