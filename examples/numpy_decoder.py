@@ -304,19 +304,17 @@ def known_bits(s, a):
   return np.pad(bits, (0, n - bits.size))
 
 
-def predicted(b, rows, s, a):
-  """The bits of the rows that may differ, before the differences."""
-  name = s['name']
+def predicted(b, s, a):
+  """The bits of elements before the differences."""
+  if 'left' not in a and 'decay' not in s:
+    return b
+  wide = np.float64(b.view(s['name']))
+  near = wide * (1 - s.get('decay', 0) * 2.0**-40)
   if 'left' in a:
-    wide = np.float64(b.view(name))
-    product = np.float64(a['left'][rows]) @ a['right']
-    near = np.float32(wide + np.ldexp(product, s.get('unit', 0))).astype(name)
-    b = np.where(np.isfinite(wide), bits_of(near, 'i'), b)
-  if 'drift' in a:
-    m, top = finfo(name).nmant, b & np.iinfo(b.dtype).max
-    drift = a['drift'][top >> max(m - 8, 0) & min((1 << m) - 1, 255)]
-    b = b + drift.astype(b.dtype) * ((top >> m) % ((1 << finfo(name).nexp) - 1) > 0)
-  return b
+    near += np.ldexp(np.float64(a['left']) @ a['right'], s.get('unit', 0))
+  return np.where(
+    np.isfinite(wide), bits_of(np.float32(near).astype(s['name']), 'i'), b
+  )
 
 
 def difference(s, a):
@@ -329,9 +327,7 @@ def difference(s, a):
     bits[at] = new
   if 'column_scales' in a:
     whole, w = bits.reshape(-1, s['width']), 8 * bits.itemsize
-    rows = np.unpackbits(a.get('equal', np.zeros(len(whole), 'u1')), bitorder='little')
-    rows = rows[: len(whole)] == 0
-    b = predicted(whole[rows], rows, s, a)
+    b = predicted(whole, s, a)
     m, e = w + 1, np.zeros(b.shape, np.int64)
     if is_float(name):
       m = finfo(name).nmant
@@ -339,14 +335,11 @@ def difference(s, a):
     level = (np.int64(a['row_scales'])[:, None] + a['column_scales'] - e) >> 1
     levels = np.arange(-24, 4 * (m - 1))
     shifts = np.append(np.clip(levels // 4 - 3, 0, w - 8), w - 8)
-    classes, last = np.clip(level + 24, 0, shifts.size - 1).ravel(), shifts.size - 1
-    x, b = a['differences'](classes, shifts), b.ravel()
-    new = moved(b, x, name)
-    far = (classes < last) & (x == -1 << shifts[classes] + 7)
-    new[far] = bits_of(a.get('exceptions', new[:0]), 'i')
-    u = bits_of(x ^ np.iinfo(x.dtype).min)
-    new = np.where(classes == last, bits_of(u >> 1 | u << w - 1, 'i'), new)
-    whole[rows] = new.reshape(-1, s['width'])
+    classes = np.clip(level + 24, 0, shifts.size - 1).ravel()
+    x = a['differences'](classes, shifts)
+    bits = moved(b.ravel(), x, name)
+    far = x == -1 << shifts[classes] + 7
+    bits[far] = bits_of(a.get('exceptions', bits[:0]), 'i')
   return bits.view(s['name']).reshape(s['lengths'])
 
 

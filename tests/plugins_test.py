@@ -23,7 +23,7 @@ class Doubled(structured.Structured):
 
   type_name: ClassVar[str] = 'acme.doubled'
 
-  half: Annotated[Any, structured.Array(2)]
+  half: Annotated[Any, structured.Array('rc')]
 
   shape = property(lambda self: self.half.shape)
   dtype = property(lambda self: np.dtype(self.half.dtype))

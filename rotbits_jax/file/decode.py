@@ -289,7 +289,7 @@ class _StoredLeaf:
     """
     self.entry, self._place, self._needed = entry, place, needed
     self._is_expanded = is_expanded
-    self._predicted: tuple[np.ndarray, difference.Prediction] | None = None
+    self._prediction: difference.Prediction | None = None
     if place is None or is_expanded:
       self.arrays = [host.empty(x.shape, x.dtype) for x in specs]
     else:
@@ -303,9 +303,9 @@ class _StoredLeaf:
   def known(self) -> known_lib.Known:
     """Returns what the coder must know of the differences."""
     with self._errors():
-      self._predicted = self._leaf.predict(*self._needed(), run=pool.run)
-    classes = self._predicted[1].classes
-    return known_lib.Known(classes, difference.class_shifts(self._leaf.dtype))
+      self._prediction = self._leaf.predict(*self._needed(), run=pool.run)
+    shifts = difference.class_shifts(self._leaf.dtype)
+    return known_lib.Known(self._prediction.classes, shifts)
 
   def value(self) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""
@@ -327,10 +327,10 @@ class _StoredLeaf:
 
   def _array(self) -> np.ndarray:
     """Returns the array of a leaf that only files hold."""
-    if self._predicted is None:
+    if self._prediction is None:
       array = np.asarray(self._leaf.materialize(*self._needed()))
     else:
-      array = self._leaf.joined(*self._predicted, run=pool.run)
+      array = self._leaf.joined(self._prediction, run=pool.run)
     stored = array.T if self._leaf.columns_first else array
     if checksums.of_array(stored) != self.entry.crc32:
       raise ValueError('decoded elements differ from the encoded ones')

@@ -177,8 +177,8 @@ def _bytes_beside(leaf: Any, known: np.ndarray | None) -> float:
     return _leaf_bytes('', leaf, None, is_plain=True)
   (rows, base_rows), times = _sampled(leaf, known)
   beside = measure.beside(rows, base_rows)
-  sizes = [coded_bytes(x) for x in (rows, beside) if x is not None]
-  return times * min(sizes)
+  alone = coded_bytes(rows)
+  return times * (alone if beside is None else min(alone, beside.estimate()))
 
 
 def _sampled(*arrays: Any) -> tuple[list[np.ndarray], float]:

@@ -3,7 +3,7 @@
 A fine-tune differs from its base by numbers whose sizes depend on the row and the
 column. Many fine-tunes are the base plus a product of two small matrices, or nearly so:
 such a product is stored, where it saves more than it takes. Weight decay moves the rows
-of tokens that no text has; a drift stores that.
+of tokens that no text has; a factor of all elements stores that.
 
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
@@ -24,12 +23,11 @@ from rotbits_jax.structured import difference
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
 
-_SAMPLE = 1 << 15  # elements by which leaves are compared
-_CHUNK = 1 << 18  # elements that fit a cache
-_FIRST = 16  # columns that most often tell that a row differs
+_SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
+_MORE = 1 << 18  # and those of its differences
+_FEW = 1 << 14  # elements that tell a decay, or how often an exponent changes
 _SPARSE = 1 / 16  # the greatest share of few changed elements
-_FEW = 1 << 14  # elements that tell a drift, or how often an exponent changes
-_LEAST_DRIFT = 1 / 4  # of the elements move one way more than the other; bits it saves
+_LEAST_DECAY = 1 / 4  # bits of an element that it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BYTES = 60  # of a leaf besides its arrays
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
@@ -59,22 +57,21 @@ class Measured(NamedTuple):
     return known_lib.Known(self.classes, difference.class_shifts(self.leaf.dtype))
 
   def estimate(self) -> float:
-    """Estimates the bytes of the leaf without coding it."""
-    arrays = self.leaf.stored()[1]
-    known = self.known
-    places = {} if known is None else {list(arrays).index('differences'): known}
-    return coder.estimate([*arrays.values()], places)
+    """Estimates the bytes of the leaf from some of its differences."""
+    arrays, known, nbytes = self.leaf.stored()[1], self.known, 0.0
+    if known is not None:
+      differences = arrays.pop('differences')
+      stride = max(differences.size // _MORE, 1)
+      some = known._replace(classes=np.ascontiguousarray(known.classes[::stride]))
+      nbytes = coder.estimate([differences[::stride]], {0: some}) * stride
+    # Scales and factors take about a byte of two each.
+    return nbytes + sum(x.nbytes for x in arrays.values()) / 2 + _LEAF_BYTES
 
 
 def beside(target: np.ndarray, known: np.ndarray) -> Measured | None:
   """Returns how to store an array beside a known one.
 
-  Args:
-    target: the array.
-    known: the known array.
-
-  Returns:
-    None if the array takes fewer bytes alone, or cannot be stored beside this one.
+  The result is None if the array takes fewer bytes alone, or cannot be stored so.
   """
   dtype = target.dtype
   if not difference.fits(target.shape, dtype, known.shape, known.dtype):
@@ -83,23 +80,20 @@ def beside(target: np.ndarray, known: np.ndarray) -> Measured | None:
   base = difference.known_bits(known, target.shape, dtype)
   draft = difference.Difference(lengths=target.shape, name=dtype.name)
   places = _changed(bits, base)
-  if places is None:
-    if dtype.itemsize > 4:
-      return None
-  elif not places.size:
+  if places is not None and not places.size:
     return Measured(draft)
-  elif dtype.itemsize > 4 or _is_sparse(base, places, dtype):
+  if places is not None and (dtype.itemsize > 4 or _is_sparse(base, places, dtype)):
     return Measured(_with_few(draft, bits[places], base[places], places))
-  if bits.size < _LEAST:
+  if bits.size < _LEAST or dtype.itemsize > 4:
     return None
-  return _with_classes(draft, bits, base, _nbytes_alone(target))
+  measured = with_classes(draft, bits, base)
+  sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
+  alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
+  return measured if measured.estimate() <= alone * target.size / sample.size else None
 
 
 def beside_head(
-  table: np.ndarray,
-  head: np.ndarray,
-  map: np.ndarray,
-  exponents: np.ndarray,
+  table: np.ndarray, head: np.ndarray, map: np.ndarray, exponents: np.ndarray
 ) -> Measured:
   """Returns how to store an embedding beside its product with the head.
 
@@ -110,19 +104,17 @@ def beside_head(
     exponents: integers `[D]`. Row k of T is `2^-exponents[k] map[k]`.
   """
   scale, shifts = tied.scale_of(head, map, exponents)
-  made = tied.product(head, map, shifts, scale, table.dtype)
+  product = tied.product(head, map, shifts, scale, table.dtype)
   draft = difference.Difference(
     lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
   )
-  bits, known = ulps.bits_of(table), ulps.bits_of(made)
-  found = _with_classes(draft, bits, known, math.inf, predicts=False)
-  assert found is not None
-  return found
+  bits, known = ulps.bits_of(table), ulps.bits_of(product)
+  return with_classes(draft, bits, known, predicts=False)
 
 
 def measured(leaf: difference.Difference, *needed: Any) -> Measured:
   """Returns a leaf with its classes, given the known array or what it `needs`."""
-  return Measured(leaf, leaf.predict(*needed)[1].classes if leaf.has_classes else None)
+  return Measured(leaf, leaf.predict(*needed).classes if leaf.has_classes else None)
 
 
 # ---- few differences -----------------------------------------------------------------
@@ -167,16 +159,16 @@ def _with_few(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray, places: np.ndarray
 ) -> difference.Difference:
   """Returns the leaf of few changed elements at some places."""
-  far = ulps.differences(bits, base, draft.dtype)
-  far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
-  is_far = (far <= difference.FAR) | (far > 127)
+  off = ulps.differences(bits, base, draft.dtype)
+  off = off.astype(np.promote_types(off.dtype, np.int16), copy=False)
+  is_far = (off <= difference.FAR) | (off > 127)
   gaps = np.diff(places, prepend=-1) - 1
   ends = np.cumsum(gaps // difference.MOST_GAP + 1)
   cut = np.full(ends[-1], difference.MOST_GAP, np.uint16)
   cut[ends - 1] = gaps % difference.MOST_GAP
   return dataclasses.replace(
     draft,
-    differences=np.where(is_far, difference.FAR, far).astype(np.int8),
+    differences=np.where(is_far, difference.FAR, off).astype(np.int8),
     exceptions=bits[is_far] if is_far.any() else None,
     gaps=cut,
   )
@@ -185,87 +177,63 @@ def _with_few(
 # ---- differences with classes --------------------------------------------------------
 
 
-def _with_classes(
+def with_classes(
   draft: difference.Difference,
   bits: np.ndarray,
   base: np.ndarray,
-  most: float,
   *,
   predicts: bool = True,
-) -> Measured | None:
-  """Returns differences with classes; None if they take more bytes than `most`.
+) -> Measured:
+  """Returns differences with classes.
 
   Args:
     draft: the leaf without differences.
     bits: bits of the array, `[n]`.
     base: bits of the known array, `[n]`.
-    most: the most bytes.
-    predicts: whether factors and a drift are tried.
+    predicts: whether factors and a decay are tried.
   """
   dtype, lengths = draft.dtype, draft.lengths
   width = lengths[-1] if len(lengths) > 1 else bits.size
   if not _LEAST_LINES <= width <= _WIDEST:
     width = bits.size
-  if width > difference.LONGEST:
-    return None
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
-  places = _differing(wanted, known) if predicts else np.arange(len(wanted))
-  if places.size < len(wanted):
-    is_equal = np.ones(len(wanted), bool)
-    is_equal[places] = False
-    equal = np.packbits(is_equal, bitorder='little')
-    draft = dataclasses.replace(draft, equal=equal)
-  zero = np.zeros(1, np.int16)
-  draft = dataclasses.replace(draft, width=width, row_scales=zero, column_scales=zero)
-  if predicts and (found := factors_lib.find(wanted, known, dtype)):
-    draft = dataclasses.replace(draft, **found._asdict())
-  wanted = wanted if places.size == len(wanted) else wanted[places]
+  draft = dataclasses.replace(draft, width=width)
+  if predicts and dtype in difference.ROUNDED:
+    factors = factors_lib.find(wanted, known, dtype)
+    draft = (
+      draft if factors is None else dataclasses.replace(draft, **factors._asdict())
+    )
+    draft = dataclasses.replace(draft, decay=_decay(bits, base, draft))
   expected = draft.predicted_bits(base, pool.run)
-  drift = _drift(wanted.reshape(-1), expected.reshape(-1), dtype)
-  if predicts and drift is not None:
-    draft = dataclasses.replace(draft, drift=drift)
-    expected = draft.predicted_bits(base, pool.run)
-  rows, columns = scales(wanted, expected, dtype)
+  rows, columns = scales(wanted, expected.reshape(-1, width), dtype)
   draft = dataclasses.replace(draft, row_scales=rows, column_scales=columns)
-  made = difference.Prediction(expected, draft.classes(expected, pool.run))
-  differences, exceptions = difference.divided(
-    wanted.reshape(-1), made, dtype, pool.run
-  )
+  prediction = difference.Prediction(expected, draft.classes(expected, pool.run))
+  differences, exceptions = difference.divided(bits, prediction, dtype, pool.run)
   leaf = dataclasses.replace(draft, differences=differences, exceptions=exceptions)
-  if _nbytes(leaf, made.classes) > most:
-    return None
-  return Measured(leaf, made.classes)
+  return Measured(leaf, prediction.classes)
 
 
-def _differing(bits: np.ndarray, known: np.ndarray) -> np.ndarray:
-  """Returns the indices of the rows that differ."""
-  # Most rows differ at once.
-  found = (bits[:, :_FIRST] != known[:, :_FIRST]).any(axis=1)
-  if not found.all():
-    step = max(_CHUNK // bits.shape[1], 1)
-    parts = (slice(i, i + step) for i in range(0, len(bits), step))
-    found = np.concatenate([(bits[x] != known[x]).any(axis=1) for x in parts])
-  return np.flatnonzero(found)
-
-
-def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
-  """Returns the drift of elements `[n]`; None if it saves little."""
-  mantissa = ulps.MANTISSA_BITS.get(dtype)
-  if mantissa is None or dtype.itemsize == 1:
-    return None
-  sample = slice(None, None, -(-bits.size // _FEW))
-  far = ulps.differences(bits[sample], known[sample], dtype).astype(np.int64)
-  if abs(np.sign(far).mean()) < _LEAST_DRIFT:
-    return None
-  places = difference.drift_places(known[sample], mantissa)
-  order = np.lexsort((far, places))
-  counts = np.bincount(places, minlength=difference.DRIFTS)
-  middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, far.size - 1)
-  drift = np.where(counts, far[order[middle]], 0)
-  saved = np.log2((1.0 + abs(far)) / (1 + abs(far - drift[places]))).mean()
-  if saved < _LEAST_DRIFT or np.abs(drift).max() >= 1 << mantissa:
-    return None
-  return drift.astype(np.int32)
+def _decay(bits: np.ndarray, base: np.ndarray, draft: difference.Difference) -> int:
+  """Returns the decay of elements `[n]`, see `difference`; 0 if it saves little."""
+  dtype = draft.dtype
+  some = slice(None, None, -(-bits.size // _FEW))
+  bits, base = bits[some], base[some]
+  off = factors_lib.floats(bits, base, dtype).astype(np.float64)
+  with np.errstate(all='ignore'):
+    shares = -off / factors_lib.widened(base, dtype)
+  shares = shares[np.abs(shares) < 1]  # which no NaN is
+  if not shares.size:
+    return 0
+  decay = round(float(np.median(shares)) * 2.0**difference.DECAY_BITS)
+  alone = difference.Difference(
+    lengths=base.shape, name=draft.name, width=base.size, decay=decay
+  )
+  near = alone.predicted_bits(base)
+  before, after = (
+    np.abs(ulps.differences(bits, x, dtype).astype(np.float64)) for x in (base, near)
+  )
+  saved = np.log2((1 + before) / (1 + after)).mean()
+  return decay if saved >= _LEAST_DECAY else 0
 
 
 def scales(
@@ -344,26 +312,3 @@ def _kept(logs: np.ndarray, size: float) -> np.ndarray:
   if size * float(np.square(far).mean()) * math.log(2) / 64 > _SCALE_BITS:
     return logs
   return np.full(1, round(middle), np.int16)
-
-
-# ---- the choice ----------------------------------------------------------------------
-
-
-def _nbytes(leaf: difference.Difference, classes: np.ndarray) -> float:
-  """Estimates the bytes of a leaf from some of its differences."""
-  stride = max(leaf.differences.size // _CHUNK, 1)
-  known = known_lib.Known(
-    np.ascontiguousarray(classes[::stride]), difference.class_shifts(leaf.dtype)
-  )
-  differences = coder.estimate([leaf.differences[::stride]], {0: known}) * stride
-  # Scales and factors take about a byte of two each.
-  others = structured.count_bytes(leaf) - leaf.differences.size
-  return differences + others / 2 + _LEAF_BYTES
-
-
-def _nbytes_alone(array: np.ndarray) -> float:
-  """Estimates the bytes that an array takes alone from some of its elements."""
-  sample = array.reshape(-1)[:: -(-array.size // _SAMPLE)]
-  return coder.estimate([sample.view(entries.stored_dtype(sample.dtype.name))]) * (
-    array.size / sample.size
-  )

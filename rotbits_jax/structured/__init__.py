@@ -27,8 +27,6 @@ from rotbits_jax.structured.base import floating
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.constant import Constant
 from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Lower
-from rotbits_jax.structured.fields import Matrix
 from rotbits_jax.structured.fields import of_stacks
 from rotbits_jax.structured.fields import static
 from rotbits_jax.structured.heads import HeadColumns
@@ -66,8 +64,6 @@ __all__ = [
   'HeadRows',
   'IdentityMinusGram',
   'LowRank',
-  'Lower',
-  'Matrix',
   'Origin',
   'ReducedLowRank',
   'Structured',

@@ -40,7 +40,7 @@ class Constant(Structured):
   type_name: ClassVar[str] = 'constant'
   origin: ClassVar[Origin] = Origin.COPIED
 
-  value: Annotated[Any, Array(0)]
+  value: Annotated[Any, Array('')]
   tail: tuple[Length, ...] = static()
 
   @classmethod
@@ -51,10 +51,6 @@ class Constant(Structured):
   @property
   def shape(self) -> tuple[int, ...]:
     return (*self.value.shape, *self.tail)
-
-  @property
-  def dtype(self) -> Any:
-    return self.value.dtype
 
   def materialize(self, *needed: Any) -> jax.Array:
     axes = tuple(range(-len(self.tail), 0))

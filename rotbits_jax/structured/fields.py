@@ -2,12 +2,13 @@
 
 A leaf is a `flax.struct` dataclass. Its fields are of two kinds:
 
-    b: Lower                           an array, annotated by an `Array`
+    b: Annotated[Any, Array('dk')]     an array of two axes
     columns: Length = static()         a setting, checked by `system.schema`
 
-`store` and `load` turn an unstacked leaf into settings and arrays and back. `load`
-takes untrusted input: it checks the annotations, and the method `check` of the leaf
-checks how its fields fit together.
+Axes with one letter are equally long in all arrays of an unstacked leaf. `store` and
+`load` turn such a leaf into settings and arrays and back. `load` takes untrusted input:
+it checks the annotations, and the method `check` of the leaf checks the rest. Functions
+of this module raise a ValueError for what does not fit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,31 +28,41 @@ from rotbits_jax.system import schema
 Settings = dict[str, Any]  # JSON values
 Arrays = dict[str, np.ndarray]
 
+_CORNER, _STEP = '_corner', '_step'  # of the name of an array
+
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """Annotates an array of a leaf, as in `Annotated[Any, Array(2)]`.
+  """Annotates an array of a leaf, as in `Annotated[Any, Array('mr')]`.
 
   Attributes:
-    axes: number of axes, if the leaf is unstacked; None for any.
+    axes: a letter for each axis of an unstacked leaf; None for any.
     dtype: dtype of the array; None for any.
     lower: whether the entries above the diagonal of a matrix are zero and not stored.
     optional: whether None stands for an array without elements, which Orbax cannot
       save.
+    most: the greatest magnitude of its integers; None for any.
+    first: axes that begin with the zeros with which a stack pads them. Layers of a
+      stack may differ in their lengths.
+    last: axes that end with these zeros, likewise.
   """
 
-  axes: int | None
+  axes: str | None
   dtype: Any = None
   lower: bool = False
   optional: bool = False
+  most: int | None = None
+  first: str = ''
+  last: str = ''
+
+  @property
+  def ragged(self) -> str:
+    """The axes in whose lengths layers of a stack may differ."""
+    return self.first + self.last
 
 
 Length = Annotated[int, schema.between(0, (1 << 31) - 1)]
 """The length of an axis."""
-
-Matrix = Annotated[Any, Array(2)]
-Lower = Annotated[Any, Array(2, lower=True)]
-"""A matrix whose entries above the diagonal are zero."""
 
 
 def static(**options: Any) -> Any:
@@ -65,31 +76,46 @@ def of_stacks() -> Any:
 
 
 @functools.cache
-def _fields(cls: Any) -> tuple[tuple[str, Any], ...]:
-  """Returns the names of stored fields, and an `Array` or the setting's annotation."""
+def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
+  """Returns an `Array` or the annotation of each stored field, and its default."""
   hints = typing.get_type_hints(cls, include_extras=True)
-  found = []
+  fields = {}
   for field in dataclasses.fields(cls):
     if field.metadata.get('stored', True):
       marks = typing.get_args(hints[field.name])[1:]
       array = next((x for x in marks if isinstance(x, Array)), None)
-      found.append((field.name, array or hints[field.name]))
-  return tuple(found)
+      fields[field.name] = array or hints[field.name], field.default
+  return fields
 
 
-@functools.cache
-def _default(cls: Any, name: str) -> Any:
-  """Returns the default of a setting, which a file does not store."""
-  return next(x.default for x in dataclasses.fields(cls) if x.name == name)
-
-
-def _arrays(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
+def arrays_of(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
   """Yields the name, the annotation and the value of each array of a leaf."""
   cls: Any = type(leaf)
-  for name, annotation in _fields(cls):
+  for name, (annotation, _) in _fields(cls).items():
     array = getattr(leaf, name)
     if isinstance(annotation, Array) and array is not None:
       yield name, annotation, array
+
+
+@functools.cache
+def ragged_axes(cls: Any) -> tuple[str, ...]:
+  """Returns the axes in whose lengths layers of a stack may differ."""
+  kinds = [x for x, _ in _fields(cls).values() if isinstance(x, Array)]
+  return tuple(dict.fromkeys(''.join(x.ragged for x in kinds)))
+
+
+def ragged_lengths(
+  cls: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...] | None:
+  """Returns the lengths of the ragged axes, given the shapes of arrays by name.
+
+  The result is None if the class has no ragged axes.
+  """
+  lengths: dict[str, int] = {}
+  for name, (annotation, _) in _fields(cls).items():
+    if isinstance(annotation, Array) and annotation.ragged:
+      lengths |= zip(annotation.axes or '', shapes[name], strict=True)
+  return tuple(lengths[x] for x in ragged_axes(cls)) or None
 
 
 def store(leaf: Any) -> tuple[Settings, Arrays]:
@@ -97,11 +123,11 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
   cls: Any = type(leaf)
   settings = {
     name: schema.dump(getattr(leaf, name))
-    for name, annotation in _fields(cls)
-    if not isinstance(annotation, Array) and getattr(leaf, name) != _default(cls, name)
+    for name, (annotation, default) in _fields(cls).items()
+    if not isinstance(annotation, Array) and getattr(leaf, name) != default
   }
   arrays = {}
-  for name, annotation, array in _arrays(leaf):
+  for name, annotation, array in arrays_of(leaf):
     arrays[name] = np.asarray(array)
     if annotation.lower:
       arrays[f'{name}{_CORNER}'], arrays[name] = triangles.split_lower(array)
@@ -113,66 +139,63 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
 
 def stored_sizes(leaf: Any) -> list[tuple[np.dtype, int]]:
   """Returns the dtype and the size of each array of `store`, without computing them."""
-  return [
-    (
-      np.dtype(array.dtype),
-      triangles.lower_size(array.shape) if annotation.lower else math.prod(array.shape),
-    )
-    for _, annotation, array in _arrays(leaf)
-  ]
+  size = lambda x, annotation: (
+    triangles.lower_size(x.shape) if annotation.lower else math.prod(x.shape)
+  )
+  return [(np.dtype(x.dtype), size(x, kind)) for _, kind, x in arrays_of(leaf)]
 
 
 def load(cls: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
-  """Makes a leaf from its settings and arrays: the inverse of `store`.
-
-  Raises:
-    ValueError: if something is missing, unknown, or not as the annotations and `check`
-      say.
-  """
+  """Makes a leaf from its settings and arrays: the inverse of `store`."""
   settings, arrays = dict(settings), dict(arrays)
-  found: dict[str, Any] = {}
-  for name, annotation in _fields(cls):
+  values: dict[str, Any] = {}
+  lengths: dict[str, int] = {}
+  for name, (annotation, default) in _fields(cls).items():
     if not isinstance(annotation, Array):
-      if name in settings or _default(cls, name) is dataclasses.MISSING:
-        found[name] = schema.load(annotation, _take(settings, name), name)
+      if name in settings or default is dataclasses.MISSING:
+        values[name] = schema.load(annotation, _take(settings, name), name)
     elif annotation.optional and name not in arrays:
-      found[name] = None
+      values[name] = None
     else:
-      found[name] = _take_array(annotation, name, arrays)
+      values[name] = array = _take_array(annotation, name, arrays)
+      for axis, length in zip(annotation.axes or '', array.shape, strict=False):
+        if lengths.setdefault(axis, length) != length:
+          raise ValueError(f'the axis {axis} of {name!r} is {length}: {array.shape}')
   if unknown := [*settings, *arrays]:
     raise ValueError(f'the leaf has {unknown[0][:40]!r}, which is not known')
-  leaf = cls(**found)
+  leaf = cls(**values)
   leaf.check()
   return leaf
 
 
-def _take(given: dict[str, Any], name: str) -> Any:
-  if name not in given:
+def _take(values: dict[str, Any], name: str) -> Any:
+  """Removes a value."""
+  if name not in values:
     raise ValueError(f'{name!r} is missing')
-  return given.pop(name)
+  return values.pop(name)
 
 
 def _take_array(annotation: Array, name: str, arrays: dict[str, Any]) -> np.ndarray:
+  """Removes an array with its step and its corner, and checks it alone."""
   array: np.ndarray = _take(arrays, name)
   if f'{name}{_STEP}' in arrays:
-    step = _take_array(_STEPS, f'{name}{_STEP}', arrays)
+    step = _take_array(Array('', np.float32), f'{name}{_STEP}', arrays)
     with np.errstate(over='ignore'):  # in a damaged file
       array = array * step
-  axes = annotation.axes if annotation.axes is not None else array.ndim
-  if array.ndim != axes or annotation.dtype not in (None, array.dtype):
+  axes, dtype, most = annotation.axes, annotation.dtype, annotation.most
+  if (axes is not None and array.ndim != len(axes)) or (
+    dtype not in (None, array.dtype)
+  ):
     raise ValueError(
-      f'the array {name!r} must have {annotation.axes} axes and the dtype '
-      f'{annotation.dtype or "of the leaf"}, got {array.dtype} {array.shape}'
+      f'the array {name!r} must have the axes {axes!r} and the dtype '
+      f'{dtype or "of the leaf"}, got {array.dtype} {array.shape}'
     )
   if annotation.optional and not array.size:
     raise ValueError(f'the array {name!r} must have elements, got {array.shape}')
+  if most is not None and np.abs(array.astype(np.int64)).max(initial=0) > most:
+    raise ValueError(f'the elements of {name!r} must be at most {most}')
   if annotation.lower:
-    corner = _take_array(_CORNERS, f'{name}{_CORNER}', arrays)
-    array = triangles.join_lower(corner, array)
+    corner = _take_array(Array('n'), f'{name}{_CORNER}', arrays)
+    # A rank is no part of the shape of a leaf, which tells how much memory it takes.
+    array = triangles.join_lower(corner, array, is_tall=bool(annotation.ragged))
   return array
-
-
-_CORNER = '_corner'  # of the name of an array
-_CORNERS = Array(1)
-_STEP = '_step'
-_STEPS = Array(0, np.float32)

@@ -76,7 +76,7 @@ class Basis(_OfSubspace):
 
   type_name: ClassVar[str] = 'basis'
 
-  numbers: Annotated[Any, Array(2, np.dtype(np.int32))]
+  numbers: Annotated[Any, Array('Dd', np.int32)]
   step: Step = static()
 
   @property
@@ -100,8 +100,8 @@ class Subspace(_OfSubspace):
 
   type_name: ClassVar[str] = 'subspace'
 
-  tangent: Annotated[Any, Array(2, np.dtype(np.int32))]
-  mask: Annotated[Any, Array(1, np.dtype(np.uint8))]
+  tangent: Annotated[Any, Array('ad', np.int32)]
+  mask: Annotated[Any, Array('m', np.uint8)]
   step: Step = static()
 
   @classmethod

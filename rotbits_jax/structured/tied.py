@@ -11,7 +11,7 @@ known array of a `Difference` that has every bit of the embedding.
 
 from collections.abc import Iterator
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flax import struct
 import jax
@@ -21,8 +21,8 @@ import numpy as np
 from rotbits_jax.structured import exact
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
+from rotbits_jax.structured.fields import Array
 from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import Matrix
 from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
 
@@ -40,23 +40,16 @@ class Tied(Structured):
   type_name: ClassVar[str] = 'tied'
   needs: ClassVar[tuple[str, ...]] = ('head/kernel',)
 
-  map: Matrix
+  map: Annotated[Any, Array('Dd')]
   tokens: Length = static()
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.tokens, int(self.map.shape[-1])
 
-  @property
-  def dtype(self) -> Any:
-    return self.map.dtype
-
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
-    if shapes != ((len(self.map), self.tokens),):
-      expected = len(self.map), self.tokens
-      raise ValueError(
-        f'an embedding needs head/kernel of shape {expected}, got {shapes}'
-      )
+    if shapes != (expected := ((len(self.map), self.tokens),)):
+      raise ValueError(f'an embedding needs head/kernel of {expected}, got {shapes}')
 
   def materialize(self, *needed: Any) -> jax.Array:
     self.check_needed(*(x.shape for x in needed))

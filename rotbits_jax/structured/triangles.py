@@ -35,16 +35,17 @@ def split_lower(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
   return matrix[:n, :n][np.tri(n, dtype=np.bool)], matrix[n:]
 
 
-def join_lower(corner: np.ndarray, below: np.ndarray) -> np.ndarray:
+def join_lower(
+  corner: np.ndarray, below: np.ndarray, *, is_tall: bool = False
+) -> np.ndarray:
   """Makes a lower trapezoidal matrix: the inverse of `split_lower`.
 
-  Raises:
-    ValueError: if no matrix has these parts, or if they are a small part of a large
-      matrix: a few numbers of untrusted input must not ask for much memory.
+  Few numbers of untrusted input must not ask for much memory. So the matrix must not be
+  far larger than its parts, nor wider than it is long if `is_tall`.
   """
   n, (rows, columns) = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape
   fits = n * (n + 1) // 2 == corner.size and (
-    n == columns or (n < columns and not rows)
+    n == columns or (n < columns and not rows and not is_tall)
   )
   if not fits or corner.dtype != below.dtype:
     raise ValueError(f'no triangle has {corner.size} numbers above {below.shape=}')
