@@ -25,7 +25,6 @@ from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.structured import difference
-from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
@@ -250,7 +249,7 @@ class Decoder:
       arrays = [self._base.get(array) for array in product.arrays if self._base]
       bases = [self._basis(segment) for segment in product.segments]
       dtype = np.dtype(entry.dtype)
-      needed.append(subspaces.tensor(product.way, arrays, bases, entry.shape, dtype))
+      needed.append(product.tensor(arrays, bases, entry.shape, dtype))
     return needed
 
   def _read_basis(self, segment: int) -> np.ndarray | None:

@@ -30,6 +30,7 @@ from rotbits_jax.coding import specs
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.relative import entries
+from rotbits_jax.relative import products
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import schema
 
@@ -133,7 +134,7 @@ class Leaf(schema.Object, kw_only=True):
   arrays: tuple[str, ...] = ('',)
   needs: tuple[schema.Path, ...] = ()
   base: entries.BaseArray | None = None
-  product: entries.Product | None = None
+  product: products.Product | None = None
   crc32: schema.Crc32 | None = None
 
   def __post_init__(self) -> None:

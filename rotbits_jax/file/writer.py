@@ -19,6 +19,7 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
+from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
@@ -260,7 +261,7 @@ def _entry_of_leaf(
   leaf: structured.Structured,
   stored: tuple[dict[str, Any], dict[str, np.ndarray]],
   crc32: int | None,
-  base: entries.BaseArray | entries.Product | None = None,
+  base: entries.BaseArray | products.Product | None = None,
 ) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
   """Makes the entry of a structured leaf.
 
@@ -283,7 +284,7 @@ def _entry_of_leaf(
     arrays=tuple(arrays),
     needs=leaf.needs,
     base=base if isinstance(base, entries.BaseArray) else None,
-    product=base if isinstance(base, entries.Product) else None,
+    product=base if isinstance(base, products.Product) else None,
     crc32=crc32,
   )
   return entry, [np.asarray(array) for array in arrays.values()]

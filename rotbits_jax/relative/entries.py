@@ -1,8 +1,4 @@
-"""Entries of the manifest: the known array beside which a leaf is stored.
-
-It is an array of a base, or a product of arrays of a base with the bases of subspaces,
-see `structured.subspaces`.
-"""
+"""Entries of the manifest: the array of a base beside which a leaf is stored."""
 
 import math
 from typing import Annotated
@@ -11,9 +7,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax.coding import specs
-from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import schema
 
@@ -72,40 +66,6 @@ class BaseArray(schema.Row):
     """Returns the entry of an array."""
     crc32 = checksums.of_array(array)
     return cls(path=path, shape=array.shape, dtype=array.dtype.name, crc32=crc32)
-
-
-class Product(schema.Object, kw_only=True):
-  """A tensor of a sliced model as a product, see `structured.subspaces`.
-
-  Attributes:
-    kind: see `subspaces.Way`, as `transposed`, `centred` and `rounded`.
-    arrays: the arrays of the base that are needed.
-    segments: the segments of the sliced model whose bases are needed.
-  """
-
-  kind: subspaces.Kind
-  arrays: tuple[BaseArray, ...] = ()
-  segments: tuple[models.config.Count, ...] = ()
-  transposed: bool = False
-  centred: bool = False
-  rounded: bool = False
-
-  def __post_init__(self) -> None:
-    arrays, segments = {
-      'reads': ((2,), 1),
-      'writes': ((1,), 1),
-      'shortcut': ((0,), 2),
-      'bias': ((2, 3), 0),
-    }[self.kind]
-    if len(self.arrays) not in arrays or len(self.segments) != segments:
-      raise ValueError(
-        f'a product of kind {self.kind!r} cannot take {len(self.arrays)} arrays and '
-        f'{len(self.segments)} bases'
-      )
-
-  @property
-  def way(self) -> subspaces.Way:
-    return subspaces.Way(self.kind, self.transposed, self.centred, self.rounded)
 
 
 def is_too_short(size: int, base_size: int, nbytes: int) -> bool:
