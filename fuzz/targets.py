@@ -23,7 +23,6 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import config as config_lib
-from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.system import checksums
@@ -132,10 +131,10 @@ def _read_config(data: bytes) -> None:
   """Parses the JSON files of a checkpoint."""
   value = config_lib.parse_json(data, 'config.json')
   value = value if isinstance(value, dict) else {}
-  config = families.parse_config(value.get('config'), value.get('slicing'))  # type: ignore[arg-type]
+  config = config_lib.parse_config(value.get('config'), value.get('slicing'))  # type: ignore[arg-type]
   models.outer_shapes(config)
   if config.sliced:
-    families.slicing_json(config)
+    config_lib.slicing_json(config)
 
 
 def _read_tensors(tensors: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ CONFIGS = {
     ('qwen3', 'qwen3-tiny-dense'),
   )
 }
-CONFIGS['mistral'] = CONFIGS['llama'] | {'model_type': 'mistral', 'sliding_window': 4}
+CONFIGS['mistral'] = random_models.FAMILIES['mistral']
 
 # Two Llama layers, in which every segment has another width.
 TINY = {

@@ -18,7 +18,8 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  opened = safetensors.open_file(path)
+  file = tensors_lib.opened(path)
+  opened = safetensors.open_tensors(file, safetensors.read_header(file))
   return {name: tensor.read() for name, tensor in opened.items()}
 
 

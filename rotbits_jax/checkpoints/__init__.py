@@ -5,24 +5,24 @@ files. The checkpoint of a sliced model also has a slicing JSON, in which SliceG
 the width of every residual segment.
 """
 
+from rotbits_jax.checkpoints.config import parse_config
 from rotbits_jax.checkpoints.config import parse_object
+from rotbits_jax.checkpoints.config import slicing_json
+from rotbits_jax.checkpoints.config import with_dtype
+from rotbits_jax.checkpoints.config import with_own_head
 from rotbits_jax.checkpoints.errors import CheckpointError
 from rotbits_jax.checkpoints.errors import UnsupportedError
 from rotbits_jax.checkpoints.families import FAMILIES
 from rotbits_jax.checkpoints.families import Family
-from rotbits_jax.checkpoints.families import TensorRow
-from rotbits_jax.checkpoints.families import parse_config
-from rotbits_jax.checkpoints.families import slicing_json
-from rotbits_jax.checkpoints.families import with_dtype
-from rotbits_jax.checkpoints.families import with_own_head
-from rotbits_jax.checkpoints.plain import PlainFiles
-from rotbits_jax.checkpoints.plain import open_plain
 from rotbits_jax.checkpoints.reader import CheckpointReader
+from rotbits_jax.checkpoints.reader import PlainFiles
 from rotbits_jax.checkpoints.reader import example
 from rotbits_jax.checkpoints.reader import from_tensors
+from rotbits_jax.checkpoints.reader import in_memory
 from rotbits_jax.checkpoints.reader import load_checkpoint
 from rotbits_jax.checkpoints.reader import open_any
 from rotbits_jax.checkpoints.reader import open_checkpoint
+from rotbits_jax.checkpoints.reader import open_plain
 from rotbits_jax.checkpoints.tensors import Checkpoint
 from rotbits_jax.checkpoints.tensors import LazyTensor
 from rotbits_jax.checkpoints.tensors import TensorSpec
@@ -48,12 +48,12 @@ __all__ = [
   'Format',
   'LazyTensor',
   'PlainFiles',
-  'TensorRow',
   'TensorSpec',
   'UnsupportedError',
   'example',
   'fitting_files',
   'from_tensors',
+  'in_memory',
   'load_checkpoint',
   'open_any',
   'open_checkpoint',

@@ -1,290 +1,29 @@
 """The model families: the names of their tensors and of their config attributes.
 
 A family is the set of models with one `model_type` in `config.json`. To add a family,
-add a row to `FAMILIES`: the names of its tensors beside the parameters that they hold,
-and a function that reads its `config.json`. Parameters are named by paths, see
-`structured.flatten`.
-
-The slicing JSON is the file in which SliceGPT keeps the width of every residual segment
-of a sliced model.
-
-Raises:
-  CheckpointError: if an attribute is missing, of a wrong type or unknown, or has an
-    unsupported value.
+add a row to `FAMILIES`: the names of its modules beside their paths in a model, and a
+dataclass of its attributes.
 """
 
-from collections.abc import Callable
-import contextlib
 import dataclasses
-import json
 import re
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import numpy as np
+import msgspec
 
 from rotbits_jax import models
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.system import schema
 
-CONFIG = 'config.json'
-SLICING_KEY = 'embedding_dimensions'  # distinguishes a slicing JSON from other files
+MOST_LAYERS = 1 << 12
+"""A bound for layers, because a config is read before tensors bound their number."""
+
 SHORTCUT_SUFFIX = '_Q'  # of the names of shortcuts
-SHORTCUT_NAME = f'attn_shortcut{SHORTCUT_SUFFIX}'  # a tensor of every sliced layer
 
 # Constants that old versions of transformers stored as tensors.
 _BUFFERS = re.compile(
-  r'.*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_attn|attn)\.(masked_)?bias)'
+  r'[^/]*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_attn|attn)\.(masked_)?bias)'
 )
-
-
-class TensorRow(NamedTuple):
-  """One tensor of a checkpoint.
-
-  Attributes:
-    name: name of the tensor, without the prefix of the layer if it belongs to a layer.
-    paths: paths of the parameters that the tensor holds, stacked along its first axis.
-    transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
-  """
-
-  name: str
-  paths: tuple[str, ...]
-  transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-  """How a checkpoint of a model family stores the parameters.
-
-  The rows name the tensors of all models of the family. `models.outer_shapes` and
-  `models.layer_shapes` say which of them a model with a given config has.
-
-  Attributes:
-    layer_prefix: the names of a layer's tensors begin with this prefix and the index of
-      the layer.
-    outer: the tensors outside the layers.
-    layer: the tensors of a layer.
-    parse: function that makes the config of the dense model from the attributes of
-      `config.json`.
-  """
-
-  layer_prefix: str
-  outer: tuple[TensorRow, ...]
-  layer: tuple[TensorRow, ...]
-  parse: Callable[[config_lib.Attributes], models.ModelConfig]
-
-
-def _table(name: str, path: str) -> tuple[TensorRow, ...]:
-  return (TensorRow(f'{name}.weight', (path,)),)
-
-
-def _norm(name: str, path: str) -> tuple[TensorRow, ...]:
-  return (
-    TensorRow(f'{name}.weight', (f'{path}/scale',)),
-    TensorRow(f'{name}.bias', (f'{path}/bias',)),
-  )
-
-
-def _linear(name: str, *paths: str) -> tuple[TensorRow, ...]:
-  return (
-    TensorRow(f'{name}.weight', tuple(f'{p}/kernel' for p in paths), transposed=True),
-    TensorRow(f'{name}.bias', tuple(f'{p}/bias' for p in paths)),
-  )
-
-
-_SHORTCUTS = (
-  TensorRow(f'mlp_shortcut{SHORTCUT_SUFFIX}', ('mlp_shortcut/kernel',)),
-  TensorRow(SHORTCUT_NAME, ('attention_shortcut/kernel',)),
-)
-
-
-def _opt(config: config_lib.Attributes) -> models.ModelConfig:
-  positions = config.size('max_position_embeddings', most=2**31 - 3)
-  config.require(
-    do_layer_norm_before=True,
-    enable_bias=True,
-    layer_norm_elementwise_affine=True,
-    _remove_final_layer_norm=False,
-    word_embed_proj_dim=config.size('hidden_size'),
-  )
-  return config_lib.decoder(
-    config,
-    family='opt',
-    intermediate_size=config.size('ffn_dim'),
-    num_kv_heads=config.size('num_attention_heads'),
-    activation=config_lib.activation(config, 'activation_function', 'relu'),
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    norm='layernorm',
-    norm_eps=1e-5,
-    max_positions=positions,
-    learned_positions=positions + 2,
-    tied_head=config.boolean('tie_word_embeddings', True),
-  )
-
-
-def _llama(config: config_lib.Attributes) -> models.ModelConfig:
-  config.require(rope_interleaved=False)
-  attention_bias = config.boolean('attention_bias', False)
-  return config_lib.rotary_gated(
-    config,
-    family='llama',
-    qkv_bias=attention_bias,
-    out_bias=attention_bias,
-    mlp_bias=config.boolean('mlp_bias', False),
-  )
-
-
-def _mistral(config: config_lib.Attributes) -> models.ModelConfig:
-  # These attributes have other defaults in Mistral's config than in Llama's.
-  config.demand('max_position_embeddings', 'num_key_value_heads', 'sliding_window')
-  window = config_lib.sliding_window(config)
-  return config_lib.rotary_gated(config, family='mistral', sliding_window=window)
-
-
-def _qwen2(config: config_lib.Attributes) -> models.ModelConfig:
-  config_lib.require_full_attention(config)
-  config.require(use_mrope=False)
-  return config_lib.rotary_gated(config, family='qwen2', qkv_bias=True)
-
-
-def _qwen3(config: config_lib.Attributes) -> models.ModelConfig:
-  config.demand('head_dim')
-  config_lib.require_full_attention(config)
-  attention_bias = config.boolean('attention_bias', False)
-  return config_lib.rotary_gated(
-    config,
-    family='qwen3',
-    qkv_bias=attention_bias,
-    out_bias=attention_bias,
-    qk_norm_eps=config_lib.norm_eps(config),
-  )
-
-
-def _phi3(config: config_lib.Attributes) -> models.ModelConfig:
-  config.demand('max_position_embeddings', 'rms_norm_eps')
-  config.require(attention_bias=False, rope_scaling=None)
-  window = config_lib.sliding_window(config)
-  return config_lib.rotary_gated(
-    config, family='phi3', rotary_factor=1.0, sliding_window=window
-  )
-
-
-def _phi(config: config_lib.Attributes) -> models.ModelConfig:
-  config.require(qk_layernorm=False, tie_word_embeddings=False)
-  return config_lib.rotary(
-    config,
-    family='phi',
-    activation=config_lib.activation(config, 'hidden_act', 'gelu_new'),
-    parallel_block=True,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    head_bias=True,
-    norm='layernorm',
-    norm_eps=config.number('layer_norm_eps', 1e-5),
-    rotary_factor=0.5,
-  )
-
-
-_LLAMA = Family(
-  layer_prefix='model.layers.',
-  outer=(
-    *_table('model.embed_tokens', 'embed/tokens'),
-    *_norm('model.norm', 'final_norm'),
-    *_linear('lm_head', 'head'),
-  ),
-  layer=(
-    *_SHORTCUTS,
-    *_linear('self_attn.q_proj', 'attention/query'),
-    *_linear('self_attn.k_proj', 'attention/key'),
-    *_linear('self_attn.v_proj', 'attention/value'),
-    *_linear('self_attn.o_proj', 'attention/out'),
-    *_linear('mlp.gate_proj', 'mlp/gate'),
-    *_linear('mlp.up_proj', 'mlp/up'),
-    *_linear('mlp.down_proj', 'mlp/down'),
-    *_norm('input_layernorm', 'attention_norm'),
-    *_norm('post_attention_layernorm', 'mlp_norm'),
-  ),
-  parse=_llama,
-)
-
-
-_QK_NORMS = (
-  *_norm('self_attn.q_norm', 'attention/query_norm'),
-  *_norm('self_attn.k_norm', 'attention/key_norm'),
-)
-
-FAMILIES: dict[str, Family] = {
-  'opt': Family(
-    layer_prefix='model.decoder.layers.',
-    outer=(
-      *_table('model.decoder.embed_tokens', 'embed/tokens'),
-      *_table('model.decoder.embed_positions', 'embed/positions'),
-      *_norm('model.decoder.final_layer_norm', 'final_norm'),
-      *_linear('lm_head', 'head'),
-    ),
-    layer=(
-      *_SHORTCUTS,
-      *_linear('self_attn.k_proj', 'attention/key'),
-      *_linear('self_attn.v_proj', 'attention/value'),
-      *_linear('self_attn.q_proj', 'attention/query'),
-      *_linear('self_attn.out_proj', 'attention/out'),
-      *_norm('self_attn_layer_norm', 'attention_norm'),
-      *_linear('fc1', 'mlp/up'),
-      *_linear('fc2', 'mlp/down'),
-      *_norm('final_layer_norm', 'mlp_norm'),
-    ),
-    parse=_opt,
-  ),
-  'llama': _LLAMA,
-  'phi': Family(
-    layer_prefix='model.layers.',
-    outer=(
-      *_table('model.embed_tokens', 'embed/tokens'),
-      *_norm('model.final_layernorm', 'final_norm'),
-      *_linear('lm_head', 'head'),
-    ),
-    layer=(
-      *_SHORTCUTS,
-      *_linear('self_attn.q_proj', 'attention/query'),
-      *_linear('self_attn.k_proj', 'attention/key'),
-      *_linear('self_attn.v_proj', 'attention/value'),
-      *_linear('self_attn.dense', 'attention/out'),
-      *_linear('mlp.fc1', 'mlp/up'),
-      *_linear('mlp.fc2', 'mlp/down'),
-      *_norm('input_layernorm', 'attention_norm'),
-    ),
-    parse=_phi,
-  ),
-  'phi3': dataclasses.replace(
-    _LLAMA,
-    layer=(
-      *_SHORTCUTS,
-      *_linear('self_attn.o_proj', 'attention/out'),
-      *_linear(
-        'self_attn.qkv_proj', 'attention/query', 'attention/key', 'attention/value'
-      ),
-      *_linear('mlp.gate_up_proj', 'mlp/gate', 'mlp/up'),
-      *_linear('mlp.down_proj', 'mlp/down'),
-      *_norm('input_layernorm', 'attention_norm'),
-      *_norm('post_attention_layernorm', 'mlp_norm'),
-    ),
-    parse=_phi3,
-  ),
-  'mistral': dataclasses.replace(_LLAMA, parse=_mistral),
-  'qwen2': dataclasses.replace(_LLAMA, parse=_qwen2),
-  'qwen3': dataclasses.replace(_LLAMA, layer=(*_LLAMA.layer, *_QK_NORMS), parse=_qwen3),
-}
-
-
-def family(name: str) -> Family:
-  """Returns a row of `FAMILIES`, whose names an error lists."""
-  if name not in FAMILIES:
-    raise errors.CheckpointError(
-      f'unknown model family {name!r}; known: {", ".join(FAMILIES)}'
-    )
-  return FAMILIES[name]
 
 
 def is_buffer(name: str) -> bool:
@@ -292,10 +31,280 @@ def is_buffer(name: str) -> bool:
   return _BUFFERS.fullmatch(name) is not None
 
 
-# ---- config.json and the slicing JSON ------------------------------------------------
+# ---- the attributes of config.json ---------------------------------------------------
+
+# A field has the name of the field of `models.ModelConfig` that it sets; `name` is the
+# one in the file. Its annotation says which values are supported. An attribute whose
+# field has no default must be present.
+
+_Size = Annotated[int, schema.between(1, (1 << 31) - 1)]
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
+_Activation = Literal['relu', 'gelu_new', 'gelu_pytorch_tanh', 'silu']
+_RopeType = Literal['default', 'linear', 'llama3']
+_named = msgspec.field
+
+
+class Attributes(schema.Object, kw_only=True):
+  """The attributes that all families have.
+
+  Attributes:
+    fixed: the supported value of attributes that have only one.
+  """
+
+  fixed: ClassVar[dict[str, Any]] = {
+    'is_encoder_decoder': False,
+    'add_cross_attention': False,
+    'cross_attention_hidden_size': None,
+    'pruned_heads': {},
+  }
+
+  family: str = _named(name='model_type')
+  hidden_size: _Size
+  num_layers: Annotated[int, schema.between(1, MOST_LAYERS)] = _named(
+    name='num_hidden_layers'
+  )
+  num_heads: _Size = _named(name='num_attention_heads')
+  vocab_size: _Size
+  width_of_head: _Size | None = _named(default=None, name='head_dim')
+  activation: _Activation
+  parallel_block = False
+
+  @classmethod
+  def read(cls, values: dict[str, Any]) -> Self:
+    """Makes the attributes from the values that may have an effect.
+
+    Raises:
+      ValueError: if one is missing, unknown or not supported.
+    """
+    left = dict(values)
+    for name, expected in cls.fixed.items():
+      value = left.pop(name, expected)
+      if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+        raise ValueError(f'{name} is {value!r:.100}; supported: {expected}')
+    return schema.load(cls, left)
+
+  def config(self) -> models.ModelConfig:
+    """Returns the config of the dense model; a ValueError if attributes do not fit."""
+    names = models.ModelConfig.__struct_fields__
+    fields = {name: getattr(self, name) for name in names if hasattr(self, name)}
+    if self.activation == 'gelu_pytorch_tanh':  # two names of one function
+      fields['activation'] = 'gelu_new'
+    return models.ModelConfig(**fields)
+
+  @property
+  def head_dim(self) -> int:
+    if self.width_of_head is None and self.hidden_size % self.num_heads:
+      raise ValueError('num_attention_heads does not divide hidden_size')
+    return self.width_of_head or self.hidden_size // self.num_heads
+
+  @property
+  def segment_widths(self) -> tuple[int, ...]:
+    segments = self.num_layers * (1 if self.parallel_block else 2)
+    return (self.hidden_size,) * (segments + 1)
+
+
+class _Opt(Attributes, kw_only=True):
+  fixed = Attributes.fixed | {
+    'do_layer_norm_before': True,
+    'enable_bias': True,
+    'layer_norm_elementwise_affine': True,
+    '_remove_final_layer_norm': False,
+  }
+
+  intermediate_size: _Size = _named(name='ffn_dim')
+  max_positions: Annotated[int, schema.between(1, (1 << 31) - 3)] = _named(
+    name='max_position_embeddings'
+  )
+  activation: _Activation = _named(default='relu', name='activation_function')
+  tied_head: bool = _named(default=True, name='tie_word_embeddings')
+  word_embed_proj_dim: _Size | None = None
+  qkv_bias = out_bias = mlp_bias = True
+  norm, norm_eps = 'layernorm', 1e-5
+
+  def __post_init__(self) -> None:
+    if self.word_embed_proj_dim not in (None, self.hidden_size):
+      raise ValueError('word_embed_proj_dim differs from hidden_size')
+
+  @property
+  def num_kv_heads(self) -> int:
+    return self.num_heads
+
+  @property
+  def learned_positions(self) -> int:
+    return self.max_positions + 2
+
+
+class _RopeScaling(schema.Object, kw_only=True):
+  type: _RopeType | None = None  # the older name
+  rope_type: _RopeType | None = None
+  factor: _Positive | None = None
+  low_freq_factor: _Positive | None = None
+  high_freq_factor: _Positive | None = None
+  original_max_position_embeddings: _Size | None = None
+
+  def config(self) -> models.RopeScaling | None:
+    """Returns the scaling; None for none."""
+    rope_type = self.rope_type or self.type or 'default'
+    if self.type not in (None, rope_type):
+      raise ValueError('rope_scaling: type and rope_type differ')
+    numbers = {
+      'factor': self.factor,
+      'low_freq_factor': self.low_freq_factor,
+      'high_freq_factor': self.high_freq_factor,
+      'original_positions': self.original_max_position_embeddings,
+    }
+    expected = [*numbers][: {'default': 0, 'linear': 1, 'llama3': 4}[rope_type]]
+    present: dict[str, Any] = {k: x for k, x in numbers.items() if x is not None}
+    if [*present] != expected:
+      raise ValueError(
+        f'rope_scaling: {rope_type} has the numbers {expected}, got {[*present]}'
+      )
+    if rope_type == 'default':
+      return None
+    return models.RopeScaling(type_name=rope_type, **present)
+
+
+def older_rope(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns attributes with the settings of RoPE where transformers 4 reads them.
+
+  transformers 5 gathers all settings in `rope_parameters`. Earlier versions have those
+  of the scaling in `rope_scaling` and the others beside it. Versions differ in which of
+  two they take, so two must be the same.
+
+  Raises:
+    CheckpointError: if they are not.
+  """
+  places = ('rope_parameters', 'rope_scaling')
+  scaling, *others = [values[x] for x in places if values.get(x)] or [None]
+  if scaling is None:
+    return values
+  if others or not isinstance(scaling, dict):
+    raise errors.CheckpointError(f'expected an object in one of {", ".join(places)}')
+  for name in scaling.keys() & values.keys():
+    if values[name] not in (None, scaling[name]):
+      raise errors.CheckpointError(
+        f'there are two values of {errors.cut(name)}, of RoPE'
+      )
+  older = {name: value for name, value in values.items() if name not in places}
+  outside = ('rope_theta', 'partial_rotary_factor')
+  older |= {name: scaling[name] for name in outside if name in scaling}
+  scaling = {name: value for name, value in scaling.items() if name not in outside}
+  default = {'rope_type': 'default'}
+  return older if scaling == default else older | {'rope_scaling': scaling}
+
+
+class _Rotary(Attributes, kw_only=True):
+  intermediate_size: _Size
+  groups: _Size | None = _named(default=None, name='num_key_value_heads')
+  positions: _Size | None = _named(default=None, name='max_position_embeddings')
+  rope_theta: _Positive = 10000.0
+  scaling: _RopeScaling | None = _named(default=None, name='rope_scaling')
+  partial_rotary_factor: _Fraction = 1.0
+
+  @property
+  def num_kv_heads(self) -> int:
+    return self.groups or self.num_heads
+
+  @property
+  def max_positions(self) -> int:
+    return self.positions or 2048
+
+  @property
+  def rope_scaling(self) -> models.RopeScaling | None:
+    return self.scaling and self.scaling.config()
+
+  @property
+  def rotary_dim(self) -> int:
+    rotary_dim = int(self.head_dim * self.partial_rotary_factor)
+    if rotary_dim % 2 or not rotary_dim:
+      raise ValueError(f'partial_rotary_factor rotates {rotary_dim} elements of a head')
+    return rotary_dim
+
+
+class _Phi(_Rotary, kw_only=True):
+  fixed = Attributes.fixed | {'qk_layernorm': False, 'tie_word_embeddings': False}
+
+  activation: _Activation = _named(default='gelu_new', name='hidden_act')
+  norm_eps: _Positive = _named(default=1e-5, name='layer_norm_eps')
+  partial_rotary_factor: _Fraction = 0.5
+  norm = 'layernorm'
+  parallel_block = qkv_bias = out_bias = mlp_bias = head_bias = True
+
+
+class _Gated(_Rotary, kw_only=True):
+  """A family that resembles Llama."""
+
+  # transformers rotates the whole head, whatever this attribute says.
+  fixed = Attributes.fixed | {'partial_rotary_factor': 1.0}
+
+  activation: _Activation = _named(default='silu', name='hidden_act')
+  norm_eps: _Positive = _named(default=1e-6, name='rms_norm_eps')
+  tied_head: bool = _named(default=False, name='tie_word_embeddings')
+  norm = 'rmsnorm'
+  gated_mlp = True
+
+
+class _Llama(_Gated, kw_only=True):
+  fixed = _Gated.fixed | {'rope_interleaved': False}
+
+  qkv_bias: bool = _named(default=False, name='attention_bias')
+  mlp_bias: bool = False
+
+  @property
+  def out_bias(self) -> bool:
+    return self.qkv_bias
+
+
+class _Mistral(_Gated, kw_only=True):
+  # Mistral's defaults differ from Llama's.
+  positions: _Size | None = _named(name='max_position_embeddings')
+  groups: _Size | None = _named(name='num_key_value_heads')
+  sliding_window: _Size | None
+
+
+class _Phi3(_Gated, kw_only=True):
+  fixed = Attributes.fixed | {'attention_bias': False, 'rope_scaling': None}
+
+  positions: _Size | None = _named(name='max_position_embeddings')
+  norm_eps: _Positive = _named(name='rms_norm_eps')
+  sliding_window: _Size | None = None
+
+
+class _Qwen(_Gated, kw_only=True):
+  fixed = _Gated.fixed | {'use_sliding_window': False, 'use_mrope': False}
+
+  positions: _Size | None = _named(name='max_position_embeddings')
+  groups: _Size | None = _named(name='num_key_value_heads')
+  unused_window: Any = _named(default=None, name='sliding_window')
+  max_window_layers: Any = None
+  layer_types: tuple[Literal['full_attention'], ...] | None = None
+
+  def __post_init__(self) -> None:
+    types = self.layer_types
+    if types is not None and len(types) != self.num_layers:
+      raise ValueError('layer_types has not as many entries as num_hidden_layers')
+
+
+class _Qwen2(_Qwen, kw_only=True):
+  qkv_bias = True
+
+
+class _Qwen3(_Qwen, kw_only=True):
+  width_of_head: _Size = _named(name='head_dim')
+  qkv_bias: bool = _named(default=False, name='attention_bias')
+
+  @property
+  def out_bias(self) -> bool:
+    return self.qkv_bias
+
+  @property
+  def qk_norm_eps(self) -> float:
+    return self.norm_eps
+
 
 # Attributes that do not affect the function of a trained model.
-_IGNORED = frozenset([
+WITHOUT_EFFECT = frozenset([
   '_attn_implementation', '_attn_implementation_autoset',
   '_attn_implementation_internal', '_commit_hash', '_flash_attn_2_enabled',
   '_name_or_path', 'activation_dropout', 'architectures', 'attention_dropout',
@@ -318,138 +327,113 @@ _IGNORED = frozenset([
 ])  # fmt: skip
 
 
-def parse_config(
-  config_json: dict[str, Any],
-  slicing_json: dict[str, Any] | None = None,
-  *,
-  where: str = 'config.json',
-) -> models.ModelConfig:
-  """Makes the config of a dense or a sliced model from its JSON files.
+# ---- the names of modules ------------------------------------------------------------
 
-  Every attribute is used, known to have no effect, or refused.
 
-  Args:
-    config_json: the content of Hugging Face's `config.json`. For a sliced checkpoint
-      it describes the model before slicing.
-    slicing_json: the content of SliceGPT's JSON; None for a dense model.
-    where: name of the `config.json` in error messages.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """How the checkpoints of a model family store the parameters.
 
-  Returns:
-    The config.
+  The modules are those of all models of the family. `models.outer_shapes` and
+  `models.layer_shapes` say which of them a model with a given config has. A module may
+  hold those of several modules here, stacked along the first axis of its tensors.
+
+  Attributes:
+    layer_prefix: the names of a layer's tensors begin with this prefix and the index of
+      the layer.
+    outer: the paths of modules outside the layers, by their names in the checkpoint.
+    layer: those of modules in a layer.
+    attributes: dataclass of the attributes of `config.json`.
   """
-  config = config_lib.Attributes(config_json, where)
-  model_type = config.take('model_type')
-  if not isinstance(model_type, str) or model_type not in FAMILIES:
-    config.refuse('model_type', model_type, ', '.join(FAMILIES))
-  config.demand(  # all families have these
-    'hidden_size', 'num_attention_heads', 'num_hidden_layers', 'vocab_size'
-  )
-  config.require(
-    is_encoder_decoder=False,
-    add_cross_attention=False,
-    cross_attention_hidden_size=None,
-    pruned_heads={},
-  )
-  try:
-    dense = FAMILIES[model_type].parse(config)
-  except errors.CheckpointError:
-    raise
-  except ValueError as e:
-    raise errors.CheckpointError(f'{where}: {e}') from e
-  config.finish(_IGNORED)
-  return dense if slicing_json is None else _sliced(dense, slicing_json)
+
+  layer_prefix: str = 'model.layers.'
+  outer: dict[str, str]
+  layer: dict[str, str]
+  attributes: type[Attributes]
 
 
-def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
-  """Makes SliceGPT's JSON for a sliced model: the inverse of `parse_config`.
-
-  Returns:
-    The content of the slicing JSON; its `json.dumps` equals SliceGPT's file.
-
-  Raises:
-    ValueError: if the model is not sliced.
-  """
-  if not config.sliced:
-    raise ValueError(f'only a sliced model has a slicing JSON, got {config.norm=}')
-  layers = [config.layer_widths(layer) for layer in range(config.num_layers)]
-  numbered = lambda widths: {str(index): width for index, width in enumerate(widths)}
-  between = [] if config.parallel_block else [width[1] for width in layers]
-  first, last = config.segment_widths[0], config.segment_widths[-1]
-  return {
-    'hidden_size': config.hidden_size,
-    'layers_num': config.num_layers,
-    'do_slice_head': last < config.hidden_size,
-    'parallel_blocks': config.parallel_block,
-    'embedding_dimensions': numbered([first] * (2 if config.learned_positions else 1)),
-    'attention_input_dimensions': numbered(width[0] for width in layers),
-    'attention_output_dimensions': numbered(between),
-    'mlp_input_dimensions': numbered(between),
-    'mlp_output_dimensions': numbered(width[-1] for width in layers),
-    'head_dimension': last,
-    'const_dimension': None,
-  }
-
-
-def with_own_head(
-  files: dict[str, bytes], config: models.ModelConfig
-) -> dict[str, bytes]:
-  """Returns files whose `config.json` does not tie the head that a model has itself.
-
-  A checkpoint may store its tied head. Once the model was rewritten, its head and its
-  embedding may differ. A config with settings that are not known may tie the head by
-  default, so it gets the word that it does not.
-  """
-  if config.sliced or config.tied_head or CONFIG not in files:
-    return files
-  parsed = config_lib.parse_object(files[CONFIG], CONFIG)
-  is_tied = parsed.get('tie_word_embeddings') is not False
-  with contextlib.suppress(errors.CheckpointError):
-    is_tied = is_tied and parse_config(parsed).tied_head
-  if not is_tied:
-    return files
-  return _changed(files, parsed | {'tie_word_embeddings': False})
-
-
-def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
-  """Returns files whose `config.json`, if it names a dtype, names this one."""
-  parsed = config_lib.parse_object(files[CONFIG], CONFIG)
-  names = [name for name in ('dtype', 'torch_dtype') if name in parsed]
-  return _changed(files, parsed | dict.fromkeys(names, dtype.name))
-
-
-def _changed(files: dict[str, bytes], parsed: Any) -> dict[str, bytes]:
-  """Returns files with another `config.json`."""
-  return {**files, CONFIG: f'{json.dumps(parsed, indent=2)}\n'.encode()}
-
-
-def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
-  """Returns the config of a sliced model.
-
-  It takes the widths that sublayers write. The JSON must be the one that SliceGPT makes
-  for the result.
-  """
-  try:
-    widths = [values['attention_input_dimensions']['0']]
-    for layer in map(str, range(dense.num_layers)):
-      if not dense.parallel_block:
-        widths.append(values['attention_output_dimensions'][layer])
-      widths.append(values['mlp_output_dimensions'][layer])
-    if not all(type(width) is int for width in widths):
-      raise ValueError('expected integers')
-    config = dense.sliced_to(tuple(widths))
-  except (KeyError, TypeError, ValueError) as e:
-    raise errors.CheckpointError(f'slicing JSON: {errors.cut(repr(e))}') from e
-  expected = slicing_json(config)
-  # SliceGPT knows whether the head was to be sliced, whatever its width.
-  if isinstance(values.get('do_slice_head'), bool):
-    expected['do_slice_head'] = values['do_slice_head']
-  if values != expected:
-    differing = sorted(
-      name
-      for name in values.keys() | expected.keys()
-      if name not in values or values[name] != expected.get(name)
-    )
-    raise errors.CheckpointError(
-      f'slicing JSON: these do not fit the widths: {errors.cut(", ".join(differing))}'
-    )
-  return config
+_SHORTCUTS = {'mlp_shortcut': 'mlp_shortcut', 'attn_shortcut': 'attention_shortcut'}
+_NORMS = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': 'mlp_norm'}
+_QUERY_KEY_VALUE = {
+  'self_attn.q_proj': 'attention/query',
+  'self_attn.k_proj': 'attention/key',
+  'self_attn.v_proj': 'attention/value',
+}
+_LLAMA = Family(
+  outer={
+    'model.embed_tokens': 'embed/tokens',
+    'model.norm': 'final_norm',
+    'lm_head': 'head',
+  },
+  layer={
+    **_SHORTCUTS,
+    **_QUERY_KEY_VALUE,
+    'self_attn.o_proj': 'attention/out',
+    'mlp.gate_proj': 'mlp/gate',
+    'mlp.up_proj': 'mlp/up',
+    'mlp.down_proj': 'mlp/down',
+    **_NORMS,
+  },
+  attributes=_Llama,
+)
+_QK_NORMS = {
+  'self_attn.q_norm': 'attention/query_norm',
+  'self_attn.k_norm': 'attention/key_norm',
+}
+FAMILIES: dict[str, Family] = {
+  'opt': Family(
+    layer_prefix='model.decoder.layers.',
+    outer={
+      'model.decoder.embed_tokens': 'embed/tokens',
+      'model.decoder.embed_positions': 'embed/positions',
+      'model.decoder.final_layer_norm': 'final_norm',
+      'lm_head': 'head',
+    },
+    layer={
+      **_SHORTCUTS,
+      'self_attn.k_proj': 'attention/key',
+      'self_attn.v_proj': 'attention/value',
+      'self_attn.q_proj': 'attention/query',
+      'self_attn.out_proj': 'attention/out',
+      'self_attn_layer_norm': 'attention_norm',
+      'fc1': 'mlp/up',
+      'fc2': 'mlp/down',
+      'final_layer_norm': 'mlp_norm',
+    },
+    attributes=_Opt,
+  ),
+  'llama': _LLAMA,
+  'phi': Family(
+    outer={
+      'model.embed_tokens': 'embed/tokens',
+      'model.final_layernorm': 'final_norm',
+      'lm_head': 'head',
+    },
+    layer={
+      **_SHORTCUTS,
+      **_QUERY_KEY_VALUE,
+      'self_attn.dense': 'attention/out',
+      'mlp.fc1': 'mlp/up',
+      'mlp.fc2': 'mlp/down',
+      'input_layernorm': 'attention_norm',
+    },
+    attributes=_Phi,
+  ),
+  'phi3': Family(
+    outer=_LLAMA.outer,
+    layer={
+      **_SHORTCUTS,
+      'self_attn.o_proj': 'attention/out',
+      'self_attn.qkv_proj': 'attention/query attention/key attention/value',
+      'mlp.gate_up_proj': 'mlp/gate mlp/up',
+      'mlp.down_proj': 'mlp/down',
+      **_NORMS,
+    },
+    attributes=_Phi3,
+  ),
+  'mistral': dataclasses.replace(_LLAMA, attributes=_Mistral),
+  'qwen2': dataclasses.replace(_LLAMA, attributes=_Qwen2),
+  'qwen3': Family(
+    outer=_LLAMA.outer, layer=_LLAMA.layer | _QK_NORMS, attributes=_Qwen3
+  ),
+}

@@ -4,10 +4,13 @@ The sidecar files are the files beside the weights: configs, tokenizer files and
 sliced model, the slicing JSON with the segment widths.
 
 Raises:
+  UnsupportedError: if weights have dtypes that NumPy lacks, or must be safetensors and
+    are not.
   CheckpointError: if a file is missing or damaged.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+import dataclasses
 import os
 import pathlib
 import re
@@ -15,10 +18,12 @@ import re
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
+from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import schema
 
-TORCH_WEIGHTS = 'pytorch_model.bin'
-TORCH_INDEX = f'{TORCH_WEIGHTS}.index.json'
+_TORCH_WEIGHTS = 'pytorch_model.bin'
+_TORCH_INDEX = f'{_TORCH_WEIGHTS}.index.json'
 
 # Weights in other formats, arrays, and files that this package wrote.
 _NO_SIDECARS = frozenset([
@@ -38,18 +43,80 @@ _OTHER_FOLDERS = re.compile(
 )
 # Files that a Trainer of transformers leaves beside the weights.
 _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
+_SHOWN = 8  # names listed in an error
 
 
-def find_weights(path: pathlib.Path) -> pathlib.Path:
-  """Returns the weights file of a checkpoint, or the index if there are several.
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """An opened folder.
+
+  Attributes:
+    path: the weights file, or the index of several; None for tensors in memory.
+    weights: the weights files.
+    headers: the header of each safetensors file by its name.
+    tensors: the tensors by name.
+    files: bytes of the sidecar files (configs, tokenizer, license, code) by name.
+    left_out: names of files and folders beside the weights that are not kept.
+  """
+
+  path: pathlib.Path | None
+  tensors: Mapping[str, tensors_lib.LazyTensor]
+  files: dict[str, bytes]
+  weights: tuple[files_lib.File, ...] = ()
+  headers: dict[str, bytes] = dataclasses.field(default_factory=dict)
+  left_out: tuple[str, ...] = ()
+
+
+def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
+  """Opens a folder; only names, shapes, dtypes and the sidecar files are read.
 
   Args:
-    path: the folder; or the file itself, if the folder has several.
+    path: the folder; or a weights file or an index in it, if it has several.
+    plain: whether the weights must be safetensors files, of any dtypes; the index is
+      then kept, whatever its name and content. Otherwise it must name the tensors, and
+      is kept if the writer divides tensors as it says.
   """
+  listed = _find_weights(pathlib.Path(path))
+  is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)
+  if plain and is_torch:
+    text = 'is not safetensors, in which any family is stored'
+    raise errors.UnsupportedError(f'{listed} {text}')
+  shards: dict[str, list[str] | None] = {listed.name: None}
+  index: dict[str, bytes] = {}
+  if listed.suffix == '.json':
+    content = safetensors.read_index(listed)
+    shards = {**safetensors.WeightIndex.parse(content, str(listed)).shards()}
+    if plain or listed.name == safetensors.INDEX:
+      index = {listed.name: content}
+  weights, headers = [], {}
+  tensors: dict[str, tensors_lib.LazyTensor] = {}
+  for shard, names in shards.items():
+    if not os.path.isfile(listed.parent / shard):
+      text = f'the shard {errors.cut(shard)} is missing'
+      raise errors.CheckpointError(f'{listed}: {text}')
+    file = tensors_lib.opened(listed.parent / shard)
+    weights.append(file)
+    if is_torch:
+      of_shard = torch_zip.open_file(file.path)
+    else:
+      headers[shard] = safetensors.read_header(file)
+      of_shard = safetensors.open_tensors(file, headers[shard], any_dtype=plain)
+    if names is not None and not plain and (differing := of_shard.keys() ^ {*names}):
+      text = errors.cut(', '.join(sorted(differing)[:_SHOWN]))
+      raise errors.CheckpointError(f'{listed}: {shard} and the index differ in {text}')
+    if twice := tensors.keys() & of_shard.keys():
+      raise errors.CheckpointError(f'{file.path}: {min(twice)} is in another file, too')
+    tensors |= of_shard
+  no_sidecars = {listed, *(file.path for file in weights)}
+  files, left_out = _read_sidecars(listed.parent, no_sidecars, index)
+  return Folder(listed, tensors, files, tuple(weights), headers, left_out)
+
+
+def _find_weights(path: pathlib.Path) -> pathlib.Path:
+  """Returns the weights file of a folder, or the index if there are several."""
   if path.is_file():
-    if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(
-      (safetensors.SUFFIX, TORCH_INDEX)
-    ):
+    indices = (safetensors.SUFFIX, _TORCH_INDEX)
+    if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(indices):
       return path
     raise errors.CheckpointError(
       f'{path}: weights are .safetensors, .bin or .pt files, or the index of several, '
@@ -60,7 +127,7 @@ def find_weights(path: pathlib.Path) -> pathlib.Path:
   candidates = _candidates(path)
   if not candidates:
     raise errors.CheckpointError(
-      f'{path}: there are no .pt or .safetensors files and no {TORCH_WEIGHTS}'
+      f'{path}: there are no .pt or .safetensors files and no {_TORCH_WEIGHTS}'
     )
   if len(candidates) > 1:
     names = errors.cut(', '.join(file.name for file in candidates))
@@ -77,28 +144,13 @@ def _candidates(path: pathlib.Path) -> list[pathlib.Path]:
     return [*candidates, path / safetensors.WEIGHTS]
   listed = sorted(path.glob(f'*{safetensors.SUFFIX}'))
   # Programs prefer these to safetensors of other names, such as an adapter's.
-  torch = [path / x for x in (TORCH_WEIGHTS, TORCH_INDEX)]
+  torch = [path / x for x in (_TORCH_WEIGHTS, _TORCH_INDEX)]
   if not candidates and not listed:
     listed = [x for x in torch if x.is_file()][:1]
   return candidates + (listed or sorted(path.glob('*.safetensors')))
 
 
-def is_torch(weights: pathlib.Path) -> bool:
-  """Returns whether weights are PyTorch's, given the path of the file or the index."""
-  return weights.suffix in ('.pt', '.bin') or weights.name.endswith(TORCH_INDEX)
-
-
-def shards(index: pathlib.Path, content: bytes) -> dict[pathlib.Path, list[str]]:
-  """Returns the names of the tensors in each shard of an index."""
-  names = {}
-  for shard, tensors in safetensors.parse_index(content, str(index)).shards().items():
-    names[index.parent / shard] = tensors
-    if not os.path.isfile(index.parent / shard):
-      raise errors.CheckpointError(f'{index}: the shard {errors.cut(shard)} is missing')
-  return names
-
-
-def read_sidecars(
+def _read_sidecars(
   root: pathlib.Path, weights: Collection[pathlib.Path], index: dict[str, bytes]
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
   """Reads the files beside the weights.

@@ -1,7 +1,8 @@
 """Reading checkpoints: a folder of weights, configs and tokenizer files.
 
-The stem is the name that SliceGPT gives to the weights and the slicing JSON of a sliced
-model, as in `<stem>.pt` and `<stem>.json`.
+A record is a part of a checkpoint that is read at once. Its arrays are in memory until
+the caller deletes them. The stem is the name that SliceGPT gives to the weights and the
+slicing JSON of a sliced model, as in `<stem>.pt` and `<stem>.json`.
 
 Raises:
   UnsupportedError: if the files are not a checkpoint of a known family; if a tensor is
@@ -11,6 +12,7 @@ Raises:
 """
 
 from collections.abc import Iterable, Mapping
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -29,118 +31,165 @@ from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import folder as folder_lib
-from rotbits_jax.checkpoints import plain
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
-from rotbits_jax.checkpoints import torch_zip
-from rotbits_jax.checkpoints.families import CONFIG
-from rotbits_jax.system import schema
+from rotbits_jax.checkpoints.config import CONFIG
+from rotbits_jax.checkpoints.config import SLICING_KEY
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 _SHOWN = 8  # names listed in an error
+_SHORTCUT = f'.attn_shortcut{families.SHORTCUT_SUFFIX}'  # in every sliced layer
 
 
-class CheckpointReader:
-  """A checkpoint whose parameters are read when they are requested.
-
-  Opening a checkpoint reads its names, shapes, dtypes and config. A record is a layer,
-  or all parameters of a key outside the layers; see `models.names`. The parameters of a
-  record are in memory until the caller deletes them.
+class _Records:
+  """The tensors of a folder, read a record at a time.
 
   Attributes:
-    config: sizes and switches. If the given config says that the head is tied, but the
-      checkpoint stores a head, this config says that it is not tied.
+    config: sizes and switches of the model; None for plain tensors.
     stored_as: None, because the parameters have their final dtype.
-    records: names of the records: the layers, then those outside the layers.
-    path: the weights file, or the index if there are several.
-    files: bytes of the sidecar files (configs, tokenizer, license, code) beside the
-      weights, by name.
-    stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
-      JSON; None if the model is dense.
-    left_out: names of files and folders beside the weights that are not kept; and the
-      metadata of safetensors files, if it is not.
-    elements: how many elements all tensors have.
-    nbytes: how many bytes all tensors have.
+    stem: file name, without suffix, that SliceGPT gave to the weights; else None.
+    path: the weights file, or the index of several; None for tensors in memory.
+    files: bytes of the sidecar files (configs, tokenizer, license, code) by name.
+    left_out: names of files and folders beside the weights that are not kept.
+    tensors: the tensors by name.
+    records: names of the records.
   """
 
+  config: models.ModelConfig | None = None
   stored_as = None
+  stem: str | None = None
 
   def __init__(
     self,
-    tensors: Mapping[str, tensors_lib.LazyTensor],
-    config: models.ModelConfig,
-    *,
-    path: pathlib.Path | None = None,
-    weights: Iterable[pathlib.Path] = (),
-    files: Mapping[str, bytes] | None = None,
-    stem: str | None = None,
-    left_out: tuple[str, ...] = (),
+    folder: folder_lib.Folder,
+    entries: Mapping[str, list[tensors_lib.ExpectedTensor]],
   ):
-    """Matches the tensors with the parameters that a model with this config has.
-
-    The tensors have their names in the checkpoint. The files that hold them are `path`,
-    which is None for tensors in memory, and `weights`.
-    """
-    self.path, self.files, self.stem = path, dict(files or {}), stem
-    self.left_out = left_out
-    opened = [x for x in (path, *weights) if x is not None]
-    self._weights = [tensors_lib.opened(x) for x in opened]
-    self._tensors = tensors
-    try:
-      self.config = _untied(tensors, config)
-      self._entries = _match(tensors, self.config)
-    except errors.CheckpointError as e:
-      where = '' if path is None else f'{path}: '
-      raise errors.UnsupportedError(f'{where}{e}') from e
-    self._buffers = sorted(filter(families.is_buffer, tensors))
-    buffers = [models.names.BUFFERS] if self._buffers else []
-    self.records = (*self._entries, *buffers)
-    self.elements = sum(tensor.size for tensor in tensors.values())
-    self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    self._folder, self._entries = folder, entries
+    self.path, self.files, self.tensors = folder.path, folder.files, folder.tensors
+    self.left_out, self.records = folder.left_out, tuple(entries)
 
   @property
   def input_bytes(self) -> int:
-    """Size of the files that hold the tensors, without their index."""
-    sizes = {file.path: file.size for file in self._weights}
-    return sum(size for path, size in sizes.items() if path.suffix != '.json')
+    """Size of the weights files."""
+    return sum(file.size for file in self._folder.weights)
+
+  @property
+  def nbytes(self) -> int:
+    """Size of the tensors."""
+    return sum(tensor.nbytes for tensor in self.tensors.values())
 
   def read(self, record: str) -> models.Params:
     """Reads one of `records`.
 
     Returns:
-      Nested dicts, with the record as their only key. Leaves are NumPy arrays. Kernels
-      are `[in, out]`.
+      Nested dicts, with the whole paths of the arrays. Kernels are `[in, out]`.
     """
-    if record == models.names.BUFFERS:
-      return {record: {name: self._tensors[name].read() for name in self._buffers}}
     flat: models.Params = {}
     for entry in self._entries[record]:
-      flat |= entry.read(self._tensors[entry.name].read())
+      flat |= entry.read(self.tensors[entry.name].read())
     return structured.unflatten(flat)
 
   def specs(self, record: str) -> models.Params:
-    """Returns the shapes and dtypes of one of `records`; nothing is read.
-
-    That is the result of `read` with a `TensorSpec` in place of each array.
-    """
-    if record == models.names.BUFFERS:
-      return {record: {name: self._tensors[name].spec for name in self._buffers}}
+    """Returns a `TensorSpec` in place of each array of `read`; nothing is read."""
     return structured.unflatten(
       {
-        path: tensors_lib.TensorSpec(shape, self._tensors[entry.name].dtype)
+        path: tensors_lib.TensorSpec(shape, self.tensors[entry.name].dtype)
         for entry in self._entries[record]
         for path, shape in entry.parameters().items()
       }
     )
 
-  def layer(self, index: int) -> models.Params:
-    """Reads the parameters of a layer, with the keys of `Model.layer`.
+  def fingerprint(self) -> str:
+    """Returns a digest of the files in their state when they were opened.
 
-    Raises:
-      IndexError: if there is no such layer.
+    It covers the bytes of headers and sidecar files, and the names, sizes and times of
+    change of the weights files, but not the elements, which are not read.
     """
-    if not 0 <= index < self.config.num_layers:
-      raise IndexError(f'the model has {self.config.num_layers} layers, got {index=}')
+    contents = {**self.files, **self._folder.headers}
+    summary = [
+      repr(self.config),
+      self.stem,
+      [(file.path.name, file.size, file.modified) for file in self._folder.weights],
+      [(name, x.shape, x.dtype.name) for name, x in self.tensors.items()],
+      {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()},
+    ]
+    return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+
+
+class PlainFiles(_Records):
+  """The safetensors files of a checkpoint of any family.
+
+  A record is a layer: its tensors have the same number in their names, like 3 in
+  'transformer.h.3.attn.weight'. So is each expert of a layer, like expert 5 in
+  'model.layers.3.mlp.experts.5.up_proj.weight', because a layer may have hundreds.
+  Elsewhere weight and bias of one name are a record. A slash in a name makes nested
+  dicts.
+
+  The header and the tensors of a file, which follow it without holes, give the file
+  back, byte for byte, whatever model they belong to.
+
+  Attributes:
+    headers: the header of each weights file by its name.
+    reason: why the checkpoint is not opened as a model; None if nobody tried.
+  """
+
+  def __init__(self, folder: folder_lib.Folder, reason: str | None = None):
+    self.headers, self.reason = folder.headers, reason
+    entries: dict[str, list[tensors_lib.ExpectedTensor]] = {}
+    for name, tensor in folder.tensors.items():
+      if not all(name.split('/')):
+        text = f'{name!r} cannot be the name of a tensor'
+        raise errors.CheckpointError(f'{folder.path}: {text}')
+      entry = tensors_lib.ExpectedTensor(name, tensor.shape, (name,))
+      entries.setdefault(_record_of(name), []).append(entry)
+    super().__init__(folder, entries)
+
+
+def _record_of(tensor: str) -> str:
+  """Returns the name of the record of a tensor, see `PlainFiles`."""
+  words = tensor.split('.')
+  numbers = [i for i, word in enumerate(words) if word.isdecimal()]
+  experts = [i for i in numbers if i and words[i - 1] == 'experts']
+  last = (*experts, *numbers, max(len(words) - 2, 0))[0] + 1
+  return '.'.join(words[:last])
+
+
+class CheckpointReader(_Records):
+  """A checkpoint of a known family, whose tensors are the parameters of a model.
+
+  A record is a layer, or all parameters of a key outside the layers; see
+  `models.names`. If the given config says that the head is tied, but the checkpoint
+  stores a head, the reader's config says that it is not tied.
+  """
+
+  config: models.ModelConfig
+
+  def __init__(
+    self,
+    folder: folder_lib.Folder,
+    config: models.ModelConfig,
+    *,
+    stem: str | None = None,
+  ):
+    """Matches the tensors with the parameters that a model with this config has."""
+    try:
+      self.config, self.stem = _untied(folder.tensors, config), stem
+      entries = _match(folder.tensors, self.config)
+    except errors.CheckpointError as e:
+      where = '' if folder.path is None else f'{folder.path}: '
+      raise errors.UnsupportedError(f'{where}{e}') from e
+    buffers = sorted(filter(families.is_buffer, folder.tensors))
+    if buffers:
+      entries[models.names.BUFFERS] = [
+        tensors_lib.ExpectedTensor(
+          name, folder.tensors[name].shape, (f'{models.names.BUFFERS}/{name}',)
+        )
+        for name in buffers
+      ]
+    super().__init__(folder, entries)
+
+  def layer(self, index: int) -> models.Params:
+    """Reads the parameters of a layer, with the keys of `Model.layer`."""
     name = models.names.layer(index)
     layer: models.Params = self.read(name)[name]
     return layer
@@ -148,37 +197,17 @@ class CheckpointReader:
   def outer(self) -> models.Params:
     """Reads the parameters outside the layers, see `read`."""
     params: models.Params = {}
-    for record in self._entries:
-      if models.names.layer_index(record) is None:
+    for record in self.records:
+      if record != models.names.BUFFERS and models.names.layer_index(record) is None:
         params |= self.read(record)
     return params
 
   @functools.cached_property
   def buffers(self) -> dict[str, np.ndarray]:
     """The tensors that the forward pass does not use, by their names."""
+    if models.names.BUFFERS not in self.records:
+      return {}
     return dict(self.read(models.names.BUFFERS)[models.names.BUFFERS])
-
-  def fingerprint(self) -> str:
-    """Returns a digest of the files in their state when they were opened.
-
-    It covers the config, the bytes of the sidecar files, and the names, sizes and times
-    of change of the weights files. It also covers names, shapes and dtypes of the
-    tensors, but not their elements, which are not read.
-    """
-    summary = {
-      'weights': [(file.path.name, file.size, file.modified) for file in self._weights],
-      'tensors': {
-        name: (tensor.shape, tensor.dtype.name)
-        for name, tensor in self._tensors.items()
-      },
-      'config': schema.dump(self.config),
-      'files': {
-        name: hashlib.sha256(content).hexdigest()
-        for name, content in self.files.items()
-      },
-      'stem': self.stem,
-    }
-    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
 
   def load(self) -> tensors_lib.Checkpoint:
     """Reads the whole checkpoint into memory, as NumPy arrays."""
@@ -193,6 +222,16 @@ class CheckpointReader:
     return tensors_lib.Checkpoint(model, dict(self.files), self.stem)
 
 
+def in_memory(
+  tensors: Mapping[str, tensors_lib.LazyTensor],
+  config: models.ModelConfig,
+  files: Mapping[str, bytes] | None = None,
+) -> CheckpointReader:
+  """Opens tensors that are not in a folder, by their names in the checkpoint."""
+  folder = folder_lib.Folder(None, tensors, dict(files or {}))
+  return CheckpointReader(folder, config)
+
+
 def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
 ) -> models.Model:
@@ -205,8 +244,11 @@ def from_tensors(
   Returns:
     The model; its leaves are NumPy arrays of the tensors' dtypes.
   """
-  known = {name: tensors_lib.LazyTensor.of(tensor) for name, tensor in tensors.items()}
-  return CheckpointReader(known, config).load().model
+  lazy = {
+    name: tensors_lib.LazyTensor(x.shape, x.dtype, functools.partial(np.asarray, x))
+    for name, x in tensors.items()
+  }
+  return in_memory(lazy, config).load().model
 
 
 def _match(
@@ -220,23 +262,19 @@ def _match(
     )
   records = tensors_lib.entries(config)
   expected = {entry.name: entry.shape for entry in itertools.chain(*records.values())}
-  got = {name for name in tensors if not families.is_buffer(name)}
-  problems = []
-  states = {'missing': expected.keys() - got, 'unknown': got - expected.keys()}
+  present = {name for name in tensors if not families.is_buffer(name)}
+  states = {'missing': expected.keys() - present, 'unknown': present - expected.keys()}
   for state, names in states.items():
     if names:
       shown, more = ', '.join(sorted(names)[:_SHOWN]), len(names) - _SHOWN
-      problems.append(f'{state}: {shown}' + (f' and {more} more' if more > 0 else ''))
-  if problems:
-    raise errors.CheckpointError(f'tensors of the checkpoint: {"; ".join(problems)}')
+      text = f'{state}: {shown}' + (f' and {more} more' if more > 0 else '')
+      raise errors.CheckpointError(f'tensors of the checkpoint: {text}')
   for name, shape in expected.items():
-    if tensors[name].shape != shape:
+    tensor = tensors[name]
+    if tensor.shape != shape or tensor.dtype not in _DTYPES:
       raise errors.CheckpointError(
-        f'{name}: expected shape {shape}, got {tensors[name].shape}'
-      )
-    if tensors[name].dtype not in _DTYPES:
-      raise errors.CheckpointError(
-        f'{name}: expected float16, bfloat16 or float32, got {tensors[name].dtype}'
+        f'{name}: expected float16, bfloat16 or float32 of shape {shape}, got '
+        f'{tensor.dtype} of shape {tensor.shape}'
       )
   return records
 
@@ -278,24 +316,32 @@ def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tensors_lib.Checkpoint:
-  """Loads a dense or a sliced checkpoint into memory, as NumPy arrays.
-
-  Args:
-    path: see `open_checkpoint`.
-  """
+  """Loads a checkpoint into memory, as NumPy arrays; see `open_checkpoint`."""
   return open_checkpoint(path).load()
 
 
-def open_any(path: str | os.PathLike[str]) -> CheckpointReader | plain.PlainFiles:
-  """Opens a checkpoint, as plain tensors if it is not of a known family.
-
-  Args:
-    path: see `open_checkpoint`.
-  """
+def open_any(path: str | os.PathLike[str]) -> CheckpointReader | PlainFiles:
+  """Opens a checkpoint, as plain tensors if it is not of a known family."""
   try:
     return open_checkpoint(path)
   except errors.UnsupportedError as e:
-    return plain.open_plain(path, reason=str(e))
+    return open_plain(path, reason=str(e))
+
+
+def open_plain(
+  path: str | os.PathLike[str], *, reason: str | None = None
+) -> PlainFiles:
+  """Opens the safetensors files of a checkpoint of any family.
+
+  Args:
+    path: a directory with `model.safetensors`, or with an index, or with one other
+      safetensors file; or a weights file or an index. No `config.json` is needed.
+    reason: why the checkpoint is not opened as a model, if there is a reason.
+  """
+  try:
+    return PlainFiles(folder_lib.open_folder(path, plain=True), reason)
+  except errors.UnsupportedError as e:
+    raise errors.UnsupportedError(f'{reason}, and {e}' if reason else str(e)) from e
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
@@ -312,65 +358,42 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   Returns:
     The checkpoint. It reads parameters only when they are requested.
   """
-  weights = folder_lib.find_weights(pathlib.Path(path))
-  is_torch = folder_lib.is_torch(weights)
-  open_file = torch_zip.open_file if is_torch else safetensors.open_file
-  shards: list[pathlib.Path] = []
-  index: dict[str, bytes] = {}
-  tensors: dict[str, tensors_lib.LazyTensor] = {}
-  if weights.suffix == '.json':
-    content = safetensors.read_index(weights)
-    for shard, names in folder_lib.shards(weights, content).items():
-      own_tensors = open_file(shard)
-      if differing := sorted(own_tensors.keys() ^ {*names})[:_SHOWN]:
-        raise errors.CheckpointError(
-          f'{weights}: {shard.name} and the index differ in '
-          f'{errors.cut(", ".join(differing))}'
-        )
-      tensors |= own_tensors
-      shards.append(shard)
-    if weights.name == safetensors.INDEX:  # the writer divides the tensors as it does
-      index = {weights.name: content}
-  else:
-    tensors = open_file(weights)
-  folder = weights.parent
-  files, left_out = folder_lib.read_sidecars(folder, {weights, *shards}, index)
-  if CONFIG not in files:
+  folder = folder_lib.open_folder(path, plain=False)
+  assert folder.path is not None
+  if CONFIG not in folder.files:
     is_link = ' other than a link that leaves the folder or leads nowhere'
     raise errors.UnsupportedError(
-      f'{folder}: there is no {CONFIG}{is_link if CONFIG in left_out else ""}'
+      f'{folder.path.parent}: there is no {CONFIG}'
+      f'{is_link if CONFIG in folder.left_out else ""}'
     )
-  slicing_jsons = _slicing_jsons(files)
+  slicing_jsons = _slicing_jsons(folder.files)
   stem = None
-  if any(name.endswith(f'.{families.SHORTCUT_NAME}') for name in tensors):
-    stem = _slicing_stem(weights, slicing_jsons.keys())
+  if any(name.endswith(_SHORTCUT) for name in folder.tensors):
+    stem = _slicing_stem(folder.path, slicing_jsons.keys())
   others = [f'{x}.json' for x in sorted(slicing_jsons.keys() - {stem})]  # of models
-  files = {name: content for name, content in files.items() if name not in others}
   metadata = [
-    f'the metadata of {file.name}'
-    for file in (shards or [weights])
-    if not is_torch and safetensors.has_own_metadata(file)
+    f'the metadata of {name}'
+    for name, header in folder.headers.items()
+    if safetensors.has_own_metadata(header, name)
   ]
-  config_json = config_lib.parse_json(files[CONFIG], str(folder / CONFIG))
+  where = folder.path.parent / CONFIG
+  config_json = config_lib.parse_json(folder.files[CONFIG], str(where))
   try:
     slicing_json = None if stem is None else slicing_jsons[stem]
-    config = families.parse_config(config_json, slicing_json)
+    config = config_lib.parse_config(config_json, slicing_json)
   except errors.CheckpointError as e:
-    raise errors.UnsupportedError(f'{weights}: {e}') from e
-  return CheckpointReader(
-    tensors,
-    config,
-    path=weights,
-    weights=shards,
-    files=files,
-    stem=stem,
-    left_out=(*left_out, *others, *metadata[:1]),
+    raise errors.UnsupportedError(f'{folder.path}: {e}') from e
+  kept = dataclasses.replace(
+    folder,
+    files={name: x for name, x in folder.files.items() if name not in others},
+    left_out=(*folder.left_out, *others, *metadata[:1]),
   )
+  return CheckpointReader(kept, config, stem=stem)
 
 
 def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
   """Returns the slicing JSONs among the sidecar files, by their stems."""
-  key = f'"{families.SLICING_KEY}"'.encode()
+  key = f'"{SLICING_KEY}"'.encode()
   parsed = {
     name.removesuffix('.json'): config_lib.parse_json(content, name)
     for name, content in files.items()
@@ -379,7 +402,7 @@ def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
   return {
     stem: value
     for stem, value in parsed.items()
-    if isinstance(value, dict) and families.SLICING_KEY in value
+    if isinstance(value, dict) and SLICING_KEY in value
   }
 
 

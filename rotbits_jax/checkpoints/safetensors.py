@@ -6,13 +6,14 @@ one of several files that share the tensors of a checkpoint. The index is a JSON
 that names the shard of each tensor.
 
 Raises:
+  UnsupportedError: if a tensor has a dtype that NumPy lacks.
   CheckpointError: if a file is missing or damaged, or if safetensors does not support a
     dtype.
 """
 
 from collections.abc import Iterable, Mapping
+import functools
 import json
-import os
 import pathlib
 import struct
 from typing import Any
@@ -70,38 +71,34 @@ class _Entry(schema.Object):
   data_offsets: tuple[schema.Size, schema.Size]
 
 
-def open_file(path: str | os.PathLike[str]) -> dict[str, tensors_lib.LazyTensor]:
-  """Opens a safetensors file; returns the tensors by name. Only its header is read.
-
-  Raises:
-    UnsupportedError: if a tensor has a dtype that NumPy lacks.
-  """
-  file = tensors_lib.opened(path)
-  return open_tensors(file, read_header(file))
+def read_header(file: files.File) -> bytes:
+  """Returns the header of a file, with the length in front of it."""
+  (size,) = struct.unpack('<Q', tensors_lib.read(file, 0, 8)[0])
+  if size > _MOST_HEADER:
+    raise errors.CheckpointError(
+      f'{file.path}: header: {size} bytes are more than {_MOST_HEADER}'
+    )
+  return tensors_lib.read(file, 0, 8 + size)[0].tobytes()
 
 
 def open_tensors(
   file: files.File, header: bytes, *, any_dtype: bool = False
 ) -> dict[str, tensors_lib.LazyTensor]:
   """Returns the tensors of a file by name, given its header; see `places`."""
-  tensors, end = {}, len(header)
+
+  def read(offset: int, spec: tensors_lib.TensorSpec) -> np.ndarray:
+    content, _ = tensors_lib.read(file, offset, spec.nbytes)
+    return content.view(spec.dtype).reshape(spec.shape)
+
   placed = places(header, str(file.path), any_dtype=any_dtype)
-  for name, (offset, spec) in placed.items():
-    tensors[name] = tensors_lib.LazyTensor.in_file(file, offset, spec)
-    end += spec.nbytes
-  if end != file.size:
+  if len(header) + sum(spec.nbytes for _, spec in placed.values()) != file.size:
     raise errors.CheckpointError(f'{file.path}: the tensors do not fill the file')
-  return tensors
-
-
-def read_header(file: files.File) -> bytes:
-  """Returns the header of a file, with the length in front of it."""
-  (size,) = struct.unpack('<Q', tensors_lib.read(file, 0, 8))
-  if size > _MOST_HEADER:
-    raise errors.CheckpointError(
-      f'{file.path}: header: {size} bytes are more than {_MOST_HEADER}'
+  return {
+    name: tensors_lib.LazyTensor(
+      spec.shape, spec.dtype, functools.partial(read, offset, spec)
     )
-  return tensors_lib.read(file, 0, 8 + size).tobytes()
+    for name, (offset, spec) in placed.items()
+  }
 
 
 def places(
@@ -113,31 +110,27 @@ def places(
     header: see `read_header`. The tensors must follow it without holes.
     where: name of the file in error messages.
     any_dtype: whether a tensor whose dtype NumPy lacks is taken as its bytes.
-
-  Raises:
-    UnsupportedError: see `open_file`.
   """
   if int.from_bytes(header[:8], 'little') != len(header) - 8:
     raise errors.CheckpointError(f'{where}: header: its length is wrong')
-  entries = _entries(header, f'{where}: header')
+  values = _values(header, where)
+  values.pop(_METADATA, None)
+  try:
+    entries = schema.load(dict[str, _Entry], values)
+  except ValueError as e:
+    raise errors.CheckpointError(f'{where}: header: {errors.cut(str(e))}') from e
   placed, end = {}, len(header)
   # Tensors without elements come first where several have one offset.
   for name in sorted(entries, key=lambda name: entries[name].data_offsets):
-    tensors_lib.check_name(name)
     entry = entries[name]
     nbytes = entry.data_offsets[1] - entry.data_offsets[0]
-    if entry.dtype not in _DTYPES and not any_dtype:
-      raise errors.UnsupportedError(
-        f'{where}: {name} has the dtype {errors.cut(entry.dtype)}, which is not '
-        'supported'
-      )
     spec = tensors_lib.TensorSpec((max(nbytes, 0),), np.dtype(np.uint8))
     if entry.dtype in _DTYPES:
       spec = tensors_lib.TensorSpec(entry.shape, _DTYPES[entry.dtype])
-    if not tensors_lib.numpy_holds(spec.shape, spec.dtype):
-      raise errors.CheckpointError(
-        f'{where}: {name} has shape {errors.cut(str(spec.shape))}'
-      )
+    spec.check(name, f'{where}: ')
+    if entry.dtype not in _DTYPES and not any_dtype:
+      text = f'has the dtype {errors.cut(entry.dtype)}, which is not supported'
+      raise errors.UnsupportedError(f'{where}: {name} {text}')
     if len(header) + entry.data_offsets[0] != end or spec.nbytes != nbytes:
       raise errors.CheckpointError(f'{where}: {name} has wrong offsets')
     placed[name] = end, spec
@@ -145,69 +138,33 @@ def places(
   return {name: placed[name] for name in entries}
 
 
-def has_own_metadata(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a file has metadata other than what `header` puts into a file."""
-  file = tensors_lib.opened(path)
-  values = config_lib.parse_object(
-    read_header(file)[8:], f'{path}: header', most=_MOST_HEADER
-  )
-  return (values.get(_METADATA) or _WRITTEN) != _WRITTEN
+def has_own_metadata(header: bytes, where: str) -> bool:
+  """Returns whether a header has metadata other than what `header` puts into one."""
+  return (_values(header, where).get(_METADATA) or _WRITTEN) != _WRITTEN
 
 
-def _entries(header: bytes, where: str) -> dict[str, _Entry]:
-  """Parses a header; returns the entries of the tensors by name."""
-  values = config_lib.parse_object(header[8:], where, most=_MOST_HEADER)
-  values.pop(_METADATA, None)
-  try:
-    return {k: schema.load(_Entry, x, k[:40]) for k, x in values.items()}
-  except ValueError as e:
-    raise errors.CheckpointError(f'{where}: {errors.cut(str(e))}') from e
-
-
-def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
-  """Divides tensors among files as Hugging Face does.
-
-  Args:
-    specs: the tensors by name.
-    shard_size: the greatest number of bytes of tensors in a file with more than one
-      tensor; None for one file.
-
-  Returns:
-    The tensors of each file, in order, by the name of the file. The name is
-    `model.safetensors` if one file holds all tensors, or
-    `model-00001-of-0000N.safetensors` and so on.
-  """
-  sizes = {name: spec.nbytes for name, spec in specs.items()}
-  groups = outputs.divided(sizes, shard_size)
-  names = [WEIGHTS]
-  if len(groups) > 1:
-    names = outputs.numbered('model', '.safetensors', len(groups))
-  return {
-    file: {name: specs[name] for name in group}
-    for file, group in zip(names, groups, strict=True)
-  }
+def _values(header: bytes, where: str) -> dict[str, Any]:
+  """Returns the JSON object of a header."""
+  return config_lib.parse_object(header[8:], f'{where}: header', most=_MOST_HEADER)
 
 
 def header(specs: Specs) -> bytes:
-  """Returns the header of a file with these tensors, see `read_header`.
-
-  It has Hugging Face's metadata.
-  """
-  for tensor, spec in specs.items():
-    if spec.dtype not in _CODES:
-      raise errors.CheckpointError(
-        f'{tensor}: safetensors files do not support {spec.dtype}'
-      )
+  """Returns the header of a file with these tensors, and Hugging Face's metadata."""
   # If tensors of wider dtypes come first, every tensor is aligned.
   order = sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x))
   values: dict[str, Any] = {_METADATA: _WRITTEN}
   end = 0
   for tensor in order:
     spec, begin = specs[tensor], end
+    if spec.dtype not in _CODES:
+      text = f'safetensors files do not support {spec.dtype}'
+      raise errors.CheckpointError(f'{tensor}: {text}')
     end = begin + spec.nbytes
-    values[tensor] = schema.dump(
-      _Entry(dtype=_CODES[spec.dtype], shape=spec.shape, data_offsets=(begin, end))
-    )
+    values[tensor] = {
+      'dtype': _CODES[spec.dtype],
+      'shape': spec.shape,
+      'data_offsets': (begin, end),
+    }
   encoded = json.dumps(values, separators=(',', ':'), ensure_ascii=False).encode()
   encoded += b' ' * (-len(encoded) % 8)
   return struct.pack('<Q', len(encoded)) + encoded
@@ -253,6 +210,15 @@ class WeightIndex(schema.Object):
       if not schema.is_file_name(name):
         raise ValueError(f'{name!r:.100} is not the name of a file')
 
+  @classmethod
+  def parse(cls, content: bytes, where: str) -> 'WeightIndex':
+    """Parses the content of an index, which errors call `where`."""
+    value = config_lib.parse_json(content, where, most=_MOST_INDEX)
+    try:
+      return schema.load(cls, value, where)
+    except ValueError as e:
+      raise errors.CheckpointError(str(e)) from e
+
   def shards(self) -> dict[str, list[str]]:
     """Returns the names of the tensors in each shard."""
     names: dict[str, list[str]] = {}
@@ -266,16 +232,7 @@ def read_index(path: pathlib.Path) -> bytes:
   return tensors_lib.content(path, _MOST_INDEX)
 
 
-def parse_index(content: bytes, where: str) -> WeightIndex:
-  """Parses the content of an index, which errors call `where`."""
-  value = config_lib.parse_json(content, where, most=_MOST_INDEX)
-  try:
-    return schema.load(WeightIndex, value, where)
-  except ValueError as e:
-    raise errors.CheckpointError(str(e)) from e
-
-
-def index_json(shards: Mapping[str, Specs], metadata: Any = None) -> bytes:
+def index_json(shards: Mapping[str, Specs], metadata: Any) -> bytes:
   """Returns the content of an index.
 
   Args:
@@ -287,3 +244,27 @@ def index_json(shards: Mapping[str, Specs], metadata: Any = None) -> bytes:
   kept = metadata if isinstance(metadata, dict) else {}
   index = {'metadata': kept | {'total_size': total}, 'weight_map': weight_map}
   return (json.dumps(index, indent=2, sort_keys=True) + '\n').encode()
+
+
+def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
+  """Divides tensors among files as Hugging Face does.
+
+  Args:
+    specs: the tensors by name.
+    shard_size: the greatest number of bytes of tensors in a file with more than one
+      tensor; None for one file.
+
+  Returns:
+    The tensors of each file, in order, by the name of the file. The name is
+    `model.safetensors` if one file holds all tensors, or
+    `model-00001-of-0000N.safetensors` and so on.
+  """
+  sizes = {name: spec.nbytes for name, spec in specs.items()}
+  groups = outputs.divided(sizes, shard_size)
+  names = [WEIGHTS]
+  if len(groups) > 1:
+    names = outputs.numbered('model', '.safetensors', len(groups))
+  return {
+    file: {name: specs[name] for name in group}
+    for file, group in zip(names, groups, strict=True)
+  }

@@ -3,14 +3,11 @@
 Shape and dtype of a tensor are known at once, the elements are read later. Files are
 read into memory, not mapped: a map of a file that shrinks ends the process.
 
-A tensor may differ from the parameters that it holds: it may be transposed, and it may
-hold several parameters, stacked along its first axis.
-
 Raises:
   CheckpointError: if there is no such file, or if it changed after it was opened.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import math
@@ -26,11 +23,10 @@ from rotbits_jax.checkpoints import families
 from rotbits_jax.system import files
 from rotbits_jax.system import host
 
-MAX_AXES = 32  # of a tensor, because NumPy supports no more on all versions
 _MOST_NAME = 500  # characters
+_MOST_AXES = 32  # NumPy supports no more on all versions
 _POINTER, _MOST_POINTER = b'version https://git-lfs', 1 << 10  # bytes
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
-_TILE = 64  # rows and columns that are transposed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +48,16 @@ class TensorSpec:
   def nbytes(self) -> int:
     return self.size * self.dtype.itemsize
 
+  def check(self, name: str, where: str = '') -> None:
+    """Refuses a name that errors would repeat at length, and what NumPy cannot hold."""
+    if len(name) > _MOST_NAME:
+      text = f'the name has {len(name)} characters, more than {_MOST_NAME}'
+      raise errors.CheckpointError(f'{where}{errors.cut(name)}: {text}')
+    size = math.prod(n for n in self.shape if n) * self.dtype.itemsize
+    if len(self.shape) > _MOST_AXES or size >= 1 << 63:
+      text = f'the shape {errors.cut(str(self.shape))} is too large'
+      raise errors.CheckpointError(f'{where}{name}: {text}')
+
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(TensorSpec):
@@ -66,34 +72,6 @@ class LazyTensor(TensorSpec):
   @property
   def spec(self) -> TensorSpec:
     return TensorSpec(self.shape, self.dtype)
-
-  @classmethod
-  def of(cls, array: np.ndarray) -> 'LazyTensor':
-    """Makes the tensor for an array in memory."""
-    return cls(array.shape, array.dtype, lambda: array)
-
-  @classmethod
-  def in_file(cls, file: files.File, offset: int, spec: TensorSpec) -> 'LazyTensor':
-    """Makes the tensor whose elements begin at an offset of a file, in C order."""
-
-    def read_tensor() -> np.ndarray:
-      return read(file, offset, spec.nbytes).view(spec.dtype).reshape(spec.shape)
-
-    return cls(spec.shape, spec.dtype, read_tensor)
-
-
-def numpy_holds(shape: Sequence[int], dtype: np.dtype) -> bool:
-  """Returns whether NumPy supports arrays of this shape, even empty ones."""
-  size = math.prod(n for n in shape if n) * dtype.itemsize
-  return len(shape) <= MAX_AXES and size < 1 << 63
-
-
-def check_name(name: str) -> None:
-  """Refuses a tensor's name that is too long, because errors and files repeat it."""
-  if len(name) > _MOST_NAME:
-    raise errors.CheckpointError(
-      f'{errors.cut(name)}: the name has {len(name)} characters, more than {_MOST_NAME}'
-    )
 
 
 # ---- files ---------------------------------------------------------------------------
@@ -121,12 +99,7 @@ def opened(path: str | os.PathLike[str]) -> files.File:
   return file
 
 
-def read(file: files.File, offset: int, size: int) -> np.ndarray:
-  """Reads a part of a file into memory, see `read_with_crc32`."""
-  return read_with_crc32(file, offset, size)[0]
-
-
-def read_with_crc32(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
+def read(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
   """Reads a part of a file into memory.
 
   Returns:
@@ -152,32 +125,17 @@ def content(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def row_major(array: np.ndarray) -> Iterator[memoryview]:
-  """Yields the bytes of an array in row-major order, piece by piece.
+  """Yields the bytes of an array in row-major order, in contiguous pieces.
 
   Args:
     array: an array with any strides. Often it is a transposed kernel.
-
-  Yields:
-    The bytes of the next few rows, contiguous. They are valid until the next piece is
-    requested.
   """
-  if array.flags.c_contiguous:
-    yield memoryview(array.reshape(-1).view(np.uint8))
-    return
-  # NumPy copies 16-bit integers much faster than the float dtypes of ml_dtypes.
-  bits = array.view(np.dtype(f'u{array.dtype.itemsize}'))
-  rows = max(_TILE, _PIECE // max(array[0].nbytes, 1) // _TILE * _TILE)
-  transposed = array.ndim == 2 and abs(array.strides[0]) < abs(array.strides[1])
-  for start in range(0, len(bits), rows):
-    piece = bits[start : start + rows]
-    if transposed:
-      copy = np.empty(piece.shape, piece.dtype)
-      for i in range(0, piece.shape[0], _TILE):
-        for j in range(0, piece.shape[1], _TILE):
-          tile = slice(i, i + _TILE), slice(j, j + _TILE)
-          copy[tile] = piece[tile]
-      piece = copy
-    yield memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+  whole = array if array.ndim else array[None]
+  row_bytes = max(whole.nbytes // max(len(whole), 1), 1)
+  step = len(whole) if whole.flags.c_contiguous else _PIECE // row_bytes
+  for start in range(0, len(whole), max(step, 1)):
+    piece = host.contiguous(whole[start : start + max(step, 1)])
+    yield memoryview(piece.reshape(-1).view(np.uint8))
 
 
 # ---- the tensors of a model ----------------------------------------------------------
@@ -203,52 +161,62 @@ class Checkpoint(NamedTuple):
 
 
 class ExpectedTensor(NamedTuple):
-  """A tensor that a checkpoint with a given config must have.
+  """A tensor of a checkpoint, and the parameters that it holds.
 
   Attributes:
     name: name of the tensor in the checkpoint.
     shape: shape of the tensor.
-    paths: paths of the parameters that it holds, stacked along its first axis.
+    paths: paths of the parameters, which are stacked along the tensor's first axis.
     lengths: length of each parameter's part along the first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
+    factor: name of the factor of a structured leaf that the tensor is, if it is one.
   """
 
   name: str
   shape: tuple[int, ...]
   paths: tuple[str, ...]
-  lengths: tuple[int, ...]
-  transposed: bool
-
-  def stored(self) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of the tensor by its name."""
-    return {self.name: self.shape}
+  lengths: tuple[int, ...] = ()
+  transposed: bool = False
+  factor: str = ''
 
   def parameters(self) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the parameters by path."""
+    if len(self.paths) == 1:
+      return {self.paths[0]: self.shape[::-1] if self.transposed else self.shape}
     slices = [(length, *self.shape[1:]) for length in self.lengths]
-    shapes = [shape[::-1] for shape in slices] if self.transposed else slices
+    shapes = [shape[::-1] if self.transposed else shape for shape in slices]
     return dict(zip(self.paths, shapes, strict=True))
 
   def read(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the parameters by path, as views of the tensor."""
-    arrays = np.split(tensor, np.cumsum(self.lengths)[:-1])
+    arrays = [tensor]
+    if len(self.paths) > 1:
+      arrays = np.split(tensor, np.cumsum(self.lengths)[:-1])
     arrays = [array.T for array in arrays] if self.transposed else arrays
     return dict(zip(self.paths, arrays, strict=True))
 
-  def write(self, leaves: Sequence[Any]) -> dict[str, list[np.ndarray]]:
-    """Returns the tensor, divided along its first axis, by its name.
+  def write(self, leaves: Sequence[Any]) -> list[np.ndarray]:
+    """Returns the tensor, divided along its first axis.
 
     Args:
       leaves: the parameters in the order of `paths`. Structured leaves are
-        materialized.
+        materialized, unless the tensor is a factor of one.
+
+    Raises:
+      ValueError: if a leaf does not have this factor.
     """
+    if self.factor:
+      factor = np.asarray(getattr(leaves[0], self.factor, None))
+      if factor.shape != self.shape:
+        raise ValueError(f'{self.name}: expected a factor {self.shape}')
+      return [factor]
     arrays = [np.asarray(leaf) for leaf in structured.materialize(list(leaves))]
-    return {self.name: [x.T for x in arrays] if self.transposed else arrays}
+    return [x.T for x in arrays] if self.transposed else arrays
 
 
 def entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]:
   """Returns the tensors of a checkpoint by record, see `models.names`."""
-  family, records = families.family(config.family), {}
+  family, records = families.FAMILIES[config.family], {}
   for index in range(config.num_layers):
     name, prefix = models.names.layer(index), f'{family.layer_prefix}{index}.'
     shapes = models.layer_shapes(config, index)
@@ -258,32 +226,40 @@ def entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]:
 
 def outer_entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]:
   """Returns the tensors outside the layers by record, see `entries`."""
-  rows, shapes = families.family(config.family).outer, models.outer_shapes(config)
+  modules, shapes = families.FAMILIES[config.family].outer, models.outer_shapes(config)
   records: dict[str, list[ExpectedTensor]] = {}
-  for entry in _entries(rows, shapes, '', ''):
+  for entry in _entries(modules, shapes, '', ''):
     records.setdefault(entry.paths[0].split('/')[0], []).append(entry)
   return records
 
 
+# The parameters of a module: the key of each, and the suffix of its tensor.
+_PARAMETERS = (('', '.weight'), ('/kernel', '.weight'), ('/scale', '.weight'))
+_PARAMETERS += (('/bias', '.bias'),)
+
+
 def _entries(
-  rows: Iterable[families.TensorRow],
-  shapes: models.Params,
-  prefix: str,
-  path_prefix: str,
+  modules: dict[str, str], shapes: models.Params, prefix: str, path_prefix: str
 ) -> list[ExpectedTensor]:
-  """Returns the tensors of those rows whose parameters a model has."""
+  """Returns the tensors of those modules whose parameters a model has."""
   flat, tensors = structured.flatten(shapes), []
-  for row in rows:
-    if row.paths[0] not in flat:
-      continue
-    slices = [flat[path] for path in row.paths]
-    slices = [shape[::-1] for shape in slices] if row.transposed else slices
-    lengths = tuple(shape[0] for shape in slices)
-    shape = (sum(lengths), *slices[0][1:])
-    paths = tuple(path_prefix + path for path in row.paths)
-    tensors.append(
-      ExpectedTensor(prefix + row.name, shape, paths, lengths, row.transposed)
-    )
+  for module, module_paths in modules.items():
+    is_shortcut = module.endswith('_shortcut')
+    for key, suffix in _PARAMETERS:
+      paths = [f'{path}{key}' for path in module_paths.split()]
+      if paths[0] in flat:
+        transposed = key == '/kernel' and not is_shortcut
+        slices = [flat[path][::-1] if transposed else flat[path] for path in paths]
+        lengths = tuple(shape[0] for shape in slices)
+        tensors.append(
+          ExpectedTensor(
+            f'{prefix}{module}{families.SHORTCUT_SUFFIX if is_shortcut else suffix}',
+            (sum(lengths), *slices[0][1:]),
+            tuple(f'{path_prefix}{path}' for path in paths),
+            lengths,
+            transposed,
+          )
+        )
   return tensors
 
 
@@ -310,7 +286,6 @@ def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
   tensors = {name: np.asarray(x) for name, x in model.buffers.items()}
   for record in entries(model.config).values():
     for entry in record:
-      written = entry.write([leaves[path] for path in entry.paths])
-      for name, arrays in written.items():
-        tensors[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+      arrays = entry.write([leaves[path] for path in entry.paths])
+      tensors[entry.name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
   return tensors

@@ -6,9 +6,11 @@ target when all are complete, see `outputs.move`. After an exception it is remov
 Raises:
   CheckpointError: if a required file is missing, if a name is not that of a file, or if
     the format does not support the dtype of a tensor.
+  OSError: if the directory cannot be written or must not be replaced, if the file
+    system takes two names for one, or if another process writes to it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import contextlib
 import fnmatch
 import itertools
@@ -25,18 +27,16 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
-from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints import transformers
-from rotbits_jax.checkpoints.families import CONFIG
+from rotbits_jax.checkpoints.config import CONFIG
 from rotbits_jax.system import outputs
 from rotbits_jax.system import schema
 
 Format = Literal['safetensors', 'slicegpt', 'transformers']
 Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
-_Entry: TypeAlias = tensors_lib.ExpectedTensor | transformers.GramEntry
 
 _SHOWN = 8  # names listed in an error
 _OLDER_WEIGHTS = 'model*.safetensors*'  # that new weights replace
@@ -45,7 +45,8 @@ _OLDER_WEIGHTS = 'model*.safetensors*'  # that new weights replace
 class FolderWriter:
   """Writes weights files and the files beside them. Tensors come in any order.
 
-  The class is a context manager, see `CheckpointWriter`.
+  The class is a context manager, see `CheckpointWriter`. Leaving the context moves the
+  folder into place, or removes it after an exception.
 
   Attributes:
     specs: the shape and dtype of each tensor by its name.
@@ -68,23 +69,20 @@ class FolderWriter:
       files: the files to put beside the weights, by name.
       overwrite: whether an existing checkpoint may be replaced.
     """
-    self._path, self._weights = path, dict(weights)
-    self._files, self._overwrite = dict(files), overwrite
-    self._open_files: dict[str, safetensors.FileWriter | torch_zip.TorchZipWriter] = {}
-    names = [*self._weights, *self._files]
-    for name in names:
-      if not schema.is_relative_path(name):
-        raise errors.CheckpointError(f'{name!r} is not the name of a file')
-      if names.count(name) > 1:
-        raise errors.CheckpointError(f'two files have the name {name}')
+    self._path, self._weights = path, weights
+    self._files, self._overwrite = files, overwrite
     self.specs: dict[str, tensors_lib.TensorSpec] = {}
     self._file_of: dict[str, str] = {}
-    for name, content in self._weights.items():
+    for name in (*weights, *files):
+      if not schema.is_relative_path(name):
+        raise errors.CheckpointError(f'{name!r} is not the name of a file')
+    if both := weights.keys() & files.keys():
+      raise errors.CheckpointError(f'two files have the name {min(both)}')
+    for name, content in weights.items():
+      specs = content
       if isinstance(content, bytes):
         placed = safetensors.places(content, name, any_dtype=True)
-        specs: safetensors.Specs = {x: spec for x, (_, spec) in placed.items()}
-      else:
-        specs = content
+        specs = {x: spec for x, (_, spec) in placed.items()}
       if twice := self.specs.keys() & specs.keys():
         raise errors.CheckpointError(f'two files have the tensor {min(twice)}')
       self.specs |= specs
@@ -92,37 +90,30 @@ class FolderWriter:
     self._missing = dict.fromkeys(self.specs)
 
   def __enter__(self) -> Self:
-    """Makes the hidden folder.
-
-    Raises:
-      OSError: if the directory cannot be written or must not be replaced, if the file
-        system takes two names for one, or if another process writes to it.
-    """
-    target = outputs.directory_target(self._path)
+    """Makes the hidden folder."""
+    self._target = outputs.directory_target(self._path)
     self.replaced()
+    self._writers: dict[str, safetensors.FileWriter | torch_zip.TorchZipWriter] = {}
     with contextlib.ExitStack() as stack:
       stack.enter_context(outputs.named(self._path))
-      folder = stack.enter_context(outputs.fresh(outputs.staging(target)))
+      self._folder = stack.enter_context(outputs.fresh(outputs.staging(self._target)))
       for name in (*self._files, *self._weights):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
       for name, data in self._files.items():
         # Where the file system ignores case, it may have another file of this name.
-        with (folder / name).open('xb') as file:
+        with (self._folder / name).open('xb') as file:
           file.write(data)
       for name, content in self._weights.items():
+        path = self._folder / name
         if isinstance(content, bytes):
-          self._open_files[name] = safetensors.FileWriter(folder / name, content)
+          self._writers[name] = safetensors.FileWriter(path, content)
         else:
-          self._open_files[name] = torch_zip.TorchZipWriter(folder / name, content)
-      self._folder, self._target, self._stack = folder, target, stack.pop_all()
+          self._writers[name] = torch_zip.TorchZipWriter(path, content)
+      self._stack = stack.pop_all()
     return self
 
   def __exit__(self, error_type: Any, error: Any, trace: Any) -> None:
-    """Moves the folder into place, or removes it after an exception.
-
-    Raises:
-      ValueError: if a tensor was not written.
-    """
+    """Moves the folder into place; a ValueError if a tensor was not written."""
     if error_type is not None:
       self._stack.__exit__(error_type, error, trace)  # names a full disk
       return
@@ -132,29 +123,21 @@ class FolderWriter:
         raise ValueError(
           f'{len(self._missing)} tensors have not been written, such as {shown}'
         )
-      for file in self._open_files.values():
-        file.close()
+      for writer in self._writers.values():
+        writer.close()
       outputs.move(self._folder, self._target)
 
   def add(self, name: str, *arrays: np.ndarray) -> None:
-    """Writes a tensor, given its parts along the first axis.
-
-    Raises:
-      ValueError: if it was written before.
-    """
+    """Writes a tensor once, given its slices along the first axis."""
     if name not in self._missing:
       raise ValueError(f'{name} was written before')
     pieces = map(tensors_lib.row_major, arrays)
-    file = self._open_files[self._file_of[name]]
-    file.add(name, itertools.chain.from_iterable(pieces))
+    writer = self._writers[self._file_of[name]]
+    writer.add(name, itertools.chain.from_iterable(pieces))
     del self._missing[name]
 
   def replaced(self) -> list[pathlib.Path]:
-    """Returns the files of an older checkpoint that are replaced.
-
-    Raises:
-      OSError: if they must not be replaced, or if another file would be lost.
-    """
+    """Returns the files of an older checkpoint that are replaced."""
     return outputs.check_replaced(
       outputs.directory_target(self._path),
       lambda name: (
@@ -232,24 +215,46 @@ class CheckpointWriter:
         'shard_size must be positive and requires safetensors files, '
         f'got {shard_size} and {format}'
       )
-    _check_sidecars(config, stem, files)
-    entries: Iterable[_Entry]
-    if format == 'transformers':
-      ranks, buffers = shortcuts or {}, {}
-      entries = transformers.entries(config, ranks)
-      files = transformers.sidecars(
-        config, files, stem=stem, ranks=ranks, dtype=_dtype(dtypes, 'embed/tokens')
-      )
-    else:
-      entries = itertools.chain(*tensors_lib.entries(config).values())
+    if config.sliced and stem is None:
+      raise errors.CheckpointError('a sliced checkpoint needs a stem, got None')
+    for name in [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]:
+      if name not in files:
+        raise errors.CheckpointError(f'the file {name} is missing from the checkpoint')
+    entries = [*itertools.chain(*tensors_lib.entries(config).values())]
+    shapes = {path: x for entry in entries for path, x in entry.parameters().items()}
+    if not isinstance(dtypes, Mapping):
+      dtypes = dict.fromkeys(shapes, dtypes)
+    if missing := shapes.keys() - dtypes.keys():
+      raise ValueError(f'{min(missing)}: its dtype is missing')
+    self._parameters = {
+      path: tensors_lib.TensorSpec(shape, np.dtype(dtypes[path]))
+      for path, shape in shapes.items()
+    }
     self._buffers = {name: np.asarray(x) for name, x in (buffers or {}).items()}
-    self._plan(entries, dtypes)
+    if format == 'transformers':
+      ranks, self._buffers = shortcuts or {}, {}
+      entries = [x for entry in entries for x in transformers.renamed(entry, ranks)]
+      dtype = self._parameters['embed/tokens'].dtype
+      files = transformers.sidecars(config, files, stem=stem, ranks=ranks, dtype=dtype)
+    specs: dict[str, tensors_lib.TensorSpec] = {}
+    self._entries: dict[str, list[tensors_lib.ExpectedTensor]] = {}
+    for entry in entries:
+      dtype, *others = {self._parameters[path].dtype for path in entry.paths}
+      if others:
+        raise ValueError(f'{entry.name}: its parameters have several dtypes')
+      specs[entry.name] = tensors_lib.TensorSpec(entry.shape, dtype)
+      for path in entry.paths:
+        self._entries.setdefault(path, []).append(entry)
+    for name, buffer in self._buffers.items():
+      specs[name] = tensors_lib.TensorSpec(buffer.shape, buffer.dtype)
+    self._added: set[str] = set()
+    self._waiting: dict[str, Any] = {}
     files = dict(files)
     index = files.pop(safetensors.INDEX, None)
-    weights: dict[str, Any] = {f'{stem}.pt': self._specs}
+    weights: dict[str, Any] = {f'{stem}.pt': specs}
     if format != 'slicegpt':
-      shards, metadata = self._divide(index, shard_size)
-      weights = {name: safetensors.header(specs) for name, specs in shards.items()}
+      shards, metadata = _divided(specs, index, shard_size)
+      weights = {name: safetensors.header(shard) for name, shard in shards.items()}
       if [*weights] != [safetensors.WEIGHTS]:
         files[safetensors.INDEX] = safetensors.index_json(shards, metadata)
     self._folder = FolderWriter(directory, weights, files=files, overwrite=overwrite)
@@ -267,7 +272,7 @@ class CheckpointWriter:
     self._folder.__exit__(*error)
 
   def add(self, path: str, leaf: Any) -> None:
-    """Adds a parameter.
+    """Adds a parameter once.
 
     Args:
       path: its path in the model, like 'layers.3/attention/query/kernel'.
@@ -277,83 +282,39 @@ class CheckpointWriter:
       ValueError: if the parameter is unknown, was added before, or does not have the
         planned shape and dtype.
     """
-    entry = self._entries.get(path)
-    if entry is None:
-      raise ValueError(f'{path}: the model has no such parameter')
-    if path in self._added:  # a tensor of several parameters waits for the others
-      raise ValueError(f'{path} was added before')
-    expected = self._dtypes[path], entry.parameters()[path]
-    got = np.dtype(leaf.dtype), tuple(leaf.shape)
+    if path not in self._parameters or path in self._added:
+      raise ValueError(f'{path}: there is no such parameter, or it was added before')
+    expected = self._parameters[path]
+    got = tensors_lib.TensorSpec(tuple(leaf.shape), np.dtype(leaf.dtype))
     if got != expected:
-      raise ValueError(
-        f'{path}: expected {expected[0]} {expected[1]}, got {got[0]} {got[1]}'
-      )
+      raise ValueError(f'{path}: expected {expected}, got {got}')
     self._added.add(path)
     self._waiting[path] = leaf
-    if all(x in self._waiting for x in entry.paths):
-      leaves = [self._waiting.pop(x) for x in entry.paths]
-      for name, arrays in entry.write(leaves).items():
-        self._folder.add(name, *arrays)
-
-  def _plan(self, entries: Iterable[_Entry], dtypes: Dtypes) -> None:
-    """Plans the tensors of the files."""
-    self._dtypes: dict[str, np.dtype] = {}
-    self._entries: dict[str, _Entry] = {}
-    self._added: set[str] = set()
-    self._waiting: dict[str, Any] = {}
-    self._specs: dict[str, tensors_lib.TensorSpec] = {}
-    for entry in entries:
-      for path in entry.paths:
-        self._entries[path] = entry
-        self._dtypes[path] = _dtype(dtypes, path)
-      dtype, *others = {self._dtypes[path] for path in entry.paths}
-      if others:
-        raise ValueError(f'{entry.name}: its parameters have several dtypes')
-      for name, shape in entry.stored().items():
-        self._specs[name] = tensors_lib.TensorSpec(shape, dtype)
-    for name, buffer in self._buffers.items():
-      self._specs[name] = tensors_lib.TensorSpec(buffer.shape, buffer.dtype)
-
-  def _divide(
-    self, index: bytes | None, shard_size: int | None
-  ) -> tuple[dict[str, safetensors.Specs], Any]:
-    """Divides the tensors among files: as an index says, if it is of these tensors.
-
-    Returns:
-      The tensors of each file, and the metadata of the index; None without it.
-    """
-    if index is not None and shard_size is None:
-      parsed = safetensors.parse_index(index, safetensors.INDEX)
-      if parsed.weight_map.keys() == self._specs.keys():
-        divided: dict[str, safetensors.Specs] = {
-          shard: {name: self._specs[name] for name in names}
-          for shard, names in parsed.shards().items()
-        }
-        return divided, parsed.metadata
-    return safetensors.plan_shards(self._specs, shard_size), None
+    entries = self._entries.get(path, [])  # several have the same paths
+    paths = entries[0].paths if entries else (path,)
+    if all(x in self._waiting for x in paths):
+      leaves = [self._waiting.pop(x) for x in paths]
+      for entry in entries:
+        self._folder.add(entry.name, *entry.write(leaves))
 
 
-def _dtype(dtypes: Dtypes, path: str) -> np.dtype:
-  """Returns the dtype of a parameter."""
-  if not isinstance(dtypes, Mapping):
-    return np.dtype(dtypes)
-  if path not in dtypes:
-    raise ValueError(f'{path}: its dtype is missing')
-  return np.dtype(dtypes[path])
+def _divided(
+  specs: safetensors.Specs, index: bytes | None, shard_size: int | None
+) -> tuple[dict[str, safetensors.Specs], Any]:
+  """Divides tensors among files: as an index says, if it is of these tensors.
 
-
-def _check_sidecars(
-  config: models.ModelConfig, stem: str | None, files: Mapping[str, bytes]
-) -> None:
-  """Checks that the files make a checkpoint."""
-  required = [CONFIG]
-  if config.sliced:
-    if stem is None:
-      raise errors.CheckpointError('a sliced checkpoint needs a stem, got None')
-    required.append(f'{stem}.json')
-  for name in required:
-    if name not in files:
-      raise errors.CheckpointError(f'the file {name} is missing from the checkpoint')
+  Returns:
+    The tensors of each file, and the metadata of the index; None without it.
+  """
+  if index is not None and shard_size is None:
+    parsed = safetensors.WeightIndex.parse(index, safetensors.INDEX)
+    if parsed.weight_map.keys() == specs.keys():
+      shards = parsed.shards().items()
+      divided = {
+        shard: {name: specs[name] for name in names} for shard, names in shards
+      }
+      return divided, parsed.metadata
+  return safetensors.plan_shards(specs, shard_size), None
 
 
 def save_checkpoint(
@@ -382,12 +343,11 @@ def save_checkpoint(
   """
   model, files, stem = checkpoint
   leaves = tensors_lib.leaves_of(model)
-  files = fitting_files(model, files, stem)
   with CheckpointWriter(
     directory,
     model.config,
     dtypes={path: np.dtype(leaf.dtype) for path, leaf in leaves.items()},
-    files=files,
+    files=fitting_files(model, files, stem),
     stem=stem,
     format=format,
     shard_size=shard_size,
@@ -418,12 +378,10 @@ def fitting_files(
   """
   config = model.config
   names = [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]
-  if not files.keys() >= {*names}:
-    return files
   try:
     parsed = [config_lib.parse_object(files[name], name) for name in names]
-    of_files = families.parse_config(*parsed)
-  except errors.CheckpointError:
+    of_files = config_lib.parse_config(*parsed)
+  except (KeyError, errors.CheckpointError):
     return files
   if is_untied := of_files.tied_head and not config.tied_head:
     of_files = msgspec.structs.replace(of_files, tied_head=False)
@@ -442,4 +400,4 @@ def fitting_files(
   is_plain = structured.is_plain(head) and structured.is_plain(table)
   if is_plain and structured.same_bits(np.asarray(head).T, np.asarray(table)):
     return files
-  return families.with_own_head(files, config)
+  return config_lib.with_own_head(files, config)

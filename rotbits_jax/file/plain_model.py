@@ -52,7 +52,7 @@ def open_model(
   }
   try:
     config = checkpoints.parse_config(checkpoints.parse_object(content, 'config.json'))
-    return checkpoints.CheckpointReader(tensors, config, files=files)
+    return checkpoints.in_memory(tensors, config, files)
   except checkpoints.CheckpointError:
     return None
 
