@@ -11,7 +11,7 @@ Raises:
   CheckpointError: if a file is missing or damaged, or has changed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import functools
 import hashlib
@@ -48,10 +48,7 @@ class _Records:
     config: sizes and switches of the model; None for plain tensors.
     stored_as: None, because the parameters have their final dtype.
     stem: file name, without suffix, that SliceGPT gave to the weights; else None.
-    path: the weights file, or the index of several; None for tensors in memory.
-    files: bytes of the sidecar files (configs, tokenizer, license, code) by name.
-    left_out: names of files and folders beside the weights that are not kept.
-    tensors: the tensors by name.
+    path, files, left_out, tensors: see `folder.Folder`.
     records: names of the records.
   """
 
@@ -91,13 +88,12 @@ class _Records:
 
   def specs(self, record: str) -> models.Params:
     """Returns a `TensorSpec` in place of each array of `read`; nothing is read."""
-    return structured.unflatten(
-      {
-        path: tensors_lib.TensorSpec(shape, self.tensors[entry.name].dtype)
-        for entry in self._entries[record]
-        for path, shape in entry.parameters().items()
-      }
-    )
+    flat = {}
+    for entry in self._entries[record]:
+      dtype = self.tensors[entry.name].dtype
+      for path, shape in entry.parameters().items():
+        flat[path] = tensors_lib.TensorSpec(shape, dtype)
+    return structured.unflatten(flat)
 
   def fingerprint(self) -> str:
     """Returns a digest of the files in their state when they were opened.
@@ -107,11 +103,10 @@ class _Records:
     """
     contents = {**self.files, **self._folder.headers}
     summary = [
-      repr(self.config),
-      self.stem,
+      [repr(self.config), self.stem],
       [(file.path.name, file.size, file.modified) for file in self._folder.weights],
       [(name, x.shape, x.dtype.name) for name, x in self.tensors.items()],
-      {name: hashlib.sha256(x).hexdigest() for name, x in contents.items()},
+      [(name, hashlib.sha256(x).hexdigest()) for name, x in contents.items()],
     ]
     return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
 
@@ -124,9 +119,6 @@ class PlainFiles(_Records):
   'model.layers.3.mlp.experts.5.up_proj.weight', because a layer may have hundreds.
   Elsewhere weight and bias of one name are a record. A slash in a name makes nested
   dicts.
-
-  The header and the tensors of a file, which follow it without holes, give the file
-  back, byte for byte, whatever model they belong to.
 
   Attributes:
     headers: the header of each weights file by its name.
@@ -178,21 +170,16 @@ class CheckpointReader(_Records):
     except errors.CheckpointError as e:
       where = '' if folder.path is None else f'{folder.path}: '
       raise errors.UnsupportedError(f'{where}{e}') from e
-    buffers = sorted(filter(families.is_buffer, folder.tensors))
-    if buffers:
-      entries[models.names.BUFFERS] = [
-        tensors_lib.ExpectedTensor(
-          name, folder.tensors[name].shape, (f'{models.names.BUFFERS}/{name}',)
-        )
-        for name in buffers
-      ]
+    for name in sorted(filter(families.is_buffer, folder.tensors)):
+      paths = (f'{models.names.BUFFERS}/{name}',)
+      entry = tensors_lib.ExpectedTensor(name, folder.tensors[name].shape, paths)
+      entries.setdefault(models.names.BUFFERS, []).append(entry)
     super().__init__(folder, entries)
 
   def layer(self, index: int) -> models.Params:
     """Reads the parameters of a layer, with the keys of `Model.layer`."""
     name = models.names.layer(index)
-    layer: models.Params = self.read(name)[name]
-    return layer
+    return dict(self.read(name)[name])
 
   def outer(self) -> models.Params:
     """Reads the parameters outside the layers, see `read`."""
@@ -205,17 +192,15 @@ class CheckpointReader(_Records):
   @functools.cached_property
   def buffers(self) -> dict[str, np.ndarray]:
     """The tensors that the forward pass does not use, by their names."""
-    if models.names.BUFFERS not in self.records:
-      return {}
-    return dict(self.read(models.names.BUFFERS)[models.names.BUFFERS])
+    record = models.names.BUFFERS
+    return dict(self.read(record)[record]) if record in self.records else {}
 
   def load(self) -> tensors_lib.Checkpoint:
     """Reads the whole checkpoint into memory, as NumPy arrays."""
     params = self.outer()
-    key = lambda index: models.stack_key(
-      self.specs(models.names.layer(index))[models.names.layer(index)]
-    )
-    for layers in models.stack_ranges(range(self.config.num_layers), key):
+    specs = map(self.specs, map(models.names.layer, range(self.config.num_layers)))
+    keys = [models.stack_key(*layer.values()) for layer in specs]
+    for layers in models.stack_ranges(range(len(keys)), keys.__getitem__):
       stack = models.stack_layers(map(self.layer, layers), len(layers))
       params[models.names.stack(layers)] = stack
     model = models.Model(params, self.buffers, self.config)
@@ -256,15 +241,15 @@ def _match(
 ) -> dict[str, list[tensors_lib.ExpectedTensor]]:
   """Returns the entries of all records, after checking the tensors."""
   if config.num_layers > len(tensors):  # before a table is made of what the config says
-    raise errors.CheckpointError(
-      f'tensors of the checkpoint: most are missing: there are {len(tensors)}, and the '
-      f'config has {config.num_layers} layers'
-    )
+    text = f'{len(tensors)} tensors are too few for {config.num_layers} layers'
+    raise errors.CheckpointError(f'most are missing: {text}')
   records = tensors_lib.entries(config)
   expected = {entry.name: entry.shape for entry in itertools.chain(*records.values())}
   present = {name for name in tensors if not families.is_buffer(name)}
-  states = {'missing': expected.keys() - present, 'unknown': present - expected.keys()}
-  for state, names in states.items():
+  for state, names in (
+    ('missing', expected.keys() - present),
+    ('unknown', present - expected.keys()),
+  ):
     if names:
       shown, more = ', '.join(sorted(names)[:_SHOWN]), len(names) - _SHOWN
       text = f'{state}: {shown}' + (f' and {more} more' if more > 0 else '')
@@ -285,16 +270,15 @@ def _untied(
   """Returns the config of a checkpoint that may store its tied head."""
   untied = msgspec.structs.replace(config, tied_head=False)
   entries = tensors_lib.outer_entries(untied)
-  head, embedding = (entries[x][0].name for x in ('head', 'embed'))
-  if not config.tied_head or head not in tensors:
+  head, embedding = (tensors.get(entries[x][0].name) for x in ('head', 'embed'))
+  if not config.tied_head or head is None:
     return config
-  a, b = tensors[head], tensors.get(embedding)
-  if b is not None and (
-    a.spec != b.spec or not structured.same_bits(a.read(), b.read())
+  if embedding is not None and not (
+    head.spec == embedding.spec and structured.same_bits(head.read(), embedding.read())
   ):
-    raise errors.CheckpointError(
-      f'{head} differs from {embedding}, but the config says that they are tied'
-    )
+    name = entries['head'][0].name
+    text = 'differs from the embedding, but the config says that they are tied'
+    raise errors.CheckpointError(f'{name} {text}')
   return untied
 
 
@@ -359,39 +343,35 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     The checkpoint. It reads parameters only when they are requested.
   """
   folder = folder_lib.open_folder(path, plain=False)
-  assert folder.path is not None
-  if CONFIG not in folder.files:
+  weights, files = folder.path, folder.files
+  assert weights is not None
+  if CONFIG not in files:
     is_link = ' other than a link that leaves the folder or leads nowhere'
-    raise errors.UnsupportedError(
-      f'{folder.path.parent}: there is no {CONFIG}'
-      f'{is_link if CONFIG in folder.left_out else ""}'
-    )
-  slicing_jsons = _slicing_jsons(folder.files)
-  stem = None
+    text = f'there is no {CONFIG}{is_link if CONFIG in folder.left_out else ""}'
+    raise errors.UnsupportedError(f'{weights.parent}: {text}')
+  slicing_jsons, stem = _slicing_jsons(files), None
   if any(name.endswith(_SHORTCUT) for name in folder.tensors):
-    stem = _slicing_stem(folder.path, slicing_jsons.keys())
-  others = [f'{x}.json' for x in sorted(slicing_jsons.keys() - {stem})]  # of models
+    stem = _slicing_stem(weights, sorted(slicing_jsons))
+  of_others = [f'{x}.json' for x in sorted(slicing_jsons.keys() - {stem})]
   metadata = [
     f'the metadata of {name}'
     for name, header in folder.headers.items()
     if safetensors.has_own_metadata(header, name)
   ]
-  where = folder.path.parent / CONFIG
-  config_json = config_lib.parse_json(folder.files[CONFIG], str(where))
   try:
-    slicing_json = None if stem is None else slicing_jsons[stem]
-    config = config_lib.parse_config(config_json, slicing_json)
+    parsed = config_lib.parse_json(files[CONFIG], CONFIG)
+    config = config_lib.parse_config(parsed, slicing_jsons.get(stem))
   except errors.CheckpointError as e:
-    raise errors.UnsupportedError(f'{folder.path}: {e}') from e
+    raise errors.UnsupportedError(f'{weights}: {e}') from e
   kept = dataclasses.replace(
     folder,
-    files={name: x for name, x in folder.files.items() if name not in others},
-    left_out=(*folder.left_out, *others, *metadata[:1]),
+    files={name: x for name, x in files.items() if name not in of_others},
+    left_out=(*folder.left_out, *of_others, *metadata[:1]),
   )
   return CheckpointReader(kept, config, stem=stem)
 
 
-def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
+def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str | None, Any]:
   """Returns the slicing JSONs among the sidecar files, by their stems."""
   key = f'"{SLICING_KEY}"'.encode()
   parsed = {
@@ -399,25 +379,18 @@ def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
     for name, content in files.items()
     if name.endswith('.json') and '/' not in name and key in content
   }
-  return {
-    stem: value
-    for stem, value in parsed.items()
-    if isinstance(value, dict) and SLICING_KEY in value
-  }
+  return {k: x for k, x in parsed.items() if isinstance(x, dict) and SLICING_KEY in x}
 
 
-def _slicing_stem(weights: pathlib.Path, stems: Iterable[str]) -> str:
+def _slicing_stem(weights: pathlib.Path, stems: list[Any]) -> str:
   """Returns the stem of the slicing JSON that describes the weights."""
-  stems = sorted(stems)
   if weights.suffix == '.pt':
     if weights.stem not in stems:
-      raise errors.CheckpointError(
-        f'{weights}: the slicing JSON {weights.stem}.json must be beside it'
-      )
+      text = f'the slicing JSON {weights.stem}.json must be beside it'
+      raise errors.CheckpointError(f'{weights}: {text}')
     return weights.stem
   if len(stems) != 1:
     names = errors.cut(', '.join(f'{stem}.json' for stem in stems)) or 'none'
-    raise errors.CheckpointError(
-      f'{weights}: a sliced model needs one slicing JSON beside it, got {names}'
-    )
+    text = f'a sliced model needs one slicing JSON beside it, got {names}'
+    raise errors.CheckpointError(f'{weights}: {text}')
   return stems[0]

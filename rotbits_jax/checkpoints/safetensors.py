@@ -138,6 +138,11 @@ def places(
   return {name: placed[name] for name in entries}
 
 
+def specs_of(header: bytes, where: str) -> Specs:
+  """Returns the shape and dtype of each tensor of a header by name, see `places`."""
+  return {name: x for name, (_, x) in places(header, where, any_dtype=True).items()}
+
+
 def has_own_metadata(header: bytes, where: str) -> bool:
   """Returns whether a header has metadata other than what `header` puts into one."""
   return (_values(header, where).get(_METADATA) or _WRITTEN) != _WRITTEN

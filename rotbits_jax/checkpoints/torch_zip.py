@@ -55,8 +55,10 @@ _MOST_PICKLE = 1 << 22
 _MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share storages
 _PICKLE = 'data.pkl'
 
+Path = str | os.PathLike[str]
 
-def open_file(path: str | os.PathLike[str]) -> dict[str, tensors_lib.LazyTensor]:
+
+def open_file(path: Path) -> dict[str, tensors_lib.LazyTensor]:
   """Opens a file that `torch.save(state_dict)` wrote. No storage is read.
 
   Returns:
@@ -78,7 +80,7 @@ def open_file(path: str | os.PathLike[str]) -> dict[str, tensors_lib.LazyTensor]
 
 
 @contextlib.contextmanager
-def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
+def _errors_name(path: Path) -> Iterator[None]:
   """Turns every error of a damaged file into a `CheckpointError` with its path."""
   try:
     yield
@@ -149,15 +151,11 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-  """What the pickle's call of torch._utils._rebuild_tensor_v2 makes."""
-
   storage: Any
   offset: Any
   shape: Any
   strides: Any
-  requires_grad: Any
-  backward_hooks: Any
-  metadata: Any = None  # says that the tensor is negated or conjugated
+  flags: Any  # say that the tensor is negated or conjugated
 
 
 class _StateDict(dict[str, Any]):
@@ -171,7 +169,7 @@ class _StateDict(dict[str, Any]):
 
 _FUNCTIONS: dict[str, Any] = {
   'collections.OrderedDict': lambda: _StateDict(),
-  'torch._utils._rebuild_tensor_v2': _View,
+  'torch._utils._rebuild_tensor_v2': lambda *x: _View(*x[:4], *(x[6:] or [None])),
   'torch._utils._rebuild_parameter': lambda data, requires_grad, backward_hooks: data,
 }
 _OPERATIONS = (
@@ -242,46 +240,35 @@ def _state(members: Mapping[str, _Member]) -> dict[str, Any]:
 
 
 def _tensor(
-  name: str,
-  view: Any,
-  members: Mapping[str, _Member],
-  path: str | os.PathLike[str],
+  name: str, view: Any, members: Mapping[str, _Member], path: Path
 ) -> tensors_lib.LazyTensor:
   """Makes a lazy tensor of a view, after checking that it lies inside its storage."""
   if not isinstance(view, _View):
     text = f'expected a tensor, got {type(view).__name__}'
     raise errors.UnsupportedError(f'{errors.cut(name)}: {text}')
-  # Not shown, because tuples of tuples may be exponentially long.
-  match view:
-    case (_Storage(), offset, tuple(shape), tuple(strides), _, _, metadata):
-      numbers = (offset, *shape, *strides)
-      is_view = len(shape) == len(strides) and not metadata
-      is_view &= all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-    case _:
-      is_view = False
-  if not is_view:
+  storage, offset, shape, strides, flags = view
+  is_view = isinstance(storage, _Storage) and not flags
+  is_view &= isinstance(shape, tuple) and isinstance(strides, tuple)
+  numbers = (offset, *shape, *strides) if is_view else ()
+  is_view &= all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+  if not is_view or len(shape) != len(strides):
+    # They are not shown, because tuples of tuples may be exponentially long.
     text = 'the offset, shape and strides are not those of a tensor'
     raise errors.CheckpointError(f'{errors.cut(name)}: {text}')
-  dtype, key, size = view.storage
+  dtype, key, size = storage
   tensors_lib.TensorSpec(shape, dtype).check(name)
-  member = members[f'data/{key}']
+  member, count = members[f'data/{key}'], math.prod(shape)
   last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-  count = math.prod(shape)
-  shown = errors.cut(f'{offset=}, {shape=}, {strides=}')
-  if size < 0 or size * dtype.itemsize > member.size:
-    text = f'storage {errors.cut(key)} has not {errors.cut(str(size))} elements'
-    raise errors.CheckpointError(f'{name}: {text}')
-  if count and last >= size:
-    raise errors.CheckpointError(f'{name}: {shown} reach outside of {size} elements')
-  if count > size:
-    raise errors.CheckpointError(f'{name}: {shown} has elements that overlap')
+  is_inside = 0 <= size * dtype.itemsize <= member.size and (last < size or not count)
+  if not is_inside or count > size:
+    text = errors.cut(f'{offset=}, {shape=}, {strides=}')
+    problem = 'elements that overlap' if is_inside else 'elements outside the storage'
+    raise errors.CheckpointError(f'{name}: {text} has {problem}')
 
   def read() -> np.ndarray:
-    if not count:
-      return np.zeros(shape, dtype)
     start = offset * dtype.itemsize
     with _errors_name(path):
-      content = member.read(start, (last + 1) * dtype.itemsize - start)
+      content = member.read(start, (last + 1) * dtype.itemsize - start if count else 0)
     steps = tuple(s * dtype.itemsize for s in strides)
     return np.ndarray(shape, dtype, content, 0, steps)
 
@@ -341,31 +328,18 @@ class TorchZipWriter:
 def _pickle(specs: Mapping[str, tensors_lib.TensorSpec]) -> Iterator[bytes]:
   """Yields the pickle of the state dict (protocol 2), piece by piece."""
   names = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
+  plain = lambda value: pickle.dumps(value, protocol=2)[2:-1]  # PROTO 2, and STOP
   empty_dict = b'ccollections\nOrderedDict\n)R'
   yield pickle.PROTO + b'\2' + empty_dict + pickle.MARK
   for index, (name, spec) in enumerate(specs.items()):
     if spec.dtype not in names:
-      raise errors.CheckpointError(f'{name}: PyTorch files do not support {spec.dtype}')
-    strides = [
-      math.prod(max(n, 1) for n in spec.shape[i:]) for i in range(1, spec.ndim + 1)
-    ]
-    yield _unicode(name) + b'ctorch._utils\n_rebuild_tensor_v2\n' + pickle.MARK
-    yield pickle.MARK + _unicode('storage') + f'ctorch\n{names[spec.dtype]}\n'.encode()
-    yield _unicode(str(index)) + _unicode('cpu') + _integer(spec.size)
-    yield pickle.TUPLE + pickle.BINPERSID + _integer(0)
-    for numbers in (spec.shape, strides):
-      yield pickle.MARK + b''.join(map(_integer, numbers)) + pickle.TUPLE
+      text = f'PyTorch files do not support {spec.dtype}'
+      raise errors.CheckpointError(f'{name}: {text}')
+    sizes = [max(n, 1) for n in spec.shape]
+    strides = tuple(math.prod(sizes[i + 1 :]) for i in range(spec.ndim))
+    yield plain(name) + b'ctorch._utils\n_rebuild_tensor_v2\n' + pickle.MARK
+    yield pickle.MARK + plain('storage') + f'ctorch\n{names[spec.dtype]}\n'.encode()
+    yield plain(str(index)) + plain('cpu') + plain(spec.size) + pickle.TUPLE
+    yield pickle.BINPERSID + plain(0) + plain(spec.shape) + plain(strides)
     yield pickle.NEWFALSE + empty_dict + pickle.TUPLE + pickle.REDUCE
   yield pickle.SETITEMS + pickle.STOP
-
-
-def _unicode(text: str) -> bytes:
-  data = text.encode()
-  return pickle.BINUNICODE + struct.pack('<I', len(data)) + data
-
-
-def _integer(value: int) -> bytes:
-  if value < 2**31:
-    return pickle.BININT + struct.pack('<i', value)
-  data = pickle.encode_long(value)
-  return pickle.LONG1 + bytes([len(data)]) + data

@@ -79,10 +79,9 @@ class FolderWriter:
     if both := weights.keys() & files.keys():
       raise errors.CheckpointError(f'two files have the name {min(both)}')
     for name, content in weights.items():
-      specs = content
-      if isinstance(content, bytes):
-        placed = safetensors.places(content, name, any_dtype=True)
-        specs = {x: spec for x, (_, spec) in placed.items()}
+      specs = (
+        safetensors.specs_of(content, name) if isinstance(content, bytes) else content
+      )
       if twice := self.specs.keys() & specs.keys():
         raise errors.CheckpointError(f'two files have the tensor {min(twice)}')
       self.specs |= specs
@@ -93,7 +92,7 @@ class FolderWriter:
     """Makes the hidden folder."""
     self._target = outputs.directory_target(self._path)
     self.replaced()
-    self._writers: dict[str, safetensors.FileWriter | torch_zip.TorchZipWriter] = {}
+    self._writers: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
       stack.enter_context(outputs.named(self._path))
       self._folder = stack.enter_context(outputs.fresh(outputs.staging(self._target)))
@@ -104,11 +103,9 @@ class FolderWriter:
         with (self._folder / name).open('xb') as file:
           file.write(data)
       for name, content in self._weights.items():
-        path = self._folder / name
-        if isinstance(content, bytes):
-          self._writers[name] = safetensors.FileWriter(path, content)
-        else:
-          self._writers[name] = torch_zip.TorchZipWriter(path, content)
+        is_header = isinstance(content, bytes)
+        cls: Any = safetensors.FileWriter if is_header else torch_zip.TorchZipWriter
+        self._writers[name] = cls(self._folder / name, content)
       self._stack = stack.pop_all()
     return self
 
@@ -118,11 +115,9 @@ class FolderWriter:
       self._stack.__exit__(error_type, error, trace)  # names a full disk
       return
     with self._stack:
-      if self._missing:
-        shown = ', '.join(itertools.islice(self._missing, _SHOWN))
-        raise ValueError(
-          f'{len(self._missing)} tensors have not been written, such as {shown}'
-        )
+      if count := len(self._missing):
+        text = ', '.join(itertools.islice(self._missing, _SHOWN))
+        raise ValueError(f'{count} tensors have not been written, such as {text}')
       for writer in self._writers.values():
         writer.close()
       outputs.move(self._folder, self._target)
@@ -138,11 +133,10 @@ class FolderWriter:
 
   def replaced(self) -> list[pathlib.Path]:
     """Returns the files of an older checkpoint that are replaced."""
+    new = {*self._files, *self._weights}
     return outputs.check_replaced(
       outputs.directory_target(self._path),
-      lambda name: (
-        name in {*self._files, *self._weights} or fnmatch.fnmatch(name, _OLDER_WEIGHTS)
-      ),
+      lambda name: name in new or fnmatch.fnmatch(name, _OLDER_WEIGHTS),
       overwrite=self._overwrite,
     )
 
@@ -201,20 +195,15 @@ class CheckpointWriter:
     Raises:
       ValueError: if the format does not suit the model, or a dtype is missing.
     """
-    if format not in typing.get_args(Format):
-      raise ValueError(
-        f'format must be one of {", ".join(typing.get_args(Format))}, got {format!r}'
-      )
+    formats = typing.get_args(Format)
+    if format not in formats:
+      raise ValueError(f'format must be one of {", ".join(formats)}, got {format!r}')
     if format != 'safetensors' and not config.sliced:
-      raise ValueError(
-        f'only a sliced model has the format {format}; transformers loads a dense one '
-        'from the format safetensors'
-      )
+      text = 'transformers loads a dense one from the format safetensors'
+      raise ValueError(f'only a sliced model has the format {format}; {text}')
     if shard_size is not None and (format == 'slicegpt' or shard_size < 1):
-      raise ValueError(
-        'shard_size must be positive and requires safetensors files, '
-        f'got {shard_size} and {format}'
-      )
+      text = f'got {shard_size} and {format}'
+      raise ValueError(f'shard_size must be positive and needs safetensors, {text}')
     if config.sliced and stem is None:
       raise errors.CheckpointError('a sliced checkpoint needs a stem, got None')
     for name in [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]:
@@ -301,11 +290,7 @@ class CheckpointWriter:
 def _divided(
   specs: safetensors.Specs, index: bytes | None, shard_size: int | None
 ) -> tuple[dict[str, safetensors.Specs], Any]:
-  """Divides tensors among files: as an index says, if it is of these tensors.
-
-  Returns:
-    The tensors of each file, and the metadata of the index; None without it.
-  """
+  """Divides tensors among files: as an index says, if it is of these tensors."""
   if index is not None and shard_size is None:
     parsed = safetensors.WeightIndex.parse(index, safetensors.INDEX)
     if parsed.weight_map.keys() == specs.keys():
@@ -327,19 +312,14 @@ def save_checkpoint(
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
-  Structured leaves are materialized one layer at a time.
-
   Args:
     checkpoint: the model and its sidecar files.
     directory: the directory, which is made if it does not exist.
-    format: see `CheckpointWriter`.
-    shard_size: see `CheckpointWriter`.
-    overwrite: see `CheckpointWriter`.
+    format, shard_size, overwrite: see `CheckpointWriter`.
 
   Raises:
     ValueError: if the format does not suit the model, if a file name is not valid, or
       if the `config.json` is that of another model.
-    OSError: if the directory cannot be written, or a file must not be replaced.
   """
   model, files, stem = checkpoint
   leaves = tensors_lib.leaves_of(model)
@@ -373,8 +353,7 @@ def fitting_files(
     stem: name of the slicing JSON among them.
 
   Raises:
-    ValueError: if the config in the files is not that of the model. The message names
-      the fields that differ.
+    ValueError: if the model has another config than the files; names the fields.
   """
   config = model.config
   names = [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]
@@ -388,10 +367,9 @@ def fitting_files(
   fields = config.__struct_fields__
   differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
   if differing:
-    listed = ', '.join(names)
+    listed, text = ', '.join(names), ', '.join(differing)
     raise ValueError(
-      f'{listed}: the config of the model has another {", ".join(differing)}; '
-      f'change {listed} in `files`, too'
+      f'{listed}: the config of the model has another {text}; change {listed}, too'
     )
   if not is_untied:
     return files

@@ -104,128 +104,80 @@ def resize(
     setattr(module, name, nn.Linear(*widths, bias=old.bias is not None))
 
 
-def layer_output(hidden_states: torch.Tensor, weights: torch.Tensor | None):
-  """Returns the output of a layer of OPT or Phi: a tuple before transformers 5.4.
-
-  The layers of the other families return one tensor in all versions.
-  """
-  return hidden_states if TRANSFORMERS >= (5, 4) else (hidden_states, weights)
-
-
-# ---- layers --------------------------------------------------------------------------
-
-
 class LayerMixin:
-  """A layer with attention and then a gated MLP, as Llama has it.
+  """A layer with attention and then an MLP; or with both side by side, after one norm.
 
   Attributes:
-    attention_inputs: names of the linear layers that read the attention's input.
-    mlp_inputs: names of those that read the MLP's input.
+    norms: names of the norms.
+    attention: names of the linear layers that read the attention's input, and of the
+      one that writes its output.
+    linears: the same of the MLP.
+    has_weights: whether a layer returns the weights of its attention, too, as those of
+      OPT and Phi do before transformers 5.4.
   """
 
-  attention_inputs: tuple[str, ...] = ('q_proj', 'k_proj', 'v_proj')
-  mlp_inputs: tuple[str, ...] = ('gate_proj', 'up_proj')
+  norms: tuple[str, ...] = ('input_layernorm', 'post_attention_layernorm')
+  attention: tuple[str, ...] = ('q_proj', 'k_proj', 'v_proj', 'o_proj')
+  linears: tuple[str, ...] = ('gate_proj', 'up_proj', 'down_proj')
+  has_weights = False
 
   def __init__(self, config: Any, layer_idx: int):
     super().__init__(config, layer_idx)
-    segment = 2 * layer_idx
-    first, middle, last = config.segment_widths[segment : segment + 3]
-    resize(self.self_attn, *self.attention_inputs, inputs=first)
-    resize(self.self_attn, 'o_proj', outputs=middle)
-    resize(self.mlp, *self.mlp_inputs, inputs=middle)
-    resize(self.mlp, 'down_proj', outputs=last)
-    self.input_layernorm = RMSN(config.hidden_size)
-    self.post_attention_layernorm = RMSN(config.hidden_size)
-    self.attn_shortcut = shortcut(config, segment)
-    self.mlp_shortcut = shortcut(config, segment + 1)
+    steps, mlp = len(self.norms), getattr(self, 'mlp', self)  # OPT's is in the layer
+    widths = config.segment_widths[steps * layer_idx :]
+    resize(self.self_attn, *self.attention[:-1], inputs=widths[0])
+    resize(self.self_attn, self.attention[-1], outputs=widths[1])
+    resize(mlp, *self.linears[:-1], inputs=widths[steps - 1])
+    resize(mlp, self.linears[-1], outputs=widths[steps])
+    shortcuts = ('attn_shortcut', 'mlp_shortcut')
+    for i, (norm, name) in enumerate(zip(self.norms, shortcuts, strict=False)):
+      setattr(self, norm, RMSN(config.hidden_size))
+      setattr(self, name, shortcut(config, steps * layer_idx + i))
+    self.rate = getattr(config, 'resid_pdrop', getattr(config, 'dropout', 0.0))
 
-  def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-    normed = self.input_layernorm(hidden_states)
-    attended, _ = self.self_attn(hidden_states=normed, **kwargs)
-    hidden_states = self.attn_shortcut(hidden_states) + attended
-    normed = self.post_attention_layernorm(hidden_states)
-    return self.mlp_shortcut(hidden_states) + self.mlp(normed)
+  def forward(self, hidden_states: torch.Tensor, **kwargs):
+    norms = [getattr(self, name) for name in self.norms]
+    normed = norms[0](hidden_states)
+    attended, weights = self.self_attn(hidden_states=normed, **kwargs)
+    hidden_states = self.attn_shortcut(hidden_states) + self.drop(attended)
+    if len(norms) == 2:
+      normed = norms[1](hidden_states)
+      hidden_states = self.mlp_shortcut(hidden_states)
+    if hasattr(self, 'mlp'):
+      computed = self.mlp(normed)
+    else:
+      computed = self.fc2(self.activation_fn(self.fc1(normed)))
+    hidden_states = hidden_states + self.drop(computed)
+    return (hidden_states, weights) if self.has_weights else hidden_states
+
+  def drop(self, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.dropout(x, p=self.rate, training=self.training)
 
 
 class Phi3LayerMixin(LayerMixin):
-  """A layer with joined projections, and with dropout."""
-
-  attention_inputs = ('qkv_proj',)
-  mlp_inputs = ('gate_up_proj',)
-
-  def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-    normed = self.input_layernorm(hidden_states)
-    attended, _ = self.self_attn(hidden_states=normed, **kwargs)
-    residual = self.attn_shortcut(hidden_states)
-    hidden_states = residual + self.resid_attn_dropout(attended)
-    normed = self.post_attention_layernorm(hidden_states)
-    residual = self.mlp_shortcut(hidden_states)
-    return residual + self.resid_mlp_dropout(self.mlp(normed))
+  attention = ('qkv_proj', 'o_proj')
+  linears = ('gate_up_proj', 'down_proj')
 
 
-class PhiLayerMixin:
-  """A layer whose attention and MLP are side by side, past one shortcut."""
-
-  def __init__(self, config: Any, layer_idx: int):
-    super().__init__(config, layer_idx)
-    first, last = config.segment_widths[layer_idx : layer_idx + 2]
-    resize(self.self_attn, 'q_proj', 'k_proj', 'v_proj', inputs=first)
-    resize(self.self_attn, 'dense', outputs=last)
-    resize(self.mlp, 'fc1', inputs=first)
-    resize(self.mlp, 'fc2', outputs=last)
-    self.input_layernorm = RMSN(config.hidden_size)
-    self.attn_shortcut = shortcut(config, layer_idx)
-
-  def forward(self, hidden_states: torch.Tensor, **kwargs):
-    normed = self.input_layernorm(hidden_states)
-    attended, weights = self.self_attn(hidden_states=normed, **kwargs)
-    computed = self.resid_dropout(attended) + self.resid_dropout(self.mlp(normed))
-    hidden_states = self.attn_shortcut(hidden_states) + computed
-    return layer_output(hidden_states, weights)
+class PhiLayerMixin(LayerMixin):
+  norms = ('input_layernorm',)
+  attention = ('q_proj', 'k_proj', 'v_proj', 'dense')
+  linears = ('fc1', 'fc2')
+  has_weights = TRANSFORMERS < (5, 4)
 
 
-class OPTLayerMixin:
-  """A layer whose MLP is in the layer itself."""
-
-  def __init__(self, config: Any, layer_idx: int):
-    super().__init__(config, layer_idx)
-    segment = 2 * layer_idx
-    first, middle, last = config.segment_widths[segment : segment + 3]
-    resize(self.self_attn, 'q_proj', 'k_proj', 'v_proj', inputs=first)
-    resize(self.self_attn, 'out_proj', outputs=middle)
-    resize(self, 'fc1', inputs=middle)
-    resize(self, 'fc2', outputs=last)
-    self.self_attn_layer_norm = RMSN(config.hidden_size)
-    self.final_layer_norm = RMSN(config.hidden_size)
-    self.attn_shortcut = shortcut(config, segment)
-    self.mlp_shortcut = shortcut(config, segment + 1)
-
-  def forward(self, hidden_states: torch.Tensor, **kwargs):
-    normed = self.self_attn_layer_norm(hidden_states)
-    attended, weights = self.self_attn(hidden_states=normed, **kwargs)
-    hidden_states = self.attn_shortcut(hidden_states) + self._dropout(attended)
-    normed = self.final_layer_norm(hidden_states)
-    computed = self.fc2(self.activation_fn(self.fc1(normed)))
-    hidden_states = self.mlp_shortcut(hidden_states) + self._dropout(computed)
-    return layer_output(hidden_states, weights)
-
-  def _dropout(self, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.dropout(x, p=self.dropout, training=self.training)
+class OPTLayerMixin(LayerMixin):
+  norms = ('self_attn_layer_norm', 'final_layer_norm')
+  attention = ('q_proj', 'k_proj', 'v_proj', 'out_proj')
+  linears = ('fc1', 'fc2')
+  has_weights = TRANSFORMERS < (5, 4)
 
 
 # ---- models --------------------------------------------------------------------------
 
 
 class BackboneMixin:
-  """A model without its head.
-
-  Attributes:
-    layer_class: class of its layers.
-    norm_name: name of its final norm.
-  """
-
-  layer_class: type[nn.Module]
-  norm_name = 'norm'
+  """A model without its head; its class names those of its layers and its norm."""
 
   def __init__(self, config: Any):
     super().__init__(config)
@@ -246,8 +198,6 @@ class BackboneMixin:
 class OPTModelMixin:
   """A model of OPT, whose layers are those of a decoder in it."""
 
-  decoder_class: type[nn.Module]
-
   def __init__(self, config: Any):
     super().__init__(config)
     self.decoder = self.decoder_class(config)
@@ -255,15 +205,7 @@ class OPTModelMixin:
 
 
 class CausalLMMixin:
-  """A model with its head.
-
-  Attributes:
-    model_class: class of the model without its head.
-    head_bias: whether the head has a bias.
-  """
-
-  model_class: type[nn.Module]
-  head_bias = False
+  """A model with its head; its class names that of the model without."""
 
   def __init__(self, config: Any):
     super().__init__(config)
@@ -283,27 +225,25 @@ def _add_family(
   head_bias: bool = False,
 ) -> None:
   """Adds the classes of a family to this module: config, layer, model and causal LM."""
-  name = f'Sliced{family}'
-  config_base = getattr(transformers, f'{family}Config')
-  fields = {'model_type': f'sliced_{family.lower()}'}
-  config_class = type(f'{name}Config', (config_base,), fields)
-  layer_bases = layer_mixin, getattr(module, f'{family}DecoderLayer')
-  layer_class = type(f'{name}DecoderLayer', layer_bases, {})
-  common = {'config_class': config_class, '_no_split_modules': [layer_class.__name__]}
-  backbone = common | {'layer_class': layer_class, 'norm_name': norm_name}
-  classes = [config_class, layer_class]
-  if family == 'OPT':
-    decoder = type(f'{name}Decoder', (BackboneMixin, module.OPTDecoder), backbone)
-    mixin, fields = OPTModelMixin, common | {'decoder_class': decoder}
-    classes.append(decoder)
-  else:
-    mixin, fields = BackboneMixin, backbone
-  model_class = type(f'{name}Model', (mixin, getattr(module, f'{family}Model')), fields)
-  fields = common | {'model_class': model_class, 'head_bias': head_bias}
-  causal_bases = CausalLMMixin, getattr(module, f'{family}ForCausalLM')
-  causal_class = type(f'{name}ForCausalLM', causal_bases, fields)
-  for cls in (*classes, model_class, causal_class):
+
+  def add(name: str, base: type, *mixins: type, **fields: Any) -> type:
+    fields['__module__'] = __name__
+    cls = type(f'Sliced{family}{name}', (*mixins, base), fields)
     globals()[cls.__name__] = cls
+    return cls
+
+  config_base = getattr(transformers, f'{family}Config')
+  config = add('Config', config_base, model_type=f'sliced_{family.lower()}')
+  layer = add('DecoderLayer', getattr(module, f'{family}DecoderLayer'), layer_mixin)
+  common = {'config_class': config, '_no_split_modules': [layer.__name__]}
+  fields = common | {'layer_class': layer, 'norm_name': norm_name}
+  mixin = BackboneMixin
+  if family == 'OPT':
+    decoder = add('Decoder', module.OPTDecoder, mixin, **fields)
+    mixin, fields = OPTModelMixin, common | {'decoder_class': decoder}
+  model = add('Model', getattr(module, f'{family}Model'), mixin, **fields)
+  fields = common | {'model_class': model, 'head_bias': head_bias}
+  add('ForCausalLM', getattr(module, f'{family}ForCausalLM'), CausalLMMixin, **fields)
 
 
 _add_family('Llama', modeling_llama)
