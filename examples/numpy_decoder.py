@@ -306,15 +306,17 @@ def known_bits(s, a):
 
 def predicted(b, s, a):
   """The bits of elements before the differences."""
-  if 'left' not in a and 'decay' not in s:
-    return b
-  wide = np.float64(b.view(s['name']))
-  near = wide * (1 - s.get('decay', 0) * 2.0**-40)
+  name = s['name']
   if 'left' in a:
-    near += np.ldexp(np.float64(a['left']) @ a['right'], s.get('unit', 0))
-  return np.where(
-    np.isfinite(wide), bits_of(np.float32(near).astype(s['name']), 'i'), b
-  )
+    wide = np.float64(b.view(name))
+    product = np.float64(a['left']) @ a['right']
+    near = np.float32(wide + np.ldexp(product, s.get('unit', 0))).astype(name)
+    b = np.where(np.isfinite(wide), bits_of(near, 'i'), b)
+  if 'drift' in a:
+    m, top = finfo(name).nmant, b & np.iinfo(b.dtype).max
+    drift = a['drift'][top >> max(m - 8, 0) & min((1 << m) - 1, 255)]
+    b = b + drift.astype(b.dtype) * ((top >> m) % ((1 << finfo(name).nexp) - 1) > 0)
+  return b
 
 
 def difference(s, a):

@@ -3,7 +3,7 @@
 A fine-tune differs from its base by numbers whose sizes depend on the row and the
 column. Many fine-tunes are the base plus a product of two small matrices, or nearly so:
 such a product is stored, where it saves more than it takes. Weight decay moves the rows
-of tokens that no text has; a factor of all elements stores that.
+of tokens that no text has; a drift stores that.
 
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
@@ -25,9 +25,10 @@ from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
 _MORE = 1 << 18  # and those of its differences
-_FEW = 1 << 14  # elements that tell a decay, or how often an exponent changes
+_FEW = 1 << 14  # elements that tell a drift, or the mean exponent of changed ones
+_LEAST_OCTAVES = 1 / 2  # by which changed elements are smaller if classes are shorter
 _SPARSE = 1 / 16  # the greatest share of few changed elements
-_LEAST_DECAY = 1 / 4  # bits of an element that it saves
+_LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BYTES = 60  # of a leaf besides its arrays
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
@@ -135,24 +136,17 @@ def _changed(bits: np.ndarray, base: np.ndarray) -> np.ndarray | None:
 
 
 def _is_sparse(base: np.ndarray, places: np.ndarray, dtype: np.dtype) -> bool:
-  """Returns whether gaps between changed elements are about as short as classes."""
+  """Returns whether gaps between changed elements are about as short as classes.
+
+  They are longer if small elements, whose ULPs are finer, change more often.
+  """
   mantissa = ulps.MANTISSA_BITS.get(dtype)
   if mantissa is None:
     return True
-  every, some = -(-base.size // _FEW), -(-places.size // _FEW)
-  of_all, of_changed = (
-    step * np.bincount((x & np.iinfo(x.dtype).max) >> mantissa, minlength=1 << 8)
-    for x, step in ((base[::every], every), (base[places[::some]], some))
-  )
-  of_all = np.maximum(of_all, of_changed)
-  alone = _binary_entropy(of_changed.sum(), of_all.sum())
-  return float(_binary_entropy(of_changed, of_all).sum()) > 0.9 * float(alone)
-
-
-def _binary_entropy(ones: Any, counts: Any) -> Any:
-  """Returns the bits that tell which `ones` of `counts` elements are changed."""
-  p = np.clip(ones / np.maximum(counts, 1), 1e-9, 1 - 1e-9)
-  return -counts * (p * np.log2(p) + (1 - p) * np.log2(1 - p))
+  exponents = lambda x: (x & np.iinfo(x.dtype).max) >> mantissa
+  some = base[:: -(-base.size // _FEW)], base[places[:: -(-places.size // _FEW)]]
+  means = [float(exponents(x).mean()) for x in some]
+  return abs(means[0] - means[1]) < _LEAST_OCTAVES
 
 
 def _with_few(
@@ -184,13 +178,9 @@ def with_classes(
   *,
   predicts: bool = True,
 ) -> Measured:
-  """Returns differences with classes.
+  """Returns a leaf with classes for the bits `[n]` of an array and of the known one.
 
-  Args:
-    draft: the leaf without differences.
-    bits: bits of the array, `[n]`.
-    base: bits of the known array, `[n]`.
-    predicts: whether factors and a decay are tried.
+  `predicts` tells whether factors and a drift are tried.
   """
   dtype, lengths = draft.dtype, draft.lengths
   width = lengths[-1] if len(lengths) > 1 else bits.size
@@ -200,10 +190,10 @@ def with_classes(
   draft = dataclasses.replace(draft, width=width)
   if predicts and dtype in difference.ROUNDED:
     factors = factors_lib.find(wanted, known, dtype)
-    draft = (
-      draft if factors is None else dataclasses.replace(draft, **factors._asdict())
-    )
-    draft = dataclasses.replace(draft, decay=_decay(bits, base, draft))
+    if factors is not None:
+      draft = dataclasses.replace(draft, **factors._asdict())
+    drift = _drift(bits, draft.predicted_bits(base, pool.run), dtype)
+    draft = dataclasses.replace(draft, drift=drift)
   expected = draft.predicted_bits(base, pool.run)
   rows, columns = scales(wanted, expected.reshape(-1, width), dtype)
   draft = dataclasses.replace(draft, row_scales=rows, column_scales=columns)
@@ -213,41 +203,28 @@ def with_classes(
   return Measured(leaf, prediction.classes)
 
 
-def _decay(bits: np.ndarray, base: np.ndarray, draft: difference.Difference) -> int:
-  """Returns the decay of elements `[n]`, see `difference`; 0 if it saves little."""
-  dtype = draft.dtype
-  some = slice(None, None, -(-bits.size // _FEW))
-  bits, base = bits[some], base[some]
-  off = factors_lib.floats(bits, base, dtype).astype(np.float64)
-  with np.errstate(all='ignore'):
-    shares = -off / factors_lib.widened(base, dtype)
-  shares = shares[np.abs(shares) < 1]  # which no NaN is
-  if not shares.size:
-    return 0
-  decay = round(float(np.median(shares)) * 2.0**difference.DECAY_BITS)
-  alone = difference.Difference(
-    lengths=base.shape, name=draft.name, width=base.size, decay=decay
-  )
-  near = alone.predicted_bits(base)
-  before, after = (
-    np.abs(ulps.differences(bits, x, dtype).astype(np.float64)) for x in (base, near)
-  )
-  saved = np.log2((1 + before) / (1 + after)).mean()
-  return decay if saved >= _LEAST_DECAY else 0
+def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
+  """Returns the drift of elements `[n]`; None if it saves little."""
+  mantissa, some = ulps.MANTISSA_BITS[dtype], slice(None, None, -(-bits.size // _FEW))
+  off = ulps.differences(bits[some], known[some], dtype).astype(np.int64)
+  places = difference.drift_places(known[some], mantissa)
+  order = np.lexsort((off, places))
+  counts = np.bincount(places, minlength=difference.DRIFTS)
+  middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, off.size - 1)
+  drift = np.where(counts, off[order[middle]], 0)
+  saved = np.log2((1.0 + abs(off)) / (1 + abs(off - drift[places]))).mean()
+  if saved < _LEAST_DRIFT or np.abs(drift).max() >= 1 << mantissa:
+    return None
+  return drift.astype(np.int32)
 
 
 def scales(
   bits: np.ndarray, known: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Measures the scales of the differences of rows and columns.
+  """Measures the scales of differences, given the bits of two arrays, `[R, C]`.
 
   The mean of square roots is used, because few large differences change it little. Some
   elements of each row and each column are enough.
-
-  Args:
-    bits: bits of the array, `[R, C]`.
-    known: bits of the known array, `[R, C]`.
-    dtype: their dtype.
 
   Returns:
     The scales of the rows and of the columns, int16, see `structured.difference`.
@@ -258,55 +235,44 @@ def scales(
   )
   of_columns, share = np.ones(columns), 1.0
   if rows >= _LEAST_LINES:
-    roots = _roots(bits[some_rows], known[some_rows], dtype)
+    roots = np.sqrt(
+      np.abs(factors_lib.floats(bits[some_rows], known[some_rows], dtype))
+    )
     share = float(np.count_nonzero(roots)) / roots.size
-    of_some = roots.mean(axis=1, keepdims=True)
-    present = max(np.count_nonzero(of_some), 1)
-    roots = np.divide(roots, of_some, out=roots, where=of_some > 0)
+    means = roots.mean(axis=1, keepdims=True)
+    present = max(np.count_nonzero(means), 1)
+    roots = np.divide(roots, means, out=roots, where=means > 0)
     of_columns = roots.sum(axis=0, dtype=np.float64) / present
-  weights = 1 / np.maximum(of_columns[some_columns], _TINY)
-  weights = np.where(of_columns[some_columns], weights, 0).astype(np.float32)
+  some = of_columns[some_columns]
+  weights = np.divide(1, some, out=np.zeros_like(some), where=some > _TINY)
+  weights = weights.astype(np.float32)
 
   def job(part: slice) -> np.ndarray:
-    roots = _roots(bits[part, some_columns], known[part, some_columns], dtype)
+    near = known[part, some_columns]
+    off = factors_lib.floats(bits[part, some_columns], near, dtype)
     with np.errstate(all='ignore'):
-      return (roots * weights).sum(axis=1, dtype=np.float64)
+      return (np.sqrt(np.abs(off)) * weights).sum(axis=1, dtype=np.float64)
 
   sums = np.concatenate(difference.in_parts(job, rows, weights.size))
-  of_rows = sums / max(np.count_nonzero(weights), 1)
-  bias = 0.0
+  of_rows, bias = sums / max(np.count_nonzero(weights), 1), 0
   if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
-    bias = 8.0 * (one + mantissa)
-  return (
-    _kept(_logs(of_rows, bias), share * columns),
-    _kept(_logs(of_columns, 0.0), share * rows),
-  )
+    bias = 8 * (one + mantissa)
+  return _kept(of_rows, bias, share * columns), _kept(of_columns, 0, share * rows)
 
 
-def _roots(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the square roots of absolute differences, float32; 0 for those infinite."""
-  far = factors_lib.floats(bits, known, dtype)
-  np.abs(far, out=far)
-  return np.sqrt(far, out=far)
-
-
-def _logs(roots: np.ndarray, bias: float) -> np.ndarray:
-  """Returns the scales of lines, in eighths of an octave."""
-  logs = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
-  bound = difference.MOST_SCALE
-  return np.clip(logs, -bound, bound).astype(np.int16)
-
-
-def _kept(logs: np.ndarray, size: float) -> np.ndarray:
+def _kept(roots: np.ndarray, bias: int, size: float) -> np.ndarray:
   """Returns the scales of lines, or one for all if they save less than they take.
 
   Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
 
   Args:
-    logs: the scales, in eighths of an octave.
+    roots: the means of square roots.
+    bias: is added to the scales, in eighths of an octave.
     size: the differences of a line that are not 0.
   """
+  logs = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
+  logs = logs.clip(-difference.MOST_SCALE, difference.MOST_SCALE).astype(np.int16)
   middle = float(np.median(logs))
   far = np.clip(logs - middle, -_FAR, _FAR)
   if size * float(np.square(far).mean()) * math.log(2) / 64 > _SCALE_BITS:

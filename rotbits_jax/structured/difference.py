@@ -26,11 +26,13 @@ e is the biased exponent, at least 1; 0 for integers. A class has a shift s, and
 differences are above -2^(s + 7) and below 2^(s + 7). The number -2^(s + 7) marks an
 exception, whose bits are stored apart.
 
-Predictions. If there are factors or a decay, the known number b is first replaced by
-`b (1 - decay 2^-40) + (left @ right)[i, j] 2^unit`, in float64, where b is finite,
-rounded to float32 and then to the dtype.
+Predictions. If there are factors, the known number b is first replaced by
+`b + (left @ right)[i, j] 2^unit`, in float64, where b is finite, rounded to float32 and
+then to the dtype. If there is a drift, each normal number then moves away from zero by
+the ULPs that the drift has for the top 8 bits of its mantissa. Weight decay makes one:
+it moves all numbers of an octave by as many ULPs, or by few others.
 
-Everything here is exact: integers, and sums of floats that are rounded once each. Shape
+Everything here is exact: integers, and sums of floats that are rounded once. Shape
 letters: R rows, C columns. What does not fit raises a ValueError.
 """
 
@@ -67,8 +69,8 @@ MOST_SCALE = 8000
 LONGEST = (1 << 31) - 1
 """The greatest length of an axis."""
 
-DECAY_BITS = 40
-"""The unit of a decay is 2^-DECAY_BITS."""
+DRIFTS = 256
+"""The length of a drift."""
 
 FAR = -128
 """The difference that marks an exception among few differences."""
@@ -122,7 +124,6 @@ class Prediction(NamedTuple):
 # NumPy evaluates a part of other texts, such as '(1,2)f4'.
 _Name = Annotated[str, msgspec.Meta(pattern=r'\A\w{1,32}\Z')]
 _some = functools.partial(Array, optional=True)
-_Decay = Annotated[int, schema.between(-(1 << DECAY_BITS), 1 << DECAY_BITS)]
 
 
 @register
@@ -138,12 +139,13 @@ class Difference(Structured):
     column_scales: int16 `[C]`, or `[1]`; likewise.
     left: int16 `[R, k]`, or None.
     right: int16 `[k, C]`, or None.
+    drift: int32 `[256]`, or None.
     map: int32 `[D, d]`, or None, see `tied.product`.
     shifts: int16 `[D]`, or None.
     lengths: shape of the array, or of its transpose.
     name: name of its dtype.
     width: C.
-    unit: see the module's docstring, as `decay`.
+    unit: see the module's docstring.
     scale: see `tied.product`.
     columns_first: whether `lengths` is the transposed shape, and the known array is
       transposed, too.
@@ -161,11 +163,11 @@ class Difference(Structured):
   column_scales: Annotated[Any, _some('c', np.int16, most=MOST_SCALE)] = None
   left: Annotated[Any, _some('Rk', np.int16)] = None
   right: Annotated[Any, _some('kC', np.int16)] = None
+  drift: Annotated[Any, _some('i', np.int32)] = None
   map: Annotated[Any, _some('Dd', np.int32)] = None
   shifts: Annotated[Any, _some('D', np.int16)] = None
   width: Length = static(default=0)
   unit: Annotated[int, schema.between(-900, 900)] = static(default=0)
-  decay: _Decay = static(default=0)
   scale: Annotated[int, schema.between(-1000, 2000)] = static(default=0)
   columns_first: bool = static(default=False)
 
@@ -255,26 +257,37 @@ class Difference(Structured):
 
   def predicted_bits(self, known: np.ndarray, run: Run = in_turn) -> np.ndarray:
     """Returns the `bits` of the prediction for a known array; both are bits `[R C]`."""
-    if self.left is None and not self.decay:
+    if self.left is None and self.drift is None:
       return known
-    known = known.reshape(-1, self.width)
-    left, bits = np.zeros((len(known), 0)), np.empty_like(known)
-    right = np.zeros((0, self.width))
-    if self.left is not None:
-      left, right = self.left.astype(np.float64), self.right.astype(np.float64)
+    matrix = known.reshape(-1, self.width)
+    bits = np.empty_like(matrix)
 
     def job(rows: slice) -> None:
-      with np.errstate(all='ignore'):
-        numbers = known[rows].view(self.dtype).astype(np.float64)
-        numbers *= 1 - math.ldexp(self.decay, -DECAY_BITS)
-        if right.size:
-          numbers += np.ldexp(host.small_products(left[rows], right), self.unit)
-        near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
-      is_finite = ulps.is_finite(known[rows], self.dtype)
-      bits[rows] = np.where(is_finite, near, known[rows])
+      bits[rows] = self._drifted(self._with_factors(matrix[rows], rows))
 
-    in_parts(job, *known.shape, run)
+    in_parts(job, *matrix.shape, run)
     return bits.reshape(-1)
+
+  def _with_factors(self, bits: np.ndarray, rows: slice) -> np.ndarray:
+    """Returns the bits of rows plus their part of the product of the factors."""
+    if self.left is None:
+      return bits
+    left, right = self.left[rows].astype(np.float64), self.right.astype(np.float64)
+    with np.errstate(all='ignore'):
+      numbers = bits.view(self.dtype).astype(np.float64)
+      numbers += np.ldexp(host.small_products(left, right), self.unit)
+      near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
+    return np.where(ulps.is_finite(bits, self.dtype), near, bits)
+
+  def _drifted(self, bits: np.ndarray) -> np.ndarray:
+    """Returns the bits of normal numbers moved by the drift."""
+    if self.drift is None:
+      return bits
+    mantissa = ulps.MANTISSA_BITS[self.dtype]
+    is_normal = bits & np.iinfo(bits.dtype).max >= 1 << mantissa
+    is_normal &= ulps.is_finite(bits, self.dtype)
+    drift = self.drift.astype(bits.dtype)
+    return bits + drift.take(drift_places(bits, mantissa)) * is_normal
 
   def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
     """Returns the `classes` of the prediction, given its bits."""
@@ -342,7 +355,8 @@ class Difference(Structured):
     """Returns the name of a field that does not fit the others; '' for none."""
     signed, width = np.dtype(f'i{dtype.itemsize}'), self.width
     rows = size // width if width else 0
-    is_predicted = self.left is not None or self.map is not None or self.decay != 0
+    predictions = self.left, self.drift, self.map
+    is_predicted = any(x is not None for x in predictions)
     shape = lambda array: (-1, -1) if array is None else array.shape
     count = 0 if self.differences is None else self.differences.size
     kind = None if self.differences is None else self.differences.dtype
@@ -362,6 +376,7 @@ class Difference(Structured):
         'column_scales': self.column_scales.size in (1, width),
         'left': shape(self.left)[0] in (-1, rows) and shape(self.left)[1] <= _MOST_RANK,
         'right': shape(self.right)[1] in (-1, width),
+        'drift': self.drift is None or self.drift.size == DRIFTS,
       }
     else:
       # The greatest gap stands for many elements.
@@ -421,6 +436,11 @@ def class_shifts(dtype: np.dtype) -> tuple[int, ...]:
   levels = np.arange(LOWEST, highest * _OCTAVE)
   shifts = ((levels // _OCTAVE) - _BITS).clip(0, width - 8)
   return (*shifts.tolist(), width - 8)
+
+
+def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
+  """Returns the places in a drift: the mantissa's highest 8 bits, or fewer."""
+  return bits >> max(mantissa - 8, 0) & min((1 << mantissa) - 1, DRIFTS - 1)
 
 
 def _marks(dtype: np.dtype) -> np.ndarray:
