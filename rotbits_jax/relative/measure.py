@@ -27,6 +27,7 @@ _SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
 _MORE = 1 << 18  # and those of its differences
 _FEW = 1 << 14  # elements that tell a drift, or the mean exponent of changed ones
 _LEAST_OCTAVES = 1 / 2  # by which changed elements are smaller if classes are shorter
+_BY_CHANCE = 4  # octaves of one element
 _SPARSE = 1 / 16  # the greatest share of few changed elements
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
@@ -145,8 +146,9 @@ def _is_sparse(base: np.ndarray, places: np.ndarray, dtype: np.dtype) -> bool:
     return True
   exponents = lambda x: (x & np.iinfo(x.dtype).max) >> mantissa
   some = base[:: -(-base.size // _FEW)], base[places[:: -(-places.size // _FEW)]]
-  means = [float(exponents(x).mean()) for x in some]
-  return abs(means[0] - means[1]) < _LEAST_OCTAVES
+  everywhere, changed = (float(exponents(x).mean()) for x in some)
+  # Means of few exponents differ by chance.
+  return everywhere - changed < _LEAST_OCTAVES + _BY_CHANCE / math.sqrt(some[1].size)
 
 
 def _with_few(

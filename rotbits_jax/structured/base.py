@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.structured import fields
-from rotbits_jax.structured.fields import Arrays
 from rotbits_jax.structured.fields import Settings
 from rotbits_jax.system import host
 
@@ -52,11 +51,8 @@ class Structured(abc.ABC):
 
   A subclass is a `flax.struct` dataclass, and `fields` describes its annotations. It is
   unstacked, or its arrays have a leading layer axis `[N, ...]`. Layers whose arrays
-  differ in the lengths of some axes, such as ranks, are padded with zeros there.
-
-  Most leaves stand for an array alone. Others need further parameters of the model; for
-  example, an embedding may be a linear image of the head. `Model.materialize`, the
-  forward pass and the file reader look up the parameters that `needs` names.
+  differ in the lengths of some axes, such as ranks, are padded with zeros there. Some
+  leaves need other parameters; an embedding may be a linear image of the head.
 
   Attributes:
     type_name: name of the class in the file format.
@@ -137,7 +133,7 @@ class Structured(abc.ABC):
         for i, x in enumerate(annotation.axes or '')
       ]
       cut[name] = array[tuple(slices)]
-    return dataclasses.replace(layer, ranks=None, **cut)  # type: ignore[type-var]
+    return dataclasses.replace(layer, ranks=None, **cut)
 
   def check_layer(self, index: int) -> None:
     """Checks that no numbers are lost if a layer is taken out of a stack.
@@ -156,10 +152,7 @@ class Structured(abc.ABC):
   def stack(cls, leaves: list[Self], ranks: Sequence[Any] | None = None) -> Self:
     """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`.
 
-    Args:
-      leaves: the leaves.
-      ranks: those of the whole stack, see `stored_rank`, if the leaves are some layers
-        of it only.
+    If the leaves are some layers of a stack only, `ranks` are those of all its layers.
     """
     axes = fields.ragged_axes(cls)
     if not axes:
@@ -189,10 +182,9 @@ class Structured(abc.ABC):
     return jax.tree.map(lambda x: function(x) if _is_float(x) else x, self)
 
   def rounded(self, function: Callable[[Any], Any]) -> Self:
-    """Applies a rounding with a step that depends on the numbers, to each array.
+    """Applies a rounding whose step depends on the numbers, to an unstacked leaf.
 
-    A leaf whose arrays are parts of one matrix overrides this method, so that all of
-    them get one step. The leaf is not stacked.
+    A leaf whose arrays are parts of one matrix overrides it, so that they get one step.
     """
     return self.map_arrays(function)
 
@@ -202,19 +194,9 @@ class Structured(abc.ABC):
 
   # ---- the file
 
-  def stored(self) -> tuple[Settings, Arrays]:
-    """Returns the content of an unstacked leaf in the file: settings and arrays."""
-    return fields.store(self)
-
-  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    """Returns the dtype and size of each array of `stored`, which is not computed."""
-    return fields.stored_sizes(self)
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> Self:
-    """Makes the unstacked leaf from its content in a file: the inverse of `stored`."""
-    leaf: Self = fields.load(cls, settings, arrays)
-    return leaf
+  stored = fields.store
+  stored_sizes = fields.stored_sizes
+  from_stored = classmethod(fields.load)
 
   def check(self) -> None:  # noqa: B027
     """Checks how the fields of an unstacked leaf fit together; `from_stored` calls it.
@@ -231,8 +213,8 @@ class Structured(abc.ABC):
   ) -> tuple[int, ...] | None:
     """Returns the lengths of the axes that a stack pads, given the shapes of `stored`.
 
-    The result is None if a stack pads none. Ranks determine the shapes of a stack. So a
-    process that has some of its layers only gives the ranks of all of them to `stack`.
+    A process that has some layers of a stack gives those of all layers to `stack`. The
+    result is None if a stack pads no axis.
     """
     del settings
     return fields.ragged_lengths(cls, shapes)

@@ -53,6 +53,7 @@ from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import register
 from rotbits_jax.structured.fields import Array
 from rotbits_jax.structured.fields import Length
+from rotbits_jax.structured.fields import arrays_of
 from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
@@ -83,7 +84,6 @@ _BITS = 3  # the octaves of a difference that the symbols of a coder tell
 _MOST_RANK = 1 << 12
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit a cache
 _PARTS = 1 << 4  # of a job
-_TOGETHER = (*(('map', 'shifts'), ('left', 'right'), ('row_scales', 'column_scales')),)
 
 Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
 """Runs jobs, perhaps side by side; returns their results."""
@@ -110,15 +110,10 @@ def in_parts(
 
 
 class Prediction(NamedTuple):
-  """What both sides know before the differences are coded.
+  """What both sides know before the differences are coded."""
 
-  Attributes:
-    bits: signed integers `[R C]`, the bits of the elements without differences.
-    classes: uint8 `[R C]`, the class of each element.
-  """
-
-  bits: np.ndarray
-  classes: np.ndarray
+  bits: np.ndarray  # signed integers [R C], of the elements without differences
+  classes: np.ndarray  # uint8 [R C], the class of each element
 
 
 # NumPy evaluates a part of other texts, such as '(1,2)f4'.
@@ -345,47 +340,49 @@ class Difference(Structured):
       raise ValueError(f'arrays of {self.name!r:.40} are not stored beside a base')
     if len(lengths) > 32 or math.prod(n for n in lengths if n) > 1 << 48:
       raise ValueError(f'an array of {lengths!r:.80} is too large')
-    for names in _TOGETHER:
-      if len({getattr(self, name) is None for name in names}) > 1:
-        raise ValueError(f'{names} belong together')
-    if wrong := self._misfits(dtype, math.prod(lengths)):
-      raise ValueError(f'{wrong} of an array {self.name} {lengths} do not fit')
-
-  def _misfits(self, dtype: np.dtype, size: int) -> str:
-    """Returns the name of a field that does not fit the others; '' for none."""
-    signed, width = np.dtype(f'i{dtype.itemsize}'), self.width
-    rows = size // width if width else 0
-    predictions = self.left, self.drift, self.map
+    size, signed = math.prod(lengths), np.dtype(f'i{dtype.itemsize}')
+    rows = size // self.width if self.width else 0
+    predictions = self.left, self.right, self.drift, self.map, self.shifts
     is_predicted = any(x is not None for x in predictions)
-    shape = lambda array: (-1, -1) if array is None else array.shape
-    count = 0 if self.differences is None else self.differences.size
-    kind = None if self.differences is None else self.differences.dtype
-    gaps = 0 if self.gaps is None else self.gaps.size
+    # None has neither a size nor a shape.
+    sizes = {name: x.size for name, _, x in arrays_of(self)}
+    size_of = lambda name: sizes.get(name, 0)
+    dtype_of_differences = getattr(self.differences, 'dtype', None)
     rules = {
-      'exceptions': self.exceptions is None
-      or (kind is not None and self.exceptions.dtype == signed),
+      'exceptions': getattr(self.exceptions, 'dtype', signed) == signed
+      and size_of('differences') >= size_of('exceptions'),
       'name': not is_predicted or dtype in ROUNDED,
-      'map': self.map is None or self.lengths[1:] == self.map.shape[1:],
+      'left': ('left' in sizes) == ('right' in sizes),
+      'map': ('map' in sizes) == ('shifts' in sizes)
+      and ('map' not in sizes or lengths[1:] == self.map.shape[1:]),
+      'scales': ('row_scales' in sizes) == ('column_scales' in sizes),
     }
     if self.has_classes:
+      left = (rows, 0) if self.left is None else self.left.shape
       rules |= {
-        'width': rows * width == size and dtype.itemsize <= 4,
+        'width': rows * self.width == size and dtype.itemsize <= 4,
         'gaps': self.gaps is None,
-        'differences': count == size and kind == signed,
-        'row_scales': self.row_scales.size in (1, rows),
-        'column_scales': self.column_scales.size in (1, width),
-        'left': shape(self.left)[0] in (-1, rows) and shape(self.left)[1] <= _MOST_RANK,
-        'right': shape(self.right)[1] in (-1, width),
+        'differences': size_of('differences') == size
+        and dtype_of_differences == signed,
+        'row_scales': size_of('row_scales') in (1, rows),
+        'column_scales': size_of('column_scales') in (1, self.width),
+        'factors': left[0] == rows
+        and left[1] <= _MOST_RANK
+        and size_of('right') == left[1] * self.width,
         'drift': self.drift is None or self.drift.size == DRIFTS,
       }
     else:
       # The greatest gap stands for many elements.
+      most = size_of('differences') + size // MOST_GAP
       rules |= {
-        'width': not width and not is_predicted,
-        'gaps': (gaps > 0) == (count > 0) and gaps <= count + size // MOST_GAP,
-        'differences': count <= size and kind in (None, np.int8),
+        'width': not self.width and not is_predicted,
+        'gaps': ('gaps' in sizes) == ('differences' in sizes)
+        and size_of('gaps') <= most,
+        'differences': size_of('differences') <= size
+        and dtype_of_differences in (None, np.int8),
       }
-    return next((name for name, holds in rules.items() if not holds), '')
+    if wrong := [name for name, holds in rules.items() if not holds]:
+      raise ValueError(f'{wrong[0]} of an array {self.name} {lengths} do not fit')
 
 
 # ---- known arrays --------------------------------------------------------------------

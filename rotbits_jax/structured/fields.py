@@ -22,13 +22,14 @@ from flax import struct
 import numpy as np
 
 from rotbits_jax.structured import steps
-from rotbits_jax.structured import triangles
+from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
 Settings = dict[str, Any]  # JSON values
 Arrays = dict[str, np.ndarray]
 
 _CORNER, _STEP = '_corner', '_step'  # of the name of an array
+_SMALL = 1 << 24  # entries of a matrix that may be all zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def ragged_lengths(
 
 
 def store(leaf: Any) -> tuple[Settings, Arrays]:
-  """Returns the settings and arrays of an unstacked leaf."""
+  """Returns the content of an unstacked leaf in the file: settings and arrays."""
   cls: Any = type(leaf)
   settings = {
     name: schema.dump(getattr(leaf, name))
@@ -130,7 +131,7 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
   for name, annotation, array in arrays_of(leaf):
     arrays[name] = np.asarray(array)
     if annotation.lower:
-      arrays[f'{name}{_CORNER}'], arrays[name] = triangles.split_lower(array)
+      arrays[f'{name}{_CORNER}'], arrays[name] = split_lower(array)
   for name, array in list(arrays.items()):
     if (divided := steps.divide(array)) is not None:
       arrays[name], arrays[f'{name}{_STEP}'] = divided
@@ -140,13 +141,13 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
 def stored_sizes(leaf: Any) -> list[tuple[np.dtype, int]]:
   """Returns the dtype and the size of each array of `store`, without computing them."""
   size = lambda x, annotation: (
-    triangles.lower_size(x.shape) if annotation.lower else math.prod(x.shape)
+    lower_size(x.shape) if annotation.lower else math.prod(x.shape)
   )
   return [(np.dtype(x.dtype), size(x, kind)) for _, kind, x in arrays_of(leaf)]
 
 
 def load(cls: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
-  """Makes a leaf from its settings and arrays: the inverse of `store`."""
+  """Makes an unstacked leaf from its content in a file: the inverse of `store`."""
   settings, arrays = dict(settings), dict(arrays)
   values: dict[str, Any] = {}
   lengths: dict[str, int] = {}
@@ -197,5 +198,50 @@ def _take_array(annotation: Array, name: str, arrays: dict[str, Any]) -> np.ndar
   if annotation.lower:
     corner = _take_array(Array('n'), f'{name}{_CORNER}', arrays)
     # A rank is no part of the shape of a leaf, which tells how much memory it takes.
-    array = triangles.join_lower(corner, array, is_tall=bool(annotation.ragged))
+    array = join_lower(corner, array, is_tall=bool(annotation.ragged))
   return array
+
+
+# ---- triangles -----------------------------------------------------------------------
+#
+# A lower trapezoidal matrix is a packed corner and the other rows. The corner is the
+# first rows, as many as the matrix has columns, or all rows if these are fewer. It is
+# packed: only the entries on and below the diagonal are kept, row by row.
+
+
+def lower_size(shape: tuple[int, ...]) -> int:
+  """Returns how many entries `[rows, columns]` has on and below the diagonal."""
+  rows, columns = shape[-2:]
+  corner = min(rows, columns)
+  return corner * (corner + 1) // 2 + (rows - corner) * columns
+
+
+def split_lower(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the packed corner `[n (n + 1) / 2]` and the other rows `[r, columns]`."""
+  matrix = np.asarray(matrix)
+  n = min(matrix.shape)
+  return matrix[:n, :n][np.tri(n, dtype=np.bool)], matrix[n:]
+
+
+def join_lower(
+  corner: np.ndarray, below: np.ndarray, *, is_tall: bool = False
+) -> np.ndarray:
+  """Makes a lower trapezoidal matrix: the inverse of `split_lower`.
+
+  Few numbers of untrusted input must not ask for much memory. So the matrix must not be
+  far larger than its parts, nor wider than it is long if `is_tall`.
+  """
+  n, (rows, columns) = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape
+  fits = n * (n + 1) // 2 == corner.size and (
+    n == columns or (n < columns and not rows and not is_tall)
+  )
+  if not fits or corner.dtype != below.dtype:
+    raise ValueError(f'no triangle has {corner.size} numbers above {below.shape=}')
+  rows += n
+  # A square one has twice as many; a kernel may have fewer outputs than inputs.
+  if rows * columns > 16 * (corner.size + below.size) + _SMALL:
+    raise ValueError(f'{corner.size} numbers are too few for {rows} x {columns}')
+  matrix = host.empty((rows, columns), corner.dtype)
+  matrix[:n], matrix[n:] = 0, below
+  matrix[:n, :n][np.tri(n, dtype=np.bool)] = corner
+  return matrix
