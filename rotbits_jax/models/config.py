@@ -26,6 +26,8 @@ Norm = Literal['layernorm', 'rmsnorm', 'rmsn']
 Count = Annotated[int, schema.between(0, (1 << 31) - 1)]
 """The length of an axis, or a number of layers or heads."""
 
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
 SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN ignores the epsilon of the dense config
 
 
@@ -39,15 +41,13 @@ class RopeScaling(schema.Object, kw_only=True):
   interpolates linearly in the number of turns.
 
   Attributes:
-    type_name: 'linear' or 'llama3'.
     factor: divisor of the frequencies.
-    low_freq_factor: lower bound of 'llama3', in turns.
-    high_freq_factor: upper bound of 'llama3', in turns; must exceed `low_freq_factor`.
+    low_freq_factor, high_freq_factor: bounds of 'llama3', in turns.
     original_positions: number of tokens within which 'llama3' counts the turns.
   """
 
   type_name: Literal['linear', 'llama3']
-  factor: float
+  factor: Positive
   low_freq_factor: float = 0.0
   high_freq_factor: float = 0.0
   original_positions: Count = 0
@@ -59,22 +59,13 @@ class RopeScaling(schema.Object, kw_only=True):
         'low_freq_factor must be positive and less than high_freq_factor, '
         f'got {low} and {high}'
       )
-    _check_positive(factor=self.factor)
-
-
-def _check_positive(**numbers: float | None) -> None:
-  """Raises ValueError if one of these numbers is not above 0."""
-  for name, number in numbers.items():
-    if number is not None and not number > 0:
-      raise ValueError(f'{name} must be positive, got {number}')
 
 
 class ModelConfig(schema.Object, kw_only=True):
   """Sizes and switches of one dense or sliced decoder-only transformer.
 
   A switch stands for one thing that a family does otherwise, so that another family is
-  another combination of them. `schema.load` and `schema.dump` convert a config from and
-  to JSON.
+  another combination of them.
 
   Attributes:
     family: key of `checkpoints.FAMILIES`, whose row names the tensors.
@@ -130,7 +121,7 @@ class ModelConfig(schema.Object, kw_only=True):
   max_positions: Count
   learned_positions: Count = 0
   rotary_dim: Count = 0
-  rope_theta: float = 10000.0
+  rope_theta: Positive = 10000.0
   rope_scaling: RopeScaling | None = None
   sliding_window: Count | None = None
   qk_norm_eps: float | None = None
@@ -138,7 +129,6 @@ class ModelConfig(schema.Object, kw_only=True):
   segment_widths: tuple[Count, ...]
 
   def __post_init__(self) -> None:
-    _check_positive(rope_theta=self.rope_theta)
     expected = self.segments_per_layer * self.num_layers + 1
     if len(self.segment_widths) != expected:
       raise ValueError(
@@ -155,23 +145,17 @@ class ModelConfig(schema.Object, kw_only=True):
         f'rotary_dim must be even and at most head_dim, got {self.rotary_dim} and '
         f'{self.head_dim}'
       )
-    if not all(0 < width <= self.hidden_size for width in self.segment_widths):
+    least, most = min(self.segment_widths), max(self.segment_widths)
+    if not 0 < least <= most <= self.hidden_size:
       raise ValueError(
         f'segment_widths must be from 1 to hidden_size {self.hidden_size}, '
-        f'got {min(self.segment_widths)} to {max(self.segment_widths)}'
+        f'got {least} to {most}'
       )
-    if not self.sliced and set(self.segment_widths) != {self.hidden_size}:
-      raise ValueError(
-        f'segments of a width other than hidden_size require norm="rmsn", '
-        f'got {self.norm=}'
-      )
+    if not self.sliced and least < self.hidden_size:
+      raise ValueError(f'segments of other widths need norm="rmsn", got {self.norm=}')
 
   def check_tokens(self, tokens: np.ndarray) -> None:
-    """Checks that all tokens are in the vocabulary.
-
-    Raises:
-      ValueError: if a token is not.
-    """
+    """Raises a ValueError if a token is not in the vocabulary."""
     outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
     if outside.size:
       raise ValueError(

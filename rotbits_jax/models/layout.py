@@ -1,8 +1,6 @@
 """The axes and the shape of every parameter, and the symmetries that follow.
 
-The rest of the package looks up three things here: which segment of the residual stream
-a parameter reads or writes, which axis holds neurons or heads, and which changes of
-coordinates keep the function of a model. Such a change is a symmetry.
+A symmetry is a change of coordinates that keeps the function of a model.
 `models.config` defines segments.
 
 A parameter's path is its keys joined by '/', as in 'attention/query/kernel'. Kernels
@@ -172,10 +170,7 @@ _NORMS = ('layernorm', 'rmsnorm', 'rmsn')
 
 
 def symmetries(config: config_lib.ModelConfig) -> Symmetries:
-  """Returns the symmetries of a model with this config.
-
-  A config with a field or a norm that this function does not know gets none.
-  """
+  """Returns the symmetries of a model; none if its config is not understood."""
   fields = set(config.__struct_fields__)
   if fields != _UNDERSTOOD or config.norm not in _NORMS:
     return Symmetries()
