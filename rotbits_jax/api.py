@@ -30,7 +30,7 @@ from rotbits_jax.file import estimate
 from rotbits_jax.file import output
 from rotbits_jax.file import placement
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.file import savings
+from rotbits_jax.file import report
 from rotbits_jax.file import sources
 from rotbits_jax.file import trees
 from rotbits_jax.file import verification
@@ -172,6 +172,8 @@ def encode_to_file(
     plan = output.ShardPlan(encoder, path, shard_size, **target)
     return plan.write(**settings)
 
+  if target_size is not None and jax.process_index():
+    return  # the first process searches the step
   if target_size is None:
     write(_encoder(source, preset, options, *content))
     return
@@ -395,7 +397,7 @@ def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -
     return reader.tensor(path)
 
 
-def inspect(source: file.Readable) -> savings.Report:
+def inspect(source: file.Readable) -> report.Report:
   """Reports the content of a file and the savings of each step, without decoding.
 
   >>> report = rotbits_jax.inspect(rotbits_jax.encode({'w': np.ones((64, 64))}))
@@ -403,7 +405,7 @@ def inspect(source: file.Readable) -> savings.Report:
   ('exact', 32768)
   """
   with file.Reader(source) as reader:
-    return savings.from_reader(reader)
+    return report.from_reader(reader)
 
 
 @host.own_settings()
@@ -442,7 +444,10 @@ def verify(
         raise file.ContainerError(
           f'the file is of another model: its config is not that of {against}'
         )
-      verification.compare_files(reader, expected.files)
+      files = reader.files()
+      for name in sorted(files.keys() | expected.files.keys()):
+        if files.get(name) != expected.files.get(name):
+          raise file.ContainerError(f'{name}: differs from that of the checkpoint')
     bits = expected if reader.keeps == 'bits' else None
     found = verification.read_all(reader, bits, progress=progress)
     if against is None or bits is not None or reader.is_plain:

@@ -75,7 +75,7 @@ def decode(spec, data, *, out, known):
 
 @pytest.fixture(autouse=True)
 def fixture_registries(monkeypatch):
-  monkeypatch.setattr(coders, '_KNOWN', dict(coders._KNOWN))
+  monkeypatch.setattr(coders, 'CODERS', dict(coders.CODERS))
   for name in [x for x in structured.TYPES if x.startswith('acme.')]:
     monkeypatch.delitem(structured.TYPES, name)
 
@@ -96,7 +96,7 @@ def test_a_coder_of_another_package():
     coders.register(coder)
   data = rotbits_jax.encode(TREE, preset=presets.exact()._replace(coder='acme.zlib'))
   np.testing.assert_array_equal(rotbits_jax.decode(data)['a']['x'], TREE['a']['x'])
-  del coders._KNOWN['acme.zlib']
+  del coders.CODERS['acme.zlib']
   rotbits_jax.inspect(data)
   with pytest.raises(rotbits_jax.ContainerError, match=r'acme\.zlib'):
     rotbits_jax.decode(data)

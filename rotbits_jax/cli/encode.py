@@ -55,7 +55,7 @@ from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimate as estimate_lib
 from rotbits_jax.file import output
-from rotbits_jax.file import savings
+from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
 from rotbits_jax.system import outputs
 from rotbits_jax.system import text as text_lib
@@ -197,10 +197,10 @@ def _read_choice(source: Any) -> _Choice:
 
 
 def _summary(
-  report: savings.Report, input_bytes: int, seconds: float, choice: _Choice
+  report: report_lib.Report, input_bytes: int, seconds: float, choice: _Choice
 ) -> str:
   """Returns the line with which the command ends."""
-  comes_back = savings.BACK[report.keeps]
+  comes_back = report_lib.BACK[report.keeps]
   if choice.calibration is not None and choice.calibration.step is not None:
     kl, step = choice.calibration.kl, choice.calibration.step
     comes_back += f': KL {kl:.2g} nats, step 2^{step:g}'

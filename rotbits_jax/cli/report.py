@@ -13,7 +13,7 @@ from absl import flags
 
 import rotbits_jax
 from rotbits_jax.cli import program
-from rotbits_jax.file import inputs
+from rotbits_jax.file import output
 from rotbits_jax.file import report
 from rotbits_jax.system import outputs
 
@@ -28,7 +28,7 @@ def main() -> program.Result:
   against, base = _AGAINST.value, _BASE.value
   target = outputs.resolved(_OUTPUT.value)
   outputs.check(target, overwrite=_OVERWRITE.value)
-  inputs.check([target], [_INPUT.value, base, against])
+  output.check_inputs([target], [_INPUT.value, base, against])
   if base and against is None:
     raise ValueError('--base is for --against')
   verified = None

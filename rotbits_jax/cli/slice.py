@@ -24,7 +24,7 @@ import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
-from rotbits_jax.file import inputs
+from rotbits_jax.file import output
 from rotbits_jax.system import outputs
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
@@ -72,7 +72,7 @@ def main() -> program.Result:
     outputs.check(target, overwrite=_OVERWRITE.value)
   outputs.check_replaced(directory, names.__contains__, overwrite=_OVERWRITE.value)
   targets += [directory / name for name in names]
-  inputs.check(targets, [_MODEL.value, _CALIBRATION.value])
+  output.check_inputs(targets, [_MODEL.value, _CALIBRATION.value])
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import inputs
+from rotbits_jax.file import output
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file.container import ContainerError
 
@@ -33,18 +33,17 @@ def write(
   if is_plain and (format, shard_size, dtype) == ('safetensors', None, None):
     _write_tensors(reader, directory, overwrite=overwrite, progress=progress)
     return
-  model = reader.plain_model()
+  model, files = reader.plain_model(), reader.files()
+  config = reader.config if model is None else model.config
   if is_plain and model is None:
     raise ValueError(
       'tensors of no known family come back in the files and dtypes that they were '
       'encoded from: leave out format, shard_size and dtype'
     )
-  config = reader.config if model is None else model.config
   if config is None:
     raise ContainerError(
       'the file holds a PyTree, not a checkpoint; `decode` in Python reads it'
     )
-  files = reader.files()
   if 'config.json' not in files:
     raise ContainerError(
       'the file holds a model without its config.json; pass the whole checkpoint to '
@@ -55,20 +54,20 @@ def write(
       f'the file holds a model of the family {config.family!r:.100}, whose '
       'checkpoints are not known'
     )
-  dtypes = reader.dtypes_on_disk() if model is None else _dtypes(model)
-  if dtype is not None:
-    wanted = structured.floating(dtype)
-    dtypes = {
-      path: wanted if jnp.issubdtype(stored, jnp.floating) else stored
-      for path, stored in dtypes.items()
-    }
+  dtypes = reader.dtypes_on_disk()
+  if model is not None:
+    specs = (structured.flatten(model.specs(name)) for name in model.records)
+    dtypes = {path: spec.dtype for flat in specs for path, spec in flat.items()}
   shortcuts = reader.thin_shortcuts()
   reader.check_records()  # the writer plans all layers of the config, however many
   with _errors_of_file():
     if reader.keeps != 'bits':
       files = checkpoints.with_own_head(files, config)
     if dtype is not None:
+      wanted = structured.floating(dtype)
       files = checkpoints.with_dtype(files, wanted)
+      for path, stored in dtypes.items():
+        dtypes[path] = wanted if jnp.issubdtype(stored, jnp.floating) else stored
     writer = checkpoints.CheckpointWriter(
       directory,
       config,
@@ -81,7 +80,7 @@ def write(
       buffers=reader.buffers() if model is None else model.buffers,
       overwrite=overwrite,
     )
-  inputs.check(writer.replaced(), [reader])
+  output.check_inputs(writer.replaced(), [reader])
   keep = shortcuts.keys() if format == 'transformers' else ()
   if model is None:
     records = reader.each(keep=keep, show_progress=progress)
@@ -89,19 +88,8 @@ def write(
     records = ((name, structured.flatten(model.read(name))) for name in model.records)
   with writer:
     for name, flat in records:
-      if name == models.names.BUFFERS:
-        continue
-      for path, leaf in flat.items():
+      for path, leaf in flat.items() if name != models.names.BUFFERS else ():
         writer.add(path, _converted(path, leaf, dtypes[path]))
-
-
-def _dtypes(model: checkpoints.CheckpointReader) -> dict[str, np.dtype]:
-  """Returns the dtypes of the parameters of plain tensors, by paths."""
-  return {
-    path: spec.dtype
-    for record in model.records
-    for path, spec in structured.flatten(model.specs(record)).items()
-  }
 
 
 def _converted(path: str, leaf: Any, dtype: np.dtype) -> Any:
@@ -142,7 +130,7 @@ def _write_tensors(
     for name in {**specs, **writer.specs}:
       if specs.get(name) != writer.specs.get(name):
         raise ContainerError(f'{name}: the headers and the records differ')
-  inputs.check(writer.replaced(), [reader])
+  output.check_inputs(writer.replaced(), [reader])
   with writer:
     for _, flat in reader.each(keep=(), show_progress=progress):
       for name, tensor in flat.items():

@@ -23,19 +23,12 @@ from rotbits_jax.system import host
 def open_model(
   decoder: decode_lib.Decoder, files: Mapping[str, bytes]
 ) -> checkpoints.CheckpointReader | None:
-  """Matches plain tensors with the parameters of a model.
+  """Matches plain tensors with the parameters of a model; None if they are of none.
 
   Args:
     decoder: decodes the tensors.
     files: the other files of the checkpoint, by name.
-
-  Returns:
-    The model; None if there is no config of a known family, or if other tensors than
-    those of the config are there.
   """
-  content = files.get('config.json')
-  if content is None:
-    return None
   thread = threading.local()  # the record that each thread has decoded last
 
   def read(path: str) -> np.ndarray:
@@ -51,27 +44,26 @@ def open_model(
     for path, leaf in decoder.leaves.items()
   }
   try:
-    config = checkpoints.parse_config(checkpoints.parse_object(content, 'config.json'))
+    content = checkpoints.parse_object(files['config.json'], 'config.json')
+    config = checkpoints.parse_config(content)
     return checkpoints.in_memory(tensors, config, files)
-  except checkpoints.CheckpointError:
+  except (KeyError, checkpoints.CheckpointError):
     return None
 
 
 class ModelDecoder:
-  """Decodes the records of a model of arrays, such as `open_model` finds.
+  """Decodes the records of a model whose parameters are arrays, and need no others.
 
-  Attributes:
-    specs: returns the shapes and dtypes of a record, in nested dicts.
-    read: returns its arrays.
+  Its two functions return the shapes and dtypes of a record, and its arrays.
   """
 
   def __init__(self, specs: Callable[[str], Any], read: Callable[[str], Any]):
-    self.specs, self.read = specs, read
+    self._specs, self._read = specs, read
 
   def entry(self, name: str) -> manifest.RecordEntry:
     """Returns an entry for a record, as if its parameters were stored as they are."""
     leaves, arrays = [], []
-    for path, spec in structured.flatten(self.specs(name)).items():
+    for path, spec in structured.flatten(self._specs(name)).items():
       dtype = spec.dtype.name
       leaves.append(manifest.Leaf(path=path, shape=spec.shape, dtype=dtype))
       stored_dtype = entries.stored_dtype(dtype)
@@ -94,8 +86,8 @@ class ModelDecoder:
     rows: decode_lib.Rows | None = None,
     integers: bool = False,
   ) -> decode_lib.Flat:
-    """Decodes a record; no parameter needs another one, or is of integers."""
-    flat = structured.flatten(self.read(name))
+    """Decodes a record, into rows if they are given."""
+    flat = structured.flatten(self._read(name))
     if rows:
       for path, leaf in flat.items():
         (flat[path],) = rows[path.removeprefix(f'{name}/')]

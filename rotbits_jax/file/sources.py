@@ -46,14 +46,8 @@ class Source(Protocol):
 
 
 def of(value: Any) -> Source:
-  """Returns the source of a model, an opened checkpoint, or a PyTree.
-
-  Raises:
-    ValueError: if a leaf of a PyTree is no array or has no name.
-  """
-  source: Any = value
-  if isinstance(value, checkpoints.Checkpoint):
-    source = value.model
+  """Returns the source of a model, a checkpoint (loaded or opened), or a PyTree."""
+  source: Any = value.model if isinstance(value, checkpoints.Checkpoint) else value
   if isinstance(source, models.Model):
     return dataclasses.replace(
       source, params=native(source.params), buffers=native(source.buffers)
@@ -66,11 +60,8 @@ def of(value: Any) -> Source:
 def plain(source: Source, path: Any) -> Source:
   """Returns a dense checkpoint of safetensors files as tensors under their names.
 
-  Its files come back byte for byte then. Other sources are returned as they are.
-
-  Args:
-    source: the source.
-    path: the path at which it was opened, a folder or a file; or anything else.
+  Its files come back byte for byte then. Other sources are returned as they are. `path`
+  is the one at which it was opened, or anything else.
   """
   if not isinstance(source, checkpoints.CheckpointReader) or source.config.sliced:
     return source
@@ -102,16 +93,12 @@ def _native_array(array: Any) -> Any:
 
 
 def array_of(source: Source, path: str) -> Any:
-  """Returns the array of a parameter, which other parameters may need.
-
-  Raises:
-    ValueError: if there is no such parameter, or if it needs others itself.
-  """
+  """Returns the array of a parameter, which other parameters may need."""
   record = path.partition('/')[0]
-  known = structured.flatten(source.read(record)) if record in source.records else {}
-  if path not in known:
+  flat = structured.flatten(source.read(record)) if record in source.records else {}
+  if path not in flat:
     raise ValueError(f'{path} is needed, but missing')
-  return structured.materialize(known[path])
+  return structured.materialize(flat[path])
 
 
 def fingerprint(source: Any) -> str:

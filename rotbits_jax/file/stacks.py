@@ -1,7 +1,4 @@
-"""Reads the records of a model; layers are decoded straight into their stacks.
-
-A damaged or incomplete file raises `ContainerError`.
-"""
+"""Reads the records of a model; layers are decoded straight into their stacks."""
 
 from collections.abc import Sequence
 from concurrent import futures
@@ -50,8 +47,7 @@ def read(
   # A process of several checks those layers that it needs.
   is_whole = place is None or jax.process_count() == 1
   held = everything if is_whole else outer_records
-  nbytes = sum(record.memory_bytes(integers) for record in held)
-  memory_lib.check('the whole content', nbytes)
+  memory_lib.check('the whole content', sum(x.memory_bytes for x in held))
   total = sum(record.input.bytes for record in everything)
   flat: Flat = {}
   with (
@@ -95,18 +91,22 @@ class _Stack:
   ):
     """Makes the memory of the stack."""
     self.records, self.wanted = records, range(len(records))
-    self._name, first = models.names.stack(layers), records[0]
+    self._name = models.names.stack(layers)
     if place is not None:
-      shapes = [
-        (first.inner(leaf.path), shape)
-        for leaf, specs in first.leaf_specs()
-        for shape in ([leaf.shape] if leaf.is_array() else [x.shape for x in specs])
-      ]
+      shapes = []
+      for leaf, specs in records[0].leaf_specs:
+        is_array = not leaf.type_name or leaf.is_expanded()
+        path = records[0].inner(leaf.path)
+        of_leaf = [leaf.shape] if is_array else [x.shape for x in specs]
+        shapes += [(path, shape) for shape in of_leaf]
       self.wanted = placement.local_layers(place, self._name, shapes, len(records))
     # Where ranks differ, a stack has room for the greatest one in each layer.
-    largest = max(record.memory_bytes(integers) for record in records)
-    memory_lib.check(self._name, largest * len(self.wanted))
-    self._memory = _allocate(records, len(self.wanted), integers)
+    nbytes = max(record.memory_bytes for record in records) * len(self.wanted)
+    memory_lib.check(self._name, nbytes)
+    try:
+      self._memory = _allocate(records, len(self.wanted), integers)
+    except MemoryError:
+      raise memory_lib.too_large(self._name, nbytes) from None
     self._jobs: list[futures.Future[Flat]] = []
 
   def start(self, decode: Any, start: pool.Start) -> None:
@@ -146,7 +146,7 @@ def _allocate(
   specs_of_records = [
     {
       record.inner(leaf.path): [(x.shape, x.dtype) for x in specs]
-      for leaf, specs in record.leaf_specs()
+      for leaf, specs in record.leaf_specs
     }
     for record in records
   ]
@@ -158,10 +158,5 @@ def _allocate(
       specs = [(leaf.shape, leaf.dtype)]
     elif any(x[path] != specs for x in specs_of_records):
       continue
-    try:
-      memory[path] = [host.empty((count, *shape), dtype) for shape, dtype in specs]
-    except MemoryError:
-      raise memory_lib.too_large(
-        leaf.path, sum(x.decoded_bytes for x in records)
-      ) from None
+    memory[path] = [host.empty((count, *shape), dtype) for shape, dtype in specs]
   return memory

@@ -12,11 +12,7 @@ Tree = dict[str, Any]
 
 
 class TreeRecords:
-  """Nested dicts, see `to_dicts`, as records: a `sources.Source`.
-
-  Attributes:
-    records: the keys of the outermost level.
-  """
+  """Nested dicts as a `sources.Source`; the keys of the outermost level are records."""
 
   config = stored_as = None
 
@@ -35,11 +31,8 @@ def to_dicts(tree: Any) -> Tree:
   """Returns any PyTree as nested dicts with the same leaves.
 
   The keys are those of dicts, the indices of sequences and the names of fields. Dicts
-  may be empty.
-
-  Raises:
-    ValueError: if a leaf is no array, if keys cannot be told apart, or if the tree is
-      an array itself.
+  may be empty. A ValueError says that a leaf is no array, that keys cannot be told
+  apart, or that the tree is an array itself.
   """
   nested = _to_dicts(tree, '', _array)
   if not isinstance(nested, dict):
@@ -57,7 +50,7 @@ def _to_dicts(tree: Any, where: str, leaf: Callable[[Any, str], Any]) -> Any:
     pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
     if [keys for keys, _ in pairs] == [()]:
       return leaf(tree, where.removesuffix('/'))
-    children = [(''.join(map(_part, keys)), child) for keys, child in pairs]
+    children = [(''.join(map(_key_name, keys)), child) for keys, child in pairs]
   nested: Tree = {}
   for key, child in children:
     if not key or '/' in key or key in nested:
@@ -68,22 +61,34 @@ def _to_dicts(tree: Any, where: str, leaf: Callable[[Any, str], Any]) -> Any:
   return nested
 
 
+def _key_name(key: Any) -> str:
+  """Returns the name of one step into a PyTree: of a dict, a sequence or a class."""
+  for name in ('key', 'idx', 'name'):
+    if hasattr(key, name):
+      return str(getattr(key, name))
+  raise ValueError(f'{key!r}: a key of this class has no name')
+
+
 def _array(leaf: Any, path: str) -> Any:
+  """Returns a leaf if it is an array that files can hold."""
+  problem = None
   if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
-    raise ValueError(
-      f'{path}: not an array, got {type(leaf).__name__}; numpy.asarray makes arrays of '
+    problem = (
+      f'not an array, got {type(leaf).__name__}; numpy.asarray makes arrays of '
       'numbers. Leave out functions and text: of a TrainState, encode the params and '
       'the opt_state'
     )
-  if isinstance(leaf, np.ma.MaskedArray):
-    raise ValueError(f'{path}: a masked array; give its data and its mask')
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    raise ValueError(f'{path}: a key; jax.random.key_data gives its numbers')
-  if leaf.dtype.kind in 'OSUMm':
-    raise ValueError(
-      f'{path}: an array of {leaf.dtype} cannot be stored; text becomes an array by '
+  elif isinstance(leaf, np.ma.MaskedArray):
+    problem = 'a masked array; give its data and its mask'
+  elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    problem = 'a key; jax.random.key_data gives its numbers'
+  elif leaf.dtype.kind in 'OSUMm':
+    problem = (
+      f'an array of {leaf.dtype} cannot be stored; text becomes an array by '
       'numpy.frombuffer(text.encode(), numpy.uint8)'
     )
+  if problem is not None:
+    raise ValueError(f'{path}: {problem}')
   return leaf
 
 
@@ -91,35 +96,24 @@ def _spec(leaf: Any, path: str) -> Any:
   return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _array(leaf, path)
 
 
-def _part(key: Any) -> str:
-  """Returns the name of one step into a PyTree."""
-  for name in ('key', 'idx', 'name'):  # of dicts, of sequences, of classes
-    if hasattr(key, name):
-      return str(getattr(key, name))
-  raise ValueError(f'{key!r}: a key of this class has no name')
-
-
 def unflatten_like(like: Any, leaves: Tree) -> Any:
   """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
+
+  A ValueError says that paths, shapes or dtypes differ.
 
   Args:
     like: the other one; its leaves may be `jax.ShapeDtypeStruct`. A structured leaf for
       which files have an array becomes that array.
     leaves: the leaves.
-
-  Raises:
-    ValueError: if the paths, shapes or dtypes differ.
   """
-  flat, expected = (
-    structured.flatten(leaves),
-    structured.flatten(_to_dicts(like, '', _spec)),
-  )
+  flat = structured.flatten(leaves)
+  expected = structured.flatten(_to_dicts(like, '', _spec))
   if wrong := sorted(expected.keys() ^ flat.keys()):
     raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
   for path, leaf in expected.items():
-    kinds = [structured.stack_key(_in_file(x)) for x in (leaf, flat[path])]
-    if kinds[0] != kinds[1]:
-      raise ValueError(f'{path}: `like` has {kinds[0][1:3]}, the file {kinds[1][1:3]}')
+    of_like, of_file = (structured.stack_key(_in_file(x)) for x in (leaf, flat[path]))
+    if of_like != of_file:
+      raise ValueError(f'{path}: `like` has {of_like[1:3]}, the file {of_file[1:3]}')
   treedef = jax.tree.structure(like, is_leaf=structured.is_structured)
   numbered = jax.tree.unflatten(treedef, range(len(expected)))
   numbers = structured.flatten(_to_dicts(numbered, '', lambda leaf, _: leaf))
