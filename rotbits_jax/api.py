@@ -3,12 +3,13 @@
 Functions that read a file take its path, its bytes, or an open binary file as `source`.
 `decode` and `load` hold the whole model in memory; `encode_to_file`,
 `decode_to_directory` and `verify` hold a few layers. Arguments that several functions
-share are described in `encode`.
+share are described in `encode`; `progress` says whether to show it on stderr.
 
 Raises:
   ContainerError: if a file is not of this format or is damaged, or if its base is
     missing or another one.
   CheckpointError: if a checkpoint cannot be read.
+  ValueError: if arguments do not suit each other or the source.
   OSError: if a path cannot be read or written.
 """
 
@@ -60,7 +61,6 @@ Base: TypeAlias = Path | bytes | file.Reader | list[Any] | Encodable
 an encoded file, the base that it needs, the base of that, and so on."""
 
 PresetName: TypeAlias = Literal['exact', 'free', 'near', 'paper']
-"""The names of presets; `presets.make` finds those of other packages, too."""
 
 
 @host.own_settings()
@@ -74,7 +74,7 @@ def encode(
   progress: bool = False,
   **options: Any,
 ) -> bytes:
-  """Stores a model, or any PyTree of arrays, in few bytes.
+  """Stores a model, or any PyTree of arrays, in few bytes; see `file`.
 
   >>> data = rotbits_jax.encode({'weights': np.ones((64, 64), np.float16)})
   >>> rotbits_jax.decode(data)['weights'].shape
@@ -82,9 +82,9 @@ def encode(
 
   Args:
     source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A PyTree
-      takes 'exact' and 'near', because its symmetries are not known. A model
-      with `stored_as` is not rounded yet; it is rounded at the end. Arrays in the other
-      byte order come back in that of the machine.
+      takes 'exact' and 'near', because its symmetries are not known. A model with
+      `stored_as` is rounded at the end. Arrays come back in the byte order of the
+      machine.
     preset: a name, or a preset that a factory in `presets` made. 'exact' keeps every
       bit of the input; 'free' removes elements on which the function does not depend;
       'near' also rounds to coarser steps, and only that where no family is known;
@@ -99,16 +99,7 @@ def encode(
       a checkpoint that is opened or loaded.
     stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
       that of the checkpoint.
-    progress: whether to show the progress on stderr.
     options: options of the preset, if it is given by its name.
-
-  Returns:
-    The bytes of a file, see `file`.
-
-  Raises:
-    ValueError: if the preset or an option is unknown, if the source cannot be stored,
-      if the `config.json` of a model is that of another one, or if the base has none
-      of its arrays.
   """
   if isinstance(source, str | os.PathLike):
     raise ValueError(
@@ -141,7 +132,7 @@ def encode_to_file(
   writes shards is killed, the next one with the same source and settings finds those
   that it had written; except with `inputs`, and with transforms besides those of the
   preset. If n processes of `jax.distributed` call the function, process i writes every
-  n-th shard.
+  n-th shard; the first one searches a `target_size` alone.
 
   Args:
     source: the path of a checkpoint, or a source of `encode`. 'exact' stores a dense
@@ -158,36 +149,27 @@ def encode_to_file(
       of the source or the base is.
     check: whether to decode everything that was written before a file is replaced, and
       to compare it with the source if the preset keeps all bits, see `verify`.
-
-  Raises:
-    ValueError: see `encode`.
   """
-  content = files, stem, base
   target: Any = {'inputs': (source, base), 'overwrite': overwrite}
 
-  def write(encoder: encode_lib.Encoder, accepted: range | None = None) -> int:
-    settings: Any = {'check': check, 'progress': progress, 'accepted': accepted}
+  def write(accepted: range | None = None, **settings: float) -> int:
+    encoder = _encoder(source, preset, options | settings, files, stem, base)
+    how: Any = {'check': check, 'progress': progress, 'accepted': accepted}
     if shard_size is None:
-      return output.write_file(encoder, path, **target, **settings)
-    plan = output.ShardPlan(encoder, path, shard_size, **target)
-    return plan.write(**settings)
+      return output.write_file(encoder, path, **target, **how)
+    return output.ShardPlan(encoder, path, shard_size, **target).write(**how)
 
-  if target_size is not None and jax.process_index():
-    return  # the first process searches the step
   if target_size is None:
-    write(_encoder(source, preset, options, *content))
+    write()
     return
   if preset != 'near' or 'step' in options:
     raise ValueError(
       "target_size finds the step of the preset 'near', given by its name"
     )
-
-  def write_at(step: float, accepted: range) -> int:
-    stepped = options | {'step': step}
-    return write(_encoder(source, preset, stepped, *content), accepted)
-
-  encoder = _encoder(source, preset, options, *content)
-  estimate.write_within(target_size, encoder.elements, write_at)
+  if jax.process_index() == 0:
+    elements = _encoder(source, preset, options, files, stem, base).elements
+    write_at = lambda step, accepted: write(accepted, step=step)
+    estimate.write_within(target_size, elements, write_at)
 
 
 @host.own_settings()
@@ -248,21 +230,17 @@ def decode(
       becomes its array.
 
   Returns:
-    The `Model` with NumPy arrays; structured leaves stay structured. Memory holds at
-    most a few layers more than the model. For a PyTree and without `like`, the function
-    returns nested dicts whose keys are keys of dicts, indices and names of fields. For
-    a checkpoint that is stored as plain tensors, it returns the tensors by name.
-
-  Raises:
-    ValueError: if `like` has other leaves than the PyTree in the file.
+    The `Model`, whose structured leaves stay structured. For a PyTree and without
+    `like`, nested dicts whose keys are keys of dicts, indices and names of fields. For
+    a checkpoint that is stored as plain tensors, the tensors by name.
   """
   with file.Reader(source, base=base) as reader:
-    found = reader.read(show_progress=progress)
+    content = reader.read(show_progress=progress)
   if like is None:
-    return found
-  if isinstance(found, models.Model):
+    return content
+  if isinstance(content, models.Model):
     raise ValueError('the file holds a model, which has a structure: leave out `like`')
-  return trees.unflatten_like(like, found)
+  return trees.unflatten_like(like, content)
 
 
 @host.own_settings()
@@ -297,13 +275,10 @@ def load(
   Returns:
     See `decode`. Arrays with 64 bits a number stay NumPy arrays, because JAX would
     narrow them; with `sharding` they keep these bits on the devices.
-
-  Raises:
-    ValueError: if there are no such layers, or the dtype is not one of floats.
   """
   wanted = None if dtype is None else structured.floating(dtype)
   with file.Reader(source, base=base) as reader:
-    found = reader.read(
+    content = reader.read(
       layers=layers,
       place=sharding,
       integers=integers,
@@ -312,8 +287,8 @@ def load(
     )
   if wanted is not None:
     with jax.enable_x64(True):  # see `placement.put`
-      found = structured.astype(found, wanted)
-  return placement.on_device(found)
+      content = structured.astype(content, wanted)
+  return placement.on_device(content)
 
 
 @host.own_settings()
@@ -352,12 +327,8 @@ def decode_to_directory(
       dtype.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for the
       shards that the checkpoint had, or else one file.
-    dtype: dtype for all floating-point elements, rounded to nearest. By default they
-      keep the dtype of the encoded checkpoint.
-
-  Raises:
-    ValueError: if the format, shard_size or dtype does not suit the model, if numbers
-      are too large for the dtype, or if a file of the source or the base would be lost.
+    dtype: dtype for all floating-point elements, rounded to nearest, that holds them.
+      By default they keep the dtype of the encoded checkpoint.
   """
   with file.Reader(source, base=base) as reader:
     directory_lib.write(
@@ -388,10 +359,6 @@ def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -
   """Reads one parameter, such as 'layers.3/attention/query/kernel'.
 
   Only the record of the parameter is read, and records that it needs.
-
-  >>> data = rotbits_jax.encode({'layer': {'w': np.ones(2)}})
-  >>> rotbits_jax.read_tensor(data, 'layer/w').tolist()
-  [1.0, 1.0]
   """
   with file.Reader(source, base=base) as reader:
     return reader.tensor(path)
@@ -418,21 +385,14 @@ def verify(
 ) -> verification.Verification:
   """Decodes everything in a file, and compares it with a checkpoint.
 
-  Without a checkpoint, memory holds one record at a time. A file whose preset keeps all
-  bits must have those of the checkpoint; they are compared one record at a time. For
-  other files memory holds both models. The divergence of the predictions for random
-  tokens is measured; unless the preset is an approximation, it must be at most a few
-  times the noise floor, which rounding alone makes. Of plain tensors that `near` has
-  rounded, only the other files are compared.
-
-  >>> rotbits_jax.verify(rotbits_jax.encode({'w': np.ones(2)})).tensors
-  1
+  A file whose preset keeps all bits must have those of the checkpoint; they are
+  compared one record at a time. For other files memory holds both models. The
+  divergence of the predictions for random tokens is measured; unless the preset is an
+  approximation, it must be at most a few times the noise floor, which rounding alone
+  makes. Of plain tensors that `near` has rounded, only the other files are compared.
 
   Args:
     against: the checkpoint that was encoded: its directory or its weights file.
-
-  Returns:
-    The counts and measurements.
   """
   with file.Reader(source, base=base) as reader:
     expected = None
@@ -444,21 +404,21 @@ def verify(
         raise file.ContainerError(
           f'the file is of another model: its config is not that of {against}'
         )
-      files = reader.files()
-      for name in sorted(files.keys() | expected.files.keys()):
-        if files.get(name) != expected.files.get(name):
+      contents, others = reader.files(), expected.files
+      for name in sorted(contents.keys() | others.keys()):
+        if contents.get(name) != others.get(name):
           raise file.ContainerError(f'{name}: differs from that of the checkpoint')
     bits = expected if reader.keeps == 'bits' else None
-    found = verification.read_all(reader, bits, progress=progress)
+    verified = verification.read_all(reader, bits, progress=progress)
     if against is None or bits is not None or reader.is_plain:
-      return found
+      return verified
     kl, floor = verification.compare_function(
       reader,
       checkpoints.load_checkpoint(against).model,
       bounded=reader.keeps == 'function',
       progress=progress,
     )
-  return found._replace(kl=kl, kl_rerounded=floor)
+  return verified._replace(kl=kl, kl_rerounded=floor)
 
 
 def _encoder(
