@@ -33,7 +33,6 @@ from rotbits_jax.file import placement
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import report
 from rotbits_jax.file import sources
-from rotbits_jax.file import trees
 from rotbits_jax.file import verification
 from rotbits_jax.system import host
 
@@ -240,7 +239,7 @@ def decode(
     return content
   if isinstance(content, models.Model):
     raise ValueError('the file holds a model, which has a structure: leave out `like`')
-  return trees.unflatten_like(like, content)
+  return sources.unflatten_like(like, content)
 
 
 @host.own_settings()

@@ -16,7 +16,6 @@ from rotbits_jax import structured
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import sources
-from rotbits_jax.file import trees
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.system import host
 
@@ -48,7 +47,7 @@ def delta(new: Any, old: Any) -> bytes:
     ValueError: if a leaf is no array, or if the PyTrees have no paths in common.
   """
   # As dicts, because a `Model` would be read as a checkpoint, by other paths.
-  source, old_source = (sources.of(trees.to_dicts(tree)) for tree in (new, old))
+  source, old_source = (sources.of(sources.to_dicts(tree)) for tree in (new, old))
   base = base_lib.Base(old_source, plain=False)
   encoder = encode_lib.Encoder(source, presets.make('exact'), base=base)
   return encoder.in_memory(progress=False)
@@ -84,7 +83,7 @@ def apply(
       step, or if the data are damaged.
     ValueError: if the new PyTree has other paths, shapes or dtypes.
   """
-  nested = trees.to_dicts(params)
+  nested = sources.to_dicts(params)
   old = structured.flatten(nested)
   base = base_lib.Base(sources.of(nested), plain=False)
   found: dict[str, Any] = {}
@@ -123,7 +122,7 @@ def apply(
       for path in last_used[record] if donate else ():  # also without a successor
         release(path, record)
     found |= {x: {} for entry in reader.records.values() for x in entry.empty}
-  return trees.unflatten_like(params, structured.unflatten(found))
+  return sources.unflatten_like(params, structured.unflatten(found))
 
 
 def _buffers(tree: Any) -> list[tuple[Any, int]]:

@@ -8,12 +8,12 @@ manifest      describes the content of a file, and checks the description
 shards        divides a model among several files, with an index
 coders        finds the coder of records by its name
 
-In: sources (models, opened checkpoints and, by `trees`, PyTrees) -> encode (rewrites
-records) -> writer (codes them) -> output (a file, or a folder of shards, that appears
-at once). `estimate` tells sizes before.
+In: sources (models, opened checkpoints and PyTrees) -> encode (rewrites records) ->
+writer (codes them) -> output (a file, or a folder of shards, that appears at once).
+`estimate` tells sizes before.
 
-Out: reader -> decode (records to leaves, within `memory`) -> stacks and plain_model (a
-model) -> placement (devices), or directory (a checkpoint), verification and report.
+Out: reader -> decode (records to leaves, within `memory`) -> stacks (a model) ->
+placement (devices), or directory (a checkpoint), verification and report.
 """
 
 from rotbits_jax.file.container import ContainerError

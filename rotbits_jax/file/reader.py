@@ -30,7 +30,6 @@ from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import placement
-from rotbits_jax.file import plain_model
 from rotbits_jax.file import shards
 from rotbits_jax.file import sources
 from rotbits_jax.file import stacks
@@ -317,14 +316,14 @@ class Reader:
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
-    decoder: decode_lib.Decoder | plain_model.ModelDecoder = self._decoder
+    decoder: decode_lib.Decoder | stacks.ModelDecoder = self._decoder
     outer = [] if config is None else list(models.outer_shapes(config))
     if source is not None:
-      decoder = plain_model.ModelDecoder(source.specs, source.read)
+      decoder = stacks.ModelDecoder(source.specs, source.read)
     elif self.message is not None:
       records = dict(self._decode_message(show_progress))
       tree = lambda name: structured.unflatten(records[name])
-      decoder, show_progress = plain_model.ModelDecoder(tree, tree), False
+      decoder, show_progress = stacks.ModelDecoder(tree, tree), False
     else:
       outer = self._outer()
     flat = stacks.read(
@@ -364,10 +363,8 @@ class Reader:
   # ---- the other files of a checkpoint -----------------------------------------------
 
   def plain_model(self) -> checkpoints.CheckpointReader | None:
-    """Returns the model that plain tensors are; None for others, see `plain_model`."""
-    return (
-      plain_model.open_model(self._decoder, self.files()) if self.is_plain else None
-    )
+    """Returns the model that plain tensors are; None for others, see `stacks`."""
+    return stacks.open_model(self._decoder, self.files()) if self.is_plain else None
 
   def headers(self) -> dict[str, bytes]:
     """Reads the bytes before the tensors of each weights file, by its name."""

@@ -1,36 +1,42 @@
-"""Reads the records of a model; layers are decoded straight into their stacks."""
+"""Reads the records of a model; layers are decoded straight into their stacks.
 
-from collections.abc import Sequence
+Plain tensors whose names are those of a known family are a model, too. Those of a layer
+are decoded together, and copied into the rows of the stacks: files have the kernels of
+most families transposed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import functools
+import threading
+import types
 from typing import Any
 
 import jax
 import numpy as np
 
+from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
+from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory as memory_lib
 from rotbits_jax.file import placement
-from rotbits_jax.file.decode import Decoder
-from rotbits_jax.file.decode import Flat
-from rotbits_jax.file.decode import Rows
-from rotbits_jax.file.plain_model import ModelDecoder
+from rotbits_jax.relative import entries
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
 
 def read(
-  decoder: Decoder | ModelDecoder,
+  decoder: 'decode_lib.Decoder | ModelDecoder',
   outer: Sequence[str],
   layers: range,
   place: placement.Place | None = None,
   *,
   integers: bool = False,
   show_progress: bool = False,
-) -> Flat:
+) -> decode_lib.Flat:
   """Returns the leaves of a model by path, on their devices.
 
   Args:
@@ -49,12 +55,12 @@ def read(
   held = everything if is_whole else outer_records
   memory_lib.check('the whole content', sum(x.memory_bytes for x in held))
   total = sum(record.input.bytes for record in everything)
-  flat: Flat = {}
+  flat: decode_lib.Flat = {}
   with (
     progress.Progress('decode', total, 'B', show=show_progress) as bar,
     pool.record_jobs() as start,
   ):
-    started: dict[str, futures.Future[Flat]] = {}
+    started: dict[str, futures.Future[decode_lib.Flat]] = {}
     decode = functools.partial(decoder.decode, started=started, integers=integers)
     for name in outer:
       started[name] = start(functools.partial(decode, name))
@@ -107,7 +113,7 @@ class _Stack:
       self._memory = _allocate(records, len(self.wanted), integers)
     except MemoryError:
       raise memory_lib.too_large(self._name, nbytes) from None
-    self._jobs: list[futures.Future[Flat]] = []
+    self._jobs: list[futures.Future[decode_lib.Flat]] = []
 
   def start(self, decode: Any, start: pool.Start) -> None:
     """Starts to decode the layers into their rows."""
@@ -116,14 +122,14 @@ class _Stack:
       job = functools.partial(decode, self.records[i].name, rows=rows)
       self._jobs.append(start(job))
 
-  def leaves(self, bar: progress.Progress) -> Flat:
+  def leaves(self, bar: progress.Progress) -> decode_lib.Flat:
     """Returns the stacked leaves by path when all layers are decoded."""
     leaves: dict[str, list[Any]] = {}
     for i, job in zip(self.wanted, self._jobs, strict=True):
       for path, leaf in job.result().items():
         leaves.setdefault(self.records[i].inner(path), []).append(leaf)
       bar.update(self.records[i].input.bytes)
-    stacked: Flat = {}
+    stacked: decode_lib.Flat = {}
     for path, of_layers in leaves.items():
       if not structured.is_structured(of_layers[0]):
         stacked[f'{self._name}/{path}'] = self._memory[path][0]
@@ -138,7 +144,7 @@ class _Stack:
 
 def _allocate(
   records: Sequence[manifest_lib.RecordEntry], count: int, integers: bool
-) -> Rows:
+) -> decode_lib.Rows:
   """Makes the memory for the leaves of layers in a stack, by path within a layer.
 
   A leaf that is stored as arrays of different shapes in different layers has none.
@@ -160,3 +166,78 @@ def _allocate(
       continue
     memory[path] = [host.empty((count, *shape), dtype) for shape, dtype in specs]
   return memory
+
+
+def open_model(
+  decoder: decode_lib.Decoder, files: Mapping[str, bytes]
+) -> checkpoints.CheckpointReader | None:
+  """Matches plain tensors with the parameters of a model; None if they are of none.
+
+  Args:
+    decoder: decodes the tensors.
+    files: the other files of the checkpoint, by name.
+  """
+  thread = threading.local()  # the record that each thread has decoded last
+
+  def read(path: str) -> np.ndarray:
+    name = decoder.holders[path]
+    if getattr(thread, 'name', None) != name:
+      thread.name, thread.flat = name, decoder.decode(name)
+    return np.asarray(structured.materialize(thread.flat[path]))
+
+  tensors = {
+    path: checkpoints.LazyTensor(
+      leaf.shape, np.dtype(leaf.dtype), functools.partial(read, path)
+    )
+    for path, leaf in decoder.leaves.items()
+  }
+  try:
+    content = checkpoints.parse_object(files['config.json'], 'config.json')
+    config = checkpoints.parse_config(content)
+    return checkpoints.in_memory(tensors, config, files)
+  except (KeyError, checkpoints.CheckpointError):
+    return None
+
+
+class ModelDecoder:
+  """Decodes the records of a model whose parameters are arrays, and need no others.
+
+  Its two functions return the shapes and dtypes of a record, and its arrays.
+  """
+
+  def __init__(self, specs: Callable[[str], Any], read: Callable[[str], Any]):
+    self._specs, self._read = specs, read
+
+  def entry(self, name: str) -> manifest_lib.RecordEntry:
+    """Returns an entry for a record, as if its parameters were stored as they are."""
+    leaves, arrays = [], []
+    for path, spec in structured.flatten(self._specs(name)).items():
+      dtype = spec.dtype.name
+      leaves.append(manifest_lib.Leaf(path=path, shape=spec.shape, dtype=dtype))
+      stored_dtype = entries.stored_dtype(dtype)
+      arrays.append([stored_dtype, list(spec.shape), 0, [None], None])
+    nbytes = sum(leaf.nbytes for leaf in leaves)
+    return manifest_lib.RecordEntry(
+      name=name,
+      nbytes=nbytes,
+      crc32=0,
+      leaves=tuple(leaves),
+      spec={'arrays': arrays, 'groups': []},
+      input=manifest_lib.Counts(elements=sum(x.size for x in leaves), bytes=nbytes),
+    )
+
+  def decode(
+    self,
+    name: str,
+    started: decode_lib.Started = types.MappingProxyType({}),
+    *,
+    rows: decode_lib.Rows | None = None,
+    integers: bool = False,
+  ) -> decode_lib.Flat:
+    """Decodes a record, into rows if they are given."""
+    flat = structured.flatten(self._read(name))
+    if rows:
+      for path, leaf in flat.items():
+        (flat[path],) = rows[path.removeprefix(f'{name}/')]
+        flat[path][...] = host.contiguous(leaf)
+    return flat
