@@ -76,7 +76,6 @@ CODECS = {
     ),
     uint32(RNG.integers(0, 5, 20)),
   ),
-  'haar, no dimensions': (haar.codec(0, 0), cells(0, 0)),
   'haar': (haar.codec(9, 9), cells(9, 9)),
   'haar, a frame': (haar.codec(7, 3), cells(7, 3)),
   'corrections of a frame': (

@@ -86,6 +86,18 @@ def serial(*parts: Codec) -> Codec:
   return Codec(push, pop)
 
 
+def mapped(
+  codec: Codec, forward: Callable[[Any], Any], inverse: Callable[[Any], Any]
+) -> Codec:
+  """Returns the codec of x, given the codec of `forward(x)` and the inverse map."""
+
+  def pop(message: rans.Message) -> tuple[rans.Message, Any]:
+    message, symbol = codec.pop(message)
+    return message, inverse(symbol)
+
+  return Codec(lambda message, x: codec.push(message, forward(x)), pop)
+
+
 def bits_back(
   prior: Codec,
   likelihood: Callable[[Any], Codec],

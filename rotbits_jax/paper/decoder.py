@@ -9,15 +9,11 @@ from rotbits_jax import models
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import rans
 from rotbits_jax.paper import layout as layout_lib
-from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.paper import stack
 from rotbits_jax.system import checksums
 from rotbits_jax.system.progress import Progress
-
-STREAMS = 'message', 'corrections'
-"""The names of the streams."""
 
 _CAUSE = (
   'the file is damaged, or this machine recovers a rotation beyond the margin of its '
@@ -26,7 +22,7 @@ _CAUSE = (
 
 
 def decode(
-  options: options_lib.Options,
+  options: layout_lib.Options,
   layout: layout_lib.MessageLayout,
   streams: Mapping[str, np.ndarray],
   config: models.ModelConfig,
@@ -39,7 +35,7 @@ def decode(
   Args:
     options: the options with which the model was encoded.
     layout: the layout of the message, which may come from an untrusted file.
-    streams: uint16 `[n]` by name, see `STREAMS`.
+    streams: uint16 `[n]` by name, see `layout.STREAMS`.
     config: config of the model.
     check: whether to check the digests of the arrays.
     progress: whether to show the progress on stderr.
@@ -52,9 +48,9 @@ def decode(
       config, or if an array differs from the encoded one.
   """
   layout_lib.check(layout, options, config)
-  message, corrections = (stack.WordStack(streams[name]) for name in STREAMS)
+  message, corrections = (stack.WordStack(streams[x]) for x in layout_lib.STREAMS)
   stream_specs, segment_shapes = list(layout.coders), segments.shapes(config)
-  widths, lanes = config.segment_widths, options_lib.lanes(config.segment_widths)
+  widths, lanes = config.segment_widths, layout_lib.lanes(config.segment_widths)
 
   def pop(shapes: segments.Shapes) -> segments.Arrays:
     """Pops arrays that the encoder pushed together."""
@@ -65,14 +61,12 @@ def decode(
         raise ValueError('a coder and the config list different arrays')
       data = message.pop(-(-spec.nbytes // 2)).view(np.uint8)[: spec.nbytes]
       return dict(zip(shapes, coder.decode(spec, data), strict=True))
-    words = {
-      path: message.pop(layout.arrays[path].num_words(shape))
-      for path, shape in reversed(shapes.items())
-    }
-    return {
-      path: words[path].view(jnp.dtype(layout.arrays[path].dtype)).reshape(shape)
-      for path, shape in shapes.items()
-    }
+    popped = {}
+    for path, shape in reversed(shapes.items()):
+      stored = layout.arrays[path]
+      words = message.pop(stored.num_words(shape))
+      popped[path] = words.view(jnp.dtype(stored.dtype)).reshape(shape)
+    return {path: popped[path] for path in shapes}
 
   arrays: segments.Arrays = {}
   embeddings: segments.Shapes = {}

@@ -15,7 +15,6 @@ from rotbits_jax.coding import rans
 from rotbits_jax.coding import specs
 from rotbits_jax.paper import decoder
 from rotbits_jax.paper import layout as layout_lib
-from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.paper import stack
@@ -28,7 +27,7 @@ class EncodedModel(NamedTuple):
 
   Attributes:
     layout: the layout of the message.
-    streams: uint16 `[n]` by name, see `decoder.STREAMS`.
+    streams: uint16 `[n]` by name, see `layout.STREAMS`.
     saving: the bytes that all rotations saved. It has a note for each segment: the
       popped bits, the bits of the correction, and the difference.
   """
@@ -58,7 +57,7 @@ def refuse(source: passes.ModelSource) -> None:
 
 
 def encode(
-  source: passes.ModelSource, options: options_lib.Options, *, progress: bool = False
+  source: passes.ModelSource, options: layout_lib.Options, *, progress: bool = False
 ) -> EncodedModel:
   """Encodes a sliced model by the published scheme.
 
@@ -75,24 +74,25 @@ def encode(
   count = len(encoder.segments)
   for t in Progress('encode', count, 'segment', show=progress, units=range(count)):
     encoder.push(t)
-  encoded = encoder.result()
-  if options.exact:
-    return encoded
-  # Only decoding shows which errors a threshold leaves in the elements.
-  decoded = decoder.decode(
-    options, encoded.layout, encoded.streams, source.config, check=False
-  )
-  stored = {path: _stored(array) for path, array in decoded.items()}
-  layout = layout_lib.MessageLayout(
-    fixed=encoded.layout.fixed, sampled=encoded.layout.sampled, arrays=stored
-  )
-  return encoded._replace(layout=layout)
+  layout, streams = encoder.layout(), encoder.streams()
+  if not options.exact:
+    # Only decoding shows which errors a threshold leaves in the elements.
+    decoded = decoder.decode(options, layout, streams, source.config, check=False)
+    layout = layout_lib.MessageLayout(
+      fixed=layout.fixed, sampled=layout.sampled, arrays=_stored(decoded)
+    )
+  saved = sum(note.get('net', 0) for note in encoder.notes) // 8
+  saving = passes.Saving('rotations', 0, saved, tuple(encoder.notes))
+  return EncodedModel(layout, streams, saving)
 
 
-def _stored(array: np.ndarray) -> layout_lib.Stored:
-  """Returns the dtype and the digest of an array."""
-  dtype: Any = array.dtype.name
-  return layout_lib.Stored(dtype=dtype, digest=checksums.of_array(array))
+def _stored(arrays: segments.Arrays) -> dict[str, layout_lib.Stored]:
+  """Returns the dtypes and the digests of arrays."""
+  dtypes: dict[str, Any] = {path: x.dtype.name for path, x in arrays.items()}
+  return {
+    path: layout_lib.Stored(dtype=dtypes[path], digest=checksums.of_array(array))
+    for path, array in arrays.items()
+  }
 
 
 class _Sample(NamedTuple):
@@ -118,42 +118,41 @@ class _Sample(NamedTuple):
 class _Encoder:
   """The state of one call of `encode`."""
 
-  def __init__(self, source: passes.ModelSource, options: options_lib.Options):
+  def __init__(self, source: passes.ModelSource, options: layout_lib.Options):
     self.options, self.widths = options, source.config.segment_widths
     self.segments = segments.read(source)
     self.message, self.corrections = stack.WordStack(), stack.WordStack()
-    self.lanes = options_lib.lanes(self.widths)
+    self.lanes = layout_lib.lanes(self.widths)
     self.fixed = 0  # columns of the embeddings that are pushed first
     self.before: jax.Array | None = None  # the rotation of the previous segment
     self.coders: list[specs.StreamSpec] = []
     self.stored: dict[str, layout_lib.Stored] = {}
-    self.sampled: list[bool] = []
     self.notes: list[dict[str, Any]] = []
 
-  def result(self) -> EncodedModel:
-    """Returns the encoded model, after all segments."""
-    layout = layout_lib.MessageLayout(
+  def layout(self) -> layout_lib.MessageLayout:
+    """Returns the layout, after all segments."""
+    return layout_lib.MessageLayout(
       fixed=self.fixed,
-      sampled=tuple(self.sampled),
+      sampled=tuple('net' in note for note in self.notes),
       arrays=self.stored,
       coders=tuple(self.coders),
     )
-    streams = zip(decoder.STREAMS, (self.message, self.corrections), strict=True)
-    words = {name: words.pop(words.size) for name, words in streams}
-    saved = sum(note.get('net', 0) for note in self.notes) // 8
-    saving = passes.Saving('rotations', 0, saved, tuple(self.notes))
-    return EncodedModel(layout, words, saving)
+
+  def streams(self) -> dict[str, np.ndarray]:
+    """Returns the streams, after all segments."""
+    stacks = zip(layout_lib.STREAMS, (self.message, self.corrections), strict=True)
+    return {name: words.pop(words.size) for name, words in stacks}
 
   def push(self, t: int) -> None:
     """Encodes one segment."""
-    segment, frame = self.segments[t], self._frame(t)
+    segment, canonicalizer = self.segments[t], self.options.canonicalizer
     can_rotate = rotations.can_rotate(segment)
     neutral = None  # the canonical rotation of the readers
-    if can_rotate and not frame.from_shortcut:
-      kernels = segment.readers.values()
-      neutral = rotations.reader_rotation(kernels, self.options.canonicalizer)
+    if can_rotate and not self.options.frame(self.widths, t, 0).from_shortcut:
+      neutral = rotations.reader_rotation(segment.readers.values(), canonicalizer)
     first = {} if t else self._push_first(segment, neutral)
-    sample = self._sample(t, segment, neutral) if can_rotate else None
+    frame = self.options.frame(self.widths, t, self.fixed)
+    sample = self._sample(segment, frame, neutral) if can_rotate else None
     if sample is None:
       # The columns that `_push_first` pushed are already in canonical form.
       rotation = None if t else neutral
@@ -167,28 +166,19 @@ class _Encoder:
     self._push((arrays | others).values())
     for path, columns in first.items():
       arrays[path] = np.concatenate([columns, others[path]], axis=1)
-    self.stored |= {path: _stored(array) for path, array in arrays.items()}
+    self.stored |= _stored(arrays)
     self.before = rotation
-    self.sampled.append(sample is not None)
-    self.notes.append(self._note(t, sample))
-
-  def _note(self, t: int, sample: _Sample | None) -> dict[str, Any]:
-    """Returns the note on a segment in the report."""
-    width = self.widths[t]
-    note: dict[str, Any] = {'segment': t, 'width': width, 'found in': None}
-    if sample is None:
-      return note
-    return note | {
-      'found in': 'shortcut' if self._frame(t).from_shortcut else 'readers',
-      'popped': 16 * (sample.net + sample.cost),
-      'correction': 16 * sample.cost,
-      'net': 16 * sample.net,
-      'of 16 d(d-1)/2': round(2 * sample.net / max(width * (width - 1), 1), 4),
-    }
-
-  def _frame(self, t: int) -> options_lib.Frame:
-    """Returns the frame of a segment."""
-    return self.options.frame(self.widths, t, self.fixed)
+    note: dict[str, Any] = {'segment': t, 'width': self.widths[t], 'found in': None}
+    if sample is not None:
+      parameters = max(self.widths[t] * (self.widths[t] - 1), 1) / 2
+      note |= {
+        'found in': 'shortcut' if frame.from_shortcut else 'readers',
+        'popped': 16 * (sample.net + sample.cost),
+        'correction': 16 * sample.cost,
+        'net': 16 * sample.net,
+        'of 16 d(d-1)/2': round(sample.net / parameters, 4),
+      }
+    self.notes.append(note)
 
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
     """Pushes arrays onto the message."""
@@ -211,19 +201,20 @@ class _Encoder:
     needed = lambda n: 9 * n * (n + 1) + 64 * self.lanes
     enough = (f for f in range(width) if f * bits >= needed(width - f))
     self.fixed = next(enough, width)
-    columns = None if neutral is None else neutral[:, : self.fixed]
     first = {
-      k: rotations.rotate(x[:, : self.fixed] if columns is None else x, columns)
-      for k, x in tables.items()
+      path: np.asarray(rotations.rotate(x, None, neutral))[:, : self.fixed]
+      for path, x in tables.items()
     }
     self._push(first.values())
     return first
 
   def _sample(
-    self, t: int, segment: segments.SegmentParameters, neutral: jax.Array | None
+    self,
+    segment: segments.SegmentParameters,
+    frame: layout_lib.Frame,
+    neutral: jax.Array | None,
   ) -> _Sample | None:
     """Samples a segment's rotation; None if that is impossible or saves nothing."""
-    frame = self._frame(t)
     if not frame.n:
       return None
     code = self.options.code(frame)
@@ -234,47 +225,52 @@ class _Encoder:
     words = self.message.pop(rows * self.lanes)
     message = rans.stacked(jnp.asarray(words.reshape(rows, -1)), capacity)
     message, latent, q = code.sample(message)
-    sample = None
     if int(np.min(message.lowest)) >= 0:
-      sample = self._recovered(segment, neutral, frame, latent, q, message, words.size)
-    if sample is None or sample.net <= 0:
-      self.message.push(words)
-      return None
-    return sample
+      rotation = self._rotation(segment, frame, neutral, q)
+      arrays = rotations.rotated(segment, self.before, rotation)
+      correction = self._correction(segment, frame, arrays, message, latent)
+      if correction is not None:
+        left = rans.to_words(message)
+        sample = _Sample(rotation, arrays, left, correction, words.size)
+        if sample.net > 0:
+          return sample
+    self.message.push(words)
+    return None
 
-  def _recovered(
+  def _rotation(
     self,
     segment: segments.SegmentParameters,
+    frame: layout_lib.Frame,
     neutral: jax.Array | None,
-    frame: options_lib.Frame,
-    latent: Any,
     q: jax.Array,
+  ) -> jax.Array:
+    """Returns the rotation of a segment with the frame q."""
+    if not frame.from_shortcut:
+      return rotations.counter_rotated(neutral, q)
+    (shortcut,) = segment.shortcut.values()
+    before = self.before
+    if before is None:
+      before = jnp.eye(frame.k, dtype=jnp.float32)
+    return rotations.chained(shortcut, before, q)
+
+  def _correction(
+    self,
+    segment: segments.SegmentParameters,
+    frame: layout_lib.Frame,
+    arrays: segments.Arrays,
     message: rans.Message,
-    popped: int,
-  ) -> _Sample | None:
-    """Rotates a segment by the frame q; None if the decoder could not recover it."""
-    code = self.options.code(frame)
-    if frame.from_shortcut:
-      (shortcut,) = segment.shortcut.values()
-      before = self.before
-      if before is None:
-        before = jnp.eye(frame.k, dtype=jnp.float32)
-      rotation = rotations.chained(shortcut, before, q)
-    else:
-      rotation = rotations.counter_rotated(neutral, q)
-    arrays = rotations.rotated(segment, self.before, rotation)
+    latent: Any,
+  ) -> np.ndarray | None:
+    """Returns the words of the correction; None if it does not lead to the integers."""
+    code, canonicalizer = self.options.code(frame), self.options.canonicalizer
     recovered, elsewhere = (
-      rotations.recovered(
-        frame, segment, arrays, self.options.canonicalizer, disturb=disturb
-      )
+      rotations.recovered(frame, segment, arrays, canonicalizer, disturb=disturb)
       for disturb in (False, True)
     )
-    correction = code.correct(recovered, latent, q, elsewhere)
+    correction = code.correct(recovered, latent, elsewhere)
     # The decoder's own steps on two machines, tried before anything is written.
     for matrix in (recovered, elsewhere) if self.options.exact else ():
       _, integers = code.restore(message, matrix, correction)
-      same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), integers, latent)
-      if not all(jax.tree.leaves(same)):
+      if not jnp.array_equal(integers, latent[0]):
         return None
-    left, packed = rans.to_words(message), code.pack(correction)
-    return _Sample(rotation, arrays, left, packed, popped)
+    return code.pack(correction)

@@ -1,7 +1,7 @@
 """Rotation of the parameters around a segment, and recovery of the rotation from them.
 
 A rotation T is a float32 array `[d, d]` on the device; None means that the segment is
-not rotated. Frames are defined in `options`, readers and writers in `segments`.
+not rotated. `layout` defines frames, and `segments` readers and writers.
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.paper import options
+from rotbits_jax.paper import layout
 from rotbits_jax.paper import segments
 from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import rotations
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
+
+# Factorisations are backward stable: the factors that a machine computes are those of a
+# matrix that differs from the given one by a few roundoffs of its norm.
+_BACKWARD_ERROR = 4 * 2.0**-24
+_NOISE = 0  # seed of the change of a matrix
 
 
 def can_rotate(segment: segments.SegmentParameters) -> bool:
@@ -33,6 +39,9 @@ def _norm(rows: jax.Array) -> jax.Array:
   return jnp.sqrt(jnp.square(rows.astype(jnp.float32)).sum(axis=1).max(initial=0))
 
 
+rotate = jax.jit(rotations.rotate)
+
+
 def rotated(
   segment: segments.SegmentParameters,
   before: jax.Array | None,
@@ -42,28 +51,16 @@ def rotated(
 
   Args:
     segment: the parameters.
-    before: the rotation of the previous segment; None for none.
-    rotation: the rotation of this segment; None for none.
+    before: the rotation of the previous segment.
+    rotation: the rotation of this segment.
 
   Returns:
     The rotated arrays by path, rounded to their dtypes.
   """
-  arrays = {k: rotate(x.T, rotation).T for k, x in segment.readers.items()}
-  arrays |= {k: rotate(x, rotation) for k, x in segment.writers.items()}
-  for path, matrix in segment.shortcut.items():
-    product = jnp.asarray(matrix, jnp.float32)
-    product = product if before is None else _matmul(before.T, product)
-    product = product if rotation is None else _product(product, rotation)
-    arrays[path] = np.asarray(_round(product, matrix.dtype))
-  arrays |= segment.biases
-  return {k: np.ascontiguousarray(x) for k, x in arrays.items()}
-
-
-def rotate(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
-  """Returns `matrix @ rotation`, rounded to the dtype of the matrix: `[..., d]`."""
-  if rotation is None:
-    return matrix
-  return np.asarray(_round(_product(matrix, rotation), matrix.dtype))
+  arrays = {path: rotate(x, rotation) for path, x in segment.readers.items()}
+  arrays |= {path: rotate(x, None, rotation) for path, x in segment.writers.items()}
+  arrays |= {path: rotate(x, before, rotation) for path, x in segment.shortcut.items()}
+  return {path: np.asarray(x) for path, x in (arrays | segment.biases).items()}
 
 
 def reader_rotation(
@@ -78,14 +75,14 @@ def reader_rotation(
   """
   matrix = np.concatenate([np.asarray(x, np.float32) for x in readers], axis=1)
   if canonicalizer == 'svd':
-    return _svd(_disturbed(jnp.asarray(matrix), disturb))
+    return _svd(_disturbed(matrix, disturb))
   width, columns = matrix.shape
   blocks = np.pad(matrix, ((0, 0), (0, -columns % width))).reshape(width, -1, width)
-  return _qr(_disturbed(jnp.asarray(blocks.sum(axis=1)), disturb))
+  return _qr(_disturbed(blocks.sum(axis=1), disturb))
 
 
 def recovered(
-  frame: options.Frame,
+  frame: layout.Frame,
   shapes: segments.SegmentParameters,
   arrays: segments.Arrays,
   canonicalizer: str,
@@ -98,7 +95,7 @@ def recovered(
     frame: shape and source of the frame.
     shapes: the paths of the parameters around the segment.
     arrays: the stored parameters by path.
-    canonicalizer: see `options.Options`.
+    canonicalizer: see `layout.Options`.
     disturb: whether to recover it as another machine may, whose factorisation has other
       errors.
 
@@ -107,34 +104,20 @@ def recovered(
   """
   if frame.from_shortcut:
     (shortcut,) = (arrays[path] for path in shapes.shortcut)
-    return _shortcut_frame(_disturbed(jnp.asarray(shortcut, jnp.float32), disturb))
+    return _shortcut_frame(_disturbed(np.asarray(shortcut, np.float32), disturb))
   readers = (arrays[path] for path in shapes.readers)
   q = reader_rotation(readers, canonicalizer, disturb=disturb)
   return q[frame.fixed :, frame.fixed :]
 
 
-# Factorisations are backward stable: the factors that a machine computes are those of a
-# matrix that differs from the given one by a few roundoffs of its norm.
-_BACKWARD_ERROR = 4 * 2.0**-24
-_NOISE = 0  # seed of the change of a matrix
-
-
-def _disturbed(matrix: jax.Array, disturb: bool) -> jax.Array:
-  """Returns a matrix as inexact as its factorisation on another machine may be."""
+def _disturbed(matrix: np.ndarray, disturb: bool) -> jax.Array:
+  """Returns a matrix, perhaps as inexact as its factorisation on another machine."""
   if not disturb:
-    return matrix
+    return jnp.asarray(matrix)
   noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape, jnp.float32)
-  scale = jnp.sqrt(jnp.square(matrix).mean())
-  return matrix + _BACKWARD_ERROR * scale * noise
+  return matrix + _BACKWARD_ERROR * jnp.sqrt(jnp.square(matrix).mean()) * noise
 
 
-@jax.jit
-def _product(matrix: jax.Array, rotation: jax.Array) -> jax.Array:
-  """Returns `matrix @ rotation` in float32."""
-  return _matmul(matrix.astype(jnp.float32), rotation)
-
-
-_round = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
 _svd = jax.jit(lambda w: canonical.svd(w)[1])
 _qr = jax.jit(lambda w: canonical.qr(w)[1])
 
@@ -153,12 +136,10 @@ def chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
   transpose of Z's first rows.
   """
   n, k = q.shape
-  step = canonical.polar(shortcut).rotation
-  embedded = jnp.eye(n, dtype=jnp.float32).at[:k, :k].set(before)
   rest, _ = jnp.linalg.qr(q, mode='complete')
   z = jnp.concatenate([q, rest[:, k:]], axis=1) if k < n else q
-  chained = _matmul(_matmul(step.T, embedded), z.T)
-  return canonical.reorthogonalize(chained)
+  polar = rotations.next_rotation(canonical.polar(shortcut).rotation, before)
+  return canonical.reorthogonalize(_matmul(polar, z.T))
 
 
 @jax.jit
@@ -168,6 +149,6 @@ def counter_rotated(neutral: jax.Array, q: jax.Array) -> jax.Array:
   It is `C (I + Q)^T`, where C is the canonical rotation of the readers, and I + Q is
   block diagonal.
   """
-  width, n = neutral.shape[0], q.shape[0]
-  whole = jnp.eye(width, dtype=jnp.float32).at[width - n :, width - n :].set(q)
+  kept = jnp.eye(len(neutral) - len(q), dtype=jnp.float32)
+  whole = jax.scipy.linalg.block_diag(kept, q)
   return canonical.reorthogonalize(_matmul(neutral, whole.T))

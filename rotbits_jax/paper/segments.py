@@ -71,22 +71,19 @@ def _add(
   flat = structured.flatten(shapes)
   for path, parameter_axes in axes.items():
     shape = {prefix + path: flat[path]}
-    read, written = segment(parameter_axes[0]), segment(parameter_axes[-1])
-    if parameter_axes == ('head',):  # the scale of the norm of each query or key
-      read = first
-    elif len(parameter_axes) == 1:
-      # A bias belongs to a kernel that writes a segment, or to one that reads it.
-      kernel = axes[path.rsplit('/', 1)[0] + '/kernel']
-      read = segment(kernel[0]) if written is None else None
-    if read is not None and written is not None:
+    is_kernel = len(parameter_axes) == 2
+    # A bias belongs to a kernel, and the scale of a norm of heads to the first segment.
+    kernel_axes = axes.get(path.rsplit('/', 1)[0] + '/kernel', (0,))
+    read = segment(parameter_axes[0] if is_kernel else kernel_axes[0])
+    written = segment(parameter_axes[-1])
+    if is_kernel and read is not None and written is not None:
       segments[read].leaving.update(shape)
       segments[written].shortcut.update(shape)
     elif written is not None:
       segments[written].writers.update(shape)
     elif read is not None:
-      (
-        segments[read].biases if len(parameter_axes) == 1 else segments[read].readers
-      ).update(shape)
+      group = segments[read].readers if is_kernel else segments[read].biases
+      group.update(shape)
 
 
 def read(source: passes.ModelSource) -> list[SegmentParameters]:

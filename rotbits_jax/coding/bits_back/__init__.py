@@ -14,15 +14,14 @@ the encoder may choose:
     posterior    x -> a codec of the elements of x's orbit, all equally probable
 
 The message grows by the bits that y costs under the prior, minus log2 of the number of
-elements in the orbit. In the order of reading:
+elements in the orbit. The modules, which make codecs, in the order of reading:
 
     haar          rotations under the Haar measure, the uniform distribution
     eigen         rotations as eigenvectors of popped numbers, as published
     correction    exact integers from floats that were recovered inexactly
     codes         haar and eigen with corrections, behind one interface
 
-`haar`, `eigen` and `correction` make codecs (see `coding.codecs`) and can be used by
-themselves. `rotbits_jax.paper` codes a whole checkpoint.
+`rotbits_jax.paper` codes a whole checkpoint with them.
 
 Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, arXiv 2410.01309.
 """

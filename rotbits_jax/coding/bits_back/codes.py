@@ -30,17 +30,17 @@ class RotationCode(NamedTuple):
   """Functions that sample a frame from a message and push its integers back.
 
   Attributes:
-    sample: takes a message; returns the message without the latent integers, the latent
-      integers, and the frame `[n, k]`.
-    correct: takes the recovered frame, the latent integers, the frame, and the
-      recovered frame as another machine may compute it; returns the correction with
-      which `restore` finds the integers on both.
+    sample: takes a message; returns the rest of it, the latent integers uint16 `[S]`
+      and their spectrum if they have one, and the frame float32 `[n, k]`.
+    correct: takes the recovered frame, the latent, and the recovered frame as another
+      machine may compute it; returns the correction with which `restore` finds the
+      integers on both.
     restore: takes a message, the recovered frame and the correction; returns the
       message with the integers on top, and the integers.
     pack: takes a correction; returns uint16 words: the length of its frequency tables
       in bytes, the tables, and the words of a message.
     unpack: takes words; returns the correction. Raises a ValueError if the words do not
-      hold a correction.
+      hold one.
     num_integers: S.
   """
 
@@ -64,28 +64,15 @@ class RotationCode(NamedTuple):
 @functools.lru_cache
 def haar_code(n: int, k: int) -> RotationCode:
   """Returns the code of frames under the Haar measure; see `haar`."""
-  codec = haar.codec(n, k)
-
-  def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
-    message, cells = codec.pop(message)
-    return message, cells, haar.rotation(cells, n, k)
-
-  def restore(
-    message: rans.Message, recovered: jax.Array, correction: Any
-  ) -> tuple[rans.Message, Any]:
-    cells = haar.recover(recovered, correction)
-    return codec.push(message, cells), cells
-
-  size = haar.num_cells(n, k)
-  codec_of = functools.partial(haar.correction_codec, n, k)
-  pack, unpack = _packing(codec_of, haar.fit, size, num_tables=3)
-  return RotationCode(
-    sample=jax.jit(sample),
-    correct=jax.jit(haar.correct),
-    restore=jax.jit(restore),
-    pack=pack,
-    unpack=unpack,
-    num_integers=size,
+  return _code(
+    haar.codec(n, k),
+    draw=lambda cells: ((cells, ()), haar.rotation(cells, n, k)),
+    correct=lambda recovered, latent, other: haar.correct(recovered, latent[0], other),
+    recover=haar.recover,
+    correction_codec=functools.partial(haar.correction_codec, n, k),
+    fit=haar.fit,
+    num_integers=haar.num_cells(n, k),
+    num_tables=3,
   )
 
 
@@ -103,61 +90,61 @@ def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
     threshold: as for `eigen.correct`.
   """
   spacing = eigen.EVEN if even else eigen.FLOAT16
-  codec, spectra = eigen.codec(n), eigen.spectrum_codec(n)
 
-  def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
-    message, patterns = codec.pop(message)
+  def draw(patterns: jax.Array) -> tuple[Any, jax.Array]:
     frame, spectrum = eigen.rotation(patterns, n, spacing)
-    return message, (patterns, spectrum), frame
+    return (patterns, spectrum), frame
 
-  def correct(
-    recovered: jax.Array, latent: Any, frame: jax.Array, other: jax.Array
-  ) -> Any:
-    del frame
+  def correct(recovered: jax.Array, latent: Any, other: jax.Array) -> Any:
     patterns, spectrum = latent
     correction = eigen.correct(recovered, spectrum, patterns, spacing, threshold, other)
     return spectrum, correction
 
-  def restore(
-    message: rans.Message, recovered: jax.Array, correction: Any
-  ) -> tuple[rans.Message, Any]:
-    spectrum, own = correction
-    patterns = eigen.recover(recovered, spectrum, own, spacing)
-    return codec.push(message, patterns), (patterns, spectrum)
-
-  def both(frequencies: jax.Array) -> codecs.Codec:
-    return codecs.serial(spectra, eigen.correction_codec(n, frequencies))
-
-  size = eigen.num_numbers(n)
-  fit = lambda correction: correction_lib.fit(correction[1])
-  pack, unpack = _packing(both, fit, size, num_tables=2)
-  return RotationCode(
-    sample=jax.jit(sample),
-    correct=jax.jit(correct),
-    restore=jax.jit(restore),
-    pack=pack,
-    unpack=unpack,
-    num_integers=size,
+  return _code(
+    eigen.codec(n),
+    draw=draw,
+    correct=correct,
+    recover=lambda recovered, both: eigen.recover(recovered, *both, spacing),
+    correction_codec=lambda frequencies: codecs.serial(
+      eigen.spectrum_codec(n), eigen.correction_codec(n, frequencies)
+    ),
+    fit=lambda both: correction_lib.fit(both[1]),
+    num_integers=eigen.num_numbers(n),
+    num_tables=2,
   )
 
 
-def _packing(
-  codec: Callable[..., codecs.Codec],
+def _code(
+  codec: codecs.Codec,
+  *,
+  draw: Callable[[jax.Array], tuple[Any, jax.Array]],
+  correct: Callable[..., Any],
+  recover: Callable[[jax.Array, Any], jax.Array],
+  correction_codec: Callable[[jax.Array], codecs.Codec],
   fit: Callable[[Any], np.ndarray],
-  size: int,
+  num_integers: int,
   num_tables: int,
-) -> tuple[Callable[[Any], np.ndarray], Callable[[np.ndarray], Any]]:
-  """Returns `RotationCode.pack` and `unpack`. A correction is a message of its own."""
-  lanes = 1 << min(max(size >> 12, 1), _MAX_LANES).bit_length() - 1
+) -> RotationCode:
+  """Makes a code of the codec of its integers, and of functions of floats."""
+  lanes = 1 << min(max(num_integers >> 12, 1), _MAX_LANES).bit_length() - 1
   # An integer has a residue of at most 16 bits and two levels of at most 14 bits each.
   # The rest of the room is for signs.
-  capacity = 4 * -(-size // lanes) + 16
+  capacity = 4 * -(-num_integers // lanes) + 16
+
+  def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
+    message, integers = codec.pop(message)
+    return message, *draw(integers)
+
+  def restore(
+    message: rans.Message, recovered: jax.Array, correction: Any
+  ) -> tuple[rans.Message, jax.Array]:
+    integers = recover(recovered, correction)
+    return codec.push(message, integers), integers
+
   push = jax.jit(
-    lambda message, table, correction: codec(frequencies=table).push(
-      message, correction
-    )
+    lambda message, table, correction: correction_codec(table).push(message, correction)
   )
-  pop = jax.jit(lambda message, table: codec(frequencies=table).pop(message))
+  pop = jax.jit(lambda message, table: correction_codec(table).pop(message))
 
   def pack(correction: Any) -> np.ndarray:
     frequencies = fit(correction)
@@ -178,4 +165,11 @@ def _packing(
     rans.check_empty(message)
     return correction
 
-  return pack, unpack
+  return RotationCode(
+    sample=jax.jit(sample),
+    correct=jax.jit(correct),
+    restore=jax.jit(restore),
+    pack=pack,
+    unpack=unpack,
+    num_integers=num_integers,
+  )

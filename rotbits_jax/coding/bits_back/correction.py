@@ -17,7 +17,8 @@ Integers form groups (the cells of one column of a rotation, for example) whose 
 are similar. A group has a base level, and each integer has an extra level that is added
 to it. Both are entropy coded with integer tables.
 
-Shape letters: S integers, G groups.
+Shape letters: S integers, G groups. `groups` is int32 `[S]`, the group of each integer,
+and `count` is G.
 """
 
 from typing import NamedTuple
@@ -45,7 +46,6 @@ _NEIGHBOURS = 9  # groups whose differences are taken together
 
 # The estimated cost in bits of an integer that needs level c in a group with this base
 # level: the residue, and the code of the extra level (measured on Gaussian errors).
-# `correct` chooses base levels by it.
 _COST = np.array(
   [
     [base + 0.3 if c <= base else c + 1.5 + 1.5 * (c - base) for c in range(LEVELS)]
@@ -72,17 +72,16 @@ def spread(
 ) -> jax.Array:
   """Returns how much positions may differ between machines: float32 `[S]`.
 
+  It is the sensitivity times `SAFETY` times the root mean square of the differences in
+  a group and the neighbouring groups; NaN where a position is NaN.
+
   Args:
     positions: float32 `[S]`.
     others: the positions after a change as large as the errors of another machine.
-    sensitivity: how strongly an error of the input of positions changes each
-      of them, `[S]` or a number. Divided by it, the errors of a group are alike.
-    groups: int32 `[S]`, the group of each integer.
+    sensitivity: how strongly an error of the input changes each position, `[S]` or a
+      number. Divided by it, the errors of a group are alike.
+    groups: see above.
     count: G.
-
-  Returns:
-    For each position its sensitivity times `SAFETY` times the root mean square of the
-    differences in its group and the neighbouring groups. NaN where a position is NaN.
   """
   squares = jnp.square(_wrapped(positions - others) / sensitivity)
   sums = jnp.zeros((2, count), jnp.float32)
@@ -112,11 +111,8 @@ def correct(
     positions: float32 `[S]`; only their values modulo 2^16 matter.
     integers: uint16 `[S]`.
     margin: the greatest difference of a position between machines; a number, or `[S]`.
-    groups: int32 `[S]`, the group of each integer.
+    groups: see above.
     count: G.
-
-  Returns:
-    The correction.
   """
   distance = jnp.abs(_wrapped(positions - integers.astype(jnp.float32)))
   modulus = jnp.exp2(jnp.arange(LEVELS - 1, dtype=jnp.float32))
@@ -142,7 +138,7 @@ def with_levels(
     integers: uint16 `[S]`.
     needed: int32 `[S]`, the least level of each integer.
     base: int32 `[G]`, the base level of each group.
-    groups: int32 `[S]`, the group of each integer.
+    groups: see above.
   """
   level = jnp.maximum(needed, base[groups])
   return Correction(
@@ -161,20 +157,13 @@ def levels(correction: Correction, groups: jax.Array) -> jax.Array:
 def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.Array:
   """Returns the integers with these residues that are nearest to the positions.
 
-  Args:
-    positions: float32, of any shape.
-    level: int32, of the same shape.
-    residue: uint16, of the same shape.
-
-  Returns:
-    uint16, of the same shape.
+  All are of one shape: float32 positions, int32 levels, uint16 residues and integers.
   """
   residue = residue.astype(jnp.int32)
   # Multiplying by a power of two is exact.
-  steps = (positions - residue.astype(jnp.float32)) * jnp.exp2(
-    -level.astype(jnp.float32)
-  )
-  integers = residue + (jnp.round(steps).astype(jnp.int32) << level)
+  scale = jnp.exp2(-level.astype(jnp.float32))
+  steps = jnp.round((positions - residue.astype(jnp.float32)) * scale)
+  integers = residue + (steps.astype(jnp.int32) << level)
   return integers.astype(jnp.uint16)
 
 
@@ -189,13 +178,7 @@ def fit(correction: Correction) -> np.ndarray:
 
 
 def codec(groups: jax.Array, count: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections.
-
-  Args:
-    groups: int32 `[S]`, as in `correct`.
-    count: G.
-    frequencies: `[2, 17]`, from `fit`.
-  """
+  """Returns the codec of corrections, given the tables of `fit`, `[2, 17]`."""
   tables_of = lambda size, table: codecs.categorical(
     jnp.full(size, table, jnp.uint32), frequencies
   )

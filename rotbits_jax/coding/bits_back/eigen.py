@@ -9,27 +9,26 @@ form the lower triangle of a symmetric matrix
 whose eigenvectors Q are the rotation. The decoder also needs the n eigenvalues w, so
 the rotation saves n (n - 1) / 2 numbers. The decoder recovers Q_hat, which is near Q,
 computes Q_hat diag(w) Q_hat^T, rounds its entries to 16-bit numbers and pushes them
-back. The signs of eigenvectors cancel in this product, so they need not be recovered.
-An SVD often mixes neighbouring singular vectors. That hardly changes the product,
-because neighbouring eigenvalues are close.
+back. The signs of eigenvectors cancel in this product. An SVD often mixes neighbouring
+singular vectors; that hardly changes the product, because neighbouring eigenvalues are
+close.
 
 A correction repairs the errors of Q_hat, in one of two ways:
 
 * exact: every number is made exact (see `correction`);
 * threshold: a number whose error exceeds a threshold is sent in full, and the other
-  numbers keep their errors. So the message that comes back *differs* from the original
-  one in the popped numbers, by up to the threshold. If these numbers are float16
-  weights that were pushed as uniform 16-bit symbols, the weights only lose precision.
-  If they are anything else, such as an index or an entropy-coded symbol, everything
-  below them is corrupted. Moreover, the corrections of rotations below were computed
-  from the numbers without errors. So only decoding shows the result of decoding.
+  numbers keep their errors. So the message that comes back *differs* in the popped
+  numbers, by up to the threshold. If these are float16 weights that were pushed as
+  uniform 16-bit symbols, the weights only lose precision. If they are anything else,
+  such as entropy-coded symbols, everything below them is corrupted. The corrections of
+  rotations below were computed from the numbers without errors, so only decoding shows
+  the result of decoding.
 
 The paper (arXiv 2410.01309) does not specify the numbers. Here every 16-bit pattern
 stands for a finite number, because a message may hold any pattern: see `FLOAT16`, and
 `EVEN` for messages whose words are uniform bits and not weights. Eigenvalues are 16-bit
-integers on an even grid over their range. float16 would be too coarse: its rounding
-would change the product about as much as the errors of Q_hat do, which come from the
-rounding of the weights.
+integers on an even grid over their range, because the rounding of float16 would change
+the product about as much as the errors of Q_hat do.
 
 Shape letters: n dimensions, S numbers. Functions are unbatched.
 """
@@ -42,7 +41,6 @@ import jax
 import jax.numpy as jnp
 
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import rans
 from rotbits_jax.coding.bits_back import correction as correction_lib
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
@@ -78,33 +76,24 @@ def codec(n: int) -> codecs.Codec:
 
 def spectrum_codec(n: int) -> codecs.Codec:
   """Returns the codec of spectra: 16 bits per eigenvalue and 32 bits for the scale."""
-  parts = codecs.serial(_raw(n), _raw(2))
+  bitcast = jax.lax.bitcast_convert_type
+  return codecs.mapped(
+    codecs.serial(_raw(n), _raw(2)),
+    lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
+    lambda parts: Spectrum(bitcast(parts[1], jnp.float32), parts[0]),
+  )
 
-  def push(message: rans.Message, spectrum: Spectrum) -> rans.Message:
-    halves = jax.lax.bitcast_convert_type(spectrum.scale, jnp.uint16)
-    return parts.push(message, (spectrum.steps, halves))
 
-  def pop(message: rans.Message) -> tuple[rans.Message, Spectrum]:
-    message, (steps, halves) = parts.pop(message)
-    scale = jax.lax.bitcast_convert_type(halves, jnp.float32)
-    return message, Spectrum(scale, steps)
-
-  return codecs.Codec(push, pop)
+def _raw(size: int) -> codecs.Codec:
+  """Returns the codec of uint16 `[size]` with uniform entries."""
+  uniform = codecs.deferred(lambda: codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32)))
+  return codecs.mapped(uniform, lambda x: x, lambda x: x.astype(jnp.uint16))
 
 
 def rotation(
   patterns: jax.Array, n: int, spacing: Spacing
 ) -> tuple[jax.Array, Spectrum]:
-  """Computes a rotation from 16-bit patterns.
-
-  Args:
-    patterns: uint16 `[S]`.
-    n: dimensions.
-    spacing: `FLOAT16` or `EVEN`.
-
-  Returns:
-    Q, float32 `[n, n]`; and the spectrum, which the decoder needs.
-  """
+  """Returns the rotation `[n, n]`, float32, and the spectrum of patterns `[S]`."""
   values = spacing.value(_ordinal(patterns))
   if n:
     # A few numbers far greater than all others would dominate the matrix. They are
@@ -127,6 +116,8 @@ def correct(
 ) -> correction_lib.Correction:
   """Returns the correction with which `recover` finds the patterns.
 
+  The numbers of a row of the triangle are a group.
+
   Args:
     recovered: Q_hat, float32 `[n, n]`.
     spectrum: the spectrum that `rotation` returned.
@@ -134,9 +125,6 @@ def correct(
     spacing: as for `rotation`.
     threshold: the greatest error that a number may keep; None to make all exact.
     other: as for `haar.correct`.
-
-  Returns:
-    The correction; the numbers of a row of the triangle are a group.
   """
   n = recovered.shape[0]
   ordinals = _ordinal(patterns)
@@ -172,18 +160,10 @@ def recover(
   correction: correction_lib.Correction,
   spacing: Spacing,
 ) -> jax.Array:
-  """Returns the patterns from which a rotation was computed.
+  """Returns the patterns from which a rotation was computed: uint16 `[S]`.
 
-  With a threshold, the numbers of some patterns differ by up to the threshold.
-
-  Args:
-    recovered: Q_hat, float32 `[n, n]`.
-    spectrum: the spectrum that `rotation` returned.
-    correction: the correction that `correct` returned.
-    spacing: as for `rotation`.
-
-  Returns:
-    uint16 `[S]`.
+  With a threshold, the numbers of some patterns differ by up to the threshold. The
+  arguments are those of `correct`.
   """
   row, _ = _places(recovered.shape[0])
   position = spacing.position(_triangle(_rebuild(recovered, spectrum)))
@@ -196,18 +176,8 @@ def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
   return codecs.deferred(lambda: correction_lib.codec(_places(n)[0], n, frequencies))
 
 
-def _raw(size: int) -> codecs.Codec:
-  """Returns the codec of uint16 `[size]` with uniform entries."""
-  parts = codecs.deferred(lambda: codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32)))
-
-  def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
-    message, symbols = parts.pop(message)
-    return message, symbols.astype(jnp.uint16)
-
-  return codecs.Codec(parts.push, pop)
-
-
 def _rebuild(q: jax.Array, spectrum: Spectrum) -> jax.Array:
+  """Returns `Q diag(w) Q^T`."""
   steps = spectrum.steps.astype(jnp.float32)
   eigenvalues = spectrum.scale * ((steps - 32767.5) / 32767.5)
   return _matmul(q * eigenvalues, q.T)
@@ -251,6 +221,7 @@ def _symmetric(values: jax.Array, n: int) -> jax.Array:
 
 
 def _float16_value(ordinals: jax.Array) -> jax.Array:
+  """Returns the numbers of ordinals."""
   offset = ordinals.astype(jnp.int32) - 32768
   magnitude = jnp.where(offset < 0, -1 - offset, offset)
   exponent = jnp.maximum(magnitude >> 10, 1)
@@ -260,6 +231,7 @@ def _float16_value(ordinals: jax.Array) -> jax.Array:
 
 
 def _float16_position(values: jax.Array) -> jax.Array:
+  """Returns the real ordinals of numbers."""
   # The lower bound is far below the least positive number, so 0 gets the position of 0.
   magnitude = jnp.clip(jnp.abs(values), 2.0**-40, 131008.0)
   _, exponent = jnp.frexp(magnitude)
@@ -269,17 +241,14 @@ def _float16_position(values: jax.Array) -> jax.Array:
   return jnp.where(values < 0, 32767 - position, 32768 + position)
 
 
-def _even_value(ordinals: jax.Array) -> jax.Array:
-  return (ordinals.astype(jnp.float32) - 32767.5) / 32768
-
-
-def _even_position(values: jax.Array) -> jax.Array:
-  return jnp.clip(values * 32768 + 32767.5, 0, 65535)
-
-
-# The numbers of float16. The patterns for infinity and NaN continue the scale up to
-# 131008. It suits messages that hold plain float16 or bfloat16 weights.
 FLOAT16 = Spacing(_float16_value, _float16_position)
+"""The numbers of float16, for messages that hold plain float16 or bfloat16 weights.
 
-# Even steps from -1 to 1. They suit messages that hold uniform bits.
-EVEN = Spacing(_even_value, _even_position)
+The patterns for infinity and NaN continue the scale up to 131008.
+"""
+
+EVEN = Spacing(
+  lambda ordinals: (ordinals.astype(jnp.float32) - 32767.5) / 32768,
+  lambda values: jnp.clip(values * 32768 + 32767.5, 0, 65535),
+)
+"""Even steps from -1 to 1, for messages that hold uniform bits."""
