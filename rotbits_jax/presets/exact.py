@@ -11,9 +11,8 @@ def exact(*, transforms: tuple[passes.Transform, ...] = ()) -> Preset:
   the prediction, in small integers.
 
   Args:
-    transforms: further transforms, applied before that of the preset. They see the
-      elements in their stored dtype. With them, the preset promises no more than the
-      function.
+    transforms: further transforms, applied before that of the preset, which see the
+      elements in their stored dtype. With them, only the function is promised.
   """
   return Preset(
     name='exact',

@@ -38,9 +38,7 @@ def free(
 
 
 def without_gauges(
-  tolerance: float,
-  transforms: tuple[passes.Transform, ...],
-  heads: float | None = None,
+  tolerance: float, transforms: tuple[passes.Transform, ...], heads: float | None = None
 ) -> passes.Chain:
   """Returns the transforms that fix every gauge, and further ones after them.
 

@@ -20,8 +20,7 @@ def near(
   """Makes the preset for nearly the same function in far fewer bytes.
 
   It fixes every gauge as `free` does. Then it rounds the elements of each array to
-  multiples of one step, so that an element costs few bits. A matrix that a checkpoint
-  stores as quantised codes keeps them if they take fewer bytes.
+  multiples of one step, so that an element costs few bits.
 
   >>> near(step=-4).keeps
   'approximation'
@@ -29,15 +28,13 @@ def near(
   Args:
     step: log2 of the ratio of the step to the root mean square of an array's elements.
     offsets: numbers to add to `step`, by pattern of paths, see `models.names.pattern`.
-      `presets.steps.calibrate` finds good ones.
-    inputs: see `passes.Rounding`; `presets.steps.calibrate` measures them.
-    tolerance: how far a singular value of a shortcut may be from 1 and count as 1, in
-      units of the storage format's roundoff.
+    inputs: see `passes.Rounding`; `presets.steps.calibrate` finds both.
+    tolerance: see `free`.
     transforms: further transforms, applied after those of the preset.
 
   Raises:
     ValueError: if the tolerance is negative, if a number is not finite, or if the step
-      is too fine to save bytes, or too coarse to keep anything: `free` keeps more.
+      is too fine to save bytes, or too coarse to keep anything.
   """
   step = number('step', step, passes.FINEST, passes.COARSEST)
   offsets = {key: number(key, x, -math.inf) for key, x in (offsets or {}).items()}

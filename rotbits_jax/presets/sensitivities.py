@@ -14,7 +14,6 @@ errors. Then the sum of both is approximated by a product of the same form.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import functools
 from typing import Any
 
 import jax
@@ -38,9 +37,8 @@ def measure(
     kept: see `fisher.fisher_factors`.
 
   Yields:
-    For each layer, from the last to the first, and then for the parameters outside the
-    layers: A and g, float32, by the paths of its matrices. Matrices with the same
-    inputs share one A.
+    A and g, float32, by the paths of matrices: for the layers from the last to the
+    first, then for the parameters outside them. Equal inputs share one A.
   """
   count = sum(tokens.size for tokens in windows)
   head: Any = None
@@ -127,16 +125,6 @@ def fitted(
   return inputs
 
 
-@functools.partial(jax.jit, static_argnames='axis')
-def _divergence(
-  error: jax.Array, moments: jax.Array, outputs: jax.Array, axis: int
-) -> jax.Array:
-  """Returns the divergence of an error, see above."""
-  rows = error if axis == 0 else error.T
-  product = jnp.matmul(moments, rows, precision='highest')
-  return outputs @ (rows * product).sum(axis=0) / 2
-
-
 def divergence(inputs: passes.Inputs, error: Any) -> float:
   """Returns about the divergence in nats that an error of a matrix causes.
 
@@ -144,4 +132,12 @@ def divergence(inputs: passes.Inputs, error: Any) -> float:
     inputs: A and g of the matrix.
     error: float32, in the shape of the matrix.
   """
-  return float(_divergence(error, inputs.moments, inputs.outputs, inputs.axis))
+  rows = error if inputs.axis == 0 else error.T
+  return float(_divergence(rows, inputs.moments, inputs.outputs))
+
+
+@jax.jit
+def _divergence(error: jax.Array, moments: jax.Array, outputs: jax.Array) -> jax.Array:
+  """Returns the divergence of an error `[in, out]`, see above."""
+  product = jnp.matmul(moments, error, precision='highest')
+  return outputs @ (error * product).sum(axis=0) / 2
