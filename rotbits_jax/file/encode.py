@@ -382,9 +382,8 @@ def _rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
   if log2_step is None or not is_float or not is_matrix:
     return leaf
   wide = jnp.asarray(leaf, jnp.float32)
-  array = np.asarray(passes.round_leaf(wide, dtype, log2_step, uniform=True)[0])
-  multiples = structured.UniformlyQuantized.of(array)
-  return structured.astype(array if multiples is None else multiples, dtype)
+  rounded, _ = passes.round_leaf(wide, dtype, log2_step, uniform=True)
+  return structured.astype(passes.narrowed(jax.device_get(rounded)), dtype)
 
 
 def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:

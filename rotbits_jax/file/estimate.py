@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -141,9 +142,8 @@ def _leaf_bytes(path: str, leaf: Any, rounding: Any, is_plain: bool) -> float:
     step = rounding.log2_step(path, rows.dtype)
     uniform = rounding.uniform and not is_plain
     wide = jnp.asarray(rows, jnp.float32)
-    rows, _ = rounding_lib.round_leaf(wide, rows.dtype, step, uniform)
-    if uniform:  # encoding stores integers and the step
-      rows = structured.UniformlyQuantized.of(np.asarray(rows)) or rows
+    rounded, _ = rounding_lib.round_leaf(wide, rows.dtype, step, uniform)
+    rows = rounding_lib.narrowed(jax.device_get(rounded))
   return times * coded_bytes(rows)
 
 

@@ -1,18 +1,12 @@
 """The algebra of transforms: their definition, and which ones make a chain.
 
-A transform rewrites the parameters of a model so that they store fewer weights. It
-replaces arrays by structured leaves, see `structured`. It keeps the function of the
-model, or it states how it changes the function. A note describes the change of one
-tensor.
-
-Transforms are written like Optax's: a transform is a few pure functions and a state.
-The state carries information from layer to layer, for example the coordinates that were
-chosen for the residual stream.
+A transform replaces arrays by structured leaves. It keeps the function of the model, or
+it notes how it changes it. Transforms are written like Optax's: a few pure functions
+and a state, which carries information from layer to layer.
 
 Parameters are dicts of leaves by path, as in `structured.flatten`. **A transform owns
-the parameters that it gets**, as a function owns donated buffers: it may take leaves
-out of a dict, put others in, and return the same dict. So the memory of a leaf is free
-as soon as it is rewritten.
+the parameters that it gets**, as a function owns donated buffers: it may change the
+dict and return it. So the memory of a leaf is free as soon as it is rewritten.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,14 +23,6 @@ Note = dict[str, Any]
 """JSON values. Numbers may be arrays `[]`: `rewrite` rounds them to three digits."""
 State = Any  # a PyTree of arrays
 Noted = tuple[Params, list[Note]]
-
-MOST_ERROR = 8.0
-"""The greatest relative error that a note may state, as a multiple of the roundoff.
-
-A greater error ends the work.
-A note with `plain_error`, the error that plain arrays would have, may state as many
-times that error.
-"""
 
 
 class ModelSource(Protocol):
@@ -64,8 +50,7 @@ class Context(NamedTuple):
 
   Attributes:
     source: the model before any transform.
-    dtypes: the dtype to which the weights of each parameter are rounded at the end, by
-      path.
+    dtypes: the dtype to which each parameter is rounded at the end, by path.
     dtype: the dtype to which most weights are rounded.
   """
 
@@ -79,11 +64,7 @@ class Context(NamedTuple):
 
   @property
   def roundoff(self) -> float:
-    """Unit roundoff of `dtype`, the dtype of most weights.
-
-    For float32 it is 2^-19, the error of the float32 linear algebra, because float32's
-    own roundoff is never reached.
-    """
+    """Unit roundoff of `dtype`, but at least 2^-19, the error of float32 algebra."""
     least = 16 * float(jnp.finfo(jnp.float32).eps)
     return max(float(jnp.finfo(self.dtype).eps) / 2, least)
 
@@ -98,27 +79,25 @@ class Context(NamedTuple):
 
 
 class Transform(NamedTuple):
-  """A pass over a model, as functions that return notes, see `note`.
+  """A pass over a model, as functions that return parameters and notes, see `note`.
 
   >>> [transform.name for transform in chain(Transform('a'), chain(Transform('b')))]
   ['a', 'b']
 
   Attributes:
     name: the name of its saving in the report.
-    init: takes the context and returns the state before the first layer. It may read
-      any part of the source. By default the state is empty.
-    advance: takes the context, the state, the index of a layer and the layer. It
-      returns the state with which the layer is rewritten, and from which the next layer
-      goes on. It does not change the layer. None if the state is that of `init`.
-    layer: takes the same arguments, with the state that `advance` returned. It returns
-      the rewritten layer and the notes on it. By default nothing changes.
-    outer: takes the context, the state after the last layer and the parameters outside
-      the layers. It returns the rewritten parameters and the notes.
+    init: takes the context; returns the state before the first layer. It may read any
+      part of the source.
+    advance: takes the context, the state, the index of a layer and the layer, which it
+      does not change; returns the state for this layer. None if the state is constant.
+    layer: takes the same arguments, with the state of this layer; returns the rewritten
+      layer and its notes.
+    outer: takes the context, the last state and the parameters outside the layers;
+      returns them rewritten, and the notes.
     reads_source: whether it reads parts of the source before they are rewritten, and so
       must be the first of a chain.
-    takes: the weights that it takes: 'float32' if they must be float32 and are rounded
-      after the last transform, 'stored' if they must be those of the source, in its
-      dtypes.
+    takes: 'float32' if weights must be float32 and are rounded after the last
+      transform; 'stored' if they must be those of the source, in its dtypes.
   """
 
   name: str
@@ -139,15 +118,10 @@ Chain = tuple[Transform, ...]
 
 
 def chain(*transforms: Transform | Chain) -> Chain:
-  """Makes a chain of transforms; a chain among them counts as its transforms.
-
-  Raises:
-    ValueError: if a transform that reads the source ahead is not the first, or if two
-      transforms take different weights. It names the transforms.
-  """
-  flat: list[Transform] = []
+  """Makes a chain of transforms and chains; a ValueError if they do not fit."""
+  flat: Chain = ()
   for item in transforms:
-    flat += [item] if isinstance(item, Transform) else item
+    flat += (item,) if isinstance(item, Transform) else item
   for transform in flat[1:]:
     if transform.reads_source:
       raise ValueError(
@@ -156,24 +130,22 @@ def chain(*transforms: Transform | Chain) -> Chain:
       )
   for transform in flat:
     if transform.takes != 'any':
-      check_takes(tuple(flat), transform.takes)
-  return tuple(flat)
+      check_takes(flat, transform.takes)
+  return flat
+
+
+_TAKES = {
+  'float32': 'float32 weights, which are rounded after the last transform',
+  'stored': 'weights as they are stored',
+}
 
 
 def check_takes(transforms: Chain, takes: str) -> None:
-  """Checks that every transform takes such weights, see `Transform.takes`.
-
-  Raises:
-    ValueError: if one does not. It names the transform.
-  """
+  """Raises a ValueError if a transform does not take such weights."""
   for transform in transforms:
     if transform.takes not in ('any', takes):
-      names = {
-        'float32': 'float32 weights, which are rounded after the last transform',
-        'stored': 'weights as they are stored',
-      }
       raise ValueError(
-        f'{transform.name!r} takes {names[transform.takes]}, got {names[takes]}'
+        f'{transform.name!r} takes {_TAKES[transform.takes]}, got {_TAKES[takes]}'
       )
 
 
@@ -184,8 +156,8 @@ def note(path: str, leaf: Any, *, error: Any = 0.0, **details: Any) -> Note:
     path: path of the parameter in the whole model.
     leaf: the array or structured leaf that now stands for the parameter, unstacked.
     error: relative error of the leaf, in the Frobenius norm.
-    details: further JSON values, or arrays of shape `[]`. An `obstacle` says why the
-      transform did not change the tensor.
+    details: further JSON values, or arrays `[]`. An `obstacle` says why the transform
+      did not change the tensor; a `plain_error` is the error of plain arrays.
   """
   return {
     'tensor': path,

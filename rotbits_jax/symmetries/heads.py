@@ -28,6 +28,7 @@ Here b_v is repeated for every query head that reads it.
 
 Shape letters are those of `models.config`; d is the width of the segment that a kernel
 reads or writes, and G = H / K. G query heads that share a key-value head form a group.
+`kv_heads` is K. Results are float32.
 """
 
 import functools
@@ -55,15 +56,10 @@ KEYS = (QUERY, QUERY_BIAS, KEY, KEY_BIAS)
 
 
 class BasisAndFactor(NamedTuple):
-  """A matrix `[n, h]` as a basis and a factor: `[I - B^T B / 4; B] @ factor`.
+  """A matrix `[n, h]` as a basis and a factor: `[I - B^T B / 4; B] @ factor`."""
 
-  Attributes:
-    below: B, `[n - h, h]`.
-    factor: `[h, h]`.
-  """
-
-  below: jax.Array
-  factor: jax.Array
+  below: jax.Array  # B, [n - h, h]
+  factor: jax.Array  # [h, h]
 
 
 def basis(matrix: jax.Array) -> BasisAndFactor:
@@ -77,9 +73,6 @@ def basis(matrix: jax.Array) -> BasisAndFactor:
 
   Args:
     matrix: float32 `[n, h]`, n >= h, of any rank.
-
-  Returns:
-    The basis and the factor, float32.
   """
   chex.assert_rank(matrix, 2)
   h = matrix.shape[1]
@@ -93,7 +86,7 @@ def basis(matrix: jax.Array) -> BasisAndFactor:
 def with_value_bias(
   out_bias: jax.Array, value_bias: jax.Array, kernel: jax.Array, *, kv_heads: int
 ) -> jax.Array:
-  """Returns the output bias that includes the value bias: `b_o + b_v W_o`.
+  """Returns the output bias `[d]` that includes the value bias: `b_o + b_v W_o`.
 
   >>> with_value_bias(jnp.zeros(2), jnp.ones(2), jnp.eye(2), kv_heads=1).tolist()
   [1.0, 1.0]
@@ -103,18 +96,14 @@ def with_value_bias(
     value_bias: `[K h]`.
     kernel: W_o, `[H h, d]`.
     kv_heads: K.
-
-  Returns:
-    float32 `[d]`.
   """
   chex.assert_rank([out_bias, value_bias, kernel], [1, 1, 2])
   chex.assert_shape(kernel, (None, len(out_bias)))
   # H / K consecutive query heads read the same value head.
   groups = kernel.shape[0] // value_bias.shape[0]
-  heads = value_bias.astype(jnp.float32).reshape(kv_heads, 1, -1)
-  repeated = jnp.broadcast_to(heads, (kv_heads, groups, heads.shape[2])).reshape(-1)
-  moved = jnp.matmul(repeated, kernel.astype(jnp.float32), precision='highest')
-  return out_bias.astype(jnp.float32) + moved
+  heads = value_bias.astype(jnp.float32).reshape(kv_heads, -1)
+  repeated = jnp.repeat(heads, groups, axis=0).reshape(-1)
+  return out_bias.astype(jnp.float32) + _matmul(repeated, kernel.astype(jnp.float32))
 
 
 def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
@@ -145,8 +134,8 @@ class Fixed(NamedTuple):
   """Parameters with their gauge fixed.
 
   Attributes:
-    params: the parameters by path, float32. One kernel is a structured leaf.
-    gauge: A, float32 `[K, h, h]`, or `[K, m, m]` for queries and keys.
+    params: the parameters by path. One kernel is a structured leaf.
+    gauge: A, `[K, h, h]`, or `[K, m, m]` for queries and keys.
   """
 
   params: models.Params
@@ -154,7 +143,7 @@ class Fixed(NamedTuple):
 
 
 def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
-  """Fixes the gauge between value and output.
+  """Fixes the gauge between value and output; W_o becomes a `structured.HeadRows`.
 
   >>> params = {VALUE: jnp.eye(2), OUT: jnp.arange(8.0).reshape(2, 4)}
   >>> fixed = fix_values(params, kv_heads=1).params
@@ -168,9 +157,6 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
     params: `VALUES`, by path. The kernels are arrays, and W_o has at least h columns. A
       missing bias is zero.
     kv_heads: K.
-
-  Returns:
-    The parameters; W_o is a `structured.HeadRows`.
   """
   h, width = params[VALUE].shape[1] // kv_heads, params[OUT].shape[1]
   heads = _stacked_heads(params[OUT].T, kv_heads, h)  # [K, G d, h]
@@ -192,6 +178,8 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
 def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   """Fixes the gauge between query and key in the coordinates that RoPE does not rotate.
 
+  W_k becomes a `structured.HeadColumns`; its bias is zero in these coordinates.
+
   >>> params = {QUERY: jnp.eye(4, 2), KEY: jnp.arange(8.0).reshape(4, 2)}
   >>> fixed = fix_keys(params, kv_heads=1, rotary=0).params
   >>> structured.count_elements(params), structured.count_elements(fixed)
@@ -205,21 +193,14 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
       missing bias is zero.
     kv_heads: K.
     rotary: r, less than h.
-
-  Returns:
-    The parameters. W_k is a `structured.HeadColumns`. The bias of the key is zero in
-    these coordinates.
   """
   d, h = params[KEY].shape[0], params[KEY].shape[1] // kv_heads
   heads = _stacked_heads(params[KEY], kv_heads, h)
   below, factors = jax.vmap(basis)(heads[..., rotary:])
   gauge, kept = jnp.matrix_transpose(factors), jnp.eye(rotary, dtype=jnp.float32)
   whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
-  fixed: models.Params = {
-    path: _multiply(params[path], whole)
-    for path in (QUERY, QUERY_BIAS)
-    if path in params
-  }
+  queries = [path for path in (QUERY, QUERY_BIAS) if path in params]
+  fixed: models.Params = {path: _multiply(params[path], whole) for path in queries}
   columns = params[KEY].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
   fixed[KEY] = structured.HeadColumns(
     rotary=columns.reshape(d, -1) if rotary else None,
@@ -253,20 +234,14 @@ Sides = tuple[jax.Array, jax.Array]
 
 
 def sides(params: models.Params, *, kv_heads: int) -> Sides:
-  """Returns the two kernels of a pair. Biases are further rows.
+  """Returns the two kernels of a pair, `VALUES` or `KEYS`. Biases are further rows.
 
   Only `left @ right^T` matters for the function of the model.
-
-  Args:
-    params: `VALUES`, or `KEYS`, by path.
-    kv_heads: K.
   """
   params = structured.materialize(params)
 
   def with_bias(kernel: str, bias: str) -> jax.Array:
-    rows = [params[kernel]]
-    if bias in params:
-      rows.append(params[bias][None])
+    rows = [params[kernel]] + ([params[bias][None]] if bias in params else [])
     return jnp.concatenate(rows)
 
   if OUT in params:
@@ -278,26 +253,36 @@ def sides(params: models.Params, *, kv_heads: int) -> Sides:
   return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
 
 
-def relative_error(exact: Sides, near: Sides) -> jax.Array:
-  """Returns the error of all products, relative in the Frobenius norm, float32.
+def rounding_errors(
+  plain: Sides, exact: Sides, rounded: Sides, dtype: Any
+) -> dict[str, jax.Array]:
+  """Returns the relative errors in the Frobenius norm that rounding makes in products.
 
-  The result is accurate even if the sides differ little.
+  Args:
+    plain: the kernels before their gauge is fixed.
+    exact: the kernels with their gauge fixed.
+    rounded: the same, rounded.
+    dtype: the dtype of rounding.
+
+  Returns:
+    'plain_error' of rounding plain kernels, and 'error' of the rounded ones, `[]`.
   """
+  # The weights of a checkpoint have no rounding error, because they are rounded
+  # already. A multiple of them has the usual error.
+  left, right = plain[0] * 2**0.5, plain[1] / 2**0.5
+  round_off = lambda x: x.astype(dtype).astype(jnp.float32)
+  plain_error = _relative_error((left, right), (round_off(left), round_off(right)))
+  return {'plain_error': plain_error, 'error': _relative_error(exact, rounded)}
+
+
+def _relative_error(exact: Sides, near: Sides) -> jax.Array:
+  """Returns the error of all products, accurately even if the sides differ little."""
   (left, right), (near_left, near_right) = exact, near
   off = _product_norm(
     jnp.concatenate([near_left - left, near_left], axis=2),
     jnp.concatenate([right, near_right - right], axis=2),
   )
   return off / jnp.maximum(_product_norm(left, right), jnp.finfo(jnp.float32).tiny)
-
-
-def rounding_error(plain: Sides, dtype: Any) -> jax.Array:
-  """Returns the relative error that rounding makes in the products of kernels."""
-  # The weights of a checkpoint have no rounding error, because they are rounded
-  # already. A multiple of them has the usual error.
-  left, right = plain[0] * 2**0.5, plain[1] / 2**0.5
-  round_off = lambda x: x.astype(dtype).astype(jnp.float32)
-  return relative_error((left, right), (round_off(left), round_off(right)))
 
 
 def _product_norm(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ with. The others need the rotations, and no other layer. `stacked.canonicalize` 
 what rounding does to the result, and keeps what is accurate.
 
 A layer is a dict of float32 leaves by path. Every function returns new leaves. d is the
-width of a shortcut's first segment, and e that of its second one.
+width of a shortcut's first segment, and e that of its second one. Rotations are float32
+`[d, d]`.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 
 Params = dict[str, Any]
+Polars = Sequence[canonical.Polar | None]
+"""The decompositions of a layer's shortcuts, see `gauge`."""
+
 UP, HEAD = 'mlp/up/kernel', 'head/kernel'
 
 
@@ -36,11 +40,6 @@ def shortcut_paths(config: models.ModelConfig) -> list[str]:
   """Returns the paths of the shortcuts of a layer; none in a dense model."""
   sublayers = models.layout.SUBLAYERS[: config.segments_per_layer]
   return [f'{x}_shortcut/kernel' for x in sublayers] if config.sliced else []
-
-
-def is_array(params: Params, path: str) -> bool:
-  """Returns whether a parameter is an array of floating-point numbers."""
-  return structured.is_plain(params.get(path))
 
 
 # ---- the residual stream -----------------------------------------------------------
@@ -54,13 +53,8 @@ def gauge(
 ) -> list[canonical.Polar | None]:
   """Returns the polar decompositions of the shortcuts of a layer.
 
-  Args:
-    params: the layer.
-    config: the config of the model.
-    polar: the decomposition, `canonical.polar` or `canonical.quick_polar`.
-
-  Returns:
-    One for each shortcut; None for a shortcut that narrows the stream.
+  It is None for a shortcut that narrows the stream. `polar` is `canonical.polar` or
+  `canonical.quick_polar`.
   """
   kernels = [params[path] for path in shortcut_paths(config)]
   (d, e), *others = [kernel.shape for kernel in kernels]
@@ -73,48 +67,41 @@ def gauge(
 
 def segments(
   params: Params,
-  polars: Sequence[canonical.Polar | None],
+  polars: Polars,
   first: jax.Array,
   config: models.ModelConfig,
   *,
   free: jax.Array | None = None,
 ) -> list[jax.Array]:
-  """Returns the rotations of the segments that a layer reads and writes.
+  """Returns the rotations R_s, R_{s+1}, ... of the segments of a sliced layer.
 
   Args:
-    params: the layer of a sliced model.
+    params: the layer.
     polars: `gauge` of the layer.
-    first: R_s of the segment that the layer reads, float32 `[d, d]`.
+    first: R_s of the segment that the layer reads.
     config: the config of the model.
     free: Z of the last shortcut, see `rotations.next_rotation`.
-
-  Returns:
-    R_s, R_{s+1}, ..., float32 `[e, e]` each.
   """
-  found, paths = [first], shortcut_paths(config)
+  rotations, paths = [first], shortcut_paths(config)
   for path, polar in zip(paths, polars, strict=True):
     if polar is None:
-      found.append(rotations_lib.narrowing_rotation(found[-1], params[path]))
+      rotation = rotations_lib.narrowing_rotation(rotations[-1], params[path])
     else:
       z = free if path == paths[-1] else None
-      found.append(rotations_lib.next_rotation(polar.rotation, found[-1], z))
-  return found
+      rotation = rotations_lib.next_rotation(polar.rotation, rotations[-1], z)
+    rotations.append(rotation)
+  return rotations
 
 
 def first_rotation(
-  params: Params, polars: Sequence[canonical.Polar | None], config: models.ModelConfig
+  params: Params, polars: Polars, config: models.ModelConfig
 ) -> jax.Array | None:
   """Returns the R_0 that makes the up kernel of the first layer upper trapezoidal.
 
   It is None if that kernel is a pair of factors, or if the segment that it reads has
-  another width than the first.
-
-  Args:
-    params: the first layer.
-    polars: `gauge` of the layer.
-    config: the config of the model.
+  another width than the first. The arguments are those of `segments`.
   """
-  if not is_array(params, UP):
+  if not structured.is_plain(params.get(UP)):
     return None
   if not config.sliced:
     params = norms.fold_norm_scales(params, config)
@@ -127,18 +114,17 @@ def first_rotation(
 
 
 def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | None:
-  """Returns the Z that makes the last rows of the head upper trapezoidal.
+  """Returns the Z `[e - d, e - d]` that makes the last rows of the head trapezoidal.
+
+  It is None if the stream does not get wider at its end, or if the head is a pair of
+  factors.
 
   Args:
     outer: the parameters outside the layers.
     polar: the decomposition of the last shortcut.
-
-  Returns:
-    Z, float32 `[e - d, e - d]`; None if the stream does not get wider at its end, or if
-    the head is a pair of factors.
   """
   new = 0 if polar is None else len(polar.rotation) - len(polar.u)
-  if polar is None or not new or not is_array(outer, HEAD):
+  if polar is None or not new or not structured.is_plain(outer.get(HEAD)):
     return None
   head = outer[HEAD][:, :new].astype(jnp.float32)
   return rotations_lib.upper_rotation(products.matmul(polar.rotation[-new:], head))
@@ -154,8 +140,7 @@ def rotate(
 ) -> Params:
   """Rotates the kernels and biases of a layer, or the parameters outside the layers.
 
-  In a dense model, the scales of norms are folded into kernels first, see `norms`, and
-  become leaves of one number.
+  In a dense model, the scales of norms are folded into kernels first, see `norms`.
 
   Args:
     params: the parameters. Shortcuts among them stay matrices, see
@@ -171,11 +156,10 @@ def rotate(
   if not config.sliced:
     params = norms.fold_norm_scales(params, config, is_outer=is_outer)
   of = lambda segment: None if segment is None else rotations[segment]
-  rotated = {
+  return {
     path: function(leaf, *map(of, rotations_lib.sides(axes[path])))
     for path, leaf in params.items()
   }
-  return rotated if config.sliced else norms.with_constant_scales(rotated, config)
 
 
 # ---- attention heads ---------------------------------------------------------------
@@ -188,12 +172,11 @@ def without_biases(params: Params, config: models.ModelConfig) -> Params:
   bias that can include it, see `heads`.
   """
   valid, changed = models.layout.symmetries(config), Params()
-  if valid.key_bias and is_array(params, heads.KEY_BIAS):
+  has = lambda path: structured.is_plain(params.get(path))
+  if valid.key_bias and has(heads.KEY_BIAS):
     zeros = structured.Constant.like(params[heads.KEY_BIAS], 0.0)
     changed[heads.KEY_BIAS] = zeros
-  if valid.values and all(
-    is_array(params, x) for x in (heads.VALUE_BIAS, heads.OUT_BIAS)
-  ):
+  if valid.values and has(heads.VALUE_BIAS) and has(heads.OUT_BIAS):
     value, out = params[heads.VALUE_BIAS], params[heads.OUT_BIAS]
     kernel = structured.materialize(params[heads.OUT])
     changed[heads.OUT_BIAS] = heads.with_value_bias(
@@ -206,12 +189,9 @@ def without_biases(params: Params, config: models.ModelConfig) -> Params:
 def head_pair(
   params: Params, config: models.ModelConfig, *, paths: tuple[str, ...]
 ) -> Params:
-  """Returns the parameters that share the gauge of heads; {} if it cannot be fixed.
+  """Returns the parameters of a layer that share a gauge of heads.
 
-  Args:
-    params: the layer.
-    config: the config of the model.
-    paths: `heads.VALUES` or `heads.KEYS`.
+  `paths` is `heads.VALUES` or `heads.KEYS`. The result is {} if there is no such gauge.
   """
   valid, pair = models.layout.symmetries(config), Params()
   is_values = paths == heads.VALUES
@@ -241,10 +221,6 @@ def fix(
   params: Params, config: models.ModelConfig
 ) -> tuple[Params, dict[str, jax.Array]]:
   """Removes biases and fixes the gauges of the heads of a layer.
-
-  Args:
-    params: the layer.
-    config: the config of the model.
 
   Returns:
     The layer, and A by 'values' and 'keys', see `heads.Fixed`.

@@ -23,8 +23,8 @@ def fold_norm_scales(
   >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')
   >>> model = rotbits_jax.load_checkpoint(checkpoint).model
   >>> folded = fold_norm_scales(structured.flatten(model.layer(0)), model.config)
-  >>> set(folded['mlp_norm/scale'].tolist())
-  {1.0}
+  >>> folded['mlp_norm/scale'].value
+  1.0
 
   Args:
     params: parameters of a layer, or parameters outside the layers, of a dense model,
@@ -33,7 +33,7 @@ def fold_norm_scales(
     is_outer: whether the parameters are those outside the layers.
 
   Returns:
-    The parameters in their old dtypes; the scales are 1.
+    The parameters in their old dtypes; the scales are leaves of one number, 1.
 
   Raises:
     ValueError: if the norms of the model are no RMSNorms.
@@ -44,11 +44,11 @@ def fold_norm_scales(
   axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
   for path, path_axes in axes.items():
     sublayer, is_reader = path.split('/')[0], isinstance(path_axes[0], int)
-    if path not in params or len(path_axes) < 2 or not is_reader:
-      continue
-    norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
-    folded[path] = _scale_rows(params[path], params[f'{norm}/scale'])
-    folded[f'{norm}/scale'] = jnp.ones_like(params[f'{norm}/scale'])
+    if path in params and len(path_axes) == 2 and is_reader:
+      norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
+      scale = params[f'{norm}/scale']
+      folded[path] = _scale_rows(params[path], scale)
+      folded[f'{norm}/scale'] = structured.Constant.like(scale, 1.0)
   return folded
 
 
@@ -60,14 +60,3 @@ def _scale_rows(kernel: Any, scale: jax.Array) -> Any:
   chex.assert_shape(scale, (kernel.shape[-2],))
   product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
   return product.astype(kernel.dtype)
-
-
-def with_constant_scales(
-  params: dict[str, Any], config: models.ModelConfig
-) -> dict[str, Any]:
-  """Replaces the scales that `fold_norm_scales` made 1 by leaves of one number."""
-  axes = models.layout.layer_axes(config) | models.layout.outer_axes(config)
-  return {
-    path: structured.Constant.like(leaf, 1.0) if axes[path] == ('norm',) else leaf
-    for path, leaf in params.items()
-  }

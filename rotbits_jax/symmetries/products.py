@@ -30,10 +30,6 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   rows = jnp.pad(a, ((0, 0), (0, padding))).reshape(m, -1, _BLOCK).swapaxes(0, 1)
   columns = jnp.pad(b, ((0, padding), (0, 0))).reshape(-1, _BLOCK, n)
 
-  def add(
-    total: jax.Array, blocks: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, None]:
-    return total + product(*blocks), None
-
+  add = lambda total, blocks: (total + product(*blocks), None)
   start = jnp.zeros((m, n), jnp.result_type(a, b))
   return jax.lax.scan(add, start, (rows, columns))[0]

@@ -22,7 +22,7 @@ Therefore most of its singular values are 1, and P = I - B B^T, where B has few 
 Values above 1 add C C^T.
 
 In this file d is the width of a segment, and e >= d is the width of the next segment.
-Rotations include reflections.
+Rotations include reflections. They are float32, and orthogonal up to its rounding.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
@@ -54,11 +54,8 @@ def rotate(
 
   Args:
     array: an array `[n, m]` or `[m]`, or a low-rank leaf `[n, m]`.
-    rows: float32 `[n, n]`; None for no rotation.
-    columns: float32 `[m, m]`; None for no rotation.
-
-  Returns:
-    The rotated array or leaf.
+    rows: `[n, n]`; None for no rotation.
+    columns: `[m, m]`; None for no rotation.
   """
   pair = structured.pair(array)
   if pair is not None:
@@ -82,10 +79,13 @@ def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
   return (segment(axes[-2]) if len(axes) > 1 else None), segment(axes[-1])
 
 
+# ---- the rotations -----------------------------------------------------------------
+
+
 def next_rotation(
   step: jax.Array, rotation: jax.Array, free: jax.Array | None = None
 ) -> jax.Array:
-  """Returns R_{s+1} = O_s^T diag(R_s, Z).
+  """Returns R_{s+1} = O_s^T diag(R_s, Z), `[e, e]`.
 
   >>> shortcut = jnp.array([[0.0, 2.0], [1.0, 0.0]])
   >>> step = canonical.polar(shortcut).rotation
@@ -93,12 +93,9 @@ def next_rotation(
   [[2.0, 0.0], [0.0, 1.0]]
 
   Args:
-    step: O_s, float32 `[e, e]`.
-    rotation: R_s, float32 `[d, d]`.
-    free: Z, float32 `[e - d, e - d]`; None for the identity.
-
-  Returns:
-    R_{s+1}, float32 `[e, e]`, orthogonal up to the rounding of float32.
+    step: O_s, `[e, e]`.
+    rotation: R_s, `[d, d]`.
+    free: Z, `[e - d, e - d]`; None for the identity.
   """
   chex.assert_rank([step, rotation], 2)
   if len(step) > len(rotation):
@@ -118,11 +115,11 @@ def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
   [[1.0, 0.0], [0.0, 1.0]]
 
   Args:
-    steps: O_0, ..., O_{N-1}, float32 `[N, d, d]`.
-    first: R_0, float32 `[d, d]`.
+    steps: O_0, ..., O_{N-1}, `[N, d, d]`.
+    first: R_0, `[d, d]`.
 
   Returns:
-    float32 `[N, d, d]`, orthogonal up to the rounding of float32.
+    `[N, d, d]`.
   """
   chex.assert_rank(steps, 3)
   multiply = jax.vmap(lambda earlier, later: _matmul(later, earlier))
@@ -131,8 +128,22 @@ def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
   return jax.vmap(finish)(products)
 
 
+def narrowing_rotation(rotation: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Returns the R_{s+1} `[e, e]` that makes R_s^T M_s R_{s+1} lower trapezoidal, d > e.
+
+  Args:
+    rotation: R_s, `[d, d]`.
+    kernel: M_s, `[d, e]`.
+  """
+  chex.assert_shape(kernel, (len(rotation), None))
+  rotated = _matmul(rotation.T, kernel.astype(jnp.float32))
+  return jnp.linalg.qr(rotated.T, mode='complete')[0]
+
+
 def upper_rotation(matrix: jax.Array) -> jax.Array:
   """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal.
+
+  The diagonal of the product is not negative.
 
   >>> matrix = jnp.array([[0.0, 1.0], [2.0, 3.0]])
   >>> np.rint(upper_rotation(matrix).T @ matrix).tolist()
@@ -140,35 +151,17 @@ def upper_rotation(matrix: jax.Array) -> jax.Array:
 
   Args:
     matrix: `[d, V]`.
-
-  Returns:
-    G, float32 `[d, d]`, orthogonal up to the rounding of float32. The diagonal of the
-    product is not negative.
   """
   return canonical.reorthogonalize(canonical.qr(matrix)[1])
+
+
+# ---- the canonical parameters ------------------------------------------------------
 
 
 def upper_rows(kernel: jax.Array, rows: int) -> jax.Array:
   """Sets the entries of the last rows of a kernel to zero below their diagonal."""
   first = kernel.shape[0] - rows
   return jnp.concatenate([kernel[:first], jnp.triu(kernel[first:])])
-
-
-def lower(factor: jax.Array) -> jax.Array:
-  """Returns the lower trapezoidal B `[d, k]` with the same `B B^T` as the factor.
-
-  Args:
-    factor: `[d, k]`. If its last columns are zero, so are those of B.
-
-  Returns:
-    B, float32. Its diagonal is not negative.
-  """
-  chex.assert_rank(factor, 2)
-  # In the QR factorisation of the transposed factor, R is upper trapezoidal, and R^T
-  # is B.
-  r = jnp.linalg.qr(factor.T.astype(jnp.float32), mode='r')
-  r = jnp.where(jnp.diagonal(r)[:, None] < 0, -r, r)
-  return jnp.tril(jnp.pad(r.T, ((0, 0), (0, factor.shape[1] - len(r)))))
 
 
 def shortcut(
@@ -181,7 +174,7 @@ def shortcut(
   """Returns a shortcut between rotated segments: R^T P R = I - B B^T + C C^T.
 
   Args:
-    rotation: R, float32 `[d, d]`.
+    rotation: R, `[d, d]`.
     polar: the polar decomposition of the shortcut.
     tolerance: a value counts as 1 if it differs from 1 by at most this.
     columns: the number of columns of B and of C. If there are more values below 1 than
@@ -197,23 +190,21 @@ def shortcut(
 
   def factor(vectors: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
     weights = jnp.where(sizes[:count] > tolerance, sizes[:count], 0)
-    return lower(_matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights)))
+    return _lower(_matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights)))
 
   b = factor(polar.u[:, ::-1], -excess[::-1], columns[0])
   c = factor(polar.u, excess, columns[1])
   return structured.IdentityMinusGram(b, c, columns=len(polar.rotation))
 
 
-def narrowing_rotation(rotation: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Returns the R_{s+1} that makes R_s^T M_s R_{s+1} lower trapezoidal, for d > e.
+def _lower(factor: jax.Array) -> jax.Array:
+  """Returns the lower trapezoidal B `[d, k]` with the same `B B^T` as the factor.
 
-  Args:
-    rotation: R_s, float32 `[d, d]`.
-    kernel: M_s, `[d, e]`.
-
-  Returns:
-    R_{s+1}, float32 `[e, e]`.
+  Its diagonal is not negative. If the last columns of the factor are zero, so are those
+  of B.
   """
-  chex.assert_shape(kernel, (len(rotation), None))
-  rotated = _matmul(rotation.T, kernel.astype(jnp.float32))
-  return jnp.linalg.qr(rotated.T, mode='complete')[0]
+  # In the QR factorisation of the transposed factor, R is upper trapezoidal, and R^T
+  # is B.
+  r = jnp.linalg.qr(factor.T, mode='r')
+  r = jnp.where(jnp.diagonal(r)[:, None] < 0, -r, r)
+  return jnp.tril(jnp.pad(r.T, ((0, 0), (0, factor.shape[1] - len(r)))))

@@ -2,13 +2,11 @@ r"""Canonical weights of a whole model in one call: the functions of `layer`, ma
 
     jax.jit(canonicalize, static_argnums=1)(params, config)
 
-The layers are stacked `[N, ...]`, so there is no loop over layers. Per layer, and
-independent of the others, the polar decompositions of the shortcuts give O_s and P_s.
-The rotations are the running product R_{s+1} = O_s^T R_s, an associative scan over the
-layers. Then all kernels are multiplied by their rotations, and the gauges of heads are
-fixed, again independent of each other. Nothing waits for the host: choices of a rank
-that depend on numbers are masks. If the layer axis is sharded over devices, only the
-scan communicates.
+The layers are stacked `[N, ...]`, so there is no loop over them. The rotations are the
+running product R_{s+1} = O_s^T R_s, an associative scan over the layers; all else is
+independent per layer. Nothing waits for the host: choices of a rank that depend on
+numbers are masks. If the layer axis is sharded over devices, only the scan
+communicates.
 
 `passes` makes the same canonical form layer by layer, rounds it to the dtype of the
 source, and cuts masked columns. Shape letters are those of `models.config`.
@@ -56,37 +54,25 @@ class Gauges(NamedTuple):
 
 
 def canonicalize(
-  params: models.Params,
-  config: models.ModelConfig,
-  *,
-  tolerance: float | None = None,
-  max_rank: int | None = None,
+  params: models.Params, config: models.ModelConfig, *, tolerance: float | None = None
 ) -> tuple[models.Params, Gauges]:
   """Brings the parameters of a model to their canonical form.
 
   It fixes the residual gauge, folds the scales of RMSNorms, writes shortcuts as
   `I - B B^T + C C^T`, moves the value biases into the output biases, and fixes the
-  gauges of attention heads. The function of the model does not change. A number that is
-  not finite spreads to all parameters that depend on it.
+  gauges of attention heads. The function of the model does not change.
 
   Args:
     params: the parameters of a model, see `models.Model`, in any floating-point dtype.
       Structured leaves are materialized first, except low-rank pairs.
-    config: its config. The segments of a sliced model must not get narrower from one to
-      the next.
+    config: its config. A sliced model must not get narrower from segment to segment.
     tolerance: a singular value of a shortcut counts as 1 if it differs from 1 by at
       most this. By default it is 0.7 roundoffs of the dtype of the shortcuts, as in
       `passes.remove_residual_gauge`.
-    max_rank: number of columns of B and of C. With more values below 1, or above it,
-      those closest to 1 count as 1, see `Gauges.singular_values`. By default it is d,
-      so that nothing is left out.
 
   Returns:
-    The parameters, float32, and the gauges. Their stacks are those of the input. In B
-    and C, columns that are not needed are zero and come last; `Model.layer` cuts them.
-
-  Raises:
-    ValueError: if a segment is narrower than the one before it.
+    The parameters, float32, in the stacks of the input, and the gauges. In B and C,
+    columns that are not needed are zero and come last; `Model.layer` cuts them.
   """
   layers = {key: models.names.stacked_layers(key) for key in params}
   ranges = {key: x for key, x in layers.items() if x is not None}
@@ -98,7 +84,7 @@ def canonicalize(
     dtype = params[keys[0]]['attention_shortcut']['kernel'].dtype
     roundoff = max(float(jnp.finfo(dtype).eps) / 2, 2.0**-19)
     tolerance = 0.7 * roundoff if tolerance is None else tolerance
-    stacks, outer, gauges = _rotate_segments(stacks, outer, config, tolerance, max_rank)
+    stacks, outer, gauges = _rotate_segments(stacks, outer, config, tolerance)
   elif valid.stream:
     stacks, outer, gauges = _rotate_stream(stacks, outer, config)
   for key, stack in stacks.items():
@@ -115,11 +101,7 @@ def _widened(params: models.Params) -> Params:
 
 
 def _rotate_segments(
-  stacks: dict[str, Params],
-  outer: Params,
-  config: models.ModelConfig,
-  tolerance: float,
-  max_rank: int | None,
+  stacks: dict[str, Params], outer: Params, config: models.ModelConfig, tolerance: float
 ) -> tuple[dict[str, Params], Params, Gauges]:
   """Rotates the segments of a sliced model."""
   widths = config.segment_widths
@@ -152,9 +134,9 @@ def _rotate_segments(
     kernels = {path: leaf for path, leaf in params.items() if path not in names}
     rotated = layer_lib.rotate(kernels, segments, config)
     for rows, polar, path in zip(segments, polars, names, strict=False):
-      rank = len(polar.u) if max_rank is None else min(max_rank, len(polar.u))
+      columns = (len(polar.u),) * 2
       rotated[path] = rotations.shortcut(
-        rows, polar, tolerance=tolerance, columns=(rank, rank)
+        rows, polar, tolerance=tolerance, columns=columns
       )
     return rotated, segments[1:]
 

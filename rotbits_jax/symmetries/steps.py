@@ -19,12 +19,11 @@ Each square is then that of one rounding error, and no other factorisation of H 
 smaller trace of D. The rows of inputs with large moments come first, because the errors
 of later rows can make up for theirs. Blocks of rows are updated by one product.
 
-**A step for each line.** If output j counts g_j times, the mean square of the error is
-`sum_ij D_i g_j d_ij^2 / 12` for steps d_ij. With the mean of `log2 d_ij` fixed, and so
-the bits of an entropy coder, it is least for `d_ij = d / sqrt(D_i g_j)`: each element
-then adds the same to it. So rows have steps of their own by the pivots D_i, and columns
-by g_j. Lines are divided by their factors first, which scales H and L; then the rule
-above goes on with one step.
+**A step per row and column.** If output j counts g_j times, the mean square of the
+error is `sum_ij D_i g_j d_ij^2 / 12` for steps d_ij. With the mean of `log2 d_ij`
+fixed, and so the bits of an entropy coder, it is least for `d_ij = d / sqrt(D_i g_j)`.
+So rows have steps by the pivots D_i, and columns by g_j. They are divided by their
+factors first, which scales H and L; then the rule above goes on with one step.
 
 References:
   Frantar et al., GPTQ, arXiv 2210.17323: the rule, by the inverse of H.
@@ -54,30 +53,21 @@ _matmul = products.matmul
 
 
 class Size(NamedTuple):
-  """The typical size of the numbers of an array.
+  """The typical size of the numbers of an array."""
 
-  Attributes:
-    rms: the root of their mean square, float32; 0 if no number counts.
-    outliers: how many numbers are infinite, NaN or outliers, int32.
-  """
-
-  rms: jax.Array
-  outliers: jax.Array
+  rms: jax.Array  # the root of their mean square, float32; 0 if no number counts
+  outliers: jax.Array  # how many numbers are infinite, NaN or outliers, int32
 
 
 def typical_size(array: jax.Array) -> Size:
-  """Returns the root of the mean square of an array's numbers, without outliers.
+  """Returns the rms of the numbers of a float32 array, without zeros and outliers.
 
-  Zeros do not count, because structure makes them. If the rms is more than twice the
-  mean magnitude, a few numbers make most of the squares: those above 8 mean magnitudes
-  are outliers. They are removed until there are none. Of normally distributed numbers,
-  the rms is 1.25 mean magnitudes.
+  Structure makes zeros. If the rms is more than twice the mean magnitude, a few numbers
+  make most of the squares: those above 8 mean magnitudes are outliers. They are removed
+  until there are none. Of normal numbers, the rms is 1.25 mean magnitudes.
 
   >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])).rms)
   1
-
-  Args:
-    array: float32.
   """
   fold = functools.partial(_fold, array)
 
@@ -167,34 +157,37 @@ def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames='axis')
-def with_feedback(
+def quantize(
   array: jax.Array,
   step: jax.Array,
-  moments: jax.Array,
+  moments: jax.Array | None = None,
   outputs: jax.Array | None = None,
   *,
   axis: int = 0,
 ) -> structured.UniformlyQuantized:
-  """Rounds a matrix to multiples of a step, or of a step for each line.
+  """Rounds an array to multiples of a step, or of a step per row and column.
 
   Zeros remain, because structure makes them.
 
   >>> kernel, moments = jnp.full((4, 1), 0.4), jnp.ones((4, 4))  # inputs are equal
-  >>> with_feedback(kernel, jnp.float32(1), moments).integers.sum().tolist()  # from 1.6
+  >>> quantize(kernel, jnp.float32(1), moments).integers.sum().tolist()  # from 1.6
   2.0
 
   Args:
-    array: float32 `[n, m]`, or `[m, n]` if `axis` is 1.
-    step: float32 `[]`, positive; with steps for lines roughly their geometric mean.
-    moments: float32 `[n, n]`, sums or means of products of the inputs. If they are not
-      finite, there is no feedback.
-    outputs: float32 `[m]`, how much the square of an error of each output counts; None
-      for one step.
+    array: float32 `[n, m]`, or `[m, n]` if `axis` is 1; of any shape without moments.
+    step: float32 `[]`, positive; about the geometric mean of the steps.
+    moments: H, float32 `[n, n]`, or its multiple. There is no feedback if it is None,
+      or not finite.
+    outputs: g, float32 `[m]`; None for one step.
     axis: the axis of the inputs.
 
   Returns:
     The leaf. Its integers are float32: an outlier may have more than 2^31 steps.
   """
+  if moments is None:
+    integers = jnp.rint(array / step)
+    integers = jnp.where(integers == 0, 0, integers)  # -0 becomes 0
+    return structured.UniformlyQuantized(integers, step, 'float32')
   kernel = array if axis == 0 else array.T
   chex.assert_shape(moments, (len(kernel),) * 2)
   order, lower, pivots = _factors(moments)
@@ -239,16 +232,7 @@ def _factors(moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _round_rows(rows: jax.Array, step: jax.Array, lower: jax.Array) -> jax.Array:
-  """Rounds rows from the last to the first, see above.
-
-  Args:
-    rows: float32 `[n, m]`.
-    step: float32 `[]`.
-    lower: L, float32 `[n, n]`.
-
-  Returns:
-    Multiples of the step, float32 `[n, m]`.
-  """
+  """Rounds rows `[n, m]` from the last to the first, given L `[n, n]`, see above."""
   count, width = rows.shape
   # Rows of zeros in front fill the first block.
   padding = -count % _BLOCK

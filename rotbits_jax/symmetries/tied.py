@@ -26,19 +26,10 @@ from rotbits_jax.structured import tied
 
 
 class Equations(NamedTuple):
-  """Normal equations `gram @ T = moments`, with W the diagonal of squared weights.
+  """Normal equations `gram @ T = moments`, with W the diagonal of squared weights."""
 
-  Attributes:
-    gram: `head @ W @ head^T`, float64 `[D, D]`.
-    moments: `head @ W @ embed`, float64 `[D, d]`.
-  """
-
-  gram: np.ndarray
-  moments: np.ndarray
-
-  def without(self, other: 'Equations') -> 'Equations':
-    """Removes the equations of some tokens."""
-    return Equations(self.gram - other.gram, self.moments - other.moments)
+  gram: np.ndarray  # head @ W @ head^T, float64 [D, D]
+  moments: np.ndarray  # head @ W @ embed, float64 [D, d]
 
 
 def equations(table: np.ndarray, head: np.ndarray, weights: np.ndarray) -> Equations:
@@ -60,11 +51,7 @@ def equations(table: np.ndarray, head: np.ndarray, weights: np.ndarray) -> Equat
 
 
 def least_squares(equations: Equations) -> np.ndarray:
-  """Solves normal equations.
-
-  Returns:
-    T, float64 `[D, d]`. If `gram` is singular, T is nearly zero in its null space.
-  """
+  """Returns T, float64 `[D, d]`, nearly zero in the null space of a singular `gram`."""
   gram, moments = equations
   diagonal = np.diag(gram)
   scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))[:, None]
@@ -93,10 +80,9 @@ def deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.nd
 
 
 def row_weights(norms: np.ndarray) -> np.ndarray:
-  """Returns the weights of rows with these norms, `[V]`.
+  """Returns the weights of rows with these norms, `[V]`: their inverses.
 
-  A weight is the inverse of the row's norm. Norms below the median of the nonzero norms
-  count as the median, so that no weight is very large.
+  Norms below the median of the nonzero norms count as the median.
   """
   used = norms[norms > 0]
   return 1 / np.maximum(norms, np.median(used) if used.size else 1)
