@@ -30,7 +30,7 @@ def decode(
   check: bool = True,
   progress: bool = False,
 ) -> segments.Arrays:
-  """Decodes a model: the inverse of `encode`.
+  """Decodes a model, by path: the inverse of `encode`.
 
   Args:
     options: the options with which the model was encoded.
@@ -39,9 +39,6 @@ def decode(
     config: config of the model.
     check: whether to check the digests of the arrays.
     progress: whether to show the progress on stderr.
-
-  Returns:
-    The parameters, by path.
 
   Raises:
     ValueError: if the streams do not fit the layout, if the layout does not fit the

@@ -23,18 +23,11 @@ from rotbits_jax.system.progress import Progress
 
 
 class EncodedModel(NamedTuple):
-  """An encoded model.
-
-  Attributes:
-    layout: the layout of the message.
-    streams: uint16 `[n]` by name, see `layout.STREAMS`.
-    saving: the bytes that all rotations saved. It has a note for each segment: the
-      popped bits, the bits of the correction, and the difference.
-  """
+  """An encoded model."""
 
   layout: layout_lib.MessageLayout
-  streams: dict[str, np.ndarray]
-  saving: passes.Saving
+  streams: dict[str, np.ndarray]  # uint16 [n] by name, see `layout.STREAMS`
+  saving: passes.Saving  # of all rotations, with a note for each segment
 
 
 def refuse(source: passes.ModelSource) -> None:
@@ -59,16 +52,7 @@ def refuse(source: passes.ModelSource) -> None:
 def encode(
   source: passes.ModelSource, options: layout_lib.Options, *, progress: bool = False
 ) -> EncodedModel:
-  """Encodes a sliced model by the published scheme.
-
-  Args:
-    source: the model.
-    options: the options of the scheme.
-    progress: whether to show the progress on stderr.
-
-  Raises:
-    ValueError: see `refuse`.
-  """
+  """Encodes a sliced model by the published scheme; a ValueError as from `refuse`."""
   refuse(source)
   encoder = _Encoder(source, options)
   count = len(encoder.segments)

@@ -47,15 +47,12 @@ def rotated(
   before: jax.Array | None,
   rotation: jax.Array | None,
 ) -> segments.Arrays:
-  """Rotates the parameters around a segment.
+  """Rotates the parameters around a segment; returns them by path, in their dtypes.
 
   Args:
     segment: the parameters.
     before: the rotation of the previous segment.
     rotation: the rotation of this segment.
-
-  Returns:
-    The rotated arrays by path, rounded to their dtypes.
   """
   arrays = {path: rotate(x, rotation) for path, x in segment.readers.items()}
   arrays |= {path: rotate(x, None, rotation) for path, x in segment.writers.items()}

@@ -42,10 +42,7 @@ def without_gauges(
 ) -> passes.Chain:
   """Returns the transforms that fix every gauge, and further ones after them.
 
-  Args:
-    tolerance: see `free`.
-    transforms: the further ones.
-    heads: see the tolerance of `passes.remove_value_gauge`.
+  `heads` is the tolerance of `passes.remove_value_gauge`.
   """
   return passes.chain(
     # Rotations come first, because the other transforms look for structure in the

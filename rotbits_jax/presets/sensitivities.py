@@ -98,8 +98,7 @@ def fitted(
   diagonal of A is added to it: as much as the mean if there are n tokens.
 
   Args:
-    measured: A and g on each text, see `measure`. Matrices that share one A share one
-      in the result.
+    measured: A and g on each text, see `measure`. Equal inputs share one A.
     windows: the tokens of each text.
     store: takes each A; returns the array to keep.
   """

@@ -140,10 +140,8 @@ def calibrate(
 class _Layers(NamedTuple):
   """A model that is read part by part, see `transformer.Layers`.
 
-  Attributes:
-    config: sizes and switches.
-    part: returns a layer by the name of its record, and those outside the layers for
-      None: nested dicts of float32 leaves, whose keys are names of records.
+  The part None is outside the layers. Parts are nested dicts of float32 leaves, whose
+  keys are names of records.
   """
 
   config: models.ModelConfig

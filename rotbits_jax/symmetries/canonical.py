@@ -40,8 +40,8 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Canonicalizes by the singular value decomposition `W = U S V^T`, with `Q = U`.
 
   The rows of `W_ref = S V^T` are orthogonal, and their norms descend. Signs are chosen
-  so that no row of W_ref has a negative sum. If a sum is near 0, rounding may change
-  the sign; the correction of a rotation stores such signs, see `haar.FrameCorrection`.
+  so that no row of W_ref has a negative sum; `haar.FrameCorrection` stores those that
+  rounding may change.
 
   >>> w = jnp.array([[0.0, 3.0], [1.0, 0.0]])
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
@@ -80,17 +80,11 @@ def _matrix(w: jax.Array) -> jax.Array:
 
 
 class Polar(NamedTuple):
-  """The left polar decomposition M = [P 0] O of a matrix, with P = U diag(values) U^T.
+  """The left polar decomposition M = [P 0] O, with P = U diag(values) U^T."""
 
-  Attributes:
-    u: U, float32 `[d, d]`, orthogonal.
-    values: the singular values of M, float32 `[d]`, descending.
-    rotation: O, float32 `[e, e]`, orthogonal.
-  """
-
-  u: jax.Array
-  values: jax.Array
-  rotation: jax.Array
+  u: jax.Array  # U, float32 [d, d], orthogonal
+  values: jax.Array  # the singular values of M, float32 [d], descending
+  rotation: jax.Array  # O, float32 [e, e], orthogonal
 
 
 def polar(matrix: jax.Array) -> Polar:
@@ -110,9 +104,8 @@ def quick_polar(matrix: jax.Array) -> Polar:
   """Returns the left polar decomposition in half the time of `polar`.
 
   The eigenvectors of `M M^T` are those of P, but they square the condition of M. So a
-  small SVD decomposes what M does to the last sixteenth of them. Of the blocks of
-  orthogonal matrices that shortcuts are, that is enough; `polar` decomposes others. (Do
-  not use it under `vmap`, which computes both.)
+  small SVD decomposes what M does to the last sixteenth of them. For blocks of
+  orthogonal matrices that is enough; `polar` decomposes others. (`vmap` computes both.)
 
   >>> np.round(quick_polar(jnp.diag(jnp.array([1.0, 0.5, 0.25]))).values, 3).tolist()
   [1.0, 0.5, 0.25]
@@ -150,9 +143,6 @@ def _completed(rows: jax.Array) -> jax.Array:
 
 
 def reorthogonalize(q: jax.Array) -> jax.Array:
-  """Makes one Newton-Schulz step, which restores orthogonality that rounding lost.
-
-  It takes and returns float32 `[n, n]`.
-  """
+  """Makes one Newton-Schulz step, which restores the orthogonality of `[n, n]`."""
   chex.assert_shape(q, (len(q), len(q)))
   return 1.5 * q - 0.5 * _matmul(q, _matmul(q.T, q))

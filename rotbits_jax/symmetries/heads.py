@@ -86,7 +86,7 @@ def basis(matrix: jax.Array) -> BasisAndFactor:
 def with_value_bias(
   out_bias: jax.Array, value_bias: jax.Array, kernel: jax.Array, *, kv_heads: int
 ) -> jax.Array:
-  """Returns the output bias `[d]` that includes the value bias: `b_o + b_v W_o`.
+  """Returns the output bias that includes the value bias: `b_o + b_v W_o`, `[d]`.
 
   >>> with_value_bias(jnp.zeros(2), jnp.ones(2), jnp.eye(2), kv_heads=1).tolist()
   [1.0, 1.0]
@@ -107,20 +107,12 @@ def with_value_bias(
 
 
 def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
-  """Rotates heads: `W_v Q` and `Q^T W_o`; or `W_q Q` and `W_k Q`.
-
-  >>> params = {VALUE: jnp.eye(2), OUT: jnp.eye(2)}
-  >>> rotated = rotate_heads(params, jnp.array([[[0.0, 1.0], [-1.0, 0.0]]]))
-  >>> rotated[VALUE].tolist(), (rotated[VALUE] @ rotated[OUT]).tolist()
-  ([[0.0, 1.0], [-1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]])
+  """Rotates heads: `W_v Q` and `Q^T W_o`; or `W_q Q` and `W_k Q`, in their old dtypes.
 
   Args:
     params: arrays, `VALUES` or `KEYS` by path.
     rotations: Q, float32 `[K, h, h]`, orthogonal. For keys, it must be the identity on
       the coordinates that RoPE rotates.
-
-  Returns:
-    The parameters in their old dtypes.
   """
 
   def rotate(path: str, x: jax.Array) -> jax.Array:
@@ -131,15 +123,10 @@ def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
 
 
 class Fixed(NamedTuple):
-  """Parameters with their gauge fixed.
+  """Parameters with their gauge fixed."""
 
-  Attributes:
-    params: the parameters by path. One kernel is a structured leaf.
-    gauge: A, `[K, h, h]`, or `[K, m, m]` for queries and keys.
-  """
-
-  params: models.Params
-  gauge: jax.Array
+  params: models.Params  # by path; one kernel is a structured leaf
+  gauge: jax.Array  # A, [K, h, h], or [K, m, m] for queries and keys
 
 
 def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
@@ -154,8 +141,7 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   True
 
   Args:
-    params: `VALUES`, by path. The kernels are arrays, and W_o has at least h columns. A
-      missing bias is zero.
+    params: `VALUES`, by path: arrays, and W_o has at least h columns.
     kv_heads: K.
   """
   h, width = params[VALUE].shape[1] // kv_heads, params[OUT].shape[1]
@@ -180,17 +166,8 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
 
   W_k becomes a `structured.HeadColumns`; its bias is zero in these coordinates.
 
-  >>> params = {QUERY: jnp.eye(4, 2), KEY: jnp.arange(8.0).reshape(4, 2)}
-  >>> fixed = fix_keys(params, kv_heads=1, rotary=0).params
-  >>> structured.count_elements(params), structured.count_elements(fixed)
-  (16, 12)
-  >>> scores = fixed[QUERY] @ fixed[KEY].materialize().T
-  >>> bool(jnp.allclose(scores, params[QUERY] @ params[KEY].T, atol=1e-5))
-  True
-
   Args:
-    params: `KEYS`, by path. The kernels are arrays, and W_k has at least m rows. A
-      missing bias is zero.
+    params: `KEYS`, by path: arrays, and W_k has at least m rows.
     kv_heads: K.
     rotary: r, less than h.
   """
@@ -261,8 +238,8 @@ def rounding_errors(
   Args:
     plain: the kernels before their gauge is fixed.
     exact: the kernels with their gauge fixed.
-    rounded: the same, rounded.
-    dtype: the dtype of rounding.
+    rounded: the same, rounded to the dtype.
+    dtype: the dtype.
 
   Returns:
     'plain_error' of rounding plain kernels, and 'error' of the rounded ones, `[]`.

@@ -53,8 +53,7 @@ def gauge(
 ) -> list[canonical.Polar | None]:
   """Returns the polar decompositions of the shortcuts of a layer.
 
-  It is None for a shortcut that narrows the stream. `polar` is `canonical.polar` or
-  `canonical.quick_polar`.
+  It is None for a shortcut that narrows the stream.
   """
   kernels = [params[path] for path in shortcut_paths(config)]
   (d, e), *others = [kernel.shape for kernel in kernels]
@@ -116,12 +115,8 @@ def first_rotation(
 def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | None:
   """Returns the Z `[e - d, e - d]` that makes the last rows of the head trapezoidal.
 
-  It is None if the stream does not get wider at its end, or if the head is a pair of
-  factors.
-
-  Args:
-    outer: the parameters outside the layers.
-    polar: the decomposition of the last shortcut.
+  It is None if the stream does not get wider at its last shortcut, whose decomposition
+  is given, or if the head is a pair of factors.
   """
   new = 0 if polar is None else len(polar.rotation) - len(polar.u)
   if polar is None or not new or not structured.is_plain(outer.get(HEAD)):
@@ -141,10 +136,10 @@ def rotate(
   """Rotates the kernels and biases of a layer, or the parameters outside the layers.
 
   In a dense model, the scales of norms are folded into kernels first, see `norms`.
+  Shortcuts stay matrices, see `rotations.shortcut`.
 
   Args:
-    params: the parameters. Shortcuts among them stay matrices, see
-      `rotations.shortcut`.
+    params: the parameters.
     rotations: R of the segments of the layer, see `segments`; or of the first and the
       last segment of the model.
     config: the config of the model.
@@ -166,11 +161,7 @@ def rotate(
 
 
 def without_biases(params: Params, config: models.ModelConfig) -> Params:
-  """Returns the biases that change when those of key and value become zero.
-
-  The bias of the key does so without RoPE. That of the value does if the output has a
-  bias that can include it, see `heads`.
-  """
+  """Returns the biases that change when those of key and value become zero."""
   valid, changed = models.layout.symmetries(config), Params()
   has = lambda path: structured.is_plain(params.get(path))
   if valid.key_bias and has(heads.KEY_BIAS):
@@ -222,8 +213,7 @@ def fix(
 ) -> tuple[Params, dict[str, jax.Array]]:
   """Removes biases and fixes the gauges of the heads of a layer.
 
-  Returns:
-    The layer, and A by 'values' and 'keys', see `heads.Fixed`.
+  It also returns A by 'values' and 'keys', see `heads.Fixed`.
   """
   params, gauges = params | without_biases(params, config), {}
   for name, paths in (('values', heads.VALUES), ('keys', heads.KEYS)):

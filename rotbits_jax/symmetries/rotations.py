@@ -45,8 +45,7 @@ def rotate(
 ) -> Any:
   """Rotates one array: returns `rows^T @ array @ columns` in the array's dtype.
 
-  The product is computed in float32. If the array is a low-rank leaf, each factor is
-  rotated alone.
+  The product is computed in float32. Of a low-rank leaf, each factor is rotated alone.
 
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
   >>> rotate(jnp.array([1.0, 2.0]), columns=quarter).tolist()
@@ -71,10 +70,7 @@ def rotate(
 
 
 def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
-  """Returns the segments that a parameter reads and writes, from its axes.
-
-  The axes are those of `models.layout`. None stands for an axis that is no segment.
-  """
+  """Returns the segments that a parameter reads and writes, from its axes; or None."""
   segment = lambda axis: axis if isinstance(axis, int) else None
   return (segment(axes[-2]) if len(axes) > 1 else None), segment(axes[-1])
 
@@ -106,20 +102,13 @@ def next_rotation(
 
 
 def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
-  """Returns R_1, ..., R_N for segments of one width, by an associative scan.
+  """Returns R_1, ..., R_N, `[N, d, d]`, of segments of one width by a parallel scan.
 
   R_{s+1} = O_s^T ... O_0^T R_0.
-
-  >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
-  >>> running_rotations(jnp.stack([quarter] * 4), jnp.eye(2))[3].tolist()
-  [[1.0, 0.0], [0.0, 1.0]]
 
   Args:
     steps: O_0, ..., O_{N-1}, `[N, d, d]`.
     first: R_0, `[d, d]`.
-
-  Returns:
-    `[N, d, d]`.
   """
   chex.assert_rank(steps, 3)
   multiply = jax.vmap(lambda earlier, later: _matmul(later, earlier))
@@ -141,16 +130,13 @@ def narrowing_rotation(rotation: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def upper_rotation(matrix: jax.Array) -> jax.Array:
-  """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal.
+  """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal, for `[d, V]`.
 
   The diagonal of the product is not negative.
 
   >>> matrix = jnp.array([[0.0, 1.0], [2.0, 3.0]])
   >>> np.rint(upper_rotation(matrix).T @ matrix).tolist()
   [[2.0, 3.0], [0.0, 1.0]]
-
-  Args:
-    matrix: `[d, V]`.
   """
   return canonical.reorthogonalize(canonical.qr(matrix)[1])
 
@@ -177,8 +163,8 @@ def shortcut(
     rotation: R, `[d, d]`.
     polar: the polar decomposition of the shortcut.
     tolerance: a value counts as 1 if it differs from 1 by at most this.
-    columns: the number of columns of B and of C. If there are more values below 1 than
-      B has columns, the values closest to 1 count as 1; so do those above 1 for C.
+    columns: the number of columns of B and of C. With more values below 1, or above it,
+      those closest to 1 count as 1.
 
   Returns:
     The leaf. B and C are lower trapezoidal. Columns that are not needed are zero and

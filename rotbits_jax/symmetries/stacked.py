@@ -37,14 +37,13 @@ class Gauges(NamedTuple):
   The keys of the dicts are those of the stacks, like 'layers.0:16'.
 
   Attributes:
-    first: R_0, `[d, d]`, the rotation of the embedding; the rotation of all segments of
-      a dense model. None if no segment is rotated.
+    first: R_0, `[d, d]`, the rotation of the embedding; that of all segments of a dense
+      model. None if no segment is rotated.
     segments: R of the segments that the sublayers of a sliced model write, `[N, e, e]`
       for each sublayer.
     singular_values: those of the shortcuts, `[N, d]` for each sublayer, descending.
-    heads: 'values' is A with `W_v -> W_v A`, `W_o -> A^-1 W_o`, `[N, K, h, h]`. 'keys'
-      is A with `W_q -> W_q A`, `W_k -> W_k A^-T` in the m coordinates of a head that
-      RoPE does not rotate, `[N, K, m, m]`.
+    heads: 'values' is A of `heads.fix_values`, `[N, K, h, h]`; 'keys' is A of
+      `heads.fix_keys`, `[N, K, m, m]`.
   """
 
   first: jax.Array | None
@@ -164,12 +163,7 @@ def _layer(stack: _Stack, index: int) -> _Stack:
 
 
 def _running_rotations(polars: list[canonical.Polar], first: jax.Array) -> jax.Array:
-  """Returns the rotations of the segments that the layers of a stack read, `[N, d, d]`.
-
-  Args:
-    polars: the decompositions of the shortcuts, `[N, ...]`, by sublayer.
-    first: the rotation of the segment that the stack reads, `[d, d]`.
-  """
+  """Returns R of the segments that the layers of a stack read, `[N, d, d]`."""
   steps = [polar.rotation for polar in polars]
   if len(steps[0]) == 1:  # only such a stack can get wider
     return first[None]

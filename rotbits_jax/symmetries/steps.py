@@ -114,10 +114,7 @@ def typical_size(array: jax.Array) -> Size:
 def _fold(
   array: jax.Array, function: Callable[[Any, jax.Array], Any], start: Any
 ) -> Any:
-  """Folds a function over magnitudes of parts of an array, and some zeros.
-
-  XLA would make several arrays of this size for a large array.
-  """
+  """Folds a function over magnitudes of parts of an array, so that XLA copies none."""
   flat = array.reshape(-1)
   size = min(flat.size, _PART)
 
@@ -132,9 +129,9 @@ def _fold(
 
 
 def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
-  """Returns a step with a short mantissa, so that few multiples need float32.
+  """Returns the number (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
 
-  It is the number of the form (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
+  Its mantissa is short, so that few multiples need float32.
   """
   target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
   return structured.line_factors(quarters(target))
@@ -167,7 +164,8 @@ def quantize(
 ) -> structured.UniformlyQuantized:
   """Rounds an array to multiples of a step, or of a step per row and column.
 
-  Zeros remain, because structure makes them.
+  Zeros remain, because structure makes them. The integers of the leaf are float32: an
+  outlier may have more than 2^31 steps.
 
   >>> kernel, moments = jnp.full((4, 1), 0.4), jnp.ones((4, 4))  # inputs are equal
   >>> quantize(kernel, jnp.float32(1), moments).integers.sum().tolist()  # from 1.6
@@ -180,9 +178,6 @@ def quantize(
       or not finite.
     outputs: g, float32 `[m]`; None for one step.
     axis: the axis of the inputs.
-
-  Returns:
-    The leaf. Its integers are float32: an outlier may have more than 2^31 steps.
   """
   if moments is None:
     integers = jnp.rint(array / step)

@@ -4,8 +4,7 @@ To sample a rotation is to pop integers from a message and to compute the rotati
 them. Later the integers are recovered from the rotation and pushed back. They are the
 latent of bits-back coding. A frame is a matrix of k orthonormal columns; see `haar`.
 
-Shape letters: `[n, k]` the shape of the frame, S integers of a frame, R frequency
-tables of a correction.
+Shape letters: `[n, k]` the shape of the frame, S integers of a frame.
 """
 
 from collections.abc import Callable
@@ -39,8 +38,7 @@ class RotationCode(NamedTuple):
       message with the integers on top, and the integers.
     pack: takes a correction; returns uint16 words: the length of its frequency tables
       in bytes, the tables, and the words of a message.
-    unpack: takes words; returns the correction. Raises a ValueError if the words do not
-      hold one.
+    unpack: the inverse of `pack`; a ValueError if the words hold no correction.
     num_integers: S.
   """
 
@@ -54,9 +52,9 @@ class RotationCode(NamedTuple):
   def max_rows(self, lanes: int) -> int:
     """Returns the words that a lane of the message must hold for `sample`.
 
-    An integer takes at most 24 bits: either 10 low bits and a bin of at most 14 bits,
-    or 16 bits. Two words are added, because the lowest word cannot be popped and the
-    division rounds down.
+    An integer takes at most 24 bits: 10 low bits and a bin of at most 14, or 16 bits.
+    Two words are added, because the lowest word cannot be popped and the division
+    rounds down.
     """
     return 3 * -(-self.num_integers // lanes) // 2 + 2
 
@@ -78,16 +76,11 @@ def haar_code(n: int, k: int) -> RotationCode:
 
 @functools.lru_cache
 def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
-  """Returns the published code of rotations; see `eigen`.
+  """Returns the published code of rotations of n dimensions; see `eigen`.
 
-  The eigenvalues are stored with the correction and not on the message. On the message,
-  the next rotation would be sampled from them, and a threshold would leave errors in
-  them.
-
-  Args:
-    n: dimensions.
-    even: whether the spacing of the numbers is `EVEN`; otherwise it is `FLOAT16`.
-    threshold: as for `eigen.correct`.
+  The spacing of the numbers is `EVEN` or `FLOAT16`; the threshold is that of
+  `eigen.correct`. The eigenvalues are stored with the correction and not on the
+  message, because the next rotation would be sampled from them.
   """
   spacing = eigen.EVEN if even else eigen.FLOAT16
 

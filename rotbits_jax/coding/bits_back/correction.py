@@ -132,12 +132,12 @@ def correct(
 def with_levels(
   integers: jax.Array, needed: jax.Array, base: jax.Array, groups: jax.Array
 ) -> Correction:
-  """Returns the correction with levels of at least `needed` and of at least the base.
+  """Returns the correction with levels of at least the base and the needed ones.
 
   Args:
     integers: uint16 `[S]`.
-    needed: int32 `[S]`, the least level of each integer.
-    base: int32 `[G]`, the base level of each group.
+    needed: int32 `[S]`.
+    base: int32 `[G]`.
     groups: see above.
   """
   level = jnp.maximum(needed, base[groups])

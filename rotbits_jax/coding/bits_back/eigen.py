@@ -56,8 +56,8 @@ class Spectrum(NamedTuple):
 class Spacing(NamedTuple):
   """The numbers for which the 16-bit patterns stand.
 
-  The ordinal of a pattern is its place among all patterns in the order of their float16
-  numbers, uint16. The least number has the ordinal 0, -0 has 32767 and +0 has 32768.
+  The ordinal of a pattern, uint16, is its place in the order of the float16 numbers.
+  The least number has the ordinal 0, -0 has 32767 and +0 has 32768.
   """
 
   value: Callable[[jax.Array], jax.Array]  # ordinals to float32
@@ -160,10 +160,9 @@ def recover(
   correction: correction_lib.Correction,
   spacing: Spacing,
 ) -> jax.Array:
-  """Returns the patterns from which a rotation was computed: uint16 `[S]`.
+  """Returns the patterns, uint16 `[S]`, from which a rotation was computed.
 
-  With a threshold, the numbers of some patterns differ by up to the threshold. The
-  arguments are those of `correct`.
+  With a threshold, the numbers of some patterns differ by up to the threshold.
   """
   row, _ = _places(recovered.shape[0])
   position = spacing.position(_triangle(_rebuild(recovered, spectrum)))
@@ -196,8 +195,7 @@ def _pattern(ordinals: jax.Array) -> jax.Array:
 def _places(n: int) -> tuple[jax.Array, jax.Array]:
   """Returns the row and the column of each number in the triangle: int32 `[S]`.
 
-  Rows n - 1 - r and r together have n + 1 numbers. So the triangle folds to a
-  rectangle.
+  Rows n - 1 - r and r have n + 1 numbers, so the triangle folds to a rectangle.
   """
   pair, offset = jnp.divmod(jnp.arange(num_numbers(n), dtype=jnp.int32), n + 1)
   second = offset >= n - pair
