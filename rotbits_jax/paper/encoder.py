@@ -58,7 +58,14 @@ def encode(
   count = len(encoder.segments)
   for t in Progress('encode', count, 'segment', show=progress, units=range(count)):
     encoder.push(t)
-  layout, streams = encoder.layout(), encoder.streams()
+  stacks = zip(layout_lib.STREAMS, (encoder.message, encoder.corrections), strict=True)
+  streams = {name: words.pop(words.size) for name, words in stacks}
+  layout = layout_lib.MessageLayout(
+    fixed=encoder.fixed,
+    sampled=tuple('net' in note for note in encoder.notes),
+    arrays=encoder.stored,
+    coders=tuple(encoder.coders),
+  )
   if not options.exact:
     # Only decoding shows which errors a threshold leaves in the elements.
     decoded = decoder.decode(options, layout, streams, source.config, check=False)
@@ -113,20 +120,6 @@ class _Encoder:
     self.stored: dict[str, layout_lib.Stored] = {}
     self.notes: list[dict[str, Any]] = []
 
-  def layout(self) -> layout_lib.MessageLayout:
-    """Returns the layout, after all segments."""
-    return layout_lib.MessageLayout(
-      fixed=self.fixed,
-      sampled=tuple('net' in note for note in self.notes),
-      arrays=self.stored,
-      coders=tuple(self.coders),
-    )
-
-  def streams(self) -> dict[str, np.ndarray]:
-    """Returns the streams, after all segments."""
-    stacks = zip(layout_lib.STREAMS, (self.message, self.corrections), strict=True)
-    return {name: words.pop(words.size) for name, words in stacks}
-
   def push(self, t: int) -> None:
     """Encodes one segment."""
     segment, canonicalizer = self.segments[t], self.options.canonicalizer
@@ -136,7 +129,7 @@ class _Encoder:
       neutral = rotations.reader_rotation(segment.readers.values(), canonicalizer)
     first = {} if t else self._push_first(segment, neutral)
     frame = self.options.frame(self.widths, t, self.fixed)
-    sample = self._sample(segment, frame, neutral) if can_rotate else None
+    sample = self._sample(segment, frame, neutral) if can_rotate and frame.n else None
     if sample is None:
       # The columns that `_push_first` pushed are already in canonical form.
       rotation = None if t else neutral
@@ -199,54 +192,40 @@ class _Encoder:
     neutral: jax.Array | None,
   ) -> _Sample | None:
     """Samples a segment's rotation; None if that is impossible or saves nothing."""
-    if not frame.n:
-      return None
-    code = self.options.code(frame)
-    capacity = code.max_rows(self.lanes)
+    capacity = self.options.code(frame).max_rows(self.lanes)
     rows = min(capacity, self.message.size // self.lanes)
-    if not rows:
-      return None
     words = self.message.pop(rows * self.lanes)
-    message = rans.stacked(jnp.asarray(words.reshape(rows, -1)), capacity)
-    message, latent, q = code.sample(message)
-    if int(np.min(message.lowest)) >= 0:
-      rotation = self._rotation(segment, frame, neutral, q)
-      arrays = rotations.rotated(segment, self.before, rotation)
-      correction = self._correction(segment, frame, arrays, message, latent)
-      if correction is not None:
-        left = rans.to_words(message)
-        sample = _Sample(rotation, arrays, left, correction, words.size)
-        if sample.net > 0:
-          return sample
-    self.message.push(words)
-    return None
+    sample = None
+    if rows:
+      message = rans.stacked(jnp.asarray(words.reshape(rows, -1)), capacity)
+      sample = self._sample_from(message, segment, frame, neutral, words.size)
+    if sample is None or sample.net <= 0:
+      self.message.push(words)
+      return None
+    return sample
 
-  def _rotation(
+  def _sample_from(
     self,
+    message: rans.Message,
     segment: segments.SegmentParameters,
     frame: layout_lib.Frame,
     neutral: jax.Array | None,
-    q: jax.Array,
-  ) -> jax.Array:
-    """Returns the rotation of a segment with the frame q."""
-    if not frame.from_shortcut:
-      return rotations.counter_rotated(neutral, q)
-    (shortcut,) = segment.shortcut.values()
-    before = self.before
-    if before is None:
-      before = jnp.eye(frame.k, dtype=jnp.float32)
-    return rotations.chained(shortcut, before, q)
-
-  def _correction(
-    self,
-    segment: segments.SegmentParameters,
-    frame: layout_lib.Frame,
-    arrays: segments.Arrays,
-    message: rans.Message,
-    latent: Any,
-  ) -> np.ndarray | None:
-    """Returns the words of the correction; None if it does not lead to the integers."""
+    popped: int,
+  ) -> _Sample | None:
+    """Samples a rotation from a message; None if the decoder could not recover it."""
     code, canonicalizer = self.options.code(frame), self.options.canonicalizer
+    message, latent, q = code.sample(message)
+    if int(np.min(message.lowest)) < 0:
+      return None
+    if frame.from_shortcut:
+      (shortcut,) = segment.shortcut.values()
+      before = self.before
+      if before is None:
+        before = jnp.eye(frame.k, dtype=jnp.float32)
+      rotation = rotations.chained(shortcut, before, q)
+    else:
+      rotation = rotations.counter_rotated(neutral, q)
+    arrays = rotations.rotated(segment, self.before, rotation)
     recovered, elsewhere = (
       rotations.recovered(frame, segment, arrays, canonicalizer, disturb=disturb)
       for disturb in (False, True)
@@ -257,4 +236,5 @@ class _Encoder:
       _, integers = code.restore(message, matrix, correction)
       if not jnp.array_equal(integers, latent[0]):
         return None
-    return code.pack(correction)
+    left, packed = rans.to_words(message), code.pack(correction)
+    return _Sample(rotation, arrays, left, packed, popped)

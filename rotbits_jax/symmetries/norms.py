@@ -23,7 +23,7 @@ def fold_norm_scales(
   >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')
   >>> model = rotbits_jax.load_checkpoint(checkpoint).model
   >>> folded = fold_norm_scales(structured.flatten(model.layer(0)), model.config)
-  >>> folded['mlp_norm/scale'].value
+  >>> float(folded['mlp_norm/scale'].value)
   1.0
 
   Args:
