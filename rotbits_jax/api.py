@@ -149,14 +149,12 @@ def encode_to_file(
     check: whether to decode everything that was written before a file is replaced, and
       to compare it with the source if the preset keeps all bits, see `verify`.
   """
-  target: Any = {'inputs': (source, base), 'overwrite': overwrite}
+  inputs = source, base
 
   def write(accepted: range | None = None, **settings: float) -> int:
     encoder = _encoder(source, preset, options | settings, files, stem, base)
-    how: Any = {'check': check, 'progress': progress, 'accepted': accepted}
-    if shard_size is None:
-      return output.write_file(encoder, path, **target, **how)
-    return output.ShardPlan(encoder, path, shard_size, **target).write(**how)
+    plan = output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
+    return plan.write(check=check, progress=progress, accepted=accepted)
 
   if target_size is None:
     write()
@@ -183,15 +181,15 @@ def plan_shards(
   stem: str | None = None,
   overwrite: bool = True,
   **options: Any,
-) -> output.ShardPlan:
+) -> output.Plan:
   """Plans a folder of shards, so that processes encode them side by side.
 
   Every process makes the same plan; the arguments are those of `encode_to_file`. See
-  `file.ShardPlan`, and `examples/encode_on_ray.py`.
+  `file.output.Plan`, and `examples/encode_on_ray.py`.
   """
   inputs = source, base
   encoder = _encoder(source, preset, options, files, stem, base)
-  return output.ShardPlan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
+  return output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
 
 
 @overload

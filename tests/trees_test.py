@@ -186,12 +186,12 @@ def test_a_model_in_the_other_byte_order():
 
 
 REFUSED = (
-  ({'a': {'b': 'text'}}, 'a/b: not an array'),
-  ({'a': [1.5]}, 'a/0: not an array.* numpy.asarray'),
-  ({'a': np.array(['x'])}, 'a: an array of <U1 .*frombuffer'),
-  ({'a': jax.random.key(0)}, 'a: a key'),
+  ({'a': {'b': 'text'}}, 'a/b: expected an array'),
+  ({'a': [1.5]}, 'a/0: .* numpy.asarray'),
+  ({'a': np.array(['x'])}, 'a: .* <U1.*frombuffer'),
+  ({'a': jax.random.key(0)}, 'a: .* key'),
   ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
-  ({'a': np.ma.array([1.0, 2.0], mask=[0, 1])}, 'a: a masked array'),
+  ({'a': np.ma.array([1.0, 2.0], mask=[0, 1])}, 'a: .* MaskedArray'),
   ({'a/b': np.zeros(2)}, 'without a slash'),
   (np.zeros(2), 'at the top level'),
   (pathlib.Path('MODEL'), 'MODEL: expected a model'),

@@ -28,9 +28,9 @@ as the base of a fine-tune; every bit comes back with the same --base:
   rotbits encode --checkpoint=TUNED --base=BASE --output=tuned.rotbits
   rotbits decode --input=tuned.rotbits --base=BASE --output=TUNED-again
 
-The file appears when it is complete. A few layers at a time are in memory. With
---shard_size a run that was killed finds its complete shards again, and with
---distributed process i of `jax.distributed` encodes every n-th shard.
+The file appears when it is complete. With --shard_size a run that was killed finds its
+complete shards again, and with --distributed process i of `jax.distributed` encodes
+every n-th shard.
 
 JSON: that of `rotbits inspect`, and
 
@@ -60,17 +60,14 @@ from rotbits_jax.presets import steps
 from rotbits_jax.system import outputs
 from rotbits_jax.system import text as text_lib
 
-_CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', None, 'A directory with weights, or the weights file.', required=True
-)
+_CHECKPOINT, _BASE = program.define_checkpoint(), program.define_base()
 _OUTPUT = flags.DEFINE_string('output', None, 'The file to write.', required=True)
 _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to remove.')
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.'
 )
-_BASE = program.define_base()
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Most bytes of a shard: 2GB.')
-_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace an existing file.')
+_OVERWRITE = program.define_overwrite()
 _VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file before it appears.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Share the work of shards.')
 
@@ -84,13 +81,9 @@ _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to us
 
 
 class _Choice(NamedTuple):
-  """The preset and its options, as the flags choose them.
+  """What the flags choose: a preset, its options, a size in place of a step.
 
-  Attributes:
-    preset: name of the preset.
-    options: its options.
-    target_size: greatest number of bytes of the file, in place of a step.
-    calibration: with --text its result.
+  With --text there is the result of its calibration, too.
   """
 
   preset: str
@@ -100,43 +93,39 @@ class _Choice(NamedTuple):
 
 
 def main() -> program.Result | None:
-  start = time.monotonic()
+  start, target = time.monotonic(), _OUTPUT.value
+  shard_size, overwrite = program.parse_size(_SHARD_SIZE), _OVERWRITE.value
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  output.check_path(
-    _OUTPUT.value,
-    program.parse_size(_SHARD_SIZE),
-    inputs=[_CHECKPOINT.value],
-    overwrite=_OVERWRITE.value,
-  )
+  inputs = [_CHECKPOINT.value]
+  output.check_path(target, shard_size, inputs=inputs, overwrite=overwrite)
   source = checkpoints.open_any(_CHECKPOINT.value)
   choice = _read_choice(source)
   preset: Any = choice.preset
   rotbits_jax.encode_to_file(
     _CHECKPOINT.value,
-    _OUTPUT.value,
+    target,
     preset=preset,
     target_size=choice.target_size,
     base=_BASE.value,
-    shard_size=program.parse_size(_SHARD_SIZE),
-    overwrite=_OVERWRITE.value,
+    shard_size=shard_size,
+    overwrite=overwrite,
     check=_VERIFY.value,
     progress=True,
     **choice.options,
   )
   if jax.process_index():
     return None
-  report = rotbits_jax.inspect(outputs.resolved(_OUTPUT.value))
+  report = rotbits_jax.inspect(outputs.resolved(target))
   reason = getattr(source, 'reason', None)
   if report.family is None and reason is None:
     source = checkpoints.open_plain(_CHECKPOINT.value)
+  curve = choice.calibration.curve if choice.calibration else None
   result = report.to_json() | {
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
     'plain_because': reason,
-    'curve': [x._asdict() for x in choice.calibration.curve]
-    if choice.calibration
-    else None,
+    'curve': None if curve is None else [x._asdict() for x in curve],
   }
   lines = [report.to_text(verbose=True), ''] if program.VERBOSE.value else []
   if source.left_out:
@@ -146,12 +135,25 @@ def main() -> program.Result | None:
   if checkpoints.ADAPTER_CONFIG in source.files and report.keeps != 'bits':
     program.warn('the adapter in the folder does not fit the decoded weights')
   if _BASE.value and not report.needs:
-    program.warn(f'{_OUTPUT.value} does not need the base: too little of it is alike')
+    program.warn(f'{target} does not need the base: too little of it is alike')
   # The weights files may hold more than the tensors.
   input_bytes = min(source.input_bytes or report.input_bytes, report.input_bytes)
   if report.file_bytes >= input_bytes:
-    program.warn(f'{_OUTPUT.value} is not smaller than the weights: keep those')
-  lines.append(_summary(report, input_bytes, time.monotonic() - start, choice))
+    program.warn(f'{target} is not smaller than the weights: keep those')
+  seconds = time.monotonic() - start
+  comes_back = report_lib.BACK[report.keeps]
+  if choice.calibration is not None and choice.calibration.step is not None:
+    kl, step = choice.calibration.kl, choice.calibration.step
+    comes_back += f': KL {kl:.2g} nats, step 2^{step:g}'
+  elif report.keeps == 'approximation':
+    comes_back += '; measure it with rotbits evaluate'
+  elif report.needs:
+    comes_back += ', with the same --base'
+  before, after = map(text_lib.of_bytes, (input_bytes, report.file_bytes))
+  share = f'{report.file_bytes / max(input_bytes, 1):.2%}'
+  lines.append(
+    f'{share} ({before} => {after}, {target}) in {seconds:.0f} s; {comes_back}'
+  )
   return result, '\n'.join(lines)
 
 
@@ -194,20 +196,3 @@ def _read_choice(source: Any) -> _Choice:
   }
   calibration = steps.calibrate(opened, tokens, max_kl=_MAX_KL.value, **settings)
   return _Choice(preset, calibration.options, target_size, calibration)
-
-
-def _summary(
-  report: report_lib.Report, input_bytes: int, seconds: float, choice: _Choice
-) -> str:
-  """Returns the line with which the command ends."""
-  comes_back = report_lib.BACK[report.keeps]
-  if choice.calibration is not None and choice.calibration.step is not None:
-    kl, step = choice.calibration.kl, choice.calibration.step
-    comes_back += f': KL {kl:.2g} nats, step 2^{step:g}'
-  elif report.keeps == 'approximation':
-    comes_back += '; measure it with rotbits evaluate'
-  elif report.needs:
-    comes_back += ', with the same --base'
-  share = report.file_bytes / max(input_bytes, 1)
-  sizes = f'{text_lib.of_bytes(input_bytes)} => {text_lib.of_bytes(report.file_bytes)}'
-  return f'{share:.2%} ({sizes}, {_OUTPUT.value}) in {seconds:.0f} s; {comes_back}'

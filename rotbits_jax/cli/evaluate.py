@@ -31,16 +31,14 @@ _MAX_TOKENS = flags.DEFINE_integer('max_tokens', None, 'Tokens to use.', 2)
 
 def main() -> program.Result:
   text = pathlib.Path(_TEXT.value).read_text('utf-8-sig')
+  path, base = _REFERENCE.value, _BASE.value
   # A base is for the file of the two that may need one.
-  path = _REFERENCE.value
-  reference_is_file = path is not None and shards.is_encoded(path)
-  model_is_file = shards.is_encoded(_MODEL.value)
-  model_base = _BASE.value if model_is_file or not reference_is_file else None
-  checkpoint = program.read_model(_MODEL.value, model_base)
+  reference_base = base if path is not None and shards.is_encoded(path) else None
+  is_for_model = shards.is_encoded(_MODEL.value) or not reference_base
+  checkpoint = program.read_model(_MODEL.value, base if is_for_model else None)
   tokens = evaluation.encode_text(checkpoint.files, text)
   reference = rerounded = None
   if path is not None:
-    reference_base = _BASE.value if reference_is_file else None
     reference = program.read_model(path, reference_base).model
     rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   measured = evaluation.evaluate(

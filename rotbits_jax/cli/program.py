@@ -45,14 +45,21 @@ def define_input() -> flags.FlagHolder[Any]:
   return flags.DEFINE_string('input', None, 'A file of `encode`.', required=True)
 
 
+def define_checkpoint() -> flags.FlagHolder[Any]:
+  """Defines the flag --checkpoint."""
+  text = 'A directory with weights, or the weights file.'
+  return flags.DEFINE_string('checkpoint', None, text, required=True)
+
+
 def define_base() -> flags.FlagHolder[Any]:
-  """Defines the flag --base, which may be repeated."""
-  return flags.DEFINE_multi_string(
-    'base',
-    None,
-    'The model relative to which the file is encoded: a checkpoint or an encoded file. '
-    'If it is a file with a base of its own, repeat the flag with that one.',
-  )
+  """Defines the flag --base."""
+  text = 'The model that the file is relative to; repeat the flag for a base of a base.'
+  return flags.DEFINE_multi_string('base', None, text)
+
+
+def define_overwrite() -> flags.FlagHolder[Any]:
+  """Defines the flag --overwrite."""
+  return flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
 
 
 def run(command: types.ModuleType) -> int:
@@ -71,7 +78,9 @@ def run(command: types.ModuleType) -> int:
   except KeyboardInterrupt:
     return INTERRUPTED
   except Exception as error:
-    if not _is_bad_input(error):
+    # JAX_PLATFORMS may name devices that are not there.
+    is_of_platform = str(error).startswith('Unable to initialize backend')
+    if not (isinstance(error, ValueError | OSError | flags.Error) or is_of_platform):
       raise
     if flags.FLAGS['verbose'].value:
       traceback.print_exc()
@@ -103,9 +112,8 @@ def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
   """Parses the value of a flag as a number of bytes, like 2GB, 1.5MB or 3000000."""
   if flag.value is None:
     return None
-  match = re.fullmatch(
-    r'(\d{1,12}(?:\.\d{1,3})?)(KB|MB|GB|)', flag.value.strip(), re.ASCII
-  )
+  pattern = r'(\d{1,12}(?:\.\d{1,3})?)(KB|MB|GB|)'
+  match = re.fullmatch(pattern, flag.value.strip(), re.ASCII)
   factors = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
   size = int(decimal.Decimal(match[1]) * factors[match[2]]) if match else 0
   if not size:
@@ -146,22 +154,13 @@ def config_folder() -> pathlib.Path:
 
 def _keep_compiled_programs() -> None:
   """Lets JAX keep compiled programs, so that a command starts with earlier ones'."""
-  if jax.config.jax_compilation_cache_dir is not None:
-    return
-  try:
-    folder = cache.root()
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError:
-    return
-  jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-
-
-def _is_bad_input(error: Exception) -> bool:
-  """Returns whether an error is one of the input, and not of this program."""
-  if isinstance(error, RuntimeError):  # JAX_PLATFORMS names devices that are not there
-    return str(error).startswith('Unable to initialize backend')
-  return isinstance(error, ValueError | OSError | flags.Error)
+  if jax.config.jax_compilation_cache_dir is None:
+    try:
+      cache.root().mkdir(parents=True, exist_ok=True)
+    except OSError:
+      return
+    jax.config.update('jax_compilation_cache_dir', str(cache.root()))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def _one_line(error: BaseException) -> str:

@@ -55,7 +55,7 @@ _SEQUENCE_LENGTH = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer('seed', 42, 'The seed of all that is random.', 0)
 _ENCODED = flags.DEFINE_string('encoded', None, 'A file for the sliced model.')
 _RECIPE = flags.DEFINE_string('recipe', None, 'One that needs the dense model.')
-_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
+_OVERWRITE = program.define_overwrite()
 
 
 def main() -> program.Result:
@@ -109,16 +109,14 @@ def main() -> program.Result:
       overwrite=_OVERWRITE.value,
       progress=True,
     )
-  width = model.config.segment_widths[0]
+  width, weights = model.config.segment_widths[0], f'{directory / stem}.pt'
   result = {
-    'weights': str(pathlib.Path(_OUTPUT.value, f'{stem}.pt')),
+    'weights': weights,
     'encoded': _ENCODED.value,
     'recipe': _RECIPE.value,
     'hidden_size': config.hidden_size,
     'width': width,
     'tokens': int(tokens.size),
   }
-  return result, (
-    f'wrote {result["weights"]}: width {width} of {config.hidden_size}, '
-    f'calibrated on {tokens.size:,} tokens'
-  )
+  text = f'wrote {weights}: width {width} of {config.hidden_size}'
+  return result, f'{text}, calibrated on {tokens.size:,} tokens'

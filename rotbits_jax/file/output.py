@@ -7,6 +7,7 @@ and the settings, so a run that was killed finds the shards that it had written.
 """
 
 from collections.abc import Iterable
+import contextlib
 import glob
 import os
 import pathlib
@@ -30,50 +31,8 @@ Path = str | os.PathLike[str]
 _PAUSE = 0.2  # seconds between two looks for the shards of other processes
 
 
-def write_file(
-  encoder: encode_lib.Encoder,
-  path: Path,
-  *,
-  inputs: Iterable[Any] = (),
-  overwrite: bool = True,
-  check: bool = False,
-  progress: bool = False,
-  accepted: range | None = None,
-) -> int:
-  """Writes one file; returns its bytes.
-
-  Args:
-    encoder: encodes the source.
-    path: path of the file.
-    inputs: the source and the base, see `check_inputs`.
-    overwrite: whether an existing file may be replaced.
-    check: whether to decode everything before the file appears, and to compare it with
-      the source if the preset keeps all bits.
-    progress: whether to show the progress on stderr.
-    accepted: the sizes to accept: a file of another size is removed. None for all.
-  """
-  check_path(path, None, inputs=inputs, overwrite=overwrite)
-  target, records = outputs.resolved(path), tuple(encoder.counts)
-  size = encoder.nbytes(records)
-  with (
-    outputs.named(target),
-    outputs.fresh(outputs.staging(target)) as folder,
-    progress_lib.Progress('encode', size, 'B', show=progress) as bar,
-  ):
-    staged = folder / target.name
-    with staged.open('w+b') as file:
-      encoder.write(file, records, bar)
-    size = staged.stat().st_size
-    if accepted is None or size in accepted:
-      if check:
-        bar.stage('checking')
-        _check(encoder, staged)
-      outputs.move(staged, target)
-  return size
-
-
-class ShardPlan:
-  """A folder of shards, each of which is encoded alone.
+class Plan:
+  """A file, or a folder of shards, each of which is encoded alone.
 
     plan = rotbits_jax.plan_shards(source, folder, shard_size=2 * 10**9)
     for index in range(len(plan)):
@@ -81,40 +40,50 @@ class ShardPlan:
     plan.publish()
 
   Attributes:
-    shards: the records of each shard, by the name of its file.
+    shards: the records of each file, by its name.
   """
 
   def __init__(
     self,
     encoder: encode_lib.Encoder,
     path: Path,
-    shard_size: int,
+    shard_size: int | None,
     *,
     inputs: Iterable[Any] = (),
     overwrite: bool = True,
   ):
-    """Plans the shards; see `write_file`.
+    """Plans the files from the sizes before coding.
 
-    The plan depends only on the sizes before coding. A record that is larger than
-    `shard_size` has a shard to itself.
+    Args:
+      encoder: encodes the source.
+      path: path of the file, or of the folder of shards.
+      shard_size: greatest size of the records of a shard, in bytes; a larger record has
+        a shard to itself. None for one file.
+      inputs: the source and the base, see `check_inputs`.
+      overwrite: whether an existing file or folder of shards may be replaced.
     """
     check_path(path, shard_size, inputs=inputs, overwrite=overwrite)
-    if not encoder.can_be_divided:
+    self._encoder, self._target = encoder, outputs.resolved(path)
+    self._has_index = shard_size is not None
+    if not self._has_index:
+      self._names, groups = [self._target.name], [tuple(encoder.counts)]
+      self._staging = outputs.staging(self._target)
+    elif encoder.can_be_divided:
+      sizes = {name: counts.bytes for name, counts in encoder.counts.items()}
+      groups = outputs.divided(sizes, shard_size)
+      self._names = outputs.numbered('model', '.rotbits', len(groups))
+      digest = encoder.fingerprint()[:16]
+      self._staging = self._target.parent / f'.{self._target.name}.{digest}.partial'
+    else:
       raise ValueError(
         f'the preset {encoder.preset.name!r} writes one message, which cannot be in '
         'shards'
       )
-    self._encoder, self._target = encoder, outputs.directory_target(path)
-    sizes = {name: counts.bytes for name, counts in encoder.counts.items()}
-    groups = outputs.divided(sizes, shard_size)
-    self._names = outputs.numbered('model', '.rotbits', len(groups))
     self.shards = dict(zip(self._names, groups, strict=True))
-    digest = encoder.fingerprint()[:16]
-    self._staging = self._target.parent / f'.{self._target.name}.{digest}.partial'
     self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
 
   def __len__(self) -> int:
-    """Returns the number of shards."""
+    """Returns the number of files."""
     return len(self.shards)
 
   def encode(self, index: int, bar: progress_lib.Progress | None = None) -> None:
@@ -127,7 +96,7 @@ class ShardPlan:
       return
     self._staging.mkdir(parents=True, exist_ok=True)
     state = self._next[1] if self._next[0] == index else None
-    path = self._staging / f'.{name}.{uuid.uuid4().hex}'  # no other process has it
+    path = self._staging / f'.{uuid.uuid4().hex}'  # no other process has it
     with outputs.named(self._staging):
       try:
         with path.open('w+b') as file:
@@ -137,67 +106,75 @@ class ShardPlan:
         path.unlink(missing_ok=True)
 
   def publish(self, *, check: bool = False) -> None:
-    """Makes the folder appear with its index, and removes what earlier runs left.
+    """Makes the output appear, and removes what earlier runs left.
 
-    With `check` everything is decoded before, see `write_file`.
+    With `check` everything is decoded before, and compared with the source if the
+    preset keeps all bits.
     """
+    encoder, staged = self._encoder, self._staging
     with outputs.named(self._target):
-      shards_lib.write_index(self._staging, self.shards)
-      for file in self._staging.iterdir():
-        if file.name not in (*self.shards, shards_lib.INDEX):
-          file.unlink()  # half a shard of a run that was killed
+      if self._has_index:
+        shards_lib.write_index(staged, self.shards)
+        for file in staged.iterdir():
+          if file.name not in (*self.shards, shards_lib.INDEX):
+            file.unlink()  # half a shard of a run that was killed
+      else:
+        staged /= self._target.name
       if check:
         try:
-          _check(self._encoder, self._staging)
+          source = encoder.source if encoder.preset.keeps == 'bits' else None
+          with reader_lib.Reader(staged, base=encoder.base) as reader:
+            verification.read_all(reader, source)
         except BaseException:
           self.discard()
           raise
-      outputs.move(self._staging, self._target)
-      pattern = f'.{glob.escape(self._target.name)}.*.partial'
-      for folder in self._target.parent.glob(pattern):
+      outputs.move(staged, self._target)
+      digests = f'.{glob.escape(self._target.name)}.{"[0-9a-f]" * 16}.partial'
+      for folder in self._target.parent.glob(digests):
         shutil.rmtree(folder, ignore_errors=True)
 
   def discard(self) -> None:
-    """Removes the shards that are encoded and not published."""
+    """Removes what is encoded and not published."""
     shutil.rmtree(self._staging, ignore_errors=True)
 
   def write(
     self, *, check: bool = False, progress: bool = False, accepted: range | None = None
   ) -> int:
-    """Encodes the shards and publishes them; see `write_file`.
+    """Encodes all files and publishes them, if their bytes are `accepted`.
 
     Process i of `jax.distributed` encodes every n-th shard of n processes, which see
     one file system. The first one publishes the set when all shards are there, and the
     others wait for that. Where sizes are tried, only the first one calls this method.
+
+    Returns:
+      The bytes of all files.
     """
-    process = jax.process_index()
-    processes = jax.process_count() if accepted is None else 1
+    process = jax.process_index() if self._has_index else 0
+    processes = jax.process_count() if self._has_index and accepted is None else 1
     indices = range(process, len(self), processes)
     records = [x for i in indices for x in self.shards[self._names[i]]]
     size = self._encoder.nbytes(records)
-    with progress_lib.Progress('encode', size, 'B', show=progress) as bar:
+    with contextlib.ExitStack() as stack:
+      if not self._has_index:  # half a file is of no use
+        stack.enter_context(outputs.fresh(self._staging))
+      bar = progress_lib.Progress('encode', size, 'B', show=progress)
+      stack.enter_context(bar)
       for index in indices:
         self.encode(index, bar)
-    if process:
-      while self._staging.exists():
+      while process and self._staging.exists():
         time.sleep(_PAUSE)
-      return 0
-    paths = [self._staging / name for name in self.shards]
-    while not all(path.exists() for path in paths if processes > 1):
-      time.sleep(_PAUSE)
-    size = sum(path.stat().st_size for path in paths)
-    if accepted is None or size in accepted:
-      self.publish(check=check)
-    else:
-      self.discard()
+      if process:
+        return 0
+      paths = [self._staging / name for name in self.shards]
+      while processes > 1 and not all(path.exists() for path in paths):
+        time.sleep(_PAUSE)
+      size = sum(path.stat().st_size for path in paths)
+      if accepted is None or size in accepted:
+        bar.stage('checking' if check else 'writing')
+        self.publish(check=check)
+      else:
+        self.discard()
     return size
-
-
-def _check(encoder: encode_lib.Encoder, path: pathlib.Path) -> None:
-  """Decodes a file or a folder of shards, see `write_file`."""
-  source = encoder.source if encoder.preset.keeps == 'bits' else None
-  with reader_lib.Reader(path, base=encoder.base) as reader:
-    verification.read_all(reader, source)
 
 
 # ---- what must not be replaced -------------------------------------------------------
@@ -206,7 +183,7 @@ def _check(encoder: encode_lib.Encoder, path: pathlib.Path) -> None:
 def check_path(
   path: Path, shard_size: int | None, *, inputs: Iterable[Any], overwrite: bool
 ) -> None:
-  """Checks, before the work, that an output can be written, see `write_file`."""
+  """Checks, before the work, that an output can be written, see `Plan`."""
   if shard_size is None:
     target = outputs.resolved(path)
     outputs.check(target, overwrite=overwrite)

@@ -1,8 +1,8 @@
 """The report on a file, to the byte: as text, as JSON, and as one web page.
 
-It tells the bytes that each step of the encoder saved, the bits that each type of
-record takes for a number of the input, and how the file is loaded. The page needs no
-network.
+A row of the waterfall from the bytes of the tensors to those of the file is a bar: its
+name; '' for a whole size, '-' for saved bytes, '+' for added ones; its elements, bytes
+and share as texts; and where it begins and ends, at most 1.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,25 @@ BACK: dict[presets.Keeps, str] = {
 }
 """What a decoded file is, by what its preset keeps."""
 
+_REMARK = (
+  'The decoded model computes {} function in other weights. Adapters (LoRA) that were '
+  'trained on the input do not fit it: merge them first, or use the preset exact.'
+)
+_REMARKS = {
+  'function': _REMARK.format('the same'),
+  'approximation': _REMARK.format('nearly the same'),
+}
+_MEASURE = 'Measure how much it differs with `rotbits evaluate`.'
+_UNMEASURED = (
+  'No divergence was measured, because the tensors are of no known family: compare the '
+  'predictions of the decoded checkpoint with those of the input, on a text that '
+  'matters to you.'
+)
+
 Note = dict[str, Any]
 """What a step tells about a tensor: JSON values by name."""
+
+Bar = tuple[str, str, str, str, str, float, float]
 
 
 class ReportLine(NamedTuple):
@@ -45,22 +62,6 @@ class ReportLine(NamedTuple):
   name: str
   elements_saved: int
   bytes_saved: int
-
-
-class Bar(NamedTuple):
-  """A row of the waterfall from the bytes of the tensors to those of the file.
-
-  `sign` is '' for a whole size, '-' for saved bytes, '+' for added ones. The bar goes
-  from `begin` to `end`, at most 1; other fields are texts.
-  """
-
-  name: str
-  sign: str
-  elements: str
-  size: str
-  share: str
-  begin: float
-  end: float
 
 
 class Report(NamedTuple):
@@ -104,11 +105,11 @@ class Report(NamedTuple):
     """Returns the report as tables for people; with a row a note, if `verbose`."""
     family = f'family {self.family}' if self.family else 'plain tensors'
     lines = [f'preset {self.preset}, {family}', f'{"":24}{"elements":>16}{"bytes":>18}']
-    for bar in self.bars():
-      begin, end = round(_BAR * bar.begin), round(_BAR * bar.end)
-      drawn = ' ' * begin + (bar.sign or '#') * max(end - begin, 1)
-      name = f'  {bar.name}' if bar.sign else bar.name
-      lines.append(f'{name:24}{bar.elements:>16}{bar.size:>18} {bar.share:>8}  {drawn}')
+    for name, sign, elements, size, share, begin, end in self.bars():
+      first, last = round(_BAR * begin), round(_BAR * end)
+      drawn = ' ' * first + (sign or '#') * max(last - first, 1)
+      name = f'  {name}' if sign else name
+      lines.append(f'{name:24}{elements:>16}{size:>18} {share:>8}  {drawn}')
     for name, rows in self.tables(verbose=verbose).items():
       widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
       lines += ['', f'{name}:']
@@ -123,26 +124,21 @@ class Report(NamedTuple):
   def bars(self) -> list[Bar]:
     """Returns the bars from the tensors to the file; each begins where one ended."""
     rows = [('tensors', '', self.input_bytes, self.input_elements, 0)]
-    bytes_left = self.input_bytes
+    left = self.input_bytes
     for name, elements, saved in self.lines:
-      bytes_left -= saved
+      left -= saved
       if saved or elements:
-        begin = min(bytes_left, bytes_left + saved)
-        rows.append((name, '-' if saved >= 0 else '+', abs(saved), -elements, begin))
+        sign = '-' if saved >= 0 else '+'
+        rows.append((name, sign, abs(saved), -elements, min(left, left + saved)))
     rows.append(('file', '', self.file_bytes, self.stored_elements, 0))
     longest = max(1, *(begin + nbytes for _, _, nbytes, _, begin in rows))
-    return [
-      Bar(
-        name,
-        sign,
-        f'{elements:{"+" if sign else ""},}' if elements else '',
-        f'{sign}{nbytes:,}',
-        f'{sign}{nbytes / max(self.input_bytes, 1):.2%}',
-        begin / longest,
-        (begin + nbytes) / longest,
-      )
-      for name, sign, nbytes, elements, begin in rows
-    ]
+    bars = []
+    for name, sign, nbytes, count, begin in rows:
+      elements = f'{count:{"+" if sign else ""},}' if count else ''
+      share = f'{sign}{nbytes / max(self.input_bytes, 1):.2%}'
+      ends = begin / longest, (begin + nbytes) / longest
+      bars.append((name, sign, elements, f'{sign}{nbytes:,}', share, *ends))
+    return bars
 
   def tables(self, *, verbose: bool = False) -> dict[str, list[list[str]]]:
     """Returns the notes of each step as a table, whose first row is the header.
@@ -167,21 +163,9 @@ class Report(NamedTuple):
         f'as {next(iter(self.needs))}: whoever decodes it passes that model with '
         '--base.'
       )
-    if self.keeps != 'bits':
-      same = 'the same' if self.keeps == 'function' else 'nearly the same'
-      remarks.append(
-        f'The decoded model computes {same} function in other weights. Adapters (LoRA) '
-        'that were trained on the input do not fit it: merge them first, or use the '
-        'preset exact.'
-      )
-    if self.keeps == 'approximation' and self.family is None:
-      remarks.append(
-        'No divergence was measured, because the tensors are of no known family: '
-        'compare the predictions of the decoded checkpoint with those of the input, on '
-        'a text that matters to you.'
-      )
-    elif self.keeps == 'approximation':
-      remarks.append('Measure how much it differs with `rotbits evaluate`.')
+    remarks += [_REMARKS[self.keeps]] if self.keeps in _REMARKS else []
+    if self.keeps == 'approximation':
+      remarks.append(_UNMEASURED if self.family is None else _MEASURE)
     return remarks
 
 
@@ -336,10 +320,10 @@ def _bars(report: Report) -> str:
   """Draws how the bytes of the tensors become those of the file."""
   colors = {'': 'whole', '-': 'less', '+': 'more'}
   rows = [
-    f'<tr><td>{html.escape(bar.name)}</td><td>{bar.size}</td><td>{bar.share}</td>'
-    f'<td class="track"><i class="{colors[bar.sign]}" style="margin-left:'
-    f'{bar.begin:.3%};width:{bar.end - bar.begin:.3%}"></i></td></tr>'
-    for bar in report.bars()
+    f'<tr><td>{html.escape(name)}</td><td>{size}</td><td>{share}</td>'
+    f'<td class="track"><i class="{colors[sign]}" style="margin-left:{begin:.3%};'
+    f'width:{end - begin:.3%}"></i></td></tr>'
+    for name, sign, _, size, share, begin, end in report.bars()
   ]
   return f'<table style="width: 100%">{"".join(rows)}</table>'
 

@@ -180,24 +180,19 @@ def _key_name(key: Any) -> str:
 
 def _array(leaf: Any, path: str) -> Any:
   """Returns a leaf if it is an array that files can hold."""
-  problem = None
-  if not isinstance(leaf, (np.ndarray, np.generic, jax.Array)):
-    problem = (
-      f'not an array, got {type(leaf).__name__}; numpy.asarray makes arrays of '
-      'numbers. Leave out functions and text: of a TrainState, encode the params and '
-      'the opt_state'
+  is_array = isinstance(leaf, (np.ndarray, np.generic, jax.Array))
+  dtype = leaf.dtype if is_array else None
+  if (
+    dtype is None
+    or isinstance(leaf, np.ma.MaskedArray)
+    or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    or dtype.kind in 'OSUMm'
+  ):
+    raise ValueError(
+      f'{path}: expected an array of numbers, got {type(leaf).__name__} {dtype or ""}; '
+      'numpy.asarray, jax.random.key_data, and for text numpy.frombuffer make them. Of '
+      'a TrainState, encode the params and the opt_state'
     )
-  elif isinstance(leaf, np.ma.MaskedArray):
-    problem = 'a masked array; give its data and its mask'
-  elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    problem = 'a key; jax.random.key_data gives its numbers'
-  elif leaf.dtype.kind in 'OSUMm':
-    problem = (
-      f'an array of {leaf.dtype} cannot be stored; text becomes an array by '
-      'numpy.frombuffer(text.encode(), numpy.uint8)'
-    )
-  if problem is not None:
-    raise ValueError(f'{path}: {problem}')
   return leaf
 
 
