@@ -133,13 +133,7 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
 
 
 class StreamReader:
-  """Reads the streams of a container.
-
-  Attributes:
-    name: the path of the file, if it is known, for errors.
-    size: its bytes.
-    manifest_crc32: the CRC-32 of the stream of the manifest.
-  """
+  """Reads the streams of a container; `name` is its path or empty, `size` in bytes."""
 
   def __init__(self, source: Readable):
     """Reads the header."""
@@ -199,12 +193,7 @@ class StreamReader:
 
   @contextlib.contextmanager
   def checked(self, name: str, crc32: int | None = None) -> Iterator[np.ndarray]:
-    """Reads a stream: uint8 `[n]`, valid until the context ends.
-
-    Args:
-      name: name of the stream.
-      crc32: the checksum that it must have; None for any.
-    """
+    """Yields a stream, uint8 `[n]`, whose checksum is compared if it is given."""
     if name not in self._streams:
       raise ContainerError(f'{name}: no such stream')
     begin, end = self._streams[name]

@@ -48,11 +48,8 @@ Started = Mapping[str, 'futures.Future[Flat]']
 class Decoder:
   """Decodes the records of a file, or of all shards of one.
 
-  Attributes:
-    entries: the manifest's entry of each record, by its name.
-    leaves: the manifest's entry of each leaf, by its path.
-    holders: the name of the record of each leaf, by its path.
-    files: the file of each record, by the name of the record.
+  `entries` and `files` have the manifest's entry and the file of each record by its
+  name, `leaves` and `holders` the entry and the record of each leaf by its path.
   """
 
   def __init__(

@@ -49,13 +49,11 @@ _Coded = tuple['list[tuple[str, futures.Future[writer_lib.EncodedRecord]]]', Any
 
 
 class Encoder:
-  """Encodes a source with a preset.
+  """Encodes a source with a preset, beside a base or None.
 
-  Attributes:
-    source, preset, base: what is encoded, how, and beside what; None for no base.
-    counts: elements and bytes of each record before it is rewritten, by its name, in
-      the order of the file.
-    can_be_divided: whether records may be divided among several files.
+  `counts` has the elements and bytes of each record before it is rewritten, by its
+  name, in the order of the file. Records may be divided among several files unless they
+  are one message.
   """
 
   def __init__(
@@ -67,15 +65,7 @@ class Encoder:
     files: Mapping[str, bytes] | None = None,
     stem: str | None = None,
   ):
-    """Checks, before the work, that the preset suits the source and the base.
-
-    Args:
-      source: see the class.
-      preset: see the class.
-      base: see the class.
-      files: bytes of the other files of the checkpoint, by name.
-      stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
-    """
+    """Checks, before the work, that the preset suits the source; see `api.encode`."""
     self.can_be_divided = preset.coder != paper.CODER
     if self.can_be_divided:
       coders.find(preset.coder)
@@ -135,17 +125,10 @@ class Encoder:
     bar: progress_lib.Progress,
     state: Any = None,
   ) -> Any:
-    """Writes records that follow each other to an empty file.
+    """Writes records, which follow each other, to an empty file.
 
-    Args:
-      file: the file.
-      records: names of the records, in order.
-      bar: shows the progress.
-      state: the state of the transform before the records; None if it is unknown, and
-        then the layers before them are gone through.
-
-    Returns:
-      The state after them.
+    If the state of the transform before them is not given, the layers before them are
+    gone through. The result is the state after them.
     """
     is_last = records[-1:] == tuple(self.counts)[-1:]
     writer = writer_lib.FileWriter(

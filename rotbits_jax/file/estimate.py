@@ -56,11 +56,12 @@ def estimate(
 ) -> tuple[list[Estimate], str | None]:
   """Estimates the size of the file that each preset but `paper` would write.
 
+  With a base there is one more estimate, of `exact` beside it; but not for a sliced
+  model beside its dense one, where only the work itself tells.
+
   Args:
     source: a checkpoint, as `checkpoints.open_any` opens it.
-    base: see `api.encode`; with it there is one more estimate, of `exact` beside it.
-      There is none for a sliced model beside its dense one, where only the work itself
-      tells.
+    base: see `api.encode`.
     progress: whether to show the progress on stderr.
 
   Returns:

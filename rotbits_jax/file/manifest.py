@@ -319,6 +319,8 @@ class Manifest(schema.Object, kw_only=True):
       raise ValueError('two streams have the same name')
     sizes = lambda streams: {name: x.size for name, x in streams.items()}
     check_files(self.stem, sizes(self.files), sizes(self.headers))
+    if twice := self.files.keys() & self.headers.keys():
+      raise ValueError(f'{min(twice)}: two files have this name')
     if self.headers and self.config is not None:
       raise ValueError('a model has no weights files of its own')
     if self.config is None and self.message is not None:

@@ -25,11 +25,7 @@ def placed(
 ) -> dict[str, Any]:
   """Puts leaves on devices; the arrays of a leaf have the sharding of its path.
 
-  Args:
-    flat: the leaves by path.
-    place: the sharding.
-    wanted: of stacked leaves, the layers that this process holds; None for others.
-    total: number of layers of the stack.
+  Of stacked leaves this process holds the layers `wanted` of `total`.
   """
   if place is None:
     return dict(flat)
@@ -81,13 +77,9 @@ def placed_like(old: Any, new: Any) -> Any:
 def local_layers(
   place: Place, name: str, shapes: Iterable[tuple[str, tuple[int, ...]]], count: int
 ) -> range:
-  """Returns the layers of a stack that devices of this process get.
+  """Returns which of the `count` layers of a stack devices of this process get.
 
-  Args:
-    place: the sharding.
-    name: the name of the stack.
-    shapes: path and shape of the arrays of one of its layers.
-    count: the number of its layers.
+  `shapes` has the path and shape of the arrays of one of its layers.
   """
   first, last = count, 0
   for path, shape in shapes:
@@ -105,11 +97,9 @@ def _sharding(
 ) -> jax.sharding.Sharding | None:
   """Returns the sharding of an array; None if it is committed to no device.
 
-  Where a named axis of devices does not divide the length of an axis of the array, that
-  is not divided. A vector beside a matrix, such as the steps of a stack, has the
-  first axes of the sharding only. The axes of the mesh become `Auto`: forward passes
-  leave it to the compiler where intermediate arrays are, and `scan` refuses stacks that
-  are divided along an `Explicit` axis.
+  An axis whose length the devices do not divide is not divided. A vector beside a
+  matrix has the first axes of the sharding only. The axes of the mesh become `Auto`,
+  because `scan` refuses stacks that are divided along an `Explicit` axis.
   """
   sharding = place(path, shape) if callable(place) else place
   if not isinstance(sharding, jax.sharding.NamedSharding):

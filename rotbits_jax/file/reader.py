@@ -49,22 +49,14 @@ class Reader:
 
   Attributes:
     preset, options, keeps, config, stem, message: see `manifest.Manifest`.
-    manifests: the manifest of the file, or of each shard.
-    records: the manifest's entries of all records, by name; those of a message have
-      none.
+    manifests, records: the entries of all files, and of all records by name.
     is_plain: whether the records are the tensors of weights files of any family.
     size: size of all files in bytes.
     inputs: the source and the base, as they were given.
   """
 
   def __init__(self, source: container.Readable, base: Any = None):
-    """Reads and checks the headers and the manifests.
-
-    Args:
-      source: a path, bytes, or an open binary file; of shards, the path of their folder
-        or of their index.
-      base: the model beside which the file was encoded, see `open_base`; None for none.
-    """
+    """Reads and checks the manifests; see `shards.find` and `open_base`."""
     self.inputs = source, base
     files, index = shards.find(source)
     self._files = [container.StreamReader(file) for file in files]
@@ -73,7 +65,12 @@ class Reader:
     first = self.manifests[0]
     self.preset, self.options, self.keeps = first.preset, first.options, first.keeps
     self.config, self.stem, self.message = first.config, first.stem, first.message
-    self.is_plain = any(manifest.headers for manifest in self.manifests)
+    pairs = list(zip(self._files, self.manifests, strict=True))
+    with_others = [pair for pair in pairs if pair[1].files or pair[1].headers]
+    if len(with_others) > 1:
+      raise ContainerError('two shards have other files')
+    self._file_of_others, self._others = (with_others or pairs)[0]
+    self.is_plain = bool(self._others.headers)
     for manifest in self.manifests:
       if (manifest.preset, manifest.config) != (self.preset, self.config):
         raise ContainerError('the shards belong to different models')
@@ -84,11 +81,6 @@ class Reader:
     self.records = self._decoder.entries
     if index is not None:
       self._check_index(index)
-    names = collections.Counter(
-      x for y in self.manifests for x in (*y.files, *y.headers)
-    )
-    if twice := [name for name, count in names.items() if count > 1]:
-      raise ContainerError(f'{twice[0]}: two files have this name')
     if self.config is None and not self.is_plain:
       for name, record in self.records.items():
         paths = *record.empty, *(leaf.path for leaf in record.leaves)
@@ -197,8 +189,7 @@ class Reader:
         The records of a PyTree are its top-level keys.
 
     Returns:
-      The parameters as NumPy arrays and structured leaves, in nested dicts of which the
-      first key is the name. A layer is not stacked.
+      The parameters in nested dicts of which the first key is the name, not stacked.
     """
     return self._decoder.entry(name).tree(self._decoder.decode(name))
 
@@ -218,14 +209,10 @@ class Reader:
   def each(
     self, *, keep: Collection[str] | None = None, show_progress: bool = False
   ) -> Iterator[tuple[str, Tree]]:
-    """Yields the name of each record and its leaves by path, one record at a time.
+    """Yields the name of each record and its leaves by path, layers first.
 
-    Layers come first. Leaves may share the memory of the base.
-
-    Args:
-      keep: paths of the structured leaves that stay; the others are replaced by their
-        arrays. By default all stay.
-      show_progress: whether to show the progress on stderr.
+    Structured leaves are replaced by their arrays, except those whose paths are in
+    `keep`; by default all stay. Leaves may share the memory of the base.
     """
     if self.message is not None:
       yield from self._decode_message(show_progress)
@@ -292,23 +279,10 @@ class Reader:
     as_model: bool = False,
     show_progress: bool = False,
   ) -> models.Model | Tree:
-    """Reads the model, with stacked layers, or the PyTree of arrays.
+    """Reads the model, with stacked layers, or the PyTree; see `api.load`.
 
-    Memory holds at most a few layers more than the result.
-
-    Args:
-      layers: the layers to read; all by default. The config stays that of the whole
-        model.
-      place: the sharding of arrays; by default they are NumPy arrays.
-        Layers that no device of this process gets are not decoded.
-      integers: whether matrices that are multiples of one step stay
-        `structured.UniformlyQuantized`, so that their elements are never floats.
-      as_model: whether plain tensors of a known family become the model.
-      show_progress: whether to show the progress on stderr.
-
-    Returns:
-      The model or the PyTree. Structured leaves stay structured, except those with
-      which the forward pass cannot compute.
+    Arrays are NumPy arrays if there is no `place`. Plain tensors of a known family
+    become a model only if `as_model`.
     """
     source = self.plain_model() if as_model else None
     config = self.config if source is None else source.config
@@ -368,50 +342,39 @@ class Reader:
 
   def headers(self) -> dict[str, bytes]:
     """Reads the bytes before the tensors of each weights file, by its name."""
-    return self._inflated(manifest_lib.HEADERS, [x.headers for x in self.manifests])
+    return self._inflated(manifest_lib.HEADERS, self._others.headers)
 
   def files(self) -> dict[str, bytes]:
     """Reads the other files of the checkpoint; returns their bytes by name."""
-    return self._inflated(manifest_lib.FILES, [x.files for x in self.manifests])
+    return self._inflated(manifest_lib.FILES, self._others.files)
 
   def _inflated(
-    self, prefix: str, streams_of_files: list[Mapping[str, manifest_lib.Deflated]]
+    self, prefix: str, streams: Mapping[str, manifest_lib.Deflated]
   ) -> dict[str, bytes]:
     """Inflates streams whose names begin with a prefix; returns them by their names."""
-    contents, left = dict[str, bytes](), manifest_lib.MOST_FILES
-    for file, streams in zip(self._files, streams_of_files, strict=True):
+    contents = {}
+    with self._file_of_others.errors():
       for name, stream in streams.items():
-        left -= stream.size
-        with file.errors():
-          if left < 0:
-            raise ContainerError(f'{prefix}{name}: the files are too large together')
-          contents[name] = file.inflated(f'{prefix}{name}', stream.crc32, stream.size)
-          if len(contents[name]) != stream.size:
-            raise ContainerError(f'{prefix}{name}: it must inflate to {stream.size}')
+        content = self._file_of_others.inflated(
+          f'{prefix}{name}', stream.crc32, stream.size
+        )
+        if len(content) != stream.size:
+          raise ContainerError(f'{prefix}{name}: it must inflate to {stream.size}')
+        contents[name] = content
     return contents
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:
-  """Opens the base beside which a file is encoded or decoded.
+  """Opens the base beside which a file is encoded or decoded, see `api.Base`.
 
-  Args:
-    base: a source of `api.encode`; the path of a checkpoint or of an encoded file; the
-      bytes of an encoded file; or a `Reader`. An encoded file may need a base itself: a
-      list of such a file, its base, the base of that, and so on.
-    plain: whether the model is stored as plain tensors, or is a PyTree; a checkpoint at
-      a path is then opened in this way.
-
-  Raises:
-    CheckpointError: if a checkpoint cannot be read.
-    ValueError: if more bases are given than are needed.
+  A checkpoint at a path is opened as plain tensors if `plain`, as for a PyTree.
   """
   if isinstance(base, base_lib.Base):
     return base
   of_file = str, os.PathLike, bytes, bytearray, memoryview, Reader
   is_chain = isinstance(base, list | tuple) and base and isinstance(base[0], of_file)
   source, *below = base if is_chain else [base]
-  is_path = isinstance(source, str | os.PathLike)
-  if is_path and not shards.is_encoded(source):
+  if isinstance(source, str | os.PathLike) and not shards.is_encoded(source):
     source = checkpoints.open_plain(source) if plain else checkpoints.open_any(source)
   elif isinstance(source, of_file) and not isinstance(source, Reader):
     source = Reader(source, base=(below[0] if len(below) == 1 else below) or None)

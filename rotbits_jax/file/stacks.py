@@ -37,15 +37,9 @@ def read(
   integers: bool = False,
   show_progress: bool = False,
 ) -> decode_lib.Flat:
-  """Returns the leaves of a model by path, on their devices.
+  """Returns the leaves of a model by path, on their devices; see `api.load`.
 
-  Args:
-    decoder: decodes the records.
-    outer: the records outside the layers. Those that need others come last.
-    layers: the layers.
-    place: the sharding of arrays; None for NumPy arrays.
-    integers: whether multiples of one step stay integers.
-    show_progress: whether to show the progress on stderr.
+  Records outside the layers that need others come last in `outer`.
   """
   outer_records = list(map(decoder.entry, outer))
   records = {i: decoder.entry(models.names.layer(i)) for i in layers}
@@ -81,12 +75,7 @@ def read(
 
 
 class _Stack:
-  """Layers that are decoded straight into their places in a stack.
-
-  Attributes:
-    records: the entries of the layers, which have equal stack keys.
-    wanted: places of the layers that this process needs.
-  """
+  """Layers of equal stack keys; this process decodes those in `wanted`."""
 
   def __init__(
     self,
@@ -171,12 +160,7 @@ def _allocate(
 def open_model(
   decoder: decode_lib.Decoder, files: Mapping[str, bytes]
 ) -> checkpoints.CheckpointReader | None:
-  """Matches plain tensors with the parameters of a model; None if they are of none.
-
-  Args:
-    decoder: decodes the tensors.
-    files: the other files of the checkpoint, by name.
-  """
+  """Matches plain tensors with the parameters of a model; None if they are of none."""
   thread = threading.local()  # the record that each thread has decoded last
 
   def read(path: str) -> np.ndarray:

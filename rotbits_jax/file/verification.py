@@ -24,15 +24,11 @@ class Verification(NamedTuple):
   """The result of `verify`.
 
   Attributes:
-    records: number of decoded records.
-    tensors: number of decoded parameters.
-    files: number of sidecar files that were read.
-    same_bits: whether all bits were compared with those of the checkpoint, and are
-      equal.
-    kl: mean KL divergence from the checkpoint's predictions, in nats; None if the
-      function was not compared.
-    kl_rerounded: the noise floor: the divergence of the checkpoint after a random
-      rotation and rounding.
+    records, tensors, files: how many records, parameters and other files were decoded.
+    same_bits: whether all bits were compared with the checkpoint's, and are equal.
+    kl: mean KL divergence from the checkpoint's predictions, in nats, or None.
+    kl_rerounded: the noise floor: that of the checkpoint after a random rotation and
+      rounding.
   """
 
   records: int

@@ -62,12 +62,8 @@ class FileWriter:
   ):
     """Reserves room for the header of an empty file.
 
-    Args:
-      file: open for writing.
-      streams: names of the records that will come, or of the streams of a message.
-      files: bytes of the other files, by name, which the container keeps.
-      headers: bytes before the tensors of weights files, by name.
-      facts: the fields of `manifest.Manifest` that all shards share.
+    The streams are those of records that will come, or of a message. `facts` are the
+    fields of the manifest that all shards share.
     """
     self._streams = container.StreamWriter(file, stream_names(streams, files, headers))
     self._file, self._facts = file, facts
@@ -126,14 +122,9 @@ def encode_record(
   coder_name: str,
   base: base_lib.Base | recipe_lib.Recipe | None = None,
 ) -> EncodedRecord:
-  """Codes a record; a ValueError names a parameter that cannot be stored.
+  """Codes a record, which had these counts before it was rewritten.
 
-  Args:
-    record: the record.
-    counts: elements and bytes of the record before it was rewritten.
-    resolve: returns the parameters that leaves of the record need.
-    coder_name: name of the coder.
-    base: the base beside which arrays may be stored; None for none.
+  A ValueError names a parameter that cannot be stored.
   """
   leaves: list[manifest_lib.Leaf] = []
   arrays: list[np.ndarray] = []
