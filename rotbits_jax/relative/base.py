@@ -141,34 +141,32 @@ class Base:
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
   ) -> dict[str, Beside]:
-    """Finds the arrays that take fewer bytes beside the base.
+    """Returns how to store the arrays that take fewer bytes beside the base, by path.
 
     An embedding that is predicted from the head counts as an array, too.
 
     Args:
       params: leaves by path.
       resolve: returns the parameters that leaves need.
-
-    Returns:
-      How to store these arrays, by path.
     """
     jobs, stored = {}, dict[str, Beside | None]()
     for path, leaf in params.items():
       is_predicted = isinstance(leaf, difference.Difference)
-      base_path = self.find(path)
-      if base_path is None or (structured.is_structured(leaf) and not is_predicted):
+      path_in_base = self.find(path)
+      if (
+        path_in_base is None
+        or (structured.is_structured(leaf) and not is_predicted)
+        or not self._has_fixed_bits(path_in_base)
+      ):
         continue
-      _, shape, dtype = self._specs[base_path]
-      if not _fits(leaf, shape, dtype) or not self._has_fixed_bits(base_path):
-        continue
-      needed = map(resolve, leaf.needs) if is_predicted else ()
-      array = np.asarray(leaf.materialize(*needed) if is_predicted else leaf)
+      array = leaf.materialize(*map(resolve, leaf.needs)) if is_predicted else leaf
       # The base is read here, because an encoded file takes jobs of its own.
-      pair = array, self._array(base_path), base_path
-      if array.size > _LARGE:
-        stored[path] = _beside(*pair)
+      pair = np.asarray(array), self._array(path_in_base)
+      job = functools.partial(_beside, *pair, path_in_base)
+      if pair[0].size > _LARGE:
+        stored[path] = job()
       else:
-        jobs[path] = functools.partial(_beside, *pair)
+        jobs[path] = job
     stored |= zip(jobs, pool.run(jobs.values()), strict=True)
     return {path: beside for path, beside in stored.items() if beside is not None}
 
@@ -183,44 +181,38 @@ class Base:
     return True
 
 
-def _fits(leaf: Any, shape: tuple[int, ...], dtype: str) -> bool:
-  """Returns whether an array or its transpose can be stored beside one of the base."""
-  fits = lambda step: difference.fits(
-    leaf.shape[::step], leaf.dtype, shape[::step], dtype
-  )
-  return fits(1) or (len(shape) == 2 and fits(-1))
-
-
 def _beside(target: np.ndarray, base: np.ndarray, path: str) -> Beside | None:
   """Returns how to store an array beside that of a path in the base."""
   shape = base.shape
-  is_transposed = lambda x: (
-    x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous
-  )
-  columns_first = target.shape[1:] != base.shape[1:]  # more tokens or fewer
-  if target.shape == base.shape:  # nothing moves the kernels of transposed tensors
-    columns_first = is_transposed(target) and is_transposed(base)
+  columns_first = target.shape[1:] != shape[1:]  # more tokens or fewer
+  if target.shape == shape:  # nothing moves the kernels of transposed tensors
+    columns_first = all(
+      x.ndim == 2 and x.T.flags.c_contiguous and not x.flags.c_contiguous
+      for x in (target, base)
+    )
   if columns_first:
     target, base = target.T, base.T
-  target, base = host.contiguous(target), host.contiguous(base)
-  measured = measure.beside(target, base)
+  base = host.contiguous(base)
+  known = msgspec.structs.replace(entries.BaseArray.of(path, base), shape=shape)
+  return beside_known(target, base, known, columns_first=columns_first)
+
+
+def beside_known(
+  target: np.ndarray,
+  array: np.ndarray,
+  known: entries.BaseArray | products.Product,
+  *,
+  columns_first: bool = False,
+) -> Beside | None:
+  """Returns how to store an array beside a known one; None if it is smaller alone."""
+  target, array = host.contiguous(target), host.contiguous(array)
+  measured = measure.beside(target, array)
   if measured is None:
     return None
   leaf = dataclasses.replace(measured.leaf, columns_first=columns_first)
-  if entries.is_too_short(target.size, base.size, structured.count_bytes(leaf)):
+  if entries.is_too_short(target.size, array.size, structured.count_bytes(leaf)):
     return None
-  known = msgspec.structs.replace(entries.BaseArray.of(path, base), shape=shape)
   return Beside(measured._replace(leaf=leaf), known, checksums.of_array(target))
-
-
-def beside_product(
-  target: np.ndarray, array: np.ndarray, product: products.Product
-) -> Beside | None:
-  """Returns how to store an array, in C order, beside a product with its array."""
-  measured = measure.beside(target, host.contiguous(array))
-  if measured is None:
-    return None
-  return Beside(measured, product, checksums.of_array(target))
 
 
 def _short(path: str) -> str:

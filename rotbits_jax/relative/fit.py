@@ -28,28 +28,17 @@ _SMALL = 0.3  # share of the median norm of rows that smaller rows count as
 
 
 class Pair(NamedTuple):
-  """A tensor of the sliced model, and the tensors of the base that make it.
-
-  Attributes:
-    form: how it is made.
-    arrays: the tensors of the base.
-    target: the tensor.
-  """
+  """A tensor of the sliced model, and the tensors of the base that make it."""
 
   form: products.Form
   arrays: list[np.ndarray]
   target: np.ndarray
 
-  def _vectors(self) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields blocks of the vectors that a basis is multiplied with."""
-    for block in self.form.blocks(self.arrays):
-      yield block, self.form.fused(self.arrays, self.target.dtype, block)
-
   def equations(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields blocks of weighted equations `rows @ V = wanted`."""
     is_read = self.form.kind == 'reads'
     target = self.target.T if is_read else np.atleast_2d(self.target)
-    for block, rows in self._vectors():
+    for block, rows in self.form.vectors(self.arrays, self.target.dtype):
       wanted = target[block].astype(np.float64)
       norms = np.linalg.norm(wanted, axis=1)
       weights = 1 / np.maximum(norms, _SMALL * (np.median(norms) or 1))[:, None]
@@ -57,18 +46,19 @@ class Pair(NamedTuple):
 
   def is_rounded(self, product: np.ndarray, roundoff: float) -> bool:
     """Returns whether the tensor differs from a product by rounding errors only."""
-    if self.form.kind == 'shortcut':
-      return rounding_errors.explain(self.target, product, _SHORTCUT * roundoff)
+    kind, target = self.form.kind, self.target
+    if kind == 'shortcut':
+      return rounding_errors.explain(target, product, _SHORTCUT * roundoff)
     # Products are made of integers, whose errors are greater than those of float32
     # where D is large and some numbers are far larger than others.
-    is_written = self.form.kind == 'writes'
-    hidden = self.arrays[0].shape[-1] if is_written else self.arrays[1].size
+    hidden = self.arrays[0].shape[-1] if kind == 'writes' else self.arrays[1].size
     limit = max(roundoff, 2.0 ** (3 - products.integer_bits(hidden)))
-    if self.form.kind == 'bias':
-      return rounding_errors.explain(self.target, product, limit)
-    norms = np.concatenate([np.linalg.norm(x, axis=1) for _, x in self._vectors()])
-    target = self.target if is_written else self.target.T
-    product = product if is_written else product.T
+    if kind == 'bias':
+      return rounding_errors.explain(target, product, limit)
+    vectors = self.form.vectors(self.arrays, target.dtype)
+    norms = np.concatenate([np.linalg.norm(rows, axis=1) for _, rows in vectors])
+    if kind == 'reads':
+      target, product = target.T, product.T
     return rounding_errors.explain(target, product, limit, norms)
 
 
@@ -118,15 +108,10 @@ class FoundBasis(NamedTuple):
 
 
 def fit(pairs: list[Pair], shape: tuple[int, ...], roundoff: float) -> FoundBasis:
-  """Finds the basis of a segment from the tensors that read or write it.
+  """Finds the basis of a segment, of some shape, from tensors that read or write it.
 
   A tensor that was changed after slicing is left out, if the others fit much better
-  without it.
-
-  Args:
-    pairs: the tensors.
-    shape: of the basis.
-    roundoff: unit roundoff of the tensors.
+  without it. The roundoff is that of the tensors.
   """
   pairs, samples = list(pairs), []
   gram, moments = np.zeros((shape[0], shape[0])), np.zeros(shape)

@@ -1,11 +1,12 @@
 """Tensors of a sliced model as products of those of its base with bases of subspaces.
 
-`structured.subspaces` has the mathematics:
+They take tensors of the base in this order, and bases V_s, see `subspaces`:
 
-    reads      V_s^T diag(scale) kernel        a kernel that reads segment s
-    writes     centred(kernel) V_s             a kernel or bias that writes it, a table
+    reads      V_s^T diag(scale) kernel   a kernel that reads it; `[D, n]`, `[D]`
+    writes     centred(kernel) V_s        a kernel or table `[n, D]`, or a bias `[D]`
     shortcut   V_s^T V_{s+1}
-    bias       bias + offset @ kernel          of a linear layer that reads a LayerNorm
+    bias       offset @ kernel + bias     of a linear layer that reads a LayerNorm:
+                                           `[D, n]`, `[D]`, and `[n]` if there is one
 
 Products must have the same bits on every machine. Therefore they are sums of integers,
 which float64 adds exactly in any order, see `structured.exact`. Vectors of the dense
@@ -15,7 +16,7 @@ that do not fit together, and numbers that are not finite, raise a ValueError.
 Shape letters: D hidden size, d width of a segment, n any other length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -48,40 +49,31 @@ class Form(schema.Object):
   centred: bool = False
   rounded: bool = False
 
-  @property
-  def _is_across(self) -> bool:
-    """Whether the vectors that a basis is multiplied with are columns of the kernel."""
-    return self.kind in ('reads', 'bias') and not self.transposed
-
-  def blocks(self, arrays: Sequence[np.ndarray]) -> list[slice]:
-    """Returns the blocks in which `fused` gives its vectors, so that few are wide."""
-    shape = np.atleast_2d(arrays[0]).shape
-    count, width = shape[::-1] if self._is_across else shape
-    step = max(_BLOCK // max(width, 1), 1)
-    return [slice(i, i + step) for i in range(0, count, step)]
-
-  def fused(
-    self, arrays: Sequence[np.ndarray], dtype: np.dtype, block: slice
-  ) -> np.ndarray:
-    """Returns vectors that a basis is multiplied with, float64 `[n, D]`.
+  def vectors(
+    self, arrays: Sequence[np.ndarray], dtype: np.dtype
+  ) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields blocks of the n vectors that a basis is multiplied with, float64 `[., D]`.
 
     Args:
-      arrays: 'reads' takes the kernel `[D, n]` and the scale `[D]` of its norm;
-        'writes' takes the kernel or table `[n, D]`, or the bias `[D]`; 'bias' takes the
-        kernel.
+      arrays: the tensors of the base, see the module.
       dtype: dtype of the tensor of the sliced model.
-      block: which of the n vectors.
     """
-    array = np.atleast_2d(arrays[0])
-    rows = self._rounded(array[:, block].T if self._is_across else array[block], dtype)
-    if self.kind == 'reads':
-      return self._rounded(rows * self._rounded(arrays[1], dtype), dtype)
-    if not self.centred:
-      return rows
-    # A sum of integers, because a mean of floats may depend on the machine.
-    integers, powers = _integers(rows, 52 - (rows.shape[1] - 1).bit_length())
-    means = integers.sum(axis=1, keepdims=True) / rows.shape[1]
-    return self._rounded(np.ldexp(integers - means, -powers), dtype)
+    matrix = np.atleast_2d(arrays[0])
+    if self.kind in ('reads', 'bias') and not self.transposed:
+      matrix = matrix.T
+    step = max(_BLOCK // max(matrix.shape[1], 1), 1)
+    for start in range(0, len(matrix), step):
+      block = slice(start, start + step)
+      rows = self._rounded(matrix[block], dtype)
+      if self.kind == 'reads':
+        rows = self._rounded(rows * self._rounded(arrays[1], dtype), dtype)
+      elif self.centred:
+        # A sum of integers, because a mean of floats may depend on the machine.
+        width = rows.shape[1]
+        integers, powers = _integers(rows, 52 - (width - 1).bit_length())
+        integers -= integers.sum(axis=1, keepdims=True) / width
+        rows = self._rounded(np.ldexp(integers, -powers), dtype)
+      yield block, rows
 
   def tensor(
     self,
@@ -93,9 +85,7 @@ class Form(schema.Object):
     """Returns a tensor of a sliced model, the same on every machine.
 
     Args:
-      arrays: the tensors of the base: see `fused`; none for 'shortcut'; for 'bias' the
-        kernel `[D, n]`, the offset `[D]` of the norm, and the bias `[n]` if there is
-        one.
+      arrays: the tensors of the base, see the module.
       bases: int32 `[D, d]` in units of 2^-25, one for each segment. None stands for the
         identity `[D, D]`.
       shape: shape of the tensor.
@@ -119,7 +109,7 @@ class Form(schema.Object):
     dtype: np.dtype,
   ) -> np.ndarray:
     """Returns a tensor that is no shortcut."""
-    blocks = (self.fused(arrays, dtype, block) for block in self.blocks(arrays))
+    blocks = (rows for _, rows in self.vectors(arrays, dtype))
     if self.kind == 'bias':
       offset = self._rounded(arrays[1], dtype)
       integers, powers = _integers(offset[None], integer_bits(offset.size))
@@ -160,8 +150,8 @@ def _shortcut(
   if first is None and last is None:
     return np.eye(size)
   if first is None or last is None:
-    only = last if first is None else first.T
-    return np.ldexp(np.ascontiguousarray(only, np.float64), -UNIT)
+    basis = last if first is None else first.T
+    return np.ldexp(np.ascontiguousarray(basis, np.float64), -UNIT)
   product = exact.product(first.T.astype(np.float64), last.astype(np.float64))
   return np.ldexp(product, -2 * UNIT)
 
@@ -182,10 +172,7 @@ def integer_bits(size: int) -> int:
 
 
 def _integers(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rounds rows, times powers of two, to integers of so many bits, float64 `[n, D]`.
-
-  The exponents of the powers are int32 `[n, 1]`.
-  """
+  """Returns rows times powers of two as integers of so many bits, and the exponents."""
   most = np.abs(rows).max(axis=1, initial=0, keepdims=True)
   if not np.isfinite(most).all():
     raise ValueError('a tensor of the base has numbers that are not finite')

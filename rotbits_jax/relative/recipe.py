@@ -59,13 +59,7 @@ class Recipe:
   """
 
   def __init__(self, source: Any, base: base_lib.Base, *, keeps_bits: bool):
-    """Takes a model that suits the base, see `suits`.
-
-    Args:
-      source: the sliced model.
-      base: the dense model.
-      keeps_bits: whether the bases are those of the checkpoint.
-    """
+    """Takes a model that suits the base; `keeps_bits` keeps the checkpoint's bases."""
     assert base.config is not None
     self.config: models.ModelConfig = source.config
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
@@ -119,8 +113,8 @@ class Recipe:
     index = models.names.subspace_index(record)
     if index is not None:
       segment = self.segment(index)
-      has_leaf = segment is not None and segment.leaf is not None
-      return {record: {'basis': segment.leaf}} if segment and has_leaf else {}
+      leaf = None if segment is None else segment.leaf
+      return {} if leaf is None else {record: {'basis': leaf}}
     if self._keeps_bits or record == models.names.BUFFERS:
       return self._source.read(record)
     params = structured.astype(self._expanded(record), np.float32)
@@ -222,12 +216,7 @@ class Recipe:
   ) -> dict[str, base_lib.Beside]:
     """Finds the arrays that take fewer bytes beside products or the base.
 
-    Args:
-      params: leaves of a record by path, as they are stored without a base.
-      resolve: returns the parameters that leaves need.
-
-    Returns:
-      How to store these arrays, by path.
+    See `base.Base.beside`; the leaves are as they are stored without a base.
     """
     stored = {
       path: self._beside_product(np.asarray(leaf), *self._forms[path])
@@ -257,7 +246,7 @@ class Recipe:
     known = products.Product(
       **msgspec.structs.asdict(form), arrays=tuple(x for _, x in arrays)
     )
-    return base_lib.beside_product(target, made, known)
+    return base_lib.beside_known(target, made, known)
 
 
 def _times(leaf: Any, rows: np.ndarray | None, columns: np.ndarray | None) -> Any:
@@ -275,10 +264,7 @@ def _times(leaf: Any, rows: np.ndarray | None, columns: np.ndarray | None) -> An
 def _forms(
   dense: models.ModelConfig, sliced: models.ModelConfig
 ) -> dict[str, tuple[products.Form, tuple[str, ...]]]:
-  """Returns how the parameters that slicing changes are made, by path.
-
-  The paths of tensors of the base are those that `products.Form` takes.
-  """
+  """Returns the forms of parameters by path, and the paths of tensors of the base."""
   layer, outer = models.layout.layer_axes(sliced), models.layout.outer_axes(sliced)
   step, has_mean = sliced.segments_per_layer, dense.norm == 'layernorm'
   known = {*models.layout.layer_axes(dense), *models.layout.outer_axes(dense)}
