@@ -46,15 +46,10 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
-from rotbits_jax.structured.base import Origin
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import arrays_of
-from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
@@ -118,12 +113,12 @@ class Prediction(NamedTuple):
 
 # NumPy evaluates a part of other texts, such as '(1,2)f4'.
 _Name = Annotated[str, msgspec.Meta(pattern=r'\A\w{1,32}\Z')]
-_some = functools.partial(Array, optional=True)
+_some = functools.partial(fields.Array, optional=True)
 
 
-@register
+@base.register
 @struct.dataclass
-class Difference(Structured):
+class Difference(base.Structured):
   """A known array plus what differs from it; the module's docstring has the rules.
 
   Attributes:
@@ -147,10 +142,10 @@ class Difference(Structured):
   """
 
   type_name: ClassVar[str] = 'difference'
-  origin: ClassVar[Origin] = Origin.KNOWN
+  origin: ClassVar[base.Origin] = base.Origin.KNOWN
 
-  lengths: tuple[Length, ...] = static()
-  name: _Name = static()
+  lengths: tuple[fields.Length, ...] = fields.static()
+  name: _Name = fields.static()
   differences: Annotated[Any, _some('n')] = None
   exceptions: Annotated[Any, _some('x')] = None
   gaps: Annotated[Any, _some('g', np.uint16)] = None
@@ -161,10 +156,10 @@ class Difference(Structured):
   drift: Annotated[Any, _some('i', np.int32)] = None
   map: Annotated[Any, _some('Dd', np.int32)] = None
   shifts: Annotated[Any, _some('D', np.int16)] = None
-  width: Length = static(default=0)
-  unit: Annotated[int, schema.between(-900, 900)] = static(default=0)
-  scale: Annotated[int, schema.between(-1000, 2000)] = static(default=0)
-  columns_first: bool = static(default=False)
+  width: fields.Length = fields.static(default=0)
+  unit: Annotated[int, schema.between(-900, 900)] = fields.static(default=0)
+  scale: Annotated[int, schema.between(-1000, 2000)] = fields.static(default=0)
+  columns_first: bool = fields.static(default=False)
 
   @property
   def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -345,7 +340,7 @@ class Difference(Structured):
     predictions = self.left, self.right, self.drift, self.map, self.shifts
     is_predicted = any(x is not None for x in predictions)
     # None has neither a size nor a shape.
-    sizes = {name: x.size for name, _, x in arrays_of(self)}
+    sizes = {name: x.size for name, _, x in fields.arrays_of(self)}
     size_of = lambda name: sizes.get(name, 0)
     dtype_of_differences = getattr(self.differences, 'dtype', None)
     rules = {

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 from flax import struct
 import numpy as np
 
-from rotbits_jax.structured import steps
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
@@ -133,8 +132,8 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
     if annotation.lower:
       arrays[f'{name}{_CORNER}'], arrays[name] = split_lower(array)
   for name, array in list(arrays.items()):
-    if (divided := steps.divide(array)) is not None:
-      arrays[name], arrays[f'{name}{_STEP}'] = divided
+    if (multiples := divided(array)) is not None:
+      arrays[name], arrays[f'{name}{_STEP}'] = multiples
   return settings, arrays
 
 
@@ -245,3 +244,32 @@ def join_lower(
   matrix[:n], matrix[n:] = 0, below
   matrix[:n, :n][np.tri(n, dtype=np.bool)] = corner
   return matrix
+
+
+# ---- arrays of float32 multiples of one step -----------------------------------------
+
+# An integer has 15 bits, and a step 3, so the product has 18 of the 24 of float32.
+_MOST_INTEGER, _LOW_BITS = 1 << 15, 0x3F
+
+_LEAST = 1 << 8  # elements of an array whose step is worth its place in a file
+
+
+def divided(array: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns the integers, int16, and the step of float32 multiples of a step.
+
+  The step is the least magnitude. The result is None if a product is another number.
+  """
+  if array.dtype != np.float32 or array.size < _LEAST:
+    return None
+  bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+  sample = bits[:: max(bits.size >> 12, 1)]
+  if np.bitwise_or.reduce(sample) & _LOW_BITS:  # type: ignore[call-overload]
+    return None
+  sizes = np.abs(array)
+  step = sizes.min(initial=np.inf, where=sizes > 0)
+  # Comparisons with NaN are false.
+  if not sizes.max() < _MOST_INTEGER * step or np.isinf(step):
+    return None
+  integers = np.rint(array / step).astype(np.int16)
+  products = (integers * step).reshape(-1).view(np.uint32)
+  return (integers, np.asarray(step)) if np.array_equal(products, bits) else None

@@ -31,16 +31,13 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 
 
-@register
+@base.register
 @struct.dataclass
-class HeadColumns(Structured):
+class HeadColumns(base.Structured):
   """A key kernel `[d, K h]`. The last m columns of each head are a basis as above.
 
   RoPE rotates the first h - m columns of a key head. They are stored unchanged.
@@ -55,9 +52,9 @@ class HeadColumns(Structured):
   type_name: ClassVar[str] = 'head_columns'
   config_fields: ClassVar = {'heads': 'num_kv_heads'}
 
-  rotary: Annotated[Any, Array('dq', optional=True)]
-  below: Annotated[Any, Array('bk')]
-  heads: Length = static()
+  rotary: Annotated[Any, fields.Array('dq', optional=True)]
+  below: Annotated[Any, fields.Array('bk')]
+  heads: fields.Length = fields.static()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -87,9 +84,9 @@ class HeadColumns(Structured):
         raise ValueError(f'{heads} heads cannot have {self.rotary.shape=}')
 
 
-@register
+@base.register
 @struct.dataclass
-class HeadRows(Structured):
+class HeadRows(base.Structured):
   """An output kernel `[H h, d]`, whose heads are row blocks.
 
   The G heads of a group share one basis change. Side by side, they form the matrix
@@ -106,10 +103,10 @@ class HeadRows(Structured):
   type_name: ClassVar[str] = 'head_rows'
   config_fields: ClassVar = {'groups': 'num_kv_heads', 'head_dim': 'head_dim'}
 
-  first: Annotated[Any, Array('fc')]
-  others: Annotated[Any, Array('od', optional=True)]
-  groups: Length = static()
-  head_dim: Length = static()
+  first: Annotated[Any, fields.Array('fc')]
+  others: Annotated[Any, fields.Array('od', optional=True)]
+  groups: fields.Length = fields.static()
+  head_dim: fields.Length = fields.static()
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -12,12 +12,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import of_stacks
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 from rotbits_jax.structured.uniform import exponents
 from rotbits_jax.structured.uniform import line_factors
 
@@ -25,13 +21,13 @@ _product = lambda a, b: jnp.matmul(a, b, precision='highest')
 
 
 @struct.dataclass(kw_only=True)
-class FactorPair(Structured):
+class FactorPair(base.Structured):
   """A matrix `[..., m, n]` of rank r that is stored as two factors.
 
   Leaves of different ranks can be stacked, because padding does not change the product.
   """
 
-  ranks: tuple[tuple[int, ...], ...] | None = of_stacks()
+  ranks: tuple[tuple[int, ...], ...] | None = fields.of_stacks()
 
   has_factors: ClassVar[bool] = True
 
@@ -59,7 +55,7 @@ class FactorPair(Structured):
     return _product(_product(x, u), v)
 
 
-@register
+@base.register
 @struct.dataclass
 class LowRank(FactorPair):
   """The product `u @ v`, both factors stored unchanged.
@@ -71,8 +67,8 @@ class LowRank(FactorPair):
 
   type_name: ClassVar[str] = 'low_rank'
 
-  u: Annotated[Any, Array('mr', first='r')]
-  v: Annotated[Any, Array('rn', first='r')]
+  u: Annotated[Any, fields.Array('mr', first='r')]
+  v: Annotated[Any, fields.Array('rn', first='r')]
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -90,7 +86,7 @@ class LowRank(FactorPair):
     return self
 
 
-@register
+@base.register
 @struct.dataclass
 class ReducedLowRank(FactorPair):
   """A pair of factors in a basis that stores r^2 numbers fewer.
@@ -123,10 +119,10 @@ class ReducedLowRank(FactorPair):
 
   type_name: ClassVar[str] = 'reduced_low_rank'
 
-  below: Annotated[Any, Array('br', first='r', last='b')]
-  other: Annotated[Any, Array('rl', first='r')]
-  size: Length = static()
-  transposed: bool = static()
+  below: Annotated[Any, fields.Array('br', first='r', last='b')]
+  other: Annotated[Any, fields.Array('rl', first='r')]
+  size: fields.Length = fields.static()
+  transposed: bool = fields.static()
   basis_exponents: Annotated[Any, exponents('s')] = None
   other_exponents: Annotated[Any, exponents('l')] = None
 

@@ -16,18 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured.base import Origin
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import of_stacks
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 
 
-@register
+@base.register
 @struct.dataclass
-class IdentityMinusGram(Structured):
+class IdentityMinusGram(base.Structured):
   """The symmetric shortcut `[I - B B^T + C C^T, 0]`.
 
   SliceGPT's shortcut is a block of an orthogonal matrix. Such a block has many singular
@@ -50,10 +45,10 @@ class IdentityMinusGram(Structured):
 
   type_name: ClassVar[str] = 'identity_minus_gram'
 
-  b: Annotated[Any, Array('dk', lower=True, last='k')]
-  c: Annotated[Any, Array('dj', lower=True, last='j')]
-  columns: Length = static()
-  ranks: tuple[tuple[int, ...], ...] | None = of_stacks()
+  b: Annotated[Any, fields.Array('dk', lower=True, last='k')]
+  c: Annotated[Any, fields.Array('dj', lower=True, last='j')]
+  columns: fields.Length = fields.static()
+  ranks: tuple[tuple[int, ...], ...] | None = fields.of_stacks()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -104,9 +99,9 @@ class IdentityMinusGram(Structured):
       raise ValueError(f'expected {len(self.b)} columns or more, got {self.columns}')
 
 
-@register
+@base.register
 @struct.dataclass
-class TrapezoidalRows(Structured):
+class TrapezoidalRows(base.Structured):
   """A kernel whose last n rows are zero below their diagonal, which begins at the left.
 
   Attributes:
@@ -115,10 +110,10 @@ class TrapezoidalRows(Structured):
   """
 
   type_name: ClassVar[str] = 'trapezoidal_rows'
-  origin: ClassVar[Origin] = Origin.COPIED
+  origin: ClassVar[base.Origin] = base.Origin.COPIED
 
-  full: Annotated[Any, Array('mc', optional=True)]
-  lower: Annotated[Any, Array('cn', lower=True)]
+  full: Annotated[Any, fields.Array('mc', optional=True)]
+  lower: Annotated[Any, fields.Array('cn', lower=True)]
 
   @classmethod
   def of(cls, kernel: Any, rows: int) -> 'TrapezoidalRows':

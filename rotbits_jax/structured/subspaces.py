@@ -24,12 +24,9 @@ from typing import Annotated, Any, ClassVar
 from flax import struct
 import numpy as np
 
+from rotbits_jax.structured import base
 from rotbits_jax.structured import exact
-from rotbits_jax.structured.base import Origin
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import fields
 from rotbits_jax.system import schema
 
 UNIT = 25
@@ -42,9 +39,9 @@ _NEWTON = 5  # steps, after which 3^-32 of the first error is left
 _Step = Annotated[int, schema.between(1, _ONE)]
 
 
-@register
+@base.register
 @struct.dataclass
-class Basis(Structured):
+class Basis(base.Structured):
   """A basis as it is; readers multiply with its array, in units of 2^-UNIT.
 
   Attributes:
@@ -53,10 +50,10 @@ class Basis(Structured):
   """
 
   type_name: ClassVar[str] = 'basis'
-  origin: ClassVar[Origin] = Origin.FILE
+  origin: ClassVar[base.Origin] = base.Origin.FILE
 
-  numbers: Annotated[Any, Array('Dd', np.int32)]
-  step: _Step = static()
+  numbers: Annotated[Any, fields.Array('Dd', np.int32)]
+  step: _Step = fields.static()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -66,9 +63,9 @@ class Basis(Structured):
     return _int32(self.numbers.astype(np.float64) * self.step)
 
 
-@register
+@base.register
 @struct.dataclass
-class Subspace(Structured):
+class Subspace(base.Structured):
   """A subspace, see the module.
 
   Attributes:
@@ -78,11 +75,11 @@ class Subspace(Structured):
   """
 
   type_name: ClassVar[str] = 'subspace'
-  origin: ClassVar[Origin] = Origin.FILE
+  origin: ClassVar[base.Origin] = base.Origin.FILE
 
-  tangent: Annotated[Any, Array('ad', np.int32)]
-  mask: Annotated[Any, Array('m', np.uint8)]
-  step: _Step = static()
+  tangent: Annotated[Any, fields.Array('ad', np.int32)]
+  mask: Annotated[Any, fields.Array('m', np.uint8)]
+  step: _Step = fields.static()
 
   @classmethod
   def of(cls, tangent: np.ndarray, rows: np.ndarray, step: int) -> 'Subspace':

@@ -18,18 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.structured import base
 from rotbits_jax.structured import exact
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import fields
 from rotbits_jax.system import host
 
 
-@register
+@base.register
 @struct.dataclass
-class Tied(Structured):
+class Tied(base.Structured):
   """The embedding `head^T @ map`, up to rounding.
 
   Attributes:
@@ -40,8 +37,8 @@ class Tied(Structured):
   type_name: ClassVar[str] = 'tied'
   needs: ClassVar[tuple[str, ...]] = ('head/kernel',)
 
-  map: Annotated[Any, Array('Dd')]
-  tokens: Length = static()
+  map: Annotated[Any, fields.Array('Dd')]
+  tokens: fields.Length = fields.static()
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -12,26 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured import steps
-from rotbits_jax.structured.base import Origin
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 
 _CHUNK = 1 << 16  # elements that fit the cache
 _MOST_OCTAVES = 60  # of a step with lines, so that every element is a normal float32
 _MOST_EXPONENT = 64
 
 
-def exponents(axis: str) -> Array:
+def exponents(axis: str) -> fields.Array:
   """Returns the annotation of the exponents of lines, an optional array."""
-  return Array(axis, np.int8, optional=True, most=_MOST_EXPONENT)
+  return fields.Array(axis, np.int8, optional=True, most=_MOST_EXPONENT)
 
 
-@register
+@base.register
 @struct.dataclass
-class UniformlyQuantized(Structured):
+class UniformlyQuantized(base.Structured):
   """An array whose elements are integers times a step.
 
       element = integer * step * factor of its row * factor of its column
@@ -48,19 +44,19 @@ class UniformlyQuantized(Structured):
   """
 
   type_name: ClassVar[str] = 'uniformly_quantized'
-  origin: ClassVar[Origin] = Origin.COPIED
+  origin: ClassVar[base.Origin] = base.Origin.COPIED
 
-  integers: Annotated[Any, Array(None, np.int16)]
-  step: Annotated[Any, Array('', np.float32)]
-  name: Literal['float16', 'bfloat16', 'float32'] = static()
+  integers: Annotated[Any, fields.Array(None, np.int16)]
+  step: Annotated[Any, fields.Array('', np.float32)]
+  name: Literal['float16', 'bfloat16', 'float32'] = fields.static()
   row_exponents: Annotated[Any, exponents('r')] = None
   column_exponents: Annotated[Any, exponents('c')] = None
 
   @classmethod
   def of(cls, array: np.ndarray) -> 'UniformlyQuantized | None':
     """Returns the leaf of a float32 array of few multiples of its least number."""
-    divided = steps.divide(array)
-    return None if divided is None else cls(*divided, 'float32')
+    multiples = fields.divided(array)
+    return None if multiples is None else cls(*multiples, 'float32')
 
   @property
   def shape(self) -> tuple[int, ...]:
