@@ -145,7 +145,7 @@ class Leaf(schema.Object, kw_only=True):
       return None
     try:
       named = dict(zip(self.arrays, shapes, strict=True))
-      return cls.stored_rank(self.settings, named)
+      return cls.stored_rank(named)
     except UNTRUSTED as error:
       raise ValueError(f'{self.path}: expected a leaf with two factors') from error
 

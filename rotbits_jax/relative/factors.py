@@ -17,7 +17,7 @@ from rotbits_jax.system import host
 
 _LEAST = 64  # rows and columns of a matrix for which factors are tried
 _RANK = 64  # the greatest that is tried
-_SKETCHED = 1 << 10  # rows that tell the basis, and whether factors are worth it
+_SKETCHED = 1 << 9  # rows that tell the basis, and whether factors are worth it
 _TYPICAL = 1 << 12  # elements that tell the rounding error of the dtype
 _PART = 1 << 17  # elements whose differences fit a cache
 _MORE = 8  # columns of a sketch beyond the rank

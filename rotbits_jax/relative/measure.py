@@ -24,7 +24,7 @@ from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
-_MORE = 1 << 18  # and those of its differences
+_MORE = 1 << 16  # and those of its differences
 _FEW = 1 << 14  # elements that tell a drift, or the mean exponent of changed ones
 _LEAST_OCTAVES = 1 / 2  # by which changed elements are smaller if classes are shorter
 _BY_CHANCE = 4  # octaves of one element

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.structured import fields
-from rotbits_jax.structured.fields import Settings
 from rotbits_jax.system import host
 
 
@@ -123,26 +122,15 @@ class Structured(abc.ABC):
     layer = jax.tree.map(lambda x: x[index], self)
     if self.ranks is None:
       return layer
-    cut = dict[str, Any]()
-    lengths = dict(zip(fields.ragged_axes(type(self)), self.ranks[index], strict=True))
-    for name, annotation, array in fields.arrays_of(layer):
-      slices = [
-        slice(array.shape[i] - lengths[x], None)
-        if x in annotation.first
-        else slice(lengths.get(x))
-        for i, x in enumerate(annotation.axes or '')
-      ]
-      cut[name] = array[tuple(slices)]
-    return dataclasses.replace(layer, ranks=None, **cut)
+    axes = fields.ragged_axes(type(self))
+    layer = _resized(layer, dict(zip(axes, self.ranks[index], strict=True)))
+    return dataclasses.replace(layer, ranks=None)
 
   def check_layer(self, index: int) -> None:
-    """Checks that no numbers are lost if a layer is taken out of a stack.
-
-    A training may have put them where layers are padded.
-    """
-    if self.ranks is not None and (
-      _nonzeros(jax.tree.map(lambda x: x[index], self)) != _nonzeros(self.layer(index))
-    ):
+    """Checks that a training has left the zeros with which a layer is padded."""
+    count = lambda leaf: sum(int(jnp.count_nonzero(x)) for x in jax.tree.leaves(leaf))
+    padded = jax.tree.map(lambda x: x[index], self)
+    if self.ranks is not None and count(padded) != count(self.layer(index)):
       raise ValueError(
         f'arrays with lengths {self.ranks[index]} are not zero where they are padded '
         'in a stack: materialize them before they are trained'
@@ -158,11 +146,12 @@ class Structured(abc.ABC):
     if not axes:
       return jax.tree.map(_stack, *leaves)
     if ranks is None:
-      ranks = [fields.ragged_lengths(cls, _shapes(leaf)) for leaf in leaves]
+      shapes = ({x: array.shape for x, _, array in fields.arrays_of(y)} for y in leaves)
+      ranks = list(map(cls.stored_rank, shapes))
     # Orbax cannot save arrays without elements.
     greatest = (max(1, *lengths) for lengths in zip(*ranks, strict=True))
     lengths = dict(zip(axes, greatest, strict=True))
-    stacked = jax.tree.map(_stack, *(_padded(leaf, lengths) for leaf in leaves))
+    stacked = jax.tree.map(_stack, *(_resized(leaf, lengths) for leaf in leaves))
     return dataclasses.replace(stacked, ranks=tuple(ranks))
 
   def stack_key(self) -> tuple[str, ...]:
@@ -197,6 +186,7 @@ class Structured(abc.ABC):
   stored = fields.store
   stored_sizes = fields.stored_sizes
   from_stored = classmethod(fields.load)
+  stored_rank = classmethod(fields.ragged_lengths)
 
   def check(self) -> None:  # noqa: B027
     """Checks how the fields of an unstacked leaf fit together; `from_stored` calls it.
@@ -206,18 +196,6 @@ class Structured(abc.ABC):
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:  # noqa: B027
     """Checks that `materialize` can take arrays of these shapes."""
-
-  @classmethod
-  def stored_rank(
-    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
-  ) -> tuple[int, ...] | None:
-    """Returns the lengths of the axes that a stack pads, given the shapes of `stored`.
-
-    A process that has some layers of a stack gives those of all layers to `stack`. The
-    result is None if a stack pads no axis.
-    """
-    del settings
-    return fields.ragged_lengths(cls, shapes)
 
 
 TYPES: dict[str, type[Structured]] = {}
@@ -254,28 +232,19 @@ def _is_float(array: Any) -> bool:
   return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
-def _nonzeros(leaf: Structured) -> int:
-  """Counts the numbers of a leaf that are not zero."""
-  return sum(int(jnp.count_nonzero(x)) for x in jax.tree.leaves(leaf))
-
-
-def _shapes(leaf: Structured) -> dict[str, tuple[int, ...]]:
-  return {name: array.shape for name, _, array in fields.arrays_of(leaf)}
-
-
-def _padded(leaf: Any, lengths: Mapping[str, int]) -> Any:
-  """Pads the ragged axes of an unstacked leaf with zeros."""
-  padded = {}
+def _resized(leaf: Any, lengths: Mapping[str, int]) -> Any:
+  """Pads the ragged axes of an unstacked leaf with zeros, or removes these."""
+  resized = {}
   for name, annotation, array in fields.arrays_of(leaf):
-    if annotation.ragged:
-      extra = {
-        x: lengths.get(x, length) - length
-        for x, length in zip(annotation.axes, array.shape, strict=True)
-      }
-      widths = [(n, 0) if x in annotation.first else (0, n) for x, n in extra.items()]
+    axes = zip(annotation.axes if annotation.ragged else '', array.shape, strict=False)
+    extra = {axis: lengths.get(axis, length) - length for axis, length in axes}
+    ends = [(n, 0) if axis in annotation.first else (0, n) for axis, n in extra.items()]
+    if any(extra.values()):
       numpy = np if isinstance(array, np.ndarray) else jnp
-      padded[name] = numpy.pad(array, widths) if any(extra.values()) else array
-  return dataclasses.replace(leaf, **padded)
+      array = array[tuple(slice(max(-n, 0), min(m, 0) or None) for n, m in ends)]
+      array = numpy.pad(array, [(max(n, 0), max(m, 0)) for n, m in ends])
+      resized[name] = array
+  return dataclasses.replace(leaf, **resized)
 
 
 def _stack(*arrays: Any) -> Any:

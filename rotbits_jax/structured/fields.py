@@ -107,9 +107,10 @@ def ragged_axes(cls: Any) -> tuple[str, ...]:
 def ragged_lengths(
   cls: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, ...] | None:
-  """Returns the lengths of the ragged axes, given the shapes of arrays by name.
+  """Returns the lengths of the ragged axes, given shapes by name; None without axes.
 
-  The result is None if the class has no ragged axes.
+  They determine the shapes of a stack. So a process that has some layers of it gives
+  those of all layers to `stack`.
   """
   lengths: dict[str, int] = {}
   for name, (annotation, _) in _fields(cls).items():
