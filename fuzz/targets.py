@@ -129,8 +129,7 @@ def _array(dtype: str, shape: list[int], elements: Any = 1) -> np.ndarray:
 
 def _read_config(data: bytes) -> None:
   """Parses the JSON files of a checkpoint."""
-  value = config_lib.parse_json(data, 'config.json')
-  value = value if isinstance(value, dict) else {}
+  value = config_lib.parse_object(data, 'config.json')
   config = config_lib.parse_config(value.get('config'), value.get('slicing'))  # type: ignore[arg-type]
   models.outer_shapes(config)
   if config.sliced:

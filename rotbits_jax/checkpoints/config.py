@@ -27,47 +27,30 @@ SLICING_KEY = 'embedding_dimensions'  # distinguishes a slicing JSON from other 
 _MOST_CONFIG = 1 << 20  # bytes; configs have a few thousand
 
 
-def parse_json(content: bytes, where: str, *, most: int = _MOST_CONFIG) -> Any:
-  """Parses a JSON file of a checkpoint.
+def parse_object(
+  content: bytes, where: str, *, most: int = _MOST_CONFIG
+) -> dict[str, Any]:
+  """Parses a JSON file of a checkpoint, which errors call `where`.
 
-  Args:
-    content: of the file.
-    where: name of the file in error messages.
-    most: the greatest size of the content in bytes. It bounds memory: the parsed value
-      may take 30 times as much as its text.
-
-  Returns:
-    The JSON value.
+  `most` bytes are the limit, which bounds memory: the object may take 30 times as much.
   """
   if len(content) > most:
-    raise errors.UnsupportedError(
-      f'{where}: the JSON has {len(content)} bytes, more than {most}'
-    )
+    raise errors.UnsupportedError(f'{where}: the JSON has more than {most} bytes')
   try:
-    return schema.parse(content)
+    parsed = schema.parse(content)
   except schema.LimitError as e:
     raise errors.UnsupportedError(f'{where}: {e}') from e
   except ValueError as e:
     raise errors.CheckpointError(f'{where}: {e}') from e
-
-
-def parse_object(
-  content: bytes, where: str, *, most: int = _MOST_CONFIG
-) -> dict[str, Any]:
-  """Parses a JSON file of a checkpoint that must be an object; see `parse_json`."""
-  parsed = parse_json(content, where, most=most)
   if not isinstance(parsed, dict):
-    raise errors.CheckpointError(
-      f'{where}: expected an object, got {errors.cut(repr(parsed))}'
-    )
+    text = errors.cut(repr(parsed))
+    raise errors.CheckpointError(f'{where}: expected an object, got {text}')
   return parsed
 
 
 def parse_config(
   config_json: dict[str, Any],
   slicing_json: dict[str, Any] | None = None,
-  *,
-  where: str = CONFIG,
 ) -> models.ModelConfig:
   """Makes the config of a dense or a sliced model from its JSON files.
 
@@ -75,39 +58,25 @@ def parse_config(
     config_json: the content of Hugging Face's `config.json`. For a sliced checkpoint
       it describes the model before slicing.
     slicing_json: the content of SliceGPT's JSON; None for a dense model.
-    where: name of the `config.json` in error messages.
-
-  Returns:
-    The config.
   """
   known = families.FAMILIES
   model_type = config_json.get('model_type') if isinstance(config_json, dict) else None
   if not isinstance(model_type, str) or model_type not in known:
     raise errors.CheckpointError(
-      f'{where}: model_type is {errors.cut(repr(model_type))}; '
+      f'{CONFIG}: model_type is {errors.cut(repr(model_type))}; '
       f'supported: {", ".join(known)}'
     )
-  values = {
-    name: value
-    for name, value in config_json.items()
-    if name not in families.WITHOUT_EFFECT
-  }
   try:
-    attributes = known[model_type].attributes.read(families.older_rope(values))
-    dense = attributes.config()
+    dense = known[model_type].config(config_json)
   except ValueError as e:
-    raise errors.CheckpointError(f'{where}: {errors.cut(str(e))}') from e
+    raise errors.CheckpointError(f'{CONFIG}: {errors.cut(str(e))}') from e
   return dense if slicing_json is None else _sliced(dense, slicing_json)
 
 
 def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
   """Makes SliceGPT's JSON for a sliced model: the inverse of `parse_config`.
 
-  Returns:
-    The content of the slicing JSON; its `json.dumps` equals SliceGPT's file.
-
-  Raises:
-    ValueError: if the model is not sliced.
+  Its `json.dumps` equals SliceGPT's file.
   """
   if not config.sliced:
     raise ValueError(f'only a sliced model has a slicing JSON, got {config.norm=}')
@@ -148,13 +117,10 @@ def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
     # SliceGPT knows whether the head was to be sliced, whatever its width.
     if isinstance(values['do_slice_head'], bool):
       expected['do_slice_head'] = values['do_slice_head']
-    differing = [x for x in {*values, *expected} if values[x] != expected[x]]
+    if differing := [x for x in {*values, *expected} if values[x] != expected[x]]:
+      raise ValueError(f'these do not fit the widths: {", ".join(sorted(differing))}')
   except (KeyError, TypeError, ValueError) as e:
     raise errors.CheckpointError(f'slicing JSON: {errors.cut(repr(e))}') from e
-  if differing:
-    raise errors.CheckpointError(
-      f'slicing JSON: these do not fit the widths: {", ".join(sorted(differing))}'
-    )
   return config
 
 

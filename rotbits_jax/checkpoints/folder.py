@@ -9,7 +9,7 @@ Raises:
   CheckpointError: if a file is missing or damaged.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
 import os
 import pathlib
@@ -114,97 +114,73 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
 
 def _find_weights(path: pathlib.Path) -> pathlib.Path:
   """Returns the weights file of a folder, or the index if there are several."""
-  if path.is_file():
-    indices = (safetensors.SUFFIX, _TORCH_INDEX)
-    if path.suffix in ('.bin', '.pt', '.safetensors') or path.name.endswith(indices):
-      return path
-    raise errors.CheckpointError(
-      f'{path}: weights are .safetensors, .bin or .pt files, or the index of several, '
-      f'as in *{safetensors.SUFFIX}'
-    )
-  if not path.is_dir():
+  candidates = [path]
+  if path.is_dir():
+    candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
+    # Programs prefer the first of these to safetensors of other names, such as an
+    # adapter's.
+    for pattern in (
+      safetensors.WEIGHTS, f'*{safetensors.SUFFIX}', _TORCH_WEIGHTS, _TORCH_INDEX,
+      '*.safetensors',
+    ):  # fmt: skip
+      is_torch = pattern in (_TORCH_WEIGHTS, _TORCH_INDEX)
+      if listed := sorted(path.glob(pattern)) if not (is_torch and candidates) else []:
+        candidates += listed
+        break
+  elif not path.exists():
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
-  candidates = _candidates(path)
-  if not candidates:
+  names = errors.cut(', '.join(x.name for x in candidates)) or 'none'
+  endings = ('.bin', '.pt', '.safetensors', safetensors.SUFFIX, _TORCH_INDEX)
+  if len(candidates) != 1 or not names.endswith(endings):
     raise errors.CheckpointError(
-      f'{path}: there are no .pt or .safetensors files and no {_TORCH_WEIGHTS}'
-    )
-  if len(candidates) > 1:
-    names = errors.cut(', '.join(file.name for file in candidates))
-    raise errors.CheckpointError(
-      f'{path}: the path must name one of the weights files {names}'
+      f'{path}: expected one file of weights, .safetensors, .pt or .bin, or the index '
+      f'of several, as in *{safetensors.SUFFIX}; got {names}'
     )
   return candidates[0]
 
 
-def _candidates(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the weights files and indices in a folder, of which it should have one."""
-  candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
-  if (path / safetensors.WEIGHTS).is_file():
-    return [*candidates, path / safetensors.WEIGHTS]
-  listed = sorted(path.glob(f'*{safetensors.SUFFIX}'))
-  # Programs prefer these to safetensors of other names, such as an adapter's.
-  torch = [path / x for x in (_TORCH_WEIGHTS, _TORCH_INDEX)]
-  if not candidates and not listed:
-    listed = [x for x in torch if x.is_file()][:1]
-  return candidates + (listed or sorted(path.glob('*.safetensors')))
-
-
 def _read_sidecars(
-  root: pathlib.Path, weights: Collection[pathlib.Path], index: dict[str, bytes]
+  root: pathlib.Path, weights: set[pathlib.Path], index: dict[str, bytes]
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
-  """Reads the files beside the weights.
+  """Reads the files beside the weights, and adds the index if it is kept.
 
-  Args:
-    root: the folder of the checkpoint.
-    weights: the weights files and their index.
-    index: the content of the index by its name, if it is kept.
-
-  Returns:
-    The files and the index by their relative paths, and the paths of the files and
-    folders that are no sidecars: other weights and arrays, other indices, large files,
-    links that leave the folder or lead nowhere, other than regular files, names that
-    cannot be printed, empty folders, and those that `_OTHER_FOLDERS` lists. Hidden
-    folders are left out without a word.
+  Also returns what is left out: other weights and arrays, other indices, large files,
+  links that leave the folder or lead nowhere, other than regular files, names that
+  cannot be printed, empty folders, and those that `_OTHER_FOLDERS` lists. Hidden
+  folders are left out without a word.
   """
   files: dict[str, bytes] = {}
   left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))
-  for file in _walk(root):
-    name = file.relative_to(root).as_posix()
-    if file in weights:
-      continue
-    if file.is_dir():
-      left_out.append(f'{name}/')
-    elif (
-      file.suffix in _NO_SIDECARS
-      or (file.parent == root and name.endswith('.index.json'))
-      or not _is_inside(file, root)
-      or file.stat().st_size > room
-      or len(files) == _MOST_FILES
-      or not schema.is_relative_path(name)
-      or (content := tensors_lib.content(file, room)).startswith(_ENCODED, 8)
-    ):
-      left_out.append(name)
-    else:
-      files[name] = content
-      room -= len(content)
-  return files | index, tuple(left_out)
-
-
-def _walk(folder: pathlib.Path, levels: int = _MOST_LEVELS) -> Iterator[pathlib.Path]:
-  """Yields the files in a folder and its sub-folders.
-
-  It also yields the sub-folders that are not entered and those that are empty.
-  """
-  for file in sorted(folder.iterdir()):
-    if not file.is_dir():
-      yield file
-    elif not file.name.startswith('.'):
-      enters = levels and not _OTHER_FOLDERS.fullmatch(file.name)
-      if enters and not file.is_symlink() and any(file.iterdir()):
-        yield from _walk(file, levels - 1)
+  for parent, folders, names in os.walk(root):
+    base = pathlib.Path(parent)
+    entered = [x for x in sorted(folders) if _is_entered(base / x, root)]
+    closed = [x for x in folders if x not in entered and not x.startswith('.')]
+    left_out += [f'{(base / x).relative_to(root).as_posix()}/' for x in closed]
+    folders[:] = entered
+    for file in sorted({base / name for name in names} - weights):
+      name = file.relative_to(root).as_posix()
+      if (
+        file.suffix in _NO_SIDECARS
+        or (base == root and name.endswith('.index.json'))
+        or not _is_inside(file, root)
+        or file.stat().st_size > room
+        or len(files) == _MOST_FILES
+        or not schema.is_relative_path(name)
+        or (content := tensors_lib.content(file, room)).startswith(_ENCODED, 8)
+      ):
+        left_out.append(name)
       else:
-        yield file
+        files[name] = content
+        room -= len(content)
+  return dict(sorted(files.items())) | index, tuple(sorted(left_out))
+
+
+def _is_entered(folder: pathlib.Path, root: pathlib.Path) -> bool:
+  """Returns whether a sub-folder may have sidecar files."""
+  if folder.name.startswith('.') or _OTHER_FOLDERS.fullmatch(folder.name):
+    return False
+  levels = len(folder.relative_to(root).parts)
+  return levels <= _MOST_LEVELS and not folder.is_symlink() and any(folder.iterdir())
 
 
 def _is_inside(file: pathlib.Path, root: pathlib.Path) -> bool:

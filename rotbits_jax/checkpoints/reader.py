@@ -359,7 +359,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     if safetensors.has_own_metadata(header, name)
   ]
   try:
-    parsed = config_lib.parse_json(files[CONFIG], CONFIG)
+    parsed = config_lib.parse_object(files[CONFIG], CONFIG)
     config = config_lib.parse_config(parsed, slicing_jsons.get(stem))
   except errors.CheckpointError as e:
     raise errors.UnsupportedError(f'{weights}: {e}') from e
@@ -375,11 +375,12 @@ def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str | None, Any]:
   """Returns the slicing JSONs among the sidecar files, by their stems."""
   key = f'"{SLICING_KEY}"'.encode()
   parsed = {
-    name.removesuffix('.json'): config_lib.parse_json(content, name)
+    name.removesuffix('.json'): config_lib.parse_object(content, name)
     for name, content in files.items()
     if name.endswith('.json') and '/' not in name and key in content
+    if content.lstrip().startswith(b'{')
   }
-  return {k: x for k, x in parsed.items() if isinstance(x, dict) and SLICING_KEY in x}
+  return {stem: value for stem, value in parsed.items() if SLICING_KEY in value}
 
 
 def _slicing_stem(weights: pathlib.Path, stems: list[Any]) -> str:

@@ -218,7 +218,7 @@ class WeightIndex(schema.Object):
   @classmethod
   def parse(cls, content: bytes, where: str) -> 'WeightIndex':
     """Parses the content of an index, which errors call `where`."""
-    value = config_lib.parse_json(content, where, most=_MOST_INDEX)
+    value = config_lib.parse_object(content, where, most=_MOST_INDEX)
     try:
       return schema.load(cls, value, where)
     except ValueError as e:

@@ -8,7 +8,6 @@ Raises:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-import contextlib
 import dataclasses
 import math
 import os
@@ -25,7 +24,6 @@ from rotbits_jax.system import host
 
 _MOST_NAME = 500  # characters
 _MOST_AXES = 32  # NumPy supports no more on all versions
-_POINTER, _MOST_POINTER = b'version https://git-lfs', 1 << 10  # bytes
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
 
 
@@ -77,26 +75,10 @@ class LazyTensor(TensorSpec):
 # ---- files ---------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Turns errors of the system into a `CheckpointError` with the path of the file."""
-  try:
-    yield
-  except OSError as e:
-    text = f'{path}: {e.strerror}' if e.strerror else str(e)
-    raise errors.CheckpointError(text) from e
-
-
 def opened(path: str | os.PathLike[str]) -> files.File:
   """Records the present state of a weights file."""
-  with _errors_name(path):
-    file = files.File.of(path)
-    is_pointer = file.size < _MOST_POINTER and file.content().startswith(_POINTER)
-  if is_pointer:
-    raise errors.CheckpointError(
-      f'{path}: a pointer of Git LFS, not the weights; `git lfs pull` gets them'
-    )
-  return file
+  with errors.named(path):
+    return files.File.of(path)
 
 
 def read(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
@@ -105,22 +87,20 @@ def read(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
   Returns:
     uint8 `[size]`, aligned so that JAX needs no copy; and its CRC-32.
   """
-  if offset < 0 or size < 0 or offset + size > file.size:
-    raise errors.CheckpointError(f'{file.path}: the file is truncated')
-  array = host.empty((size,), np.uint8)
-  with _errors_name(file.path):
-    crc = file.read(offset, array)
-  return array, crc
+  with errors.named(file.path):
+    if offset < 0 or size < 0 or offset + size > file.size:
+      raise errors.CheckpointError('the file is truncated')
+    array = host.empty((size,), np.uint8)
+    return array, file.read(offset, array)
 
 
 def content(path: str | os.PathLike[str], most: int) -> bytes:
   """Returns the content of a file of at most `most` bytes."""
-  with _errors_name(path):
+  with errors.named(path):
     file = files.File.of(path)
     if file.size > most:
-      raise errors.CheckpointError(
-        f'{path}: the file has {file.size} bytes, more than {most}'
-      )
+      text = f'the file has {file.size} bytes, more than {most}'
+      raise errors.CheckpointError(text)
     return file.content()
 
 

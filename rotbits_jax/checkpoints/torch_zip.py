@@ -17,7 +17,6 @@ Raises:
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-import contextlib
 import io
 import math
 import os
@@ -54,6 +53,10 @@ _ZIP64_FROM = 1 << 30  # members of at least this size get 64-bit sizes in the z
 _MOST_PICKLE = 1 << 22
 _MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share storages
 _PICKLE = 'data.pkl'
+_DAMAGE = (  # errors of a file that is damaged
+  zipfile.BadZipFile, pickle.UnpicklingError, struct.error, AttributeError, EOFError,
+  LookupError, NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
 
 Path = str | os.PathLike[str]
 
@@ -67,7 +70,7 @@ def open_file(path: Path) -> dict[str, tensors_lib.LazyTensor]:
     read.
   """
   file = tensors_lib.opened(path)
-  with _errors_name(path):
+  with errors.named(path, *_DAMAGE):
     members = _members(file)
     tensors = {
       name: _tensor(name, view, members, path) for name, view in _state(members).items()
@@ -77,22 +80,6 @@ def open_file(path: Path) -> dict[str, tensors_lib.LazyTensor]:
       text = f'the tensors overlap: {nbytes} bytes in a file of {file.size}'
       raise errors.UnsupportedError(text)
     return tensors
-
-
-@contextlib.contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-  """Turns every error of a damaged file into a `CheckpointError` with its path."""
-  try:
-    yield
-  except errors.CheckpointError as e:
-    named = str(e).startswith(f'{path}: ')
-    raise e if named else type(e)(f'{path}: {e}') from e
-  except (
-    zipfile.BadZipFile, pickle.UnpicklingError, struct.error, AttributeError, EOFError,
-    LookupError, NotImplementedError, TypeError, ValueError,
-  ) as e:  # fmt: skip
-    text = errors.cut(repr(e))
-    raise errors.CheckpointError(f'{path}: not a readable PyTorch zip: {text}') from e
 
 
 # ---- the zip file --------------------------------------------------------------------
@@ -267,7 +254,7 @@ def _tensor(
 
   def read() -> np.ndarray:
     start = offset * dtype.itemsize
-    with _errors_name(path):
+    with errors.named(path, *_DAMAGE):
       content = member.read(start, (last + 1) * dtype.itemsize - start if count else 0)
     steps = tuple(s * dtype.itemsize for s in strides)
     return np.ndarray(shape, dtype, content, 0, steps)
