@@ -48,14 +48,14 @@ _SHOWN = 8  # names listed in an error
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """An opened folder.
+  """An opened folder, or tensors in memory.
 
   Attributes:
     path: the weights file, or the index of several; None for tensors in memory.
-    weights: the weights files.
-    headers: the header of each safetensors file by its name.
     tensors: the tensors by name.
     files: bytes of the sidecar files (configs, tokenizer, license, code) by name.
+    weights: the weights files.
+    headers: the header of each safetensors file by its name.
     left_out: names of files and folders beside the weights that are not kept.
   """
 
@@ -70,11 +70,9 @@ class Folder:
 def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   """Opens a folder; only names, shapes, dtypes and the sidecar files are read.
 
-  Args:
-    path: the folder; or a weights file or an index in it, if it has several.
-    plain: whether the weights must be safetensors files, of any dtypes; the index is
-      then kept, whatever its name and content. Otherwise it must name the tensors, and
-      is kept if the writer divides tensors as it says.
+  If `plain`, the weights must be safetensors files, of any dtypes, and the index is
+  kept whatever it says. Otherwise it must name the tensors, and is kept if the writer
+  divides tensors as it says.
   """
   listed = _find_weights(pathlib.Path(path))
   is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)

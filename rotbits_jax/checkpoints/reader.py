@@ -1,8 +1,8 @@
 """Reading checkpoints: a folder of weights, configs and tokenizer files.
 
-A record is a part of a checkpoint that is read at once. Its arrays are in memory until
-the caller deletes them. The stem is the name that SliceGPT gives to the weights and the
-slicing JSON of a sliced model, as in `<stem>.pt` and `<stem>.json`.
+A record is a part of a checkpoint that is read at once. The stem is the name that
+SliceGPT gives to a sliced model's weights and slicing JSON, `<stem>.pt` and
+`<stem>.json`.
 
 Raises:
   UnsupportedError: if the files are not a checkpoint of a known family; if a tensor is
@@ -76,11 +76,7 @@ class _Records:
     return sum(tensor.nbytes for tensor in self.tensors.values())
 
   def read(self, record: str) -> models.Params:
-    """Reads one of `records`.
-
-    Returns:
-      Nested dicts, with the whole paths of the arrays. Kernels are `[in, out]`.
-    """
+    """Reads a record: nested dicts with whole paths; kernels are `[in, out]`."""
     flat: models.Params = {}
     for entry in self._entries[record]:
       flat |= entry.read(self.tensors[entry.name].read())
@@ -98,8 +94,7 @@ class _Records:
   def fingerprint(self) -> str:
     """Returns a digest of the files in their state when they were opened.
 
-    It covers the bytes of headers and sidecar files, and the names, sizes and times of
-    change of the weights files, but not the elements, which are not read.
+    Of weights files it covers headers, sizes and times of change, not the elements.
     """
     contents = {**self.files, **self._folder.headers}
     summary = [
@@ -117,12 +112,10 @@ class PlainFiles(_Records):
   A record is a layer: its tensors have the same number in their names, like 3 in
   'transformer.h.3.attn.weight'. So is each expert of a layer, like expert 5 in
   'model.layers.3.mlp.experts.5.up_proj.weight', because a layer may have hundreds.
-  Elsewhere weight and bias of one name are a record. A slash in a name makes nested
-  dicts.
+  Elsewhere weight and bias of one name are a record.
 
-  Attributes:
-    headers: the header of each weights file by its name.
-    reason: why the checkpoint is not opened as a model; None if nobody tried.
+  `headers` has the header of each weights file by its name, and `reason` says why the
+  checkpoint is not opened as a model; None if nobody tried.
   """
 
   def __init__(self, folder: folder_lib.Folder, reason: str | None = None):
@@ -149,9 +142,8 @@ def _record_of(tensor: str) -> str:
 class CheckpointReader(_Records):
   """A checkpoint of a known family, whose tensors are the parameters of a model.
 
-  A record is a layer, or all parameters of a key outside the layers; see
-  `models.names`. If the given config says that the head is tied, but the checkpoint
-  stores a head, the reader's config says that it is not tied.
+  `models.names` has the names of its records. The config of a checkpoint that stores
+  its tied head says that the head is not tied.
   """
 
   config: models.ModelConfig
@@ -220,14 +212,10 @@ def in_memory(
 def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
 ) -> models.Model:
-  """Makes a model from the tensors of a checkpoint, by their names there.
+  """Makes a model, of NumPy arrays, from the tensors of a checkpoint by name.
 
   If the config says that the head is tied, but there is a tensor for the head, it must
-  equal the embedding. The model then has the head as a parameter, and its config says
-  that the head is not tied.
-
-  Returns:
-    The model; its leaves are NumPy arrays of the tensors' dtypes.
+  equal the embedding; the model's config then says that the head is not tied.
   """
   lazy = {
     name: tensors_lib.LazyTensor(x.shape, x.dtype, functools.partial(np.asarray, x))
@@ -286,11 +274,7 @@ def _untied(
 
 
 def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
-  """Returns the folder of a small checkpoint of random weights, for examples.
-
-  Args:
-    name: 'phi2-tiny-sliced-0.25', 'phi2-tiny-dense' or 'llama-tiny-dense'.
-  """
+  """Returns the folder of a small checkpoint: 'phi2-tiny-dense', 'llama-tiny-dense'."""
   package = pathlib.Path(__file__).parents[1]
   # setup.py copies some of the folders of the repository into the package.
   for folder in (package / 'testdata', package.parent / 'tests' / 'testdata'):
@@ -318,8 +302,7 @@ def open_plain(
   """Opens the safetensors files of a checkpoint of any family.
 
   Args:
-    path: a directory with `model.safetensors`, or with an index, or with one other
-      safetensors file; or a weights file or an index. No `config.json` is needed.
+    path: see `open_checkpoint`. No `config.json` is needed.
     reason: why the checkpoint is not opened as a model, if there is a reason.
   """
   try:
@@ -334,13 +317,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   Three types of directories are supported: Hugging Face's (`model.safetensors`,
   `pytorch_model.bin`, or shards and their index), SliceGPT's (`<name>_<sparsity>.pt`
   and `.json`), and the directories of `save_checkpoint`. Weights with shortcuts are
-  taken as a sliced model.
-
-  Args:
-    path: the directory; or a weights file or index in it, if it has several.
-
-  Returns:
-    The checkpoint. It reads parameters only when they are requested.
+  taken as a sliced model. If a directory has several weights files or indices, `path`
+  is that of one.
   """
   folder = folder_lib.open_folder(path, plain=False)
   weights, files = folder.path, folder.files

@@ -58,13 +58,7 @@ Specs = Mapping[str, tensors_lib.TensorSpec]
 
 
 class _Entry(schema.Object):
-  """A tensor's entry in the header.
-
-  Attributes:
-    dtype: the dtype code.
-    shape: the tensor's shape.
-    data_offsets: begin and end of its bytes, counted from the end of the header.
-  """
+  """A tensor's entry in the header; offsets are counted from the end of the header."""
 
   dtype: str
   shape: tuple[schema.Size, ...]
@@ -75,9 +69,8 @@ def read_header(file: files.File) -> bytes:
   """Returns the header of a file, with the length in front of it."""
   (size,) = struct.unpack('<Q', tensors_lib.read(file, 0, 8)[0])
   if size > _MOST_HEADER:
-    raise errors.CheckpointError(
-      f'{file.path}: header: {size} bytes are more than {_MOST_HEADER}'
-    )
+    text = f'{size} bytes are more than {_MOST_HEADER}; is it a pointer of Git LFS?'
+    raise errors.CheckpointError(f'{file.path}: header: {text}')
   return tensors_lib.read(file, 0, 8 + size)[0].tobytes()
 
 
@@ -200,12 +193,7 @@ class FileWriter:
 
 
 class WeightIndex(schema.Object):
-  """The content of an index.
-
-  Attributes:
-    weight_map: the file name of the shard of each tensor.
-    metadata: any value.
-  """
+  """The content of an index: the file name of the shard of each tensor."""
 
   weight_map: dict[str, str]
   metadata: Any = None
@@ -238,12 +226,7 @@ def read_index(path: pathlib.Path) -> bytes:
 
 
 def index_json(shards: Mapping[str, Specs], metadata: Any) -> bytes:
-  """Returns the content of an index.
-
-  Args:
-    shards: the tensors of each file, by the name of the file.
-    metadata: that of an index of these files, which stays, but for the size.
-  """
+  """Returns the content of an index, with the metadata of an older one but the size."""
   total = sum(spec.nbytes for shard in shards.values() for spec in shard.values())
   weight_map = {name: file for file, shard in shards.items() for name in shard}
   kept = metadata if isinstance(metadata, dict) else {}
@@ -252,17 +235,10 @@ def index_json(shards: Mapping[str, Specs], metadata: Any) -> bytes:
 
 
 def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
-  """Divides tensors among files as Hugging Face does.
+  """Divides tensors among files as Hugging Face does; returns those of each file.
 
-  Args:
-    specs: the tensors by name.
-    shard_size: the greatest number of bytes of tensors in a file with more than one
-      tensor; None for one file.
-
-  Returns:
-    The tensors of each file, in order, by the name of the file. The name is
-    `model.safetensors` if one file holds all tensors, or
-    `model-00001-of-0000N.safetensors` and so on.
+  `shard_size` is the greatest number of bytes in a file with more than one tensor. One
+  file is `model.safetensors`; several are `model-00001-of-0000N.safetensors` and so on.
   """
   sizes = {name: spec.nbytes for name, spec in specs.items()}
   groups = outputs.divided(sizes, shard_size)

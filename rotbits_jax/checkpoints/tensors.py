@@ -59,11 +59,7 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(TensorSpec):
-  """A tensor whose elements are read when they are requested.
-
-  Attributes:
-    read: returns the array. Each call reads the file again.
-  """
+  """A tensor whose elements are read, each time anew, when they are requested."""
 
   read: Callable[[], np.ndarray]
 
@@ -82,11 +78,7 @@ def opened(path: str | os.PathLike[str]) -> files.File:
 
 
 def read(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
-  """Reads a part of a file into memory.
-
-  Returns:
-    uint8 `[size]`, aligned so that JAX needs no copy; and its CRC-32.
-  """
+  """Reads a part of a file: uint8 `[size]`, aligned for JAX, and its CRC-32."""
   with errors.named(file.path):
     if offset < 0 or size < 0 or offset + size > file.size:
       raise errors.CheckpointError('the file is truncated')
@@ -105,11 +97,7 @@ def content(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def row_major(array: np.ndarray) -> Iterator[memoryview]:
-  """Yields the bytes of an array in row-major order, in contiguous pieces.
-
-  Args:
-    array: an array with any strides. Often it is a transposed kernel.
-  """
+  """Yields the bytes of an array, often a transposed kernel, row by row in pieces."""
   whole = array if array.ndim else array[None]
   row_bytes = max(whole.nbytes // max(len(whole), 1), 1)
   step = len(whole) if whole.flags.c_contiguous else _PIECE // row_bytes
@@ -127,8 +115,7 @@ class Checkpoint(NamedTuple):
   Attributes:
     model: the parameters and their config.
     files: bytes of the sidecar files (configs, tokenizer) beside the weights, by name.
-    stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
-      JSON; None if the model is dense.
+    stem: name of the weights and the slicing JSON of a sliced model, without suffix.
   """
 
   model: models.Model
@@ -176,15 +163,7 @@ class ExpectedTensor(NamedTuple):
     return dict(zip(self.paths, arrays, strict=True))
 
   def write(self, leaves: Sequence[Any]) -> list[np.ndarray]:
-    """Returns the tensor, divided along its first axis.
-
-    Args:
-      leaves: the parameters in the order of `paths`. Structured leaves are
-        materialized, unless the tensor is a factor of one.
-
-    Raises:
-      ValueError: if a leaf does not have this factor.
-    """
+    """Returns the tensor, divided along its first axis, from the leaves of `paths`."""
     if self.factor:
       factor = np.asarray(getattr(leaves[0], self.factor, None))
       if factor.shape != self.shape:
@@ -254,14 +233,7 @@ def leaves_of(model: models.Model) -> dict[str, Any]:
 
 
 def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
-  """Makes the tensors of a checkpoint from a model: the inverse of `from_tensors`.
-
-  Args:
-    model: the model. Structured leaves are materialized.
-
-  Returns:
-    The tensors by their names in the checkpoint.
-  """
+  """Makes the tensors of a checkpoint, by name, from a model, which is materialized."""
   leaves = leaves_of(model)
   tensors = {name: np.asarray(x) for name, x in model.buffers.items()}
   for record in entries(model.config).values():

@@ -6,8 +6,7 @@ storages `<stem>/data/<number>`. A storage is the bytes of one or more tensors.
 it is a view of a storage: an offset, a shape and strides.
 
 A pickle is a program, so an untrusted pickle could run any code. Python's unpickler is
-restricted here to the operations and functions that tensors need. Every other one is
-refused.
+restricted here to the operations and functions that tensors need.
 
 Raises:
   UnsupportedError: if the state dict holds other values than tensors, such as dicts, or
@@ -65,9 +64,8 @@ def open_file(path: Path) -> dict[str, tensors_lib.LazyTensor]:
   """Opens a file that `torch.save(state_dict)` wrote. No storage is read.
 
   Returns:
-    The tensors by name, in the order of the file. Their arrays have the same strides as
-    in the file. If a storage has a checksum, it is verified when the storage is first
-    read.
+    The tensors by name, in the order of the file, with the strides of the file. The
+    checksum of a storage is verified when it is first read.
   """
   file = tensors_lib.opened(path)
   with errors.named(path, *_DAMAGE):
@@ -266,20 +264,13 @@ def _tensor(
 
 
 class TorchZipWriter:
-  """Writes a file as `torch.save` would. Tensors are added one at a time, in any order.
+  """Writes a file as `torch.save` would, which `torch.load(weights_only=True)` reads.
 
-  `torch.load(path, weights_only=True)` reads the file. Each tensor is contiguous and
-  has its own storage. The bytes depend only on the arguments and on the order in which
-  tensors are added.
+  Each tensor is contiguous and has its own storage. Tensors come in any order.
   """
 
   def __init__(self, path: pathlib.Path, specs: Mapping[str, tensors_lib.TensorSpec]):
-    """Makes the file.
-
-    Args:
-      path: the file, which must not exist. Its stem is the top folder in the zip file.
-      specs: the tensors by name.
-    """
+    """Makes the file. Its stem is the top folder in the zip file."""
     program = b''.join(_pickle(specs))
     self._specs, self._stem = specs, path.stem
     self._keys = {name: str(index) for index, name in enumerate(specs)}

@@ -10,14 +10,14 @@ Raises:
     system takes two names for one, or if another process writes to it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import fnmatch
 import itertools
 import os
 import pathlib
 import typing
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 import msgspec
 import numpy as np
@@ -36,7 +36,6 @@ from rotbits_jax.system import outputs
 from rotbits_jax.system import schema
 
 Format = Literal['safetensors', 'slicegpt', 'transformers']
-Dtypes: TypeAlias = Mapping[str, DTypeLike] | np.dtype | type[Any] | str
 
 _SHOWN = 8  # names listed in an error
 _OLDER_WEIGHTS = 'model*.safetensors*'  # that new weights replace
@@ -45,11 +44,8 @@ _OLDER_WEIGHTS = 'model*.safetensors*'  # that new weights replace
 class FolderWriter:
   """Writes weights files and the files beside them. Tensors come in any order.
 
-  The class is a context manager, see `CheckpointWriter`. Leaving the context moves the
-  folder into place, or removes it after an exception.
-
-  Attributes:
-    specs: the shape and dtype of each tensor by its name.
+  The class is a context manager, see `CheckpointWriter`. `specs` has the shape and dtype
+  of each tensor by its name.
   """
 
   def __init__(
@@ -60,7 +56,7 @@ class FolderWriter:
     files: Mapping[str, bytes],
     overwrite: bool = True,
   ):
-    """Plans the files; nothing is written yet.
+    """Plans the files.
 
     Args:
       path: the target directory, which is made if it does not exist.
@@ -90,45 +86,46 @@ class FolderWriter:
 
   def __enter__(self) -> Self:
     """Makes the hidden folder."""
-    self._target = outputs.directory_target(self._path)
+    self._context = self._open()
+    self._context.__enter__()
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    """Moves the folder into place, or removes it after an exception."""
+    self._context.__exit__(*error)
+
+  @contextlib.contextmanager
+  def _open(self) -> Iterator[None]:
+    """Makes the hidden folder; moves it into place at the end of the context."""
+    target = outputs.directory_target(self._path)
     self.replaced()
     self._writers: dict[str, Any] = {}
-    with contextlib.ExitStack() as stack:
-      stack.enter_context(outputs.named(self._path))
-      self._folder = stack.enter_context(outputs.fresh(outputs.staging(self._target)))
+    staging = outputs.staging(target)
+    with outputs.named(self._path), outputs.fresh(staging) as folder:
       for name in (*self._files, *self._weights):
-        (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
       for name, data in self._files.items():
         # Where the file system ignores case, it may have another file of this name.
-        with (self._folder / name).open('xb') as file:
+        with (folder / name).open('xb') as file:
           file.write(data)
       for name, content in self._weights.items():
         is_header = isinstance(content, bytes)
         cls: Any = safetensors.FileWriter if is_header else torch_zip.TorchZipWriter
-        self._writers[name] = cls(self._folder / name, content)
-      self._stack = stack.pop_all()
-    return self
-
-  def __exit__(self, error_type: Any, error: Any, trace: Any) -> None:
-    """Moves the folder into place; a ValueError if a tensor was not written."""
-    if error_type is not None:
-      self._stack.__exit__(error_type, error, trace)  # names a full disk
-      return
-    with self._stack:
+        self._writers[name] = cls(folder / name, content)
+      yield
       if count := len(self._missing):
         text = ', '.join(itertools.islice(self._missing, _SHOWN))
         raise ValueError(f'{count} tensors have not been written, such as {text}')
       for writer in self._writers.values():
         writer.close()
-      outputs.move(self._folder, self._target)
+      outputs.move(folder, target)
 
-  def add(self, name: str, *arrays: np.ndarray) -> None:
+  def add_tensor(self, name: str, *arrays: np.ndarray) -> None:
     """Writes a tensor once, given its slices along the first axis."""
     if name not in self._missing:
       raise ValueError(f'{name} was written before')
-    pieces = map(tensors_lib.row_major, arrays)
-    writer = self._writers[self._file_of[name]]
-    writer.add(name, itertools.chain.from_iterable(pieces))
+    pieces = itertools.chain.from_iterable(map(tensors_lib.row_major, arrays))
+    self._writers[self._file_of[name]].add(name, pieces)
     del self._missing[name]
 
   def replaced(self) -> list[pathlib.Path]:
@@ -141,17 +138,15 @@ class FolderWriter:
     )
 
 
-class CheckpointWriter:
+class CheckpointWriter(FolderWriter):
   """Writes the checkpoint of a model. Parameters are added one at a time.
-
-  The class is a context manager:
 
     with CheckpointWriter(directory, config, dtypes=dtypes, files=files) as writer:
       for path, leaf in model.leaves():
         writer.add(path, leaf)
 
-  Parameters come in any order. A tensor is written as soon as all parameters that it
-  holds have been added, and is not kept in memory.
+  They come in any order. A tensor is written as soon as all parameters that it holds
+  have been added, and is not kept in memory.
   """
 
   def __init__(
@@ -159,7 +154,7 @@ class CheckpointWriter:
     directory: str | os.PathLike[str],
     config: models.ModelConfig,
     *,
-    dtypes: Dtypes,
+    dtypes: Mapping[str, DTypeLike] | DTypeLike,
     files: Mapping[str, bytes],
     stem: str | None = None,
     format: Format = 'safetensors',
@@ -168,26 +163,22 @@ class CheckpointWriter:
     buffers: Mapping[str, Any] | None = None,
     overwrite: bool = True,
   ):
-    """Plans the files; nothing is written yet.
+    """Plans the files.
 
     Args:
       directory: the target directory, which is made if it does not exist.
       config: sizes and switches.
       dtypes: dtype of each parameter by its path in the model, for example
         'layers.3/attention/query/kernel' or 'embed/tokens'; or one dtype for all.
-      files: content of the sidecar files beside the weights, by name. If an index is
-        among them, and `shard_size` is None, the tensors are divided among files as it
-        says.
-      stem: file name, without suffix, that SliceGPT gives to the weights and the
-        slicing JSON; only for a sliced model.
-      format: 'safetensors' writes `model.safetensors`. 'slicegpt' writes `<stem>.pt` as
-        SliceGPT does, and 'transformers' writes `model.safetensors` beside the code
-        that transformers needs, see `transformers`; both only for a sliced model.
+      files: content of the sidecar files, by name. An index among them says how the
+        tensors are divided among files, if `shard_size` is None.
+      stem: name of a sliced model's `<stem>.pt` and slicing JSON.
+      format: 'safetensors' writes `model.safetensors`. Only for a sliced model,
+        'slicegpt' writes `<stem>.pt` as SliceGPT does, and 'transformers' writes
+        `model.safetensors` and the code that transformers needs.
       shard_size: the greatest number of bytes of tensors in a safetensors file with
-        more than one tensor; None for one file. Several files get names and an index as
-        in Hugging Face's checkpoints.
-      shortcuts: the columns of B and of C of each shortcut that 'transformers' stores
-        as factors, by its path in the model; the other formats multiply them.
+        more than one tensor; None for one file.
+      shortcuts: see `transformers.Ranks`; only 'transformers' stores factors.
       buffers: tensors of the checkpoint that the forward pass does not use, by name.
         'transformers' leaves them out, because it computes them.
       overwrite: whether an existing checkpoint may be replaced.
@@ -236,7 +227,6 @@ class CheckpointWriter:
         self._entries.setdefault(path, []).append(entry)
     for name, buffer in self._buffers.items():
       specs[name] = tensors_lib.TensorSpec(buffer.shape, buffer.dtype)
-    self._added: set[str] = set()
     self._waiting: dict[str, Any] = {}
     files = dict(files)
     index = files.pop(safetensors.INDEX, None)
@@ -246,51 +236,41 @@ class CheckpointWriter:
       weights = {name: safetensors.header(shard) for name, shard in shards.items()}
       if [*weights] != [safetensors.WEIGHTS]:
         files[safetensors.INDEX] = safetensors.index_json(shards, metadata)
-    self._folder = FolderWriter(directory, weights, files=files, overwrite=overwrite)
-    self.replaced = self._folder.replaced
+    super().__init__(directory, weights, files=files, overwrite=overwrite)
 
   def __enter__(self) -> Self:
-    """Makes the hidden folder, see `FolderWriter`."""
-    self._folder.__enter__()
+    """Makes the hidden folder, and writes the buffers."""
+    super().__enter__()
     for name, buffer in self._buffers.items():
-      self._folder.add(name, buffer)
+      self.add_tensor(name, buffer)
     return self
 
-  def __exit__(self, *error: Any) -> None:
-    """Moves the folder into place, see `FolderWriter`."""
-    self._folder.__exit__(*error)
-
   def add(self, path: str, leaf: Any) -> None:
-    """Adds a parameter once.
+    """Adds a parameter once, whose shape and dtype are the planned ones.
 
     Args:
       path: its path in the model, like 'layers.3/attention/query/kernel'.
       leaf: an array, or a structured leaf, which is materialized; but see `shortcuts`.
-
-    Raises:
-      ValueError: if the parameter is unknown, was added before, or does not have the
-        planned shape and dtype.
     """
-    if path not in self._parameters or path in self._added:
+    if path not in self._parameters:
       raise ValueError(f'{path}: there is no such parameter, or it was added before')
-    expected = self._parameters[path]
+    expected = self._parameters.pop(path)
     got = tensors_lib.TensorSpec(tuple(leaf.shape), np.dtype(leaf.dtype))
     if got != expected:
       raise ValueError(f'{path}: expected {expected}, got {got}')
-    self._added.add(path)
     self._waiting[path] = leaf
     entries = self._entries.get(path, [])  # several have the same paths
     paths = entries[0].paths if entries else (path,)
     if all(x in self._waiting for x in paths):
       leaves = [self._waiting.pop(x) for x in paths]
       for entry in entries:
-        self._folder.add(entry.name, *entry.write(leaves))
+        self.add_tensor(entry.name, *entry.write(leaves))
 
 
 def _divided(
   specs: safetensors.Specs, index: bytes | None, shard_size: int | None
 ) -> tuple[dict[str, safetensors.Specs], Any]:
-  """Divides tensors among files: as an index says, if it is of these tensors."""
+  """Divides tensors among files, as an index of them says; and returns its metadata."""
   if index is not None and shard_size is None:
     parsed = safetensors.WeightIndex.parse(index, safetensors.INDEX)
     if parsed.weight_map.keys() == specs.keys():
@@ -312,10 +292,7 @@ def save_checkpoint(
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
-  Args:
-    checkpoint: the model and its sidecar files.
-    directory: the directory, which is made if it does not exist.
-    format, shard_size, overwrite: see `CheckpointWriter`.
+  `CheckpointWriter` describes the arguments.
 
   Raises:
     ValueError: if the format does not suit the model, if a file name is not valid, or
@@ -344,13 +321,8 @@ def fitting_files(
 ) -> dict[str, bytes]:
   """Returns sidecar files that do not tie a head that differs from the embedding.
 
-  A checkpoint may store its tied head, and a training then changes both.
-
-  Args:
-    model: the model as it is stored.
-    files: the files by name, of the checkpoint that the model was. They are returned as
-      they are if a config is missing or is not of a known family.
-    stem: name of the slicing JSON among them.
+  A checkpoint may store its tied head, and a training then changes both. Files without
+  the config of a known family are returned as they are.
 
   Raises:
     ValueError: if the model has another config than the files; names the fields.

@@ -134,7 +134,7 @@ def _write_tensors(
   with writer:
     for _, flat in reader.each(keep=(), show_progress=progress):
       for name, tensor in flat.items():
-        writer.add(name, tensor)
+        writer.add_tensor(name, tensor)
 
 
 @contextlib.contextmanager

@@ -13,10 +13,10 @@ the residual stream, which are numbered from the embedding to the head:
   shortcut_ranks  for each shortcut, from one segment to the next: null if it is stored
                   as a matrix, or the columns of its factors, see `GramShortcut`.
 
-The classes whose names end in `Mixin` stand before a class of transformers in the bases
-of a class.
+A `LayerMixin` stands before a layer of transformers in the bases of a class.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,33 +56,21 @@ class RMSN(nn.Module):
 class GramShortcut(nn.Module):
   """The shortcut `[I - B B^T + C C^T, 0]`, applied as `x - (x B) B^T + (x C) C^T`.
 
-  Attributes:
-    b: B, `[rows, k]`; None if k is 0.
-    c: C, `[rows, j]`; None if j is 0.
-    columns: width of the output, at least `rows`; zeros are appended.
+  B is `[rows, k]` and C is `[rows, j]`; one without columns is not stored.
   """
 
   def __init__(self, rows: int, columns: int, k: int, j: int):
     super().__init__()
     self.columns = columns
-    self.b, self.c = _factor(rows, k), _factor(rows, j)
+    self.b, self.c = (
+      nn.Parameter(0.02 * torch.randn(rows, n)) if n else None for n in (k, j)
+    )
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    y = x
-    if self.b is not None:
-      y = y - (x @ self.b) @ self.b.T
+    y = x if self.b is None else x - (x @ self.b) @ self.b.T
     if self.c is not None:
       y = y + (x @ self.c) @ self.c.T
     return nn.functional.pad(y, (0, self.columns - y.shape[-1]))
-
-
-def _factor(rows: int, columns: int) -> nn.Parameter | None:
-  """Makes a factor of a shortcut, if it has columns."""
-  if not columns:
-    return None
-  factor = nn.Parameter(torch.empty(rows, columns))
-  nn.init.normal_(factor, std=0.02)
-  return factor
 
 
 def shortcut(config: Any, index: int) -> nn.Module:
@@ -176,46 +164,6 @@ class OPTLayerMixin(LayerMixin):
 # ---- models --------------------------------------------------------------------------
 
 
-class BackboneMixin:
-  """A model without its head; its class names those of its layers and its norm."""
-
-  def __init__(self, config: Any):
-    super().__init__(config)
-    self.embed_tokens = nn.Embedding(
-      config.vocab_size, config.segment_widths[0], self.padding_idx
-    )
-    if hasattr(self, 'embed_positions'):  # OPT's
-      self.embed_positions = modeling_opt.OPTLearnedPositionalEmbedding(
-        config.max_position_embeddings, config.segment_widths[0]
-      )
-    self.layers = nn.ModuleList(
-      self.layer_class(config, index) for index in range(config.num_hidden_layers)
-    )
-    setattr(self, self.norm_name, RMSN(config.hidden_size))
-    self.post_init()
-
-
-class OPTModelMixin:
-  """A model of OPT, whose layers are those of a decoder in it."""
-
-  def __init__(self, config: Any):
-    super().__init__(config)
-    self.decoder = self.decoder_class(config)
-    self.post_init()
-
-
-class CausalLMMixin:
-  """A model with its head; its class names that of the model without."""
-
-  def __init__(self, config: Any):
-    super().__init__(config)
-    self.model = self.model_class(config)
-    self.lm_head = nn.Linear(
-      config.segment_widths[-1], config.vocab_size, bias=self.head_bias
-    )
-    self.post_init()
-
-
 def _add_family(
   family: str,
   module: Any,
@@ -226,24 +174,47 @@ def _add_family(
 ) -> None:
   """Adds the classes of a family to this module: config, layer, model and causal LM."""
 
-  def add(name: str, base: type, *mixins: type, **fields: Any) -> type:
+  def add(name: str, *bases: type, **fields: Any) -> type:
     fields['__module__'] = __name__
-    cls = type(f'Sliced{family}{name}', (*mixins, base), fields)
+    cls = type(f'Sliced{family}{name}', bases, fields)
     globals()[cls.__name__] = cls
     return cls
 
+  def add_model(name: str, resize_model: Callable[[Any, Any], None]) -> type:
+    base = getattr(module, f'{family}{name}')
+
+    def initialize(self: Any, config: Any) -> None:
+      base.__init__(self, config)
+      resize_model(self, config)
+      self.post_init()
+
+    fields = {'config_class': config, '_no_split_modules': [layer.__name__]}
+    return add(name, base, __init__=initialize, **fields)
+
+  def backbone(model: Any, config: Any) -> None:
+    vocabulary, width = config.vocab_size, config.segment_widths[0]
+    model.embed_tokens = nn.Embedding(vocabulary, width, model.padding_idx)
+    if family == 'OPT':
+      positions = config.max_position_embeddings
+      model.embed_positions = module.OPTLearnedPositionalEmbedding(positions, width)
+    layers = (layer(config, index) for index in range(config.num_hidden_layers))
+    model.layers = nn.ModuleList(layers)
+    setattr(model, norm_name, RMSN(config.hidden_size))
+
+  def with_decoder(model: Any, config: Any) -> None:
+    model.decoder = decoder(config)
+
+  def with_head(model: Any, config: Any) -> None:
+    width = config.segment_widths[-1]
+    model.model = without_head(config)
+    model.lm_head = nn.Linear(width, config.vocab_size, bias=head_bias)
+
   config_base = getattr(transformers, f'{family}Config')
   config = add('Config', config_base, model_type=f'sliced_{family.lower()}')
-  layer = add('DecoderLayer', getattr(module, f'{family}DecoderLayer'), layer_mixin)
-  common = {'config_class': config, '_no_split_modules': [layer.__name__]}
-  fields = common | {'layer_class': layer, 'norm_name': norm_name}
-  mixin = BackboneMixin
-  if family == 'OPT':
-    decoder = add('Decoder', module.OPTDecoder, mixin, **fields)
-    mixin, fields = OPTModelMixin, common | {'decoder_class': decoder}
-  model = add('Model', getattr(module, f'{family}Model'), mixin, **fields)
-  fields = common | {'model_class': model, 'head_bias': head_bias}
-  add('ForCausalLM', getattr(module, f'{family}ForCausalLM'), CausalLMMixin, **fields)
+  layer = add('DecoderLayer', layer_mixin, getattr(module, f'{family}DecoderLayer'))
+  decoder = add_model('Decoder', backbone) if family == 'OPT' else None
+  without_head = add_model('Model', with_decoder if decoder else backbone)
+  add_model('ForCausalLM', with_head)
 
 
 _add_family('Llama', modeling_llama)
