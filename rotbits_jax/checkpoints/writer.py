@@ -44,8 +44,8 @@ _OLDER_WEIGHTS = 'model*.safetensors*'  # that new weights replace
 class FolderWriter:
   """Writes weights files and the files beside them. Tensors come in any order.
 
-  The class is a context manager, see `CheckpointWriter`. `specs` has the shape and dtype
-  of each tensor by its name.
+  The class is a context manager, see `CheckpointWriter`. `specs` has the shapes and
+  dtypes of the tensors by name.
   """
 
   def __init__(
