@@ -4,9 +4,9 @@ Every attribute is used, known to have no effect, or refused. The slicing JSON i
 file in which SliceGPT keeps the width of every residual segment of a sliced model.
 
 Raises:
-  UnsupportedError: if JSON is too long, or has an infinite number or the like, see
-    `schema.LimitError`. Configs of families that are not known have these.
-  CheckpointError: if JSON is damaged; or if an attribute is missing, of a wrong type or
+  UnsupportedError: if a file is no JSON, or has an infinite number or the like, see
+    `schema.parse`. Configs of families that are not known have these.
+  CheckpointError: if an attribute is missing, of a wrong type or
     unknown, or has an unsupported value.
 """
 
@@ -38,10 +38,8 @@ def parse_object(
     raise errors.UnsupportedError(f'{where}: the JSON has more than {most} bytes')
   try:
     parsed = schema.parse(content)
-  except schema.LimitError as e:
-    raise errors.UnsupportedError(f'{where}: {e}') from e
   except ValueError as e:
-    raise errors.CheckpointError(f'{where}: {e}') from e
+    raise errors.UnsupportedError(f'{where}: {e}') from e
   if not isinstance(parsed, dict):
     text = errors.cut(repr(parsed))
     raise errors.CheckpointError(f'{where}: expected an object, got {text}')

@@ -30,9 +30,6 @@ Resolve = Callable[[str], Any]
 EncodedRecord = tuple[manifest_lib.RecordEntry, np.ndarray]
 """A record's entry in the manifest, without the checksum of its stream; the stream."""
 
-_StoredLeaf = tuple[manifest_lib.Leaf, list[np.ndarray], known_lib.Known | None]
-"""An entry, its arrays, and what a decoder knows of the differences among them."""
-
 BESIDE = 'beside a base'
 """The name of the saving of a base."""
 
@@ -135,17 +132,21 @@ def encode_record(
   if base is not None:
     savings.append(_saving(params, beside))
   for path, leaf in params.items():
-    if path in beside:
-      measured, known_array, crc32 = beside[path]
-      stored = measured.leaf.stored()
-      entry = _entry_of_leaf(path, measured.leaf, stored, crc32, known_array)
-      parts, classes = [*stored[1].values()], measured.known
-    else:
-      entry, parts, classes = entry_of(path, leaf, resolve)
+    known_array = crc32 = classes = None
+    try:
+      if path in beside:
+        measured, known_array, crc32 = beside[path]
+        leaf, classes = measured.leaf, measured.known
+      elif structured.is_structured(leaf):
+        crc32, classes = _checked(leaf, resolve)
+      entry, stored = _entry_of(path, leaf, known_array, crc32)
+    # A leaf that is stacked, or should be, raises any of these.
+    except (*manifest_lib.UNTRUSTED, ValueError) as error:
+      raise ValueError(f'{path}: it cannot be stored: {error}') from error
     if classes is not None:
       known[len(arrays) + entry.arrays.index('differences')] = classes
     leaves.append(entry)
-    arrays += [host.contiguous(np.asarray(x)) for x in parts]
+    arrays += [host.contiguous(np.asarray(array)) for array in stored]
   try:
     encoded = coders.find(coder_name).encode(arrays, known)
     entry_of_record = manifest_lib.RecordEntry(
@@ -164,43 +165,38 @@ def encode_record(
   return entry_of_record, encoded.data
 
 
-def entry_of(path: str, leaf: Any, resolve: Resolve) -> _StoredLeaf:
-  """Makes the entry of a parameter in the manifest.
+def _checked(
+  leaf: structured.Structured, resolve: Resolve
+) -> tuple[int | None, known_lib.Known | None]:
+  """Checks that a leaf comes back; returns the checksum of its array, and its classes.
 
-  A ValueError names a parameter that would not come back as it is.
+  These are None for leaves that stay in the model, and for arrays of no differences.
   """
-  try:
-    type_name, shape, dtype, _ = structured.stack_key(leaf)
-    if not type_name:
-      stored = np.asarray(leaf).view(entries.stored_dtype(dtype))
-      return manifest_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored], None
-    settings, arrays = leaf.stored()
-    if not structured.same_bits(type(leaf).from_stored(settings, arrays), leaf):
-      raise ValueError(f'a leaf of type {type_name!r} cannot store all of this value')
-    crc32 = classes = None
-    if leaf.origin.is_in_files:
-      needed = list(map(resolve, leaf.needs))
-      crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
-      if leaf.origin is structured.Origin.KNOWN:
-        classes = measure.measured(leaf, *needed).known
-    entry = _entry_of_leaf(path, leaf, (settings, arrays), crc32)
-    return entry, [*arrays.values()], classes
-  # A leaf that is stacked, or should be, raises any of these.
-  except (*manifest_lib.UNTRUSTED, ValueError) as error:
-    raise ValueError(f'{path}: it cannot be stored: {error}') from error
+  if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
+    raise ValueError(
+      f'a leaf of type {leaf.type_name!r} cannot store all of this value'
+    )
+  if not leaf.origin.is_in_files:
+    return None, None
+  needed = list(map(resolve, leaf.needs))
+  crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
+  is_known = leaf.origin is structured.Origin.KNOWN
+  return crc32, measure.measured(leaf, *needed).known if is_known else None
 
 
-def _entry_of_leaf(
+def _entry_of(
   path: str,
-  leaf: structured.Structured,
-  stored: tuple[dict[str, Any], dict[str, np.ndarray]],
+  leaf: Any,
+  known: entries.BaseArray | products.Product | None,
   crc32: int | None,
-  known: entries.BaseArray | products.Product | None = None,
-) -> manifest_lib.Leaf:
-  """Makes the entry of a structured leaf, given `Structured.stored`."""
+) -> tuple[manifest_lib.Leaf, list[np.ndarray]]:
+  """Returns the entry of a parameter in the manifest, and the arrays that store it."""
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
-  settings, arrays = stored
-  return manifest_lib.Leaf(
+  if not type_name:
+    stored = np.asarray(leaf).view(entries.stored_dtype(dtype))
+    return manifest_lib.Leaf(path=path, shape=shape, dtype=dtype), [stored]
+  settings, arrays = leaf.stored()
+  entry = manifest_lib.Leaf(
     path=path,
     shape=shape,
     dtype=dtype,
@@ -213,6 +209,7 @@ def _entry_of_leaf(
     product=known if isinstance(known, products.Product) else None,
     crc32=crc32,
   )
+  return entry, [*arrays.values()]
 
 
 def _saving(
