@@ -83,7 +83,8 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   index: dict[str, bytes] = {}
   if listed.suffix == '.json':
     content = safetensors.read_index(listed)
-    shards = {**safetensors.WeightIndex.parse(content, str(listed)).shards()}
+    with errors.named(listed):
+      shards = {**safetensors.WeightIndex.parse(content).shards()}
     if plain or listed.name == safetensors.INDEX:
       index = {listed.name: content}
   weights, headers = [], {}

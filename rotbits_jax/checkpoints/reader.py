@@ -87,7 +87,7 @@ class _Records:
     flat = {}
     for entry in self._entries[record]:
       dtype = self.tensors[entry.name].dtype
-      for path, shape in entry.parameters().items():
+      for path, shape in entry.parameters.items():
         flat[path] = tensors_lib.TensorSpec(shape, dtype)
     return structured.unflatten(flat)
 
@@ -125,7 +125,7 @@ class PlainFiles(_Records):
       if not all(name.split('/')):
         text = f'{name!r} cannot be the name of a tensor'
         raise errors.CheckpointError(f'{folder.path}: {text}')
-      entry = tensors_lib.ExpectedTensor(name, tensor.shape, (name,))
+      entry = tensors_lib.ExpectedTensor(name, tensor.shape, {name: tensor.shape})
       entries.setdefault(_record_of(name), []).append(entry)
     super().__init__(folder, entries)
 
@@ -163,8 +163,9 @@ class CheckpointReader(_Records):
       where = '' if folder.path is None else f'{folder.path}: '
       raise errors.UnsupportedError(f'{where}{e}') from e
     for name in sorted(filter(families.is_buffer, folder.tensors)):
-      paths = (f'{models.names.BUFFERS}/{name}',)
-      entry = tensors_lib.ExpectedTensor(name, folder.tensors[name].shape, paths)
+      shape = folder.tensors[name].shape
+      paths = {f'{models.names.BUFFERS}/{name}': shape}
+      entry = tensors_lib.ExpectedTensor(name, shape, paths)
       entries.setdefault(models.names.BUFFERS, []).append(entry)
     super().__init__(folder, entries)
 
@@ -334,7 +335,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   metadata = [
     f'the metadata of {name}'
     for name, header in folder.headers.items()
-    if safetensors.has_own_metadata(header, name)
+    if safetensors.has_own_metadata(header)
   ]
   try:
     parsed = config_lib.parse_object(files[CONFIG], CONFIG)

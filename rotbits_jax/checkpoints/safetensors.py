@@ -83,86 +83,75 @@ def open_tensors(
     content, _ = tensors_lib.read(file, offset, spec.nbytes)
     return content.view(spec.dtype).reshape(spec.shape)
 
-  placed = places(header, str(file.path), any_dtype=any_dtype)
-  if len(header) + sum(spec.nbytes for _, spec in placed.values()) != file.size:
-    raise errors.CheckpointError(f'{file.path}: the tensors do not fill the file')
-  return {
-    name: tensors_lib.LazyTensor(
-      spec.shape, spec.dtype, functools.partial(read, offset, spec)
-    )
-    for name, (offset, spec) in placed.items()
-  }
+  tensors, end = {}, len(header)
+  with errors.named(file.path):
+    for name, (offset, spec) in places(header, any_dtype=any_dtype).items():
+      reads = functools.partial(read, offset, spec)
+      tensors[name] = tensors_lib.LazyTensor(spec.shape, spec.dtype, reads)
+      end += spec.nbytes
+    if end != file.size:
+      raise errors.CheckpointError('the tensors do not fill the file')
+  return tensors
 
 
 def places(
-  header: bytes, where: str, *, any_dtype: bool = False
+  header: bytes, *, any_dtype: bool = True
 ) -> dict[str, tuple[int, tensors_lib.TensorSpec]]:
   """Returns the offset of each tensor in a file, and its shape and dtype, by name.
 
   Args:
     header: see `read_header`. The tensors must follow it without holes.
-    where: name of the file in error messages.
     any_dtype: whether a tensor whose dtype NumPy lacks is taken as its bytes.
   """
   if int.from_bytes(header[:8], 'little') != len(header) - 8:
-    raise errors.CheckpointError(f'{where}: header: its length is wrong')
-  values = _values(header, where)
+    raise errors.CheckpointError('header: its length is wrong')
+  values = _values(header)
   values.pop(_METADATA, None)
   try:
     entries = schema.load(dict[str, _Entry], values)
   except ValueError as e:
-    raise errors.CheckpointError(f'{where}: header: {errors.cut(str(e))}') from e
+    raise errors.CheckpointError(f'header: {errors.cut(str(e))}') from e
   placed, end = {}, len(header)
   # Tensors without elements come first where several have one offset.
-  for name in sorted(entries, key=lambda name: entries[name].data_offsets):
-    entry = entries[name]
-    nbytes = entry.data_offsets[1] - entry.data_offsets[0]
-    spec = tensors_lib.TensorSpec((max(nbytes, 0),), np.dtype(np.uint8))
+  for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+    begin, stop = entry.data_offsets
+    spec = tensors_lib.TensorSpec((max(stop - begin, 0),), np.dtype(np.uint8))
     if entry.dtype in _DTYPES:
       spec = tensors_lib.TensorSpec(entry.shape, _DTYPES[entry.dtype])
-    spec.check(name, f'{where}: ')
+    spec.check(name)
     if entry.dtype not in _DTYPES and not any_dtype:
       text = f'has the dtype {errors.cut(entry.dtype)}, which is not supported'
-      raise errors.UnsupportedError(f'{where}: {name} {text}')
-    if len(header) + entry.data_offsets[0] != end or spec.nbytes != nbytes:
-      raise errors.CheckpointError(f'{where}: {name} has wrong offsets')
+      raise errors.UnsupportedError(f'{name} {text}')
+    if len(header) + begin != end or spec.nbytes != stop - begin:
+      raise errors.CheckpointError(f'{name} has wrong offsets')
     placed[name] = end, spec
-    end += nbytes
+    end += spec.nbytes
   return {name: placed[name] for name in entries}
 
 
-def specs_of(header: bytes, where: str) -> Specs:
-  """Returns the shape and dtype of each tensor of a header by name, see `places`."""
-  return {name: x for name, (_, x) in places(header, where, any_dtype=True).items()}
-
-
-def has_own_metadata(header: bytes, where: str) -> bool:
+def has_own_metadata(header: bytes) -> bool:
   """Returns whether a header has metadata other than what `header` puts into one."""
-  return (_values(header, where).get(_METADATA) or _WRITTEN) != _WRITTEN
+  return (_values(header).get(_METADATA) or _WRITTEN) != _WRITTEN
 
 
-def _values(header: bytes, where: str) -> dict[str, Any]:
+def _values(header: bytes) -> dict[str, Any]:
   """Returns the JSON object of a header."""
-  return config_lib.parse_object(header[8:], f'{where}: header', most=_MOST_HEADER)
+  return config_lib.parse_object(header[8:], 'header', most=_MOST_HEADER)
 
 
 def header(specs: Specs) -> bytes:
   """Returns the header of a file with these tensors, and Hugging Face's metadata."""
-  # If tensors of wider dtypes come first, every tensor is aligned.
-  order = sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x))
   values: dict[str, Any] = {_METADATA: _WRITTEN}
   end = 0
-  for tensor in order:
+  # If tensors of wider dtypes come first, every tensor is aligned.
+  for tensor in sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x)):
     spec, begin = specs[tensor], end
     if spec.dtype not in _CODES:
       text = f'safetensors files do not support {spec.dtype}'
       raise errors.CheckpointError(f'{tensor}: {text}')
     end = begin + spec.nbytes
-    values[tensor] = {
-      'dtype': _CODES[spec.dtype],
-      'shape': spec.shape,
-      'data_offsets': (begin, end),
-    }
+    offsets, code = (begin, end), _CODES[spec.dtype]
+    values[tensor] = {'dtype': code, 'shape': spec.shape, 'data_offsets': offsets}
   encoded = json.dumps(values, separators=(',', ':'), ensure_ascii=False).encode()
   encoded += b' ' * (-len(encoded) % 8)
   return struct.pack('<Q', len(encoded)) + encoded
@@ -173,7 +162,7 @@ class FileWriter:
 
   def __init__(self, path: pathlib.Path, header: bytes):
     """Makes the file, which must not exist."""
-    self._path, self._places = path, places(header, path.name, any_dtype=True)
+    self._path, self._places = path, places(header)
     nbytes = sum(spec.nbytes for _, spec in self._places.values())
     with path.open('xb') as file:
       file.truncate(len(header) + nbytes)
@@ -204,13 +193,13 @@ class WeightIndex(schema.Object):
         raise ValueError(f'{name!r:.100} is not the name of a file')
 
   @classmethod
-  def parse(cls, content: bytes, where: str) -> 'WeightIndex':
-    """Parses the content of an index, which errors call `where`."""
-    value = config_lib.parse_object(content, where, most=_MOST_INDEX)
+  def parse(cls, content: bytes) -> 'WeightIndex':
+    """Parses the content of an index."""
+    value = config_lib.parse_object(content, 'index', most=_MOST_INDEX)
     try:
-      return schema.load(cls, value, where)
+      return schema.load(cls, value)
     except ValueError as e:
-      raise errors.CheckpointError(str(e)) from e
+      raise errors.CheckpointError(f'index: {e}') from e
 
   def shards(self) -> dict[str, list[str]]:
     """Returns the names of the tensors in each shard."""

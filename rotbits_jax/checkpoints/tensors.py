@@ -46,15 +46,15 @@ class TensorSpec:
   def nbytes(self) -> int:
     return self.size * self.dtype.itemsize
 
-  def check(self, name: str, where: str = '') -> None:
+  def check(self, name: str) -> None:
     """Refuses a name that errors would repeat at length, and what NumPy cannot hold."""
     if len(name) > _MOST_NAME:
       text = f'the name has {len(name)} characters, more than {_MOST_NAME}'
-      raise errors.CheckpointError(f'{where}{errors.cut(name)}: {text}')
+      raise errors.CheckpointError(f'{errors.cut(name)}: {text}')
     size = math.prod(n for n in self.shape if n) * self.dtype.itemsize
     if len(self.shape) > _MOST_AXES or size >= 1 << 63:
       text = f'the shape {errors.cut(str(self.shape))} is too large'
-      raise errors.CheckpointError(f'{where}{name}: {text}')
+      raise errors.CheckpointError(f'{name}: {text}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,37 +133,29 @@ class ExpectedTensor(NamedTuple):
   Attributes:
     name: name of the tensor in the checkpoint.
     shape: shape of the tensor.
-    paths: paths of the parameters, which are stacked along the tensor's first axis.
-    lengths: length of each parameter's part along the first axis.
+    parameters: the shapes of the parameters by path. Several are stacked along the
+      tensor's first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
     factor: name of the factor of a structured leaf that the tensor is, if it is one.
   """
 
   name: str
   shape: tuple[int, ...]
-  paths: tuple[str, ...]
-  lengths: tuple[int, ...] = ()
+  parameters: dict[str, tuple[int, ...]]
   transposed: bool = False
   factor: str = ''
 
-  def parameters(self) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the parameters by path."""
-    if len(self.paths) == 1:
-      return {self.paths[0]: self.shape[::-1] if self.transposed else self.shape}
-    slices = [(length, *self.shape[1:]) for length in self.lengths]
-    shapes = [shape[::-1] if self.transposed else shape for shape in slices]
-    return dict(zip(self.paths, shapes, strict=True))
-
   def read(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the parameters by path, as views of the tensor."""
-    arrays = [tensor]
-    if len(self.paths) > 1:
-      arrays = np.split(tensor, np.cumsum(self.lengths)[:-1])
+    arrays, axis = [tensor], -1 if self.transposed else 0
+    if len(self.parameters) > 1:
+      lengths = [shape[axis] for shape in self.parameters.values()]
+      arrays = np.split(tensor, np.cumsum(lengths)[:-1])
     arrays = [array.T for array in arrays] if self.transposed else arrays
-    return dict(zip(self.paths, arrays, strict=True))
+    return dict(zip(self.parameters, arrays, strict=True))
 
   def write(self, leaves: Sequence[Any]) -> list[np.ndarray]:
-    """Returns the tensor, divided along its first axis, from the leaves of `paths`."""
+    """Returns the tensor, divided along its first axis, from its leaves in order."""
     if self.factor:
       factor = np.asarray(getattr(leaves[0], self.factor, None))
       if factor.shape != self.shape:
@@ -188,7 +180,7 @@ def outer_entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]
   modules, shapes = families.FAMILIES[config.family].outer, models.outer_shapes(config)
   records: dict[str, list[ExpectedTensor]] = {}
   for entry in _entries(modules, shapes, '', ''):
-    records.setdefault(entry.paths[0].split('/')[0], []).append(entry)
+    records.setdefault(next(iter(entry.parameters)).split('/')[0], []).append(entry)
   return records
 
 
@@ -207,18 +199,12 @@ def _entries(
     for key, suffix in _PARAMETERS:
       paths = [f'{path}{key}' for path in module_paths.split()]
       if paths[0] in flat:
+        name = f'{prefix}{module}{families.SHORTCUT_SUFFIX if is_shortcut else suffix}'
         transposed = key == '/kernel' and not is_shortcut
         slices = [flat[path][::-1] if transposed else flat[path] for path in paths]
-        lengths = tuple(shape[0] for shape in slices)
-        tensors.append(
-          ExpectedTensor(
-            f'{prefix}{module}{families.SHORTCUT_SUFFIX if is_shortcut else suffix}',
-            (sum(lengths), *slices[0][1:]),
-            tuple(f'{path_prefix}{path}' for path in paths),
-            lengths,
-            transposed,
-          )
-        )
+        shape = (sum(x[0] for x in slices), *slices[0][1:])
+        parameters = {f'{path_prefix}{path}': flat[path] for path in paths}
+        tensors.append(ExpectedTensor(name, shape, parameters, transposed))
   return tensors
 
 
@@ -238,6 +224,6 @@ def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
   tensors = {name: np.asarray(x) for name, x in model.buffers.items()}
   for record in entries(model.config).values():
     for entry in record:
-      arrays = entry.write([leaves[path] for path in entry.paths])
+      arrays = entry.write([leaves[path] for path in entry.parameters])
       tensors[entry.name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
   return tensors

@@ -64,7 +64,7 @@ def renamed(
   entry: tensors_lib.ExpectedTensor, ranks: Ranks
 ) -> list[tensors_lib.ExpectedTensor]:
   """Returns the tensors in place of one of a sliced model's checkpoint."""
-  name, path = entry.name.removesuffix(families.SHORTCUT_SUFFIX), entry.paths[0]
+  name, (path, *_) = entry.name.removesuffix(families.SHORTCUT_SUFFIX), entry.parameters
   if name == entry.name:
     return [entry]
   if path not in ranks:

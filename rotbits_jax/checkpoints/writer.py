@@ -75,9 +75,10 @@ class FolderWriter:
     if both := weights.keys() & files.keys():
       raise errors.CheckpointError(f'two files have the name {min(both)}')
     for name, content in weights.items():
-      specs = (
-        safetensors.specs_of(content, name) if isinstance(content, bytes) else content
-      )
+      specs = content
+      if isinstance(content, bytes):
+        with errors.named(name):
+          specs = {x: spec for x, (_, spec) in safetensors.places(content).items()}
       if twice := self.specs.keys() & specs.keys():
         raise errors.CheckpointError(f'two files have the tensor {min(twice)}')
       self.specs |= specs
@@ -201,7 +202,7 @@ class CheckpointWriter(FolderWriter):
       if name not in files:
         raise errors.CheckpointError(f'the file {name} is missing from the checkpoint')
     entries = [*itertools.chain(*tensors_lib.entries(config).values())]
-    shapes = {path: x for entry in entries for path, x in entry.parameters().items()}
+    shapes = {path: x for entry in entries for path, x in entry.parameters.items()}
     if not isinstance(dtypes, Mapping):
       dtypes = dict.fromkeys(shapes, dtypes)
     if missing := shapes.keys() - dtypes.keys():
@@ -219,11 +220,11 @@ class CheckpointWriter(FolderWriter):
     specs: dict[str, tensors_lib.TensorSpec] = {}
     self._entries: dict[str, list[tensors_lib.ExpectedTensor]] = {}
     for entry in entries:
-      dtype, *others = {self._parameters[path].dtype for path in entry.paths}
+      dtype, *others = {self._parameters[path].dtype for path in entry.parameters}
       if others:
         raise ValueError(f'{entry.name}: its parameters have several dtypes')
       specs[entry.name] = tensors_lib.TensorSpec(entry.shape, dtype)
-      for path in entry.paths:
+      for path in entry.parameters:
         self._entries.setdefault(path, []).append(entry)
     for name, buffer in self._buffers.items():
       specs[name] = tensors_lib.TensorSpec(buffer.shape, buffer.dtype)
@@ -260,7 +261,7 @@ class CheckpointWriter(FolderWriter):
       raise ValueError(f'{path}: expected {expected}, got {got}')
     self._waiting[path] = leaf
     entries = self._entries.get(path, [])  # several have the same paths
-    paths = entries[0].paths if entries else (path,)
+    paths = entries[0].parameters if entries else (path,)
     if all(x in self._waiting for x in paths):
       leaves = [self._waiting.pop(x) for x in paths]
       for entry in entries:
@@ -272,7 +273,7 @@ def _divided(
 ) -> tuple[dict[str, safetensors.Specs], Any]:
   """Divides tensors among files, as an index of them says; and returns its metadata."""
   if index is not None and shard_size is None:
-    parsed = safetensors.WeightIndex.parse(index, safetensors.INDEX)
+    parsed = safetensors.WeightIndex.parse(index)
     if parsed.weight_map.keys() == specs.keys():
       shards = parsed.shards().items()
       divided = {
