@@ -90,12 +90,9 @@ _WITHOUT_EFFECT = frozenset([
   'truncation_ranks', 'typical_p', 'unsloth_version', 'use_bfloat16', 'use_cache',
 ])  # fmt: skip
 
-_COMMON = {  # the value of attributes that no family may change
-  'is_encoder_decoder': False,
-  'add_cross_attention': False,
-  'cross_attention_hidden_size': None,
-  'pruned_heads': {},
-}
+# The only value of attributes in all families.
+_ONLY = dict.fromkeys(('is_encoder_decoder', 'add_cross_attention'), False)
+_ONLY |= {'cross_attention_hidden_size': None, 'pruned_heads': {}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +129,7 @@ class Family:
       ValueError: if an attribute is missing, unknown or not supported.
     """
     left = {x: value for x, value in older_rope(values).items() if x not in self.unused}
-    for name, expected in (_COMMON | self.only).items():
+    for name, expected in (_ONLY | self.only).items():
       value = left.pop(name, expected)
       if value != expected or isinstance(value, bool) != isinstance(expected, bool):
         raise ValueError(f'{name} is {value!r:.100}; supported: {expected}')
@@ -175,38 +172,27 @@ class Family:
     if 'attention/query_norm' in self.layer.values():
       fields['qk_norm_eps'] = fields['norm_eps']
     segments = fields['num_layers'] * (1 if fields.get('parallel_block') else 2)
-    return (
-      {'out_bias': fields.get('qkv_bias', False)}
-      | fields
-      | {
-        'head_dim': head_dim,
-        'num_kv_heads': fields.get('num_kv_heads') or heads,
-        'max_positions': positions,
-        'segment_widths': (hidden,) * (segments + 1),
-      }
-    )
+    fields['head_dim'], fields['max_positions'] = head_dim, positions
+    fields['num_kv_heads'] = fields.get('num_kv_heads') or heads
+    fields['segment_widths'] = (hidden,) * (segments + 1)
+    fields.setdefault('out_bias', fields.get('qkv_bias', False))
+    return fields
 
 
 def _rope_scaling(settings: dict[str, Any]) -> models.RopeScaling | None:
   """Returns how frequencies are lowered; None if they are not."""
-  names = ('factor', 'low_freq_factor', 'high_freq_factor')
-  original = 'original_max_position_embeddings'
+  renamed = {name: name for name in ('factor', 'low_freq_factor', 'high_freq_factor')}
+  renamed |= {'original_max_position_embeddings': 'original_positions'}
+  counts = {'default': 0, 'linear': 1, 'llama3': 4}
   older = settings.get('type', 'default')
   rope_type = settings.get('rope_type', older)
-  expected = {'default': (), 'linear': names[:1], 'llama3': (*names, original)}
-  left = settings.keys() - {'type', 'rope_type'}
-  if older not in ('default', rope_type) or left != {
-    *expected.get(str(rope_type), '?')
-  }:
+  expected = [*renamed][: counts.get(str(rope_type))]
+  values = {x: settings[x] for x in settings if x not in ('type', 'rope_type')}
+  if older not in ('default', rope_type) or values.keys() != {*expected}:
     raise ValueError(f'rope_scaling is {settings!r:.200}, which is not supported')
-  if not left:
-    return None
-  values = {name: settings[name] for name in left - {original}}
-  if original in left:
-    values['original_positions'] = settings[original]
-  return schema.load(
-    models.RopeScaling, values | {'type_name': rope_type}, 'rope_scaling'
-  )
+  fields = {renamed[name]: value for name, value in values.items()}
+  fields['type_name'] = rope_type
+  return schema.load(models.RopeScaling, fields, 'rope_scaling') if values else None
 
 
 def older_rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -227,9 +213,7 @@ def older_rope(values: dict[str, Any]) -> dict[str, Any]:
     raise errors.CheckpointError(f'expected an object in one of {", ".join(places)}')
   for name in scaling.keys() & values.keys():
     if values[name] not in (None, scaling[name]):
-      raise errors.CheckpointError(
-        f'there are two values of {errors.cut(name)}, of RoPE'
-      )
+      raise errors.CheckpointError(f'RoPE has two values of {errors.cut(name)}')
   older = {name: value for name, value in values.items() if name not in places}
   outside = ('rope_theta', 'partial_rotary_factor')
   older |= {name: scaling[name] for name in outside if name in scaling}

@@ -235,21 +235,16 @@ def _match(
   records = tensors_lib.entries(config)
   expected = {entry.name: entry.shape for entry in itertools.chain(*records.values())}
   present = {name for name in tensors if not families.is_buffer(name)}
-  for state, names in (
-    ('missing', expected.keys() - present),
-    ('unknown', present - expected.keys()),
-  ):
+  states = {'missing': expected.keys() - present, 'unknown': present - expected.keys()}
+  for state, names in states.items():
     if names:
-      shown, more = ', '.join(sorted(names)[:_SHOWN]), len(names) - _SHOWN
-      text = f'{state}: {shown}' + (f' and {more} more' if more > 0 else '')
-      raise errors.CheckpointError(f'tensors of the checkpoint: {text}')
+      text = ', '.join(sorted(names)[:_SHOWN])
+      raise errors.CheckpointError(f'{len(names)} tensors are {state}, such as {text}')
   for name, shape in expected.items():
     tensor = tensors[name]
     if tensor.shape != shape or tensor.dtype not in _DTYPES:
-      raise errors.CheckpointError(
-        f'{name}: expected float16, bfloat16 or float32 of shape {shape}, got '
-        f'{tensor.dtype} of shape {tensor.shape}'
-      )
+      text = f'{shape}, got {tensor.dtype} {tensor.shape}'
+      raise errors.CheckpointError(f'{name}: expected a float of 16 or 32 bits, {text}')
   return records
 
 

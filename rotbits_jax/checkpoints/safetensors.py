@@ -18,7 +18,6 @@ import pathlib
 import struct
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from rotbits_jax.checkpoints import config as config_lib
@@ -32,23 +31,7 @@ WEIGHTS = 'model.safetensors'
 SUFFIX = '.safetensors.index.json'
 INDEX = f'model{SUFFIX}'
 
-_DTYPES: dict[str, np.dtype] = {
-  'F64': np.dtype(np.float64),
-  'I64': np.dtype(np.int64),
-  'F32': np.dtype(np.float32),
-  'I32': np.dtype(np.int32),
-  'F16': np.dtype(np.float16),
-  'BF16': np.dtype(ml_dtypes.bfloat16),
-  'I16': np.dtype(np.int16),
-  'I8': np.dtype(np.int8),
-  'U8': np.dtype(np.uint8),
-  'U64': np.dtype(np.uint64),
-  'U32': np.dtype(np.uint32),
-  'U16': np.dtype(np.uint16),
-  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
-  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
-  'BOOL': np.dtype(np.bool_),
-}
+_DTYPES = {code: dtype for dtype, code, _ in tensors_lib.DTYPES}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MOST_HEADER = _MOST_INDEX = 1 << 25  # bytes; large checkpoints have an index of 14 MB
 _METADATA = '__metadata__'

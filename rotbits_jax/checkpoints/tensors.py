@@ -13,6 +13,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from rotbits_jax import models
@@ -22,6 +23,24 @@ from rotbits_jax.checkpoints import families
 from rotbits_jax.system import files
 from rotbits_jax.system import host
 
+# The dtypes, and their names in safetensors and in PyTorch; None where there is none.
+DTYPES: tuple[tuple[np.dtype, str, str | None], ...] = (
+  (np.dtype(np.float64), 'F64', 'DoubleStorage'),
+  (np.dtype(np.float32), 'F32', 'FloatStorage'),
+  (np.dtype(np.float16), 'F16', 'HalfStorage'),
+  (np.dtype(ml_dtypes.bfloat16), 'BF16', 'BFloat16Storage'),
+  (np.dtype(ml_dtypes.float8_e4m3fn), 'F8_E4M3', None),
+  (np.dtype(ml_dtypes.float8_e5m2), 'F8_E5M2', None),
+  (np.dtype(np.int64), 'I64', 'LongStorage'),
+  (np.dtype(np.int32), 'I32', 'IntStorage'),
+  (np.dtype(np.int16), 'I16', 'ShortStorage'),
+  (np.dtype(np.int8), 'I8', 'CharStorage'),
+  (np.dtype(np.uint64), 'U64', None),
+  (np.dtype(np.uint32), 'U32', None),
+  (np.dtype(np.uint16), 'U16', None),
+  (np.dtype(np.uint8), 'U8', 'ByteStorage'),
+  (np.dtype(np.bool_), 'BOOL', 'BoolStorage'),
+)
 _MOST_NAME = 500  # characters
 _MOST_AXES = 32  # NumPy supports no more on all versions
 _PIECE = 1 << 23  # bytes that are made contiguous at a time

@@ -25,25 +25,13 @@ import struct
 from typing import Any, ClassVar, NamedTuple
 import zipfile
 
-import ml_dtypes
 import numpy as np
 
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.system import files
 
-STORAGE_DTYPES: dict[str, np.dtype] = {
-  'HalfStorage': np.dtype(np.float16),
-  'BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
-  'FloatStorage': np.dtype(np.float32),
-  'DoubleStorage': np.dtype(np.float64),
-  'LongStorage': np.dtype(np.int64),
-  'IntStorage': np.dtype(np.int32),
-  'ShortStorage': np.dtype(np.int16),
-  'CharStorage': np.dtype(np.int8),
-  'ByteStorage': np.dtype(np.uint8),
-  'BoolStorage': np.dtype(np.bool_),
-}
+STORAGE_DTYPES = {name: dtype for dtype, _, name in tensors_lib.DTYPES if name}
 
 _ALIGNMENT = 64
 _CHUNK = 1 << 24  # bytes written at a time
