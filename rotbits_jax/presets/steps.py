@@ -321,11 +321,13 @@ def _searched(
   while step is not None and len(curve) < _EVALUATIONS:
     bar.stage(f'2^{step:g}')
     rounding = passes.to_steps(step, offsets, calibration.inputs)
-    found = predicted(lambda name, rule=rounding: _decoded(context, parts[name], rule))
-    curve[step] = perplexity.mean_divergence(config, expected, found, lengths)
+    rounded = predicted(
+      lambda name, rule=rounding: _decoded(context, parts[name], rule)
+    )
+    curve[step] = perplexity.mean_divergence(config, expected, rounded, lengths)
     if not math.isfinite(curve[step]):
       raise ValueError('the predictions are not finite')
-    del found
+    del rounded
     step = _next_step(curve, max_kl)
   bar.update(bar.total - bar.n)
   points = tuple(Point(step, curve[step]) for step in sorted(curve))

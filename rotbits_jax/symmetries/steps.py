@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from rotbits_jax import structured
 from rotbits_jax.symmetries import products
 
-_PART = 1 << 18  # numbers that are measured together
+_PIECE = 1 << 18  # elements that are measured together
 _BLOCK = 128  # number of rows that are updated together
 _DAMPING = 0.01  # of the mean moment, so that no pivot is close to 0
 _ROUNDS = 8  # of removing outliers
@@ -71,42 +71,34 @@ def typical_size(array: jax.Array) -> Size:
   """
   fold = functools.partial(_fold, array)
 
-  def measure(limit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    counted = lambda x: (x > 0) & (x <= limit)
-
-    def see(found: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-      most = jnp.max(jnp.where(counted(x), x, 0), initial=0)
-      count = jnp.sum(counted(x), dtype=jnp.int32)
-      return jnp.maximum(found[0], most), found[1] + count
-
-    greatest, number = fold(see, (jnp.float32(0), jnp.int32(0)))
-    count = jnp.maximum(number, 1).astype(jnp.float32)
-    # The numbers are divided by the greatest, so that no square is infinite and not all
-    # squares are zero.
+  def measure(limit: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the rms of magnitudes up to a limit, the limit, and the next limit."""
+    kept = lambda x: jnp.where(x <= limit, x, 0)
+    greatest = fold(lambda y, x: jnp.maximum(y, kept(x).max(initial=0)), jnp.float32(0))
+    # No square is infinite after the division, and not all squares are zero.
     scale = jnp.where(greatest > 0, greatest, 1)
 
     def add(sums: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-      parts = jnp.where(counted(x), x, 0) / scale
-      return sums[0] + jnp.sum(jnp.square(parts)), sums[1] + jnp.sum(parts)
+      sizes = kept(x) / scale
+      terms = (kept(x) > 0).sum(dtype=jnp.int32), sizes.sum(), jnp.square(sizes).sum()
+      return jax.tree.map(jnp.add, sums, terms)
 
-    squares, total = fold(add, (jnp.float32(0), jnp.float32(0)))
+    count, total, squares = fold(add, (jnp.int32(0), jnp.float32(0), jnp.float32(0)))
+    count = jnp.maximum(count, 1).astype(jnp.float32)
     rms, mean = jnp.sqrt(squares / count), total / count
-    bound = jnp.where(rms > 2 * mean, 8 * mean, 1) * scale
-    return scale * rms, bound, greatest
+    is_uneven = (rms > 2 * mean) & (8 * mean < 1)
+    return scale * rms, limit, jnp.where(is_uneven, 8 * mean * scale, limit)
 
-  State = tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], jax.Array]
-
-  def has_outliers(state: State) -> jax.Array:
-    _, (_, bound, greatest), rounds = state
-    return (greatest > bound) & (rounds < _ROUNDS)
-
-  def remove(state: State) -> State:
-    _, (_, bound, _), rounds = state
-    return bound, measure(bound), rounds + 1
+  def has_outliers(state: tuple[tuple[jax.Array, ...], jax.Array]) -> jax.Array:
+    (_, limit, next_limit), rounds = state
+    return (next_limit < limit) & (rounds < _ROUNDS)
 
   largest = jnp.float32(jnp.finfo(jnp.float32).max)
-  start = largest, measure(largest), jnp.int32(0)
-  limit, (rms, _, _), _ = jax.lax.while_loop(has_outliers, remove, start)
+  (rms, limit, _), _ = jax.lax.while_loop(
+    has_outliers,
+    lambda state: (measure(state[0][2]), state[1] + 1),
+    (measure(largest), jnp.int32(0)),
+  )
   beyond = lambda count, x: count + jnp.sum(~(x <= limit), dtype=jnp.int32)
   return Size(rms, fold(beyond, jnp.int32(0)))
 
@@ -114,16 +106,16 @@ def typical_size(array: jax.Array) -> Size:
 def _fold(
   array: jax.Array, function: Callable[[Any, jax.Array], Any], start: Any
 ) -> Any:
-  """Folds a function over magnitudes of parts of an array, so that XLA copies none."""
+  """Folds a function over magnitudes of pieces of an array, so that XLA copies none."""
   flat = array.reshape(-1)
-  size = min(flat.size, _PART)
+  size = min(flat.size, _PIECE)
 
-  def step(i: jax.Array, found: Any) -> Any:
+  def step(i: jax.Array, folded: Any) -> Any:
     begin = jnp.minimum(i * size, flat.size - size)
-    part = jax.lax.dynamic_slice(flat, (begin,), (size,))
-    # The last part begins in the one before it.
+    piece = jax.lax.dynamic_slice(flat, (begin,), (size,))
+    # The last piece begins in the one before it.
     is_new = begin + jnp.arange(size) >= i * size
-    return function(found, jnp.where(is_new, jnp.abs(part), 0))
+    return function(folded, jnp.where(is_new, jnp.abs(piece), 0))
 
   return jax.lax.fori_loop(0, -(-flat.size // max(size, 1)), step, start)
 
@@ -244,19 +236,19 @@ def _round_rows(rows: jax.Array, step: jax.Array, lower: jax.Array) -> jax.Array
     def round_row(
       k: jax.Array, carry: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-      found, block_errors = carry
+      rounded_rows, block_errors = carry
       i = _BLOCK - 1 - k
       after = jnp.where(jnp.arange(_BLOCK) > i, below[:, i], 0)
       rounded = multiples(wanted[i] + _matmul(after, block_errors), step)
       rounded = jnp.where(block[i] == 0, 0, rounded)
       error = block[i] - rounded
       error = jnp.where(jnp.isfinite(error), error, 0)
-      return found.at[i].set(rounded), block_errors.at[i].set(error)
+      return rounded_rows.at[i].set(rounded), block_errors.at[i].set(error)
 
     zeros = jnp.zeros((_BLOCK, width), jnp.float32)
-    found, block_errors = jax.lax.fori_loop(0, _BLOCK, round_row, (zeros, zeros))
+    rounded_rows, block_errors = jax.lax.fori_loop(0, _BLOCK, round_row, (zeros, zeros))
     errors = jax.lax.dynamic_update_slice_in_dim(errors, block_errors, start, axis=0)
-    return errors, found
+    return errors, rounded_rows
 
   starts = jnp.arange(0, count + padding, _BLOCK)
   _, blocks = jax.lax.scan(round_block, jnp.zeros_like(rows), starts, reverse=True)
