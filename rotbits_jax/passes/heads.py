@@ -53,35 +53,28 @@ def remove_query_key_gauge(*, tolerance: float | None = None) -> Transform:
   return Transform('query-key gauge', layer=fix, takes='float32')
 
 
+_without_biases = jax.jit(layer_lib.without_biases, static_argnums=1)
+
+
 def _zero_biases(context: Context, state: Any, index: int, params: Params) -> Noted:
-  """Removes the biases of a layer."""
+  """Removes the biases of a layer, unless that makes or hides a number not finite."""
   del state
   prefix, notes = models.names.prefix(index), []
-  changed, greatest = jax.device_get(_without_biases(params, context.config))
-  for bias, out in (
-    (heads.KEY_BIAS, heads.KEY_BIAS),
-    (heads.VALUE_BIAS, heads.OUT_BIAS),
-  ):
+  changed = jax.device_get(_without_biases(params, context.config))
+  for bias, out in ((heads.KEY_BIAS, None), (heads.VALUE_BIAS, heads.OUT_BIAS)):
     if bias not in changed:
       continue
+    moved = params[bias] if out is None else changed[out]
+    rounded = structured.astype(
+      np.asarray(moved), context.holder(prefix + (out or bias))
+    )
     details = {}
-    if greatest[bias] <= context.limit(prefix + out):  # false for NaN
-      params |= {path: changed[path] for path in (bias, out)}
+    if np.isfinite(rounded).all():
+      params |= {path: changed[path] for path in (bias, out) if path is not None}
     else:
       details = {'obstacle': 'weights that are not finite or would be too large'}
     notes.append(note(prefix + bias, params[bias], **details))
   return params, notes
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _without_biases(
-  params: Params, config: models.ModelConfig
-) -> tuple[Params, Params]:
-  """Returns the biases that change, and the greatest number that each removal makes."""
-  changed = layer_lib.without_biases(params, config)
-  made: dict[str, Any] = {heads.KEY_BIAS: params.get(heads.KEY_BIAS)}
-  made[heads.VALUE_BIAS] = changed.get(heads.OUT_BIAS)
-  return changed, {x: jnp.max(jnp.abs(made[x])) for x in made if x in changed}
 
 
 def _fix_heads(

@@ -262,7 +262,8 @@ def obstacle(context: Context) -> str:
       lengths = [length for length, axis in sides if isinstance(axis, int)]
       is_table = axes[path][0] in ('vocabulary', 'position')
       bound = scale * _greatest(leaf, is_table) * math.sqrt(math.prod(lengths))
-      if lengths and not bound <= _RANGE * context.limit(prefix + path):
+      largest = float(jnp.finfo(context.holder(prefix + path)).max)
+      if lengths and not bound <= _RANGE * largest:
         return (
           f'{prefix + path} has weights that are not finite, or too large to rotate'
         )

@@ -73,10 +73,6 @@ class Context(NamedTuple):
     dtypes = [self.dtypes.get(path, self.dtype) for path in paths]
     return min(dtypes, key=lambda dtype: float(jnp.finfo(dtype).max))
 
-  def limit(self, path: str) -> float:
-    """Returns the greatest finite number of the dtype of a parameter."""
-    return float(jnp.finfo(self.holder(path)).max)
-
 
 class Transform(NamedTuple):
   """A pass over a model, as functions that return parameters and notes, see `note`.
