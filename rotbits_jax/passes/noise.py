@@ -37,42 +37,38 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
 def random_rotation(*, key: jax.Array) -> Transform:
   """Makes the transform that `randomly_rotated` applies."""
 
-  def init(context: Context) -> bool:
-    return residual.has_stream(context.config) and not residual.obstacle(context)
+  def rotated(
+    context: Context, params: Params, segments: Iterable[int], *, is_outer: bool
+  ) -> Noted:
+    """Rotates parameters between segments, shortcuts among them."""
+    config = context.config
+    places = [segment if config.sliced else 0 for segment in segments]
+    rotations = [
+      _orthogonal(jax.random.fold_in(key, place), 1, config.segment_widths[place])[0]
+      for place in places
+    ]
+    params = structured.expand(params, keep_factors=True)
+    params = residual.rotate(params, rotations, config, is_outer=is_outer)
+    return structured.expand(params, keep_factors=True), []
 
   def layer(context: Context, has_stream: bool, index: int, params: Params) -> Noted:
-    config, steps = context.config, context.config.segments_per_layer
     if not has_stream:
-      return _with_rotated_heads(params, index, config, key), []
-    segments = range(index * steps, (index + 1) * steps + 1)
-    return _rotated(params, segments, config, key, is_outer=False), []
+      return _with_rotated_heads(params, index, context.config, key), []
+    first = index * context.config.segments_per_layer
+    segments = range(first, first + context.config.segments_per_layer + 1)
+    return rotated(context, params, segments, is_outer=False)
 
   def outer(context: Context, has_stream: bool, params: Params) -> Noted:
     ends = (0, len(context.config.segment_widths) - 1)
-    if has_stream:
-      params = _rotated(params, ends, context.config, key, is_outer=True)
-    return params, []
+    return rotated(context, params, ends, is_outer=True) if has_stream else (params, [])
 
-  return Transform('rotation', init=init, layer=layer, outer=outer, takes='float32')
-
-
-def _rotated(
-  params: Params,
-  segments: Iterable[int],
-  config: models.ModelConfig,
-  key: jax.Array,
-  *,
-  is_outer: bool,
-) -> Params:
-  """Rotates parameters between segments, shortcuts among them."""
-  rotations = []
-  for segment in segments:
-    place = segment if config.sliced else 0
-    width = config.segment_widths[place]
-    rotations.append(_orthogonal(jax.random.fold_in(key, place), 1, width)[0])
-  params = structured.expand(params, keep_factors=True)
-  rotated = residual.rotate(params, rotations, config, is_outer=is_outer)
-  return structured.expand(rotated, keep_factors=True)
+  return Transform(
+    'rotation',
+    init=lambda context: residual.obstacle(context) is None,
+    layer=layer,
+    outer=outer,
+    takes='float32',
+  )
 
 
 def _with_rotated_heads(

@@ -91,17 +91,11 @@ class State(NamedTuple):
   new_rows: int  # how many of the last rows of the head are trapezoidal
 
 
-def has_stream(config: models.ModelConfig) -> bool:
-  """Returns whether the residual stream of a model has rotations."""
-  symmetries = models.layout.symmetries(config)
-  return symmetries.segments or symmetries.stream
-
-
-def _init(context: Context) -> State | tuple[()]:
-  """Returns the state before the first layer; () if nothing is rotated."""
-  config = context.config
-  if not has_stream(config) or obstacle(context):
-    return ()
+def _init(context: Context) -> State | str:
+  """Returns the state before the first layer, or why nothing is rotated."""
+  config, reason = context.config, obstacle(context)
+  if reason is not None:
+    return reason
   params, polars = _read(context, 0), list[canonical.Polar | None]()
   params = jax.device_put(structured.astype(params, np.float32))
   if config.sliced:
@@ -117,7 +111,7 @@ def _init(context: Context) -> State | tuple[()]:
 def _advance(context: Context, state: Any, index: int, params: Params) -> Any:
   """Returns the coordinates of the next layer."""
   config = context.config
-  if not state or not config.sliced:
+  if isinstance(state, str) or not config.sliced:
     return state
   paths = layer_lib.shortcut_paths(config)
   kernels = structured.expand({path: params[path] for path in paths})
@@ -133,7 +127,7 @@ def _layer(
   context: Context, state: Any, index: int, params: Params, *, tolerance: float
 ) -> Noted:
   """Rotates a layer."""
-  if not state:
+  if isinstance(state, str):
     return params, []
   config, prefix = context.config, models.names.prefix(index)
   params, notes = structured.expand(params, keep_factors=True), []
@@ -156,17 +150,15 @@ def _layer(
 
 def _outer(context: Context, state: Any, params: Params) -> Noted:
   """Rotates the parameters outside the layers."""
-  config = context.config
-  if not state:
-    reason = obstacle(context) if has_stream(config) else ''
+  if isinstance(state, str):
     table = params['embed/tokens']
-    return params, [note('embed/tokens', table, obstacle=reason)] if reason else []
+    return params, [note('embed/tokens', table, obstacle=state)] if state else []
   params, notes = structured.expand(params, keep_factors=True), []
   ends, rotated = [state.first, state.segments[-1]], Params()
   for is_embedding in (True, False):  # one after the other, because they are large
     paths = [path for path in params if path.startswith('embed/') == is_embedding]
     leaves = {path: params.pop(path) for path in paths}
-    rotated |= rotate(leaves, ends, config, is_outer=True)
+    rotated |= rotate(leaves, ends, context.config, is_outer=True)
   if state.new_rows:
     head, error = _with_zeros(rotated[layer_lib.HEAD], rows=state.new_rows)
     rotated[layer_lib.HEAD] = head
@@ -244,13 +236,16 @@ def _with_zeros(kernel: jax.Array, *, rows: int) -> tuple[Any, jax.Array]:
 # ---- weights that are too large to rotate ------------------------------------------
 
 
-def obstacle(context: Context) -> str:
-  """Returns why the model cannot be rotated; '' if it can.
+def obstacle(context: Context) -> str | None:
+  """Returns why the stream cannot be rotated; '' if its family forbids it, else None.
 
   A rotation keeps the norms of the rows and columns that it mixes. None exceeds the
   greatest number times the root of the length.
   """
   config, layout = context.config, models.layout
+  symmetries = layout.symmetries(config)
+  if not (symmetries.segments or symmetries.stream):
+    return ''
   for index in (None, *range(config.num_layers)):
     axes = layout.outer_axes(config) if index is None else layout.layer_axes(config)
     params, prefix = _read(context, index), models.names.prefix(index)
@@ -267,7 +262,7 @@ def obstacle(context: Context) -> str:
         return (
           f'{prefix + path} has weights that are not finite, or too large to rotate'
         )
-  return ''
+  return None
 
 
 def _read(context: Context, index: int | None) -> Params:

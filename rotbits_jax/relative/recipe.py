@@ -89,7 +89,7 @@ class Recipe:
   @property
   def obstacle(self) -> str:
     """Why the residual stream cannot be rotated; '' if it can."""
-    return residual.obstacle(self._context)
+    return residual.obstacle(self._context) or ''
 
   @functools.cached_property
   def _first(self) -> dict[bool, fit.FoundBasis]:
