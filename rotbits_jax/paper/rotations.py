@@ -26,17 +26,19 @@ _NOISE = 0  # seed of the change of a matrix
 
 def can_rotate(segment: segments.SegmentParameters) -> bool:
   """Tells whether every rotated element will be within the range of its dtype."""
-  rows = [x.T for x in segment.readers.values()]
-  rows += [np.atleast_2d(x) for x in segment.writers.values()]
-  # A shortcut is rotated on both sides, so an element may be as great as its norm.
-  rows += [x.reshape(1, -1) for x in (segment.shortcut | segment.leaving).values()]
-  return all(_norm(x) < 0.99 * float(jnp.finfo(x.dtype).max) for x in rows)
+  groups = (
+    (segment.readers, (0,)),
+    (segment.writers, (-1,)),
+    (segment.shortcut | segment.leaving, (0, 1)),
+  )
+  return all(
+    _largest_rotated(x, axes) < 0.99 * float(jnp.finfo(x.dtype).max)
+    for arrays, axes in groups
+    for x in arrays.values()
+  )
 
 
-@jax.jit
-def _norm(rows: jax.Array) -> jax.Array:
-  """Returns the greatest norm of a row; NaN if a norm is NaN."""
-  return jnp.sqrt(jnp.square(rows.astype(jnp.float32)).sum(axis=1).max(initial=0))
+_largest_rotated = jax.jit(rotations.largest_rotated, static_argnums=1)
 
 
 rotate = jax.jit(rotations.rotate)

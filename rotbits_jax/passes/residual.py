@@ -27,7 +27,6 @@ References:
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -237,11 +236,7 @@ def _with_zeros(kernel: jax.Array, *, rows: int) -> tuple[Any, jax.Array]:
 
 
 def obstacle(context: Context) -> str | None:
-  """Returns why the stream cannot be rotated; '' if its family forbids it, else None.
-
-  A rotation keeps the norms of the rows and columns that it mixes. None exceeds the
-  greatest number times the root of the length.
-  """
+  """Returns why the stream cannot be rotated, '' for some families; None if it can."""
   config, layout = context.config, models.layout
   symmetries = layout.symmetries(config)
   if not (symmetries.segments or symmetries.stream):
@@ -250,15 +245,18 @@ def obstacle(context: Context) -> str | None:
     axes = layout.outer_axes(config) if index is None else layout.layer_axes(config)
     params, prefix = _read(context, index), models.names.prefix(index)
     # Scales of a dense model are folded into its kernels.
-    scales = [_greatest(x) for path, x in params.items() if axes[path] == ('norm',)]
+    scales = [np.abs(x).max() for path, x in params.items() if axes[path] == ('norm',)]
     scale = np.max([1.0, *scales])  # NaN if one is
     for path, leaf in params.items():
-      sides = zip(leaf.shape, axes[path], strict=True)
-      lengths = [length for length, axis in sides if isinstance(axis, int)]
+      rotated = tuple(i for i, axis in enumerate(axes[path]) if isinstance(axis, int))
+      if not rotated:
+        continue
       is_table = axes[path][0] in ('vocabulary', 'position')
-      bound = scale * _greatest(leaf, is_table) * math.sqrt(math.prod(lengths))
+      pair = structured.pair(leaf)
+      factors = [(leaf, rotated)] if pair is None else [(pair.u, (0,)), (pair.v, (1,))]
+      bounds = [scale * _largest_rotated(x, mixed, is_table) for x, mixed in factors]
       largest = float(jnp.finfo(context.holder(prefix + path)).max)
-      if lengths and not bound <= _RANGE * largest:
+      if not all(bound <= _RANGE * largest for bound in bounds):
         return (
           f'{prefix + path} has weights that are not finite, or too large to rotate'
         )
@@ -278,21 +276,6 @@ def _read(context: Context, index: int | None) -> Params:
   return structured.expand(params, keep_factors=True)
 
 
-def _greatest(leaf: Any, only_finite: bool = False) -> float:
-  """Returns the greatest magnitude of the numbers of a leaf."""
-  greatest = 0.0
-  for array in map(np.asarray, jax.tree.leaves(leaf)):
-    # Without their sign, bits are in order, and NumPy is slow in half precision.
-    unsigned = f'u{array.itemsize}'
-    bits = array.view(unsigned) << 1
-    if only_finite:
-      infinite = np.array(np.inf, array.dtype).view(unsigned) << 1
-      bits = np.where(bits < infinite, bits, 0)
-    top = (np.max(bits, initial=0) >> 1).view(array.dtype)
-    greatest = float(np.maximum(greatest, float(top)))
-  return greatest
-
-
 # ---- compiled functions ------------------------------------------------------------
 
 
@@ -303,6 +286,7 @@ _segments = jax.jit(layer_lib.segments, static_argnums=3)
 _first_rotation = jax.jit(layer_lib.first_rotation, static_argnums=2)
 _last_rotation = jax.jit(layer_lib.last_rotation)
 _rotate_array = jax.jit(rotations_lib.rotate)
+_largest_rotated = jax.jit(rotations_lib.largest_rotated, static_argnums=(1, 2))
 # Each array is rotated by a program of its own, which serves all arrays of its shape.
 rotate = functools.partial(layer_lib.rotate, function=_rotate_array)
 _low_rank = jax.jit(rotations_lib.shortcut, static_argnames=('tolerance', 'columns'))

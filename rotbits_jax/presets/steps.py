@@ -127,25 +127,25 @@ def calibrate(
   count = 2 if max_kl is None else 3 + _EVALUATIONS
   count *= model.config.num_layers + 1
   with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
-    context, parts = _rewritten(model, tolerance, folder, bar)
-    calibration = _calibrated(context, parts, windows, folder, bar)
+    rewritten = _Rewritten(model, tolerance, folder, bar)
+    calibration = _calibrated(rewritten, windows)
     if max_kl is not None:
-      calibration = _searched(calibration, model, context, parts, windows, max_kl, bar)
+      calibration = _searched(calibration, rewritten, windows, max_kl)
   return calibration
 
 
 # ---- a model, part by part ---------------------------------------------------------
 
 
-class _Layers(NamedTuple):
-  """A model that is read part by part, see `transformer.Layers`.
+_Part = Callable[[str | None], models.Params]
+"""Returns a layer by the name of its record, or for None the parameters outside."""
 
-  The part None is outside the layers. Parts are nested dicts of float32 leaves, whose
-  keys are names of records.
-  """
+
+class _Layers(NamedTuple):
+  """A model that is read part by part, see `transformer.Layers`."""
 
   config: models.ModelConfig
-  part: Callable[[str | None], models.Params]
+  part: _Part
 
   def layer(self, index: int) -> models.Params:
     name = models.names.layer(index)
@@ -156,23 +156,42 @@ class _Layers(NamedTuple):
     return self.part(None)
 
 
-_Parts = Mapping[str | None, models.Params]  # by the name of a layer, or None
+class _Rewritten:
+  """A model after the transforms of `near`, float32, in a temporary file."""
 
+  def __init__(
+    self, model: Any, tolerance: float, folder: _Folder, bar: progress_lib.Progress
+  ):
+    self.stored_as = getattr(model, 'stored_as', None)
+    self.model = model
+    self.config, self.folder, self.bar = model.config, folder, bar
+    self.context = passes.make_context(model, stored_as=self.stored_as)
+    self.parts = spool.Spool(folder)
+    transform = near(tolerance=tolerance).transform
+    bar.stage('compiling, removing gauges')
+    for records, _ in passes.rewrite(self.context, transform, rounding=passes.FLOAT32):
+      is_layer = models.names.layer_index(records[0].name) is not None
+      params = {name: x for record in records for name, x in record.params.items()}
+      self.parts[records[0].name if is_layer else None] = params
+      bar.update()
 
-def _rewritten(
-  model: Any, tolerance: float, folder: _Folder, bar: progress_lib.Progress
-) -> tuple[passes.Context, _Parts]:
-  """Applies the transforms of `near`; returns the parts of the result, too."""
-  transform = near(tolerance=tolerance).transform
-  bar.stage('compiling, removing gauges')
-  context = passes.make_context(model, stored_as=getattr(model, 'stored_as', None))
-  parts = spool.Spool(folder)
-  for records, _ in passes.rewrite(context, transform, rounding=passes.FLOAT32):
-    is_layer = models.names.layer_index(records[0].name) is not None
-    params = {name: x for record in records for name, x in record.params.items()}
-    parts[records[0].name if is_layer else None] = params
-    bar.update()
-  return context, parts
+  def rounded(
+    self, name: str | None, rounding: passes.Rounding
+  ) -> tuple[dict[str, Any], set[str]]:
+    """Rounds a part; returns arrays by path, and the paths that have steps."""
+    params = widened(self.parts[name])
+    params, notes, _ = rounding_lib.round_params(rounding, params, self.context)
+    return _arrays(structured.unflatten(params)), {note['tensor'] for note in notes}
+
+  def decoded(self, name: str | None, rounding: passes.Rounding) -> models.Params:
+    """Rounds a part, also to the dtypes of the checkpoint as `decode` does."""
+    arrays = structured.expand(self.rounded(name, rounding)[0], keep_factors=True)
+    dtypes, most = self.context.dtypes, self.context.dtype
+    stored = {
+      path: structured.astype(leaf, dtypes.get(path, most))
+      for path, leaf in arrays.items()
+    }
+    return structured.unflatten(structured.astype(stored, np.float32))
 
 
 def _arrays(params: models.Params) -> dict[str, Any]:
@@ -184,42 +203,17 @@ def _arrays(params: models.Params) -> dict[str, Any]:
   return widened(jax.tree.map(plain, params, is_leaf=structured.is_structured))
 
 
-def _rounded(
-  context: passes.Context, part: models.Params, rounding: passes.Rounding
-) -> dict[str, Any]:
-  """Rounds a part of a model as `passes.rewrite` does; returns arrays by path."""
-  params, *_ = rounding_lib.round_params(rounding, widened(part), context)
-  return _arrays(structured.unflatten(params))
-
-
-def _decoded(
-  context: passes.Context, part: models.Params, rounding: passes.Rounding
-) -> models.Params:
-  """Rounds a part of a model, also to the dtype of the checkpoint as `decode` does."""
-  arrays = structured.expand(_rounded(context, part, rounding), keep_factors=True)
-  stored = {
-    path: structured.astype(leaf, context.dtypes.get(path, context.dtype))
-    for path, leaf in arrays.items()
-  }
-  return structured.unflatten(structured.astype(stored, np.float32))
-
-
 # ---- the divergence of each parameter ----------------------------------------------
 
 
-def _calibrated(
-  context: passes.Context,
-  parts: _Parts,
-  windows: _Windows,
-  folder: _Folder,
-  bar: progress_lib.Progress,
-) -> Calibration:
+def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   """Estimates the divergence of each parameter, and divides the bits."""
-  bar.stage('gradients')
+  rewritten.bar.stage('gradients')
+  parts, folder = rewritten.parts, rewritten.folder
   inputs: dict[str, passes.Inputs] = {}
   counts, divergences, store = {}, {}, spool.Spool(folder).stored
   model = _Layers(
-    context.config, lambda name: structured.unflatten(_arrays(parts[name]))
+    rewritten.config, lambda name: structured.unflatten(_arrays(parts[name]))
   )
   # Padding is no input whose statistics are of interest. Feedback fits the text that it
   # has seen. So errors are made with one half of it, and the other half tells their
@@ -232,38 +226,25 @@ def _calibrated(
   for seen, *unseen in zip(*measured, strict=True):
     inputs |= sensitivities.fitted([seen, *unseen], halves, store)
     index = models.names.layer_index(next(iter(seen)))
-    part = parts[None if index is None else models.names.layer(index)]
+    name = None if index is None else models.names.layer(index)
     rounding = passes.to_steps(PROBE, {}, sensitivities.fitted([seen], halves[:1]))
-    exact, rounded = _arrays(part), _rounded(context, part, rounding)
+    exact, (rounded, stepped) = _arrays(parts[name]), rewritten.rounded(name, rounding)
     for path, matrix_inputs in (unseen or [seen])[0].items():
-      leaf = exact[path]
-      if count := _count(leaf, rounded[path]):
-        needed = [structured.materialize(exact[x]) for x in getattr(leaf, 'needs', ())]
-        error = _error(leaf, rounded[path], *needed)
-        counts[path] = count
+      if path in stepped:
+        counts[path] = structured.count_elements(rounded[path])
+        error = _error(exact[path], rounded[path])
         divergences[path] = sensitivities.divergence(matrix_inputs, error)
-    bar.update()
+    rewritten.bar.update()
   return Calibration(_offsets(counts, divergences), inputs, divergences)
 
 
 @jax.jit
-def _error(leaf: Any, rounded: Any, *needed: jax.Array) -> jax.Array:
+def _error(leaf: Any, rounded: Any) -> jax.Array:
   """Returns the error of the array of a leaf."""
-  array = lambda x: x.materialize(*needed) if structured.is_structured(x) else x
+  array = lambda x: x.materialize() if structured.is_structured(x) else x
   exact = array(leaf)
   # Tokens that no text has may have other numbers, which are kept.
   return jnp.where(jnp.isfinite(exact), exact - array(rounded), 0)
-
-
-def _count(leaf: Any, rounded: Any) -> int:
-  """Returns the numbers of a leaf with a matrix that a step changed, or 0."""
-  if isinstance(rounded, structured.Tied):
-    return 0
-  if structured.is_plain(rounded) and not structured.is_plain(leaf):
-    leaf = structured.materialize(leaf)
-  pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(rounded), strict=True)
-  changed = any(passes.is_matrix(x) and bool((x != y).any()) for x, y in pairs)
-  return structured.count_elements(leaf) if changed else 0
 
 
 def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str, float]:
@@ -288,21 +269,13 @@ def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str,
 
 
 def _searched(
-  calibration: Calibration,
-  model: Any,
-  context: passes.Context,
-  parts: _Parts,
-  windows: _Windows,
-  max_kl: float,
-  bar: progress_lib.Progress,
+  calibration: Calibration, rewritten: _Rewritten, windows: _Windows, max_kl: float
 ) -> Calibration:
   """Adds the coarsest step that keeps the bound, and all that were measured."""
-  offsets, config = calibration.offsets, model.config
-  lengths = [length for _, length in windows]
+  offsets, config, bar = calibration.offsets, rewritten.config, rewritten.bar
+  lengths, model = [length for _, length in windows], rewritten.model
 
-  def predicted(
-    part: Callable[[str | None], models.Params],
-  ) -> tuple[models.Params, list[jax.Array]]:
+  def predicted(part: _Part) -> tuple[models.Params, list[jax.Array]]:
     """Returns the outer parameters, and the last residual stream of each window."""
     outer, last = part(None), list[jax.Array]()
     layers = _Layers(config, lambda name: part(name) if name else outer)
@@ -312,8 +285,8 @@ def _searched(
     return outer, last
 
   bar.stage('predictions')
-  stored = model.rounded() if getattr(model, 'stored_as', None) else model
-  read = lambda name: stored.read(name) if name else stored.outer()
+  source = model.rounded() if rewritten.stored_as else model
+  read = lambda name: source.read(name) if name else source.outer()
   expected = predicted(lambda name: structured.unflatten(_arrays(read(name))))
   estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
   step = _next_step({PROBE: sum(estimates)}, max_kl)
@@ -321,9 +294,7 @@ def _searched(
   while step is not None and len(curve) < _EVALUATIONS:
     bar.stage(f'2^{step:g}')
     rounding = passes.to_steps(step, offsets, calibration.inputs)
-    rounded = predicted(
-      lambda name, rule=rounding: _decoded(context, parts[name], rule)
-    )
+    rounded = predicted(lambda name, rule=rounding: rewritten.decoded(name, rule))
     curve[step] = perplexity.mean_divergence(config, expected, rounded, lengths)
     if not math.isfinite(curve[step]):
       raise ValueError('the predictions are not finite')

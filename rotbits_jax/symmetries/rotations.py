@@ -75,6 +75,20 @@ def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
   return (segment(axes[-2]) if len(axes) > 1 else None), segment(axes[-1])
 
 
+def largest_rotated(
+  array: jax.Array, axes: tuple[int, ...], only_finite: bool = False
+) -> jax.Array:
+  """Returns a bound of the magnitudes that rotations of some axes can make, `[]`.
+
+  Rotations keep the norms of what they mix. The bound is NaN or infinite if a number is
+  not finite, except with `only_finite`, which leaves out whatever is mixed with it.
+  """
+  norms = jnp.linalg.norm(array.astype(jnp.float32), axis=axes)
+  if only_finite:
+    norms = jnp.where(jnp.isfinite(array).all(axis=axes), norms, 0)
+  return norms.max(initial=0)
+
+
 # ---- the rotations -----------------------------------------------------------------
 
 
