@@ -15,7 +15,7 @@ Raises:
 
 from collections.abc import Mapping
 import os
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias
 
 import jax
 from numpy.typing import DTypeLike
@@ -36,24 +36,13 @@ from rotbits_jax.file import sources
 from rotbits_jax.file import verification
 from rotbits_jax.system import host
 
-T = TypeVar('T')
-
 Path: TypeAlias = str | os.PathLike[str]
-
-PyTree: TypeAlias = Any
-"""Arrays in any nested containers that JAX knows."""
 
 Tree: TypeAlias = dict[str, Any]
 """Arrays and structured leaves in nested dicts."""
 
-Encodable: TypeAlias = (
-  models.Model
-  | checkpoints.Checkpoint
-  | checkpoints.CheckpointReader
-  | checkpoints.PlainFiles
-  | PyTree
-)
-"""A model, a checkpoint that is loaded or opened, or a PyTree."""
+Encodable: TypeAlias = Any
+"""A model, a checkpoint that is loaded or opened, or a PyTree of arrays."""
 
 Base: TypeAlias = Path | bytes | file.Reader | list[Any] | Encodable
 """A model, a checkpoint or a PyTree, or the path of one; an encoded file; or a list of
@@ -80,20 +69,18 @@ def encode(
   (64, 64)
 
   Args:
-    source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A PyTree
-      takes 'exact' and 'near', because its symmetries are not known. A model with
-      `stored_as` is rounded at the end. Arrays come back in the byte order of the
-      machine.
+    source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A model
+      with `stored_as` is rounded at the end. Arrays come back in the machine's byte
+      order.
     preset: a name, or a preset that a factory in `presets` made. 'exact' keeps every
       bit of the input; 'free' removes elements on which the function does not depend;
       'near' also rounds to coarser steps, and only that where no family is known;
       'paper' rotates the weights and gets the bits of the rotations back as published.
       The default is 'free' for a sliced model and 'exact' for everything else.
-    base: a model or PyTree that the receiver has and that differs little, such as the
-      base of a fine-tune. Its arrays are not stored again, and whoever decodes the file
-      passes it, too. Arrays are found by their paths. It needs the preset 'exact',
-      which is then the default; or 'free', for a sliced model beside its dense one, of
-      which both presets find the subspaces that slicing kept.
+    base: a model or PyTree that differs little, such as the base of a fine-tune. Arrays
+      at its paths are not stored again, and whoever decodes the file passes it, too. It
+      needs the preset 'exact', which is then the default; or 'free', for a sliced model
+      beside its dense one, of which both find the subspaces that slicing kept.
     files: the other files of the checkpoint, which are kept whole; by default those of
       a checkpoint that is opened or loaded.
     stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
@@ -105,7 +92,7 @@ def encode(
       f'{os.fspath(source)}: expected a model, got a path; encode_to_file takes one, '
       'and open_checkpoint opens one for encode'
     )
-  encoder = _encoder(source, preset, options, files, stem, base)
+  encoder = _encoder(source, base, preset, files, stem, **options)
   return encoder.in_memory(progress=progress)
 
 
@@ -127,11 +114,10 @@ def encode_to_file(
 ) -> None:
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
-  The file appears when it is complete, and so does the folder of shards. If a run that
-  writes shards is killed, the next one with the same source and settings finds those
-  that it had written; except with `inputs`, and with transforms besides those of the
-  preset. If n processes of `jax.distributed` call the function, process i writes every
-  n-th shard; the first one searches a `target_size` alone.
+  The file appears when it is complete, and so does the folder of shards. A run that was
+  killed finds the whole shards of an earlier one with the same source and settings. If
+  n processes of `jax.distributed` call the function, process i writes every n-th shard;
+  the first one searches a `target_size` alone.
 
   Args:
     source: the path of a checkpoint, or a source of `encode`. 'exact' stores a dense
@@ -152,7 +138,7 @@ def encode_to_file(
   inputs = source, base
 
   def write(accepted: range | None = None, **settings: float) -> int:
-    encoder = _encoder(source, preset, options | settings, files, stem, base)
+    encoder = _encoder(source, base, preset, files, stem, **options, **settings)
     plan = output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
     return plan.write(check=check, progress=progress, accepted=accepted)
 
@@ -164,7 +150,7 @@ def encode_to_file(
       "target_size finds the step of the preset 'near', given by its name"
     )
   if jax.process_index() == 0:
-    elements = _encoder(source, preset, options, files, stem, base).elements
+    elements = _encoder(source, base, preset, files, stem, **options).elements
     write_at = lambda step, accepted: write(accepted, step=step)
     estimate.write_within(target_size, elements, write_at)
 
@@ -175,12 +161,9 @@ def plan_shards(
   path: Path,
   *,
   shard_size: int,
-  preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
-  files: Mapping[str, bytes] | None = None,
-  stem: str | None = None,
   overwrite: bool = True,
-  **options: Any,
+  **arguments: Any,
 ) -> output.Plan:
   """Plans a folder of shards, so that processes encode them side by side.
 
@@ -188,20 +171,8 @@ def plan_shards(
   `file.output.Plan`, and `examples/encode_on_ray.py`.
   """
   inputs = source, base
-  encoder = _encoder(source, preset, options, files, stem, base)
+  encoder = _encoder(source, base, **arguments)
   return output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
-
-
-@overload
-def decode(
-  source: file.Readable, *, base: Base | None = ..., progress: bool = ...
-) -> models.Model | Tree: ...
-
-
-@overload
-def decode(
-  source: file.Readable, *, like: T, base: Base | None = ..., progress: bool = ...
-) -> T: ...
 
 
 @host.own_settings()
@@ -260,9 +231,9 @@ def load(
     layers: the layers to load; all by default. Other layers are not read.
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
       path and the shape of a parameter and returns one. Layers are stacked along the
-      first axis, and have paths like 'layers.0:12/mlp/up/kernel'. Where an axis of a
-      mesh does not divide the length of an axis, that is not divided. Axes of a
-      mesh become `Auto`. Layers that no device of this process gets are not read.
+      first axis, and have paths like 'layers.0:12/mlp/up/kernel'. An axis that an axis
+      of a mesh does not divide is not divided. Axes of a mesh become `Auto`. Layers
+      that no device of this process gets are not read.
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
       of each array in the file. Arrays that `near` has rounded are float32 there.
     integers: whether a matrix that the file stores as multiples of one step, as `near`
@@ -420,11 +391,11 @@ def verify(
 
 def _encoder(
   source: Path | Encodable,
-  preset: PresetName | presets.Preset | None,
-  options: dict[str, Any],
-  files: Mapping[str, bytes] | None,
-  stem: str | None,
   base: Base | None,
+  preset: PresetName | presets.Preset | None = None,
+  files: Mapping[str, bytes] | None = None,
+  stem: str | None = None,
+  **options: Any,
 ) -> encode_lib.Encoder:
   """Returns the encoder of a source, or of the checkpoint at a path."""
   opened: Any

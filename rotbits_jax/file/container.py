@@ -55,6 +55,17 @@ class ContainerError(ValueError):
     super().__init__(message)
 
 
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+  """Puts the name of a file or a part of one before errors about its content."""
+  try:
+    yield
+  except ValueError as error:
+    text = str(error)
+    is_named = not name or text.startswith(name)
+    raise ContainerError(text if is_named else f'{name}: {text}') from error
+
+
 class _Metadata(schema.Object):
   format: Literal['rotbits']
   version: str
@@ -148,18 +159,8 @@ class StreamReader:
     else:
       self.name = str(getattr(source, 'name', ''))
       self.size = source.seek(0, os.SEEK_END)
-    with self.errors():
+    with naming(self.name):
       self._streams, self._start, self.manifest_crc32 = self._read_header()
-
-  @contextlib.contextmanager
-  def errors(self) -> Iterator[None]:
-    """Puts the name of the file before a `ContainerError`."""
-    try:
-      yield
-    except ContainerError as error:
-      if not self.name or str(error).startswith(self.name):
-        raise
-      raise ContainerError(f'{self.name}: {error}') from error
 
   def names(self) -> list[str]:
     """Returns the names of the streams, in the order of the file."""
@@ -233,14 +234,10 @@ class StreamReader:
       raise ContainerError('not a rotbits file, or cut short within its header')
     with self._bytes(8, length) as (data, _):
       header = data.tobytes()
-    try:
+    with naming('not a rotbits file, or its header is damaged'):
       entries = schema.load(dict[str, Any], schema.parse(header))
       metadata = schema.load(_Metadata, entries.pop(_METADATA, None), _METADATA)
       found = schema.load(dict[str, _Entry], entries)
-    except ValueError as error:
-      raise ContainerError(
-        f'not a rotbits file, or its header is damaged: {error}'
-      ) from error
     if metadata.version != str(VERSION):
       raise ContainerError(
         f'the file has version {metadata.version} of the format, '

@@ -3,9 +3,8 @@
 A damaged or incomplete file raises `ContainerError`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-import contextlib
 import functools
 import math
 import types
@@ -75,10 +74,8 @@ class Decoder:
             raise ContainerError(f'{leaf.path}: another record has this leaf, too')
           self.leaves[leaf.path], self.holders[leaf.path] = leaf, record.name
     for path, leaf in self.leaves.items():
-      try:
+      with container.naming(path):
         self._check_needs(leaf, manifests[0].config)
-      except ValueError as error:
-        raise ContainerError(f'{path}: {error}') from error
     self._check_uses()
 
   def _check_needs(
@@ -115,9 +112,9 @@ class Decoder:
       for path in leaf.needs:
         if path in self.leaves:
           uses.setdefault(path, []).append((self.leaves[path].size, leaf.size))
-      for array in leaf.base_arrays if self._base is not None else ():
-        path_in_base = self._base.find(array.path)
-        uses.setdefault(path_in_base, []).append((math.prod(array.shape), leaf.size))
+      for array in leaf.base_arrays:
+        name = array.path if self._base is None else self._base.find(array.path)
+        uses.setdefault(name, []).append((math.prod(array.shape), leaf.size))
     for name, pairs in uses.items():
       sizes, sizes_of_leaves = zip(*pairs, strict=True)
       if sum(sizes) > _MOST_USES * (max(sizes) + sum(sizes_of_leaves)):
@@ -178,38 +175,45 @@ class Decoder:
     """
     entry = self.entry(name)
     resolve = self.resolver(started)
-    with self.files[name].errors():
-      try:
-        if not rows:
-          memory.check(name, entry.memory_bytes)
-        leaves, known = [], {}
-        arrays: list[np.ndarray] = []
-        for leaf, specs in entry.leaf_specs:
-          place = (rows or {}).get(entry.inner(leaf.path))
-          if place is None and leaf.base is not None and not shared:
-            place = [host.empty(leaf.shape, leaf.dtype)]
-          needed = functools.partial(self._needed, leaf, resolve)
-          leaves.append(_StoredLeaf(leaf, specs, place, integers, needed))
-          is_difference = leaf.leaf_class is difference.Difference
-          if is_difference and {'differences', 'column_scales'} <= set(leaf.arrays):
-            index = leaf.arrays.index('differences')
-            known[len(arrays) + index] = leaves[-1].known
-          arrays += leaves[-1].arrays
-        decode = coders.find(entry.coder).decode
-        with self.files[name].checked(name, entry.crc32) as data:
-          decode(entry.stream_spec, data, out=arrays, known=known)
-        flat = {leaf.entry.path: leaf.value() for leaf in leaves}
-        for leaf in entry.leaves:
-          shapes = [self.leaves[x].shape for x in leaf.needs if x in self.leaves]
-          if shapes and structured.is_structured(flat[leaf.path]):
-            flat[leaf.path].check_needed(*shapes)
-        return flat
-      except MemoryError:
-        raise memory.too_large(name, entry.memory_bytes) from None
-      except ContainerError:
-        raise
-      except ValueError as error:
-        raise ContainerError(f'{name}: {error}') from error
+    try:
+      with container.naming(self.files[name].name), container.naming(name):
+        return self._decoded(entry, resolve, rows or {}, integers, shared)
+    except MemoryError:
+      raise memory.too_large(name, entry.memory_bytes) from None
+
+  def _decoded(
+    self,
+    entry: manifest_lib.RecordEntry,
+    resolve: Resolve,
+    rows: Rows,
+    integers: bool,
+    shared: bool,
+  ) -> Flat:
+    """Decodes a record, see `decode`."""
+    if not rows:
+      memory.check(entry.name, entry.memory_bytes)
+    leaves, known = [], {}
+    arrays: list[np.ndarray] = []
+    for leaf, specs in entry.leaf_specs:
+      place = rows.get(entry.inner(leaf.path))
+      if place is None and leaf.base is not None and not shared:
+        place = [host.empty(leaf.shape, leaf.dtype)]
+      needed = functools.partial(self._needed, leaf, resolve)
+      leaves.append(_StoredLeaf(leaf, specs, place, integers, needed))
+      is_difference = leaf.leaf_class is difference.Difference
+      if is_difference and {'differences', 'column_scales'} <= set(leaf.arrays):
+        index = leaf.arrays.index('differences')
+        known[len(arrays) + index] = leaves[-1].known
+      arrays += leaves[-1].arrays
+    decode = coders.find(entry.coder).decode
+    with self.files[entry.name].checked(entry.name, entry.crc32) as data:
+      decode(entry.stream_spec, data, out=arrays, known=known)
+    flat = {leaf.entry.path: leaf.value() for leaf in leaves}
+    for leaf in entry.leaves:
+      shapes = [self.leaves[x].shape for x in leaf.needs if x in self.leaves]
+      if shapes and structured.is_structured(flat[leaf.path]):
+        flat[leaf.path].check_needed(*shapes)
+    return flat
 
   def _needed(self, leaf: manifest_lib.Leaf, resolve: Resolve) -> list[Any]:
     """Returns the arrays that a leaf is computed from."""
@@ -261,7 +265,7 @@ class _StoredLeaf:
 
   def known(self) -> known_lib.Known:
     """Returns what the coder must know of the differences."""
-    with self._errors():
+    with container.naming(self.entry.path):
       self._prediction = self._leaf.predict(*self._needed(), run=pool.run)
     shifts = difference.class_shifts(self._leaf.dtype)
     return known_lib.Known(self._prediction.classes, shifts)
@@ -271,7 +275,7 @@ class _StoredLeaf:
     entry = self.entry
     if not entry.type_name:
       return self.arrays[0].view(np.dtype(entry.dtype))
-    with self._errors():
+    with container.naming(self.entry.path):
       if not self._is_expanded:
         return self._leaf
       if entry.crc32 is None:  # multiples of a step
@@ -289,13 +293,3 @@ class _StoredLeaf:
       return array
     self._place[0][...] = host.contiguous(array)
     return self._place[0]
-
-  @contextlib.contextmanager
-  def _errors(self) -> Iterator[None]:
-    """Puts the path of the leaf before an error."""
-    try:
-      yield
-    except ContainerError:
-      raise
-    except ValueError as error:
-      raise ContainerError(f'{self.entry.path}: {error}') from error

@@ -28,8 +28,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import specs
 from rotbits_jax.file import coders
-from rotbits_jax.file.container import MANIFEST
-from rotbits_jax.file.container import ContainerError
+from rotbits_jax.file import container
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import products
 from rotbits_jax.structured import subspaces
@@ -354,8 +353,8 @@ class Manifest(schema.Object, kw_only=True):
         raise ValueError(f'{leaf.path}: a basis needs a segment of a model')
       if record.name == models.names.BUFFERS and leaf.type_name:
         raise ValueError(f'{record.name}: buffers are arrays')
-      fields = {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
-      for setting, field in fields.items():
+      settings = {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
+      for setting, field in settings.items():
         if leaf.settings.get(setting) != getattr(config, field):
           raise ValueError(
             f'{leaf.path}: the config and the setting {setting!r} disagree'
@@ -382,10 +381,8 @@ class Manifest(schema.Object, kw_only=True):
   @classmethod
   def from_bytes(cls, data: bytes) -> Self:
     """Makes a manifest from bytes: the inverse of `to_bytes`."""
-    try:
-      return schema.load(cls, schema.parse(data), MANIFEST)
-    except ValueError as error:
-      raise ContainerError(str(error)) from error
+    with container.naming(container.MANIFEST):
+      return schema.load(cls, schema.parse(data))
 
 
 def check_files(

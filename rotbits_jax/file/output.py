@@ -218,7 +218,7 @@ def _input_paths(value: Any) -> list[Path]:
     value = value.inputs
   if type(value) in (list, tuple):  # but no Checkpoint, whose stem is no path
     return [path for part in value for path in _input_paths(part)]
-  if isinstance(value, checkpoints.PlainFiles):
+  if isinstance(value, checkpoints.PlainFiles) and value.path is not None:
     return [value.path.parent, value.path]
   if isinstance(value, checkpoints.CheckpointReader):
     value = value.path

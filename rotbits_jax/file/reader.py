@@ -137,7 +137,9 @@ class Reader:
       for path, leaf in self._decoder.leaves.items()
       if leaf.leaf_class is difference.Difference
       and not leaf.arrays
-      and leaf.base == entries.BaseArray(path, leaf.shape, leaf.dtype, leaf.crc32)
+      and leaf.base is not None
+      and (leaf.base.path, leaf.base.crc32) == (path, leaf.crc32)
+      and (leaf.base.shape, leaf.base.dtype) == (leaf.shape, leaf.dtype)
     }
 
   def check_records(self) -> None:
@@ -316,8 +318,8 @@ class Reader:
     assert self.message is not None
     assert self.config is not None
     layout, config, (file,) = self.message.layout, self.config, self._files
-    with file.errors():
-      try:
+    try:
+      with container.naming(file.name), container.naming('message'):
         options = schema.load(paper.Options, self.options, 'options')
         sizes = layout.record_bytes(config)
         rotation = 16 * max(config.segment_widths) ** 2  # with its integers
@@ -329,8 +331,8 @@ class Reader:
               raise ValueError(f'{name}: an odd number of bytes')
             streams[name] = data.view('<u2').copy()
         flat = paper.decode(options, layout, streams, config, progress=show_progress)
-      except (ValueError, MemoryError) as error:
-        raise ContainerError(f'message: {error}') from error
+    except MemoryError:
+      raise memory.too_large('message', 2 * sum(sizes.values())) from None
     for name in sizes:
       yield name, {k: x for k, x in flat.items() if k.partition('/')[0] == name}
 
@@ -353,7 +355,7 @@ class Reader:
   ) -> dict[str, bytes]:
     """Inflates streams whose names begin with a prefix; returns them by their names."""
     contents = {}
-    with self._file_of_others.errors():
+    with container.naming(self._file_of_others.name):
       for name, stream in streams.items():
         content = self._file_of_others.inflated(
           f'{prefix}{name}', stream.crc32, stream.size
@@ -401,7 +403,7 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
 
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
   """Reads the manifest of one file, and checks it against the header."""
-  with file.errors():
+  with container.naming(file.name):
     manifest = manifest_lib.Manifest.from_bytes(file.manifest())
     in_header = {x: file.nbytes(x) for x in file.names() if x != container.MANIFEST}
     if wrong := dict(in_header.items() ^ manifest.sizes().items()):

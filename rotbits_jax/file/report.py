@@ -134,10 +134,10 @@ class Report(NamedTuple):
     longest = max(1, *(begin + nbytes for _, _, nbytes, _, begin in rows))
     bars = []
     for name, sign, nbytes, count, begin in rows:
-      elements = f'{count:{"+" if sign else ""},}' if count else ''
+      elements_text = f'{count:{"+" if sign else ""},}' if count else ''
       share = f'{sign}{nbytes / max(self.input_bytes, 1):.2%}'
       ends = begin / longest, (begin + nbytes) / longest
-      bars.append((name, sign, elements, f'{sign}{nbytes:,}', share, *ends))
+      bars.append((name, sign, elements_text, f'{sign}{nbytes:,}', share, *ends))
     return bars
 
   def tables(self, *, verbose: bool = False) -> dict[str, list[list[str]]]:

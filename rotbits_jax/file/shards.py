@@ -52,10 +52,8 @@ def read_index(path: pathlib.Path) -> ShardIndex:
   opened = files.File.of(path)
   if opened.size > _MOST_INDEX:
     raise ContainerError(f'{path}: an index has at most {_MOST_INDEX} bytes')
-  try:
+  with container.naming(str(path)):
     return schema.load(ShardIndex, schema.parse(opened.content()))
-  except ValueError as error:
-    raise ContainerError(f'{path}: {error}') from error
 
 
 def write_index(folder: pathlib.Path, shards: Mapping[str, tuple[str, ...]]) -> None:

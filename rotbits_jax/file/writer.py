@@ -20,6 +20,7 @@ from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
 from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
+from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
@@ -180,8 +181,9 @@ def _checked(
     return None, None
   needed = list(map(resolve, leaf.needs))
   crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
-  is_known = leaf.origin is structured.Origin.KNOWN
-  return crc32, measure.measured(leaf, *needed).known if is_known else None
+  if not isinstance(leaf, difference.Difference):
+    return crc32, None
+  return crc32, measure.measured(leaf, *needed).known
 
 
 def _entry_of(

@@ -8,7 +8,7 @@ left out. Whatever is refused raises a ValueError.
 from collections.abc import Iterable
 import json
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import msgspec
 
@@ -18,6 +18,9 @@ _MOST_DEPTH = 64  # of nested lists and objects, because others walk them recurs
 _MOST_LEVELS = 8  # of folders
 
 
+@dataclass_transform(
+  kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,)
+)
 class Object(
   msgspec.Struct,
   frozen=True,
@@ -29,6 +32,7 @@ class Object(
   """An object of JSON."""
 
 
+@dataclass_transform(frozen_default=True)
 class Row(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
   """A list of JSON with the values of all fields: short, for many of a type."""
 
