@@ -62,8 +62,11 @@ class Recipe:
     """Takes a model that suits the base; `keeps_bits` keeps the checkpoint's bases."""
     assert base.config is not None
     self.config: models.ModelConfig = source.config
+    if not keeps_bits and isinstance(source, models.Model):
+      source = source.materialize()  # what another encoding has made structured
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
     self._forms = _forms(base.config, self.config)
+    self._sides = _segments(self.config)
     self._context = passes.make_context(source, stored_as=source.stored_as)
     # A tensor of the base is multiplied by a scale, and may be rounded then.
     dtypes = np.float32, self._context.dtype
@@ -71,7 +74,7 @@ class Recipe:
     self._lock = threading.RLock()
     self._segments = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
     self._array = functools.lru_cache(_MOST_ARRAYS)(self._array_of_base)
-    self._expanded = functools.lru_cache(2)(self._read_expanded)
+    self._flat = functools.lru_cache(2)(lambda x: structured.flatten(source.read(x)))
     step = self.config.segments_per_layer
     self.records: tuple[str, ...] = ()
     for record in source.records:
@@ -117,38 +120,17 @@ class Recipe:
       return {} if leaf is None else {record: {'basis': leaf}}
     if self._keeps_bits or record == models.names.BUFFERS:
       return self._source.read(record)
-    params = structured.astype(self._expanded(record), np.float32)
-    return structured.unflatten(self._rotated(record, params))
+    rotated = {}
+    for path, array in self._flat(record).items():
+      segments = [None if i is None else self.segment(i) for i in self._sides[path]]
+      matrices = (None if x is None else x.rotation for x in segments)
+      rotated[path] = _times(array, *matrices)
+    return structured.unflatten(rotated)
 
   def outer(self) -> models.Params:
     """Returns the records outside the layers."""
     names = models.outer_shapes(self.config)
     return {path: x for name in names for path, x in self.read(name).items()}
-
-  def _read_expanded(self, record: str) -> dict[str, Any]:
-    """Returns the leaves of a record; those that `free` made become arrays again."""
-    leaves = structured.flatten(self._source.read(record))
-    structures = [x for x in leaves.values() if structured.is_structured(x)]
-    needed = {name: self._source.resolve(name) for x in structures for name in x.needs}
-    wide = structured.expand(needed | leaves, keep_factors=True)
-    return {path: wide[path] for path in leaves}
-
-  def _rotated(self, record: str, params: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of a record in the coordinates of the subspaces."""
-    index, step = models.names.layer_index(record), self.config.segments_per_layer
-    if index is None:
-      prefix, axes = '', models.layout.outer_axes(self.config)
-      indices: Any = 0, len(self.config.segment_widths) - 1
-    else:
-      prefix, axes = models.names.prefix(index), models.layout.layer_axes(self.config)
-      indices = range(index * step, (index + 1) * step + 1)
-    segments = [self.segment(i) for i in indices]
-    matrices = [None if x is None else x.rotation for x in segments]
-    of = lambda segment: None if segment is None else matrices[segment]
-    return {
-      path: _times(leaf, *map(of, rotations.sides(axes[path.removeprefix(prefix)])))
-      for path, leaf in params.items()
-    }
 
   # ---- the segments
 
@@ -183,7 +165,7 @@ class Recipe:
     records = list(dict.fromkeys(map(models.names.layer, layers)))
     records += ['embed'] * (segment == 0) + ['head'] * (segment == last)
     pairs = []
-    for path, leaf in (x for name in records for x in self._expanded(name).items()):
+    for path, leaf in (x for name in records for x in self._flat(name).items()):
       form, paths = self._forms.get(path, (None, ()))
       if form is None or form.segments != (segment,) or structured.is_structured(leaf):
         continue
@@ -249,60 +231,65 @@ class Recipe:
     return base_lib.beside_known(target, made, known)
 
 
-def _times(leaf: Any, rows: np.ndarray | None, columns: np.ndarray | None) -> Any:
-  """Returns `rows^T @ leaf @ columns` in float32."""
-  float32 = lambda x: None if x is None else x.astype(np.float32)
-  rows, columns = float32(rows), float32(columns)
-  if structured.is_structured(leaf):
-    return rotations.rotate(leaf, rows, columns)
-  # NumPy needs no program for each shape.
-  product = np.asarray(leaf, np.float32)
-  product = product if rows is None else rows.T @ product
-  return product if columns is None else product @ columns
+def _times(
+  array: Any, rows: np.ndarray | None, columns: np.ndarray | None
+) -> np.ndarray:
+  """Returns `rows^T @ array @ columns` in float32, by NumPy: it compiles no program."""
+  product = np.asarray(array, np.float32)
+  if rows is not None:
+    product = rows.T.astype(np.float32) @ product
+  return product if columns is None else product @ columns.astype(np.float32)
+
+
+def _segments(config: models.ModelConfig) -> dict[str, tuple[int | None, ...]]:
+  """Returns the segments of the rows and the columns of parameters, by path."""
+  step = config.segments_per_layer
+  layer, outer = models.layout.layer_axes(config), models.layout.outer_axes(config)
+  parts = [('', outer, 0, config.num_layers * step)]
+  for i in range(config.num_layers):
+    parts.append((models.names.prefix(i), layer, i * step, (i + 1) * step))
+  return {
+    f'{prefix}{path}': tuple(
+      axis if axis is None else first + axis if axis >= 0 else last
+      for axis in rotations.sides(axes[path])
+    )
+    for prefix, axes, first, last in parts
+    for path in axes
+  }
 
 
 def _forms(
   dense: models.ModelConfig, sliced: models.ModelConfig
 ) -> dict[str, tuple[products.Form, tuple[str, ...]]]:
   """Returns the forms of parameters by path, and the paths of tensors of the base."""
-  layer, outer = models.layout.layer_axes(sliced), models.layout.outer_axes(sliced)
-  step, has_mean = sliced.segments_per_layer, dense.norm == 'layernorm'
-  known = {*models.layout.layer_axes(dense), *models.layout.outer_axes(dense)}
+  sides, known, has_mean = (
+    _segments(sliced),
+    _segments(dense),
+    dense.norm == 'layernorm',
+  )
   forms: dict[str, tuple[products.Form, tuple[str, ...]]] = {}
-
-  def add(
-    prefix: str, axes: models.layout.Axes, path: str, norm: str, first: int, last: int
-  ) -> None:
-    segment = lambda axis: first + axis if axis >= 0 else last
-    sides, is_tied = axes[path], path.startswith('head/') and dense.tied_head
+  for path, (rows, columns) in sides.items():
+    prefix = models.names.prefix(models.names.layer_index(path))
+    group = path.removeprefix(prefix).partition('/')[0]
+    norm = prefix + models.layout.norm_of(dense, group) if prefix else 'final_norm'
     kernel = f'{path.rpartition("/")[0]}/kernel'
-    source = 'embed/tokens' if is_tied else f'{prefix}{kernel}'
+    is_tied = group == 'head' and dense.tied_head
+    source = 'embed/tokens' if is_tied else kernel
     paths: tuple[str, ...] = ()
-    if '_shortcut' in path:
-      segments = segment(sides[0]), segment(sides[1])
-      form = products.Form(kind='shortcut', segments=segments)
-    elif isinstance(sides[-1], int):
-      segments = (segment(sides[-1]),)
-      form = products.Form(kind='writes', segments=segments, centred=has_mean)
-      paths = (f'{prefix}{path}',)
-    elif isinstance(sides[0], int):
-      segments = (segment(sides[0]),)
-      form = products.Form(kind='reads', segments=segments, transposed=is_tied)
+    if rows is not None and columns is not None:
+      form = products.Form(kind='shortcut', segments=(rows, columns))
+    elif columns is not None:
+      form = products.Form(kind='writes', segments=(columns,), centred=has_mean)
+      paths = (path,)
+    elif rows is not None:
+      form = products.Form(kind='reads', segments=(rows,), transposed=is_tied)
       paths = source, f'{norm}/scale'
-    elif has_mean and isinstance(axes.get(kernel, ('',))[0], int):
+    elif has_mean and sides.get(kernel, (None,))[0] is not None:
       form = products.Form(kind='bias', transposed=is_tied)
-      paths = source, f'{norm}/bias', *([f'{prefix}{path}'] if path in known else [])
+      paths = source, f'{norm}/bias', *([path] if path in known else [])
     else:
-      return
-    forms[f'{prefix}{path}'] = form, paths
-
-  for i in range(sliced.num_layers):
-    prefix = models.names.prefix(i)
-    for path in layer:
-      norm = models.layout.norm_of(dense, path.partition('/')[0])
-      add(prefix, layer, path, f'{prefix}{norm}', i * step, (i + 1) * step)
-  for path in outer:
-    add('', outer, path, 'final_norm', 0, sliced.num_layers * step)
+      continue
+    forms[path] = form, paths
   return forms
 
 

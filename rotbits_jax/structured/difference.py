@@ -53,26 +53,13 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
-LOWEST = -24
-"""The level of class 0: differences of 2^-6 ULPs and less share a class."""
-
+LOWEST = -24  # the level of class 0, of differences of 2^-6 ULPs and less
 MOST_GAP = (1 << 16) - 1
-"""The greatest gap, which stands for as many elements and none that differs."""
-
-MOST_SCALE = 8000
-"""Bound of the scales, so that sums of them fit int16."""
-
-LONGEST = (1 << 31) - 1
-"""The greatest length of an axis."""
-
-DRIFTS = 256
-"""The length of a drift."""
-
-FAR = -128
-"""The difference that marks an exception among few differences."""
-
-ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]
-"""The dtypes of arrays that may be predicted."""
+MOST_SCALE = 8000  # so that sums of scales fit int16
+LONGEST = (1 << 31) - 1  # length of an axis
+DRIFTS = 256  # length of a drift
+FAR = -128  # marks an exception among few differences
+ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicted
 
 _OCTAVE = 4  # levels
 _BITS = 3  # the octaves of a difference that the symbols of a coder tell

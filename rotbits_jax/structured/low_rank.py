@@ -42,7 +42,8 @@ class FactorPair(base.Structured):
 
   def pair(self) -> 'LowRank':
     u, v = (x.astype(self.dtype) for x in self.factors())
-    return LowRank(u, v, ranks=self.ranks)
+    ranks = None if self.ranks is None else tuple(x[:1] for x in self.ranks)
+    return LowRank(u, v, ranks=ranks)
 
   def materialize(self, *needed: Any) -> jax.Array:
     return _product(*self.factors()).astype(self.dtype)
@@ -76,8 +77,9 @@ class LowRank(FactorPair):
 
   @property
   def T(self) -> 'LowRank':  # noqa: N802
-    u, v = (x.swapaxes(-1, -2) for x in (self.v, self.u))
-    return dataclasses.replace(self, u=u, v=v)
+    return dataclasses.replace(
+      self, u=self.v.swapaxes(-1, -2), v=self.u.swapaxes(-1, -2)
+    )
 
   def factors(self) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(self.u, jnp.float32), jnp.asarray(self.v, jnp.float32)
@@ -167,12 +169,11 @@ class ReducedLowRank(FactorPair):
 
   def check(self) -> None:
     rows, rank = self.below.shape
-    lines = self.basis_exponents, self.other_exponents
-    if (
-      not self.size == rows + rank <= self.other.shape[1]
-      or (lines[0] is None) != (lines[1] is None)
-      or (lines[0] is not None and lines[0].size != self.size)
-    ):
+    basis, other = self.basis_exponents, self.other_exponents
+    has_lines = basis is not None and other is not None and basis.size == self.size
+    has_none = basis is None and other is None
+    fits = self.size == rows + rank <= self.other.shape[1]
+    if not fits or not (has_lines or has_none):
       raise ValueError(
         f'low-rank factors of size {self.size} cannot be {self.below.shape=} and '
         f'{self.other.shape=}'

@@ -72,7 +72,7 @@ def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
 def product(
   head: np.ndarray, map: np.ndarray, shifts: np.ndarray, scale: int, dtype: np.dtype
 ) -> np.ndarray:
-  """Returns the product P = `head^T @ T`, the same on every machine, see `exact`.
+  """Returns the product P = `head^T @ T`, `[V, d]`, with the same bits everywhere.
 
       2^scale P[i, j] = sum_k round(2^shifts[k] head[k, i]) map[k, j]
 
@@ -82,20 +82,14 @@ def product(
     shifts: int16 `[D]`.
     scale: see above.
     dtype: to which P is rounded.
-
-  Returns:
-    P, `[V, d]`.
-
-  Raises:
-    ValueError: if the sums are so large that float64 may round them.
   """
-  made = host.empty((head.shape[1], map.shape[1]), dtype)
+  table = host.empty((head.shape[1], map.shape[1]), dtype)
   integers = map.astype(np.float64)
   for tokens in token_blocks(head):
     columns = np.ldexp(head[:, tokens].astype(np.float64), shifts[:, None])
     sums = exact.product(np.rint(columns).T, integers)
-    made[tokens] = exact.rounded(np.ldexp(sums, -scale), dtype)
-  return made
+    table[tokens] = exact.rounded(np.ldexp(sums, -scale), dtype)
+  return table
 
 
 def scale_of(

@@ -31,13 +31,11 @@ def is_plain(leaf: Any) -> bool:
 def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   """Replaces every structured leaf of a PyTree by the array that it stands for.
 
+  Low-rank leaves may keep their factors. `expand` takes leaves that need others, too.
+
   >>> u, v = jnp.ones((3, 1)), jnp.ones((1, 2))
   >>> materialize({'kernel': rotbits_jax.structured.LowRank(u, v)})['kernel'].shape
   (3, 2)
-
-  Args:
-    tree: the PyTree. `models.materialize` takes leaves that need others, too.
-    keep_factors: whether low-rank leaves remain, see `Structured.pair`.
   """
 
   def array(leaf: Any) -> Any:
@@ -55,12 +53,7 @@ def _materialize(leaf: Structured) -> jax.Array:
 
 
 def expand(params: Mapping[str, Any], *, keep_factors: bool = False) -> dict[str, Any]:
-  """Replaces every structured leaf by its array, also leaves that need others.
-
-  Args:
-    params: leaves by path, among them those that leaves need.
-    keep_factors: whether low-rank leaves remain, see `Structured.pair`.
-  """
+  """Replaces structured leaves by arrays, given leaves by path and those they need."""
   needs = {path: x.needs for path, x in params.items() if is_structured(x) and x.needs}
   arrays = {
     path: leaf if path in needs else materialize(leaf, keep_factors=keep_factors)
@@ -73,11 +66,7 @@ def expand(params: Mapping[str, Any], *, keep_factors: bool = False) -> dict[str
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-  """Applies a function to the leaves of nested dicts, whose keys keep their order.
-
-  >>> map_leaves(lambda x: x + 1, {'b': 1, 'a': {'c': 2}})
-  {'b': 2, 'a': {'c': 3}}
-  """
+  """Applies a function to the leaves of nested dicts, whose keys keep their order."""
   if isinstance(tree, Mapping):  # JAX would sort the keys
     return {key: map_leaves(function, child) for key, child in tree.items()}
   return function(tree)
@@ -89,22 +78,13 @@ def pair(leaf: Any) -> Any:
 
 
 def astype(tree: Any, dtype: Any) -> Any:
-  """Converts all floating-point numbers of a PyTree to another dtype.
-
-  >>> astype({'w': jnp.ones(2), 'count': jnp.array(3)}, jnp.bfloat16)['w'].dtype
-  dtype(bfloat16)
-  """
+  """Converts all floating-point numbers of a PyTree to another dtype."""
   converted = lambda x: x.astype(dtype) if is_structured(x) else convert(x, dtype)
   return jax.tree.map(converted, tree, is_leaf=is_structured)
 
 
 def count_elements(tree: Any) -> int:
-  """Returns how many numbers a PyTree of unstacked leaves stores.
-
-  >>> u, v = jnp.ones((3, 1)), jnp.ones((1, 2))
-  >>> count_elements({'kernel': rotbits_jax.structured.LowRank(u, v), 'bias': v})
-  7
-  """
+  """Returns how many numbers a PyTree of unstacked leaves stores."""
   return sum(size for _, size in _stored_sizes(tree))
 
 
@@ -173,10 +153,7 @@ def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, 
 
 
 def stack_key(leaf: Any) -> tuple[Any, ...]:
-  """Returns a key that is equal for two leaves if they can share a stack.
-
-  It is the type, the shape, the dtype, and the leaf's own `stack_key`.
-  """
+  """Returns a key that is equal for two leaves if they can share a stack."""
   shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype).name
   if not is_structured(leaf):
     return '', shape, dtype, ()
