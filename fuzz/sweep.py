@@ -48,7 +48,8 @@ def cases(data: bytes, other: bytes) -> Iterator[Case]:
       where = f'byte {place} of {name or "the header"}'
       yield Case('flip', where, name, functools.partial(_flipped, data, place))
   for size in range(len(data)):
-    yield Case('truncation', f'{size} bytes', '', lambda size=size: data[:size])
+    cut = functools.partial(operator.getitem, data, slice(size))
+    yield Case('truncation', f'{size} bytes', '', cut)
   streams, manifest = containers.unpack(data)
   their_streams, _ = containers.unpack(other)
   for name, stream in streams.items():

@@ -436,7 +436,10 @@ class TestSafetensors:
         json.dumps({'weight_map': {'x': '../x.safetensors'}}),
         'is not the name of a file',
       ),
-      (json.dumps({'weight_map': {'x': 'y.safetensors'}}), 'y.safetensors is missing'),
+      (
+        json.dumps({'weight_map': {'x': 'y.safetensors'}}),
+        'y.safetensors: No such file',
+      ),
       (json.dumps({'weight_map': {'x': 'y' * 300}}), 'yyy is not the name'),
     ):
       path.write_text(content)

@@ -1,7 +1,7 @@
 """The JSON files of a checkpoint: `config.json` and the slicing JSON.
 
-Every attribute is used, known to have no effect, or refused. The slicing JSON is the
-file in which SliceGPT keeps the width of every residual segment of a sliced model.
+The slicing JSON is the file in which SliceGPT keeps the width of every residual segment
+of a sliced model.
 
 Raises:
   UnsupportedError: if a file is no JSON, or has an infinite number or the like, see
@@ -60,10 +60,8 @@ def parse_config(
   known = families.FAMILIES
   model_type = config_json.get('model_type') if isinstance(config_json, dict) else None
   if not isinstance(model_type, str) or model_type not in known:
-    raise errors.CheckpointError(
-      f'{CONFIG}: model_type is {errors.cut(repr(model_type))}; '
-      f'supported: {", ".join(known)}'
-    )
+    text = f'{errors.cut(repr(model_type))}; supported: {", ".join(known)}'
+    raise errors.CheckpointError(f'{CONFIG}: model_type is {text}')
   try:
     dense = known[model_type].config(config_json)
   except ValueError as e:
@@ -72,10 +70,7 @@ def parse_config(
 
 
 def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
-  """Makes SliceGPT's JSON for a sliced model: the inverse of `parse_config`.
-
-  Its `json.dumps` equals SliceGPT's file.
-  """
+  """Makes a sliced model's JSON, whose `json.dumps` equals SliceGPT's file."""
   if not config.sliced:
     raise ValueError(f'only a sliced model has a slicing JSON, got {config.norm=}')
   layers = [config.layer_widths(layer) for layer in range(config.num_layers)]
@@ -98,10 +93,7 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
 
 
 def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
-  """Returns the config of a model with the widths that a slicing JSON names.
-
-  The JSON must be the one that SliceGPT makes for the result.
-  """
+  """Returns the config of the model of which SliceGPT makes this slicing JSON."""
   try:
     widths = [values['attention_input_dimensions']['0']]
     for layer in map(str, range(dense.num_layers)):
@@ -127,9 +119,8 @@ def with_own_head(
 ) -> dict[str, bytes]:
   """Returns files whose `config.json` does not tie the head that a model has itself.
 
-  A checkpoint may store its tied head. Once the model was rewritten, its head and its
-  embedding may differ. A config with settings that are not known may tie the head by
-  default, so it gets the word that it does not.
+  A checkpoint may store its tied head, and rewriting may change it. A config with
+  settings that are not known may tie the head by default.
   """
   if config.sliced or config.tied_head or CONFIG not in files:
     return files

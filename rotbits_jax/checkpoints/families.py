@@ -30,15 +30,12 @@ def is_buffer(name: str) -> bool:
   return _BUFFERS.fullmatch(name) is not None
 
 
-# ---- the attributes of config.json ---------------------------------------------------
-
 _Size = Annotated[int, schema.between(1, (1 << 31) - 3)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Activation = Literal['relu', 'gelu_new', 'gelu_pytorch_tanh', 'silu']
 
 # The attributes that set a field of `models.ModelConfig`, and the supported values.
 _ATTRIBUTES: dict[str, tuple[str, Any]] = {
-  'model_type': ('family', str),
   'hidden_size': ('hidden_size', _Size),
   'num_hidden_layers': ('num_layers', Annotated[int, schema.between(1, MOST_LAYERS)]),
   'num_attention_heads': ('num_heads', _Size),
@@ -91,7 +88,9 @@ _WITHOUT_EFFECT = frozenset([
 ])  # fmt: skip
 
 # The only value of attributes in all families.
-_ONLY = dict.fromkeys(('is_encoder_decoder', 'add_cross_attention'), False)
+_ONLY: dict[str, Any] = dict.fromkeys(
+  ('is_encoder_decoder', 'add_cross_attention'), False
+)
 _ONLY |= {'cross_attention_hidden_size': None, 'pruned_heads': {}}
 
 
@@ -133,7 +132,7 @@ class Family:
       value = left.pop(name, expected)
       if value != expected or isinstance(value, bool) != isinstance(expected, bool):
         raise ValueError(f'{name} is {value!r:.100}; supported: {expected}')
-    fields = dict(self.fields)
+    fields = self.fields | {'family': left.pop('model_type')}
     for name, default in self.attributes.items():
       field, annotation = _ATTRIBUTES[name]
       if name in left:
@@ -222,8 +221,6 @@ def older_rope(values: dict[str, Any]) -> dict[str, Any]:
   return older if scaling == default else older | {'rope_scaling': scaling}
 
 
-# ---- the families --------------------------------------------------------------------
-
 _SHORTCUTS = {'mlp_shortcut': 'mlp_shortcut', 'attn_shortcut': 'attention_shortcut'}
 _NORMS = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': 'mlp_norm'}
 _QUERY_KEY_VALUE = {
@@ -231,8 +228,7 @@ _QUERY_KEY_VALUE = {
   'self_attn.k_proj': 'attention/key',
   'self_attn.v_proj': 'attention/value',
 }
-_SIZES = {
-  'model_type': ...,
+_SIZES: dict[str, Any] = {
   'hidden_size': ...,
   'num_hidden_layers': ...,
   'num_attention_heads': ...,

@@ -11,10 +11,14 @@ Raises:
 
 from collections.abc import Mapping
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import re
 
+from rotbits_jax import models
+from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
@@ -46,9 +50,9 @@ _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 _SHOWN = 8  # names listed in an error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False, repr=False)
 class Folder:
-  """An opened folder, or tensors in memory.
+  """An opened folder, or tensors in memory, which are read a record at a time.
 
   Attributes:
     path: the weights file, or the index of several; None for tensors in memory.
@@ -57,6 +61,10 @@ class Folder:
     weights: the weights files.
     headers: the header of each safetensors file by its name.
     left_out: names of files and folders beside the weights that are not kept.
+    entries: the tensors of each record.
+    config: sizes and switches of the model; None for plain tensors.
+    stem: file name, without suffix, that SliceGPT gave to the weights; else None.
+    stored_as: None, because the parameters have their final dtype.
   """
 
   path: pathlib.Path | None
@@ -65,6 +73,57 @@ class Folder:
   weights: tuple[files_lib.File, ...] = ()
   headers: dict[str, bytes] = dataclasses.field(default_factory=dict)
   left_out: tuple[str, ...] = ()
+  entries: dict[str, list[tensors_lib.ExpectedTensor]] = dataclasses.field(
+    default_factory=dict
+  )
+  config: models.ModelConfig | None = None
+  stem: str | None = None
+  stored_as = None
+
+  @property
+  def records(self) -> tuple[str, ...]:
+    """Names of the records."""
+    return tuple(self.entries)
+
+  @property
+  def input_bytes(self) -> int:
+    """Size of the weights files."""
+    return sum(file.size for file in self.weights)
+
+  @property
+  def nbytes(self) -> int:
+    """Size of the tensors."""
+    return sum(tensor.nbytes for tensor in self.tensors.values())
+
+  def read(self, record: str) -> models.Params:
+    """Reads a record: nested dicts with whole paths; kernels are `[in, out]`."""
+    flat: models.Params = {}
+    for entry in self.entries[record]:
+      flat |= entry.read(self.tensors[entry.name].read())
+    return structured.unflatten(flat)
+
+  def specs(self, record: str) -> models.Params:
+    """Returns a `TensorSpec` in place of each array of `read`; nothing is read."""
+    flat = {}
+    for entry in self.entries[record]:
+      dtype = self.tensors[entry.name].dtype
+      for path, shape in entry.parameters.items():
+        flat[path] = tensors_lib.TensorSpec(shape, dtype)
+    return structured.unflatten(flat)
+
+  def fingerprint(self) -> str:
+    """Returns a digest of the files in their state when they were opened.
+
+    Of weights files it covers headers, sizes and times of change, not the elements.
+    """
+    contents = {**self.files, **self.headers}
+    summary = [
+      [repr(self.config), self.stem],
+      [(file.path.name, file.size, file.modified) for file in self.weights],
+      [(name, x.shape, x.dtype.name) for name, x in self.tensors.items()],
+      [(name, hashlib.sha256(x).hexdigest()) for name, x in contents.items()],
+    ]
+    return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
 
 
 def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
@@ -82,7 +141,7 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   shards: dict[str, list[str] | None] = {listed.name: None}
   index: dict[str, bytes] = {}
   if listed.suffix == '.json':
-    content = safetensors.read_index(listed)
+    content = tensors_lib.content(listed, safetensors.MOST_INDEX)
     with errors.named(listed):
       shards = {**safetensors.WeightIndex.parse(content).shards()}
     if plain or listed.name == safetensors.INDEX:
@@ -90,9 +149,6 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   weights, headers = [], {}
   tensors: dict[str, tensors_lib.LazyTensor] = {}
   for shard, names in shards.items():
-    if not os.path.isfile(listed.parent / shard):
-      text = f'the shard {errors.cut(shard)} is missing'
-      raise errors.CheckpointError(f'{listed}: {text}')
     file = tensors_lib.opened(listed.parent / shard)
     weights.append(file)
     if is_torch:
@@ -116,8 +172,7 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
   candidates = [path]
   if path.is_dir():
     candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
-    # Programs prefer the first of these to safetensors of other names, such as an
-    # adapter's.
+    # Programs prefer these to safetensors of other names, such as an adapter's.
     for pattern in (
       safetensors.WEIGHTS, f'*{safetensors.SUFFIX}', _TORCH_WEIGHTS, _TORCH_INDEX,
       '*.safetensors',
@@ -143,10 +198,7 @@ def _read_sidecars(
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
   """Reads the files beside the weights, and adds the index if it is kept.
 
-  Also returns what is left out: other weights and arrays, other indices, large files,
-  links that leave the folder or lead nowhere, other than regular files, names that
-  cannot be printed, empty folders, and those that `_OTHER_FOLDERS` lists. Hidden
-  folders are left out without a word.
+  Also returns what is left out; hidden folders are left out without a word.
   """
   files: dict[str, bytes] = {}
   left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))

@@ -14,9 +14,7 @@ Raises:
 from collections.abc import Mapping
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import os
 import pathlib
 from typing import Any
@@ -41,72 +39,7 @@ _SHOWN = 8  # names listed in an error
 _SHORTCUT = f'.attn_shortcut{families.SHORTCUT_SUFFIX}'  # in every sliced layer
 
 
-class _Records:
-  """The tensors of a folder, read a record at a time.
-
-  Attributes:
-    config: sizes and switches of the model; None for plain tensors.
-    stored_as: None, because the parameters have their final dtype.
-    stem: file name, without suffix, that SliceGPT gave to the weights; else None.
-    path, files, left_out, tensors: see `folder.Folder`.
-    records: names of the records.
-  """
-
-  config: models.ModelConfig | None = None
-  stored_as = None
-  stem: str | None = None
-
-  def __init__(
-    self,
-    folder: folder_lib.Folder,
-    entries: Mapping[str, list[tensors_lib.ExpectedTensor]],
-  ):
-    self._folder, self._entries = folder, entries
-    self.path, self.files, self.tensors = folder.path, folder.files, folder.tensors
-    self.left_out, self.records = folder.left_out, tuple(entries)
-
-  @property
-  def input_bytes(self) -> int:
-    """Size of the weights files."""
-    return sum(file.size for file in self._folder.weights)
-
-  @property
-  def nbytes(self) -> int:
-    """Size of the tensors."""
-    return sum(tensor.nbytes for tensor in self.tensors.values())
-
-  def read(self, record: str) -> models.Params:
-    """Reads a record: nested dicts with whole paths; kernels are `[in, out]`."""
-    flat: models.Params = {}
-    for entry in self._entries[record]:
-      flat |= entry.read(self.tensors[entry.name].read())
-    return structured.unflatten(flat)
-
-  def specs(self, record: str) -> models.Params:
-    """Returns a `TensorSpec` in place of each array of `read`; nothing is read."""
-    flat = {}
-    for entry in self._entries[record]:
-      dtype = self.tensors[entry.name].dtype
-      for path, shape in entry.parameters.items():
-        flat[path] = tensors_lib.TensorSpec(shape, dtype)
-    return structured.unflatten(flat)
-
-  def fingerprint(self) -> str:
-    """Returns a digest of the files in their state when they were opened.
-
-    Of weights files it covers headers, sizes and times of change, not the elements.
-    """
-    contents = {**self.files, **self._folder.headers}
-    summary = [
-      [repr(self.config), self.stem],
-      [(file.path.name, file.size, file.modified) for file in self._folder.weights],
-      [(name, x.shape, x.dtype.name) for name, x in self.tensors.items()],
-      [(name, hashlib.sha256(x).hexdigest()) for name, x in contents.items()],
-    ]
-    return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
-
-
-class PlainFiles(_Records):
+class PlainFiles(folder_lib.Folder):
   """The safetensors files of a checkpoint of any family.
 
   A record is a layer: its tensors have the same number in their names, like 3 in
@@ -114,20 +47,18 @@ class PlainFiles(_Records):
   'model.layers.3.mlp.experts.5.up_proj.weight', because a layer may have hundreds.
   Elsewhere weight and bias of one name are a record.
 
-  `headers` has the header of each weights file by its name, and `reason` says why the
-  checkpoint is not opened as a model; None if nobody tried.
+  `reason` says why the checkpoint is not opened as a model; None if nobody tried.
   """
 
   def __init__(self, folder: folder_lib.Folder, reason: str | None = None):
-    self.headers, self.reason = folder.headers, reason
-    entries: dict[str, list[tensors_lib.ExpectedTensor]] = {}
+    super().__init__(**vars(folder))
+    self.reason = reason
     for name, tensor in folder.tensors.items():
       if not all(name.split('/')):
         text = f'{name!r} cannot be the name of a tensor'
         raise errors.CheckpointError(f'{folder.path}: {text}')
       entry = tensors_lib.ExpectedTensor(name, tensor.shape, {name: tensor.shape})
-      entries.setdefault(_record_of(name), []).append(entry)
-    super().__init__(folder, entries)
+      self.entries.setdefault(_record_of(name), []).append(entry)
 
 
 def _record_of(tensor: str) -> str:
@@ -139,7 +70,7 @@ def _record_of(tensor: str) -> str:
   return '.'.join(words[:last])
 
 
-class CheckpointReader(_Records):
+class CheckpointReader(folder_lib.Folder):
   """A checkpoint of a known family, whose tensors are the parameters of a model.
 
   `models.names` has the names of its records. The config of a checkpoint that stores
@@ -149,16 +80,13 @@ class CheckpointReader(_Records):
   config: models.ModelConfig
 
   def __init__(
-    self,
-    folder: folder_lib.Folder,
-    config: models.ModelConfig,
-    *,
-    stem: str | None = None,
+    self, folder: folder_lib.Folder, config: models.ModelConfig, stem: str | None = None
   ):
     """Matches the tensors with the parameters that a model with this config has."""
+    super().__init__(**vars(folder))
     try:
       self.config, self.stem = _untied(folder.tensors, config), stem
-      entries = _match(folder.tensors, self.config)
+      self.entries = _match(folder.tensors, self.config)
     except errors.CheckpointError as e:
       where = '' if folder.path is None else f'{folder.path}: '
       raise errors.UnsupportedError(f'{where}{e}') from e
@@ -166,8 +94,7 @@ class CheckpointReader(_Records):
       shape = folder.tensors[name].shape
       paths = {f'{models.names.BUFFERS}/{name}': shape}
       entry = tensors_lib.ExpectedTensor(name, shape, paths)
-      entries.setdefault(models.names.BUFFERS, []).append(entry)
-    super().__init__(folder, entries)
+      self.entries.setdefault(models.names.BUFFERS, []).append(entry)
 
   def layer(self, index: int) -> models.Params:
     """Reads the parameters of a layer, with the keys of `Model.layer`."""
@@ -266,9 +193,6 @@ def _untied(
   return untied
 
 
-# ---- folders -------------------------------------------------------------------------
-
-
 def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
   """Returns the folder of a small checkpoint: 'phi2-tiny-dense', 'llama-tiny-dense'."""
   package = pathlib.Path(__file__).parents[1]
@@ -334,7 +258,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   ]
   try:
     parsed = config_lib.parse_object(files[CONFIG], CONFIG)
-    config = config_lib.parse_config(parsed, slicing_jsons.get(stem))
+    config = config_lib.parse_config(parsed, slicing_jsons.get(stem or ''))
   except errors.CheckpointError as e:
     raise errors.UnsupportedError(f'{weights}: {e}') from e
   kept = dataclasses.replace(
@@ -342,10 +266,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     files={name: x for name, x in files.items() if name not in of_others},
     left_out=(*folder.left_out, *of_others, *metadata[:1]),
   )
-  return CheckpointReader(kept, config, stem=stem)
+  return CheckpointReader(kept, config, stem)
 
 
-def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str | None, Any]:
+def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
   """Returns the slicing JSONs among the sidecar files, by their stems."""
   key = f'"{SLICING_KEY}"'.encode()
   parsed = {

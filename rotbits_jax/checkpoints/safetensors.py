@@ -33,7 +33,7 @@ INDEX = f'model{SUFFIX}'
 
 _DTYPES = {code: dtype for dtype, code, _ in tensors_lib.DTYPES}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_MOST_HEADER = _MOST_INDEX = 1 << 25  # bytes; large checkpoints have an index of 14 MB
+_MOST_HEADER = MOST_INDEX = 1 << 25  # bytes; large checkpoints have an index of 14 MB
 _METADATA = '__metadata__'
 _WRITTEN = {'format': 'pt'}  # the metadata that Hugging Face expects
 
@@ -161,9 +161,6 @@ class FileWriter:
     """Does nothing: each tensor is in the file when it has been added."""
 
 
-# ---- the index -----------------------------------------------------------------------
-
-
 class WeightIndex(schema.Object):
   """The content of an index: the file name of the shard of each tensor."""
 
@@ -178,7 +175,7 @@ class WeightIndex(schema.Object):
   @classmethod
   def parse(cls, content: bytes) -> 'WeightIndex':
     """Parses the content of an index."""
-    value = config_lib.parse_object(content, 'index', most=_MOST_INDEX)
+    value = config_lib.parse_object(content, 'index', most=MOST_INDEX)
     try:
       return schema.load(cls, value)
     except ValueError as e:
@@ -190,11 +187,6 @@ class WeightIndex(schema.Object):
     for name, shard in self.weight_map.items():
       names.setdefault(shard, []).append(name)
     return dict(sorted(names.items()))
-
-
-def read_index(path: pathlib.Path) -> bytes:
-  """Returns the content of an index."""
-  return tensors_lib.content(path, _MOST_INDEX)
 
 
 def index_json(shards: Mapping[str, Specs], metadata: Any) -> bytes:

@@ -54,10 +54,6 @@ class TensorSpec:
   dtype: np.dtype
 
   @property
-  def ndim(self) -> int:
-    return len(self.shape)
-
-  @property
   def size(self) -> int:
     return math.prod(self.shape)
 
@@ -85,9 +81,6 @@ class LazyTensor(TensorSpec):
   @property
   def spec(self) -> TensorSpec:
     return TensorSpec(self.shape, self.dtype)
-
-
-# ---- files ---------------------------------------------------------------------------
 
 
 def opened(path: str | os.PathLike[str]) -> files.File:
@@ -123,9 +116,6 @@ def row_major(array: np.ndarray) -> Iterator[memoryview]:
   for start in range(0, len(whole), max(step, 1)):
     piece = host.contiguous(whole[start : start + max(step, 1)])
     yield memoryview(piece.reshape(-1).view(np.uint8))
-
-
-# ---- the tensors of a model ----------------------------------------------------------
 
 
 class Checkpoint(NamedTuple):
@@ -204,8 +194,12 @@ def outer_entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]
 
 
 # The parameters of a module: the key of each, and the suffix of its tensor.
-_PARAMETERS = (('', '.weight'), ('/kernel', '.weight'), ('/scale', '.weight'))
-_PARAMETERS += (('/bias', '.bias'),)
+_PARAMETERS = {
+  '': '.weight',
+  '/kernel': '.weight',
+  '/scale': '.weight',
+  '/bias': '.bias',
+}
 
 
 def _entries(
@@ -215,7 +209,7 @@ def _entries(
   flat, tensors = structured.flatten(shapes), []
   for module, module_paths in modules.items():
     is_shortcut = module.endswith('_shortcut')
-    for key, suffix in _PARAMETERS:
+    for key, suffix in _PARAMETERS.items():
       paths = [f'{path}{key}' for path in module_paths.split()]
       if paths[0] in flat:
         name = f'{prefix}{module}{families.SHORTCUT_SUFFIX if is_shortcut else suffix}'

@@ -68,9 +68,6 @@ def open_file(path: Path) -> dict[str, tensors_lib.LazyTensor]:
     return tensors
 
 
-# ---- the zip file --------------------------------------------------------------------
-
-
 class _Member:
   """A member of a zip file that is not compressed."""
 
@@ -112,9 +109,6 @@ def _members(file: files.File) -> dict[str, _Member]:
   root = names[0].removesuffix(_PICKLE)
   inside = [info for info in infos if info.filename.startswith(root)]
   return {info.filename.removeprefix(root): _Member(file, info) for info in inside}
-
-
-# ---- the pickle ----------------------------------------------------------------------
 
 
 class _Storage(NamedTuple):
@@ -209,9 +203,6 @@ def _state(members: Mapping[str, _Member]) -> dict[str, Any]:
   return state
 
 
-# ---- tensors -------------------------------------------------------------------------
-
-
 def _tensor(
   name: str, view: Any, members: Mapping[str, _Member], path: Path
 ) -> tensors_lib.LazyTensor:
@@ -246,9 +237,6 @@ def _tensor(
     return np.ndarray(shape, dtype, content, 0, steps)
 
   return tensors_lib.LazyTensor(shape, dtype, read)
-
-
-# ---- writing -------------------------------------------------------------------------
 
 
 class TorchZipWriter:
@@ -302,7 +290,7 @@ def _pickle(specs: Mapping[str, tensors_lib.TensorSpec]) -> Iterator[bytes]:
       text = f'PyTorch files do not support {spec.dtype}'
       raise errors.CheckpointError(f'{name}: {text}')
     sizes = [max(n, 1) for n in spec.shape]
-    strides = tuple(math.prod(sizes[i + 1 :]) for i in range(spec.ndim))
+    strides = tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
     yield plain(name) + b'ctorch._utils\n_rebuild_tensor_v2\n' + pickle.MARK
     yield pickle.MARK + plain('storage') + f'ctorch\n{names[spec.dtype]}\n'.encode()
     yield plain(str(index)) + plain('cpu') + plain(spec.size) + pickle.TUPLE

@@ -87,13 +87,8 @@ def sidecars(
 ) -> dict[str, bytes]:
   """Returns the files beside the weights: config, code, tokenizer and others.
 
-  Args:
-    config: config of a sliced model.
-    files: the sidecar files of the checkpoint by name, with the `config.json` of the
-      model before slicing.
-    stem: name of the slicing JSON, which is left out.
-    ranks: see `Ranks`.
-    dtype: dtype that the model gets when it is loaded.
+  `files` are those of the checkpoint, with the `config.json` of the model before
+  slicing, and the model gets the dtype when it is loaded.
   """
   named = {name: content for name, content in files.items() if name != f'{stem}.json'}
   if _TOKENIZER in files:

@@ -75,7 +75,7 @@ class FolderWriter:
     if both := weights.keys() & files.keys():
       raise errors.CheckpointError(f'two files have the name {min(both)}')
     for name, content in weights.items():
-      specs = content
+      specs: Any = content
       if isinstance(content, bytes):
         with errors.named(name):
           specs = {x: spec for x, (_, spec) in safetensors.places(content).items()}
@@ -203,12 +203,13 @@ class CheckpointWriter(FolderWriter):
         raise errors.CheckpointError(f'the file {name} is missing from the checkpoint')
     entries = [*itertools.chain(*tensors_lib.entries(config).values())]
     shapes = {path: x for entry in entries for path, x in entry.parameters.items()}
-    if not isinstance(dtypes, Mapping):
-      dtypes = dict.fromkeys(shapes, dtypes)
-    if missing := shapes.keys() - dtypes.keys():
+    planned: Any = (
+      dtypes if isinstance(dtypes, Mapping) else dict.fromkeys(shapes, dtypes)
+    )
+    if missing := shapes.keys() - planned.keys():
       raise ValueError(f'{min(missing)}: its dtype is missing')
     self._parameters = {
-      path: tensors_lib.TensorSpec(shape, np.dtype(dtypes[path]))
+      path: tensors_lib.TensorSpec(shape, np.dtype(planned[path]))
       for path, shape in shapes.items()
     }
     self._buffers = {name: np.asarray(x) for name, x in (buffers or {}).items()}
@@ -276,7 +277,7 @@ def _divided(
     parsed = safetensors.WeightIndex.parse(index)
     if parsed.weight_map.keys() == specs.keys():
       shards = parsed.shards().items()
-      divided = {
+      divided: dict[str, safetensors.Specs] = {
         shard: {name: specs[name] for name in names} for shard, names in shards
       }
       return divided, parsed.metadata

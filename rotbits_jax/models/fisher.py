@@ -109,7 +109,7 @@ def _predictions(
     p = jax.nn.softmax(logits)
     drawn = jax.random.categorical(key, logits)
     (gradient,) = pull(p - jax.nn.one_hot(drawn, p.shape[-1]))
-    moments = {('head/kernel',): transformer.second_moments(normed)}
+    moments: Any = {('head/kernel',): transformer.second_moments(normed)}
   # The mean over all tokens that may be drawn has no noise.
   squares = p * (1 - p)
   head = Factors(moments, {'head/kernel': squares.sum((0, 1))})

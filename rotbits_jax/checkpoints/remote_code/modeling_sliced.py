@@ -17,18 +17,12 @@ A `LayerMixin` stands before a layer of transformers in the bases of a class.
 """
 
 from collections.abc import Callable
+import importlib
 from typing import Any
 
 import torch
 from torch import nn
 import transformers
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.opt import modeling_opt
-from transformers.models.phi import modeling_phi
-from transformers.models.phi3 import modeling_phi3
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
 TRANSFORMERS = tuple(int(x) for x in transformers.__version__.split('.')[:2])
 if TRANSFORMERS < (4, 54):
@@ -82,9 +76,7 @@ def shortcut(config: Any, index: int) -> nn.Module:
   return GramShortcut(rows, columns, *ranks)
 
 
-def resize(
-  module: nn.Module, *names: str, inputs: int | None = None, outputs: int | None = None
-) -> None:
+def resize(module: nn.Module, *names: str, inputs: int = 0, outputs: int = 0) -> None:
   """Replaces linear layers of a module by layers of other widths."""
   for name in names:
     old = getattr(module, name)
@@ -161,18 +153,16 @@ class OPTLayerMixin(LayerMixin):
   has_weights = TRANSFORMERS < (5, 4)
 
 
-# ---- models --------------------------------------------------------------------------
-
-
 def _add_family(
   family: str,
-  module: Any,
   layer_mixin: type = LayerMixin,
   *,
   norm_name: str = 'norm',
   head_bias: bool = False,
 ) -> None:
   """Adds the classes of a family to this module: config, layer, model and causal LM."""
+  name = family.lower()
+  module = importlib.import_module(f'transformers.models.{name}.modeling_{name}')
 
   def add(name: str, *bases: type, **fields: Any) -> type:
     fields['__module__'] = __name__
@@ -210,21 +200,15 @@ def _add_family(
     model.lm_head = nn.Linear(width, config.vocab_size, bias=head_bias)
 
   config_base = getattr(transformers, f'{family}Config')
-  config = add('Config', config_base, model_type=f'sliced_{family.lower()}')
+  config = add('Config', config_base, model_type=f'sliced_{name}')
   layer = add('DecoderLayer', layer_mixin, getattr(module, f'{family}DecoderLayer'))
   decoder = add_model('Decoder', backbone) if family == 'OPT' else None
   without_head = add_model('Model', with_decoder if decoder else backbone)
   add_model('ForCausalLM', with_head)
 
 
-_add_family('Llama', modeling_llama)
-_add_family('Mistral', modeling_mistral)
-_add_family('Qwen2', modeling_qwen2)
-_add_family('Qwen3', modeling_qwen3)
-_add_family('Phi3', modeling_phi3, Phi3LayerMixin)
-_add_family(
-  'Phi', modeling_phi, PhiLayerMixin, norm_name='final_layernorm', head_bias=True
-)
-_add_family(
-  'OPT', modeling_opt, OPTLayerMixin, norm_name='final_layer_norm', head_bias=True
-)
+for _family in ('Llama', 'Mistral', 'Qwen2', 'Qwen3'):
+  _add_family(_family)
+_add_family('Phi3', Phi3LayerMixin)
+_add_family('Phi', PhiLayerMixin, norm_name='final_layernorm', head_bias=True)
+_add_family('OPT', OPTLayerMixin, norm_name='final_layer_norm', head_bias=True)
