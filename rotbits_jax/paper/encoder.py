@@ -123,7 +123,8 @@ class _Encoder:
   def push(self, t: int) -> None:
     """Encodes one segment."""
     segment, canonicalizer = self.segments[t], self.options.canonicalizer
-    can_rotate = rotations.can_rotate(segment)
+    leaving = self.segments[t + 1].shortcut if t + 1 < len(self.segments) else {}
+    can_rotate = rotations.can_rotate(segment, leaving)
     neutral = None  # the canonical rotation of the readers
     if can_rotate and not self.options.frame(self.widths, t, 0).from_shortcut:
       neutral = rotations.reader_rotation(segment.readers.values(), canonicalizer)

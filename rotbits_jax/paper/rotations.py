@@ -24,12 +24,15 @@ _BACKWARD_ERROR = 4 * 2.0**-24
 _NOISE = 0  # seed of the change of a matrix
 
 
-def can_rotate(segment: segments.SegmentParameters) -> bool:
-  """Tells whether every rotated element will be within the range of its dtype."""
+def can_rotate(segment: segments.SegmentParameters, leaving: segments.Arrays) -> bool:
+  """Tells whether every rotated element will be within the range of its dtype.
+
+  Among them are those of the shortcut that leads out of the segment.
+  """
   groups = (
     (segment.readers, (0,)),
     (segment.writers, (-1,)),
-    (segment.shortcut | segment.leaving, (0, 1)),
+    (segment.shortcut | leaving, (0, 1)),
   )
   return all(
     _largest_rotated(x, axes) < 0.99 * float(jnp.finfo(x.dtype).max)

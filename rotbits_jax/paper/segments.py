@@ -20,15 +20,13 @@ Arrays = dict[str, np.ndarray]
 class SegmentParameters(NamedTuple):
   """The shapes or the arrays of the parameters around one residual segment, by path.
 
-  Every parameter of the model is in one of the first four fields of exactly one
-  segment.
+  Every parameter of the model belongs to exactly one segment.
   """
 
   readers: dict[str, Any]  # [d, out]: kernels that are multiplied by the segment
   writers: dict[str, Any]  # [in, d] or [d]: kernels and biases that are added to it
   shortcut: dict[str, Any]  # [d', d]: the shortcut that leads into it, or nothing
   biases: dict[str, Any]  # biases and head norms of the readers: no rotation moves them
-  leaving: dict[str, Any]  # [d, d'']: the shortcut that leads out of it, or nothing
 
   @property
   def all(self) -> dict[str, Any]:
@@ -43,7 +41,7 @@ class SegmentParameters(NamedTuple):
 
 def shapes(config: models.ModelConfig) -> list[SegmentParameters]:
   """Returns the shapes around each segment of a sliced model, in order."""
-  segments = [SegmentParameters({}, {}, {}, {}, {}) for _ in config.segment_widths]
+  segments = [SegmentParameters({}, {}, {}, {}) for _ in config.segment_widths]
   outer = models.layout.outer_axes(config), models.outer_shapes(config)
   _add(segments, '', *outer, 0, len(segments) - 1)
   axes, step = models.layout.layer_axes(config), config.segments_per_layer
@@ -77,7 +75,6 @@ def _add(
     read = segment(parameter_axes[0] if is_kernel else kernel_axes[0])
     written = segment(parameter_axes[-1])
     if is_kernel and read is not None and written is not None:
-      segments[read].leaving.update(shape)
       segments[written].shortcut.update(shape)
     elif written is not None:
       segments[written].writers.update(shape)

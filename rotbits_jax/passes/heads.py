@@ -58,7 +58,6 @@ _without_biases = jax.jit(layer_lib.without_biases, static_argnums=1)
 
 def _zero_biases(context: Context, state: Any, index: int, params: Params) -> Noted:
   """Removes the biases of a layer, unless that makes or hides a number not finite."""
-  del state
   prefix, notes = models.names.prefix(index), []
   changed = jax.device_get(_without_biases(params, context.config))
   for bias, out in ((heads.KEY_BIAS, None), (heads.VALUE_BIAS, heads.OUT_BIAS)):
@@ -87,7 +86,6 @@ def _fix_heads(
   tolerance: float | None,
 ) -> Noted:
   """Fixes the gauge of the heads of a layer, if rounding then makes a small error."""
-  del state
   config, prefix = context.config, models.names.prefix(index)
   pair = layer_lib.head_pair(params, config, paths=paths)
   if not pair:

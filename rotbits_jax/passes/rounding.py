@@ -120,7 +120,6 @@ def to_steps(
   known = dict(offsets or {})
 
   def log2_step(path: str, dtype: np.dtype) -> float:
-    del dtype
     offset = known.get(path, known.get(models.names.pattern(path), 0.0))
     return max(step + offset, FINEST)
 

@@ -74,6 +74,8 @@ def segments(
 ) -> list[jax.Array]:
   """Returns the rotations R_s, R_{s+1}, ... of the segments of a sliced layer.
 
+  A shortcut that narrows the stream becomes lower trapezoidal.
+
   Args:
     params: the layer.
     polars: `gauge` of the layer.
@@ -84,7 +86,8 @@ def segments(
   rotations, paths = [first], shortcut_paths(config)
   for path, polar in zip(paths, polars, strict=True):
     if polar is None:
-      rotation = rotations_lib.narrowing_rotation(rotations[-1], params[path])
+      rotated = products.matmul(rotations[-1].T, params[path].astype(jnp.float32))
+      rotation = rotations_lib.upper_rotation(rotated.T)
     else:
       z = free if path == paths[-1] else None
       rotation = rotations_lib.next_rotation(polar.rotation, rotations[-1], z)

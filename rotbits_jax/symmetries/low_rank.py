@@ -98,9 +98,4 @@ def spread(factor: jax.Array) -> jax.Array:
 
 def _exponents(rows: jax.Array) -> jax.Array:
   """Returns exponents of the sizes of the rows of a matrix `[m, r]`, int8 `[m]`."""
-  log2 = jnp.log2(jnp.linalg.norm(rows, axis=1))
-  # Of a row of zeros or with numbers that are not finite, the size is unknown.
-  known = jnp.isfinite(log2)
-  log2 = jnp.where(known, log2 - jnp.mean(log2, where=known), 0)
-  log2 = jnp.clip(log2, -_MOST_OCTAVES, _MOST_OCTAVES)
-  return steps.quarters(log2).astype(jnp.int8)
+  return steps.exponents(jnp.log2(jnp.linalg.norm(rows, axis=1)), _MOST_OCTAVES)

@@ -131,18 +131,6 @@ def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
   return jax.vmap(finish)(products)
 
 
-def narrowing_rotation(rotation: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Returns the R_{s+1} `[e, e]` that makes R_s^T M_s R_{s+1} lower trapezoidal, d > e.
-
-  Args:
-    rotation: R_s, `[d, d]`.
-    kernel: M_s, `[d, e]`.
-  """
-  chex.assert_shape(kernel, (len(rotation), None))
-  rotated = _matmul(rotation.T, kernel.astype(jnp.float32))
-  return jnp.linalg.qr(rotated.T, mode='complete')[0]
-
-
 def upper_rotation(matrix: jax.Array) -> jax.Array:
   """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal, for `[d, V]`.
 
@@ -190,21 +178,10 @@ def shortcut(
 
   def factor(vectors: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
     weights = jnp.where(sizes[:count] > tolerance, sizes[:count], 0)
-    return _lower(_matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights)))
+    square_root = _matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights))
+    # Any rotation of the columns keeps B B^T, and this one makes B lower trapezoidal.
+    return jnp.tril(canonical.qr(square_root.T)[0].T)
 
   b = factor(polar.u[:, ::-1], -excess[::-1], columns[0])
   c = factor(polar.u, excess, columns[1])
   return structured.IdentityMinusGram(b, c, columns=len(polar.rotation))
-
-
-def _lower(factor: jax.Array) -> jax.Array:
-  """Returns the lower trapezoidal B `[d, k]` with the same `B B^T` as the factor.
-
-  Its diagonal is not negative. If the last columns of the factor are zero, so are those
-  of B.
-  """
-  # In the QR factorisation of the transposed factor, R is upper trapezoidal, and R^T
-  # is B.
-  r = jnp.linalg.qr(factor.T, mode='r')
-  r = jnp.where(jnp.diagonal(r)[:, None] < 0, -r, r)
-  return jnp.tril(jnp.pad(r.T, ((0, 0), (0, factor.shape[1] - len(r)))))

@@ -138,6 +138,17 @@ def quarters(log2: jax.Array) -> jax.Array:
   return 4 * q.astype(jnp.int32) + i
 
 
+def exponents(log2: jax.Array, most: float) -> jax.Array:
+  """Returns exponents of rows or columns whose sizes have these logarithms, int8.
+
+  The logarithms are centred and cut at the greatest magnitude. Those that are not
+  finite count as the mean.
+  """
+  known = jnp.isfinite(log2)
+  centred = jnp.where(known, log2 - jnp.mean(log2, where=known), 0)
+  return quarters(jnp.clip(centred, -most, most)).astype(jnp.int8)
+
+
 def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
   """Returns the nearest multiples of a step, in the shape of the array."""
   steps = jnp.rint(array / step)
@@ -179,28 +190,24 @@ def quantize(
   chex.assert_shape(moments, (len(kernel),) * 2)
   order, lower, pivots = _factors(moments)
   rows = kernel[order]
-  exponents: list[jax.Array | None] = [None, None]
+  axis_exponents: list[jax.Array | None] = [None, None]
   if outputs is not None:
-    of_inputs, of_outputs = _exponents(pivots), _exponents(outputs)
+    of_inputs, of_outputs = map(_exponents, (pivots, outputs))
     factors, columns = map(structured.line_factors, (of_inputs, of_outputs))
     rows = rows / (factors[:, None] * columns)
     lower = lower * (factors[:, None] / factors)
-    exponents = [jnp.zeros_like(of_inputs).at[order].set(of_inputs), of_outputs]
+    axis_exponents = [jnp.zeros_like(of_inputs).at[order].set(of_inputs), of_outputs]
   rounded = jnp.rint(_round_rows(rows, step, lower) / step)
   integers = jnp.zeros_like(kernel).at[order].set(rounded)
   if axis == 1:
-    integers, exponents = integers.T, exponents[::-1]
-  return structured.UniformlyQuantized(integers, step, 'float32', *exponents)
+    integers, axis_exponents = integers.T, axis_exponents[::-1]
+  return structured.UniformlyQuantized(integers, step, 'float32', *axis_exponents)
 
 
 def _exponents(counts: jax.Array) -> jax.Array:
-  """Returns exponents of lines for steps in proportion to `counts^(-1/2)`, int8."""
-  mean = jnp.mean(counts)
-  is_useful = jnp.isfinite(counts).all() & (mean > 0)
-  counts = jnp.where(is_useful, counts / jnp.where(is_useful, mean, 1), 1)
-  log2 = -jnp.log2(jnp.maximum(counts, 0) + _LEAST_COUNT) / 2
-  log2 = jnp.clip(log2 - jnp.mean(log2), -_MOST_OCTAVES, _MOST_OCTAVES)
-  return quarters(log2).astype(jnp.int8)
+  """Returns exponents for steps in proportion to `counts^(-1/2)`, int8."""
+  damped = jnp.maximum(counts, 0) + _LEAST_COUNT * jnp.mean(counts)
+  return exponents(-jnp.log2(damped) / 2, _MOST_OCTAVES)
 
 
 def _factors(moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -167,14 +167,14 @@ def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.A
   return integers.astype(jnp.uint16)
 
 
-def fit(correction: Correction) -> np.ndarray:
-  """Returns frequency tables for the base and the extra levels: int64 `[2, 17]`."""
+def fit(correction: Correction, *others: jax.Array) -> np.ndarray:
+  """Returns a frequency table for each kind of level, and for others: `[T, 17]`."""
 
   def table(symbols: jax.Array) -> np.ndarray:
     counts = np.bincount(np.asarray(symbols).reshape(-1), minlength=LEVELS)
     return tables.quantize(counts if counts.any() else np.eye(LEVELS, dtype=int)[0])
 
-  return np.stack([table(correction.base), table(correction.extra)])
+  return np.stack([table(x) for x in (correction.base, correction.extra, *others)])
 
 
 def codec(groups: jax.Array, count: int, frequencies: jax.Array) -> codecs.Codec:

@@ -211,11 +211,9 @@ def _triangle(matrix: jax.Array) -> jax.Array:
 
 def _symmetric(values: jax.Array, n: int) -> jax.Array:
   """Returns the symmetric matrix with this lower triangle: `[S]` to `[n, n]`."""
-  i, j = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(n, dtype=jnp.int32)[None]
-  row, column = jnp.maximum(i, j), jnp.minimum(i, j)
-  second = row < n // 2
-  index = jnp.where(second, row * (n + 1) + n - row, (n - 1 - row) * (n + 1)) + column
-  return values.at[index].get(mode='promise_in_bounds')
+  row, column = _places(n)
+  lower = jnp.zeros((n, n), values.dtype).at[row, column].set(values)
+  return lower.at[column, row].set(values)
 
 
 def _float16_value(ordinals: jax.Array) -> jax.Array:

@@ -129,12 +129,11 @@ def correct(
   margin: jax.Array | float = max(1 / 8, n**0.5 / 128)
   vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
   flips = (_compose(vectors, signs) * recovered).sum(axis=0) < 0
-  factor = _compact_factor(vectors)
 
   def remaining(recovered: jax.Array) -> jax.Array:
     """Reflects all columns at once, each by the reflections of those before it."""
     flipped = jnp.where(flips, -recovered, recovered)
-    inner = _solve(factor, _matmul(vectors.T, flipped), transpose=True)
+    inner = _reflections(vectors, flipped, transpose=True)
     return jnp.tril(flipped - _matmul(vectors, jnp.triu(inner, 1)))
 
   reflected = remaining(recovered)
@@ -200,8 +199,7 @@ def _recover_columns(
   def read_panel(remaining: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     panel = jax.lax.dynamic_slice_in_dim(remaining, start, _PANEL, axis=1)
     _, vectors, cells = native.loop(read_columns)(panel, start)
-    inner = _matmul(vectors.T, remaining)
-    inner = _solve(_compact_factor(vectors), inner, transpose=True)
+    inner = _reflections(vectors, remaining, transpose=True)
     return remaining - _matmul(vectors, inner), cells
 
   remaining, panels = jax.lax.scan(
@@ -212,10 +210,7 @@ def _recover_columns(
 
 def fit(correction: FrameCorrection) -> np.ndarray:
   """Returns tables for base levels, extra levels and flips: int64 `[3, 17]`."""
-  flips = np.asarray(correction.flips).astype(np.int64).reshape(-1)
-  counts = np.bincount(flips, minlength=correction_lib.LEVELS)
-  levels = correction_lib.fit(correction.cells)
-  return np.concatenate([levels, tables.quantize(counts)[None]])
+  return correction_lib.fit(correction.cells, correction.flips)
 
 
 def correction_codec(n: int, k: int, frequencies: jax.Array) -> codecs.Codec:
@@ -311,22 +306,21 @@ def _norms(x: jax.Array) -> jax.Array:
 def _compose(vectors: jax.Array, signs: jax.Array) -> jax.Array:
   """Returns `H_0 ... H_{k-1} D`, given Householder vectors and signs."""
   diagonal = jnp.eye(vectors.shape[0], signs.size, dtype=jnp.float32) * -signs
-  inner = _solve(_compact_factor(vectors), _matmul(vectors.T, diagonal))
-  return diagonal - _matmul(vectors, inner)
+  return diagonal - _matmul(vectors, _reflections(vectors, diagonal, transpose=False))
 
 
-def _compact_factor(vectors: jax.Array) -> jax.Array:
-  """Returns the inverse of the triangular T in `H_0 ... H_{k-1} = I - V T V^T`."""
+def _reflections(vectors: jax.Array, x: jax.Array, *, transpose: bool) -> jax.Array:
+  """Returns `T V^T x`, or `T^T V^T x`, of `H_0 ... H_{k-1} = I - V T V^T`.
+
+  T is the inverse of a triangular matrix with the products of the vectors.
+  """
   gram = _matmul(vectors.T, vectors)
   diagonal = jnp.diagonal(gram)
   # A zero vector stands for no reflection.
   diagonal = jnp.where(diagonal > 0, diagonal / 2, 1)
-  return jnp.triu(gram, 1) + jnp.diag(diagonal)
-
-
-def _solve(factor: jax.Array, x: jax.Array, *, transpose: bool = False) -> jax.Array:
-  """Returns the solution of a triangular system."""
-  return jax.scipy.linalg.solve_triangular(factor, x, trans=int(transpose))
+  factor = jnp.triu(gram, 1) + jnp.diag(diagonal)
+  products = _matmul(vectors.T, x)
+  return jax.scipy.linalg.solve_triangular(factor, products, trans=int(transpose))
 
 
 def _places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
@@ -352,13 +346,7 @@ def _pack(matrix: jax.Array, n: int, k: int) -> jax.Array:
 
 def _unpack(values: jax.Array, n: int, k: int) -> jax.Array:
   """Puts values `[S]` at the places of the cells and zeros elsewhere: `[n, k]`."""
-  row, column = jnp.ogrid[:n, :k]
-  second = column >= (k + 1) // 2
-  pair = jnp.where(second, k - 1 - column, column)
-  start = pair * (2 * n - 1 - k) + jnp.where(second, n - 1 - pair, 0)
-  index = start + row - column
-  is_sign = (row == n - 1) & (column == n - 1)
-  index = jnp.where(is_sign, n * (n - 1) // 2, index)
-  present = (row >= column) & (row < n - 1) | is_sign
-  taken = values.at[jnp.where(present, index, 0)].get(mode='promise_in_bounds')
-  return jnp.where(present, taken, jnp.zeros_like(taken))
+  matrix = jnp.zeros((n, k), values.dtype)
+  return matrix.at[_places(n, k)].set(
+    values, mode='promise_in_bounds', unique_indices=True
+  )
