@@ -62,7 +62,7 @@ def naming(name: str) -> Iterator[None]:
     yield
   except ValueError as error:
     text = str(error)
-    is_named = not name or text.startswith(name)
+    is_named = not name or text.startswith(f'{name}: ')
     raise ContainerError(text if is_named else f'{name}: {text}') from error
 
 

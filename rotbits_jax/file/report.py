@@ -35,19 +35,14 @@ BACK: dict[presets.Keeps, str] = {
 }
 """What a decoded file is, by what its preset keeps."""
 
-_REMARK = (
-  'The decoded model computes {} function in other weights. Adapters (LoRA) that were '
-  'trained on the input do not fit it: merge them first, or use the preset exact.'
+_ADAPTERS = (
+  'The weights are others, and adapters (LoRA) that were trained on the input do not '
+  'fit them: merge those first, or use the preset exact.'
 )
-_REMARKS = {
-  'function': _REMARK.format('the same'),
-  'approximation': _REMARK.format('nearly the same'),
-}
 _MEASURE = 'Measure how much it differs with `rotbits evaluate`.'
 _UNMEASURED = (
   'No divergence was measured, because the tensors are of no known family: compare the '
-  'predictions of the decoded checkpoint with those of the input, on a text that '
-  'matters to you.'
+  'predictions with those of the input, on a text that matters to you.'
 )
 
 Note = dict[str, Any]
@@ -111,15 +106,10 @@ class Report(NamedTuple):
       name = f'  {name}' if sign else name
       lines.append(f'{name:24}{elements:>16}{size:>18} {share:>8}  {drawn}')
     for name, rows in self.tables(verbose=verbose).items():
-      widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-      lines += ['', f'{name}:']
-      for row in rows:
-        cells = [x.ljust(width) for x, width in zip(row, widths, strict=True)]
-        lines.append(f'  {"  ".join(cells).rstrip()}')
-    lines = [text.printable(line) for line in lines]
+      lines += ['', f'{name}:', *_aligned(rows)]
     for remark in self.remarks():
       lines += ['', *textwrap.wrap(remark, _WIDTH)]
-    return '\n'.join(lines)
+    return '\n'.join(map(text.printable, lines))
 
   def bars(self) -> list[Bar]:
     """Returns the bars from the tensors to the file; each begins where one ended."""
@@ -163,7 +153,8 @@ class Report(NamedTuple):
         f'as {next(iter(self.needs))}: whoever decodes it passes that model with '
         '--base.'
       )
-    remarks += [_REMARKS[self.keeps]] if self.keeps in _REMARKS else []
+    if self.keeps != 'bits':
+      remarks.append(_ADAPTERS)
     if self.keeps == 'approximation':
       remarks.append(_UNMEASURED if self.family is None else _MEASURE)
     return remarks
@@ -259,47 +250,49 @@ def _beside_base(leaf: manifest.Leaf) -> Note:
   return note
 
 
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Returns the lines of a table."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  padded = [
+    [cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows
+  ]
+  return [text.printable(f'  {"  ".join(row)}'.rstrip()) for row in padded]
+
+
 # ---- the page ------------------------------------------------------------------------
 
 
 def report_page(
   source: container.Readable, *, verified: verification.Verification | None = None
 ) -> str:
-  """Returns the report of a file as a web page, HTML.
+  """Returns the report of a file as a web page, HTML, that needs no network.
 
-  Args:
-    source: a path, bytes, or an open binary file.
-    verified: the result of `verify` against the checkpoint, which the page then tells.
+  If the result of `verify` against the checkpoint is given, the page tells it.
   """
   path = 'FILE'
   if isinstance(source, str | os.PathLike):
     path = text.printable(os.path.basename(os.fsdecode(source)))
   with reader_lib.Reader(source) as reader:
     report = from_reader(reader)
-    sections = {
-      'The bytes': _bars(report),
-      'The records': _records(reader),
-      'The steps': ''.join(
-        f'<h3>{html.escape(name)}</h3>{_table(rows)}'
-        for name, rows in report.tables().items()
-      ),
-      'To load it': _loading(path, report),
-    }
+    tables = {'The records': _aligned(_records(reader))} if reader.records else {}
+  steps = [
+    line
+    for name, rows in report.tables().items()
+    for line in (f'{name}:', *_aligned(rows), '')
+  ]
+  tables |= {'The steps': steps} if steps else {}
+  base, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
+  loading = [f'rotbits decode --input={path} --output=DIR{base}']
+  if report.family is not None:
+    loading += ['', f"model = rotbits_jax.load('{path}'{argument})  # JAX arrays"]
+  tables['To load it'] = loading
   before, after = map(text.of_bytes, (report.input_bytes, report.file_bytes))
   share = report.file_bytes / max(report.input_bytes, 1)
   title = html.escape(f'{path}: {before} to {after}, {share:.1%}')
-  back = BACK[report.keeps]
-  measured = ''
-  if verified is not None and verified.same_bits:
-    measured = ' Compared with the checkpoint: all bits are the same.'
-  elif verified is not None and verified.kl is not None:
-    measured = (
-      f' Its predictions differ from those of the checkpoint by {verified.kl:.2g} nats '
-      f'(KL, random tokens); rounding alone makes {verified.kl_rerounded or 0:.2g}.'
-    )
   family = f', family {report.family}' if report.family else ''
+  back = BACK[report.keeps]
   paragraphs = [
-    f'{back[0].upper()}{back[1:]}.{measured}',
+    f'{back[0].upper()}{back[1:]}.{_measured(verified)}',
     f'{report.file_bytes:,} bytes in the file for {report.input_bytes:,} bytes of '
     f'tensors. Preset {report.preset}{family}.',
     *report.remarks(),
@@ -310,9 +303,25 @@ def report_page(
       '<meta name="viewport" content="width=device-width, initial-scale=1">',
       f'<title>{title}</title><style>{_CSS}</style></head><body><h1>{title}</h1>',
       *(f'<p>{html.escape(x)}</p>' for x in paragraphs),
-      *(f'<h2>{name}</h2>{content}' for name, content in sections.items() if content),
+      f'<h2>The bytes</h2>{_bars(report)}',
+      *(
+        f'<h2>{name}</h2><pre>{html.escape(chr(10).join(map(text.printable, lines)))}</pre>'
+        for name, lines in tables.items()
+      ),
       '</body></html>\n',
     ]
+  )
+
+
+def _measured(verified: verification.Verification | None) -> str:
+  """Returns the sentence on the comparison with the checkpoint; '' without one."""
+  if verified is not None and verified.same_bits:
+    return ' Compared with the checkpoint: all bits are the same.'
+  if verified is None or verified.kl is None:
+    return ''
+  return (
+    f' Its predictions differ from those of the checkpoint by {verified.kl:.2g} nats '
+    f'(KL, random tokens); rounding alone makes {verified.kl_rerounded or 0:.2g}.'
   )
 
 
@@ -325,11 +334,11 @@ def _bars(report: Report) -> str:
     f'width:{end - begin:.3%}"></i></td></tr>'
     for name, sign, _, size, share, begin, end in report.bars()
   ]
-  return f'<table style="width: 100%">{"".join(rows)}</table>'
+  return f'<table>{"".join(rows)}</table>'
 
 
-def _records(reader: reader_lib.Reader) -> str:
-  """Tabulates the bits of a number for each type of record; '' without any."""
+def _records(reader: reader_lib.Reader) -> list[list[str]]:
+  """Returns a table of the bits of a number for each type of record."""
   types: dict[str, list[Any]] = {}
   for name, record in reader.records.items():
     types.setdefault(models.names.pattern(name), []).append(record)
@@ -339,35 +348,15 @@ def _records(reader: reader_lib.Reader) -> str:
     sizes = sum(x.input.bytes for x in records), sum(x.nbytes for x in records)
     bits = [f'{8 * size / max(count, 1):.2f}' for size in sizes]
     rows.append([pattern, f'{len(records):,}', f'{count:,}', *bits])
-  return _table(rows) if rows[1:] else ''
-
-
-def _loading(name: str, report: Report) -> str:
-  """Shows how the file is decoded and loaded."""
-  flag, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
-  lines = f'rotbits decode --input={name} --output=DIR{flag}'
-  if report.family is not None:
-    lines += f"\n\nimport rotbits_jax\nmodel = rotbits_jax.load('{name}'{argument})"
-  return f'<pre>{html.escape(lines)}</pre>'
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-  """Returns a table, whose first row is the header; its cells are escaped."""
-  tags = ['th', *['td'] * (len(rows) - 1)]
-  cells = [
-    ''.join(f'<{tag}>{html.escape(x)}</{tag}>' for x in row)
-    for tag, row in zip(tags, rows, strict=True)
-  ]
-  return f'<table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table>'
+  return rows
 
 
 _CSS = """
 :root { color-scheme: light dark; }
-body { max-width: 56rem; margin: 0 auto; padding: 1rem; overflow-x: auto; }
-body { font: 16px/1.5 system-ui, sans-serif; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 2px 12px 2px 0; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, .track { text-align: left; }
+body { max-width: 56rem; margin: 0 auto; padding: 1rem; font: 16px/1.5 sans-serif; }
+table { width: 100%; }
+td { padding: 2px 12px 2px 0; text-align: right; white-space: nowrap; }
+td:first-child, .track { text-align: left; }
 .track { width: 50%; }
 .track i { display: block; height: 14px; min-width: 2px; }
 .whole { background: #8a93a0; } .less { background: #0b62b5; }
