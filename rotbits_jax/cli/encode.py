@@ -6,21 +6,17 @@ The checkpoint is one of Hugging Face (safetensors or pytorch_model.bin, sharded
 or of Microsoft's SliceGPT. The presets:
 
   exact  keeps every bit. The default for dense checkpoints, of any family.
-  free   keeps the function of the model up to rounding, and changes its coordinates.
-         The default for sliced checkpoints, which it makes two fifths smaller. LoRA
-         adapters that were trained on the input do not fit the decoded model.
-  near   changes the function a little and makes the file much smaller: rounds the
-         elements of an array to multiples of a step near 2^STEP times their root mean
+  free   keeps the function of the model up to rounding, in other weights, which LoRA
+         adapters of the input do not fit. The default for sliced checkpoints.
+  near   also rounds elements to multiples of a step, near 2^STEP times their root mean
          square. --max_kl searches the coarsest steps that keep the mean KL divergence
          on a --text below a bound; --target_size and --bits the finest step of a size.
   paper  rotates a sliced model at random and gets the bits of the rotations back, as in
          arXiv 2410.01309.
 
---config sets a preset and its options. It takes a name in the folder configs of the
-repository, or a path; `published:MODEL` is the paper's own scheme:
+--config sets a preset and its options, by a name in the folder configs or by a path:
 
   rotbits encode --checkpoint=DIR --output=FILE --config=free --config.tolerance=1.0
-  rotbits encode --checkpoint=DIR --output=FILE --config=published:opt-6.7b
 
 With --base the file holds only how a model differs from one that the receiver has, such
 as the base of a fine-tune; every bit comes back with the same --base:
@@ -32,12 +28,9 @@ The file appears when it is complete. With --shard_size a run that was killed fi
 complete shards again, and with --distributed process i of `jax.distributed` encodes
 every n-th shard.
 
-JSON: that of `rotbits inspect`, and
-
-  given_bytes    bytes of the weights files of the input; null if unknown
-  left_out       list of the files and folders that are not kept
-  plain_because  why the checkpoint is stored as plain tensors, or null
-  curve          list of objects: step, kl; the points of --max_kl, or null
+JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
+that are not kept; plain_because, why the checkpoint is stored as plain tensors; curve,
+a list of objects with the step and the kl of the points of --max_kl.
 """
 
 import pathlib

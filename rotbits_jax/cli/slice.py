@@ -6,10 +6,9 @@ r"""Slices a dense checkpoint with SliceGPT: fewer elements, similar predictions
 Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
 of the interval. The calibration text decides which directions stay. The output is that
 of Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
-configs and tokenizer. --encoded also writes the file of `rotbits encode --preset=free`,
-from the elements before they are rounded; --recipe the same relative to the dense
-model, which decoding then needs as --base. Slicing costs quality, most of all in small
-models: measure it with `rotbits evaluate`.
+other files. --encoded also writes the file of `rotbits encode --preset=free`, from the
+elements before they are rounded; --recipe the same relative to the dense model, which
+decoding then needs as --base. Measure what it costs with `rotbits evaluate`.
 
 JSON: the paths weights, encoded and recipe; hidden_size of the dense model; width of
 the first segment of the sliced model; count of the tokens that calibrated it.

@@ -302,7 +302,7 @@ class Manifest(schema.Object, kw_only=True):
   """The description of a file, or of one shard of a model; see `docs/format.md`."""
 
   preset: str
-  options: dict[str, Any]
+  options: dict[str, _Setting | dict[str, schema.Scalar]]
   keeps: presets.Keeps
   config: models.ModelConfig | None = None
   stem: str | None = None

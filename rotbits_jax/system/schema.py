@@ -92,25 +92,27 @@ def dump(record: Any) -> Any:
 
 
 def parse(data: bytes | str) -> Any:
-  """Parses a JSON text in UTF-8 whose keys differ and whose levels are few."""
+  """Parses a JSON text in UTF-8, in which no key of an object is repeated."""
   try:
     value = msgspec.json.decode(data)
     json.loads(data, object_pairs_hook=_object)  # msgspec takes the last of equal keys
   except (msgspec.DecodeError, RecursionError) as error:
     raise ValueError(f'not JSON: {error}') from None
-  level, depth = [value], 0
-  while level := [child for node in level for child in _children(node)]:
-    depth += 1
-    if depth >= _MOST_DEPTH:
-      raise ValueError('not JSON: it is nested too deeply')
   return value
 
 
-def _children(value: Any) -> Iterable[Any]:
-  """Returns the values in a list or an object."""
-  if isinstance(value, dict):
-    return value.values()
-  return value if isinstance(value, list) else ()
+def check_depth(value: Any) -> None:
+  """Refuses a JSON value that nests deeply, if others walk it recursively."""
+  level = [value]
+  for _ in range(_MOST_DEPTH):
+    nodes = (x.values() if isinstance(x, dict) else x for x in level if _nests(x))
+    level = [child for node in nodes for child in node]
+  if any(map(_nests, level)):
+    raise ValueError('not JSON: it is nested too deeply')
+
+
+def _nests(value: Any) -> bool:
+  return isinstance(value, list | dict)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> None:
