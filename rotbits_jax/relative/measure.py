@@ -235,28 +235,28 @@ def scales(
   some_rows, some_columns = (
     slice(None, None, max(length // _LINES, 1)) for length in bits.shape
   )
+
+  def roots_of(*part: slice) -> np.ndarray:
+    return np.sqrt(np.abs(factors_lib.floats(bits[part], known[part], dtype)))
+
   of_columns, share = np.ones(columns), 1.0
   if rows >= _LEAST_LINES:
-    roots = np.sqrt(
-      np.abs(factors_lib.floats(bits[some_rows], known[some_rows], dtype))
-    )
+    roots = roots_of(some_rows)
     share = float(np.count_nonzero(roots)) / roots.size
     means = roots.mean(axis=1, keepdims=True)
-    present = max(np.count_nonzero(means), 1)
     roots = np.divide(roots, means, out=roots, where=means > 0)
+    present = max(int(np.count_nonzero(means)), 1)
     of_columns = roots.sum(axis=0, dtype=np.float64) / present
   some = of_columns[some_columns]
   weights = np.divide(1, some, out=np.zeros_like(some), where=some > _TINY)
   weights = weights.astype(np.float32)
 
   def job(part: slice) -> np.ndarray:
-    near = known[part, some_columns]
-    off = factors_lib.floats(bits[part, some_columns], near, dtype)
     with np.errstate(all='ignore'):
-      return (np.sqrt(np.abs(off)) * weights).sum(axis=1, dtype=np.float64)
+      return (roots_of(part, some_columns) * weights).sum(axis=1, dtype=np.float64)
 
   sums = np.concatenate(difference.in_parts(job, rows, weights.size))
-  of_rows, bias = sums / max(np.count_nonzero(weights), 1), 0
+  of_rows, bias = sums / max(int(np.count_nonzero(weights)), 1), 0
   if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
     bias = 8 * (one + mantissa)

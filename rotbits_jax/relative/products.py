@@ -93,7 +93,7 @@ class Form(schema.Object):
     """
     try:
       if self.kind == 'shortcut':
-        product = _shortcut(*bases, shape[0])
+        product = _shortcut(bases[0], bases[1], shape[0])
       else:
         product = self._product(arrays, bases, dtype)
     except (IndexError, MemoryError) as error:

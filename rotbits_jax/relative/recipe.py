@@ -141,17 +141,17 @@ class Recipe:
 
   def _segment(self, index: int) -> _Segment | None:
     is_rounded, roundoff = self._is_rounded, self._context.roundoff
-    found = self._first[is_rounded] if index == 0 else self._fit(index, is_rounded)
-    basis = found.basis
-    if basis is None or found.error > _UNRELATED:
+    fitted = self._first[is_rounded] if index == 0 else self._fit(index, is_rounded)
+    basis = fitted.basis
+    if basis is None or fitted.error > _UNRELATED:
       return None
     if self._keeps_bits:
-      leaf: Any = found.as_basis(roundoff)
+      leaf: Any = fitted.as_basis(roundoff)
       return _Segment(leaf, leaf.materialize(), None)
     if basis.shape[0] == basis.shape[1]:
       return _Segment(None, None, basis.T)
     is_narrow = subspaces.is_narrow(basis.shape)
-    leaf = found.as_basis(roundoff) if is_narrow else found.as_subspace(roundoff)
+    leaf = fitted.as_basis(roundoff) if is_narrow else fitted.as_subspace(roundoff)
     numbers = leaf.materialize()
     # The two have the same subspace, up to rounding.
     near = np.ldexp(numbers.astype(np.float64), -subspaces.UNIT)
@@ -220,15 +220,15 @@ class Recipe:
     target, dense = host.contiguous(target), [x for x, _ in arrays]
     is_rounded = self._is_rounded and form.kind != 'shortcut'
     form = msgspec.structs.replace(form, rounded=is_rounded)
-    made = form.tensor(dense, bases, target.shape, target.dtype)
+    product = form.tensor(dense, bases, target.shape, target.dtype)
     roundoff = self._context._replace(dtype=target.dtype).roundoff
     pair = fit.Pair(form, dense, target)
-    if not self._keeps_bits and pair.is_rounded(made, roundoff):
-      target = made
+    if not self._keeps_bits and pair.is_rounded(product, roundoff):
+      target = product
     known = products.Product(
       **msgspec.structs.asdict(form), arrays=tuple(x for _, x in arrays)
     )
-    return base_lib.beside_known(target, made, known)
+    return base_lib.beside_known(target, product, known)
 
 
 def _times(

@@ -236,7 +236,8 @@ def _resized(leaf: Any, lengths: Mapping[str, int]) -> Any:
   """Pads the ragged axes of an unstacked leaf with zeros, or removes these."""
   resized = {}
   for name, annotation, array in fields.arrays_of(leaf):
-    axes = zip(annotation.axes if annotation.ragged else '', array.shape, strict=False)
+    letters = (annotation.axes or '') if annotation.ragged else ''
+    axes = zip(letters, array.shape, strict=False)
     extra = {axis: lengths.get(axis, length) - length for axis, length in axes}
     ends = [(n, 0) if axis in annotation.first else (0, n) for axis, n in extra.items()]
     if any(extra.values()):

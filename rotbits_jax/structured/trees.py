@@ -166,8 +166,10 @@ def same_bits(a: Any, b: Any) -> bool:
   >>> same_bits({'w': np.float32([0.0])}, {'w': np.float32([-0.0])})
   False
   """
-  (leaves, treedef), (others, other_treedef) = map(jax.tree.flatten, (a, b))
-  return bool(treedef == other_treedef) and all(map(_same_array, leaves, others))
+  structures: Any = jax.tree.structure(a), jax.tree.structure(b)
+  return bool(structures[0] == structures[1]) and all(
+    map(_same_array, jax.tree.leaves(a), jax.tree.leaves(b))
+  )
 
 
 def _same_array(x: Any, y: Any) -> bool:
