@@ -189,27 +189,36 @@ class WeightIndex(schema.Object):
     return dict(sorted(names.items()))
 
 
-def index_json(shards: Mapping[str, Specs], metadata: Any) -> bytes:
-  """Returns the content of an index, with the metadata of an older one but the size."""
-  total = sum(spec.nbytes for shard in shards.values() for spec in shard.values())
-  weight_map = {name: file for file, shard in shards.items() for name in shard}
-  kept = metadata if isinstance(metadata, dict) else {}
-  index = {'metadata': kept | {'total_size': total}, 'weight_map': weight_map}
-  return (json.dumps(index, indent=2, sort_keys=True) + '\n').encode()
+def divided(
+  specs: Specs, index: bytes | None, shard_size: int | None
+) -> tuple[dict[str, Specs], bytes | None]:
+  """Divides tensors among files as an index of them says, or as Hugging Face does.
 
+  Args:
+    specs: the tensors by name.
+    index: an older index, if there is one.
+    shard_size: the greatest number of bytes in a file with more than one tensor; None
+      for the files of the index, or one.
 
-def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
-  """Divides tensors among files as Hugging Face does; returns those of each file.
-
-  `shard_size` is the greatest number of bytes in a file with more than one tensor. One
-  file is `model.safetensors`; several are `model-00001-of-0000N.safetensors` and so on.
+  Returns:
+    The tensors of each file by the name of the file, and the new index of several.
   """
   sizes = {name: spec.nbytes for name, spec in specs.items()}
-  groups = outputs.divided(sizes, shard_size)
-  names = [WEIGHTS]
-  if len(groups) > 1:
-    names = outputs.numbered('model', '.safetensors', len(groups))
-  return {
-    file: {name: specs[name] for name in group}
-    for file, group in zip(names, groups, strict=True)
+  older = None if index is None or shard_size is not None else WeightIndex.parse(index)
+  metadata: Any = {}
+  if older is not None and older.weight_map.keys() == specs.keys():
+    names, metadata = older.shards(), older.metadata
+  else:
+    groups = [[*group] for group in outputs.divided(sizes, shard_size)]
+    numbered = outputs.numbered('model', '.safetensors', len(groups))
+    names = dict(zip(numbered if len(groups) > 1 else [WEIGHTS], groups, strict=True))
+  shards: dict[str, Specs] = {
+    file: {name: specs[name] for name in group} for file, group in names.items()
   }
+  if [*shards] == [WEIGHTS]:
+    return shards, None
+  metadata = metadata if isinstance(metadata, dict) else {}
+  weight_map = {name: file for file, shard in shards.items() for name in shard}
+  total = {'total_size': sum(sizes.values())}
+  content = {'metadata': metadata | total, 'weight_map': weight_map}
+  return shards, (json.dumps(content, indent=2, sort_keys=True) + '\n').encode()

@@ -6,8 +6,7 @@ target when all are complete, see `outputs.move`. After an exception it is remov
 Raises:
   CheckpointError: if a required file is missing, if a name is not that of a file, or if
     the format does not support the dtype of a tensor.
-  OSError: if the directory cannot be written or must not be replaced, if the file
-    system takes two names for one, or if another process writes to it.
+  OSError: if the directory cannot be written or must not be replaced.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,6 @@ import pathlib
 import typing
 from typing import Any, Literal, Self
 
-import msgspec
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -56,14 +54,10 @@ class FolderWriter:
     files: Mapping[str, bytes],
     overwrite: bool = True,
   ):
-    """Plans the files.
+    """Plans the files, which may replace those of an older checkpoint.
 
-    Args:
-      path: the target directory, which is made if it does not exist.
-      weights: by the name of each weights file, the header of a safetensors file, or
-        the tensors of a PyTorch file.
-      files: the files to put beside the weights, by name.
-      overwrite: whether an existing checkpoint may be replaced.
+    `weights` has, by the name of each weights file, the header of a safetensors file or
+    the tensors of a PyTorch file; `files` has those to put beside them.
     """
     self._path, self._weights = path, weights
     self._files, self._overwrite = files, overwrite
@@ -234,10 +228,9 @@ class CheckpointWriter(FolderWriter):
     index = files.pop(safetensors.INDEX, None)
     weights: dict[str, Any] = {f'{stem}.pt': specs}
     if format != 'slicegpt':
-      shards, metadata = _divided(specs, index, shard_size)
+      shards, new_index = safetensors.divided(specs, index, shard_size)
       weights = {name: safetensors.header(shard) for name, shard in shards.items()}
-      if [*weights] != [safetensors.WEIGHTS]:
-        files[safetensors.INDEX] = safetensors.index_json(shards, metadata)
+      files |= {} if new_index is None else {safetensors.INDEX: new_index}
     super().__init__(directory, weights, files=files, overwrite=overwrite)
 
   def __enter__(self) -> Self:
@@ -248,12 +241,7 @@ class CheckpointWriter(FolderWriter):
     return self
 
   def add(self, path: str, leaf: Any) -> None:
-    """Adds a parameter once, whose shape and dtype are the planned ones.
-
-    Args:
-      path: its path in the model, like 'layers.3/attention/query/kernel'.
-      leaf: an array, or a structured leaf, which is materialized; but see `shortcuts`.
-    """
+    """Adds a parameter once: an array or a structured leaf, which is materialized."""
     if path not in self._parameters:
       raise ValueError(f'{path}: there is no such parameter, or it was added before')
     expected = self._parameters.pop(path)
@@ -269,21 +257,6 @@ class CheckpointWriter(FolderWriter):
         self.add_tensor(entry.name, *entry.write(leaves))
 
 
-def _divided(
-  specs: safetensors.Specs, index: bytes | None, shard_size: int | None
-) -> tuple[dict[str, safetensors.Specs], Any]:
-  """Divides tensors among files, as an index of them says; and returns its metadata."""
-  if index is not None and shard_size is None:
-    parsed = safetensors.WeightIndex.parse(index)
-    if parsed.weight_map.keys() == specs.keys():
-      shards = parsed.shards().items()
-      divided: dict[str, safetensors.Specs] = {
-        shard: {name: specs[name] for name in names} for shard, names in shards
-      }
-      return divided, parsed.metadata
-  return safetensors.plan_shards(specs, shard_size), None
-
-
 def save_checkpoint(
   checkpoint: tensors_lib.Checkpoint,
   directory: str | os.PathLike[str],
@@ -294,11 +267,8 @@ def save_checkpoint(
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
-  `CheckpointWriter` describes the arguments.
-
-  Raises:
-    ValueError: if the format does not suit the model, if a file name is not valid, or
-      if the `config.json` is that of another model.
+  `CheckpointWriter` describes the arguments. A ValueError is raised if the format does
+  not suit the model, or if the `config.json` is that of another model.
   """
   model, files, stem = checkpoint
   leaves = tensors_lib.leaves_of(model)
@@ -323,11 +293,8 @@ def fitting_files(
 ) -> dict[str, bytes]:
   """Returns sidecar files that do not tie a head that differs from the embedding.
 
-  A checkpoint may store its tied head, and a training then changes both. Files without
-  the config of a known family are returned as they are.
-
-  Raises:
-    ValueError: if the model has another config than the files; names the fields.
+  A checkpoint may store its tied head, and a training then changes both. A ValueError
+  names the fields if the model has another config than the files, of a known family.
   """
   config = model.config
   names = [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]
@@ -336,11 +303,10 @@ def fitting_files(
     of_files = config_lib.parse_config(*parsed)
   except (KeyError, errors.CheckpointError):
     return files
-  if is_untied := of_files.tied_head and not config.tied_head:
-    of_files = msgspec.structs.replace(of_files, tied_head=False)
   fields = config.__struct_fields__
   differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
-  if differing:
+  is_untied = of_files.tied_head and not config.tied_head
+  if differing not in ([], ['tied_head']) or (differing and not is_untied):
     listed, text = ', '.join(names), ', '.join(differing)
     raise ValueError(
       f'{listed}: the config of the model has another {text}; change {listed}, too'
