@@ -1,7 +1,6 @@
 """What is fuzzed: each target has seeds, a mutation, and a function of bytes.
 
-A target's function ends well, or in one of the errors that the readers promise.
-Checksums of streams are made right by the mutation.
+Its function ends well, or in an error that the readers promise.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,6 +24,7 @@ from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.system import checksums
+from rotbits_jax.system import files
 
 _SMALL = 1 << 16  # elements of a leaf that is materialized
 
@@ -143,7 +143,7 @@ TARGETS: dict[str, Target] = {
   'torch_zip': Target(
     seeds.torch_files,
     mutations.mutate_zip,
-    _of_file(torch_zip.open_file, 'x.pt'),
+    _of_file(lambda path: torch_zip.open_file(files.File.of(path)), 'x.pt'),
     checkpoints.CheckpointError,
   ),
   'plain': Target(

@@ -14,7 +14,10 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  return {name: tensor.read() for name, tensor in torch_zip.open_file(path).items()}
+  return {
+    name: tensor.read()
+    for name, tensor in torch_zip.open_file(tensors_lib.opened(path)).items()
+  }
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

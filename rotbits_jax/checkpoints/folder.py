@@ -152,7 +152,7 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
     file = tensors_lib.opened(listed.parent / shard)
     weights.append(file)
     if is_torch:
-      of_shard = torch_zip.open_file(file.path)
+      of_shard = torch_zip.open_file(file)
     else:
       headers[shard] = safetensors.read_header(file)
       of_shard = safetensors.open_tensors(file, headers[shard], any_dtype=plain)

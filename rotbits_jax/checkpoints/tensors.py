@@ -78,10 +78,6 @@ class LazyTensor(TensorSpec):
 
   read: Callable[[], np.ndarray]
 
-  @property
-  def spec(self) -> TensorSpec:
-    return TensorSpec(self.shape, self.dtype)
-
 
 def opened(path: str | os.PathLike[str]) -> files.File:
   """Records the present state of a weights file."""

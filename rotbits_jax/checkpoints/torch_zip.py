@@ -18,7 +18,6 @@ Raises:
 from collections.abc import Iterable, Iterator, Mapping
 import io
 import math
-import os
 import pathlib
 import pickle
 import struct
@@ -45,21 +44,18 @@ _DAMAGE = (  # errors of a file that is damaged
   LookupError, NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
 
-Path = str | os.PathLike[str]
 
-
-def open_file(path: Path) -> dict[str, tensors_lib.LazyTensor]:
+def open_file(file: files.File) -> dict[str, tensors_lib.LazyTensor]:
   """Opens a file that `torch.save(state_dict)` wrote. No storage is read.
 
   Returns:
     The tensors by name, in the order of the file, with the strides of the file. The
     checksum of a storage is verified when it is first read.
   """
-  file = tensors_lib.opened(path)
-  with errors.named(path, *_DAMAGE):
+  with errors.named(file.path, *_DAMAGE):
     members = _members(file)
     tensors = {
-      name: _tensor(name, view, members, path) for name, view in _state(members).items()
+      name: _tensor(name, view, members) for name, view in _state(members).items()
     }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     if nbytes > _MOST_SHARED * file.size:
@@ -72,7 +68,7 @@ class _Member:
   """A member of a zip file that is not compressed."""
 
   def __init__(self, file: files.File, info: zipfile.ZipInfo):
-    self._file, self._info, self.size = file, info, info.file_size
+    self.file, self._info, self.size = file, info, info.file_size
     # torch.serialization.set_crc32_options(False) leaves zeros.
     self._verified = not info.CRC
 
@@ -80,14 +76,14 @@ class _Member:
     """Returns a part of the content, uint8 `[size]`; verifies the whole at first."""
     name = errors.cut(self._info.filename)
     # The local header's lengths may differ from the central directory's.
-    header, _ = tensors_lib.read(self._file, self._info.header_offset, 30)
+    header, _ = tensors_lib.read(self.file, self._info.header_offset, 30)
     signature, name_length, extra_length = struct.unpack('<4s22xHH', header)
     start = self._info.header_offset + 30 + name_length + extra_length
-    if signature != b'PK\3\4' or start + self.size > self._file.size:
+    if signature != b'PK\3\4' or start + self.size > self.file.size:
       raise errors.CheckpointError(f'the member {name} is truncated')
     if self._verified:
-      return tensors_lib.read(self._file, start + offset, size)[0]
-    content, crc = tensors_lib.read(self._file, start, self.size)
+      return tensors_lib.read(self.file, start + offset, size)[0]
+    content, crc = tensors_lib.read(self.file, start, self.size)
     if crc != self._info.CRC:
       raise errors.CheckpointError(f'the member {name} has a wrong checksum')
     self._verified = True
@@ -204,7 +200,7 @@ def _state(members: Mapping[str, _Member]) -> dict[str, Any]:
 
 
 def _tensor(
-  name: str, view: Any, members: Mapping[str, _Member], path: Path
+  name: str, view: Any, members: Mapping[str, _Member]
 ) -> tensors_lib.LazyTensor:
   """Makes a lazy tensor of a view, after checking that it lies inside its storage."""
   if not isinstance(view, _View):
@@ -231,7 +227,7 @@ def _tensor(
 
   def read() -> np.ndarray:
     start = offset * dtype.itemsize
-    with errors.named(path, *_DAMAGE):
+    with errors.named(member.file.path, *_DAMAGE):
       content = member.read(start, (last + 1) * dtype.itemsize - start if count else 0)
     steps = tuple(s * dtype.itemsize for s in strides)
     return np.ndarray(shape, dtype, content, 0, steps)

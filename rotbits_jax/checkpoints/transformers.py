@@ -33,7 +33,6 @@ Ranks = Mapping[str, tuple[int, int]]
 
 _MODELING = 'modeling_sliced'
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
-_TOKENIZER, _TOKENIZER_CONFIG = 'tokenizer.json', 'tokenizer_config.json'
 _TOKENIZER_SETTINGS = {
   'model_input_names': ['input_ids', 'attention_mask'],
   'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -68,8 +67,8 @@ def renamed(
   if name == entry.name:
     return [entry]
   if path not in ranks:
-    matrix = entry._replace(name=f'{name}.weight', transposed=True)
-    return [matrix._replace(shape=entry.shape[::-1])]
+    shape = entry.shape[::-1]
+    return [entry._replace(name=f'{name}.weight', shape=shape, transposed=True)]
   return [
     entry._replace(name=f'{name}.{x}', shape=(entry.shape[0], columns), factor=x)
     for x, columns in zip('bc', ranks[path], strict=True)
@@ -78,21 +77,16 @@ def renamed(
 
 
 def sidecars(
-  config: models.ModelConfig,
-  files: Mapping[str, bytes],
-  *,
-  stem: str | None,
-  ranks: Ranks,
-  dtype: np.dtype,
+  config: models.ModelConfig, files: Mapping[str, bytes], ranks: Ranks, dtype: np.dtype
 ) -> dict[str, bytes]:
   """Returns the files beside the weights: config, code, tokenizer and others.
 
-  `files` are those of the checkpoint, with the `config.json` of the model before
-  slicing, and the model gets the dtype when it is loaded.
+  `files` has the `config.json` of the model before slicing. The model gets the dtype
+  when it is loaded.
   """
-  named = {name: content for name, content in files.items() if name != f'{stem}.json'}
-  if _TOKENIZER in files:
-    named.setdefault(_TOKENIZER_CONFIG, _json(_TOKENIZER_SETTINGS))
+  named = dict(files)
+  if 'tokenizer.json' in files:
+    named.setdefault('tokenizer_config.json', _json(_TOKENIZER_SETTINGS))
   dense = families.older_rope(config_lib.parse_object(files[CONFIG], CONFIG))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
   class_name, tokenizer = _CLASSES[config.family]

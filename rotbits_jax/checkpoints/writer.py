@@ -210,8 +210,9 @@ class CheckpointWriter(FolderWriter):
     if format == 'transformers':
       ranks, self._buffers = shortcuts or {}, {}
       entries = [x for entry in entries for x in transformers.renamed(entry, ranks)]
+      others = {name: x for name, x in files.items() if name != f'{stem}.json'}
       dtype = self._parameters['embed/tokens'].dtype
-      files = transformers.sidecars(config, files, stem=stem, ranks=ranks, dtype=dtype)
+      files = transformers.sidecars(config, others, ranks, dtype)
     specs: dict[str, tensors_lib.TensorSpec] = {}
     self._entries: dict[str, list[tensors_lib.ExpectedTensor]] = {}
     for entry in entries:
