@@ -1,4 +1,4 @@
-"""The choice of the layouts of floats and integers, by the bits that they use."""
+"""The choice of the layouts of floats, by the bits that they use."""
 
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ def _survey(bits: np.ndarray, form: layouts.Format) -> _Survey | None:
   return _Survey(lowest, int(exponents / count + 1.42)) if count else None
 
 
-def of_floats(bits: np.ndarray, dtype: np.dtype) -> layouts.Float:
+def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
   """Chooses the layout of floats by the bits that they use.
 
   Args:
@@ -57,8 +57,8 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> layouts.Float:
     dtype: dtype of the elements, in `layouts.FORMATS`.
 
   Returns:
-    The layout, with the highest minimum exponent that the elements allow and without
-    low bits that are zero in all of them.
+    The layout, without low bits that are zero in all elements; and the highest minimum
+    exponent that these allow, 1 if small ones share no step.
   """
   form = layouts.FORMATS[dtype]
   # With more elements fewer low bits are zero in all, and `lowest` only falls.
@@ -68,35 +68,27 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> layouts.Float:
       starts = np.linspace(0, bits.size - run, _RUNS).astype(int)
       part = np.concatenate([bits[start : start + run] for start in starts])
     used = int(np.bitwise_or.reduce(part))  # type: ignore[call-overload]
-    layout = _layout(_survey(part, form), used, dtype)
-    if part is bits or layout == layouts.Float(dtype, layout.most_raw_bits):
+    layout, least = _layout(_survey(part, form), used, dtype)
+    if part is bits or layout == layouts.Floats(dtype, form.mantissa):
       break
-  return layout
+  return layout, least
 
 
-def _layout(survey: _Survey | None, used: int, dtype: np.dtype) -> layouts.Float:
+def _layout(
+  survey: _Survey | None, used: int, dtype: np.dtype
+) -> tuple[layouts.Floats, int]:
   """Returns the layout of elements, given the union of their bit patterns."""
   if survey is None:
-    return layouts.Float(dtype, int(used > 0))
-  form, most = layouts.FORMATS[dtype], layouts.Float(dtype, 0).most_raw_bits
-  # The raw bits are the sign and the low bits of the mantissa.
-  low = used >> (form.width - 1) << most - 1 | used & ((1 << most - 1) - 1)
-  zeros = (low & -low).bit_length() - 1 if low else most
+    return layouts.Floats(dtype, 1), 1
+  form = layouts.FORMATS[dtype]
+  most = form.mantissa
+  # Of the raw bits, the highest one is the sign.
+  low = used & ((1 << most - 1) - 1)
+  zeros = (low & -low).bit_length() - 1 if low else most - 1
   # Elements above the minimum exponent end in this many zeros, so those below must.
-  least = survey.lowest + 1 - min(zeros, form.mantissa)
+  least = survey.lowest + 1 - (zeros if low else most)
   # With a higher one too few symbols would be left for the elements below it.
   least = min(least, survey.scale + _MOST_ABOVE)
   least = min(least, (1 << form.exponent) - 2)  # NaN must stay above it
   least = least if least > max(survey.scale - _MOST_BELOW, 1) else 1
-  return layouts.Float(dtype, most - zeros, least)
-
-
-def most_folded(array: np.ndarray) -> int:
-  """Returns the greatest of some integers, not empty, after folding."""
-  largest, least = int(array.max()), int(array.min())
-  return max(2 * largest, -2 * least - 1) if array.dtype.kind == 'i' else largest
-
-
-def least_raw_bits(array: np.ndarray) -> int:
-  """Returns the fewest raw bits that a layout of some integers, not empty, can have."""
-  return max(most_folded(array).bit_length() - layouts.MOST_SYMBOL_BITS, 0)
+  return layouts.Floats(dtype, most - zeros, least > 1), least

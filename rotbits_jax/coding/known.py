@@ -6,17 +6,13 @@ Neighbouring classes of one shift may share a frequency table; they are a *band*
 Shape letters: n elements, K classes.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax.coding import blocks
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
-
-ALPHABET = 256
 
 
 class Known(NamedTuple):
@@ -24,8 +20,9 @@ class Known(NamedTuple):
 
   Attributes:
     classes: uint8 `[n]`, the class of each element in C order.
-    shifts: the shift of each of the K classes, from 0 to `layouts.MOST_SHIFT`; an
-      element x of a class with the shift s has -2^(s + 7) <= x < 2^(s + 7).
+    shifts: the shift of each of the K classes, from 0 to `layouts.MOST_SHIFT`. Of a
+      class with the shift s, elements x outside -2^(s + 7) <= x < 2^(s + 7) take more
+      bits than without coding.
   """
 
   classes: np.ndarray
@@ -40,7 +37,7 @@ class Known(NamedTuple):
     if self.classes.shape != (size,) or self.classes.dtype != np.uint8:
       raise ValueError(f'{size} elements cannot have {self.classes.shape=}')
     count = len(self.shifts)
-    if not 0 < count <= blocks.MAX_TABLES or self.classes.max(initial=0) >= count:
+    if not 0 < count <= 256 or self.classes.max(initial=0) >= count:
       raise ValueError(f'the classes of an array must be below {count}')
     if not 0 <= min(self.shifts) <= max(self.shifts) <= layouts.MOST_SHIFT:
       raise ValueError(f'shifts must be from 0 to {layouts.MOST_SHIFT}')
@@ -60,23 +57,18 @@ class Bands(NamedTuple):
   sizes: np.ndarray
   frequencies: np.ndarray
 
-  @property
-  def _of_classes(self) -> np.ndarray:
-    return np.repeat(np.arange(self.sizes.size, dtype=np.uint8), self.sizes)
-
-  def tables(self, layout: layouts.Layout) -> blocks.Tables:
-    del layout
+  def tables(self, layout: layouts.Integers) -> layouts.Tables:
     firsts = np.cumsum(self.sizes, dtype=int) - self.sizes
-    shifts = np.array(self.known.shifts)[firsts]
-    return blocks.Tables.make(self.frequencies, shifts)
+    return layout.tables(self.frequencies, np.array(self.known.shifts)[firsts])
 
   def write(
-    self, out: np.ndarray, index: int, start: int, shape: tuple[int, ...]
+    self, out: np.ndarray, index: int, start: int, shape: contexts.Shape, size: int
   ) -> None:
-    """Writes the index of each element's table, as `contexts.Contexts.write` does."""
-    del index, shape
+    """Writes the band of each element, as `contexts.Contexts.write` does."""
+    del index, shape, size
+    of_classes = np.repeat(np.arange(self.sizes.size, dtype=np.uint8), self.sizes)
     classes = self.known.classes[start : start + out.size]
-    np.take(self._of_classes, classes, out=out, mode='clip')
+    np.take(of_classes, classes, out=out, mode='clip')
 
 
 def fit(known: Known, counts: np.ndarray) -> tuple[Bands, float]:
@@ -101,7 +93,7 @@ def fit(known: Known, counts: np.ndarray) -> tuple[Bands, float]:
     bands.append((i, 1, counts[i], bits[i]))
   raw = float(counts.sum(axis=1) @ np.array(known.shifts))
   nbytes = (raw + sum(x[3] for x in bands)) / 8
-  sizes = np.array([x[1] for x in bands], np.uint8)
+  sizes = np.array([x[1] for x in bands]).astype(np.uint8)
   frequencies = np.stack([x[2] for x in bands])
   frequencies[~frequencies.any(axis=1), 0] = 1
   return Bands(known, sizes, tables.quantize(frequencies)), nbytes
@@ -110,8 +102,8 @@ def fit(known: Known, counts: np.ndarray) -> tuple[Bands, float]:
 def _table_bits(counts: np.ndarray) -> np.ndarray:
   """Returns about the bits of symbols and of their tables: `[...]`."""
   whole = np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-  coded = tables.cost_bits(counts, np.maximum(counts * (tables.TOTAL / whole), 1))
-  return coded + 8 * np.count_nonzero(counts, axis=-1)
+  owned = np.maximum(counts / whole, 1 / tables.TOTAL)
+  return -(counts * np.log2(owned)).sum(axis=-1) + 8 * np.count_nonzero(counts, axis=-1)
 
 
 def to_bytes(bands: Bands) -> bytes:
@@ -128,11 +120,8 @@ def from_bytes(data: bytes, known: Known) -> Bands:
   sizes, data = contexts.inflate(data, len(known.shifts))
   if not sizes.all() or int(sizes.sum()) != len(known.shifts):
     raise ValueError(f'{sizes.size} bands do not have {len(known.shifts)} classes')
-  if any(len(set(shifts)) > 1 for shifts in _divided(known.shifts, sizes)):
+  of_bands = np.split(np.array(known.shifts), np.cumsum(sizes, dtype=int)[:-1])
+  if any(len({*shifts.tolist()}) > 1 for shifts in of_bands):
     raise ValueError('the classes of a band have different shifts')
-  return Bands(known, sizes, tables.from_bytes(data, sizes.size, ALPHABET))
-
-
-def _divided(shifts: Sequence[int], sizes: np.ndarray) -> list[np.ndarray]:
-  """Returns the shifts of the classes of each band."""
-  return np.split(np.array(shifts), np.cumsum(sizes, dtype=int)[:-1])
+  rows = tables.from_bytes(data, sizes.size, layouts.WINDOW)
+  return Bands(known, sizes, rows)

@@ -1,385 +1,520 @@
 """Plans: chooses how each array of a record is stored.
 
-An array is coded as it is or as several parts, see `sparse`. Each part is coded with
-one frequency table, or with a table for each class of its rows and columns, or it is
-stored as it is. The plan is the choice with the fewest bytes.
+An array is coded as it is or as several parts, see `sparse`. Parts of one layout form a
+group, which shares frequency tables. A part that coding does not make smaller is stored
+as it is. Frequencies are those of a sample: they only decide how many bytes the numbers
+take.
 
-Shape letters: B classes, A symbols.
+Shape letters: K tables, A symbols.
 """
 
-from collections.abc import Callable, Sequence
-import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 import functools
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import blocks
-from rotbits_jax.coding import buffers
-from rotbits_jax.coding import contexts
+from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import formats
+from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import scales as scales_lib
 from rotbits_jax.coding import sparse
 from rotbits_jax.coding import tables
-from rotbits_jax.system import native
 
-_PART_BYTES = 16  # of a part in the spec and in the stream, about
-_LAYOUT_BYTES = 64  # of a layout and its blocks, about
-_SMALL = 1 << 14  # elements of arrays that are looked at together
-
-
-class Coded(NamedTuple):
-  """How a part is coded.
-
-  Attributes:
-    layout: layout of the elements.
-    scales: the scales of rows and columns; None if one table codes the part.
-    counts: int64 `[B, A]`, how often each symbol occurs in each class.
-  """
-
-  layout: layouts.Layout
-  scales: contexts.Scales | None
-  counts: np.ndarray
+_SAMPLE, _RUN = 1 << 18, 1 << 10  # units that tell frequencies, in runs of neighbours
+_LARGE = 1 << 19  # numbers of parts that have tables of their own
+_INTEGERS = 1 << 20  # that tell frequencies, because they have more tables
+_FEW = 1 << 14  # units that tell whether lines have scales
+_SMALL = 1 << 12  # numbers of parts that share what others have of their own
+_RARE = 1 << 17  # an integer that is rarer than one in so many is an exception
+_EXCEPTION_BITS = 24  # and those of the unit
+_ESCAPE_BITS = 10
+_INTEGER_CLASSES = 120
+_SHIFTED = 6  # the octave of the classes of integers above which they have raw bits
 
 
 class Part(NamedTuple):
-  """How a part is stored.
+  """A part of an array.
 
   Attributes:
-    array: the part, contiguous.
-    coded: how it is coded; None if it is stored as it is.
-    saved: about how many bytes coding saves.
+    array: index of the array in the record.
+    part: index of the part in the array.
+    numbers: the part, contiguous.
   """
 
-  array: np.ndarray
-  coded: Coded | None = None
-  saved: float = 0.0
+  array: int
+  part: int
+  numbers: np.ndarray
 
 
-class Plan(NamedTuple):
-  """How an array is stored.
+class Group(NamedTuple):
+  """Parts of one layout, coded together.
 
   Attributes:
-    array: the array, contiguous.
-    zeros: where its zeros are, if it is stored without them.
-    parts: the parts: one, which is the array; two halves; or those of `zeros`.
+    layout: the layout.
+    contexts: the classes of the units of each part, and the tables.
+    parts: the parts.
+    nbytes: about how many bytes each part takes.
   """
 
-  array: np.ndarray
-  zeros: sparse.Sparse | None
-  parts: tuple[Part, ...]
-
-  @property
-  def nbytes(self) -> float:
-    """About how many bytes the array takes."""
-    return sum(part.array.nbytes - part.saved for part in self.parts)
+  layout: layouts.Layout
+  contexts: contexts_lib.Contexts | known_lib.Bands
+  parts: list[Part]
+  nbytes: list[float]
 
 
-class _Draft(NamedTuple):
-  """A part and its layout; None if it is stored as it is."""
-
-  array: np.ndarray
-  layout: layouts.Layout | None
-
-
-def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
-  """Chooses the plan with the fewest bytes for each array.
+def divided(
+  arrays: Sequence[np.ndarray],
+) -> tuple[list[sparse.Sparse | None], list[Part]]:
+  """Divides arrays into parts.
 
   Args:
     arrays: arrays of dtypes in `specs.DTYPES`, contiguous.
 
   Returns:
-    The plans.
+    Where the zeros of each array are, if it is stored without them; and all parts.
   """
-  candidates = pool.each(_candidates, arrays)
-  parts = [x for choices in candidates for _, parts in choices for x in parts]
-  of_parts = _with_layouts(parts)
-  planned = iter(_planned([x for x in of_parts if x.layout]))
-  drafts, plans = iter(of_parts), []
-  for array, choices in zip(arrays, candidates, strict=True):
-    candidates_planned = []
-    for zeros, parts in choices:
-      own_drafts = [next(drafts) for _ in parts]
-      candidates_planned.append(
-        Plan(
-          array,
-          zeros,
-          tuple(next(planned) if x.layout else Part(x.array) for x in own_drafts),
-        )
-      )
-    cost = lambda plan: plan.nbytes + _PART_BYTES * len(plan.parts)
-    plans.append(min(candidates_planned, key=cost))
-  return plans
+  forms: list[sparse.Sparse | None] = []
+  parts: list[Part] = []
+  for i, found in enumerate(pool.each(_of_array, arrays)):
+    forms.append(found[0])
+    parts += [Part(i, j, x) for j, x in enumerate(found[1])]
+  return forms, parts
 
 
-def _candidates(
-  array: np.ndarray,
-) -> list[tuple[sparse.Sparse | None, list[np.ndarray]]]:
-  """Returns the ways to divide an array into parts that may suit it."""
-  if array.dtype.itemsize == 8:
-    return [(None, [array]), (None, sparse.halves(array))]
-  divided = sparse.without_zeros(array) if array.size else None
-  return [(None, [array])] + ([divided] if divided else [])
+def _of_array(array: np.ndarray) -> tuple[sparse.Sparse | None, list[np.ndarray]]:
+  if array.size and array.dtype.itemsize == 8:
+    return None, sparse.halves(array)
+  return (sparse.without_zeros(array) if array.size else None) or (None, [array])
 
 
-# ---- layouts -------------------------------------------------------------------------
-
-# Elements by which the raw bits of integers are chosen; bytes have few values.
-_SAMPLE, _SAMPLE_OF_BYTES = 1 << 18, 1 << 14
-_NOISE = 0.98  # bits of a bit, from which coding is not worth its time
-
-
-def _with_layouts(parts: Sequence[np.ndarray]) -> list[_Draft]:
-  """Chooses the layouts of parts. Small arrays of integers share theirs."""
-  groups: dict[tuple[np.dtype, int, int], list[int]] = {}
-  jobs: dict[int, Callable[[], layouts.Layout | None]] = {}
-  for i, part in enumerate(parts):
-    if part.size and part.dtype in layouts.FORMATS:
-      jobs[i] = functools.partial(
-        formats.of_floats, sparse.bit_patterns(part), part.dtype
-      )
-    elif part.size and part.dtype.kind in 'iu' and part.itemsize <= 4:
-      alone = -1 if part.size <= _SMALL else i
-      key = part.dtype, formats.least_raw_bits(part), alone
-      groups.setdefault(key, []).append(i)
-  for members in groups.values():
-    jobs[members[0]] = functools.partial(_of_integers, [parts[i] for i in members])
-  chosen = dict(zip(jobs, pool.run(jobs.values()), strict=True))
-  for members in groups.values():
-    chosen |= dict.fromkeys(members, chosen[members[0]])
-  return _alike([_Draft(x, chosen.get(i)) for i, x in enumerate(parts)])
-
-
-def _of_integers(arrays: Sequence[np.ndarray]) -> layouts.Int | None:
-  """Returns the layout that makes integers shortest; None for bytes that are noise."""
-  dtype, least = arrays[0].dtype, formats.least_raw_bits(arrays[0])
-  most = _SAMPLE if dtype.itemsize > 1 else _SAMPLE_OF_BYTES
-  stride = -(-sum(x.size for x in arrays) // most)
-  numbers = np.concatenate([x.reshape(-1)[::stride] for x in arrays]).astype(np.int64)
-  if dtype.kind == 'i':
-    numbers = np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)
-  symbols, counts = np.unique(numbers >> least, return_counts=True)
-  if dtype == np.uint8:
-    # A sample of n bytes has about 2^8 / (2 n ln 2) bits per element too few.
-    missing = 185 * symbols.size / 256
-    if tables.entropy_bits(counts) + missing > 8 * _NOISE * numbers.size:
-      return None
-  costs = list[float]()
-  while True:
-    # A symbol owns a slot or more, and a stored frequency takes about a byte.
-    owned = np.maximum(counts, numbers.size / tables.TOTAL)
-    bits = tables.cost_bits(counts, owned * (tables.TOTAL / owned.sum()))
-    costs.append(stride * (bits + len(costs) * numbers.size) + 8 * symbols.size)
-    if symbols.size == 1:
-      return layouts.Int(dtype, least + int(np.argmin(costs)))
-    symbols >>= 1
-    firsts = np.flatnonzero(np.diff(symbols, prepend=-1))
-    symbols, counts = symbols[firsts], np.add.reduceat(counts, firsts)
-
-
-def _alike(drafts: list[_Draft]) -> list[_Draft]:
-  """Gives small parts the layout of other parts if their own layout costs more."""
-  sizes: dict[layouts.Layout | None, int] = {}
-  for array, layout in drafts:
-    sizes[layout] = sizes.get(layout, 0) + array.size
-  floats = [layout for layout in sizes if isinstance(layout, layouts.Float)]
-  chosen: dict[layouts.Layout | None, layouts.Layout | None] = {}
-  for layout in floats:
-    # A layout with a lower minimum exponent and more raw bits fits the elements, too,
-    # but takes more bits for each of them.
-    wider = {
-      other: other.raw_bits - layout.raw_bits + layout.min_exponent - other.min_exponent
-      for other in floats
-      if other.dtype == layout.dtype
-      and other != layout
-      and other.raw_bits >= layout.raw_bits
-      and other.min_exponent <= layout.min_exponent
-    }
-    if wider:
-      best = min(wider, key=wider.__getitem__)
-      chosen[layout] = (
-        best if wider[best] * sizes[layout] < 8 * _LAYOUT_BYTES else layout
-      )
-  return [_Draft(array, chosen.get(layout, layout)) for array, layout in drafts]
-
-
-# ---- tables --------------------------------------------------------------------------
-
-
-def _planned(drafts: list[_Draft]) -> list[Part]:
-  """Chooses the tables of parts with a layout."""
-  lined = [
-    i
-    for i, (array, layout) in enumerate(drafts)
-    if layout and layout.has_scale and scales_lib.has_lines(array.shape)
+def groups(parts: Sequence[Part]) -> list[Group]:
+  """Puts parts that coding makes smaller into groups."""
+  coded = [x for x in parts if x.numbers.size and x.numbers.itemsize <= 4]
+  floats = [x for x in coded if x.numbers.dtype in layouts.FORMATS]
+  integers: dict[np.dtype, list[Part]] = {}
+  for part in coded:
+    if part.numbers.dtype.kind in 'iu':
+      integers.setdefault(part.numbers.dtype, []).append(part)
+  jobs: list[Callable[[], Group | None]] = [
+    functools.partial(_float_group, x) for x in _by_layout(floats)
   ]
-  chosen = scales_lib.of_arrays([drafts[i].array for i in lined])
-  scales = dict(zip(lined, chosen, strict=True))
-  fitted = [_fitted(*draft, scales.get(i)) for i, draft in enumerate(drafts)]
-  arrays = [draft.array for draft in drafts]
-  pairs = zip(arrays, fitted, strict=True)
-  counts = pool.run_lists([_counting(array, *ways) for array, ways in pairs])
-  return pool.each(_choose, arrays, fitted, counts)
+  jobs += [functools.partial(_integer_group, x) for x in integers.values()]
+  found = [group for group in pool.run(jobs) if group]
+  return [x for x in map(_smaller, found) if x]
 
 
-def _fitted(
-  array: np.ndarray, layout: layouts.Layout | None, scales: contexts.Scales | None
-) -> tuple[layouts.Layout, contexts.Scales | None, int]:
-  """Adds raw bits to a layout until the tables of all classes have room."""
-  assert layout
-  alphabet = layout.alphabet
-  if isinstance(layout, layouts.Int):
-    alphabet = (formats.most_folded(array) >> layout.raw_bits) + 1
-  while scales and (scales.num_classes + 1) * alphabet > blocks.MAX_ENTRIES:
-    layout = dataclasses.replace(layout, raw_bits=layout.raw_bits + 1)
-    alphabet = -(-alphabet // 2)
-  return layout, scales, alphabet
+def _smaller(group: Group) -> Group | None:
+  """Returns the group without parts that coding does not make smaller."""
+  pairs = zip(group.parts, group.nbytes, strict=True)
+  kept = [i for i, (part, nbytes) in enumerate(pairs) if nbytes < part.numbers.nbytes]
+  saved = sum(group.parts[i].numbers.nbytes - group.nbytes[i] for i in kept)
+  assert isinstance(group.contexts, contexts_lib.Contexts)
+  head = contexts_lib.to_bytes(group.contexts, group.layout)
+  if saved < len(head) + _GROUP_BYTES:
+    return None
+  pick = lambda values: [values[i] for i in kept]
+  contexts = group.contexts._replace(scales=tuple(pick(group.contexts.scales)))
+  if isinstance(group.layout, layouts.Floats) and group.layout.raised:
+    numbers = group.contexts.numbers.reshape(-1, 2)[kept].reshape(-1)
+    contexts = contexts._replace(numbers=numbers)
+  return Group(group.layout, contexts, pick(group.parts), pick(group.nbytes))
 
 
-def _counting(
-  array: np.ndarray,
-  layout: layouts.Layout,
-  scales: contexts.Scales | None,
-  alphabet: int,
-) -> list[Callable[[], np.ndarray]]:
-  """Returns jobs that count the symbols of a part, whose results add up."""
-  bits, (_, columns) = sparse.bit_patterns(array), contexts.matrix_shape(array.shape)
-
-  def job(start: int) -> np.ndarray:
-    block = bits[start : start + blocks.CAPACITY]
-
-    def classes(out: np.ndarray) -> None:
-      if scales is None:
-        out.fill(0)
-      else:
-        scales.write(out, start, columns, 0)
-
-    count = scales.num_classes if scales else 1
-    copy = lambda out: np.copyto(out, block)
-    return histogram(copy, classes, block.size, (count, alphabet), layout)
-
-  return [functools.partial(job, x) for x in range(0, bits.size, blocks.CAPACITY)]
+_GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 
 
-def _choose(
-  array: np.ndarray,
-  fitted: tuple[layouts.Layout, contexts.Scales | None, int],
-  block_counts: list[np.ndarray],
-) -> Part:
-  """Returns the part with the fewest bytes: with scales, with one table, or neither."""
-  (layout, scales, _), counts = fitted, np.sum(block_counts, axis=0)
-  counts = counts[:, : np.flatnonzero(counts.any(axis=0))[-1] + 1]
-  total = counts.sum(axis=0, keepdims=True)
-  choices = [(contexts.choose(layout, None, total).costs, Coded(layout, None, total))]
-  if layout.has_scale:
-    base, zero = int(scales_lib.of_counts(layout, total)[0]), np.zeros(1, np.uint8)
-    one = Coded(layout, contexts.Scales(base, zero, zero), total)
-    for coded in [one] + ([Coded(layout, scales, counts)] if scales else []):
-      assert coded.scales
-      (used,) = np.nonzero(coded.counts.any(axis=1))
-      classes = coded.scales.base + used
-      costs = contexts.choose(layout, classes, coded.counts[used]).costs
-      of_lines = sum(tables.entropy_bits(np.bincount(x)) for x in coded.scales[1:])
-      choices.append((np.append(costs, of_lines / 8), coded))
-  cost, coded = min(((costs.sum(), x) for costs, x in choices), key=lambda x: x[0])
-  saved = array.nbytes - array.size * layout.raw_bits / 8 - float(cost)
-  return Part(array, coded, saved) if saved > 0 else Part(array)
+def sampled(units: int, most: int = _SAMPLE) -> Iterator[slice]:
+  """Yields runs of units from all over an array, `most` in all."""
+  if units <= most:
+    yield slice(0, units)
+    return
+  starts = np.linspace(0, units - _RUN, max(most // _RUN, 1)).astype(int)
+  yield from (slice(x, x + _RUN) for x in starts.tolist())
 
 
-# ---- counts --------------------------------------------------------------------------
-
-_UNROLLED = 8  # elements that one step counts
-_ZEROS = 1 << 12  # counts that one step clears
+# ---- floats --------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
-def _count(
-  counts: jax.Array,  # int32 [2^20]
-  bits: jax.Array,  # unsigned integers [2^20]
-  classes: jax.Array,  # uint8 [2^20]
-  shifts: jax.Array | None,  # uint8 [256]
-  *numbers: jax.Array,
-  layout: layouts.Layout,
-) -> jax.Array:
-  def loop(
-    counts: jax.Array,
-    bits: jax.Array,
-    classes: jax.Array,
-    shifts: jax.Array | None,
-    alphabet: jax.Array,
-    used: jax.Array,
-    count: jax.Array,
-    min_exponent: jax.Array,
-    raw_bits: jax.Array,
-  ) -> jax.Array:
-    zeros = jnp.zeros(_ZEROS, counts.dtype)
-    clear = lambda i, x: jax.lax.dynamic_update_slice(x, zeros, (i * _ZEROS,))
-    counts = jax.lax.fori_loop(0, -(-used // _ZEROS), clear, counts)
-    part = lambda x, i: jax.lax.dynamic_slice(x, (i * _UNROLLED,), (_UNROLLED,))
+class _Draft(NamedTuple):
+  """How a part of floats is coded.
 
-    def step(i: jax.Array, counts: jax.Array) -> jax.Array:
-      block_classes, shift = part(classes, i), raw_bits
-      if shifts is not None:
-        shift = shifts.at[block_classes].get(mode='promise_in_bounds')
-      symbols = layout.symbols(part(bits, i), min_exponent, shift)
-      # Unsigned, because it takes time to see whether signed indices are below 0.
-      for j in symbols + block_classes.astype(jnp.uint32) * alphabet:
-        number = jax.lax.dynamic_index_in_dim(counts, j, keepdims=False)
-        counts = jax.lax.dynamic_update_index_in_dim(counts, number + 1, j, 0)
-      return counts
+  Attributes:
+    part: the part.
+    layout: its layout.
+    least: its minimum exponent.
+    lines: the classes of its rows and columns. If small numbers share a step, these
+      are the numbers of tables.
+  """
 
-    return jax.lax.fori_loop(0, count // _UNROLLED, step, counts)
+  part: Part
+  layout: layouts.Floats
+  least: int
+  lines: scales_lib.Lines
 
-  counted: jax.Array = native.loop(loop)(counts, bits, classes, shifts, *numbers)
-  return counted
+  @property
+  def most(self) -> int:
+    """The greatest class."""
+    return _RAISED_CLASSES - 1 if self.layout.raised else 255
 
 
-def histogram(
-  bits: blocks.Fill,
-  classes: blocks.Fill,
-  count: int,
-  shape: tuple[int, int],
-  layout: layouts.Layout,
-  shifts: np.ndarray | None = None,
-) -> np.ndarray:
-  """Counts how often each symbol occurs in each class, on this thread.
+def _by_layout(parts: Sequence[Part]) -> list[list[_Draft]]:
+  """Puts floats of one layout together. Small parts of a dtype share theirs."""
+  shared: dict[np.dtype, list[Part]] = {}
+  sets = []
+  for part in parts:
+    if part.numbers.size > _SMALL:
+      sets.append([part])
+    else:
+      shared.setdefault(part.numbers.dtype, []).append(part)
+  sets += shared.values()
+  drafts: dict[tuple[layouts.Floats, int], list[_Draft]] = {}
+  classes: dict[layouts.Floats, int] = {}
+  found = [draft for together in pool.each(_drafts, sets) for draft in together]
+  # The parts of a group are in the order of the arrays.
+  for draft in sorted(found, key=lambda x: x.part[:2]):
+    count = 0
+    if draft.layout.raised:  # classes of several minimum exponents
+      scales = draft.lines.scales(0, draft.most)
+      count = classes.get(draft.layout, 0) + scales.greatest - scales.base + 1
+      classes[draft.layout] = count
+    drafts.setdefault((draft.layout, count // _MOST_CLASSES), []).append(draft)
+  return list(drafts.values())
+
+
+_RAISED_CLASSES = 32
+_MOST_CLASSES = 256 - _RAISED_CLASSES
+
+
+def _drafts(parts: list[Part]) -> list[_Draft]:
+  """Chooses the layout of parts, and the scales of each of them."""
+  bits = [sparse.bit_patterns(x.numbers) for x in parts]
+  whole = bits[0] if len(bits) == 1 else np.concatenate(bits)
+  layout, least = formats.of_floats(whole, parts[0].numbers.dtype)
+  drafts = []
+  for part in parts:
+    lines = scales_lib.of_floats(part.numbers, layout)
+    if layout.raised:
+      lines = lines.above(scales_lib.STEPS * (least - _BELOW))
+    draft = _Draft(part, layout, least, lines)
+    if lines.rows.size > 1 or lines.columns.size > 1:
+      draft = min(draft, draft._replace(lines=lines.flat()), key=_ideal_bits)
+    drafts.append(draft)
+  return drafts
+
+
+_BELOW = 4  # octaves from the scale of the first table to the minimum exponent
+
+
+def _ideal_bits(draft: _Draft) -> float:
+  """Returns about the bits of bins and scales, with tables of their own."""
+  # Whole octaves are offsets.
+  moved = draft.lines
+  if not draft.layout.raised:
+    moved = moved.above(-(-moved.range[0] // scales_lib.STEPS) * scales_lib.STEPS)
+  scales = moved.scales(0, draft.most)
+  sample = _sample(draft, scales, _FEW)
+  table, bins = sample.table, sample.bins - sample.bins.min()
+  joint = np.bincount((table[:, None] * 1024 + bins).reshape(-1))
+  bits = tables.entropy_bits(joint) - 2 * tables.entropy_bits(np.bincount(table))
+  of_lines = sum(tables.entropy_bits(np.bincount(x)) for x in scales[1:])
+  return bits * sample.whole / len(bins) + of_lines
+
+
+def _float_group(drafts: list[_Draft]) -> Group:
+  """Chooses the tables of floats."""
+  layout, most = drafts[0].layout, drafts[0].most
+  if not layout.raised:
+    least = min(x.lines.range[0] for x in drafts)
+    least = -(-least // scales_lib.STEPS) * scales_lib.STEPS
+    drafts = [x._replace(lines=x.lines.above(least)) for x in drafts]
+  size = max(_SAMPLE // len(drafts), _RUN)
+  scales = [x.lines.scales(0, most) for x in drafts]
+  samples = [_sample(x, y, size) for x, y in zip(drafts, scales, strict=True)]
+  count, first, numbers = 4, 0, list[int]()
+  if layout.raised:
+    firsts, count = _first_tables(drafts, scales)
+    next_class = 0
+    for i, (draft, table) in enumerate(zip(drafts, firsts, strict=True)):
+      of_pairs = samples[i].table - scales[i].base + table
+      samples[i] = samples[i]._replace(table=of_pairs)
+      scales[i] = scales[i]._replace(base=next_class)
+      next_class = scales[i].greatest + 1
+      numbers += [table, draft.least]
+  else:
+    first = min(_first(samples), layout.most_offset)
+    numbers = [first]
+    most = min(most, 2 * (layout.most_offset - first) | 3)
+    scales = [x.lines.scales(0, most) for x in drafts]
+  counts = [_counts(x, first, count) for x in samples]
+  frequencies = _frequencies(_everywhere(np.sum(counts, axis=0)), layout.precision)
+  bits = -np.log2(np.maximum(frequencies, 0.5) / tables.TOTAL)
+  nbytes = []
+  for draft, of_part, sample in zip(drafts, counts, samples, strict=True):
+    array = draft.part.numbers
+    outside = 1 - of_part.sum() / (2 * sample.whole)
+    each = (of_part * bits).sum() / max(of_part.sum(), 1) + layout.raw_bits
+    each += outside * (_EXCEPTION_BITS + 16 * array.itemsize)
+    nbytes.append(array.size * float(each) / 8 + 2)
+  contexts = contexts_lib.Contexts(tuple(scales), np.array(numbers), frequencies)
+  return Group(layout, contexts, [x.part for x in drafts], nbytes)
+
+
+def _first_tables(
+  drafts: list[_Draft], scales: list[contexts_lib.Scales]
+) -> tuple[list[int], int]:
+  """Returns the table of the least class of each part, and the number of tables.
+
+  Large parts have tables of their own; others share those of equal classes.
+  """
+  alone = [x.part.numbers.size >= _LARGE for x in drafts]
+  shared = [x for x, is_alone in zip(scales, alone, strict=True) if not is_alone]
+  least = min((x.base for x in shared), default=0)
+  count = max((x.greatest + 1 for x in shared), default=least) - least
+  firsts = []
+  for of_part, is_alone in zip(scales, alone, strict=True):
+    firsts.append(count if is_alone else of_part.base - least)
+    if is_alone:
+      count += of_part.greatest - of_part.base + 1
+  return firsts, count
+
+
+class _Sample(NamedTuple):
+  """Pairs of numbers of a part.
+
+  Attributes:
+    table: int64 `[n]`, the table of each pair.
+    bins: int64 `[n, 2]`, the bin of each number, without the least offset.
+    whole: how many pairs the part has.
+  """
+
+  table: np.ndarray
+  bins: np.ndarray
+  whole: int
+
+
+def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
+  """Looks at some pairs of a part, of which a last number without a pair is none."""
+  array, layout = draft.part.numbers, draft.layout
+  bits = sparse.bit_patterns(array)
+  units = array.size // 2
+  if not units:
+    bits, units = np.repeat(bits, 2), 1
+  bins, classes = [], []
+  for run in sampled(units, most):
+    of_run = np.empty(run.stop - run.start, np.uint8)
+    scales.write(of_run, run.start, array.shape, 2)
+    numbers = bits[2 * run.start : 2 * run.stop]
+    bins.append(layouts.bins_of(numbers, layout.format, draft.least).reshape(-1, 2))
+    classes.append(of_run)
+  of_pairs = np.concatenate(classes).astype(np.int64)
+  if layout.raised:
+    return _Sample(of_pairs, np.concatenate(bins), units)
+  offsets = (of_pairs >> 2 << 1)[:, None]
+  return _Sample(of_pairs & 3, np.concatenate(bins) - offsets, units)
+
+
+def _first(samples: Sequence[_Sample]) -> int:
+  """Chooses the least offset, so that the fewest numbers are outside the bins."""
+  least = min(int(x.bins.min()) for x in samples)
+  size = max(int(x.bins.max()) for x in samples) - least + 1
+  counts = np.zeros(size + layouts.BINS)
+  for x in samples:
+    of_part = np.bincount((x.bins - least).reshape(-1), minlength=size)
+    counts[:size] += of_part * (x.whole / len(x.bins))
+  ends = np.concatenate([[0], np.cumsum(counts)])
+  return least + int(np.argmax(ends[layouts.BINS :] - ends[: -layouts.BINS]))
+
+
+def _counts(sample: _Sample, first: int, count: int) -> np.ndarray:
+  """Counts the bins of each table: `[K, 32]`."""
+  bins = sample.bins - first
+  inside = (bins >= 0) & (bins < layouts.BINS)
+  places = (sample.table[:, None] * layouts.BINS + bins)[inside]
+  counts = np.bincount(places, minlength=count * layouts.BINS)
+  return counts.reshape(count, layouts.BINS) * (sample.whole / len(sample.bins))
+
+
+def _everywhere(counts: np.ndarray) -> np.ndarray:
+  """Gives tables without counts those of the nearest table that has some."""
+  (used,) = np.nonzero(counts.any(axis=1))
+  if not used.size:
+    return np.ones_like(counts)
+  nearest = np.abs(np.arange(len(counts))[:, None] - used).argmin(axis=1)
+  return counts[used[nearest]]
+
+
+def _frequencies(counts: np.ndarray, precision: int) -> np.ndarray:
+  """Returns the frequencies of bins.
+
+  Equal counts are added to all until a table has room for the most frequent pair.
+  """
+  total, most = counts.sum(axis=1, keepdims=True), counts.max(axis=1, keepdims=True)
+  share = np.sqrt(tables.MOST_PAIR / (1 << precision))
+  while True:
+    share *= 0.95
+    more = np.maximum(most - share * total, 0) / (share * layouts.BINS - 1)
+    shares = (counts + more) / (total + more * layouts.BINS)
+    frequencies = tables.quantize(np.rint(shares * 2.0**30).astype(np.int64))
+    try:
+      tables.of_pairs(frequencies, precision)
+    except ValueError:
+      continue
+    return frequencies
+
+
+# ---- integers ------------------------------------------------------------------------
+
+
+def _integer_group(parts: list[Part]) -> Group | None:
+  """Chooses the scales, the shifts and the tables of integers of one dtype."""
+  signed = parts[0].numbers.dtype.kind == 'i'
+  lined = [
+    scales_lib.of_integers(x.numbers) if signed and x.numbers.size > _SMALL else None
+    for x in parts
+  ]
+  drafts = [_IntegerDraft.make(*x) for x in zip(parts, lined, strict=True)]
+  classes = [x.lines.range for x in drafts if x.lines]
+  least = max(min((x[0] for x in classes), default=0), 0)
+  count = min(max((x[1] for x in classes), default=-1) + 1, _INTEGER_CLASSES) - least
+  count = max(count, 0)
+  shifts = [_shift_of_class(least + k) for k in range(count)]
+  singles: dict[tuple[int, int], int] = {}
+  scales = []
+  for i, draft in enumerate(drafts):
+    if draft.lines:
+      scales.append(draft.lines.above(least).scales(0, count - 1))
+    else:
+      key = draft.shift, -1 if parts[i].numbers.size <= _SMALL else i
+      if key not in singles and count + len(singles) >= _MOST_TABLES:
+        key = next((x for x in singles if x[0] >= draft.shift), next(iter(singles)))
+      if key not in singles:
+        singles[key] = count + len(singles)
+        shifts.append(draft.shift)
+      zero = np.zeros(1, np.uint8)
+      scales.append(contexts_lib.Scales(singles[key], zero, zero))
+  of_tables = np.array(shifts)
+  counts = [
+    histogram(x.numbers, functools.partial(_write, y, x.numbers.shape), of_tables)
+    for x, y in zip(parts, scales, strict=True)
+  ]
+  total = np.sum(counts, axis=0)
+  total[total * _RARE < total.sum(axis=1, keepdims=True)] = 0
+  total[:count] = _everywhere(total[:count]) if count else total[:count]
+  total[~total.any(axis=1), 0] = 1
+  frequencies = tables.quantize(np.rint(total).astype(np.int64) + (total > 0))
+  layout = layouts.Integers(parts[0].numbers.dtype, int(of_tables.max()))
+  nbytes = []
+  for part, of_part in zip(parts, counts, strict=True):
+    nbytes.append(_integer_bytes(part.numbers, of_part, frequencies, of_tables))
+  contexts = contexts_lib.Contexts(tuple(scales), of_tables, frequencies)
+  return Group(layout, contexts, parts, nbytes)
+
+
+_MOST_TABLES = 256
+
+
+def _write(
+  scales: contexts_lib.Scales, shape: tuple[int, ...], out: np.ndarray, start: int
+) -> None:
+  scales.write(out, start, shape, 1)
+
+
+def _shift_of_class(level: int) -> int:
+  return max(level // scales_lib.STEPS - _SHIFTED, 0)
+
+
+def _integer_bytes(
+  array: np.ndarray, counts: np.ndarray, frequencies: np.ndarray, shifts: np.ndarray
+) -> float:
+  """Returns about how many bytes integers take, given counts that are in proportion."""
+  bits = -np.log2(np.maximum(frequencies, 0.5) / tables.TOTAL)
+  bits = np.where(frequencies > 0, bits, _EXCEPTION_BITS + 8 * array.itemsize)
+  cost = (counts * bits).sum() + counts.sum(axis=1) @ shifts
+  outside = max(array.size - counts.sum(), 0)
+  return float(cost + outside * (_EXCEPTION_BITS + 8 * array.itemsize)) / 8 + 1
+
+
+class _IntegerDraft(NamedTuple):
+  """How integers may be coded: with scales, or with one table and a shift."""
+
+  lines: scales_lib.Lines | None
+  shift: int
+
+  @classmethod
+  def make(cls, part: Part, lines: scales_lib.Lines | None) -> '_IntegerDraft':
+    """Chooses the shift, and whether the lines save bytes."""
+    array = part.numbers
+    most = max(int(array.max()), -int(array.min()) - 1)
+    signed = array.dtype.kind == 'i'
+    top = max(most.bit_length() - (7 if signed else 8), 0)
+    costs = {}
+    for shift in range(max(top - 12, 0), top + 1):
+      counts = histogram(array, lambda out, start: out.fill(0), np.array([shift]))
+      costs[shift] = _ideal_bytes(array, counts, [shift])
+    shift = min(costs, key=costs.__getitem__)
+    if lines is None or lines.range[0] == lines.range[1]:
+      return cls(None, shift)
+    scales = lines.scales(0, _INTEGER_CLASSES - 1)
+    levels = [_shift_of_class(k) for k in range(_INTEGER_CLASSES)]
+    write = functools.partial(_write, scales, array.shape)
+    counts = histogram(array, write, np.array(levels))
+    of_lines = sum(_entropy_bits(np.bincount(x)) for x in scales[1:]) / 8
+    cost = _ideal_bytes(array, counts, levels) + of_lines
+    return cls(lines if cost < costs[shift] else None, shift)
+
+
+def _ideal_bytes(array: np.ndarray, counts: np.ndarray, shifts: Sequence[int]) -> float:
+  """Returns about how many bytes integers and tables of their own take."""
+  frequencies = tables.quantize(
+    np.rint(np.where(counts.any(axis=1)[:, None], counts, 1)).astype(np.int64)
+    + (counts > 0)
+  )
+  return _integer_bytes(
+    array, counts, frequencies, np.array(shifts)
+  ) + np.count_nonzero(counts)
+
+
+def _entropy_bits(counts: np.ndarray) -> float:
+  counts = counts[counts > 0]
+  return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+def histogram(array: np.ndarray, write: object, shifts: np.ndarray) -> np.ndarray:
+  """Counts the symbols of integers by a sample.
 
   Args:
-    bits: writes the bit patterns of the elements.
-    classes: writes the class of each element.
-    count: the number of elements, at most 2^20.
-    shape: B, and a bound A for the symbols. `(B + 1) * A` is at most
-      `blocks.MAX_ENTRIES`.
-    layout: layout of the elements.
-    shifts: uint8 `[256]`, the shift of each class, of differences.
+    array: the integers, contiguous.
+    write: takes uint8 `[n]` to write tables into, and the first of the n integers.
+    shifts: the shift of each table.
 
   Returns:
-    int64 `[*shape]`.
+    float64 `[K, 256]`, in proportion to all integers that have a symbol.
   """
-  whole, used = -(-count // _UNROLLED) * _UNROLLED, shape[0] * shape[1]
-  patterns = buffers.scratch('bits', buffers.ROOM, layout.unsigned)
-  places = buffers.scratch('contexts', buffers.ROOM, np.uint8)
-  bits(patterns[:count])
-  classes(places[:count])
-  # The others count in a class of their own.
-  patterns[count:whole], places[count:whole] = 0, shape[0]
-  counts = _count(
-    buffers.taken('counts', blocks.MAX_ENTRIES, np.int32),
-    patterns,
-    places,
-    shifts,
-    np.uint32(shape[1]),
-    np.int32(used + shape[1]),
-    np.int32(whole),
-    layout.unsigned.type(layout.min_exponent),
-    np.uint32(layout.raw_bits),
-    # The raw bits are an operand, so that layouts share programs.
-    layout=dataclasses.replace(layout.program, raw_bits=0),
-  )
-  result = np.asarray(counts)[:used].reshape(shape).astype(np.int64)
-  buffers.keep('counts', counts)
-  return result
+  flat = array.reshape(-1)
+  bias = layouts.Integers(array.dtype, 0).bias
+  counts, seen = np.zeros(len(shifts) * layouts.WINDOW), 0
+  for run in sampled(flat.size, _INTEGERS):
+    numbers = flat[run].astype(np.int64)
+    of_run = np.zeros(numbers.size, np.uint8)
+    write(of_run, run.start)  # type: ignore[operator]
+    symbols = (numbers >> shifts[of_run]) + bias
+    inside = (symbols >= 0) & (symbols < layouts.WINDOW)
+    places = of_run.astype(np.int64) * layouts.WINDOW + symbols
+    counts += np.bincount(places[inside], minlength=counts.size)
+    seen += numbers.size
+  return counts.reshape(-1, layouts.WINDOW) * (flat.size / max(seen, 1))
+
+
+def known_group(part: Part, known: known_lib.Known) -> Group:
+  """Returns the group of integers whose classes are known."""
+
+  def write(out: np.ndarray, start: int) -> None:
+    out[:] = known.classes[start : start + out.size]
+
+  counts = histogram(part.numbers, write, np.array(known.shifts))
+  bands, nbytes = known_lib.fit(known, np.rint(counts).astype(np.int64))
+  layout = layouts.Integers(part.numbers.dtype, max(known.shifts))
+  return Group(layout, bands, [part], [nbytes])

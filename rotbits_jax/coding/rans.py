@@ -252,8 +252,6 @@ def pop_all(
   precision: int,
   *,
   length: int | None = None,
-  steps: jax.Array | None = None,
-  out: Any = None,
 ) -> tuple[Message, Any]:
   """Pops T symbols from each lane: the inverse of `push_all`.
 
@@ -265,10 +263,6 @@ def pop_all(
       contain the slots, and the starts and frequencies of these intervals.
     precision: as in `push_step`.
     length: T; needed only if `contexts` is None.
-    steps: int32, how many of the T rows are popped, the first ones; all by default. The
-      symbols of the others are those of `out`.
-    out: a PyTree of arrays `[T, ...]` into which the symbols are written, so that their
-      memory may be donated; zeros by default.
 
   Returns:
     The message without the symbols, and the symbols, `[T, ...]`.
@@ -276,14 +270,7 @@ def pop_all(
   _check_precision(precision)
   total = len(jax.tree.leaves(contexts)[0]) if length is None else length
 
-  def rows(
-    state: jax.Array,
-    size: jax.Array,
-    words: jax.Array,
-    contexts: Any,
-    steps: jax.Array,
-    out: Any,
-  ) -> Any:
+  def rows(state: jax.Array, size: jax.Array, words: jax.Array, contexts: Any) -> Any:
     def symbols(state: jax.Array, context: Any) -> Any:
       return lookup(_slot(state, precision), context)
 
@@ -294,20 +281,14 @@ def pop_all(
       state, taken = pop_step(state, word, start, frequency, precision)
       return state, size - taken.astype(jnp.int32), _with_row(out, t, symbol)
 
-    if out is None:
-      row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), contexts)
-      shapes = jax.eval_shape(symbols, state, row)[0]
-      out = jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), shapes)
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), contexts)
+    shapes = jax.eval_shape(symbols, state, row)[0]
+    out = jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), shapes)
     carry = state, size, out
-    return jax.lax.fori_loop(0, steps, step, carry) if total else carry
+    return jax.lax.fori_loop(0, total, step, carry) if total else carry
 
   state, size, popped = native.loop(rows)(
-    message.state,
-    message.size,
-    message.words.reshape(-1),
-    contexts,
-    jnp.int32(total) if steps is None else steps,
-    out,
+    message.state, message.size, message.words.reshape(-1), contexts
   )
   lowest = jnp.minimum(message.lowest, size)
   return Message(state, message.words, size, lowest, message.highest), popped
@@ -402,6 +383,8 @@ def from_words(words: np.ndarray, lanes: int, capacity: int | None = None) -> Me
       than C words.
   """
   state, size, stacks = split_words(words, lanes)
+  if stacks.size != size.sum():
+    raise MessageError(f'the words are not a message with {lanes} lanes')
   depth = int(np.max(size, initial=1))
   capacity = depth if capacity is None else capacity
   if depth > capacity:
@@ -444,7 +427,8 @@ def split_words(
     lanes: N.
 
   Returns:
-    The states, uint32 `[N]`; the sizes, int64 `[N]`; and the stacks, uint16.
+    The states, uint32 `[N]`; the sizes, int64 `[N]`; and the other words, which begin
+    with the stacks.
 
   Raises:
     MessageError: if the words are not a message with N lanes.
@@ -457,7 +441,6 @@ def split_words(
   base = int(words[0]) | int(words[1]) << 16
   low, high = words[3:start].astype(np.uint32).reshape(2, lanes)
   size = words[start:stop].view(f'<u{width}')[:lanes].astype(np.int64) + base
-  stacks = words[stop:]
-  if stacks.size != size.sum() or not high.all():
+  if not high.all():
     raise MessageError(f'the words are not a message with {lanes} lanes')
-  return low | high << 16, size, stacks
+  return low | high << 16, size, words[stop:]

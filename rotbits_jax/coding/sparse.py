@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rotbits_jax.coding import contexts
+from rotbits_jax.coding import formats
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 from rotbits_jax.system import schema
@@ -18,7 +19,8 @@ Parts = list[tuple[np.dtype, tuple[int, ...]]]
 
 _WIDTH = 128  # of the rows in which elements are stored, because rows have scales
 _LEAST_ELEMENTS = 1 << 12  # masks of fewer cost more than they save
-_LEAST_SAVED = 0.004  # of the bits of all elements; less is not worth the time
+# Fewer zeros are exceptions, or, where numbers were rounded to a step, like others.
+_LEAST, _LEAST_ROUNDED = 1 / 1024, 1 / 32
 _RUNS, _LENGTH = 64, 256  # of a sample
 
 
@@ -84,10 +86,12 @@ def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
   magnitude = bits.dtype.type((1 << 8 * array.itemsize - 1) - 1)
   sample = _sample(bits.reshape(-1)) & magnitude > 0
-  zeros = sample.size - int(np.count_nonzero(sample))
-  counts = np.array([zeros, sample.size - zeros])
-  saved = 8 * array.itemsize * zeros - tables.entropy_bits(counts)
-  if not zeros or saved <= _LEAST_SAVED * 8 * array.itemsize * sample.size:
+  share = 1 - np.count_nonzero(sample) / sample.size
+  if share <= _LEAST:
+    return None
+  if (
+    share <= _LEAST_ROUNDED and formats.of_floats(bits.reshape(-1), array.dtype)[1] > 1
+  ):
     return None
   is_set = bits & magnitude > 0
   masks = [np.packbits(x, axis=1) for x in (is_set, is_set.T)]

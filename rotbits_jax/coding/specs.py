@@ -32,7 +32,6 @@ DTYPES = {
 
 _MAX_AXES = 32
 _MAX_SIZE = 1 << 48  # elements of an array
-_MOST_DIVIDED = 4  # a block has at least so small a part of `blocks.CAPACITY`
 _MAX_GROUPS = 16  # of few elements
 _ELEMENTS_PER_GROUP = 1 << 17
 
@@ -40,7 +39,7 @@ _ELEMENTS_PER_GROUP = 1 << 17
 def most_groups(elements: int) -> int:
   """Returns how many groups a record with this many coded elements may have.
 
-  The tables of a group take up to 12 MiB, but hardly any bytes in the stream.
+  The tables of a group take up to 5 MiB, but hardly any bytes in the stream.
   """
   return _MAX_GROUPS + elements // _ELEMENTS_PER_GROUP
 
@@ -99,34 +98,29 @@ class ArraySpec(schema.Row):
 
 
 class GroupSpec(schema.Row):
-  """A group: parts of one layout. Their elements, part after part, lie in blocks.
+  """A group: parts of one layout. Their units, part after part, lie in blocks.
+
+  All blocks but the last have `blocks.capacity_of` units.
 
   Attributes:
-    type_name: type of the layout, one of `layouts.TYPES`.
-    raw_bits: number of raw bits of an element; of differences, the greatest one.
-    min_exponent: the minimum exponent; 1 for others than floats.
+    type_name: 'floats', 'integers', or 'known' for integers whose classes are known
+      from elsewhere, see `known`.
+    raw_bits: that of the layout.
+    raised: that of the layout; false for integers.
     contexts: number of bytes of the contexts in the stream.
-    lanes: number of lanes of each block.
-    elements: how many elements each block has. The last block has fewer.
     blocks: number of bytes of each block.
   """
 
-  type_name: Annotated[str, schema.one_of(layouts.TYPES)]
+  type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
   raw_bits: schema.Size
-  min_exponent: schema.Size
+  raised: bool
   contexts: schema.Size
-  lanes: Annotated[int, schema.between(1, blocks.LANES)]
-  elements: Annotated[int, schema.between(1, blocks.CAPACITY)]
   blocks: tuple[schema.Size, ...]
-
-  def __post_init__(self) -> None:
-    if -(-self.elements // self.lanes) > blocks.STEPS:
-      raise ValueError(f'{self.elements} elements in {self.lanes} lanes are too many')
 
   @property
   def is_known(self) -> bool:
-    """Whether the classes of elements are known from elsewhere, see `known`."""
-    return self.type_name == layouts.Difference.type_name
+    """Whether the classes of numbers are known from elsewhere."""
+    return self.type_name == 'known'
 
   def layout(self, dtype: np.dtype) -> layouts.Layout:
     """Returns the layout of the group, whose parts have this dtype.
@@ -134,11 +128,12 @@ class GroupSpec(schema.Row):
     Raises:
       ValueError: if there is no such layout.
     """
-    layout = layouts.TYPES[self.type_name](dtype, self.raw_bits, self.min_exponent)
-    if not layout.is_valid():
+    layout: layouts.Layout = layouts.Integers(dtype, self.raw_bits)
+    if self.type_name == 'floats':
+      layout = layouts.Floats(dtype, self.raw_bits, self.raised)
+    if not layout.is_valid() or (self.raised and self.type_name != 'floats'):
       raise ValueError(
-        f'{dtype} has no layout {self.type_name!r} of {self.raw_bits} raw bits and '
-        f'the minimum exponent {self.min_exponent}'
+        f'{dtype} has no layout {self.type_name!r} of {self.raw_bits} raw bits'
       )
     return layout
 
@@ -174,13 +169,13 @@ class StreamSpec(schema.Object):
         raise ValueError('a group must have parts of one dtype')
       if group.is_known and (len(members) > 1 or self.arrays[members[0].array].zeros):
         raise ValueError('a group of known classes must be one array')
-      group.layout(members[0].dtype)
-      total = sum(member.size for member in members)
-      least = min(blocks.CAPACITY // _MOST_DIVIDED, total)
-      is_block = least <= group.elements <= total
-      if not is_block or len(group.blocks) != -(-total // group.elements):
-        raise ValueError(f'{len(group.blocks)} blocks for {total} elements')
-      coded += total
+      size = group.layout(members[0].dtype).size
+      units = sum(-(-member.size // size) for member in members)
+      if len(group.blocks) != -(-units // blocks.capacity_of(units)):
+        raise ValueError(f'{len(group.blocks)} blocks for {units} units')
+      if min(group.blocks) < blocks.LEAST_BYTES:
+        raise ValueError(f'a block cannot have {min(group.blocks)} bytes')
+      coded += sum(member.size for member in members)
     if len(self.groups) > most_groups(coded):
       raise ValueError(f'{len(self.groups)} groups are too many for {coded} elements')
 

@@ -23,6 +23,9 @@ import numpy as np
 PRECISION = 14
 TOTAL = 1 << PRECISION
 
+MOST_PAIR = 1 << 11
+"""The greatest frequency of a pair."""
+
 # A sum whose product with TOTAL int64 can hold, and a half of itself.
 _MOST_RAISED = (2**63 - 1) // (TOTAL + 1)
 
@@ -31,15 +34,15 @@ def quantize(counts: np.ndarray) -> np.ndarray:
   """Returns frequencies in proportion to counts.
 
   Args:
-    counts: integers `[..., A]`. In each row at least one count and at most 2^14 counts
-      are positive, and the counts add up to less than 2^48.
+    counts: integers `[..., A]`. In each row at least one count and at most 2^14
+      counts are positive, and the counts add up to less than 2^48.
 
   Returns:
-    int64 `[..., A]` whose rows add up to 2^14. A frequency is at least 1 where the
-    count is positive, and 0 elsewhere.
+    int64 `[..., A]` whose rows add up to 2^14. A frequency is at least 1 where
+    the count is positive, and 0 elsewhere.
 
   Raises:
-    ValueError: if no count or more than 2^14 counts of a row are positive.
+    ValueError: if no count or too many counts of a row are positive.
   """
   counts = np.asarray(counts, np.int64)
   present = (counts > 0).sum(axis=-1, keepdims=True)
@@ -65,35 +68,60 @@ def entropy_bits(counts: np.ndarray) -> float:
   return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
-def cost_bits(counts: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-  """Returns the bits that the counted symbols cost with these frequencies: `[...]`."""
-  bits = PRECISION - np.log2(np.maximum(frequencies, 1))
-  return (counts * bits).sum(axis=-1)
+def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
+  """Returns the frequencies of pairs of independent symbols that have one table.
 
+  The weight of a pair is the product of the two counts. Its frequency is in proportion
+  to the weight, rounded; the last pair stands for all pairs whose frequency would be 0.
+  Frequencies of 8 and more share what rounding the others leaves over.
 
-def pack_intervals(frequencies: np.ndarray) -> np.ndarray:
-  """Packs each symbol's interval into `(frequency - 1) << 16 | start`: uint32 `[K, A]`.
+  Args:
+    counts: int64 `[K, A]`, rows that add up to 2^14.
+    precision: at most 14.
 
-  The entry of a symbol with frequency 0 is meaningless.
+  Returns:
+    int64 `[K, A^2]`, rows that add up to 2^precision.
+
+  Raises:
+    ValueError: if a frequency is not from 0 to 2^11, or that of the last pair is 0.
   """
-  starts = np.cumsum(frequencies, axis=-1) - frequencies
-  return ((frequencies - 1) << 16 | starts).astype(np.uint32)
+  drop = 2 * PRECISION - precision
+  weights = (counts[:, :, None] * counts[:, None]).reshape(len(counts), -1)
+  scaled = lambda x: (x + (1 << drop - 1)) >> drop
+  frequencies = scaled(weights)
+  frequencies[:, -1] = 0
+  rare = np.where(frequencies == 0, weights, 0).sum(axis=1)
+  frequencies[:, -1] = np.maximum(scaled(rare), 1)
+  large = frequencies >= 8
+  large[:, -1] = False
+  left = (1 << precision) - np.where(large, 0, frequencies).sum(axis=1, keepdims=True)
+  ends = np.cumsum(np.where(large, weights, 0), axis=1)
+  whole = np.maximum(ends[:, -1:], 1)
+  shared = np.diff((ends * left + whole // 2) // whole, prepend=0, axis=1)
+  frequencies = np.where(large, shared, frequencies)
+  if np.any(frequencies.sum(axis=1) != 1 << precision) or np.any(
+    (frequencies < 0) | (frequencies > MOST_PAIR)
+  ):
+    raise ValueError(f'the frequency of a pair must be from 0 to {MOST_PAIR}')
+  return frequencies
 
 
-def slots(frequencies: np.ndarray) -> np.ndarray:
-  """Returns the symbol whose interval contains each slot.
+def slots(frequencies: np.ndarray, place: int, bits: int) -> np.ndarray:
+  """Returns what each slot stands for: `[ symbol | slot - start | frequency - 1 ]`.
 
-  The result is `[K, 2^14]`, of `slots_dtype(A)`.
+  Args:
+    frequencies: int64 `[K, A]`.
+    place: the lowest bit of the symbol.
+    bits: bits of each of the two others.
+
+  Returns:
+    int64 `[K 2^precision]`.
   """
-  tables, symbols = np.nonzero(frequencies)
-  kind = slots_dtype(frequencies.shape[1])
-  owners = np.repeat(symbols.astype(kind), frequencies[tables, symbols])
-  return owners.reshape(frequencies.shape[0], TOTAL)
-
-
-def slots_dtype(alphabet: int) -> type[np.uint8] | type[np.uint16]:
-  """Returns the least dtype of symbols below A."""
-  return np.uint8 if alphabet <= 256 else np.uint16
+  of_tables, symbols = np.nonzero(frequencies)
+  counts = frequencies[of_tables, symbols]
+  starts = np.cumsum(counts) - counts
+  entries = np.repeat((symbols << place) + counts - 1 - (starts << bits), counts)
+  return entries + (np.arange(entries.size) << bits)
 
 
 def to_bytes(frequencies: np.ndarray) -> bytes:
@@ -159,6 +187,5 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
   tables[rows, spread(firsts) + within] = values[spread(begins) + within]
   totals = tables.sum(axis=1)
   if np.any(totals != TOTAL):
-    wrong = totals[totals != TOTAL][0]
-    raise ValueError(f'frequencies must add up to {TOTAL}, got {wrong}')
+    raise ValueError(f'frequencies must add up to {TOTAL}')
   return tables
