@@ -183,7 +183,7 @@ def decode(
   units = np.asarray(out)[: rows * lanes]
   size, listed = _listed(units, data[end:], places, layout, of)
   lists = [listed, _exceptions(data[end + size :], units[:count])]
-  dtype = f'u{layout.dtype.itemsize}'
+  unsigned = f'u{layout.dtype.itemsize}'
   indices = np.concatenate([x[0] for x in lists])
   order = np.argsort(indices, kind='stable')
   indices = indices[order]
@@ -193,9 +193,9 @@ def decode(
   bits = np.concatenate([x[1] for x in lists])[order[kept]]
   numbers = indices[kept, None] * layout.size + np.arange(layout.size)
   write(
-    units[:count].reshape(-1).view(dtype),
+    units[:count].reshape(-1).view(unsigned),
     numbers.reshape(-1),
-    bits.reshape(-1).view(dtype),
+    bits.reshape(-1).view(unsigned),
   )
   buffers.keep('units', out)
 
@@ -246,7 +246,7 @@ def _exceptions(data: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.nda
   places = np.zeros((number, 4), np.uint8)
   places[:, :_PLACE] = data[: number * _PLACE].reshape(-1, _PLACE)
   indices = places.reshape(-1).view('<u4').astype(np.int64)
-  if left or indices.max(initial=0) >= len(units):
+  if left or np.any(indices >= len(units)):
     raise ValueError('the exceptions of a block do not fit it')
   bits = np.ascontiguousarray(data[number * _PLACE :]).view(units.dtype)
   return indices, bits.reshape(number, *units.shape[1:])
@@ -304,9 +304,9 @@ def _decode(
       def pop(lookup: Callable[..., Any], precision: int) -> jax.Array:
         nonlocal state, tops
         slot = state & jnp.uint32((1 << precision) - 1)
-        entry, *interval = lookup(slot)
+        entry, start, frequency = lookup(slot)
         word = words.at[tops].get(mode='promise_in_bounds')
-        state, taken = rans.pop_step(state, word, *interval, precision)
+        state, taken = rans.pop_step(state, word, start, frequency, precision)
         tops = tops - taken.astype(jnp.uint32)
         return entry
 
@@ -374,14 +374,13 @@ def _encode(
       for interval in reversed(intervals):
         state, sizes, words = push(interval, state, sizes, words)
       joined = []
-      for (width, _), piece, part, i in zip(
-        layout.pieces, pieces, parts, range(len(planes)), strict=True
-      ):
+      quadruples = zip(layout.pieces, pieces, parts, range(len(planes)), strict=True)
+      for (width, _), piece, part, index in quadruples:
         # Rows that share bytes come in turn, the highest first.
         joined.append((part << 2 * width | piece) if width < 4 else piece)
         shared = max(4 // width, 1)
-        row = joined[-1].astype(planes[i].dtype)
-        planes[i] = _put(planes[i], row, place // shared)
+        row = joined[-1].astype(planes[index].dtype)
+        planes[index] = _put(planes[index], row, place // shared)
       return state, sizes, tuple(joined), (words, _put(marks, mark, t), *planes)
 
     # Unsigned, because it takes time to see whether signed indices are below 0.

@@ -165,7 +165,7 @@ def from_bytes(
   if not 0 < count <= layout.most_tables or part.size < position:
     raise ValueError(f'the contexts of {count} tables are cut short or too many')
   numbers = part[2:end].view('<i2').astype(np.int64)
-  if not is_float and not 0 <= numbers.min() <= numbers.max() == layout.raw_bits:
+  if not is_float and (np.any(numbers < 0) or np.max(numbers) != layout.raw_bits):
     raise ValueError(f'the shifts of tables must be up to {layout.raw_bits}')
   classes = 256 if is_float else count
   found = []
@@ -190,7 +190,7 @@ def from_bytes(
   if shared:
     firsts, least = numbers.reshape(-1, 2).T
     spans = np.array([x.greatest - x.base for x in found])
-    if np.any((firsts < 0) | (firsts + spans >= count)) or least.min() < 2:
+    if np.any((firsts < 0) | (firsts + spans >= count)) or np.any(least < 2):
       raise ValueError(f'classes do not fit {count} tables')
   alphabet = layouts.BINS if is_float else layouts.WINDOW
   return Contexts(tuple(found), numbers, tables.from_bytes(data, count, alphabet))

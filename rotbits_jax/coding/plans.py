@@ -29,9 +29,11 @@ _INTEGERS = 1 << 20  # that tell frequencies, because they have more tables
 _FEW = 1 << 14  # units that tell whether lines have scales
 _SMALL = 1 << 12  # numbers of parts that share what others have of their own
 _RARE = 1 << 17  # an integer that is rarer than one in so many is an exception
+_GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
+_RAISED_CLASSES = 32  # of a part that shares a step
+_BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
 _EXCEPTION_BITS = 24  # and those of the unit
-_ESCAPE_BITS = 10
-_INTEGER_CLASSES = 120
+_INTEGER_CLASSES = 144
 _SHIFTED = 6  # the octave of the classes of integers above which they have raw bits
 
 
@@ -98,12 +100,11 @@ def groups(parts: Sequence[Part]) -> list[Group]:
   for part in coded:
     if part.numbers.dtype.kind in 'iu':
       integers.setdefault(part.numbers.dtype, []).append(part)
-  jobs: list[Callable[[], Group | None]] = [
+  jobs: list[Callable[[], Group]] = [
     functools.partial(_float_group, x) for x in _by_layout(floats)
   ]
   jobs += [functools.partial(_integer_group, x) for x in integers.values()]
-  found = [group for group in pool.run(jobs) if group]
-  return [x for x in map(_smaller, found) if x]
+  return [x for x in map(_smaller, pool.run(jobs)) if x]
 
 
 def _smaller(group: Group) -> Group | None:
@@ -121,9 +122,6 @@ def _smaller(group: Group) -> Group | None:
     numbers = group.contexts.numbers.reshape(-1, 2)[kept].reshape(-1)
     contexts = contexts._replace(numbers=numbers)
   return Group(group.layout, contexts, pick(group.parts), pick(group.nbytes))
-
-
-_GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 
 
 def sampled(units: int, most: int = _SAMPLE) -> Iterator[slice]:
@@ -180,12 +178,10 @@ def _by_layout(parts: Sequence[Part]) -> list[list[_Draft]]:
       scales = draft.lines.scales(0, draft.most)
       count = classes.get(draft.layout, 0) + scales.greatest - scales.base + 1
       classes[draft.layout] = count
-    drafts.setdefault((draft.layout, count // _MOST_CLASSES), []).append(draft)
+    drafts.setdefault((draft.layout, count // (256 - _RAISED_CLASSES)), []).append(
+      draft
+    )
   return list(drafts.values())
-
-
-_RAISED_CLASSES = 32
-_MOST_CLASSES = 256 - _RAISED_CLASSES
 
 
 def _drafts(parts: list[Part]) -> list[_Draft]:
@@ -203,9 +199,6 @@ def _drafts(parts: list[Part]) -> list[_Draft]:
       draft = min(draft, draft._replace(lines=lines.flat()), key=_ideal_bits)
     drafts.append(draft)
   return drafts
-
-
-_BELOW = 4  # octaves from the scale of the first table to the minimum exponent
 
 
 def _ideal_bits(draft: _Draft) -> float:
@@ -368,127 +361,83 @@ def _frequencies(counts: np.ndarray, precision: int) -> np.ndarray:
 # ---- integers ------------------------------------------------------------------------
 
 
-def _integer_group(parts: list[Part]) -> Group | None:
+def _integer_group(parts: list[Part]) -> Group:
   """Chooses the scales, the shifts and the tables of integers of one dtype."""
-  signed = parts[0].numbers.dtype.kind == 'i'
-  lined = [
-    scales_lib.of_integers(x.numbers) if signed and x.numbers.size > _SMALL else None
-    for x in parts
-  ]
-  drafts = [_IntegerDraft.make(*x) for x in zip(parts, lined, strict=True)]
-  classes = [x.lines.range for x in drafts if x.lines]
-  least = max(min((x[0] for x in classes), default=0), 0)
-  count = min(max((x[1] for x in classes), default=-1) + 1, _INTEGER_CLASSES) - least
-  count = max(count, 0)
-  shifts = [_shift_of_class(least + k) for k in range(count)]
-  singles: dict[tuple[int, int], int] = {}
-  scales = []
-  for i, draft in enumerate(drafts):
-    if draft.lines:
-      scales.append(draft.lines.above(least).scales(0, count - 1))
-    else:
-      key = draft.shift, -1 if parts[i].numbers.size <= _SMALL else i
-      if key not in singles and count + len(singles) >= _MOST_TABLES:
-        key = next((x for x in singles if x[0] >= draft.shift), next(iter(singles)))
-      if key not in singles:
-        singles[key] = count + len(singles)
-        shifts.append(draft.shift)
-      zero = np.zeros(1, np.uint8)
-      scales.append(contexts_lib.Scales(singles[key], zero, zero))
-  of_tables = np.array(shifts)
+  arrays = [x.numbers for x in parts]
+  if arrays[0].dtype.kind == 'i':
+    lines = pool.each(_integer_lines, arrays)
+    least = max(min(x.range[0] for x in lines), 0)
+    most = min(max(x.range[1] for x in lines), _INTEGER_CLASSES - 1)
+    scales = [x.above(least).scales(0, max(most - least, 0)) for x in lines]
+    shifts = _class_shifts(least, max(most, least))
+  else:
+    few = len(parts) < layouts.Integers.most_tables // 2
+    keys = []
+    for i, array in enumerate(arrays):
+      shift = max(int(array.max()).bit_length() - 8, 0)
+      keys.append((shift, i if few and array.size > _SMALL else -1))
+    distinct, zero = list(dict.fromkeys(keys)), np.zeros(1, np.uint8)
+    scales = [contexts_lib.Scales(distinct.index(x), zero, zero) for x in keys]
+    shifts = np.array([shift for shift, _ in distinct])
   counts = [
-    histogram(x.numbers, functools.partial(_write, y, x.numbers.shape), of_tables)
-    for x, y in zip(parts, scales, strict=True)
+    histogram(x, functools.partial(y.write, shape=x.shape, size=1), shifts)
+    for x, y in zip(arrays, scales, strict=True)
   ]
   total = np.sum(counts, axis=0)
   total[total * _RARE < total.sum(axis=1, keepdims=True)] = 0
-  total[:count] = _everywhere(total[:count]) if count else total[:count]
-  total[~total.any(axis=1), 0] = 1
-  frequencies = tables.quantize(np.rint(total).astype(np.int64) + (total > 0))
-  layout = layouts.Integers(parts[0].numbers.dtype, int(of_tables.max()))
-  nbytes = []
-  for part, of_part in zip(parts, counts, strict=True):
-    nbytes.append(_integer_bytes(part.numbers, of_part, frequencies, of_tables))
-  contexts = contexts_lib.Contexts(tuple(scales), of_tables, frequencies)
+  frequencies = tables.quantize(np.ceil(_everywhere(total)).astype(np.int64))
+  layout = layouts.Integers(arrays[0].dtype, int(shifts.max()))
+  contexts = contexts_lib.Contexts(tuple(scales), shifts, frequencies)
+  bits = -np.log2(np.maximum(frequencies, 0.5) / tables.TOTAL)
+  bits = np.where(frequencies > 0, bits, _EXCEPTION_BITS + 8 * layout.dtype.itemsize)
+  nbytes = [_integer_bytes(*x, bits, shifts) for x in zip(arrays, counts, strict=True)]
   return Group(layout, contexts, parts, nbytes)
 
 
-_MOST_TABLES = 256
+def _class_shifts(least: int, most: int) -> np.ndarray:
+  """Returns the shifts of classes: with them, integers have few symbols."""
+  octaves = np.arange(least, most + 1) // scales_lib.STEPS
+  return np.clip(octaves - _SHIFTED, 0, layouts.MOST_SHIFT)
 
 
-def _write(
-  scales: contexts_lib.Scales, shape: tuple[int, ...], out: np.ndarray, start: int
-) -> None:
-  scales.write(out, start, shape, 1)
-
-
-def _shift_of_class(level: int) -> int:
-  return max(level // scales_lib.STEPS - _SHIFTED, 0)
+def _integer_lines(array: np.ndarray) -> scales_lib.Lines:
+  """Chooses the scales of rows and columns, unless they cost more than they save."""
+  lines, costs = scales_lib.of_integers(array), {}
+  for draft in {x.range: x for x in (lines, lines.flat())}.values():
+    scales = draft.scales(0, _INTEGER_CLASSES - 1)
+    shifts = _class_shifts(0, _INTEGER_CLASSES - 1)
+    write = functools.partial(scales.write, shape=array.shape, size=1)
+    counts = histogram(array, write, shifts, _SAMPLE)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    bits = 8 - np.log2(np.where(shares > 0, shares, 1))  # a frequency takes a byte
+    cost = _integer_bytes(array, counts, bits - 8, shifts) + np.count_nonzero(counts)
+    of_lines = sum(tables.entropy_bits(np.bincount(x)) for x in scales[1:]) / 8
+    costs[cost + of_lines] = draft
+  return costs[min(costs)]
 
 
 def _integer_bytes(
-  array: np.ndarray, counts: np.ndarray, frequencies: np.ndarray, shifts: np.ndarray
+  array: np.ndarray, counts: np.ndarray, bits: np.ndarray, shifts: np.ndarray
 ) -> float:
-  """Returns about how many bytes integers take, given counts that are in proportion."""
-  bits = -np.log2(np.maximum(frequencies, 0.5) / tables.TOTAL)
-  bits = np.where(frequencies > 0, bits, _EXCEPTION_BITS + 8 * array.itemsize)
+  """Returns about the bytes of integers, given counts and the bits of symbols."""
   cost = (counts * bits).sum() + counts.sum(axis=1) @ shifts
   outside = max(array.size - counts.sum(), 0)
   return float(cost + outside * (_EXCEPTION_BITS + 8 * array.itemsize)) / 8 + 1
 
 
-class _IntegerDraft(NamedTuple):
-  """How integers may be coded: with scales, or with one table and a shift."""
-
-  lines: scales_lib.Lines | None
-  shift: int
-
-  @classmethod
-  def make(cls, part: Part, lines: scales_lib.Lines | None) -> '_IntegerDraft':
-    """Chooses the shift, and whether the lines save bytes."""
-    array = part.numbers
-    most = max(int(array.max()), -int(array.min()) - 1)
-    signed = array.dtype.kind == 'i'
-    top = max(most.bit_length() - (7 if signed else 8), 0)
-    costs = {}
-    for shift in range(max(top - 12, 0), top + 1):
-      counts = histogram(array, lambda out, start: out.fill(0), np.array([shift]))
-      costs[shift] = _ideal_bytes(array, counts, [shift])
-    shift = min(costs, key=costs.__getitem__)
-    if lines is None or lines.range[0] == lines.range[1]:
-      return cls(None, shift)
-    scales = lines.scales(0, _INTEGER_CLASSES - 1)
-    levels = [_shift_of_class(k) for k in range(_INTEGER_CLASSES)]
-    write = functools.partial(_write, scales, array.shape)
-    counts = histogram(array, write, np.array(levels))
-    of_lines = sum(_entropy_bits(np.bincount(x)) for x in scales[1:]) / 8
-    cost = _ideal_bytes(array, counts, levels) + of_lines
-    return cls(lines if cost < costs[shift] else None, shift)
-
-
-def _ideal_bytes(array: np.ndarray, counts: np.ndarray, shifts: Sequence[int]) -> float:
-  """Returns about how many bytes integers and tables of their own take."""
-  frequencies = tables.quantize(
-    np.rint(np.where(counts.any(axis=1)[:, None], counts, 1)).astype(np.int64)
-    + (counts > 0)
-  )
-  return _integer_bytes(
-    array, counts, frequencies, np.array(shifts)
-  ) + np.count_nonzero(counts)
-
-
-def _entropy_bits(counts: np.ndarray) -> float:
-  counts = counts[counts > 0]
-  return float(-(counts * np.log2(counts / counts.sum())).sum())
-
-
-def histogram(array: np.ndarray, write: object, shifts: np.ndarray) -> np.ndarray:
+def histogram(
+  array: np.ndarray,
+  write: Callable[[np.ndarray, int], None],
+  shifts: np.ndarray,
+  most: int = _INTEGERS,
+) -> np.ndarray:
   """Counts the symbols of integers by a sample.
 
   Args:
     array: the integers, contiguous.
     write: takes uint8 `[n]` to write tables into, and the first of the n integers.
     shifts: the shift of each table.
+    most: how many integers are counted.
 
   Returns:
     float64 `[K, 256]`, in proportion to all integers that have a symbol.
@@ -496,10 +445,10 @@ def histogram(array: np.ndarray, write: object, shifts: np.ndarray) -> np.ndarra
   flat = array.reshape(-1)
   bias = layouts.Integers(array.dtype, 0).bias
   counts, seen = np.zeros(len(shifts) * layouts.WINDOW), 0
-  for run in sampled(flat.size, _INTEGERS):
+  for run in sampled(flat.size, most):
     numbers = flat[run].astype(np.int64)
     of_run = np.zeros(numbers.size, np.uint8)
-    write(of_run, run.start)  # type: ignore[operator]
+    write(of_run, run.start)
     symbols = (numbers >> shifts[of_run]) + bias
     inside = (symbols >= 0) & (symbols < layouts.WINDOW)
     places = of_run.astype(np.int64) * layouts.WINDOW + symbols

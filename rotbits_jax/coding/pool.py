@@ -60,19 +60,6 @@ def each(function: Callable[..., _Result], *arguments: Iterable[Any]) -> list[_R
   return run(functools.partial(function, *x) for x in zip(*arguments, strict=True))
 
 
-def run_lists(
-  lists: Sequence[Sequence[Callable[[], _Result]]],
-) -> list[list[_Result]]:
-  """Runs lists of jobs, and returns the results of each list."""
-  results = iter(run(job for jobs in lists for job in jobs))
-  return [[next(results) for _ in jobs] for jobs in lists]
-
-
-def start(job: Callable[[], object]) -> None:
-  """Starts a job for whose result nobody waits, such as to compile a program."""
-  _pool('blocks').submit(job)
-
-
 def in_turn(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   """Runs jobs one after the other on this thread, for a job of `run`."""
   return [job() for job in jobs]

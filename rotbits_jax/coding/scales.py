@@ -93,13 +93,15 @@ class Lines(NamedTuple):
 def of_floats(array: np.ndarray, layout: layouts.Floats) -> Lines:
   """Measures floats. Classes are quarter octaves of magnitudes, biased as those are."""
   shift = layout.format.width - 16
-  unit = np.float32(1 / (1 << layout.format.mantissa - shift))
+  unit = 1 << layout.format.mantissa - shift
 
   def level(bits: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
-    logs = ((bits >> shift) & 0x7FFF).astype(np.uint16).astype(np.float32) * unit
-    logs -= by.astype(np.float32)
-    middle = np.median(logs.reshape(-1)[:: max(logs.size >> 10, 1)])
-    return np.clip(logs, middle - _BELOW, middle + _ABOVE, out=logs).mean(axis=axis)
+    # Integers, so that a file does not depend on the order of sums.
+    logs = ((bits >> shift) & 0x7FFF).astype(np.int32)
+    logs -= np.rint(by * unit).astype(np.int32)
+    middle = int(np.median(logs.reshape(-1)[:: max(logs.size >> 10, 1)]))
+    np.clip(logs, middle - _BELOW * unit, middle + _ABOVE * unit, out=logs)
+    return logs.mean(axis=axis) / unit
 
   return _lines(sparse.bit_patterns(array), array.shape, layout.size, level)
 
@@ -108,11 +110,11 @@ def of_integers(array: np.ndarray) -> Lines:
   """Measures signed integers. Class 0 is a root of the mean square of 2^-4."""
 
   def level(numbers: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
-    squares = np.square(numbers.astype(np.float32) * np.exp2(-by.astype(np.float32)))
-    return np.log2(np.maximum(squares.mean(axis=axis), np.float32(2.0**-40))) / 2
+    squares = np.square(numbers * np.exp2(-np.rint(by)))  # float64
+    return np.log2(np.maximum(squares.mean(axis=axis), 2.0**-40)) / 2
 
   lines = _lines(array.reshape(-1), array.shape, 1, level)
-  return lines._replace(rows=np.maximum(lines.rows + 4 * STEPS, lines.rows.max() - 200))
+  return lines.above(-4 * STEPS)
 
 
 def _lines(flat: np.ndarray, shape: contexts.Shape, size: int, level: _Level) -> Lines:
@@ -163,5 +165,5 @@ def _rounded(rows: np.ndarray, columns: np.ndarray) -> Lines:
   lines = []
   for levels, most in zip((rows, columns), _RANGES, strict=True):
     classes = np.rint(STEPS * levels).astype(np.int64)
-    lines.append(np.maximum(classes, classes.max() - most))
+    lines.append(np.maximum(classes, np.max(classes) - most))
   return Lines(*lines)
