@@ -132,12 +132,7 @@ def to_steps(
 def round_params(
   rounding: Rounding, params: Params, context: Context
 ) -> tuple[Params, list[Note], float]:
-  """Rounds matrices to their steps on their device, and fetches all parameters once.
-
-  Args:
-    rounding: the rule.
-    params: float32 leaves of a record by path.
-    context: it has the dtypes of the parameters.
+  """Rounds float32 matrices to their steps on their device, and fetches all parameters.
 
   Returns:
     The rounded parameters on the host; a note for each matrix that was rounded to a
@@ -249,23 +244,18 @@ class Effect(NamedTuple):
 
 
 def round_leaf(
-  leaf: Any,
-  dtype: np.dtype,
-  log2_step: float,
-  uniform: bool,
-  inputs: Inputs | None = None,
+  leaf: Any,  # with float32 arrays; integers are not changed
+  dtype: np.dtype,  # of the parameter
+  log2_step: float,  # log2 of the step over the rms
+  uniform: bool,  # see `Rounding`
+  inputs: Inputs | None = None,  # only a matrix with a uniform step uses them
 ) -> tuple[Any, Effect]:
   """Rounds an array or a structured leaf on its device to a common step.
 
-  Args:
-    leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
-      one row or column have few numbers; they are rounded to the nearest number.
-    dtype: dtype of the parameter. Numbers that are too large for it become infinite;
-      those of which only the nearest multiple is too large get the largest one.
-    log2_step: log2 of the step over the rms.
-    uniform: see `Rounding`. A plain matrix becomes a `structured.UniformlyQuantized`
-      with float32 integers.
-    inputs: see `Rounding`; only a matrix with a uniform step uses them.
+  With a uniform step, a plain matrix becomes a `structured.UniformlyQuantized` with
+  float32 integers. Arrays with one row or column are rounded to the nearest number.
+  Numbers that are too large for the dtype become infinite; those of which only the
+  nearest multiple is too large get the largest one.
   """
   is_whole = structured.is_plain(leaf) and is_matrix(leaf)
   moments, axis, outputs = inputs or (None, 0, None)

@@ -93,28 +93,18 @@ class Calibration(NamedTuple):
 @host.own_settings()
 def calibrate(
   model: passes.ModelSource,
-  tokens: np.ndarray,
+  tokens: np.ndarray,  # [N], ids of the text on which divergences are measured
   *,
   max_kl: float | None = None,
-  max_tokens: int | None = 4096,
-  tolerance: float = 0.7,
-  folder: _Folder = None,
+  max_tokens: int | None = 4096,  # how many to use; None for all
+  tolerance: float = 0.7,  # see `near`
+  folder: _Folder = None,  # of temporary files, in which moments of inputs remain
   progress: bool = False,
 ) -> Calibration:
   """Divides the bits among the parameters, and finds the coarsest steps for a bound.
 
-  Args:
-    model: the model, in memory or on disk.
-    tokens: `[N]` token ids of the text on which divergences are measured.
-    max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats; None
-      for no search.
-    max_tokens: number of tokens to use; None for all.
-    tolerance: see `near`.
-    folder: where temporary files are; None for the system's folder for such files.
-    progress: whether to show the progress on stderr.
-
-  Returns:
-    The options and measurements. The moments of the inputs remain in a file.
+  The bound `max_kl` is that of the mean KL(model || rounded model) over the tokens, in
+  nats. Without it no steps are searched.
 
   Raises:
     ValueError: if the tokens are not those of a text for this model, if the bound is

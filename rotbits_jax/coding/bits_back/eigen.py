@@ -107,24 +107,16 @@ def rotation(
 
 
 def correct(
-  recovered: jax.Array,
-  spectrum: Spectrum,
-  patterns: jax.Array,
+  recovered: jax.Array,  # Q_hat, float32 [n, n]
+  spectrum: Spectrum,  # that `rotation` returned
+  patterns: jax.Array,  # uint16 [S]
   spacing: Spacing,
-  threshold: float | None = None,
-  other: jax.Array | None = None,
+  threshold: float | None = None,  # the greatest error that a number may keep
+  other: jax.Array | None = None,  # as for `haar.correct`
 ) -> correction_lib.Correction:
   """Returns the correction with which `recover` finds the patterns.
 
-  The numbers of a row of the triangle are a group.
-
-  Args:
-    recovered: Q_hat, float32 `[n, n]`.
-    spectrum: the spectrum that `rotation` returned.
-    patterns: uint16 `[S]`.
-    spacing: as for `rotation`.
-    threshold: the greatest error that a number may keep; None to make all exact.
-    other: as for `haar.correct`.
+  The numbers of a row of the triangle are a group. Without a threshold all are exact.
   """
   n = recovered.shape[0]
   ordinals = _ordinal(patterns)
