@@ -60,22 +60,13 @@ class Point(NamedTuple):
 
 
 class Calibration(NamedTuple):
-  """The result of `calibrate`: options of `near`, and the measurements behind them.
+  """The result of `calibrate`: options of `near`, and the measurements behind them."""
 
-  Attributes:
-    offsets: octaves to add to the step, by the path of a parameter. Their mean over the
-      numbers that rounding changes is about zero.
-    inputs: the inputs of matrices, see `passes.Rounding`.
-    sensitivities: about the mean KL in nats that each causes alone at the step `PROBE`.
-    curve: with a bound, all steps that were measured, from the finest one on.
-    step: with a bound, the coarsest one of these whose divergence is below it.
-  """
-
-  offsets: dict[str, float]
-  inputs: Mapping[str, passes.Inputs]
-  sensitivities: dict[str, float]
-  curve: tuple[Point, ...] = ()
-  step: float | None = None
+  offsets: dict[str, float]  # octaves to add to the step, by path; about 0 in the mean
+  inputs: Mapping[str, passes.Inputs]  # of matrices, see `passes.Rounding`
+  sensitivities: dict[str, float]  # about the KL that each causes at the step `PROBE`
+  curve: tuple[Point, ...] = ()  # with a bound, all measurements, from the finest step
+  step: float | None = None  # the coarsest one whose divergence is below the bound
 
   @property
   def kl(self) -> float:

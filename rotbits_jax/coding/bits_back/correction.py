@@ -72,9 +72,9 @@ def spread(
 ) -> jax.Array:
   """Returns how much positions may differ between machines: float32 `[S]`.
 
-  It is the sensitivity, by which the errors of a group are alike, times `SAFETY` times
-  the root mean square of the differences in a group and the neighbouring groups; NaN
-  where a position is NaN.
+  Divided by their sensitivities, the differences of a group are alike. The result is
+  `SAFETY` times their root mean square in a group and the neighbouring groups, times
+  the sensitivity; NaN where a position is NaN.
   """
   squares = jnp.square(_wrapped(positions - others) / sensitivity)
   sums = jnp.zeros((2, count), jnp.float32)
