@@ -100,10 +100,10 @@ def recovered(
 
 def _disturbed(matrix: np.ndarray, disturb: bool) -> jax.Array:
   """Returns a matrix, perhaps as inexact as its factorisation on another machine."""
-  if not disturb:
-    return jnp.asarray(matrix)
+  exact = jnp.asarray(matrix)
   noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape, jnp.float32)
-  return matrix + _BACKWARD_ERROR * jnp.sqrt(jnp.square(matrix).mean()) * noise
+  error = _BACKWARD_ERROR * jnp.sqrt(jnp.square(exact).mean()) * noise
+  return exact + error if disturb else exact
 
 
 _svd = jax.jit(lambda w: canonical.svd(w)[1])

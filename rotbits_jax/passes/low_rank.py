@@ -38,7 +38,11 @@ def remove_low_rank_gauge(*, tolerance: float = 2.0) -> Transform:
       if isinstance(pair, structured.LowRank) and 1 <= pair.rank <= min(pair.shape):
         leaf, errors, spread = _fix(pair, dtype=context.holder(prefix + path))
         note = heads_lib.settle(
-          *(params, path, {path: leaf}, errors, tolerance / float(spread)),
+          params,
+          path,
+          {path: leaf},
+          errors,
+          tolerance / float(spread),
           prefix=prefix,
           least=_FLOAT32_ERROR,
         )
@@ -61,7 +65,7 @@ def _fix(
   fixed = low_rank.fix_pair(pair.u, pair.v)
   even = fixed.without_lines()
   rounded = structured.astype(structured.astype(even, dtype), jnp.float32)
-  (u, v), *others = fixed.divided(*pair.factors()), even.factors(), rounded.factors()
-  plain, exact, near = ((u[None], v.T[None]) for u, v in ((u, v), *others))
-  spread = jnp.maximum(low_rank.spread(u), low_rank.spread(v.T))
+  factors = fixed.divided(*pair.factors()), even.factors(), rounded.factors()
+  plain, exact, near = ((u[None], v.T[None]) for u, v in factors)
+  spread = jnp.maximum(*(low_rank.spread(side[0]) for side in plain))
   return fixed, heads.rounding_errors(plain, exact, near, dtype), spread

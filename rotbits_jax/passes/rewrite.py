@@ -211,8 +211,12 @@ def run_chain(
   savings = {transform.name: Saving(transform.name, 0, 0) for transform in chain}
   for saving in (saving for record in records for saving in record.savings):
     if total := savings.get(saving.name):
-      sums = (a + b for a, b in zip(total[1:], saving[1:], strict=True))
-      savings[saving.name] = Saving(saving.name, *sums)
+      savings[saving.name] = Saving(
+        saving.name,
+        total.elements + saving.elements,
+        total.bytes + saving.bytes,
+        total.notes + saving.notes,
+      )
   params = {name: x for record in records for name, x in record.params.items()}
   names = [models.names.layer(i) for i in range(model.config.num_layers)]
   layers = [params.pop(name) for name in names]

@@ -86,7 +86,7 @@ def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
     eigen.codec(n),
     draw=draw,
     correct=correct,
-    recover=lambda recovered, both: eigen.recover(recovered, *both, spacing),
+    recover=lambda recovered, both: eigen.recover(recovered, both[0], both[1], spacing),
     correction_codec=lambda frequencies: codecs.serial(
       eigen.spectrum_codec(n), eigen.correction_codec(n, frequencies)
     ),
