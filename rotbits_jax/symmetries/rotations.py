@@ -27,6 +27,7 @@ Rotations include reflections. They are float32, and orthogonal up to its roundi
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -136,10 +137,10 @@ def upper_rotation(matrix: jax.Array) -> jax.Array:
 # ---- the canonical parameters ------------------------------------------------------
 
 
-def upper_rows(kernel: jax.Array, rows: int) -> jax.Array:
-  """Sets the entries of the last rows of a kernel to zero below their diagonal."""
-  first = kernel.shape[0] - rows
-  return jnp.concatenate([kernel[:first], jnp.triu(kernel[first:])])
+def upper_rows(kernel: jax.Array, rows: int) -> structured.TrapezoidalRows:
+  """Returns a kernel whose last rows are set to zero below their diagonal."""
+  leaf = structured.TrapezoidalRows.of(kernel, rows)
+  return dataclasses.replace(leaf, lower=jnp.tril(leaf.lower))
 
 
 def shortcut(

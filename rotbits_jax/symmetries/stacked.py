@@ -139,8 +139,7 @@ def _rotate_segments(
   if is_upper:
     _set_upper(stacks[first_key])
   if free is not None:
-    upper = rotations.upper_rows(outer[layer_lib.HEAD], len(free))
-    outer[layer_lib.HEAD] = structured.TrapezoidalRows.of(upper, len(free))
+    outer[layer_lib.HEAD] = rotations.upper_rows(outer[layer_lib.HEAD], len(free))
   return stacks, outer, gauges
 
 
