@@ -13,8 +13,12 @@ mantissa has m bits and log2_step is -m, 2^q is the step of the dtype at the rms
 the numbers below 2 rms share it. They take about one bit less. The greatest error in
 the array does not change, and the mean square grows by less than a factor of 2.
 
-The preset `near` rounds to coarser steps that are not powers of two, and stores the
-multiples as integers, see `structured.UniformlyQuantized`.
+An array does not change if all its numbers are those of the dtype already.
+
+The preset `near` rounds to coarser steps, the nearest ones of 4, 5, 6, 7 times a power
+of two, and stores the multiples as integers, see `structured.UniformlyQuantized`. With
+`Inputs`, matrices are rounded with error feedback, and plain arrays and the head have a
+step per row and column.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,25 +63,14 @@ class Inputs(NamedTuple):
 
 
 class Rounding(NamedTuple):
-  """A rule for the rounding of the parameters of a model.
+  """A rule for the rounding of the parameters of a model."""
 
-  Attributes:
-    log2_step: takes the path of a parameter and its dtype. Returns log2 of the step of
-      an array over its rms; None to round to the nearest number of the dtype.
-    uniform: if False, arrays have the dtype of the source, and the step is a power of
-      two. An array does not change if all its weights are numbers of the dtype already.
-      If True, all weights are multiples of the step, which is the nearest one of
-      4, 5, 6, 7 times a power of two, and arrays are float32.
-    dtype: the dtype of weights that have no step; None for that of each parameter.
-    inputs: the inputs of matrices, by path. If `uniform` is set, these matrices are
-      rounded with error feedback, and plain arrays and the head have a step per row and
-      column.
-  """
-
+  # Takes the path of a parameter and its dtype; returns log2 of the step over the rms,
+  # or None to round to the nearest number of the dtype.
   log2_step: Callable[[str, np.dtype], float | None]
-  uniform: bool = False
-  dtype: Any = None
-  inputs: Mapping[str, Inputs] = types.MappingProxyType({})
+  uniform: bool = False  # whether multiples are stored, and not numbers of the dtype
+  dtype: Any = None  # of weights that have no step; None for that of each parameter
+  inputs: Mapping[str, Inputs] = types.MappingProxyType({})  # of matrices, by path
 
 
 NEAREST = Rounding(lambda path, dtype: None)
