@@ -95,11 +95,10 @@ def rotation(
 ) -> tuple[jax.Array, Spectrum]:
   """Returns the rotation `[n, n]`, float32, and the spectrum of patterns `[S]`."""
   values = spacing.value(_ordinal(patterns))
-  if n:
-    # A few numbers far greater than all others would dominate the matrix. They are
-    # clipped, and each costs a full correction.
-    limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
-    values = jnp.clip(values, -limit, limit)
+  # A few numbers far greater than all others would dominate the matrix. They are
+  # clipped, and each costs a full correction.
+  limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
+  values = jnp.clip(values, -limit, limit)
   eigenvalues, q = jnp.linalg.eigh(_symmetric(values, n))
   scale = jnp.abs(eigenvalues).max(initial=jnp.finfo(jnp.float32).tiny)
   steps = jnp.round(32767.5 + 32767.5 * (eigenvalues / scale)).astype(jnp.uint16)
