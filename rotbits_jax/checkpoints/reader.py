@@ -152,7 +152,7 @@ def from_tensors(
 
 def _match(
   tensors: Mapping[str, tensors_lib.LazyTensor], config: models.ModelConfig
-) -> dict[str, list[tensors_lib.ExpectedTensor]]:
+) -> tensors_lib.Records:
   """Returns the entries of all records, after checking the tensors."""
   if config.num_layers > len(tensors):  # before a table is made of what the config says
     text = f'{len(tensors)} tensors are too few for {config.num_layers} layers'
