@@ -21,6 +21,7 @@ from absl import flags
 
 _TARGET = flags.DEFINE_list('target', None, 'What to fuzz; by default all targets.')
 _EXECUTIONS = flags.DEFINE_integer('executions', 100_000, 'Inputs of each target.')
+_SECONDS = flags.DEFINE_integer('seconds', 0, 'Stops a target after so long; 0: never.')
 _FAILURES = flags.DEFINE_string('failures', 'fuzz/failures', 'Where failures are kept.')
 _CHILD = flags.DEFINE_string('child', None, 'The target to fuzz in this process.')
 
@@ -28,11 +29,12 @@ CORPUS = pathlib.Path(__file__).parent / 'corpus'
 _LIMITS = '-timeout=30', '-rss_limit_mb=6144', '-max_len=65536', '-len_control=0'
 
 
-def fuzz(target: str, executions: int, failures: pathlib.Path) -> str:
+def fuzz(target: str, failures: pathlib.Path, **limits: int) -> str:
   """Fuzzes a target in a process of its own; returns the end of its log if it fails."""
   failures.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, '-m', 'fuzz.run', f'--child={target}']
-  command += [f'--executions={executions}', f'--failures={failures}']
+  command += [f'--{name}={limit}' for name, limit in limits.items()]
+  command.append(f'--failures={failures}')
   with tempfile.TemporaryDirectory() as folder:  # the process ends without cleaning up
     env = os.environ | {'TMPDIR': folder}
     done = subprocess.run(command, env=env, capture_output=True, errors='replace')
@@ -68,11 +70,9 @@ def _fuzz_here(name: str) -> None:
       target.run(data)  # a target that refuses its seeds finds nothing
       pathlib.Path(begin, f'{i}').write_bytes(data)
     folders = [begin, *([str(CORPUS / name)] if (CORPUS / name).is_dir() else [])]
-    options = (
-      f'-runs={_EXECUTIONS.value}',
-      f'-artifact_prefix={_FAILURES.value}/{name}-',
-    )
-    arguments = [sys.argv[0], '-seed=1', *options, *_LIMITS, *folders]
+    ends = f'-runs={_EXECUTIONS.value}', f'-max_total_time={_SECONDS.value}'
+    place = f'-artifact_prefix={_FAILURES.value}/{name}-'
+    arguments = [sys.argv[0], '-seed=1', place, *ends, *_LIMITS, *folders]
     atheris.Setup(arguments, run, custom_mutator=mutate)
     atheris.Fuzz()
 
@@ -84,8 +84,9 @@ def main(argv: list[str]) -> None:
     return
   from fuzz import targets
 
-  settings = _EXECUTIONS.value, pathlib.Path(_FAILURES.value)
-  logs = [fuzz(name, *settings) for name in _TARGET.value or targets.TARGETS]
+  limits = {'executions': _EXECUTIONS.value, 'seconds': _SECONDS.value}
+  failures = pathlib.Path(_FAILURES.value)
+  logs = [fuzz(x, failures, **limits) for x in _TARGET.value or targets.TARGETS]
   if any(logs):
     raise SystemExit('\n'.join(filter(None, logs)))
 

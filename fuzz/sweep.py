@@ -48,8 +48,7 @@ def cases(data: bytes, other: bytes) -> Iterator[Case]:
       where = f'byte {place} of {name or "the header"}'
       yield Case('flip', where, name, functools.partial(_flipped, data, place))
   for size in range(len(data)):
-    cut = functools.partial(operator.getitem, data, slice(size))
-    yield Case('truncation', f'{size} bytes', '', cut)
+    yield Case('truncation', f'{size} bytes', '', functools.partial(bytes, data[:size]))
   streams, manifest = containers.unpack(data)
   their_streams, _ = containers.unpack(other)
   for name, stream in streams.items():

@@ -30,10 +30,7 @@ _SMALL = 1 << 16  # elements of a leaf that is materialized
 
 
 class Target(NamedTuple):
-  """Makes inputs to begin with, makes others of them, and reads one.
-
-  `expected` is the error that reading may end in.
-  """
+  """Makes inputs, makes others of them, and reads one, which may end in an error."""
 
   seeds: Callable[[], Iterable[bytes]]
   mutate: Callable[[bytes, random.Random, mutations.MutateBytes], bytes]

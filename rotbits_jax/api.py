@@ -115,9 +115,9 @@ def encode_to_file(
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
   The file appears when it is complete, and so does the folder of shards. A run that was
-  killed finds the whole shards of an earlier one with the same source and settings. If
-  n processes of `jax.distributed` call the function, process i writes every n-th shard;
-  the first one searches a `target_size` alone.
+  killed finds the whole shards of an earlier one with the same source and settings.
+  Process i of n of `jax.distributed` writes every n-th shard; the first one searches a
+  `target_size` alone.
 
   Args:
     source: the path of a checkpoint, or a source of `encode`. 'exact' stores a dense
@@ -127,9 +127,9 @@ def encode_to_file(
       Hugging Face's format.
     shard_size: greatest size of the records of a shard before they are coded, in bytes;
       a larger record has a shard to itself. None for one file.
-    target_size: the greatest number of bytes of the file, or of all shards, in place of
-      the option `step` of 'near', which is found so that the file has at least 99% of
-      them, where steps between exist. The preset is given by its name.
+    target_size: the greatest number of bytes of the output, in place of the option
+      `step` of 'near', given by its name. It has at least 99% of them, where steps
+      between exist.
     overwrite: whether an existing file, or folder of shards, may be replaced. No file
       of the source or the base is.
     check: whether to decode everything that was written before a file is replaced, and
@@ -193,14 +193,13 @@ def decode(
 
   Args:
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
-      states. Its arrays, or each `jax.ShapeDtypeStruct` in place of one, give shapes
-      and dtypes, which must be those in the file. A leaf of integers, see `load`,
-      becomes its array.
+      states. Its arrays, or `jax.ShapeDtypeStruct`s, have the shapes and dtypes of the
+      file. A leaf of integers, see `load`, becomes its array.
 
   Returns:
-    The `Model`, whose structured leaves stay structured. For a PyTree and without
-    `like`, nested dicts whose keys are keys of dicts, indices and names of fields. For
-    a checkpoint that is stored as plain tensors, the tensors by name.
+    The `Model`, whose structured leaves stay structured. Without `like`, a PyTree is
+    nested dicts whose keys are keys of dicts, indices and names of fields, and plain
+    tensors are by their names.
   """
   with file.Reader(source, base=base) as reader:
     content = reader.read(show_progress=progress)
@@ -291,12 +290,11 @@ def decode_to_directory(
     directory: the directory for the checkpoint. An older checkpoint in it is replaced;
       one with other files is not, nor is one of the source or the base.
     format: see `checkpoints.save_checkpoint`. Plain tensors of no known family come
-      back in the files that they were encoded from: they take no format, shard_size or
-      dtype.
+      back as they were, and take no format, shard_size or dtype.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for the
       shards that the checkpoint had, or else one file.
-    dtype: dtype for all floating-point elements, rounded to nearest, that holds them.
-      By default they keep the dtype of the encoded checkpoint.
+    dtype: dtype for all floating-point elements, rounded to nearest, that holds them;
+      by default those of the encoded checkpoint.
   """
   with file.Reader(source, base=base) as reader:
     directory_lib.write(
@@ -353,8 +351,8 @@ def verify(
 ) -> verification.Verification:
   """Decodes everything in a file, and compares it with a checkpoint.
 
-  A file whose preset keeps all bits must have those of the checkpoint; they are
-  compared one record at a time. For other files memory holds both models. The
+  A file whose preset keeps all bits must have those of the checkpoint, which are
+  compared one record at a time. For other files memory holds both models, and the
   divergence of the predictions for random tokens is measured; unless the preset is an
   approximation, it must be at most a few times the noise floor, which rounding alone
   makes. Of plain tensors that `near` has rounded, only the other files are compared.

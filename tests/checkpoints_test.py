@@ -350,7 +350,10 @@ class TestDirectory:
     ('removed', 'match'),
     [
       ('config.json', 'there is no config.json'),
-      ('Llama-2-tiny_0.25.json', 'slicing JSON Llama-2-tiny_0.25.json must be beside'),
+      (
+        'Llama-2-tiny_0.25.json',
+        'slicing JSON is needed: Llama-2-tiny_0.25.json',
+      ),
       ('Llama-2-tiny_0.25.pt', 'expected one file of weights, .* got none'),
     ],
   )

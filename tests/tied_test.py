@@ -41,8 +41,8 @@ def _model(table, head, **other_embeddings):
   return dataclasses.replace(model, params=params, config=config)
 
 
-def _apply(model, **options):
-  return transform_checks.apply(passes.retie_embedding(**options), model)
+def _apply(model):
+  return transform_checks.apply(passes.retie_embedding(), model)
 
 
 def _apply_exactly(model):

@@ -53,10 +53,8 @@ def parse_config(
 ) -> models.ModelConfig:
   """Makes the config of a dense or a sliced model from its JSON files.
 
-  Args:
-    config_json: the content of Hugging Face's `config.json`. For a sliced checkpoint
-      it describes the model before slicing.
-    slicing_json: the content of SliceGPT's JSON; None for a dense model.
+  Hugging Face's `config.json` describes the model before slicing. SliceGPT's JSON is
+  None for a dense model.
   """
   known = families.FAMILIES
   model_type = config_json.get('model_type') if isinstance(config_json, dict) else None

@@ -199,10 +199,7 @@ def older_rope(values: dict[str, Any]) -> dict[str, Any]:
 
   transformers 5 gathers all settings in `rope_parameters`. Earlier versions have those
   of the scaling in `rope_scaling` and the others beside it. Versions differ in which of
-  two they take, so two must be the same.
-
-  Raises:
-    CheckpointError: if they are not.
+  two they take, so two must be the same, or a `CheckpointError` is raised.
   """
   places = ('rope_parameters', 'rope_scaling')
   scaling, *others = [values[x] for x in places if values.get(x)] or [None]

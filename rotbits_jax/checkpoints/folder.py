@@ -1,7 +1,6 @@
 """The folder of a checkpoint: which files are its weights, and which lie beside them.
 
-The sidecar files are the files beside the weights: configs, tokenizer files and, for a
-sliced model, the slicing JSON with the segment widths.
+The sidecar files are the files beside the weights: configs, tokenizer files and others.
 
 Raises:
   UnsupportedError: if weights have dtypes that NumPy lacks, or must be safetensors and
@@ -73,9 +72,7 @@ class Folder:
   weights: tuple[files_lib.File, ...] = ()
   headers: dict[str, bytes] = dataclasses.field(default_factory=dict)
   left_out: tuple[str, ...] = ()
-  entries: dict[str, list[tensors_lib.ExpectedTensor]] = dataclasses.field(
-    default_factory=dict
-  )
+  entries: tensors_lib.Records = dataclasses.field(default_factory=dict)
   config: models.ModelConfig | None = None
   stem: str | None = None
   stored_as = None

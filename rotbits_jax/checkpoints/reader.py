@@ -1,13 +1,11 @@
 """Reading checkpoints: a folder of weights, configs and tokenizer files.
 
-A record is a part of a checkpoint that is read at once. The stem is the name that
-SliceGPT gives to a sliced model's weights and slicing JSON, `<stem>.pt` and
-`<stem>.json`.
+The stem is the name that SliceGPT gives to a sliced model's weights and slicing JSON,
+`<stem>.pt` and `<stem>.json`.
 
 Raises:
-  UnsupportedError: if the files are not a checkpoint of a known family; if a tensor is
-    missing or unknown, or has a wrong shape or dtype; or if a head that must be tied
-    differs from the embedding.
+  UnsupportedError: if the files are not a checkpoint of a known family, or a tensor is
+    not one of its config.
   CheckpointError: if a file is missing or damaged, or has changed.
 """
 
@@ -154,7 +152,7 @@ def from_tensors(
 
 def _match(
   tensors: Mapping[str, tensors_lib.LazyTensor], config: models.ModelConfig
-) -> dict[str, list[tensors_lib.ExpectedTensor]]:
+) -> tensors_lib.Records:
   """Returns the entries of all records, after checking the tensors."""
   if config.num_layers > len(tensors):  # before a table is made of what the config says
     text = f'{len(tensors)} tensors are too few for {config.num_layers} layers'
@@ -250,7 +248,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     raise errors.UnsupportedError(f'{weights.parent}: {text}')
   slicing_jsons, stem = _slicing_jsons(files), None
   if any(name.endswith(_SHORTCUT) for name in folder.tensors):
-    stem = _slicing_stem(weights, sorted(slicing_jsons))
+    stems = [weights.stem] if weights.suffix == '.pt' else [*slicing_jsons]
+    if len(stems) != 1 or stems[0] not in slicing_jsons:
+      text = errors.cut(', '.join(f'{x}.json' for x in stems))
+      raise errors.CheckpointError(f'{weights}: one slicing JSON is needed: {text}')
+    (stem,) = stems
   of_others = [f'{x}.json' for x in sorted(slicing_jsons.keys() - {stem})]
   metadata = [
     f'the metadata of {name}'
@@ -280,17 +282,3 @@ def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
     if content.lstrip().startswith(b'{')
   }
   return {stem: value for stem, value in parsed.items() if SLICING_KEY in value}
-
-
-def _slicing_stem(weights: pathlib.Path, stems: list[Any]) -> str:
-  """Returns the stem of the slicing JSON that describes the weights."""
-  if weights.suffix == '.pt':
-    if weights.stem not in stems:
-      text = f'the slicing JSON {weights.stem}.json must be beside it'
-      raise errors.CheckpointError(f'{weights}: {text}')
-    return weights.stem
-  if len(stems) != 1:
-    names = errors.cut(', '.join(f'{stem}.json' for stem in stems)) or 'none'
-    text = f'a sliced model needs one slicing JSON beside it, got {names}'
-    raise errors.CheckpointError(f'{weights}: {text}')
-  return stems[0]

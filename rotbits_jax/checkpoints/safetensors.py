@@ -1,9 +1,7 @@
 """Safetensors files and their index, read and written without the library.
 
 A file is the length of a header (8 bytes), the header (JSON), and the tensors one after
-the other. The header has the dtype, the shape and the place of each tensor. A shard is
-one of several files that share the tensors of a checkpoint. The index is a JSON file
-that names the shard of each tensor.
+the other. The index is a JSON file that names the file, or shard, of each tensor.
 
 Raises:
   UnsupportedError: if a tensor has a dtype that NumPy lacks.

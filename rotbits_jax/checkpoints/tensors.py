@@ -1,7 +1,6 @@
 """The tensors of a checkpoint: read when they are needed, and named as a family does.
 
-Shape and dtype of a tensor are known at once, the elements are read later. Files are
-read into memory, not mapped: a map of a file that shrinks ends the process.
+Files are read into memory, not mapped: a map of a file that shrinks ends the process.
 
 Raises:
   CheckpointError: if there is no such file, or if it changed after it was opened.
@@ -115,13 +114,7 @@ def row_major(array: np.ndarray) -> Iterator[memoryview]:
 
 
 class Checkpoint(NamedTuple):
-  """A model and the other files of its checkpoint directory.
-
-  Attributes:
-    model: the parameters and their config.
-    files: bytes of the sidecar files (configs, tokenizer) beside the weights, by name.
-    stem: name of the weights and the slicing JSON of a sliced model, without suffix.
-  """
+  """A model, the files beside its weights by name, and the stem of a sliced one."""
 
   model: models.Model
   files: dict[str, bytes]
@@ -136,8 +129,7 @@ class ExpectedTensor(NamedTuple):
   """A tensor of a checkpoint, and the parameters that it holds.
 
   Attributes:
-    name: name of the tensor in the checkpoint.
-    shape: shape of the tensor.
+    name: name of the tensor in the checkpoint; `shape` is its shape.
     parameters: the shapes of the parameters by path. Several are stacked along the
       tensor's first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
@@ -170,7 +162,10 @@ class ExpectedTensor(NamedTuple):
     return [x.T for x in arrays] if self.transposed else arrays
 
 
-def entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]:
+Records = dict[str, list[ExpectedTensor]]
+
+
+def entries(config: models.ModelConfig) -> Records:
   """Returns the tensors of a checkpoint by record, see `models.names`."""
   family, records = families.FAMILIES[config.family], {}
   for index in range(config.num_layers):
@@ -180,7 +175,7 @@ def entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]:
   return records | outer_entries(config)
 
 
-def outer_entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]:
+def outer_entries(config: models.ModelConfig) -> Records:
   """Returns the tensors outside the layers by record, see `entries`."""
   modules, shapes = families.FAMILIES[config.family].outer, models.outer_shapes(config)
   records: dict[str, list[ExpectedTensor]] = {}

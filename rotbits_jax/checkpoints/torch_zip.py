@@ -41,7 +41,7 @@ _MOST_SHARED = 2  # how many times its size a file may hold: tied tensors share 
 _PICKLE = 'data.pkl'
 _DAMAGE = (  # errors of a file that is damaged
   zipfile.BadZipFile, pickle.UnpicklingError, struct.error, AttributeError, EOFError,
-  LookupError, NotImplementedError, TypeError, ValueError,
+  LookupError, NotImplementedError, OverflowError, TypeError, ValueError,
 )  # fmt: skip
 
 
@@ -227,10 +227,10 @@ def _tensor(
 
   def read() -> np.ndarray:
     start = offset * dtype.itemsize
+    steps = tuple(s * dtype.itemsize for s in strides)
     with errors.named(member.file.path, *_DAMAGE):
       content = member.read(start, (last + 1) * dtype.itemsize - start if count else 0)
-    steps = tuple(s * dtype.itemsize for s in strides)
-    return np.ndarray(shape, dtype, content, 0, steps)
+      return np.ndarray(shape, dtype, content, 0, steps)
 
   return tensors_lib.LazyTensor(shape, dtype, read)
 

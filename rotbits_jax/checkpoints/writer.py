@@ -210,16 +210,16 @@ class CheckpointWriter(FolderWriter):
     if format == 'transformers':
       ranks, self._buffers = shortcuts or {}, {}
       entries = [x for entry in entries for x in transformers.renamed(entry, ranks)]
-      others = {name: x for name, x in files.items() if name != f'{stem}.json'}
+      kept = {name: x for name, x in files.items() if name != f'{stem}.json'}
       dtype = self._parameters['embed/tokens'].dtype
-      files = transformers.sidecars(config, others, ranks, dtype)
+      files = transformers.sidecars(config, kept, ranks, dtype)
     specs: dict[str, tensors_lib.TensorSpec] = {}
     self._entries: dict[str, list[tensors_lib.ExpectedTensor]] = {}
     for entry in entries:
-      dtype, *others = {self._parameters[path].dtype for path in entry.parameters}
-      if others:
+      dtypes_of_entry = {self._parameters[path].dtype for path in entry.parameters}
+      if len(dtypes_of_entry) > 1:
         raise ValueError(f'{entry.name}: its parameters have several dtypes')
-      specs[entry.name] = tensors_lib.TensorSpec(entry.shape, dtype)
+      specs[entry.name] = tensors_lib.TensorSpec(entry.shape, *dtypes_of_entry)
       for path in entry.parameters:
         self._entries.setdefault(path, []).append(entry)
     for name, buffer in self._buffers.items():

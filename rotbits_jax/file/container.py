@@ -12,6 +12,7 @@ It has the length and the CRC-32 of every other stream. The header is written la
 room that is reserved at the start. A damaged file raises `ContainerError`.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 import contextlib
 import json
@@ -80,21 +81,14 @@ class _Entry(schema.Object, kw_only=True):
   data_offsets: tuple[schema.Size, schema.Size]
 
 
-def check_names(names: Sequence[str]) -> None:
-  """Raises a ValueError if the streams of a file cannot have these names."""
-  seen = {MANIFEST, _METADATA}
-  for name in names:
-    if name in seen:
-      raise ValueError(f'{name}: the file has another entry of this name')
-    seen.add(name)
-
-
 class StreamWriter:
   """Writes streams to a file, one after the other, and the header last."""
 
   def __init__(self, file: BinaryIO, names: Sequence[str]):
     """Reserves room for the header of an empty file, whose streams may have `names`."""
-    check_names(names)
+    counts = collections.Counter([MANIFEST, _METADATA, *names])
+    if twice := [name for name, count in counts.items() if count > 1]:
+      raise ValueError(f'{twice[0]}: the file has another entry of this name')
     longest = dict.fromkeys((*names, MANIFEST), (_MOST, 2 * _MOST))
     self._room = len(_header(longest, 0xFFFFFFFF))
     if self._room > _MOST_HEADER:

@@ -31,7 +31,6 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
-from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import sources
@@ -78,7 +77,7 @@ class Encoder:
     if base is not None and self._recipe is None:
       self._check_base(base)
     self._records: Any = self._recipe or source
-    self._check_names()
+    self._check_content()
     self._context = self._made_context()
     if not self.can_be_divided:
       # The context is made of its config.
@@ -130,18 +129,26 @@ class Encoder:
     If the state of the transform before them is not given, the layers before them are
     gone through. The result is the state after them.
     """
-    is_last = records[-1:] == tuple(self.counts)[-1:]
+    is_last, preset = records[-1:] == tuple(self.counts)[-1:], self.preset
+    streams = list(records)
+    if not self.can_be_divided:
+      records = [name for name in records if name == models.names.BUFFERS]
+      streams = [*paper.STREAMS, *records]
     writer = writer_lib.FileWriter(
       file,
-      self._streams(records),
+      streams,
       files=self._files if is_last else {},
       headers=self._headers if is_last else {},
-      **self._facts(),
+      preset=preset.name,
+      options=preset.options,
+      keeps=preset.keeps,
+      config=self.source.config,
+      stem=self._stem,
+      dtypes=self._dtypes(),
     )
     bar.stage('reading, compiling')
     if not self.can_be_divided:
       self._write_message(writer, bar)
-      records = [name for name in records if name == models.names.BUFFERS]
     for coded, reached in self._coded(records, state):
       bar.stage('encoding')
       for name, encoded in coded:
@@ -199,12 +206,10 @@ class Encoder:
     specs = map(self.source.specs, self.source.records)
     base.check_shares([path for record in specs for path in structured.flatten(record)])
 
-  def _check_names(self) -> None:
+  def _check_content(self) -> None:
     """Checks the names of streams, and the paths, dtypes and shapes of parameters."""
     sizes = lambda contents: {name: len(x) for name, x in contents.items()}
     manifest_lib.check_files(self._stem, sizes(self._files), sizes(self._headers))
-    streams = self._streams(self._records.records)
-    container.check_names(writer_lib.stream_names(streams, self._files, self._headers))
     source, config = self.source, self.source.config
     for name in source.records:
       specs = structured.flatten(source.specs(name))
@@ -222,32 +227,17 @@ class Encoder:
 
   # ---- records -----------------------------------------------------------------------
 
-  def _facts(self) -> dict[str, Any]:
-    """Returns the fields of the manifest that all shards share."""
-    preset, context = self.preset, self._context
-    dtypes: dict[str, str] = {}
-    if context is not None and preset.rounding is not None and preset.rounding.uniform:
-      # The parameters are float32 in the file.
-      dtypes = {
-        path: dtype.name
-        for path, dtype in context.dtypes.items()
-        if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
-      }
-      dtypes[''] = context.dtype.name
-    return {
-      'preset': preset.name,
-      'options': preset.options,
-      'keeps': preset.keeps,
-      'config': self.source.config,
-      'stem': self._stem,
-      'dtypes': dtypes,
+  def _dtypes(self) -> dict[str, str]:
+    """Returns the dtypes of parameters that are float32 only in the file."""
+    context, rounding = self._context, self.preset.rounding
+    if context is None or rounding is None or not rounding.uniform:
+      return {}
+    dtypes = {
+      path: dtype.name
+      for path, dtype in context.dtypes.items()
+      if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
     }
-
-  def _streams(self, records: Sequence[str]) -> list[str]:
-    """Returns the names of the streams of records."""
-    if self.can_be_divided:
-      return list(records)
-    return [*paper.STREAMS, *(x for x in records if x == models.names.BUFFERS)]
+    return dtypes | {'': context.dtype.name}
 
   def _batches(self, names: Sequence[str], state: Any) -> Iterator[_Batch]:
     """Yields records; others than those in `names` may come, too."""

@@ -103,11 +103,6 @@ class Reader:
     if wrong := sorted(homes.items() ^ index.weight_map.items()):
       record = wrong[0][0]
       raise ContainerError(f'{record}: the index and the shards differ in this record')
-    if self.size != index.metadata.total_size:
-      raise ContainerError(
-        f'the shards must have {index.metadata.total_size} bytes by their index, '
-        f'got {self.size}'
-      )
 
   # ---- what the manifests tell -------------------------------------------------------
 

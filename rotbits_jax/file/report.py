@@ -305,7 +305,7 @@ def report_page(
       *(f'<p>{html.escape(x)}</p>' for x in paragraphs),
       f'<h2>The bytes</h2>{_bars(report)}',
       *(
-        f'<h2>{name}</h2><pre>{html.escape(chr(10).join(map(text.printable, lines)))}</pre>'
+        f'<h2>{name}</h2><pre>{html.escape(chr(10).join(lines))}</pre>'
         for name, lines in tables.items()
       ),
       '</body></html>\n',

@@ -1,6 +1,6 @@
 """The writer of one file: codes records, and appends them to a container."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -35,17 +35,6 @@ BESIDE = 'beside a base'
 """The name of the saving of a base."""
 
 
-def stream_names(
-  streams: Iterable[str], files: Iterable[str], headers: Iterable[str]
-) -> list[str]:
-  """Returns the names of all streams: those of records, other files and headers."""
-  return [
-    *streams,
-    *(f'{manifest_lib.FILES}{name}' for name in files),
-    *(f'{manifest_lib.HEADERS}{name}' for name in headers),
-  ]
-
-
 class FileWriter:
   """Writes one container: a whole model, or a shard of one."""
 
@@ -63,7 +52,9 @@ class FileWriter:
     The streams are those of records that will come, or of a message. `facts` are the
     fields of the manifest that all shards share.
     """
-    self._streams = container.StreamWriter(file, stream_names(streams, files, headers))
+    others = [f'{manifest_lib.FILES}{name}' for name in files]
+    others += [f'{manifest_lib.HEADERS}{name}' for name in headers]
+    self._streams = container.StreamWriter(file, [*streams, *others])
     self._file, self._facts = file, facts
     self._files, self._headers = files, headers
     self._records: list[manifest_lib.RecordEntry] = []

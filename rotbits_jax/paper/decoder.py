@@ -23,22 +23,14 @@ _CAUSE = (
 
 def decode(
   options: layout_lib.Options,
-  layout: layout_lib.MessageLayout,
-  streams: Mapping[str, np.ndarray],
+  layout: layout_lib.MessageLayout,  # which may come from an untrusted file
+  streams: Mapping[str, np.ndarray],  # uint16 [n] by name, see `layout.STREAMS`
   config: models.ModelConfig,
   *,
-  check: bool = True,
+  check: bool = True,  # whether to check the digests of the arrays
   progress: bool = False,
 ) -> segments.Arrays:
   """Decodes a model, by path: the inverse of `encode`.
-
-  Args:
-    options: the options with which the model was encoded.
-    layout: the layout of the message, which may come from an untrusted file.
-    streams: uint16 `[n]` by name, see `layout.STREAMS`.
-    config: config of the model.
-    check: whether to check the digests of the arrays.
-    progress: whether to show the progress on stderr.
 
   Raises:
     ValueError: if the streams do not fit the layout, if the layout does not fit the

@@ -47,22 +47,13 @@ def lanes(widths: tuple[int, ...]) -> int:
 
 
 class Options(schema.Object):
-  """The options of the scheme, as the file has them; see `presets.paper`.
+  """The options of the scheme, as the file has them; see `presets.paper`."""
 
-  Attributes:
-    canonicalizer: how a rotation is recovered.
-    rotation_codec: how a rotation is sampled.
-    correction: whether all errors of the elements from which rotations were sampled are
-      corrected, or those above the threshold.
-    threshold: the greatest error that is left in.
-    entropy: whether elements are entropy coded.
-  """
-
-  canonicalizer: Canonicalizer
-  rotation_codec: RotationCodec
-  correction: CorrectionMethod
-  threshold: Annotated[float, msgspec.Meta(ge=0)]
-  entropy: bool
+  canonicalizer: Canonicalizer  # how a rotation is recovered
+  rotation_codec: RotationCodec  # how a rotation is sampled
+  correction: CorrectionMethod  # of the elements from which rotations were sampled
+  threshold: Annotated[float, msgspec.Meta(ge=0)]  # of errors that may be left in
+  entropy: bool  # whether elements are entropy coded
 
   def __post_init__(self) -> None:
     """Raises a ValueError if two options cannot be combined."""
@@ -106,19 +97,12 @@ class Stored(schema.Row):
 
 
 class MessageLayout(schema.Object):
-  """The values that a decoder needs besides config and options.
+  """The values that a decoder needs besides config and options."""
 
-  Attributes:
-    fixed: number of columns of the embeddings that are pushed first.
-    sampled: for each segment, whether its rotation was sampled.
-    arrays: dtype and digest of each parameter, by path.
-    coders: the specs of entropy-coded arrays: those of the first columns of the
-      embeddings, then those of each segment; empty if arrays are pushed plain.
-  """
-
-  fixed: schema.Size
-  sampled: tuple[bool, ...]
-  arrays: dict[str, Stored]
+  fixed: schema.Size  # number of columns of the embeddings that are pushed first
+  sampled: tuple[bool, ...]  # for each segment, whether its rotation was sampled
+  arrays: dict[str, Stored]  # dtype and digest of each parameter, by path
+  # With entropy coding, of the first columns, and then of the arrays of each segment.
   coders: tuple[specs.StreamSpec, ...] = ()
 
   def dtypes(self) -> dict[str, np.dtype]:

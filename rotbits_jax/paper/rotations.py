@@ -49,16 +49,10 @@ rotate = jax.jit(rotations.rotate)
 
 def rotated(
   segment: segments.SegmentParameters,
-  before: jax.Array | None,
-  rotation: jax.Array | None,
+  before: jax.Array | None,  # the rotation of the previous segment
+  rotation: jax.Array | None,  # the rotation of this segment
 ) -> segments.Arrays:
-  """Rotates the parameters around a segment; returns them by path, in their dtypes.
-
-  Args:
-    segment: the parameters.
-    before: the rotation of the previous segment.
-    rotation: the rotation of this segment.
-  """
+  """Rotates the parameters around a segment; returns them by path, in their dtypes."""
   arrays = {path: rotate(x, rotation) for path, x in segment.readers.items()}
   arrays |= {path: rotate(x, None, rotation) for path, x in segment.writers.items()}
   arrays |= {path: rotate(x, before, rotation) for path, x in segment.shortcut.items()}
@@ -86,23 +80,15 @@ def reader_rotation(
 def recovered(
   frame: layout.Frame,
   shapes: segments.SegmentParameters,
-  arrays: segments.Arrays,
+  arrays: segments.Arrays,  # the stored parameters, by path
   canonicalizer: str,
   *,
   disturb: bool = False,
 ) -> jax.Array:
-  """Recovers the sampled frame, inexactly, from the stored parameters of a segment.
+  """Recovers the sampled frame, float32 `[n, k]`, from the parameters of a segment.
 
-  Args:
-    frame: shape and source of the frame.
-    shapes: the paths of the parameters around the segment.
-    arrays: the stored parameters by path.
-    canonicalizer: see `layout.Options`.
-    disturb: whether to recover it as another machine may, whose factorisation has other
-      errors.
-
-  Returns:
-    float32 `[n, k]`.
+  It is inexact. `disturb` recovers it as another machine may, whose factorisation has
+  other errors.
   """
   if frame.from_shortcut:
     (shortcut,) = (arrays[path] for path in shapes.shortcut)
@@ -114,10 +100,10 @@ def recovered(
 
 def _disturbed(matrix: np.ndarray, disturb: bool) -> jax.Array:
   """Returns a matrix, perhaps as inexact as its factorisation on another machine."""
-  if not disturb:
-    return jnp.asarray(matrix)
+  exact = jnp.asarray(matrix)
   noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape, jnp.float32)
-  return matrix + _BACKWARD_ERROR * jnp.sqrt(jnp.square(matrix).mean()) * noise
+  error = _BACKWARD_ERROR * jnp.sqrt(jnp.square(exact).mean()) * noise
+  return exact + error if disturb else exact
 
 
 _svd = jax.jit(lambda w: canonical.svd(w)[1])

@@ -113,26 +113,16 @@ def _fix(
 
 
 def settle(
-  params: Params,
-  path: str,
-  fixed: Params,
-  errors: dict[str, jax.Array],
-  tolerance: float,
+  params: Params,  # of a layer, or outside the layers; changed in place
+  path: str,  # of the parameter that stores fewer weights
+  fixed: Params,  # the parameters with their gauge fixed
+  errors: dict[str, jax.Array],  # see `symmetries.heads.rounding_errors`
+  tolerance: float,  # of the error, as a multiple of that of plain arrays
   *,
-  prefix: str,
-  least: float = 0.0,
+  prefix: str,  # of the paths in the whole model
+  least: float = 0.0,  # an error that is always small enough
 ) -> Note:
-  """Takes parameters with a fixed gauge if rounding them makes a small error.
-
-  Args:
-    params: the parameters of a layer, or outside the layers; changed in place.
-    path: path of the parameter that stores fewer weights, and which the note is on.
-    fixed: the parameters with their gauge fixed, by path.
-    errors: see `symmetries.heads.rounding_errors`.
-    tolerance: the greatest error, as a multiple of that of plain arrays.
-    prefix: the beginning of the paths in the whole model.
-    least: an error that is always small enough.
-  """
+  """Takes parameters with a fixed gauge if rounding them makes a small error."""
   measured: Note = jax.device_get(errors)
   plain_error = measured['plain_error']
   if not np.isfinite(plain_error):

@@ -226,10 +226,9 @@ def _error(
 @functools.partial(jax.jit, static_argnames='rows')
 def _with_zeros(kernel: jax.Array, *, rows: int) -> tuple[Any, jax.Array]:
   """Makes the last rows of a kernel upper trapezoidal; also returns the error."""
-  upper = rotations_lib.upper_rows(kernel, rows)
+  leaf = rotations_lib.upper_rows(kernel, rows)
   norm = jnp.maximum(jnp.linalg.norm(kernel), jnp.finfo(jnp.float32).tiny)
-  leaf = structured.TrapezoidalRows.of(upper, rows)
-  return leaf, jnp.linalg.norm(upper - kernel) / norm
+  return leaf, jnp.linalg.norm(leaf.materialize() - kernel) / norm
 
 
 # ---- weights that are too large to rotate ------------------------------------------

@@ -47,31 +47,17 @@ class Saving(NamedTuple):
 
 
 class Record(NamedTuple):
-  """A part of a model that is stored and decoded on its own.
+  """A part of a model that is stored and decoded on its own."""
 
-  Attributes:
-    name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'.
-    params: nested dicts of NumPy arrays and structured leaves, as they are stored. The
-      name of the record is the only key of the outermost dict.
-    savings: the saving of each transform. The first record outside the layers has those
-      of all records outside the layers.
-  """
-
-  name: str
-  params: models.Params
-  savings: list[Saving]
+  name: str  # 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'
+  params: models.Params  # nested dicts whose only outermost key is the name
+  savings: list[Saving]  # of each transform; all outer ones are in one record
 
 
 def make_context(
   source: transform_lib.ModelSource, *, stored_as: str | None = None
 ) -> Context:
-  """Makes the context for a source.
-
-  Args:
-    source: the model.
-    stored_as: the dtype to which all floating-point weights are rounded; None to keep
-      the dtype of each parameter.
-  """
+  """Makes the context for a source; `stored_as` is the dtype of all weights, if any."""
   dtypes: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
   for record in (x for x in source.records if x != models.names.BUFFERS):
@@ -93,26 +79,19 @@ def rewrite(
   chain: Chain,
   *,
   rounding: Rounding = rounding_lib.NEAREST,
-  layers: range | None = None,
-  state: State | None = None,
-  outer: bool = True,
+  layers: range | None = None,  # those to rewrite; all by default
+  state: State | None = None,  # before these layers, as an earlier call yielded it
+  outer: bool = True,  # whether to rewrite the parameters outside the layers, too
 ) -> Iterator[tuple[list[Record], State]]:
   """Rewrites a model, layer by layer.
+
+  With a rounding, the transforms get float32 weights, which are rounded after them;
+  without one, they get the weights as they are stored.
 
   >>> model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
   >>> rewritten = rewrite(make_context(model), rotbits_jax.passes.chain())
   >>> [record.name for records, _ in rewritten for record in records]
   ['layers.0', 'layers.1', 'layers.2', 'embed', 'head']
-
-  Args:
-    context: see `make_context`.
-    chain: the transforms to apply.
-    rounding: how weights are rounded after the transforms, which get float32 weights.
-      If None, the transforms get the weights as they are stored.
-    layers: the layers to rewrite; all by default.
-    state: the state before the first of these layers, as an earlier call yielded it;
-      None to compute it from the layers before.
-    outer: whether to rewrite the parameters outside the layers, too.
 
   Yields:
     The record of a layer, or all records outside the layers, and the state after them.
@@ -232,8 +211,12 @@ def run_chain(
   savings = {transform.name: Saving(transform.name, 0, 0) for transform in chain}
   for saving in (saving for record in records for saving in record.savings):
     if total := savings.get(saving.name):
-      sums = (a + b for a, b in zip(total[1:], saving[1:], strict=True))
-      savings[saving.name] = Saving(saving.name, *sums)
+      savings[saving.name] = Saving(
+        saving.name,
+        total.elements + saving.elements,
+        total.bytes + saving.bytes,
+        total.notes + saving.notes,
+      )
   params = {name: x for record in records for name, x in record.params.items()}
   names = [models.names.layer(i) for i in range(model.config.num_layers)]
   layers = [params.pop(name) for name in names]

@@ -13,8 +13,12 @@ mantissa has m bits and log2_step is -m, 2^q is the step of the dtype at the rms
 the numbers below 2 rms share it. They take about one bit less. The greatest error in
 the array does not change, and the mean square grows by less than a factor of 2.
 
-The preset `near` rounds to coarser steps that are not powers of two, and stores the
-multiples as integers, see `structured.UniformlyQuantized`.
+An array does not change if all its numbers are those of the dtype already.
+
+The preset `near` rounds to coarser steps, the nearest ones of 4, 5, 6, 7 times a power
+of two, and stores the multiples as integers, see `structured.UniformlyQuantized`. With
+`Inputs`, matrices are rounded with error feedback, and plain arrays and the head have a
+step per row and column.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,25 +63,14 @@ class Inputs(NamedTuple):
 
 
 class Rounding(NamedTuple):
-  """A rule for the rounding of the parameters of a model.
+  """A rule for the rounding of the parameters of a model."""
 
-  Attributes:
-    log2_step: takes the path of a parameter and its dtype. Returns log2 of the step of
-      an array over its rms; None to round to the nearest number of the dtype.
-    uniform: if False, arrays have the dtype of the source, and the step is a power of
-      two. An array does not change if all its weights are numbers of the dtype already.
-      If True, all weights are multiples of the step, which is the nearest one of
-      4, 5, 6, 7 times a power of two, and arrays are float32.
-    dtype: the dtype of weights that have no step; None for that of each parameter.
-    inputs: the inputs of matrices, by path. If `uniform` is set, these matrices are
-      rounded with error feedback, and plain arrays and the head have a step per row and
-      column.
-  """
-
+  # Takes the path of a parameter and its dtype; returns log2 of the step over the rms,
+  # or None to round to the nearest number of the dtype.
   log2_step: Callable[[str, np.dtype], float | None]
-  uniform: bool = False
-  dtype: Any = None
-  inputs: Mapping[str, Inputs] = types.MappingProxyType({})
+  uniform: bool = False  # whether multiples are stored, and not numbers of the dtype
+  dtype: Any = None  # of weights that have no step; None for that of each parameter
+  inputs: Mapping[str, Inputs] = types.MappingProxyType({})  # of matrices, by path
 
 
 NEAREST = Rounding(lambda path, dtype: None)
@@ -132,12 +125,7 @@ def to_steps(
 def round_params(
   rounding: Rounding, params: Params, context: Context
 ) -> tuple[Params, list[Note], float]:
-  """Rounds matrices to their steps on their device, and fetches all parameters once.
-
-  Args:
-    rounding: the rule.
-    params: float32 leaves of a record by path.
-    context: it has the dtypes of the parameters.
+  """Rounds float32 matrices to their steps on their device, and fetches all parameters.
 
   Returns:
     The rounded parameters on the host; a note for each matrix that was rounded to a
@@ -249,23 +237,18 @@ class Effect(NamedTuple):
 
 
 def round_leaf(
-  leaf: Any,
-  dtype: np.dtype,
-  log2_step: float,
-  uniform: bool,
-  inputs: Inputs | None = None,
+  leaf: Any,  # with float32 arrays; integers are not changed
+  dtype: np.dtype,  # of the parameter
+  log2_step: float,  # log2 of the step over the rms
+  uniform: bool,  # see `Rounding`
+  inputs: Inputs | None = None,  # only a matrix with a uniform step uses them
 ) -> tuple[Any, Effect]:
   """Rounds an array or a structured leaf on its device to a common step.
 
-  Args:
-    leaf: the leaf, with float32 arrays. Arrays of integers are not changed. Arrays with
-      one row or column have few numbers; they are rounded to the nearest number.
-    dtype: dtype of the parameter. Numbers that are too large for it become infinite;
-      those of which only the nearest multiple is too large get the largest one.
-    log2_step: log2 of the step over the rms.
-    uniform: see `Rounding`. A plain matrix becomes a `structured.UniformlyQuantized`
-      with float32 integers.
-    inputs: see `Rounding`; only a matrix with a uniform step uses them.
+  With a uniform step, a plain matrix becomes a `structured.UniformlyQuantized` with
+  float32 integers. Arrays with one row or column are rounded to the nearest number.
+  Numbers that are too large for the dtype become infinite; those of which only the
+  nearest multiple is too large get the largest one.
   """
   is_whole = structured.is_plain(leaf) and is_matrix(leaf)
   moments, axis, outputs = inputs or (None, 0, None)

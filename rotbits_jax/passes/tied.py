@@ -4,7 +4,6 @@ A fit to a sample of the tokens comes first, because it shows at little cost whe
 embedding was ever tied. Shape letters are those of `symmetries.tied`.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -26,6 +25,11 @@ from rotbits_jax.symmetries import tied
 # unrelated embedding is about 1.
 _UNTIED = 0.1
 
+# The greatest relative error of `head^T @ T`, rounded, in the Frobenius norm, as a
+# multiple of the roundoff; a single token may have four times as much. In SliceGPT's
+# own files, it is 0.6 to 1, and up to 1.6 for a token.
+_MOST_ERROR = 1.5
+
 _EXACT_DTYPES = np.dtype(np.float16), np.dtype(jnp.bfloat16)
 _TINY = float(np.finfo(np.float32).tiny)
 _MOST_INTEGER = (1 << 23) - 1  # of a rounded T
@@ -33,19 +37,13 @@ _MOST_INTEGER = (1 << 23) - 1  # of a rounded T
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 
 
-def retie_embedding(*, tolerance: float = 1.5) -> Transform:
+def retie_embedding() -> Transform:
   """Makes the transform that stores T in place of the embedding.
 
   Its note gives the error of the embedding and of the worst token; the `misfit` is the
   error that an embedding would have that is not stored so.
-
-  Args:
-    tolerance: the greatest relative error of `head^T @ T`, rounded, in the Frobenius
-      norm, as a multiple of `Context.roundoff`; a single token may have four times as
-      much. In SliceGPT's own files, it is 0.6 to 1, and up to 1.6 for a token.
   """
-  outer = functools.partial(_retie_embedding, tolerance=tolerance)
-  return Transform('tied embedding', outer=outer, takes='float32')
+  return Transform('tied embedding', outer=_retie_embedding, takes='float32')
 
 
 def retie_exactly() -> Transform:
@@ -57,9 +55,7 @@ def retie_exactly() -> Transform:
   return Transform('exactly tied embedding', outer=_retie_exactly, takes='stored')
 
 
-def _retie_embedding(
-  context: Context, state: Any, params: Params, *, tolerance: float
-) -> Noted:
+def _retie_embedding(context: Context, state: Any, params: Params) -> Noted:
   """Stores T, rounded, if the embedding then has a small error."""
   dtype, unit = context.holder(_EMBED), context.roundoff
   matrices, notes = _table_and_head(params, context.holder(_HEAD))
@@ -79,7 +75,7 @@ def _retie_embedding(
   # Rounding errors do not get smaller below the least normal number.
   least = float(jnp.finfo(dtype).smallest_normal) * np.sqrt(table.shape[1])
   worst = float(np.max(off / np.maximum(norms, least)))
-  if error > tolerance * unit or worst > 4 * tolerance * unit:
+  if error > _MOST_ERROR * unit or worst > 4 * _MOST_ERROR * unit:
     return params, [note(_EMBED, table, misfit=error, worst=worst)]
   params[_EMBED] = structured.Tied(matrix.astype(table.dtype), len(table))
   return params, [note(_EMBED, params[_EMBED], error=error, worst=worst)]

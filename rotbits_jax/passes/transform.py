@@ -46,17 +46,11 @@ class ModelSource(Protocol):
 
 
 class Context(NamedTuple):
-  """Information that every function of a transform gets, see `make_context`.
+  """Information that every function of a transform gets, see `make_context`."""
 
-  Attributes:
-    source: the model before any transform.
-    dtypes: the dtype to which each parameter is rounded at the end, by path.
-    dtype: the dtype to which most weights are rounded.
-  """
-
-  source: ModelSource
-  dtypes: Mapping[str, np.dtype]
-  dtype: np.dtype
+  source: ModelSource  # the model before any transform
+  dtypes: Mapping[str, np.dtype]  # to which parameters are rounded at the end, by path
+  dtype: np.dtype  # to which most weights are rounded
 
   @property
   def config(self) -> models.ModelConfig:

@@ -27,18 +27,14 @@ from rotbits_jax.models import transformer
 
 
 def measure(
-  model: transformer.Layers, windows: Sequence[np.ndarray], kept: Any = None
+  model: transformer.Layers,
+  windows: Sequence[np.ndarray],  # the tokens of the text, [1, T] each
+  kept: Any = None,  # see `fisher.fisher_factors`
 ) -> Iterator[dict[str, passes.Inputs]]:
-  """Measures A and g of every matrix of a model on a text.
+  """Yields A and g of every matrix of a model on a text, float32, by path.
 
-  Args:
-    model: the model, dense or sliced; it may have structured leaves.
-    windows: the tokens of the text, `[1, T]` each.
-    kept: see `fisher.fisher_factors`.
-
-  Yields:
-    A and g, float32, by the paths of matrices: for the layers from the last to the
-    first, then for the parameters outside them. Equal inputs share one A.
+  The layers come from the last to the first, then the parameters outside them. Equal
+  inputs share one A.
   """
   count = sum(tokens.size for tokens in windows)
   head: Any = None
@@ -87,20 +83,15 @@ def _sum(*pairs: tuple[np.ndarray, np.ndarray], axis: int) -> passes.Inputs:
 
 
 def fitted(
-  measured: Sequence[Mapping[str, passes.Inputs]],
-  windows: Sequence[Sequence[np.ndarray]],
-  store: Callable[[Any], Any] = np.asarray,
+  measured: Sequence[Mapping[str, passes.Inputs]],  # A and g on each of several texts
+  windows: Sequence[Sequence[np.ndarray]],  # the tokens of each text
+  store: Callable[[Any], Any] = np.asarray,  # takes each A; returns the array to keep
 ) -> dict[str, passes.Inputs]:
   """Returns A and g for rounding, given those on each of several texts.
 
   A `[n, n]` of T tokens tells little about directions that these hardly have, and
   feedback would put the errors there. Therefore (n / T)^2 times the mean of the
   diagonal of A is added to it: as much as the mean if there are n tokens.
-
-  Args:
-    measured: A and g on each text, see `measure`. Equal inputs share one A.
-    windows: the tokens of each text.
-    store: takes each A; returns the array to keep.
   """
   counts = [sum(tokens.size for tokens in text) for text in windows]
   total = sum(counts)
@@ -125,12 +116,7 @@ def fitted(
 
 
 def divergence(inputs: passes.Inputs, error: Any) -> float:
-  """Returns about the divergence in nats that an error of a matrix causes.
-
-  Args:
-    inputs: A and g of the matrix.
-    error: float32, in the shape of the matrix.
-  """
+  """Returns about the divergence in nats that an error of a matrix causes."""
   rows = error if inputs.axis == 0 else error.T
   return float(_divergence(rows, inputs.moments, inputs.outputs))
 

@@ -60,22 +60,13 @@ class Point(NamedTuple):
 
 
 class Calibration(NamedTuple):
-  """The result of `calibrate`: options of `near`, and the measurements behind them.
+  """The result of `calibrate`: options of `near`, and the measurements behind them."""
 
-  Attributes:
-    offsets: octaves to add to the step, by the path of a parameter. Their mean over the
-      numbers that rounding changes is about zero.
-    inputs: the inputs of matrices, see `passes.Rounding`.
-    sensitivities: about the mean KL in nats that each causes alone at the step `PROBE`.
-    curve: with a bound, all steps that were measured, from the finest one on.
-    step: with a bound, the coarsest one of these whose divergence is below it.
-  """
-
-  offsets: dict[str, float]
-  inputs: Mapping[str, passes.Inputs]
-  sensitivities: dict[str, float]
-  curve: tuple[Point, ...] = ()
-  step: float | None = None
+  offsets: dict[str, float]  # octaves to add to the step, by path; about 0 in the mean
+  inputs: Mapping[str, passes.Inputs]  # of matrices, see `passes.Rounding`
+  sensitivities: dict[str, float]  # about the KL that each causes at the step `PROBE`
+  curve: tuple[Point, ...] = ()  # with a bound, all measurements, from the finest step
+  step: float | None = None  # the coarsest one whose divergence is below the bound
 
   @property
   def kl(self) -> float:
@@ -93,28 +84,18 @@ class Calibration(NamedTuple):
 @host.own_settings()
 def calibrate(
   model: passes.ModelSource,
-  tokens: np.ndarray,
+  tokens: np.ndarray,  # [N], ids of the text on which divergences are measured
   *,
   max_kl: float | None = None,
-  max_tokens: int | None = 4096,
-  tolerance: float = 0.7,
-  folder: _Folder = None,
+  max_tokens: int | None = 4096,  # how many to use; None for all
+  tolerance: float = 0.7,  # see `near`
+  folder: _Folder = None,  # of temporary files, in which moments of inputs remain
   progress: bool = False,
 ) -> Calibration:
   """Divides the bits among the parameters, and finds the coarsest steps for a bound.
 
-  Args:
-    model: the model, in memory or on disk.
-    tokens: `[N]` token ids of the text on which divergences are measured.
-    max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats; None
-      for no search.
-    max_tokens: number of tokens to use; None for all.
-    tolerance: see `near`.
-    folder: where temporary files are; None for the system's folder for such files.
-    progress: whether to show the progress on stderr.
-
-  Returns:
-    The options and measurements. The moments of the inputs remain in a file.
+  The bound `max_kl` is that of the mean KL(model || rounded model) over the tokens, in
+  nats. Without it no steps are searched.
 
   Raises:
     ValueError: if the tokens are not those of a text for this model, if the bound is

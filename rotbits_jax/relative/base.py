@@ -32,17 +32,11 @@ _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
 class Beside(NamedTuple):
-  """An array beside one that the receiver knows.
-
-  Attributes:
-    measured: the leaf, and the classes of its differences.
-    known: the array of the base that it needs, or the product of such arrays.
-    crc32: CRC-32 of the array that it stands for.
-  """
+  """An array beside one that the receiver knows."""
 
   measured: measure.Measured
   known: entries.BaseArray | products.Product
-  crc32: int
+  crc32: int  # of the array that the leaf stands for
 
 
 class Base:

@@ -69,13 +69,8 @@ class BaseArray(schema.Row):
 
 
 def is_too_short(size: int, base_size: int, nbytes: int) -> bool:
-  """Returns whether so few bytes cannot stand for an array.
+  """Returns whether so few stored bytes cannot stand for an array of a size.
 
-  The reader allocates the array before it has decoded the leaf.
-
-  Args:
-    size: how many elements the array has.
-    base_size: how many of them the base gives.
-    nbytes: the bytes of the arrays that are stored.
+  The base gives some elements. The reader allocates the array before it has the bytes.
   """
   return size - base_size > 8 * nbytes

@@ -7,7 +7,7 @@ letters: R rows, C columns, k the rank.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,27 +25,15 @@ _FINER = 5  # the differences that are left, over the error of rounded factors
 _MOST = (1 << 15) - 1
 
 
-class Factors(NamedTuple):
-  """A product that predicts differences, see `structured.difference`.
-
-  Attributes:
-    left: int16 `[R, k]`.
-    right: int16 `[k, C]`.
-    unit: the exponent of the power of two that is the unit of the product.
-  """
-
-  left: np.ndarray
-  right: np.ndarray
-  unit: int
-
-
-def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> Factors | None:
+def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   """Finds factors for the bits `[R, C]` of an array and of its base.
 
-  The result is None if none save more than they take.
+  Returns:
+    `left`, int16 `[R, k]`, `right`, int16 `[k, C]`, and `unit`, see
+    `structured.difference`; nothing if no factors save more than they take.
   """
   if min(bits.shape) < _LEAST:
-    return None
+    return {}
   with np.errstate(all='ignore'):
     typical = base.reshape(-1)[:: -(-base.size // _TYPICAL)]
     sizes = np.abs(widened(typical, dtype))
@@ -54,14 +42,14 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> Factors | None:
   off = floats(bits[some], base[some], dtype)
   scale = float(np.abs(off).max(initial=0))
   if not sizes.size or not 1e-30 < scale < 1e30:
-    return None
+    return {}
   # The rounding error of the dtype, at most numbers.
   least = float(np.median(sizes)) * 2.0 ** -(ulps.MANTISSA_BITS[dtype] + 2) / scale
   off /= np.float32(scale)
   # Half of the rows are a basis, and the others tell whether it saves anything.
   basis = _basis(off[::2])
   if _product(*_projected(off[1::2], basis), basis, least, len(bits)) is None:
-    return None
+    return {}
   basis = _basis(off)
 
   def job(rows: slice) -> tuple[np.ndarray, float]:
@@ -74,13 +62,13 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> Factors | None:
   tall, totals = zip(*pool.each(job, parts), strict=True)
   product = _product(np.concatenate(tall), sum(totals), basis, least, len(bits))
   if product is None:
-    return None
+    return {}
   left, right, finest = product
   # The unit is a power of two, and so is its root.
   exponent = math.floor(math.log2(finest * math.sqrt(scale)))
   root = math.sqrt(scale) * 2.0**-exponent
   rounded = lambda x: np.rint(x * root).clip(-_MOST, _MOST).astype(np.int16)
-  return Factors(rounded(left), rounded(right), 2 * exponent)
+  return {'left': rounded(left), 'right': rounded(right), 'unit': 2 * exponent}
 
 
 def _projected(off: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, float]:

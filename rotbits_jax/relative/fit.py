@@ -63,19 +63,11 @@ class Pair(NamedTuple):
 
 
 class FoundBasis(NamedTuple):
-  """The basis of a segment.
+  """The basis of a segment."""
 
-  Attributes:
-    basis: float64 `[D, d]`; None if no matrix with orthonormal columns is near a
-      solution.
-    error: the relative error of tensors made with it.
-    growth: by how much errors of the basis are greater, relative to a tensor, because
-      its vectors lie beside the subspace.
-  """
-
-  basis: np.ndarray | None
-  error: float
-  growth: float
+  basis: np.ndarray | None  # float64 [D, d]; None if none is near a solution
+  error: float  # the relative error of tensors made with it
+  growth: float  # of errors relative to a tensor, whose vectors lie beside the subspace
 
   def as_basis(self, roundoff: float) -> subspaces.Basis:
     """Returns the leaf of the basis, whose error is a small part of the roundoff."""

@@ -18,7 +18,7 @@ from rotbits_jax.coding import coder
 from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
-from rotbits_jax.relative import factors as factors_lib
+from rotbits_jax.relative import factors
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
@@ -41,15 +41,10 @@ _TINY = 1e-18  # of the scales by which roots are divided
 
 
 class Measured(NamedTuple):
-  """How to store an array beside a known one.
-
-  Attributes:
-    leaf: the leaf.
-    classes: the class of each of its differences, uint8; None if they have none.
-  """
+  """How to store an array beside a known one."""
 
   leaf: difference.Difference
-  classes: np.ndarray | None = None
+  classes: np.ndarray | None = None  # uint8, of the differences; None if they have none
 
   @property
   def known(self) -> known_lib.Known | None:
@@ -191,9 +186,7 @@ def with_classes(
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
   draft = dataclasses.replace(draft, width=width)
   if predicts and dtype in difference.ROUNDED:
-    factors = factors_lib.find(wanted, known, dtype)
-    if factors is not None:
-      draft = dataclasses.replace(draft, **factors._asdict())
+    draft = dataclasses.replace(draft, **factors.find(wanted, known, dtype))
     drift = _drift(bits, draft.predicted_bits(base, pool.run), dtype)
     draft = dataclasses.replace(draft, drift=drift)
   expected = draft.predicted_bits(base, pool.run)
@@ -237,7 +230,7 @@ def scales(
   )
 
   def roots_of(*part: slice) -> np.ndarray:
-    return np.sqrt(np.abs(factors_lib.floats(bits[part], known[part], dtype)))
+    return np.sqrt(np.abs(factors.floats(bits[part], known[part], dtype)))
 
   of_columns, share = np.ones(columns), 1.0
   if rows >= _LEAST_LINES:

@@ -37,17 +37,11 @@ _UNRELATED = 0.3  # the relative error of equations from which there is no subsp
 
 
 class _Segment(NamedTuple):
-  """The basis of a segment of the sliced model.
+  """The basis of a segment of the sliced model."""
 
-  Attributes:
-    leaf: the basis in the file; None for the identity.
-    numbers: the array of the leaf; None for the identity.
-    rotation: that of the segment, float64 `[d, d]`; None for none.
-  """
-
-  leaf: Any
-  numbers: np.ndarray | None
-  rotation: np.ndarray | None
+  leaf: Any  # in the file; None for the identity
+  numbers: np.ndarray | None  # the array of the leaf
+  rotation: np.ndarray | None  # of the segment, float64 [d, d]; None for none
 
 
 class Recipe:

@@ -108,45 +108,29 @@ _some = functools.partial(fields.Array, optional=True)
 class Difference(base.Structured):
   """A known array plus what differs from it; the module's docstring has the rules.
 
-  Attributes:
-    differences: signed integers `[n]`, or None.
-    exceptions: the bits of exceptions, signed integers, or None.
-    gaps: uint16, or None.
-    row_scales: int16 `[R]`, or `[1]` if they are equal; None if there are no classes.
-    column_scales: int16 `[C]`, or `[1]`; likewise.
-    left: int16 `[R, k]`, or None.
-    right: int16 `[k, C]`, or None.
-    drift: int32 `[256]`, or None.
-    map: int32 `[D, d]`, or None, see `tied.product`.
-    shifts: int16 `[D]`, or None.
-    lengths: shape of the array, or of its transpose.
-    name: name of its dtype.
-    width: C.
-    unit: see the module's docstring.
-    scale: see `tied.product`.
-    columns_first: whether `lengths` is the transposed shape, and the known array is
-      transposed, too.
+  Integers without a dtype are signed, and as wide as the elements.
   """
 
   type_name: ClassVar[str] = 'difference'
   origin: ClassVar[base.Origin] = base.Origin.KNOWN
 
-  lengths: tuple[fields.Length, ...] = fields.static()
-  name: _Name = fields.static()
+  lengths: tuple[fields.Length, ...] = fields.static()  # shape, or that transposed
+  name: _Name = fields.static()  # of the dtype
   differences: Annotated[Any, _some('n')] = None
-  exceptions: Annotated[Any, _some('x')] = None
+  exceptions: Annotated[Any, _some('x')] = None  # their bits
   gaps: Annotated[Any, _some('g', np.uint16)] = None
+  # Of rows and columns, or one for all that are equal. None if there are no classes.
   row_scales: Annotated[Any, _some('r', np.int16, most=MOST_SCALE)] = None
   column_scales: Annotated[Any, _some('c', np.int16, most=MOST_SCALE)] = None
   left: Annotated[Any, _some('Rk', np.int16)] = None
   right: Annotated[Any, _some('kC', np.int16)] = None
   drift: Annotated[Any, _some('i', np.int32)] = None
-  map: Annotated[Any, _some('Dd', np.int32)] = None
+  map: Annotated[Any, _some('Dd', np.int32)] = None  # see `tied.product`, as two others
   shifts: Annotated[Any, _some('D', np.int16)] = None
   width: fields.Length = fields.static(default=0)
   unit: Annotated[int, schema.between(-900, 900)] = fields.static(default=0)
   scale: Annotated[int, schema.between(-1000, 2000)] = fields.static(default=0)
-  columns_first: bool = fields.static(default=False)
+  columns_first: bool = fields.static(default=False)  # also of the known array
 
   @property
   def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -324,47 +308,33 @@ class Difference(base.Structured):
       raise ValueError(f'an array of {lengths!r:.80} is too large')
     size, signed = math.prod(lengths), np.dtype(f'i{dtype.itemsize}')
     rows = size // self.width if self.width else 0
-    predictions = self.left, self.right, self.drift, self.map, self.shifts
-    is_predicted = any(x is not None for x in predictions)
-    # None has neither a size nor a shape.
-    sizes = {name: x.size for name, _, x in fields.arrays_of(self)}
-    size_of = lambda name: sizes.get(name, 0)
-    dtype_of_differences = getattr(self.differences, 'dtype', None)
-    rules = {
-      'exceptions': getattr(self.exceptions, 'dtype', signed) == signed
-      and size_of('differences') >= size_of('exceptions'),
-      'name': not is_predicted or dtype in ROUNDED,
-      'left': ('left' in sizes) == ('right' in sizes),
-      'map': ('map' in sizes) == ('shifts' in sizes)
-      and ('map' not in sizes or lengths[1:] == self.map.shape[1:]),
-      'scales': ('row_scales' in sizes) == ('column_scales' in sizes),
-    }
-    if self.has_classes:
-      left = (rows, 0) if self.left is None else self.left.shape
-      rules |= {
-        'width': rows * self.width == size and dtype.itemsize <= 4,
-        'gaps': self.gaps is None,
-        'differences': size_of('differences') == size
-        and dtype_of_differences == signed,
-        'row_scales': size_of('row_scales') in (1, rows),
-        'column_scales': size_of('column_scales') in (1, self.width),
-        'factors': left[0] == rows
-        and left[1] <= _MOST_RANK
-        and size_of('right') == left[1] * self.width,
-        'drift': self.drift is None or self.drift.size == DRIFTS,
-      }
-    else:
+    arrays = {name: array for name, _, array in fields.arrays_of(self)}
+    count = lambda name: arrays[name].size if name in arrays else 0
+    kind = lambda name: arrays[name].dtype if name in arrays else None
+    pairs = ('left', 'right'), ('map', 'shifts'), ('row_scales', 'column_scales')
+    fits = all((x in arrays) == (y in arrays) for x, y in pairs)
+    fits &= kind('exceptions') in (None, signed)
+    fits &= count('exceptions') <= count('differences')
+    is_predicted = not arrays.keys().isdisjoint(('left', 'drift', 'map'))
+    fits &= dtype in ROUNDED or not is_predicted
+    fits &= self.map is None or lengths[1:] == self.map.shape[1:]
+    if self.has_classes and fits:
+      fits = rows * self.width == size and dtype.itemsize <= 4 and self.gaps is None
+      fits &= count('differences') == size and kind('differences') == signed
+      fits &= self.row_scales.size in (1, rows)
+      fits &= self.column_scales.size in (1, self.width)
+      fits &= count('drift') in (0, DRIFTS)
+      if self.left is not None:
+        fits &= (len(self.left), self.right.shape[1]) == (rows, self.width)
+        fits &= len(self.right) <= _MOST_RANK
+    elif fits:
+      fits = not self.width and not is_predicted
+      fits &= ('gaps' in arrays) == ('differences' in arrays)
       # The greatest gap stands for many elements.
-      most = size_of('differences') + size // MOST_GAP
-      rules |= {
-        'width': not self.width and not is_predicted,
-        'gaps': ('gaps' in sizes) == ('differences' in sizes)
-        and size_of('gaps') <= most,
-        'differences': size_of('differences') <= size
-        and dtype_of_differences in (None, np.int8),
-      }
-    if wrong := [name for name, holds in rules.items() if not holds]:
-      raise ValueError(f'{wrong[0]} of an array {self.name} {lengths} do not fit')
+      fits &= count('gaps') <= count('differences') + size // MOST_GAP
+      fits &= count('differences') <= size and kind('differences') in (None, np.int8)
+    if not fits:
+      raise ValueError(f'what is stored of {self.name} {lengths} does not fit together')
 
 
 # ---- known arrays --------------------------------------------------------------------

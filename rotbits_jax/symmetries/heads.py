@@ -63,16 +63,14 @@ class BasisAndFactor(NamedTuple):
 
 
 def basis(matrix: jax.Array) -> BasisAndFactor:
-  """Returns the basis of a matrix's column space that `structured.heads` describes.
+  """Returns the basis of a column space that `structured.heads` describes.
 
   Let Q = [C; D] be an orthonormal basis of the column space. A polar decomposition
-  makes C symmetric and positive semidefinite. Then `B = 2 D (I + C)^-1`.
+  makes C symmetric and positive semidefinite. Then `B = 2 D (I + C)^-1`. The matrix is
+  float32 `[n, h]`, n >= h, of any rank.
 
   >>> float(abs(basis(jnp.array([[0.0], [1.0]])).below[0, 0]))
   2.0
-
-  Args:
-    matrix: float32 `[n, h]`, n >= h, of any rank.
   """
   chex.assert_rank(matrix, 2)
   h = matrix.shape[1]
@@ -84,18 +82,16 @@ def basis(matrix: jax.Array) -> BasisAndFactor:
 
 
 def with_value_bias(
-  out_bias: jax.Array, value_bias: jax.Array, kernel: jax.Array, *, kv_heads: int
+  out_bias: jax.Array,  # [d]
+  value_bias: jax.Array,  # [K h]
+  kernel: jax.Array,  # W_o, [H h, d]
+  *,
+  kv_heads: int,
 ) -> jax.Array:
   """Returns the output bias that includes the value bias: `b_o + b_v W_o`, `[d]`.
 
   >>> with_value_bias(jnp.zeros(2), jnp.ones(2), jnp.eye(2), kv_heads=1).tolist()
   [1.0, 1.0]
-
-  Args:
-    out_bias: `[d]`.
-    value_bias: `[K h]`.
-    kernel: W_o, `[H h, d]`.
-    kv_heads: K.
   """
   chex.assert_rank([out_bias, value_bias, kernel], [1, 1, 2])
   chex.assert_shape(kernel, (None, len(out_bias)))
@@ -109,10 +105,8 @@ def with_value_bias(
 def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
   """Rotates heads: `W_v Q` and `Q^T W_o`; or `W_q Q` and `W_k Q`, in their old dtypes.
 
-  Args:
-    params: arrays, `VALUES` or `KEYS` by path.
-    rotations: Q, float32 `[K, h, h]`, orthogonal. For keys, it must be the identity on
-      the coordinates that RoPE rotates.
+  The parameters are `VALUES` or `KEYS`; Q is float32 `[K, h, h]`. For keys, it must be
+  the identity on the coordinates that RoPE rotates.
   """
 
   def rotate(path: str, x: jax.Array) -> jax.Array:
@@ -132,6 +126,8 @@ class Fixed(NamedTuple):
 def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   """Fixes the gauge between value and output; W_o becomes a `structured.HeadRows`.
 
+  The parameters are `VALUES`: arrays, and W_o has at least h columns.
+
   >>> params = {VALUE: jnp.eye(2), OUT: jnp.arange(8.0).reshape(2, 4)}
   >>> fixed = fix_values(params, kv_heads=1).params
   >>> structured.count_elements(params), structured.count_elements(fixed)
@@ -139,10 +135,6 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   >>> product = fixed[VALUE] @ fixed[OUT].materialize()
   >>> bool(jnp.allclose(product, params[VALUE] @ params[OUT], atol=1e-5))
   True
-
-  Args:
-    params: `VALUES`, by path: arrays, and W_o has at least h columns.
-    kv_heads: K.
   """
   h, width = params[VALUE].shape[1] // kv_heads, params[OUT].shape[1]
   heads = _stacked_heads(params[OUT].T, kv_heads, h)  # [K, G d, h]
@@ -164,12 +156,8 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
 def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   """Fixes the gauge between query and key in the coordinates that RoPE does not rotate.
 
-  W_k becomes a `structured.HeadColumns`; its bias is zero in these coordinates.
-
-  Args:
-    params: `KEYS`, by path: arrays, and W_k has at least m rows.
-    kv_heads: K.
-    rotary: r, less than h.
+  W_k becomes a `structured.HeadColumns`; its bias is zero in these coordinates. The
+  parameters are `KEYS`: arrays, and W_k has at least m rows. `rotary` is r < h.
   """
   d, h = params[KEY].shape[0], params[KEY].shape[1] // kv_heads
   heads = _stacked_heads(params[KEY], kv_heads, h)
@@ -231,18 +219,14 @@ def sides(params: models.Params, *, kv_heads: int) -> Sides:
 
 
 def rounding_errors(
-  plain: Sides, exact: Sides, rounded: Sides, dtype: Any
+  plain: Sides,  # kernels before their gauge is fixed
+  exact: Sides,  # kernels with their gauge fixed
+  rounded: Sides,  # the same, rounded to the dtype
+  dtype: Any,
 ) -> dict[str, jax.Array]:
   """Returns the relative errors in the Frobenius norm that rounding makes in products.
 
-  Args:
-    plain: the kernels before their gauge is fixed.
-    exact: the kernels with their gauge fixed.
-    rounded: the same, rounded to the dtype.
-    dtype: the dtype.
-
-  Returns:
-    'plain_error' of rounding plain kernels, and 'error' of the rounded ones, `[]`.
+  'plain_error' is that of plain kernels, and 'error' that of the rounded ones.
   """
   # The weights of a checkpoint have no rounding error, because they are rounded
   # already. A multiple of them has the usual error.

@@ -67,21 +67,14 @@ def gauge(
 def segments(
   params: Params,
   polars: Polars,
-  first: jax.Array,
+  first: jax.Array,  # R_s of the segment that the layer reads
   config: models.ModelConfig,
   *,
-  free: jax.Array | None = None,
+  free: jax.Array | None = None,  # Z of the last shortcut
 ) -> list[jax.Array]:
   """Returns the rotations R_s, R_{s+1}, ... of the segments of a sliced layer.
 
   A shortcut that narrows the stream becomes lower trapezoidal.
-
-  Args:
-    params: the layer.
-    polars: `gauge` of the layer.
-    first: R_s of the segment that the layer reads.
-    config: the config of the model.
-    free: Z of the last shortcut, see `rotations.next_rotation`.
   """
   rotations, paths = [first], shortcut_paths(config)
   for path, polar in zip(paths, polars, strict=True):
@@ -130,24 +123,16 @@ def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | N
 
 def rotate(
   params: Params,
-  rotations: Sequence[jax.Array | None],
+  rotations: Sequence[jax.Array | None],  # of `segments`, or of the ends of the model
   config: models.ModelConfig,
   *,
   is_outer: bool = False,
-  function: Callable[..., Any] = rotations_lib.rotate,
+  function: Callable[..., Any] = rotations_lib.rotate,  # or its compiled form
 ) -> Params:
   """Rotates the kernels and biases of a layer, or the parameters outside the layers.
 
   In a dense model, the scales of norms are folded into kernels first, see `norms`.
   Shortcuts stay matrices, see `rotations.shortcut`.
-
-  Args:
-    params: the parameters.
-    rotations: R of the segments of the layer, see `segments`; or of the first and the
-      last segment of the model.
-    config: the config of the model.
-    is_outer: whether the parameters are those outside the layers.
-    function: the rotation of one array, `rotations.rotate` or its compiled form.
   """
   layout = models.layout
   axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)

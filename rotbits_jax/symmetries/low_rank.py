@@ -41,7 +41,7 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
 def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
-  """Fixes the gauge of one pair.
+  """Fixes the gauge of one pair; returns a leaf for `u @ v`, float32.
 
   >>> u = jax.random.normal(jax.random.key(0), (32, 16))
   >>> fixed = fix_pair(u, v := u.T)
@@ -55,9 +55,6 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
   Args:
     u: `[m, r]`, 1 <= r <= min(m, n).
     v: `[r, n]`.
-
-  Returns:
-    A leaf for `u @ v`, float32.
   """
   chex.assert_shape(v, (u.shape[1], None))
   u, v = u.astype(jnp.float32), v.astype(jnp.float32)

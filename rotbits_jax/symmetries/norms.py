@@ -18,25 +18,16 @@ from rotbits_jax import structured
 def fold_norm_scales(
   params: dict[str, Any], config: models.ModelConfig, *, is_outer: bool = False
 ) -> dict[str, Any]:
-  """Moves the scales of RMSNorms into the kernels that read them.
+  """Moves the scales of RMSNorms into the kernels that read them, in their old dtypes.
+
+  The scales become leaves of one number, 1. The parameters are those of a layer of a
+  dense model, or those outside the layers; a ValueError if it has other norms.
 
   >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')
   >>> model = rotbits_jax.load_checkpoint(checkpoint).model
   >>> folded = fold_norm_scales(structured.flatten(model.layer(0)), model.config)
   >>> float(folded['mlp_norm/scale'].value)
   1.0
-
-  Args:
-    params: parameters of a layer, or parameters outside the layers, of a dense model,
-      by path.
-    config: its config.
-    is_outer: whether the parameters are those outside the layers.
-
-  Returns:
-    The parameters in their old dtypes; the scales are leaves of one number, 1.
-
-  Raises:
-    ValueError: if the norms of the model are no RMSNorms.
   """
   if config.norm != 'rmsnorm':
     raise ValueError(f'{config.family}: only scales of RMSNorms can be folded')

@@ -27,6 +27,7 @@ Rotations include reflections. They are float32, and orthogonal up to its roundi
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -41,7 +42,9 @@ _matmul = products.matmul
 
 
 def rotate(
-  array: Any, rows: jax.Array | None = None, columns: jax.Array | None = None
+  array: Any,  # [n, m] or [m], or a low-rank leaf [n, m]
+  rows: jax.Array | None = None,  # [n, n]
+  columns: jax.Array | None = None,  # [m, m]
 ) -> Any:
   """Rotates one array: returns `rows^T @ array @ columns` in the array's dtype.
 
@@ -50,11 +53,6 @@ def rotate(
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
   >>> rotate(jnp.array([1.0, 2.0]), columns=quarter).tolist()
   [-2.0, 1.0]
-
-  Args:
-    array: an array `[n, m]` or `[m]`, or a low-rank leaf `[n, m]`.
-    rows: `[n, n]`; None for no rotation.
-    columns: `[m, m]`; None for no rotation.
   """
   pair = structured.pair(array)
   if pair is not None:
@@ -93,7 +91,9 @@ def largest_rotated(
 
 
 def next_rotation(
-  step: jax.Array, rotation: jax.Array, free: jax.Array | None = None
+  step: jax.Array,  # O_s, [e, e]
+  rotation: jax.Array,  # R_s, [d, d]
+  free: jax.Array | None = None,  # Z, [e - d, e - d]; None for the identity
 ) -> jax.Array:
   """Returns R_{s+1} = O_s^T diag(R_s, Z), `[e, e]`.
 
@@ -101,11 +101,6 @@ def next_rotation(
   >>> step = canonical.polar(shortcut).rotation
   >>> np.rint(shortcut @ next_rotation(step, jnp.eye(2))).tolist()
   [[2.0, 0.0], [0.0, 1.0]]
-
-  Args:
-    step: O_s, `[e, e]`.
-    rotation: R_s, `[d, d]`.
-    free: Z, `[e - d, e - d]`; None for the identity.
   """
   chex.assert_rank([step, rotation], 2)
   if len(step) > len(rotation):
@@ -115,15 +110,11 @@ def next_rotation(
   return canonical.reorthogonalize(_matmul(step.T, rotation))
 
 
-def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
-  """Returns R_1, ..., R_N, `[N, d, d]`, of segments of one width by a parallel scan.
-
-  R_{s+1} = O_s^T ... O_0^T R_0.
-
-  Args:
-    steps: O_0, ..., O_{N-1}, `[N, d, d]`.
-    first: R_0, `[d, d]`.
-  """
+def running_rotations(
+  steps: jax.Array,  # O_0, ..., O_{N-1}, [N, d, d]
+  first: jax.Array,  # R_0, [d, d]
+) -> jax.Array:
+  """Returns R_{s+1} = O_s^T ... O_0^T R_0, `[N, d, d]`, by an associative scan."""
   chex.assert_rank(steps, 3)
   multiply = jax.vmap(lambda earlier, later: _matmul(later, earlier))
   products = jax.lax.associative_scan(multiply, jnp.matrix_transpose(steps))
@@ -146,14 +137,14 @@ def upper_rotation(matrix: jax.Array) -> jax.Array:
 # ---- the canonical parameters ------------------------------------------------------
 
 
-def upper_rows(kernel: jax.Array, rows: int) -> jax.Array:
-  """Sets the entries of the last rows of a kernel to zero below their diagonal."""
-  first = kernel.shape[0] - rows
-  return jnp.concatenate([kernel[:first], jnp.triu(kernel[first:])])
+def upper_rows(kernel: jax.Array, rows: int) -> structured.TrapezoidalRows:
+  """Returns a kernel whose last rows are set to zero below their diagonal."""
+  leaf = structured.TrapezoidalRows.of(kernel, rows)
+  return dataclasses.replace(leaf, lower=jnp.tril(leaf.lower))
 
 
 def shortcut(
-  rotation: jax.Array,
+  rotation: jax.Array,  # R, [d, d]
   polar: canonical.Polar,
   *,
   tolerance: float,
@@ -161,16 +152,9 @@ def shortcut(
 ) -> structured.IdentityMinusGram:
   """Returns a shortcut between rotated segments: R^T P R = I - B B^T + C C^T.
 
-  Args:
-    rotation: R, `[d, d]`.
-    polar: the polar decomposition of the shortcut.
-    tolerance: a value counts as 1 if it differs from 1 by at most this.
-    columns: the number of columns of B and of C. With more values below 1, or above it,
-      those closest to 1 count as 1.
-
-  Returns:
-    The leaf. B and C are lower trapezoidal. Columns that are not needed are zero and
-    come last.
+  A singular value counts as 1 within the tolerance. With more values below 1 (above 1)
+  than B (C) has columns, those closest to 1 count as 1. B and C are lower trapezoidal;
+  columns that are not needed are zero and come last.
   """
   chex.assert_equal_shape([rotation, polar.u])
   # The values descend: those above 1 are the first, those below 1 are the last.

@@ -32,24 +32,12 @@ _Stack = TypeVar('_Stack')
 
 
 class Gauges(NamedTuple):
-  """The coordinates that `canonicalize` chose, float32.
+  """The coordinates that `canonicalize` chose, float32, by stack as 'layers.0:16'."""
 
-  The keys of the dicts are those of the stacks, like 'layers.0:16'.
-
-  Attributes:
-    first: R_0, `[d, d]`, the rotation of the embedding; that of all segments of a dense
-      model. None if no segment is rotated.
-    segments: R of the segments that the sublayers of a sliced model write, `[N, e, e]`
-      for each sublayer.
-    singular_values: those of the shortcuts, `[N, d]` for each sublayer, descending.
-    heads: 'values' is A of `heads.fix_values`, `[N, K, h, h]`; 'keys' is A of
-      `heads.fix_keys`, `[N, K, m, m]`.
-  """
-
-  first: jax.Array | None
-  segments: dict[str, tuple[jax.Array, ...]]
-  singular_values: dict[str, tuple[jax.Array, ...]]
-  heads: dict[str, dict[str, jax.Array]]
+  first: jax.Array | None  # R_0, [d, d]; None if no segment is rotated
+  segments: dict[str, tuple[jax.Array, ...]]  # R that sublayers write, [N, e, e] each
+  singular_values: dict[str, tuple[jax.Array, ...]]  # of shortcuts, [N, d] each
+  heads: dict[str, dict[str, jax.Array]]  # A of 'values' and 'keys', [N, K, h, h]
 
 
 def canonicalize(
@@ -151,8 +139,7 @@ def _rotate_segments(
   if is_upper:
     _set_upper(stacks[first_key])
   if free is not None:
-    upper = rotations.upper_rows(outer[layer_lib.HEAD], len(free))
-    outer[layer_lib.HEAD] = structured.TrapezoidalRows.of(upper, len(free))
+    outer[layer_lib.HEAD] = rotations.upper_rows(outer[layer_lib.HEAD], len(free))
   return stacks, outer, gauges
 
 

@@ -158,29 +158,22 @@ def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames='axis')
 def quantize(
-  array: jax.Array,
-  step: jax.Array,
-  moments: jax.Array | None = None,
-  outputs: jax.Array | None = None,
+  array: jax.Array,  # float32 [n, m]; [m, n] if the axis is 1; any without moments
+  step: jax.Array,  # float32 []; with outputs about the geometric mean of the steps
+  moments: jax.Array | None = None,  # H or its multiple, float32 [n, n]
+  outputs: jax.Array | None = None,  # g, float32 [m]; None for one step
   *,
-  axis: int = 0,
+  axis: int = 0,  # of the inputs
 ) -> structured.UniformlyQuantized:
   """Rounds an array to multiples of a step, or of a step per row and column.
 
-  Zeros remain, because structure makes them. The integers of the leaf are float32: an
-  outlier may have more than 2^31 steps.
+  There is no feedback if the moments are None or not finite. Zeros remain, because
+  structure makes them. The integers of the leaf are float32: an outlier may have more
+  than 2^31 steps.
 
   >>> kernel, moments = jnp.full((4, 1), 0.4), jnp.ones((4, 4))  # inputs are equal
   >>> quantize(kernel, jnp.float32(1), moments).integers.sum().tolist()  # from 1.6
   2.0
-
-  Args:
-    array: float32 `[n, m]`, or `[m, n]` if `axis` is 1; of any shape without moments.
-    step: float32 `[]`, positive; about the geometric mean of the steps.
-    moments: H, float32 `[n, n]`, or its multiple. There is no feedback if it is None,
-      or not finite.
-    outputs: g, float32 `[m]`; None for one step.
-    axis: the axis of the inputs.
   """
   if moments is None:
     integers = jnp.rint(array / step)

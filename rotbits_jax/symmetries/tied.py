@@ -32,14 +32,12 @@ class Equations(NamedTuple):
   moments: np.ndarray  # head @ W @ embed, float64 [D, d]
 
 
-def equations(table: np.ndarray, head: np.ndarray, weights: np.ndarray) -> Equations:
-  """Returns the normal equations of some tokens.
-
-  Args:
-    table: the embedding, `[V, d]`.
-    head: `[D, V]`.
-    weights: `[V]`, the weights of the tokens' rows.
-  """
+def equations(
+  table: np.ndarray,  # the embedding, [V, d]
+  head: np.ndarray,  # [D, V]
+  weights: np.ndarray,  # of the rows of the tokens, [V]
+) -> Equations:
+  """Returns the normal equations of some tokens."""
   chex.assert_shape([head, weights], [(None, len(table)), (len(table),)])
   gram = np.zeros((len(head), len(head)))
   moments = np.zeros((len(head), table.shape[1]))

@@ -24,25 +24,23 @@ Path = str | os.PathLike[str]
 def resolved(path: Path) -> pathlib.Path:
   """Returns the target of a path, after following symbolic links."""
   if not os.fspath(path):
-    raise OSError(errno.ENOENT, 'the path to write to is empty', "''")
+    raise _error(errno.ENOENT, 'the path to write to is empty', "''")
   return pathlib.Path(os.path.realpath(path))
 
 
 def check(target: pathlib.Path, *, overwrite: bool) -> None:
   """Checks, before the work, that a file can be written at a `resolved` path."""
-  problem = None
   if not target.parent.is_dir():
-    problem = errno.ENOTDIR, f'no such directory: {target.parent}'
-  elif target.is_dir():
-    problem = errno.EISDIR, 'is a directory, not a file to write'
-  elif os.path.lexists(target) and not target.is_file():
-    problem = errno.EINVAL, 'is not a regular file, and is not replaced'
-  elif target.exists() and not overwrite:
-    problem = errno.EEXIST, 'the file exists; use overwrite=True to replace it'
-  elif target.exists() and not target.stat().st_mode & 0o222:
-    problem = errno.EACCES, 'the file is read-only'
-  if problem is not None:
-    raise OSError(*problem, os.fspath(target))
+    raise _error(errno.ENOTDIR, f'no such directory: {target.parent}', target)
+  if target.is_dir():
+    raise _error(errno.EISDIR, 'is a directory, not a file to write', target)
+  if os.path.lexists(target) and not target.is_file():
+    raise _error(errno.EINVAL, 'is not a regular file, and is not replaced', target)
+  if target.exists() and not overwrite:
+    text = 'the file exists; use overwrite=True to replace it'
+    raise _error(errno.EEXIST, text, target)
+  if target.exists() and not target.stat().st_mode & 0o222:
+    raise _error(errno.EACCES, 'the file is read-only', target)
   _check_writable(target.parent, target)
 
 
@@ -51,8 +49,7 @@ def directory_target(path: Path) -> pathlib.Path:
   target = resolved(path)
   folder = next(x for x in (target, *target.parents) if os.path.lexists(x))
   if not folder.is_dir():
-    text = 'is a file, not a directory to write to'
-    raise OSError(errno.ENOTDIR, text, os.fspath(folder))
+    raise _error(errno.ENOTDIR, 'is a file, not a directory to write to', folder)
   _check_writable(folder, target)
   return target
 
@@ -60,31 +57,28 @@ def directory_target(path: Path) -> pathlib.Path:
 def _check_writable(folder: pathlib.Path, target: pathlib.Path) -> None:
   """Checks that names in a folder can be written."""
   if not os.access(folder, os.W_OK | os.X_OK):
-    text = f'the directory {folder} cannot be written'
-    raise OSError(errno.EACCES, text, os.fspath(target))
+    raise _error(errno.EACCES, f'the directory {folder} cannot be written', target)
+
+
+def _error(number: int, text: str | None, path: Path) -> OSError:
+  """Returns a system error that names a path."""
+  return OSError(number, text, os.fspath(path))
 
 
 def check_replaced(
   folder: pathlib.Path, is_replaced: Callable[[str], bool], *, overwrite: bool
 ) -> list[pathlib.Path]:
-  """Checks that a folder, which may be missing, can be replaced by a new one.
+  """Checks that a folder, which may be missing, can be replaced; returns its files.
 
-  Args:
-    folder: see `directory_target`.
-    is_replaced: whether a file, given its relative path, may go with the folder.
-    overwrite: whether a folder with files may be replaced.
-
-  Returns:
-    The files in it.
+  `is_replaced` says whether a file, given its relative path, may go with the folder.
   """
   files = [x for x in folder.rglob('*') if x.is_symlink() or not x.is_dir()]
   for name in (file.relative_to(folder).as_posix() for file in files):
+    text = f'the folder is not replaced: {name} would be lost'
     if not overwrite:
       text = f'the folder has files, such as {name}; use overwrite=True to replace it'
-      raise OSError(errno.EEXIST, text, os.fspath(folder))
-    if not is_replaced(name):
-      text = f'the folder is not replaced: {name} would be lost'
-      raise OSError(errno.EEXIST, text, os.fspath(folder))
+    if not overwrite or not is_replaced(name):
+      raise _error(errno.EEXIST, text, folder)
   return files
 
 
@@ -102,8 +96,7 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   made = [parent for parent in folder.parents if not parent.exists()]
   try:
     if folder.is_symlink():  # it may lead elsewhere
-      text = 'is not a folder, and is not replaced'
-      raise OSError(errno.ENOTDIR, text, os.fspath(folder))
+      raise _error(errno.ENOTDIR, 'is not a folder, and is not replaced', folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -152,10 +145,7 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]:
-  """Divides items, whose sizes are given, among at least one file.
-
-  A file with several items has at most `most` bytes; None stands for one file.
-  """
+  """Divides items of these sizes among files of at most so many bytes, or one item."""
   groups: list[list[str]] = [[]]
   filled = 0
   for name, size in sizes.items():
@@ -180,4 +170,4 @@ def named(path: Path) -> Iterator[None]:
   except OSError as error:
     if error.errno is None or error.filename is not None:
       raise
-    raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    raise _error(error.errno, error.strerror, path) from error

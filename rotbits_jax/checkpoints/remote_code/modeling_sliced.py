@@ -1,19 +1,15 @@
 """Transformers after SliceGPT, on top of the models of the library transformers.
 
 SliceGPT (arXiv 2401.15024) removes directions of the residual stream. Its segments,
-between the sublayers, then have widths and coordinates of their own. Three things
-change: a norm has no scale and divides by the width before slicing; a shortcut, which
-is a matrix, takes the place of the identity past a sublayer; and each linear layer has
-the width of the segment that it reads or writes.
+between the sublayers, then have widths of their own: a norm has no scale and divides by
+the width before slicing, a shortcut takes the place of the identity past a sublayer,
+and linear layers have the widths of the segments that they read or write.
 
-A config has the fields of the dense model's config. Two more describe the segments of
-the residual stream, which are numbered from the embedding to the head:
+A config has the fields of the dense model's config, and two of the segments:
 
-  segment_widths  width of each segment. `hidden_size` is the width before slicing.
+  segment_widths  width of each segment, from the embedding to the head.
   shortcut_ranks  for each shortcut, from one segment to the next: null if it is stored
                   as a matrix, or the columns of its factors, see `GramShortcut`.
-
-A `LayerMixin` stands before a layer of transformers in the bases of a class.
 """
 
 from collections.abc import Callable
@@ -87,13 +83,9 @@ def resize(module: nn.Module, *names: str, inputs: int = 0, outputs: int = 0) ->
 class LayerMixin:
   """A layer with attention and then an MLP; or with both side by side, after one norm.
 
-  Attributes:
-    norms: names of the norms.
-    attention: names of the linear layers that read the attention's input, and of the
-      one that writes its output.
-    linears: the same of the MLP.
-    has_weights: whether a layer returns the weights of its attention, too, as those of
-      OPT and Phi do before transformers 5.4.
+  `attention` and `linears` have the names of the linear layers that read the input of
+  attention and MLP, and last of the one that writes the output. A layer `has_weights`
+  if it returns those of its attention, too, as OPT and Phi do before transformers 5.4.
   """
 
   norms: tuple[str, ...] = ('input_layernorm', 'post_attention_layernorm')

@@ -26,28 +26,17 @@ _MAX_LANES = 1024
 
 
 class RotationCode(NamedTuple):
-  """Functions that sample a frame from a message and push its integers back.
+  """Functions that sample a frame from a message and push its integers back."""
 
-  Attributes:
-    sample: takes a message; returns the rest of it, the latent integers uint16 `[S]`
-      and their spectrum if they have one, and the frame float32 `[n, k]`.
-    correct: takes the recovered frame, the latent, and the recovered frame as another
-      machine may compute it; returns the correction with which `restore` finds the
-      integers on both.
-    restore: takes a message, the recovered frame and the correction; returns the
-      message with the integers on top, and the integers.
-    pack: takes a correction; returns uint16 words: the length of its frequency tables
-      in bytes, the tables, and the words of a message.
-    unpack: the inverse of `pack`; a ValueError if the words hold no correction.
-    num_integers: S.
-  """
-
-  sample: Callable[..., Any]
-  correct: Callable[..., Any]
-  restore: Callable[..., Any]
-  pack: Callable[[Any], np.ndarray]
-  unpack: Callable[[np.ndarray], Any]
-  num_integers: int
+  # message -> rest, latent: integers uint16 [S] and their spectrum, frame [n, k]
+  sample: Callable[[rans.Message], tuple[rans.Message, Any, jax.Array]]
+  # recovered frame, latent, the same frame as another machine recovers it -> correction
+  correct: Callable[[jax.Array, Any, jax.Array], Any]
+  # message, recovered frame, correction -> message with the integers on top, integers
+  restore: Callable[[rans.Message, jax.Array, Any], tuple[rans.Message, jax.Array]]
+  pack: Callable[[Any], np.ndarray]  # correction -> uint16 words: tables, a message
+  unpack: Callable[[np.ndarray], Any]  # the inverse; a ValueError for other words
+  num_integers: int  # S
 
   def max_rows(self, lanes: int) -> int:
     """Returns the words that a lane of the message must hold for `sample`.
@@ -97,7 +86,7 @@ def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
     eigen.codec(n),
     draw=draw,
     correct=correct,
-    recover=lambda recovered, both: eigen.recover(recovered, *both, spacing),
+    recover=lambda recovered, both: eigen.recover(recovered, both[0], both[1], spacing),
     correction_codec=lambda frequencies: codecs.serial(
       eigen.spectrum_codec(n), eigen.correction_codec(n, frequencies)
     ),

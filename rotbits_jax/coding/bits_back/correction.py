@@ -64,24 +64,17 @@ class Correction(NamedTuple):
 
 
 def spread(
-  positions: jax.Array,
-  others: jax.Array,
-  sensitivity: jax.Array | float,
+  positions: jax.Array,  # float32 [S]
+  others: jax.Array,  # after a change as large as the errors of another machine
+  sensitivity: jax.Array | float,  # of each position to errors of the input, [S]
   groups: jax.Array,
   count: int,
 ) -> jax.Array:
   """Returns how much positions may differ between machines: float32 `[S]`.
 
-  It is the sensitivity times `SAFETY` times the root mean square of the differences in
-  a group and the neighbouring groups; NaN where a position is NaN.
-
-  Args:
-    positions: float32 `[S]`.
-    others: the positions after a change as large as the errors of another machine.
-    sensitivity: how strongly an error of the input changes each position, `[S]` or a
-      number. Divided by it, the errors of a group are alike.
-    groups: see above.
-    count: G.
+  Divided by their sensitivities, the differences of a group are alike. The result is
+  `SAFETY` times their root mean square in a group and the neighbouring groups, times
+  the sensitivity; NaN where a position is NaN.
   """
   squares = jnp.square(_wrapped(positions - others) / sensitivity)
   sums = jnp.zeros((2, count), jnp.float32)
@@ -99,21 +92,13 @@ def _wrapped(difference: jax.Array) -> jax.Array:
 
 
 def correct(
-  positions: jax.Array,
-  integers: jax.Array,
-  margin: jax.Array | float,
+  positions: jax.Array,  # float32 [S]; only their values modulo 2^16 matter
+  integers: jax.Array,  # uint16 [S]
+  margin: jax.Array | float,  # greatest difference between machines, [S] or a number
   groups: jax.Array,
   count: int,
 ) -> Correction:
-  """Returns the correction that leads from the positions to the integers.
-
-  Args:
-    positions: float32 `[S]`; only their values modulo 2^16 matter.
-    integers: uint16 `[S]`.
-    margin: the greatest difference of a position between machines; a number, or `[S]`.
-    groups: see above.
-    count: G.
-  """
+  """Returns the correction that leads from the positions to the integers."""
   distance = jnp.abs(_wrapped(positions - integers.astype(jnp.float32)))
   modulus = jnp.exp2(jnp.arange(LEVELS - 1, dtype=jnp.float32))
   slack = jnp.maximum(
@@ -130,16 +115,12 @@ def correct(
 
 
 def with_levels(
-  integers: jax.Array, needed: jax.Array, base: jax.Array, groups: jax.Array
+  integers: jax.Array,  # uint16 [S]
+  needed: jax.Array,  # int32 [S]
+  base: jax.Array,  # int32 [G]
+  groups: jax.Array,
 ) -> Correction:
-  """Returns the correction with levels of at least the base and the needed ones.
-
-  Args:
-    integers: uint16 `[S]`.
-    needed: int32 `[S]`.
-    base: int32 `[G]`.
-    groups: see above.
-  """
+  """Returns the correction with levels of at least the base and the needed ones."""
   level = jnp.maximum(needed, base[groups])
   return Correction(
     base=base.astype(jnp.uint8),

@@ -95,11 +95,10 @@ def rotation(
 ) -> tuple[jax.Array, Spectrum]:
   """Returns the rotation `[n, n]`, float32, and the spectrum of patterns `[S]`."""
   values = spacing.value(_ordinal(patterns))
-  if n:
-    # A few numbers far greater than all others would dominate the matrix. They are
-    # clipped, and each costs a full correction.
-    limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
-    values = jnp.clip(values, -limit, limit)
+  # A few numbers far greater than all others would dominate the matrix. They are
+  # clipped, and each costs a full correction.
+  limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
+  values = jnp.clip(values, -limit, limit)
   eigenvalues, q = jnp.linalg.eigh(_symmetric(values, n))
   scale = jnp.abs(eigenvalues).max(initial=jnp.finfo(jnp.float32).tiny)
   steps = jnp.round(32767.5 + 32767.5 * (eigenvalues / scale)).astype(jnp.uint16)
@@ -107,24 +106,16 @@ def rotation(
 
 
 def correct(
-  recovered: jax.Array,
-  spectrum: Spectrum,
-  patterns: jax.Array,
+  recovered: jax.Array,  # Q_hat, float32 [n, n]
+  spectrum: Spectrum,  # that `rotation` returned
+  patterns: jax.Array,  # uint16 [S]
   spacing: Spacing,
-  threshold: float | None = None,
-  other: jax.Array | None = None,
+  threshold: float | None = None,  # the greatest error that a number may keep
+  other: jax.Array | None = None,  # as for `haar.correct`
 ) -> correction_lib.Correction:
   """Returns the correction with which `recover` finds the patterns.
 
-  The numbers of a row of the triangle are a group.
-
-  Args:
-    recovered: Q_hat, float32 `[n, n]`.
-    spectrum: the spectrum that `rotation` returned.
-    patterns: uint16 `[S]`.
-    spacing: as for `rotation`.
-    threshold: the greatest error that a number may keep; None to make all exact.
-    other: as for `haar.correct`.
+  The numbers of a row of the triangle are a group. Without a threshold all are exact.
   """
   n = recovered.shape[0]
   ordinals = _ordinal(patterns)

@@ -109,16 +109,13 @@ def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
 
 
 def correct(
-  recovered: jax.Array, cells: jax.Array, other: jax.Array | None = None
+  recovered: jax.Array,  # Q_hat, float32 [n, k]; columns may have the other sign
+  cells: jax.Array,  # uint16 [S]
+  other: jax.Array | None = None,  # Q_hat as another machine may recover it
 ) -> FrameCorrection:
   """Returns the correction with which `recover` finds the cells.
 
-  Args:
-    recovered: Q_hat, float32 `[n, k]`, near `rotation(cells)` except for the signs of
-      columns.
-    cells: uint16 `[S]`.
-    other: the frame as another machine may recover it, for the margins, see
-      `correction.spread`; None for `recovered`.
+  Its margins cover the difference of the recovered frames, see `correction.spread`.
   """
   n, k = recovered.shape
   chex.assert_shape(cells, (num_cells(n, k),))
