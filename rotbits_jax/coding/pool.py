@@ -7,7 +7,7 @@ them does not always have work for all threads.
 The JAX programs of `run` run on the CPU, because their data is in its memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import contextlib
 import functools
