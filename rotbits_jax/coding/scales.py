@@ -22,8 +22,8 @@ STEPS = 4
 """The number of classes for a factor of 2."""
 
 _LEAST_LINE = 16  # elements of a line that has a scale
-_RUNS, _LENGTH = 4, 256  # of neighbouring columns by which rows are measured
-_ROWS = 1 << 10  # by which columns are measured
+_RUNS, _LENGTH = 4, 128  # of neighbouring columns by which rows are measured
+_ROWS = 1 << 9  # by which columns are measured
 _CHUNK = 1 << 17  # elements that are looked at at once, so that they fit the cache
 
 # Logarithms are limited to this many octaves around the median. The lower ones tell
