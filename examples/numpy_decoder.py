@@ -69,7 +69,7 @@ def pair_tables(counts, precision):
   return np.where(large, shared, frequencies)
 
 
-def read_contexts(data, shapes, kind, raised):
+def read_contexts(data, shapes, kind, raised, top):
   """The class of each unit, its table, what it tells, and frequencies `[K, A]`."""
   part, data = inflate(data)
   take, size = io.BytesIO(part).read, 2 if kind == 'floats' else 1
@@ -95,7 +95,7 @@ def read_contexts(data, shapes, kind, raised):
       told.append(numbers[2 * i + 1] + 0 * place)
     else:
       tables.append(base + place & 3)
-      told.append((base + place >> 2 << 1) + numbers[0])
+      told.append((base + place >> 2 << top) + numbers[0])
   stored = stored_tables(data, count, 32 if size == 2 else 256)
   if size == 2:
     stored = pair_tables(stored, 12 if raised else 14)
@@ -136,7 +136,7 @@ class Message:
 
 def read_block(data, count, tables, told, frequencies, layout):
   """The bits of the numbers of a block."""
-  kind, dtype, r, raised = layout
+  kind, dtype, r, raised, top = layout
   precision, lanes = 12 if raised else 14, 4 if count <= 1 << 16 else 32
   fill = lambda x: np.append(x, np.repeat(x[-1:], -x.size % lanes)).reshape(-1, lanes)
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
@@ -163,7 +163,7 @@ def read_block(data, count, tables, told, frequencies, layout):
   data = np.frombuffer(data, np.uint8)[message.end :]
   told = told.reshape(-1)
   if kind == 'floats':
-    bits, data = read_floats(data, symbols, told, dtype, r, raised)
+    bits, data = read_floats(data, symbols, told, dtype, r, raised, top)
   else:
     bits = symbols.reshape(-1, 1) - (128 << told[:, None] if dtype.kind == 'i' else 0)
   bits = bits[:count].astype(f'u{dtype.itemsize}')
@@ -174,7 +174,7 @@ def read_block(data, count, tables, told, frequencies, layout):
   return bits
 
 
-def read_floats(data, symbols, told, dtype, r, raised):
+def read_floats(data, symbols, told, dtype, r, raised, top):
   """The bits of pairs, and the bytes behind the list of bins."""
   (rows, lanes), raw, low = symbols.shape, np.zeros((symbols.size, 2), np.int64), 0
   for width in [8] * (r // 8) + [x for x in (4, 2, 1) if r & x]:
@@ -195,9 +195,9 @@ def read_floats(data, symbols, told, dtype, r, raised):
   bins = np.stack([symbols >> 5, symbols & 31], -1)
   m, width = finfo(dtype).nmant, 8 * dtype.itemsize
   sign = raw >> r - 1 << width - 1
-  large = (raw & (1 << r - 1) - 1) << m - r
+  large = (raw & (1 << r - 1) - 1) << m - top + 1 - r
   f = told[:, None] if raised else 1
-  large |= bins + (0 if raised else told[:, None]) << m - 1
+  large |= bins + (0 if raised else told[:, None]) << m - top
   if raised:  # the value in steps, or above them
     exponent = f + 1 - m - (1 << finfo(dtype).nexp - 1)
     small = np.ldexp(np.where(large >> m, 0.0, large), exponent).astype(dtype)
@@ -268,18 +268,18 @@ def checked(bits, array):
 def read_record(spec, stream):
   """The arrays of a record; functions for those of known classes."""
   take, arrays = io.BytesIO(stream).read, spec['arrays']
-  heads = [take(group[3]) for group in spec['groups']]
-  bodies = [[take(n) for n in group[4]] for group in spec['groups']]
+  heads = [take(group[4]) for group in spec['groups']]
+  bodies = [[take(n) for n in group[5]] for group in spec['groups']]
   parts = [
     (np.dtype(dtype), shape, array[3][j], (i, j))
     for i, array in enumerate(arrays)
     for j, (dtype, shape) in enumerate(parts_of(*array))
   ]
   content, known = {}, {}
-  for g, (kind, r, raised, *_) in enumerate(spec['groups']):
+  for g, (kind, r, raised, top, *_) in enumerate(spec['groups']):
     members = [part for part in parts if part[2] == g]
     sizes = [math.prod(x[1]) for x in members]
-    layout = kind, members[0][0], r, raised
+    layout = kind, members[0][0], r, raised, top
     decoded = functools.partial(read_blocks, bodies[g], layout, sizes)
     if kind == 'known':
       i, _ = members[0][3]
@@ -287,7 +287,9 @@ def read_record(spec, stream):
         decoded(read_bands(head, classes, shifts))[0], arrays[i]
       )
       continue
-    of_parts = decoded(read_contexts(heads[g], [x[1] for x in members], kind, raised))
+    of_parts = decoded(
+      read_contexts(heads[g], [x[1] for x in members], kind, raised, top)
+    )
     for (dtype, shape, _, key), part in zip(members, of_parts, strict=True):
       content[key] = part.astype(f'u{dtype.itemsize}').reshape(shape)
   for dtype, shape, group, key in parts:

@@ -87,6 +87,7 @@ def encode(
         type_name='known' if is_known else group.layout.type_name,
         raw_bits=group.layout.raw_bits,
         raised=getattr(group.layout, 'raised', False),
+        top=getattr(group.layout, 'top', 0),
         contexts=len(head),
         blocks=tuple(x.size for x in coded),
       )

@@ -6,11 +6,12 @@ byte that encoder and decoder know, tells its frequency table.
 
 **Floats.** A unit is two neighbours. The bits of a float, from the top, are its sign,
 its exponent and its mantissa of m bits. In trained weights only the sizes of numbers
-are predictable, so a number has a *bin*, its magnitude in half octaves:
+are predictable, so a number has a *bin*, its magnitude in half octaves (t = 1) or, if
+all numbers are within a few octaves, in quarter octaves (t = 2):
 
     bits     = [ sign | exponent | mantissa ]
-    bin      = [ exponent | top bit of the mantissa ] - offset          0 <= bin < 32
-    raw bits = [ sign | low m - 1 bits of the mantissa ]
+    bin      = [ exponent | top t bits of the mantissa ] - offset       0 <= bin < 32
+    raw bits = [ sign | low m - t bits of the mantissa ]
 
 Given their scale, neighbours are independent: the symbol of a unit is its two bins, and
 its table is the product of the table of a bin with itself. The class is the scale of
@@ -93,11 +94,6 @@ class Format(NamedTuple):
   exponent: int
   mantissa: int
 
-  @property
-  def all_ones(self) -> int:
-    """The exponent and the top bit of the mantissa of some NaNs."""
-    return (2 << self.exponent) - 1
-
 
 FORMATS = {
   np.dtype(np.float16): Format(width=16, exponent=5, mantissa=10),
@@ -133,11 +129,13 @@ class Floats:
     dtype: dtype of the numbers.
     raw_bits: raw bits of a number, with its sign.
     raised: whether small numbers share a step, and magnitudes are raised.
+    top: t.
   """
 
   dtype: np.dtype
   raw_bits: int
   raised: bool = False
+  top: int = 1
 
   type_name: ClassVar[str] = 'floats'
   size: ClassVar[int] = 2  # numbers of a unit
@@ -145,7 +143,11 @@ class Floats:
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
-    return self.dtype in FORMATS and 1 <= self.raw_bits <= self.format.mantissa
+    return (
+      self.dtype in FORMATS
+      and 1 <= self.top <= 2
+      and 1 <= self.raw_bits <= self.format.mantissa + 1 - self.top
+    )
 
   @property
   def format(self) -> Format:
@@ -168,7 +170,12 @@ class Floats:
   @property
   def most_offset(self) -> int:
     """The greatest offset: with a greater one numbers could look like a NaN."""
-    return self.format.all_ones - BINS
+    return self.all_ones - BINS
+
+  @property
+  def all_ones(self) -> int:
+    """The exponent and the top bits of the mantissa of some NaNs."""
+    return (1 << self.format.exponent + self.top) - 1
 
   def unit_shape(self) -> tuple[int, ...]:
     """The shape of the words of a unit: one for numbers of 16 bits, else two."""
@@ -197,7 +204,7 @@ class Floats:
   @property
   def _low(self) -> int:
     """The number of bits below the bin."""
-    return self.format.mantissa - 1
+    return self.format.mantissa - self.top
 
   def _fields(self, first: Any, second: Any) -> list[Any]:
     """Returns the words of a unit, given a field of each of its numbers."""
@@ -218,7 +225,7 @@ class Floats:
     Returns:
       The words, uint32.
     """
-    offset = 0 if self.raised else (classes >> 2 << 1) + start
+    offset = 0 if self.raised else (classes >> 2 << self.top) + start
     pair = (symbols >> 5) + offset, (symbols & 31) + offset
     words = []
     for bins, word in zip(self._fields(*pair), kept, strict=True):
@@ -238,7 +245,7 @@ class Floats:
   @property
   def marker(self) -> np.uint32:
     """The bits that are set in a word whose bins are in a list."""
-    return np.uint32(self._ones * self.format.all_ones << self._low)
+    return np.uint32(self._ones * self.all_ones << self._low)
 
   def decode_step(
     self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], of: Any
@@ -299,14 +306,16 @@ class Floats:
     if self.raised:
       classes = _get(of.classes, classes)
     width, low, top = self.format.width, self._low, self.raw_bits - 1
-    offset = jnp.uint32(0) if self.raised else (classes >> 2 << 1) + of.start
+    offset = jnp.uint32(0)
+    if not self.raised:
+      offset = (classes >> 2 << self.top) + of.start
     pair = (
       [unit[:, 0], unit[:, 1]] if self.unit_shape() else [unit & 0xFFFF, unit >> 16]
     )
     symbol, outside, raw = jnp.uint32(0), jnp.bool_(False), []
     for number in pair:
       # A number that looks like the marker is an exception.
-      is_marker = number >> low & self.format.all_ones == self.format.all_ones
+      is_marker = number >> low & self.all_ones == self.all_ones
       if self.raised:
         number = raised(number, self.format, classes >> 8)
       magnitude = number & ((1 << width - 1) - 1)
@@ -495,17 +504,18 @@ def _filled(
   return filled
 
 
-def bins_of(numbers: np.ndarray, form: Format, min_exponent: int) -> np.ndarray:
-  """Returns the exponents and top bits of the mantissas of bit patterns, int64.
+def bins_of(numbers: np.ndarray, layout: Floats, min_exponent: int) -> np.ndarray:
+  """Returns the bins of bit patterns without an offset, int64.
 
   Those of numbers that share a step, whose minimum exponent is above 1, are raised.
   """
-  kind = numbers.dtype.type
-  tops = lambda x: (x & kind((1 << form.width - 1) - 1)) >> form.mantissa - 1
+  form, kind = layout.format, numbers.dtype.type
+  low = form.mantissa - layout.top
+  tops = lambda x: (x & kind((1 << form.width - 1) - 1)) >> low
   bins = tops(numbers)
   if min_exponent > 1:
     steps = tops(raised(numbers, form, min_exponent, np))
-    bins = np.where(bins == form.all_ones, bins, steps)
+    bins = np.where(bins == layout.all_ones, bins, steps)
   return bins.astype(np.int64)
 
 

@@ -9,6 +9,7 @@ Shape letters: K tables, A symbols.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ _RARE = 1 << 17  # an integer that is rarer than one in so many is an exception
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _RAISED_CLASSES = 32  # of a part that shares a step
 _BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
+_FINER_BYTES = 400  # that finer bins must save
 _EXCEPTION_BITS = 24  # and those of the unit
 _INTEGER_CLASSES = 144
 _SHIFTED = 6  # the octave of the classes of integers above which they have raw bits
@@ -195,25 +197,35 @@ def _drafts(parts: list[Part]) -> list[_Draft]:
     if layout.raised:
       lines = lines.above(scales_lib.STEPS * (least - _BELOW))
     draft = _Draft(part, layout, least, lines)
+    costs = {_ideal_bytes(draft): draft}
     if lines.rows.size > 1 or lines.columns.size > 1:
-      draft = min(draft, draft._replace(lines=lines.flat()), key=_ideal_bits)
+      flat = draft._replace(lines=lines.flat())
+      costs[_ideal_bytes(flat)] = flat
+    draft = costs[min(costs)]
+    if len(parts) == 1 and layout.raw_bits > 1:
+      finer = dataclasses.replace(layout, raw_bits=layout.raw_bits - 1, top=2)
+      fine = draft._replace(layout=finer)
+      draft = fine if _ideal_bytes(fine) + _FINER_BYTES < min(costs) else draft
     drafts.append(draft)
   return drafts
 
 
-def _ideal_bits(draft: _Draft) -> float:
-  """Returns about the bits of bins and scales, with tables of their own."""
+def _ideal_bytes(draft: _Draft) -> float:
+  """Returns about the bytes of a part with tables of its own."""
   # Whole octaves are offsets.
   moved = draft.lines
   if not draft.layout.raised:
     moved = moved.above(-(-moved.range[0] // scales_lib.STEPS) * scales_lib.STEPS)
   scales = moved.scales(0, draft.most)
   sample = _sample(draft, scales, _FEW)
-  table, bins = sample.table, sample.bins - sample.bins.min()
-  joint = np.bincount((table[:, None] * 1024 + bins).reshape(-1))
-  bits = tables.entropy_bits(joint) - 2 * tables.entropy_bits(np.bincount(table))
-  of_lines = sum(tables.entropy_bits(np.bincount(x)) for x in scales[1:])
-  return bits * sample.whole / len(bins) + of_lines
+  first = 0 if draft.layout.raised else _first([sample])
+  counts = _counts(sample, first, int(sample.table.max()) + 1)
+  bits = sum(map(tables.entropy_bits, counts))
+  bits += sum(tables.entropy_bits(np.bincount(x)) for x in scales[1:])
+  bits += 2 * sample.whole * draft.layout.raw_bits
+  outside = 2 * sample.whole - counts.sum()
+  itemsize = draft.part.numbers.itemsize
+  return float(bits + outside * (_EXCEPTION_BITS + 16 * itemsize)) / 8
 
 
 def _float_group(drafts: list[_Draft]) -> Group:
@@ -239,7 +251,8 @@ def _float_group(drafts: list[_Draft]) -> Group:
   else:
     first = min(_first(samples), layout.most_offset)
     numbers = [first]
-    most = min(most, 2 * (layout.most_offset - first) | 3)
+    octaves = layout.most_offset - first >> layout.top
+    most = min(most, 4 * octaves + 3)
     scales = [x.lines.scales(0, most) for x in drafts]
   counts = [_counts(x, first, count) for x in samples]
   frequencies = _frequencies(_everywhere(np.sum(counts, axis=0)), layout.precision)
@@ -300,12 +313,12 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
     of_run = np.empty(run.stop - run.start, np.uint8)
     scales.write(of_run, run.start, array.shape, 2)
     numbers = bits[2 * run.start : 2 * run.stop]
-    bins.append(layouts.bins_of(numbers, layout.format, draft.least).reshape(-1, 2))
+    bins.append(layouts.bins_of(numbers, layout, draft.least).reshape(-1, 2))
     classes.append(of_run)
   of_pairs = np.concatenate(classes).astype(np.int64)
   if layout.raised:
     return _Sample(of_pairs, np.concatenate(bins), units)
-  offsets = (of_pairs >> 2 << 1)[:, None]
+  offsets = (of_pairs >> 2 << layout.top)[:, None]
   return _Sample(of_pairs & 3, np.concatenate(bins) - offsets, units)
 
 

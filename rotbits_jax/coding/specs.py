@@ -107,6 +107,7 @@ class GroupSpec(schema.Row):
       from elsewhere, see `known`.
     raw_bits: that of the layout.
     raised: that of the layout; false for integers.
+    top: that of the layout; 0 for integers.
     contexts: number of bytes of the contexts in the stream.
     blocks: number of bytes of each block.
   """
@@ -114,6 +115,7 @@ class GroupSpec(schema.Row):
   type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
   raw_bits: schema.Size
   raised: bool
+  top: schema.Size
   contexts: schema.Size
   blocks: tuple[schema.Size, ...]
 
@@ -130,8 +132,10 @@ class GroupSpec(schema.Row):
     """
     layout: layouts.Layout = layouts.Integers(dtype, self.raw_bits)
     if self.type_name == 'floats':
-      layout = layouts.Floats(dtype, self.raw_bits, self.raised)
-    if not layout.is_valid() or (self.raised and self.type_name != 'floats'):
+      layout = layouts.Floats(dtype, self.raw_bits, self.raised, self.top)
+    if not layout.is_valid() or (
+      self.type_name != 'floats' and (self.raised or self.top)
+    ):
       raise ValueError(
         f'{dtype} has no layout {self.type_name!r} of {self.raw_bits} raw bits'
       )
