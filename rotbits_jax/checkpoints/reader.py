@@ -219,12 +219,7 @@ def open_any(path: str | os.PathLike[str]) -> CheckpointReader | PlainFiles:
 def open_plain(
   path: str | os.PathLike[str], *, reason: str | None = None
 ) -> PlainFiles:
-  """Opens the safetensors files of a checkpoint of any family.
-
-  Args:
-    path: see `open_checkpoint`. No `config.json` is needed.
-    reason: why the checkpoint is not opened as a model, if there is a reason.
-  """
+  """Opens the safetensors files of a checkpoint of any family; see `PlainFiles`."""
   try:
     return PlainFiles(folder_lib.open_folder(path, plain=True), reason)
   except errors.UnsupportedError as e:
