@@ -135,7 +135,7 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
     if isinstance(old, np.ndarray) and np.may_share_memory(array, old):
       array = np.array(array)  # on CPUs, JAX would take the memory of the caller
     return placement.placed({path: array}, sharding)[path]
-  is_same_type = jax.tree.structure(old) == jax.tree.structure(array)
-  if structured.is_structured(array) and not is_same_type:
+  structures: list[Any] = [jax.tree.structure(x) for x in (old, array)]
+  if structured.is_structured(array) and structures[0] != structures[1]:
     return array  # `unflatten_like` refuses it
   return placement.placed_like(old, array)

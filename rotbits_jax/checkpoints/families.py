@@ -88,10 +88,8 @@ _WITHOUT_EFFECT = frozenset([
 ])  # fmt: skip
 
 # The only value of attributes in all families.
-_ONLY: dict[str, Any] = dict.fromkeys(
-  ('is_encoder_decoder', 'add_cross_attention'), False
-)
-_ONLY |= {'cross_attention_hidden_size': None, 'pruned_heads': {}}
+_ONLY: dict[str, Any] = {'cross_attention_hidden_size': None, 'pruned_heads': {}}
+_ONLY |= dict.fromkeys(('is_encoder_decoder', 'add_cross_attention'), False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,13 +223,8 @@ _QUERY_KEY_VALUE = {
   'self_attn.k_proj': 'attention/key',
   'self_attn.v_proj': 'attention/value',
 }
-_SIZES: dict[str, Any] = {
-  'hidden_size': ...,
-  'num_hidden_layers': ...,
-  'num_attention_heads': ...,
-  'vocab_size': ...,
-  'head_dim': None,
-}
+_REQUIRED = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size')
+_SIZES: dict[str, Any] = {**dict.fromkeys(_REQUIRED, ...), 'head_dim': None}
 _BIASES = dict.fromkeys(('qkv_bias', 'out_bias', 'mlp_bias'), True)
 _ROTARY = {
   **_SIZES,

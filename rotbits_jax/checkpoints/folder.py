@@ -79,7 +79,6 @@ class Folder:
 
   @property
   def records(self) -> tuple[str, ...]:
-    """Names of the records."""
     return tuple(self.entries)
 
   @property

@@ -33,7 +33,6 @@ from rotbits_jax.checkpoints.config import CONFIG
 from rotbits_jax.checkpoints.config import SLICING_KEY
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
-_SHOWN = 8  # names listed in an error
 _SHORTCUT = f'.attn_shortcut{families.SHORTCUT_SUFFIX}'  # in every sliced layer
 
 
@@ -159,17 +158,19 @@ def _match(
     raise errors.CheckpointError(f'most are missing: {text}')
   records = tensors_lib.entries(config)
   expected = {entry.name: entry.shape for entry in itertools.chain(*records.values())}
-  present = {name for name in tensors if not families.is_buffer(name)}
-  states = {'missing': expected.keys() - present, 'unknown': present - expected.keys()}
-  for state, names in states.items():
-    if names:
-      text = ', '.join(sorted(names)[:_SHOWN])
-      raise errors.CheckpointError(f'{len(names)} tensors are {state}, such as {text}')
-  for name, shape in expected.items():
-    tensor = tensors[name]
-    if tensor.shape != shape or tensor.dtype not in _DTYPES:
-      text = f'{shape}, got {tensor.dtype} {tensor.shape}'
-      raise errors.CheckpointError(f'{name}: expected a float of 16 or 32 bits, {text}')
+  present = {name: x for name, x in tensors.items() if not families.is_buffer(name)}
+  wrong = [
+    name
+    for name in sorted(expected.keys() | present.keys())
+    if name not in present
+    or present[name].shape != expected.get(name)
+    or present[name].dtype not in _DTYPES
+  ]
+  if wrong:
+    name, tensor = wrong[0], present.get(wrong[0])
+    got = 'none' if tensor is None else f'{tensor.dtype} {tensor.shape}'
+    text = f'expected float16, bfloat16 or float32 {expected.get(name)}, got {got}'
+    raise errors.CheckpointError(f'{len(wrong)} tensors do not fit; {name}: {text}')
   return records
 
 
@@ -218,12 +219,7 @@ def open_any(path: str | os.PathLike[str]) -> CheckpointReader | PlainFiles:
 def open_plain(
   path: str | os.PathLike[str], *, reason: str | None = None
 ) -> PlainFiles:
-  """Opens the safetensors files of a checkpoint of any family.
-
-  Args:
-    path: see `open_checkpoint`. No `config.json` is needed.
-    reason: why the checkpoint is not opened as a model, if there is a reason.
-  """
+  """Opens the safetensors files of a checkpoint of any family; see `PlainFiles`."""
   try:
     return PlainFiles(folder_lib.open_folder(path, plain=True), reason)
   except errors.UnsupportedError as e:

@@ -175,7 +175,7 @@ def _read_choice(source: Any) -> _Choice:
     raise ValueError('--text is for --max_kl, --target_size or --bits')
   target_size, bits = program.parse_size(_TARGET_SIZE), _BITS.value
   if bits is not None:
-    target_size = int(bits * estimate_lib.elements(source) / 8)
+    target_size = int(bits * estimate_lib.counts(source)[0] / 8)
   if _TEXT.value is None:
     options = {'step': _STEP.value} if _STEP.present else {}
     return _Choice(preset, options, target_size)

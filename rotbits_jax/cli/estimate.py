@@ -27,7 +27,7 @@ _KEPT = {
 
 def main() -> program.Result:
   source = checkpoints.open_any(_CHECKPOINT.value)
-  input_bytes = min(source.input_bytes, estimate_lib.tensor_bytes(source))
+  input_bytes = min(source.input_bytes, estimate_lib.counts(source)[1])
   estimates, without = estimate_lib.estimate(source, base=_BASE.value, progress=True)
   size = text_lib.of_bytes
   lines = [f'{"":13}{size(input_bytes):>8}{"time":>15}{"memory":>9}  what comes back']

@@ -19,14 +19,10 @@ from rotbits_jax.coding import specs
 class RecordCoder(NamedTuple):
   """Codes the arrays of a record as one stream of bytes.
 
-  Attributes:
-    name: name of the coder in files.
-    spec: class of the spec of a stream, a `schema.Object`. Like `specs.StreamSpec` it
-      has `arrays`, each with its `shape`, `dtype` (a name) and `nbytes`; and `nbytes`.
-    encode: takes contiguous arrays and what the decoder knows of some, see
-      `coder.encode`; returns an object with the attributes `spec` and `data`.
-    decode: takes a spec, a stream, `out` and `known`, see `coder.decode`. It raises a
-      ValueError if the stream or an array is damaged.
+  The spec of a stream is a `schema.Object`. Like `specs.StreamSpec` it has `nbytes` and
+  `arrays`, each with its `shape`, `dtype` (a name) and `nbytes`. The functions are as
+  `coder.encode`, whose result has `spec` and `data`, and `coder.decode`, which raises a
+  ValueError if the stream or an array is damaged.
   """
 
   name: str

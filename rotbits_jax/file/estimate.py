@@ -70,7 +70,7 @@ def estimate(
   config, opened = source.config, None
   if base is not None:
     opened = reader_lib.open_base(base, plain=config is None)
-    opened.check_shares(_specs(source))
+    opened.check_shares([path for flat in _specs(source).values() for path in flat])
     if recipe.suits(source, opened):
       opened = None
   roundings = {'exact': None, 'near': presets.near().rounding}
@@ -80,7 +80,8 @@ def estimate(
   groups = _groups(source)
   with progress_lib.Progress('estimate', len(groups), 'group', show=progress) as bar:
     for records, likes in groups:
-      for path, leaf in itertools.chain(*(_leaves(source, x) for x in records)):
+      leaves = [structured.flatten(source.read(record)).items() for record in records]
+      for path, leaf in itertools.chain(*leaves):
         for preset, rounding in roundings.items():
           totals[preset] += likes * _leaf_bytes(path, leaf, rounding, config is None)
         if opened is not None:
@@ -95,35 +96,23 @@ def estimate(
   return estimates, why
 
 
-def tensor_bytes(source: Any) -> int:
-  """Returns the bytes of all tensors."""
-  return sum(map(structured.count_bytes, _specs(source).values()))
+def counts(source: Any) -> tuple[int, int]:
+  """Returns how many elements the tensors have, and how many bytes."""
+  leaves = [leaf for flat in _specs(source).values() for leaf in flat.values()]
+  elements = sum(map(structured.count_elements, leaves))
+  return elements, sum(map(structured.count_bytes, leaves))
 
 
-def elements(source: Any) -> int:
-  """Returns how many elements the tensors have."""
-  return sum(map(structured.count_elements, _specs(source).values()))
-
-
-def _specs(source: Any) -> dict[str, Any]:
-  """Returns the shapes of all parameters by path; nothing is read."""
-  specs: dict[str, Any] = {}
-  for record in source.records:
-    specs |= structured.flatten(source.specs(record))
-  return specs
-
-
-def _leaves(source: Any, record: str) -> list[tuple[str, Any]]:
-  """Reads the leaves of a record."""
-  return list(structured.flatten(source.read(record)).items())
+def _specs(source: Any) -> dict[str, dict[str, Any]]:
+  """Returns the shapes of parameters by record and path; nothing is read."""
+  return {name: structured.flatten(source.specs(name)) for name in source.records}
 
 
 def _groups(source: Any) -> list[tuple[list[str], float]]:
   """Returns some records of each shape, and how many each of them stands for."""
   groups: dict[tuple[Any, ...], list[str]] = {}
-  for record in source.records:
-    specs = structured.flatten(source.specs(record)).values()
-    key = tuple((tuple(x.shape), np.dtype(x.dtype).name) for x in specs)
+  for record, specs in _specs(source).items():
+    key = tuple((tuple(x.shape), np.dtype(x.dtype).name) for x in specs.values())
     groups.setdefault(key, []).append(record)
   samples = []
   for records in groups.values():
@@ -189,7 +178,7 @@ def _removed(source: Any) -> float:
       rank = min(hidden - after, after) if before == after else 0
       removed += before * after - (after * rank - rank * (rank - 1) // 2)
     removed += width * (width - 1) // 2
-    outer = {k: v for x in ('embed', 'head') for k, v in _leaves(source, x)}
+    outer = structured.flatten(source.read('embed') | source.read('head'))
     table, head = (np.asarray(outer[k]) for k in ('embed/tokens', 'head/kernel'))
     if tied.is_tied(table, head):
       removed += (config.vocab_size - hidden) * width
@@ -198,15 +187,15 @@ def _removed(source: Any) -> float:
 
 def _with_needs(source: Any, preset: str, size: float) -> Estimate:
   """Adds the other files, and about the seconds and the memory that it takes."""
+  specs, (elements, nbytes) = _specs(source), counts(source)
   size += sum(len(zlib.compress(x)) for x in source.files.values())
-  size += _ENTRY * len(_specs(source))
+  size += _ENTRY * sum(map(len, specs.values()))
   is_exact = 'exact' in preset
-  seconds = tensor_bytes(source) / _CODED
+  seconds = nbytes / _CODED
   if not is_exact and source.config is not None:
-    seconds += elements(source) * source.config.hidden_size / _REWRITTEN
-  of_records = (structured.flatten(source.specs(x)).values() for x in source.records)
-  largest = max((sum(map(structured.count_bytes, x)) for x in of_records), default=0)
-  memory = _LEAST_MEMORY + _MOST_RECORDS[is_exact] * largest
+    seconds += elements * source.config.hidden_size / _REWRITTEN
+  of_records = (sum(map(structured.count_bytes, x.values())) for x in specs.values())
+  memory = _LEAST_MEMORY + _MOST_RECORDS[is_exact] * max(of_records, default=0)
   return Estimate(preset, round(size), seconds, memory)
 
 

@@ -54,10 +54,10 @@ class RopeScaling(schema.Object, kw_only=True):
 
   def __post_init__(self) -> None:
     low, high = self.low_freq_factor, self.high_freq_factor
-    if self.type_name == 'llama3' and not 0 < low < high:
+    fits = 0 < low < high and self.original_positions > 0
+    if self.type_name == 'llama3' and not fits:
       raise ValueError(
-        'low_freq_factor must be positive and less than high_freq_factor, '
-        f'got {low} and {high}'
+        f'low_freq_factor must be less than high_freq_factor, got {self}'
       )
 
 

@@ -35,13 +35,10 @@ def can_rotate(segment: segments.SegmentParameters, leaving: segments.Arrays) ->
     (segment.shortcut | leaving, (0, 1)),
   )
   return all(
-    _largest_rotated(x, axes) < 0.99 * float(jnp.finfo(x.dtype).max)
+    rotations.largest_rotated(x, axes) < 0.99 * float(jnp.finfo(x.dtype).max)
     for arrays, axes in groups
     for x in arrays.values()
   )
-
-
-_largest_rotated = jax.jit(rotations.largest_rotated, static_argnums=1)
 
 
 rotate = jax.jit(rotations.rotate)

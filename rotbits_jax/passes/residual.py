@@ -253,9 +253,9 @@ def obstacle(context: Context) -> str | None:
       is_table = axes[path][0] in ('vocabulary', 'position')
       pair = structured.pair(leaf)
       factors = [(leaf, rotated)] if pair is None else [(pair.u, (0,)), (pair.v, (1,))]
-      bounds = [scale * _largest_rotated(x, mixed, is_table) for x, mixed in factors]
-      largest = float(jnp.finfo(context.holder(prefix + path)).max)
-      if not all(bound <= _RANGE * largest for bound in bounds):
+      limit = _RANGE * float(jnp.finfo(context.holder(prefix + path)).max) / scale
+      bound = rotations_lib.largest_rotated
+      if not all(bound(np.asarray(x), axis, is_table) <= limit for x, axis in factors):
         return (
           f'{prefix + path} has weights that are not finite, or too large to rotate'
         )
@@ -285,7 +285,6 @@ _segments = jax.jit(layer_lib.segments, static_argnums=3)
 _first_rotation = jax.jit(layer_lib.first_rotation, static_argnums=2)
 _last_rotation = jax.jit(layer_lib.last_rotation)
 _rotate_array = jax.jit(rotations_lib.rotate)
-_largest_rotated = jax.jit(rotations_lib.largest_rotated, static_argnums=(1, 2))
 # Each array is rotated by a program of its own, which serves all arrays of its shape.
 rotate = functools.partial(layer_lib.rotate, function=_rotate_array)
 _low_rank = jax.jit(rotations_lib.shortcut, static_argnames=('tolerance', 'columns'))

@@ -10,8 +10,7 @@ embedding, the final norm or the head.
 
 import collections
 from collections.abc import Iterable, Iterator
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -261,17 +260,16 @@ def _widened(params: Params) -> Params:
 
 def _count(context: Context, prefix: str, params: Params) -> tuple[int, int]:
   """Counts the elements and bytes of parameters, rounded but not coded."""
-  elements = size = 0
-  for path, leaf in params.items():
+
+  def rounded(path: str, leaf: Any) -> Any:
     dtype = context.dtypes.get(prefix + path, context.dtype)
-    if structured.is_plain(leaf):
-      leaf = jax.ShapeDtypeStruct(leaf.shape, dtype)
-    elif leaf.dtype != dtype:
-      # The rounded leaf is only described, and not computed.
-      leaf = jax.eval_shape(functools.partial(structured.astype, dtype=dtype), leaf)
-    elements += structured.count_elements(leaf)
-    size += structured.count_bytes(leaf)
-  return elements, size
+    return leaf if leaf.dtype == dtype else structured.astype(leaf, dtype)
+
+  # The rounded leaves are only described, and not computed.
+  leaves = jax.eval_shape(
+    lambda x: {path: rounded(path, x[path]) for path in x}, params
+  )
+  return structured.count_elements(leaves), structured.count_bytes(leaves)
 
 
 def _checked(context: Context, transform: Transform, note: Note) -> Note:

@@ -106,7 +106,7 @@ def beside_head(
     lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
   )
   bits, known = ulps.bits_of(table), ulps.bits_of(product)
-  return with_classes(draft, bits, known, predicts=False)
+  return with_classes(draft, bits, known)
 
 
 def measured(leaf: difference.Difference, *needed: Any) -> Measured:
@@ -169,15 +169,11 @@ def _with_few(
 
 
 def with_classes(
-  draft: difference.Difference,
-  bits: np.ndarray,
-  base: np.ndarray,
-  *,
-  predicts: bool = True,
+  draft: difference.Difference, bits: np.ndarray, base: np.ndarray
 ) -> Measured:
   """Returns a leaf with classes for the bits `[n]` of an array and of the known one.
 
-  `predicts` tells whether factors and a drift are tried.
+  Factors and a drift are tried, except beside a product with the head.
   """
   dtype, lengths = draft.dtype, draft.lengths
   width = lengths[-1] if len(lengths) > 1 else bits.size
@@ -185,11 +181,13 @@ def with_classes(
     width = bits.size
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
   draft = dataclasses.replace(draft, width=width)
-  if predicts and dtype in difference.ROUNDED:
+  predicts = draft.map is None and dtype in difference.ROUNDED
+  if predicts:
     draft = dataclasses.replace(draft, **factors.find(wanted, known, dtype))
-    drift = _drift(bits, draft.predicted_bits(base, pool.run), dtype)
-    draft = dataclasses.replace(draft, drift=drift)
   expected = draft.predicted_bits(base, pool.run)
+  if predicts and (drift := _drift(bits, expected, dtype)) is not None:
+    draft = dataclasses.replace(draft, drift=drift)
+    expected = draft.predicted_bits(base, pool.run)
   rows, columns = scales(wanted, expected.reshape(-1, width), dtype)
   draft = dataclasses.replace(draft, row_scales=rows, column_scales=columns)
   prediction = difference.Prediction(expected, draft.classes(expected, pool.run))

@@ -170,17 +170,14 @@ class Difference(base.Structured):
 
   def _known_bits(self, known: Any) -> np.ndarray:
     """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
+    self.check_needed(known.shape)
     if self.map is not None:
-      self.check_needed(known.shape)
       known = np.asarray(known)
       known = tied.product(known, self.map, self.shifts, self.scale, self.dtype)
     elif self.columns_first:
       known = known.T
     if not fits(self.lengths, self.dtype, known.shape, known.dtype):
-      raise ValueError(
-        f'an array of {self.name} {self.lengths} cannot be made from {known.dtype} '
-        f'{known.shape}'
-      )
+      raise ValueError(f'{self.name} cannot be made from {known.dtype}')
     return known_bits(np.asarray(known), self.lengths, self.dtype)
 
   def _array(self, bits: np.ndarray) -> np.ndarray:

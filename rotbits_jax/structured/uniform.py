@@ -52,12 +52,6 @@ class UniformlyQuantized(base.Structured):
   row_exponents: Annotated[Any, exponents('r')] = None
   column_exponents: Annotated[Any, exponents('c')] = None
 
-  @classmethod
-  def of(cls, array: np.ndarray) -> 'UniformlyQuantized | None':
-    """Returns the leaf of a float32 array of few multiples of its least number."""
-    multiples = fields.divided(array)
-    return None if multiples is None else cls(*multiples, 'float32')
-
   @property
   def shape(self) -> tuple[int, ...]:
     return tuple(self.integers.shape)
