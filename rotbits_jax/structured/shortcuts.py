@@ -102,7 +102,7 @@ class IdentityMinusGram(base.Structured):
 @base.register
 @struct.dataclass
 class TrapezoidalRows(base.Structured):
-  """A kernel whose last n rows are zero below their diagonal, which begins at the left."""
+  """A kernel whose last n rows are zero below a diagonal that begins at the left."""
 
   type_name: ClassVar[str] = 'trapezoidal_rows'
   origin: ClassVar[base.Origin] = base.Origin.COPIED
