@@ -19,6 +19,7 @@ the residual stream in front of each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import math
 import os
 from typing import Any, NamedTuple
@@ -275,7 +276,7 @@ def _searched(
   while step is not None and len(curve) < _EVALUATIONS:
     bar.stage(f'2^{step:g}')
     rounding = passes.to_steps(step, offsets, calibration.inputs)
-    rounded = predicted(lambda name, rule=rounding: rewritten.decoded(name, rule))
+    rounded = predicted(functools.partial(rewritten.decoded, rounding=rounding))
     curve[step] = perplexity.mean_divergence(config, expected, rounded, lengths)
     if not math.isfinite(curve[step]):
       raise ValueError('the predictions are not finite')

@@ -94,14 +94,9 @@ class Structured(abc.ABC):
     """
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
-    """Returns rows of the matrix, in float32.
+    """Returns rows of the matrix, float32 `[..., columns]`; one beyond the last is NaN.
 
-    Args:
-      needed_and_indices: the arrays that `needs` names, then the indices of the rows,
-        integers `[...]`.
-
-    Returns:
-      The rows, `[..., columns]`. A row beyond the last is NaN.
+    It takes the arrays that `needs` names, then the indices of rows, integers `[...]`.
     """
     *needed, indices = needed_and_indices
     table = jnp.asarray(self.materialize(*needed))

@@ -33,27 +33,15 @@ _SMALL = 1 << 24  # entries of a matrix that may be all zeros
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """Annotates an array of a leaf, as in `Annotated[Any, Array('mr')]`.
+  """Annotates an array of a leaf, as in `Annotated[Any, Array('mr')]`."""
 
-  Attributes:
-    axes: a letter for each axis of an unstacked leaf; None for any.
-    dtype: dtype of the array; None for any.
-    lower: whether the entries above the diagonal of a matrix are zero and not stored.
-    optional: whether None stands for an array without elements, which Orbax cannot
-      save.
-    most: the greatest magnitude of its integers; None for any.
-    first: axes that begin with the zeros with which a stack pads them. Layers of a
-      stack may differ in their lengths.
-    last: axes that end with these zeros, likewise.
-  """
-
-  axes: str | None
-  dtype: Any = None
-  lower: bool = False
-  optional: bool = False
-  most: int | None = None
-  first: str = ''
-  last: str = ''
+  axes: str | None  # a letter for each axis of an unstacked leaf; None for any
+  dtype: Any = None  # None for any
+  lower: bool = False  # whether entries above the diagonal are zero and not stored
+  optional: bool = False  # Orbax cannot save arrays without elements: they are None
+  most: int | None = None  # the greatest magnitude of its integers; None for any
+  first: str = ''  # axes that begin with the zeros with which a stack pads them
+  last: str = ''  # axes that end with them
 
   @property
   def ragged(self) -> str:

@@ -59,12 +59,7 @@ class FactorPair(base.Structured):
 @base.register
 @struct.dataclass
 class LowRank(FactorPair):
-  """The product `u @ v`, both factors stored unchanged.
-
-  Attributes:
-    u: U, `[..., m, r]`.
-    v: V, `[..., r, n]`.
-  """
+  """The product `u @ v`, both factors stored unchanged."""
 
   type_name: ClassVar[str] = 'low_rank'
 

@@ -102,18 +102,13 @@ class IdentityMinusGram(base.Structured):
 @base.register
 @struct.dataclass
 class TrapezoidalRows(base.Structured):
-  """A kernel whose last n rows are zero below their diagonal, which begins at the left.
-
-  Attributes:
-    full: the other rows, `[..., m, columns]`; None if there are none.
-    lower: the transposed last rows, `[..., columns, n]`.
-  """
+  """A kernel whose last n rows are zero below a diagonal that begins at the left."""
 
   type_name: ClassVar[str] = 'trapezoidal_rows'
   origin: ClassVar[base.Origin] = base.Origin.COPIED
 
-  full: Annotated[Any, fields.Array('mc', optional=True)]
-  lower: Annotated[Any, fields.Array('cn', lower=True)]
+  full: Annotated[Any, fields.Array('mc', optional=True)]  # the other rows
+  lower: Annotated[Any, fields.Array('cn', lower=True)]  # the last rows, transposed
 
   @classmethod
   def of(cls, kernel: Any, rows: int) -> 'TrapezoidalRows':

@@ -42,18 +42,13 @@ _Step = Annotated[int, schema.between(1, _ONE)]
 @base.register
 @struct.dataclass
 class Basis(base.Structured):
-  """A basis as it is; readers multiply with its array, in units of 2^-UNIT.
-
-  Attributes:
-    numbers: int32 `[D, d]`, in units of `step`.
-    step: in units of 2^-25.
-  """
+  """A basis as it is; readers multiply with its array, in units of 2^-25."""
 
   type_name: ClassVar[str] = 'basis'
   origin: ClassVar[base.Origin] = base.Origin.FILE
 
-  numbers: Annotated[Any, fields.Array('Dd', np.int32)]
-  step: _Step = fields.static()
+  numbers: Annotated[Any, fields.Array('Dd', np.int32)]  # in units of `step`
+  step: _Step = fields.static()  # in units of 2^-25
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -66,20 +61,14 @@ class Basis(base.Structured):
 @base.register
 @struct.dataclass
 class Subspace(base.Structured):
-  """A subspace, see the module.
-
-  Attributes:
-    tangent: int32 `[D - d, d]`, the matrix A in units of `step`.
-    mask: uint8 `[ceil(D / 8)]`, a bit for each row, low bits first: whether it is in J.
-    step: in units of 2^-25.
-  """
+  """A subspace, see the module. The mask tells with low bits first which rows are J."""
 
   type_name: ClassVar[str] = 'subspace'
   origin: ClassVar[base.Origin] = base.Origin.FILE
 
-  tangent: Annotated[Any, fields.Array('ad', np.int32)]
-  mask: Annotated[Any, fields.Array('m', np.uint8)]
-  step: _Step = fields.static()
+  tangent: Annotated[Any, fields.Array('ad', np.int32)]  # A in units of `step`
+  mask: Annotated[Any, fields.Array('m', np.uint8)]  # a bit for each of D rows
+  step: _Step = fields.static()  # in units of 2^-25
 
   @classmethod
   def of(cls, tangent: np.ndarray, rows: np.ndarray, step: int) -> 'Subspace':

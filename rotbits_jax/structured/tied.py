@@ -27,18 +27,13 @@ from rotbits_jax.system import host
 @base.register
 @struct.dataclass
 class Tied(base.Structured):
-  """The embedding `head^T @ map`, up to rounding.
-
-  Attributes:
-    map: the matrix T, `[D, d]`.
-    tokens: V.
-  """
+  """The embedding `head^T @ map`, up to rounding."""
 
   type_name: ClassVar[str] = 'tied'
   needs: ClassVar[tuple[str, ...]] = ('head/kernel',)
 
-  map: Annotated[Any, fields.Array('Dd')]
-  tokens: fields.Length = fields.static()
+  map: Annotated[Any, fields.Array('Dd')]  # the matrix T
+  tokens: fields.Length = fields.static()  # V
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -34,21 +34,14 @@ class UniformlyQuantized(base.Structured):
 
   The factor of a line is (4 + i) 2^(q - 2) for its exponent e = 4 q + i, i < 4. Every
   product is exact in float32, so that the leaf stands for the array bit for bit.
-
-  Attributes:
-    integers: int16 `[R, C]`; in the shape of the array if lines have no exponents.
-    step: float32 `[]`; `[N]` if the leaf is stacked.
-    name: name of the dtype of the array.
-    row_exponents: int8 `[R]`, or None.
-    column_exponents: int8 `[C]`, or None.
   """
 
   type_name: ClassVar[str] = 'uniformly_quantized'
   origin: ClassVar[base.Origin] = base.Origin.COPIED
 
-  integers: Annotated[Any, fields.Array(None, np.int16)]
+  integers: Annotated[Any, fields.Array(None, np.int16)]  # [R, C] with exponents
   step: Annotated[Any, fields.Array('', np.float32)]
-  name: Literal['float16', 'bfloat16', 'float32'] = fields.static()
+  name: Literal['float16', 'bfloat16', 'float32'] = fields.static()  # of the dtype
   row_exponents: Annotated[Any, exponents('r')] = None
   column_exponents: Annotated[Any, exponents('c')] = None
 
