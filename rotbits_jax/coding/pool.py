@@ -81,7 +81,9 @@ def record_jobs() -> Iterator[Start]:
     A function that starts a job.
 
   At the end, or when an exception leaves the context, jobs that have not begun are
-  cancelled and the others are waited for.
+  cancelled and the others are waited for. A generator that nobody uses any more does
+  not wait: it ends in any thread and at any time, also when this thread holds a lock
+  that the others need.
   """
   # Futures that are done leave the set, because they hold their results.
   pool, started = _pool('records'), set[futures.Future[Any]]()
@@ -97,13 +99,18 @@ def record_jobs() -> Iterator[Start]:
     future.add_done_callback(started.discard)
     return future
 
+  is_dropped = False
   try:
     yield start
+  except GeneratorExit:
+    is_dropped = True
+    raise
   finally:
     left = list(started)
     for future in left:
       future.cancel()
-    futures.wait(left)
+    if not is_dropped:
+      futures.wait(left)
 
 
 def _pool(name: str) -> futures.ThreadPoolExecutor:
