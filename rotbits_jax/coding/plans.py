@@ -24,10 +24,10 @@ from rotbits_jax.coding import scales as scales_lib
 from rotbits_jax.coding import sparse
 from rotbits_jax.coding import tables
 
-_SAMPLE, _RUN = 1 << 18, 1 << 10  # units that tell frequencies, in runs of neighbours
+_SAMPLE, _RUN = 1 << 17, 1 << 10  # units that tell frequencies, in runs of neighbours
 _LARGE = 1 << 19  # numbers of parts that have tables of their own
 _INTEGERS = 1 << 20  # that tell frequencies, because they have more tables
-_FEW = 1 << 14  # units that tell whether lines have scales
+_FEW = 1 << 12  # units that tell whether lines have scales
 _SMALL = 1 << 12  # numbers of parts that share what others have of their own
 _RARE = 1 << 17  # an integer that is rarer than one in so many is an exception
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about

@@ -61,9 +61,9 @@ class Lines(NamedTuple):
       pairs = zip(below, rooms, strict=True)
       return sum(float(np.maximum(x - y, 0).mean()) for x, y in pairs)
 
-    room_of_rows = min((room * i // 8 for i in range(9)), key=moved)
-    if sum(int(x.max()) for x in below) <= room:
-      room_of_rows = int(below[0].max())
+    room_of_rows = int(below[0].max())
+    if room_of_rows + int(below[1].max()) > room:
+      room_of_rows = min((room * i // 8 for i in range(9)), key=moved)
     rows = np.minimum(below[0], room_of_rows)
     columns = np.minimum(below[1], room - room_of_rows)
     lines = [
