@@ -20,7 +20,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import config as config_lib
+from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.system import checksums
@@ -97,11 +97,11 @@ def _read_leaf(data: bytes) -> None:
 
 def _read_config(data: bytes) -> None:
   """Parses the JSON files of a checkpoint."""
-  value: Any = config_lib.parse_object(data, 'config.json')
-  config = config_lib.parse_config(value.get('config'), value.get('slicing'))
+  value: Any = families.parse_object(data, 'config.json')
+  config = families.parse_config(value.get('config'), value.get('slicing'))
   models.outer_shapes(config)
   if config.sliced:
-    config_lib.slicing_json(config)
+    families.slicing_json(config)
 
 
 def _of_file(

@@ -45,14 +45,14 @@ def writer_of(source, directory, **changes):
 
 
 def write(source, directory, records, **changes):
-  with writer_of(source, directory, **changes) as writer:
+  with writer_of(source, directory, **changes).open() as writer:
     for record in records:
       for path, leaf in reversed(structured.flatten(source.read(record)).items()):
         writer.add(path, leaf)
 
 
 def backwards(source):
-  return [record for record in reversed(source.records) if record != 'buffers']
+  return list(reversed(source.records))
 
 
 def contents(folder):

@@ -34,10 +34,9 @@ def write_torch(path: pathlib.Path, tensors: Tensors) -> None:
 
 
 def write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
-  path.unlink(missing_ok=True)
-  writer = safetensors.FileWriter(path, safetensors.header(specs_of(tensors)))
-  for name, tensor in tensors.items():
-    writer.add(name, tensors_lib.row_major(tensor))
+  header = safetensors.header(specs_of(tensors))
+  contents = [tensors[name].tobytes() for name in safetensors.places(header)]
+  path.write_bytes(header + b''.join(contents))
 
 
 def specs_of(tensors: Tensors) -> dict[str, tensors_lib.TensorSpec]:

@@ -5,14 +5,14 @@ files. The checkpoint of a sliced model also has a slicing JSON, in which SliceG
 the width of every residual segment.
 """
 
-from rotbits_jax.checkpoints.config import parse_config as parse_config
-from rotbits_jax.checkpoints.config import parse_object as parse_object
-from rotbits_jax.checkpoints.config import slicing_json as slicing_json
-from rotbits_jax.checkpoints.config import with_dtype as with_dtype
-from rotbits_jax.checkpoints.config import with_own_head as with_own_head
 from rotbits_jax.checkpoints.errors import CheckpointError as CheckpointError
 from rotbits_jax.checkpoints.errors import UnsupportedError as UnsupportedError
 from rotbits_jax.checkpoints.families import FAMILIES as FAMILIES
+from rotbits_jax.checkpoints.families import parse_config as parse_config
+from rotbits_jax.checkpoints.families import parse_object as parse_object
+from rotbits_jax.checkpoints.families import slicing_json as slicing_json
+from rotbits_jax.checkpoints.families import with_dtype as with_dtype
+from rotbits_jax.checkpoints.families import with_own_head as with_own_head
 from rotbits_jax.checkpoints.reader import CheckpointReader as CheckpointReader
 from rotbits_jax.checkpoints.reader import PlainFiles as PlainFiles
 from rotbits_jax.checkpoints.reader import example as example

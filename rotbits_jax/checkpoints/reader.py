@@ -23,14 +23,13 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import folder as folder_lib
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
-from rotbits_jax.checkpoints.config import CONFIG
-from rotbits_jax.checkpoints.config import SLICING_KEY
+from rotbits_jax.checkpoints.families import CONFIG
+from rotbits_jax.checkpoints.families import SLICING_KEY
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 _SHORTCUT = f'.attn_shortcut{families.SHORTCUT_SUFFIX}'  # in every sliced layer
@@ -87,11 +86,6 @@ class CheckpointReader(folder_lib.Folder):
     except errors.CheckpointError as e:
       where = '' if folder.path is None else f'{folder.path}: '
       raise errors.UnsupportedError(f'{where}{e}') from e
-    for name in sorted(filter(families.is_buffer, folder.tensors)):
-      shape = folder.tensors[name].shape
-      paths = {f'{models.names.BUFFERS}/{name}': shape}
-      entry = tensors_lib.ExpectedTensor(name, shape, paths)
-      self.entries.setdefault(models.names.BUFFERS, []).append(entry)
 
   def layer(self, index: int) -> models.Params:
     """Reads the parameters of a layer, with the keys of `Model.layer`."""
@@ -156,18 +150,18 @@ def _match(
   if config.num_layers > len(tensors):  # before a table is made of what the config says
     text = f'{len(tensors)} tensors are too few for {config.num_layers} layers'
     raise errors.CheckpointError(f'most are missing: {text}')
-  records = tensors_lib.entries(config)
+  buffers = {name: x for name, x in tensors.items() if families.is_buffer(name)}
+  records = tensors_lib.entries(config, buffers)
   expected = {entry.name: entry.shape for entry in itertools.chain(*records.values())}
-  present = {name: x for name, x in tensors.items() if not families.is_buffer(name)}
   wrong = [
     name
-    for name in sorted(expected.keys() | present.keys())
-    if name not in present
-    or present[name].shape != expected.get(name)
-    or present[name].dtype not in _DTYPES
+    for name in sorted(expected.keys() | tensors.keys())
+    if name not in tensors
+    or tensors[name].shape != expected.get(name)
+    or not (name in buffers or tensors[name].dtype in _DTYPES)
   ]
   if wrong:
-    name, tensor = wrong[0], present.get(wrong[0])
+    name, tensor = wrong[0], tensors.get(wrong[0])
     got = 'none' if tensor is None else f'{tensor.dtype} {tensor.shape}'
     text = f'expected float16, bfloat16 or float32 {expected.get(name)}, got {got}'
     raise errors.CheckpointError(f'{len(wrong)} tensors do not fit; {name}: {text}')
@@ -256,8 +250,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     if safetensors.has_own_metadata(header)
   ]
   try:
-    parsed = config_lib.parse_object(files[CONFIG], CONFIG)
-    config = config_lib.parse_config(parsed, slicing_jsons.get(stem or ''))
+    parsed = families.parse_object(files[CONFIG], CONFIG)
+    config = families.parse_config(parsed, slicing_jsons.get(stem or ''))
   except errors.CheckpointError as e:
     raise errors.UnsupportedError(f'{weights}: {e}') from e
   kept = dataclasses.replace(
@@ -272,7 +266,7 @@ def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
   """Returns the slicing JSONs among the sidecar files, by their stems."""
   key = f'"{SLICING_KEY}"'.encode()
   parsed = {
-    name.removesuffix('.json'): config_lib.parse_object(content, name)
+    name.removesuffix('.json'): families.parse_object(content, name)
     for name, content in files.items()
     if name.endswith('.json') and '/' not in name and key in content
     if content.lstrip().startswith(b'{')

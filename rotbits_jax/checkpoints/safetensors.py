@@ -9,17 +9,16 @@ Raises:
     dtype.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import functools
 import json
-import pathlib
 import struct
 from typing import Any
 
 import numpy as np
 
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.system import files
 from rotbits_jax.system import outputs
@@ -117,7 +116,7 @@ def has_own_metadata(header: bytes) -> bool:
 
 def _values(header: bytes) -> dict[str, Any]:
   """Returns the JSON object of a header."""
-  return config_lib.parse_object(header[8:], 'header', most=_MOST_HEADER)
+  return families.parse_object(header[8:], 'header', most=_MOST_HEADER)
 
 
 def header(specs: Specs) -> bytes:
@@ -138,27 +137,6 @@ def header(specs: Specs) -> bytes:
   return struct.pack('<Q', len(encoded)) + encoded
 
 
-class FileWriter:
-  """Writes a file whose header is known. Tensors are added in any order."""
-
-  def __init__(self, path: pathlib.Path, header: bytes):
-    """Makes the file, which must not exist."""
-    self._path, self._places = path, places(header)
-    nbytes = sum(spec.nbytes for _, spec in self._places.values())
-    with path.open('xb') as file:
-      file.truncate(len(header) + nbytes)
-      file.write(header)
-
-  def add(self, name: str, pieces: Iterable[memoryview]) -> None:
-    """Writes a tensor, given its bytes in row-major order."""
-    with self._path.open('r+b') as file:
-      file.seek(self._places[name][0])
-      file.writelines(pieces)
-
-  def close(self) -> None:
-    """Does nothing: each tensor is in the file when it has been added."""
-
-
 class WeightIndex(schema.Object):
   """The content of an index: the file name of the shard of each tensor."""
 
@@ -173,7 +151,7 @@ class WeightIndex(schema.Object):
   @classmethod
   def parse(cls, content: bytes) -> 'WeightIndex':
     """Parses the content of an index."""
-    value = config_lib.parse_object(content, 'index', most=MOST_INDEX)
+    value = families.parse_object(content, 'index', most=MOST_INDEX)
     try:
       return schema.load(cls, value)
     except ValueError as e:

@@ -6,8 +6,9 @@ Raises:
   CheckpointError: if there is no such file, or if it changed after it was opened.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import itertools
 import math
 import os
 from typing import Any, NamedTuple
@@ -165,14 +166,22 @@ class ExpectedTensor(NamedTuple):
 Records = dict[str, list[ExpectedTensor]]
 
 
-def entries(config: models.ModelConfig) -> Records:
-  """Returns the tensors of a checkpoint by record, see `models.names`."""
+def entries(config: models.ModelConfig, buffers: Mapping[str, Any]) -> Records:
+  """Returns the tensors of a checkpoint by record, see `models.names`.
+
+  `buffers` have the shapes of the tensors that the forward pass does not use, by name.
+  """
   family, records = families.FAMILIES[config.family], {}
   for index in range(config.num_layers):
     name, prefix = models.names.layer(index), f'{family.layer_prefix}{index}.'
     shapes = models.layer_shapes(config, index)
     records[name] = _entries(family.layer, shapes, prefix, f'{name}/')
-  return records | outer_entries(config)
+  records |= outer_entries(config)
+  for name, buffer in sorted(buffers.items()):
+    shapes = {f'{models.names.BUFFERS}/{name}': buffer.shape}
+    entry = ExpectedTensor(name, buffer.shape, shapes)
+    records.setdefault(models.names.BUFFERS, []).append(entry)
+  return records
 
 
 def outer_entries(config: models.ModelConfig) -> Records:
@@ -219,15 +228,16 @@ def leaves_of(model: models.Model) -> dict[str, Any]:
     if structured.is_structured(leaf) and leaf.needs:
       needed = {x: leaves[x] for x in (path, *leaf.needs)}
       leaves[path] = structured.expand(needed)[path]
-  return leaves
+  return leaves | {
+    f'{models.names.BUFFERS}/{name}': x for name, x in model.buffers.items()
+  }
 
 
 def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
   """Makes the tensors of a checkpoint, by name, from a model, which is materialized."""
   leaves = leaves_of(model)
-  tensors = {name: np.asarray(x) for name, x in model.buffers.items()}
-  for record in entries(model.config).values():
-    for entry in record:
-      arrays = entry.write([leaves[path] for path in entry.parameters])
-      tensors[entry.name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+  tensors = {}
+  for entry in itertools.chain(*entries(model.config, model.buffers).values()):
+    arrays = entry.write([leaves[path] for path in entry.parameters])
+    tensors[entry.name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
   return tensors

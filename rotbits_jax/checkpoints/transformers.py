@@ -23,10 +23,9 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import tensors as tensors_lib
-from rotbits_jax.checkpoints.config import CONFIG
+from rotbits_jax.checkpoints.families import CONFIG
 
 Ranks = Mapping[str, tuple[int, int]]
 """The columns of B and of C of each shortcut that is stored as factors, by its path."""
@@ -87,7 +86,7 @@ def sidecars(
   named = dict(files)
   if 'tokenizer.json' in files:
     named.setdefault('tokenizer_config.json', _json(_TOKENIZER_SETTINGS))
-  dense = families.older_rope(config_lib.parse_object(files[CONFIG], CONFIG))
+  dense = families.older_rope(families.parse_object(files[CONFIG], CONFIG))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
   class_name, tokenizer = _CLASSES[config.family]
   sliced = f'Sliced{class_name}'

@@ -23,13 +23,13 @@ from numpy.typing import DTypeLike
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints import transformers
-from rotbits_jax.checkpoints.config import CONFIG
+from rotbits_jax.checkpoints.families import CONFIG
 from rotbits_jax.system import outputs
 from rotbits_jax.system import schema
 
@@ -42,8 +42,7 @@ _OLDER_WEIGHTS = 'model*.safetensors*'  # that new weights replace
 class FolderWriter:
   """Writes weights files and the files beside them. Tensors come in any order.
 
-  The class is a context manager, see `CheckpointWriter`. `specs` has the shapes and
-  dtypes of the tensors by name.
+  `specs` has the shapes and dtypes of the tensors by name.
   """
 
   def __init__(
@@ -62,65 +61,61 @@ class FolderWriter:
     self._path, self._weights = path, weights
     self._files, self._overwrite = files, overwrite
     self.specs: dict[str, tensors_lib.TensorSpec] = {}
-    self._file_of: dict[str, str] = {}
+    self._places: dict[str, tuple[str, int]] = {}  # name of the file, and offset in it
     for name in (*weights, *files):
       if not schema.is_relative_path(name):
         raise errors.CheckpointError(f'{name!r} is not the name of a file')
     if both := weights.keys() & files.keys():
       raise errors.CheckpointError(f'two files have the name {min(both)}')
     for name, content in weights.items():
-      specs: Any = content
-      if isinstance(content, bytes):
-        with errors.named(name):
-          specs = {x: spec for x, (_, spec) in safetensors.places(content).items()}
-      if twice := self.specs.keys() & specs.keys():
-        raise errors.CheckpointError(f'two files have the tensor {min(twice)}')
-      self.specs |= specs
-      self._file_of |= dict.fromkeys(specs, name)
+      with errors.named(name):
+        if isinstance(content, bytes):
+          places = safetensors.places(content)
+        else:
+          places = {tensor: (0, spec) for tensor, spec in content.items()}
+      for tensor, (offset, spec) in places.items():
+        if tensor in self.specs:
+          raise errors.CheckpointError(f'two files have the tensor {tensor}')
+        self.specs[tensor], self._places[tensor] = spec, (name, offset)
     self._missing = dict.fromkeys(self.specs)
 
-  def __enter__(self) -> Self:
-    """Makes the hidden folder."""
-    self._context = self._open()
-    self._context.__enter__()
-    return self
-
-  def __exit__(self, *error: Any) -> None:
-    """Moves the folder into place, or removes it after an exception."""
-    self._context.__exit__(*error)
-
   @contextlib.contextmanager
-  def _open(self) -> Iterator[None]:
+  def open(self) -> Iterator[Self]:
     """Makes the hidden folder; moves it into place at the end of the context."""
     target = outputs.directory_target(self._path)
     self.replaced()
-    self._writers: dict[str, Any] = {}
     staging = outputs.staging(target)
-    with outputs.named(self._path), outputs.fresh(staging) as folder:
-      for name in (*self._files, *self._weights):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      for name, data in self._files.items():
-        # Where the file system ignores case, it may have another file of this name.
-        with (folder / name).open('xb') as file:
-          file.write(data)
-      for name, content in self._weights.items():
-        is_header = isinstance(content, bytes)
-        cls: Any = safetensors.FileWriter if is_header else torch_zip.TorchZipWriter
-        self._writers[name] = cls(folder / name, content)
-      yield
+    with outputs.named(self._path), outputs.fresh(staging) as self._folder:
+      self._archives: dict[str, torch_zip.TorchZipWriter] = {}
+      for name, content in (self._files | self._weights).items():
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+          # Where the file system ignores case, it may have another file of this name.
+          with path.open('xb') as file:
+            file.write(content)
+        else:
+          self._archives[name] = torch_zip.TorchZipWriter(path, content)
+      yield self
       if count := len(self._missing):
         text = ', '.join(itertools.islice(self._missing, _SHOWN))
         raise ValueError(f'{count} tensors have not been written, such as {text}')
-      for writer in self._writers.values():
-        writer.close()
-      outputs.move(folder, target)
+      for archive in self._archives.values():
+        archive.close()
+      outputs.move(self._folder, target)
 
   def add_tensor(self, name: str, *arrays: np.ndarray) -> None:
     """Writes a tensor once, given its slices along the first axis."""
     if name not in self._missing:
       raise ValueError(f'{name} was written before')
     pieces = itertools.chain.from_iterable(map(tensors_lib.row_major, arrays))
-    self._writers[self._file_of[name]].add(name, pieces)
+    file_name, offset = self._places[name]
+    if file_name in self._archives:
+      self._archives[file_name].add(name, pieces)
+    else:
+      with (self._folder / file_name).open('r+b') as file:
+        file.seek(offset)
+        file.writelines(pieces)
     del self._missing[name]
 
   def replaced(self) -> list[pathlib.Path]:
@@ -136,7 +131,8 @@ class FolderWriter:
 class CheckpointWriter(FolderWriter):
   """Writes the checkpoint of a model. Parameters are added one at a time.
 
-    with CheckpointWriter(directory, config, dtypes=dtypes, files=files) as writer:
+    writer = CheckpointWriter(directory, config, dtypes=dtypes, files=files)
+    with writer.open():
       for path, leaf in model.leaves():
         writer.add(path, leaf)
 
@@ -149,7 +145,7 @@ class CheckpointWriter(FolderWriter):
     directory: str | os.PathLike[str],
     config: models.ModelConfig,
     *,
-    dtypes: Mapping[str, DTypeLike] | DTypeLike,
+    dtypes: Mapping[str, DTypeLike],
     files: Mapping[str, bytes],
     stem: str | None = None,
     format: Format = 'safetensors',
@@ -164,7 +160,7 @@ class CheckpointWriter(FolderWriter):
       directory: the target directory, which is made if it does not exist.
       config: sizes and switches.
       dtypes: dtype of each parameter by its path in the model, for example
-        'layers.3/attention/query/kernel' or 'embed/tokens'; or one dtype for all.
+        'layers.3/attention/query/kernel' or 'embed/tokens'.
       files: content of the sidecar files, by name. An index among them says how the
         tensors are divided among files, if `shard_size` is None.
       stem: name of a sliced model's `<stem>.pt` and slicing JSON.
@@ -174,7 +170,8 @@ class CheckpointWriter(FolderWriter):
       shard_size: the greatest number of bytes of tensors in a safetensors file with
         more than one tensor; None for one file.
       shortcuts: see `transformers.Ranks`; only 'transformers' stores factors.
-      buffers: tensors of the checkpoint that the forward pass does not use, by name.
+      buffers: arrays or `TensorSpec`s of the tensors that the forward pass does not
+        use, by name; they are added like parameters, with paths like 'buffers/NAME'.
         'transformers' leaves them out, because it computes them.
       overwrite: whether an existing checkpoint may be replaced.
 
@@ -195,21 +192,22 @@ class CheckpointWriter(FolderWriter):
     for name in [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]:
       if name not in files:
         raise errors.CheckpointError(f'the file {name} is missing from the checkpoint')
-    entries = [*itertools.chain(*tensors_lib.entries(config).values())]
+    buffers = buffers or {}
+    entries = [*itertools.chain(*tensors_lib.entries(config, buffers).values())]
     shapes = {path: x for entry in entries for path, x in entry.parameters.items()}
-    planned: Any = (
-      dtypes if isinstance(dtypes, Mapping) else dict.fromkeys(shapes, dtypes)
-    )
+    planned = {**dtypes}
+    for name, buffer in buffers.items():
+      planned[f'{models.names.BUFFERS}/{name}'] = buffer.dtype
     if missing := shapes.keys() - planned.keys():
       raise ValueError(f'{min(missing)}: its dtype is missing')
     self._parameters = {
       path: tensors_lib.TensorSpec(shape, np.dtype(planned[path]))
       for path, shape in shapes.items()
     }
-    self._buffers = {name: np.asarray(x) for name, x in (buffers or {}).items()}
     if format == 'transformers':
-      ranks, self._buffers = shortcuts or {}, {}
-      entries = [x for entry in entries for x in transformers.renamed(entry, ranks)]
+      ranks = shortcuts or {}
+      parameters = (entry for entry in entries if entry.name not in buffers)
+      entries = [x for entry in parameters for x in transformers.renamed(entry, ranks)]
       kept = {name: x for name, x in files.items() if name != f'{stem}.json'}
       dtype = self._parameters['embed/tokens'].dtype
       files = transformers.sidecars(config, kept, ranks, dtype)
@@ -219,11 +217,11 @@ class CheckpointWriter(FolderWriter):
       dtypes_of_entry = {self._parameters[path].dtype for path in entry.parameters}
       if len(dtypes_of_entry) > 1:
         raise ValueError(f'{entry.name}: its parameters have several dtypes')
+      if entry.name in specs:
+        raise errors.CheckpointError(f'two tensors have the name {entry.name}')
       specs[entry.name] = tensors_lib.TensorSpec(entry.shape, *dtypes_of_entry)
       for path in entry.parameters:
         self._entries.setdefault(path, []).append(entry)
-    for name, buffer in self._buffers.items():
-      specs[name] = tensors_lib.TensorSpec(buffer.shape, buffer.dtype)
     self._waiting: dict[str, Any] = {}
     files = dict(files)
     index = files.pop(safetensors.INDEX, None)
@@ -233,13 +231,6 @@ class CheckpointWriter(FolderWriter):
       weights = {name: safetensors.header(shard) for name, shard in shards.items()}
       files |= {} if new_index is None else {safetensors.INDEX: new_index}
     super().__init__(directory, weights, files=files, overwrite=overwrite)
-
-  def __enter__(self) -> Self:
-    """Makes the hidden folder, and writes the buffers."""
-    super().__enter__()
-    for name, buffer in self._buffers.items():
-      self.add_tensor(name, buffer)
-    return self
 
   def add(self, path: str, leaf: Any) -> None:
     """Adds a parameter once: an array or a structured leaf, which is materialized."""
@@ -273,7 +264,7 @@ def save_checkpoint(
   """
   model, files, stem = checkpoint
   leaves = tensors_lib.leaves_of(model)
-  with CheckpointWriter(
+  writer = CheckpointWriter(
     directory,
     model.config,
     dtypes={path: np.dtype(leaf.dtype) for path, leaf in leaves.items()},
@@ -284,7 +275,8 @@ def save_checkpoint(
     shortcuts=transformers.thin_shortcuts(leaves),
     buffers=model.buffers,
     overwrite=overwrite,
-  ) as writer:
+  )
+  with writer.open():
     for path in list(leaves):
       writer.add(path, leaves.pop(path))
 
@@ -300,8 +292,8 @@ def fitting_files(
   config = model.config
   names = [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]
   try:
-    parsed = [config_lib.parse_object(files[name], name) for name in names]
-    of_files = config_lib.parse_config(*parsed)
+    parsed = [families.parse_object(files[name], name) for name in names]
+    of_files = families.parse_config(*parsed)
   except (KeyError, errors.CheckpointError):
     return files
   fields = config.__struct_fields__
@@ -319,4 +311,4 @@ def fitting_files(
   is_plain = structured.is_plain(head) and structured.is_plain(table)
   if is_plain and structured.same_bits(np.asarray(head).T, np.asarray(table)):
     return files
-  return config_lib.with_own_head(files, config)
+  return families.with_own_head(files, config)

@@ -54,7 +54,8 @@ def write(
       f'the file holds a model of the family {config.family!r:.100}, whose '
       'checkpoints are not known'
     )
-  dtypes = reader.dtypes_on_disk()
+  source: Any = model or reader
+  dtypes, buffers = reader.dtypes_on_disk(), models.names.BUFFERS
   if model is not None:
     specs = (structured.flatten(model.specs(name)) for name in model.records)
     dtypes = {path: spec.dtype for flat in specs for path, spec in flat.items()}
@@ -77,7 +78,7 @@ def write(
       format=format,
       shard_size=shard_size,
       shortcuts=shortcuts,
-      buffers=reader.buffers() if model is None else model.buffers,
+      buffers=source.specs(buffers)[buffers] if buffers in source.records else {},
       overwrite=overwrite,
     )
   output.check_inputs(writer.replaced(), [reader])
@@ -86,10 +87,11 @@ def write(
     records = reader.each(keep=keep, show_progress=progress)
   else:
     records = ((name, structured.flatten(model.read(name))) for name in model.records)
-  with writer:
+  with writer.open():
     for name, flat in records:
-      for path, leaf in flat.items() if name != models.names.BUFFERS else ():
-        writer.add(path, _converted(path, leaf, dtypes[path]))
+      for path, leaf in flat.items():
+        is_final = name == buffers
+        writer.add(path, leaf if is_final else _converted(path, leaf, dtypes[path]))
 
 
 def _converted(path: str, leaf: Any, dtype: np.dtype) -> Any:
@@ -131,7 +133,7 @@ def _write_tensors(
       if specs.get(name) != writer.specs.get(name):
         raise ContainerError(f'{name}: the headers and the records differ')
   output.check_inputs(writer.replaced(), [reader])
-  with writer:
+  with writer.open():
     for _, flat in reader.each(keep=(), show_progress=progress):
       for name, tensor in flat.items():
         writer.add_tensor(name, tensor)
