@@ -3,7 +3,7 @@
 **The stream.** The parts of one layout form a *group*. An array of known classes is a
 group of its own. The stream has, in this order:
 
-1.  For each group, its contexts, see `contexts.from_bytes` and `known.from_bytes`.
+1.  For each group, its contexts, see `contexts.from_bytes`.
 2.  For each group, its blocks, see `blocks`. The units of a group are those of its
     parts, one part after the other in C order. If units have two numbers, the last one
     of a part of an odd size has its last number twice.
@@ -34,6 +34,8 @@ from rotbits_jax.system import host
 
 _GROUPS = 16  # that are decoded at once, because their tables may be large
 
+_Job = Callable[[], None]
+
 _NONE: Mapping[int, known_lib.Known] = types.MappingProxyType({})
 
 
@@ -59,93 +61,67 @@ def encode(
     known: what the decoder will know of the integers of some arrays, by their indices.
       These are signed, of at most 32 bits, and have elements.
 
-  Returns:
-    The encoded record.
-
   Raises:
     ValueError: if a dtype cannot be stored.
   """
-  whole, zeros, parts, groups = _planned(arrays, known)
-  runs = [_Units.of_group(group) for group in groups]
-  results = iter(pool.run(job for units in runs for job in units.encode_jobs()))
-  checksums = pool.each(checksums_lib.of_array, whole)
-  heads: list[np.ndarray] = []
-  bodies: list[np.ndarray] = []
-  of_groups = []
-  for group, units in zip(groups, runs, strict=True):
-    coded = [next(results) for _ in range(units.num_blocks)]
-    is_known = isinstance(group.contexts, known_lib.Bands)
-    head = (
-      known_lib.to_bytes(group.contexts)
-      if isinstance(group.contexts, known_lib.Bands)
-      else contexts_lib.to_bytes(group.contexts, group.layout)
-    )
-    heads.append(np.frombuffer(head, np.uint8))
-    bodies += coded
-    of_groups.append(
+  plan = _plan(arrays, known)
+  units = [
+    _Units(x.layout, x.contexts, [y.numbers for y in x.parts]) for x in plan.groups
+  ]
+  coded = iter(pool.run(job for x in units for job in x.encode_jobs()))
+  checksums = pool.each(checksums_lib.of_array, plan.arrays)
+  heads, bodies, groups = [], [], []
+  indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
+  for i, (group, of_group) in enumerate(zip(plan.groups, units, strict=True)):
+    indices |= {x[:2]: i for x in group.parts}
+    heads.append(contexts_lib.to_bytes(group.contexts, group.layout))
+    group_blocks = [next(coded) for _ in of_group.starts()]
+    bodies += group_blocks
+    layout, is_known = group.layout, group.contexts.is_known
+    groups.append(
       specs.GroupSpec(
-        type_name='known' if is_known else group.layout.type_name,
-        raw_bits=group.layout.raw_bits,
-        raised=getattr(group.layout, 'raised', False),
-        top=getattr(group.layout, 'top', 0),
-        contexts=len(head),
-        blocks=tuple(x.size for x in coded),
+        type_name='known' if is_known else layout.type_name,
+        raw_bits=layout.raw_bits,
+        raised=layout.raised,
+        top=layout.top,
+        contexts=len(heads[-1]),
+        blocks=tuple(x.size for x in group_blocks),
       )
     )
-  index = {x[:2]: g for g, group in enumerate(groups) for x in group.parts}
-  bodies += [_bytes(x.numbers) for x in parts if x[:2] not in index]
-  of_arrays: list[list[int | None]] = [[] for _ in whole]
-  for part in parts:
-    of_arrays[part.array].append(index.get(part[:2]))
   entries = tuple(
     specs.ArraySpec(
       dtype=array.dtype.name,
       shape=array.shape,
       crc32=crc32,
-      groups=tuple(of_array),
-      zeros=form,
+      groups=tuple(indices[x] for x in sorted(indices) if x[0] == i),
+      zeros=zeros,
     )
-    for array, crc32, of_array, form in zip(
-      whole, checksums, of_arrays, zeros, strict=True
+    for i, (array, crc32, zeros) in enumerate(
+      zip(plan.arrays, checksums, plan.zeros, strict=True)
     )
   )
-  spec = specs.StreamSpec(arrays=entries, groups=tuple(of_groups))
-  return Encoded(spec, np.concatenate([np.zeros(0, np.uint8), *heads, *bodies]))
+  spec = specs.StreamSpec(arrays=entries, groups=tuple(groups))
+  stream = [np.frombuffer(b''.join(heads), np.uint8), *bodies]
+  stream += [x.numbers.reshape(-1).view(np.uint8) for x in plan.plain]
+  return Encoded(spec, np.concatenate(stream))
 
 
 def estimate(
   arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known] = _NONE
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
-  _, _, parts, groups = _planned(arrays, known)
-  coded = {x[:2] for group in groups for x in group.parts}
-  return sum(sum(group.nbytes) for group in groups) + sum(
-    x.numbers.nbytes for x in parts if x[:2] not in coded
-  )
+  plan = _plan(arrays, known)
+  coded = sum(sum(group.nbytes) for group in plan.groups)
+  return coded + sum(x.numbers.nbytes for x in plan.plain)
 
 
-def _planned(
+def _plan(
   arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]
-) -> tuple[
-  list[np.ndarray], list[sparse.Sparse | None], list[plans.Part], list[plans.Group]
-]:
-  """Returns the arrays in C order, where their zeros are, their parts, and groups."""
+) -> plans.Plan:
   for array in arrays:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
-  whole = pool.each(host.contiguous, map(np.asarray, arrays))
-  zeros, parts = plans.divided(whole)
-  groups = plans.groups([x for x in parts if x.array not in known])
-  by_array = {x.array: x for x in parts}
-  return (
-    whole,
-    zeros,
-    parts,
-    groups
-    + [
-      plans.known_group(by_array[i], x.check(whole[i].size)) for i, x in known.items()
-    ],
-  )
+  return plans.make([*map(np.asarray, arrays)], known)
 
 
 def decode(
@@ -174,57 +150,52 @@ def decode(
   """
   # A view as a plain array, because a memory map is slow to slice.
   stream, sizes = np.asarray(data).view(np.ndarray), spec.sizes
-  if stream.dtype != np.uint8 or stream.shape != (sum(sizes),):
+  if stream.dtype != np.uint8 or stream.shape != (spec.nbytes,):
     raise ValueError(
-      f'the stream must be uint8 [{sum(sizes)}], got {stream.dtype} '
+      f'the stream must be uint8 [{spec.nbytes}], got {stream.dtype} '
       f'{list(stream.shape)}'
     )
   arrays = _outputs(spec, out)
+  parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   ends = np.cumsum(sizes).tolist()
   pieces = iter(stream[end - n : end] for end, n in zip(ends, sizes, strict=True))
-  parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
-  *coded, whole = spec.members
+  *members, plain = spec.members
   heads = [next(pieces).tobytes() for _ in spec.groups]
   bodies = [[next(pieces) for _ in group.blocks] for group in spec.groups]
-  numbers = {coded[g][0].array: g for g, x in enumerate(spec.groups) if x.is_known}
-  if numbers.keys() != known.keys():
-    raise ValueError(f'the arrays {[*numbers]} have known classes, got {[*known]}')
+  groups_known = {
+    members[i][0].array: i for i, group in enumerate(spec.groups) if group.is_known
+  }
+  if groups_known.keys() != known.keys():
+    raise ValueError(f'the arrays {[*groups_known]} have known classes, got {[*known]}')
 
-  def jobs_of(g: int, classes: known_lib.Known | None = None) -> list[_Job]:
-    layout = spec.groups[g].layout(coded[g][0].dtype)
-    contexts = (
-      known_lib.from_bytes(heads[g], classes)
-      if classes
-      else contexts_lib.from_bytes(heads[g], layout, [x.shape for x in coded[g]])
-    )
-    units = _Units(layout, contexts, [parts[x.array][x.part] for x in coded[g]])
-    return units.decode_jobs(bodies[g])
+  def jobs_of(
+    i: int, classes: known_lib.Known | None = None
+  ) -> Iterator[Callable[[], None]]:
+    layout = spec.groups[i].layout(members[i][0].dtype)
+    shapes = [x.shape for x in members[i]]
+    contexts = contexts_lib.from_bytes(heads[i], layout, shapes, classes)
+    units = _Units(layout, contexts, [parts[x.array][x.part] for x in members[i]])
+    return units.decode_jobs(bodies[i])
 
   def finish(indices: Sequence[int]) -> None:
-    of_arrays = zip(*((spec.arrays[i], parts[i]) for i in indices), strict=True)
-    pool.each(_finish, indices, *of_arrays)
+    pool.each(lambda i: _finish(i, spec.arrays[i], parts[i]), indices)
 
-  plain = [g for g, x in enumerate(spec.groups) if not x.is_known]
-  jobs: list[_Job] = [
-    functools.partial(_read_bytes, parts[x.array][x.part], next(pieces)) for x in whole
-  ]
-  for i in range(0, len(plain), _GROUPS):
-    pool.run(jobs)
-    jobs = [job for g in plain[i : i + _GROUPS] for job in jobs_of(g)]
-  pool.run(jobs)
-  finish([i for i in range(len(arrays)) if i not in numbers])
-  for i, g in numbers.items():
+  for member, piece in zip(plain, pieces, strict=True):
+    parts[member.array][member.part].reshape(-1).view(np.uint8)[:] = piece
+  indices = [i for i, group in enumerate(spec.groups) if not group.is_known]
+  for i in range(0, len(indices), _GROUPS):
+    pool.run(job for group in indices[i : i + _GROUPS] for job in jobs_of(group))
+  finish([i for i in range(len(arrays)) if i not in groups_known])
+  for i, group in groups_known.items():
     classes = known[i]().check(arrays[i].size)
-    if max(classes.shifts) != spec.groups[g].raw_bits:
+    if max(classes.shifts) != spec.groups[group].raw_bits:
       raise ValueError(f'array {i} cannot have shifts up to {max(classes.shifts)}')
-    pool.run(jobs_of(g, classes))
-  finish([*numbers])
+    pool.run(jobs_of(group, classes))
+  finish([*groups_known])
   return arrays
 
 
 # ---- groups --------------------------------------------------------------------------
-
-_Job = Callable[[], None]
 
 
 class _Units(NamedTuple):
@@ -237,55 +208,38 @@ class _Units(NamedTuple):
   """
 
   layout: layouts.Layout
-  contexts: contexts_lib.Contexts | known_lib.Bands
+  contexts: contexts_lib.Contexts
   arrays: list[np.ndarray]
 
-  @classmethod
-  def of_group(cls, group: plans.Group) -> '_Units':
-    return cls(group.layout, group.contexts, [x.numbers for x in group.parts])
-
-  @property
-  def total(self) -> int:
-    return sum(-(-array.size // self.layout.size) for array in self.arrays)
-
-  @property
-  def num_blocks(self) -> int:
-    return -(-self.total // blocks.capacity_of(self.total))
-
-  def _starts(self) -> list[tuple[int, int]]:
+  def starts(self) -> list[tuple[int, int]]:
     """Returns the first unit of each block, and how many it has."""
-    size = blocks.capacity_of(self.total)
-    return [(x, min(size, self.total - x)) for x in range(0, self.total, size)]
+    total = sum(-(-array.size // self.layout.size) for array in self.arrays)
+    size = blocks.capacity_of(total)
+    return [(x, min(size, total - x)) for x in range(0, total, size)]
 
-  def encode_jobs(self) -> list[Callable[[], np.ndarray]]:
-    """Returns a job for each block; it returns the bytes of the block."""
-    tables = self.contexts.tables(self.layout)  # type: ignore[arg-type]
-
-    def job(start: int, count: int) -> np.ndarray:
+  def encode_jobs(self) -> Iterator[Callable[[], np.ndarray]]:
+    """Yields a job for each block; it returns the bytes of the block."""
+    tables = self.contexts.tables(self.layout)
+    for start, count in self.starts():
       read = functools.partial(self._read, start)
       classes = functools.partial(self._write_classes, start)
-      return blocks.encode(read, classes, count, self.layout, tables)
+      yield functools.partial(blocks.encode, read, classes, count, self.layout, tables)
 
-    return [functools.partial(job, *x) for x in self._starts()]
-
-  def decode_jobs(self, data: Sequence[np.ndarray]) -> list[_Job]:
-    """Returns a job for each block, which decodes its bytes into the arrays."""
-    tables = self.contexts.tables(self.layout)  # type: ignore[arg-type]
-
-    def job(start: int, count: int, block: np.ndarray) -> None:
+  def decode_jobs(self, data: Sequence[np.ndarray]) -> Iterator[_Job]:
+    """Yields a job for each block, which decodes its bytes into the arrays."""
+    tables = self.contexts.tables(self.layout)
+    for (start, count), block in zip(self.starts(), data, strict=True):
       classes = functools.partial(self._write_classes, start)
       write = functools.partial(self._write, start)
-      blocks.decode(block, classes, count, self.layout, tables, write)
-
-    pairs = zip(self._starts(), data, strict=True)
-    return [functools.partial(job, *x, block) for x, block in pairs]
+      yield functools.partial(
+        blocks.decode, block, classes, count, self.layout, tables, write
+      )
 
   def _write_classes(self, start: int, out: np.ndarray) -> None:
     """Writes the classes of the units from `start` on."""
     for i, place, count, first in self._spans(start, out.size):
-      shape = self.arrays[i].shape
-      part = out[place : place + count]
-      self.contexts.write(part, i, first, shape, self.layout.size)
+      shape, size = self.arrays[i].shape, self.layout.size
+      self.contexts.classes[i].write(out[place : place + count], first, shape, size)
 
   def _read(self, start: int, out: np.ndarray) -> None:
     """Copies the bit patterns of the units from `start` on."""
@@ -329,15 +283,15 @@ def _outputs(
   spec: specs.StreamSpec, out: Sequence[np.ndarray] | None
 ) -> list[np.ndarray]:
   """Returns the given arrays if they fit the spec; makes new ones if `out` is None."""
-  wanted = [(array.shape, array.numpy_dtype) for array in spec.arrays]
   if out is None:
-    return [host.empty(shape, dtype) for shape, dtype in wanted]
-  if len(out) != len(wanted):
-    raise ValueError(f'the record has {len(wanted)} arrays, got {len(out)} in `out`')
-  for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
-    if array.shape != shape or array.dtype != dtype:
+    return [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays]
+  if len(out) != len(spec.arrays):
+    raise ValueError(f'the record has {len(spec.arrays)} arrays, got {len(out)}')
+  for i, (array, entry) in enumerate(zip(out, spec.arrays, strict=True)):
+    if array.shape != entry.shape or array.dtype != entry.numpy_dtype:
       raise ValueError(
-        f'array {i} of the record is {dtype} {shape}, got {array.dtype=} {array.shape=}'
+        f'array {i} of the record is {entry.dtype} {entry.shape}, '
+        f'got {array.dtype=} {array.shape=}'
       )
     if not (array.flags.c_contiguous and array.flags.writeable):
       raise ValueError(f'array {i} of `out` must be contiguous and writeable')
@@ -360,11 +314,3 @@ def _finish(index: int, spec: specs.ArraySpec, parts: list[np.ndarray]) -> None:
     sparse.join_halves(decoded, array)
   if checksums_lib.of_array(array) != spec.crc32:
     raise ValueError(f'array {index} of the record is damaged: its checksum differs')
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-  return array.reshape(-1).view(np.uint8)
-
-
-def _read_bytes(array: np.ndarray, part: np.ndarray) -> None:
-  _bytes(array)[:] = part

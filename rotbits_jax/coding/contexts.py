@@ -16,12 +16,11 @@ Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols.
 from collections.abc import Sequence
 import math
 from typing import NamedTuple
-import zlib
 
 import numpy as np
-from zlib_ng import zlib_ng
 
 from rotbits_jax.coding import blocks
+from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 
@@ -46,16 +45,24 @@ class Scales(NamedTuple):
     base: the class to which they are added.
     rows: uint8 `[R]`, or `[1]` if all rows have the same.
     columns: the same for columns, see `line_sizes`.
+    table: the table of the class `base`, if small floats share a step.
+    min_exponent: the minimum exponent of the array, if small floats share a step.
   """
 
   base: int
   rows: np.ndarray
   columns: np.ndarray
+  table: int = 0
+  min_exponent: int = 1
 
   @property
   def greatest(self) -> int:
     """The greatest class that may occur."""
     return self.base + int(self.rows.max()) + int(self.columns.max())
+
+  @property
+  def entropy_bytes(self) -> float:
+    return sum(tables.entropy_bits(np.bincount(x)) for x in self[1:3]) / 8
 
   def write(self, out: np.ndarray, start: int, shape: Shape, size: int) -> None:
     """Writes the classes of units.
@@ -86,142 +93,128 @@ class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables.
 
   Attributes:
-    scales: the scales of each array.
-    numbers: int64. Of floats, the least offset of a bin; or, if steps are shared, the
-      table of the least class and the minimum exponent of each array. Of integers, the
-      K shifts.
+    classes: what tells the classes of each array.
+    numbers: int64. Of integers, the K shifts; of floats, the least offset of a bin, but
+      none if steps are shared.
     frequencies: int64 `[K, A]`.
   """
 
-  scales: tuple[Scales, ...]
+  classes: tuple[Scales | known_lib.Bands, ...]
   numbers: np.ndarray
   frequencies: np.ndarray
 
+  @property
+  def is_known(self) -> bool:
+    return isinstance(self.classes[0], known_lib.Bands)
+
   def tables(self, layout: layouts.Layout) -> layouts.Tables:
+    """Returns the tables for the programs of the layout."""
     if isinstance(layout, layouts.Integers):
       return layout.tables(self.frequencies, self.numbers)
     if not layout.raised:
       return layout.tables(self.frequencies, self.numbers[:0], int(self.numbers[0]))
-    classes = np.zeros(256, np.int64)
-    for scales, (table, least) in zip(
-      self.scales, self.numbers.reshape(-1, 2).tolist(), strict=True
-    ):
-      span = np.arange(scales.base, scales.greatest + 1)
-      classes[span] = span - scales.base + table | least << 8
-    return layout.tables(self.frequencies, classes, 0)
-
-  def write(
-    self, out: np.ndarray, index: int, start: int, shape: Shape, size: int
-  ) -> None:
-    """Writes the classes of units of an array, as `Scales.write` does."""
-    self.scales[index].write(out, start, shape, size)
+    meanings = np.zeros(256, np.int64)
+    for scales in self.classes:
+      assert isinstance(scales, Scales)
+      classes = np.arange(scales.base, scales.greatest + 1)
+      meanings[classes] = classes - scales.base + scales.table | (
+        scales.min_exponent << 8
+      )
+    return layout.tables(self.frequencies, meanings, 0)
 
 
 # ---- bytes ---------------------------------------------------------------------------
 
 
+def _is_raised(layout: layouts.Layout) -> bool:
+  return isinstance(layout, layouts.Floats) and layout.raised
+
+
 def to_bytes(contexts: Contexts, layout: layouts.Layout) -> bytes:
   """Serialises contexts; `from_bytes` describes the bytes."""
-  heads, lines = [], []
-  for scales in contexts.scales:
-    heads += [(scales.rows.size > 1) + 2 * (scales.columns.size > 1), scales.base]
+  heads, lines, numbers = [], [], contexts.numbers.tolist()
+  for classes in contexts.classes:
+    if isinstance(classes, known_lib.Bands):
+      lines.append(classes.sizes.tobytes())
+      continue
+    rows, columns = classes.rows, classes.columns
+    heads += [(rows.size > 1) + 2 * (columns.size > 1), classes.base]
     # A scale that all lines share is part of the base.
-    lines += [x.tobytes() for x in (scales.rows, scales.columns) if x.size > 1]
-  numbers = contexts.numbers.astype('<i2')
-  count = np.array([len(contexts.frequencies)], '<u2')
-  head = count.tobytes() + numbers.tobytes() + np.array(heads, np.uint8).tobytes()
-  return deflate(head + b''.join(lines)) + tables.to_bytes(contexts.frequencies)
+    lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
+    if _is_raised(layout):
+      numbers += [classes.table, classes.min_exponent]
+  head = np.array([len(contexts.frequencies), *numbers]).astype('<i2').tobytes()
+  head = b'' if contexts.is_known else head + np.array(heads, np.uint8).tobytes()
+  return tables.deflate(head + b''.join(lines)) + tables.to_bytes(contexts.frequencies)
 
 
 def from_bytes(
-  data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]
+  data: bytes,
+  layout: layouts.Layout,
+  shapes: Sequence[Shape],
+  known: known_lib.Known | None = None,
 ) -> Contexts:
   """Makes contexts from bytes: the inverse of `to_bytes`.
 
   The bytes are a raw Deflate stream and stored tables, see `tables.from_bytes`. The
-  stream has K, uint16; the `numbers` of `Contexts`, int16 each; for each array a mode
-  and the base, uint8 each. The mode is 1 if rows differ, plus 2 if columns differ. Then
-  follow the scales of the rows and columns that differ, uint8.
+  stream has K, uint16; then int16 each: the least offset of a bin of floats, the table
+  and the minimum exponent of each array if steps are shared, or the K shifts; for each
+  array a mode and the base, uint8 each. The mode is 1 if rows differ, plus 2 if columns
+  differ. Then follow the scales of the rows and columns that differ, uint8. If the
+  classes are known, the stream has the sizes of the bands, uint8, and nothing else.
 
   Args:
     data: the bytes.
     layout: the layout.
     shapes: the shapes of the M arrays.
-
-  Returns:
-    The contexts.
-
-  Raises:
-    ValueError: if the bytes are not contexts of such arrays.
+    known: the classes of the only array, if they are known.
   """
-  sizes = [line_sizes(shape, layout.size) for shape in shapes]
-  most = 2 + 2 * layout.most_tables + 6 * len(shapes) + sum(map(sum, sizes))
-  part, data = inflate(data, most)
-  count = int(part[:2].view('<u2')[0]) if part.size > 1 else 0
-  is_float = isinstance(layout, layouts.Floats)
-  shared = isinstance(layout, layouts.Floats) and layout.raised
-  end = 2 + 2 * (2 * len(shapes) if shared else 1 if is_float else count)
+  is_float, is_raised = isinstance(layout, layouts.Floats), _is_raised(layout)
+  alphabet = layouts.BINS if is_float else layouts.WINDOW
+  if known:
+    sizes, data = tables.inflate(data, len(known.shifts))
+    if not sizes.all() or int(sizes.sum()) != len(known.shifts):
+      raise ValueError(f'{sizes.size} bands do not have {len(known.shifts)} classes')
+    bands = known_lib.Bands(known, sizes)
+    return Contexts(
+      (bands,), bands.shifts, tables.from_bytes(data, sizes.size, alphabet)
+    )
+  lengths = [line_sizes(shape, layout.size) for shape in shapes]
+  most = 2 + 2 * layout.most_tables + 6 * len(shapes) + sum(map(sum, lengths))
+  head, data = tables.inflate(data, most)
+  count = int(head[:2].view('<u2')[0]) if head.size > 1 else 0
+  end = 2 + 2 * (2 * len(shapes) if is_raised else 1 if is_float else count)
   position = end + 2 * len(shapes)
-  if not 0 < count <= layout.most_tables or part.size < position:
+  if not 0 < count <= layout.most_tables or head.size < position:
     raise ValueError(f'the contexts of {count} tables are cut short or too many')
-  numbers = part[2:end].view('<i2').astype(np.int64)
+  numbers = head[2:end].view('<i2').astype(np.int64)
   if not is_float and (np.any(numbers < 0) or np.max(numbers) != layout.raw_bits):
     raise ValueError(f'the shifts of tables must be up to {layout.raw_bits}')
-  classes = 256 if is_float else count
-  found = []
-  for (mode, base), size in zip(
-    part[end:position].reshape(-1, 2).tolist(), sizes, strict=True
+  starts = numbers.reshape(-1, 2).tolist() if is_raised else [[0, 2]] * len(shapes)
+  classes = []
+  for (mode, base), start, line_lengths in zip(
+    head[end:position].reshape(-1, 2).tolist(), starts, lengths, strict=True
   ):
     lines = [np.zeros(1, np.uint8), np.zeros(1, np.uint8)]
-    for axis in (0, 1):
+    for axis, length in enumerate(line_lengths):
       if mode >> axis & 1:
-        lines[axis] = part[position : position + size[axis]]
-        position += size[axis]
-        if lines[axis].size != size[axis] or not size[axis]:
+        lines[axis] = head[position : position + length]
+        position += length
+        if lines[axis].size != length or not length:
           raise ValueError('the scales of the arrays are cut short')
-    found.append(Scales(base, *lines))
-    # A block of few units makes the classes of whole rows.
+    scales = Scales(base, lines[0], lines[1], *start)
+    span = scales.greatest - base
     if (
-      mode > 3 or found[-1].greatest >= classes or (mode and size[1] > blocks.CAPACITY)
+      mode > 3
+      or scales.greatest >= (256 if is_float else count)
+      or not 0 <= scales.table < count - (span if is_raised else 0)
+      or scales.min_exponent < 2
+      # A block of few units makes the classes of whole rows.
+      or (mode and line_lengths[1] > blocks.CAPACITY)
     ):
       raise ValueError(f'scales of the mode {mode} do not fit {count} tables')
-  if part.size != position or (is_float and not shared and count != 4):
-    raise ValueError(f'the scales need {position} bytes, got {part.size}')
-  if shared:
-    firsts, least = numbers.reshape(-1, 2).T
-    spans = np.array([x.greatest - x.base for x in found])
-    if np.any((firsts < 0) | (firsts + spans >= count)) or np.any(least < 2):
-      raise ValueError(f'classes do not fit {count} tables')
-  alphabet = layouts.BINS if is_float else layouts.WINDOW
-  return Contexts(tuple(found), numbers, tables.from_bytes(data, count, alphabet))
-
-
-def deflate(data: bytes) -> bytes:
-  """Returns a raw Deflate stream; `inflate` reads it."""
-  # Some scales are close to noise, where matches are chance and cost more than they
-  # save. Others repeat.
-  packed = []
-  for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
-    packer = zlib_ng.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
-    packed.append(packer.compress(data) + packer.flush())
-  return min(packed, key=len)
-
-
-def inflate(data: bytes, most: int) -> tuple[np.ndarray, bytes]:
-  """Inflates a raw Deflate stream.
-
-  Args:
-    data: the stream, and bytes after it.
-    most: the greatest number of bytes that the stream may hold.
-
-  Returns:
-    The content of the stream, uint8; and the bytes after the stream.
-  """
-  unpacker = zlib.decompressobj(-15)
-  try:
-    part = unpacker.decompress(data, most + 1)
-  except zlib.error as error:
-    raise ValueError(f'not contexts of arrays: {error}') from error
-  if not unpacker.eof or len(part) > most:
-    raise ValueError('the contexts of the arrays are cut short or too long')
-  return np.frombuffer(part, np.uint8), unpacker.unused_data
+    classes.append(scales)
+  if head.size != position or (is_float and not is_raised and count != 4):
+    raise ValueError(f'the scales need {position} bytes, got {head.size}')
+  numbers = numbers[:0] if is_raised else numbers
+  return Contexts(tuple(classes), numbers, tables.from_bytes(data, count, alphabet))

@@ -359,8 +359,13 @@ class Floats:
       1 << 31 | escape[1] << 11 | escape[0],
       starts << 11 | frequencies - 1,
     )
+    used, symbols = np.nonzero(frequencies)
+    lengths = frequencies[used, symbols]
+    entries = (symbols << 22) + lengths - 1 - (starts[used, symbols] << 11)
+    slots = np.repeat(entries, lengths)
+    slots += np.tile(np.arange(1 << self.precision) << 11, len(frequencies))
     return Tables(
-      _filled(tables.slots(frequencies, 22, 11), self.most_tables << self.precision),
+      _filled(slots, self.most_tables << self.precision),
       _filled(intervals, self.most_tables * BINS * BINS),
       classes.astype(np.uint32),
       np.array(start).astype(np.uint32),
@@ -380,6 +385,8 @@ class Integers:
   raw_bits: int
 
   type_name: ClassVar[str] = 'integers'
+  raised: ClassVar[bool] = False
+  top: ClassVar[int] = 0
   size: ClassVar[int] = 1
   precision: ClassVar[int] = tables.PRECISION
   most_tables: ClassVar[int] = 256

@@ -70,7 +70,8 @@ class Lines(NamedTuple):
       (x.max() - x).astype(np.uint8) if np.ptp(x) else np.zeros(1, np.uint8)
       for x in (rows, columns)
     ]
-    return contexts.Scales(max(top, least) - int(rows.max() + columns.max()), *lines)
+    base = max(top, least) - int(rows.max() + columns.max())
+    return contexts.Scales(base, lines[0], lines[1])
 
   def above(self, least: int) -> 'Lines':
     """Returns the lines with classes counted from `least`."""

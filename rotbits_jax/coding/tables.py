@@ -19,6 +19,7 @@ Shape letters: K tables, A symbols in the alphabet.
 import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 PRECISION = 14
 TOTAL = 1 << PRECISION
@@ -106,24 +107,6 @@ def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
   return frequencies
 
 
-def slots(frequencies: np.ndarray, place: int, bits: int) -> np.ndarray:
-  """Returns what each slot stands for: `[ symbol | slot - start | frequency - 1 ]`.
-
-  Args:
-    frequencies: int64 `[K, A]`.
-    place: the lowest bit of the symbol.
-    bits: bits of each of the two others.
-
-  Returns:
-    int64 `[K 2^precision]`.
-  """
-  of_tables, symbols = np.nonzero(frequencies)
-  counts = frequencies[of_tables, symbols]
-  starts = np.cumsum(counts) - counts
-  entries = np.repeat((symbols << place) + counts - 1 - (starts << bits), counts)
-  return entries + (np.arange(entries.size) << bits)
-
-
 def to_bytes(frequencies: np.ndarray) -> bytes:
   """Serialises tables `[K, A]`; `from_bytes` describes the bytes."""
   parts = [np.zeros(0, np.int64)]
@@ -153,39 +136,42 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
   Raises:
     ValueError: if the bytes are not K valid tables.
   """
-  unpacker, most = zlib.decompressobj(), 2 * count * (alphabet + 2)
-  try:
-    unpacked = unpacker.decompress(data, most + 1)
-    if not unpacker.eof or unpacker.unused_data or len(unpacked) > most:
-      raise ValueError('the bytes are cut short or too many')
-    halves = np.frombuffer(unpacked, np.uint8).reshape(2, -1)
-  except (zlib.error, ValueError) as error:
-    raise ValueError(f'not a frequency table: {error}') from error
+  content, left = inflate(data, 2 * count * (alphabet + 2), zlib.MAX_WBITS)
+  if left or content.size % 2:
+    raise ValueError('bytes are left after the frequency tables')
+  halves = content.reshape(2, -1)
   values = halves[0].astype(np.int64) | halves[1].astype(np.int64) << 8
-  if values.size < 3 * count:
-    raise ValueError('a frequency table is cut short')
-  # Each table tells where the next one begins. All frequencies are then copied at once.
-  given, begins, firsts, sizes = values.tolist(), [], [], []
-  position = 0
-  for _ in range(count):
-    first, last = given[position : position + 2] or (0, -1)
-    if not first <= last < alphabet:
+  frequencies, position = np.zeros((count, alphabet), np.int64), 0
+  for row in frequencies:
+    first, last = values[position : position + 2].tolist() or (0, -1)
+    part = values[position + 2 : position + 3 + last - first]
+    if not first <= last < alphabet or part.size != last - first + 1:
       raise ValueError('a frequency table is cut short')
-    begins.append(position + 2)
-    firsts.append(first)
-    sizes.append(last - first + 1)
-    position += 2 + sizes[-1]
-    if position > len(given):
-      raise ValueError('a frequency table is cut short')
-  if position != len(given):
-    raise ValueError('bytes are left after the last frequency table')
-  size = np.array(sizes, np.int64)
-  spread = lambda x: np.repeat(np.array(x, np.int64), size)
-  rows = spread(range(count))
-  within = np.arange(rows.size) - spread(np.cumsum(size) - size)
-  tables = np.zeros((count, alphabet), np.int64)
-  tables[rows, spread(firsts) + within] = values[spread(begins) + within]
-  totals = tables.sum(axis=1)
-  if np.any(totals != TOTAL):
-    raise ValueError(f'frequencies must add up to {TOTAL}')
-  return tables
+    row[first : last + 1] = part
+    position += 2 + part.size
+  if position != values.size or np.any(frequencies.sum(axis=1) != TOTAL):
+    raise ValueError(f'the frequencies of {count} tables must add up to {TOTAL}')
+  return frequencies
+
+
+def deflate(data: bytes) -> bytes:
+  """Returns a raw Deflate stream; `inflate` reads it."""
+  # Some scales are close to noise, where matches are chance and cost more than they
+  # save. Others repeat.
+  packed = []
+  for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
+    packer = zlib_ng.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
+    packed.append(packer.compress(data) + packer.flush())
+  return min(packed, key=len)
+
+
+def inflate(data: bytes, most: int, wbits: int = -15) -> tuple[np.ndarray, bytes]:
+  """Inflates a stream, which may hold `most` bytes: uint8, and the bytes after it."""
+  unpacker = zlib.decompressobj(wbits)
+  try:
+    content = unpacker.decompress(data, most + 1)
+  except zlib.error as error:
+    raise ValueError(f'not the tables of arrays: {error}') from error
+  if not unpacker.eof or len(content) > most:
+    raise ValueError('the tables of arrays are cut short or too long')
+  return np.frombuffer(content, np.uint8), unpacker.unused_data
