@@ -99,8 +99,8 @@ def presets_of_sweep() -> dict[str, presets.Preset]:
 def container(name: str, seed: int = 0) -> bytes:
   """Encodes a small sliced Llama with a preset of `presets_of_sweep`, or `PLAIN`."""
   if name != PLAIN:
-    model, preset = sliced_model(LLAMA, seed=seed), presets_of_sweep()[name]
-    return rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
+    source = checkpoints.Checkpoint(sliced_model(LLAMA, seed=seed), FILES, 'tiny')
+    return rotbits_jax.encode(source, preset=presets_of_sweep()[name])
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     (path / 'config.json').write_bytes(b'{"model_type": "unknown"}')
@@ -132,7 +132,7 @@ def containers_of_trees() -> dict[str, bytes]:
     if not isinstance(leaf, subspaces.Basis | subspaces.Subspace)
   }
   return {
-    'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),
+    'arrays': rotbits_jax.encode(checkpoints.Checkpoint(arrays, FILES, None)),
     'leaves': rotbits_jax.encode({'leaves': of_trees}, preset='exact'),
     PLAIN: container(PLAIN),
   }

@@ -13,7 +13,6 @@ Raises:
   OSError: if a path cannot be read or written.
 """
 
-from collections.abc import Mapping
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -42,11 +41,11 @@ Tree: TypeAlias = dict[str, Any]
 """Arrays and structured leaves in nested dicts."""
 
 Encodable: TypeAlias = Any
-"""A model, a checkpoint that is loaded or opened, or a PyTree of arrays."""
+"""A model, a checkpoint that is loaded or opened, its path, or a PyTree of arrays."""
 
-Base: TypeAlias = Path | bytes | file.Reader | list[Any] | Encodable
-"""A model, a checkpoint or a PyTree, or the path of one; an encoded file; or a list of
-an encoded file, the base that it needs, the base of that, and so on."""
+Base: TypeAlias = Encodable | bytes | file.Reader | list[Any]
+"""An `Encodable`; an encoded file; or a list of an encoded file, the base that it
+needs, the base of that, and so on."""
 
 PresetName: TypeAlias = Literal['exact', 'free', 'near', 'paper']
 
@@ -57,8 +56,6 @@ def encode(
   *,
   preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
-  files: Mapping[str, bytes] | None = None,
-  stem: str | None = None,
   progress: bool = False,
   **options: Any,
 ) -> bytes:
@@ -69,42 +66,27 @@ def encode(
   (64, 64)
 
   Args:
-    source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A model
-      with `stored_as` is rounded at the end. Arrays come back in the machine's byte
-      order.
-    preset: a name, or a preset that a factory in `presets` made. 'exact' keeps every
-      bit of the input; 'free' removes elements on which the function does not depend;
-      'near' also rounds to coarser steps, and only that where no family is known;
-      'paper' rotates the weights and gets the bits of the rotations back as published.
-      The default is 'free' for a sliced model and 'exact' for everything else.
+    source: a `Model`; a checkpoint (opened, loaded, or its path), whose other files are
+      kept whole; or any PyTree of arrays, which come back in the machine's byte order.
+      A model with `stored_as` is rounded at the end. 'exact' stores a dense checkpoint
+      of safetensors files as plain tensors, so these files come back byte for byte.
+    preset: the name of a factory in `presets`, which gets the options, or a preset that
+      it made. The default is 'free' for a sliced model and 'exact' for everything else.
     base: a model or PyTree that differs little, such as the base of a fine-tune. Arrays
       at its paths are not stored again, and whoever decodes the file passes it, too. It
       needs the preset 'exact', which is then the default; or 'free', for a sliced model
       beside its dense one, of which both find the subspaces that slicing kept.
-    files: the other files of the checkpoint, which are kept whole; by default those of
-      a checkpoint that is opened or loaded.
-    stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
-      that of the checkpoint.
-    options: options of the preset, if it is given by its name.
   """
-  if isinstance(source, str | os.PathLike):
-    raise ValueError(
-      f'{os.fspath(source)}: expected a model, got a path; encode_to_file takes one, '
-      'and open_checkpoint opens one for encode'
-    )
-  encoder = _encoder(source, base, preset, files, stem, **options)
-  return encoder.in_memory(progress=progress)
+  return _encoder(source, base, preset, **options).in_memory(progress=progress)
 
 
 @host.own_settings()
 def encode_to_file(
-  source: Path | Encodable,
+  source: Encodable,
   path: Path,
   *,
   preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
-  files: Mapping[str, bytes] | None = None,
-  stem: str | None = None,
   shard_size: int | None = None,
   target_size: int | None = None,
   overwrite: bool = True,
@@ -120,9 +102,6 @@ def encode_to_file(
   `target_size` alone.
 
   Args:
-    source: the path of a checkpoint, or a source of `encode`. 'exact' stores a dense
-      checkpoint of safetensors files as plain tensors, whatever its family is, and the
-      files come back byte for byte.
     path: path of the file, or of the folder of shards, which also gets their index in
       Hugging Face's format.
     shard_size: greatest size of the records of a shard before they are coded, in bytes;
@@ -130,15 +109,14 @@ def encode_to_file(
     target_size: the greatest number of bytes of the output, in place of the option
       `step` of 'near', given by its name. It has at least 99% of them, where steps
       between exist.
-    overwrite: whether an existing file, or folder of shards, may be replaced. No file
-      of the source or the base is.
-    check: whether to decode everything that was written before a file is replaced, and
-      to compare it with the source if the preset keeps all bits, see `verify`.
+    overwrite: whether an existing output may be replaced. No file of an input is.
+    check: whether to decode the output before it replaces an older one, and to compare
+      it with the source if the preset keeps all bits, see `verify`.
   """
   inputs = source, base
 
   def write(accepted: range | None = None, **settings: float) -> int:
-    encoder = _encoder(source, base, preset, files, stem, **options, **settings)
+    encoder = _encoder(source, base, preset, **options, **settings)
     plan = output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
     return plan.write(check=check, progress=progress, accepted=accepted)
 
@@ -146,18 +124,16 @@ def encode_to_file(
     write()
     return
   if preset != 'near' or 'step' in options:
-    raise ValueError(
-      "target_size finds the step of the preset 'near', given by its name"
-    )
+    raise ValueError("target_size finds the step of preset='near'")
   if jax.process_index() == 0:
-    elements = _encoder(source, base, preset, files, stem, **options).elements
+    elements = _encoder(source, base, preset, **options).elements
     write_at = lambda step, accepted: write(accepted, step=step)
     estimate.write_within(target_size, elements, write_at)
 
 
 @host.own_settings()
 def plan_shards(
-  source: Path | Encodable,
+  source: Encodable,
   path: Path,
   *,
   shard_size: int,
@@ -165,10 +141,9 @@ def plan_shards(
   overwrite: bool = True,
   **arguments: Any,
 ) -> output.Plan:
-  """Plans a folder of shards, so that processes encode them side by side.
+  """Plans a folder of shards, see `file.output.Plan`; the same plan in each process.
 
-  Every process makes the same plan; the arguments are those of `encode_to_file`. See
-  `file.output.Plan`, and `examples/encode_on_ray.py`.
+  The arguments are those of `encode_to_file`; see `examples/encode_on_ray.py`.
   """
   inputs = source, base
   encoder = _encoder(source, base, **arguments)
@@ -191,15 +166,14 @@ def decode(
   >>> rotbits_jax.decode(data, like={'layers': [np.zeros(3), np.zeros(2)]})
   {'layers': [array([0., 0., 0.]), array([1., 1.])]}
 
+  The structured leaves of a `Model` stay structured. Without `like`, a PyTree is nested
+  dicts whose keys are keys of dicts, indices and names of fields, and plain tensors are
+  by their names.
+
   Args:
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
       states. Its arrays, or `jax.ShapeDtypeStruct`s, have the shapes and dtypes of the
       file. A leaf of integers, see `load`, becomes its array.
-
-  Returns:
-    The `Model`, whose structured leaves stay structured. Without `like`, a PyTree is
-    nested dicts whose keys are keys of dicts, indices and names of fields, and plain
-    tensors are by their names.
   """
   with file.Reader(source, base=base) as reader:
     content = reader.read(show_progress=progress)
@@ -221,7 +195,10 @@ def load(
   integers: bool = False,
   progress: bool = False,
 ) -> models.Model | Tree:
-  """Loads the model in a file as JAX arrays; structured leaves stay structured.
+  """Loads the content of a file as JAX arrays, see `decode`.
+
+  Arrays with 64 bits a number stay NumPy arrays, because JAX would narrow them; with
+  `sharding` they keep these bits on the devices.
 
   >>> rotbits_jax.load(rotbits_jax.encode({'w': np.ones(2)}))['w'].tolist()
   [1.0, 1.0]
@@ -234,14 +211,10 @@ def load(
       of a mesh does not divide is not divided. Axes of a mesh become `Auto`. Layers
       that no device of this process gets are not read.
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
-      of each array in the file. Arrays that `near` has rounded are float32 there.
+      of each array in the file, which is float32 if `near` has rounded it.
     integers: whether a matrix that the file stores as multiples of one step, as `near`
       does, stays integers with a step, see `structured.UniformlyQuantized`. It takes
-      half of the memory of float32. The elements are the same, bit for bit.
-
-  Returns:
-    See `decode`. Arrays with 64 bits a number stay NumPy arrays, because JAX would
-    narrow them; with `sharding` they keep these bits on the devices.
+      half of the memory of float32, for the same elements.
   """
   wanted = None if dtype is None else structured.floating(dtype)
   with file.Reader(source, base=base) as reader:
@@ -266,9 +239,7 @@ def decode_checkpoint(
   with file.Reader(source, base=base) as reader:
     model = reader.read(as_model=True, show_progress=progress)
     if not isinstance(model, models.Model):
-      raise file.ContainerError(
-        'the file holds plain tensors, not a model of a known family'
-      )
+      raise file.ContainerError('the file holds no model of a known family')
     return checkpoints.Checkpoint(model, reader.files(), reader.stem)
 
 
@@ -289,12 +260,12 @@ def decode_to_directory(
   Args:
     directory: the directory for the checkpoint. An older checkpoint in it is replaced;
       one with other files is not, nor is one of the source or the base.
-    format: see `checkpoints.save_checkpoint`. Plain tensors of no known family come
+    format: see `checkpoints.CheckpointWriter`. Plain tensors of no known family come
       back as they were, and take no format, shard_size or dtype.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for the
       shards that the checkpoint had, or else one file.
-    dtype: dtype for all floating-point elements, rounded to nearest, that holds them;
-      by default those of the encoded checkpoint.
+    dtype: as in `load`, but one that holds the elements; None for those of the
+      checkpoint.
   """
   with file.Reader(source, base=base) as reader:
     directory_lib.write(
@@ -322,10 +293,7 @@ def read_record(source: file.Readable, name: str, *, base: Base | None = None) -
 
 @host.own_settings()
 def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -> Any:
-  """Reads one parameter, such as 'layers.3/attention/query/kernel'.
-
-  Only the record of the parameter is read, and records that it needs.
-  """
+  """Reads one parameter, such as 'layers.3/mlp/up/kernel', and what it needs."""
   with file.Reader(source, base=base) as reader:
     return reader.tensor(path)
 
@@ -351,14 +319,11 @@ def verify(
 ) -> verification.Verification:
   """Decodes everything in a file, and compares it with a checkpoint.
 
-  A file whose preset keeps all bits must have those of the checkpoint, which are
-  compared one record at a time. For other files memory holds both models, and the
-  divergence of the predictions for random tokens is measured; unless the preset is an
+  If the preset keeps all bits, those of the checkpoint at the path `against` are
+  compared, one record at a time. Otherwise memory holds both models, and the divergence
+  of the predictions for random tokens is measured; unless the preset is an
   approximation, it must be at most a few times the noise floor, which rounding alone
   makes. Of plain tensors that `near` has rounded, only the other files are compared.
-
-  Args:
-    against: the checkpoint that was encoded: its directory or its weights file.
   """
   with file.Reader(source, base=base) as reader:
     expected = None
@@ -367,9 +332,7 @@ def verify(
       opened = checkpoints.open_plain if is_plain else checkpoints.open_checkpoint
       expected = opened(against)
       if reader.config != expected.config:
-        raise file.ContainerError(
-          f'the file is of another model: its config is not that of {against}'
-        )
+        raise file.ContainerError(f'the config of the file is not that of {against}')
       contents, others = reader.files(), expected.files
       for name in sorted(contents.keys() | others.keys()):
         if contents.get(name) != others.get(name):
@@ -388,30 +351,22 @@ def verify(
 
 
 def _encoder(
-  source: Path | Encodable,
+  source: Encodable,
   base: Base | None,
   preset: PresetName | presets.Preset | None = None,
-  files: Mapping[str, bytes] | None = None,
-  stem: str | None = None,
   **options: Any,
 ) -> encode_lib.Encoder:
   """Returns the encoder of a source, or of the checkpoint at a path."""
-  opened: Any
-  if isinstance(source, str | os.PathLike):
-    opened = checkpoints.open_any(source)
-  else:
-    opened = sources.of(source)
+  opened: Any = sources.of(source)
   default = presets.default(opened.config) if base is None else 'exact'
   made = presets.make(preset or default, **options)
   as_plain = sources.plain(opened, source) if made.keeps == 'bits' else opened
-  opened_base = None
-  if base is not None:
-    opened_base = reader_lib.open_base(base, plain=as_plain.config is None)
+  is_plain = as_plain.config is None
+  opened_base = None if base is None else reader_lib.open_base(base, plain=is_plain)
   if opened_base is None or opened_base.config is None:
     opened = as_plain
   content = source if isinstance(source, checkpoints.Checkpoint) else opened
-  files = getattr(content, 'files', {}) if files is None else files
-  stem = getattr(content, 'stem', None) if stem is None else stem
+  files, stem = getattr(content, 'files', {}), getattr(content, 'stem', None)
   if isinstance(opened, models.Model):
     files = checkpoints.fitting_files(opened, dict(files), stem)
   return encode_lib.Encoder(opened, made, base=opened_base, files=files, stem=stem)

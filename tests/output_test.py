@@ -106,7 +106,7 @@ def test_a_killed_run_finds_its_shards_again(tmp_path):
   assert names == ['c', 'd']
   with coded() as names:  # another source, and another preset
     write(path / 'y', source | {'a': np.ones(3)})
-    write(path / 'z', source, files={'note': b''})
+    write(path / 'z', checkpoints.Checkpoint(source, {'note': b''}, None))
   assert len(names) == 10
   with coded() as names:
     write(path / 'x', source, check=True)
@@ -187,7 +187,7 @@ def test_an_index_with_a_changed_byte_is_refused_or_says_the_same(tmp_path):
 
 def test_shards_of_other_runs_are_noticed(tmp_path):
   write(tmp_path / 'x')
-  write(tmp_path / 'y', files={'note': b''})
+  write(tmp_path / 'y', checkpoints.Checkpoint(TREE, {'note': b''}, None))
   last = max(tmp_path.glob('x/model-*'))
   data = last.read_bytes()
   shutil.copy(tmp_path / 'y' / last.name, last)

@@ -32,7 +32,8 @@ def edited(data, edit):
 
 
 def edited_tree(edit):
-  return edited(rotbits_jax.encode(TREE, files={'x': bytes(1 << 20)}), edit)
+  source = rotbits_jax.Checkpoint(TREE, {'x': bytes(1 << 20)}, None)
+  return edited(rotbits_jax.encode(source), edit)
 
 
 def notes(*values):

@@ -194,7 +194,7 @@ REFUSED = (
   ({'a': np.ma.array([1.0, 2.0], mask=[0, 1])}, 'a: .* MaskedArray'),
   ({'a/b': np.zeros(2)}, 'without a slash'),
   (np.zeros(2), 'at the top level'),
-  (pathlib.Path('MODEL'), 'MODEL: expected a model'),
+  (pathlib.Path('MODEL'), 'MODEL: there is no such file'),
   ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
   ({'__metadata__': np.zeros(2)}, '__metadata__: the file has another entry'),
   ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b: .* length <= 32'),

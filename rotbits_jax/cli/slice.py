@@ -99,12 +99,10 @@ def main() -> program.Result:
   )
   for file, base in encoded_files.items():
     rotbits_jax.encode_to_file(
-      unrounded,
+      checkpoint._replace(model=unrounded),
       file,
       preset='free',
       base=base,
-      files=checkpoint.files,
-      stem=stem,
       overwrite=_OVERWRITE.value,
       progress=True,
     )

@@ -48,7 +48,9 @@ class Source(Protocol):
 
 
 def of(value: Any) -> Source:
-  """Returns the source of a model, a checkpoint (loaded or opened), or a PyTree."""
+  """Returns the source of a model, a checkpoint (its path, or opened), or a PyTree."""
+  if isinstance(value, str | os.PathLike):
+    return checkpoints.open_any(value)
   source: Any = value.model if isinstance(value, checkpoints.Checkpoint) else value
   if isinstance(source, models.Model):
     return dataclasses.replace(
