@@ -249,17 +249,16 @@ class _Units(NamedTuple):
       out[place * size : place * size + bits.size] = bits
       out[place * size + bits.size : (place + count) * size] = bits[-1]
 
-  def _write(
-    self, start: int, bits: np.ndarray, places: np.ndarray, others: np.ndarray
-  ) -> None:
-    """Copies bit patterns to the units from `start` on, some of which are others."""
+  def _write(self, start: int, bits: np.ndarray, patches: list[blocks.Patch]) -> None:
+    """Copies bit patterns to the units from `start` on, and then the patches."""
     size = self.layout.size
     for i, place, count, first in self._spans(start, bits.size // size):
       array = sparse.bit_patterns(self.arrays[i])[first * size : (first + count) * size]
       begin, end = place * size, place * size + array.size
       array[...] = bits[begin:end]
-      low, high = np.searchsorted(places, [begin, end])
-      array[places[low:high] - begin] = others[low:high]
+      for places, others in patches:
+        low, high = np.searchsorted(places, [begin, end])
+        array[places[low:high] - begin] = others[low:high]
 
   def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
     """Finds the parts that hold `count` units from `start` on.

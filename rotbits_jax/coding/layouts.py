@@ -112,7 +112,7 @@ class Tables(NamedTuple):
     intervals: uint32 `[K A]`, the interval of each of the A symbols of a table.
     classes: uint32 `[256]`, what a class tells: of integers the shift; of floats that
       share a step the table in the low 8 bits, and the minimum exponent above.
-    start: uint32, of integers b, of others the least offset.
+    start: uint32, of floats the least offset.
   """
 
   slots: np.ndarray
@@ -139,7 +139,8 @@ class Floats:
 
   type_name: ClassVar[str] = 'floats'
   size: ClassVar[int] = 2  # numbers of a unit
-  words: ClassVar[int] = 1  # that a lane needs at most for a unit
+  pushes: ClassVar[int] = 1  # of a unit
+  word: ClassVar[np.dtype] = np.dtype(np.uint32)  # units are words of this dtype
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
@@ -177,13 +178,10 @@ class Floats:
     """The exponent and the top bits of the mantissa of some NaNs."""
     return (1 << self.format.exponent + self.top) - 1
 
-  def unit_shape(self) -> tuple[int, ...]:
-    """The shape of the words of a unit: one for numbers of 16 bits, else two."""
-    return () if self.format.width == 16 else (2,)
-
   @property
-  def unit_dtype(self) -> np.dtype:
-    return np.dtype(np.uint32)
+  def words(self) -> int:
+    """The words of a unit: one has two numbers of 16 bits, or one of 32 bits."""
+    return self.format.width // 16
 
   @property
   def pieces(self) -> tuple[tuple[int, int], ...]:
@@ -196,59 +194,63 @@ class Floats:
         low += width
     return tuple(pieces)
 
-  # A word has the fields of one number or of two; `ones` has a one in each of them.
+  @property
+  def marker(self) -> np.uint32:
+    """The bits that are set in a word whose bins are in a list."""
+    return np.uint32(self._ones * self.all_ones << self._low)
+
   @property
   def _ones(self) -> int:
-    return 1 if self.unit_shape() else 0x10001
+    """A one in the lowest bit of each number of a word."""
+    return 0x10001 if self.words == 1 else 1
 
   @property
   def _low(self) -> int:
     """The number of bits below the bin."""
     return self.format.mantissa - self.top
 
-  def _fields(self, first: Any, second: Any) -> list[Any]:
+  def _packed(self, first: Any, second: Any) -> list[Any]:
     """Returns the words of a unit, given a field of each of its numbers."""
-    return [first, second] if self.unit_shape() else [first | second << 16]
+    return [first | second << 16] if self.words == 1 else [first, second]
+
+  def _table(
+    self, classes: jax.Array, coder_tables: Tables
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the tables of classes, and what the classes tell."""
+    if not self.raised:
+      return classes & 3, classes
+    told = _get(coder_tables.classes, classes)
+    return told & 255, told
 
   def join(
-    self, symbols: Any, kept: list[Any], classes: Any, start: Any, xp: Any = jnp
+    self, symbols: Any, kept: list[Any], told: Any, start: Any, xp: Any = jnp
   ) -> list[Any]:
     """Makes the words of units.
 
     Args:
       symbols: uint32, pairs of bins.
       kept: words that have the signs and the low bits of the numbers.
-      classes: uint32, the classes, or what they tell if steps are shared.
+      told: uint32, the classes, or what they tell if steps are shared.
       start: that of `Tables`.
       xp: the module, JAX or NumPy.
 
     Returns:
       The words, uint32.
     """
-    offset = 0 if self.raised else (classes >> 2 << self.top) + start
-    pair = (symbols >> 5) + offset, (symbols & 31) + offset
-    words = []
-    for bins, word in zip(self._fields(*pair), kept, strict=True):
-      sign = word & np.uint32(self._ones << self.format.width - 1)
-      whole = bins << self._low | word ^ sign
-      if self.raised:
-        lower = functools.partial(
-          lowered, form=self.format, min_exponent=classes >> 8, xp=xp
-        )
-        if self.unit_shape():
-          whole = lower(whole)
-        else:
-          whole = lower(whole & 0xFFFF) | lower(whole >> 16) << 16
-      words.append(sign | whole)
-    return words
-
-  @property
-  def marker(self) -> np.uint32:
-    """The bits that are set in a word whose bins are in a list."""
-    return np.uint32(self._ones * self.all_ones << self._low)
+    offset = 0 if self.raised else (told >> 2 << self.top) + start
+    bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
+    sign = np.uint32(self._ones << self.format.width - 1)
+    words = [x << self._low | y & ~sign for x, y in zip(bins, kept, strict=True)]
+    if self.raised:
+      lower = lambda x: lowered(x, self.format, told >> 8, xp)
+      if self.words == 1:
+        words = [lower(words[0] & 0xFFFF) | lower(words[0] >> 16) << 16]
+      else:
+        words = [lower(x) for x in words]
+    return [y & sign | x for x, y in zip(words, kept, strict=True)]
 
   def decode_step(
-    self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], of: Any
+    self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
   ) -> jax.Array:
     """Decodes a unit of each lane, in a program.
 
@@ -256,113 +258,92 @@ class Floats:
       pop: pops a symbol.
       classes: uint32 `[L]`.
       pieces: uint32 `[L]`, the pieces of each unit.
-      of: the `Tables`.
+      coder_tables: the tables.
 
     Returns:
-      The words, `[L, *unit_shape()]`.
+      The words, `[L, words]`.
     """
-    if self.raised:
-      classes = _get(of.classes, classes)
-    table = classes & (255 if self.raised else 3)
+    table, told = self._table(classes, coder_tables)
 
     def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-      entry = _get(of.slots, table << self.precision | slot)
+      entry = _get(coder_tables.slots, table << self.precision | slot)
       return entry, slot - (entry >> 11 & 0x7FF), (entry & 0x7FF) + 1
 
     entry = pop(lookup, self.precision)
-    raw = [jnp.zeros_like(entry) for _ in self._fields(entry, entry)]
+    raw = [jnp.zeros_like(entry)] * self.words
     for (width, place), piece in zip(self.pieces, pieces, strict=True):
-      pair = piece & ((1 << width) - 1), piece >> width & ((1 << width) - 1)
-      fields = self._fields(*pair)
-      raw = [x | field << place for x, field in zip(raw, fields, strict=True)]
+      mask = (1 << width) - 1
+      fields = self._packed(piece & mask, piece >> width & mask)
+      raw = [x | y << place for x, y in zip(raw, fields, strict=True)]
     top, ones = self.raw_bits - 1, np.uint32(self._ones)
     kept = [
       (x >> top & ones) << self.format.width - 1
       | (x & ones * np.uint32((1 << top) - 1)) << self._low - top
       for x in raw
     ]
-    words = self.join(entry >> 22, kept, classes, of.start)
-    escaped = entry >= jnp.uint32(ESCAPE << 22)
-    words = [
-      jnp.where(escaped, x | self.marker, word)
-      for x, word in zip(kept, words, strict=True)
-    ]
-    return jnp.stack(words, -1) if self.unit_shape() else words[0]
+    words = self.join(entry >> 22, kept, told, coder_tables.start)
+    is_listed = entry >= jnp.uint32(ESCAPE << 22)
+    pairs = zip(kept, words, strict=True)
+    return jnp.stack([jnp.where(is_listed, x | self.marker, y) for x, y in pairs], -1)
 
   def encode_step(
-    self, classes: jax.Array, unit: jax.Array, of: Any
+    self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
-    """Divides a unit of each lane, in a program.
-
-    Args:
-      classes: uint32 `[L]`.
-      unit: the words.
-      of: the `Tables`.
+    """Divides a unit of each lane, `[L, words]`, in a program.
 
     Returns:
       The intervals in the order in which they are popped; the pieces, uint32; and the
       marks, uint16.
     """
-    if self.raised:
-      classes = _get(of.classes, classes)
-    width, low, top = self.format.width, self._low, self.raw_bits - 1
+    table, told = self._table(classes, coder_tables)
     offset = jnp.uint32(0)
     if not self.raised:
-      offset = (classes >> 2 << self.top) + of.start
-    pair = (
-      [unit[:, 0], unit[:, 1]] if self.unit_shape() else [unit & 0xFFFF, unit >> 16]
-    )
+      offset = (told >> 2 << self.top) + coder_tables.start
+    width, low, top = self.format.width, self._low, self.raw_bits - 1
+    numbers = [unit[:, 0] & 0xFFFF, unit[:, 0] >> 16]
+    if self.words == 2:
+      numbers = [unit[:, 0], unit[:, 1]]
     symbol, outside, raw = jnp.uint32(0), jnp.bool_(False), []
-    for number in pair:
+    for number in numbers:
       # A number that looks like the marker is an exception.
       is_marker = number >> low & self.all_ones == self.all_ones
       if self.raised:
-        number = raised(number, self.format, classes >> 8)
+        number = raised(number, self.format, told >> 8)
       magnitude = number & ((1 << width - 1) - 1)
       distance = ((magnitude >> low) - offset).astype(jnp.int32)
       within = jnp.where(is_marker, 0, jnp.clip(distance, 0, BINS - 1))
       symbol = symbol << 5 | within.astype(jnp.uint32)
       outside = outside | is_marker | (within != distance)
-      raw.append(
-        (magnitude & ((1 << low) - 1)) >> low - top | number >> width - 1 << top
-      )
-    pieces = [
-      (raw[0] >> place & ((1 << bits) - 1))
-      | (raw[1] >> place & ((1 << bits) - 1)) << bits
-      for bits, place in self.pieces
-    ]
-    table = classes & (255 if self.raised else 3)
-    entry = _get(of.intervals, table << 10 | symbol)
+      tail = magnitude & ((1 << low) - 1)
+      raw.append(tail >> low - top | number >> width - 1 << top)
+    pieces = []
+    for bits, place in self.pieces:
+      first, second = (x >> place & ((1 << bits) - 1) for x in raw)
+      pieces.append(first | second << bits)
+    entry = _get(coder_tables.intervals, table << 10 | symbol)
     mark = jnp.where(entry >> 31 > 0, ESCAPED | symbol, 0)
     mark = mark | jnp.where(outside, EXCEPTION, 0)
     interval = entry >> 11 & 0x3FFF, (entry & 0x7FF) + 1, self.precision
     return [interval], pieces, mark.astype(jnp.uint16)
 
   def tables(self, counts: np.ndarray, classes: np.ndarray, start: int) -> Tables:
-    """Makes the tables.
+    """Makes the tables, or raises a ValueError if a pair of bins is too frequent.
 
     Args:
       counts: int64 `[K, 32]`, rows that add up to 2^14, of bins.
       classes: `[256]`, what the classes tell; empty unless steps are shared.
       start: the least offset.
-
-    Raises:
-      ValueError: if a pair of bins is too frequent.
     """
     frequencies = tables.of_pairs(counts, self.precision)
     starts = np.cumsum(frequencies, axis=1) - frequencies
-    escape = frequencies[:, ESCAPE:] - 1, starts[:, ESCAPE:]
-    listed = frequencies == 0
-    listed[:, ESCAPE] = True
-    intervals = np.where(
-      listed,
-      1 << 31 | escape[1] << 11 | escape[0],
-      starts << 11 | frequencies - 1,
-    )
+    intervals = starts << 11 | frequencies - 1
+    listed = 1 << 31 | intervals[:, ESCAPE:]
+    intervals = np.where(frequencies > 0, intervals, listed)
+    intervals[:, ESCAPE:] = listed
+    # A slot has its symbol, its distance from the start, and the frequency less 1.
     used, symbols = np.nonzero(frequencies)
-    lengths = frequencies[used, symbols]
-    entries = (symbols << 22) + lengths - 1 - (starts[used, symbols] << 11)
-    slots = np.repeat(entries, lengths)
+    lengths, starts = frequencies[used, symbols], starts[used, symbols]
+    slots = np.repeat((symbols << 22) - (starts << 11) + lengths - 1, lengths)
     slots += np.tile(np.arange(1 << self.precision) << 11, len(frequencies))
     return Tables(
       _filled(slots, self.most_tables << self.precision),
@@ -388,83 +369,79 @@ class Integers:
   raised: ClassVar[bool] = False
   top: ClassVar[int] = 0
   size: ClassVar[int] = 1
+  words: ClassVar[int] = 1
   precision: ClassVar[int] = tables.PRECISION
   most_tables: ClassVar[int] = 256
   pieces: ClassVar[tuple[tuple[int, int], ...]] = ()
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
-    known = self.dtype.kind in 'iu' and self.dtype.itemsize <= 4
-    return known and 0 <= self.raw_bits <= MOST_SHIFT
+    is_integer = self.dtype.kind in 'iu' and self.dtype.itemsize <= 4
+    return is_integer and 0 <= self.raw_bits <= MOST_SHIFT
 
   @property
   def program(self) -> Self:
     """The layout with which the programs that this one uses are compiled."""
-    return dataclasses.replace(
-      self, raw_bits=-(-self.raw_bits // _MOST_RAW) * _MOST_RAW
-    )
+    return dataclasses.replace(self, raw_bits=_MOST_RAW * (self.pushes - 1))
 
   @property
-  def words(self) -> int:
+  def pushes(self) -> int:
     return 1 + -(-self.raw_bits // _MOST_RAW)
 
-  def unit_shape(self) -> tuple[int, ...]:
-    return ()
-
   @property
-  def unit_dtype(self) -> np.dtype:
+  def word(self) -> np.dtype:
     return np.dtype(f'u{self.dtype.itemsize}')
 
   @property
   def bias(self) -> int:
-    """B."""
+    """The number b."""
     return WINDOW // 2 if self.dtype.kind == 'i' else 0
 
-  def _raw(self, shift: jax.Array) -> list[jax.Array]:
+  def _raw_sizes(self, shift: jax.Array) -> list[jax.Array]:
     """Returns the bits of each uniform symbol, that of the highest bits first."""
     sizes = []
-    for _ in range(1, self.words):
+    for _ in range(1, self.pushes):
       sizes.append(jnp.minimum(shift, _MOST_RAW))
       shift = shift - sizes[-1]
     return sizes
 
   def decode_step(
-    self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], of: Any
+    self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
   ) -> jax.Array:
     """Decodes a number of each lane; see `Floats.decode_step`."""
     del pieces
 
     def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-      symbol = _get(of.slots, classes << self.precision | slot).astype(jnp.uint32)
-      return symbol, *_interval(_get(of.intervals, classes << 8 | symbol))
+      symbol = _get(coder_tables.slots, classes << self.precision | slot)
+      entry = _get(coder_tables.intervals, classes << 8 | symbol)
+      return symbol.astype(jnp.uint32), *_interval(entry)
 
-    number = pop(lookup, self.precision) - of.start
-    if self.words > 1:
-      for size in self._raw(_get(of.classes, classes)):
+    def uniform(size: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
+      rest = _MOST_RAW - size
+      raw = slot >> rest
+      return raw, raw << rest, jnp.uint32(1) << rest
 
-        def uniform(slot: jax.Array, size: jax.Array = size) -> tuple[jax.Array, ...]:
-          rest = _MOST_RAW - size
-          raw = slot >> rest
-          return raw, raw << rest, jnp.uint32(1) << rest
-
-        number = number << size | pop(uniform, _MOST_RAW)
-    return number.astype(self.unit_dtype)
+    number = pop(lookup, self.precision) - jnp.uint32(self.bias)
+    if self.pushes > 1:
+      for size in self._raw_sizes(_get(coder_tables.classes, classes)):
+        raw = pop(functools.partial(uniform, size), _MOST_RAW)
+        number = number << size | raw
+    return number.astype(self.word)[:, None]
 
   def encode_step(
-    self, classes: jax.Array, unit: jax.Array, of: Any
+    self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
     """Divides a number of each lane; see `Floats.encode_step`."""
-    signed = unit.view(self.dtype).astype(np.int32 if self.bias else np.uint32)
-    shift = jnp.zeros_like(classes)
-    if self.words > 1:
-      shift = _get(of.classes, classes)
+    signed = unit[:, 0].view(self.dtype).astype(np.int32 if self.bias else np.uint32)
+    left = jnp.zeros_like(classes)
+    if self.pushes > 1:
+      left = _get(coder_tables.classes, classes)
     # The shift of signed integers copies the sign.
-    top = (signed >> shift.astype(signed.dtype)).view(jnp.uint32) + of.start
+    top = (signed >> left.astype(signed.dtype)).view(jnp.uint32) + jnp.uint32(self.bias)
     symbol = jnp.minimum(top, WINDOW - 1)
-    entry = _get(of.intervals, classes << 8 | symbol)
+    entry = _get(coder_tables.intervals, classes << 8 | symbol)
     intervals = [(*_interval(entry), self.precision)]
-    left = shift
-    for size in self._raw(shift):
+    for size in self._raw_sizes(left):
       left = left - size
       raw = signed.view(jnp.uint32) >> left & (jnp.uint32(1) << size) - jnp.uint32(1)
       rest = _MOST_RAW - size
@@ -486,14 +463,14 @@ class Integers:
       _filled(owners, size << self.precision, np.uint8),
       _filled(np.where(frequencies > 0, intervals, other), size * WINDOW),
       _filled(shifts, size),
-      np.array(self.bias, np.uint32),
+      np.zeros((), np.uint32),
     )
 
 
 Layout = Floats | Integers
 
 
-def _get(array: jax.Array, index: jax.Array) -> jax.Array:
+def _get(array: Any, index: jax.Array) -> jax.Array:
   return array.at[index].get(mode='promise_in_bounds')
 
 
@@ -538,9 +515,6 @@ def raised(bits: Any, form: Format, min_exponent: Any, xp: Any = jnp) -> Any:
     form: format of the dtype.
     min_exponent: f, an integer of at least 1; it may be traced. 1 changes nothing.
     xp: the module, JAX or NumPy.
-
-  Returns:
-    Unsigned integers of the same shape and width.
   """
   kind, top = bits.dtype.type, form.mantissa
   magnitude = bits & kind((1 << form.width - 1) - 1)
