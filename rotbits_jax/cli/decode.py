@@ -27,7 +27,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.cli import program
 
-_INPUT, _BASE = program.define_input(), program.define_base()
+_INPUT, _BASE, _OVERWRITE = program.shared('input', 'base', 'overwrite')
 _OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
 _FORMAT = flags.DEFINE_enum(
   'format', 'safetensors', typing.get_args(checkpoints.Format), 'Format of the weights.'
@@ -36,7 +36,6 @@ _SHARD_SIZE = flags.DEFINE_string(
   'shard_size', None, 'Most bytes of a weights file, like 2GB; default: as encoded.'
 )
 _DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as encoded.')
-_OVERWRITE = program.define_overwrite()
 
 
 def main() -> program.Result:

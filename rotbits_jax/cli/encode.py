@@ -33,9 +33,8 @@ that are not kept; plain_because, why the checkpoint is stored as plain tensors;
 a list of objects with the step and the kl of the points of --max_kl.
 """
 
-import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 import jax
@@ -43,7 +42,6 @@ from ml_collections import config_flags
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import evaluation
 from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimate as estimate_lib
@@ -53,14 +51,13 @@ from rotbits_jax.presets import steps
 from rotbits_jax.system import outputs
 from rotbits_jax.system import text as text_lib
 
-_CHECKPOINT, _BASE = program.define_checkpoint(), program.define_base()
+_CHECKPOINT, _BASE, _OVERWRITE = program.shared('checkpoint', 'base', 'overwrite')
 _OUTPUT = flags.DEFINE_string('output', None, 'The file to write.', required=True)
 _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to remove.')
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.'
 )
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Most bytes of a shard: 2GB.')
-_OVERWRITE = program.define_overwrite()
 _VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file before it appears.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Share the work of shards.')
 
@@ -73,52 +70,36 @@ _TEXT = flags.DEFINE_string('text', None, 'near: a text that KL is measured on.'
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to use.', 2)
 
 
-class _Choice(NamedTuple):
-  """What the flags choose: a preset, its options, a size in place of a step.
-
-  With --text there is the result of its calibration, too.
-  """
-
-  preset: str
-  options: dict[str, Any]
-  target_size: int | None = None
-  calibration: steps.Calibration | None = None
-
-
 def main() -> program.Result | None:
-  start, target = time.monotonic(), _OUTPUT.value
+  start, path, target = time.monotonic(), _CHECKPOINT.value, _OUTPUT.value
   shard_size, overwrite = program.parse_size(_SHARD_SIZE), _OVERWRITE.value
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  inputs = [_CHECKPOINT.value]
-  output.check_path(target, shard_size, inputs=inputs, overwrite=overwrite)
-  source = checkpoints.open_any(_CHECKPOINT.value)
-  choice = _read_choice(source)
-  preset: Any = choice.preset
+  output.check_path(target, shard_size, inputs=[path], overwrite=overwrite)
+  source = checkpoints.open_any(path)
+  preset, options, calibration = _settings(source)
   rotbits_jax.encode_to_file(
-    _CHECKPOINT.value,
+    path,
     target,
     preset=preset,
-    target_size=choice.target_size,
     base=_BASE.value,
     shard_size=shard_size,
     overwrite=overwrite,
     check=_VERIFY.value,
     progress=True,
-    **choice.options,
+    **options,
   )
   if jax.process_index():
     return None
   report = rotbits_jax.inspect(outputs.resolved(target))
   reason = getattr(source, 'reason', None)
   if report.family is None and reason is None:
-    source = checkpoints.open_plain(_CHECKPOINT.value)
-  curve = choice.calibration.curve if choice.calibration else None
+    source = checkpoints.open_plain(path)
   result = report.to_json() | {
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
     'plain_because': reason,
-    'curve': None if curve is None else [x._asdict() for x in curve],
+    'curve': calibration and [point._asdict() for point in calibration.curve],
   }
   lines = [report.to_text(verbose=True), ''] if program.VERBOSE.value else []
   if source.left_out:
@@ -133,25 +114,25 @@ def main() -> program.Result | None:
   input_bytes = min(source.input_bytes or report.input_bytes, report.input_bytes)
   if report.file_bytes >= input_bytes:
     program.warn(f'{target} is not smaller than the weights: keep those')
-  seconds = time.monotonic() - start
   comes_back = report_lib.BACK[report.keeps]
-  if choice.calibration is not None and choice.calibration.step is not None:
-    kl, step = choice.calibration.kl, choice.calibration.step
-    comes_back += f': KL {kl:.2g} nats, step 2^{step:g}'
+  if calibration is not None and calibration.step is not None:
+    comes_back += f': KL {calibration.kl:.2g} nats, step 2^{calibration.step:g}'
   elif report.keeps == 'approximation':
     comes_back += '; measure it with rotbits evaluate'
   elif report.needs:
     comes_back += ', with the same --base'
   before, after = map(text_lib.of_bytes, (input_bytes, report.file_bytes))
   share = f'{report.file_bytes / max(input_bytes, 1):.2%}'
-  lines.append(
-    f'{share} ({before} => {after}, {target}) in {seconds:.0f} s; {comes_back}'
-  )
+  seconds = f'{time.monotonic() - start:.0f} s'
+  lines.append(f'{share} ({before} => {after}, {target}) in {seconds}; {comes_back}')
   return result, '\n'.join(lines)
 
 
-def _read_choice(source: Any) -> _Choice:
-  """Reads the preset and its options from the flags; `source` is the checkpoint."""
+def _settings(source: Any) -> tuple[Any, dict[str, Any], steps.Calibration | None]:
+  """Reads the preset and the options from the flags, and calibrates `near` on --text.
+
+  `source` is the checkpoint. The options are those of `encode_to_file`, too.
+  """
   near_flags = _STEP, _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
   used = [flag.name for flag in near_flags if flag.present]
   if _CONFIG.present:
@@ -161,7 +142,7 @@ def _read_choice(source: Any) -> _Choice:
     options.pop('experiment', None)
     preset = options.pop('preset', None)
     presets.make(preset, **options)  # an unknown field is an error
-    return _Choice(preset, options)
+    return preset, options, None
   default = 'exact' if _BASE.value else presets.default(getattr(source, 'config', None))
   preset = _PRESET.value or default
   if used and preset != 'near':
@@ -173,19 +154,20 @@ def _read_choice(source: Any) -> _Choice:
     raise ValueError('--max_kl and --text are needed together')
   if _TEXT.present and goals in ([], ['step']):
     raise ValueError('--text is for --max_kl, --target_size or --bits')
-  target_size, bits = program.parse_size(_TARGET_SIZE), _BITS.value
-  if bits is not None:
-    target_size = int(bits * estimate_lib.counts(source)[0] / 8)
-  if _TEXT.value is None:
-    options = {'step': _STEP.value} if _STEP.present else {}
-    return _Choice(preset, options, target_size)
-  opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
-  text = pathlib.Path(_TEXT.value).read_text('utf-8-sig')
-  tokens = evaluation.encode_text(opened.files, text)
-  settings: Any = {
-    'max_tokens': _MAX_TOKENS.value,
-    'folder': outputs.resolved(_OUTPUT.value).parent,
-    'progress': True,
-  }
-  calibration = steps.calibrate(opened, tokens, max_kl=_MAX_KL.value, **settings)
-  return _Choice(preset, calibration.options, target_size, calibration)
+  options = {'step': _STEP.value} if _STEP.present else {}
+  if _TARGET_SIZE.present:
+    options['target_size'] = program.parse_size(_TARGET_SIZE)
+  if _BITS.present:
+    options['target_size'] = int(_BITS.value * estimate_lib.counts(source)[0] / 8)
+  if not _TEXT.present:
+    return preset, options, None
+  model = checkpoints.open_checkpoint(_CHECKPOINT.value)
+  calibration = steps.calibrate(
+    model,
+    program.read_tokens(_TEXT.value, model.files),
+    max_kl=_MAX_KL.value,
+    max_tokens=_MAX_TOKENS.value,
+    folder=outputs.resolved(_OUTPUT.value).parent,
+    progress=True,
+  )
+  return preset, options | calibration.options, calibration

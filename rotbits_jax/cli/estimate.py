@@ -15,7 +15,7 @@ from rotbits_jax.cli import program
 from rotbits_jax.file import estimate as estimate_lib
 from rotbits_jax.system import text as text_lib
 
-_CHECKPOINT, _BASE = program.define_checkpoint(), program.define_base()
+_CHECKPOINT, _BASE = program.shared('checkpoint', 'base')
 
 _KEPT = {
   'exact': 'every bit',

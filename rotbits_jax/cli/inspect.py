@@ -15,7 +15,7 @@ elements_saved and bytes_saved), remarks, base; with --verbose notes for each tr
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT = program.define_input()
+(_INPUT,) = program.shared('input')
 
 
 def main() -> program.Result:

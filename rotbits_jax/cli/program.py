@@ -7,6 +7,7 @@ Exit codes: 0 success; 2 bad input, with one line on stderr and nothing written;
 interrupted. Any other exception is a fault of this program, raised with its traceback.
 """
 
+from collections.abc import Mapping
 import decimal
 import inspect
 import json
@@ -20,8 +21,10 @@ from typing import Any
 
 from absl import flags
 import jax
+import numpy as np
 
 import rotbits_jax
+from rotbits_jax import evaluation
 from rotbits_jax.file import shards
 from rotbits_jax.system import cache
 from rotbits_jax.system import host
@@ -40,26 +43,29 @@ JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 VERBOSE = flags.DEFINE_bool('verbose', False, 'Print more, and tracebacks of errors.')
 
 
-def define_input() -> flags.FlagHolder[Any]:
-  """Defines the flag --input."""
-  return flags.DEFINE_string('input', None, 'A file of `encode`.', required=True)
+# Flags of several commands: function, default (... if it is required), purpose.
+_SHARED: dict[str, tuple[Any, Any, str]] = {
+  'input': (flags.DEFINE_string, ..., 'A file of `encode`.'),
+  'checkpoint': (flags.DEFINE_string, ..., 'A directory with weights, or their file.'),
+  'base': (
+    flags.DEFINE_multi_string,
+    None,
+    'The base; repeat it for bases of it.',
+  ),
+  'against': (flags.DEFINE_string, None, 'The checkpoint that was encoded.'),
+  'overwrite': (flags.DEFINE_bool, False, 'Replace existing files.'),
+}
 
 
-def define_checkpoint() -> flags.FlagHolder[Any]:
-  """Defines the flag --checkpoint."""
-  text = 'A directory with weights, or the weights file.'
-  return flags.DEFINE_string('checkpoint', None, text, required=True)
-
-
-def define_base() -> flags.FlagHolder[Any]:
-  """Defines the flag --base."""
-  text = 'The model that the file is relative to; repeat the flag for a base of a base.'
-  return flags.DEFINE_multi_string('base', None, text)
-
-
-def define_overwrite() -> flags.FlagHolder[Any]:
-  """Defines the flag --overwrite."""
-  return flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
+def shared(*names: str) -> list[flags.FlagHolder[Any]]:
+  """Defines flags that several commands have."""
+  holders = []
+  for name in names:
+    define, default, purpose = _SHARED[name]
+    holders.append(define(name, None if default is ... else default, purpose))
+    if default is ...:
+      flags.mark_flag_as_required(name)
+  return holders
 
 
 def run(command: types.ModuleType) -> int:
@@ -103,9 +109,12 @@ def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
   """Reads a checkpoint, or decodes a rotbits file, which may need a base."""
   if shards.is_encoded(path):
     return rotbits_jax.decode_checkpoint(path, base=base, progress=True)
-  if base:
-    raise ValueError(f'{path}: a checkpoint needs no base')
   return rotbits_jax.load_checkpoint(path)
+
+
+def read_tokens(path: str, files: Mapping[str, bytes]) -> np.ndarray:
+  """Reads a UTF-8 text as tokens of the tokenizer among the files of a model."""
+  return evaluation.encode_text(files, pathlib.Path(path).read_text('utf-8-sig'))
 
 
 def parse_size(flag: flags.FlagHolder[Any]) -> int | None:

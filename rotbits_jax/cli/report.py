@@ -16,17 +16,16 @@ from rotbits_jax.file import output
 from rotbits_jax.file import report
 from rotbits_jax.system import outputs
 
-_INPUT, _BASE = program.define_input(), program.define_base()
+_INPUT, _BASE, _AGAINST, _OVERWRITE = program.shared(
+  'input', 'base', 'against', 'overwrite'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'The page to write.', required=True)
-_AGAINST = flags.DEFINE_string('against', None, 'The checkpoint that was encoded.')
-_OVERWRITE = program.define_overwrite()
 
 
 def main() -> program.Result:
   source, against, base = _INPUT.value, _AGAINST.value, _BASE.value
-  target = outputs.resolved(_OUTPUT.value)
-  outputs.check(target, overwrite=_OVERWRITE.value)
-  output.check_inputs([target], [source, base, against])
+  target, inputs = outputs.resolved(_OUTPUT.value), [source, base, against]
+  output.check_path(_OUTPUT.value, None, inputs=inputs, overwrite=_OVERWRITE.value)
   if base and against is None:
     raise ValueError('--base is for --against')
   verified = None

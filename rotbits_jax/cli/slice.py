@@ -20,7 +20,6 @@ import pathlib
 from absl import flags
 
 import rotbits_jax
-from rotbits_jax import evaluation
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
 from rotbits_jax.file import output
@@ -28,6 +27,7 @@ from rotbits_jax.system import outputs
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
 
+(_OVERWRITE,) = program.shared('overwrite')
 _MODEL = flags.DEFINE_string('model', None, 'The dense model.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
 _SPARSITY = flags.DEFINE_float(
@@ -54,28 +54,25 @@ _SEQUENCE_LENGTH = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer('seed', 42, 'The seed of all that is random.', 0)
 _ENCODED = flags.DEFINE_string('encoded', None, 'A file for the sliced model.')
 _RECIPE = flags.DEFINE_string('recipe', None, 'One that needs the dense model.')
-_OVERWRITE = program.define_overwrite()
 
 
 def main() -> program.Result:
-  text = pathlib.Path(_CALIBRATION.value).read_text('utf-8-sig')
-  dense = program.read_model(_MODEL.value)
+  dense, overwrite = program.read_model(_MODEL.value), _OVERWRITE.value
   path = pathlib.Path(_MODEL.value).resolve()
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   directory = outputs.directory_target(_OUTPUT.value)
   names = f'{stem}.pt', f'{stem}.json', *dense.files
   bases = {_ENCODED.value: None, _RECIPE.value: dense.model}
   encoded_files = {file: base for file, base in bases.items() if file is not None}
-  targets = [outputs.resolved(file) for file in encoded_files]
-  for target in targets:
-    outputs.check(target, overwrite=_OVERWRITE.value)
-  outputs.check_replaced(directory, names.__contains__, overwrite=_OVERWRITE.value)
-  targets += [directory / name for name in names]
-  output.check_inputs(targets, [_MODEL.value, _CALIBRATION.value])
+  inputs = [_MODEL.value, _CALIBRATION.value]
+  for file in encoded_files:
+    output.check_path(file, None, inputs=inputs, overwrite=overwrite)
+  outputs.check_replaced(directory, names.__contains__, overwrite=overwrite)
+  output.check_inputs([directory / name for name in names], inputs)
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(
-    evaluation.encode_text(dense.files, text),
+    program.read_tokens(_CALIBRATION.value, dense.files),
     sequences=_SEQUENCES.value,
     length=length,
     seed=_SEED.value,
@@ -92,10 +89,9 @@ def main() -> program.Result:
   )
   dtype = _DTYPE.value or dense.model.params['embed']['tokens'].dtype.name
   unrounded = dataclasses.replace(unrounded, stored_as=dtype)
-  model = unrounded.rounded()
-  checkpoint = slicing.sliced_checkpoint(dense, model, stem)
+  checkpoint = slicing.sliced_checkpoint(dense, unrounded.rounded(), stem)
   rotbits_jax.save_checkpoint(
-    checkpoint, _OUTPUT.value, format='slicegpt', overwrite=_OVERWRITE.value
+    checkpoint, _OUTPUT.value, format='slicegpt', overwrite=overwrite
   )
   for file, base in encoded_files.items():
     rotbits_jax.encode_to_file(
@@ -103,10 +99,10 @@ def main() -> program.Result:
       file,
       preset='free',
       base=base,
-      overwrite=_OVERWRITE.value,
+      overwrite=overwrite,
       progress=True,
     )
-  width, weights = model.config.segment_widths[0], f'{directory / stem}.pt'
+  width, weights = unrounded.config.segment_widths[0], f'{directory / stem}.pt'
   result = {
     'weights': weights,
     'encoded': _ENCODED.value,

@@ -12,7 +12,7 @@ JSON: folder.
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT, _BASE = program.define_input(), program.define_base()
+_INPUT, _BASE = program.shared('input', 'base')
 
 
 def main() -> program.Result:

@@ -11,13 +11,10 @@ memory; everything else takes one layer at a time.
 JSON: the fields of `rotbits_jax.file.verification.Verification`.
 """
 
-from absl import flags
-
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT, _BASE = program.define_input(), program.define_base()
-_AGAINST = flags.DEFINE_string('against', None, 'The checkpoint that was encoded.')
+_INPUT, _BASE, _AGAINST = program.shared('input', 'base', 'against')
 
 
 def main() -> program.Result:
