@@ -11,8 +11,8 @@ import numpy as np
 
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.passes import tied
 from rotbits_jax.structured import difference
-from rotbits_jax.symmetries import tied
 from tests import random_models
 from tests import transform_checks
 

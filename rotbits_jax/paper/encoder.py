@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from rotbits_jax import passes
@@ -69,9 +70,7 @@ def encode(
   if not options.exact:
     # Only decoding shows which errors a threshold leaves in the elements.
     decoded = decoder.decode(options, layout, streams, source.config, check=False)
-    layout = layout_lib.MessageLayout(
-      fixed=layout.fixed, sampled=layout.sampled, arrays=_stored(decoded)
-    )
+    layout = msgspec.structs.replace(layout, arrays=_stored(decoded))
   saved = sum(note.get('net', 0) for note in encoder.notes) // 8
   saving = passes.Saving('rotations', 0, saved, tuple(encoder.notes))
   return EncodedModel(layout, streams, saving)
@@ -79,11 +78,11 @@ def encode(
 
 def _stored(arrays: segments.Arrays) -> dict[str, layout_lib.Stored]:
   """Returns the dtypes and the digests of arrays."""
-  dtypes: dict[str, Any] = {path: x.dtype.name for path, x in arrays.items()}
-  return {
-    path: layout_lib.Stored(dtype=dtypes[path], digest=checksums.of_array(array))
-    for path, array in arrays.items()
-  }
+  stored = {}
+  for path, array in arrays.items():
+    dtype: Any = array.dtype.name
+    stored[path] = layout_lib.Stored(dtype=dtype, digest=checksums.of_array(array))
+  return stored
 
 
 class _Sample(NamedTuple):
@@ -93,17 +92,10 @@ class _Sample(NamedTuple):
   arrays: segments.Arrays  # the rotated parameters
   left: np.ndarray  # words of the message that the rotation was popped from
   correction: np.ndarray  # words of the correction
-  popped: int  # words that were popped
 
-  @property
-  def cost(self) -> int:
-    """Words of the correction, as a block."""
-    return self.correction.size + stack.LENGTH
-
-  @property
-  def net(self) -> int:
-    """Words that the rotation saves."""
-    return self.popped - (self.left.size + stack.LENGTH) - self.cost
+  def saved(self, popped: int) -> int:
+    """Returns the words saved, if so many were popped and both blocks are pushed."""
+    return popped - self.left.size - self.correction.size - 2 * stack.LENGTH
 
 
 class _Encoder:
@@ -130,15 +122,31 @@ class _Encoder:
       neutral = rotations.reader_rotation(segment.readers.values(), canonicalizer)
     first = {} if t else self._push_first(segment, neutral)
     frame = self.options.frame(self.widths, t, self.fixed)
-    sample = self._sample(segment, frame, neutral) if can_rotate and frame.n else None
-    if sample is None:
-      # The columns that `_push_first` pushed are already in canonical form.
-      rotation = None if t else neutral
-      arrays = rotations.rotated(segment, self.before, rotation)
-    else:
+    note: dict[str, Any] = {'segment': t, 'width': self.widths[t], 'found in': None}
+    words = np.zeros(0, np.uint16)
+    if can_rotate and frame.n:
+      rows = self.options.code(frame).max_rows(self.lanes)
+      rows = min(rows, self.message.size // self.lanes)
+      words = self.message.pop(rows * self.lanes)
+    sample = self._sample(words, segment, frame, neutral) if words.size else None
+    if sample is not None and (net := sample.saved(words.size)) > 0:
       rotation, arrays = sample.rotation, sample.arrays
       self.message.push_block(sample.left)
       self.corrections.push_block(sample.correction)
+      cost = sample.correction.size + stack.LENGTH
+      parameters = max(self.widths[t] * (self.widths[t] - 1), 1) / 2
+      note |= {
+        'found in': 'shortcut' if frame.from_shortcut else 'readers',
+        'popped': 16 * (net + cost),
+        'correction': 16 * cost,
+        'net': 16 * net,
+        'of 16 d(d-1)/2': round(net / parameters, 4),
+      }
+    else:
+      self.message.push(words)
+      # The columns that `_push_first` pushed are already in canonical form.
+      rotation = None if t else neutral
+      arrays = rotations.rotated(segment, self.before, rotation)
     arrays = {path: arrays[path] for path in segment.all}
     others = {path: arrays[path][:, self.fixed :] for path in first}
     self._push((arrays | others).values())
@@ -146,16 +154,6 @@ class _Encoder:
       arrays[path] = np.concatenate([columns, others[path]], axis=1)
     self.stored |= _stored(arrays)
     self.before = rotation
-    note: dict[str, Any] = {'segment': t, 'width': self.widths[t], 'found in': None}
-    if sample is not None:
-      parameters = max(self.widths[t] * (self.widths[t] - 1), 1) / 2
-      note |= {
-        'found in': 'shortcut' if frame.from_shortcut else 'readers',
-        'popped': 16 * (sample.net + sample.cost),
-        'correction': 16 * sample.cost,
-        'net': 16 * sample.net,
-        'of 16 d(d-1)/2': round(sample.net / parameters, 4),
-      }
     self.notes.append(note)
 
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
@@ -188,33 +186,15 @@ class _Encoder:
 
   def _sample(
     self,
+    words: np.ndarray,  # popped from the message
     segment: segments.SegmentParameters,
     frame: layout_lib.Frame,
     neutral: jax.Array | None,
   ) -> _Sample | None:
-    """Samples a segment's rotation; None if that is impossible or saves nothing."""
-    capacity = self.options.code(frame).max_rows(self.lanes)
-    rows = min(capacity, self.message.size // self.lanes)
-    words = self.message.pop(rows * self.lanes)
-    sample = None
-    if rows:
-      message = rans.stacked(jnp.asarray(words.reshape(rows, -1)), capacity)
-      sample = self._sample_from(message, segment, frame, neutral, words.size)
-    if sample is None or sample.net <= 0:
-      self.message.push(words)
-      return None
-    return sample
-
-  def _sample_from(
-    self,
-    message: rans.Message,
-    segment: segments.SegmentParameters,
-    frame: layout_lib.Frame,
-    neutral: jax.Array | None,
-    popped: int,
-  ) -> _Sample | None:
-    """Samples a rotation from a message; None if the decoder could not recover it."""
+    """Samples a segment's rotation; None if the decoder could not recover it."""
     code, canonicalizer = self.options.code(frame), self.options.canonicalizer
+    rows = jnp.asarray(words.reshape(-1, self.lanes))
+    message = rans.stacked(rows, code.max_rows(self.lanes))
     message, latent, q = code.sample(message)
     if int(np.min(message.lowest)) < 0:
       return None
@@ -237,5 +217,4 @@ class _Encoder:
       _, integers = code.restore(message, matrix, correction)
       if not jnp.array_equal(integers, latent[0]):
         return None
-    left, packed = rans.to_words(message), code.pack(correction)
-    return _Sample(rotation, arrays, left, packed, popped)
+    return _Sample(rotation, arrays, rans.to_words(message), code.pack(correction))

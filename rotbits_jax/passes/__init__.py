@@ -12,16 +12,15 @@ The modules, in the order of reading:
     rewrite     the walk of a model through a chain
     rounding    the rounding of float32 weights to the stored dtype or to a step
     residual    the rotations of all segments of the residual stream
-    heads       the bases and biases of attention heads
-    low_rank    the basis between two factors
+    heads       the bases and biases of attention heads, and the bases of factors
     tied        an embedding that is a linear image of the head
     noise       the change that rounding alone makes, as a yardstick
 """
 
 from rotbits_jax.passes.heads import remove_biases as remove_biases
+from rotbits_jax.passes.heads import remove_low_rank_gauge as remove_low_rank_gauge
 from rotbits_jax.passes.heads import remove_query_key_gauge as remove_query_key_gauge
 from rotbits_jax.passes.heads import remove_value_gauge as remove_value_gauge
-from rotbits_jax.passes.low_rank import remove_low_rank_gauge as remove_low_rank_gauge
 from rotbits_jax.passes.noise import random_rotation as random_rotation
 from rotbits_jax.passes.noise import randomly_rotated as randomly_rotated
 from rotbits_jax.passes.residual import remove_residual_gauge as remove_residual_gauge

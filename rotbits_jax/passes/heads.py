@@ -1,4 +1,7 @@
-"""The gauges and the biases of attention heads, see `symmetries.heads`."""
+"""The gauges of attention heads and of low-rank pairs, and the biases of heads.
+
+`symmetries.heads` and `symmetries.low_rank` have the mathematics.
+"""
 
 import functools
 from typing import Any
@@ -17,6 +20,13 @@ from rotbits_jax.passes.transform import Transform
 from rotbits_jax.passes.transform import note
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import layer as layer_lib
+from rotbits_jax.symmetries import low_rank
+
+_LEAST = 2.0**-19  # float32 arithmetic cannot measure a smaller error
+
+# The factor by which the rounding error of a product may exceed that of the pair in
+# random bases, see `symmetries.low_rank.spread`.
+_PAIR_TOLERANCE = 2.0
 
 
 def remove_biases() -> Transform:
@@ -52,6 +62,23 @@ def remove_query_key_gauge(*, tolerance: float | None = None) -> Transform:
   fix = functools.partial(_fix_heads, paths=heads.KEYS, tolerance=tolerance)
   return Transform('query-key gauge', layer=fix, takes='float32')
 
+
+def remove_low_rank_gauge() -> Transform:
+  """Makes the transform that fixes the gauge of every low-rank pair of a model.
+
+  Its notes give the rank of each pair, and the relative rounding error of the product,
+  in this form and as plain factors. Rows and columns of the product count alike in the
+  error, whatever their size.
+  """
+  return Transform(
+    'low-rank gauge',
+    layer=_fix_pairs,
+    outer=lambda context, state, params: _fix_pairs(context, state, None, params),
+    takes='float32',
+  )
+
+
+# ---- heads -------------------------------------------------------------------------
 
 _without_biases = jax.jit(layer_lib.without_biases, static_argnums=1)
 
@@ -96,7 +123,7 @@ def _fix_heads(
   dtype = context.holder(*(prefix + path for path in pair))
   fixed, errors = _fix(pair, config, dtype=dtype)
   kernel = heads.OUT if paths == heads.VALUES else heads.KEY
-  return params, [settle(params, kernel, fixed, errors, tolerance, prefix=prefix)]
+  return params, [_settled(params, kernel, fixed, errors, tolerance, prefix=prefix)]
 
 
 @functools.partial(jax.jit, static_argnums=1, static_argnames='dtype')
@@ -112,7 +139,40 @@ def _fix(
   return fixed, heads.rounding_errors(plain, exact, near, dtype)
 
 
-def settle(
+# ---- low-rank pairs ----------------------------------------------------------------
+
+
+def _fix_pairs(
+  context: Context, state: Any, index: int | None, params: Params
+) -> Noted:
+  """Fixes the gauge of the pairs of a layer, or of those outside the layers."""
+  prefix, notes = models.names.prefix(index), []
+  for path, pair in params.copy().items():
+    if isinstance(pair, structured.LowRank) and 1 <= pair.rank <= min(pair.shape):
+      leaf, errors, spread = _fix_pair(pair, dtype=context.holder(prefix + path))
+      tolerance = _PAIR_TOLERANCE / float(spread)
+      settled = _settled(
+        params, path, {path: leaf}, errors, tolerance, prefix=prefix, least=_LEAST
+      )
+      notes.append(settled | {'rank': pair.rank})
+  return params, notes
+
+
+@functools.partial(jax.jit, static_argnames='dtype')
+def _fix_pair(
+  pair: structured.LowRank, *, dtype: np.dtype
+) -> tuple[structured.ReducedLowRank, dict[str, jax.Array], jax.Array]:
+  """Fixes the gauge of a pair; returns the errors of rounding, and the spread."""
+  fixed = low_rank.fix_pair(pair.u, pair.v)
+  even = fixed.without_lines()
+  rounded = structured.astype(structured.astype(even, dtype), jnp.float32)
+  factors = fixed.divided(*pair.factors()), even.factors(), rounded.factors()
+  plain, exact, near = ((u[None], v.T[None]) for u, v in factors)
+  spread = jnp.maximum(*(low_rank.spread(side[0]) for side in plain))
+  return fixed, heads.rounding_errors(plain, exact, near, dtype), spread
+
+
+def _settled(
   params: Params,  # of a layer, or outside the layers; changed in place
   path: str,  # of the parameter that stores fewer weights
   fixed: Params,  # the parameters with their gauge fixed

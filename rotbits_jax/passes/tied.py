@@ -1,10 +1,25 @@
-"""Stores an embedding in terms of the head, see `symmetries.tied`.
+"""Stores an embedding in terms of the head that slicing separated from it.
+
+In a tied model, the head is the transposed embedding. Slicing makes two matrices of it,
+because the first and the last segment of the residual stream get coordinates of their
+own; `models.config` defines segments. If the last segment keeps all D dimensions, the
+embedding remains a linear image of the head,
+
+    embed = head^T @ T,    T [D, d],
+
+up to the rounding of both matrices. T is found by least squares, in float64 and on the
+host, because the normal equations square the condition number. The rounding error of a
+token's row is proportional to the norm of the row. Therefore the rows are weighted by
+the inverse of their norm. The weights also limit the influence of the few tokens that
+do not fit.
 
 A fit to a sample of the tokens comes first, because it shows at little cost whether the
-embedding was ever tied. Shape letters are those of `symmetries.tied`.
+embedding was ever tied.
+
+Shape letters: an embedding is `[V, d]`, and a head is `[D, V]`, for V tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +34,7 @@ from rotbits_jax.passes.transform import Params
 from rotbits_jax.passes.transform import Transform
 from rotbits_jax.passes.transform import note
 from rotbits_jax.relative import measure
-from rotbits_jax.symmetries import tied
+from rotbits_jax.structured import tied
 
 # An embedding with a greater relative error was never tied. The relative error of an
 # unrelated embedding is about 1.
@@ -65,12 +80,12 @@ def _retie_embedding(context: Context, state: Any, params: Params) -> Noted:
   misfit = _error_of_unseen_tokens(table, head)
   if misfit > _UNTIED:
     return params, [note(_EMBED, table, misfit=misfit)]
-  norms = tied.row_norms(table)
-  matrix = tied.least_squares(tied.equations(table, head, tied.row_weights(norms)))
+  norms = row_norms(table)
+  matrix = least_squares(normal_equations(table, head, row_weights(norms)))
   rounded = structured.astype(matrix, dtype)
   if not np.isfinite(rounded).all():
     return params, [note(_EMBED, table, obstacle='T would be too large')]
-  off = tied.deviations(table, head, rounded)
+  off = deviations(table, head, rounded)
   error = float(np.linalg.norm(off)) / max(float(np.linalg.norm(norms)), _TINY)
   # Rounding errors do not get smaller below the least normal number.
   least = float(jnp.finfo(dtype).smallest_normal) * np.sqrt(table.shape[1])
@@ -135,35 +150,34 @@ def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
   """
   rank = len(head)
   few = table[:, :: -(-table.shape[1] // 16)]
-  norms = tied.row_norms(few)
+  norms = row_norms(few)
   used = np.flatnonzero(norms)
   if used.size < 4 * rank:
     return 0.0
   chosen = np.random.default_rng(0).permutation(used)[: 3 * rank]
   seen, unseen = np.sort(chosen[: 2 * rank]), np.sort(chosen[2 * rank :])
-  weights = tied.row_weights(norms)
-  equations = tied.equations(few[seen], head[:, seen], weights[seen])
-  matrix = tied.least_squares(equations)
-  off = tied.deviations(few[unseen], head[:, unseen], matrix)
+  weights = row_weights(norms)
+  matrix = least_squares(normal_equations(few[seen], head[:, seen], weights[seen]))
+  off = deviations(few[unseen], head[:, unseen], matrix)
   return float(np.median(off * weights[unseen]))
 
 
 def _exact_leaf(table: np.ndarray, head: np.ndarray) -> measure.Measured:
   """Makes the leaf; chooses how finely T is rounded."""
   rank, tokens = head.shape
-  weights = tied.row_weights(tied.row_norms(table))
-  equations = tied.equations(table, head, weights)
-  matrix = tied.least_squares(equations)
-  errors = tied.deviations(table, head, matrix) * weights
+  weights = row_weights(row_norms(table))
+  equations = normal_equations(table, head, weights)
+  matrix = least_squares(equations)
+  errors = deviations(table, head, matrix) * weights
   unit = float(jnp.finfo(table.dtype).eps) / 2
   odd = errors > 8 * max(float(np.median(errors)), unit)
   if odd.any():
     # Tokens that do not fit, for example because they were added later, become
     # exceptions. They must not influence T.
-    others = tied.equations(table[odd], head[:, odd], weights[odd])
+    others = normal_equations(table[odd], head[:, odd], weights[odd])
     equations = jax.tree.map(np.subtract, equations, others)
-    matrix = tied.least_squares(equations)
-    errors = tied.deviations(table, head, matrix) * weights
+    matrix = least_squares(equations)
+    errors = deviations(table, head, matrix) * weights
   # Rounding row k of T to multiples of s_k adds sum_k mean_i(head[k, i]^2) s_k^2 / 12
   # to the variance v of the deviations. It is best if all terms of this sum are equal.
   # The best sum is v D / (V - D), because finer steps then cost as many bits in the
@@ -175,3 +189,65 @@ def _exact_leaf(table: np.ndarray, head: np.ndarray) -> measure.Measured:
   integers = np.rint(np.ldexp(matrix, exponents.astype(np.int32)[:, None]))
   integers = np.clip(integers, -_MOST_INTEGER, _MOST_INTEGER).astype(np.int32)
   return measure.beside_head(table, head, integers, exponents.astype(np.int32))
+
+
+# ---- least squares -----------------------------------------------------------------
+
+
+class Equations(NamedTuple):
+  """Normal equations `gram @ T = moments`, with W the diagonal of squared weights."""
+
+  gram: np.ndarray  # head @ W @ head^T, float64 [D, D]
+  moments: np.ndarray  # head @ W @ embed, float64 [D, d]
+
+
+def normal_equations(
+  table: np.ndarray,  # the embedding, [V, d]
+  head: np.ndarray,  # [D, V]
+  weights: np.ndarray,  # of the rows of the tokens, [V]
+) -> Equations:
+  """Returns the normal equations of some tokens."""
+  gram = np.zeros((len(head), len(head)))
+  moments = np.zeros((len(head), table.shape[1]))
+  for block in tied.token_blocks(head):
+    columns = head[:, block].astype(np.float64) * weights[block]
+    gram += columns @ columns.T
+    moments += columns @ (table[block].astype(np.float64) * weights[block, None])
+  return Equations(gram, moments)
+
+
+def least_squares(equations: Equations) -> np.ndarray:
+  """Returns T, float64 `[D, d]`, nearly zero in the null space of a singular `gram`."""
+  gram, moments = equations
+  diagonal = np.diag(gram)
+  scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))[:, None]
+  # The added diagonal makes the matrix regular in float64. One step of refinement
+  # removes the bias that it causes.
+  regular = gram * scale * scale.T + 1e-10 * np.eye(len(gram))
+  first = scale * np.linalg.solve(regular, scale * moments)
+  left = moments - gram @ first
+  return first + scale * np.linalg.solve(regular, scale * left)
+
+
+def row_norms(table: np.ndarray) -> np.ndarray:
+  """Returns the norms of the rows of an embedding, float64 `[V]`."""
+  blocks = (table[block] for block in tied.token_blocks(table.T))
+  return np.concatenate([np.linalg.norm(x.astype(np.float64), axis=1) for x in blocks])
+
+
+def deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+  """Returns the norms of the rows of `table - head^T @ matrix`, float64 `[V]`."""
+  off = []
+  for block in tied.token_blocks(head):
+    predicted = head[:, block].astype(np.float64).T @ matrix.astype(np.float64)
+    off.append(np.linalg.norm(table[block].astype(np.float64) - predicted, axis=1))
+  return np.concatenate(off)
+
+
+def row_weights(norms: np.ndarray) -> np.ndarray:
+  """Returns the weights of rows with these norms, `[V]`: their inverses.
+
+  Norms below the median of the nonzero norms count as the median.
+  """
+  used = norms[norms > 0]
+  return 1 / np.maximum(norms, np.median(used) if used.size else 1)

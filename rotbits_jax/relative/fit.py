@@ -3,7 +3,7 @@ r"""Finds the subspaces of a sliced model beside its base, see `products`.
 The tensors that read or write segment s are products with its basis V_s. So V_s is a
 least-squares solution, for which the kernels of two sublayers are enough, and the
 rounding errors of all numbers of these average. The rows are weighted by the inverse of
-their norms, as in `symmetries.tied`. The nearest matrix with orthonormal columns is
+their norms, as in `passes.tied`. The nearest matrix with orthonormal columns is
 taken then.
 
 Shape letters are those of `products`. Everything is computed in float64.

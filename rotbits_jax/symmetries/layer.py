@@ -18,6 +18,7 @@ width of a shortcut's first segment, and e that of its second one. Rotations are
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +26,6 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
-from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 
@@ -56,8 +56,12 @@ def gauge(
   It is None for a shortcut that narrows the stream.
   """
   kernels = [params[path] for path in shortcut_paths(config)]
-  (d, e), *others = [kernel.shape for kernel in kernels]
-  if others == [(d, e)] and d <= e:
+  shapes = {kernel.shape for kernel in kernels}
+  if (
+    len(kernels) == 2
+    and len(shapes) == 1
+    and kernels[0].shape[0] <= kernels[0].shape[1]
+  ):
     # One after the other, because LAPACK uses all CPUs for each.
     both = jax.lax.map(polar, jnp.stack(kernels))
     return [jax.tree.map(lambda x, s=s: x[s], both) for s in range(2)]
@@ -72,10 +76,13 @@ def segments(
   *,
   free: jax.Array | None = None,  # Z of the last shortcut
 ) -> list[jax.Array]:
-  """Returns the rotations R_s, R_{s+1}, ... of the segments of a sliced layer.
+  """Returns the rotations R_s, R_{s+1}, ... of the segments of a layer.
 
-  A shortcut that narrows the stream becomes lower trapezoidal.
+  A shortcut that narrows the stream becomes lower trapezoidal. All segments of a dense
+  model have the same rotation.
   """
+  if not config.sliced:
+    return [first] * 3
   rotations, paths = [first], shortcut_paths(config)
   for path, polar in zip(paths, polars, strict=True):
     if polar is None:
@@ -99,7 +106,7 @@ def first_rotation(
   if not structured.is_plain(params.get(UP)):
     return None
   if not config.sliced:
-    params = norms.fold_norm_scales(params, config)
+    params = fold_norm_scales(params, config)
   kernel = params[UP]
   if config.sliced and not config.parallel_block:
     if polars[0] is None or len(polars[0].u) != len(kernel):
@@ -131,18 +138,57 @@ def rotate(
 ) -> Params:
   """Rotates the kernels and biases of a layer, or the parameters outside the layers.
 
-  In a dense model, the scales of norms are folded into kernels first, see `norms`.
-  Shortcuts stay matrices, see `rotations.shortcut`.
+  In a dense model, the scales of norms are folded into kernels first. Shortcuts stay
+  matrices, see `rotations.shortcut`.
   """
   layout = models.layout
   axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
   if not config.sliced:
-    params = norms.fold_norm_scales(params, config, is_outer=is_outer)
+    params = fold_norm_scales(params, config, is_outer=is_outer)
   of = lambda segment: None if segment is None else rotations[segment]
   return {
     path: function(leaf, *map(of, rotations_lib.sides(axes[path])))
     for path, leaf in params.items()
   }
+
+
+def fold_norm_scales(
+  params: Params, config: models.ModelConfig, *, is_outer: bool = False
+) -> Params:
+  """Moves the scales of RMSNorms into the kernels that read them, in their old dtypes.
+
+  A scale multiplies the numbers of a segment one by one, and a rotation does not
+  commute with that. The scales become leaves of one number, 1. The parameters are those
+  of a layer of a dense model, or outside the layers; a ValueError for other norms.
+
+  >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')
+  >>> model = rotbits_jax.load_checkpoint(checkpoint).model
+  >>> folded = fold_norm_scales(structured.flatten(model.layer(0)), model.config)
+  >>> float(folded['mlp_norm/scale'].value)
+  1.0
+  """
+  if config.norm != 'rmsnorm':
+    raise ValueError(f'{config.family}: only scales of RMSNorms can be folded')
+  layout, folded = models.layout, dict(params)
+  axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
+  for path, path_axes in axes.items():
+    sublayer, is_reader = path.split('/')[0], isinstance(path_axes[0], int)
+    if path in params and len(path_axes) == 2 and is_reader:
+      norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
+      scale = params[f'{norm}/scale']
+      folded[path] = _scale_rows(params[path], scale)
+      folded[f'{norm}/scale'] = structured.Constant.like(scale, 1.0)
+  return folded
+
+
+def _scale_rows(kernel: Any, scale: jax.Array) -> Any:
+  """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype."""
+  pair = structured.pair(kernel)
+  if pair is not None:
+    return pair.replace(u=_scale_rows(pair.u, scale))
+  chex.assert_shape(scale, (kernel.shape[-2],))
+  product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
+  return product.astype(kernel.dtype)
 
 
 # ---- attention heads ---------------------------------------------------------------

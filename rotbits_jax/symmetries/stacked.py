@@ -67,13 +67,11 @@ def canonicalize(
   stacks = {key: _widened(params[key]) for key in keys}
   outer = _widened({key: x for key, x in params.items() if key not in stacks})
   valid, gauges = models.layout.symmetries(config), Gauges(None, {}, {}, {})
-  if valid.segments:
+  if valid.segments and tolerance is None:
     dtype = params[keys[0]]['attention_shortcut']['kernel'].dtype
-    roundoff = max(float(jnp.finfo(dtype).eps) / 2, 2.0**-19)
-    tolerance = 0.7 * roundoff if tolerance is None else tolerance
-    stacks, outer, gauges = _rotate_segments(stacks, outer, config, tolerance)
-  elif valid.stream:
-    stacks, outer, gauges = _rotate_stream(stacks, outer, config)
+    tolerance = 0.7 * max(float(jnp.finfo(dtype).eps) / 2, 2.0**-19)
+  if valid.segments or valid.stream:
+    stacks, outer, gauges = _rotated(stacks, outer, config, tolerance)
   for key, stack in stacks.items():
     fix = functools.partial(layer_lib.fix, config=config)
     stacks[key], gauges.heads[key] = jax.vmap(fix)(stack)
@@ -87,10 +85,13 @@ def _widened(params: models.Params) -> Params:
   return structured.expand(structured.astype(arrays, jnp.float32), keep_factors=True)
 
 
-def _rotate_segments(
-  stacks: dict[str, Params], outer: Params, config: models.ModelConfig, tolerance: float
+def _rotated(
+  stacks: dict[str, Params],
+  outer: Params,
+  config: models.ModelConfig,
+  tolerance: float | None,
 ) -> tuple[dict[str, Params], Params, Gauges]:
-  """Rotates the segments of a sliced model."""
+  """Rotates the segments of a sliced model, or the stream of a dense one."""
   widths = config.segment_widths
   if any(after < before for before, after in itertools.pairwise(widths)):
     raise ValueError(
@@ -105,12 +106,13 @@ def _rotate_segments(
     key: gauge(stack) for key, stack in stacks.items()
   }
   first_key, *_, last_key = *stacks, *stacks
-  first_layer, last_polars = _layer(stacks[first_key], 0), polars[last_key]
-  rotation = layer_lib.first_rotation(first_layer, _layer(polars[first_key], 0), config)
+  first_layer, first_polars = _layer((stacks[first_key], polars[first_key]), 0)
+  rotation = layer_lib.first_rotation(first_layer, first_polars, config)
   is_upper = rotation is not None
   if rotation is None:
     rotation = jnp.eye(widths[0], dtype=jnp.float32)
-  free = layer_lib.last_rotation(outer, _layer(last_polars, -1)[-1])
+  *_, last_polar = None, *_layer(polars[last_key], -1)  # None in a dense model
+  free = layer_lib.last_rotation(outer, last_polar)
   gauges = Gauges(rotation, {}, {}, {})
 
   def rotate_layer(
@@ -121,23 +123,25 @@ def _rotate_segments(
     kernels = {path: leaf for path, leaf in params.items() if path not in names}
     rotated = layer_lib.rotate(kernels, segments, config)
     for rows, polar, path in zip(segments, polars, names, strict=False):
-      columns = (len(polar.u),) * 2
       rotated[path] = rotations.shortcut(
-        rows, polar, tolerance=tolerance, columns=columns
+        rows, polar, tolerance=tolerance, columns=(len(polar.u),) * 2
       )
     return rotated, segments[1:]
 
   for key, stack in stacks.items():
+    rotate = functools.partial(rotate_layer, z=free if key == last_key else None)
+    if not config.sliced:
+      stacks[key], _ = jax.vmap(rotate, (0, None, 0))(stack, rotation, [])
+      continue
     read = _running_rotations(polars[key], rotation)
-    z = free if key == last_key else None
-    rotate = functools.partial(rotate_layer, z=z)
     stacks[key], written = jax.vmap(rotate)(stack, read, polars[key])
     gauges.segments[key] = tuple(written)
     gauges.singular_values[key] = tuple(polar.values for polar in polars[key])
     rotation = written[-1][-1]
   outer = layer_lib.rotate(outer, [gauges.first, rotation], config, is_outer=True)
   if is_upper:
-    _set_upper(stacks[first_key])
+    kernel = stacks[first_key][layer_lib.UP]
+    stacks[first_key][layer_lib.UP] = kernel.at[0].set(jnp.triu(kernel[0]))
   if free is not None:
     outer[layer_lib.HEAD] = rotations.upper_rows(outer[layer_lib.HEAD], len(free))
   return stacks, outer, gauges
@@ -157,23 +161,3 @@ def _running_rotations(polars: list[canonical.Polar], first: jax.Array) -> jax.A
   whole = steps[0] if len(steps) == 1 else jax.vmap(products.matmul)(*steps)
   written = rotations.running_rotations(whole, first)
   return jnp.concatenate([first[None], written[:-1]])
-
-
-def _rotate_stream(
-  stacks: dict[str, Params], outer: Params, config: models.ModelConfig
-) -> tuple[dict[str, Params], Params, Gauges]:
-  """Folds the norms of a dense model and rotates its stream."""
-  first_key, *_ = stacks
-  rotation = layer_lib.first_rotation(_layer(stacks[first_key], 0), [], config)
-  rotate = lambda layer: layer_lib.rotate(layer, [rotation] * 3, config)
-  stacks = {key: jax.vmap(rotate)(stack) for key, stack in stacks.items()}
-  if rotation is not None:
-    _set_upper(stacks[first_key])
-  outer = layer_lib.rotate(outer, [rotation] * 2, config, is_outer=True)
-  return stacks, outer, Gauges(rotation, {}, {}, {})
-
-
-def _set_upper(stack: Params) -> None:
-  """Sets the zeros of the up kernel of the first layer, in place."""
-  kernel = stack[layer_lib.UP]
-  stack[layer_lib.UP] = kernel.at[0].set(jnp.triu(kernel[0]))

@@ -24,19 +24,22 @@ from rotbits_jax.coding.bits_back import haar
 
 _MAX_LANES = 1024
 
+_jit = functools.partial(jax.jit, static_argnums=0)
+
 
 class RotationCode(NamedTuple):
-  """Functions that sample a frame from a message and push its integers back."""
+  """Samples a frame from a message, and pushes its integers back."""
 
-  # message -> rest, latent: integers uint16 [S] and their spectrum, frame [n, k]
-  sample: Callable[[rans.Message], tuple[rans.Message, Any, jax.Array]]
+  num_integers: int  # S
+  codec: codecs.Codec  # of the integers, uint16 [S]
+  # integers -> latent: the integers and their spectrum; frame [n, k]
+  draw: Callable[[jax.Array], tuple[Any, jax.Array]]
   # recovered frame, latent, the same frame as another machine recovers it -> correction
   correct: Callable[[jax.Array, Any, jax.Array], Any]
-  # message, recovered frame, correction -> message with the integers on top, integers
-  restore: Callable[[rans.Message, jax.Array, Any], tuple[rans.Message, jax.Array]]
-  pack: Callable[[Any], np.ndarray]  # correction -> uint16 words: tables, a message
-  unpack: Callable[[np.ndarray], Any]  # the inverse; a ValueError for other words
-  num_integers: int  # S
+  recover: Callable[[jax.Array, Any], jax.Array]  # frame, correction -> integers
+  fit: Callable[[Any], np.ndarray]  # correction -> frequency tables
+  correction_codec: Callable[[jax.Array], codecs.Codec]  # of corrections, from tables
+  num_tables: int
 
   def max_rows(self, lanes: int) -> int:
     """Returns the words that a lane of the message must hold for `sample`.
@@ -47,18 +50,71 @@ class RotationCode(NamedTuple):
     """
     return 3 * -(-self.num_integers // lanes) // 2 + 2
 
+  @_jit
+  def sample(self, message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
+    """Pops integers; returns the rest of the message, the latent and the frame."""
+    message, integers = self.codec.pop(message)
+    return message, *self.draw(integers)
+
+  @_jit
+  def restore(
+    self, message: rans.Message, recovered: jax.Array, correction: Any
+  ) -> tuple[rans.Message, jax.Array]:
+    """Recovers the integers; returns the message with them on top, and them."""
+    integers = self.recover(recovered, correction)
+    return self.codec.push(message, integers), integers
+
+  def pack(self, correction: Any) -> np.ndarray:
+    """Returns a correction as words, uint16: its tables and a message."""
+    frequencies = self.fit(correction)
+    data = tables.to_bytes(frequencies)
+    head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
+    message = self._push(rans.empty(*self._size), jnp.asarray(frequencies), correction)
+    return np.concatenate([[np.uint16(len(data))], head, rans.to_words(message)])
+
+  def unpack(self, words: np.ndarray) -> Any:
+    """Returns the correction of words, inverse to `pack`; a ValueError for others."""
+    if not words.size:
+      raise ValueError('a correction is cut short')
+    nbytes = int(words[0])
+    start = 1 + -(-nbytes // 2)
+    data = words[1:start].tobytes()[:nbytes]
+    frequencies = tables.from_bytes(data, self.num_tables, correction_lib.LEVELS)
+    message = rans.from_words(words[start:], *self._size)
+    message, correction = self._pop(message, jnp.asarray(frequencies))
+    rans.check_empty(message)
+    return correction
+
+  @property
+  def _size(self) -> tuple[int, int]:
+    """The lanes and the capacity of the message of a correction."""
+    lanes = 1 << min(max(self.num_integers >> 12, 1), _MAX_LANES).bit_length() - 1
+    # An integer has a residue of at most 16 bits and two levels of at most 14 bits
+    # each. The rest of the room is for signs.
+    return lanes, 4 * -(-self.num_integers // lanes) + 16
+
+  @_jit
+  def _push(self, message: rans.Message, table: jax.Array, x: Any) -> rans.Message:
+    """Pushes a correction."""
+    return self.correction_codec(table).push(message, x)
+
+  @_jit
+  def _pop(self, message: rans.Message, table: jax.Array) -> tuple[rans.Message, Any]:
+    """Pops a correction."""
+    return self.correction_codec(table).pop(message)
+
 
 @functools.lru_cache
 def haar_code(n: int, k: int) -> RotationCode:
   """Returns the code of frames under the Haar measure; see `haar`."""
-  return _code(
+  return RotationCode(
+    haar.num_cells(n, k),
     haar.codec(n, k),
     draw=lambda cells: ((cells, ()), haar.rotation(cells, n, k)),
-    correct=lambda recovered, latent, other: haar.correct(recovered, latent[0], other),
+    correct=jax.jit(lambda recovered, latent, x: haar.correct(recovered, latent[0], x)),
     recover=haar.recover,
-    correction_codec=functools.partial(haar.correction_codec, n, k),
     fit=haar.fit,
-    num_integers=haar.num_cells(n, k),
+    correction_codec=functools.partial(haar.correction_codec, n, k),
     num_tables=3,
   )
 
@@ -77,81 +133,22 @@ def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
     frame, spectrum = eigen.rotation(patterns, n, spacing)
     return (patterns, spectrum), frame
 
+  @jax.jit
   def correct(recovered: jax.Array, latent: Any, other: jax.Array) -> Any:
     patterns, spectrum = latent
-    correction = eigen.correct(recovered, spectrum, patterns, spacing, threshold, other)
-    return spectrum, correction
+    return spectrum, eigen.correct(
+      recovered, spectrum, patterns, spacing, threshold, other
+    )
 
-  return _code(
+  return RotationCode(
+    eigen.num_numbers(n),
     eigen.codec(n),
-    draw=draw,
-    correct=correct,
-    recover=lambda recovered, both: eigen.recover(recovered, both[0], both[1], spacing),
+    draw,
+    correct,
+    recover=lambda recovered, both: eigen.recover(recovered, *both, spacing),
+    fit=lambda both: correction_lib.fit(both[1]),
     correction_codec=lambda frequencies: codecs.serial(
       eigen.spectrum_codec(n), eigen.correction_codec(n, frequencies)
     ),
-    fit=lambda both: correction_lib.fit(both[1]),
-    num_integers=eigen.num_numbers(n),
     num_tables=2,
-  )
-
-
-def _code(
-  codec: codecs.Codec,
-  *,
-  draw: Callable[[jax.Array], tuple[Any, jax.Array]],
-  correct: Callable[..., Any],
-  recover: Callable[[jax.Array, Any], jax.Array],
-  correction_codec: Callable[[jax.Array], codecs.Codec],
-  fit: Callable[[Any], np.ndarray],
-  num_integers: int,
-  num_tables: int,
-) -> RotationCode:
-  """Makes a code of the codec of its integers, and of functions of floats."""
-  lanes = 1 << min(max(num_integers >> 12, 1), _MAX_LANES).bit_length() - 1
-  # An integer has a residue of at most 16 bits and two levels of at most 14 bits each.
-  # The rest of the room is for signs.
-  capacity = 4 * -(-num_integers // lanes) + 16
-
-  def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
-    message, integers = codec.pop(message)
-    return message, *draw(integers)
-
-  def restore(
-    message: rans.Message, recovered: jax.Array, correction: Any
-  ) -> tuple[rans.Message, jax.Array]:
-    integers = recover(recovered, correction)
-    return codec.push(message, integers), integers
-
-  push = jax.jit(
-    lambda message, table, correction: correction_codec(table).push(message, correction)
-  )
-  pop = jax.jit(lambda message, table: correction_codec(table).pop(message))
-
-  def pack(correction: Any) -> np.ndarray:
-    frequencies = fit(correction)
-    data = tables.to_bytes(frequencies)
-    head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
-    message = push(rans.empty(lanes, capacity), jnp.asarray(frequencies), correction)
-    return np.concatenate([[np.uint16(len(data))], head, rans.to_words(message)])
-
-  def unpack(words: np.ndarray) -> Any:
-    if not words.size:
-      raise ValueError('a correction is cut short')
-    nbytes = int(words[0])
-    start = 1 + -(-nbytes // 2)
-    data = words[1:start].tobytes()[:nbytes]
-    frequencies = tables.from_bytes(data, num_tables, correction_lib.LEVELS)
-    message = rans.from_words(words[start:], lanes, capacity)
-    message, correction = pop(message, jnp.asarray(frequencies))
-    rans.check_empty(message)
-    return correction
-
-  return RotationCode(
-    sample=jax.jit(sample),
-    correct=jax.jit(correct),
-    restore=jax.jit(restore),
-    pack=pack,
-    unpack=unpack,
-    num_integers=num_integers,
   )
