@@ -7,8 +7,7 @@ near    removes the same elements as `free`, and rounds the others more coarsely
 paper   keeps the function up to rounding, and saves bits by rotating the model, as
         published
 
-A gauge is a choice of coordinates that does not change the function of a model. A
-transform rewrites a model so that fewer elements need to be stored; see `passes`.
+A ValueError says that a name or an option is unknown, or that a value is out of range.
 
 Another preset is added by a function that makes a `Preset`:
 `presets.PRESETS['mine'] = my_package.mine`.
@@ -36,7 +35,7 @@ PRESETS: dict[str, Callable[..., Preset]] = {
 
 
 def default(config: models.ModelConfig | None) -> str:
-  """Returns the name of the preset that suits a checkpoint.
+  """Returns the name of the preset for a model, or for plain arrays (None).
 
   It is 'free' for a sliced model, in which a fifth of the elements and more is
   redundant; else 'exact', because on a dense model `free` changes elements to save next
@@ -44,9 +43,6 @@ def default(config: models.ModelConfig | None) -> str:
 
   >>> default(None)
   'exact'
-
-  Args:
-    config: of the model; None for plain arrays.
   """
   return 'free' if config is not None and config.sliced else 'exact'
 
@@ -56,9 +52,6 @@ def make(preset: str | Preset, **options: Any) -> Preset:
 
   >>> make('free', tolerance=1.0).keeps
   'function'
-
-  Raises:
-    ValueError: if the name or an option is unknown.
   """
   if isinstance(preset, Preset):
     if options:

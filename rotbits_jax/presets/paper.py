@@ -19,9 +19,6 @@ def paper(
   The model is rotated and rounded, so its elements change, but not its function up to
   rounding. Dense models are refused, because they have no shortcuts. The arguments are
   those of `rotbits_jax.paper.Options`. As published: svd, symmetric_eig and threshold.
-
-  Raises:
-    ValueError: if an option is unknown, or if two options cannot be combined.
   """
   options = schema.load(
     scheme.Options,

@@ -72,8 +72,7 @@ class Calibration(NamedTuple):
   @property
   def kl(self) -> float:
     """The mean divergence that was measured at the step."""
-    assert self.step is not None
-    return dict(self.curve)[self.step]
+    return next(point.kl for point in self.curve if point.step == self.step)
 
   @property
   def options(self) -> dict[str, Any]:
@@ -96,12 +95,8 @@ def calibrate(
   """Divides the bits among the parameters, and finds the coarsest steps for a bound.
 
   The bound `max_kl` is that of the mean KL(model || rounded model) over the tokens, in
-  nats. Without it no steps are searched.
-
-  Raises:
-    ValueError: if the tokens are not those of a text for this model, if the bound is
-      not positive, or if no measured step is fine enough.
-    OSError: if a file cannot be written.
+  nats. Without it no steps are searched. A ValueError says that the tokens or the bound
+  do not fit, or that no measured step is fine enough.
   """
   if max_kl is not None and not (math.isfinite(max_kl) and max_kl > 0):
     raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
@@ -144,8 +139,7 @@ class _Rewritten:
   def __init__(
     self, model: Any, tolerance: float, folder: _Folder, bar: progress_lib.Progress
   ):
-    self.stored_as = getattr(model, 'stored_as', None)
-    self.model = model
+    self.model, self.stored_as = model, getattr(model, 'stored_as', None)
     self.config, self.folder, self.bar = model.config, folder, bar
     self.context = passes.make_context(model, stored_as=self.stored_as)
     self.parts = spool.Spool(folder)
@@ -168,12 +162,9 @@ class _Rewritten:
   def decoded(self, name: str | None, rounding: passes.Rounding) -> models.Params:
     """Rounds a part, also to the dtypes of the checkpoint as `decode` does."""
     arrays = structured.expand(self.rounded(name, rounding)[0], keep_factors=True)
-    dtypes, most = self.context.dtypes, self.context.dtype
-    stored = {
-      path: structured.astype(leaf, dtypes.get(path, most))
-      for path, leaf in arrays.items()
-    }
-    return structured.unflatten(structured.astype(stored, np.float32))
+    for path, leaf in arrays.items():
+      arrays[path] = structured.astype(leaf, self.context.holder(path))
+    return structured.unflatten(structured.astype(arrays, np.float32))
 
 
 def _arrays(params: models.Params) -> dict[str, Any]:
@@ -194,12 +185,10 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   parts, folder = rewritten.parts, rewritten.folder
   inputs: dict[str, passes.Inputs] = {}
   counts, divergences, store = {}, {}, spool.Spool(folder).stored
-  model = _Layers(
-    rewritten.config, lambda name: structured.unflatten(_arrays(parts[name]))
-  )
-  # Padding is no input whose statistics are of interest. Feedback fits the text that it
-  # has seen. So errors are made with one half of it, and the other half tells their
-  # cost.
+  part = lambda name: structured.unflatten(_arrays(parts[name]))
+  model = _Layers(rewritten.config, part)
+  # Padding is no input of interest. Feedback fits the text that it has seen, so errors
+  # are made with one half of it, and the other half tells their cost.
   texts = [window for window, length in windows if length == window.size]
   halves = [half for half in (texts[::2], texts[1::2]) if half]
   measured = (
@@ -239,12 +228,10 @@ def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str,
     path: math.log2(count / max(divergences[path], least, 1e-12)) / 2
     for path, count in counts.items()
   }
-  total = sum(counts.values())
-  mean = sum(counts[path] * offset for path, offset in offsets.items()) / total
-  return {
-    path: round(min(max(offset - mean, -_MOST_OFFSET), _MOST_OFFSET), 3)
-    for path, offset in sorted(offsets.items())
-  }
+  paths = sorted(offsets)
+  mean = np.average([*offsets.values()], weights=[*counts.values()])
+  limit = functools.partial(np.clip, a_min=-_MOST_OFFSET, a_max=_MOST_OFFSET)
+  return {path: round(float(limit(offsets[path] - mean)), 3) for path in paths}
 
 
 # ---- the search of a step ----------------------------------------------------------
