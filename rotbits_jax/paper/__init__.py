@@ -34,15 +34,13 @@ frame, is sampled (see `symmetries.canonical`):
 
 The frame is sampled by one of two codes: `haar` is exactly uniform, and `symmetric_eig`
 takes eigenvectors of a matrix of numbers, as published. A segment is not sampled if its
-rotation cannot be recovered, if that gains nothing, or if the message does not hold
-enough bits yet.
+rotation cannot be recovered, or if that gains nothing.
 
 **Exactness.** The decoder recovers a rotation by a factorisation in float32, and
-another LAPACK or a GPU has other rounding errors. The correction makes integers of it
-if these errors are within a margin. The encoder factorises the matrix a second time
-after a change as large as the backward error of a factorisation, and takes twelve times
-the root mean square of the differences (`coding.bits_back.correction.spread`), or more.
-A segment for which both recoveries do not give the same integers is not sampled. A
+another LAPACK or a GPU has other rounding errors. The encoder factorises the matrix a
+second time after a change as large as the backward error of a factorisation. The
+correction makes the same integers within a margin of twelve times the differences, see
+`coding.bits_back.correction.spread`; if it does not, the segment is not sampled. A
 machine beyond the margin decodes other elements; a digest of each array notices that,
 and the file is refused there.
 

@@ -39,15 +39,14 @@ def refuse(source: passes.ModelSource) -> None:
     )
   trees = map(source.specs, source.records)
   leaves = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
-  for segment in segments.shapes(source.config):
-    for path, shape in segment.all.items():
-      leaf = leaves.get(path)
-      if leaf is None or structured.is_structured(leaf):
-        raise ValueError(f'{path}: expected an array, got {type(leaf).__name__}')
-      if np.dtype(leaf.dtype).name not in typing.get_args(layout_lib.Dtype):
-        raise ValueError(f'{path}: expected floats of 16 or 32 bits, got {leaf.dtype}')
-      if tuple(leaf.shape) != shape:
-        raise ValueError(f'{path}: expected the shape {shape}, got {leaf.shape=}')
+  for path, shape in segments.all_shapes(source.config).items():
+    leaf = leaves.get(path)
+    if leaf is None or structured.is_structured(leaf):
+      raise ValueError(f'{path}: expected an array, got {type(leaf).__name__}')
+    if np.dtype(leaf.dtype).name not in typing.get_args(layout_lib.Dtype):
+      raise ValueError(f'{path}: expected floats of 16 or 32 bits, got {leaf.dtype}')
+    if tuple(leaf.shape) != shape:
+      raise ValueError(f'{path}: expected the shape {shape}, got {leaf.shape=}')
 
 
 def encode(

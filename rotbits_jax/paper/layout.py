@@ -113,8 +113,7 @@ class MessageLayout(schema.Object):
     """Returns the bytes of each record; a ValueError for another config."""
     # A small file may name millions of layers, so these are not listed first.
     is_long_enough = len(self.arrays) >= config.num_layers
-    listed = segments.shapes(config) if is_long_enough else []
-    shapes = {path: x for segment in listed for path, x in segment.all.items()}
+    shapes = segments.all_shapes(config) if is_long_enough else {}
     if self.arrays.keys() != shapes.keys():
       raise ValueError('the layout has other parameters than the config')
     sizes: collections.Counter[str] = collections.Counter()

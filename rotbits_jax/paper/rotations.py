@@ -29,14 +29,10 @@ def can_rotate(segment: segments.SegmentParameters, leaving: segments.Arrays) ->
 
   Among them are those of the shortcut that leads out of the segment.
   """
-  groups = (
-    (segment.readers, (0,)),
-    (segment.writers, (-1,)),
-    (segment.shortcut | leaving, (0, 1)),
-  )
+  axes = ((0,), segment.readers), ((-1,), segment.writers), ((0, 1), segment.shortcut)
   return all(
-    rotations.largest_rotated(x, axes) < 0.99 * float(jnp.finfo(x.dtype).max)
-    for arrays, axes in groups
+    rotations.largest_rotated(x, mixed) < 0.99 * float(jnp.finfo(x.dtype).max)
+    for mixed, arrays in (*axes, ((0, 1), leaving))
     for x in arrays.values()
   )
 

@@ -12,6 +12,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.symmetries import rotations
 
 Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/kernel'
 Arrays = dict[str, np.ndarray]
@@ -51,6 +52,11 @@ def shapes(config: models.ModelConfig) -> list[SegmentParameters]:
   return segments
 
 
+def all_shapes(config: models.ModelConfig) -> Shapes:
+  """Returns the shapes of all parameters of a sliced model."""
+  return {path: x for segment in shapes(config) for path, x in segment.all.items()}
+
+
 def _add(
   segments: list[SegmentParameters],
   prefix: str,
@@ -60,27 +66,20 @@ def _add(
   last: int,
 ) -> None:
   """Adds parameters to their segments: axis 0 is the first one, axis -1 the last."""
-
-  def segment(axis: models.layout.Axis) -> int | None:
-    if not isinstance(axis, int):
-      return None
-    return last if axis == -1 else first + axis
-
   flat = structured.flatten(shapes)
+  segment = lambda axis: segments[last if axis == -1 else first + axis]
   for path, parameter_axes in axes.items():
-    shape = {prefix + path: flat[path]}
-    is_kernel = len(parameter_axes) == 2
-    # A bias belongs to a kernel, and the scale of a norm of heads to the first segment.
-    kernel_axes = axes.get(path.rsplit('/', 1)[0] + '/kernel', (0,))
-    read = segment(parameter_axes[0] if is_kernel else kernel_axes[0])
-    written = segment(parameter_axes[-1])
-    if is_kernel and read is not None and written is not None:
-      segments[written].shortcut.update(shape)
-    elif written is not None:
-      segments[written].writers.update(shape)
+    read, written = rotations.sides(parameter_axes)
+    if written is not None:
+      target = segment(written)
+      group = target.writers if read is None else target.shortcut
     elif read is not None:
-      group = segments[read].readers if is_kernel else segments[read].biases
-      group.update(shape)
+      group = segment(read).readers
+    else:
+      # A bias belongs to its kernel, and the scale of a norm of heads to the first one.
+      kernel_axes = axes.get(path.rsplit('/', 1)[0] + '/kernel', (0,))
+      group = segment(kernel_axes[0]).biases
+    group[prefix + path] = flat[path]
 
 
 def read(source: passes.ModelSource) -> list[SegmentParameters]:

@@ -42,12 +42,9 @@ def remove_value_gauge(*, tolerance: float | None = None) -> Transform:
   """Makes the transform that fixes the gauge between value and output of every layer.
 
   Its notes give the rounding error of the product of the two kernels, in this form and
-  as plain arrays.
-
-  Args:
-    tolerance: the factor by which this error may grow. A layer whose error grows more
-      is not changed. By default it is 3 in models whose residual stream is rotated,
-      because there the other parameters make most of the error; else it is 1.
+  as plain arrays. A layer whose error grows by more than the tolerance is not changed.
+  By default it is 3 in models whose residual stream is rotated, because there the other
+  parameters make most of the error; else it is 1.
   """
   fix = functools.partial(_fix_heads, paths=heads.VALUES, tolerance=tolerance)
   return Transform('value gauge', layer=fix, takes='float32')
@@ -90,15 +87,12 @@ def _zero_biases(context: Context, state: Any, index: int, params: Params) -> No
   for bias, out in ((heads.KEY_BIAS, None), (heads.VALUE_BIAS, heads.OUT_BIAS)):
     if bias not in changed:
       continue
-    moved = params[bias] if out is None else changed[out]
-    rounded = structured.astype(
-      np.asarray(moved), context.holder(prefix + (out or bias))
-    )
-    details = {}
-    if np.isfinite(rounded).all():
+    moved = np.asarray(params[bias] if out is None else changed[out])
+    details = {'obstacle': 'weights that are not finite or would be too large'}
+    dtype = context.dtype_of(prefix + (out or bias))
+    if np.isfinite(structured.astype(moved, dtype)).all():
       params |= {path: changed[path] for path in (bias, out) if path is not None}
-    else:
-      details = {'obstacle': 'weights that are not finite or would be too large'}
+      details = {}
     notes.append(note(prefix + bias, params[bias], **details))
   return params, notes
 
@@ -120,7 +114,7 @@ def _fix_heads(
   if tolerance is None:
     valid = models.layout.symmetries(config)
     tolerance = 3.0 if valid.segments or valid.stream else 1.0
-  dtype = context.holder(*(prefix + path for path in pair))
+  dtype = context.narrowest(prefix + path for path in pair)
   fixed, errors = _fix(pair, config, dtype=dtype)
   kernel = heads.OUT if paths == heads.VALUES else heads.KEY
   return params, [_settled(params, kernel, fixed, errors, tolerance, prefix=prefix)]
@@ -149,7 +143,7 @@ def _fix_pairs(
   prefix, notes = models.names.prefix(index), []
   for path, pair in params.copy().items():
     if isinstance(pair, structured.LowRank) and 1 <= pair.rank <= min(pair.shape):
-      leaf, errors, spread = _fix_pair(pair, dtype=context.holder(prefix + path))
+      leaf, errors, spread = _fix_pair(pair, dtype=context.dtype_of(prefix + path))
       tolerance = _PAIR_TOLERANCE / float(spread)
       settled = _settled(
         params, path, {path: leaf}, errors, tolerance, prefix=prefix, least=_LEAST

@@ -21,9 +21,6 @@ is not finite do not count, because a rotation keeps every row to itself.
 folded into the kernels that read them, all segments share one rotation, which is free.
 If the head is the embedding, nothing can be rotated, because the scale of the last norm
 stands between the two.
-
-References:
-  SliceGPT, arXiv 2401.15024, section 3: the rotations and the shortcuts.
 """
 
 import functools
@@ -59,15 +56,11 @@ _PROBES = 64  # vectors by which an error is measured
 def remove_residual_gauge(*, tolerance: float = 0.7) -> Transform:
   """Makes the transform that fixes the rotations of the residual stream.
 
-  It must be the first in a chain, because it reads the source to choose R_0. Its notes
-  give the form, the rank and the relative error of each shortcut, and name the kernels
-  that are trapezoidal.
-
-  Args:
-    tolerance: a singular value of a shortcut counts as 1 if it differs from 1 by at
-      most this multiple of `Context.roundoff`. In SliceGPT's shortcuts, those that
-      should be 1 spread by 0.9 roundoffs. With 1.5 all of them count as 1, which
-      changes the model as much as other coordinates do.
+  Its notes give the form, the rank and the relative error of each shortcut, and name
+  the kernels that are trapezoidal. A singular value of a shortcut counts as 1 if it
+  differs from 1 by at most the tolerance times `Context.roundoff`. In SliceGPT's
+  shortcuts, those that should be 1 spread by 0.9 roundoffs. With 1.5 all of them count
+  as 1, which changes the model as much as other coordinates do.
   """
   return Transform(
     'residual gauge',
@@ -253,7 +246,7 @@ def obstacle(context: Context) -> str | None:
       is_table = axes[path][0] in ('vocabulary', 'position')
       pair = structured.pair(leaf)
       factors = [(leaf, rotated)] if pair is None else [(pair.u, (0,)), (pair.v, (1,))]
-      limit = _RANGE * float(jnp.finfo(context.holder(prefix + path)).max) / scale
+      limit = _RANGE * float(jnp.finfo(context.dtype_of(prefix + path)).max) / scale
       bound = rotations_lib.largest_rotated
       if not all(bound(np.asarray(x), axis, is_table) <= limit for x, axis in factors):
         return (

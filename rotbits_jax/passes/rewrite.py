@@ -10,6 +10,7 @@ embedding, the final norm or the head.
 
 import collections
 from collections.abc import Iterable, Iterator
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -92,12 +93,9 @@ def rewrite(
   >>> [record.name for records, _ in rewritten for record in records]
   ['layers.0', 'layers.1', 'layers.2', 'embed', 'head']
 
-  Yields:
-    The record of a layer, or all records outside the layers, and the state after them.
-
-  Raises:
-    ValueError: if a transform takes other weights than this rounding gives, or notes an
-      error above 8 roundoffs.
+  Yields the record of a layer, or all records outside the layers, and the state after
+  them. A ValueError says that a transform takes other weights than this rounding gives,
+  or notes an error above 8 roundoffs.
   """
   transform_lib.check_takes(chain, 'stored' if rounding is None else 'float32')
   layers = range(context.config.num_layers) if layers is None else layers
@@ -193,15 +191,12 @@ def run_chain(
   *,
   rounding: Rounding = rounding_lib.NEAREST,
 ) -> tuple[models.Model, list[Saving]]:
-  """Applies transforms to a whole model in memory, as `rewrite` does.
+  """Applies transforms to a model in memory; one saving sums up each transform.
 
   >>> model = rotbits_jax.load_checkpoint(rotbits_jax.checkpoints.example()).model
   >>> rewritten, savings = run_chain([rotbits_jax.passes.remove_biases()], model)
   >>> savings[0].name, savings[0].elements
   ('biases', 381)
-
-  Returns:
-    The rewritten model, with NumPy arrays, and one saving for each transform.
   """
   context = make_context(model, stored_as=model.stored_as)
   chain = transform_lib.chain(*transforms)
@@ -260,16 +255,24 @@ def _widened(params: Params) -> Params:
 
 def _count(context: Context, prefix: str, params: Params) -> tuple[int, int]:
   """Counts the elements and bytes of parameters, rounded but not coded."""
+  elements = size = 0
+  for path, leaf in params.items():
+    arrays, treedef = jax.tree.flatten(leaf)
+    specs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+    counts = _count_leaf(treedef, specs, context.dtype_of(prefix + path))
+    elements, size = elements + counts[0], size + counts[1]
+  return elements, size
 
-  def rounded(path: str, leaf: Any) -> Any:
-    dtype = context.dtypes.get(prefix + path, context.dtype)
-    return leaf if leaf.dtype == dtype else structured.astype(leaf, dtype)
 
-  # The rounded leaves are only described, and not computed.
-  leaves = jax.eval_shape(
-    lambda x: {path: rounded(path, x[path]) for path in x}, params
-  )
-  return structured.count_elements(leaves), structured.count_bytes(leaves)
+@functools.lru_cache(maxsize=1024)  # layers are alike, and describing a leaf is slow
+def _count_leaf(
+  treedef: Any, specs: tuple[jax.ShapeDtypeStruct, ...], dtype: np.dtype
+) -> tuple[int, int]:
+  """Counts the elements and bytes of a leaf, which is rounded in description only."""
+  leaf = jax.tree.unflatten(treedef, specs)
+  if leaf.dtype != dtype:
+    leaf = jax.eval_shape(lambda x: structured.astype(x, dtype), leaf)
+  return structured.count_elements(leaf), structured.count_bytes(leaf)
 
 
 def _checked(context: Context, transform: Transform, note: Note) -> Note:

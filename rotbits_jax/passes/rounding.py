@@ -98,18 +98,11 @@ def with_minimum_exponent(offset: float = 0.0) -> Rounding:
 
 
 def to_steps(
-  step: float,
-  offsets: Mapping[str, float] | None = None,
-  inputs: Mapping[str, Inputs] | None = None,
+  step: float,  # log2 of the step over the rms of an array
+  offsets: Mapping[str, float] | None = None,  # to add, by path or `names.pattern`
+  inputs: Mapping[str, Inputs] | None = None,  # see `Rounding`
 ) -> Rounding:
-  """Makes the rounding of all weights of an array to multiples of one step.
-
-  Args:
-    step: log2 of the step over the rms of the array.
-    offsets: added to `step`, by path or by pattern, see `models.names.pattern`; 0 for
-      other parameters. No step is finer than `FINEST`.
-    inputs: see `Rounding`.
-  """
+  """Makes the rounding to multiples of one step for each array, at least `FINEST`."""
   known = dict(offsets or {})
 
   def log2_step(path: str, dtype: np.dtype) -> float:
@@ -127,9 +120,8 @@ def round_params(
 ) -> tuple[Params, list[Note], float]:
   """Rounds float32 matrices to their steps on their device, and fetches all parameters.
 
-  Returns:
-    The rounded parameters on the host; a note for each matrix that was rounded to a
-    step; and about how many bits that saves an entropy coder.
+  Returns the rounded parameters on the host; a note for each matrix that was rounded to
+  a step; and about how many bits that saves an entropy coder.
   """
   effects: dict[str, Effect] = {}
   for path in list(params):
@@ -141,7 +133,7 @@ def round_params(
     if inputs is not None and path == 'head/kernel':
       # Steps of its columns save more than the zeros of a structured leaf.
       leaf = structured.materialize(leaf)
-    dtype = context.dtypes.get(path, context.dtype)
+    dtype = context.dtype_of(path)
     params[path], effects[path] = round_leaf(
       leaf, dtype, log2_step, rounding.uniform, inputs
     )
@@ -152,7 +144,7 @@ def round_params(
     else:
       # On the host, because these are vectors as a rule, and a program for so few
       # weights takes longer to compile.
-      dtype = rounding.dtype or context.dtypes.get(path, context.dtype)
+      dtype = rounding.dtype or context.dtype_of(path)
       params[path] = structured.astype(leaf, dtype)
   effects = {path: effect for path, effect in effects.items() if effect.step}
   notes = [effect.note(path) for path, effect in effects.items()]
@@ -163,7 +155,7 @@ def _log2_step(
   rounding: Rounding, path: str, leaf: Any, context: Context
 ) -> float | None:
   """Returns log2 of the step of a parameter; None to round it to nearest numbers."""
-  log2_step = rounding.log2_step(path, context.dtypes.get(path, context.dtype))
+  log2_step = rounding.log2_step(path, context.dtype_of(path))
   is_on_device = any(isinstance(x, jax.Array) for x in jax.tree.leaves(leaf))
   is_vector = structured.is_plain(leaf) and not is_matrix(leaf)
   is_tied = isinstance(leaf, structured.Tied)  # fitted to a head, and small

@@ -72,8 +72,8 @@ def retie_exactly() -> Transform:
 
 def _retie_embedding(context: Context, state: Any, params: Params) -> Noted:
   """Stores T, rounded, if the embedding then has a small error."""
-  dtype, unit = context.holder(_EMBED), context.roundoff
-  matrices, notes = _table_and_head(params, context.holder(_HEAD))
+  dtype, unit = context.dtype_of(_EMBED), context.roundoff
+  matrices, notes = _table_and_head(params, context.dtype_of(_HEAD))
   if matrices is None:
     return params, notes
   table, head = matrices

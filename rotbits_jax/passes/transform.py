@@ -9,7 +9,7 @@ the parameters that it gets**, as a function owns donated buffers: it may change
 dict and return it. So the memory of a leaf is free as soon as it is rewritten.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -62,10 +62,18 @@ class Context(NamedTuple):
     least = 16 * float(jnp.finfo(jnp.float32).eps)
     return max(float(jnp.finfo(self.dtype).eps) / 2, least)
 
-  def holder(self, *paths: str) -> np.dtype:
-    """Returns the dtype of parameters; of several, the one with the smallest range."""
-    dtypes = [self.dtypes.get(path, self.dtype) for path in paths]
-    return min(dtypes, key=lambda dtype: float(jnp.finfo(dtype).max))
+  def dtype_of(self, path: str) -> np.dtype:
+    """Returns the dtype to which a parameter is rounded at the end."""
+    return self.dtypes.get(path, self.dtype)
+
+  def narrowest(self, paths: Iterable[str]) -> np.dtype:
+    """Returns the one of the dtypes of parameters that has the smallest range."""
+    return min(map(self.dtype_of, paths), key=lambda x: float(jnp.finfo(x).max))
+
+
+def _unchanged(context: Context, state: State, *args: Any) -> Noted:
+  """Returns parameters, the last argument, as they are."""
+  return args[-1], []
 
 
 class Transform(NamedTuple):
@@ -73,34 +81,21 @@ class Transform(NamedTuple):
 
   >>> [transform.name for transform in chain(Transform('a'), chain(Transform('b')))]
   ['a', 'b']
-
-  Attributes:
-    name: the name of its saving in the report.
-    init: takes the context; returns the state before the first layer. It may read any
-      part of the source.
-    advance: takes the context, the state, the index of a layer and the layer, which it
-      does not change; returns the state for this layer. None if the state is constant.
-    layer: takes the same arguments, with the state of this layer; returns the rewritten
-      layer and its notes.
-    outer: takes the context, the last state and the parameters outside the layers;
-      returns them rewritten, and the notes.
-    reads_source: whether it reads parts of the source before they are rewritten, and so
-      must be the first of a chain.
-    takes: 'float32' if weights must be float32 and are rounded after the last
-      transform; 'stored' if they must be those of the source, in its dtypes.
   """
 
-  name: str
+  name: str  # of its saving in the report
+  # Returns the state before the first layer. It may read any part of the source.
   init: Callable[[Context], State] = lambda context: ()
+  # Returns the state for the layer with this index, which it does not change.
   advance: Callable[[Context, State, int, Params], State] | None = None
-  layer: Callable[[Context, State, int, Params], Noted] = (
-    lambda context, state, index, params: (params, [])
-  )
-  outer: Callable[[Context, State, Params], Noted] = lambda context, state, params: (
-    params,
-    [],
-  )
+  # Returns the layer with this index, rewritten, and its notes; gets its state.
+  layer: Callable[[Context, State, int, Params], Noted] = _unchanged
+  # Returns the parameters outside the layers, rewritten; gets the last state.
+  outer: Callable[[Context, State, Params], Noted] = _unchanged
+  # Whether it reads parts of the source ahead, and so must be the first of a chain.
   reads_source: bool = False
+  # 'float32' weights, which are rounded after the last transform, or as they are
+  # 'stored' in the source.
   takes: Literal['any', 'float32', 'stored'] = 'any'
 
 
@@ -139,15 +134,17 @@ def check_takes(transforms: Chain, takes: str) -> None:
       )
 
 
-def note(path: str, leaf: Any, *, error: Any = 0.0, **details: Any) -> Note:
+def note(
+  path: str,  # of the parameter in the whole model
+  leaf: Any,  # the array or structured leaf that now stands for it, unstacked
+  *,
+  error: Any = 0.0,  # relative error of the leaf, in the Frobenius norm
+  **details: Any,
+) -> Note:
   """Makes a note on one tensor.
 
-  Args:
-    path: path of the parameter in the whole model.
-    leaf: the array or structured leaf that now stands for the parameter, unstacked.
-    error: relative error of the leaf, in the Frobenius norm.
-    details: further JSON values, or arrays `[]`. An `obstacle` says why the transform
-      did not change the tensor; a `plain_error` is the error of plain arrays.
+  Details are JSON values, or arrays `[]`. An `obstacle` says why the transform did not
+  change the tensor; a `plain_error` is the error of plain arrays.
   """
   return {
     'tensor': path,

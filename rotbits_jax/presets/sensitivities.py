@@ -14,6 +14,7 @@ errors. Then the sum of both is approximated by a product of the same form.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -115,14 +116,18 @@ def fitted(
   return inputs
 
 
-def divergence(inputs: passes.Inputs, error: Any) -> float:
-  """Returns about the divergence in nats that an error of a matrix causes."""
-  rows = error if inputs.axis == 0 else error.T
-  return float(_divergence(rows, inputs.moments, inputs.outputs))
-
-
-@jax.jit
-def _divergence(error: jax.Array, moments: jax.Array, outputs: jax.Array) -> jax.Array:
-  """Returns the divergence of an error `[in, out]`, see above."""
+@functools.partial(jax.jit, static_argnums=3)
+def divergence(
+  exact: Any,  # a matrix or a leaf, [in, out]; [out, in] if the axis is 1
+  rounded: Any,
+  moments: jax.Array,  # A
+  axis: int,  # of the inputs
+  outputs: jax.Array,  # g
+) -> jax.Array:
+  """Returns about the divergence in nats that rounding a matrix causes."""
+  exact, rounded = structured.materialize((exact, rounded))
+  # Tokens that no text has may have other numbers, which are kept.
+  error = jnp.where(jnp.isfinite(exact), exact - rounded, 0)
+  error = error if axis == 0 else error.T
   product = jnp.matmul(moments, error, precision='highest')
   return outputs @ (error * product).sum(axis=0) / 2

@@ -25,7 +25,6 @@ import os
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
@@ -163,7 +162,7 @@ class _Rewritten:
     """Rounds a part, also to the dtypes of the checkpoint as `decode` does."""
     arrays = structured.expand(self.rounded(name, rounding)[0], keep_factors=True)
     for path, leaf in arrays.items():
-      arrays[path] = structured.astype(leaf, self.context.holder(path))
+      arrays[path] = structured.astype(leaf, self.context.dtype_of(path))
     return structured.unflatten(structured.astype(arrays, np.float32))
 
 
@@ -203,19 +202,10 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
     for path, matrix_inputs in (unseen or [seen])[0].items():
       if path in stepped:
         counts[path] = structured.count_elements(rounded[path])
-        error = _error(exact[path], rounded[path])
-        divergences[path] = sensitivities.divergence(matrix_inputs, error)
+        leaves = exact[path], rounded[path]
+        divergences[path] = float(sensitivities.divergence(*leaves, *matrix_inputs))
     rewritten.bar.update()
   return Calibration(_offsets(counts, divergences), inputs, divergences)
-
-
-@jax.jit
-def _error(leaf: Any, rounded: Any) -> jax.Array:
-  """Returns the error of the array of a leaf."""
-  array = lambda x: x.materialize() if structured.is_structured(x) else x
-  exact = array(leaf)
-  # Tokens that no text has may have other numbers, which are kept.
-  return jnp.where(jnp.isfinite(exact), exact - array(rounded), 0)
 
 
 def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str, float]:

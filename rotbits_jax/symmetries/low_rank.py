@@ -40,7 +40,10 @@ _MOST_OCTAVES = 15  # of the size of a row or column from their mean
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
-def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
+def fix_pair(
+  u: jax.Array,  # [m, r], 1 <= r <= min(m, n)
+  v: jax.Array,  # [r, n]
+) -> structured.ReducedLowRank:
   """Fixes the gauge of one pair; returns a leaf for `u @ v`, float32.
 
   >>> u = jax.random.normal(jax.random.key(0), (32, 16))
@@ -51,10 +54,6 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
   832
   >>> bool(jnp.allclose(fixed.materialize(), u @ v, atol=1e-3))
   True
-
-  Args:
-    u: `[m, r]`, 1 <= r <= min(m, n).
-    v: `[r, n]`.
   """
   chex.assert_shape(v, (u.shape[1], None))
   u, v = u.astype(jnp.float32), v.astype(jnp.float32)
@@ -78,16 +77,13 @@ def fix_pair(u: jax.Array, v: jax.Array) -> structured.ReducedLowRank:
 
 
 def spread(factor: jax.Array) -> jax.Array:
-  """Returns how unequal the singular values of a factor are: 1 if they are equal.
+  """Returns how unequal the singular values of a factor `[m, r]` are, at least 1.
 
   Let S be the diagonal matrix of the singular values of a product, and the factors be
   `Q S^(1/2)` and `S^(1/2) P` with orthonormal Q and P. Rounding them makes an error
   whose square is in proportion to `tr S^2`, as does rounding a basis and `S P`. If the
   factors are rotated at random before, it is in proportion to `(tr S)^2 / r`. The
   spread is the root of the ratio.
-
-  Args:
-    factor: `[m, r]`.
   """
   gram = _matmul(factor.T, factor)
   return len(gram) ** 0.5 * jnp.linalg.norm(gram) / jnp.trace(gram)

@@ -14,12 +14,7 @@ _LARGE = 1 << 23  # numbers; XLA does not divide the sums of a larger result
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Returns `a @ b` with full float32 precision.
-
-  Args:
-    a: `[m, k]` or `[k]`.
-    b: `[k, n]`.
-  """
+  """Returns `a @ b`, `[m, k]` or `[k]` times `[k, n]`, in full float32 precision."""
   if a.ndim == 1:
     return matmul(a[None], b)[0]
   product = lambda x, y: jnp.matmul(x, y, precision='highest')

@@ -15,7 +15,7 @@ source, and cuts masked columns. Shape letters are those of `models.config`.
 from collections.abc import Callable
 import functools
 import itertools
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,6 @@ from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries.layer import Params
 
-_Stack = TypeVar('_Stack')
-
 
 class Gauges(NamedTuple):
   """The coordinates that `canonicalize` chose, float32, by stack as 'layers.0:16'."""
@@ -41,25 +39,22 @@ class Gauges(NamedTuple):
 
 
 def canonicalize(
-  params: models.Params, config: models.ModelConfig, *, tolerance: float | None = None
+  params: models.Params,  # see `models.Model`, in any floating-point dtype
+  config: models.ModelConfig,
+  *,
+  tolerance: float | None = None,  # of singular values that count as 1
 ) -> tuple[models.Params, Gauges]:
   """Brings the parameters of a model to their canonical form.
 
   It fixes the residual gauge, folds the scales of RMSNorms, writes shortcuts as
   `I - B B^T + C C^T`, moves the value biases into the output biases, and fixes the
-  gauges of attention heads. The function of the model does not change.
+  gauges of attention heads. The function of the model does not change. Structured
+  leaves are materialized first, except low-rank pairs. A sliced model must not get
+  narrower from segment to segment. The tolerance is 0.7 roundoffs of the dtype of the
+  shortcuts by default, as in `passes.remove_residual_gauge`.
 
-  Args:
-    params: the parameters of a model, see `models.Model`, in any floating-point dtype.
-      Structured leaves are materialized first, except low-rank pairs.
-    config: its config. A sliced model must not get narrower from segment to segment.
-    tolerance: a singular value of a shortcut counts as 1 if it differs from 1 by at
-      most this. By default it is 0.7 roundoffs of the dtype of the shortcuts, as in
-      `passes.remove_residual_gauge`.
-
-  Returns:
-    The parameters, float32, in the stacks of the input, and the gauges. In B and C,
-    columns that are not needed are zero and come last; `Model.layer` cuts them.
+  Returns the parameters, float32, in the stacks of the input, and the gauges. In B and
+  C, columns that are not needed are zero and come last; `Model.layer` cuts them.
   """
   layers = {key: models.names.stacked_layers(key) for key in params}
   ranges = {key: x for key, x in layers.items() if x is not None}
@@ -147,10 +142,9 @@ def _rotated(
   return stacks, outer, gauges
 
 
-def _layer(stack: _Stack, index: int) -> _Stack:
+def _layer(stack: Any, index: int) -> Any:
   """Returns one layer of a stack of arrays."""
-  layer: _Stack = jax.tree.map(lambda x: x[index], stack)
-  return layer
+  return jax.tree.map(lambda x: x[index], stack)
 
 
 def _running_rotations(polars: list[canonical.Polar], first: jax.Array) -> jax.Array:

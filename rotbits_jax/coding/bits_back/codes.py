@@ -141,7 +141,7 @@ def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
     )
 
   return RotationCode(
-    eigen.num_numbers(n),
+    n * (n + 1) // 2,
     eigen.codec(n),
     draw,
     correct,

@@ -18,11 +18,8 @@ A correction repairs the errors of Q_hat, in one of two ways:
 * exact: every number is made exact (see `correction`);
 * threshold: a number whose error exceeds a threshold is sent in full, and the other
   numbers keep their errors. So the message that comes back *differs* in the popped
-  numbers, by up to the threshold. If these are float16 weights that were pushed as
-  uniform 16-bit symbols, the weights only lose precision. If they are anything else,
-  such as entropy-coded symbols, everything below them is corrupted. The corrections of
-  rotations below were computed from the numbers without errors, so only decoding shows
-  the result of decoding.
+  numbers. Float16 weights that were pushed as uniform 16-bit symbols only lose
+  precision by that; entropy-coded symbols would be corrupted.
 
 The paper (arXiv 2410.01309) does not specify the numbers. Here every 16-bit pattern
 stands for a finite number, because a message may hold any pattern: see `FLOAT16`, and
@@ -42,6 +39,7 @@ import jax.numpy as jnp
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.coding.bits_back import haar
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
@@ -64,14 +62,9 @@ class Spacing(NamedTuple):
   position: Callable[[jax.Array], jax.Array]  # float32 to real ordinals, float32
 
 
-def num_numbers(n: int) -> int:
-  """Returns S, the number of 16-bit numbers that a rotation is sampled from."""
-  return n * (n + 1) // 2
-
-
 def codec(n: int) -> codecs.Codec:
   """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[S]`."""
-  return _raw(num_numbers(n))
+  return _raw(n * (n + 1) // 2)
 
 
 def spectrum_codec(n: int) -> codecs.Codec:
@@ -184,14 +177,9 @@ def _pattern(ordinals: jax.Array) -> jax.Array:
 
 
 def _places(n: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the row and the column of each number in the triangle: int32 `[S]`.
-
-  Rows n - 1 - r and r have n + 1 numbers, so the triangle folds to a rectangle.
-  """
-  pair, offset = jnp.divmod(jnp.arange(num_numbers(n), dtype=jnp.int32), n + 1)
-  second = offset >= n - pair
-  row = jnp.where(second, pair, n - 1 - pair)
-  return row, jnp.where(second, offset - (n - pair), offset)
+  """Returns the row and the column of each number in the triangle: int32 `[S]`."""
+  row, column = haar.places(n + 1, n)  # its columns are rows here, from the last one on
+  return n - 1 - column, row - column
 
 
 def _triangle(matrix: jax.Array) -> jax.Array:

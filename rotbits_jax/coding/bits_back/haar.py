@@ -31,8 +31,7 @@ are about equal everywhere. Even steps of probability would cost 0.7 bits more.
 **Recovery.** The decoder has a frame Q_hat near Q and a `FrameCorrection`, which makes
 every cell exact (see `correction`). It reads the columns from left to right. Before it
 reads a column, it applies the exact reflections of all columns before that one, so
-errors do not accumulate: Householder QR with corrections. A machine whose floats differ
-by more than the margin of a correction gets other cells, which a digest must notice.
+errors do not accumulate: Householder QR with corrections.
 
 Shape letters: [n, k] the shape of the frame; S cells of a frame, of which one is the
 sign if k = n; P columns of a panel. Functions are unbatched; use `vmap`.
@@ -86,7 +85,7 @@ def codec(n: int, k: int) -> codecs.Codec:
   """Returns the codec under the Haar measure of the cells uint16 `[S]` of a frame."""
 
   def bins() -> codecs.Codec:
-    row, _ = _places(n, k)
+    row, _ = places(n, k)
     # The sign is in the last row. It has no bin, and its low part is one bit.
     context = jnp.where(row < n - 1, n - 2 - row, max(n - 1, 0))
     fine = jnp.where(row < n - 1, 1 << _FINE_BITS, 2)
@@ -119,7 +118,7 @@ def correct(
   """
   n, k = recovered.shape
   chex.assert_shape(cells, (num_cells(n, k),))
-  _, column = _places(n, k)
+  _, column = places(n, k)
   # The least margin covers the decoder's own float32 arithmetic, whose errors grow as
   # sqrt(n). In 1024 dimensions two orders of applying the reflections differed by 0.04
   # cells, and two computations of a well-conditioned polar factor by 0.08 cells.
@@ -150,7 +149,7 @@ def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
   n, k = recovered.shape
   width = -(-k // _PANEL) * _PANEL
   widen = lambda x: jnp.pad(x, ((0, 0), (0, width - k)))
-  _, column = _places(n, k)
+  _, column = places(n, k)
   levels = widen(_unpack(correction_lib.levels(correction.cells, column), n, k))
   residues = widen(_unpack(correction.cells.residue, n, k))
   remaining = widen(jnp.where(correction.flips, -recovered, recovered))
@@ -215,7 +214,7 @@ def correction_codec(n: int, k: int, frequencies: jax.Array) -> codecs.Codec:
   return codecs.mapped(
     codecs.deferred(
       lambda: codecs.serial(
-        correction_lib.codec(_places(n, k)[1], k, frequencies[:2]),
+        correction_lib.codec(places(n, k)[1], k, frequencies[:2]),
         codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:]),
       )
     ),
@@ -320,7 +319,7 @@ def _reflections(vectors: jax.Array, x: jax.Array, *, transpose: bool) -> jax.Ar
   return jax.scipy.linalg.solve_triangular(factor, products, trans=int(transpose))
 
 
-def _places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
+def places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
   """Returns the row and the column of each cell in the frame: int32 `[S]`.
 
   The columns j and k - 1 - j together have 2n - 1 - k coordinates. So the trapezoid of
@@ -337,13 +336,13 @@ def _places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
 
 def _pack(matrix: jax.Array, n: int, k: int) -> jax.Array:
   """Returns the entries `[S]` of a matrix `[n, >= k]` at the places of the cells."""
-  row, column = _places(n, k)
+  row, column = places(n, k)
   return matrix.at[row, column].get(mode='promise_in_bounds')
 
 
 def _unpack(values: jax.Array, n: int, k: int) -> jax.Array:
   """Puts values `[S]` at the places of the cells and zeros elsewhere: `[n, k]`."""
   matrix = jnp.zeros((n, k), values.dtype)
-  return matrix.at[_places(n, k)].set(
+  return matrix.at[places(n, k)].set(
     values, mode='promise_in_bounds', unique_indices=True
   )
