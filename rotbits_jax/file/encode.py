@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import platform
-import typing
 from typing import Any, BinaryIO
 
 import jax
@@ -57,7 +56,7 @@ class Encoder:
 
   def __init__(
     self,
-    source: sources.Source,
+    source: passes.Source,
     preset: presets.Preset,
     *,
     base: base_lib.Base | None = None,
@@ -81,7 +80,7 @@ class Encoder:
     self._context = self._made_context()
     if not self.can_be_divided:
       # The context is made of its config.
-      paper.refuse(typing.cast(passes.ModelSource, self._records))
+      paper.refuse(self._records)
     dtypes = self._context.dtypes if self._context else {}
     specs, names = self._records.specs, self._records.records
     self.counts = {name: _counts(specs(name), dtypes) for name in names}
@@ -164,7 +163,7 @@ class Encoder:
     """Returns the context of the transform; None for arrays of no known family."""
     source: Any = self.source
     if source.config is not None:
-      return passes.make_context(self._records, stored_as=source.stored_as)
+      return passes.make_context(self._records)
     if self.preset.keeps == 'function':
       reason = getattr(source, 'reason', None)
       raise checkpoints.UnsupportedError(

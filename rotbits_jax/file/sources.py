@@ -9,13 +9,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.system import checksums
 
@@ -25,29 +26,7 @@ Tree = dict[str, Any]
 _USED_BITS = {'int2': 3, 'uint2': 3, 'int4': 15, 'uint4': 15}
 
 
-class Source(Protocol):
-  """Arrays in records: a `Model`, an opened checkpoint, or `TreeRecords`."""
-
-  @property
-  def config(self) -> models.ModelConfig | None:
-    """Config of the model; None for plain arrays."""
-
-  @property
-  def stored_as(self) -> str | None:
-    """See `models.Model`; None if the arrays are rounded already."""
-
-  @property
-  def records(self) -> tuple[str, ...]:
-    """Names of the records, in the order of the file."""
-
-  def specs(self, record: str) -> models.Params:
-    """Returns the shapes and dtypes of a record; nothing is read from disk."""
-
-  def read(self, record: str) -> models.Params:
-    """Returns the leaves of a record: nested dicts with whole paths."""
-
-
-def of(value: Any) -> Source:
+def of(value: Any) -> passes.Source:
   """Returns the source of a model, a checkpoint (its path, or opened), or a PyTree."""
   if isinstance(value, str | os.PathLike):
     return checkpoints.open_any(value)
@@ -61,7 +40,7 @@ def of(value: Any) -> Source:
   return TreeRecords(native(to_dicts(source)))
 
 
-def plain(source: Source, path: Any) -> Source:
+def plain(source: passes.Source, path: Any) -> passes.Source:
   """Returns a dense checkpoint of safetensors files as tensors under their names.
 
   Its files come back byte for byte then. Other sources are returned as they are. `path`
@@ -96,7 +75,7 @@ def _native_array(array: Any) -> Any:
   return (array.view(np.uint8) & used).view(array.dtype)
 
 
-def array_of(source: Source, path: str) -> Any:
+def array_of(source: passes.Source, path: str) -> Any:
   """Returns the array of a parameter, which other parameters may need."""
   record = path.partition('/')[0]
   flat = structured.flatten(source.read(record)) if record in source.records else {}
@@ -123,7 +102,7 @@ def fingerprint(source: Any) -> str:
 
 
 class TreeRecords:
-  """Nested dicts as a `Source`; the keys of the outermost level are records."""
+  """Nested dicts as a `passes.Source`; the keys of the outermost level are records."""
 
   config = stored_as = None
 

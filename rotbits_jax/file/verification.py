@@ -12,7 +12,6 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.file import sources
 from rotbits_jax.file.container import ContainerError
 
 _TOKENS = 256  # number of tokens for which predictions are compared
@@ -41,7 +40,7 @@ class Verification(NamedTuple):
 
 def read_all(
   reader: reader_lib.Reader,
-  expected: sources.Source | None = None,
+  expected: passes.Source | None = None,
   *,
   progress: bool = False,
 ) -> Verification:

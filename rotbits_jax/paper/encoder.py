@@ -31,7 +31,7 @@ class EncodedModel(NamedTuple):
   saving: passes.Saving  # of all rotations, with a note for each segment
 
 
-def refuse(source: passes.ModelSource) -> None:
+def refuse(source: passes.Source) -> None:
   """Raises a ValueError if a model cannot be coded. It reads only shapes and dtypes."""
   if not source.config.sliced:
     raise ValueError(
@@ -50,7 +50,7 @@ def refuse(source: passes.ModelSource) -> None:
 
 
 def encode(
-  source: passes.ModelSource, options: layout_lib.Options, *, progress: bool = False
+  source: passes.Source, options: layout_lib.Options, *, progress: bool = False
 ) -> EncodedModel:
   """Encodes a sliced model by the published scheme; a ValueError as from `refuse`."""
   refuse(source)
@@ -100,7 +100,7 @@ class _Sample(NamedTuple):
 class _Encoder:
   """The state of one call of `encode`."""
 
-  def __init__(self, source: passes.ModelSource, options: layout_lib.Options):
+  def __init__(self, source: passes.Source, options: layout_lib.Options):
     self.options, self.widths = options, source.config.segment_widths
     self.segments = segments.read(source)
     self.message, self.corrections = stack.WordStack(), stack.WordStack()
@@ -122,6 +122,7 @@ class _Encoder:
     first = {} if t else self._push_first(segment, neutral)
     frame = self.options.frame(self.widths, t, self.fixed)
     note: dict[str, Any] = {'segment': t, 'width': self.widths[t], 'found in': None}
+    rotation: jax.Array | None
     words = np.zeros(0, np.uint16)
     if can_rotate and frame.n:
       rows = self.options.code(frame).max_rows(self.lanes)

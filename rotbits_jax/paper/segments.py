@@ -82,7 +82,7 @@ def _add(
     group[prefix + path] = flat[path]
 
 
-def read(source: passes.ModelSource) -> list[SegmentParameters]:
+def read(source: passes.Source) -> list[SegmentParameters]:
   """Returns the arrays around each segment of a model, in order."""
   arrays: Arrays = {}
   for record in source.records:

@@ -45,7 +45,7 @@ from rotbits_jax.passes.tied import retie_embedding as retie_embedding
 from rotbits_jax.passes.tied import retie_exactly as retie_exactly
 from rotbits_jax.passes.transform import Chain as Chain
 from rotbits_jax.passes.transform import Context as Context
-from rotbits_jax.passes.transform import ModelSource as ModelSource
+from rotbits_jax.passes.transform import Source as Source
 from rotbits_jax.passes.transform import Transform as Transform
 from rotbits_jax.passes.transform import chain as chain
 from rotbits_jax.passes.transform import note as note

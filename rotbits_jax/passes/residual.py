@@ -260,8 +260,9 @@ def _read(context: Context, index: int | None) -> Params:
 
   Float32 arrays take the place of structured leaves; other leaves are not copied.
   """
-  source, name = context.source, '' if index is None else models.names.layer(index)
-  params = structured.flatten(source.read(name)[name] if name else source.outer())
+  params = {
+    k: x for tree in context.read(index) for k, x in structured.flatten(tree).items()
+  }
   for path, leaf in params.items():
     if structured.is_structured(leaf):
       params[path] = leaf.astype(jnp.float32)

@@ -25,6 +25,7 @@ from rotbits_jax.passes.transform import Chain
 from rotbits_jax.passes.transform import Context
 from rotbits_jax.passes.transform import Note
 from rotbits_jax.passes.transform import Params
+from rotbits_jax.passes.transform import Source
 from rotbits_jax.passes.transform import State
 from rotbits_jax.passes.transform import Transform
 
@@ -54,17 +55,15 @@ class Record(NamedTuple):
   savings: list[Saving]  # of each transform; all outer ones are in one record
 
 
-def make_context(
-  source: transform_lib.ModelSource, *, stored_as: str | None = None
-) -> Context:
-  """Makes the context for a source; `stored_as` is the dtype of all weights, if any."""
+def make_context(source: Source) -> Context:
+  """Makes the context of the transforms of a source."""
   dtypes: dict[str, np.dtype] = {}
   sizes = collections.Counter[np.dtype]()
   for record in (x for x in source.records if x != models.names.BUFFERS):
     for path, leaf in structured.flatten(source.specs(record)).items():
       dtype = np.dtype(leaf.dtype)
       if jnp.issubdtype(dtype, jnp.floating):
-        dtype = dtype if stored_as is None else np.dtype(jnp.dtype(stored_as))
+        dtype = np.dtype(jnp.dtype(source.stored_as or dtype))
         sizes[dtype] += int(np.prod(leaf.shape))
       dtypes[path] = dtype
   most = sizes.most_common(1)[0][0] if sizes else np.dtype(np.float32)
@@ -115,13 +114,8 @@ def rewrite(
 
 def _read(context: Context, rounding: Rounding, index: int | None) -> Params:
   """Reads a layer; the parameters outside the layers for None."""
-  if index is None:
-    trees = [{name: tree} for name, tree in context.source.outer().items()]
-  else:
-    name = models.names.layer(index)
-    trees = [context.source.read(name)[name]]
   params: Params = {}
-  for tree in trees:  # one by one, because both dtypes are in memory meanwhile
+  for tree in context.read(index):  # one by one: both dtypes are in memory meanwhile
     params |= structured.flatten(tree) if rounding is None else widened(tree)
   return params
 
@@ -198,7 +192,7 @@ def run_chain(
   >>> savings[0].name, savings[0].elements
   ('biases', 381)
   """
-  context = make_context(model, stored_as=model.stored_as)
+  context = make_context(model)
   chain = transform_lib.chain(*transforms)
   rewritten = rewrite(context, chain, rounding=rounding)
   records = [record for batch, _ in rewritten for record in batch]
@@ -225,7 +219,7 @@ def count_model(model: models.Model) -> tuple[int, int]:
   >>> count_model(model)  # elements, bytes
   (512421, 1024842)
   """
-  context = make_context(model, stored_as=model.stored_as)
+  context = make_context(model)
   elements, size = _count(context, '', dict(model.leaves()))
   buffers = structured.count_elements(model.buffers)
   return elements + buffers, size + structured.count_bytes(model.buffers)

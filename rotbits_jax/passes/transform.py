@@ -9,7 +9,7 @@ the parameters that it gets**, as a function owns donated buffers: it may change
 dict and return it. So the memory of a leaf is free as soon as it is rewritten.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -25,36 +25,48 @@ State = Any  # a PyTree of arrays
 Noted = tuple[Params, list[Note]]
 
 
-class ModelSource(Protocol):
-  """A model to read from: a `models.Model`, or a checkpoint that stays on disk."""
+class Source(Protocol):
+  """Arrays in records: a `models.Model`, a checkpoint on disk, or any arrays."""
 
   @property
-  def config(self) -> models.ModelConfig: ...
+  def config(self) -> Any:
+    """Config of the model; None for arrays of none."""
+
+  @property
+  def stored_as(self) -> str | None:
+    """See `models.Model`; None if the arrays are rounded already."""
 
   @property
   def records(self) -> tuple[str, ...]:
-    """Names of the records, see `models.names`."""
-
-  def read(self, record: str) -> models.Params:
-    """The parameters of a record, by whole paths."""
+    """Names of the records, see `models.names`, in the order of the file."""
 
   def specs(self, record: str) -> models.Params:
-    """The shapes and dtypes of the parameters of a record, by whole paths."""
+    """Returns the shapes and dtypes of a record; nothing is read from disk."""
 
-  def outer(self) -> models.Params:
-    """The parameters outside the layers."""
+  def read(self, record: str) -> models.Params:
+    """Returns the leaves of a record: nested dicts with whole paths."""
 
 
 class Context(NamedTuple):
   """Information that every function of a transform gets, see `make_context`."""
 
-  source: ModelSource  # the model before any transform
+  source: Source  # the model before any transform
   dtypes: Mapping[str, np.dtype]  # to which parameters are rounded at the end, by path
   dtype: np.dtype  # to which most weights are rounded
 
   @property
   def config(self) -> models.ModelConfig:
-    return self.source.config
+    config: models.ModelConfig = self.source.config
+    return config
+
+  def read(self, index: int | None) -> Iterator[models.Params]:
+    """Yields a layer of the source; for None, the records outside the layers."""
+    if index is None:
+      outer = models.outer_shapes(self.config)
+      yield from (self.source.read(x) for x in self.source.records if x in outer)
+    else:
+      name = models.names.layer(index)
+      yield self.source.read(name)[name]
 
   @property
   def roundoff(self) -> float:

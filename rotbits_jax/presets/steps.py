@@ -82,7 +82,7 @@ class Calibration(NamedTuple):
 
 @host.own_settings()
 def calibrate(
-  model: passes.ModelSource,
+  model: Any,  # a `models.Model`, or an opened checkpoint
   tokens: np.ndarray,  # [N], ids of the text on which divergences are measured
   *,
   max_kl: float | None = None,
@@ -138,9 +138,8 @@ class _Rewritten:
   def __init__(
     self, model: Any, tolerance: float, folder: _Folder, bar: progress_lib.Progress
   ):
-    self.model, self.stored_as = model, getattr(model, 'stored_as', None)
-    self.config, self.folder, self.bar = model.config, folder, bar
-    self.context = passes.make_context(model, stored_as=self.stored_as)
+    self.model, self.config, self.folder, self.bar = model, model.config, folder, bar
+    self.context = passes.make_context(model)
     self.parts = spool.Spool(folder)
     transform = near(tolerance=tolerance).transform
     bar.stage('compiling, removing gauges')
@@ -244,7 +243,7 @@ def _searched(
     return outer, last
 
   bar.stage('predictions')
-  source = model.rounded() if rewritten.stored_as else model
+  source = model.rounded() if model.stored_as else model
   read = lambda name: source.read(name) if name else source.outer()
   expected = predicted(lambda name: structured.unflatten(_arrays(read(name))))
   estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())

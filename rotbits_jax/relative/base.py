@@ -43,7 +43,7 @@ class Base:
   """The arrays of a base, by path, a record at a time.
 
   Attributes:
-    source: the base, a `file.sources.Source`.
+    source: the base, a `passes.Source`.
     config: config of the model; None for plain arrays.
   """
 

@@ -48,7 +48,7 @@ class Recipe:
   """A sliced model as a source of `passes.rewrite`, beside its base.
 
   Attributes:
-    config: config of the sliced model.
+    config, stored_as: of the sliced model.
     records: those of the model, and those of the bases.
   """
 
@@ -56,12 +56,13 @@ class Recipe:
     """Takes a model that suits the base; `keeps_bits` keeps the checkpoint's bases."""
     assert base.config is not None
     self.config: models.ModelConfig = source.config
+    self.stored_as: str | None = source.stored_as
     if not keeps_bits and isinstance(source, models.Model):
       source = source.materialize()  # what another encoding has made structured
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
     self._forms = _forms(base.config, self.config)
     self._sides = _segments(self.config)
-    self._context = passes.make_context(source, stored_as=source.stored_as)
+    self._context = passes.make_context(source)
     # A tensor of the base is multiplied by a scale, and may be rounded then.
     dtypes = np.float32, self._context.dtype
     self._most = min(math.sqrt(float(jnp.finfo(x).max)) for x in dtypes)
@@ -120,11 +121,6 @@ class Recipe:
       matrices = (None if x is None else x.rotation for x in segments)
       rotated[path] = _times(array, *matrices)
     return structured.unflatten(rotated)
-
-  def outer(self) -> models.Params:
-    """Returns the records outside the layers."""
-    names = models.outer_shapes(self.config)
-    return {path: x for name in names for path, x in self.read(name).items()}
 
   # ---- the segments
 

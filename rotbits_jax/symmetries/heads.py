@@ -93,8 +93,7 @@ def with_value_bias(
   >>> with_value_bias(jnp.zeros(2), jnp.ones(2), jnp.eye(2), kv_heads=1).tolist()
   [1.0, 1.0]
   """
-  chex.assert_rank([out_bias, value_bias, kernel], [1, 1, 2])
-  chex.assert_shape(kernel, (None, len(out_bias)))
+  chex.assert_shape([value_bias, kernel], [(None,), (None, len(out_bias))])
   # H / K consecutive query heads read the same value head.
   groups = kernel.shape[0] // value_bias.shape[0]
   heads = value_bias.astype(jnp.float32).reshape(kv_heads, -1)

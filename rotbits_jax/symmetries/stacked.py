@@ -62,9 +62,9 @@ def canonicalize(
   stacks = {key: _widened(params[key]) for key in keys}
   outer = _widened({key: x for key, x in params.items() if key not in stacks})
   valid, gauges = models.layout.symmetries(config), Gauges(None, {}, {}, {})
-  if valid.segments and tolerance is None:
-    dtype = params[keys[0]]['attention_shortcut']['kernel'].dtype
-    tolerance = 0.7 * max(float(jnp.finfo(dtype).eps) / 2, 2.0**-19)
+  if tolerance is None:
+    like = params[keys[0]].get('attention_shortcut', {'kernel': jnp.float32(0)})
+    tolerance = 0.7 * max(float(jnp.finfo(like['kernel'].dtype).eps) / 2, 2.0**-19)
   if valid.segments or valid.stream:
     stacks, outer, gauges = _rotated(stacks, outer, config, tolerance)
   for key, stack in stacks.items():
@@ -81,10 +81,7 @@ def _widened(params: models.Params) -> Params:
 
 
 def _rotated(
-  stacks: dict[str, Params],
-  outer: Params,
-  config: models.ModelConfig,
-  tolerance: float | None,
+  stacks: dict[str, Params], outer: Params, config: models.ModelConfig, tolerance: float
 ) -> tuple[dict[str, Params], Params, Gauges]:
   """Rotates the segments of a sliced model, or the stream of a dense one."""
   widths = config.segment_widths
@@ -106,8 +103,8 @@ def _rotated(
   is_upper = rotation is not None
   if rotation is None:
     rotation = jnp.eye(widths[0], dtype=jnp.float32)
-  *_, last_polar = None, *_layer(polars[last_key], -1)  # None in a dense model
-  free = layer_lib.last_rotation(outer, last_polar)
+  last_polars = _layer(polars[last_key], -1) or [None]  # none in a dense model
+  free = layer_lib.last_rotation(outer, last_polars[-1])
   gauges = Gauges(rotation, {}, {}, {})
 
   def rotate_layer(

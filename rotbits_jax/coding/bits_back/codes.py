@@ -145,7 +145,7 @@ def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
     eigen.codec(n),
     draw,
     correct,
-    recover=lambda recovered, both: eigen.recover(recovered, *both, spacing),
+    recover=lambda recovered, both: eigen.recover(recovered, both[0], both[1], spacing),
     fit=lambda both: correction_lib.fit(both[1]),
     correction_codec=lambda frequencies: codecs.serial(
       eigen.spectrum_codec(n), eigen.correction_codec(n, frequencies)
