@@ -392,7 +392,6 @@ def parse_object(
     raise errors.UnsupportedError(f'{where}: the JSON has more than {most} bytes')
   try:
     parsed = schema.parse(content)
-    schema.check_depth(parsed)
   except ValueError as e:
     raise errors.UnsupportedError(f'{where}: {e}') from e
   if not isinstance(parsed, dict):

@@ -9,7 +9,7 @@ Raises:
     dtype.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 import json
 import struct
@@ -157,12 +157,12 @@ class WeightIndex(schema.Object):
     except ValueError as e:
       raise errors.CheckpointError(f'index: {e}') from e
 
-  def shards(self) -> dict[str, list[str]]:
+  def shards(self) -> dict[str, Sequence[str]]:
     """Returns the names of the tensors in each shard."""
     names: dict[str, list[str]] = {}
     for name, shard in self.weight_map.items():
       names.setdefault(shard, []).append(name)
-    return dict(sorted(names.items()))
+    return {shard: names[shard] for shard in sorted(names)}
 
 
 def divided(
@@ -185,9 +185,8 @@ def divided(
   if older is not None and older.weight_map.keys() == specs.keys():
     names, metadata = older.shards(), older.metadata
   else:
-    groups = [[*group] for group in outputs.divided(sizes, shard_size)]
-    numbered = outputs.numbered('model', '.safetensors', len(groups))
-    names = dict(zip(numbered if len(groups) > 1 else [WEIGHTS], groups, strict=True))
+    names = outputs.divided(sizes, shard_size, 'model', '.safetensors')
+    names = names if len(names) > 1 else dict.fromkeys([WEIGHTS], tuple(sizes))
   shards: dict[str, Specs] = {
     file: {name: specs[name] for name in group} for file, group in names.items()
   }

@@ -66,12 +66,11 @@ class Plan:
     self._encoder, self._target = encoder, outputs.resolved(path)
     self._has_index = shard_size is not None
     if not self._has_index:
-      self._names, groups = [self._target.name], [tuple(encoder.counts)]
+      self.shards = {self._target.name: tuple(encoder.counts)}
       self._staging = outputs.staging(self._target)
     elif encoder.can_be_divided:
       sizes = {name: counts.bytes for name, counts in encoder.counts.items()}
-      groups = outputs.divided(sizes, shard_size)
-      self._names = outputs.numbered('model', '.rotbits', len(groups))
+      self.shards = outputs.divided(sizes, shard_size, 'model', '.rotbits')
       digest = encoder.fingerprint()[:16]
       self._staging = self._target.parent / f'.{self._target.name}.{digest}.partial'
     else:
@@ -79,7 +78,7 @@ class Plan:
         f'the preset {encoder.preset.name!r} writes one message, which cannot be in '
         'shards'
       )
-    self.shards = dict(zip(self._names, groups, strict=True))
+    self._names = [*self.shards]
     self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
 
   def __len__(self) -> int:

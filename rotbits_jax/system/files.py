@@ -4,12 +4,12 @@ The system ends a process (SIGBUS) that touches a mapped page of a file which an
 program has shortened meanwhile. Here a file that changes while it is read is an error.
 """
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
 import stat
-import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -67,18 +67,17 @@ class Buffers:
   """Memory that is lent again and again, because the system clears each new page."""
 
   def __init__(self) -> None:
-    self._free: list[np.ndarray] = []
-    self._lock = threading.Lock()
+    self._free: collections.deque[np.ndarray] = collections.deque()
 
   @contextlib.contextmanager
   def lend(self, size: int) -> Iterator[np.ndarray]:
     """Lends uint8 `[size]`, uninitialised, until the context ends."""
-    with self._lock:
-      buffer = self._free.pop() if self._free else np.empty(0, np.uint8)
+    buffer = np.empty(0, np.uint8)
+    with contextlib.suppress(IndexError):
+      buffer = self._free.pop()
     if len(buffer) < size:
       buffer = np.empty(size, np.uint8)
     try:
       yield buffer[:size]
     finally:
-      with self._lock:
-        self._free.append(buffer)
+      self._free.append(buffer)

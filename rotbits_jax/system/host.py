@@ -46,17 +46,12 @@ def own_settings() -> Iterator[None]:
     yield
 
 
-def blas_is_serial() -> bool:
-  """Returns whether the products of NumPy use one thread."""
-  return os.environ.get('OPENBLAS_NUM_THREADS') == '1'
-
-
 def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Returns the product of matrices, computed on this thread.
 
   The threads of BLAS, which it takes for many numbers, would wait for the coder's.
   """
-  if blas_is_serial():
+  if os.environ.get('OPENBLAS_NUM_THREADS') == '1':
     return left @ right
   product = np.zeros((len(left), right.shape[1]), left.dtype)
   if right.size > _SINGLE:  # too many for one row

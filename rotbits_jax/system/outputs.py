@@ -6,8 +6,8 @@
       ...                                          # writes folder / name
       outputs.move(folder / name, target)          # syncs, then renames
 
-The staging folder `.<name>.partial` beside a target is removed by the next run if this
-one is killed. An OSError names the path that cannot be written.
+The next run removes the staging folder of one that was killed. An OSError names the
+path that cannot be written.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,23 +24,23 @@ Path = str | os.PathLike[str]
 def resolved(path: Path) -> pathlib.Path:
   """Returns the target of a path, after following symbolic links."""
   if not os.fspath(path):
-    raise _error(errno.ENOENT, 'the path to write to is empty', "''")
+    raise OSError(errno.ENOENT, 'the path to write to is empty', "''")
   return pathlib.Path(os.path.realpath(path))
 
 
 def check(target: pathlib.Path, *, overwrite: bool) -> None:
   """Checks, before the work, that a file can be written at a `resolved` path."""
   if not target.parent.is_dir():
-    raise _error(errno.ENOTDIR, f'no such directory: {target.parent}', target)
-  if target.is_dir():
-    raise _error(errno.EISDIR, 'is a directory, not a file to write', target)
+    raise OSError(errno.ENOTDIR, f'no such directory: {target.parent}', str(target))
   if os.path.lexists(target) and not target.is_file():
-    raise _error(errno.EINVAL, 'is not a regular file, and is not replaced', target)
+    text = 'a directory or a device, not a regular file, is not replaced'
+    number = errno.EISDIR if target.is_dir() else errno.EINVAL
+    raise OSError(number, text, str(target))
   if target.exists() and not overwrite:
     text = 'the file exists; use overwrite=True to replace it'
-    raise _error(errno.EEXIST, text, target)
+    raise OSError(errno.EEXIST, text, str(target))
   if target.exists() and not target.stat().st_mode & 0o222:
-    raise _error(errno.EACCES, 'the file is read-only', target)
+    raise OSError(errno.EACCES, 'the file is read-only', str(target))
   _check_writable(target.parent, target)
 
 
@@ -49,7 +49,7 @@ def directory_target(path: Path) -> pathlib.Path:
   target = resolved(path)
   folder = next(x for x in (target, *target.parents) if os.path.lexists(x))
   if not folder.is_dir():
-    raise _error(errno.ENOTDIR, 'is a file, not a directory to write to', folder)
+    raise OSError(errno.ENOTDIR, 'is a file, not a directory to write to', str(folder))
   _check_writable(folder, target)
   return target
 
@@ -57,12 +57,8 @@ def directory_target(path: Path) -> pathlib.Path:
 def _check_writable(folder: pathlib.Path, target: pathlib.Path) -> None:
   """Checks that names in a folder can be written."""
   if not os.access(folder, os.W_OK | os.X_OK):
-    raise _error(errno.EACCES, f'the directory {folder} cannot be written', target)
-
-
-def _error(number: int, text: str | None, path: Path) -> OSError:
-  """Returns a system error that names a path."""
-  return OSError(number, text, os.fspath(path))
+    text = f'the directory {folder} cannot be written'
+    raise OSError(errno.EACCES, text, str(target))
 
 
 def check_replaced(
@@ -78,7 +74,7 @@ def check_replaced(
     if not overwrite:
       text = f'the folder has files, such as {name}; use overwrite=True to replace it'
     if not overwrite or not is_replaced(name):
-      raise _error(errno.EEXIST, text, folder)
+      raise OSError(errno.EEXIST, text, str(folder))
   return files
 
 
@@ -96,7 +92,7 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   made = [parent for parent in folder.parents if not parent.exists()]
   try:
     if folder.is_symlink():  # it may lead elsewhere
-      raise _error(errno.ENOTDIR, 'is not a folder, and is not replaced', folder)
+      raise OSError(errno.ENOTDIR, 'is not a folder, and is not replaced', str(folder))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -144,8 +140,13 @@ def _sync(path: pathlib.Path) -> None:
     os.close(handle)
 
 
-def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]:
-  """Divides items of these sizes among files of at most so many bytes, or one item."""
+def divided(
+  sizes: Mapping[str, int], most: int | None, stem: str, suffix: str
+) -> dict[str, tuple[str, ...]]:
+  """Divides items of these sizes among files of at most so many bytes, or one item.
+
+  Returns the items by the names of the files, which are like Hugging Face's shards.
+  """
   groups: list[list[str]] = [[]]
   filled = 0
   for name, size in sizes.items():
@@ -154,12 +155,10 @@ def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]
       filled = 0
     groups[-1].append(name)
     filled += size
-  return [tuple(group) for group in groups]
-
-
-def numbered(stem: str, suffix: str, count: int) -> list[str]:
-  """Returns the names of several files, like those of Hugging Face's shards."""
-  return [f'{stem}-{i:05}-of-{count:05}{suffix}' for i in range(1, count + 1)]
+  return {
+    f'{stem}-{i:05}-of-{len(groups):05}{suffix}': tuple(group)
+    for i, group in enumerate(groups, 1)
+  }
 
 
 @contextlib.contextmanager
@@ -170,4 +169,4 @@ def named(path: Path) -> Iterator[None]:
   except OSError as error:
     if error.errno is None or error.filename is not None:
       raise
-    raise _error(error.errno, error.strerror, path) from error
+    raise OSError(error.errno, error.strerror, str(path)) from error

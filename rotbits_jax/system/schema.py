@@ -86,33 +86,24 @@ def load(cls: type[T], value: Any, where: str = '') -> T:
     raise ValueError(f'{where}: {error}' if where else str(error)) from error
 
 
-def dump(record: Any) -> Any:
-  """Returns an object, or a value that one may hold, as a JSON value."""
-  return msgspec.to_builtins(record)
+dump = msgspec.to_builtins
+"""Returns an object, or a value that one may hold, as a JSON value."""
 
 
 def parse(data: bytes | str) -> Any:
-  """Parses a JSON text in UTF-8, in which no key of an object is repeated."""
+  """Parses a JSON text in UTF-8 without repeated keys and deeply nested values."""
   try:
     value = msgspec.json.decode(data)
     json.loads(data, object_pairs_hook=_object)  # msgspec takes the last of equal keys
   except (msgspec.DecodeError, RecursionError) as error:
     raise ValueError(f'not JSON: {error}') from None
-  return value
-
-
-def check_depth(value: Any) -> None:
-  """Refuses a JSON value that nests deeply, if others walk it recursively."""
   level = [value]
   for _ in range(_MOST_DEPTH):
-    nodes = (x.values() if isinstance(x, dict) else x for x in level if _nests(x))
-    level = [child for node in nodes for child in node]
-  if any(map(_nests, level)):
+    nodes = (x for x in level if isinstance(x, list | dict))
+    level = [y for x in nodes for y in (x.values() if isinstance(x, dict) else x)]
+  if any(isinstance(x, list | dict) for x in level):
     raise ValueError('not JSON: it is nested too deeply')
-
-
-def _nests(value: Any) -> bool:
-  return isinstance(value, list | dict)
+  return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> None:
