@@ -33,19 +33,12 @@ def threads() -> int:
 
 
 def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
-  """Runs jobs side by side.
+  """Runs functions without arguments side by side, and returns their results in order.
 
-  Args:
-    jobs: functions without arguments.
-
-  Returns:
-    The results of the jobs, in order.
-
-  Raises:
-    Exception: the exception of the first job that failed, after all jobs have ended.
+  Raises the exception of the first job that failed, after all jobs have ended.
   """
   if getattr(_local, 'pool', None) == 'blocks':
-    return in_turn(jobs)
+    return [job() for job in jobs]
   started = [_pool('blocks').submit(job) for job in jobs]
   futures.wait(started)
   try:
@@ -60,26 +53,15 @@ def each(function: Callable[..., _Result], *arguments: Iterable[Any]) -> list[_R
   return run(functools.partial(function, *x) for x in zip(*arguments, strict=True))
 
 
-def in_turn(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
-  """Runs jobs one after the other on this thread, for a job of `run`."""
-  return [job() for job in jobs]
-
-
-Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
-"""`run` or `in_turn`."""
-
-
 Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']
 """Takes a function of no arguments and returns the future of its result."""
 
 
 @contextlib.contextmanager
 def record_jobs() -> Iterator[Start]:
-  """Starts jobs that begin in their order, on one more thread than processors.
+  """Yields a function that starts jobs, on one more thread than processors.
 
-  Yields:
-    A function that starts a job.
-
+  Jobs begin in their order.
   At the end, or when an exception leaves the context, jobs that have not begun are
   cancelled and the others are waited for. A generator that nobody uses any more does
   not wait: it ends in any thread and at any time, also when this thread holds a lock

@@ -57,21 +57,21 @@ class Lines(NamedTuple):
     below = [x.max() - x for x in self]
 
     def moved(room_of_rows: int) -> float:
-      rooms = room_of_rows, room - room_of_rows
-      pairs = zip(below, rooms, strict=True)
+      limits = room_of_rows, room - room_of_rows
+      pairs = zip(below, limits, strict=True)
       return sum(float(np.maximum(x - y, 0).mean()) for x, y in pairs)
 
     room_of_rows = int(below[0].max())
     if room_of_rows + int(below[1].max()) > room:
       room_of_rows = min((room * i // 8 for i in range(9)), key=moved)
-    rows = np.minimum(below[0], room_of_rows)
-    columns = np.minimum(below[1], room - room_of_rows)
-    lines = [
+    limits = room_of_rows, room - room_of_rows
+    below = [np.minimum(x, y) for x, y in zip(below, limits, strict=True)]
+    rows, columns = (
       (x.max() - x).astype(np.uint8) if np.ptp(x) else np.zeros(1, np.uint8)
-      for x in (rows, columns)
-    ]
-    base = max(top, least) - int(rows.max() + columns.max())
-    return contexts.Scales(base, lines[0], lines[1])
+      for x in below
+    )
+    base = max(top, least) - sum(int(x.max()) for x in below)
+    return contexts.Scales(base, rows, columns)
 
   def above(self, least: int) -> 'Lines':
     """Returns the lines with classes counted from `least`."""
@@ -121,50 +121,38 @@ def of_integers(array: np.ndarray) -> Lines:
 def _lines(flat: np.ndarray, shape: contexts.Shape, size: int, level: _Level) -> Lines:
   """Measures the columns, then the rows, and then the columns again."""
   count, width = contexts.matrix_shape(shape)
-  matrix, stride = flat.reshape(count, width), max(count // _ROWS, 1)
+  matrix = flat.reshape(count, width)
+  some_rows = slice(None, None, max(count // _ROWS, 1))
+  some_columns = lambda array: array
+  if width > _RUNS * _LENGTH:
+    starts = np.linspace(0, width - _LENGTH, _RUNS).astype(int).tolist()
+    some_columns = lambda array: np.concatenate(
+      [array[:, x : x + _LENGTH] for x in starts], axis=1
+    )
   has_rows = width >= _LEAST_LINE and count > 1
   has_columns = count >= _LEAST_LINE and width > 1
   rows, columns = np.zeros(1), np.zeros(1)
   if has_columns:
-    columns = _levels(level, matrix[::stride], np.zeros((1, 1)), 0)
+    columns = _levels(level, matrix[some_rows], np.zeros((1, 1)), 0)
   if has_rows:
-    runs = _runs(width)
-    by = columns[None] - columns.mean()
-    if len(runs) > 1:
-      matrix_of_runs = np.concatenate([matrix[:, x] for x in runs], axis=1)
-      by = np.concatenate([by[:, x] for x in runs], axis=1) if has_columns else by
-    else:
-      matrix_of_runs = matrix
-    rows = _levels(level, matrix_of_runs, by, 1)
+    by = some_columns(columns[None] - columns.mean())
+    rows = _levels(level, some_columns(matrix), by, 1)
   if has_rows and has_columns:
-    columns = _levels(level, matrix[::stride], rows[::stride, None], 0)
+    columns = _levels(level, matrix[some_rows], rows[some_rows, None], 0)
   if not has_rows and not has_columns:
     rows = level(flat[None, :_CHUNK], np.zeros((1, 1)), 1)
   if has_columns:
     columns = columns.reshape(contexts.line_sizes(shape, size)[1], -1).mean(axis=1)
-  return _rounded(rows, columns)
-
-
-def _levels(level: _Level, matrix: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
-  """Returns the levels of rows, axis 1, or of columns, axis 0, a few at a time."""
-  step = max(_CHUNK // max(matrix.shape[axis], 1), 1)
-  starts = range(0, matrix.shape[1 - axis], step)
-  if axis:
-    return np.concatenate([level(matrix[x : x + step], by, 1) for x in starts])
-  return np.concatenate([level(matrix[:, x : x + step], by, 0) for x in starts])
-
-
-def _runs(width: int) -> list[slice]:
-  """Returns runs of columns by which rows are measured."""
-  if width <= _RUNS * _LENGTH:
-    return [slice(0, width)]
-  starts = np.linspace(0, width - _LENGTH, _RUNS).astype(int).tolist()
-  return [slice(x, x + _LENGTH) for x in starts]
-
-
-def _rounded(rows: np.ndarray, columns: np.ndarray) -> Lines:
   lines = []
   for levels, most in zip((rows, columns), _RANGES, strict=True):
     classes = np.rint(STEPS * levels).astype(np.int64)
     lines.append(np.maximum(classes, np.max(classes) - most))
   return Lines(*lines)
+
+
+def _levels(level: _Level, matrix: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
+  """Returns the levels of rows, axis 1, or of columns, axis 0, a few at a time."""
+  step = max(_CHUNK // max(matrix.shape[axis], 1), 1)
+  chunks = [slice(x, x + step) for x in range(0, matrix.shape[1 - axis], step)]
+  parts = [matrix[x] if axis else matrix[:, x] for x in chunks]
+  return np.concatenate([level(part, by, axis) for part in parts])

@@ -53,11 +53,7 @@ class Sparse(schema.Row):
     return masks + [(dtype, row) for row in rows]
 
   def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-    """Makes an array of its parts, which may be damaged.
-
-    Raises:
-      ValueError: if the mask has another number of elements.
-    """
+    """Makes an array of its parts, which may be damaged."""
     mask, signs, *rows = parts
     bits = bit_patterns(out).reshape(contexts.matrix_shape(out.shape))
     bits[...] = 0
@@ -85,12 +81,13 @@ def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
     return None
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
   magnitude = bits.dtype.type((1 << 8 * array.itemsize - 1) - 1)
-  sample = _sample(bits.reshape(-1)) & magnitude > 0
-  share = 1 - np.count_nonzero(sample) / sample.size
-  if share <= _LEAST:
-    return None
-  if (
-    share <= _LEAST_ROUNDED and formats.of_floats(bits.reshape(-1), array.dtype)[1] > 1
+  flat = bits.reshape(-1)
+  length = min(_LENGTH, flat.size // _RUNS)
+  starts = np.linspace(0, flat.size - length, _RUNS).astype(int)
+  runs = [flat[start : start + length] & magnitude > 0 for start in starts.tolist()]
+  share = 1 - float(np.mean(runs))
+  if share <= _LEAST or (
+    share <= _LEAST_ROUNDED and formats.of_floats(flat, array.dtype)[1] > 1
   ):
     return None
   is_set = bits & magnitude > 0
@@ -104,13 +101,6 @@ def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
   form = Sparse(values.size, bool(negative.any()), transposed)
   signs = np.packbits(negative[: negative.size if form.negative else 0])
   return form, [masks[transposed], signs, *(x.view(array.dtype) for x in rows)]
-
-
-def _sample(flat: np.ndarray) -> np.ndarray:
-  """Returns runs of neighbours from all over an array."""
-  size = min(_LENGTH, flat.size // _RUNS)
-  starts = np.linspace(0, flat.size - size, _RUNS).astype(int)
-  return np.concatenate([flat[start : start + size] for start in starts.tolist()])
 
 
 def halves(array: np.ndarray) -> list[np.ndarray]:

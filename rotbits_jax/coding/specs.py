@@ -32,16 +32,10 @@ DTYPES = {
 
 _MAX_AXES = 32
 _MAX_SIZE = 1 << 48  # elements of an array
+
+# The tables of a group take up to 5 MiB, but hardly any bytes in the stream.
 _MAX_GROUPS = 16  # of few elements
 _ELEMENTS_PER_GROUP = 1 << 17
-
-
-def most_groups(elements: int) -> int:
-  """Returns how many groups a record with this many coded elements may have.
-
-  The tables of a group take up to 5 MiB, but hardly any bytes in the stream.
-  """
-  return _MAX_GROUPS + elements // _ELEMENTS_PER_GROUP
 
 
 class ArraySpec(schema.Row):
@@ -125,20 +119,13 @@ class GroupSpec(schema.Row):
     return self.type_name == 'known'
 
   def layout(self, dtype: np.dtype) -> layouts.Layout:
-    """Returns the layout of the group, whose parts have this dtype.
-
-    Raises:
-      ValueError: if there is no such layout.
-    """
+    """Returns the layout of the group, whose parts have this dtype."""
     layout: layouts.Layout = layouts.Integers(dtype, self.raw_bits)
     if self.type_name == 'floats':
       layout = layouts.Floats(dtype, self.raw_bits, self.raised, self.top)
-    if not layout.is_valid() or (
-      self.type_name != 'floats' and (self.raised or self.top)
-    ):
-      raise ValueError(
-        f'{dtype} has no layout {self.type_name!r} of {self.raw_bits} raw bits'
-      )
+    options = layout.raised, layout.top
+    if not layout.is_valid() or options != (self.raised, self.top):
+      raise ValueError(f'parts of {dtype} have no layout {self!r:.100}')
     return layout
 
 
@@ -180,31 +167,27 @@ class StreamSpec(schema.Object):
       if min(group.blocks) < blocks.LEAST_BYTES:
         raise ValueError(f'a block cannot have {min(group.blocks)} bytes')
       coded += sum(member.size for member in members)
-    if len(self.groups) > most_groups(coded):
+    if len(self.groups) > _MAX_GROUPS + coded // _ELEMENTS_PER_GROUP:
       raise ValueError(f'{len(self.groups)} groups are too many for {coded} elements')
 
   @functools.cached_property
   def members(self) -> list[list[Member]]:
     """The parts of each group, and last those that are stored as they are."""
-    found: list[list[Member]] = [[] for _ in range(len(self.groups) + 1)]
+    members: list[list[Member]] = [[] for _ in range(len(self.groups) + 1)]
     for i, array in enumerate(self.arrays):
       pairs = zip(array.groups, array.parts, strict=True)
       for j, (group, (dtype, shape)) in enumerate(pairs):
         if group is not None and group >= len(self.groups):
           raise ValueError(f'a part of group {group} of {len(self.groups)}')
-        found[-1 if group is None else group].append(Member(i, j, dtype, shape))
-    return found
+        members[-1 if group is None else group].append(Member(i, j, dtype, shape))
+    return members
 
   @functools.cached_property
   def sizes(self) -> list[int]:
-    """The lengths in bytes of the pieces of the stream.
-
-    They are the contexts of each group, its blocks, and the parts that are stored as
-    they are.
-    """
-    found = [group.contexts for group in self.groups]
-    found += [nbytes for group in self.groups for nbytes in group.blocks]
-    return found + [x.size * x.dtype.itemsize for x in self.members[-1]]
+    """The bytes of the contexts of each group, of each block, and of other parts."""
+    sizes = [group.contexts for group in self.groups]
+    sizes += [nbytes for group in self.groups for nbytes in group.blocks]
+    return sizes + [x.size * x.dtype.itemsize for x in self.members[-1]]
 
   @property
   def nbytes(self) -> int:
