@@ -32,15 +32,11 @@ _MOST_LAYERS = 1 << 12  # because a config is read before tensors bound their nu
 
 SHORTCUT_SUFFIX = '_Q'  # of the names of shortcuts
 
-# Constants that old versions of transformers stored as tensors.
-_BUFFERS = re.compile(
+# Names of the tensors that the forward pass does not use: constants that old versions
+# of transformers stored.
+BUFFERS = re.compile(
   r'[^/]*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_attn|attn)\.(masked_)?bias)'
 )
-
-
-def is_buffer(name: str) -> bool:
-  """Returns whether the forward pass does not use a tensor with this name."""
-  return _BUFFERS.fullmatch(name) is not None
 
 
 _Size = Annotated[int, schema.between(1, (1 << 31) - 3)]
@@ -132,61 +128,59 @@ class Family:
   unused: tuple[str, ...] = ()
   fields: dict[str, Any]
 
-  def config(self, values: dict[str, Any]) -> models.ModelConfig:
-    """Makes the config of a dense model from the content of `config.json`.
 
-    Raises:
-      ValueError: if an attribute is missing, unknown or not supported.
-    """
-    left = {x: value for x, value in older_rope(values).items() if x not in self.unused}
-    for name, expected in (_ONLY | self.only).items():
-      value = left.pop(name, expected)
-      if value != expected or isinstance(value, bool) != isinstance(expected, bool):
-        raise ValueError(f'{name} is {value!r:.100}; supported: {expected}')
-    fields = self.fields | {'family': left.pop('model_type')}
-    for name, default in self.attributes.items():
-      field, annotation = _ATTRIBUTES[name]
-      if name in left:
-        fields[field] = schema.load(annotation, left.pop(name), name)
-      elif default is ...:
-        raise ValueError(f'{name} is missing')
-      else:
-        fields[field] = default
-    if unknown := left.keys() - _WITHOUT_EFFECT:
-      raise ValueError(f'there is no attribute {errors.cut(min(unknown))}')
-    return models.ModelConfig(**self._completed(fields))
-
-  def _completed(self, fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a config, given those that attributes set."""
-    heads, hidden = fields['num_heads'], fields['hidden_size']
-    types, projection = fields.pop('layer_types', None), fields.pop('projection', None)
-    if types is not None and len(types) != fields['num_layers']:
-      raise ValueError('layer_types has not as many entries as num_hidden_layers')
-    if projection not in (None, hidden):
-      raise ValueError('word_embed_proj_dim differs from hidden_size')
-    if fields['head_dim'] is None and hidden % heads:
-      raise ValueError('num_attention_heads does not divide hidden_size')
-    head_dim = fields['head_dim'] or hidden // heads
-    positions = fields['max_positions'] or 2048
-    if fields['activation'] == 'gelu_pytorch_tanh':  # two names of one function
-      fields['activation'] = 'gelu_new'
-    if 'embed/positions' in self.outer.values():
-      fields['learned_positions'] = positions + 2
+def _dense(family: Family, values: dict[str, Any]) -> models.ModelConfig:
+  """Makes the config of a dense model from the content of `config.json`."""
+  left = {x: value for x, value in older_rope(values).items() if x not in family.unused}
+  for name, expected in (_ONLY | family.only).items():
+    value = left.pop(name, expected)
+    if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+      raise ValueError(f'{name} is {value!r:.100}; supported: {expected}')
+  fields = family.fields | {'family': left.pop('model_type')}
+  for name, default in family.attributes.items():
+    field, annotation = _ATTRIBUTES[name]
+    if name in left:
+      fields[field] = schema.load(annotation, left.pop(name), name)
+    elif default is ...:
+      raise ValueError(f'{name} is missing')
     else:
-      rotary_dim = int(head_dim * fields.pop('rotary_factor', 1.0))
-      if rotary_dim % 2 or not rotary_dim:
-        text = f'rotates {rotary_dim} of {head_dim} elements'
-        raise ValueError(f'partial_rotary_factor {text}')
-      scaling = _rope_scaling(fields.get('rope_scaling') or {})
-      fields |= {'rotary_dim': rotary_dim, 'rope_scaling': scaling}
-    if 'attention/query_norm' in self.layer.values():
-      fields['qk_norm_eps'] = fields['norm_eps']
-    segments = fields['num_layers'] * (1 if fields.get('parallel_block') else 2)
-    fields['head_dim'], fields['max_positions'] = head_dim, positions
-    fields['num_kv_heads'] = fields.get('num_kv_heads') or heads
-    fields['segment_widths'] = (hidden,) * (segments + 1)
-    fields.setdefault('out_bias', fields.get('qkv_bias', False))
-    return fields
+      fields[field] = default
+  if unknown := left.keys() - _WITHOUT_EFFECT:
+    raise ValueError(f'there is no attribute {errors.cut(min(unknown))}')
+  return models.ModelConfig(**_completed(family, fields))
+
+
+def _completed(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a config, given those that attributes set."""
+  heads, hidden = fields['num_heads'], fields['hidden_size']
+  types, projection = fields.pop('layer_types', None), fields.pop('projection', None)
+  if types is not None and len(types) != fields['num_layers']:
+    raise ValueError('layer_types has not as many entries as num_hidden_layers')
+  if projection not in (None, hidden):
+    raise ValueError('word_embed_proj_dim differs from hidden_size')
+  if fields['head_dim'] is None and hidden % heads:
+    raise ValueError('num_attention_heads does not divide hidden_size')
+  head_dim = fields['head_dim'] or hidden // heads
+  positions = fields['max_positions'] or 2048
+  if fields['activation'] == 'gelu_pytorch_tanh':  # two names of one function
+    fields['activation'] = 'gelu_new'
+  if 'embed/positions' in family.outer.values():
+    fields['learned_positions'] = positions + 2
+  else:
+    rotary_dim = int(head_dim * fields.pop('rotary_factor', 1.0))
+    if rotary_dim % 2 or not rotary_dim:
+      text = f'rotates {rotary_dim} of {head_dim} elements'
+      raise ValueError(f'partial_rotary_factor {text}')
+    scaling = _rope_scaling(fields.get('rope_scaling') or {})
+    fields |= {'rotary_dim': rotary_dim, 'rope_scaling': scaling}
+  if 'attention/query_norm' in family.layer.values():
+    fields['qk_norm_eps'] = fields['norm_eps']
+  segments = fields['num_layers'] * (1 if fields.get('parallel_block') else 2)
+  fields['head_dim'], fields['max_positions'] = head_dim, positions
+  fields['num_kv_heads'] = fields.get('num_kv_heads') or heads
+  fields['segment_widths'] = (hidden,) * (segments + 1)
+  fields.setdefault('out_bias', fields.get('qkv_bias', False))
+  return fields
 
 
 def _rope_scaling(settings: dict[str, Any]) -> models.RopeScaling | None:
@@ -413,10 +407,8 @@ def parse_config(
   if not isinstance(model_type, str) or model_type not in FAMILIES:
     text = f'{errors.cut(repr(model_type))}; supported: {", ".join(FAMILIES)}'
     raise errors.CheckpointError(f'{CONFIG}: model_type is {text}')
-  try:
-    dense = FAMILIES[model_type].config(config_json)
-  except ValueError as e:
-    raise errors.CheckpointError(f'{CONFIG}: {errors.cut(str(e))}') from e
+  with errors.named(CONFIG, ValueError):
+    dense = _dense(FAMILIES[model_type], config_json)
   return dense if slicing_json is None else _sliced(dense, slicing_json)
 
 
@@ -445,7 +437,7 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
 
 def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
   """Returns the config of the model of which SliceGPT makes this slicing JSON."""
-  try:
+  with errors.named('slicing JSON', KeyError, TypeError, ValueError):
     widths = [values['attention_input_dimensions']['0']]
     for layer in map(str, range(dense.num_layers)):
       if not dense.parallel_block:
@@ -460,8 +452,6 @@ def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
       expected['do_slice_head'] = values['do_slice_head']
     if differing := [x for x in {*values, *expected} if values[x] != expected[x]]:
       raise ValueError(f'these do not fit the widths: {", ".join(sorted(differing))}')
-  except (KeyError, TypeError, ValueError) as e:
-    raise errors.CheckpointError(f'slicing JSON: {errors.cut(repr(e))}') from e
   return config
 
 

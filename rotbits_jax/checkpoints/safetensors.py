@@ -11,6 +11,7 @@ Raises:
 
 from collections.abc import Mapping, Sequence
 import functools
+import itertools
 import json
 import struct
 from typing import Any
@@ -87,10 +88,8 @@ def places(
     raise errors.CheckpointError('header: its length is wrong')
   values = _values(header)
   values.pop(_METADATA, None)
-  try:
+  with errors.named('header', ValueError):
     entries = schema.load(dict[str, _Entry], values)
-  except ValueError as e:
-    raise errors.CheckpointError(f'header: {errors.cut(str(e))}') from e
   placed, end = {}, len(header)
   # Tensors without elements come first where several have one offset.
   for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
@@ -137,32 +136,25 @@ def header(specs: Specs) -> bytes:
   return struct.pack('<Q', len(encoded)) + encoded
 
 
-class WeightIndex(schema.Object):
+class _Index(schema.Object):
   """The content of an index: the file name of the shard of each tensor."""
 
   weight_map: dict[str, str]
   metadata: Any = None
 
-  def __post_init__(self) -> None:
-    for name in self.weight_map.values():
+
+def parse_index(content: bytes) -> tuple[dict[str, Sequence[str]], Any]:
+  """Parses an index: the names of the tensors in each shard, and the metadata."""
+  value = families.parse_object(content, 'index', most=MOST_INDEX)
+  with errors.named('index', ValueError):
+    index = schema.load(_Index, value)
+    shards: dict[str, Any] = {x: [] for x in sorted({*index.weight_map.values()})}
+    for name in shards:
       if not schema.is_file_name(name):
         raise ValueError(f'{name!r:.100} is not the name of a file')
-
-  @classmethod
-  def parse(cls, content: bytes) -> 'WeightIndex':
-    """Parses the content of an index."""
-    value = families.parse_object(content, 'index', most=MOST_INDEX)
-    try:
-      return schema.load(cls, value)
-    except ValueError as e:
-      raise errors.CheckpointError(f'index: {e}') from e
-
-  def shards(self) -> dict[str, Sequence[str]]:
-    """Returns the names of the tensors in each shard."""
-    names: dict[str, list[str]] = {}
-    for name, shard in self.weight_map.items():
-      names.setdefault(shard, []).append(name)
-    return {shard: names[shard] for shard in sorted(names)}
+  for tensor, name in index.weight_map.items():
+    shards[name].append(tensor)
+  return shards, index.metadata
 
 
 def divided(
@@ -180,13 +172,13 @@ def divided(
     The tensors of each file by the name of the file, and the new index of several.
   """
   sizes = {name: spec.nbytes for name, spec in specs.items()}
-  older = None if index is None or shard_size is not None else WeightIndex.parse(index)
-  metadata: Any = {}
-  if older is not None and older.weight_map.keys() == specs.keys():
-    names, metadata = older.shards(), older.metadata
-  else:
+  names, metadata = {}, {}
+  if index is not None and shard_size is None:
+    names, metadata = parse_index(index)
+  if sorted(itertools.chain(*names.values())) != sorted(specs):
+    metadata = {}
     names = outputs.divided(sizes, shard_size, 'model', '.safetensors')
-    names = names if len(names) > 1 else dict.fromkeys([WEIGHTS], tuple(sizes))
+    names = names if len(names) > 1 else {WEIGHTS: tuple(sizes)}
   shards: dict[str, Specs] = {
     file: {name: specs[name] for name in group} for file, group in names.items()
   }
