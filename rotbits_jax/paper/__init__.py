@@ -40,9 +40,9 @@ rotation cannot be recovered, or if that gains nothing.
 another LAPACK or a GPU has other rounding errors. The encoder factorises the matrix a
 second time after a change as large as the backward error of a factorisation. The
 correction makes the same integers within a margin of twelve times the differences, see
-`coding.bits_back.correction.spread`; if it does not, the segment is not sampled. A
-machine beyond the margin decodes other elements; a digest of each array notices that,
-and the file is refused there.
+`coding.bits_back.correction`; if it does not, the segment is not sampled. A machine
+beyond the margin decodes other elements; a digest of each array notices that, and the
+file is refused there.
 
 **The streams.**
 

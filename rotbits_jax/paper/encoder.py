@@ -84,19 +84,6 @@ def _stored(arrays: segments.Arrays) -> dict[str, layout_lib.Stored]:
   return stored
 
 
-class _Sample(NamedTuple):
-  """A rotation that was sampled and that the decoder can recover."""
-
-  rotation: jax.Array
-  arrays: segments.Arrays  # the rotated parameters
-  left: np.ndarray  # words of the message that the rotation was popped from
-  correction: np.ndarray  # words of the correction
-
-  def saved(self, popped: int) -> int:
-    """Returns the words saved, if so many were popped and both blocks are pushed."""
-    return popped - self.left.size - self.correction.size - 2 * stack.LENGTH
-
-
 class _Encoder:
   """The state of one call of `encode`."""
 
@@ -129,11 +116,12 @@ class _Encoder:
       rows = min(rows, self.message.size // self.lanes)
       words = self.message.pop(rows * self.lanes)
     sample = self._sample(words, segment, frame, neutral) if words.size else None
-    if sample is not None and (net := sample.saved(words.size)) > 0:
-      rotation, arrays = sample.rotation, sample.arrays
-      self.message.push_block(sample.left)
-      self.corrections.push_block(sample.correction)
-      cost = sample.correction.size + stack.LENGTH
+    if sample is not None:
+      rotation, arrays, left, correction = sample
+      self.message.push_block(left)
+      self.corrections.push_block(correction)
+      cost = correction.size + stack.LENGTH
+      net = words.size - (left.size + stack.LENGTH) - cost
       parameters = max(self.widths[t] * (self.widths[t] - 1), 1) / 2
       note |= {
         'found in': 'shortcut' if frame.from_shortcut else 'readers',
@@ -190,8 +178,12 @@ class _Encoder:
     segment: segments.SegmentParameters,
     frame: layout_lib.Frame,
     neutral: jax.Array | None,
-  ) -> _Sample | None:
-    """Samples a segment's rotation; None if the decoder could not recover it."""
+  ) -> tuple[jax.Array, segments.Arrays, np.ndarray, np.ndarray] | None:
+    """Samples a segment's rotation from words.
+
+    Returns the rotation, the rotated parameters, the words that are left, and those of
+    the correction; None if the decoder could not recover it, or if it saves nothing.
+    """
     code, canonicalizer = self.options.code(frame), self.options.canonicalizer
     rows = jnp.asarray(words.reshape(-1, self.lanes))
     message = rans.stacked(rows, code.max_rows(self.lanes))
@@ -217,4 +209,6 @@ class _Encoder:
       _, integers = code.restore(message, matrix, correction)
       if not jnp.array_equal(integers, latent[0]):
         return None
-    return _Sample(rotation, arrays, rans.to_words(message), code.pack(correction))
+    left, packed = rans.to_words(message), code.pack(correction)
+    saves = words.size > left.size + packed.size + 2 * stack.LENGTH
+    return (rotation, arrays, left, packed) if saves else None

@@ -56,16 +56,13 @@ def gauge(
   It is None for a shortcut that narrows the stream.
   """
   kernels = [params[path] for path in shortcut_paths(config)]
-  shapes = {kernel.shape for kernel in kernels}
-  if (
-    len(kernels) == 2
-    and len(shapes) == 1
-    and kernels[0].shape[0] <= kernels[0].shape[1]
-  ):
+  is_wide = [x.shape[0] <= x.shape[1] for x in kernels]
+  if len(kernels) == 2 and kernels[0].shape == kernels[1].shape and all(is_wide):
     # One after the other, because LAPACK uses all CPUs for each.
     both = jax.lax.map(polar, jnp.stack(kernels))
     return [jax.tree.map(lambda x, s=s: x[s], both) for s in range(2)]
-  return [polar(x) if x.shape[0] <= x.shape[1] else None for x in kernels]
+  pairs = zip(kernels, is_wide, strict=True)
+  return [polar(kernel) if is_wide else None for kernel, is_wide in pairs]
 
 
 def segments(

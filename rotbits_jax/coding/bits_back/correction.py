@@ -63,43 +63,20 @@ class Correction(NamedTuple):
   residue: jax.Array  # uint16 [S], low bits of each integer, as many as its level
 
 
-def spread(
-  positions: jax.Array,  # float32 [S]
-  others: jax.Array,  # after a change as large as the errors of another machine
-  sensitivity: jax.Array | float,  # of each position to errors of the input, [S]
-  groups: jax.Array,
-  count: int,
-) -> jax.Array:
-  """Returns how much positions may differ between machines: float32 `[S]`.
-
-  Divided by their sensitivities, the differences of a group are alike. The result is
-  `SAFETY` times their root mean square in a group and the neighbouring groups, times
-  the sensitivity; NaN where a position is NaN.
-  """
-  squares = jnp.square(_wrapped(positions - others) / sensitivity)
-  sums = jnp.zeros((2, count), jnp.float32)
-  sums = sums.at[:, groups].add(jnp.stack([squares, jnp.ones_like(squares)]))
-  # A group may have a single integer, whose difference may be small by chance.
-  window = 1, _NEIGHBOURS
-  sums = jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, (1, 1), 'SAME')
-  rms = jnp.sqrt(sums[0] / jnp.maximum(sums[1], 1))
-  return SAFETY * rms[groups] * sensitivity
-
-
-def _wrapped(difference: jax.Array) -> jax.Array:
-  """Returns differences of positions modulo 2^16, from -2^15 to 2^15."""
-  return difference - 65536 * jnp.round(difference / 65536)
-
-
 def correct(
   positions: jax.Array,  # float32 [S]; only their values modulo 2^16 matter
   integers: jax.Array,  # uint16 [S]
-  margin: jax.Array | float,  # greatest difference between machines, [S] or a number
+  margin: jax.Array | float,  # the least one, [S] or a number
   groups: jax.Array,
   count: int,
+  others: jax.Array | None = None,  # positions with errors as of another machine, [S]
+  sensitivity: jax.Array | float = 1.0,  # of positions to errors of the input, [S]
 ) -> Correction:
   """Returns the correction that leads from the positions to the integers."""
   distance = jnp.abs(_wrapped(positions - integers.astype(jnp.float32)))
+  if others is not None:
+    spread = _spread(_wrapped(positions - others), sensitivity, groups, count)
+    margin = jnp.maximum(spread, margin)  # NaN if one is
   modulus = jnp.exp2(jnp.arange(LEVELS - 1, dtype=jnp.float32))
   slack = jnp.maximum(
     modulus * _RELATIVE_MARGIN, jnp.broadcast_to(margin, distance.shape)[:, None]
@@ -112,6 +89,30 @@ def correct(
   cost = jnp.matmul(histogram, jnp.asarray(_COST).T, precision='highest')
   base = jnp.argmin(cost, axis=1).astype(jnp.int32)
   return with_levels(integers, needed, base, groups)
+
+
+def _spread(
+  differences: jax.Array, sensitivity: jax.Array | float, groups: jax.Array, count: int
+) -> jax.Array:
+  """Returns how much positions may differ between machines: float32 `[S]`.
+
+  Divided by their sensitivities, the differences of a group are alike. The result is
+  `SAFETY` times their root mean square in a group and the neighbouring groups, times
+  the sensitivity; NaN where a position is NaN.
+  """
+  squares = jnp.square(differences / sensitivity)
+  sums = jnp.zeros((2, count), jnp.float32)
+  sums = sums.at[:, groups].add(jnp.stack([squares, jnp.ones_like(squares)]))
+  # A group may have a single integer, whose difference may be small by chance.
+  window = 1, _NEIGHBOURS
+  sums = jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, (1, 1), 'SAME')
+  rms = jnp.sqrt(sums[0] / jnp.maximum(sums[1], 1))
+  return SAFETY * rms[groups] * sensitivity
+
+
+def _wrapped(difference: jax.Array) -> jax.Array:
+  """Returns differences of positions modulo 2^16, from -2^15 to 2^15."""
+  return difference - 65536 * jnp.round(difference / 65536)
 
 
 def with_levels(

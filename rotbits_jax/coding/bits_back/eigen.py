@@ -130,12 +130,10 @@ def correct(
     spacing.position(estimates + reach) - position,
     position - spacing.position(estimates - reach),
   )
-  margin = wobble + 1 / 8
+  others = None
   if other is not None:
     others = spacing.position(_triangle(_rebuild(other, spectrum)))
-    spread = correction_lib.spread(position, others, 1.0, row, n)
-    margin = jnp.maximum(margin, spread)
-  return correction_lib.correct(position, ordinals, margin, row, n)
+  return correction_lib.correct(position, ordinals, wobble + 1 / 8, row, n, others)
 
 
 def recover(

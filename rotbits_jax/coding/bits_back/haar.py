@@ -114,7 +114,7 @@ def correct(
 ) -> FrameCorrection:
   """Returns the correction with which `recover` finds the cells.
 
-  Its margins cover the difference of the recovered frames, see `correction.spread`.
+  Its margins cover the difference of the recovered frames.
   """
   n, k = recovered.shape
   chex.assert_shape(cells, (num_cells(n, k),))
@@ -122,7 +122,7 @@ def correct(
   # The least margin covers the decoder's own float32 arithmetic, whose errors grow as
   # sqrt(n). In 1024 dimensions two orders of applying the reflections differed by 0.04
   # cells, and two computations of a well-conditioned polar factor by 0.08 cells.
-  margin: jax.Array | float = max(1 / 8, n**0.5 / 128)
+  margin = max(1 / 8, n**0.5 / 128)
   vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
   flips = (_compose(vectors, signs) * recovered).sum(axis=0) < 0
 
@@ -134,14 +134,13 @@ def correct(
 
   reflected = remaining(recovered)
   position = _pack(_positions(reflected), n, k)
-  if other is not None:
-    # An error of a coordinate x_i changes the ratio t_i by its part of |x_i, ...|.
-    sensitivity = _pack(1 / _norms(reflected), n, k)
-    others = _pack(_positions(remaining(other)), n, k)
-    spread = correction_lib.spread(position, others, sensitivity, column, k)
-    margin = jnp.maximum(spread, margin)  # NaN if one is
-  correction = correction_lib.correct(position, cells, margin, column, k)
-  return FrameCorrection(flips, correction)
+  others = None if other is None else _pack(_positions(remaining(other)), n, k)
+  # An error of a coordinate x_i changes the ratio t_i by its part of |x_i, ...|.
+  sensitivity = _pack(1 / _norms(reflected), n, k)
+  return FrameCorrection(
+    flips,
+    correction_lib.correct(position, cells, margin, column, k, others, sensitivity),
+  )
 
 
 def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
