@@ -70,10 +70,15 @@ def _grid(count: int) -> tuple[int, int]:
   return -(-count // lanes), lanes
 
 
-def _plane(width: int, rows: int, lanes: int) -> tuple[tuple[int, int], np.dtype]:
-  """Returns the shape of a plane of pieces of so many bits, and its dtype."""
-  shape = -(-rows * min(width, 4) // 4), lanes
-  return shape, np.dtype(np.uint16 if width == 8 else np.uint8)
+def _plane_rows(width: int, rows: int) -> int:
+  """Returns the rows of a plane of pieces of so many bits."""
+  return -(-rows * min(width, 4) // 4)
+
+
+def _plane(width: int, lanes: int) -> tuple[tuple[int, ...], np.dtype]:
+  """Returns the greatest shape of a plane of pieces of so many bits, and its dtype."""
+  dtype = np.dtype(np.uint16 if width == 8 else np.uint8)
+  return (_plane_rows(width, ROWS), lanes), dtype
 
 
 def _classes(fill: Fill, count: int) -> np.ndarray:
@@ -111,27 +116,19 @@ def encode(
   units(flat[:count].reshape(-1).view(f'u{layout.dtype.itemsize}'))
   flat[count : rows * lanes] = flat[count - 1]
   stack = ROWS * layout.pushes + _APART
-  kinds = [
-    ((lanes * stack,), np.dtype(np.uint16)),
-    ((ROWS, lanes), np.dtype(np.uint16)),
-  ]
-  kinds += [_plane(width, ROWS, lanes) for width, _ in layout.pieces]
-  out = tuple(buffers.taken(f'out {i}', *x) for i, x in enumerate(kinds))
-  state, lengths, out = _encode(
-    out,
-    values,
-    _classes(classes, count),
-    coder_tables,
-    np.int32(rows),
-    layout=layout.program,
-  )
+  shapes: list[tuple[int, ...]] = [(lanes * stack,), (ROWS, lanes)]
+  outputs = [(shape, np.dtype(np.uint16)) for shape in shapes]
+  outputs += [_plane(width, lanes) for width, _ in layout.pieces]
+  out = tuple(buffers.taken(f'out {i}', *x) for i, x in enumerate(outputs))
+  arguments = values, _classes(classes, count), coder_tables, np.int32(rows)
+  state, lengths, out = _encode(out, *arguments, layout=layout.program)
   words, marks, *planes = map(np.asarray, out)
   lengths = np.asarray(lengths).astype(np.int64)
   stacks = zip(words.reshape(lanes, stack), lengths.tolist(), strict=True)
   message = np.concatenate([row[:n] for row, n in stacks])
   parts = [rans.join_words(np.asarray(state), lengths, message)]
-  for (width, _), plane in zip(layout.pieces, planes, strict=True):
-    parts.append(plane[: _plane(width, rows, lanes)[0][0]])
+  pairs = zip(layout.pieces, planes, strict=True)
+  parts += [plane[: _plane_rows(width, rows)] for (width, _), plane in pairs]
   # The last unit is marked again where it fills the row.
   marks = marks[:rows].reshape(-1)
   marked = np.flatnonzero(marks)
@@ -139,9 +136,8 @@ def encode(
   listed = marks[marks & layouts.ESCAPED > 0] & layouts.ESCAPE
   places = marked[(marks & layouts.EXCEPTION > 0) & (marked < count)]
   bits = np.unpackbits(listed.astype('>u2').view(np.uint8)).reshape(-1, 16)
-  parts += [np.packbits(bits[:, 6:])]
-  parts += [places.astype('<u4').view(np.uint8).reshape(-1, 4)[:, :_PLACE]]
-  parts += [flat[places]]
+  place_bytes = places.astype('<u4').view(np.uint8).reshape(-1, 4)[:, :_PLACE]
+  parts += [np.packbits(bits[:, 6:]), place_bytes, flat[places]]
   data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
   for i, array in enumerate(out):
     buffers.keep(f'out {i}', array)
@@ -159,10 +155,8 @@ def decode(
   """Decodes a block on this thread: the inverse of `encode`, with its arguments.
 
   `write` takes the bit patterns of the numbers and copies them, because the array is
-  used again. Then it replaces numbers by those of the patches, in their order.
-
-  Raises:
-    ValueError: if the bytes are not a block of n units.
+  used again. Then it replaces numbers by those of the patches, in their order. If the
+  bytes are not a block of n units, a ValueError is raised.
   """
   rows, lanes = _grid(count)
   state, lengths, left = rans.split_words(data[: data.size & ~1].view('<u2'), lanes)
@@ -176,25 +170,16 @@ def decode(
   tops = (below - 1 + np.cumsum(lengths)).astype(np.uint32)
   lists, planes = data[(data.size & ~1) - 2 * (left.size - total) :], []
   for i, (width, _) in enumerate(layout.pieces):
-    plane = buffers.scratch(f'plane {i}', *_plane(width, ROWS, lanes))
-    used = plane[: _plane(width, rows, lanes)[0][0]].reshape(-1).view(np.uint8)
+    plane = buffers.scratch(f'plane {i}', *_plane(width, lanes))
+    used = plane[: _plane_rows(width, rows)].reshape(-1).view(np.uint8)
     if lists.size < used.size:
       raise ValueError(f'a block of {data.size} bytes has too few raw bits')
     used[:], lists = lists[: used.size], lists[used.size :]
     planes.append(plane)
   places = _classes(classes, count)
   out = buffers.taken('units', (ROWS, lanes, layout.words), layout.word)
-  state, ends, out = _decode(
-    out,
-    state,
-    tops,
-    words,
-    places,
-    tuple(planes),
-    coder_tables,
-    np.int32(rows),
-    layout=layout.program,
-  )
+  arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)
+  state, ends, out = _decode(out, *arguments, layout=layout.program)
   if np.any(np.asarray(state) != 1 << 16) or np.any(np.asarray(ends) != tops - lengths):
     raise rans.MessageError('a block has more or fewer words than its units need')
   units = np.asarray(out).reshape(-1, layout.words)
@@ -265,25 +250,14 @@ def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:
 def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """Decodes rows of units.
 
-  Args:
-    *arguments: where to write units; the states; the places of the words that lanes
-      take next; words; classes; planes; tables; and the number of rows.
-    layout: the layout.
-
-  Returns:
-    The states, the places, and the units.
+  The arguments are an array for units; the states; the places of the words that lanes
+  take next; words; classes; planes; tables; and the number of rows. Returns the states,
+  the places, and the units.
   """
 
-  def loop(
-    out: Any,
-    state: Any,
-    tops: Any,
-    words: Any,
-    classes: Any,
-    planes: Any,
-    coder_tables: Any,
-    rows: Any,
-  ) -> Any:
+  def loop(*operands: Any) -> Any:
+    out, state, tops, words, classes, planes, coder_tables, rows = operands
+
     def step(t: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
       state, tops, out = carry
       place = t.astype(jnp.uint32)
@@ -315,13 +289,9 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """Encodes rows of units, the last one first.
 
-  Args:
-    *arguments: where to write the stacks of the lanes, the marks and the planes; the
-      units; classes; tables; and the number of rows.
-    layout: the layout.
-
-  Returns:
-    The states, the lengths of the stacks, and the stacks, marks and planes.
+  The arguments are arrays for the stacks of the lanes, the marks and the planes; the
+  units; classes; tables; and the number of rows. Returns the states, the lengths of the
+  stacks, and the arrays.
   """
 
   def loop(out: Any, units: Any, classes: Any, coder_tables: Any, rows: Any) -> Any:

@@ -40,15 +40,10 @@ _NONE: Mapping[int, known_lib.Known] = types.MappingProxyType({})
 
 
 class Encoded(NamedTuple):
-  """An encoded record.
+  """An encoded record."""
 
-  Attributes:
-    spec: the description of the stream.
-    data: uint8 `[spec.nbytes]`, the stream.
-  """
-
-  spec: specs.StreamSpec
-  data: np.ndarray
+  spec: specs.StreamSpec  # the description of the stream
+  data: np.ndarray  # uint8 `[spec.nbytes]`, the stream
 
 
 def encode(
@@ -199,17 +194,11 @@ def decode(
 
 
 class _Units(NamedTuple):
-  """The units of a group, one part after the other.
-
-  Attributes:
-    layout: the layout.
-    contexts: the contexts of the parts.
-    arrays: the parts, contiguous.
-  """
+  """The units of a group, one part after the other."""
 
   layout: layouts.Layout
   contexts: contexts_lib.Contexts
-  arrays: list[np.ndarray]
+  arrays: list[np.ndarray]  # the parts, contiguous
 
   def starts(self) -> list[tuple[int, int]]:
     """Returns the first unit of each block, and how many it has."""

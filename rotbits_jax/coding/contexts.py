@@ -39,20 +39,13 @@ def line_sizes(shape: Shape, size: int) -> tuple[int, int]:
 
 
 class Scales(NamedTuple):
-  """The scales of the rows and columns of an array.
+  """The scales of the rows and columns of an array."""
 
-  Attributes:
-    base: the class to which they are added.
-    rows: uint8 `[R]`, or `[1]` if all rows have the same.
-    columns: the same for columns, see `line_sizes`.
-    table: the table of the class `base`, if small floats share a step.
-    min_exponent: the minimum exponent of the array, if small floats share a step.
-  """
-
-  base: int
-  rows: np.ndarray
-  columns: np.ndarray
-  table: int = 0
+  base: int  # the class to which they are added
+  rows: np.ndarray  # uint8 `[R]`, or `[1]` if all rows have the same
+  columns: np.ndarray  # the same for columns, see `line_sizes`
+  table: int = 0  # the table of the class `base`, if small floats share a step
+  # the minimum exponent of the array, if small floats share a step
   min_exponent: int = 1
 
   @property
@@ -65,11 +58,11 @@ class Scales(NamedTuple):
     return sum(tables.entropy_bits(np.bincount(x)) for x in self[1:3]) / 8
 
   def write(self, out: np.ndarray, start: int, shape: Shape, size: int) -> None:
-    """Writes the classes of units.
+    """Writes the classes, uint8 `[n]`, of units from `start` on in C order.
 
     Args:
-      out: uint8 `[n]` to write into.
-      start: the first unit, counted within the array in C order.
+      out: where to write them.
+      start: the first unit, counted within the array.
       shape: shape of the array.
       size: numbers of a unit.
     """
@@ -90,18 +83,13 @@ class Scales(NamedTuple):
 
 
 class Contexts(NamedTuple):
-  """The classes of the units of M arrays, and their tables.
+  """The classes of the units of M arrays, and their tables."""
 
-  Attributes:
-    classes: what tells the classes of each array.
-    numbers: int64. Of integers, the K shifts; of floats, the least offset of a bin, but
-      none if steps are shared.
-    frequencies: int64 `[K, A]`.
-  """
-
-  classes: tuple[Scales | known_lib.Bands, ...]
+  classes: tuple[Scales | known_lib.Bands, ...]  # what tells the classes of each array
+  # int64. Of integers, the K shifts; of floats, the least offset of a bin, but none if
+  # steps are shared
   numbers: np.ndarray
-  frequencies: np.ndarray
+  frequencies: np.ndarray  # int64 `[K, A]`
 
   @property
   def is_known(self) -> bool:

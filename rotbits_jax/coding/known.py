@@ -14,16 +14,12 @@ from rotbits_jax.coding import layouts
 
 
 class Known(NamedTuple):
-  """What encoder and decoder know of the integers of an array.
+  """What encoder and decoder know of the integers of an array."""
 
-  Attributes:
-    classes: uint8 `[n]`, the class of each element in C order.
-    shifts: the shift of each of the K classes, from 0 to `layouts.MOST_SHIFT`. Of a
-      class with the shift s, elements x outside -2^(s + 7) <= x < 2^(s + 7) take more
-      bits than without coding.
-  """
-
-  classes: np.ndarray
+  classes: np.ndarray  # uint8 `[n]`, the class of each element in C order
+  # the shift of each of the K classes, from 0 to `layouts.MOST_SHIFT`. Of a class with
+  # the shift s, elements x outside -2^(s + 7) <= x < 2^(s + 7) take more bits than
+  # without coding
   shifts: tuple[int, ...]
 
   def check(self, size: int) -> 'Known':
@@ -39,15 +35,10 @@ class Known(NamedTuple):
 
 
 class Bands(NamedTuple):
-  """The bands of an array of known classes.
-
-  Attributes:
-    known: the classes.
-    sizes: uint8, how many neighbouring classes each band has.
-  """
+  """The bands of an array of known classes."""
 
   known: Known
-  sizes: np.ndarray
+  sizes: np.ndarray  # uint8, how many neighbouring classes each band has
 
   @property
   def shifts(self) -> np.ndarray:

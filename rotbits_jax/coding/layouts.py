@@ -23,19 +23,16 @@ are too rare for a table.
 The raw bits do not contain low bits that are zero in all numbers, because numbers that
 were widened from a shorter dtype end in zeros.
 
-Numbers may be rounded so that all small ones share one step. In IEEE 754 the exponents
-0 and 1 share a step. The *minimum exponent* f is the greatest exponent that shares the
-step of all exponents below it, so that of IEEE 754 itself is 1. A magnitude is
-[ exponent | mantissa ]. With a minimum exponent f above 1 it is *raised*, that is
-replaced by
+Numbers may be rounded so that all small ones share one step. The *minimum exponent* f
+is the greatest exponent whose step they all share; that of IEEE 754 itself is 1. With f
+above 1 a magnitude, [ exponent | mantissa ], is *raised*, that is replaced by
 
     magnitude - (f - 1) 2^m                  if its exponent is at least f,
-    the value divided by the step            otherwise.
+    the value divided by the step            otherwise, an integer.
 
-The second line is an integer. Both lines give the same result for the exponent f,
-because IEEE 754 defines subnormal numbers in this way. Exponents are biased, as they
-are in the bits. Then bins are counted from the step, without an offset, and the table
-is that of the scale above the step. The class tells the table and f.
+Both lines give the same result for the exponent f, because IEEE 754 defines subnormal
+numbers in this way. Then bins are counted from the step, without an offset, and the
+table is that of the scale above the step. The class tells the table and f.
 
 **Integers.** A unit is a number x. Its class is the number of its table, and tells how
 many raw bits it has, its *shift* s. With b = 128 for signed integers and 0 for others,
@@ -43,9 +40,8 @@ many raw bits it has, its *shift* s. With b = 128 for signed integers and 0 for 
     n = x + b 2^s        symbol = n >> s < 256         raw bits = n & (2^s - 1)
 
 The raw bits of integers are coded as symbols that are uniform, of at most 16 bits each.
-Those of floats, which all have the same number, are cut into pieces, from the lowest
-bit on: as many of 8 bits as there are, then one of 4, of 2 and of 1 where they are
-needed. The pieces of one kind are a *plane*; see `blocks`.
+Those of floats are cut into pieces, from the lowest bit on: as many of 8 bits as there
+are, then one of 4, of 2 and of 1 where they are needed. See the *planes* of `blocks`.
 
 Numbers that have no symbol are *exceptions*: any symbol is coded instead, and a list
 behind the block has their bits.
@@ -104,38 +100,27 @@ FORMATS = {
 
 
 class Tables(NamedTuple):
-  """The frequency tables of a layout, for its programs.
+  """The frequency tables of a layout, for its programs."""
 
-  Attributes:
-    slots: `[K 2^precision]`, what each slot of a table stands for; uint32 of floats,
-      uint8 of integers.
-    intervals: uint32 `[K A]`, the interval of each of the A symbols of a table.
-    classes: uint32 `[256]`, what a class tells: of integers the shift; of floats that
-      share a step the table in the low 8 bits, and the minimum exponent above.
-    start: uint32, of floats the least offset.
-  """
-
+  # `[K 2^precision]`, what each slot of a table stands for; uint32 of floats, uint8 of
+  # integers
   slots: np.ndarray
+  # uint32 `[K A]`, the interval of each of the A symbols of a table
   intervals: np.ndarray
+  # uint32 `[256]`, what a class tells: of integers the shift; of floats that share a
+  # step the table in the low 8 bits, and the minimum exponent above
   classes: np.ndarray
-  start: np.ndarray
+  start: np.ndarray  # uint32, of floats the least offset
 
 
 @dataclasses.dataclass(frozen=True)
 class Floats:
-  """The layout of floats.
-
-  Attributes:
-    dtype: dtype of the numbers.
-    raw_bits: raw bits of a number, with its sign.
-    raised: whether small numbers share a step, and magnitudes are raised.
-    top: t.
-  """
+  """The layout of floats."""
 
   dtype: np.dtype
-  raw_bits: int
-  raised: bool = False
-  top: int = 1
+  raw_bits: int  # raw bits of a number, with its sign
+  raised: bool = False  # whether small numbers share a step, and magnitudes are raised
+  top: int = 1  # t
 
   type_name: ClassVar[str] = 'floats'
   size: ClassVar[int] = 2  # numbers of a unit
@@ -225,7 +210,7 @@ class Floats:
   def join(
     self, symbols: Any, kept: list[Any], told: Any, start: Any, xp: Any = jnp
   ) -> list[Any]:
-    """Makes the words of units.
+    """Makes the words of units, uint32, in JAX or NumPy.
 
     Args:
       symbols: uint32, pairs of bins.
@@ -233,9 +218,6 @@ class Floats:
       told: uint32, the classes, or what they tell if steps are shared.
       start: that of `Tables`.
       xp: the module, JAX or NumPy.
-
-    Returns:
-      The words, uint32.
     """
     offset = 0 if self.raised else (told >> 2 << self.top) + start
     bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
@@ -252,16 +234,13 @@ class Floats:
   def decode_step(
     self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
   ) -> jax.Array:
-    """Decodes a unit of each lane, in a program.
+    """Decodes a unit of each lane, `[L, words]`, in a program.
 
     Args:
       pop: pops a symbol.
       classes: uint32 `[L]`.
       pieces: uint32 `[L]`, the pieces of each unit.
       coder_tables: the tables.
-
-    Returns:
-      The words, `[L, words]`.
     """
     table, told = self._table(classes, coder_tables)
 
@@ -355,15 +334,10 @@ class Floats:
 
 @dataclasses.dataclass(frozen=True)
 class Integers:
-  """The layout of integers of at most 32 bits.
-
-  Attributes:
-    dtype: dtype of the numbers.
-    raw_bits: the greatest shift of a table.
-  """
+  """The layout of integers of at most 32 bits."""
 
   dtype: np.dtype
-  raw_bits: int
+  raw_bits: int  # the greatest shift of a table
 
   type_name: ClassVar[str] = 'integers'
   raised: ClassVar[bool] = False

@@ -42,49 +42,31 @@ _SHIFTED = 6  # the octave of the classes of integers above which they have raw 
 
 
 class Part(NamedTuple):
-  """A part of an array.
+  """A part of an array."""
 
-  Attributes:
-    array: index of the array in the record.
-    part: index of the part in the array.
-    numbers: the part, contiguous.
-  """
-
-  array: int
-  part: int
-  numbers: np.ndarray
+  array: int  # index of the array in the record
+  part: int  # index of the part in the array
+  numbers: np.ndarray  # the part, contiguous
 
 
 class Group(NamedTuple):
-  """Parts of one layout, coded together.
-
-  Attributes:
-    layout: the layout.
-    contexts: the classes of the units of each part, and the tables.
-    parts: the parts.
-    nbytes: about how many bytes each part takes.
-  """
+  """Parts of one layout, coded together."""
 
   layout: layouts.Layout
+  # the classes of the units of each part, and the tables
   contexts: contexts_lib.Contexts
   parts: list[Part]
-  nbytes: list[float]
+  nbytes: list[float]  # about how many bytes each part takes
 
 
 class Plan(NamedTuple):
-  """How the arrays of a record are stored.
+  """How the arrays of a record are stored."""
 
-  Attributes:
-    arrays: the arrays in C order.
-    zeros: for each, where its zeros are, if it is stored without them.
-    groups: the groups of parts that are coded.
-    plain: the parts that are stored as they are.
-  """
-
-  arrays: list[np.ndarray]
+  arrays: list[np.ndarray]  # the arrays in C order
+  # for each, where its zeros are, if it is stored without them
   zeros: list[sparse.Sparse | None]
-  groups: list[Group]
-  plain: list[Part]
+  groups: list[Group]  # the groups of parts that are coded
+  plain: list[Part]  # the parts that are stored as they are
 
 
 def make(arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]) -> Plan:
@@ -139,17 +121,12 @@ def _smaller(group: Group) -> Group | None:
 
 
 class _Sample(NamedTuple):
-  """Units from all over a part.
+  """Units from all over a part."""
 
-  Attributes:
-    tables: int64 `[n]`, the table of each unit.
-    symbols: int64 `[n, S]`, the symbol of each number, which may be out of bounds.
-    weight: how many units of the part one of the sample stands for.
-  """
-
-  tables: np.ndarray
+  tables: np.ndarray  # int64 `[n]`, the table of each unit
+  # int64 `[n, S]`, the symbol of each number, which may be out of bounds
   symbols: np.ndarray
-  weight: float
+  weight: float  # how many units of the part one of the sample stands for
 
   def counts(self, count: int, alphabet: int, first: int = 0) -> np.ndarray:
     """Counts symbols, from `first` on: `[K, A]`, in proportion to the whole part."""
@@ -215,19 +192,13 @@ def _everywhere(counts: np.ndarray) -> np.ndarray:
 
 
 class _Draft(NamedTuple):
-  """How a part of floats is coded.
+  """How a part of floats is coded."""
 
-  Attributes:
-    part: the part.
-    layout: its layout.
-    min_exponent: its minimum exponent.
-    lines: the classes of its rows and columns. If small numbers share a step, these
-      are the numbers of tables.
-  """
-
-  part: Part
-  layout: layouts.Floats
-  min_exponent: int
+  part: Part  # the part
+  layout: layouts.Floats  # its layout
+  min_exponent: int  # its minimum exponent
+  # the classes of its rows and columns. If small numbers share a step, these are the
+  # numbers of tables
   lines: scales_lib.Lines
 
   @property

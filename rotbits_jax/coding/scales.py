@@ -40,15 +40,10 @@ Returns the levels along the axis, in octaves."""
 
 
 class Lines(NamedTuple):
-  """The classes of an array: those of its rows, plus those of its columns.
+  """The classes of an array: those of its rows, plus those of its columns."""
 
-  Attributes:
-    rows: int64 `[R]`, or `[1]` if rows have no scales of their own.
-    columns: int64, see `contexts.line_sizes`, or `[1]`.
-  """
-
-  rows: np.ndarray
-  columns: np.ndarray
+  rows: np.ndarray  # int64 `[R]`, or `[1]` if rows have no scales of their own
+  columns: np.ndarray  # int64, see `contexts.line_sizes`, or `[1]`
 
   def scales(self, least: int, most: int) -> contexts.Scales:
     """Returns the scales; lines with classes beyond `least` and `most` are moved."""

@@ -33,16 +33,11 @@ class Sparse(schema.Row):
   successive elements of a line of the matrix or of its transpose, the first one in the
   highest bit, which is set if the element is not zero. So the coder sees patterns, such
   as two zeros in every four. The signs are bits in bytes, too, `[ceil(z / 8)]`.
-
-  Attributes:
-    values: n.
-    negative: whether a zero is -0.
-    transposed: whether the order is that of the transpose.
   """
 
-  values: schema.Size
-  negative: bool
-  transposed: bool
+  values: schema.Size  # n
+  negative: bool  # whether a zero is -0
+  transposed: bool  # whether the order is that of the transpose
 
   def parts(self, dtype: np.dtype, shape: tuple[int, ...]) -> Parts:
     """Returns the dtype and the shape of each part of an array."""

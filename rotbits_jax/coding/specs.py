@@ -39,22 +39,16 @@ _ELEMENTS_PER_GROUP = 1 << 17
 
 
 class ArraySpec(schema.Row):
-  """An array of a stream.
+  """An array of a stream."""
 
-  Attributes:
-    dtype: name of the dtype, one of `DTYPES`.
-    shape: shape of the array.
-    crc32: CRC-32 of the bytes of the array in C order.
-    groups: for each part of the array, the index of its group; None if the part is
-      stored as it is. The only part of an array is the array. An array of elements of
-      64 bits may have two, its halves.
-    zeros: where its zeros are, if it is stored without them; then it has four parts.
-  """
-
-  dtype: Annotated[str, schema.one_of(DTYPES)]
-  shape: tuple[schema.Size, ...]
-  crc32: schema.Crc32
+  dtype: Annotated[str, schema.one_of(DTYPES)]  # name of the dtype, one of `DTYPES`
+  shape: tuple[schema.Size, ...]  # shape of the array
+  crc32: schema.Crc32  # CRC-32 of the bytes of the array in C order
+  # for each part of the array, the index of its group; None if the part is stored as it
+  # is. The only part of an array is the array. An array of elements of 64 bits may have
+  # two, its halves.
   groups: tuple[schema.Size | None, ...]
+  # where its zeros are, if it is stored without them; then it has four parts
   zeros: sparse.Sparse | None
 
   def __post_init__(self) -> None:
@@ -95,23 +89,16 @@ class GroupSpec(schema.Row):
   """A group: parts of one layout. Their units, part after part, lie in blocks.
 
   All blocks but the last have `blocks.capacity_of` units.
-
-  Attributes:
-    type_name: 'floats', 'integers', or 'known' for integers whose classes are known
-      from elsewhere, see `known`.
-    raw_bits: that of the layout.
-    raised: that of the layout; false for integers.
-    top: that of the layout; 0 for integers.
-    contexts: number of bytes of the contexts in the stream.
-    blocks: number of bytes of each block.
   """
 
+  # 'floats', 'integers', or 'known' for integers whose classes are known from
+  # elsewhere, see `known`
   type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
-  raw_bits: schema.Size
-  raised: bool
-  top: schema.Size
-  contexts: schema.Size
-  blocks: tuple[schema.Size, ...]
+  raw_bits: schema.Size  # that of the layout
+  raised: bool  # that of the layout; false for integers
+  top: schema.Size  # that of the layout; 0 for integers
+  contexts: schema.Size  # number of bytes of the contexts in the stream
+  blocks: tuple[schema.Size, ...]  # number of bytes of each block
 
   @property
   def is_known(self) -> bool:
@@ -143,15 +130,10 @@ class Member(NamedTuple):
 
 
 class StreamSpec(schema.Object):
-  """A record of arrays that decodes on its own.
-
-  Attributes:
-    arrays: the arrays.
-    groups: the groups of coded parts.
-  """
+  """A record of arrays that decodes on its own."""
 
   arrays: tuple[ArraySpec, ...]
-  groups: tuple[GroupSpec, ...]
+  groups: tuple[GroupSpec, ...]  # the groups of coded parts
 
   def __post_init__(self) -> None:
     coded = 0
