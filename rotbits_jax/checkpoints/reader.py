@@ -214,16 +214,6 @@ class CheckpointReader(Folder):
     return tensors_lib.Checkpoint(model, dict(self.files), self.stem)
 
 
-def in_memory(
-  tensors: Mapping[str, tensors_lib.LazyTensor],
-  config: models.ModelConfig,
-  files: Mapping[str, bytes] | None = None,
-) -> CheckpointReader:
-  """Opens tensors that are not in a folder, by their names in the checkpoint."""
-  folder = Folder(None, tensors, dict(files or {}))
-  return CheckpointReader(folder, config)
-
-
 def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
 ) -> models.Model:
@@ -236,7 +226,7 @@ def from_tensors(
     name: tensors_lib.LazyTensor(x.shape, x.dtype, functools.partial(np.asarray, x))
     for name, x in tensors.items()
   }
-  return in_memory(lazy, config).load().model
+  return CheckpointReader(Folder(None, lazy, {}), config).load().model
 
 
 def _match(

@@ -33,7 +33,6 @@ from rotbits_jax.system import files
 STORAGE_DTYPES = {name: dtype for dtype, _, name in tensors_lib.DTYPES if name}
 
 _ALIGNMENT = 64
-_CHUNK = 1 << 24  # bytes written at a time
 _ZIP64_FROM = 1 << 30  # members of at least this size get 64-bit sizes in the zip file
 # Bytes; a tensor takes about 200, and 70 times as many when it has been read.
 _MOST_PICKLE = 1 << 22
@@ -271,8 +270,7 @@ class TorchZipWriter:
     info.extra = struct.pack('<2sH', b'FB', padding) + b'Z' * padding
     with self._archive.open(info, 'w', force_zip64=zip64) as member:
       for piece in pieces:
-        for begin in range(0, len(piece), _CHUNK):
-          member.write(piece[begin : begin + _CHUNK])
+        member.write(piece)
 
 
 def _pickle(specs: Mapping[str, tensors_lib.TensorSpec]) -> Iterator[bytes]:

@@ -178,7 +178,8 @@ def open_model(
   try:
     content = checkpoints.parse_object(files['config.json'], 'config.json')
     config = checkpoints.parse_config(content)
-    return checkpoints.in_memory(tensors, config, files)
+    folder = checkpoints.Folder(None, tensors, dict(files))
+    return checkpoints.CheckpointReader(folder, config)
   except (KeyError, checkpoints.CheckpointError):
     return None
 
