@@ -114,7 +114,7 @@ def containers_of_trees() -> dict[str, bytes]:
   """Encodes PyTrees whose arrays are stored in all possible ways."""
   rng = np.random.default_rng(1)
   normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)
-  arrays = {
+  arrays: Any = {
     'coded': {
       'half': normal(48, 64).astype(np.float16),
       'short': np.float32(normal(32, 40).astype(np.float16)),

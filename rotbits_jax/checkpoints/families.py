@@ -469,19 +469,18 @@ def with_own_head(
   is_tied = parsed.get('tie_word_embeddings') is not False
   with contextlib.suppress(errors.CheckpointError):
     is_tied = is_tied and parse_config(parsed).tied_head
-  return _changed(files, parsed, tie_word_embeddings=False) if is_tied else files
+  untied = to_json(parsed | {'tie_word_embeddings': False}, sort_keys=False)
+  return files | {CONFIG: untied} if is_tied else files
 
 
 def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
   """Returns files whose `config.json`, if it names a dtype, names this one."""
   parsed = parse_object(files[CONFIG], CONFIG)
   names = [name for name in ('dtype', 'torch_dtype') if name in parsed]
-  return _changed(files, parsed, **dict.fromkeys(names, dtype.name))
+  changed = parsed | dict.fromkeys(names, dtype.name)
+  return files | {CONFIG: to_json(changed, sort_keys=False)}
 
 
-def _changed(
-  files: dict[str, bytes], parsed: dict[str, Any], **changes: Any
-) -> dict[str, bytes]:
-  """Returns files with changed attributes of `config.json`."""
-  content = json.dumps(parsed | changes, indent=2)
-  return {**files, CONFIG: f'{content}\n'.encode()}
+def to_json(value: Any, *, sort_keys: bool = True) -> bytes:
+  """Returns the content of a JSON file."""
+  return f'{json.dumps(value, indent=2, sort_keys=sort_keys)}\n'.encode()

@@ -10,7 +10,7 @@ Raises:
   CheckpointError: if a file is missing or damaged, or has changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -377,12 +377,12 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   if plain and is_torch:
     text = 'is not safetensors, in which any family is stored'
     raise errors.UnsupportedError(f'{listed} {text}')
-  shards: dict[str, list[str] | None] = {listed.name: None}
+  shards: Mapping[str, Sequence[str] | None] = {listed.name: None}
   index: dict[str, bytes] = {}
   if listed.suffix == '.json':
     content = tensors_lib.content(listed, safetensors.MOST_INDEX)
     with errors.named(listed):
-      shards = {**safetensors.parse_index(content)[0]}
+      shards, _ = safetensors.parse_index(content)
     if plain or listed.name == safetensors.INDEX:
       index = {listed.name: content}
   weights, headers = [], {}

@@ -172,12 +172,12 @@ def divided(
     The tensors of each file by the name of the file, and the new index of several.
   """
   sizes = {name: spec.nbytes for name, spec in specs.items()}
-  names, metadata = {}, {}
+  names: Mapping[str, Sequence[str]] = {}
+  metadata: Any = {}
   if index is not None and shard_size is None:
     names, metadata = parse_index(index)
   if sorted(itertools.chain(*names.values())) != sorted(specs):
-    metadata = {}
-    names = outputs.divided(sizes, shard_size, 'model', '.safetensors')
+    metadata, names = {}, outputs.divided(sizes, shard_size, 'model', '.safetensors')
     names = names if len(names) > 1 else {WEIGHTS: tuple(sizes)}
   shards: dict[str, Specs] = {
     file: {name: specs[name] for name in group} for file, group in names.items()
@@ -188,4 +188,4 @@ def divided(
   weight_map = {name: file for file, shard in shards.items() for name in shard}
   total = {'total_size': sum(sizes.values())}
   content = {'metadata': metadata | total, 'weight_map': weight_map}
-  return shards, (json.dumps(content, indent=2, sort_keys=True) + '\n').encode()
+  return shards, families.to_json(content)

@@ -16,7 +16,6 @@ one without columns is left out.
 
 from collections.abc import Mapping
 import importlib.resources
-import json
 from typing import Any
 
 import numpy as np
@@ -85,7 +84,7 @@ def sidecars(
   """
   named = dict(files)
   if 'tokenizer.json' in files:
-    named.setdefault('tokenizer_config.json', _json(_TOKENIZER_SETTINGS))
+    named.setdefault('tokenizer_config.json', families.to_json(_TOKENIZER_SETTINGS))
   dense = families.older_rope(families.parse_object(files[CONFIG], CONFIG))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
   class_name, tokenizer = _CLASSES[config.family]
@@ -110,11 +109,6 @@ def sidecars(
   }
   # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
   # type that it does not know by the class that one of these files names.
-  named[CONFIG] = _json({'tokenizer_class': tokenizer} | dense | changes)
+  named[CONFIG] = families.to_json({'tokenizer_class': tokenizer} | dense | changes)
   named[f'{_MODELING}.py'] = (_CODE / f'{_MODELING}.py').read_bytes()
   return named
-
-
-def _json(value: Any) -> bytes:
-  """Returns the content of a JSON file."""
-  return (json.dumps(value, indent=2, sort_keys=True) + '\n').encode()

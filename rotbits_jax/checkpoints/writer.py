@@ -6,6 +6,7 @@ target when all are complete, see `outputs.move`. After an exception it is remov
 Raises:
   CheckpointError: if a required file is missing, if a name is not that of a file, or if
     the format does not support the dtype of a tensor.
+  ValueError: if arguments do not suit each other or the model.
   OSError: if the directory cannot be written or must not be replaced.
 """
 
@@ -87,7 +88,7 @@ class FolderWriter:
     staging = outputs.staging(target)
     with outputs.named(self._path), outputs.fresh(staging) as self._folder:
       self._archives: dict[str, torch_zip.TorchZipWriter] = {}
-      for name, content in (self._files | self._weights).items():
+      for name, content in {**self._files, **self._weights}.items():
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
@@ -157,8 +158,6 @@ class CheckpointWriter(FolderWriter):
     """Plans the files.
 
     Args:
-      directory: the target directory, which is made if it does not exist.
-      config: sizes and switches.
       dtypes: dtype of each parameter by its path in the model, for example
         'layers.3/attention/query/kernel' or 'embed/tokens'.
       files: content of the sidecar files, by name. An index among them says how the
@@ -173,10 +172,6 @@ class CheckpointWriter(FolderWriter):
       buffers: arrays or `TensorSpec`s of the tensors that the forward pass does not
         use, by name; they are added like parameters, with paths like 'buffers/NAME'.
         'transformers' leaves them out, because it computes them.
-      overwrite: whether an existing checkpoint may be replaced.
-
-    Raises:
-      ValueError: if the format does not suit the model, or a dtype is missing.
     """
     formats = typing.get_args(Format)
     if format not in formats:
@@ -259,8 +254,7 @@ def save_checkpoint(
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 
-  `CheckpointWriter` describes the arguments. A ValueError is raised if the format does
-  not suit the model, or if the `config.json` is that of another model.
+  `CheckpointWriter` describes the arguments.
   """
   model, files, stem = checkpoint
   leaves = tensors_lib.leaves_of(model)
@@ -298,8 +292,8 @@ def fitting_files(
     return files
   fields = config.__struct_fields__
   differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
-  is_untied = of_files.tied_head and not config.tied_head
-  if differing not in ([], ['tied_head']) or (differing and not is_untied):
+  is_untied = of_files.tied_head and differing == ['tied_head']
+  if differing and not is_untied:
     listed, text = ', '.join(names), ', '.join(differing)
     raise ValueError(
       f'{listed}: the config of the model has another {text}; change {listed}, too'
