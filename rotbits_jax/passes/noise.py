@@ -5,7 +5,7 @@ change the function much more than a random rotation does, which changes it by r
 only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 import functools
 
 import jax
@@ -37,44 +37,40 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
 def random_rotation(*, key: jax.Array) -> Transform:
   """Makes the transform that `randomly_rotated` applies."""
 
-  def rotated(
-    context: Context, params: Params, segments: Iterable[int], *, is_outer: bool
+  def layer(
+    context: Context, has_stream: bool, index: int | None, params: Params
   ) -> Noted:
-    """Rotates parameters between segments, shortcuts among them."""
-    config = context.config
-    places = [segment if config.sliced else 0 for segment in segments]
-    rotations = [
-      _orthogonal(jax.random.fold_in(key, place), 1, config.segment_widths[place])[0]
-      for place in places
-    ]
-    params = structured.expand(params, keep_factors=True)
-    params = residual.rotate(params, rotations, config, is_outer=is_outer)
-    return structured.expand(params, keep_factors=True), []
-
-  def layer(context: Context, has_stream: bool, index: int, params: Params) -> Noted:
+    """Rotates a layer, or the parameters outside the layers, shortcuts among them."""
+    config, widths = context.config, context.config.segment_widths
     if not has_stream:
-      return _with_rotated_heads(params, index, context.config, key), []
-    first = index * context.config.segments_per_layer
-    segments = range(first, first + context.config.segments_per_layer + 1)
-    return rotated(context, params, segments, is_outer=False)
-
-  def outer(context: Context, has_stream: bool, params: Params) -> Noted:
-    ends = (0, len(context.config.segment_widths) - 1)
-    return rotated(context, params, ends, is_outer=True) if has_stream else (params, [])
+      return _with_rotated_heads(params, index, config, key), []
+    segments: Sequence[int] = (0, len(widths) - 1)
+    if index is not None:
+      first = index * config.segments_per_layer
+      segments = range(first, first + config.segments_per_layer + 1)
+    rotations = []
+    for segment in segments:
+      place = segment if config.sliced else 0
+      rotations += [*_orthogonal(jax.random.fold_in(key, place), 1, widths[place])]
+    params = structured.expand(params, keep_factors=True)
+    params = residual.rotate(params, rotations, config, is_outer=index is None)
+    return structured.expand(params, keep_factors=True), []
 
   return Transform(
     'rotation',
     init=lambda context: residual.obstacle(context) is None,
     layer=layer,
-    outer=outer,
+    outer=lambda context, state, params: layer(context, state, None, params),
     takes='float32',
   )
 
 
 def _with_rotated_heads(
-  params: Params, index: int, config: models.ModelConfig, key: jax.Array
+  params: Params, index: int | None, config: models.ModelConfig, key: jax.Array
 ) -> Params:
-  """Rotates the heads of a layer."""
+  """Rotates the heads of a layer; there are none outside the layers."""
+  if index is None:
+    return params
   params, layer_key = structured.expand(params), jax.random.fold_in(key, index)
   for paths, fixed in ((heads.VALUES, 0), (heads.KEYS, config.rotary_dim)):
     if pair := layer_lib.head_pair(params, config, paths=paths):

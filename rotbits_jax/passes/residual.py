@@ -260,9 +260,9 @@ def _read(context: Context, index: int | None) -> Params:
 
   Float32 arrays take the place of structured leaves; other leaves are not copied.
   """
-  params = {
-    k: x for tree in context.read(index) for k, x in structured.flatten(tree).items()
-  }
+  params: Params = {}
+  for tree in context.read(index):
+    params |= structured.flatten(tree)
   for path, leaf in params.items():
     if structured.is_structured(leaf):
       params[path] = leaf.astype(jnp.float32)

@@ -13,8 +13,9 @@ A head that is the embedding as well, or that a tied embedding is made of, cause
 errors. Then the sum of both is approximated by a product of the same form.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -96,11 +97,8 @@ def fitted(
   """
   counts = [sum(tokens.size for tokens in text) for text in windows]
   total = sum(counts)
-
-  def mean(arrays: Iterable[Any]) -> Any:
-    pairs = zip(arrays, counts, strict=True)
-    return sum(x * np.float32(count / total) for x, count in pairs)
-
+  shares = [np.float32(count / total) for count in counts]
+  mean = lambda arrays: sum(map(operator.mul, arrays, shares))
   shared: dict[int, Any] = {}
   inputs = {}
   for path, first in measured[0].items():

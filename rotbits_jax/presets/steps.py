@@ -211,16 +211,14 @@ def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str,
   """Divides the bits, see above. The mean offset over all numbers is zero."""
   if not counts:
     return {}
+  paths = sorted(counts)
+  sizes, causes = (np.array([x[path] for path in paths]) for x in (counts, divergences))
   # A divergence that is close to zero counts as a small one.
-  least = max(divergences.values()) * 2.0 ** (-4 * _MOST_OFFSET)
-  offsets = {
-    path: math.log2(count / max(divergences[path], least, 1e-12)) / 2
-    for path, count in counts.items()
-  }
-  paths = sorted(offsets)
-  mean = np.average([*offsets.values()], weights=[*counts.values()])
-  limit = functools.partial(np.clip, a_min=-_MOST_OFFSET, a_max=_MOST_OFFSET)
-  return {path: round(float(limit(offsets[path] - mean)), 3) for path in paths}
+  least = max(causes.max() * 2.0 ** (-4 * _MOST_OFFSET), 1e-12)
+  offsets = np.log2(sizes / np.maximum(causes, least)) / 2
+  offsets -= np.average(offsets, weights=sizes)
+  offsets = np.clip(offsets, -_MOST_OFFSET, _MOST_OFFSET).round(3)
+  return dict(zip(paths, offsets.tolist(), strict=True))
 
 
 # ---- the search of a step ----------------------------------------------------------

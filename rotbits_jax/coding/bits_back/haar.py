@@ -171,25 +171,25 @@ def _recover_columns(
   """Reads the first of the remaining columns of a frame."""
   rows = jnp.arange(remaining.shape[0], dtype=jnp.int32)
 
-  def read(start: jax.Array, c: jax.Array, carry: _Panel) -> _Panel:
-    """Reads one column of a panel and applies its reflection to the panel."""
-    panel, vectors, cells = carry
-    j = start + c
-    position = _positions(jnp.where(rows >= j, panel[:, c], 0)[:, None])[:, 0]
-    cell = correction_lib.nearest(position, levels[:, j], residues[:, j])
-    vector, _ = _reflectors(cell[:, None], j[None])
-    vector = jnp.where(j < k, vector[:, 0], 0)
-    # Two columns: XLA's native functions have no product of two vectors this long.
-    square = _matmul(vector, jnp.stack([vector, vector], 1))[0]
-    scale = 2 / jnp.maximum(square, 1)
-    panel = panel - jnp.outer(scale * vector, _matmul(vector, panel))
-    put = lambda x, column: jax.lax.dynamic_update_index_in_dim(x, column, c, 1)
-    return panel, put(vectors, vector), put(cells, cell)
-
   def read_columns(panel: jax.Array, start: jax.Array) -> _Panel:
+    """Reads the columns of a panel; applies the reflection of each to the panel."""
+
+    def read(c: jax.Array, carry: _Panel) -> _Panel:
+      panel, vectors, cells = carry
+      j = start + c
+      position = _positions(jnp.where(rows >= j, panel[:, c], 0)[:, None])[:, 0]
+      cell = correction_lib.nearest(position, levels[:, j], residues[:, j])
+      vector, _ = _reflectors(cell[:, None], j[None])
+      vector = jnp.where(j < k, vector[:, 0], 0)
+      # Two columns: XLA's native functions have no product of two vectors this long.
+      square = _matmul(vector, jnp.stack([vector, vector], 1))[0]
+      scale = 2 / jnp.maximum(square, 1)
+      panel = panel - jnp.outer(scale * vector, _matmul(vector, panel))
+      put = lambda x, column: jax.lax.dynamic_update_index_in_dim(x, column, c, 1)
+      return panel, put(vectors, vector), put(cells, cell)
+
     carry = panel, jnp.zeros_like(panel), jnp.zeros(panel.shape, jnp.uint16)
-    step = functools.partial(read, start)
-    return jax.lax.fori_loop(0, _PANEL, step, carry)
+    return jax.lax.fori_loop(0, _PANEL, read, carry)
 
   def read_panel(remaining: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     panel = jax.lax.dynamic_slice_in_dim(remaining, start, _PANEL, axis=1)
