@@ -1,8 +1,8 @@
 """The functions of a session: encode, decode, load, verify.
 
 Functions that read a file take its path, its bytes, or an open binary file as `source`.
-`decode` and `load` hold the whole model in memory; `encode_to_file`,
-`decode_to_directory` and `verify` hold a few layers. Arguments that several functions
+`decode` and `load` hold the whole model in memory; `encode_to_file` and `verify` hold a
+few layers. Arguments that several functions
 share are described in `encode`; `progress` says whether to show it on stderr.
 
 Raises:
@@ -24,7 +24,6 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.file import directory as directory_lib
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import estimate
 from rotbits_jax.file import output
@@ -241,42 +240,6 @@ def decode_checkpoint(
     if not isinstance(model, models.Model):
       raise file.ContainerError('the file holds no model of a known family')
     return checkpoints.Checkpoint(model, reader.files(), reader.stem)
-
-
-@host.own_settings()
-def decode_to_directory(
-  source: file.Readable,
-  directory: Path,
-  *,
-  base: Base | None = None,
-  format: checkpoints.Format = 'safetensors',
-  shard_size: int | None = None,
-  dtype: DTypeLike | None = None,
-  overwrite: bool = True,
-  progress: bool = False,
-) -> None:
-  """Decodes a file to a checkpoint on disk, one layer at a time.
-
-  Args:
-    directory: the directory for the checkpoint. An older checkpoint in it is replaced;
-      one with other files is not, nor is one of the source or the base.
-    format: see `checkpoints.CheckpointWriter`. Plain tensors of no known family come
-      back as they were, and take no format, shard_size or dtype.
-    shard_size: greatest size of the tensors in a weights file, in bytes; None for the
-      shards that the checkpoint had, or else one file.
-    dtype: as in `load`, but one that holds the elements; None for those of the
-      checkpoint.
-  """
-  with file.Reader(source, base=base) as reader:
-    directory_lib.write(
-      reader,
-      directory,
-      format=format,
-      shard_size=shard_size,
-      dtype=dtype,
-      overwrite=overwrite,
-      progress=progress,
-    )
 
 
 @host.own_settings()

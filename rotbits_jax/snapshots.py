@@ -49,7 +49,9 @@ def snapshot(
       folder.parent.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent) as scratch:
         written = pathlib.Path(scratch) / folder.name
-        directory.write(reader, written, format=format, dtype=dtype, progress=progress)
+        directory.decode_to_directory(
+          reader, written, format=format, dtype=dtype, progress=progress
+        )
         try:
           outputs.move(written, folder)
         except OSError:
