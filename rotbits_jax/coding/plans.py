@@ -149,12 +149,10 @@ def _sampled(
     starts = np.linspace(0, len(units) - _RUN, max(most // _RUN, 1)).astype(int)
     runs = [slice(x, x + _RUN) for x in starts.tolist()]
   sample = np.concatenate([units[run] for run in runs])
-  places, start = np.empty(len(sample), np.uint8), 0
-  for run in runs:
-    stop = start + run.stop - run.start
-    classes.write(places[start:stop], run.start, shape, units.shape[1])
-    start = stop
-  return sample, places.astype(np.int64), len(units) / max(len(sample), 1)
+  places, size = np.empty(len(sample), np.uint8), runs[0].stop
+  for i, run in enumerate(runs):  # which have one size
+    classes.write(places[i * size : (i + 1) * size], run.start, shape, units.shape[1])
+  return sample, places.astype(np.int64), len(units) / len(sample)
 
 
 def _nbytes(
@@ -168,15 +166,10 @@ def _nbytes(
   return float(array.size * (cost / numbers + raw_bits)) / 8
 
 
-def _ideal_bits(counts: np.ndarray) -> np.ndarray:
-  """Returns the bits of each symbol with tables made for these counts."""
+def _bits(counts: np.ndarray) -> np.ndarray:
+  """Returns the bits of each symbol with tables of these counts or frequencies."""
   shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-  return -np.log2(np.where(shares > 0, shares, 1))
-
-
-def _coded_bits(frequencies: np.ndarray) -> np.ndarray:
-  """Returns the bits of each symbol with given tables."""
-  return -np.log2(np.maximum(frequencies, 0.5) / tables.TOTAL)
+  return -np.log2(np.maximum(shares, 2.0**-40))
 
 
 def _everywhere(counts: np.ndarray) -> np.ndarray:
@@ -231,7 +224,7 @@ class _Draft(NamedTuple):
     sample = self.sample(scales, _FEW)
     first = 0 if self.layout.raised else _first([sample])
     counts = sample.counts(int(sample.tables.max()) + 1, layouts.BINS, first)
-    cost = _nbytes(self.part.numbers, counts, _ideal_bits(counts), self.layout)
+    cost = _nbytes(self.part.numbers, counts, _bits(counts), self.layout)
     return cost + scales.entropy_bytes
 
 
@@ -297,14 +290,12 @@ def _float_group(drafts: list[_Draft]) -> Group:
     scales = [x.lines.scales(0, min(most, 4 * octaves + 3)) for x in drafts]
   counts = [x.counts(count, layouts.BINS, first) for x in samples]
   frequencies = _frequencies(_everywhere(np.sum(counts, axis=0)), layout.precision)
-  bits = _coded_bits(frequencies)
-  nbytes = [
-    _nbytes(x.part.numbers, y, bits, layout) + 2
-    for x, y in zip(drafts, counts, strict=True)
-  ]
+  parts, bits = [x.part for x in drafts], _bits(frequencies)
+  pairs = zip(parts, counts, strict=True)
+  nbytes = [_nbytes(x.numbers, y, bits, layout) + 2 for x, y in pairs]
   numbers = np.array([] if layout.raised else [first], np.int64)
   contexts = contexts_lib.Contexts(tuple(scales), numbers, frequencies)
-  return Group(layout, contexts, [x.part for x in drafts], nbytes)
+  return Group(layout, contexts, parts, nbytes)
 
 
 def _with_tables(
@@ -333,8 +324,9 @@ def _first(samples: Sequence[_Sample]) -> int:
   least = min(int(x.symbols.min()) for x in samples)
   size = max(int(x.symbols.max()) for x in samples) - least + 1
   counts = np.zeros(size + layouts.BINS)
-  for x in samples:
-    counts[:size] += x._replace(tables=0 * x.tables).counts(1, size, least)[0]
+  for sample in samples:
+    in_one_table = sample._replace(tables=0 * sample.tables)
+    counts[:size] += in_one_table.counts(1, size, least)[0]
   ends = np.concatenate([[0], np.cumsum(counts)])
   return least + int(np.argmax(ends[layouts.BINS :] - ends[: -layouts.BINS]))
 
@@ -387,7 +379,7 @@ def _integer_group(parts: list[Part]) -> Group:
   total[total * _RARE < total.sum(axis=1, keepdims=True)] = 0
   frequencies = tables.quantize(np.ceil(_everywhere(total)).astype(np.int64))
   exception = _PLACE_BITS + 8 * dtype.itemsize
-  bits = np.where(frequencies > 0, _coded_bits(frequencies), exception)
+  bits = np.where(frequencies > 0, _bits(frequencies), exception)
   bits = bits + shifts[:, None]
   layout = layouts.Integers(dtype, int(shifts.max()))
   nbytes = [_nbytes(*x, bits, layout) + 1 for x in zip(arrays, counts, strict=True)]
@@ -405,10 +397,10 @@ def _integer_lines(array: np.ndarray) -> scales_lib.Lines:
   """Chooses the scales of rows and columns, unless they cost more than they save."""
   lines, costs = scales_lib.of_integers(array), {}
   shifts = _class_shifts(0, _INTEGER_CLASSES - 1)
-  for draft in {x.range: x for x in (lines, lines.flat())}.values():
+  for draft in (lines, lines.flat()):
     scales = draft.scales(0, _INTEGER_CLASSES - 1)
     counts = _integer_counts(array, scales, shifts, _SAMPLE)
-    bits = _ideal_bits(counts) + shifts[:, None]
+    bits = _bits(counts) + shifts[:, None]
     cost = _nbytes(array, counts, bits, layouts.Integers(array.dtype, 0))
     costs[cost + np.count_nonzero(counts) + scales.entropy_bytes] = draft
   return costs[min(costs)]

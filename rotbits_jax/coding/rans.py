@@ -114,16 +114,9 @@ def pop_step(
 ) -> tuple[jax.Array, jax.Array]:
   """Pops a symbol from each state: the inverse of `push_step`.
 
-  Args:
-    state: uint32 `[N]`.
-    word: uint16 `[N]`, the word on top of each stack.
-    start: uint32 `[N]`, start of the interval that contains the slot of the state. The
-      slot is the low `precision` bits.
-    frequency: uint32 `[N]`, length of that interval.
-    precision: as in `push_step`.
-
-  Returns:
-    The new states, uint32 `[N]`; and whether each took its word, bool `[N]`.
+  The *slot* of a state is its low `precision` bits. `word`, uint16 `[N]`, is on top of
+  each stack, and the interval is that which contains the slot. Returns the new states,
+  and whether each took its word, bool `[N]`.
   """
   state = frequency * (state >> precision) + _slot(state, precision) - start
   taken = state < jnp.uint32(1 << 16)
@@ -134,19 +127,20 @@ def _slot(state: jax.Array, precision: int) -> jax.Array:
   return state & jnp.uint32((1 << precision) - 1)
 
 
-def _divmod(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Computes the exact `divmod` of uint32 for x < y * 2^22 and y <= 2^16.
+def _divmod(dividend: jax.Array, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Computes the exact `divmod` of uint32 for quotients below 2^22, divisors to 2^16.
 
   A float32 quotient below 2^22 is wrong by at most one, however the device rounds. The
   sign and size of the integer remainder tell in which direction. This is four times
   faster than integer division.
   """
-  quotient = (x.astype(jnp.float32) / y.astype(jnp.float32)).astype(jnp.uint32)
-  remainder = (x - quotient * y).astype(jnp.int32)
-  divisor = y.astype(jnp.int32)
-  low, high = remainder < 0, remainder >= divisor
+  ratio = dividend.astype(jnp.float32) / divisor.astype(jnp.float32)
+  quotient = ratio.astype(jnp.uint32)
+  remainder = (dividend - quotient * divisor).astype(jnp.int32)
+  signed = divisor.astype(jnp.int32)
+  low, high = remainder < 0, remainder >= signed
   quotient = quotient - low.astype(jnp.uint32) + high.astype(jnp.uint32)
-  remainder = remainder + jnp.where(low, divisor, 0) - jnp.where(high, divisor, 0)
+  remainder = remainder + jnp.where(low, signed, 0) - jnp.where(high, signed, 0)
   return quotient, remainder.astype(jnp.uint32)
 
 
