@@ -45,8 +45,7 @@ class Scales(NamedTuple):
   rows: np.ndarray  # uint8 `[R]`, or `[1]` if all rows have the same
   columns: np.ndarray  # the same for columns, see `line_sizes`
   table: int = 0  # the table of the class `base`, if small floats share a step
-  # the minimum exponent of the array, if small floats share a step
-  min_exponent: int = 1
+  min_exponent: int = 1  # that of the array, if small floats share a step
 
   @property
   def greatest(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,8 +53,7 @@ class Group(NamedTuple):
   """Parts of one layout, coded together."""
 
   layout: layouts.Layout
-  # the classes of the units of each part, and the tables
-  contexts: contexts_lib.Contexts
+  contexts: contexts_lib.Contexts  # the classes of each part, and the tables
   parts: list[Part]
   nbytes: list[float]  # about how many bytes each part takes
 
@@ -63,8 +62,7 @@ class Plan(NamedTuple):
   """How the arrays of a record are stored."""
 
   arrays: list[np.ndarray]  # the arrays in C order
-  # for each, where its zeros are, if it is stored without them
-  zeros: list[sparse.Sparse | None]
+  zeros: list[sparse.Sparse | None]  # of arrays that are stored without their zeros
   groups: list[Group]  # the groups of parts that are coded
   plain: list[Part]  # the parts that are stored as they are
 
@@ -124,8 +122,7 @@ class _Sample(NamedTuple):
   """Units from all over a part."""
 
   tables: np.ndarray  # int64 `[n]`, the table of each unit
-  # int64 `[n, S]`, the symbol of each number, which may be out of bounds
-  symbols: np.ndarray
+  symbols: np.ndarray  # int64 `[n, S]`, those of numbers, which may be out of bounds
   weight: float  # how many units of the part one of the sample stands for
 
   def counts(self, count: int, alphabet: int, first: int = 0) -> np.ndarray:
@@ -187,12 +184,10 @@ def _everywhere(counts: np.ndarray) -> np.ndarray:
 class _Draft(NamedTuple):
   """How a part of floats is coded."""
 
-  part: Part  # the part
-  layout: layouts.Floats  # its layout
-  min_exponent: int  # its minimum exponent
-  # the classes of its rows and columns. If small numbers share a step, these are the
-  # numbers of tables
-  lines: scales_lib.Lines
+  part: Part
+  layout: layouts.Floats
+  min_exponent: int
+  lines: scales_lib.Lines  # their classes; tables if small numbers share a step
 
   @property
   def most(self) -> int:
@@ -230,18 +225,15 @@ class _Draft(NamedTuple):
 
 def _by_layout(parts: Sequence[Part]) -> list[list[_Draft]]:
   """Puts floats of one layout together. Small parts of a dtype share theirs."""
-  shared: dict[np.dtype, list[Part]] = {}
-  sets = []
+  sets: dict[Any, list[Part]] = {}
   for part in parts:
-    if part.numbers.size > _SMALL:
-      sets.append([part])
-    else:
-      shared.setdefault(part.numbers.dtype, []).append(part)
-  drafted = pool.each(_drafts, [*sets, *shared.values()])
+    is_small = part.numbers.size <= _SMALL
+    sets.setdefault(part.numbers.dtype if is_small else part[:2], []).append(part)
+  drafts = itertools.chain(*pool.each(_drafts, sets.values()))
   groups: dict[tuple[layouts.Floats, int], list[_Draft]] = {}
   classes: dict[layouts.Floats, int] = {}
   # The parts of a group are in the order of the arrays.
-  for draft in sorted(itertools.chain(*drafted), key=lambda x: x.part[:2]):
+  for draft in sorted(drafts, key=lambda x: x.part[:2]):
     count = 0
     if draft.layout.raised:  # each part has classes of its own
       scales = draft.lines.scales(0, draft.most)
@@ -305,17 +297,17 @@ def _with_tables(
 
   Large parts have tables of their own; others share those of equal classes.
   """
-  is_large = [x.part.numbers.size >= _LARGE for x in drafts]
-  shared = [x for x, large in zip(scales, is_large, strict=True) if not large]
+  pairs = [*zip(drafts, scales, strict=True)]
+  shared = [x for draft, x in pairs if draft.part.numbers.size < _LARGE]
   least = min((x.base for x in shared), default=0)
   count = max((x.greatest + 1 for x in shared), default=least) - least
-  placed, next_class = [], 0
-  for draft, old, large in zip(drafts, scales, is_large, strict=True):
-    table = count if large else old.base - least
-    placed.append(old._replace(base=next_class, table=table))
-    placed[-1] = placed[-1]._replace(min_exponent=draft.min_exponent)
-    next_class = placed[-1].greatest + 1
-    count += old.greatest - old.base + 1 if large else 0
+  placed, base = [], 0
+  for draft, old in pairs:
+    span, table = old.greatest - old.base + 1, old.base - least
+    if draft.part.numbers.size >= _LARGE:
+      table, count = count, count + span
+    placed.append(old._replace(base=base, table=table, min_exponent=draft.min_exponent))
+    base += span
   return placed, count
 
 
