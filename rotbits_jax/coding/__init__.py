@@ -28,8 +28,8 @@ stack that is divided into lanes, which are coded side by side. In the order of 
     bits_back/   bits-back coding: rotations that cost no bits
     layouts      divides elements into symbols and raw bits
     blocks       codes up to 2^20 elements
+    known        the classes of integers of which the decoder knows something
     contexts     the classes of elements and the tables of arrays
-    known        the same for integers of which the decoder knows something
     formats      chooses the layouts of floats
     scales       measures rows and columns
     sparse       arrays without their zeros

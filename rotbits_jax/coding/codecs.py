@@ -38,9 +38,9 @@ _SLOT_BITS = 16
 class Codec(NamedTuple):
   """A pair of pure functions that are exact inverses and can be jitted."""
 
-  # takes a message and a symbol; returns the message with the symbol on top
+  # Takes a message and a symbol; returns the message with the symbol on top.
   push: Callable[[rans.Message, Any], rans.Message]
-  # takes a message; returns the message without its top symbol, and that symbol
+  # Takes a message; returns the message without its top symbol, and that symbol.
   pop: Callable[[rans.Message], tuple[rans.Message, Any]]
 
 

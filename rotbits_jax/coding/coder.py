@@ -175,17 +175,18 @@ def decode(
   def finish(indices: Sequence[int]) -> None:
     pool.each(lambda i: _finish(i, spec.arrays[i], parts[i]), indices)
 
-  for member, piece in zip(plain, pieces, strict=True):
-    parts[member.array][member.part].reshape(-1).view(np.uint8)[:] = piece
+  outputs = [parts[x.array][x.part].reshape(-1).view(np.uint8) for x in plain]
+  pool.each(np.copyto, outputs, pieces)
   indices = [i for i, group in enumerate(spec.groups) if not group.is_known]
   for i in range(0, len(indices), _GROUPS):
-    pool.run(job for group in indices[i : i + _GROUPS] for job in jobs_of(group))
+    # A list, because no job may run when the contexts of a group are refused.
+    pool.run([job for group in indices[i : i + _GROUPS] for job in jobs_of(group)])
   finish([i for i in range(len(arrays)) if i not in groups_known])
   for i, group in groups_known.items():
     classes = known[i]().check(arrays[i].size)
     if max(classes.shifts) != spec.groups[group].raw_bits:
       raise ValueError(f'array {i} cannot have shifts up to {max(classes.shifts)}')
-    pool.run(jobs_of(group, classes))
+    pool.run([*jobs_of(group, classes)])
   finish([*groups_known])
   return arrays
 

@@ -86,7 +86,7 @@ class Contexts(NamedTuple):
 
   classes: tuple[Scales | known_lib.Bands, ...]  # what tells the classes of each array
   # int64. Of integers, the K shifts; of floats, the least offset of a bin, but none if
-  # steps are shared
+  # steps are shared.
   numbers: np.ndarray
   frequencies: np.ndarray  # int64 `[K, A]`
 

@@ -17,9 +17,9 @@ class Known(NamedTuple):
   """What encoder and decoder know of the integers of an array."""
 
   classes: np.ndarray  # uint8 `[n]`, the class of each element in C order
-  # the shift of each of the K classes, from 0 to `layouts.MOST_SHIFT`. Of a class with
+  # The shift of each of the K classes, from 0 to `layouts.MOST_SHIFT`. Of a class with
   # the shift s, elements x outside -2^(s + 7) <= x < 2^(s + 7) take more bits than
-  # without coding
+  # without coding.
   shifts: tuple[int, ...]
 
   def check(self, size: int) -> 'Known':

@@ -102,13 +102,12 @@ FORMATS = {
 class Tables(NamedTuple):
   """The frequency tables of a layout, for its programs."""
 
-  # `[K 2^precision]`, what each slot of a table stands for; uint32 of floats, uint8 of
-  # integers
+  # What each slot of a table stands for: `[K 2^precision]`, uint32 of floats, uint8 of
+  # integers.
   slots: np.ndarray
-  # uint32 `[K A]`, the interval of each of the A symbols of a table
-  intervals: np.ndarray
-  # uint32 `[256]`, what a class tells: of integers the shift; of floats that share a
-  # step the table in the low 8 bits, and the minimum exponent above
+  intervals: np.ndarray  # uint32 `[K A]`, those of the A symbols of each table
+  # What a class tells, uint32 `[256]`: of integers the shift; of floats that share a
+  # step the table in the low 8 bits, and the minimum exponent above.
   classes: np.ndarray
   start: np.ndarray  # uint32, of floats the least offset
 
@@ -120,7 +119,7 @@ class Floats:
   dtype: np.dtype
   raw_bits: int  # raw bits of a number, with its sign
   raised: bool = False  # whether small numbers share a step, and magnitudes are raised
-  top: int = 1  # t
+  top: int = 1  # t, bits of the mantissa that belong to a bin
 
   type_name: ClassVar[str] = 'floats'
   size: ClassVar[int] = 2  # numbers of a unit

@@ -44,12 +44,10 @@ class ArraySpec(schema.Row):
   dtype: Annotated[str, schema.one_of(DTYPES)]  # name of the dtype, one of `DTYPES`
   shape: tuple[schema.Size, ...]  # shape of the array
   crc32: schema.Crc32  # CRC-32 of the bytes of the array in C order
-  # for each part of the array, the index of its group; None if the part is stored as it
-  # is. The only part of an array is the array. An array of elements of 64 bits may have
-  # two, its halves.
+  # For each part, the index of its group; None if the part is stored as it is. An array
+  # is its only part, unless it is stored without zeros or, of 64 bits, as its halves.
   groups: tuple[schema.Size | None, ...]
-  # where its zeros are, if it is stored without them; then it has four parts
-  zeros: sparse.Sparse | None
+  zeros: sparse.Sparse | None  # where they are, if it is stored without them
 
   def __post_init__(self) -> None:
     sizes = [size for size in self.shape if size]
@@ -91,8 +89,7 @@ class GroupSpec(schema.Row):
   All blocks but the last have `blocks.capacity_of` units.
   """
 
-  # 'floats', 'integers', or 'known' for integers whose classes are known from
-  # elsewhere, see `known`
+  # 'known' are integers whose classes are known from elsewhere, see `known`.
   type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
   raw_bits: schema.Size  # that of the layout
   raised: bool  # that of the layout; false for integers
