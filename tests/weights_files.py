@@ -9,6 +9,7 @@ import numpy as np
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.system import files
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -16,12 +17,12 @@ Tensors = Mapping[str, np.ndarray]
 def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   return {
     name: tensor.read()
-    for name, tensor in torch_zip.open_file(tensors_lib.opened(path)).items()
+    for name, tensor in torch_zip.open_file(files.File.of(path)).items()
   }
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  file = tensors_lib.opened(path)
+  file = files.File.of(path)
   opened = safetensors.open_tensors(file, safetensors.read_header(file))
   return {name: tensor.read() for name, tensor in opened.items()}
 

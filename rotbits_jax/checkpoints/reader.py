@@ -263,13 +263,9 @@ def _untied(
   head, embedding = (tensors.get(entries[x][0].name) for x in ('head', 'embed'))
   if not config.tied_head or head is None:
     return config
-  if embedding is not None and not (
-    head.shape == embedding.shape
-    and structured.same_bits(head.read(), embedding.read())
-  ):
-    name = entries['head'][0].name
+  if embedding and not structured.same_bits(head.read(), embedding.read()):
     text = 'differs from the embedding, but the config says that they are tied'
-    raise errors.CheckpointError(f'{name} {text}')
+    raise errors.CheckpointError(f'{entries["head"][0].name} {text}')
   return untied
 
 
@@ -350,16 +346,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
 
 def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
   """Returns the slicing JSONs among the sidecar files, by their stems."""
-  key = f'"{families.SLICING_KEY}"'.encode()
-  parsed = {
-    name.removesuffix('.json'): families.parse_object(content, name)
-    for name, content in files.items()
-    if name.endswith('.json') and '/' not in name and key in content
-    if content.lstrip().startswith(b'{')
-  }
-  return {
-    stem: value for stem, value in parsed.items() if families.SLICING_KEY in value
-  }
+  key, parsed = families.SLICING_KEY, {}
+  for name, content in files.items():
+    has_key = f'"{key}"'.encode() in content and content.lstrip().startswith(b'{')
+    if has_key and name.endswith('.json') and '/' not in name:
+      parsed[name.removesuffix('.json')] = families.parse_object(content, name)
+  return {stem: value for stem, value in parsed.items() if key in value}
 
 
 # ---- the files of a folder -----------------------------------------------------------
@@ -388,7 +380,8 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   weights, headers = [], {}
   tensors: dict[str, tensors_lib.LazyTensor] = {}
   for shard, names in shards.items():
-    file = tensors_lib.opened(listed.parent / shard)
+    with errors.named(listed.parent / shard):
+      file = files_lib.File.of(listed.parent / shard)
     weights.append(file)
     if is_torch:
       of_shard = torch_zip.open_file(file)

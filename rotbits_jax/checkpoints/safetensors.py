@@ -160,16 +160,11 @@ def parse_index(content: bytes) -> tuple[dict[str, Sequence[str]], Any]:
 def divided(
   specs: Specs, index: bytes | None, shard_size: int | None
 ) -> tuple[dict[str, Specs], bytes | None]:
-  """Divides tensors among files as an index of them says, or as Hugging Face does.
+  """Divides tensors among files as an older index says, or as Hugging Face does.
 
-  Args:
-    specs: the tensors by name.
-    index: an older index, if there is one.
-    shard_size: the greatest number of bytes in a file with more than one tensor; None
-      for the files of the index, or one.
-
-  Returns:
-    The tensors of each file by the name of the file, and the new index of several.
+  Returns the tensors of each file by its name, and the new index of several files. At
+  most `shard_size` bytes are in a file with more than one tensor; it is None for the
+  files of the index, or one.
   """
   sizes = {name: spec.nbytes for name, spec in specs.items()}
   names: Mapping[str, Sequence[str]] = {}

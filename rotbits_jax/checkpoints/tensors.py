@@ -79,12 +79,6 @@ class LazyTensor(TensorSpec):
   read: Callable[[], np.ndarray]
 
 
-def opened(path: str | os.PathLike[str]) -> files.File:
-  """Records the present state of a weights file."""
-  with errors.named(path):
-    return files.File.of(path)
-
-
 def read(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
   """Reads a part of a file: uint8 `[size]`, aligned for JAX, and its CRC-32."""
   with errors.named(file.path):
