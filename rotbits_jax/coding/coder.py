@@ -67,10 +67,10 @@ def encode(
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
   heads, bodies, groups = [], [], []
   indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
-  for i, (group, of_group) in enumerate(zip(plan.groups, units, strict=True)):
+  for i, (group, group_units) in enumerate(zip(plan.groups, units, strict=True)):
     indices |= {x[:2]: i for x in group.parts}
     heads.append(contexts_lib.to_bytes(group.contexts, group.layout))
-    group_blocks = [next(coded) for _ in of_group.starts()]
+    group_blocks = [next(coded) for _ in group_units.starts()]
     bodies += group_blocks
     layout, is_known = group.layout, group.contexts.is_known
     groups.append(

@@ -104,17 +104,12 @@ class Contexts(NamedTuple):
     for scales in self.classes:
       assert isinstance(scales, Scales)
       classes = np.arange(scales.base, scales.greatest + 1)
-      meanings[classes] = classes - scales.base + scales.table | (
-        scales.min_exponent << 8
-      )
+      table = classes - scales.base + scales.table
+      meanings[classes] = table | scales.min_exponent << 8
     return layout.tables(self.frequencies, meanings, 0)
 
 
 # ---- bytes ---------------------------------------------------------------------------
-
-
-def _is_raised(layout: layouts.Layout) -> bool:
-  return isinstance(layout, layouts.Floats) and layout.raised
 
 
 def to_bytes(contexts: Contexts, layout: layouts.Layout) -> bytes:
@@ -128,7 +123,7 @@ def to_bytes(contexts: Contexts, layout: layouts.Layout) -> bytes:
     heads += [(rows.size > 1) + 2 * (columns.size > 1), classes.base]
     # A scale that all lines share is part of the base.
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
-    if _is_raised(layout):
+    if layout.raised:
       numbers += [classes.table, classes.min_exponent]
   head = np.array([len(contexts.frequencies), *numbers]).astype('<i2').tobytes()
   head = b'' if contexts.is_known else head + np.array(heads, np.uint8).tobytes()
@@ -156,16 +151,15 @@ def from_bytes(
     shapes: the shapes of the M arrays.
     known: the classes of the only array, if they are known.
   """
-  is_float, is_raised = isinstance(layout, layouts.Floats), _is_raised(layout)
+  is_float, is_raised = isinstance(layout, layouts.Floats), layout.raised
   alphabet = layouts.BINS if is_float else layouts.WINDOW
-  if known:
+  if known is not None:
     sizes, data = tables.inflate(data, len(known.shifts))
     if not sizes.all() or int(sizes.sum()) != len(known.shifts):
       raise ValueError(f'{sizes.size} bands do not have {len(known.shifts)} classes')
     bands = known_lib.Bands(known, sizes)
-    return Contexts(
-      (bands,), bands.shifts, tables.from_bytes(data, sizes.size, alphabet)
-    )
+    frequencies = tables.from_bytes(data, sizes.size, alphabet)
+    return Contexts((bands,), bands.shifts, frequencies)
   lengths = [line_sizes(shape, layout.size) for shape in shapes]
   most = 2 + 2 * layout.most_tables + 6 * len(shapes) + sum(map(sum, lengths))
   head, data = tables.inflate(data, most)

@@ -466,9 +466,9 @@ def bins_of(numbers: np.ndarray, layout: Floats, min_exponent: int) -> np.ndarra
 
   Those of numbers that share a step, whose minimum exponent is above 1, are raised.
   """
-  form, kind = layout.format, numbers.dtype.type
+  form, unsigned = layout.format, numbers.dtype.type
   low = form.mantissa - layout.top
-  tops = lambda x: (x & kind((1 << form.width - 1) - 1)) >> low
+  tops = lambda x: (x & unsigned((1 << form.width - 1) - 1)) >> low
   bins = tops(numbers)
   if min_exponent > 1:
     steps = tops(raised(numbers, form, min_exponent, np))
@@ -489,16 +489,16 @@ def raised(bits: Any, form: Format, min_exponent: Any, xp: Any = jnp) -> Any:
     min_exponent: f, an integer of at least 1; it may be traced. 1 changes nothing.
     xp: the module, JAX or NumPy.
   """
-  kind, top = bits.dtype.type, form.mantissa
-  magnitude = bits & kind((1 << form.width - 1) - 1)
+  unsigned, top = bits.dtype.type, form.mantissa
+  magnitude = bits & unsigned((1 << form.width - 1) - 1)
   least = xp.asarray(min_exponent).astype(bits.dtype)
-  exponent = xp.maximum(magnitude >> top, kind(1))
-  shift = xp.where(exponent < least, least - exponent, kind(0))
+  exponent = xp.maximum(magnitude >> top, unsigned(1))
+  shift = xp.where(exponent < least, least - exponent, unsigned(0))
   leading = (magnitude >> top > 0).astype(bits.dtype) << top
-  significand = magnitude & kind((1 << top) - 1) | leading
-  steps = significand >> xp.minimum(shift, kind(form.width - 1))
+  significand = magnitude & unsigned((1 << top) - 1) | leading
+  steps = significand >> xp.minimum(shift, unsigned(form.width - 1))
   return bits - magnitude | xp.where(
-    shift > 0, steps, magnitude - (least - kind(1) << top)
+    shift > 0, steps, magnitude - (least - unsigned(1) << top)
   )
 
 
