@@ -350,7 +350,7 @@ class DamageTest(parameterized.TestCase):
       for new in others:
         if new != old or type(new) is not type(old):
           self.check(self._changed(self.value, path, new), self.data)
-    self.assertLess(tracemalloc.get_traced_memory()[1], 100e6)
+    self.assertLess(tracemalloc.get_traced_memory()[1], 150e6)
 
   @parameterized.parameters(
     ('float16', [1 << 20, 1 << 20], 0, None),
@@ -412,4 +412,4 @@ def test_golden_record():
   assert zlib.crc32(spec.encode()) == GOLDEN[1], zlib.crc32(spec.encode())
 
 
-GOLDEN = 301375346, 2915638228
+GOLDEN = 843904212, 1839259802
