@@ -90,6 +90,7 @@ setuptools.setup(
     'jax>=0.8,<0.13',
     'jaxlib>=0.8,<0.13',
     'ml_collections>=1.0,<2',  # config files of the presets
+    'msgspec>=0.19,<1',  # typed JSON of strangers
     'numpy>=2.1,<3',
     'tqdm>=4.66,<5',  # progress bars
     'zlib-ng>=0.5.1,<2',  # checksums and Deflate, several times as fast as zlib's

@@ -202,9 +202,18 @@ def write(
     'config.json': json.dumps(config_json, indent=2).encode(),
     f'{stem}.json': json.dumps(checkpoints.slicing_json(config)).encode(),
   }
-  with checkpoints.CheckpointWriter(
-    pathlib.Path(directory), config, dtypes=np.dtype(np.float16), files=files, stem=stem
-  ) as writer:
+  paths = [*structured.flatten(models.outer_shapes(config))]
+  for index in range(config.num_layers):
+    layer_paths = structured.flatten(models.layer_shapes(config, index))
+    paths += [models.names.prefix(index) + path for path in layer_paths]
+  writer = checkpoints.CheckpointWriter(
+    pathlib.Path(directory),
+    config,
+    dtypes=dict.fromkeys(paths, np.float16),
+    files=files,
+    stem=stem,
+  )
+  with writer.open():
     for path, array in _arrays(Weights(seed), config, seed):
       writer.add(path, array)
   return config

@@ -1,9 +1,4 @@
-"""Entropy coding alone: every tensor comes back bit for bit.
-
-  rotbits encode --config=exact --checkpoint=DIR --output=FILE
-
-No number is changed, so the tolerance of the other presets has no use here.
-"""
+"""Entropy coding alone: every tensor comes back bit for bit."""
 
 import ml_collections
 

@@ -2,9 +2,9 @@
 
   rotbits encode --config=free --checkpoint=DIR --output=FILE
 
-`tolerance`, in units of the storage format's roundoff, says how far from 1 a
-shortcut's singular value may be and still count as 1. `floor`, in octaves, makes the
-step that small numbers share coarser. A field is overridden by `--config.floor=-1.0`.
+`tolerance`: how far from 1 a singular value may be that counts as 1, in roundoffs.
+`floor`: octaves by which the step of small numbers is coarser. A field is overridden by
+`--config.floor=-1.0`.
 """
 
 import ml_collections

@@ -2,8 +2,7 @@
 
   rotbits encode --config=near --checkpoint=DIR --output=FILE
 
-`step` is log2 of the step over the root mean square of the numbers of an array, and
-`tolerance` that of `free`. A field is overridden by `--config.step=-6.0`.
+`step` is log2 of an array's step over its root mean square; `tolerance`: see `free`.
 """
 
 import ml_collections

@@ -2,8 +2,7 @@
 
   rotbits encode --config=paper --checkpoint=DIR --output=FILE
 
-As published: `--config.canonicalizer=svd --config.rotation_codec=symmetric_eig
---config.correction=threshold`, with `threshold` the error left in.
+`published` has the options of the paper.
 """
 
 import ml_collections

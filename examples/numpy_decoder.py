@@ -18,7 +18,6 @@ from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-TOTAL = 1 << 14
 np.seterr(over='ignore', invalid='ignore')  # of numbers that are not final yet
 
 
@@ -54,142 +53,176 @@ def stored_tables(data, count, size):
   return frequencies
 
 
-def normal_table(k, present, kind, dtype, r, f):
-  """The frequencies of class k, `[A]`."""
-  symbol = np.arange(present.size)
-  if kind == 'float':
-    e, m = symbol >> 3, symbol % 8
-    w = np.maximum(e, 1) - (1 << finfo(dtype).nexp - 1) - 3 + f
-    x, c = w - 1, 2 * (m + 8 * (e > 0)) + 1
-  else:
-    w, x, c = (0, r - 2, 2 * symbol + 1) if r else (0, 0, (symbol + 1) // 2)
-  q, s = 8 * x - k, (8 * x - k >> 2) - 12
-  square = c**2 * np.array([756388, 899502, 1069694, 1272087])[q % 4]
-  bits = 256 * w - (square << np.clip(s, 0, 12) >> np.clip(-s, 0, 62))
-  below = bits.max() - bits
-  powers = np.floor(2.0 ** (30 - below % 256 / 256)).astype(np.int64)
-  weights = np.maximum(1, powers >> np.minimum(below >> 8, 62)) * present
-  least = weights.sum() // max(TOTAL - present.sum(), 1) + 1
-  ends = np.cumsum(np.maximum(weights, least) * present)
-  return np.diff((ends * TOTAL + ends[-1] // 2) // ends[-1], prepend=0)
+def pair_tables(counts, precision):
+  """The frequencies of pairs of bins, `[K, 1024]`."""
+  weights = (counts[:, :, None] * counts[:, None]).reshape(len(counts), -1)
+  scaled = lambda x: x + (1 << 27 - precision) >> 28 - precision
+  frequencies = scaled(weights)
+  frequencies[:, -1] = 0
+  rare = np.sum(weights * (frequencies == 0), 1)
+  large = frequencies >= 8
+  frequencies[:, -1] = np.maximum(scaled(rare), 1)
+  left = (1 << precision) - np.sum(frequencies * ~large, 1, keepdims=True)
+  ends = np.cumsum(weights * large, 1)
+  whole = np.maximum(ends[:, -1:], 1)
+  shared = np.diff((ends * left + whole // 2) // whole, prepend=0)
+  return np.where(large, shared, frequencies)
 
 
-def read_tables(data, shapes, layout):
-  """The table of each element, and frequencies `[K, A]`."""
+def read_contexts(data, shapes, kind, raised, top):
+  """The class of each unit, its table, what it tells, and frequencies `[K, A]`."""
   part, data = inflate(data)
-  take, lines = io.BytesIO(part).read, []
-  size = int.from_bytes(take(2), 'little')
-  heads = np.frombuffer(take(4 * len(shapes)), '<i2').reshape(-1, 2).tolist()
-  for (mode, _), shape in zip(heads, shapes, strict=True):
+  take, size = io.BytesIO(part).read, 2 if kind == 'floats' else 1
+  count = int.from_bytes(take(2), 'little')
+  length = count if size == 1 else 2 * len(shapes) if raised else 1
+  numbers = np.frombuffer(take(2 * length), '<i2').astype(np.int64)
+  heads = np.frombuffer(take(2 * len(shapes)), np.uint8).reshape(-1, 2).tolist()
+  tables, told = [], []
+  for i, ((mode, base), shape) in enumerate(zip(heads, shapes, strict=True)):
     rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
-    read = lambda n, has: np.int64(np.frombuffer(take(n if has else 0), 'u1'))
-    row, column = read(rows, mode in (2, 4)), read(columns, mode in (3, 4))
-    place = np.zeros((rows, columns), np.int64)
-    place += row[:, None] if row.size else 0
-    place += column if column.size else 0
-    lines.append((mode, place.ravel(), row.max(initial=0) + column.max(initial=0) + 1))
-  first, classes = {}, []
-  spans = [
-    (base, line[2], i)
-    for i, ((_, base), line) in enumerate(zip(heads, lines, strict=True))
-  ]
-  for base, count, i in sorted(x for x in spans if heads[x[2]][0]):
-    start = base if not classes or base > classes[-1] else classes[-1] + 1
-    classes += range(start, base + count)
-    first[i] = classes.index(base)
-  for i, (mode, _) in enumerate(heads):
-    if not mode:
-      first[i] = len(classes)
-      classes.append(None)
-  part, data = inflate(data)
-  normal = np.unpackbits(part[: ceil_div(len(classes), 8)], count=len(classes)) > 0
-  present = np.unpackbits(part[ceil_div(len(classes), 8) :])
-  present = iter(present.reshape(-1, ceil_div(size, 8) * 8))
-  frequencies = np.zeros((len(classes), size), np.int64)
-  frequencies[~normal] = stored_tables(data, np.count_nonzero(~normal), size)
-  for k in np.flatnonzero(normal):
-    if (symbols := np.int64(next(present)[:size])).any():
-      frequencies[k] = normal_table(classes[k], symbols, *layout)
+    each = 1 if columns % size else size  # columns that share a scale
+    read = lambda n, has: (
+      np.int64(np.frombuffer(take(n), 'u1')) if has else np.int64([0])
+    )
+    row, column = read(rows, mode & 1), read(columns // each, mode & 2)
+    place = np.zeros((rows, columns), np.int64) + row[:, None]
+    place = (place + column.repeat(each if mode & 2 else 1)).ravel()[::size]
+    if kind != 'floats':
+      tables.append(base + place)
+      told.append(numbers[base + place])
+    elif raised:
+      tables.append(numbers[2 * i] + place)
+      told.append(numbers[2 * i + 1] + 0 * place)
     else:
-      frequencies[k, 0] = TOTAL
-  places = [place + first[i] for i, (_, place, _) in enumerate(lines)]
-  return np.concatenate(places), frequencies
+      tables.append(base + place & 3)
+      told.append((base + place >> 2 << top) + numbers[0])
+  stored = stored_tables(data, count, 32 if size == 2 else 256)
+  if size == 2:
+    stored = pair_tables(stored, 12 if raised else 14)
+  return np.concatenate(tables), np.concatenate(told), stored
 
 
 def read_bands(data, classes, shifts):
-  """The table of each element of known classes, frequencies and shifts of tables."""
+  """The table and the shift of each number of known classes, and frequencies."""
   sizes, data = inflate(data)
   tables = stored_tables(data, sizes.size, 256)
   of_classes = np.arange(sizes.size).repeat(sizes)
-  return of_classes[classes], tables, np.array(shifts)[np.cumsum(sizes) - 1]
+  return of_classes[classes], np.array(shifts)[classes], tables
 
 
 # ---- blocks ----------------------------------------------------------------------
 
 
-def read_symbols(message, lanes, contexts, tables):
-  words = np.frombuffer(message, '<u2')
-  x = words[3 : 3 + 2 * lanes].astype(np.uint32).reshape(2, lanes)
-  x, width, start = x[0] | x[1] << 16, int(words[2]), 3 + 2 * lanes
-  least, stop = int(words[0]) | int(words[1]) << 16, start + ceil_div(lanes * width, 2)
-  sizes = words[start:stop].view(f'<u{width}')[:lanes] + np.int64(least)
-  place = np.cumsum(sizes)
-  words = np.append(words[stop:], 0).astype(np.uint32)
-  void = np.zeros((1, tables.shape[1]), np.int64)
-  void[0, 0] = TOTAL  # of places without an element
-  tables = np.concatenate([tables, void])
-  owners = np.array([np.repeat(np.arange(f.size), f) for f in tables])
-  starts, tables = np.uint32(np.cumsum(tables, 1) - tables), np.uint32(tables)
-  padding = np.full(-contexts.size % lanes, len(owners) - 1)
-  places = np.append(contexts, padding).reshape(-1, lanes)
-  symbols = np.empty(places.shape, np.uint64)
-  for t, context in enumerate(places):
-    slot = x & (TOTAL - 1)
-    symbol = symbols[t] = owners[context, slot]
-    x = tables[context, symbol] * (x >> 14) + slot - starts[context, symbol]
-    place -= x < 1 << 16
-    x = np.where(x < 1 << 16, x << 16 | words[place], x)
-  return symbols.reshape(-1)[: contexts.size]
+class Message:
+  """The lanes of a block."""
+
+  def __init__(self, data, lanes):
+    words = np.frombuffer(data[: len(data) & ~1], '<u2')
+    x = words[3 : 3 + 2 * lanes].astype(np.uint32).reshape(2, lanes)
+    self.x, width, start = x[0] | x[1] << 16, int(words[2]), 3 + 2 * lanes
+    least, stop = int(words[0]) | int(words[1]) << 16, start + lanes * width // 2
+    sizes = words[start:stop].view(f'<u{width}') + np.int64(least)
+    self.place, self.words = np.cumsum(sizes), np.append(words[stop:], 0)
+    self.end = 2 * int(stop + sizes.sum())  # the first byte behind the message
+
+  def pop(self, precision, lookup):
+    slot = np.int64(self.x & (1 << precision) - 1)
+    symbol, start, frequency = lookup(slot)
+    x = np.uint32(frequency) * (self.x >> precision) + np.uint32(slot - start)
+    self.place -= x < 1 << 16
+    self.x = np.where(x < 1 << 16, x << 16 | self.words[self.place], x)
+    return symbol
 
 
-def read_block(data, lanes, contexts, tables, shifts, layout):
-  """The bits of the elements of a block."""
-  kind, dtype, r, f = layout
-  s = np.uint64(shifts)[contexts]
-  planes = [(8, s >= low + 8, 0 * s + low) for low in np.uint64(range(0, r & ~7, 8))]
-  planes += [(b, s & b > 0, s & 256 - 2 * b) for b in np.uint64([4, 2, 1])]
-  sizes = [ceil_div(int(has.sum() * b), 8) for b, has, _ in planes]
-  *ends, _ = np.cumsum([len(data) - sum(sizes), *sizes])
-  message, *planes_bytes = np.split(np.frombuffer(data, np.uint8), ends)
-  symbols = read_symbols(message.tobytes(), lanes, contexts, tables)
-  raw = np.zeros(symbols.size, np.uint64)
-  for (b, has, low), plane in zip(planes, planes_bytes, strict=True):
-    pieces = plane >> np.arange(0, 8, int(b), dtype=np.uint8)[:, None]
-    pieces = (pieces & (1 << int(b)) - 1).reshape(-1)[: has.sum()]
-    raw[has] |= pieces.astype(np.uint64) << low[has]
-  if kind == 'difference':
-    return np.int64(symbols << s | raw) - (128 << np.int64(s))
-  if kind == 'int':
-    folded = symbols << r | raw
-    return folded if dtype.kind != 'i' else folded >> 1 ^ 0 - (folded & 1)
-  width, m = 8 * dtype.itemsize, finfo(dtype).nmant
-  raw = raw << m - 2 - r
-  large = symbols << m - 3 | raw & (1 << m - 3) - 1
-  exponent = f + 1 - m - (1 << finfo(dtype).nexp - 1)
-  small = np.ldexp(np.where(large >> m, 0.0, large), exponent).astype(dtype)
-  large = np.where(large >> m, large + (f - 1 << m), 0)
-  return raw >> m - 3 << width - 1 | large | bits_of(small)
+def read_block(data, count, tables, told, frequencies, layout):
+  """The bits of the numbers of a block."""
+  kind, dtype, r, raised, top = layout
+  precision, lanes = 12 if raised else 14, 4 if count <= 1 << 16 else 32
+  fill = lambda x: np.append(x, np.repeat(x[-1:], -x.size % lanes)).reshape(-1, lanes)
+  owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
+  starts, message = np.cumsum(frequencies, 1) - frequencies, Message(data, lanes)
+  tables, told = fill(tables), fill(told)
+  symbols = np.empty(tables.shape, np.int64)
+  for t, table in enumerate(tables):
+
+    def lookup(slot, table=table):
+      symbol = owners[table, slot]
+      return symbol, starts[table, symbol], frequencies[table, symbol]
+
+    symbols[t] = message.pop(precision, lookup)
+    s = told[t] if kind != 'floats' else np.int64([0])
+    while s.any():
+      size = np.minimum(s, 16)
+      shift = lambda slot, rest=16 - size: (
+        slot >> rest,
+        slot >> rest << rest,
+        1 << rest,
+      )
+      symbols[t] = symbols[t] << size | message.pop(16, shift)
+      s = s - size
+  data = np.frombuffer(data, np.uint8)[message.end :]
+  told = told.reshape(-1)
+  if kind == 'floats':
+    bits, data = read_floats(data, symbols, told, dtype, r, raised, top)
+  else:
+    bits = symbols.reshape(-1, 1) - (128 << told[:, None] if dtype.kind == 'i' else 0)
+  bits = bits[:count].astype(f'u{dtype.itemsize}')
+  number = data.size // (3 + bits[0].nbytes)
+  places = np.pad(data[: 3 * number].reshape(-1, 3), ((0, 0), (0, 1))).copy()
+  exact = data[3 * number :].view(bits.dtype)
+  bits[places.view('<u4')[:, 0]] = exact.reshape(number, bits.shape[1])
+  return bits
 
 
-def read_blocks(blocks, lanes, elements, layout, contexts, tables, shifts):
-  """The bits of the elements of a group."""
-  runs = np.split(contexts, range(elements, contexts.size, elements))
-  return np.concatenate(
+def read_floats(data, symbols, told, dtype, r, raised, top):
+  """The bits of pairs, and the bytes behind the list of bins."""
+  (rows, lanes), raw, low = symbols.shape, np.zeros((symbols.size, 2), np.int64), 0
+  for width in [8] * (r // 8) + [x for x in (4, 2, 1) if r & x]:
+    size = ceil_div(rows * width, 4) * lanes
+    plane = data[:size].view('<u2') if width == 8 else data[:size]
+    data = data[plane.nbytes :]
+    shared = max(4 // width, 1)
+    plane = plane.reshape(-1, 1, lanes) >> 2 * width * np.arange(shared)[:, None]
+    pair = plane.reshape(-1, lanes)[:rows].reshape(-1)
+    raw[:, 0] |= (pair & (1 << width) - 1) << low
+    raw[:, 1] |= (pair >> width & (1 << width) - 1) << low
+    low += width
+  symbols = symbols.reshape(-1)
+  listed = symbols == 1023
+  size = ceil_div(10 * listed.sum(), 8)
+  pairs = np.unpackbits(data[:size], count=10 * listed.sum()).reshape(-1, 10)
+  symbols[listed] = pairs @ (1 << np.arange(9, -1, -1))
+  bins = np.stack([symbols >> 5, symbols & 31], -1)
+  m, width = finfo(dtype).nmant, 8 * dtype.itemsize
+  sign = raw >> r - 1 << width - 1
+  large = (raw & (1 << r - 1) - 1) << m - top + 1 - r
+  f = told[:, None] if raised else 1
+  large |= bins + (0 if raised else told[:, None]) << m - top
+  if raised:  # the value in steps, or above them
+    exponent = f + 1 - m - (1 << finfo(dtype).nexp - 1)
+    small = np.ldexp(np.where(large >> m, 0.0, large), exponent).astype(dtype)
+    large = np.where(large >> m, large + (f - 1 << m), np.int64(bits_of(small)))
+  return sign | large, data[size:]
+
+
+def read_blocks(blocks, layout, sizes, contexts):
+  """The bits of the numbers of a group, whose parts have so many."""
+  tables, told, frequencies = contexts
+  each = ceil_div(tables.size, ceil_div(tables.size, 1 << 19))
+  bits = np.concatenate(
     [
-      read_block(block, lanes, run, tables, shifts, layout)
-      for block, run in zip(blocks, runs, strict=True)
+      read_block(block, run.size, run, more, frequencies, layout)
+      for block, run, more in zip(
+        blocks,
+        np.split(tables, range(each, tables.size, each)),
+        np.split(told, range(each, tables.size, each)),
+        strict=True,
+      )
     ]
   )
+  size = bits.shape[1]
+  ends = np.cumsum([ceil_div(n, size) for n in sizes])
+  return [x.ravel()[:n] for x, n in zip(np.split(bits, ends[:-1]), sizes, strict=True)]
 
 
 # ---- arrays ----------------------------------------------------------------------
@@ -232,36 +265,32 @@ def checked(bits, array):
   return bits.view(dtype).reshape(shape)
 
 
-def read_differences(head, decoded, array, classes, shifts):
-  """An array whose elements have known classes."""
-  return checked(decoded(*read_bands(head, classes, shifts)), array)
-
-
 def read_record(spec, stream):
   """The arrays of a record; functions for those of known classes."""
   take, arrays = io.BytesIO(stream).read, spec['arrays']
-  heads = [take(group[3]) for group in spec['groups']]
-  bodies = [[take(n) for n in group[6]] for group in spec['groups']]
+  heads = [take(group[4]) for group in spec['groups']]
+  bodies = [[take(n) for n in group[5]] for group in spec['groups']]
   parts = [
     (np.dtype(dtype), shape, array[3][j], (i, j))
     for i, array in enumerate(arrays)
     for j, (dtype, shape) in enumerate(parts_of(*array))
   ]
   content, known = {}, {}
-  for g, (kind, r, f, _, lanes, n, _) in enumerate(spec['groups']):
+  for g, (kind, r, raised, top, *_) in enumerate(spec['groups']):
     members = [part for part in parts if part[2] == g]
-    layout = kind, members[0][0], r, f
-    decoded = functools.partial(read_blocks, bodies[g], lanes, n, layout)
-    if kind == 'difference':
+    sizes = [math.prod(x[1]) for x in members]
+    layout = kind, members[0][0], r, raised, top
+    decoded = functools.partial(read_blocks, bodies[g], layout, sizes)
+    if kind == 'known':
       i, _ = members[0][3]
-      known[i] = functools.partial(read_differences, heads[g], decoded, arrays[i])
+      known[i] = lambda classes, shifts, decoded=decoded, head=heads[g], i=i: checked(
+        decoded(read_bands(head, classes, shifts))[0], arrays[i]
+      )
       continue
-    contexts, tables = read_tables(heads[g], [x[1] for x in members], layout)
-    bits = decoded(contexts, tables, np.full(len(tables), r))
-    ends = np.cumsum([math.prod(x[1]) for x in members])
-    for (dtype, shape, _, key), part in zip(
-      members, np.split(bits, ends[:-1]), strict=True
-    ):
+    of_parts = decoded(
+      read_contexts(heads[g], [x[1] for x in members], kind, raised, top)
+    )
+    for (dtype, shape, _, key), part in zip(members, of_parts, strict=True):
       content[key] = part.astype(f'u{dtype.itemsize}').reshape(shape)
   for dtype, shape, group, key in parts:
     if group is None:
@@ -304,12 +333,12 @@ def known_bits(s, a):
   return np.pad(bits, (0, n - bits.size))
 
 
-def predicted(b, rows, s, a):
-  """The bits of the rows that may differ, before the differences."""
+def predicted(b, s, a):
+  """The bits of elements before the differences."""
   name = s['name']
   if 'left' in a:
     wide = np.float64(b.view(name))
-    product = np.float64(a['left'][rows]) @ a['right']
+    product = np.float64(a['left']) @ a['right']
     near = np.float32(wide + np.ldexp(product, s.get('unit', 0))).astype(name)
     b = np.where(np.isfinite(wide), bits_of(near, 'i'), b)
   if 'drift' in a:
@@ -329,9 +358,7 @@ def difference(s, a):
     bits[at] = new
   if 'column_scales' in a:
     whole, w = bits.reshape(-1, s['width']), 8 * bits.itemsize
-    rows = np.unpackbits(a.get('equal', np.zeros(len(whole), 'u1')), bitorder='little')
-    rows = rows[: len(whole)] == 0
-    b = predicted(whole[rows], rows, s, a)
+    b = predicted(whole, s, a)
     m, e = w + 1, np.zeros(b.shape, np.int64)
     if is_float(name):
       m = finfo(name).nmant
@@ -339,14 +366,11 @@ def difference(s, a):
     level = (np.int64(a['row_scales'])[:, None] + a['column_scales'] - e) >> 1
     levels = np.arange(-24, 4 * (m - 1))
     shifts = np.append(np.clip(levels // 4 - 3, 0, w - 8), w - 8)
-    classes, last = np.clip(level + 24, 0, shifts.size - 1).ravel(), shifts.size - 1
-    x, b = a['differences'](classes, shifts), b.ravel()
-    new = moved(b, x, name)
-    far = (classes < last) & (x == -1 << shifts[classes] + 7)
-    new[far] = bits_of(a.get('exceptions', new[:0]), 'i')
-    u = bits_of(x ^ np.iinfo(x.dtype).min)
-    new = np.where(classes == last, bits_of(u >> 1 | u << w - 1, 'i'), new)
-    whole[rows] = new.reshape(-1, s['width'])
+    classes = np.clip(level + 24, 0, shifts.size - 1).ravel()
+    x = a['differences'](classes, shifts)
+    bits = moved(b.ravel(), x, name)
+    far = x == -1 << shifts[classes] + 7
+    bits[far] = bits_of(a.get('exceptions', bits[:0]), 'i')
   return bits.view(s['name']).reshape(s['lengths'])
 
 

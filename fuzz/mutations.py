@@ -1,6 +1,7 @@
 """Mutations that keep what a checksum or a format would refuse at once."""
 
 from collections.abc import Callable
+import contextlib
 import copy
 import io
 import json
@@ -70,24 +71,20 @@ def _json_text(value: Any, rng: random.Random) -> bytes:
   text = containers.to_json(value)
   if rng.random() < 0.3:
     text = text.replace(b'Infinity', b'1e999')
-  if rng.random() < 0.02:
-    text = text.replace(b'{', b'{"x":1,"x":2,', 1)
-  return text
+  return text.replace(b'{', b'{"x":1,"x":2,', 1) if rng.random() < 0.02 else text
 
 
 def mutate_json(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
   """Returns a JSON text with changed nodes or changed bytes."""
-  if rng.random() < 0.2:
-    return mutate(data)
-  try:
-    return _json_text(edit_json(json.loads(data), rng), rng)
-  except (ValueError, RecursionError):
-    return mutate(data)
+  with contextlib.suppress(ValueError, RecursionError):
+    if rng.random() < 0.8:
+      return _json_text(edit_json(json.loads(data), rng), rng)
+  return mutate(data)
 
 
 def mutate_container(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
   """Returns a container with a changed manifest or stream and correct checksums."""
-  try:
+  with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
     streams, manifest = containers.unpack(data)
     if rng.random() < 0.4 and streams:
       name = rng.choice(list(streams))
@@ -101,22 +98,19 @@ def mutate_container(data: bytes, rng: random.Random, mutate: MutateBytes) -> by
     if isinstance(manifest, dict) and rng.random() < 0.95:
       manifest = containers.sealed(streams, manifest)
     return containers.pack(streams, _json_text(manifest, rng))
-  except (ValueError, RecursionError, KeyError, TypeError):
-    return mutate(data)
+  return mutate(data)
 
 
 def mutate_zip(data: bytes, rng: random.Random, mutate: MutateBytes) -> bytes:
   """Returns a zip with a changed member and its correct checksum."""
-  try:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-      members = {x.filename: archive.read(x) for x in archive.infolist()[:20]}
-  except Exception:  # zlib's and LZMA's own errors, too, of members that were damaged
-    return mutate(data)
+  members: dict[str, bytes] = {}
+  # Damaged members cause errors of zlib and LZMA, too.
+  with contextlib.suppress(Exception), zipfile.ZipFile(io.BytesIO(data)) as archive:
+    members = {x.filename: archive.read(x) for x in archive.infolist()[:20]}
   if not members or rng.random() < 0.1:
     return mutate(data)
-  name = rng.choice(list(members))
+  name, file = rng.choice(list(members)), io.BytesIO()
   members[name] = mutate(members[name])
-  file = io.BytesIO()
   with zipfile.ZipFile(file, 'w') as archive:
     for name, content in members.items():
       archive.writestr(zipfile.ZipInfo(name), content)

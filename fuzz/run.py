@@ -2,10 +2,9 @@
 
   python -m fuzz.run [--target=container,config] [--executions=100000]
 
-A target (see `fuzz.targets`) reads inputs that atheris makes of the seeds. Each target
-runs in a process of its own. An error that is not one of those promised ends it, and so
-does an input that takes more time or memory than the limits. The input is then kept in
---failures, and the exit code is 1.
+A target (see `fuzz.targets`) reads inputs that atheris makes of the seeds, in a process
+of its own. An error that is not promised ends it, and so does an input that takes more
+time or memory than the limits. It is kept in --failures, and the exit code is 1.
 """
 
 import contextlib
@@ -30,22 +29,17 @@ CORPUS = pathlib.Path(__file__).parent / 'corpus'
 _LIMITS = '-timeout=30', '-rss_limit_mb=6144', '-max_len=65536', '-len_control=0'
 
 
-def fuzz(target: str, executions: int, seconds: int, failures: pathlib.Path) -> str:
+def fuzz(target: str, failures: pathlib.Path, **limits: int) -> str:
   """Fuzzes a target in a process of its own; returns the end of its log if it fails."""
   failures.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, '-m', 'fuzz.run', f'--child={target}']
-  command += [f'--executions={executions}', f'--seconds={seconds}']
+  command += [f'--{name}={limit}' for name, limit in limits.items()]
+  command.append(f'--failures={failures}')
   with tempfile.TemporaryDirectory() as folder:  # the process ends without cleaning up
-    done = subprocess.run(
-      [*command, f'--failures={failures}'],
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      env=os.environ | {'TMPDIR': folder},
-      check=False,
-    )
-  text = done.stdout.decode(errors='replace')
+    env = os.environ | {'TMPDIR': folder}
+    done = subprocess.run(command, env=env, capture_output=True, errors='replace')
   print(f'{target}: {"failed" if done.returncode else "passed"}', flush=True)
-  return text[-4000:] if done.returncode else ''
+  return (done.stdout + done.stderr)[-4000:] if done.returncode else ''
 
 
 def _fuzz_here(name: str) -> None:
@@ -74,11 +68,11 @@ def _fuzz_here(name: str) -> None:
   with tempfile.TemporaryDirectory() as begin:
     for i, data in enumerate(inputs):
       target.run(data)  # a target that refuses its seeds finds nothing
-      (pathlib.Path(begin) / f'{i}').write_bytes(data)
+      pathlib.Path(begin, f'{i}').write_bytes(data)
     folders = [begin, *([str(CORPUS / name)] if (CORPUS / name).is_dir() else [])]
     ends = f'-runs={_EXECUTIONS.value}', f'-max_total_time={_SECONDS.value}'
     place = f'-artifact_prefix={_FAILURES.value}/{name}-'
-    arguments = [sys.argv[0], '-seed=1', place, *_LIMITS, *ends, *folders]
+    arguments = [sys.argv[0], '-seed=1', place, *ends, *_LIMITS, *folders]
     atheris.Setup(arguments, run, custom_mutator=mutate)
     atheris.Fuzz()
 
@@ -90,11 +84,9 @@ def main(argv: list[str]) -> None:
     return
   from fuzz import targets
 
+  limits = {'executions': _EXECUTIONS.value, 'seconds': _SECONDS.value}
   failures = pathlib.Path(_FAILURES.value)
-  logs = [
-    fuzz(name, _EXECUTIONS.value, _SECONDS.value, failures)
-    for name in _TARGET.value or targets.TARGETS
-  ]
+  logs = [fuzz(x, failures, **limits) for x in _TARGET.value or targets.TARGETS]
   if any(logs):
     raise SystemExit('\n'.join(filter(None, logs)))
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import struct
 import tempfile
 from typing import Any
 
@@ -13,42 +12,37 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
-from rotbits_jax.checkpoints import tensors as tensors_lib
-from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.structured import subspaces
 from tests import cases
 from tests import random_models
+from tests import weights_files
 
 TESTDATA = pathlib.Path(__file__).parents[1] / 'tests/testdata'
 
-LLAMA: dict[str, Any] = {
-  'model_type': 'llama',
+LLAMA: dict[str, Any] = random_models.BASE | {
   'hidden_size': 16,
   'intermediate_size': 24,
   'num_hidden_layers': 1,
-  'num_attention_heads': 2,
-  'num_key_value_heads': 1,
   'vocab_size': 48,
   'max_position_embeddings': 32,
 }
 OPT: dict[str, Any] = {
   'model_type': 'opt',
   'hidden_size': 16,
-  'word_embed_proj_dim': 16,
   'ffn_dim': 24,
   'num_hidden_layers': 1,
   'num_attention_heads': 2,
   'vocab_size': 48,
   'max_position_embeddings': 14,
 }
-WIDE = OPT | {'hidden_size': 32, 'word_embed_proj_dim': 32}
+WIDE = OPT | {'hidden_size': 32}
 FILES = {
   'config.json': b'{"model_type": "llama"}',
   'tiny.json': b'{}',
   'notes.txt': b'a' * 2000,
   'adapter/notes.txt': b'b',
 }
-
 PLAIN = 'plain tensors'
 
 
@@ -56,13 +50,12 @@ def sliced_model(
   config_json: dict[str, Any], *, width: int = 12, seed: int = 0
 ) -> models.Model:
   """Makes a random sliced model in float16 with a tied embedding."""
-  segments = len(checkpoints.parse_config(config_json, None).segment_widths)
-  widths = (width,) * segments
+  widths = (width,) * len(checkpoints.parse_config(config_json).segment_widths)
   model = random_models.sliced(config_json, widths, np.float16, seed)
   outer = model.outer()
-  head = np.float32(outer['head']['kernel'])
-  image = head.T @ np.random.default_rng(seed).standard_normal((width, width))
-  outer['embed']['tokens'] = image.astype(np.float16)
+  product = np.random.default_rng(seed).standard_normal((width, width))
+  product = np.float32(outer['head']['kernel']).T @ product
+  outer['embed']['tokens'] = product.astype(np.float16)
   return models.from_layers(model.config, outer, list(model.layers()))
 
 
@@ -93,27 +86,21 @@ def containers_beside_base() -> dict[str, bytes]:
 
 def presets_of_sweep() -> dict[str, presets.Preset]:
   """Returns every preset, and variants whose files other code reads."""
-  published: dict[str, Any] = {
-    'canonicalizer': 'svd',
-    'rotation_codec': 'symmetric_eig',
-  }
+  published = presets.paper(
+    canonicalizer='svd', rotation_codec='symmetric_eig', correction='threshold'
+  )
   return {name: presets.make(name) for name in presets.PRESETS} | {
-    'paper-published': presets.paper(**published, correction='threshold'),
+    'paper-published': published,
     'paper-entropy': presets.paper(canonicalizer='qr', entropy=True),
   }
 
 
 @functools.cache
 def container(name: str, seed: int = 0) -> bytes:
-  """Encodes a small sliced Llama with a preset, or a checkpoint as plain tensors.
-
-  Args:
-    name: name of the preset in `presets_of_sweep`, or `PLAIN`.
-    seed: seed of the numbers.
-  """
+  """Encodes a small sliced Llama with a preset of `presets_of_sweep`, or `PLAIN`."""
   if name != PLAIN:
-    model, preset = sliced_model(LLAMA, seed=seed), presets_of_sweep()[name]
-    return rotbits_jax.encode(model, preset=preset, files=FILES, stem='tiny')
+    source = checkpoints.Checkpoint(sliced_model(LLAMA, seed=seed), FILES, 'tiny')
+    return rotbits_jax.encode(source, preset=presets_of_sweep()[name])
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
     (path / 'config.json').write_bytes(b'{"model_type": "unknown"}')
@@ -127,7 +114,7 @@ def containers_of_trees() -> dict[str, bytes]:
   """Encodes PyTrees whose arrays are stored in all possible ways."""
   rng = np.random.default_rng(1)
   normal = lambda *shape: np.asarray(rng.standard_normal(shape), np.float32)
-  arrays = {
+  arrays: Any = {
     'coded': {
       'half': normal(48, 64).astype(np.float16),
       'short': np.float32(normal(32, 40).astype(np.float16)),
@@ -145,7 +132,7 @@ def containers_of_trees() -> dict[str, bytes]:
     if not isinstance(leaf, subspaces.Basis | subspaces.Subspace)
   }
   return {
-    'arrays': rotbits_jax.encode(arrays, preset='exact', files=FILES),
+    'arrays': rotbits_jax.encode(checkpoints.Checkpoint(arrays, FILES, None)),
     'leaves': rotbits_jax.encode({'leaves': of_trees}, preset='exact'),
     PLAIN: container(PLAIN),
   }
@@ -160,13 +147,14 @@ def containers_of_models() -> list[bytes]:
 
 def stored_leaves() -> list[bytes]:
   """Returns the settings and the shapes of the arrays of structured leaves, as JSON."""
-  entries = []
+  texts = []
   beside_base = [leaf for leaf, _ in cases.leaves_beside_base().values()]
   for leaf in (*cases.leaves().values(), *beside_base):
     settings, arrays = leaf.stored()
     shapes = {n: [np.dtype(x.dtype).name, list(x.shape)] for n, x in arrays.items()}
-    entries.append({'type': leaf.type_name, 'settings': settings, 'arrays': shapes})
-  return [json.dumps(value).encode() for value in entries]
+    entry = {'type': leaf.type_name, 'settings': settings, 'arrays': shapes}
+    texts.append(json.dumps(entry).encode())
+  return texts
 
 
 def torch_files() -> list[bytes]:
@@ -180,38 +168,26 @@ def torch_files() -> list[bytes]:
   }
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'x.pt'
-    specs = {
-      name: tensors_lib.TensorSpec(x.shape, x.dtype) for name, x in tensors.items()
-    }
-    writer = torch_zip.TorchZipWriter(path, specs)
-    for name, x in tensors.items():
-      writer.add(name, tensors_lib.row_major(x))
-    writer.close()
+    weights_files.write_torch(path, tensors)
     return [path.read_bytes()]
 
 
 def safetensors_files(seed: int = 0) -> list[bytes]:
   """Safetensors files of random numbers."""
-  header = {
-    '__metadata__': {'format': 'pt'},
-    'a': {'dtype': 'F16', 'shape': [2, 3], 'data_offsets': [0, 12]},
-    'b': {'dtype': 'I64', 'shape': [1], 'data_offsets': [12, 20]},
-    'c': {'dtype': 'F32', 'shape': [0, 4], 'data_offsets': [20, 20]},
+  specs = {
+    'a': checkpoints.TensorSpec((2, 3), np.dtype(np.float16)),
+    'b': checkpoints.TensorSpec((1,), np.dtype(np.int64)),
+    'c': checkpoints.TensorSpec((0, 4), np.dtype(np.float32)),
   }
-  text = json.dumps(header).encode()
-  body = np.random.default_rng(seed).bytes(20)
-  return [struct.pack('<Q', len(text)) + text + body]
+  return [safetensors.header(specs) + np.random.default_rng(seed).bytes(20)]
 
 
 def configs() -> list[bytes]:
   """Returns the JSON files of checkpoints: `config.json` and the slicing JSON."""
-  values = [
-    {'config': json.loads(path.read_bytes()), 'slicing': None}
-    for path in sorted(TESTDATA.glob('*-dense/config.json'))
-  ]
+  paths = sorted(TESTDATA.glob('*-dense/config.json'))
+  values: list[Any] = [{'config': json.loads(path.read_bytes())} for path in paths]
   for config_json in (LLAMA, OPT):
-    dense = checkpoints.parse_config(config_json, None)
-    config = dense.sliced_to((12,) * len(dense.segment_widths))
-    slicing = checkpoints.slicing_json(config)
-    values.append({'config': config_json, 'slicing': slicing})
+    dense = checkpoints.parse_config(config_json)
+    sliced = dense.sliced_to((12,) * len(dense.segment_widths))
+    values.append({'config': config_json, 'slicing': checkpoints.slicing_json(sliced)})
   return [json.dumps(value).encode() for value in values]

@@ -1,10 +1,10 @@
 """Damages small containers in every way, and counts how reading them ends.
 
-For each preset, and for plain tensors: every byte flipped, every truncation, streams
-exchanged with those of another file or with each other, and every field of the manifest
-edited; the latter with the checksums that the manifest then must have. Reading ends in
-a `ContainerError` that names the stream, or, if a field says nothing about the numbers,
-in the same numbers. Anything else is a failure. `python -m benchmarks damage` runs it.
+Every byte is flipped, every truncation made, streams are exchanged with those of
+another file or with each other, and every field of the manifest is edited, with the
+checksums that it then must have. Reading ends in a `ContainerError` that names the
+stream, or, if a field says nothing about the numbers, in the same numbers. Anything
+else is a failure. `python -m benchmarks damage` runs it.
 """
 
 import collections
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import copy
 import functools
 import itertools
+import operator
 import struct
 import tempfile
 from typing import Any, NamedTuple
@@ -32,44 +33,30 @@ _DELETED: Any = object()
 
 
 class Case(NamedTuple):
-  """A damaged container.
+  """A damaged container."""
 
-  Attributes:
-    damage: 'flip', 'truncation', 'exchange' or 'field'.
-    where: what was damaged.
-    named: what the error has to name; empty for anything.
-    make: makes the container.
-  """
-
-  damage: str
+  damage: str  # 'flip', 'truncation', 'exchange' or 'field'
   where: str
-  named: str
+  named: str  # what the error has to name; empty for anything
   make: Callable[[], bytes]
 
 
 def cases(data: bytes, other: bytes) -> Iterator[Case]:
-  """Yields all damage of a container.
-
-  Args:
-    data: the container.
-    other: one of another model with the same config and preset.
-  """
+  """Yields all damage of a container, given another of the same config and preset."""
   for name, start, stop in sections(data):
     for place in range(start, stop):
       where = f'byte {place} of {name or "the header"}'
       yield Case('flip', where, name, functools.partial(_flipped, data, place))
   for size in range(len(data)):
-    cut = functools.partial(_cut, data, size)
-    yield Case('truncation', f'{size} bytes', '', cut)
+    yield Case('truncation', f'{size} bytes', '', functools.partial(bytes, data[:size]))
   streams, manifest = containers.unpack(data)
   their_streams, _ = containers.unpack(other)
   for name, stream in streams.items():
     if their_streams[name] != stream:
       # The streams of one message are read together, so that any may be named.
       named = '' if manifest.get('message') else name
-      yield from _exchanges(
-        streams | {name: their_streams[name]}, manifest, name, named
-      )
+      changed = streams | {name: their_streams[name]}
+      yield from _exchanges(changed, manifest, name, named)
   for a, b in itertools.combinations(streams, 2):
     if streams[a] != streams[b]:
       swapped = streams | {a: streams[b], b: streams[a]}
@@ -92,26 +79,18 @@ def sections(data: bytes) -> list[tuple[str, int, int]]:
   return places
 
 
-def _cut(data: bytes, size: int) -> bytes:
-  """Returns the first bytes of a container."""
-  return data[:size]
-
-
 def _flipped(data: bytes, place: int) -> bytes:
   """Returns a container with one bit of a byte flipped."""
-  flipped = bytearray(data)
-  flipped[place] ^= 1 << place % 8
-  return bytes(flipped)
+  changed = bytes([data[place] ^ 1 << place % 8])
+  return data[:place] + changed + data[place + 1 :]
 
 
 def _exchanges(
   streams: dict[str, bytes], manifest: containers.Json, where: str, named: str
 ) -> Iterator[Case]:
   """Yields a container of other streams, without and with the right checksums."""
-  sealed = containers.sealed(streams, copy.deepcopy(manifest))
-  for value in (manifest, sealed):
-    text = containers.to_json(value)
-    make = functools.partial(containers.pack, streams, text)
+  for value in (manifest, containers.sealed(streams, copy.deepcopy(manifest))):
+    make = functools.partial(containers.pack, streams, containers.to_json(value))
     yield Case('exchange', where, named, make)
 
 
@@ -121,10 +100,9 @@ def _edited(
   """Returns a container whose manifest has another value at a path."""
   edited = copy.deepcopy(manifest)
   parent = _at(edited, path[:-1])
+  parent[path[-1]] = new
   if new is _DELETED:
     del parent[path[-1]]
-  else:
-    parent[path[-1]] = new
   return containers.pack(streams, containers.to_json(edited))
 
 
@@ -138,9 +116,7 @@ def _paths(value: Any) -> Iterator[tuple[Any, ...]]:
 
 def _at(value: Any, path: tuple[Any, ...]) -> Any:
   """Returns a node of a JSON value."""
-  for key in path:
-    value = value[key]
-  return value
+  return functools.reduce(operator.getitem, path, value)
 
 
 def _other_values(old: Any) -> Iterator[Any]:
@@ -153,9 +129,7 @@ def _other_values(old: Any) -> Iterator[Any]:
     values += [old + 1, old - 1, 2 * old]
   if isinstance(old, list):
     values += [old[:-1], [*old, *old[-1:]], old[::-1]]
-  for new in values:
-    if new != old or type(new) is not type(old):
-      yield new
+  yield from (new for new in values if new != old or type(new) is not type(old))
 
 
 def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
@@ -167,8 +141,8 @@ def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
     decoded = reader.read()
     content = {name: ('', text) for name, text in reader.files().items()}
   if isinstance(decoded, models.Model):
-    outer, layers = decoded.outer(), list(decoded.layers())
-    decoded = outer | {f'layers.{i}': layer for i, layer in enumerate(layers)}
+    layers = {f'layers.{i}': layer for i, layer in enumerate(decoded.layers())}
+    decoded = decoded.outer() | layers
   for path, leaf in structured.flatten(models.materialize(decoded)).items():
     array = np.asarray(leaf)
     content[path] = f'{array.dtype} {array.shape}', array.tobytes()
@@ -178,13 +152,7 @@ def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
 def sweep(
   data: bytes, other: bytes, *, stride: int = 1, report: Callable[[str], None] = print
 ) -> collections.Counter[tuple[str, str]]:
-  """Reads damaged containers.
-
-  Args:
-    data: a container.
-    other: one of another model with the same config and preset.
-    stride: takes one of so many flips, truncations and edits.
-    report: is told of each failure.
+  """Reads one of `stride` damaged containers; `other` has the same config and preset.
 
   Returns:
     How many cases of each type of damage ended as 'refused', 'same' or 'failed'.

@@ -1,18 +1,16 @@
 """What is fuzzed: each target has seeds, a mutation, and a function of bytes.
 
-A target's function ends well, or in one of the errors that the readers promise. The
-checksums of decoded arrays are always right, see `accept_checksums`; those of streams
-are made right by the mutation.
+Its function ends well, or in an error that the readers promise.
 """
 
 from collections.abc import Callable, Iterable
 import json
 import math
-import os
 import pathlib
 import random
 import tempfile
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -22,24 +20,17 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.system import checksums
+from rotbits_jax.system import files
 
 _SMALL = 1 << 16  # elements of a leaf that is materialized
 
 
 class Target(NamedTuple):
-  """What is fuzzed.
-
-  Attributes:
-    seeds: makes the inputs to begin with.
-    mutate: makes another input of one.
-    run: reads an input.
-    expected: the error that it may end in.
-  """
+  """Makes inputs, makes others of them, and reads one, which may end in an error."""
 
   seeds: Callable[[], Iterable[bytes]]
   mutate: Callable[[bytes, random.Random, mutations.MutateBytes], bytes]
@@ -47,24 +38,9 @@ class Target(NamedTuple):
   expected: type[Exception]
 
 
-class _Anything:
-  """A checksum that equals every other."""
-
-  __hash__ = None  # type: ignore[assignment]
-
-  def __eq__(self, other: object) -> bool:
-    return True
-
-  def __ne__(self, other: object) -> bool:
-    return False
-
-
 def accept_checksums() -> None:
-  """Takes every checksum of a decoded array for right, in this process.
-
-  A mutation cannot know them, and what is behind them would not be reached.
-  """
-  checksums.of_array = lambda array, crc=0: _Anything()  # type: ignore[assignment, return-value]
+  """Takes every checksum of a decoded array for right: a mutation cannot know them."""
+  checksums.of_array = lambda array, crc=0: mock.ANY
 
 
 def _read_container(data: bytes) -> None:
@@ -86,11 +62,6 @@ def _read_container(data: bytes) -> None:
         np.asarray(leaf.materialize())
 
 
-def _read_beside_base(data: bytes) -> None:
-  """Decodes a container that needs a base."""
-  rotbits_jax.decode(data, base=seeds.base())
-
-
 def _is_small(leaf: Any) -> bool:
   """Returns whether a leaf can be materialized here."""
   if not structured.is_structured(leaf) or leaf.needs:
@@ -109,7 +80,10 @@ def _read_leaf(data: bytes) -> None:
       raise ValueError('no shapes')
     if sum(map(math.prod, shapes)) > _SMALL or not isinstance(settings, dict):
       raise ValueError('no leaf')
-    named = {name: _array(*array) for name, array in arrays.items()}
+    named = {
+      name: np.broadcast_to(np.array([*elements, 1][0], dtype), shape).copy()
+      for name, (dtype, shape, *elements) in arrays.items()
+    }
     cls = structured.TYPES[value['type']]
   except Exception as error:  # no leaf: the manifest's own checks come before this
     raise ValueError(str(error)) from error
@@ -117,49 +91,31 @@ def _read_leaf(data: bytes) -> None:
   structured.stack_key(leaf)
   if _is_small(leaf):
     assert np.asarray(leaf.materialize()).shape == leaf.shape
-    again = leaf.stored()[1]
-    assert {n: x.shape for n, x in again.items()} == {
-      n: x.shape for n, x in named.items()
-    }
-
-
-def _array(dtype: str, shape: list[int], elements: Any = 1) -> np.ndarray:
-  """Returns an array of ones, or of the elements."""
-  return np.broadcast_to(np.array(elements, np.dtype(dtype)), shape).copy()
+    shapes_of = lambda stored: {name: x.shape for name, x in stored.items()}
+    assert shapes_of(leaf.stored()[1]) == shapes_of(named)
 
 
 def _read_config(data: bytes) -> None:
   """Parses the JSON files of a checkpoint."""
-  value = config_lib.parse_json(data, 'config.json')
-  value = value if isinstance(value, dict) else {}
-  config = families.parse_config(value.get('config'), value.get('slicing'))  # type: ignore[arg-type]
+  value: Any = families.parse_object(data, 'config.json')
+  config = families.parse_config(value.get('config'), value.get('slicing'))
   models.outer_shapes(config)
   if config.sliced:
     families.slicing_json(config)
 
 
-def _read_tensors(tensors: dict[str, Any]) -> None:
-  """Reads the small tensors of a file."""
-  for tensor in tensors.values():
-    if tensor.size <= _SMALL:
-      np.array(tensor.read())
-
-
-def _read_plain(path: pathlib.Path) -> None:
-  """Reads a checkpoint as plain tensors."""
-  _read_tensors(checkpoints.open_plain(path).tensors)
-
-
-def _of_file(read: Callable[[pathlib.Path], Any], name: str) -> Callable[[bytes], None]:
-  """Returns a function of bytes that writes them to a file, which is then read."""
-  folder = tempfile.TemporaryDirectory()
-  path = pathlib.Path(folder.name) / name
+def _of_file(
+  tensors: Callable[[pathlib.Path], dict[str, Any]], name: str
+) -> Callable[[bytes], None]:
+  """Returns a function of bytes: of a file, whose small tensors are read."""
 
   def run(data: bytes) -> None:
-    assert folder.name  # which keeps the folder
-    path.write_bytes(data)
-    os.utime(path)
-    read(path)
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / name
+      path.write_bytes(data)
+      for tensor in tensors(path).values():
+        if tensor.size <= _SMALL:
+          np.array(tensor.read())
 
   return run
 
@@ -174,7 +130,7 @@ TARGETS: dict[str, Target] = {
   'beside_base': Target(
     lambda: seeds.containers_beside_base().values(),
     mutations.mutate_container,
-    _read_beside_base,
+    lambda data: rotbits_jax.decode(data, base=seeds.base()),
     rotbits_jax.ContainerError,
   ),
   'leaves': Target(seeds.stored_leaves, mutations.mutate_json, _read_leaf, ValueError),
@@ -184,14 +140,13 @@ TARGETS: dict[str, Target] = {
   'torch_zip': Target(
     seeds.torch_files,
     mutations.mutate_zip,
-    _of_file(lambda path: _read_tensors(torch_zip.open_file(path)), 'x.pt'),
+    _of_file(lambda path: torch_zip.open_file(files.File.of(path)), 'x.pt'),
     checkpoints.CheckpointError,
   ),
   'plain': Target(
     seeds.safetensors_files,
     mutations.mutate_safetensors,
-    _of_file(_read_plain, 'x.safetensors'),
+    _of_file(lambda path: dict(checkpoints.open_plain(path).tensors), 'x.safetensors'),
     checkpoints.CheckpointError,
   ),
 }
-"""The targets by name."""

@@ -27,12 +27,13 @@ from typing import Any
 # Names are imported when they are first used, so that `symmetries` and
 # `coding.bits_back` load without the rest.
 _NAMES = {
-  'api': 'decode decode_checkpoint decode_to_directory encode encode_to_file inspect '
-  'load plan_shards read_record read_tensor verify',
+  'api': 'decode decode_checkpoint encode encode_to_file inspect load plan_shards '
+  'read_record read_tensor verify',
   'checkpoints': 'Checkpoint CheckpointError load_checkpoint open_checkpoint '
   'save_checkpoint',
   'deltas': 'apply delta',
   'file': 'ContainerError',
+  'file.directory': 'decode_to_directory',
   'models': 'Model ModelConfig',
   'presets': 'PRESETS Preset',
   'snapshots': 'snapshot',

@@ -1,20 +1,20 @@
 """The functions of a session: encode, decode, load, verify.
 
 Functions that read a file take its path, its bytes, or an open binary file as `source`.
-`decode` and `load` hold the whole model in memory; `encode_to_file`,
-`decode_to_directory` and `verify` hold a few layers. Arguments that several functions
-share are described in `encode`.
+`decode` and `load` hold the whole model in memory; `encode_to_file` and `verify` hold a
+few layers. Arguments that several functions
+share are described in `encode`; `progress` says whether to show it on stderr.
 
 Raises:
   ContainerError: if a file is not of this format or is damaged, or if its base is
     missing or another one.
   CheckpointError: if a checkpoint cannot be read.
+  ValueError: if arguments do not suit each other or the source.
   OSError: if a path cannot be read or written.
 """
 
-from collections.abc import Mapping
 import os
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias
 
 import jax
 from numpy.typing import DTypeLike
@@ -24,43 +24,29 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
-from rotbits_jax.file import directory as directory_lib
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import estimate
 from rotbits_jax.file import output
 from rotbits_jax.file import placement
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.file import savings
+from rotbits_jax.file import report
 from rotbits_jax.file import sources
-from rotbits_jax.file import trees
 from rotbits_jax.file import verification
 from rotbits_jax.system import host
 
-T = TypeVar('T')
-
 Path: TypeAlias = str | os.PathLike[str]
-
-PyTree: TypeAlias = Any
-"""Arrays in any nested containers that JAX knows."""
 
 Tree: TypeAlias = dict[str, Any]
 """Arrays and structured leaves in nested dicts."""
 
-Encodable: TypeAlias = (
-  models.Model
-  | checkpoints.Checkpoint
-  | checkpoints.CheckpointReader
-  | checkpoints.PlainFiles
-  | PyTree
-)
-"""A model, a checkpoint that is loaded or opened, or a PyTree."""
+Encodable: TypeAlias = Any
+"""A model, a checkpoint that is loaded or opened, its path, or a PyTree of arrays."""
 
-Base: TypeAlias = Path | bytes | file.Reader | list[Any] | Encodable
-"""A model, a checkpoint or a PyTree, or the path of one; an encoded file; or a list of
-an encoded file, the base that it needs, the base of that, and so on."""
+Base: TypeAlias = Encodable | bytes | file.Reader | list[Any]
+"""An `Encodable`; an encoded file; or a list of an encoded file, the base that it
+needs, the base of that, and so on."""
 
 PresetName: TypeAlias = Literal['exact', 'free', 'near', 'paper']
-"""The names of presets; `presets.make` finds those of other packages, too."""
 
 
 @host.own_settings()
@@ -69,65 +55,37 @@ def encode(
   *,
   preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
-  files: Mapping[str, bytes] | None = None,
-  stem: str | None = None,
   progress: bool = False,
   **options: Any,
 ) -> bytes:
-  """Stores a model, or any PyTree of arrays, in few bytes.
+  """Stores a model, or any PyTree of arrays, in few bytes; see `file`.
 
   >>> data = rotbits_jax.encode({'weights': np.ones((64, 64), np.float16)})
   >>> rotbits_jax.decode(data)['weights'].shape
   (64, 64)
 
   Args:
-    source: a `Model`; a checkpoint, opened or loaded; or any PyTree of arrays. A PyTree
-      takes 'exact' and 'near', because its symmetries are not known. A model
-      with `stored_as` is not rounded yet; it is rounded at the end. Arrays in the other
-      byte order come back in that of the machine.
-    preset: a name, or a preset that a factory in `presets` made. 'exact' keeps every
-      bit of the input; 'free' removes elements on which the function does not depend;
-      'near' also rounds to coarser steps, and only that where no family is known;
-      'paper' rotates the weights and gets the bits of the rotations back as published.
-      The default is 'free' for a sliced model and 'exact' for everything else.
-    base: a model or PyTree that the receiver has and that differs little, such as the
-      base of a fine-tune. Its arrays are not stored again, and whoever decodes the file
-      passes it, too. Arrays are found by their paths. It needs the preset 'exact',
-      which is then the default; or 'free', for a sliced model beside its dense one, of
-      which both presets find the subspaces that slicing kept.
-    files: the other files of the checkpoint, which are kept whole; by default those of
-      a checkpoint that is opened or loaded.
-    stem: the name that SliceGPT gives to the weights and the slicing JSON; by default
-      that of the checkpoint.
-    progress: whether to show the progress on stderr.
-    options: options of the preset, if it is given by its name.
-
-  Returns:
-    The bytes of a file, see `file`.
-
-  Raises:
-    ValueError: if the preset or an option is unknown, if the source cannot be stored,
-      if the `config.json` of a model is that of another one, or if the base has none
-      of its arrays.
+    source: a `Model`; a checkpoint (opened, loaded, or its path), whose other files are
+      kept whole; or any PyTree of arrays, which come back in the machine's byte order.
+      A model with `stored_as` is rounded at the end. 'exact' stores a dense checkpoint
+      of safetensors files as plain tensors, so these files come back byte for byte.
+    preset: the name of a factory in `presets`, which gets the options, or a preset that
+      it made. The default is 'free' for a sliced model and 'exact' for everything else.
+    base: a model or PyTree that differs little, such as the base of a fine-tune. Arrays
+      at its paths are not stored again, and whoever decodes the file passes it, too. It
+      needs the preset 'exact', which is then the default; or 'free', for a sliced model
+      beside its dense one, of which both find the subspaces that slicing kept.
   """
-  if isinstance(source, str | os.PathLike):
-    raise ValueError(
-      f'{os.fspath(source)}: expected a model, got a path; encode_to_file takes one, '
-      'and open_checkpoint opens one for encode'
-    )
-  encoder = _encoder(source, preset, options, files, stem, base)
-  return encoder.in_memory(progress=progress)
+  return _encoder(source, base, preset, **options).in_memory(progress=progress)
 
 
 @host.own_settings()
 def encode_to_file(
-  source: Path | Encodable,
+  source: Encodable,
   path: Path,
   *,
   preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
-  files: Mapping[str, bytes] | None = None,
-  stem: str | None = None,
   shard_size: int | None = None,
   target_size: int | None = None,
   overwrite: bool = True,
@@ -137,90 +95,58 @@ def encode_to_file(
 ) -> None:
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
-  The file appears when it is complete, and so does the folder of shards. If a run that
-  writes shards is killed, the next one with the same source and settings finds those
-  that it had written; except with `inputs`, and with transforms besides those of the
-  preset. If n processes of `jax.distributed` call the function, process i writes every
-  n-th shard.
+  The file appears when it is complete, and so does the folder of shards. A run that was
+  killed finds the whole shards of an earlier one with the same source and settings.
+  Process i of n of `jax.distributed` writes every n-th shard; the first one searches a
+  `target_size` alone.
 
   Args:
-    source: the path of a checkpoint, or a source of `encode`. 'exact' stores a dense
-      checkpoint of safetensors files as plain tensors, whatever its family is, and the
-      files come back byte for byte.
     path: path of the file, or of the folder of shards, which also gets their index in
       Hugging Face's format.
     shard_size: greatest size of the records of a shard before they are coded, in bytes;
       a larger record has a shard to itself. None for one file.
-    target_size: the greatest number of bytes of the file, or of all shards, in place of
-      the option `step` of 'near', which is found so that the file has at least 99% of
-      them, where steps between exist. The preset is given by its name.
-    overwrite: whether an existing file, or folder of shards, may be replaced. No file
-      of the source or the base is.
-    check: whether to decode everything that was written before a file is replaced, and
-      to compare it with the source if the preset keeps all bits, see `verify`.
-
-  Raises:
-    ValueError: see `encode`.
+    target_size: the greatest number of bytes of the output, in place of the option
+      `step` of 'near', given by its name. It has at least 99% of them, where steps
+      between exist.
+    overwrite: whether an existing output may be replaced. No file of an input is.
+    check: whether to decode the output before it replaces an older one, and to compare
+      it with the source if the preset keeps all bits, see `verify`.
   """
-  content = files, stem, base
-  target: Any = {'inputs': (source, base), 'overwrite': overwrite}
+  inputs = source, base
 
-  def write(encoder: encode_lib.Encoder, accepted: range | None = None) -> int:
-    settings: Any = {'check': check, 'progress': progress, 'accepted': accepted}
-    if shard_size is None:
-      return output.write_file(encoder, path, **target, **settings)
-    plan = output.ShardPlan(encoder, path, shard_size, **target)
-    return plan.write(**settings)
+  def write(accepted: range | None = None, **settings: float) -> int:
+    encoder = _encoder(source, base, preset, **options, **settings)
+    plan = output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
+    return plan.write(check=check, progress=progress, accepted=accepted)
 
   if target_size is None:
-    write(_encoder(source, preset, options, *content))
+    write()
     return
   if preset != 'near' or 'step' in options:
-    raise ValueError(
-      "target_size finds the step of the preset 'near', given by its name"
-    )
-
-  def write_at(step: float, accepted: range) -> int:
-    stepped = options | {'step': step}
-    return write(_encoder(source, preset, stepped, *content), accepted)
-
-  encoder = _encoder(source, preset, options, *content)
-  estimate.write_within(target_size, encoder.elements, write_at)
+    raise ValueError("target_size finds the step of preset='near'")
+  if jax.process_index() == 0:
+    elements = _encoder(source, base, preset, **options).elements
+    write_at = lambda step, accepted: write(accepted, step=step)
+    estimate.write_within(target_size, elements, write_at)
 
 
 @host.own_settings()
 def plan_shards(
-  source: Path | Encodable,
+  source: Encodable,
   path: Path,
   *,
   shard_size: int,
-  preset: PresetName | presets.Preset | None = None,
   base: Base | None = None,
-  files: Mapping[str, bytes] | None = None,
-  stem: str | None = None,
   overwrite: bool = True,
-  **options: Any,
-) -> output.ShardPlan:
-  """Plans a folder of shards, so that processes encode them side by side.
+  **arguments: Any,
+) -> output.Plan:
+  """Plans a folder of shards, see `file.output.Plan`; the same plan in each process.
 
-  Every process makes the same plan; the arguments are those of `encode_to_file`. See
-  `file.ShardPlan`, and `examples/encode_on_ray.py`.
+  The arguments are those of `encode_to_file`; see `examples/encode_on_ray.py`.
   """
   inputs = source, base
-  encoder = _encoder(source, preset, options, files, stem, base)
-  return output.ShardPlan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
-
-
-@overload
-def decode(
-  source: file.Readable, *, base: Base | None = ..., progress: bool = ...
-) -> models.Model | Tree: ...
-
-
-@overload
-def decode(
-  source: file.Readable, *, like: T, base: Base | None = ..., progress: bool = ...
-) -> T: ...
+  encoder = _encoder(source, base, **arguments)
+  return output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
 
 
 @host.own_settings()
@@ -239,28 +165,22 @@ def decode(
   >>> rotbits_jax.decode(data, like={'layers': [np.zeros(3), np.zeros(2)]})
   {'layers': [array([0., 0., 0.]), array([1., 1.])]}
 
+  The structured leaves of a `Model` stay structured. Without `like`, a PyTree is nested
+  dicts whose keys are keys of dicts, indices and names of fields, and plain tensors are
+  by their names.
+
   Args:
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
-      states. Its arrays, or each `jax.ShapeDtypeStruct` in place of one, give shapes
-      and dtypes, which must be those in the file. A leaf of integers, see `load`,
-      becomes its array.
-
-  Returns:
-    The `Model` with NumPy arrays; structured leaves stay structured. Memory holds at
-    most a few layers more than the model. For a PyTree and without `like`, the function
-    returns nested dicts whose keys are keys of dicts, indices and names of fields. For
-    a checkpoint that is stored as plain tensors, it returns the tensors by name.
-
-  Raises:
-    ValueError: if `like` has other leaves than the PyTree in the file.
+      states. Its arrays, or `jax.ShapeDtypeStruct`s, have the shapes and dtypes of the
+      file. A leaf of integers, see `load`, becomes its array.
   """
   with file.Reader(source, base=base) as reader:
-    found = reader.read(show_progress=progress)
+    content = reader.read(show_progress=progress)
   if like is None:
-    return found
-  if isinstance(found, models.Model):
+    return content
+  if isinstance(content, models.Model):
     raise ValueError('the file holds a model, which has a structure: leave out `like`')
-  return trees.unflatten_like(like, found)
+  return sources.unflatten_like(like, content)
 
 
 @host.own_settings()
@@ -274,7 +194,10 @@ def load(
   integers: bool = False,
   progress: bool = False,
 ) -> models.Model | Tree:
-  """Loads the model in a file as JAX arrays; structured leaves stay structured.
+  """Loads the content of a file as JAX arrays, see `decode`.
+
+  Arrays with 64 bits a number stay NumPy arrays, because JAX would narrow them; with
+  `sharding` they keep these bits on the devices.
 
   >>> rotbits_jax.load(rotbits_jax.encode({'w': np.ones(2)}))['w'].tolist()
   [1.0, 1.0]
@@ -283,25 +206,18 @@ def load(
     layers: the layers to load; all by default. Other layers are not read.
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
       path and the shape of a parameter and returns one. Layers are stacked along the
-      first axis, and have paths like 'layers.0:12/mlp/up/kernel'. Where an axis of a
-      mesh does not divide the length of an axis, that is not divided. Axes of a
-      mesh become `Auto`. Layers that no device of this process gets are not read.
+      first axis, and have paths like 'layers.0:12/mlp/up/kernel'. An axis that an axis
+      of a mesh does not divide is not divided. Axes of a mesh become `Auto`. Layers
+      that no device of this process gets are not read.
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
-      of each array in the file. Arrays that `near` has rounded are float32 there.
+      of each array in the file, which is float32 if `near` has rounded it.
     integers: whether a matrix that the file stores as multiples of one step, as `near`
       does, stays integers with a step, see `structured.UniformlyQuantized`. It takes
-      half of the memory of float32. The elements are the same, bit for bit.
-
-  Returns:
-    See `decode`. Arrays with 64 bits a number stay NumPy arrays, because JAX would
-    narrow them; with `sharding` they keep these bits on the devices.
-
-  Raises:
-    ValueError: if there are no such layers, or the dtype is not one of floats.
+      half of the memory of float32, for the same elements.
   """
   wanted = None if dtype is None else structured.floating(dtype)
   with file.Reader(source, base=base) as reader:
-    found = reader.read(
+    content = reader.read(
       layers=layers,
       place=sharding,
       integers=integers,
@@ -310,8 +226,8 @@ def load(
     )
   if wanted is not None:
     with jax.enable_x64(True):  # see `placement.put`
-      found = structured.astype(found, wanted)
-  return placement.on_device(found)
+      content = structured.astype(content, wanted)
+  return placement.on_device(content)
 
 
 @host.own_settings()
@@ -322,51 +238,8 @@ def decode_checkpoint(
   with file.Reader(source, base=base) as reader:
     model = reader.read(as_model=True, show_progress=progress)
     if not isinstance(model, models.Model):
-      raise file.ContainerError(
-        'the file holds plain tensors, not a model of a known family'
-      )
+      raise file.ContainerError('the file holds no model of a known family')
     return checkpoints.Checkpoint(model, reader.files(), reader.stem)
-
-
-@host.own_settings()
-def decode_to_directory(
-  source: file.Readable,
-  directory: Path,
-  *,
-  base: Base | None = None,
-  format: checkpoints.Format = 'safetensors',
-  shard_size: int | None = None,
-  dtype: DTypeLike | None = None,
-  overwrite: bool = True,
-  progress: bool = False,
-) -> None:
-  """Decodes a file to a checkpoint on disk, one layer at a time.
-
-  Args:
-    directory: the directory for the checkpoint. An older checkpoint in it is replaced;
-      one with other files is not, nor is one of the source or the base.
-    format: see `checkpoints.save_checkpoint`. Plain tensors of no known family come
-      back in the files that they were encoded from: they take no format, shard_size or
-      dtype.
-    shard_size: greatest size of the tensors in a weights file, in bytes; None for the
-      shards that the checkpoint had, or else one file.
-    dtype: dtype for all floating-point elements, rounded to nearest. By default they
-      keep the dtype of the encoded checkpoint.
-
-  Raises:
-    ValueError: if the format, shard_size or dtype does not suit the model, if numbers
-      are too large for the dtype, or if a file of the source or the base would be lost.
-  """
-  with file.Reader(source, base=base) as reader:
-    directory_lib.write(
-      reader,
-      directory,
-      format=format,
-      shard_size=shard_size,
-      dtype=dtype,
-      overwrite=overwrite,
-      progress=progress,
-    )
 
 
 @host.own_settings()
@@ -383,19 +256,12 @@ def read_record(source: file.Readable, name: str, *, base: Base | None = None) -
 
 @host.own_settings()
 def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -> Any:
-  """Reads one parameter, such as 'layers.3/attention/query/kernel'.
-
-  Only the record of the parameter is read, and records that it needs.
-
-  >>> data = rotbits_jax.encode({'layer': {'w': np.ones(2)}})
-  >>> rotbits_jax.read_tensor(data, 'layer/w').tolist()
-  [1.0, 1.0]
-  """
+  """Reads one parameter, such as 'layers.3/mlp/up/kernel', and what it needs."""
   with file.Reader(source, base=base) as reader:
     return reader.tensor(path)
 
 
-def inspect(source: file.Readable) -> savings.Report:
+def inspect(source: file.Readable) -> report.Report:
   """Reports the content of a file and the savings of each step, without decoding.
 
   >>> report = rotbits_jax.inspect(rotbits_jax.encode({'w': np.ones((64, 64))}))
@@ -403,7 +269,7 @@ def inspect(source: file.Readable) -> savings.Report:
   ('exact', 32768)
   """
   with file.Reader(source) as reader:
-    return savings.from_reader(reader)
+    return report.from_reader(reader)
 
 
 @host.own_settings()
@@ -416,21 +282,11 @@ def verify(
 ) -> verification.Verification:
   """Decodes everything in a file, and compares it with a checkpoint.
 
-  Without a checkpoint, memory holds one record at a time. A file whose preset keeps all
-  bits must have those of the checkpoint; they are compared one record at a time. For
-  other files memory holds both models. The divergence of the predictions for random
-  tokens is measured; unless the preset is an approximation, it must be at most a few
-  times the noise floor, which rounding alone makes. Of plain tensors that `near` has
-  rounded, only the other files are compared.
-
-  >>> rotbits_jax.verify(rotbits_jax.encode({'w': np.ones(2)})).tensors
-  1
-
-  Args:
-    against: the checkpoint that was encoded: its directory or its weights file.
-
-  Returns:
-    The counts and measurements.
+  If the preset keeps all bits, those of the checkpoint at the path `against` are
+  compared, one record at a time. Otherwise memory holds both models, and the divergence
+  of the predictions for random tokens is measured; unless the preset is an
+  approximation, it must be at most a few times the noise floor, which rounding alone
+  makes. Of plain tensors that `near` has rounded, only the other files are compared.
   """
   with file.Reader(source, base=base) as reader:
     expected = None
@@ -439,48 +295,41 @@ def verify(
       opened = checkpoints.open_plain if is_plain else checkpoints.open_checkpoint
       expected = opened(against)
       if reader.config != expected.config:
-        raise file.ContainerError(
-          f'the file is of another model: its config is not that of {against}'
-        )
-      verification.compare_files(reader, expected.files)
+        raise file.ContainerError(f'the config of the file is not that of {against}')
+      contents, others = reader.files(), expected.files
+      for name in sorted(contents.keys() | others.keys()):
+        if contents.get(name) != others.get(name):
+          raise file.ContainerError(f'{name}: differs from that of the checkpoint')
     bits = expected if reader.keeps == 'bits' else None
-    found = verification.read_all(reader, bits, progress=progress)
+    verified = verification.read_all(reader, bits, progress=progress)
     if against is None or bits is not None or reader.is_plain:
-      return found
+      return verified
     kl, floor = verification.compare_function(
       reader,
       checkpoints.load_checkpoint(against).model,
       bounded=reader.keeps == 'function',
       progress=progress,
     )
-  return found._replace(kl=kl, kl_rerounded=floor)
+  return verified._replace(kl=kl, kl_rerounded=floor)
 
 
 def _encoder(
-  source: Path | Encodable,
-  preset: PresetName | presets.Preset | None,
-  options: dict[str, Any],
-  files: Mapping[str, bytes] | None,
-  stem: str | None,
+  source: Encodable,
   base: Base | None,
+  preset: PresetName | presets.Preset | None = None,
+  **options: Any,
 ) -> encode_lib.Encoder:
   """Returns the encoder of a source, or of the checkpoint at a path."""
-  opened: Any
-  if isinstance(source, str | os.PathLike):
-    opened = checkpoints.open_any(source)
-  else:
-    opened = sources.of(source)
+  opened: Any = sources.of(source)
   default = presets.default(opened.config) if base is None else 'exact'
   made = presets.make(preset or default, **options)
   as_plain = sources.plain(opened, source) if made.keeps == 'bits' else opened
-  opened_base = None
-  if base is not None:
-    opened_base = reader_lib.open_base(base, plain=as_plain.config is None)
+  is_plain = as_plain.config is None
+  opened_base = None if base is None else reader_lib.open_base(base, plain=is_plain)
   if opened_base is None or opened_base.config is None:
     opened = as_plain
   content = source if isinstance(source, checkpoints.Checkpoint) else opened
-  files = getattr(content, 'files', {}) if files is None else files
-  stem = getattr(content, 'stem', None) if stem is None else stem
+  files, stem = getattr(content, 'files', {}), getattr(content, 'stem', None)
   if isinstance(opened, models.Model):
     files = checkpoints.fitting_files(opened, dict(files), stem)
   return encode_lib.Encoder(opened, made, base=opened_base, files=files, stem=stem)

@@ -16,7 +16,6 @@ from rotbits_jax import structured
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import sources
-from rotbits_jax.file import trees
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.system import host
 
@@ -28,7 +27,8 @@ def delta(new: Any, old: Any) -> bytes:
   """Returns the bytes that turn one PyTree of arrays into another, bit for bit.
 
   A trainer sends them to samplers after each step: most numbers in bfloat16 do not
-  change in a step of reinforcement learning.
+  change in a step of reinforcement learning. They hold a checksum of every old array
+  that they need.
 
   >>> old = {'w': np.zeros((64, 64), np.float32)}
   >>> new = {'w': np.eye(64, dtype=np.float32)}
@@ -39,16 +39,9 @@ def delta(new: Any, old: Any) -> bytes:
   Args:
     new: arrays in any containers, on the host or on devices.
     old: the PyTree that the receiver has.
-
-  Returns:
-    The bytes of a file beside a base, see `encode`. They hold a checksum of every array
-    of `old` that they need.
-
-  Raises:
-    ValueError: if a leaf is no array, or if the PyTrees have no paths in common.
   """
   # As dicts, because a `Model` would be read as a checkpoint, by other paths.
-  source, old_source = (sources.of(trees.to_dicts(tree)) for tree in (new, old))
+  source, old_source = (sources.of(sources.to_dicts(tree)) for tree in (new, old))
   base = base_lib.Base(old_source, plain=False)
   encoder = encode_lib.Encoder(source, presets.make('exact'), base=base)
   return encoder.in_memory(progress=False)
@@ -64,6 +57,8 @@ def apply(
 ) -> T:
   """Applies the bytes of `delta`: turns the old PyTree into the new one.
 
+  A ContainerError says that `params` are not those that `delta` got.
+
   Args:
     data: the bytes of `delta`, or the path of a file with them.
     params: the old PyTree.
@@ -78,16 +73,11 @@ def apply(
     The new PyTree, in the containers of the old one. An array that did not change is
     the old one itself, unless `sharding` is given. A leaf of integers that changed, see
     `load`, becomes its array.
-
-  Raises:
-    ContainerError: if `params` are not those that `delta` got, such as those of another
-      step, or if the data are damaged.
-    ValueError: if the new PyTree has other paths, shapes or dtypes.
   """
-  nested = trees.to_dicts(params)
+  nested = sources.to_dicts(params)
   old = structured.flatten(nested)
   base = base_lib.Base(sources.of(nested), plain=False)
-  found: dict[str, Any] = {}
+  new: dict[str, Any] = {}
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
   with file.Reader(data, base=base) as reader:
@@ -103,41 +93,40 @@ def apply(
     def release(path: str, record: str) -> None:
       """Deletes an old array, unless a later record or the new PyTree needs it."""
       array = old.get(path)
-      is_kept = array is found.get(path) or uses.get(path, record) != record
+      is_kept = array is new.get(path) or uses.get(path, record) != record
       # An array of several paths may stay at another one.
-      if is_kept or any(counts[x] > 1 for x in _buffers(array)):
-        return
-      for own in jax.tree.leaves(array):
-        if isinstance(own, jax.Array):
-          own.delete()
+      if not is_kept and all(counts[x] <= 1 for x in _buffers(array)):
+        for part in jax.tree.leaves(array):
+          if isinstance(part, jax.Array):
+            part.delete()
 
     for record, flat in reader.each():
       for path, array in flat.items():
         place = sharding if path.startswith(prefix) else None
         if path in same and place is None and path in old:
-          found[path] = old[path]
+          new[path] = old[path]
         else:
-          found[path] = _like(old.get(path), path.removeprefix(prefix), array, place)
+          new[path] = _like(old.get(path), path.removeprefix(prefix), array, place)
         if donate:
           release(path, record)
       for path in last_used[record] if donate else ():  # also without a successor
         release(path, record)
-    found |= {x: {} for entry in reader.records.values() for x in entry.empty}
-  return trees.unflatten_like(params, structured.unflatten(found))
+    new |= {x: {} for entry in reader.records.values() for x in entry.empty}
+  return sources.unflatten_like(params, structured.unflatten(new))
 
 
 def _buffers(tree: Any) -> list[tuple[Any, int]]:
   """Returns what tells the memory of JAX arrays; arrays that share it are deleted."""
-  found: list[tuple[Any, int]] = []
+  buffers: list[tuple[Any, int]] = []
   for leaf in jax.tree.leaves(tree):
     if not isinstance(leaf, jax.Array) or leaf.is_deleted():
       continue
-    shards = leaf.addressable_shards
     try:  # devices may have addresses of their own
-      found += [(x.device, x.data.unsafe_buffer_pointer()) for x in shards]
+      for shard in leaf.addressable_shards:
+        buffers.append((shard.device, shard.data.unsafe_buffer_pointer()))
     except RuntimeError:  # a backend that tells no addresses
-      found.append((None, id(leaf)))
-  return found
+      buffers.append((None, id(leaf)))
+  return buffers
 
 
 def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
@@ -146,7 +135,7 @@ def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
     if isinstance(old, np.ndarray) and np.may_share_memory(array, old):
       array = np.array(array)  # on CPUs, JAX would take the memory of the caller
     return placement.placed({path: array}, sharding)[path]
-  kinds: list[Any] = [jax.tree.structure(x) for x in (old, array)]
-  if structured.is_structured(array) and kinds[0] != kinds[1]:
+  structures: list[Any] = [jax.tree.structure(x) for x in (old, array)]
+  if structured.is_structured(array) and structures[0] != structures[1]:
     return array  # `unflatten_like` refuses it
   return placement.placed_like(old, array)

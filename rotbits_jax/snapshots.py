@@ -32,42 +32,26 @@ def snapshot(
 
       AutoModel.from_pretrained(rotbits_jax.snapshot('model.rotbits'))
 
-  The name of the folder is a digest of the checksums in the file and of the arguments.
-  The folder appears when it is complete. Do not write into it. It is in `snapshots` of
-  the folder that the variable ROTBITS_JAX_CACHE names, or of `rotbits_jax` in
-  XDG_CACHE_HOME or in ~/.cache.
-
-  Args:
-    path: the path of a file, or of shards.
-    base: the path of the base of `encode`, or those of an encoded file and of the bases
-      below it.
-    format: see `checkpoints.save_checkpoint`. The default is 'transformers' for a
-      sliced model, and the checkpoint's own layout for everything else.
-    dtype: see `decode_to_directory`.
-    progress: whether to show the progress on stderr.
-
-  Returns:
-    The folder.
-
-  Raises:
-    ContainerError: as for `decode_to_directory`, also if the folder is there.
-    ValueError: if the format does not suit the model.
-    OSError: if a path cannot be read, or if the cache cannot be written.
+  The folder is named by a digest of the checksums in the file and of the arguments, and
+  appears when it is complete; do not write into it. It is in `snapshots` of the folder
+  that the variable ROTBITS_JAX_CACHE names, or of `rotbits_jax` in XDG_CACHE_HOME or in
+  ~/.cache. The arguments are those of `decode_to_directory`; the default format is
+  'transformers' for a sliced model, else the checkpoint's own.
   """
   with file.Reader(path, base=base) as reader:
     reader.check_records()
     sliced = reader.config is not None and reader.config.sliced
     format = format or ('transformers' if sliced else 'safetensors')
-    dtype_name = None if dtype is None else jnp.dtype(dtype).name
-    key = json.dumps(
-      [reader.fingerprint(), format, dtype_name, rotbits_jax.__version__]
-    )
+    name = None if dtype is None else jnp.dtype(dtype).name
+    key = json.dumps([reader.fingerprint(), format, name, rotbits_jax.__version__])
     folder = cache.root() / 'snapshots' / hashlib.sha256(key.encode()).hexdigest()
     if not folder.is_dir():
       folder.parent.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent) as scratch:
         written = pathlib.Path(scratch) / folder.name
-        directory.write(reader, written, format=format, dtype=dtype, progress=progress)
+        directory.decode_to_directory(
+          reader, written, format=format, dtype=dtype, progress=progress
+        )
         try:
           outputs.move(written, folder)
         except OSError:

@@ -141,7 +141,7 @@ def our_logits(file: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
     written, tree, is_leaf=structured.is_structured
   )
   layers = [as_written(layer) for layer in model.layers()]
-  same = models.from_layers(model.config, as_written(model.outer()), layers)
+  same = models.from_layers(model.config, models.materialize(model.outer()), layers)
   return np.asarray(models.logits(same, tokens))
 
 

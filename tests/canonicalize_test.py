@@ -1,6 +1,5 @@
 """Canonical weights of stacked layers in one call, beside the way that streams."""
 
-import dataclasses
 import functools
 
 from absl.testing import absltest
@@ -8,6 +7,7 @@ from absl.testing import parameterized
 import chex
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
@@ -219,8 +219,7 @@ SYMMETRIES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _NewConfig(models.ModelConfig):
+class _NewConfig(models.ModelConfig, kw_only=True):
   """A config with a switch that `layout.symmetries` does not know."""
 
   residual_scale: float = 1.0
@@ -233,10 +232,10 @@ class SymmetriesTest(absltest.TestCase):
       symmetries = models.layout.symmetries
       self.assertEqual(symmetries(config), expected, (family, sliced))
       # A config with a field that is not known has none.
-      fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+      fields = {name: getattr(config, name) for name in config.__struct_fields__}
       self.assertFalse(any(symmetries(_NewConfig(**fields))))
       if not sliced:
-        other = dataclasses.replace(config, norm='groupnorm')
+        other = msgspec.structs.replace(config, norm='groupnorm')
         self.assertFalse(any(symmetries(other)))
     tied = random_models.BASE | {'num_hidden_layers': 1, 'tie_word_embeddings': True}
     config = random_models.random_model(tied).config

@@ -257,7 +257,7 @@ class TestRefusals:
     )
     path.write_bytes(content)
     with pytest.raises(CheckpointError):
-      torch_zip.open_file(path)
+      weights_files.read_torch(path)
 
   def test_two_archives_in_one(self, tmp_path):
     extra = {'c/data.pkl': dump({})}
@@ -274,7 +274,7 @@ class TestRefusals:
         archive.filelist.append(info)
       archive.writestr('a.b/version', '3')
     with pytest.raises(CheckpointError):
-      torch_zip.open_file(path)
+      weights_files.read_torch(path)
 
   def test_not_a_zip(self, tmp_path, subtests):
     for content in (b'', b'\x80\x02}.', b'PK\3\4' * 10):

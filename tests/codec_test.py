@@ -39,10 +39,7 @@ def _load(name):
 
 @functools.cache
 def _encoded(name, preset):
-  checkpoint = _load(name)
-  return rotbits_jax.encode(
-    checkpoint.model, preset=preset, files=checkpoint.files, stem=checkpoint.stem
-  )
+  return rotbits_jax.encode(_load(name), preset=preset)
 
 
 def _tokens(name):
@@ -210,7 +207,7 @@ def test_models_of_noise_are_no_larger_than_plain_storage(preset):
 
 def test_flipped_bits_never_give_wrong_weights():
   model = seeds.sliced_model(seeds.LLAMA)
-  data = rotbits_jax.encode(model, preset='free', files=seeds.FILES, stem='tiny')
+  data = rotbits_jax.encode(checkpoints.Checkpoint(model, seeds.FILES, 'tiny'))
   for position in np.linspace(0, len(data) - 1, 120).astype(int):
     damaged = bytearray(data)
     damaged[position] ^= 1 << position % 8

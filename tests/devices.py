@@ -23,6 +23,7 @@ def run(program, *, devices=8, **environment):
     capture_output=True,
     text=True,
     check=False,
+    timeout=600,
   )
   assert done.returncode == 0, done.stderr
   return done.stdout

@@ -82,7 +82,7 @@ CASES = {
   'special': (with_special_numbers, {'row_scales', 'exceptions'}, 1.0),
   'adapter': (with_adapter, {'left', 'right'}, 0.5),
   'decay': (with_decay, {'drift'}, 0.65),
-  'equal_rows': (with_equal_rows, {'equal'}, 0.3),
+  'equal_rows': (with_equal_rows, {'row_scales'}, 0.3),
   'step': (step, {'gaps', 'differences'}, 0.02),
   'equal': (lambda dtype: (pair(dtype)[1],) * 2, set(), 0.001),
 }
@@ -107,12 +107,12 @@ def assert_comes_back(measured, target, *needed):
   def known():
     again = type(leaf).from_stored(settings, dict(zip(arrays, memory, strict=True)))
     made.append((again, again.predict(*needed)))
-    return measure.Measured(again, made[0][1][1].classes).known
+    return measure.Measured(again, made[0][1].classes).known
 
   known_later = dict.fromkeys(places, known)
   coder.decode(encoded.spec, encoded.data, out=memory, known=known_later)
   if made:
-    array = made[0][0].joined(*made[0][1])
+    array = made[0][0].joined(made[0][1])
   else:
     again = type(leaf).from_stored(settings, dict(zip(arrays, memory, strict=True)))
     array = again.materialize(*needed)
@@ -140,7 +140,7 @@ def test_any_dtype_and_shape(subtests):
         target, base = pair(dtype, shape, scale=0.1)
         draft = difference.Difference(lengths=shape, name=dtype)
         bits = [ulps.bits_of(x) for x in (target, base)]
-        leaf = measure._with_classes(draft, *bits, 1e9)
+        leaf = measure.with_classes(draft, *bits)
         assert_comes_back(leaf, target, base)
 
 
@@ -221,7 +221,7 @@ def test_another_head_is_refused(scale):
   leaf = measure.beside_head(table, head, map, exponents).leaf
   with pytest.raises(ValueError, match='too large'):
     leaf.materialize(np.float32(head) * scale)
-  with pytest.raises(ValueError, match='needs head/kernel of shape'):
+  with pytest.raises(ValueError, match='needs head/kernel of'):
     leaf.materialize(head[:, 1:])
 
 
@@ -239,10 +239,9 @@ HOSTILE_ARRAYS = {
   'exceptions': (lambda x: x.astype(np.int8), lambda x: x[:0]),
   'row_scales': (lambda x: x[:-1], lambda x: x * 0 + 9000),
   'column_scales': (lambda x: x[:2], lambda x: x.astype(np.int8)),
-  'equal': (lambda x: x[:-1],),
   'left': (lambda x: x[:-1],),
   'right': (lambda x: x[:, 1:],),
-  'drift': (lambda x: x[:-1], lambda x: x ^ 2**30),
+  'drift': (lambda x: x[:-1],),
   'map': (lambda x: x[:-1], lambda x: x[:, 1:]),
   'shifts': (lambda x: x[:-1],),
 }
@@ -250,7 +249,7 @@ HOSTILE_ARRAYS = {
 
 def leaves():
   """Leaves that have all arrays between them."""
-  for make in (with_special_numbers, with_adapter, with_decay, with_equal_rows):
+  for make in (with_special_numbers, with_adapter, with_decay):
     target, base = make('bfloat16')
     yield beside(target, base).leaf
   yield measure.beside_head(*embedding(np.float16)).leaf
@@ -268,7 +267,7 @@ def test_hostile_settings_and_arrays_are_refused(subtests):
       for damage in HOSTILE_ARRAYS[name]:
         with subtests.test(name=name), pytest.raises(ValueError):  # noqa: PT011
           type(leaf).from_stored(settings, arrays | {name: damage(arrays[name])})
-      if name not in ('exceptions', 'equal', 'drift'):
+      if name not in ('exceptions', 'drift'):
         rest = {key: x for key, x in arrays.items() if key != name}
         with subtests.test(lacks=name), pytest.raises(ValueError):  # noqa: PT011
           type(leaf).from_stored(settings, rest)

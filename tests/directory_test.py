@@ -1,9 +1,9 @@
 """Files become checkpoints again: every fixture, with every preset, in each format."""
 
-import dataclasses
 import json
 import pathlib
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -67,7 +67,7 @@ def check_directory(tmp_path, name, preset):
 
 def with_config(model, **changes):
   """Returns the first layers of a model, with another config."""
-  config = dataclasses.replace(model.config, **changes)
+  config = msgspec.structs.replace(model.config, **changes)
   layers = [model.layer(i) for i in range(config.num_layers)]
   return models.from_layers(config, model.outer(), layers)
 

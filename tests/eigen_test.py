@@ -21,14 +21,14 @@ N = 24
 def _weights(n: int, seed: int = 0) -> jax.Array:
   """Returns bit patterns of float16 weights."""
   rng = np.random.default_rng(seed)
-  weights = 0.05 * rng.standard_normal(eigen.num_numbers(n))
+  weights = 0.05 * rng.standard_normal(n * (n + 1) // 2)
   return jnp.asarray(weights.astype(np.float16).view(np.uint16))
 
 
 def _bits(n: int, seed: int = 0) -> jax.Array:
   """Returns random patterns of 16 bits."""
   rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.integers(0, 65536, eigen.num_numbers(n)), jnp.uint16)
+  return jnp.asarray(rng.integers(0, 65536, n * (n + 1) // 2), jnp.uint16)
 
 
 def _noisy(q: jax.Array, noise: float) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The page of the file format names what the code writes: fields, settings, arrays."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -13,8 +12,8 @@ from rotbits_jax import structured
 from rotbits_jax.coding import specs
 from rotbits_jax.file import manifest
 from rotbits_jax.file import shards
-from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
+from rotbits_jax.relative import products
 from tests import cases
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
@@ -37,7 +36,7 @@ def documented(introduction):
 
 def field_names(cls):
   """The names of an object's fields in JSON."""
-  return {x.name for x in dataclasses.fields(cls)}
+  return set(cls.__struct_fields__)
 
 
 def test_fields_of_objects(subtests):
@@ -47,7 +46,7 @@ def test_fields_of_objects(subtests):
     ('A *leaf* is one parameter:', manifest.Leaf),
     ('The field `spec` of a record describes its stream:', specs.StreamSpec),
     ('`rotbits_jax.models.ModelConfig` says', models.ModelConfig),
-    ('The object `product` has', entries.Product),
+    ('The object `product` has', products.Product),
     ('The object `rope_scaling` has', models.RopeScaling),
     ('A file with a message has no records', manifest.MessageEntry),
   ):

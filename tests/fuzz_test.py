@@ -73,4 +73,4 @@ def test_damage_with_the_checksums_made_right_is_found_behind_them():
 @pytest.mark.parametrize('name', list(targets.TARGETS))
 def test_fuzz(name, tmp_path):
   pytest.importorskip('atheris')
-  assert not run.fuzz(name, 2000, 120, tmp_path)
+  assert not run.fuzz(name, tmp_path, executions=2000, seconds=120)

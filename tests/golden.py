@@ -10,7 +10,6 @@ The test of golden files checks them under other settings of JAX, which must not
 what is decoded.
 """
 
-import dataclasses
 import hashlib
 import json
 import pathlib
@@ -18,6 +17,7 @@ import sys
 
 import jax
 import ml_dtypes
+import msgspec
 import numpy as np
 
 import rotbits_jax
@@ -74,7 +74,7 @@ def dense():
   outer, tokens = model.outer(), 64
   outer['embed'] = {'tokens': outer['embed']['tokens'][:tokens]}
   outer['head'] = {key: x[..., :tokens] for key, x in outer['head'].items()}
-  config = dataclasses.replace(
+  config = msgspec.structs.replace(
     model.config,
     num_layers=1,
     vocab_size=tokens,

@@ -20,7 +20,7 @@ from tests import codec_checks
 rotate = jax.jit(haar.rotation, static_argnums=(1, 2))
 correct = jax.jit(haar.correct)
 recover = jax.jit(haar.recover)
-places = jax.jit(haar._places, static_argnums=(0, 1))
+places = jax.jit(haar.places, static_argnums=(0, 1))
 
 
 def _sample(n: int, k: int) -> jax.Array:

@@ -72,12 +72,12 @@ class FixPairTest(absltest.TestCase):
     self.assertLess(_relative(_definition(fixed), expected), 1e-5)
 
 
-def _fix_pairs(params, **options):
+def _fix_pairs(params):
   """Applies the transform to leaves outside the layers, by path, without rounding."""
   dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params.items()}
   source = types.SimpleNamespace(config=None)
   context = passes.Context(source, dtypes, np.dtype(np.float32))  # of most numbers
-  fix = passes.remove_low_rank_gauge(**options)
+  fix = passes.remove_low_rank_gauge()
   return fix.outer(context, (), dict(params))
 
 

@@ -1,12 +1,12 @@
 """The second reader, written from the format's page alone, reads the same numbers."""
 
-import dataclasses
 import importlib.util
 import itertools
 import json
 import pathlib
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 import safetensors
@@ -30,7 +30,7 @@ def load_last_layer(name):
   """A checkpoint's model with its last layer alone, because the decoder is slow."""
   model = rotbits_jax.load_checkpoint(ROOT / 'tests' / 'testdata' / name).model
   widths = model.config.segment_widths[-model.config.segments_per_layer - 1 :]
-  config = dataclasses.replace(model.config, num_layers=1, segment_widths=widths)
+  config = msgspec.structs.replace(model.config, num_layers=1, segment_widths=widths)
   return rotbits_jax.models.from_layers(
     config, model.outer(), [model.layer(model.config.num_layers - 1)]
   )

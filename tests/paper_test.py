@@ -1,7 +1,6 @@
 """The published scheme: decoding inverts encoding, and bits come back."""
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 from unittest import mock
@@ -10,6 +9,7 @@ import zlib
 import chex
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 import random_models
@@ -256,18 +256,18 @@ def encoded_model(entropy=False):
 
 
 def changed_array(layout, path, **fields):
-  array = dataclasses.replace(layout.arrays[path], **fields)
-  return dataclasses.replace(layout, arrays=layout.arrays | {path: array})
+  array = msgspec.structs.replace(layout.arrays[path], **fields)
+  return msgspec.structs.replace(layout, arrays=layout.arrays | {path: array})
 
 
 def without_head(layout):
   arrays = {k: x for k, x in layout.arrays.items() if k != 'head/kernel'}
-  return dataclasses.replace(layout, arrays=arrays)
+  return msgspec.structs.replace(layout, arrays=arrays)
 
 
 LAYOUTS = {
-  'fixed': lambda x: dataclasses.replace(x, fixed=15),
-  'sampled': lambda x: dataclasses.replace(x, sampled=x.sampled[1:]),
+  'fixed': lambda x: msgspec.structs.replace(x, fixed=15),
+  'sampled': lambda x: msgspec.structs.replace(x, sampled=x.sampled[1:]),
   'missing': without_head,
   'wider': lambda x: changed_array(x, 'head/kernel', dtype='float32'),
   'digest': lambda x: changed_array(x, 'layers.1/mlp/up/kernel', digest=1),
@@ -297,7 +297,7 @@ def test_malformed_layouts_and_streams_are_refused(entropy, subtests):
 
 def test_a_rotation_that_the_arrays_cannot_give_is_refused_at_once():
   model, encoded = encoded_model()
-  config = dataclasses.replace(
+  config = msgspec.structs.replace(
     model.config,
     hidden_size=40_000,
     num_layers=1,
@@ -306,7 +306,7 @@ def test_a_rotation_that_the_arrays_cannot_give_is_refused_at_once():
     segment_widths=(40_000, 1),
   )
   paths = [path for part in segments.shapes(config) for path in part.all]
-  layout = dataclasses.replace(
+  layout = msgspec.structs.replace(
     encoded.layout,
     fixed=0,
     sampled=(True, False),

@@ -1,6 +1,5 @@
 """Parts of other packages: a leaf, a coder and a preset that this package lacks."""
 
-import dataclasses
 from typing import Annotated, Any, ClassVar, NamedTuple
 import zlib
 
@@ -24,7 +23,7 @@ class Doubled(structured.Structured):
 
   type_name: ClassVar[str] = 'acme.doubled'
 
-  half: Annotated[Any, structured.Array(2)]
+  half: Annotated[Any, structured.Array('rc')]
 
   shape = property(lambda self: self.half.shape)
   dtype = property(lambda self: np.dtype(self.half.dtype))
@@ -33,8 +32,7 @@ class Doubled(structured.Structured):
     return self.half * 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Array:
+class Array(schema.Object):
   shape: tuple[schema.Size, ...]
   dtype: str
   crc32: schema.Crc32
@@ -44,8 +42,7 @@ class Array:
     return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(schema.Object):
   nbytes: schema.Size
   arrays: tuple[Array, ...]
 
@@ -78,7 +75,7 @@ def decode(spec, data, *, out, known):
 
 @pytest.fixture(autouse=True)
 def fixture_registries(monkeypatch):
-  monkeypatch.setattr(coders, '_KNOWN', dict(coders._KNOWN))
+  monkeypatch.setattr(coders, 'CODERS', dict(coders.CODERS))
   for name in [x for x in structured.TYPES if x.startswith('acme.')]:
     monkeypatch.delitem(structured.TYPES, name)
 
@@ -99,7 +96,7 @@ def test_a_coder_of_another_package():
     coders.register(coder)
   data = rotbits_jax.encode(TREE, preset=presets.exact()._replace(coder='acme.zlib'))
   np.testing.assert_array_equal(rotbits_jax.decode(data)['a']['x'], TREE['a']['x'])
-  del coders._KNOWN['acme.zlib']
+  del coders.CODERS['acme.zlib']
   rotbits_jax.inspect(data)
   with pytest.raises(rotbits_jax.ContainerError, match=r'acme\.zlib'):
     rotbits_jax.decode(data)

@@ -18,7 +18,7 @@ BAD_OPTIONS = [
   ('near', {'step': math.inf}, 'step must be a finite number'),
   ('near', {'step': -30}, 'step must be .* from -12 to 1'),
   ('near', {'offsets': {'head/kernel': 'x'}}, 'head/kernel must be a finite'),
-  ('paper', {'canonicalizer': 'best'}, 'polar_shortcut'),
+  ('paper', {'canonicalizer': 'best'}, 'canonicalizer'),
   ('paper', {'correction': 'threshold'}, 'needs symmetric_eig'),
 ]
 

@@ -24,16 +24,15 @@ def lookup(slot, _):
   return symbol, *interval(symbol)
 
 
-def words_pushed(message, count):
+def words_pushed(message, count, precision=16):
   """Pushes `count` words of 16 bits onto each lane."""
   ones = jnp.ones((count, message.lanes), jnp.uint32)
-  return rans.push_all(message, (ones, ones), lambda x: x, 16)
+  return rans.push_all(message, ones, ones, precision)
 
 
 def words_popped(message, count):
-  one = jnp.ones(message.lanes, jnp.uint32)
-  uniform = lambda slot, _: (slot, slot, one)
-  return rans.pop_all(message, None, uniform, 16, length=count)[0]
+  ones = jnp.ones((count, message.lanes), jnp.uint32)
+  return rans.pop_all(message, ones, lambda slot, one: (slot, slot, one), 16)[0]
 
 
 def content(message):
@@ -60,7 +59,7 @@ class RansTest(absltest.TestCase):
         starts = rng.integers(0, total, (30, LANES))
         frequencies = rng.integers(1, total - starts + 1)
         pairs = jnp.asarray(starts, jnp.uint32), jnp.asarray(frequencies, jnp.uint32)
-        message = rans.push_all(message, pairs, lambda x: x, precision)
+        message = rans.push_all(message, *pairs, precision)
         for row in zip(starts[::-1], frequencies[::-1], strict=True):
           states = [
             reference_push(x, stack, int(s), int(f), precision)
@@ -83,8 +82,8 @@ class RansTest(absltest.TestCase):
     np.testing.assert_array_equal(found[1], remainders)
 
   def test_pop_undoes_push_and_push_undoes_pop(self):
-    push = lambda m, x: rans.push_all(m, x, interval, PRECISION)
-    pop = lambda m: rans.pop_all(m, None, lookup, PRECISION, length=20)
+    push = lambda m, x: rans.push_all(m, *interval(x), PRECISION)
+    pop = lambda m: rans.pop_all(m, jnp.zeros((20, LANES)), lookup, PRECISION)
     for compiled in (jax.jit, lambda function: function):
       message = codec_checks.random_message(1, LANES, 40)
       symbols = np.random.default_rng(0).integers(0, 4, (20, LANES))
@@ -103,7 +102,7 @@ class RansTest(absltest.TestCase):
       rans.check(full)
     for precision in (9, 17):
       with self.assertRaisesRegex(ValueError, 'precision'):
-        rans.push_all(full, jnp.zeros((1, LANES), int), interval, precision)
+        words_pushed(full, 1, precision)
 
   def test_words_round_trip(self):
     for seed in (0, 1, 7):
@@ -130,7 +129,7 @@ class RansTest(absltest.TestCase):
     i = np.arange(9)[::-1, None]
     starts = jnp.asarray(np.hstack([i, 100 * i, 0 * i + 3000]), jnp.uint32)
     frequencies = jnp.broadcast_to(jnp.asarray([1, 50, 1000], jnp.uint32), (9, 3))
-    message = rans.push_all(message, (starts, frequencies), lambda x: x, 12)
+    message = rans.push_all(message, starts, frequencies, 12)
     golden = [1, 0, 1, 28680, 9001, 7376, 4096, 1163, 5, 517, 0]
     golden += [28672, 1, 2, 12292, 5, 6, 32905, 24923, 634, 15936]
     self.assertEqual(rans.to_words(message).tolist(), golden)
@@ -165,19 +164,10 @@ class TablesTest(absltest.TestCase):
     for name in ('normal', 'uniform', 'full'):
       with self.subTest(name=name):
         counts = COUNTS[name]
-        cost = tables.cost_bits(counts, tables.quantize(counts))
+        shares = tables.quantize(counts) / tables.TOTAL
+        used = counts > 0
+        cost = -np.sum(counts[used] * np.log2(shares[used]))
         self.assertLess(cost / tables.entropy_bits(counts) - 1, 1e-3)
-
-  def test_slots_invert_the_cumulative_frequencies_exhaustively(self):
-    for name in COUNTS:
-      with self.subTest(name=name):
-        frequencies = tables.quantize(COUNTS[name])[None]
-        owners = tables.slots(frequencies)[0]
-        entries = tables.pack_intervals(frequencies)[0][owners].astype(np.int64)
-        start, length = entries & 0xFFFF, (entries >> 16) + 1
-        slots = np.arange(tables.TOTAL)
-        self.assertTrue(np.all((start <= slots) & (slots < start + length)))
-        np.testing.assert_array_equal(length, frequencies[0][owners])
 
   def test_bytes_round_trip(self):
     stack = np.stack([tables.quantize(COUNTS[n]) for n in ('normal', 'lone', 'skewed')])

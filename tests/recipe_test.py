@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,8 +16,8 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file import writer
-from rotbits_jax.relative import entries
 from rotbits_jax.relative import fit
+from rotbits_jax.relative import products
 from rotbits_jax.structured import subspaces
 from tests import random_models
 
@@ -110,16 +111,16 @@ def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
     exact = rotbits_jax.encode(model, base=dense, preset='exact')
     found = rotbits_jax.decode(exact, base=dense)
     assert structured.same_bits(found.params, model.params)
-  identity = entries.Product(kind='shortcut', segments=(1, 2))
+  identity = products.Product(kind='shortcut', segments=(1, 2))
   encode = writer.encode_record
 
   def hostile(*args):
     entry, data = encode(*args)
     others = tuple(
-      dataclasses.replace(x, product=identity) if x.path == 'head/kernel' else x
+      msgspec.structs.replace(x, product=identity) if x.path == 'head/kernel' else x
       for x in entry.leaves
     )
-    return dataclasses.replace(entry, leaves=others), data
+    return msgspec.structs.replace(entry, leaves=others), data
 
   monkeypatch.setattr(writer, 'encode_record', hostile)
   data = rotbits_jax.encode(model, base=dense, preset='free')
@@ -231,10 +232,10 @@ def test_a_subspace_is_made_of_integers():
 
 
 def test_products_with_numbers_that_cannot_be_added_exactly_are_refused():
-  way = subspaces.Way('writes')
+  form = products.Form(kind='writes')
   kernel, huge = np.ones((4, 6), np.float16), np.full((6, 3), 2**30, np.int32)
-  make = lambda array, basis: subspaces.tensor(
-    way, [array], [basis], (4, 3), np.dtype(np.float16)
+  make = lambda array, basis: form.tensor(
+    [array], [basis], (4, 3), np.dtype(np.float16)
   )
   with pytest.raises(ValueError, match='too large'):
     make(kernel, huge)
@@ -263,7 +264,7 @@ def test_records_that_are_no_bases_are_refused():
       assert leaf.pop('base')
       leaf['product'] = {'kind': 'shortcut', 'segments': [1, 1]}
       data = containers.pack(own, containers.to_json(found))
-      with pytest.raises(file.ContainerError, match='basis: a product needs a config'):
+      with pytest.raises(file.ContainerError, match='a basis needs a config'):
         rotbits_jax.decode(data)
     others = [x for x in manifest['records'] if x['name'] != record['name']]
     changed = containers.to_json(manifest | {'records': [record, *others]})

@@ -23,7 +23,7 @@ def _normal(shape, scale=1.0, seed=0):
 
 def _round(leaf, dtype, octaves, uniform=False):
   rounded, effect = rounding.round_leaf(leaf, np.dtype(dtype), octaves, uniform)
-  return rounded, rounding.Effect(*map(float, effect))
+  return structured.materialize(rounded), rounding.Effect(*map(float, effect))
 
 
 class RoundTest(parameterized.TestCase):
@@ -156,7 +156,7 @@ class FeedbackTest(parameterized.TestCase):
     moments = inputs.T @ inputs
     kernel = rng.standard_normal((count, 24))
     arguments = jnp.float32(kernel), jnp.float32(STEP), jnp.float32(moments)
-    found = STEP * steps.with_feedback(*arguments).integers
+    found = STEP * steps.quantize(*arguments).integers
     np.testing.assert_array_equal(np.asarray(found) % STEP, 0)
     # A number in the middle between two multiples may be rounded to either, and then
     # the numbers after it in its column differ, too.
@@ -168,7 +168,7 @@ class FeedbackTest(parameterized.TestCase):
     inputs, kernel = _correlated(rng, 200), rng.standard_normal((200, 50))
     arguments = jnp.float32(kernel), jnp.float32(STEP)
     moments = jnp.float32(inputs.T @ inputs)
-    rounded = STEP * steps.with_feedback(*arguments, moments).integers
+    rounded = STEP * steps.quantize(*arguments, moments).integers
     plain = steps.multiples(*arguments)
     error = lambda x: np.square(inputs @ (np.asarray(x) - kernel)).sum()
     self.assertLess(error(rounded), 0.5 * error(plain))

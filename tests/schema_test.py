@@ -1,24 +1,20 @@
 """JSON of strangers is JSON, bounded, and has the types of its objects."""
 
-import dataclasses
 import json
 from typing import Annotated, Any, Literal
 
+import msgspec
 import pytest
 
 from rotbits_jax.system import schema
-from rotbits_jax.system import strict_json
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-  as_list = True
+class Pair(schema.Row):
   name: str
   size: schema.Size
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(schema.Object):
   name: schema.Path
   kind: Literal['a', 'b']
   pairs: tuple[Pair, ...] = ()
@@ -27,7 +23,7 @@ class Record:
   ratio: float = 0.5
   flag: bool = False
   few: Annotated[int, schema.between(1, 3)] = 2
-  by_name: dict[str, int] = dataclasses.field(default_factory=dict)
+  by_name: dict[str, schema.Size] = msgspec.field(default_factory=dict)
   free: Any = None
 
   def __post_init__(self) -> None:
@@ -53,37 +49,33 @@ FULL = Record(
 def test_round_trip_through_json():
   for record in (FULL, Record(name='x', kind='a')):
     text = json.dumps(schema.dump(record))
-    assert schema.load(Record, json.loads(text), 'here') == record
+    assert schema.load(Record, schema.parse(text), 'here') == record
+  assert schema.dump(Record(**LEAST)) == LEAST
 
 
 def test_wrong_values_are_refused_by_name(subtests):
   for change, message in (
-    ({'name': None}, 'here/name: must be a string, got None'),
-    ({'name': 'x//y'}, 'here/name: must be up to 64 keys'),
-    ({'kind': 'c'}, 'here/kind: must be one of a, b'),
-    ({'pairs': [['p', 1], ['q']]}, 'here/pairs/1: must be a list of 2 values'),
-    ({'pairs': [['p', -1]]}, 'here/pairs/0/size: must be from 0 to'),
-    ({'shape': [1, True]}, 'here/shape/1: must be an integer'),
-    ({'shift': 1 << 54}, 'here/shift: must be from -9007199254740992 to'),
-    ({'shift': 1.0}, 'here/shift: must be an integer'),
-    ({'ratio': float('inf')}, 'here/ratio: must be a finite number'),
-    ({'flag': 1}, 'here/flag: must be true or false'),
-    ({'flag': True}, 'here: a flag needs pairs'),
-    ({'few': 4}, 'here/few: must be from 1 to 3, got 4'),
-    ({'by_name': {'n': -1}}, 'here/by_name/n: must be an integer from 0'),
-    ({'other': 1}, 'here/other: is not known'),
+    ({'name': None}, 'name'),
+    ({'name': 'x//y'}, 'name'),
+    ({'kind': 'c'}, 'kind'),
+    ({'pairs': [['p', 1], ['q']]}, r'pairs\[1\]'),
+    ({'pairs': [['p', 1, 2]]}, r'pairs\[0\]'),
+    ({'pairs': [['p', -1]]}, r'pairs\[0\]\[1\]'),
+    ({'shape': [1, True]}, r'shape\[1\]'),
+    ({'shift': 1 << 54}, 'shift'),
+    ({'shift': 1.5}, 'shift'),
+    ({'flag': 1}, 'flag'),
+    ({'flag': True}, 'a flag needs pairs'),
+    ({'few': 4}, 'few'),
+    ({'by_name': {'n': -1}}, 'by_name'),
+    ({'other': 1}, 'other'),
   ):
-    with subtests.test(change=change):
-      with pytest.raises(schema.SchemaError) as error:
-        schema.load(Record, LEAST | change, 'here')
-      assert str(error.value).startswith(message)
-
-
-def test_missing_fields_are_refused_by_name():
-  with pytest.raises(schema.SchemaError, match='here/kind: is missing'):
-    schema.load(Record, {'name': 'x'}, 'here')
-  with pytest.raises(schema.SchemaError, match='here: must be an object'):
-    schema.load(Record, [], 'here')
+    words = f'here: .*{message}'
+    with subtests.test(change=change), pytest.raises(ValueError, match=words):
+      schema.load(Record, LEAST | change, 'here')
+  for value, message in (({'name': 'x'}, 'kind'), ([], 'object')):
+    with pytest.raises(ValueError, match=message):
+      schema.load(Record, value)
 
 
 def test_names_of_files_lead_nowhere_else(subtests):
@@ -102,7 +94,7 @@ def test_json_is_parsed(subtests):
     (b'[' * 64 + b']' * 64, None),
   ):
     with subtests.test(text=text):
-      value = strict_json.loads(text)
+      value = schema.parse(text)
       if expected is not None:
         assert value == expected
 
@@ -112,18 +104,17 @@ def test_other_json_is_refused(subtests):
     (b'', 'not JSON'),
     (b'\xff', 'not JSON'),
     (b'{"a": 1,}', 'not JSON'),
-    (b'NaN', 'NaN is not JSON'),
-    (b'[-Infinity]', '-Infinity is not JSON'),
-    (b'1e999', '1e999 is too large'),
-    (b'-1e999', '-1e999 is too large'),
-    (b'1' * 20, 'is too large'),
-    (b'1' * 5000, 'is too large'),
-    (b'{"a": 1, "b": 2, "a": 1}', "'a' is repeated"),
-    (b'"\\ud800"', 'surrogate'),
-    (b'{"\\udc00": 1}', 'surrogate'),
+    (b'NaN', 'not JSON'),
+    (b'[-Infinity]', 'not JSON'),
+    (b'1e999', 'not JSON'),
+    (b'-1e999', 'not JSON'),
+    (b'1' * 5000, 'not JSON'),
+    (b'{"a": 1, "b": 2, "a": 1}', 'repeated'),
+    (b'"\\ud800"', 'not JSON'),
+    (b'{"\\udc00": 1}', 'not JSON'),
     (b'[' * 65 + b']' * 65, 'nested too deeply'),
     (b'{"a":' * 65 + b'1' + b'}' * 65, 'nested too deeply'),
-    (b'[' * 100_000, 'nested too deeply'),
+    (b'[' * 100_000, 'not JSON'),
   ):
     with subtests.test(problem), pytest.raises(ValueError, match=problem):
-      strict_json.loads(text)
+      schema.parse(text)

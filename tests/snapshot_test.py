@@ -31,7 +31,7 @@ def test_it_is_the_decoded_folder_and_is_made_once(tmp_path, cache):
   rotbits_jax.decode_to_directory(path, tmp_path / 'decoded')
   read = lambda parent: {x.name: x.read_bytes() for x in parent.iterdir()}
   assert read(folder) == read(tmp_path / 'decoded')
-  with mock.patch.object(directory, 'write', side_effect=AssertionError):
+  with mock.patch.object(directory, 'decode_to_directory', side_effect=AssertionError):
     assert rotbits_jax.snapshot(path.rename(tmp_path / 'y')) == folder
   assert list(cache.iterdir()) == [folder]
 

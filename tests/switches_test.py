@@ -44,7 +44,8 @@ def encode(given):
   if given == 'tree':
     return rotbits_jax.encode(TREE)
   model = seeds.sliced_model(seeds.LLAMA)
-  return rotbits_jax.encode(model, preset=given, files=seeds.FILES, stem='tiny')
+  source = rotbits_jax.Checkpoint(model, seeds.FILES, 'tiny')
+  return rotbits_jax.encode(source, preset=given)
 
 
 @functools.cache

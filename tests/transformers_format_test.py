@@ -1,6 +1,6 @@
 """Sliced models in the format of transformers, without transformers.
 
-`scripts/transformers_sliced_check.py` runs them.
+`scripts/transformers_check.py` runs them.
 """
 
 import dataclasses

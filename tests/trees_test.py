@@ -144,10 +144,10 @@ def check_structured(name, leaf):
 @pytest.mark.parametrize(
   ('name', 'shape', 'words'),
   [
-    ('constant', [1 << 31], 'tail/0: must be'),
-    ('gram', [6, 1 << 31], 'columns: must be'),
+    ('constant', [1 << 31], 'tail: Expected'),
+    ('gram', [6, 1 << 31], 'columns: Expected'),
     ('trapezoidal_rows', [10, 1 << 31], 'differs from the manifest'),
-    ('tied', [1 << 31, 3], 'tokens: must be'),
+    ('tied', [1 << 31, 3], 'tokens: Expected'),
   ],
 )
 def test_a_huge_shape_of_few_numbers_is_refused(name, shape, words, monkeypatch):
@@ -186,19 +186,19 @@ def test_a_model_in_the_other_byte_order():
 
 
 REFUSED = (
-  ({'a': {'b': 'text'}}, 'a/b: not an array'),
-  ({'a': [1.5]}, 'a/0: not an array.* numpy.asarray'),
-  ({'a': np.array(['x'])}, 'a: an array of <U1 .*frombuffer'),
-  ({'a': jax.random.key(0)}, 'a: a key'),
+  ({'a': {'b': 'text'}}, 'a/b: expected an array'),
+  ({'a': [1.5]}, 'a/0: .* numpy.asarray'),
+  ({'a': np.array(['x'])}, 'a: .* <U1.*frombuffer'),
+  ({'a': jax.random.key(0)}, 'a: .* key'),
   ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
-  ({'a': np.ma.array([1.0, 2.0], mask=[0, 1])}, 'a: a masked array'),
+  ({'a': np.ma.array([1.0, 2.0], mask=[0, 1])}, 'a: .* MaskedArray'),
   ({'a/b': np.zeros(2)}, 'without a slash'),
   (np.zeros(2), 'at the top level'),
-  (pathlib.Path('MODEL'), 'MODEL: expected a model'),
+  (pathlib.Path('MODEL'), 'MODEL: there is no such file'),
   ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
   ({'__metadata__': np.zeros(2)}, '__metadata__: the file has another entry'),
-  ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b/shape: .* up to 32 axes'),
-  ({'a': {'b\ud800': np.zeros(2)}}, 'a: .* lone surrogate'),
+  ({'a': {'b': np.zeros((1,) * 33)}}, 'a/b: .* length <= 32'),
+  ({'a': {'b\ud800': np.zeros(2)}}, 'a/b.*: .*surrogates'),
   ({'b': structured.Constant(np.float32(1), (1 << 31,))}, 'b: it cannot be stored'),
   ({'b': difference.Difference(lengths=(9, 3), name='float16')}, 'b: it cannot be'),
 )

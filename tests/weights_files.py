@@ -9,16 +9,21 @@ import numpy as np
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.system import files
 
 Tensors = Mapping[str, np.ndarray]
 
 
 def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  return {name: tensor.read() for name, tensor in torch_zip.open_file(path).items()}
+  return {
+    name: tensor.read()
+    for name, tensor in torch_zip.open_file(files.File.of(path)).items()
+  }
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  opened = safetensors.open_file(path)
+  file = files.File.of(path)
+  opened = safetensors.open_tensors(file, safetensors.read_header(file))
   return {name: tensor.read() for name, tensor in opened.items()}
 
 
@@ -30,10 +35,9 @@ def write_torch(path: pathlib.Path, tensors: Tensors) -> None:
 
 
 def write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
-  path.unlink(missing_ok=True)
-  writer = safetensors.FileWriter(path, safetensors.header(specs_of(tensors)))
-  for name, tensor in tensors.items():
-    writer.add(name, tensors_lib.row_major(tensor))
+  header = safetensors.header(specs_of(tensors))
+  contents = [tensors[name].tobytes() for name in safetensors.places(header)]
+  path.write_bytes(header + b''.join(contents))
 
 
 def specs_of(tensors: Tensors) -> dict[str, tensors_lib.TensorSpec]:

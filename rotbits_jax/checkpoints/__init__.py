@@ -5,64 +5,32 @@ files. The checkpoint of a sliced model also has a slicing JSON, in which SliceG
 the width of every residual segment.
 """
 
-from rotbits_jax.checkpoints.config import parse_object
-from rotbits_jax.checkpoints.errors import CheckpointError
-from rotbits_jax.checkpoints.errors import UnsupportedError
-from rotbits_jax.checkpoints.families import FAMILIES
-from rotbits_jax.checkpoints.families import Family
-from rotbits_jax.checkpoints.families import TensorRow
-from rotbits_jax.checkpoints.families import parse_config
-from rotbits_jax.checkpoints.families import slicing_json
-from rotbits_jax.checkpoints.families import with_dtype
-from rotbits_jax.checkpoints.families import with_own_head
-from rotbits_jax.checkpoints.plain import PlainFiles
-from rotbits_jax.checkpoints.plain import open_plain
-from rotbits_jax.checkpoints.reader import CheckpointReader
-from rotbits_jax.checkpoints.reader import example
-from rotbits_jax.checkpoints.reader import from_tensors
-from rotbits_jax.checkpoints.reader import load_checkpoint
-from rotbits_jax.checkpoints.reader import open_any
-from rotbits_jax.checkpoints.reader import open_checkpoint
-from rotbits_jax.checkpoints.tensors import Checkpoint
-from rotbits_jax.checkpoints.tensors import LazyTensor
-from rotbits_jax.checkpoints.tensors import TensorSpec
-from rotbits_jax.checkpoints.tensors import to_tensors
-from rotbits_jax.checkpoints.writer import CheckpointWriter
-from rotbits_jax.checkpoints.writer import FolderWriter
-from rotbits_jax.checkpoints.writer import Format
-from rotbits_jax.checkpoints.writer import fitting_files
-from rotbits_jax.checkpoints.writer import save_checkpoint
+from rotbits_jax.checkpoints.errors import CheckpointError as CheckpointError
+from rotbits_jax.checkpoints.errors import UnsupportedError as UnsupportedError
+from rotbits_jax.checkpoints.families import FAMILIES as FAMILIES
+from rotbits_jax.checkpoints.families import parse_config as parse_config
+from rotbits_jax.checkpoints.families import parse_object as parse_object
+from rotbits_jax.checkpoints.families import slicing_json as slicing_json
+from rotbits_jax.checkpoints.families import with_dtype as with_dtype
+from rotbits_jax.checkpoints.families import with_own_head as with_own_head
+from rotbits_jax.checkpoints.reader import CheckpointReader as CheckpointReader
+from rotbits_jax.checkpoints.reader import Folder as Folder
+from rotbits_jax.checkpoints.reader import PlainFiles as PlainFiles
+from rotbits_jax.checkpoints.reader import example as example
+from rotbits_jax.checkpoints.reader import from_tensors as from_tensors
+from rotbits_jax.checkpoints.reader import load_checkpoint as load_checkpoint
+from rotbits_jax.checkpoints.reader import open_any as open_any
+from rotbits_jax.checkpoints.reader import open_checkpoint as open_checkpoint
+from rotbits_jax.checkpoints.reader import open_plain as open_plain
+from rotbits_jax.checkpoints.tensors import Checkpoint as Checkpoint
+from rotbits_jax.checkpoints.tensors import LazyTensor as LazyTensor
+from rotbits_jax.checkpoints.tensors import TensorSpec as TensorSpec
+from rotbits_jax.checkpoints.tensors import to_tensors as to_tensors
+from rotbits_jax.checkpoints.writer import CheckpointWriter as CheckpointWriter
+from rotbits_jax.checkpoints.writer import FolderWriter as FolderWriter
+from rotbits_jax.checkpoints.writer import Format as Format
+from rotbits_jax.checkpoints.writer import fitting_files as fitting_files
+from rotbits_jax.checkpoints.writer import save_checkpoint as save_checkpoint
 
 ADAPTER_CONFIG = 'adapter_config.json'
 """Name of the file that PEFT writes beside a LoRA adapter."""
-
-__all__ = [
-  'ADAPTER_CONFIG',
-  'FAMILIES',
-  'Checkpoint',
-  'CheckpointError',
-  'CheckpointReader',
-  'CheckpointWriter',
-  'Family',
-  'FolderWriter',
-  'Format',
-  'LazyTensor',
-  'PlainFiles',
-  'TensorRow',
-  'TensorSpec',
-  'UnsupportedError',
-  'example',
-  'fitting_files',
-  'from_tensors',
-  'load_checkpoint',
-  'open_any',
-  'open_checkpoint',
-  'open_plain',
-  'parse_config',
-  'parse_object',
-  'save_checkpoint',
-  'slicing_json',
-  'to_tensors',
-  'with_dtype',
-  'with_own_head',
-]

@@ -1,301 +1,80 @@
-"""The model families: the names of their tensors and of their config attributes.
+"""The model families, `config.json`, and the slicing JSON of sliced models.
 
 A family is the set of models with one `model_type` in `config.json`. To add a family,
-add a row to `FAMILIES`: the names of its tensors beside the parameters that they hold,
-and a function that reads its `config.json`. Parameters are named by paths, see
-`structured.flatten`.
-
-The slicing JSON is the file in which SliceGPT keeps the width of every residual segment
-of a sliced model.
+add a row to `FAMILIES`. The slicing JSON is the file in which SliceGPT keeps the width
+of every residual segment.
 
 Raises:
-  CheckpointError: if an attribute is missing, of a wrong type or unknown, or has an
+  UnsupportedError: if a file is no JSON, or has an infinite number or the like, see
+    `schema.parse`. Configs of families that are not known have these.
+  CheckpointError: if an attribute is missing, unknown, or has a wrong type or an
     unsupported value.
 """
 
-from collections.abc import Callable
 import contextlib
 import dataclasses
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.system import schema
 
 CONFIG = 'config.json'
 SLICING_KEY = 'embedding_dimensions'  # distinguishes a slicing JSON from other files
+
+_MOST_CONFIG = 1 << 20  # bytes; configs have a few thousand
+_MOST_LAYERS = 1 << 12  # because a config is read before tensors bound their number
+
 SHORTCUT_SUFFIX = '_Q'  # of the names of shortcuts
-SHORTCUT_NAME = f'attn_shortcut{SHORTCUT_SUFFIX}'  # a tensor of every sliced layer
 
-# Constants that old versions of transformers stored as tensors.
-_BUFFERS = re.compile(
-  r'.*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_attn|attn)\.(masked_)?bias)'
+# Names of the tensors that the forward pass does not use: constants that old versions
+# of transformers stored.
+BUFFERS = re.compile(
+  r'[^/]*\.(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(self_attn|attn)\.(masked_)?bias)'
 )
 
 
-class TensorRow(NamedTuple):
-  """One tensor of a checkpoint.
+_Size = Annotated[int, schema.between(1, (1 << 31) - 3)]
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Activation = Literal['relu', 'gelu_new', 'gelu_pytorch_tanh', 'silu']
 
-  Attributes:
-    name: name of the tensor, without the prefix of the layer if it belongs to a layer.
-    paths: paths of the parameters that the tensor holds, stacked along its first axis.
-    transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
-  """
-
-  name: str
-  paths: tuple[str, ...]
-  transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-  """How a checkpoint of a model family stores the parameters.
-
-  The rows name the tensors of all models of the family. `models.outer_shapes` and
-  `models.layer_shapes` say which of them a model with a given config has.
-
-  Attributes:
-    layer_prefix: the names of a layer's tensors begin with this prefix and the index of
-      the layer.
-    outer: the tensors outside the layers.
-    layer: the tensors of a layer.
-    parse: function that makes the config of the dense model from the attributes of
-      `config.json`.
-  """
-
-  layer_prefix: str
-  outer: tuple[TensorRow, ...]
-  layer: tuple[TensorRow, ...]
-  parse: Callable[[config_lib.Attributes], models.ModelConfig]
-
-
-def _table(name: str, path: str) -> tuple[TensorRow, ...]:
-  return (TensorRow(f'{name}.weight', (path,)),)
-
-
-def _norm(name: str, path: str) -> tuple[TensorRow, ...]:
-  return (
-    TensorRow(f'{name}.weight', (f'{path}/scale',)),
-    TensorRow(f'{name}.bias', (f'{path}/bias',)),
-  )
-
-
-def _linear(name: str, *paths: str) -> tuple[TensorRow, ...]:
-  return (
-    TensorRow(f'{name}.weight', tuple(f'{p}/kernel' for p in paths), transposed=True),
-    TensorRow(f'{name}.bias', tuple(f'{p}/bias' for p in paths)),
-  )
-
-
-_SHORTCUTS = (
-  TensorRow(f'mlp_shortcut{SHORTCUT_SUFFIX}', ('mlp_shortcut/kernel',)),
-  TensorRow(SHORTCUT_NAME, ('attention_shortcut/kernel',)),
-)
-
-
-def _opt(config: config_lib.Attributes) -> models.ModelConfig:
-  positions = config.size('max_position_embeddings', most=2**31 - 3)
-  config.require(
-    do_layer_norm_before=True,
-    enable_bias=True,
-    layer_norm_elementwise_affine=True,
-    _remove_final_layer_norm=False,
-    word_embed_proj_dim=config.size('hidden_size'),
-  )
-  return config_lib.decoder(
-    config,
-    family='opt',
-    intermediate_size=config.size('ffn_dim'),
-    num_kv_heads=config.size('num_attention_heads'),
-    activation=config_lib.activation(config, 'activation_function', 'relu'),
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    norm='layernorm',
-    norm_eps=1e-5,
-    max_positions=positions,
-    learned_positions=positions + 2,
-    tied_head=config.boolean('tie_word_embeddings', True),
-  )
-
-
-def _llama(config: config_lib.Attributes) -> models.ModelConfig:
-  config.require(rope_interleaved=False)
-  attention_bias = config.boolean('attention_bias', False)
-  return config_lib.rotary_gated(
-    config,
-    family='llama',
-    qkv_bias=attention_bias,
-    out_bias=attention_bias,
-    mlp_bias=config.boolean('mlp_bias', False),
-  )
-
-
-def _mistral(config: config_lib.Attributes) -> models.ModelConfig:
-  # These attributes have other defaults in Mistral's config than in Llama's.
-  config.demand('max_position_embeddings', 'num_key_value_heads', 'sliding_window')
-  window = config_lib.sliding_window(config)
-  return config_lib.rotary_gated(config, family='mistral', sliding_window=window)
-
-
-def _qwen2(config: config_lib.Attributes) -> models.ModelConfig:
-  config_lib.require_full_attention(config)
-  config.require(use_mrope=False)
-  return config_lib.rotary_gated(config, family='qwen2', qkv_bias=True)
-
-
-def _qwen3(config: config_lib.Attributes) -> models.ModelConfig:
-  config.demand('head_dim')
-  config_lib.require_full_attention(config)
-  attention_bias = config.boolean('attention_bias', False)
-  return config_lib.rotary_gated(
-    config,
-    family='qwen3',
-    qkv_bias=attention_bias,
-    out_bias=attention_bias,
-    qk_norm_eps=config_lib.norm_eps(config),
-  )
-
-
-def _phi3(config: config_lib.Attributes) -> models.ModelConfig:
-  config.demand('max_position_embeddings', 'rms_norm_eps')
-  config.require(attention_bias=False, rope_scaling=None)
-  window = config_lib.sliding_window(config)
-  return config_lib.rotary_gated(
-    config, family='phi3', rotary_factor=1.0, sliding_window=window
-  )
-
-
-def _phi(config: config_lib.Attributes) -> models.ModelConfig:
-  config.require(qk_layernorm=False, tie_word_embeddings=False)
-  return config_lib.rotary(
-    config,
-    family='phi',
-    activation=config_lib.activation(config, 'hidden_act', 'gelu_new'),
-    parallel_block=True,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    head_bias=True,
-    norm='layernorm',
-    norm_eps=config.number('layer_norm_eps', 1e-5),
-    rotary_factor=0.5,
-  )
-
-
-_LLAMA = Family(
-  layer_prefix='model.layers.',
-  outer=(
-    *_table('model.embed_tokens', 'embed/tokens'),
-    *_norm('model.norm', 'final_norm'),
-    *_linear('lm_head', 'head'),
+# The attributes that set a field of `models.ModelConfig`, and the supported values.
+_ATTRIBUTES: dict[str, tuple[str, Any]] = {
+  'hidden_size': ('hidden_size', _Size),
+  'num_hidden_layers': ('num_layers', Annotated[int, schema.between(1, _MOST_LAYERS)]),
+  'num_attention_heads': ('num_heads', _Size),
+  'num_key_value_heads': ('num_kv_heads', _Size | None),
+  'head_dim': ('head_dim', _Size | None),
+  'vocab_size': ('vocab_size', _Size),
+  'intermediate_size': ('intermediate_size', _Size),
+  'ffn_dim': ('intermediate_size', _Size),
+  'max_position_embeddings': ('max_positions', _Size | None),
+  'hidden_act': ('activation', _Activation),
+  'activation_function': ('activation', _Activation),
+  'layer_norm_eps': ('norm_eps', _Positive),
+  'rms_norm_eps': ('norm_eps', _Positive),
+  'attention_bias': ('qkv_bias', bool),
+  'mlp_bias': ('mlp_bias', bool),
+  'tie_word_embeddings': ('tied_head', bool),
+  'sliding_window': ('sliding_window', _Size | None),
+  'rope_theta': ('rope_theta', _Positive),
+  'rope_scaling': ('rope_scaling', dict[str, Any] | None),
+  'partial_rotary_factor': (
+    'rotary_factor',
+    Annotated[float, msgspec.Meta(gt=0, le=1)],
   ),
-  layer=(
-    *_SHORTCUTS,
-    *_linear('self_attn.q_proj', 'attention/query'),
-    *_linear('self_attn.k_proj', 'attention/key'),
-    *_linear('self_attn.v_proj', 'attention/value'),
-    *_linear('self_attn.o_proj', 'attention/out'),
-    *_linear('mlp.gate_proj', 'mlp/gate'),
-    *_linear('mlp.up_proj', 'mlp/up'),
-    *_linear('mlp.down_proj', 'mlp/down'),
-    *_norm('input_layernorm', 'attention_norm'),
-    *_norm('post_attention_layernorm', 'mlp_norm'),
-  ),
-  parse=_llama,
-)
-
-
-_QK_NORMS = (
-  *_norm('self_attn.q_norm', 'attention/query_norm'),
-  *_norm('self_attn.k_norm', 'attention/key_norm'),
-)
-
-FAMILIES: dict[str, Family] = {
-  'opt': Family(
-    layer_prefix='model.decoder.layers.',
-    outer=(
-      *_table('model.decoder.embed_tokens', 'embed/tokens'),
-      *_table('model.decoder.embed_positions', 'embed/positions'),
-      *_norm('model.decoder.final_layer_norm', 'final_norm'),
-      *_linear('lm_head', 'head'),
-    ),
-    layer=(
-      *_SHORTCUTS,
-      *_linear('self_attn.k_proj', 'attention/key'),
-      *_linear('self_attn.v_proj', 'attention/value'),
-      *_linear('self_attn.q_proj', 'attention/query'),
-      *_linear('self_attn.out_proj', 'attention/out'),
-      *_norm('self_attn_layer_norm', 'attention_norm'),
-      *_linear('fc1', 'mlp/up'),
-      *_linear('fc2', 'mlp/down'),
-      *_norm('final_layer_norm', 'mlp_norm'),
-    ),
-    parse=_opt,
-  ),
-  'llama': _LLAMA,
-  'phi': Family(
-    layer_prefix='model.layers.',
-    outer=(
-      *_table('model.embed_tokens', 'embed/tokens'),
-      *_norm('model.final_layernorm', 'final_norm'),
-      *_linear('lm_head', 'head'),
-    ),
-    layer=(
-      *_SHORTCUTS,
-      *_linear('self_attn.q_proj', 'attention/query'),
-      *_linear('self_attn.k_proj', 'attention/key'),
-      *_linear('self_attn.v_proj', 'attention/value'),
-      *_linear('self_attn.dense', 'attention/out'),
-      *_linear('mlp.fc1', 'mlp/up'),
-      *_linear('mlp.fc2', 'mlp/down'),
-      *_norm('input_layernorm', 'attention_norm'),
-    ),
-    parse=_phi,
-  ),
-  'phi3': dataclasses.replace(
-    _LLAMA,
-    layer=(
-      *_SHORTCUTS,
-      *_linear('self_attn.o_proj', 'attention/out'),
-      *_linear(
-        'self_attn.qkv_proj', 'attention/query', 'attention/key', 'attention/value'
-      ),
-      *_linear('mlp.gate_up_proj', 'mlp/gate', 'mlp/up'),
-      *_linear('mlp.down_proj', 'mlp/down'),
-      *_norm('input_layernorm', 'attention_norm'),
-      *_norm('post_attention_layernorm', 'mlp_norm'),
-    ),
-    parse=_phi3,
-  ),
-  'mistral': dataclasses.replace(_LLAMA, parse=_mistral),
-  'qwen2': dataclasses.replace(_LLAMA, parse=_qwen2),
-  'qwen3': dataclasses.replace(_LLAMA, layer=(*_LLAMA.layer, *_QK_NORMS), parse=_qwen3),
+  # These only have to fit the others.
+  'word_embed_proj_dim': ('projection', _Size | None),
+  'layer_types': ('layer_types', tuple[Literal['full_attention'], ...] | None),
 }
 
-
-def family(name: str) -> Family:
-  """Returns a row of `FAMILIES`, whose names an error lists."""
-  if name not in FAMILIES:
-    raise errors.CheckpointError(
-      f'unknown model family {name!r}; known: {", ".join(FAMILIES)}'
-    )
-  return FAMILIES[name]
-
-
-def is_buffer(name: str) -> bool:
-  """Returns whether the forward pass does not use a tensor with this name."""
-  return _BUFFERS.fullmatch(name) is not None
-
-
-# ---- config.json and the slicing JSON ------------------------------------------------
-
 # Attributes that do not affect the function of a trained model.
-_IGNORED = frozenset([
+_WITHOUT_EFFECT = frozenset([
   '_attn_implementation', '_attn_implementation_autoset',
   '_attn_implementation_internal', '_commit_hash', '_flash_attn_2_enabled',
   '_name_or_path', 'activation_dropout', 'architectures', 'attention_dropout',
@@ -317,58 +96,324 @@ _IGNORED = frozenset([
   'truncation_ranks', 'typical_p', 'unsloth_version', 'use_bfloat16', 'use_cache',
 ])  # fmt: skip
 
+# The only value of attributes in all families.
+_ONLY: dict[str, Any] = {'cross_attention_hidden_size': None, 'pruned_heads': {}}
+_ONLY |= dict.fromkeys(('is_encoder_decoder', 'add_cross_attention'), False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """How the checkpoints of a model family store a model and its config.
+
+  The modules are those of all models of the family. `models.outer_shapes` and
+  `models.layer_shapes` say which of them a model with a given config has. A module may
+  hold several of a model's, stacked along the first axis of its tensors.
+
+  Attributes:
+    layer_prefix: the names of a layer's tensors begin with this prefix and the index of
+      the layer.
+    outer: the paths of modules outside the layers, by their names in the checkpoint.
+    layer: those of modules in a layer.
+    attributes: the defaults of the attributes of `config.json`; `...` if there is none.
+    only: the attributes of which one value is supported.
+    unused: attributes without an effect in this family.
+    fields: fields of the config that no attribute sets.
+  """
+
+  layer_prefix: str = 'model.layers.'
+  outer: dict[str, str]
+  layer: dict[str, str]
+  attributes: dict[str, Any]
+  only: dict[str, Any]
+  unused: tuple[str, ...] = ()
+  fields: dict[str, Any]
+
+
+def _dense(family: Family, values: dict[str, Any]) -> models.ModelConfig:
+  """Makes the config of a dense model from the content of `config.json`."""
+  left = {x: value for x, value in older_rope(values).items() if x not in family.unused}
+  for name, expected in (_ONLY | family.only).items():
+    value = left.pop(name, expected)
+    if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+      raise ValueError(f'{name} is {value!r:.100}; supported: {expected}')
+  fields = family.fields | {'family': left.pop('model_type')}
+  for name, default in family.attributes.items():
+    field, annotation = _ATTRIBUTES[name]
+    if name in left:
+      fields[field] = schema.load(annotation, left.pop(name), name)
+    elif default is ...:
+      raise ValueError(f'{name} is missing')
+    else:
+      fields[field] = default
+  if unknown := left.keys() - _WITHOUT_EFFECT:
+    raise ValueError(f'there is no attribute {errors.cut(min(unknown))}')
+  return models.ModelConfig(**_completed(family, fields))
+
+
+def _completed(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a config, given those that attributes set."""
+  heads, hidden = fields['num_heads'], fields['hidden_size']
+  types, projection = fields.pop('layer_types', None), fields.pop('projection', None)
+  if types is not None and len(types) != fields['num_layers']:
+    raise ValueError('layer_types has not as many entries as num_hidden_layers')
+  if projection not in (None, hidden):
+    raise ValueError('word_embed_proj_dim differs from hidden_size')
+  if fields['head_dim'] is None and hidden % heads:
+    raise ValueError('num_attention_heads does not divide hidden_size')
+  head_dim = fields['head_dim'] or hidden // heads
+  positions = fields['max_positions'] or 2048
+  if fields['activation'] == 'gelu_pytorch_tanh':  # two names of one function
+    fields['activation'] = 'gelu_new'
+  if 'embed/positions' in family.outer.values():
+    fields['learned_positions'] = positions + 2
+  else:
+    rotary_dim = int(head_dim * fields.pop('rotary_factor', 1.0))
+    if rotary_dim % 2 or not rotary_dim:
+      text = f'rotates {rotary_dim} of {head_dim} elements'
+      raise ValueError(f'partial_rotary_factor {text}')
+    scaling = _rope_scaling(fields.get('rope_scaling') or {})
+    fields |= {'rotary_dim': rotary_dim, 'rope_scaling': scaling}
+  if 'attention/query_norm' in family.layer.values():
+    fields['qk_norm_eps'] = fields['norm_eps']
+  segments = fields['num_layers'] * (1 if fields.get('parallel_block') else 2)
+  fields['head_dim'], fields['max_positions'] = head_dim, positions
+  fields['num_kv_heads'] = fields.get('num_kv_heads') or heads
+  fields['segment_widths'] = (hidden,) * (segments + 1)
+  fields.setdefault('out_bias', fields.get('qkv_bias', False))
+  return fields
+
+
+def _rope_scaling(settings: dict[str, Any]) -> models.RopeScaling | None:
+  """Returns how frequencies are lowered; None if they are not."""
+  renamed = {name: name for name in ('factor', 'low_freq_factor', 'high_freq_factor')}
+  renamed |= {'original_max_position_embeddings': 'original_positions'}
+  counts = {'default': 0, 'linear': 1, 'llama3': 4}
+  older = settings.get('type', 'default')
+  rope_type = settings.get('rope_type', older)
+  expected = [*renamed][: counts.get(str(rope_type))]
+  values = {x: settings[x] for x in settings if x not in ('type', 'rope_type')}
+  if older not in ('default', rope_type) or values.keys() != {*expected}:
+    raise ValueError(f'rope_scaling is {settings!r:.200}, which is not supported')
+  fields = {renamed[name]: value for name, value in values.items()}
+  fields['type_name'] = rope_type
+  return schema.load(models.RopeScaling, fields, 'rope_scaling') if values else None
+
+
+def older_rope(values: dict[str, Any]) -> dict[str, Any]:
+  """Returns attributes with the settings of RoPE where transformers 4 reads them.
+
+  transformers 5 gathers all settings in `rope_parameters`. Earlier versions have those
+  of the scaling in `rope_scaling` and the others beside it. Versions differ in which of
+  two they take, so two must be the same, or a `CheckpointError` is raised.
+  """
+  places = ('rope_parameters', 'rope_scaling')
+  scaling, *others = [values[x] for x in places if values.get(x)] or [None]
+  if scaling is None:
+    return values
+  if others or not isinstance(scaling, dict):
+    raise errors.CheckpointError(f'expected an object in one of {", ".join(places)}')
+  for name in scaling.keys() & values.keys():
+    if values[name] not in (None, scaling[name]):
+      raise errors.CheckpointError(f'RoPE has two values of {errors.cut(name)}')
+  older = {name: value for name, value in values.items() if name not in places}
+  outside = ('rope_theta', 'partial_rotary_factor')
+  older |= {name: scaling[name] for name in outside if name in scaling}
+  scaling = {name: value for name, value in scaling.items() if name not in outside}
+  default = {'rope_type': 'default'}
+  return older if scaling == default else older | {'rope_scaling': scaling}
+
+
+_SHORTCUTS = {'mlp_shortcut': 'mlp_shortcut', 'attn_shortcut': 'attention_shortcut'}
+_NORMS = {'input_layernorm': 'attention_norm', 'post_attention_layernorm': 'mlp_norm'}
+_QUERY_KEY_VALUE = {
+  'self_attn.q_proj': 'attention/query',
+  'self_attn.k_proj': 'attention/key',
+  'self_attn.v_proj': 'attention/value',
+}
+_REQUIRED = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size')
+_SIZES: dict[str, Any] = {**dict.fromkeys(_REQUIRED, ...), 'head_dim': None}
+_BIASES = dict.fromkeys(('qkv_bias', 'out_bias', 'mlp_bias'), True)
+_ROTARY = {
+  **_SIZES,
+  'intermediate_size': ...,
+  'num_key_value_heads': None,
+  'max_position_embeddings': None,
+  'rope_theta': 10000.0,
+  'rope_scaling': None,
+}
+_GATED = {
+  **_ROTARY,
+  'hidden_act': 'silu',
+  'rms_norm_eps': 1e-6,
+  'tie_word_embeddings': False,
+}
+_WHOLE_HEAD = {'partial_rotary_factor': 1.0}  # transformers ignores other values
+
+
+_LLAMA = Family(
+  outer={
+    'model.embed_tokens': 'embed/tokens',
+    'model.norm': 'final_norm',
+    'lm_head': 'head',
+  },
+  layer={
+    **_SHORTCUTS,
+    **_QUERY_KEY_VALUE,
+    'self_attn.o_proj': 'attention/out',
+    'mlp.gate_proj': 'mlp/gate',
+    'mlp.up_proj': 'mlp/up',
+    'mlp.down_proj': 'mlp/down',
+    **_NORMS,
+  },
+  attributes={**_GATED, 'attention_bias': False, 'mlp_bias': False},
+  only={**_WHOLE_HEAD, 'rope_interleaved': False},
+  fields={'norm': 'rmsnorm', 'gated_mlp': True},
+)
+_GROUPS = {'max_position_embeddings': ..., 'num_key_value_heads': ...}
+_QWEN2 = dataclasses.replace(
+  _LLAMA,
+  attributes={**_GATED, **_GROUPS, 'layer_types': None},
+  only={**_WHOLE_HEAD, 'use_sliding_window': False, 'use_mrope': False},
+  unused=('sliding_window', 'max_window_layers'),
+  fields=_LLAMA.fields | {'qkv_bias': True, 'out_bias': False},
+)
+FAMILIES: dict[str, Family] = {
+  'opt': Family(
+    layer_prefix='model.decoder.layers.',
+    outer={
+      'model.decoder.embed_tokens': 'embed/tokens',
+      'model.decoder.embed_positions': 'embed/positions',
+      'model.decoder.final_layer_norm': 'final_norm',
+      'lm_head': 'head',
+    },
+    layer={
+      **_SHORTCUTS,
+      'self_attn.k_proj': 'attention/key',
+      'self_attn.v_proj': 'attention/value',
+      'self_attn.q_proj': 'attention/query',
+      'self_attn.out_proj': 'attention/out',
+      'self_attn_layer_norm': 'attention_norm',
+      'fc1': 'mlp/up',
+      'fc2': 'mlp/down',
+      'final_layer_norm': 'mlp_norm',
+    },
+    attributes={
+      **_SIZES,
+      'ffn_dim': ...,
+      'max_position_embeddings': ...,
+      'activation_function': 'relu',
+      'tie_word_embeddings': True,
+      'word_embed_proj_dim': None,
+    },
+    only={
+      'do_layer_norm_before': True,
+      'enable_bias': True,
+      'layer_norm_elementwise_affine': True,
+      '_remove_final_layer_norm': False,
+    },
+    fields={**_BIASES, 'norm': 'layernorm', 'norm_eps': 1e-5},
+  ),
+  'llama': _LLAMA,
+  'phi': Family(
+    outer={
+      'model.embed_tokens': 'embed/tokens',
+      'model.final_layernorm': 'final_norm',
+      'lm_head': 'head',
+    },
+    layer={
+      **_SHORTCUTS,
+      **_QUERY_KEY_VALUE,
+      'self_attn.dense': 'attention/out',
+      'mlp.fc1': 'mlp/up',
+      'mlp.fc2': 'mlp/down',
+      'input_layernorm': 'attention_norm',
+    },
+    attributes={
+      **_ROTARY,
+      'hidden_act': 'gelu_new',
+      'layer_norm_eps': 1e-5,
+      'partial_rotary_factor': 0.5,
+    },
+    only={'qk_layernorm': False, 'tie_word_embeddings': False},
+    fields={**_BIASES, 'norm': 'layernorm', 'head_bias': True, 'parallel_block': True},
+  ),
+  'phi3': dataclasses.replace(
+    _LLAMA,
+    layer={
+      **_SHORTCUTS,
+      'self_attn.o_proj': 'attention/out',
+      'self_attn.qkv_proj': 'attention/query attention/key attention/value',
+      'mlp.gate_up_proj': 'mlp/gate mlp/up',
+      'mlp.down_proj': 'mlp/down',
+      **_NORMS,
+    },
+    attributes={
+      **_GATED,
+      'max_position_embeddings': ...,
+      'rms_norm_eps': ...,
+      'partial_rotary_factor': 1.0,
+      'sliding_window': None,
+    },
+    only={'attention_bias': False, 'rope_scaling': None},
+  ),
+  'mistral': dataclasses.replace(
+    _LLAMA,
+    attributes={**_GATED, **_GROUPS, 'sliding_window': ...},
+    only=_WHOLE_HEAD,
+  ),
+  'qwen2': _QWEN2,
+  'qwen3': dataclasses.replace(
+    _QWEN2,
+    layer={
+      **_LLAMA.layer,
+      'self_attn.q_norm': 'attention/query_norm',
+      'self_attn.k_norm': 'attention/key_norm',
+    },
+    attributes={**_QWEN2.attributes, 'head_dim': ..., 'attention_bias': False},
+    fields=_LLAMA.fields,
+  ),
+}
+
+
+def parse_object(
+  content: bytes, where: str, *, most: int = _MOST_CONFIG
+) -> dict[str, Any]:
+  """Parses a JSON file of a checkpoint, which errors call `where`.
+
+  `most` bytes are the limit, which bounds memory: the object may take 30 times as much.
+  """
+  if len(content) > most:
+    raise errors.UnsupportedError(f'{where}: the JSON has more than {most} bytes')
+  try:
+    parsed = schema.parse(content)
+  except ValueError as e:
+    raise errors.UnsupportedError(f'{where}: {e}') from e
+  if not isinstance(parsed, dict):
+    text = errors.cut(repr(parsed))
+    raise errors.CheckpointError(f'{where}: expected an object, got {text}')
+  return parsed
+
 
 def parse_config(
   config_json: dict[str, Any],
   slicing_json: dict[str, Any] | None = None,
-  *,
-  where: str = 'config.json',
 ) -> models.ModelConfig:
   """Makes the config of a dense or a sliced model from its JSON files.
 
-  Every attribute is used, known to have no effect, or refused.
-
-  Args:
-    config_json: the content of Hugging Face's `config.json`. For a sliced checkpoint
-      it describes the model before slicing.
-    slicing_json: the content of SliceGPT's JSON; None for a dense model.
-    where: name of the `config.json` in error messages.
-
-  Returns:
-    The config.
+  Hugging Face's `config.json` describes the model before slicing. SliceGPT's JSON is
+  None for a dense model.
   """
-  config = config_lib.Attributes(config_json, where)
-  model_type = config.take('model_type')
+  model_type = config_json.get('model_type') if isinstance(config_json, dict) else None
   if not isinstance(model_type, str) or model_type not in FAMILIES:
-    config.refuse('model_type', model_type, ', '.join(FAMILIES))
-  config.demand(  # all families have these
-    'hidden_size', 'num_attention_heads', 'num_hidden_layers', 'vocab_size'
-  )
-  config.require(
-    is_encoder_decoder=False,
-    add_cross_attention=False,
-    cross_attention_hidden_size=None,
-    pruned_heads={},
-  )
-  try:
-    dense = FAMILIES[model_type].parse(config)
-  except errors.CheckpointError:
-    raise
-  except ValueError as e:
-    raise errors.CheckpointError(f'{where}: {e}') from e
-  config.finish(_IGNORED)
+    text = f'{errors.cut(repr(model_type))}; supported: {", ".join(FAMILIES)}'
+    raise errors.CheckpointError(f'{CONFIG}: model_type is {text}')
+  with errors.named(CONFIG, ValueError):
+    dense = _dense(FAMILIES[model_type], config_json)
   return dense if slicing_json is None else _sliced(dense, slicing_json)
 
 
 def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
-  """Makes SliceGPT's JSON for a sliced model: the inverse of `parse_config`.
-
-  Returns:
-    The content of the slicing JSON; its `json.dumps` equals SliceGPT's file.
-
-  Raises:
-    ValueError: if the model is not sliced.
-  """
+  """Makes a sliced model's JSON, whose `json.dumps` equals SliceGPT's file."""
   if not config.sliced:
     raise ValueError(f'only a sliced model has a slicing JSON, got {config.norm=}')
   layers = [config.layer_widths(layer) for layer in range(config.num_layers)]
@@ -390,45 +435,9 @@ def slicing_json(config: models.ModelConfig) -> dict[str, Any]:
   }
 
 
-def with_own_head(
-  files: dict[str, bytes], config: models.ModelConfig
-) -> dict[str, bytes]:
-  """Returns files whose `config.json` does not tie the head that a model has itself.
-
-  A checkpoint may store its tied head. Once the model was rewritten, its head and its
-  embedding may differ. A config with settings that are not known may tie the head by
-  default, so it gets the word that it does not.
-  """
-  if config.sliced or config.tied_head or CONFIG not in files:
-    return files
-  parsed = config_lib.parse_object(files[CONFIG], CONFIG)
-  is_tied = parsed.get('tie_word_embeddings') is not False
-  with contextlib.suppress(errors.CheckpointError):
-    is_tied = is_tied and parse_config(parsed).tied_head
-  if not is_tied:
-    return files
-  return _changed(files, parsed | {'tie_word_embeddings': False})
-
-
-def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
-  """Returns files whose `config.json`, if it names a dtype, names this one."""
-  parsed = config_lib.parse_object(files[CONFIG], CONFIG)
-  names = [name for name in ('dtype', 'torch_dtype') if name in parsed]
-  return _changed(files, parsed | dict.fromkeys(names, dtype.name))
-
-
-def _changed(files: dict[str, bytes], parsed: Any) -> dict[str, bytes]:
-  """Returns files with another `config.json`."""
-  return {**files, CONFIG: f'{json.dumps(parsed, indent=2)}\n'.encode()}
-
-
 def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
-  """Returns the config of a sliced model.
-
-  It takes the widths that sublayers write. The JSON must be the one that SliceGPT makes
-  for the result.
-  """
-  try:
+  """Returns the config of the model of which SliceGPT makes this slicing JSON."""
+  with errors.named('slicing JSON', KeyError, TypeError, ValueError):
     widths = [values['attention_input_dimensions']['0']]
     for layer in map(str, range(dense.num_layers)):
       if not dense.parallel_block:
@@ -437,19 +446,41 @@ def _sliced(dense: models.ModelConfig, values: Any) -> models.ModelConfig:
     if not all(type(width) is int for width in widths):
       raise ValueError('expected integers')
     config = dense.sliced_to(tuple(widths))
-  except (KeyError, TypeError, ValueError) as e:
-    raise errors.CheckpointError(f'slicing JSON: {errors.cut(repr(e))}') from e
-  expected = slicing_json(config)
-  # SliceGPT knows whether the head was to be sliced, whatever its width.
-  if isinstance(values.get('do_slice_head'), bool):
-    expected['do_slice_head'] = values['do_slice_head']
-  if values != expected:
-    differing = sorted(
-      name
-      for name in values.keys() | expected.keys()
-      if name not in values or values[name] != expected.get(name)
-    )
-    raise errors.CheckpointError(
-      f'slicing JSON: these do not fit the widths: {errors.cut(", ".join(differing))}'
-    )
+    expected = slicing_json(config)
+    # SliceGPT knows whether the head was to be sliced, whatever its width.
+    if isinstance(values['do_slice_head'], bool):
+      expected['do_slice_head'] = values['do_slice_head']
+    if differing := [x for x in {*values, *expected} if values[x] != expected[x]]:
+      raise ValueError(f'these do not fit the widths: {", ".join(sorted(differing))}')
   return config
+
+
+def with_own_head(
+  files: dict[str, bytes], config: models.ModelConfig
+) -> dict[str, bytes]:
+  """Returns files whose `config.json` does not tie the head that a model has itself.
+
+  A checkpoint may store its tied head, and rewriting may change it. A config with
+  settings that are not known may tie the head by default.
+  """
+  if config.sliced or config.tied_head or CONFIG not in files:
+    return files
+  parsed = parse_object(files[CONFIG], CONFIG)
+  is_tied = parsed.get('tie_word_embeddings') is not False
+  with contextlib.suppress(errors.CheckpointError):
+    is_tied = is_tied and parse_config(parsed).tied_head
+  untied = to_json(parsed | {'tie_word_embeddings': False}, sort_keys=False)
+  return files | {CONFIG: untied} if is_tied else files
+
+
+def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
+  """Returns files whose `config.json`, if it names a dtype, names this one."""
+  parsed = parse_object(files[CONFIG], CONFIG)
+  names = [name for name in ('dtype', 'torch_dtype') if name in parsed]
+  changed = parsed | dict.fromkeys(names, dtype.name)
+  return files | {CONFIG: to_json(changed, sort_keys=False)}
+
+
+def to_json(value: Any, *, sort_keys: bool = True) -> bytes:
+  """Returns the content of a JSON file."""
+  return f'{json.dumps(value, indent=2, sort_keys=sort_keys)}\n'.encode()

@@ -1,16 +1,16 @@
-"""Reading checkpoints: a folder of weights, configs and tokenizer files.
+"""Reading checkpoints: a folder of weights and sidecar files, or tensors in memory.
 
-The stem is the name that SliceGPT gives to the weights and the slicing JSON of a sliced
-model, as in `<stem>.pt` and `<stem>.json`.
+The sidecar files are the files beside the weights: configs, tokenizer files and others.
+The stem is the name that SliceGPT gives to a sliced model's weights and slicing JSON,
+`<stem>.pt` and `<stem>.json`.
 
 Raises:
-  UnsupportedError: if the files are not a checkpoint of a known family; if a tensor is
-    missing or unknown, or has a wrong shape or dtype; or if a head that must be tied
-    differs from the embedding.
+  UnsupportedError: if the files are not a checkpoint of a known family, a tensor is not
+    one of its config, or weights have dtypes that NumPy lacks.
   CheckpointError: if a file is missing or damaged, or has changed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -18,174 +18,196 @@ import itertools
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
-from rotbits_jax.checkpoints import folder as folder_lib
-from rotbits_jax.checkpoints import plain
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints.families import CONFIG
+from rotbits_jax.system import files as files_lib
+from rotbits_jax.system import schema
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
+_SHORTCUT = f'.attn_shortcut{families.SHORTCUT_SUFFIX}'  # in every sliced layer
+_TORCH_WEIGHTS = 'pytorch_model.bin'
+_TORCH_INDEX = f'{_TORCH_WEIGHTS}.index.json'
+
+# Weights in other formats, arrays, and files that this package wrote.
+_NO_SIDECARS = frozenset([
+  '.bin', '.ckpt', '.gguf', '.ggml', '.h5', '.msgpack', '.npy', '.npz', '.onnx',
+  '.onnx_data', '.ot', '.pb', '.pkl', '.pt', '.pth', '.rotbits', '.safetensors',
+  '.tflite',
+])  # fmt: skip
+# How files that this package wrote begin, after the length of the header.
+_ENCODED = b'{"__metadata__":{"format":"rotbits",'
+_MOST_SIDECARS = 1 << 28  # bytes of all together, as many as an encoded file may have
+_MOST_FILES = 1 << 12
+_MOST_LEVELS = 7  # of sub-folders
+# Sub-folders with the model in other formats, and with the leavings of a training.
+_OTHER_FOLDERS = re.compile(
+  'onnx.*|openvino|coreml|tflite|tf|flax|gguf|runs|logs|wandb|mlruns|__pycache__|'
+  'checkpoint-[0-9]+|global_step[0-9]+'
+)
+# Files that a Trainer of transformers leaves beside the weights.
+_TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 _SHOWN = 8  # names listed in an error
 
 
-class CheckpointReader:
-  """A checkpoint whose parameters are read when they are requested.
-
-  Opening a checkpoint reads its names, shapes, dtypes and config. A record is a layer,
-  or all parameters of a key outside the layers; see `models.names`. The parameters of a
-  record are in memory until the caller deletes them.
+@dataclasses.dataclass(eq=False, repr=False)
+class Folder:
+  """An opened folder, or tensors in memory, which are read a record at a time.
 
   Attributes:
-    config: sizes and switches. If the given config says that the head is tied, but the
-      checkpoint stores a head, this config says that it is not tied.
+    path: the weights file, or the index of several; None for tensors in memory.
+    tensors: the tensors by name.
+    files: bytes of the sidecar files (configs, tokenizer, license, code) by name.
+    weights: the weights files.
+    headers: the header of each safetensors file by its name.
+    left_out: names of files and folders beside the weights that are not kept.
+    entries: the tensors of each record.
+    config: sizes and switches of the model; None for plain tensors.
+    stem: file name, without suffix, that SliceGPT gave to the weights; else None.
     stored_as: None, because the parameters have their final dtype.
-    records: names of the records: the layers, then those outside the layers.
-    path: the weights file, or the index if there are several.
-    files: bytes of the sidecar files (configs, tokenizer, license, code) beside the
-      weights, by name.
-    stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
-      JSON; None if the model is dense.
-    left_out: names of files and folders beside the weights that are not kept; and the
-      metadata of safetensors files, if it is not.
-    elements: how many elements all tensors have.
-    nbytes: how many bytes all tensors have.
   """
 
+  path: pathlib.Path | None
+  tensors: Mapping[str, tensors_lib.LazyTensor]
+  files: dict[str, bytes]
+  weights: tuple[files_lib.File, ...] = ()
+  headers: dict[str, bytes] = dataclasses.field(default_factory=dict)
+  left_out: tuple[str, ...] = ()
+  entries: tensors_lib.Records = dataclasses.field(default_factory=dict)
+  config: models.ModelConfig | None = None
+  stem: str | None = None
   stored_as = None
 
-  def __init__(
-    self,
-    tensors: Mapping[str, tensors_lib.LazyTensor],
-    config: models.ModelConfig,
-    *,
-    path: pathlib.Path | None = None,
-    weights: Iterable[pathlib.Path] = (),
-    files: Mapping[str, bytes] | None = None,
-    stem: str | None = None,
-    left_out: tuple[str, ...] = (),
-  ):
-    """Matches the tensors with the parameters that a model with this config has.
-
-    The tensors have their names in the checkpoint. The files that hold them are `path`,
-    which is None for tensors in memory, and `weights`.
-    """
-    self.path, self.files, self.stem = path, dict(files or {}), stem
-    self.left_out = left_out
-    opened = [x for x in (path, *weights) if x is not None]
-    self._weights = [tensors_lib.opened(x) for x in opened]
-    self._tensors = tensors
-    try:
-      self.config = _untied(tensors, config)
-      self._entries = _match(tensors, self.config)
-    except errors.CheckpointError as e:
-      where = '' if path is None else f'{path}: '
-      raise errors.UnsupportedError(f'{where}{e}') from e
-    self._buffers = sorted(filter(families.is_buffer, tensors))
-    buffers = [models.names.BUFFERS] if self._buffers else []
-    self.records = (*self._entries, *buffers)
-    self.elements = sum(tensor.size for tensor in tensors.values())
-    self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
+  @property
+  def records(self) -> tuple[str, ...]:
+    return tuple(self.entries)
 
   @property
   def input_bytes(self) -> int:
-    """Size of the files that hold the tensors, without their index."""
-    sizes = {file.path: file.size for file in self._weights}
-    return sum(size for path, size in sizes.items() if path.suffix != '.json')
+    """Size of the weights files."""
+    return sum(file.size for file in self.weights)
+
+  @property
+  def nbytes(self) -> int:
+    """Size of the tensors."""
+    return sum(tensor.nbytes for tensor in self.tensors.values())
 
   def read(self, record: str) -> models.Params:
-    """Reads one of `records`.
-
-    Returns:
-      Nested dicts, with the record as their only key. Leaves are NumPy arrays. Kernels
-      are `[in, out]`.
-    """
-    if record == models.names.BUFFERS:
-      return {record: {name: self._tensors[name].read() for name in self._buffers}}
+    """Reads a record: nested dicts with whole paths; kernels are `[in, out]`."""
     flat: models.Params = {}
-    for entry in self._entries[record]:
-      flat |= entry.read(self._tensors[entry.name].read())
+    for entry in self.entries[record]:
+      flat |= entry.read(self.tensors[entry.name].read())
     return structured.unflatten(flat)
 
   def specs(self, record: str) -> models.Params:
-    """Returns the shapes and dtypes of one of `records`; nothing is read.
+    """Returns a `TensorSpec` in place of each array of `read`; nothing is read."""
+    flat = {}
+    for entry in self.entries[record]:
+      dtype = self.tensors[entry.name].dtype
+      for path, shape in entry.parameters.items():
+        flat[path] = tensors_lib.TensorSpec(shape, dtype)
+    return structured.unflatten(flat)
 
-    That is the result of `read` with a `TensorSpec` in place of each array.
+  def fingerprint(self) -> str:
+    """Returns a digest of the files in their state when they were opened.
+
+    Of weights files it covers headers, sizes and times of change, not the elements.
     """
-    if record == models.names.BUFFERS:
-      return {record: {name: self._tensors[name].spec for name in self._buffers}}
-    return structured.unflatten(
-      {
-        path: tensors_lib.TensorSpec(shape, self._tensors[entry.name].dtype)
-        for entry in self._entries[record]
-        for path, shape in entry.parameters().items()
-      }
-    )
+    contents = {**self.files, **self.headers}
+    summary = [
+      [repr(self.config), self.stem],
+      [(file.path.name, file.size, file.modified) for file in self.weights],
+      [(name, x.shape, x.dtype.name) for name, x in self.tensors.items()],
+      [(name, hashlib.sha256(x).hexdigest()) for name, x in contents.items()],
+    ]
+    return hashlib.sha256(json.dumps(summary).encode()).hexdigest()
+
+
+class PlainFiles(Folder):
+  """The safetensors files of a checkpoint of any family.
+
+  A record is a layer: its tensors have the same number in their names, like 3 in
+  'transformer.h.3.attn.weight'. So is each expert of a layer, like expert 5 in
+  'model.layers.3.mlp.experts.5.up_proj.weight', because a layer may have hundreds.
+  Elsewhere weight and bias of one name are a record.
+
+  `reason` says why the checkpoint is not opened as a model; None if nobody tried.
+  """
+
+  def __init__(self, folder: Folder, reason: str | None = None):
+    super().__init__(**vars(folder))
+    self.reason = reason
+    for name, tensor in folder.tensors.items():
+      if not all(name.split('/')):
+        text = f'{name!r} cannot be the name of a tensor'
+        raise errors.CheckpointError(f'{folder.path}: {text}')
+      entry = tensors_lib.ExpectedTensor(name, tensor.shape, {name: tensor.shape})
+      self.entries.setdefault(_record_of(name), []).append(entry)
+
+
+def _record_of(tensor: str) -> str:
+  """Returns the name of the record of a tensor, see `PlainFiles`."""
+  words = tensor.split('.')
+  numbers = [i for i, word in enumerate(words) if word.isdecimal()]
+  experts = [i for i in numbers if i and words[i - 1] == 'experts']
+  last = (*experts, *numbers, max(len(words) - 2, 0))[0] + 1
+  return '.'.join(words[:last])
+
+
+class CheckpointReader(Folder):
+  """A checkpoint of a known family, whose tensors are the parameters of a model.
+
+  `models.names` has the names of its records. The config of a checkpoint that stores
+  its tied head says that the head is not tied.
+  """
+
+  config: models.ModelConfig
+
+  def __init__(
+    self, folder: Folder, config: models.ModelConfig, stem: str | None = None
+  ):
+    """Matches the tensors with the parameters that a model with this config has."""
+    super().__init__(**vars(folder))
+    self.config, self.stem = _untied(folder.tensors, config), stem
+    self.entries = _match(folder.tensors, self.config)
 
   def layer(self, index: int) -> models.Params:
-    """Reads the parameters of a layer, with the keys of `Model.layer`.
-
-    Raises:
-      IndexError: if there is no such layer.
-    """
-    if not 0 <= index < self.config.num_layers:
-      raise IndexError(f'the model has {self.config.num_layers} layers, got {index=}')
+    """Reads the parameters of a layer, with the keys of `Model.layer`."""
     name = models.names.layer(index)
-    layer: models.Params = self.read(name)[name]
-    return layer
+    return dict(self.read(name)[name])
 
   def outer(self) -> models.Params:
     """Reads the parameters outside the layers, see `read`."""
     params: models.Params = {}
-    for record in self._entries:
-      if models.names.layer_index(record) is None:
+    for record in self.records:
+      if record != models.names.BUFFERS and models.names.layer_index(record) is None:
         params |= self.read(record)
     return params
 
   @functools.cached_property
   def buffers(self) -> dict[str, np.ndarray]:
     """The tensors that the forward pass does not use, by their names."""
-    return dict(self.read(models.names.BUFFERS)[models.names.BUFFERS])
-
-  def fingerprint(self) -> str:
-    """Returns a digest of the files in their state when they were opened.
-
-    It covers the config, the bytes of the sidecar files, and the names, sizes and times
-    of change of the weights files. It also covers names, shapes and dtypes of the
-    tensors, but not their elements, which are not read.
-    """
-    summary = {
-      'weights': [(file.path.name, file.size, file.modified) for file in self._weights],
-      'tensors': {
-        name: (tensor.shape, tensor.dtype.name)
-        for name, tensor in self._tensors.items()
-      },
-      'config': dataclasses.asdict(self.config),
-      'files': {
-        name: hashlib.sha256(content).hexdigest()
-        for name, content in self.files.items()
-      },
-      'stem': self.stem,
-    }
-    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
+    record = models.names.BUFFERS
+    return dict(self.read(record)[record]) if record in self.records else {}
 
   def load(self) -> tensors_lib.Checkpoint:
     """Reads the whole checkpoint into memory, as NumPy arrays."""
     params = self.outer()
-    key = lambda index: models.stack_key(
-      self.specs(models.names.layer(index))[models.names.layer(index)]
-    )
-    for layers in models.stack_ranges(range(self.config.num_layers), key):
+    specs = map(self.specs, map(models.names.layer, range(self.config.num_layers)))
+    keys = [models.stack_key(*layer.values()) for layer in specs]
+    for layers in models.stack_ranges(range(len(keys)), keys.__getitem__):
       stack = models.stack_layers(map(self.layer, layers), len(layers))
       params[models.names.stack(layers)] = stack
     model = models.Model(params, self.buffers, self.config)
@@ -195,48 +217,40 @@ class CheckpointReader:
 def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
 ) -> models.Model:
-  """Makes a model from the tensors of a checkpoint, by their names there.
+  """Makes a model, of NumPy arrays, from the tensors of a checkpoint by name.
 
   If the config says that the head is tied, but there is a tensor for the head, it must
-  equal the embedding. The model then has the head as a parameter, and its config says
-  that the head is not tied.
-
-  Returns:
-    The model; its leaves are NumPy arrays of the tensors' dtypes.
+  equal the embedding; the model's config then says that the head is not tied.
   """
-  known = {name: tensors_lib.LazyTensor.of(tensor) for name, tensor in tensors.items()}
-  return CheckpointReader(known, config).load().model
+  lazy = {
+    name: tensors_lib.LazyTensor(x.shape, x.dtype, functools.partial(np.asarray, x))
+    for name, x in tensors.items()
+  }
+  return CheckpointReader(Folder(None, lazy, {}), config).load().model
 
 
 def _match(
   tensors: Mapping[str, tensors_lib.LazyTensor], config: models.ModelConfig
-) -> dict[str, list[tensors_lib.ExpectedTensor]]:
+) -> tensors_lib.Records:
   """Returns the entries of all records, after checking the tensors."""
   if config.num_layers > len(tensors):  # before a table is made of what the config says
-    raise errors.CheckpointError(
-      f'tensors of the checkpoint: most are missing: there are {len(tensors)}, and the '
-      f'config has {config.num_layers} layers'
-    )
-  records = tensors_lib.entries(config)
+    text = f'{len(tensors)} tensors are too few for {config.num_layers} layers'
+    raise errors.CheckpointError(f'most are missing: {text}')
+  buffers = {name: x for name, x in tensors.items() if families.BUFFERS.fullmatch(name)}
+  records = tensors_lib.entries(config, buffers)
   expected = {entry.name: entry.shape for entry in itertools.chain(*records.values())}
-  got = {name for name in tensors if not families.is_buffer(name)}
-  problems = []
-  states = {'missing': expected.keys() - got, 'unknown': got - expected.keys()}
-  for state, names in states.items():
-    if names:
-      shown, more = ', '.join(sorted(names)[:_SHOWN]), len(names) - _SHOWN
-      problems.append(f'{state}: {shown}' + (f' and {more} more' if more > 0 else ''))
-  if problems:
-    raise errors.CheckpointError(f'tensors of the checkpoint: {"; ".join(problems)}')
-  for name, shape in expected.items():
-    if tensors[name].shape != shape:
-      raise errors.CheckpointError(
-        f'{name}: expected shape {shape}, got {tensors[name].shape}'
-      )
-    if tensors[name].dtype not in _DTYPES:
-      raise errors.CheckpointError(
-        f'{name}: expected float16, bfloat16 or float32, got {tensors[name].dtype}'
-      )
+  wrong = [
+    name
+    for name in sorted(expected.keys() | tensors.keys())
+    if name not in tensors
+    or tensors[name].shape != expected.get(name)
+    or not (name in buffers or tensors[name].dtype in _DTYPES)
+  ]
+  if wrong:
+    name, tensor = wrong[0], tensors.get(wrong[0])
+    got = 'none' if tensor is None else f'{tensor.dtype} {tensor.shape}'
+    text = f'expected float16, bfloat16 or float32 {expected.get(name)}, got {got}'
+    raise errors.CheckpointError(f'{len(wrong)} tensors do not fit; {name}: {text}')
   return records
 
 
@@ -244,30 +258,19 @@ def _untied(
   tensors: Mapping[str, tensors_lib.LazyTensor], config: models.ModelConfig
 ) -> models.ModelConfig:
   """Returns the config of a checkpoint that may store its tied head."""
-  untied = dataclasses.replace(config, tied_head=False)
+  untied = msgspec.structs.replace(config, tied_head=False)
   entries = tensors_lib.outer_entries(untied)
-  head, embedding = (entries[x][0].name for x in ('head', 'embed'))
-  if not config.tied_head or head not in tensors:
+  head, embedding = (tensors.get(entries[x][0].name) for x in ('head', 'embed'))
+  if not config.tied_head or head is None:
     return config
-  a, b = tensors[head], tensors.get(embedding)
-  if b is not None and (
-    a.spec != b.spec or not structured.same_bits(a.read(), b.read())
-  ):
-    raise errors.CheckpointError(
-      f'{head} differs from {embedding}, but the config says that they are tied'
-    )
+  if embedding and not structured.same_bits(head.read(), embedding.read()):
+    text = 'differs from the embedding, but the config says that they are tied'
+    raise errors.CheckpointError(f'{entries["head"][0].name} {text}')
   return untied
 
 
-# ---- folders -------------------------------------------------------------------------
-
-
 def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
-  """Returns the folder of a small checkpoint of random weights, for examples.
-
-  Args:
-    name: 'phi2-tiny-sliced-0.25', 'phi2-tiny-dense' or 'llama-tiny-dense'.
-  """
+  """Returns the folder of a small checkpoint: 'phi2-tiny-dense', 'llama-tiny-dense'."""
   package = pathlib.Path(__file__).parents[1]
   # setup.py copies some of the folders of the repository into the package.
   for folder in (package / 'testdata', package.parent / 'tests' / 'testdata'):
@@ -277,24 +280,26 @@ def example(name: str = 'phi2-tiny-sliced-0.25') -> pathlib.Path:
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tensors_lib.Checkpoint:
-  """Loads a dense or a sliced checkpoint into memory, as NumPy arrays.
-
-  Args:
-    path: see `open_checkpoint`.
-  """
+  """Loads a checkpoint into memory, as NumPy arrays; see `open_checkpoint`."""
   return open_checkpoint(path).load()
 
 
-def open_any(path: str | os.PathLike[str]) -> CheckpointReader | plain.PlainFiles:
-  """Opens a checkpoint, as plain tensors if it is not of a known family.
-
-  Args:
-    path: see `open_checkpoint`.
-  """
+def open_any(path: str | os.PathLike[str]) -> CheckpointReader | PlainFiles:
+  """Opens a checkpoint, as plain tensors if it is not of a known family."""
   try:
     return open_checkpoint(path)
   except errors.UnsupportedError as e:
-    return plain.open_plain(path, reason=str(e))
+    return open_plain(path, reason=str(e))
+
+
+def open_plain(
+  path: str | os.PathLike[str], *, reason: str | None = None
+) -> PlainFiles:
+  """Opens the safetensors files of a checkpoint of any family; see `PlainFiles`."""
+  try:
+    return PlainFiles(open_folder(path, plain=True), reason)
+  except errors.UnsupportedError as e:
+    raise errors.UnsupportedError(f'{reason}, and {e}' if reason else str(e)) from e
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
@@ -303,97 +308,173 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   Three types of directories are supported: Hugging Face's (`model.safetensors`,
   `pytorch_model.bin`, or shards and their index), SliceGPT's (`<name>_<sparsity>.pt`
   and `.json`), and the directories of `save_checkpoint`. Weights with shortcuts are
-  taken as a sliced model.
-
-  Args:
-    path: the directory; or a weights file or index in it, if it has several.
-
-  Returns:
-    The checkpoint. It reads parameters only when they are requested.
+  taken as a sliced model. If a directory has several weights files or indices, `path`
+  is that of one.
   """
-  weights = folder_lib.find_weights(pathlib.Path(path))
-  is_torch = folder_lib.is_torch(weights)
-  open_file = torch_zip.open_file if is_torch else safetensors.open_file
-  shards: list[pathlib.Path] = []
-  index: dict[str, bytes] = {}
-  tensors: dict[str, tensors_lib.LazyTensor] = {}
-  if weights.suffix == '.json':
-    content = safetensors.read_index(weights)
-    for shard, names in folder_lib.shards(weights, content).items():
-      own_tensors = open_file(shard)
-      if differing := sorted(own_tensors.keys() ^ {*names})[:_SHOWN]:
-        raise errors.CheckpointError(
-          f'{weights}: {shard.name} and the index differ in '
-          f'{errors.cut(", ".join(differing))}'
-        )
-      tensors |= own_tensors
-      shards.append(shard)
-    if weights.name == safetensors.INDEX:  # the writer divides the tensors as it does
-      index = {weights.name: content}
-  else:
-    tensors = open_file(weights)
-  folder = weights.parent
-  files, left_out = folder_lib.read_sidecars(folder, {weights, *shards}, index)
+  folder = open_folder(path, plain=False)
+  weights, files = folder.path, folder.files
+  assert weights is not None
   if CONFIG not in files:
     is_link = ' other than a link that leaves the folder or leads nowhere'
-    raise errors.UnsupportedError(
-      f'{folder}: there is no {CONFIG}{is_link if CONFIG in left_out else ""}'
-    )
-  slicing_jsons = _slicing_jsons(files)
-  stem = None
-  if any(name.endswith(f'.{families.SHORTCUT_NAME}') for name in tensors):
-    stem = _slicing_stem(weights, slicing_jsons.keys())
-  others = [f'{x}.json' for x in sorted(slicing_jsons.keys() - {stem})]  # of models
-  files = {name: content for name, content in files.items() if name not in others}
+    text = f'there is no {CONFIG}{is_link if CONFIG in folder.left_out else ""}'
+    raise errors.UnsupportedError(f'{weights.parent}: {text}')
+  slicing_jsons, stem = _slicing_jsons(files), None
+  if any(name.endswith(_SHORTCUT) for name in folder.tensors):
+    stems = [weights.stem] if weights.suffix == '.pt' else [*slicing_jsons]
+    if len(stems) != 1 or stems[0] not in slicing_jsons:
+      text = errors.cut(', '.join(f'{x}.json' for x in stems))
+      raise errors.CheckpointError(f'{weights}: one slicing JSON is needed: {text}')
+    (stem,) = stems
+  of_others = [f'{x}.json' for x in sorted(slicing_jsons.keys() - {stem})]
   metadata = [
-    f'the metadata of {file.name}'
-    for file in (shards or [weights])
-    if not is_torch and safetensors.has_own_metadata(file)
+    f'the metadata of {name}'
+    for name, header in folder.headers.items()
+    if safetensors.has_own_metadata(header)
   ]
-  config_json = config_lib.parse_json(files[CONFIG], str(folder / CONFIG))
+  kept = dataclasses.replace(
+    folder,
+    files={name: x for name, x in files.items() if name not in of_others},
+    left_out=(*folder.left_out, *of_others, *metadata[:1]),
+  )
   try:
-    slicing_json = None if stem is None else slicing_jsons[stem]
-    config = families.parse_config(config_json, slicing_json)
+    parsed = families.parse_object(files[CONFIG], CONFIG)
+    config = families.parse_config(parsed, slicing_jsons.get(stem or ''))
+    return CheckpointReader(kept, config, stem)
   except errors.CheckpointError as e:
     raise errors.UnsupportedError(f'{weights}: {e}') from e
-  return CheckpointReader(
-    tensors,
-    config,
-    path=weights,
-    weights=shards,
-    files=files,
-    stem=stem,
-    left_out=(*left_out, *others, *metadata[:1]),
-  )
 
 
 def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
   """Returns the slicing JSONs among the sidecar files, by their stems."""
-  key = f'"{families.SLICING_KEY}"'.encode()
-  parsed = {
-    name.removesuffix('.json'): config_lib.parse_json(content, name)
-    for name, content in files.items()
-    if name.endswith('.json') and '/' not in name and key in content
-  }
-  return {
-    stem: value
-    for stem, value in parsed.items()
-    if isinstance(value, dict) and families.SLICING_KEY in value
-  }
+  key, parsed = families.SLICING_KEY, {}
+  for name, content in files.items():
+    has_key = f'"{key}"'.encode() in content and content.lstrip().startswith(b'{')
+    if has_key and name.endswith('.json') and '/' not in name:
+      parsed[name.removesuffix('.json')] = families.parse_object(content, name)
+  return {stem: value for stem, value in parsed.items() if key in value}
 
 
-def _slicing_stem(weights: pathlib.Path, stems: Iterable[str]) -> str:
-  """Returns the stem of the slicing JSON that describes the weights."""
-  stems = sorted(stems)
-  if weights.suffix == '.pt':
-    if weights.stem not in stems:
-      raise errors.CheckpointError(
-        f'{weights}: the slicing JSON {weights.stem}.json must be beside it'
-      )
-    return weights.stem
-  if len(stems) != 1:
-    names = errors.cut(', '.join(f'{stem}.json' for stem in stems)) or 'none'
+# ---- the files of a folder -----------------------------------------------------------
+
+
+def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
+  """Opens a folder; only names, shapes, dtypes and the sidecar files are read.
+
+  If `plain`, the weights must be safetensors files, of any dtypes, and the index is
+  kept whatever it says. Otherwise it must name the tensors, and is kept if the writer
+  divides tensors as it says.
+  """
+  listed = _find_weights(pathlib.Path(path))
+  is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)
+  if plain and is_torch:
+    text = 'is not safetensors, in which any family is stored'
+    raise errors.UnsupportedError(f'{listed} {text}')
+  shards: Mapping[str, Sequence[str] | None] = {listed.name: None}
+  index: dict[str, bytes] = {}
+  if listed.suffix == '.json':
+    content = tensors_lib.content(listed, safetensors.MOST_INDEX)
+    with errors.named(listed):
+      shards, _ = safetensors.parse_index(content)
+    if plain or listed.name == safetensors.INDEX:
+      index = {listed.name: content}
+  weights, headers = [], {}
+  tensors: dict[str, tensors_lib.LazyTensor] = {}
+  for shard, names in shards.items():
+    with errors.named(listed.parent / shard):
+      file = files_lib.File.of(listed.parent / shard)
+    weights.append(file)
+    if is_torch:
+      of_shard = torch_zip.open_file(file)
+    else:
+      headers[shard] = safetensors.read_header(file)
+      of_shard = safetensors.open_tensors(file, headers[shard], any_dtype=plain)
+    if names is not None and not plain and (differing := of_shard.keys() ^ {*names}):
+      text = errors.cut(', '.join(sorted(differing)[:_SHOWN]))
+      raise errors.CheckpointError(f'{listed}: {shard} and the index differ in {text}')
+    if twice := tensors.keys() & of_shard.keys():
+      raise errors.CheckpointError(f'{file.path}: {min(twice)} is in another file, too')
+    tensors |= of_shard
+  no_sidecars = {listed, *(file.path for file in weights)}
+  files, left_out = _read_sidecars(listed.parent, no_sidecars, index)
+  return Folder(listed, tensors, files, tuple(weights), headers, left_out)
+
+
+def _find_weights(path: pathlib.Path) -> pathlib.Path:
+  """Returns the weights file of a folder, or the index if there are several."""
+  candidates = [path]
+  if path.is_dir():
+    candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
+    # Programs prefer these to safetensors of other names, such as an adapter's.
+    for pattern in (
+      safetensors.WEIGHTS, f'*{safetensors.SUFFIX}', _TORCH_WEIGHTS, _TORCH_INDEX,
+      '*.safetensors',
+    ):  # fmt: skip
+      is_torch = pattern in (_TORCH_WEIGHTS, _TORCH_INDEX)
+      if listed := sorted(path.glob(pattern)) if not (is_torch and candidates) else []:
+        candidates += listed
+        break
+  elif not path.exists():
+    raise errors.CheckpointError(f'{path}: there is no such file or directory')
+  names = errors.cut(', '.join(x.name for x in candidates)) or 'none'
+  endings = ('.bin', '.pt', '.safetensors', safetensors.SUFFIX, _TORCH_INDEX)
+  if len(candidates) != 1 or not names.endswith(endings):
     raise errors.CheckpointError(
-      f'{weights}: a sliced model needs one slicing JSON beside it, got {names}'
+      f'{path}: expected one file of weights, .safetensors, .pt or .bin, or the index '
+      f'of several, as in *{safetensors.SUFFIX}; got {names}'
     )
-  return stems[0]
+  return candidates[0]
+
+
+def _read_sidecars(
+  root: pathlib.Path, weights: set[pathlib.Path], index: dict[str, bytes]
+) -> tuple[dict[str, bytes], tuple[str, ...]]:
+  """Reads the files beside the weights, and adds the index if it is kept.
+
+  Also returns what is left out; hidden folders are left out without a word.
+  """
+  files: dict[str, bytes] = {}
+  left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))
+  for parent, folders, names in os.walk(root):
+    base = pathlib.Path(parent)
+    entered = [x for x in sorted(folders) if _is_entered(base / x, root)]
+    closed = [x for x in folders if x not in entered and not x.startswith('.')]
+    left_out += [f'{(base / x).relative_to(root).as_posix()}/' for x in closed]
+    folders[:] = entered
+    for file in sorted({base / name for name in names} - weights):
+      name = file.relative_to(root).as_posix()
+      if (
+        file.suffix in _NO_SIDECARS
+        or (base == root and name.endswith('.index.json'))
+        or not _is_inside(file, root)
+        or file.stat().st_size > room
+        or len(files) == _MOST_FILES
+        or not schema.is_relative_path(name)
+        or (content := tensors_lib.content(file, room)).startswith(_ENCODED, 8)
+      ):
+        left_out.append(name)
+      else:
+        files[name] = content
+        room -= len(content)
+  return dict(sorted(files.items())) | index, tuple(sorted(left_out))
+
+
+def _is_entered(folder: pathlib.Path, root: pathlib.Path) -> bool:
+  """Returns whether a sub-folder may have sidecar files."""
+  if folder.name.startswith('.') or _OTHER_FOLDERS.fullmatch(folder.name):
+    return False
+  levels = len(folder.relative_to(root).parts)
+  return levels <= _MOST_LEVELS and not folder.is_symlink() and any(folder.iterdir())
+
+
+def _is_inside(file: pathlib.Path, root: pathlib.Path) -> bool:
+  """Returns whether a path is that of a regular file in a folder.
+
+  An untrusted folder may have links to private files, which encoding would give away.
+  The links of Hugging Face's cache lead from `snapshots/<revision>`, and from folders
+  in it, into `blobs`.
+  """
+  folder = pathlib.Path(os.path.realpath(root))
+  real = pathlib.Path(os.path.realpath(file))
+  revisions = (x for x in (folder, *folder.parents) if x.parent.name == 'snapshots')
+  blobs = {x.parent.parent / 'blobs' for x in revisions}
+  return real.is_file() and (real.is_relative_to(folder) or real.parent in blobs)

@@ -1,28 +1,25 @@
 """Safetensors files and their index, read and written without the library.
 
 A file is the length of a header (8 bytes), the header (JSON), and the tensors one after
-the other. The header has the dtype, the shape and the place of each tensor. A shard is
-one of several files that share the tensors of a checkpoint. The index is a JSON file
-that names the shard of each tensor.
+the other. The index is a JSON file that names the file, or shard, of each tensor.
 
 Raises:
+  UnsupportedError: if a tensor has a dtype that NumPy lacks.
   CheckpointError: if a file is missing or damaged, or if safetensors does not support a
     dtype.
 """
 
-from collections.abc import Iterable, Mapping
-import dataclasses
+from collections.abc import Mapping, Sequence
+import functools
+import itertools
 import json
-import os
-import pathlib
 import struct
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from rotbits_jax.checkpoints import config as config_lib
 from rotbits_jax.checkpoints import errors
+from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.system import files
 from rotbits_jax.system import outputs
@@ -32,254 +29,158 @@ WEIGHTS = 'model.safetensors'
 SUFFIX = '.safetensors.index.json'
 INDEX = f'model{SUFFIX}'
 
-_DTYPES: dict[str, np.dtype] = {
-  'F64': np.dtype(np.float64),
-  'I64': np.dtype(np.int64),
-  'F32': np.dtype(np.float32),
-  'I32': np.dtype(np.int32),
-  'F16': np.dtype(np.float16),
-  'BF16': np.dtype(ml_dtypes.bfloat16),
-  'I16': np.dtype(np.int16),
-  'I8': np.dtype(np.int8),
-  'U8': np.dtype(np.uint8),
-  'U64': np.dtype(np.uint64),
-  'U32': np.dtype(np.uint32),
-  'U16': np.dtype(np.uint16),
-  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
-  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
-  'BOOL': np.dtype(np.bool_),
-}
+_DTYPES = {code: dtype for dtype, code, _ in tensors_lib.DTYPES}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_MOST_HEADER = _MOST_INDEX = 1 << 25  # bytes; large checkpoints have an index of 14 MB
+_MOST_HEADER = MOST_INDEX = 1 << 25  # bytes; large checkpoints have an index of 14 MB
 _METADATA = '__metadata__'
 _WRITTEN = {'format': 'pt'}  # the metadata that Hugging Face expects
 
 Specs = Mapping[str, tensors_lib.TensorSpec]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-  """A tensor's entry in the header.
-
-  Attributes:
-    dtype: the dtype code.
-    shape: the tensor's shape.
-    data_offsets: begin and end of its bytes, counted from the end of the header.
-  """
+class _Entry(schema.Object):
+  """A tensor's entry in the header; offsets are counted from the end of the header."""
 
   dtype: str
   shape: tuple[schema.Size, ...]
   data_offsets: tuple[schema.Size, schema.Size]
 
 
-def open_file(path: str | os.PathLike[str]) -> dict[str, tensors_lib.LazyTensor]:
-  """Opens a safetensors file; returns the tensors by name. Only its header is read.
-
-  Raises:
-    UnsupportedError: if a tensor has a dtype that NumPy lacks.
-  """
-  file = tensors_lib.opened(path)
-  return open_tensors(file, read_header(file))
+def read_header(file: files.File) -> bytes:
+  """Returns the header of a file, with the length in front of it."""
+  (size,) = struct.unpack('<Q', tensors_lib.read(file, 0, 8)[0])
+  if size > _MOST_HEADER:
+    text = f'{size} bytes are more than {_MOST_HEADER}; is it a pointer of Git LFS?'
+    raise errors.CheckpointError(f'{file.path}: header: {text}')
+  return tensors_lib.read(file, 0, 8 + size)[0].tobytes()
 
 
 def open_tensors(
   file: files.File, header: bytes, *, any_dtype: bool = False
 ) -> dict[str, tensors_lib.LazyTensor]:
   """Returns the tensors of a file by name, given its header; see `places`."""
+
+  def read(offset: int, spec: tensors_lib.TensorSpec) -> np.ndarray:
+    content, _ = tensors_lib.read(file, offset, spec.nbytes)
+    return content.view(spec.dtype).reshape(spec.shape)
+
   tensors, end = {}, len(header)
-  placed = places(header, str(file.path), any_dtype=any_dtype)
-  for name, (offset, spec) in placed.items():
-    tensors[name] = tensors_lib.LazyTensor.in_file(file, offset, spec)
-    end += spec.nbytes
-  if end != file.size:
-    raise errors.CheckpointError(f'{file.path}: the tensors do not fill the file')
+  with errors.named(file.path):
+    for name, (offset, spec) in places(header, any_dtype=any_dtype).items():
+      reads = functools.partial(read, offset, spec)
+      tensors[name] = tensors_lib.LazyTensor(spec.shape, spec.dtype, reads)
+      end += spec.nbytes
+    if end != file.size:
+      raise errors.CheckpointError('the tensors do not fill the file')
   return tensors
 
 
-def read_header(file: files.File) -> bytes:
-  """Returns the header of a file, with the length in front of it."""
-  (size,) = struct.unpack('<Q', tensors_lib.read(file, 0, 8))
-  if size > _MOST_HEADER:
-    raise errors.CheckpointError(
-      f'{file.path}: header: {size} bytes are more than {_MOST_HEADER}'
-    )
-  return tensors_lib.read(file, 0, 8 + size).tobytes()
-
-
 def places(
-  header: bytes, where: str, *, any_dtype: bool = False
+  header: bytes, *, any_dtype: bool = True
 ) -> dict[str, tuple[int, tensors_lib.TensorSpec]]:
   """Returns the offset of each tensor in a file, and its shape and dtype, by name.
 
   Args:
     header: see `read_header`. The tensors must follow it without holes.
-    where: name of the file in error messages.
     any_dtype: whether a tensor whose dtype NumPy lacks is taken as its bytes.
-
-  Raises:
-    UnsupportedError: see `open_file`.
   """
   if int.from_bytes(header[:8], 'little') != len(header) - 8:
-    raise errors.CheckpointError(f'{where}: header: its length is wrong')
-  entries = _entries(header, f'{where}: header')
+    raise errors.CheckpointError('header: its length is wrong')
+  values = _values(header)
+  values.pop(_METADATA, None)
+  with errors.named('header', ValueError):
+    entries = schema.load(dict[str, _Entry], values)
   placed, end = {}, len(header)
   # Tensors without elements come first where several have one offset.
-  for name in sorted(entries, key=lambda name: entries[name].data_offsets):
-    tensors_lib.check_name(name)
-    entry = entries[name]
-    nbytes = entry.data_offsets[1] - entry.data_offsets[0]
-    if entry.dtype not in _DTYPES and not any_dtype:
-      raise errors.UnsupportedError(
-        f'{where}: {name} has the dtype {errors.cut(entry.dtype)}, which is not '
-        'supported'
-      )
-    spec = tensors_lib.TensorSpec((max(nbytes, 0),), np.dtype(np.uint8))
+  for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+    begin, stop = entry.data_offsets
+    spec = tensors_lib.TensorSpec((max(stop - begin, 0),), np.dtype(np.uint8))
     if entry.dtype in _DTYPES:
       spec = tensors_lib.TensorSpec(entry.shape, _DTYPES[entry.dtype])
-    if not tensors_lib.numpy_holds(spec.shape, spec.dtype):
-      raise errors.CheckpointError(
-        f'{where}: {name} has shape {errors.cut(str(spec.shape))}'
-      )
-    if len(header) + entry.data_offsets[0] != end or spec.nbytes != nbytes:
-      raise errors.CheckpointError(f'{where}: {name} has wrong offsets')
+    spec.check(name)
+    if entry.dtype not in _DTYPES and not any_dtype:
+      text = f'has the dtype {errors.cut(entry.dtype)}, which is not supported'
+      raise errors.UnsupportedError(f'{name} {text}')
+    if len(header) + begin != end or spec.nbytes != stop - begin:
+      raise errors.CheckpointError(f'{name} has wrong offsets')
     placed[name] = end, spec
-    end += nbytes
+    end += spec.nbytes
   return {name: placed[name] for name in entries}
 
 
-def has_own_metadata(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a file has metadata other than what `header` puts into a file."""
-  file = tensors_lib.opened(path)
-  values = config_lib.parse_object(
-    read_header(file)[8:], f'{path}: header', most=_MOST_HEADER
-  )
-  return (values.get(_METADATA) or _WRITTEN) != _WRITTEN
+def has_own_metadata(header: bytes) -> bool:
+  """Returns whether a header has metadata other than what `header` puts into one."""
+  return (_values(header).get(_METADATA) or _WRITTEN) != _WRITTEN
 
 
-def _entries(header: bytes, where: str) -> dict[str, _Entry]:
-  """Parses a header; returns the entries of the tensors by name."""
-  values = config_lib.parse_object(header[8:], where, most=_MOST_HEADER)
-  values.pop(_METADATA, None)
-  try:
-    return {k: schema.load(_Entry, x, k[:40]) for k, x in values.items()}
-  except schema.SchemaError as e:
-    raise errors.CheckpointError(f'{where}: {errors.cut(str(e))}') from e
-
-
-def plan_shards(specs: Specs, shard_size: int | None) -> dict[str, Specs]:
-  """Divides tensors among files as Hugging Face does.
-
-  Args:
-    specs: the tensors by name.
-    shard_size: the greatest number of bytes of tensors in a file with more than one
-      tensor; None for one file.
-
-  Returns:
-    The tensors of each file, in order, by the name of the file. The name is
-    `model.safetensors` if one file holds all tensors, or
-    `model-00001-of-0000N.safetensors` and so on.
-  """
-  sizes = {name: spec.nbytes for name, spec in specs.items()}
-  groups = outputs.divided(sizes, shard_size)
-  names = [WEIGHTS]
-  if len(groups) > 1:
-    names = outputs.numbered('model', '.safetensors', len(groups))
-  return {
-    file: {name: specs[name] for name in group}
-    for file, group in zip(names, groups, strict=True)
-  }
+def _values(header: bytes) -> dict[str, Any]:
+  """Returns the JSON object of a header."""
+  return families.parse_object(header[8:], 'header', most=_MOST_HEADER)
 
 
 def header(specs: Specs) -> bytes:
-  """Returns the header of a file with these tensors, see `read_header`.
-
-  It has Hugging Face's metadata.
-  """
-  for tensor, spec in specs.items():
-    if spec.dtype not in _CODES:
-      raise errors.CheckpointError(
-        f'{tensor}: safetensors files do not support {spec.dtype}'
-      )
-  # If tensors of wider dtypes come first, every tensor is aligned.
-  order = sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x))
+  """Returns the header of a file with these tensors, and Hugging Face's metadata."""
   values: dict[str, Any] = {_METADATA: _WRITTEN}
   end = 0
-  for tensor in order:
+  # If tensors of wider dtypes come first, every tensor is aligned.
+  for tensor in sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x)):
     spec, begin = specs[tensor], end
+    if spec.dtype not in _CODES:
+      text = f'safetensors files do not support {spec.dtype}'
+      raise errors.CheckpointError(f'{tensor}: {text}')
     end = begin + spec.nbytes
-    values[tensor] = schema.dump(_Entry(_CODES[spec.dtype], spec.shape, (begin, end)))
+    offsets, code = (begin, end), _CODES[spec.dtype]
+    values[tensor] = {'dtype': code, 'shape': spec.shape, 'data_offsets': offsets}
   encoded = json.dumps(values, separators=(',', ':'), ensure_ascii=False).encode()
   encoded += b' ' * (-len(encoded) % 8)
   return struct.pack('<Q', len(encoded)) + encoded
 
 
-class FileWriter:
-  """Writes a file whose header is known. Tensors are added in any order."""
+class _Index(schema.Object):
+  """The content of an index: the file name of the shard of each tensor."""
 
-  def __init__(self, path: pathlib.Path, header: bytes):
-    """Makes the file, which must not exist."""
-    self._path, self._places = path, places(header, path.name, any_dtype=True)
-    nbytes = sum(spec.nbytes for _, spec in self._places.values())
-    with path.open('xb') as file:
-      file.truncate(len(header) + nbytes)
-      file.write(header)
-
-  def add(self, name: str, pieces: Iterable[memoryview]) -> None:
-    """Writes a tensor, given its bytes in row-major order."""
-    with self._path.open('r+b') as file:
-      file.seek(self._places[name][0])
-      file.writelines(pieces)
-
-  def close(self) -> None:
-    """Does nothing: each tensor is in the file when it has been added."""
-
-
-# ---- the index -----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightIndex:
-  """The content of an index.
-
-  Attributes:
-    weight_map: the file name of the shard of each tensor.
-    metadata: any value.
-  """
-
-  weight_map: dict[str, schema.FileName]
+  weight_map: dict[str, str]
   metadata: Any = None
 
-  def shards(self) -> dict[str, list[str]]:
-    """Returns the names of the tensors in each shard."""
-    names: dict[str, list[str]] = {}
-    for name, shard in self.weight_map.items():
-      names.setdefault(shard, []).append(name)
-    return dict(sorted(names.items()))
+
+def parse_index(content: bytes) -> tuple[dict[str, Sequence[str]], Any]:
+  """Parses an index: the names of the tensors in each shard, and the metadata."""
+  value = families.parse_object(content, 'index', most=MOST_INDEX)
+  with errors.named('index', ValueError):
+    index = schema.load(_Index, value)
+    shards: dict[str, Any] = {x: [] for x in sorted({*index.weight_map.values()})}
+    for name in shards:
+      if not schema.is_file_name(name):
+        raise ValueError(f'{name!r:.100} is not the name of a file')
+  for tensor, name in index.weight_map.items():
+    shards[name].append(tensor)
+  return shards, index.metadata
 
 
-def read_index(path: pathlib.Path) -> bytes:
-  """Returns the content of an index."""
-  return tensors_lib.content(path, _MOST_INDEX)
+def divided(
+  specs: Specs, index: bytes | None, shard_size: int | None
+) -> tuple[dict[str, Specs], bytes | None]:
+  """Divides tensors among files as an older index says, or as Hugging Face does.
 
-
-def parse_index(content: bytes, where: str) -> WeightIndex:
-  """Parses the content of an index, which errors call `where`."""
-  value = config_lib.parse_json(content, where, most=_MOST_INDEX)
-  try:
-    return schema.load(WeightIndex, value, where)
-  except schema.SchemaError as e:
-    raise errors.CheckpointError(str(e)) from e
-
-
-def index_json(shards: Mapping[str, Specs], metadata: Any = None) -> bytes:
-  """Returns the content of an index.
-
-  Args:
-    shards: the tensors of each file, by the name of the file.
-    metadata: that of an index of these files, which stays, but for the size.
+  Returns the tensors of each file by its name, and the new index of several files. At
+  most `shard_size` bytes are in a file with more than one tensor; it is None for the
+  files of the index, or one.
   """
-  total = sum(spec.nbytes for shard in shards.values() for spec in shard.values())
+  sizes = {name: spec.nbytes for name, spec in specs.items()}
+  names: Mapping[str, Sequence[str]] = {}
+  metadata: Any = {}
+  if index is not None and shard_size is None:
+    names, metadata = parse_index(index)
+  if sorted(itertools.chain(*names.values())) != sorted(specs):
+    metadata, names = {}, outputs.divided(sizes, shard_size, 'model', '.safetensors')
+    names = names if len(names) > 1 else {WEIGHTS: tuple(sizes)}
+  shards: dict[str, Specs] = {
+    file: {name: specs[name] for name in group} for file, group in names.items()
+  }
+  if [*shards] == [WEIGHTS]:
+    return shards, None
+  metadata = metadata if isinstance(metadata, dict) else {}
   weight_map = {name: file for file, shard in shards.items() for name in shard}
-  kept = metadata if isinstance(metadata, dict) else {}
-  index = {'metadata': kept | {'total_size': total}, 'weight_map': weight_map}
-  return (json.dumps(index, indent=2, sort_keys=True) + '\n').encode()
+  total = {'total_size': sum(sizes.values())}
+  content = {'metadata': metadata | total, 'weight_map': weight_map}
+  return shards, families.to_json(content)

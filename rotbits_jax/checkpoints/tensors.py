@@ -1,22 +1,19 @@
 """The tensors of a checkpoint: read when they are needed, and named as a family does.
 
-Shape and dtype of a tensor are known at once, the elements are read later. Files are
-read into memory, not mapped: a map of a file that shrinks ends the process.
-
-A tensor may differ from the parameters that it holds: it may be transposed, and it may
-hold several parameters, stacked along its first axis.
+Files are read into memory, not mapped: a map of a file that shrinks ends the process.
 
 Raises:
   CheckpointError: if there is no such file, or if it changed after it was opened.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import itertools
 import math
 import os
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from rotbits_jax import models
@@ -26,11 +23,27 @@ from rotbits_jax.checkpoints import families
 from rotbits_jax.system import files
 from rotbits_jax.system import host
 
-MAX_AXES = 32  # of a tensor, because NumPy supports no more on all versions
+# The dtypes, and their names in safetensors and in PyTorch; None where there is none.
+DTYPES: tuple[tuple[np.dtype, str, str | None], ...] = (
+  (np.dtype(np.float64), 'F64', 'DoubleStorage'),
+  (np.dtype(np.float32), 'F32', 'FloatStorage'),
+  (np.dtype(np.float16), 'F16', 'HalfStorage'),
+  (np.dtype(ml_dtypes.bfloat16), 'BF16', 'BFloat16Storage'),
+  (np.dtype(ml_dtypes.float8_e4m3fn), 'F8_E4M3', None),
+  (np.dtype(ml_dtypes.float8_e5m2), 'F8_E5M2', None),
+  (np.dtype(np.int64), 'I64', 'LongStorage'),
+  (np.dtype(np.int32), 'I32', 'IntStorage'),
+  (np.dtype(np.int16), 'I16', 'ShortStorage'),
+  (np.dtype(np.int8), 'I8', 'CharStorage'),
+  (np.dtype(np.uint64), 'U64', None),
+  (np.dtype(np.uint32), 'U32', None),
+  (np.dtype(np.uint16), 'U16', None),
+  (np.dtype(np.uint8), 'U8', 'ByteStorage'),
+  (np.dtype(np.bool_), 'BOOL', 'BoolStorage'),
+)
 _MOST_NAME = 500  # characters
-_POINTER, _MOST_POINTER = b'version https://git-lfs', 1 << 10  # bytes
+_MOST_AXES = 32  # NumPy supports no more on all versions
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
-_TILE = 64  # rows and columns that are transposed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +54,6 @@ class TensorSpec:
   dtype: np.dtype
 
   @property
-  def ndim(self) -> int:
-    return len(self.shape)
-
-  @property
   def size(self) -> int:
     return math.prod(self.shape)
 
@@ -52,146 +61,55 @@ class TensorSpec:
   def nbytes(self) -> int:
     return self.size * self.dtype.itemsize
 
+  def check(self, name: str) -> None:
+    """Refuses a name that errors would repeat at length, and what NumPy cannot hold."""
+    if len(name) > _MOST_NAME:
+      text = f'the name has {len(name)} characters, more than {_MOST_NAME}'
+      raise errors.CheckpointError(f'{errors.cut(name)}: {text}')
+    size = math.prod(n for n in self.shape if n) * self.dtype.itemsize
+    if len(self.shape) > _MOST_AXES or size >= 1 << 63:
+      text = f'the shape {errors.cut(str(self.shape))} is too large'
+      raise errors.CheckpointError(f'{name}: {text}')
+
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(TensorSpec):
-  """A tensor whose elements are read when they are requested.
-
-  Attributes:
-    read: returns the array. Each call reads the file again.
-  """
+  """A tensor whose elements are read, each time anew, when they are requested."""
 
   read: Callable[[], np.ndarray]
 
-  @property
-  def spec(self) -> TensorSpec:
-    return TensorSpec(self.shape, self.dtype)
 
-  @classmethod
-  def of(cls, array: np.ndarray) -> 'LazyTensor':
-    """Makes the tensor for an array in memory."""
-    return cls(array.shape, array.dtype, lambda: array)
-
-  @classmethod
-  def in_file(cls, file: files.File, offset: int, spec: TensorSpec) -> 'LazyTensor':
-    """Makes the tensor whose elements begin at an offset of a file, in C order."""
-
-    def read_tensor() -> np.ndarray:
-      return read(file, offset, spec.nbytes).view(spec.dtype).reshape(spec.shape)
-
-    return cls(spec.shape, spec.dtype, read_tensor)
-
-
-def numpy_holds(shape: Sequence[int], dtype: np.dtype) -> bool:
-  """Returns whether NumPy supports arrays of this shape, even empty ones."""
-  size = math.prod(n for n in shape if n) * dtype.itemsize
-  return len(shape) <= MAX_AXES and size < 1 << 63
-
-
-def check_name(name: str) -> None:
-  """Refuses a tensor's name that is too long, because errors and files repeat it."""
-  if len(name) > _MOST_NAME:
-    raise errors.CheckpointError(
-      f'{errors.cut(name)}: the name has {len(name)} characters, more than {_MOST_NAME}'
-    )
-
-
-# ---- files ---------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _errors_name(path: str | os.PathLike[str]) -> Iterator[None]:
-  """Turns errors of the system into a `CheckpointError` with the path of the file."""
-  try:
-    yield
-  except OSError as e:
-    text = f'{path}: {e.strerror}' if e.strerror else str(e)
-    raise errors.CheckpointError(text) from e
-
-
-def opened(path: str | os.PathLike[str]) -> files.File:
-  """Records the present state of a weights file."""
-  with _errors_name(path):
-    file = files.File.of(path)
-    is_pointer = file.size < _MOST_POINTER and file.content().startswith(_POINTER)
-  if is_pointer:
-    raise errors.CheckpointError(
-      f'{path}: a pointer of Git LFS, not the weights; `git lfs pull` gets them'
-    )
-  return file
-
-
-def read(file: files.File, offset: int, size: int) -> np.ndarray:
-  """Reads a part of a file into memory, see `read_with_crc32`."""
-  return read_with_crc32(file, offset, size)[0]
-
-
-def read_with_crc32(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
-  """Reads a part of a file into memory.
-
-  Returns:
-    uint8 `[size]`, aligned so that JAX needs no copy; and its CRC-32.
-  """
-  if offset < 0 or size < 0 or offset + size > file.size:
-    raise errors.CheckpointError(f'{file.path}: the file is truncated')
-  array = host.empty((size,), np.uint8)
-  with _errors_name(file.path):
-    crc = file.read(offset, array)
-  return array, crc
+def read(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
+  """Reads a part of a file: uint8 `[size]`, aligned for JAX, and its CRC-32."""
+  with errors.named(file.path):
+    if offset < 0 or size < 0 or offset + size > file.size:
+      raise errors.CheckpointError('the file is truncated')
+    array = host.empty((size,), np.uint8)
+    return array, file.read(offset, array)
 
 
 def content(path: str | os.PathLike[str], most: int) -> bytes:
   """Returns the content of a file of at most `most` bytes."""
-  with _errors_name(path):
+  with errors.named(path):
     file = files.File.of(path)
     if file.size > most:
-      raise errors.CheckpointError(
-        f'{path}: the file has {file.size} bytes, more than {most}'
-      )
+      text = f'the file has {file.size} bytes, more than {most}'
+      raise errors.CheckpointError(text)
     return file.content()
 
 
 def row_major(array: np.ndarray) -> Iterator[memoryview]:
-  """Yields the bytes of an array in row-major order, piece by piece.
-
-  Args:
-    array: an array with any strides. Often it is a transposed kernel.
-
-  Yields:
-    The bytes of the next few rows, contiguous. They are valid until the next piece is
-    requested.
-  """
-  if array.flags.c_contiguous:
-    yield memoryview(array.reshape(-1).view(np.uint8))
-    return
-  # NumPy copies 16-bit integers much faster than the float dtypes of ml_dtypes.
-  bits = array.view(np.dtype(f'u{array.dtype.itemsize}'))
-  rows = max(_TILE, _PIECE // max(array[0].nbytes, 1) // _TILE * _TILE)
-  transposed = array.ndim == 2 and abs(array.strides[0]) < abs(array.strides[1])
-  for start in range(0, len(bits), rows):
-    piece = bits[start : start + rows]
-    if transposed:
-      copy = np.empty(piece.shape, piece.dtype)
-      for i in range(0, piece.shape[0], _TILE):
-        for j in range(0, piece.shape[1], _TILE):
-          tile = slice(i, i + _TILE), slice(j, j + _TILE)
-          copy[tile] = piece[tile]
-      piece = copy
-    yield memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
-
-
-# ---- the tensors of a model ----------------------------------------------------------
+  """Yields the bytes of an array, often a transposed kernel, row by row in pieces."""
+  whole = array if array.ndim else array[None]
+  row_bytes = max(whole.nbytes // max(len(whole), 1), 1)
+  step = len(whole) if whole.flags.c_contiguous else _PIECE // row_bytes
+  for start in range(0, len(whole), max(step, 1)):
+    piece = host.contiguous(whole[start : start + max(step, 1)])
+    yield memoryview(piece.reshape(-1).view(np.uint8))
 
 
 class Checkpoint(NamedTuple):
-  """A model and the other files of its checkpoint directory.
-
-  Attributes:
-    model: the parameters and their config.
-    files: bytes of the sidecar files (configs, tokenizer) beside the weights, by name.
-    stem: file name, without suffix, that SliceGPT gave to the weights and the slicing
-      JSON; None if the model is dense.
-  """
+  """A model, the files beside its weights by name, and the stem of a sliced one."""
 
   model: models.Model
   files: dict[str, bytes]
@@ -203,87 +121,97 @@ class Checkpoint(NamedTuple):
 
 
 class ExpectedTensor(NamedTuple):
-  """A tensor that a checkpoint with a given config must have.
+  """A tensor of a checkpoint, and the parameters that it holds.
 
   Attributes:
-    name: name of the tensor in the checkpoint.
-    shape: shape of the tensor.
-    paths: paths of the parameters that it holds, stacked along its first axis.
-    lengths: length of each parameter's part along the first axis.
+    name: name of the tensor in the checkpoint; `shape` is its shape.
+    parameters: the shapes of the parameters by path. Several are stacked along the
+      tensor's first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
+    factor: name of the factor of a structured leaf that the tensor is, if it is one.
   """
 
   name: str
   shape: tuple[int, ...]
-  paths: tuple[str, ...]
-  lengths: tuple[int, ...]
-  transposed: bool
-
-  def stored(self) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of the tensor by its name."""
-    return {self.name: self.shape}
-
-  def parameters(self) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the parameters by path."""
-    slices = [(length, *self.shape[1:]) for length in self.lengths]
-    shapes = [shape[::-1] for shape in slices] if self.transposed else slices
-    return dict(zip(self.paths, shapes, strict=True))
+  parameters: dict[str, tuple[int, ...]]
+  transposed: bool = False
+  factor: str = ''
 
   def read(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the parameters by path, as views of the tensor."""
-    arrays = np.split(tensor, np.cumsum(self.lengths)[:-1])
+    arrays, axis = [tensor], -1 if self.transposed else 0
+    if len(self.parameters) > 1:
+      lengths = [shape[axis] for shape in self.parameters.values()]
+      arrays = np.split(tensor, np.cumsum(lengths)[:-1])
     arrays = [array.T for array in arrays] if self.transposed else arrays
-    return dict(zip(self.paths, arrays, strict=True))
+    return dict(zip(self.parameters, arrays, strict=True))
 
-  def write(self, leaves: Sequence[Any]) -> dict[str, list[np.ndarray]]:
-    """Returns the tensor, divided along its first axis, by its name.
-
-    Args:
-      leaves: the parameters in the order of `paths`. Structured leaves are
-        materialized.
-    """
+  def write(self, leaves: Sequence[Any]) -> list[np.ndarray]:
+    """Returns the tensor, divided along its first axis, from its leaves in order."""
+    if self.factor:
+      factor = np.asarray(getattr(leaves[0], self.factor, None))
+      if factor.shape != self.shape:
+        raise ValueError(f'{self.name}: expected a factor {self.shape}')
+      return [factor]
     arrays = [np.asarray(leaf) for leaf in structured.materialize(list(leaves))]
-    return {self.name: [x.T for x in arrays] if self.transposed else arrays}
+    return [x.T for x in arrays] if self.transposed else arrays
 
 
-def entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]:
-  """Returns the tensors of a checkpoint by record, see `models.names`."""
-  family, records = families.family(config.family), {}
+Records = dict[str, list[ExpectedTensor]]
+
+
+def entries(config: models.ModelConfig, buffers: Mapping[str, Any]) -> Records:
+  """Returns the tensors of a checkpoint by record, see `models.names`.
+
+  `buffers` have the shapes of the tensors that the forward pass does not use, by name.
+  """
+  family, records = families.FAMILIES[config.family], {}
   for index in range(config.num_layers):
     name, prefix = models.names.layer(index), f'{family.layer_prefix}{index}.'
     shapes = models.layer_shapes(config, index)
     records[name] = _entries(family.layer, shapes, prefix, f'{name}/')
-  return records | outer_entries(config)
-
-
-def outer_entries(config: models.ModelConfig) -> dict[str, list[ExpectedTensor]]:
-  """Returns the tensors outside the layers by record, see `entries`."""
-  rows, shapes = families.family(config.family).outer, models.outer_shapes(config)
-  records: dict[str, list[ExpectedTensor]] = {}
-  for entry in _entries(rows, shapes, '', ''):
-    records.setdefault(entry.paths[0].split('/')[0], []).append(entry)
+  records |= outer_entries(config)
+  for name, buffer in sorted(buffers.items()):
+    shapes = {f'{models.names.BUFFERS}/{name}': buffer.shape}
+    entry = ExpectedTensor(name, buffer.shape, shapes)
+    records.setdefault(models.names.BUFFERS, []).append(entry)
   return records
 
 
+def outer_entries(config: models.ModelConfig) -> Records:
+  """Returns the tensors outside the layers by record, see `entries`."""
+  modules, shapes = families.FAMILIES[config.family].outer, models.outer_shapes(config)
+  records: dict[str, list[ExpectedTensor]] = {}
+  for entry in _entries(modules, shapes, '', ''):
+    records.setdefault(next(iter(entry.parameters)).split('/')[0], []).append(entry)
+  return records
+
+
+# The parameters of a module: the key of each, and the suffix of its tensor.
+_PARAMETERS = {
+  '': '.weight',
+  '/kernel': '.weight',
+  '/scale': '.weight',
+  '/bias': '.bias',
+}
+
+
 def _entries(
-  rows: Iterable[families.TensorRow],
-  shapes: models.Params,
-  prefix: str,
-  path_prefix: str,
+  modules: dict[str, str], shapes: models.Params, prefix: str, path_prefix: str
 ) -> list[ExpectedTensor]:
-  """Returns the tensors of those rows whose parameters a model has."""
+  """Returns the tensors of those modules whose parameters a model has."""
   flat, tensors = structured.flatten(shapes), []
-  for row in rows:
-    if row.paths[0] not in flat:
-      continue
-    slices = [flat[path] for path in row.paths]
-    slices = [shape[::-1] for shape in slices] if row.transposed else slices
-    lengths = tuple(shape[0] for shape in slices)
-    shape = (sum(lengths), *slices[0][1:])
-    paths = tuple(path_prefix + path for path in row.paths)
-    tensors.append(
-      ExpectedTensor(prefix + row.name, shape, paths, lengths, row.transposed)
-    )
+  for module, module_paths in modules.items():
+    is_shortcut = module.endswith('_shortcut')
+    for key, suffix in _PARAMETERS.items():
+      paths = [f'{path}{key}' for path in module_paths.split()]
+      if paths[0] in flat:
+        name = f'{prefix}{module}{families.SHORTCUT_SUFFIX if is_shortcut else suffix}'
+        transposed = key == '/kernel' and not is_shortcut
+        slices = [flat[path][::-1] if transposed else flat[path] for path in paths]
+        shape = (sum(x[0] for x in slices), *slices[0][1:])
+        parameters = {f'{path_prefix}{path}': flat[path] for path in paths}
+        tensors.append(ExpectedTensor(name, shape, parameters, transposed))
   return tensors
 
 
@@ -294,23 +222,16 @@ def leaves_of(model: models.Model) -> dict[str, Any]:
     if structured.is_structured(leaf) and leaf.needs:
       needed = {x: leaves[x] for x in (path, *leaf.needs)}
       leaves[path] = structured.expand(needed)[path]
-  return leaves
+  return leaves | {
+    f'{models.names.BUFFERS}/{name}': x for name, x in model.buffers.items()
+  }
 
 
 def to_tensors(model: models.Model) -> dict[str, np.ndarray]:
-  """Makes the tensors of a checkpoint from a model: the inverse of `from_tensors`.
-
-  Args:
-    model: the model. Structured leaves are materialized.
-
-  Returns:
-    The tensors by their names in the checkpoint.
-  """
+  """Makes the tensors of a checkpoint, by name, from a model, which is materialized."""
   leaves = leaves_of(model)
-  tensors = {name: np.asarray(x) for name, x in model.buffers.items()}
-  for record in entries(model.config).values():
-    for entry in record:
-      written = entry.write([leaves[path] for path in entry.paths])
-      for name, arrays in written.items():
-        tensors[name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+  tensors = {}
+  for entry in itertools.chain(*entries(model.config, model.buffers).values()):
+    arrays = entry.write([leaves[path] for path in entry.parameters])
+    tensors[entry.name] = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
   return tensors

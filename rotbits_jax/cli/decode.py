@@ -4,8 +4,8 @@
 
 The weights get the tensor names, shapes, dtypes and shards of the checkpoint that was
 encoded; the other files (configs, tokenizer, license, model card, code) come back, too.
---input may be the path that shards were written to, or their index. A file that was
-encoded with --base needs the same --base. A few layers at a time are in memory.
+--input may be the folder of shards, or their index. A file that was encoded with --base
+needs the same --base. A few layers at a time are in memory.
 
 A sliced model loads in transformers after --format=transformers, which also writes the
 code of the model, and in Microsoft's SliceGPT after --format=slicegpt:
@@ -19,7 +19,6 @@ the model is sliced, null for plain tensors.
 
 import pathlib
 import typing
-from typing import Any
 
 from absl import flags
 
@@ -28,8 +27,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.cli import program
 
-_INPUT = program.define_input()
-_BASE = program.define_base()
+_INPUT, _BASE, _OVERWRITE = program.shared('input', 'base', 'overwrite')
 _OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
 _FORMAT = flags.DEFINE_enum(
   'format', 'safetensors', typing.get_args(checkpoints.Format), 'Format of the weights.'
@@ -38,16 +36,15 @@ _SHARD_SIZE = flags.DEFINE_string(
   'shard_size', None, 'Most bytes of a weights file, like 2GB; default: as encoded.'
 )
 _DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as encoded.')
-_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
 
 
 def main() -> program.Result:
-  weights_format: Any = _FORMAT.value
+  folder = pathlib.Path(_OUTPUT.value)
   rotbits_jax.decode_to_directory(
     _INPUT.value,
-    _OUTPUT.value,
+    folder,
     base=_BASE.value,
-    format=weights_format,
+    format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size(_SHARD_SIZE),
     dtype=_DTYPE.value,
     overwrite=_OVERWRITE.value,
@@ -55,7 +52,6 @@ def main() -> program.Result:
   )
   with file.Reader(_INPUT.value) as reader:
     sliced = None if reader.config is None else reader.config.sliced
-  folder = pathlib.Path(_OUTPUT.value)
   written = [path for path in folder.rglob('*') if path.is_file()]
   result = {
     'output': _OUTPUT.value,
@@ -64,6 +60,6 @@ def main() -> program.Result:
     'sliced': sliced,
   }
   text = f'wrote {_OUTPUT.value}'
-  if sliced and weights_format == 'safetensors':
+  if sliced and _FORMAT.value == 'safetensors':
     text += '\nThe model is sliced; to load it in transformers: --format=transformers'
   return result, text

@@ -6,21 +6,17 @@ The checkpoint is one of Hugging Face (safetensors or pytorch_model.bin, sharded
 or of Microsoft's SliceGPT. The presets:
 
   exact  keeps every bit. The default for dense checkpoints, of any family.
-  free   keeps the function of the model up to rounding, and changes its coordinates.
-         The default for sliced checkpoints, which it makes two fifths smaller. LoRA
-         adapters that were trained on the input do not fit the decoded model.
-  near   changes the function a little and makes the file much smaller: rounds the
-         elements of an array to multiples of a step near 2^STEP times their root mean
+  free   keeps the function of the model up to rounding, in other weights, which LoRA
+         adapters of the input do not fit. The default for sliced checkpoints.
+  near   also rounds elements to multiples of a step, near 2^STEP times their root mean
          square. --max_kl searches the coarsest steps that keep the mean KL divergence
          on a --text below a bound; --target_size and --bits the finest step of a size.
   paper  rotates a sliced model at random and gets the bits of the rotations back, as in
          arXiv 2410.01309.
 
---config sets a preset and its options. It takes a name in the folder configs of the
-repository, or a path; `published:MODEL` is the paper's own scheme:
+--config sets a preset and its options, by a name in the folder configs or by a path:
 
   rotbits encode --checkpoint=DIR --output=FILE --config=free --config.tolerance=1.0
-  rotbits encode --checkpoint=DIR --output=FILE --config=published:opt-6.7b
 
 With --base the file holds only how a model differs from one that the receiver has, such
 as the base of a fine-tune; every bit comes back with the same --base:
@@ -28,21 +24,17 @@ as the base of a fine-tune; every bit comes back with the same --base:
   rotbits encode --checkpoint=TUNED --base=BASE --output=tuned.rotbits
   rotbits decode --input=tuned.rotbits --base=BASE --output=TUNED-again
 
-The file appears when it is complete. A few layers at a time are in memory. With
---shard_size a run that was killed finds its complete shards again, and with
---distributed process i of `jax.distributed` encodes every n-th shard.
+The file appears when it is complete. With --shard_size a run that was killed finds its
+complete shards again, and with --distributed process i of `jax.distributed` encodes
+every n-th shard.
 
-JSON: that of `rotbits inspect`, and
-
-  given_bytes    bytes of the weights files of the input; null if unknown
-  left_out       list of the files and folders that are not kept
-  plain_because  why the checkpoint is stored as plain tensors, or null
-  curve          list of objects: step, kl; the points of --max_kl, or null
+JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
+that are not kept; plain_because, why the checkpoint is stored as plain tensors; curve,
+a list of objects with the step and the kl of the points of --max_kl.
 """
 
-import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 import jax
@@ -50,27 +42,22 @@ from ml_collections import config_flags
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import evaluation
 from rotbits_jax import presets
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimate as estimate_lib
 from rotbits_jax.file import output
-from rotbits_jax.file import savings
+from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
 from rotbits_jax.system import outputs
 from rotbits_jax.system import text as text_lib
 
-_CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', None, 'A directory with weights, or the weights file.', required=True
-)
+_CHECKPOINT, _BASE, _OVERWRITE = program.shared('checkpoint', 'base', 'overwrite')
 _OUTPUT = flags.DEFINE_string('output', None, 'The file to write.', required=True)
 _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to remove.')
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.'
 )
-_BASE = program.define_base()
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Most bytes of a shard: 2GB.')
-_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace an existing file.')
 _VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file before it appears.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Share the work of shards.')
 
@@ -83,60 +70,36 @@ _TEXT = flags.DEFINE_string('text', None, 'near: a text that KL is measured on.'
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to use.', 2)
 
 
-class _Choice(NamedTuple):
-  """The preset and its options, as the flags choose them.
-
-  Attributes:
-    preset: name of the preset.
-    options: its options.
-    target_size: greatest number of bytes of the file, in place of a step.
-    calibration: with --text its result.
-  """
-
-  preset: str
-  options: dict[str, Any]
-  target_size: int | None = None
-  calibration: steps.Calibration | None = None
-
-
 def main() -> program.Result | None:
-  start = time.monotonic()
+  start, path, target = time.monotonic(), _CHECKPOINT.value, _OUTPUT.value
+  shard_size, overwrite = program.parse_size(_SHARD_SIZE), _OVERWRITE.value
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  output.check_path(
-    _OUTPUT.value,
-    program.parse_size(_SHARD_SIZE),
-    inputs=[_CHECKPOINT.value],
-    overwrite=_OVERWRITE.value,
-  )
-  source = checkpoints.open_any(_CHECKPOINT.value)
-  choice = _read_choice(source)
-  preset: Any = choice.preset
+  output.check_path(target, shard_size, inputs=[path], overwrite=overwrite)
+  source = checkpoints.open_any(path)
+  preset, options, calibration = _settings(source)
   rotbits_jax.encode_to_file(
-    _CHECKPOINT.value,
-    _OUTPUT.value,
+    path,
+    target,
     preset=preset,
-    target_size=choice.target_size,
     base=_BASE.value,
-    shard_size=program.parse_size(_SHARD_SIZE),
-    overwrite=_OVERWRITE.value,
+    shard_size=shard_size,
+    overwrite=overwrite,
     check=_VERIFY.value,
     progress=True,
-    **choice.options,
+    **options,
   )
   if jax.process_index():
     return None
-  report = rotbits_jax.inspect(outputs.resolved(_OUTPUT.value))
+  report = rotbits_jax.inspect(outputs.resolved(target))
   reason = getattr(source, 'reason', None)
   if report.family is None and reason is None:
-    source = checkpoints.open_plain(_CHECKPOINT.value)
+    source = checkpoints.open_plain(path)
   result = report.to_json() | {
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
     'plain_because': reason,
-    'curve': [x._asdict() for x in choice.calibration.curve]
-    if choice.calibration
-    else None,
+    'curve': calibration and [point._asdict() for point in calibration.curve],
   }
   lines = [report.to_text(verbose=True), ''] if program.VERBOSE.value else []
   if source.left_out:
@@ -146,17 +109,30 @@ def main() -> program.Result | None:
   if checkpoints.ADAPTER_CONFIG in source.files and report.keeps != 'bits':
     program.warn('the adapter in the folder does not fit the decoded weights')
   if _BASE.value and not report.needs:
-    program.warn(f'{_OUTPUT.value} does not need the base: too little of it is alike')
+    program.warn(f'{target} does not need the base: too little of it is alike')
   # The weights files may hold more than the tensors.
   input_bytes = min(source.input_bytes or report.input_bytes, report.input_bytes)
   if report.file_bytes >= input_bytes:
-    program.warn(f'{_OUTPUT.value} is not smaller than the weights: keep those')
-  lines.append(_summary(report, input_bytes, time.monotonic() - start, choice))
+    program.warn(f'{target} is not smaller than the weights: keep those')
+  comes_back = report_lib.BACK[report.keeps]
+  if calibration is not None and calibration.step is not None:
+    comes_back += f': KL {calibration.kl:.2g} nats, step 2^{calibration.step:g}'
+  elif report.keeps == 'approximation':
+    comes_back += '; measure it with rotbits evaluate'
+  elif report.needs:
+    comes_back += ', with the same --base'
+  before, after = map(text_lib.of_bytes, (input_bytes, report.file_bytes))
+  share = f'{report.file_bytes / max(input_bytes, 1):.2%}'
+  seconds = f'{time.monotonic() - start:.0f} s'
+  lines.append(f'{share} ({before} => {after}, {target}) in {seconds}; {comes_back}')
   return result, '\n'.join(lines)
 
 
-def _read_choice(source: Any) -> _Choice:
-  """Reads the preset and its options from the flags; `source` is the checkpoint."""
+def _settings(source: Any) -> tuple[Any, dict[str, Any], steps.Calibration | None]:
+  """Reads the preset and the options from the flags, and calibrates `near` on --text.
+
+  `source` is the checkpoint. The options are those of `encode_to_file`, too.
+  """
   near_flags = _STEP, _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
   used = [flag.name for flag in near_flags if flag.present]
   if _CONFIG.present:
@@ -166,7 +142,7 @@ def _read_choice(source: Any) -> _Choice:
     options.pop('experiment', None)
     preset = options.pop('preset', None)
     presets.make(preset, **options)  # an unknown field is an error
-    return _Choice(preset, options)
+    return preset, options, None
   default = 'exact' if _BASE.value else presets.default(getattr(source, 'config', None))
   preset = _PRESET.value or default
   if used and preset != 'near':
@@ -178,36 +154,20 @@ def _read_choice(source: Any) -> _Choice:
     raise ValueError('--max_kl and --text are needed together')
   if _TEXT.present and goals in ([], ['step']):
     raise ValueError('--text is for --max_kl, --target_size or --bits')
-  target_size, bits = program.parse_size(_TARGET_SIZE), _BITS.value
-  if bits is not None:
-    target_size = int(bits * estimate_lib.elements(source) / 8)
+  options = {'step': _STEP.value} if _STEP.present else {}
+  if _TARGET_SIZE.present:
+    options['target_size'] = program.parse_size(_TARGET_SIZE)
+  if _BITS.value is not None:
+    options['target_size'] = int(_BITS.value * estimate_lib.counts(source)[0] / 8)
   if _TEXT.value is None:
-    options = {'step': _STEP.value} if _STEP.present else {}
-    return _Choice(preset, options, target_size)
-  opened = checkpoints.open_checkpoint(_CHECKPOINT.value)
-  text = pathlib.Path(_TEXT.value).read_text('utf-8-sig')
-  tokens = evaluation.encode_text(opened.files, text)
-  settings: Any = {
-    'max_tokens': _MAX_TOKENS.value,
-    'folder': outputs.resolved(_OUTPUT.value).parent,
-    'progress': True,
-  }
-  calibration = steps.calibrate(opened, tokens, max_kl=_MAX_KL.value, **settings)
-  return _Choice(preset, calibration.options, target_size, calibration)
-
-
-def _summary(
-  report: savings.Report, input_bytes: int, seconds: float, choice: _Choice
-) -> str:
-  """Returns the line with which the command ends."""
-  comes_back = savings.BACK[report.keeps]
-  if choice.calibration is not None and choice.calibration.step is not None:
-    kl, step = choice.calibration.kl, choice.calibration.step
-    comes_back += f': KL {kl:.2g} nats, step 2^{step:g}'
-  elif report.keeps == 'approximation':
-    comes_back += '; measure it with rotbits evaluate'
-  elif report.needs:
-    comes_back += ', with the same --base'
-  share = report.file_bytes / max(input_bytes, 1)
-  sizes = f'{text_lib.of_bytes(input_bytes)} => {text_lib.of_bytes(report.file_bytes)}'
-  return f'{share:.2%} ({sizes}, {_OUTPUT.value}) in {seconds:.0f} s; {comes_back}'
+    return preset, options, None
+  model = checkpoints.open_checkpoint(_CHECKPOINT.value)
+  calibration = steps.calibrate(
+    model,
+    program.read_tokens(_TEXT.value, model.files),
+    max_kl=_MAX_KL.value,
+    max_tokens=_MAX_TOKENS.value,
+    folder=outputs.resolved(_OUTPUT.value).parent,
+    progress=True,
+  )
+  return preset, options | calibration.options, calibration

@@ -10,17 +10,12 @@ JSON: bytes of the weights; presets, a list of objects: preset, bytes of the fil
 about how many seconds and bytes of memory that takes; without, why free and near lack.
 """
 
-from absl import flags
-
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimate as estimate_lib
 from rotbits_jax.system import text as text_lib
 
-_CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', None, 'A directory with weights, or the weights file.', required=True
-)
-_BASE = program.define_base()
+_CHECKPOINT, _BASE = program.shared('checkpoint', 'base')
 
 _KEPT = {
   'exact': 'every bit',
@@ -32,25 +27,20 @@ _KEPT = {
 
 def main() -> program.Result:
   source = checkpoints.open_any(_CHECKPOINT.value)
-  input_bytes = min(source.input_bytes, estimate_lib.tensor_bytes(source))
+  input_bytes = min(source.input_bytes, estimate_lib.counts(source)[1])
   estimates, without = estimate_lib.estimate(source, base=_BASE.value, progress=True)
-  result = {
-    'bytes': input_bytes,
-    'presets': [
-      {'preset': x.preset, 'bytes': x.nbytes, 'seconds': x.seconds, 'memory': x.memory}
-      for x in estimates
-    ],
-    'without': without,
-  }
   size = text_lib.of_bytes
   lines = [f'{"":13}{size(input_bytes):>8}{"time":>15}{"memory":>9}  what comes back']
-  for estimate in estimates:
-    share = estimate.nbytes / max(input_bytes, 1)
+  presets = []
+  for preset, nbytes, seconds, memory in estimates:
+    presets.append(
+      {'preset': preset, 'bytes': nbytes, 'seconds': seconds, 'memory': memory}
+    )
     lines.append(
-      f'{estimate.preset:13}{size(estimate.nbytes):>8}{share:7.1%}'
-      f'{text_lib.of_seconds(estimate.seconds):>8}{size(estimate.memory):>9}'
-      f'  {_KEPT[estimate.preset]}'
+      f'{preset:13}{size(nbytes):>8}{nbytes / max(input_bytes, 1):7.1%}'
+      f'{text_lib.of_seconds(seconds):>8}{size(memory):>9}  {_KEPT[preset]}'
     )
   if without is not None:
     lines.append(f'no free and near: {without}')
+  result = {'bytes': input_bytes, 'presets': presets, 'without': without}
   return result, '\n'.join(lines)

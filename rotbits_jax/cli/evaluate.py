@@ -12,7 +12,6 @@ JSON: the fields of `rotbits_jax.evaluation.Evaluation`.
 """
 
 import math
-import pathlib
 
 from absl import flags
 import jax
@@ -23,25 +22,21 @@ from rotbits_jax.cli import program
 from rotbits_jax.file import shards
 
 _MODEL = flags.DEFINE_string('model', None, 'The model to measure.', required=True)
-_BASE = program.define_base()
+(_BASE,) = program.shared('base')
 _TEXT = flags.DEFINE_string('text', None, 'A text file in UTF-8.', required=True)
 _REFERENCE = flags.DEFINE_string('reference', None, 'A model to compare with.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', None, 'Tokens to use.', 2)
 
 
 def main() -> program.Result:
-  text = pathlib.Path(_TEXT.value).read_text('utf-8-sig')
-  # A base is for the file of the two that may need one.
-  path = _REFERENCE.value
-  reference_is_file = path is not None and shards.is_encoded(path)
-  model_is_file = shards.is_encoded(_MODEL.value)
-  model_base = _BASE.value if model_is_file or not reference_is_file else None
-  checkpoint = program.read_model(_MODEL.value, model_base)
-  tokens = evaluation.encode_text(checkpoint.files, text)
+  paths = [path for path in (_MODEL.value, _REFERENCE.value) if path is not None]
+  if _BASE.value and not any(map(shards.is_encoded, paths)):
+    raise ValueError('--base is for a file of `encode`; a checkpoint needs none')
+  checkpoint = program.read_model(_MODEL.value, _BASE.value)
+  tokens = program.read_tokens(_TEXT.value, checkpoint.files)
   reference = rerounded = None
-  if path is not None:
-    reference_base = _BASE.value if reference_is_file else None
-    reference = program.read_model(path, reference_base).model
+  if _REFERENCE.value is not None:
+    reference = program.read_model(_REFERENCE.value, _BASE.value).model
     rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   measured = evaluation.evaluate(
     checkpoint.model,

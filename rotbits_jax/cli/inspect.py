@@ -4,12 +4,9 @@
 
 The bytes saved add up to the difference between the sizes exactly. Layers of one shape
 are one row; --verbose gives each of them a row. Only the header of the file is read;
-`rotbits verify` reads and checks the rest.
-
-In the tables of the transforms, `form` is the type of the leaf that stores a tensor;
-`array` says that it was left as it is. `saved` counts elements. `error` is the greatest
-relative error of a leaf, in the Frobenius norm. For an embedding that is left as it is,
-it is the error of its prediction from the head.
+`rotbits verify` reads and checks the rest. In the tables of the transforms, `form` is
+the type of the leaf that stores a tensor (`array` was left as it is), and `error` its
+relative error in the Frobenius norm.
 
 JSON: preset, keeps, family, elements and bytes of input and file, lines (each with its
 elements_saved and bytes_saved), remarks, base; with --verbose notes for each transform.
@@ -18,12 +15,11 @@ elements_saved and bytes_saved), remarks, base; with --verbose notes for each tr
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT = program.define_input()
+(_INPUT,) = program.shared('input')
 
 
 def main() -> program.Result:
   verbose = program.VERBOSE.value
   report = rotbits_jax.inspect(_INPUT.value)
-  text = report.to_text(verbose=verbose)
   note = 'Only the header was read; rotbits verify checks the rest.'
-  return report.to_json(verbose=verbose), f'{text}\n\n{note}'
+  return report.to_json(verbose=verbose), f'{report.to_text(verbose=verbose)}\n\n{note}'

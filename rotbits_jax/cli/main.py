@@ -48,7 +48,7 @@ def main() -> int:
     print(f'rotbits: unknown command {name!r}; it is one of {names}', file=sys.stderr)
     return 2
   del sys.argv[1]
-  # Before SciPy is imported, whose LAPACK JAX calls; see `host.blas_is_serial`.
+  # Before SciPy is imported, whose LAPACK JAX calls; see `host.small_products`.
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   # Imports only one command, because importing all would take seconds.
   command = importlib.import_module(f'rotbits_jax.cli.{name}')

@@ -7,6 +7,7 @@ Exit codes: 0 success; 2 bad input, with one line on stderr and nothing written;
 interrupted. Any other exception is a fault of this program, raised with its traceback.
 """
 
+from collections.abc import Mapping
 import decimal
 import inspect
 import json
@@ -20,8 +21,10 @@ from typing import Any
 
 from absl import flags
 import jax
+import numpy as np
 
 import rotbits_jax
+from rotbits_jax import evaluation
 from rotbits_jax.file import shards
 from rotbits_jax.system import cache
 from rotbits_jax.system import host
@@ -40,19 +43,29 @@ JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 VERBOSE = flags.DEFINE_bool('verbose', False, 'Print more, and tracebacks of errors.')
 
 
-def define_input() -> flags.FlagHolder[Any]:
-  """Defines the flag --input."""
-  return flags.DEFINE_string('input', None, 'A file of `encode`.', required=True)
-
-
-def define_base() -> flags.FlagHolder[Any]:
-  """Defines the flag --base, which may be repeated."""
-  return flags.DEFINE_multi_string(
-    'base',
+# Flags of several commands: function, default (... if it is required), purpose.
+_SHARED: dict[str, tuple[Any, Any, str]] = {
+  'input': (flags.DEFINE_string, ..., 'A file of `encode`.'),
+  'checkpoint': (flags.DEFINE_string, ..., 'A directory with weights, or their file.'),
+  'base': (
+    flags.DEFINE_multi_string,
     None,
-    'The model relative to which the file is encoded: a checkpoint or an encoded file. '
-    'If it is a file with a base of its own, repeat the flag with that one.',
-  )
+    'The base; repeat it for bases of it.',
+  ),
+  'against': (flags.DEFINE_string, None, 'The checkpoint that was encoded.'),
+  'overwrite': (flags.DEFINE_bool, False, 'Replace existing files.'),
+}
+
+
+def shared(*names: str) -> list[flags.FlagHolder[Any]]:
+  """Defines flags that several commands have."""
+  holders = []
+  for name in names:
+    define, default, purpose = _SHARED[name]
+    holders.append(define(name, None if default is ... else default, purpose))
+    if default is ...:
+      flags.mark_flag_as_required(name)
+  return holders
 
 
 def run(command: types.ModuleType) -> int:
@@ -71,7 +84,9 @@ def run(command: types.ModuleType) -> int:
   except KeyboardInterrupt:
     return INTERRUPTED
   except Exception as error:
-    if not _is_bad_input(error):
+    # JAX_PLATFORMS may name devices that are not there.
+    is_of_platform = str(error).startswith('Unable to initialize backend')
+    if not (isinstance(error, ValueError | OSError | flags.Error) or is_of_platform):
       raise
     if flags.FLAGS['verbose'].value:
       traceback.print_exc()
@@ -94,18 +109,20 @@ def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
   """Reads a checkpoint, or decodes a rotbits file, which may need a base."""
   if shards.is_encoded(path):
     return rotbits_jax.decode_checkpoint(path, base=base, progress=True)
-  if base:
-    raise ValueError(f'{path}: a checkpoint needs no base')
   return rotbits_jax.load_checkpoint(path)
+
+
+def read_tokens(path: str, files: Mapping[str, bytes]) -> np.ndarray:
+  """Reads a UTF-8 text as tokens of the tokenizer among the files of a model."""
+  return evaluation.encode_text(files, pathlib.Path(path).read_text('utf-8-sig'))
 
 
 def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
   """Parses the value of a flag as a number of bytes, like 2GB, 1.5MB or 3000000."""
   if flag.value is None:
     return None
-  match = re.fullmatch(
-    r'(\d{1,12}(?:\.\d{1,3})?)(KB|MB|GB|)', flag.value.strip(), re.ASCII
-  )
+  pattern = r'(\d{1,12}(?:\.\d{1,3})?)(KB|MB|GB|)'
+  match = re.fullmatch(pattern, flag.value.strip(), re.ASCII)
   factors = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
   size = int(decimal.Decimal(match[1]) * factors[match[2]]) if match else 0
   if not size:
@@ -146,22 +163,13 @@ def config_folder() -> pathlib.Path:
 
 def _keep_compiled_programs() -> None:
   """Lets JAX keep compiled programs, so that a command starts with earlier ones'."""
-  if jax.config.jax_compilation_cache_dir is not None:
-    return
-  try:
-    folder = cache.root()
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError:
-    return
-  jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-
-
-def _is_bad_input(error: Exception) -> bool:
-  """Returns whether an error is one of the input, and not of this program."""
-  if isinstance(error, RuntimeError):  # JAX_PLATFORMS names devices that are not there
-    return str(error).startswith('Unable to initialize backend')
-  return isinstance(error, ValueError | OSError | flags.Error)
+  if jax.config.jax_compilation_cache_dir is None:
+    try:
+      cache.root().mkdir(parents=True, exist_ok=True)
+    except OSError:
+      return
+    jax.config.update('jax_compilation_cache_dir', str(cache.root()))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,9 +2,8 @@
 
   rotbits report --input=smollm2.rotbits --output=report.html
 
-The page stands alone: it loads nothing from a network. With --against it says how much
-the decoded model differs from the checkpoint, as `rotbits verify` measures it; a file
-that was encoded with --base needs the base for that.
+The page loads nothing from a network. With --against it says how much the decoded model
+differs from the checkpoint, as `rotbits verify` measures it, which may need --base.
 
 JSON: output, the path of the page, and its bytes.
 """
@@ -13,30 +12,26 @@ from absl import flags
 
 import rotbits_jax
 from rotbits_jax.cli import program
-from rotbits_jax.file import inputs
+from rotbits_jax.file import output
 from rotbits_jax.file import report
 from rotbits_jax.system import outputs
 
-_INPUT = program.define_input()
-_BASE = program.define_base()
+_INPUT, _BASE, _AGAINST, _OVERWRITE = program.shared(
+  'input', 'base', 'against', 'overwrite'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'The page to write.', required=True)
-_AGAINST = flags.DEFINE_string('against', None, 'The checkpoint that was encoded.')
-_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace an existing file.')
 
 
 def main() -> program.Result:
-  against, base = _AGAINST.value, _BASE.value
-  target = outputs.resolved(_OUTPUT.value)
-  outputs.check(target, overwrite=_OVERWRITE.value)
-  inputs.check([target], [_INPUT.value, base, against])
+  source, against, base = _INPUT.value, _AGAINST.value, _BASE.value
+  target, inputs = outputs.resolved(_OUTPUT.value), [source, base, against]
+  output.check_path(_OUTPUT.value, None, inputs=inputs, overwrite=_OVERWRITE.value)
   if base and against is None:
     raise ValueError('--base is for --against')
   verified = None
   if against is not None:
-    verified = rotbits_jax.verify(
-      _INPUT.value, against=against, base=base, progress=True
-    )
-  page = report.report_page(_INPUT.value, verified=verified)
+    verified = rotbits_jax.verify(source, against=against, base=base, progress=True)
+  page = report.report_page(source, verified=verified)
   with outputs.fresh(outputs.staging(target)) as folder:
     (folder / target.name).write_text(page, encoding='utf-8')
     outputs.move(folder / target.name, target)

@@ -6,10 +6,9 @@ r"""Slices a dense checkpoint with SliceGPT: fewer elements, similar predictions
 Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
 of the interval. The calibration text decides which directions stay. The output is that
 of Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
-configs and tokenizer. --encoded also writes the file of `rotbits encode --preset=free`,
-from the elements before they are rounded; --recipe the same relative to the dense
-model, which decoding then needs as --base. Slicing costs quality, most of all in small
-models: measure it with `rotbits evaluate`.
+other files. --encoded also writes the file of `rotbits encode --preset=free`, from the
+elements before they are rounded; --recipe the same relative to the dense model, which
+decoding then needs as --base. Measure what it costs with `rotbits evaluate`.
 
 JSON: the paths weights, encoded and recipe; hidden_size of the dense model; width of
 the first segment of the sliced model; count of the tokens that calibrated it.
@@ -21,14 +20,14 @@ import pathlib
 from absl import flags
 
 import rotbits_jax
-from rotbits_jax import evaluation
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
-from rotbits_jax.file import inputs
+from rotbits_jax.file import output
 from rotbits_jax.system import outputs
 
 MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
 
+(_OVERWRITE,) = program.shared('overwrite')
 _MODEL = flags.DEFINE_string('model', None, 'The dense model.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
 _SPARSITY = flags.DEFINE_float(
@@ -55,28 +54,25 @@ _SEQUENCE_LENGTH = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer('seed', 42, 'The seed of all that is random.', 0)
 _ENCODED = flags.DEFINE_string('encoded', None, 'A file for the sliced model.')
 _RECIPE = flags.DEFINE_string('recipe', None, 'One that needs the dense model.')
-_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
 
 
 def main() -> program.Result:
-  text = pathlib.Path(_CALIBRATION.value).read_text('utf-8-sig')
-  dense = program.read_model(_MODEL.value)
+  dense, overwrite = program.read_model(_MODEL.value), _OVERWRITE.value
   path = pathlib.Path(_MODEL.value).resolve()
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   directory = outputs.directory_target(_OUTPUT.value)
   names = f'{stem}.pt', f'{stem}.json', *dense.files
   bases = {_ENCODED.value: None, _RECIPE.value: dense.model}
   encoded_files = {file: base for file, base in bases.items() if file is not None}
-  targets = [outputs.resolved(file) for file in encoded_files]
-  for target in targets:
-    outputs.check(target, overwrite=_OVERWRITE.value)
-  outputs.check_replaced(directory, names.__contains__, overwrite=_OVERWRITE.value)
-  targets += [directory / name for name in names]
-  inputs.check(targets, [_MODEL.value, _CALIBRATION.value])
+  inputs = [_MODEL.value, _CALIBRATION.value]
+  for file in encoded_files:
+    output.check_path(file, None, inputs=inputs, overwrite=overwrite)
+  outputs.check_replaced(directory, names.__contains__, overwrite=overwrite)
+  output.check_inputs([directory / name for name in names], inputs)
   config = dense.model.config
   length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(
-    evaluation.encode_text(dense.files, text),
+    program.read_tokens(_CALIBRATION.value, dense.files),
     sequences=_SEQUENCES.value,
     length=length,
     seed=_SEED.value,
@@ -93,32 +89,27 @@ def main() -> program.Result:
   )
   dtype = _DTYPE.value or dense.model.params['embed']['tokens'].dtype.name
   unrounded = dataclasses.replace(unrounded, stored_as=dtype)
-  model = unrounded.rounded()
-  checkpoint = slicing.sliced_checkpoint(dense, model, stem)
+  checkpoint = slicing.sliced_checkpoint(dense, unrounded.rounded(), stem)
   rotbits_jax.save_checkpoint(
-    checkpoint, _OUTPUT.value, format='slicegpt', overwrite=_OVERWRITE.value
+    checkpoint, _OUTPUT.value, format='slicegpt', overwrite=overwrite
   )
   for file, base in encoded_files.items():
     rotbits_jax.encode_to_file(
-      unrounded,
+      checkpoint._replace(model=unrounded),
       file,
       preset='free',
       base=base,
-      files=checkpoint.files,
-      stem=stem,
-      overwrite=_OVERWRITE.value,
+      overwrite=overwrite,
       progress=True,
     )
-  width = model.config.segment_widths[0]
+  width, weights = unrounded.config.segment_widths[0], f'{directory / stem}.pt'
   result = {
-    'weights': str(pathlib.Path(_OUTPUT.value, f'{stem}.pt')),
+    'weights': weights,
     'encoded': _ENCODED.value,
     'recipe': _RECIPE.value,
     'hidden_size': config.hidden_size,
     'width': width,
     'tokens': int(tokens.size),
   }
-  return result, (
-    f'wrote {result["weights"]}: width {width} of {config.hidden_size}, '
-    f'calibrated on {tokens.size:,} tokens'
-  )
+  text = f'wrote {weights}: width {width} of {config.hidden_size}'
+  return result, f'{text}, calibrated on {tokens.size:,} tokens'

@@ -4,8 +4,7 @@
 
 The folder is for transformers, vLLM, MaxText, Tunix and Keras; do not write into it. It
 is in ROTBITS_JAX_CACHE, or in ~/.cache/rotbits_jax, and named by the checksums of the
-file, so a second call only finds it. Remove folders that you no longer need. A sliced
-model gets the format `transformers`, see `rotbits decode --help`.
+file, so a second call only finds it. A sliced model gets the format `transformers`.
 
 JSON: folder.
 """
@@ -13,8 +12,7 @@ JSON: folder.
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT = program.define_input()
-_BASE = program.define_base()
+_INPUT, _BASE = program.shared('input', 'base')
 
 
 def main() -> program.Result:

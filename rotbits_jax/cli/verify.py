@@ -2,7 +2,6 @@
 
   rotbits verify --input=smollm2.rotbits --against=SmolLM2-135M
 
-Every checksum must hold, and every array must decode to the elements that were encoded.
 With --against a file of the preset `exact` must have the checkpoint's bits. One of
 `free` or `paper` must have its function: the predictions for random tokens differ from
 the checkpoint's by no more than a few times what a random rotation and rounding make.
@@ -12,27 +11,22 @@ memory; everything else takes one layer at a time.
 JSON: the fields of `rotbits_jax.file.verification.Verification`.
 """
 
-from absl import flags
-
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT = program.define_input()
-_BASE = program.define_base()
-_AGAINST = flags.DEFINE_string('against', None, 'The checkpoint that was encoded.')
+_INPUT, _BASE, _AGAINST = program.shared('input', 'base', 'against')
 
 
 def main() -> program.Result:
+  source, against = _INPUT.value, _AGAINST.value
   verified = rotbits_jax.verify(
-    _INPUT.value, against=_AGAINST.value, base=_BASE.value, progress=True
+    source, against=against, base=_BASE.value, progress=True
   )
   counts = f'{verified.tensors} tensors and {verified.files} other files'
-  lines = [f'{_INPUT.value}: {counts} are undamaged']
+  lines = [f'{source}: {counts} are undamaged']
   if verified.same_bits:
-    lines.append(f'all bits are those of {_AGAINST.value}')
+    lines.append(f'all bits are those of {against}')
   if verified.kl is not None:
-    lines.append(
-      f'KL divergence from {_AGAINST.value}: {verified.kl:.3g}, '
-      f'noise floor {verified.kl_rerounded:.3g}'
-    )
+    floor = f'noise floor {verified.kl_rerounded:.3g}'
+    lines.append(f'KL divergence from {against}: {verified.kl:.3g}, {floor}')
   return verified._asdict(), '\n'.join(lines)

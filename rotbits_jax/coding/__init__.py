@@ -14,13 +14,13 @@ in a file.
     >>> np.array_equal(decoded, array)
     True
 
-The bits of an element are divided into a *symbol*, the bits that are worth modelling,
-and *raw bits*, which are noise. A *layout* is a rule for this division; it belongs to
-one dtype. A frequency table says how probable each symbol is, and how many raw bits its
-elements have. Which table codes an element, its *context*, encoder and decoder know
-before: it follows from the scales of the element's row and column, or from what both
-know of it. Symbols become a *message*, a stack that is divided into lanes, which are
-coded side by side. In the order of reading:
+The bits of an element are divided into the bits that are worth modelling, of which a
+*symbol* is made, and *raw bits*, which are noise. A *layout* is a rule for this
+division; it belongs to one dtype. Floats are coded in pairs: two neighbours are one
+symbol. A frequency table says how probable each symbol is. Which table codes an
+element, its *class*, encoder and decoder know before: it follows from the scales of the
+element's row and column, or from what both know of it. Symbols become a *message*, a
+stack that is divided into lanes, which are coded side by side. In the order of reading:
 
     rans         the coder: pushes symbols onto a message and pops them
     tables       integer frequency tables
@@ -28,18 +28,14 @@ coded side by side. In the order of reading:
     bits_back/   bits-back coding: rotations that cost no bits
     layouts      divides elements into symbols and raw bits
     blocks       codes up to 2^20 elements
-    contexts     the tables of arrays, and which of them codes an element
-    known        the same for integers of which the decoder knows something
-    formats      chooses layouts
-    line_sums    sums of rows and columns
-    scales       chooses the scales of rows and columns
+    known        the classes of integers of which the decoder knows something
+    contexts     the classes of elements and the tables of arrays
+    formats      chooses the layouts of floats
+    scales       measures rows and columns
     sparse       arrays without their zeros
     plans        chooses how each array is stored
     specs        describes a stream
     coder        codes a record
     buffers      arrays that are used again
     pool         the threads
-
-Another layout is another class in `layouts`: it has to split elements, to join them,
-and to say which magnitudes a symbol stands for.
 """

@@ -1,22 +1,25 @@
-"""Blocks: up to 2^20 elements that are coded on their own.
+"""Blocks: up to 2^19 units that are coded on their own.
 
-A block is a `rans.Message` of the elements' symbols, and then the planes of their raw
-bits. Element i is in lane i % n and row i // n, so in each step the lanes code n
-neighbouring elements. A *context* is the index of an element's frequency table, which
-encoder and decoder know; the table tells how many raw bits the element has, see
-`layouts`. A *plane* is the pieces of one kind of all elements that have one, in their
-order.
+A block is a `rans.Message`; then the planes; then the list of pairs of
+bins, 10 bits each, the highest first; then the exceptions: the place of each unit, 3
+bytes, and then the bits of each unit. Integers have neither planes nor the list. Unit i
+is in lane i % L and row i // L of L lanes, so in each step these code L neighbouring
+units. The last row is filled up with the last unit. There are 32 lanes, which suits the
+registers of processors; or 4, which take fewer bytes, for up to 2^16 units.
 
-All blocks share the programs that push and pop, because these know neither
-layouts nor the number of elements: they code rows of 64 lanes, of which some may be
-void.
+A plane has the pieces of one kind, rows of L units. A unit's part of it is the piece
+of its first number, in the lower bits, and that of its second. Rows of less than a byte
+a unit share bytes, the first row being in the lowest bits.
 
-Shape letters: n elements, N lanes in use, T rows, K tables, A symbols in use.
+All blocks of a layout share the programs that encode and decode, which do not know the
+number of units.
+
+Shape letters: n units of W words, L lanes, T rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,459 +27,303 @@ import numpy as np
 
 from rotbits_jax.coding import buffers
 from rotbits_jax.coding import layouts
-from rotbits_jax.coding import pool
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import tables as tables_lib
 from rotbits_jax.system import native
 
-LANES = 64
-"""The greatest N, and the number of lanes of the programs."""
-
-STEPS = buffers.ROOM // LANES
+LANES, FEW_LANES = 32, 4
+ROWS = 1 << 14
 """The greatest T."""
 
-CAPACITY = buffers.ROOM
+CAPACITY = LANES * ROWS
 """The greatest n."""
 
-MAX_TABLES = 255
-"""The greatest K. With one more table, for places without an element, a byte tells it.
-"""
+LEAST_BYTES = 2 * (3 + 2 * FEW_LANES) + FEW_LANES
+"""Bytes of a block without words."""
 
-MAX_ENTRIES = 1 << 20
-"""The greatest (K + 1) * A."""
+_PLACE = 3  # bytes
 
 # The stacks are no multiple of a large power of two apart, because their tops would
 # then compete for the same places in the CPU's cache.
-_STACK = STEPS + 96
+_APART = 96
+
+# Where the CPU has registers of 512 bits, they save a tenth of the time.
+_WIDE = {'xla_cpu_prefer_vector_width': 512}
 
 Fill = Callable[[np.ndarray], None]
-"""A function that writes into an array `[n]`."""
+"""A function that writes into an array."""
+
+Patch = tuple[np.ndarray, np.ndarray]
+"""The indices of numbers, ascending, and their bit patterns."""
 
 
-class Tables(NamedTuple):
-  """Frequency tables, and the shifts of their elements.
-
-  The last table is that of places without an element: its first symbol owns the whole
-  interval, so that coding it changes nothing.
-
-  Attributes:
-    frequencies: int64 `[K + 1, A]`.
-    shifts: uint8 `[K + 1]`, the raw bits of the elements of each table.
-  """
-
-  frequencies: np.ndarray
-  shifts: np.ndarray
-
-  @classmethod
-  def make(cls, frequencies: np.ndarray, shifts: Sequence[int] | int) -> 'Tables':
-    """Makes the tables.
-
-    Args:
-      frequencies: int64 `[K, A]`. A row of zeros is a table that is not used.
-      shifts: those of the K tables.
-    """
-    void = np.zeros((1, frequencies.shape[1]), np.int64)
-    void[0, 0] = tables_lib.TOTAL
-    rows = np.concatenate([frequencies, void])
-    rows[~rows.any(axis=1)] = void
-    of_tables = np.zeros(len(rows), np.uint8)
-    of_tables[:-1] = shifts
-    return cls(rows, of_tables)
-
-  @property
-  def void(self) -> int:
-    """The index of the last table, K."""
-    return len(self.frequencies) - 1
-
-  @property
-  def alphabet(self) -> np.uint32:
-    return np.uint32(self.frequencies.shape[1])
-
-  def entries(self) -> np.ndarray:
-    """Returns `tables.pack_intervals`, flat, the first of uint32 `[2^20]`."""
-    pack = tables_lib.pack_intervals
-    return buffers.filled('entries', MAX_ENTRIES, np.uint32, self.frequencies, pack)
-
-  def slots(self) -> np.ndarray:
-    """Returns `tables.slots`, flat, the first of uint8 or uint16 `[2^22]`."""
-    size = (MAX_TABLES + 1) * tables_lib.TOTAL
-    dtype = tables_lib.slots_dtype(int(self.alphabet))
-    return buffers.filled('slots', size, dtype, self.frequencies, tables_lib.slots)
-
-
-def lanes_for(count: int, nbytes: float) -> int:
-  """Returns the number of lanes for blocks.
-
-  A step of a program takes equally long for any number of lanes, so more lanes are
-  faster. A lane costs about 4 bytes, so a block of few elements that take few bytes
-  gets fewer lanes.
-
-  Args:
-    count: the elements of a block.
-    nbytes: about how many bytes it takes.
-  """
-  return min(max(count // 8192, int(nbytes) // 2048, 1), LANES)
-
-
-def divided(count: int) -> int:
-  """Returns the elements of each of few blocks of similar sizes.
+def capacity_of(units: int) -> int:
+  """Returns the units, at least 1, of each of few blocks of similar sizes.
 
   The last one may have fewer.
-
-  Args:
-    count: the number of elements, at least 1.
   """
-  return -(-count // -(-count // CAPACITY))
+  return -(-units // -(-units // CAPACITY))
 
 
-# ---- one block -----------------------------------------------------------------------
+def _grid(count: int) -> tuple[int, int]:
+  """Returns the rows and the lanes of a block of so many units."""
+  lanes = FEW_LANES if count <= FEW_LANES * ROWS else LANES
+  return -(-count // lanes), lanes
+
+
+def _plane_rows(width: int, rows: int) -> int:
+  """Returns the rows of a plane of pieces of so many bits."""
+  return -(-rows * min(width, 4) // 4)
+
+
+def _plane(width: int, lanes: int) -> tuple[tuple[int, ...], np.dtype]:
+  """Returns the greatest shape of a plane of pieces of so many bits, and its dtype."""
+  dtype = np.dtype(np.uint16 if width == 8 else np.uint8)
+  return (_plane_rows(width, ROWS), lanes), dtype
+
+
+def _classes(fill: Fill, count: int) -> np.ndarray:
+  """Returns the classes of the units of a block: uint8 `[ROWS, L]`."""
+  rows, lanes = _grid(count)
+  classes = buffers.scratch('classes', (ROWS, lanes), np.uint8)
+  flat = classes.reshape(-1)
+  fill(flat[:count])
+  flat[count : rows * lanes] = flat[count - 1]
+  return classes
 
 
 def encode(
-  bits: Fill,
-  contexts: Fill,
+  units: Fill,
+  classes: Fill,
   count: int,
-  lanes: int,
   layout: layouts.Layout,
-  tables: Tables,
+  coder_tables: layouts.Tables,
 ) -> np.ndarray:
   """Encodes a block on this thread.
 
   Args:
-    bits: writes the bit patterns of the elements.
-    contexts: writes their contexts.
-    count: n, from 1 to `CAPACITY`; at most `STEPS` for each lane.
-    lanes: N.
-    layout: layout of the elements.
-    tables: the tables.
+    units: writes the bit patterns of the numbers, unsigned integers.
+    classes: writes the class of each unit, uint8 `[n]`.
+    count: n, from 1 to `CAPACITY`.
+    layout: layout of the numbers.
+    coder_tables: the tables.
 
   Returns:
-    The words of the message, and the planes: uint8.
+    The block, uint8.
   """
-  patterns = buffers.scratch('bits', buffers.ROOM, layout.unsigned)
-  bits(patterns[:count])
-  places = buffers.scratch('contexts', buffers.ROOM, np.uint8)
-  contexts(places[:count])
-  # The symbols of a row's void places are 0.
-  patterns[count : count + LANES] = layout.first
-  places[count : count + LANES] = tables.void
-  program = layout.program
-  names = ['symbols', *(f'piece {i}' for i in range(len(program.pieces)))]
-  dtypes = [np.uint16, *(np.uint8 for _ in program.pieces)]
-  divided = layouts.split(
-    tuple(
-      buffers.taken(name, buffers.ROOM, dtype)
-      for name, dtype in zip(names, dtypes, strict=True)
-    ),
-    patterns,
-    _shifts(places, tables, layout),
-    layout.unsigned.type(layout.min_exponent),
-    np.int32(count),
-    layout=program,
-  )
-  planes = []
-  for piece, values in zip(program.pieces, divided[1:], strict=True):
-    values = np.asarray(values)[:count]
-    if _differ(layout):
-      has = piece.is_in(tables.shifts)[places[:count]]
-      values = values[np.flatnonzero(has)]  # a mask takes longer
-    planes.append(packed(values, piece.width))
-  words = push(divided[0], places, count, lanes, tables)
-  for name, array in zip(names, divided, strict=True):
-    buffers.keep(name, array)
-  return np.concatenate([words, *planes])
+  rows, lanes = _grid(count)
+  values = buffers.scratch('units', (ROWS, lanes, layout.words), layout.word)
+  flat = values.reshape(-1, layout.words)
+  units(flat[:count].reshape(-1).view(f'u{layout.dtype.itemsize}'))
+  flat[count : rows * lanes] = flat[count - 1]
+  stack = ROWS * layout.pushes + _APART
+  shapes: list[tuple[int, ...]] = [(lanes * stack,), (ROWS, lanes)]
+  outputs = [(shape, np.dtype(np.uint16)) for shape in shapes]
+  outputs += [_plane(width, lanes) for width, _ in layout.pieces]
+  out = tuple(buffers.taken(f'out {i}', *x) for i, x in enumerate(outputs))
+  arguments = values, _classes(classes, count), coder_tables, np.int32(rows)
+  state, lengths, out = _encode(out, *arguments, layout=layout.program)
+  words, marks, *planes = map(np.asarray, out)
+  lengths = np.asarray(lengths).astype(np.int64)
+  stacks = zip(words.reshape(lanes, stack), lengths.tolist(), strict=True)
+  message = np.concatenate([row[:n] for row, n in stacks])
+  parts = [rans.join_words(np.asarray(state), lengths, message)]
+  pairs = zip(layout.pieces, planes, strict=True)
+  parts += [plane[: _plane_rows(width, rows)] for (width, _), plane in pairs]
+  # The last unit is marked again where it fills the row.
+  marks = marks[:rows].reshape(-1)
+  marked = np.flatnonzero(marks)
+  marks = marks[marked]
+  listed = marks[marks & layouts.ESCAPED > 0] & layouts.ESCAPE
+  places = marked[(marks & layouts.EXCEPTION > 0) & (marked < count)]
+  bits = np.unpackbits(listed.astype('>u2').view(np.uint8)).reshape(-1, 16)
+  place_bytes = places.astype('<u4').view(np.uint8).reshape(-1, 4)[:, :_PLACE]
+  parts += [np.packbits(bits[:, 6:]), place_bytes, flat[places]]
+  data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
+  for i, array in enumerate(out):
+    buffers.keep(f'out {i}', array)
+  return data
 
 
 def decode(
   data: np.ndarray,
-  contexts: Fill,
+  classes: Fill,
   count: int,
-  lanes: int,
   layout: layouts.Layout,
-  tables: Tables,
-  write: Callable[[np.ndarray], None],
+  coder_tables: layouts.Tables,
+  write: Callable[[np.ndarray, list[Patch]], None],
 ) -> None:
   """Decodes a block on this thread: the inverse of `encode`, with its arguments.
 
-  `write` takes the bit patterns of the elements, unsigned integers `[n]`, and copies
-  them; the array is used again afterwards.
-
-  Raises:
-    ValueError: if the bytes are not a block of n elements.
+  `write` takes the bit patterns of the numbers and copies them, because the array is
+  used again. Then it replaces numbers by those of the patches, in their order. If the
+  bytes are not a block of n units, a ValueError is raised.
   """
-  places = buffers.scratch('contexts', buffers.ROOM, np.uint8)
-  contexts(places[:count])
-  program, sizes = layout.program, [count] * len(layout.program.pieces)
-  masks: list[np.ndarray | None] = [None] * len(program.pieces)
-  if _differ(layout):
-    masks = [x.is_in(tables.shifts)[places[:count]] for x in program.pieces]
-    sizes = [int(np.count_nonzero(mask)) for mask in masks]
-  pairs = list(zip(program.pieces, sizes, strict=True))
-  sizes = [-(-size * piece.width // 8) for piece, size in pairs]
-  if sum(sizes) > data.size:
-    raise ValueError(f'a block of {data.size} bytes has too few raw bits')
-  end = data.size - sum(sizes)
-  symbols = pop(data[:end], places, count, lanes, tables)
-  pieces = []
-  for i, ((piece, number), size, mask) in enumerate(
-    zip(pairs, sizes, masks, strict=True)
-  ):
-    values = buffers.scratch(f'piece {i}', buffers.ROOM, np.uint8)
-    unpack(data[end : end + size], piece.width, values[:number])
-    if mask is not None:
-      present = values[:number].copy()
-      values[:count] = 0
-      values[np.flatnonzero(mask)] = present
-    pieces.append(values)
-    end += size
-  joined = layouts.join(
-    buffers.taken('bits', buffers.ROOM, layout.unsigned),
-    symbols,
-    tuple(pieces),
-    _shifts(places, tables, layout),
-    layout.unsigned.type(layout.min_exponent),
-    np.int32(count),
-    layout=program,
+  rows, lanes = _grid(count)
+  state, lengths, left = rans.split_words(data[: data.size & ~1].view('<u2'), lanes)
+  most, total = rows * layout.pushes, int(lengths.sum())
+  if int(lengths.max()) > most or total > left.size:
+    raise ValueError('a lane of a block has more words than units')
+  # A lane whose words run out reads those of others, at most `most` below its own.
+  below = ROWS * layout.pushes
+  words = buffers.scratch('words', (below + lanes * below,), np.uint16)
+  words[below : below + total] = left[:total]
+  tops = (below - 1 + np.cumsum(lengths)).astype(np.uint32)
+  lists, planes = data[(data.size & ~1) - 2 * (left.size - total) :], []
+  for i, (width, _) in enumerate(layout.pieces):
+    plane = buffers.scratch(f'plane {i}', *_plane(width, lanes))
+    used = plane[: _plane_rows(width, rows)].reshape(-1).view(np.uint8)
+    if lists.size < used.size:
+      raise ValueError(f'a block of {data.size} bytes has too few raw bits')
+    used[:], lists = lists[: used.size], lists[used.size :]
+    planes.append(plane)
+  places = _classes(classes, count)
+  out = buffers.taken('units', (ROWS, lanes, layout.words), layout.word)
+  arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)
+  state, ends, out = _decode(out, *arguments, layout=layout.program)
+  if np.any(np.asarray(state) != 1 << 16) or np.any(np.asarray(ends) != tops - lengths):
+    raise rans.MessageError('a block has more or fewer words than its units need')
+  units = np.asarray(out).reshape(-1, layout.words)
+  patches = []
+  if isinstance(layout, layouts.Floats):
+    size, patch = _listed(
+      units[: rows * lanes], lists, places.reshape(-1), layout, coder_tables
+    )
+    patches, lists = [patch], lists[size:]
+  patches.append(_exceptions(lists, units[:count]))
+  to_numbers = lambda x: x.reshape(-1).view(f'u{layout.dtype.itemsize}')
+  numbers_of = lambda x: (x[:, None] * layout.size + np.arange(layout.size)).reshape(-1)
+  write(
+    to_numbers(units[:count]),
+    [(numbers_of(x[x < count]), to_numbers(bits[x < count])) for x, bits in patches],
   )
-  write(np.asarray(joined)[:count])
-  buffers.keep('bits', joined)
+  buffers.keep('units', out)
 
 
-def _differ(layout: layouts.Layout) -> bool:
-  """Returns whether the shifts of elements differ."""
-  return isinstance(layout, layouts.Difference)
+def _listed(
+  units: np.ndarray,
+  data: np.ndarray,
+  classes: np.ndarray,
+  layout: layouts.Floats,
+  coder_tables: layouts.Tables,
+) -> tuple[int, Patch]:
+  """Returns the bytes of the list of pairs, the units in it, and their bits."""
+  is_marked = (units & layout.marker) == layout.marker
+  (listed,) = np.nonzero(is_marked[:, 0] & is_marked[:, -1])
+  size = -(-10 * listed.size // 8)
+  if size > data.size:
+    raise ValueError('a block has too few pairs of bins')
+  bits = np.unpackbits(data[:size], count=10 * listed.size).reshape(-1, 10)
+  pairs = (bits @ (1 << np.arange(9, -1, -1))).astype(np.uint32)
+  told = classes[listed].astype(np.uint32)
+  told = coder_tables.classes[told] if layout.raised else told
+  kept = [*(units[listed] & ~layout.marker).T]
+  words = layout.join(pairs, kept, told, coder_tables.start, np)
+  return size, (listed, np.stack(words, -1))
 
 
-def _shifts(
-  contexts: np.ndarray, tables: Tables, layout: layouts.Layout
-) -> layouts.Shifts | None:
-  """Returns the shifts for the programs of a layout."""
-  if not _differ(layout):
-    return None
-  of_tables = np.zeros(MAX_TABLES + 1, np.uint8)
-  of_tables[: tables.shifts.size] = tables.shifts
-  return layouts.Shifts(contexts, of_tables)
-
-
-# ---- the symbols ---------------------------------------------------------------------
-
-
-def push(
-  symbols: jax.Array, contexts: np.ndarray, count: int, lanes: int, tables: Tables
-) -> np.ndarray:
-  """Returns the words of a message of n symbols, uint8.
-
-  The symbols are uint16 `[2^20]`, with 0 in the void places of a row.
-  """
-  state, size, stacks = _push(
-    buffers.taken('pushed', LANES * _STACK, np.uint16),
-    _dealt(symbols, count, lanes, 'symbols', 0),
-    _dealt(contexts, count, lanes, 'rows of contexts', tables.void),
-    tables.entries(),
-    tables.alphabet,
-    np.int32(-(-count // lanes)),
-  )
-  sizes, rows = np.asarray(size)[:lanes], np.asarray(stacks).reshape(LANES, _STACK)
-  words = [row[:n] for row, n in zip(rows[:lanes], sizes.tolist(), strict=True)]
-  coded = rans.join_words(np.asarray(state)[:lanes], sizes, np.concatenate(words))
-  buffers.keep('pushed', stacks)
-  return coded.view(np.uint8)
-
-
-@functools.cache
-def compile_push() -> None:
-  """Starts to compile the program that pushes symbols, once in a process.
-
-  It takes as long as all that an encoder does before with its first few arrays.
-  """
-
-  def job() -> None:
-    symbols, contexts = (np.zeros(buffers.ROOM, x) for x in (np.uint16, np.uint8))
-    tables = Tables.make(np.zeros((1, 1), np.int64), 0)
-    push(symbols, contexts, 1, 1, tables)  # type: ignore[arg-type]
-
-  pool.start(job)
-
-
-def pop(
-  data: np.ndarray, contexts: np.ndarray, count: int, lanes: int, tables: Tables
-) -> np.ndarray:
-  """Returns the symbols of a message: the inverse of `push`.
-
-  The symbols are uint16 `[2^20]`, the first n. The next call on this thread uses the
-  array again.
-
-  Raises:
-    ValueError: if the bytes are not a message of n symbols.
-  """
-  if data.size % 2:
-    raise ValueError(f'{data.size} bytes are not whole words')
-  state, size, words = rans.split_words(data.view('<u2'), lanes)
-  steps = -(-count // lanes)
-  if int(size.max()) > steps:
-    raise ValueError('a lane of a block has more words than elements')
-  stacks = buffers.scratch('stacks', LANES * _STACK, np.uint16).reshape(LANES, _STACK)
-  ends = np.cumsum(size).tolist()
-  for lane, end in enumerate(ends):
-    lane_words = words[end - int(size[lane]) : end]
-    stacks[lane, : lane_words.size] = lane_words
-  states = np.full(LANES, 1 << 16, np.uint32)
-  states[:lanes] = state
-  sizes = np.zeros(LANES, np.int32)
-  sizes[:lanes] = size
-  *popped, symbols = _pop(
-    buffers.taken('symbols', buffers.ROOM, np.uint16),
-    rans.Message(states, stacks, sizes, sizes, sizes),  # type: ignore[arg-type]
-    _dealt(contexts, count, lanes, 'rows of contexts', tables.void),
-    tables.entries(),
-    tables.slots(),
-    tables.alphabet,
-    np.int32(steps),
-  )
-  # The sizes only fall, so the last ones are the least.
-  state, left = map(np.asarray, popped)
-  rans.check_empty(rans.Message(state, stacks, left, left, sizes))  # type: ignore[arg-type]
-  flat = np.asarray(symbols)
-  if lanes < LANES:
-    rows = flat.reshape(-1, LANES)
-    flat = buffers.scratch('symbols', buffers.ROOM, np.uint16)
-    flat[: steps * lanes] = rows[:steps, :lanes].reshape(-1)
-  buffers.keep('symbols', symbols)
-  return flat
-
-
-def _dealt(
-  flat: np.ndarray | jax.Array, count: int, lanes: int, name: str, void: int
-) -> np.ndarray | jax.Array:
-  """Deals elements out to lanes: rows of 64, with `void` elsewhere, flat."""
-  steps = -(-count // lanes)
-  if lanes == LANES:
-    if isinstance(flat, np.ndarray):
-      flat[count : steps * lanes] = void
-    return flat
-  dealt = np.full(steps * lanes, void, flat.dtype)
-  dealt[:count] = np.asarray(flat)[:count]
-  buffer = buffers.scratch(name, buffers.ROOM, flat.dtype)
-  rows = buffer[: steps * LANES].reshape(steps, LANES)
-  rows[:, :lanes] = dealt.reshape(steps, lanes)
-  rows[:, lanes:] = void
-  return buffer
-
-
-# ---- the planes ----------------------------------------------------------------------
-
-
-def packed(pieces: np.ndarray, width: int) -> np.ndarray:
-  """Returns the plane of pieces, uint8 `[n]` below 2^width.
-
-  The plane has `m = ceil(n width / 8)` bytes. Byte j holds, from its lowest bits on,
-  the pieces of the elements j, j + m, j + 2 m, and so on.
-  """
-  size = -(-pieces.size * width // 8)
-  plane = pieces[:size].copy()
-  for k in range(1, 8 // width):
-    part = pieces[k * size : (k + 1) * size]
-    # NumPy multiplies bytes many times faster than it shifts them.
-    plane[: part.size] |= part * np.uint8(1 << k * width)
-  return plane
-
-
-def unpack(plane: np.ndarray, width: int, out: np.ndarray) -> None:
-  """Writes the pieces of a plane, `[n]`: the inverse of `packed`."""
-  if width == 8:
-    out[:] = plane
-    return
-  for k in range(8 // width):
-    part = out[k * plane.size : (k + 1) * plane.size]
-    np.right_shift(plane[: part.size], np.uint8(k * width), out=part)
-  np.bitwise_and(out, np.uint8((1 << width) - 1), out=out)
+def _exceptions(data: np.ndarray, units: np.ndarray) -> Patch:
+  """Returns the units whose bits are in the list, and their bits."""
+  number, left = divmod(data.size, units[:1].nbytes + _PLACE)
+  places = np.zeros((number, 4), np.uint8)
+  places[:, :_PLACE] = data[: number * _PLACE].reshape(-1, _PLACE)
+  indices = places.reshape(-1).view('<u4').astype(np.int64)
+  if left or np.any(indices >= len(units)):
+    raise ValueError('the exceptions of a block do not fit it')
+  bits = np.ascontiguousarray(data[number * _PLACE :]).view(units.dtype)
+  return indices, bits.reshape(-1, units.shape[1])
 
 
 # ---- programs ------------------------------------------------------------------------
 
 
-def _interval(
-  entries: jax.Array, context: jax.Array, symbol: jax.Array, alphabet: jax.Array
-) -> rans.Interval:
-  index = context.astype(jnp.uint32) * alphabet + symbol.astype(jnp.uint32)
-  entry = entries.at[index].get(mode='promise_in_bounds')
-  return entry & 0xFFFF, (entry >> 16) + 1
+def _row(array: jax.Array, t: Any) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(array, t, keepdims=False)
 
 
-_MOVED = 16  # words that one step moves to their stacks
+def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(array, row, t, 0)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _push(
-  stacks: jax.Array,  # uint16 [64 _STACK]
-  symbols: jax.Array,  # uint16 [64 T]
-  contexts: jax.Array,  # uint8 [64 T]
-  entries: jax.Array,
-  alphabet: jax.Array,
-  steps: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  def loop(
-    stacks: jax.Array,
-    symbols: jax.Array,
-    contexts: jax.Array,
-    entries: jax.Array,
-    alphabet: jax.Array,
-    steps: jax.Array,
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      state, size, stacks = carry
-      row = lambda x: jax.lax.dynamic_index_in_dim(x, steps - 1 - i, 0, False)
-      interval = _interval(entries, row(contexts), row(symbols), alphabet)
-      state, word, moved = rans.push_step(state, *interval, tables_lib.PRECISION)
-      place = first + size
+@functools.partial(
+  jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=_WIDE
+)
+def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
+  """Decodes rows of units.
 
-      def put(j: jax.Array, stacks: jax.Array) -> jax.Array:
-        # A word that does not move is put there, too, and the next one replaces it.
-        part = lambda x: jax.lax.dynamic_slice(x, (j * _MOVED,), (_MOVED,))
-        for top, at in zip(part(word), part(place), strict=True):
-          stacks = jax.lax.dynamic_update_index_in_dim(stacks, top, at, 0)
-        return stacks
+  The arguments are an array for units; the states; the places of the words that lanes
+  take next; words; classes; planes; tables; and the number of rows. Returns the states,
+  the places, and the units.
+  """
 
-      stacks = jax.lax.fori_loop(0, LANES // _MOVED, put, stacks)
-      return state, size + moved.astype(jnp.uint32), stacks
+  def loop(*operands: Any) -> Any:
+    out, state, tops, words, classes, planes, coder_tables, rows = operands
 
+    def step(t: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+      state, tops, out = carry
+      place = t.astype(jnp.uint32)
+
+      def pop(lookup: Callable[..., Any], precision: int) -> jax.Array:
+        nonlocal state, tops
+        slot = state & jnp.uint32((1 << precision) - 1)
+        entry, start, frequency = lookup(slot)
+        word = words.at[tops].get(mode='promise_in_bounds')
+        state, taken = rans.pop_step(state, word, start, frequency, precision)
+        tops = tops - taken.astype(jnp.uint32)
+        return entry
+
+      pieces = []
+      for (width, _), plane in zip(layout.pieces, planes, strict=True):
+        shared = max(4 // width, 1)  # rows in a byte
+        row = _row(plane, place // shared).astype(jnp.uint32)
+        pieces.append(row >> place % shared * (2 * width))
+      row_classes = _row(classes, t).astype(jnp.uint32)
+      unit = layout.decode_step(pop, row_classes, pieces, coder_tables)
+      return state, tops, _put(out, unit, t)
+
+    return jax.lax.fori_loop(0, rows, step, (state, tops, out))
+
+  return native.loop(loop)(*arguments)
+
+
+@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
+def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
+  """Encodes rows of units, the last one first.
+
+  The arguments are arrays for the stacks of the lanes, the marks and the planes; the
+  units; classes; tables; and the number of rows. Returns the states, the lengths of the
+  stacks, and the arrays.
+  """
+
+  def loop(out: Any, units: Any, classes: Any, coder_tables: Any, rows: Any) -> Any:
+    lanes = classes.shape[1]
     # Unsigned, because it takes time to see whether signed indices are below 0.
-    first = jnp.arange(LANES, dtype=jnp.uint32) * _STACK
-    state, size = jnp.full(LANES, 1 << 16, jnp.uint32), jnp.zeros(LANES, jnp.uint32)
-    return jax.lax.fori_loop(0, steps, step, (state, size, stacks))
+    first = jnp.arange(lanes, dtype=jnp.uint32) * (out[0].size // lanes)
 
-  rows = symbols.reshape(-1, LANES), contexts.reshape(-1, LANES)
-  return native.loop(loop)(stacks, *rows, entries, alphabet, steps)
+    def step(i: jax.Array, carry: Any) -> Any:
+      state, sizes, parts, (words, marks, *planes) = carry
+      t = rows - 1 - i
+      intervals, pieces, mark = layout.encode_step(
+        _row(classes, t).astype(jnp.uint32), _row(units, t), coder_tables
+      )
+      for interval in reversed(intervals):
+        state, top, moved = rans.push_step(state, *interval)
+        # A word that does not move is put there, too, and the next one replaces it.
+        for word, place in zip(top, first + sizes, strict=True):
+          words = _put(words, word, place)
+        sizes = sizes + moved.astype(jnp.uint32)
+      joined = []
+      for k, (width, _) in enumerate(layout.pieces):
+        # Rows that share bytes come in turn, the highest first.
+        part = parts[k] << 2 * width | pieces[k] if width < 4 else pieces[k]
+        row = t.astype(jnp.uint32) // max(4 // width, 1)
+        planes[k] = _put(planes[k], part.astype(planes[k].dtype), row)
+        joined.append(part)
+      return state, sizes, joined, (words, _put(marks, mark, t), *planes)
 
+    state = jnp.full(lanes, 1 << 16, jnp.uint32)
+    nothing = jnp.zeros(lanes, jnp.uint32)
+    carry = state, nothing, [nothing] * len(layout.pieces), out
+    state, sizes, _, out = jax.lax.fori_loop(0, rows, step, carry)
+    return state, sizes, out
 
-# Where the CPU has registers of 512 bits, they save a tenth of the time.
-_WIDE = {'xla_cpu_prefer_vector_width': 512}
-
-
-@functools.partial(jax.jit, donate_argnums=0, compiler_options=_WIDE)
-def _pop(
-  out: jax.Array,  # uint16 [64 T]
-  message: rans.Message,
-  contexts: jax.Array,  # uint8 [64 T]
-  entries: jax.Array,
-  slots: jax.Array,
-  alphabet: jax.Array,
-  steps: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  def lookup(
-    slot: jax.Array, context: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    owner = context.astype(jnp.uint32) << tables_lib.PRECISION | slot
-    symbol = slots.at[owner].get(mode='promise_in_bounds').astype(jnp.uint16)
-    return symbol, *_interval(entries, context, symbol, alphabet)
-
-  rows = contexts.reshape(-1, LANES)
-  message, symbols = rans.pop_all(
-    message,
-    rows,
-    lookup,
-    tables_lib.PRECISION,
-    steps=steps,
-    out=out.reshape(-1, LANES),
-  )
-  return message.state, message.size, symbols.reshape(-1)
+  return native.loop(loop)(*arguments)

@@ -18,11 +18,10 @@ the lanes of the message in row-major order. So the definition of a codec does n
 depend on the number of lanes, and all lanes get equally many entries, up to one.
 
 Reference: J. Townsend, T. Bird, D. Barber, Practical lossless compression with latent
-variables using bits back coding, ICLR 2019.
+variables using bits back coding, ICLR 2019, algorithm 1.
 """
 
 from collections.abc import Callable
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -37,14 +36,11 @@ _SLOT_BITS = 16
 
 
 class Codec(NamedTuple):
-  """A pair of pure functions that are exact inverses and can be jitted.
+  """A pair of pure functions that are exact inverses and can be jitted."""
 
-  Attributes:
-    push: takes a message and a symbol; returns the message with the symbol on top.
-    pop: takes a message; returns the message without its top symbol, and that symbol.
-  """
-
+  # Takes a message and a symbol; returns the message with the symbol on top.
   push: Callable[[rans.Message, Any], rans.Message]
+  # Takes a message; returns the message without its top symbol, and that symbol.
   pop: Callable[[rans.Message], tuple[rans.Message, Any]]
 
 
@@ -86,6 +82,18 @@ def serial(*parts: Codec) -> Codec:
   return Codec(push, pop)
 
 
+def mapped(
+  codec: Codec, forward: Callable[[Any], Any], inverse: Callable[[Any], Any]
+) -> Codec:
+  """Returns the codec of x, given the codec of `forward(x)` and the inverse map."""
+
+  def pop(message: rans.Message) -> tuple[rans.Message, Any]:
+    message, symbol = codec.pop(message)
+    return message, inverse(symbol)
+
+  return Codec(lambda message, x: codec.push(message, forward(x)), pop)
+
+
 def bits_back(
   prior: Codec,
   likelihood: Callable[[Any], Codec],
@@ -108,12 +116,6 @@ def bits_back(
     prior: the codec of z under p(z).
     likelihood: takes z; returns the codec of x under p(x | z).
     posterior: takes x; returns the codec of z under q(z | x).
-
-  Returns:
-    A codec of x.
-
-  References:
-    J. Townsend, T. Bird, D. Barber, ICLR 2019, algorithm 1.
   """
 
   def push(message: rans.Message, x: Any) -> rans.Message:
@@ -142,35 +144,22 @@ def uniform(sizes: jax.Array) -> Codec:
   Returns:
     A codec of uint32 arrays of the same shape as `sizes`.
   """
-  sizes = jnp.asarray(sizes).astype(jnp.uint32)
 
   def start_of(symbol: jax.Array, size: jax.Array) -> jax.Array:
     # The last interval ends at 2^16. The shift would wrap to 0 if size is 2^16.
     start = (symbol << _SLOT_BITS) // size
     return jnp.where(symbol == size, jnp.uint32(1 << _SLOT_BITS), start)
 
-  def push(message: rans.Message, symbols: jax.Array) -> rans.Message:
-    size = _deal(sizes, message.lanes, 1)
-    symbol = _deal(symbols.astype(jnp.uint32), message.lanes, 0)
+  def interval(symbol: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
     start = start_of(symbol, size)
-    intervals = start, start_of(symbol + 1, size) - start
-    return rans.push_all(message, intervals, lambda x: x, _SLOT_BITS)
+    return start, start_of(symbol + 1, size) - start
 
-  def lookup(
-    slot: jax.Array, size: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def owner(slot: jax.Array, size: jax.Array) -> jax.Array:
     # The greatest u with floor(2^16 u / size) <= slot. If (slot + 1) * size wraps to 0,
     # subtracting 1 wraps back to the right value, 2^32 - 1.
-    symbol = ((slot + 1) * size - 1) >> _SLOT_BITS
-    start = start_of(symbol, size)
-    return symbol, start, start_of(symbol + 1, size) - start
+    return ((slot + 1) * size - 1) >> _SLOT_BITS
 
-  def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
-    size = _deal(sizes, message.lanes, 1)
-    message, symbols = rans.pop_all(message, size, lookup, _SLOT_BITS)
-    return message, _collect(symbols, sizes.shape)
-
-  return Codec(push, pop)
+  return _dealt(sizes, 1, interval, owner, _SLOT_BITS)
 
 
 def categorical(contexts: jax.Array, frequencies: jax.Array | np.ndarray) -> Codec:
@@ -187,7 +176,6 @@ def categorical(contexts: jax.Array, frequencies: jax.Array | np.ndarray) -> Cod
   Returns:
     A codec of uint32 arrays of the same shape as `contexts`.
   """
-  contexts = jnp.asarray(contexts).astype(jnp.uint32)
   count, alphabet = frequencies.shape
   depth = (alphabet - 1).bit_length()
   width = 1 << depth
@@ -198,44 +186,59 @@ def categorical(contexts: jax.Array, frequencies: jax.Array | np.ndarray) -> Cod
   rows = xp.concatenate([frequencies.astype(xp.uint32), void])
   starts = xp.cumsum(rows, axis=1, dtype=xp.uint32) - rows
   padding = (0, 0), (0, width - alphabet)
-  starts = jnp.asarray(
-    xp.pad(starts, padding, constant_values=tables.TOTAL).reshape(-1)
-  )
+  starts = xp.pad(starts, padding, constant_values=tables.TOTAL)
+  starts = jnp.asarray(starts.reshape(-1))
   rows = jnp.asarray(xp.pad(rows, padding).reshape(-1))
+  take = lambda values, index: values.at[index].get(mode='promise_in_bounds')
 
-  def take(values: jax.Array, index: jax.Array) -> jax.Array:
-    return values.at[index].get(mode='promise_in_bounds')
-
-  def push(message: rans.Message, symbols: jax.Array) -> rans.Message:
-    context = _deal(contexts, message.lanes, count)
-    symbol = _deal(symbols.astype(jnp.uint32), message.lanes, 0)
+  def interval(symbol: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
     index = context * width + symbol
-    intervals = take(starts, index), take(rows, index)
-    return rans.push_all(message, intervals, lambda x: x, tables.PRECISION)
+    return take(starts, index), take(rows, index)
 
-  def lookup(
-    slot: jax.Array, context: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def owner(slot: jax.Array, context: jax.Array) -> jax.Array:
     index = context * width
     for bit in reversed(range(depth)):
       middle = index + jnp.uint32(1 << bit)
       index = jnp.where(take(starts, middle) <= slot, middle, index)
-    return index - context * width, take(starts, index), take(rows, index)
+    return index - context * width
+
+  return _dealt(contexts, count, interval, owner, tables.PRECISION)
+
+
+def _dealt(
+  contexts: Any,
+  void: int,
+  interval: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+  owner: Callable[[jax.Array, jax.Array], jax.Array],
+  precision: int,
+) -> Codec:
+  """Returns the codec of symbols that are dealt out to lanes.
+
+  Places without a symbol have the context `void`. Given a context, `interval` tells the
+  interval of a symbol, and `owner` the symbol of a slot.
+  """
+  contexts = jnp.asarray(contexts).astype(jnp.uint32)
+
+  def deal(entries: jax.Array, lanes: int, fill: int) -> jax.Array:
+    padded = jnp.pad(
+      entries.reshape(-1), (0, -entries.size % lanes), constant_values=fill
+    )
+    return padded.reshape(-1, lanes)
+
+  def push(message: rans.Message, symbols: jax.Array) -> rans.Message:
+    symbol = deal(symbols.astype(jnp.uint32), message.lanes, 0)
+    context = deal(contexts, message.lanes, void)
+    return rans.push_all(message, *interval(symbol, context), precision)
+
+  def lookup(
+    slot: jax.Array, context: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    symbol = owner(slot, context)
+    return symbol, *interval(symbol, context)
 
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
-    context = _deal(contexts, message.lanes, count)
-    message, symbols = rans.pop_all(message, context, lookup, tables.PRECISION)
-    return message, _collect(symbols, contexts.shape)
+    context = deal(contexts, message.lanes, void)
+    message, symbols = rans.pop_all(message, context, lookup, precision)
+    return message, symbols.reshape(-1)[: contexts.size].reshape(contexts.shape)
 
   return Codec(push, pop)
-
-
-def _deal(x: jax.Array, lanes: int, fill: int) -> jax.Array:
-  """Deals an array's entries out to N lanes: `[T, N]`, padded with `fill`."""
-  x = x.reshape(-1)
-  return jnp.pad(x, (0, -x.size % lanes), constant_values=fill).reshape(-1, lanes)
-
-
-def _collect(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns the array of this shape that was dealt out: the inverse of `_deal`."""
-  return x.reshape(-1)[: math.prod(shape)].reshape(shape)

@@ -1,14 +1,12 @@
 """Encoding and decoding of a record: a list of arrays that decodes on its own.
 
-**The stream.** The parts of one layout form a *group*; if they need too many frequency
-tables, they form several. An array of known classes is a group of its own. The stream
-has, in this order:
+**The stream.** The parts of one layout form a *group*. An array of known classes is a
+group of its own. The stream has, in this order:
 
-1.  For each group, its contexts, see `contexts.from_bytes` and `known.from_bytes`.
-2.  For each group, its blocks. The elements of a group are those of its parts, one part
-    after the other in C order. All its blocks but the last have equally many elements.
-    A block is a message, see `rans.split_words`, and then the planes of the raw bits,
-    see `blocks`.
+1.  For each group, its contexts, see `contexts.from_bytes`.
+2.  For each group, its blocks, see `blocks`. The units of a group are those of its
+    parts, one part after the other in C order. If units have two numbers, the last one
+    of a part of an odd size has its last number twice.
 3.  The parts that are stored as they are, in C order.
 
 `specs.StreamSpec` has the numbers that are needed to read it. The decoder decides by
@@ -34,23 +32,18 @@ from rotbits_jax.coding import specs
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
-_FEW = 1 << 16  # bytes of arrays that are often stored as they are
-_GROUP_BYTES = 128  # of a group in the spec and in the stream, about
 _GROUPS = 16  # that are decoded at once, because their tables may be large
+
+_Job = Callable[[], None]
 
 _NONE: Mapping[int, known_lib.Known] = types.MappingProxyType({})
 
 
 class Encoded(NamedTuple):
-  """An encoded record.
+  """An encoded record."""
 
-  Attributes:
-    spec: the description of the stream.
-    data: uint8 `[spec.nbytes]`, the stream.
-  """
-
-  spec: specs.StreamSpec
-  data: np.ndarray
+  spec: specs.StreamSpec  # the description of the stream
+  data: np.ndarray  # uint8 `[spec.nbytes]`, the stream
 
 
 def encode(
@@ -63,67 +56,67 @@ def encode(
     known: what the decoder will know of the integers of some arrays, by their indices.
       These are signed, of at most 32 bits, and have elements.
 
-  Returns:
-    The encoded record.
-
   Raises:
     ValueError: if a dtype cannot be stored.
   """
-  if sum(x.nbytes for x in arrays) > _FEW:
-    blocks.compile_push()
-  planned = _planned(arrays, known)
-  groups = _worthwhile(planned, _grouped(planned))
-  groups += [
-    _known_group(i, planned[i].array, x.check(planned[i].array.size))[0]
-    for i, x in known.items()
+  plan = _plan(arrays, known)
+  units = [
+    _Units(x.layout, x.contexts, [y.numbers for y in x.parts]) for x in plan.groups
   ]
-  index = {place: g for g, group in enumerate(groups) for place in group.members}
-  jobs = [job for group in groups for job in group.encode_jobs()]
-  results = iter(pool.run(jobs))
-  checksums = pool.each(checksums_lib.of_array, [x.array for x in planned])
-  heads: list[np.ndarray] = []
-  bodies: list[np.ndarray] = []
-  of_groups = []
-  for group in groups:
-    coded = [next(results) for _ in range(group.num_blocks)]
-    heads.append(np.frombuffer(group.head(), np.uint8))
-    bodies += coded
-    of_groups.append(
+  coded = iter(pool.run(job for x in units for job in x.encode_jobs()))
+  checksums = pool.each(checksums_lib.of_array, plan.arrays)
+  heads, bodies, groups = [], [], []
+  indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
+  for i, (group, group_units) in enumerate(zip(plan.groups, units, strict=True)):
+    indices |= {x[:2]: i for x in group.parts}
+    heads.append(contexts_lib.to_bytes(group.contexts, group.layout))
+    group_blocks = [next(coded) for _ in group_units.starts()]
+    bodies += group_blocks
+    layout, is_known = group.layout, group.contexts.is_known
+    groups.append(
       specs.GroupSpec(
-        type_name=group.layout.type_name,
-        raw_bits=group.layout.raw_bits,
-        min_exponent=group.layout.min_exponent,
-        contexts=heads[-1].size,
-        lanes=group.lanes,
-        elements=group.elements,
-        blocks=tuple(x.size for x in coded),
+        type_name='known' if is_known else layout.type_name,
+        raw_bits=layout.raw_bits,
+        raised=layout.raised,
+        top=layout.top,
+        contexts=len(heads[-1]),
+        blocks=tuple(x.size for x in group_blocks),
       )
     )
-  entries = []
-  for i, (plan, crc32) in enumerate(zip(planned, checksums, strict=True)):
-    part_groups = tuple(index.get((i, j)) for j in range(len(plan.parts)))
-    entries.append(
-      specs.ArraySpec(
-        dtype=plan.array.dtype.name,
-        shape=plan.array.shape,
-        crc32=crc32,
-        groups=part_groups,
-        zeros=plan.zeros,
-      )
+  entries = tuple(
+    specs.ArraySpec(
+      dtype=array.dtype.name,
+      shape=array.shape,
+      crc32=crc32,
+      groups=tuple(indices[x] for x in sorted(indices) if x[0] == i),
+      zeros=zeros,
     )
-    pairs = zip(plan.parts, part_groups, strict=True)
-    bodies += [_bytes(part.array) for part, group in pairs if group is None]
-  spec = specs.StreamSpec(arrays=tuple(entries), groups=tuple(of_groups))
-  return Encoded(spec, np.concatenate([np.zeros(0, np.uint8), *heads, *bodies]))
+    for i, (array, crc32, zeros) in enumerate(
+      zip(plan.arrays, checksums, plan.zeros, strict=True)
+    )
+  )
+  spec = specs.StreamSpec(arrays=entries, groups=tuple(groups))
+  stream = [np.frombuffer(b''.join(heads), np.uint8), *bodies]
+  stream += [x.numbers.reshape(-1).view(np.uint8) for x in plan.plain]
+  return Encoded(spec, np.concatenate(stream))
 
 
 def estimate(
   arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known] = _NONE
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
-  planned = _planned(arrays, known)
-  others = sum(plan.nbytes for i, plan in enumerate(planned) if i not in known)
-  return others + sum(_known_group(i, planned[i].array, x)[1] for i, x in known.items())
+  plan = _plan(arrays, known)
+  coded = sum(sum(group.nbytes) for group in plan.groups)
+  return coded + sum(x.numbers.nbytes for x in plan.plain)
+
+
+def _plan(
+  arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]
+) -> plans.Plan:
+  for array in arrays:
+    if np.asarray(array).dtype.name not in specs.DTYPES:
+      raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
+  return plans.make([*map(np.asarray, arrays)], known)
 
 
 def decode(
@@ -152,258 +145,124 @@ def decode(
   """
   # A view as a plain array, because a memory map is slow to slice.
   stream, sizes = np.asarray(data).view(np.ndarray), spec.sizes
-  if stream.dtype != np.uint8 or stream.shape != (sum(sizes),):
+  if stream.dtype != np.uint8 or stream.shape != (spec.nbytes,):
     raise ValueError(
-      f'the stream must be uint8 [{sum(sizes)}], got {stream.dtype} '
+      f'the stream must be uint8 [{spec.nbytes}], got {stream.dtype} '
       f'{list(stream.shape)}'
     )
   arrays = _outputs(spec, out)
+  parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   ends = np.cumsum(sizes).tolist()
   pieces = iter(stream[end - n : end] for end, n in zip(ends, sizes, strict=True))
-  parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
-  *coded, whole = spec.members
-  heads = [next(pieces) for _ in spec.groups]
+  *members, plain = spec.members
+  heads = [next(pieces).tobytes() for _ in spec.groups]
   bodies = [[next(pieces) for _ in group.blocks] for group in spec.groups]
-  numbers = {coded[g][0].array: g for g, x in enumerate(spec.groups) if x.is_known}
-  if numbers.keys() != known.keys():
-    raise ValueError(f'the arrays {[*numbers]} have known classes, got {[*known]}')
+  groups_known = {
+    members[i][0].array: i for i, group in enumerate(spec.groups) if group.is_known
+  }
+  if groups_known.keys() != known.keys():
+    raise ValueError(f'the arrays {[*groups_known]} have known classes, got {[*known]}')
 
-  def group(g: int, contexts: '_Contexts') -> _Group:
-    members = [(x.array, x.part) for x in coded[g]]
-    group_spec, layout = spec.groups[g], spec.groups[g].layout(coded[g][0].dtype)
-    arrays = [parts[i][j] for i, j in members]
-    sizes = group_spec.lanes, group_spec.elements
-    return _Group(layout, contexts, members, arrays, *sizes)
+  def jobs_of(
+    i: int, classes: known_lib.Known | None = None
+  ) -> Iterator[Callable[[], None]]:
+    layout = spec.groups[i].layout(members[i][0].dtype)
+    shapes = [x.shape for x in members[i]]
+    contexts = contexts_lib.from_bytes(heads[i], layout, shapes, classes)
+    units = _Units(layout, contexts, [parts[x.array][x.part] for x in members[i]])
+    return units.decode_jobs(bodies[i])
 
   def finish(indices: Sequence[int]) -> None:
-    of_arrays = zip(*((spec.arrays[i], parts[i]) for i in indices), strict=True)
-    pool.each(_finish, indices, *of_arrays)
+    pool.each(lambda i: _finish(i, spec.arrays[i], parts[i]), indices)
 
-  plain = [g for g, x in enumerate(spec.groups) if not x.is_known]
-  jobs: list[Callable[[], None]] = [
-    functools.partial(_read_bytes, parts[x.array][x.part], next(pieces)) for x in whole
-  ]
-  for i in range(0, len(plain), _GROUPS):
-    pool.run(jobs)
-    jobs = []
-    for g in plain[i : i + _GROUPS]:
-      layout, shapes = spec.groups[g].layout(coded[g][0].dtype), coded[g]
-      contexts = contexts_lib.from_bytes(
-        heads[g].tobytes(), layout, [x.shape for x in shapes]
-      )
-      jobs += group(g, contexts).decode_jobs(bodies[g])
-  pool.run(jobs)
-  finish([i for i in range(len(arrays)) if i not in numbers])
-  for i, g in numbers.items():
+  outputs = [parts[x.array][x.part].reshape(-1).view(np.uint8) for x in plain]
+  pool.each(np.copyto, outputs, pieces)
+  indices = [i for i, group in enumerate(spec.groups) if not group.is_known]
+  for i in range(0, len(indices), _GROUPS):
+    # A list, because no job may run when the contexts of a group are refused.
+    pool.run([job for group in indices[i : i + _GROUPS] for job in jobs_of(group)])
+  finish([i for i in range(len(arrays)) if i not in groups_known])
+  for i, group in groups_known.items():
     classes = known[i]().check(arrays[i].size)
-    if max(classes.shifts) != spec.groups[g].raw_bits:
+    if max(classes.shifts) != spec.groups[group].raw_bits:
       raise ValueError(f'array {i} cannot have shifts up to {max(classes.shifts)}')
-    bands = known_lib.from_bytes(heads[g].tobytes(), classes)
-    pool.run(group(g, bands).decode_jobs(bodies[g]))
-  finish([*numbers])
+    pool.run([*jobs_of(group, classes)])
+  finish([*groups_known])
   return arrays
 
 
 # ---- groups --------------------------------------------------------------------------
 
-_Contexts = contexts_lib.Contexts | known_lib.Bands
 
-
-class _Group(NamedTuple):
-  """A group: the elements of some parts of one layout, one part after the other.
-
-  Attributes:
-    layout: the layout.
-    contexts: the contexts of the parts.
-    members: the index of the array and of the part in it, of each part.
-    arrays: the parts, contiguous.
-    lanes: lanes of each block.
-    elements: elements of each block but the last.
-  """
+class _Units(NamedTuple):
+  """The units of a group, one part after the other."""
 
   layout: layouts.Layout
-  contexts: _Contexts
-  members: list[tuple[int, int]]
-  arrays: list[np.ndarray]
-  lanes: int
-  elements: int
+  contexts: contexts_lib.Contexts
+  arrays: list[np.ndarray]  # the parts, contiguous
 
-  @classmethod
-  def make(
-    cls,
-    layout: layouts.Layout,
-    contexts: _Contexts,
-    members: list[tuple[int, int]],
-    arrays: list[np.ndarray],
-    nbytes: float,
-  ) -> '_Group':
-    """Divides elements that take about so many bytes into blocks of similar sizes."""
-    total = sum(array.size for array in arrays)
-    elements = blocks.divided(total)
-    lanes = blocks.lanes_for(elements, nbytes * elements / total)
-    return cls(layout, contexts, members, arrays, lanes, elements)
+  def starts(self) -> list[tuple[int, int]]:
+    """Returns the first unit of each block, and how many it has."""
+    total = sum(-(-array.size // self.layout.size) for array in self.arrays)
+    size = blocks.capacity_of(total)
+    return [(x, min(size, total - x)) for x in range(0, total, size)]
 
-  @property
-  def total(self) -> int:
-    return sum(array.size for array in self.arrays)
-
-  @property
-  def num_blocks(self) -> int:
-    return -(-self.total // self.elements)
-
-  def head(self) -> bytes:
-    """Returns the bytes of the contexts."""
-    if isinstance(self.contexts, known_lib.Bands):
-      return known_lib.to_bytes(self.contexts)
-    return contexts_lib.to_bytes(self.contexts)
-
-  def encode_jobs(self) -> list[Callable[[], np.ndarray]]:
-    """Returns a job for each block; it returns the bytes of the block."""
+  def encode_jobs(self) -> Iterator[Callable[[], np.ndarray]]:
+    """Yields a job for each block; it returns the bytes of the block."""
     tables = self.contexts.tables(self.layout)
+    for start, count in self.starts():
+      read = functools.partial(self._read, start)
+      classes = functools.partial(self._write_classes, start)
+      yield functools.partial(blocks.encode, read, classes, count, self.layout, tables)
 
-    def job(start: int) -> np.ndarray:
-      return blocks.encode(
-        functools.partial(self._read, start),
-        functools.partial(self._write_contexts, start),
-        min(self.elements, self.total - start),
-        self.lanes,
-        self.layout,
-        tables,
+  def decode_jobs(self, data: Sequence[np.ndarray]) -> Iterator[_Job]:
+    """Yields a job for each block, which decodes its bytes into the arrays."""
+    tables = self.contexts.tables(self.layout)
+    for (start, count), block in zip(self.starts(), data, strict=True):
+      classes = functools.partial(self._write_classes, start)
+      write = functools.partial(self._write, start)
+      yield functools.partial(
+        blocks.decode, block, classes, count, self.layout, tables, write
       )
 
-    return [functools.partial(job, i * self.elements) for i in range(self.num_blocks)]
-
-  def decode_jobs(self, data: Sequence[np.ndarray]) -> list[Callable[[], None]]:
-    """Returns a job for each block, which decodes its bytes into the arrays."""
-    tables = self.contexts.tables(self.layout)
-
-    def job(start: int, block: np.ndarray) -> None:
-      blocks.decode(
-        block,
-        functools.partial(self._write_contexts, start),
-        min(self.elements, self.total - start),
-        self.lanes,
-        self.layout,
-        tables,
-        functools.partial(self._write, start),
-      )
-
-    return [
-      functools.partial(job, i * self.elements, block) for i, block in enumerate(data)
-    ]
-
-  def _write_contexts(self, start: int, out: np.ndarray) -> None:
-    """Writes the index of the table of each element from `start` on."""
-    # A span: an array, its first place in the block, its elements there, the first one.
-    for i, place, size, first in self._spans(start, out.size):
-      shape = self.arrays[i].shape
-      self.contexts.write(out[place : place + size], i, first, shape)
+  def _write_classes(self, start: int, out: np.ndarray) -> None:
+    """Writes the classes of the units from `start` on."""
+    for i, place, count, first in self._spans(start, out.size):
+      shape, size = self.arrays[i].shape, self.layout.size
+      self.contexts.classes[i].write(out[place : place + count], first, shape, size)
 
   def _read(self, start: int, out: np.ndarray) -> None:
-    """Copies the bit patterns of the elements from `start` on."""
-    for i, place, size, first in self._spans(start, out.size):
-      array_bits = sparse.bit_patterns(self.arrays[i])
-      out[place : place + size] = array_bits[first : first + size]
+    """Copies the bit patterns of the units from `start` on."""
+    size = self.layout.size
+    for i, place, count, first in self._spans(start, out.size // size):
+      bits = sparse.bit_patterns(self.arrays[i])[first * size : (first + count) * size]
+      out[place * size : place * size + bits.size] = bits
+      out[place * size + bits.size : (place + count) * size] = bits[-1]
 
-  def _write(self, start: int, bits: np.ndarray) -> None:
-    """Copies bit patterns to the elements from `start` on."""
-    for i, place, size, first in self._spans(start, bits.size):
-      array_bits = sparse.bit_patterns(self.arrays[i])
-      array_bits[first : first + size] = bits[place : place + size]
+  def _write(self, start: int, bits: np.ndarray, patches: list[blocks.Patch]) -> None:
+    """Copies bit patterns to the units from `start` on, and then the patches."""
+    size = self.layout.size
+    for i, place, count, first in self._spans(start, bits.size // size):
+      array = sparse.bit_patterns(self.arrays[i])[first * size : (first + count) * size]
+      begin, end = place * size, place * size + array.size
+      array[...] = bits[begin:end]
+      for places, others in patches:
+        low, high = np.searchsorted(places, [begin, end])
+        array[places[low:high] - begin] = others[low:high]
 
   def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Finds the parts that hold `count` elements from `start` on."""
+    """Finds the parts that hold `count` units from `start` on.
+
+    Yields the index of a part, the place of its first unit among those units, how many
+    of them it has, and the first of them, counted within the part.
+    """
     begin = 0
     for i, array in enumerate(self.arrays):
-      low, high = max(start, begin), min(start + count, begin + array.size)
+      units = -(-array.size // self.layout.size)
+      low, high = max(start, begin), min(start + count, begin + units)
       if low < high:
         yield i, low - start, high - low, low - begin
-      begin += array.size
-
-
-def _known_group(
-  index: int, array: np.ndarray, known: known_lib.Known
-) -> tuple[_Group, float]:
-  """Returns the group of an array of known classes, and about its bytes."""
-  layout = layouts.Difference(array.dtype, max(known.shifts))
-  bits = sparse.bit_patterns(array)
-  of_classes = np.zeros(blocks.MAX_TABLES + 1, np.uint8)
-  of_classes[: len(known.shifts)] = known.shifts
-
-  def job(start: int) -> np.ndarray:
-    part = slice(start, start + blocks.CAPACITY)
-    copy = lambda array, out: np.copyto(out, array)
-    return plans.histogram(
-      functools.partial(copy, bits[part]),
-      functools.partial(copy, known.classes[part]),
-      bits[part].size,
-      (len(known.shifts), known_lib.ALPHABET),
-      layout,
-      of_classes,
-    )
-
-  counts = np.sum(pool.each(job, range(0, bits.size, blocks.CAPACITY)), axis=0)
-  bands, nbytes = known_lib.fit(known, counts)
-  return _Group.make(layout, bands, [(index, 0)], [array], nbytes), nbytes
-
-
-def _planned(
-  arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]
-) -> list[plans.Plan]:
-  """Returns plans. Arrays of known classes have no layout yet."""
-  for array in arrays:
-    if np.asarray(array).dtype.name not in specs.DTYPES:
-      raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
-  whole = pool.each(host.contiguous, map(np.asarray, arrays))
-  planned = iter(plans.plan([x for i, x in enumerate(whole) if i not in known]))
-  return [
-    plans.Plan(x, None, (plans.Part(x),)) if i in known else next(planned)
-    for i, x in enumerate(whole)
-  ]
-
-
-def _grouped(planned: list[plans.Plan]) -> list[_Group]:
-  """Puts parts of one layout into a group, or into several if one has no room."""
-  open_: dict[layouts.Layout, list[tuple[tuple[int, int], plans.Coded]]] = {}
-  closed: list[list[tuple[tuple[int, int], plans.Coded]]] = []
-  for i, plan in enumerate(planned):
-    for j, part in enumerate(plan.parts):
-      if part.coded:
-        together = open_.setdefault(part.coded.layout, [])
-        more = [*together, ((i, j), part.coded)]
-        if together and not _fits([coded for _, coded in more]):
-          closed.append(together)
-          more = more[-1:]
-        open_[part.coded.layout] = more
-  groups = []
-  for together in (*closed, *open_.values()):
-    members, coded = zip(*together, strict=True)
-    layout = coded[0].layout
-    contexts = contexts_lib.fit(
-      layout, [x.scales for x in coded], [x.counts for x in coded]
-    )
-    parts = [planned[i].parts[j] for i, j in members]
-    nbytes = sum(part.array.nbytes - part.saved for part in parts)
-    arrays = [part.array for part in parts]
-    groups.append(_Group.make(layout, contexts, list(members), arrays, nbytes))
-  return groups
-
-
-def _worthwhile(planned: list[plans.Plan], groups: list[_Group]) -> list[_Group]:
-  """Returns the groups that save more than they take, as many as a record may have."""
-  saving = lambda group: sum(planned[i].parts[j].saved for i, j in group.members)
-  ordered = sorted(groups, key=saving)
-  while ordered and (
-    saving(ordered[0]) < _GROUP_BYTES
-    or len(ordered) > specs.most_groups(sum(group.total for group in ordered))
-  ):
-    del ordered[0]
-  return [group for group in groups if any(group is x for x in ordered)]
-
-
-def _fits(coded: Sequence[plans.Coded]) -> bool:
-  alphabet = max(x.counts.shape[1] for x in coded)
-  return contexts_lib.fits([x.scales for x in coded], alphabet)
+      begin += units
 
 
 # ---- arrays --------------------------------------------------------------------------
@@ -413,15 +272,15 @@ def _outputs(
   spec: specs.StreamSpec, out: Sequence[np.ndarray] | None
 ) -> list[np.ndarray]:
   """Returns the given arrays if they fit the spec; makes new ones if `out` is None."""
-  wanted = [(array.shape, array.numpy_dtype) for array in spec.arrays]
   if out is None:
-    return [host.empty(shape, dtype) for shape, dtype in wanted]
-  if len(out) != len(wanted):
-    raise ValueError(f'the record has {len(wanted)} arrays, got {len(out)} in `out`')
-  for i, (array, (shape, dtype)) in enumerate(zip(out, wanted, strict=True)):
-    if array.shape != shape or array.dtype != dtype:
+    return [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays]
+  if len(out) != len(spec.arrays):
+    raise ValueError(f'the record has {len(spec.arrays)} arrays, got {len(out)}')
+  for i, (array, entry) in enumerate(zip(out, spec.arrays, strict=True)):
+    if array.shape != entry.shape or array.dtype != entry.numpy_dtype:
       raise ValueError(
-        f'array {i} of the record is {dtype} {shape}, got {array.dtype=} {array.shape=}'
+        f'array {i} of the record is {entry.dtype} {entry.shape}, '
+        f'got {array.dtype=} {array.shape=}'
       )
     if not (array.flags.c_contiguous and array.flags.writeable):
       raise ValueError(f'array {i} of `out` must be contiguous and writeable')
@@ -444,11 +303,3 @@ def _finish(index: int, spec: specs.ArraySpec, parts: list[np.ndarray]) -> None:
     sparse.join_halves(decoded, array)
   if checksums_lib.of_array(array) != spec.crc32:
     raise ValueError(f'array {index} of the record is damaged: its checksum differs')
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-  return array.reshape(-1).view(np.uint8)
-
-
-def _read_bytes(array: np.ndarray, part: np.ndarray) -> None:
-  _bytes(array)[:] = part

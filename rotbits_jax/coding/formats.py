@@ -1,6 +1,4 @@
-"""The choice of the layouts of floats and integers, by the bits that they use."""
-
-from typing import NamedTuple
+"""The choice of the layouts of floats, by the bits that they use."""
 
 import numpy as np
 
@@ -14,42 +12,7 @@ _CHUNK = 1 << 16  # elements that are looked at at once, so that they fit the ca
 _RUNS = 4  # of elements, of which a sample consists
 
 
-class _Survey(NamedTuple):
-  """Properties of some floats.
-
-  Attributes:
-    lowest: an exponent. All elements are multiples of the step that the minimum
-      exponent `lowest + 1` has, and not of a coarser one; it may be negative or large.
-    scale: about log2 of their standard deviation, biased as exponents are.
-  """
-
-  lowest: int
-  scale: int
-
-
-def _survey(bits: np.ndarray, form: layouts.Format) -> _Survey | None:
-  """Looks at the bit patterns of elements, not empty; None if all elements are 0."""
-  exponents, count, lowest = 0, 0, 1 << 30
-  for start in range(0, bits.size, _CHUNK):
-    part = bits[start : start + _CHUNK]
-    magnitude = part & part.dtype.type((1 << form.width - 1) - 1)
-    magnitude = magnitude[magnitude > 0]
-    if not magnitude.size:
-      continue
-    exponent = np.maximum(magnitude >> form.mantissa, 1).astype(np.int32)
-    significand = magnitude & magnitude.dtype.type((1 << form.mantissa) - 1)
-    significand |= (magnitude >> form.mantissa > 0).astype(part.dtype) << form.mantissa
-    # A float32 holds a power of two exactly, and its bits tell the exponent.
-    lowest_bit = (significand & -significand).astype(np.float32).view(np.int32) >> 23
-    lowest = min(lowest, int((exponent + lowest_bit).min()) - 128)
-    exponents += int(exponent.sum())
-    count += magnitude.size
-  # For a normal distribution the mean of log2 |x| is 0.92 less than log2 of the
-  # standard deviation, and the exponent is on average 0.5 less than log2.
-  return _Survey(lowest, int(exponents / count + 1.42)) if count else None
-
-
-def of_floats(bits: np.ndarray, dtype: np.dtype) -> layouts.Float:
+def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
   """Chooses the layout of floats by the bits that they use.
 
   Args:
@@ -57,46 +20,54 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> layouts.Float:
     dtype: dtype of the elements, in `layouts.FORMATS`.
 
   Returns:
-    The layout, with the highest minimum exponent that the elements allow and without
-    low bits that are zero in all of them.
+    The layout, without low bits that are zero in all elements; and the highest minimum
+    exponent that these allow, 1 if small ones share no step.
   """
-  form = layouts.FORMATS[dtype]
-  # With more elements fewer low bits are zero in all, and `lowest` only falls.
+  # With more elements fewer low bits are zero in all, and the steps are only finer.
   for run in (_CHUNK >> 4, _CHUNK >> 2, _CHUNK, bits.size):
-    part = bits
+    sample = bits
     if _RUNS * run < bits.size:
       starts = np.linspace(0, bits.size - run, _RUNS).astype(int)
-      part = np.concatenate([bits[start : start + run] for start in starts])
-    used = int(np.bitwise_or.reduce(part))  # type: ignore[call-overload]
-    layout = _layout(_survey(part, form), used, dtype)
-    if part is bits or layout == layouts.Float(dtype, layout.most_raw_bits):
+      sample = np.concatenate([bits[start : start + run] for start in starts])
+    layout, min_exponent = _layout(sample, dtype)
+    if sample is bits or layout == layouts.Floats(dtype, layout.format.mantissa):
       break
-  return layout
+  return layout, min_exponent
 
 
-def _layout(survey: _Survey | None, used: int, dtype: np.dtype) -> layouts.Float:
-  """Returns the layout of elements, given the union of their bit patterns."""
-  if survey is None:
-    return layouts.Float(dtype, int(used > 0))
-  form, most = layouts.FORMATS[dtype], layouts.Float(dtype, 0).most_raw_bits
-  # The raw bits are the sign and the low bits of the mantissa.
-  low = used >> (form.width - 1) << most - 1 | used & ((1 << most - 1) - 1)
-  zeros = (low & -low).bit_length() - 1 if low else most
-  # Elements above the minimum exponent end in this many zeros, so those below must.
-  least = survey.lowest + 1 - min(zeros, form.mantissa)
+def _layout(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
+  """Returns the layout of elements by looking at all of them."""
+  form = layouts.FORMATS[dtype]
+  most = form.mantissa
+  exponents, count, lowest = 0, 0, 1 << 30
+  for start in range(0, bits.size, _CHUNK):
+    part = bits[start : start + _CHUNK]
+    magnitude = part & part.dtype.type((1 << form.width - 1) - 1)
+    magnitude = magnitude[magnitude > 0]
+    if not magnitude.size:
+      continue
+    exponent = np.maximum(magnitude >> most, 1).astype(np.int32)
+    significand = magnitude & magnitude.dtype.type((1 << most) - 1)
+    significand |= (magnitude >> most > 0).astype(part.dtype) << most
+    # A float32 holds a power of two exactly, and its bits tell the exponent.
+    lowest_bit = (significand & -significand).astype(np.float32).view(np.int32) >> 23
+    lowest = min(lowest, int((exponent + lowest_bit).min()) - 127)
+    exponents += int(exponent.sum())
+    count += magnitude.size
+  if not count:
+    return layouts.Floats(dtype, 1), 1
+  # For a normal distribution the mean of log2 |x| is 0.92 less than log2 of the
+  # standard deviation, and the exponent is on average 0.5 less than log2.
+  scale = int(exponents / count + 1.42)
+  # Of the raw bits, the highest one is the sign.
+  used = int(np.bitwise_or.reduce(bits))  # type: ignore[call-overload]
+  low = used & ((1 << most - 1) - 1)
+  zeros = (low & -low).bit_length() - 1 if low else most - 1
+  # All elements are multiples of the step of the minimum exponent `lowest`. Those above
+  # the minimum exponent end in so many zeros, so those below must.
+  least = lowest - (zeros if low else most)
   # With a higher one too few symbols would be left for the elements below it.
-  least = min(least, survey.scale + _MOST_ABOVE)
+  least = min(least, scale + _MOST_ABOVE)
   least = min(least, (1 << form.exponent) - 2)  # NaN must stay above it
-  least = least if least > max(survey.scale - _MOST_BELOW, 1) else 1
-  return layouts.Float(dtype, most - zeros, least)
-
-
-def most_folded(array: np.ndarray) -> int:
-  """Returns the greatest of some integers, not empty, after folding."""
-  largest, least = int(array.max()), int(array.min())
-  return max(2 * largest, -2 * least - 1) if array.dtype.kind == 'i' else largest
-
-
-def least_raw_bits(array: np.ndarray) -> int:
-  """Returns the fewest raw bits that a layout of some integers, not empty, can have."""
-  return max(most_folded(array).bit_length() - layouts.MOST_SYMBOL_BITS, 0)
+  least = least if least > max(scale - _MOST_BELOW, 1) else 1
+  return layouts.Floats(dtype, most - zeros, least > 1), least

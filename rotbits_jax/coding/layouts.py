@@ -1,52 +1,57 @@
-r"""Layouts: how the bits of an element divide into a symbol and raw bits.
+r"""Layouts: how numbers become symbols and raw bits, a *unit* at a time.
 
-The symbol is worth modelling and is coded; the raw bits are noise and are stored as
-they are. A layout belongs to one dtype; it is one of three types.
+The symbol of a unit is worth modelling and is coded; the raw bits are noise. A layout
+belongs to one dtype. In each step every lane codes a unit. The *class* of a unit, a
+byte that encoder and decoder know, tells its frequency table.
 
-**Floats.** The bits of a float, from the top, are its sign, its exponent and its
-mantissa. In trained weights only the exponent and the first bits of the mantissa are
-predictable.
+**Floats.** A unit is two neighbours. The bits of a float, from the top, are its sign,
+its exponent and its mantissa of m bits. In trained weights only the sizes of numbers
+are predictable, so a number has a *bin*, its magnitude in half octaves (t = 1) or, if
+all numbers are within a few octaves, in quarter octaves (t = 2):
 
-    bits     = [ sign | exponent e | mantissa m ]
-    symbol   = [ exponent e | top t of the mantissa ]        t = min(3, m)
-    raw bits = [ sign | low m - t of the mantissa ]
+    bits     = [ sign | exponent | mantissa ]
+    bin      = [ exponent | top t bits of the mantissa ] - offset       0 <= bin < 32
+    raw bits = [ sign | low m - t bits of the mantissa ]
 
-The raw bits do not contain low bits that are zero in all elements, because elements
-that were widened from a shorter dtype end in zeros.
+Given their scale, neighbours are independent: the symbol of a unit is its two bins, and
+its table is the product of the table of a bin with itself. The class is the scale of
+the unit in quarter octaves. The offset is `first` and the whole octaves of the scale;
+the quarter that is left tells the table, so there are four. The last pair of bins, 31
+and 31, means that the bins are found in a list behind the block; so do all pairs that
+are too rare for a table.
 
-Elements may be rounded so that all small ones share one step. In IEEE 754 the exponents
-0 and 1 share a step. The *minimum exponent* f is the greatest exponent that shares the
-step of all exponents below it, so that of IEEE 754 itself is 1. A magnitude is
-[ exponent | mantissa ]. With a minimum exponent f it is replaced by
+The raw bits do not contain low bits that are zero in all numbers, because numbers that
+were widened from a shorter dtype end in zeros.
+
+Numbers may be rounded so that all small ones share one step. The *minimum exponent* f
+is the greatest exponent whose step they all share; that of IEEE 754 itself is 1. With f
+above 1 a magnitude, [ exponent | mantissa ], is *raised*, that is replaced by
 
     magnitude - (f - 1) 2^m                  if its exponent is at least f,
-    the value divided by the step            otherwise.
+    the value divided by the step            otherwise, an integer.
 
-The second line is an integer. Both lines give the same result for the exponent f,
-because IEEE 754 defines subnormal numbers in this way. Exponents are biased, as they
-are in the bits.
+Both lines give the same result for the exponent f, because IEEE 754 defines subnormal
+numbers in this way. Then bins are counted from the step, without an offset, and the
+table is that of the scale above the step. The class tells the table and f.
 
-**Integers.** Signed integers are folded first: 0, -1, 1, -2, ... become 0, 1, 2, 3, ...
-Then small magnitudes have small symbols. For the folded integer n and r raw bits,
+**Integers.** A unit is a number x. Its class is the number of its table, and tells how
+many raw bits it has, its *shift* s. With b = 128 for signed integers and 0 for others,
 
-    symbol = n >> r          raw bits = n & (2^r - 1)
+    n = x + b 2^s        symbol = n >> s < 256         raw bits = n & (2^s - 1)
 
-**Differences.** The frequency table of an element tells how many raw bits it has, its
-shift s. For an integer x with -2^(s + 7) <= x < 2^(s + 7),
+The raw bits of integers are coded as symbols that are uniform, of at most 16 bits each.
+Those of floats are cut into pieces, from the lowest bit on: as many of 8 bits as there
+are, then one of 4, of 2 and of 1 where they are needed. See the *planes* of `blocks`.
 
-    n = x + 2^(s + 7)        symbol = n >> s         raw bits = n & (2^s - 1)
+Numbers that have no symbol are *exceptions*: any symbol is coded instead, and a list
+behind the block has their bits.
 
-The raw bits of an element are cut into *pieces*, from the lowest bit on: as many of 8
-bits as there are, then one of 4, of 2 and of 1 where they are needed.
-
-To add a type, write a subclass of `Layout` and add it to `TYPES`. Shape letters: A
-symbols in the alphabet.
+Shape letters: L lanes, K tables.
 """
 
-import abc
+from collections.abc import Callable
 import dataclasses
 import functools
-import math
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -54,124 +59,28 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax.system import native
+from rotbits_jax.coding import tables
+
+BINS = 32
+ESCAPE = BINS * BINS - 1
+"""The symbol of a pair of bins that is in a list."""
+
+WINDOW = 256
+"""The number of symbols of integers."""
 
 MOST_SHIFT = 24
-"""The greatest shift of a table."""
+_MOST_RAW = 16  # bits of a uniform symbol
 
+# What a mark of a unit says, beside the pair of bins.
+ESCAPED, EXCEPTION = 1 << 15, 1 << 14
 
-class Piece(NamedTuple):
-  """Raw bits that elements have in the same place, or behind their pieces of 8 bits.
+Interval = tuple[jax.Array, jax.Array, int]
+"""Starts and frequencies of the symbols of the lanes, and the precision."""
 
-  Attributes:
-    width: 8, 4, 2 or 1 bits.
-    place: the lowest bit of a piece of 8 bits; that of others depends on the shift.
-  """
+Pop = Callable[[Callable[[jax.Array], tuple[jax.Array, ...]], int], jax.Array]
+"""Takes a function from slots to entries, starts and frequencies, and the precision.
 
-  width: int
-  place: int = 0
-
-  def is_in(self, shift: Any) -> Any:
-    """Returns whether elements with so many raw bits have the piece."""
-    return shift >= self.place + 8 if self.width == 8 else shift & self.width > 0
-
-  def low(self, shift: Any) -> Any:
-    """Returns the lowest bit of the piece in elements with so many raw bits."""
-    return self.place if self.width == 8 else shift & (256 - 2 * self.width)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout(abc.ABC):
-  """A way to divide elements.
-
-  Attributes:
-    dtype: dtype of the elements.
-    raw_bits: number of raw bits of an element; the greatest one of differences.
-    min_exponent: the minimum exponent of floats; 1 for others.
-  """
-
-  dtype: np.dtype
-  raw_bits: int
-  min_exponent: int = 1
-
-  type_name: ClassVar[str]
-
-  @property
-  def unsigned(self) -> np.dtype:
-    """Dtype of the bit patterns of the elements."""
-    return np.dtype(f'u{self.dtype.itemsize}')
-
-  @property
-  def first(self) -> int:
-    """The bit pattern of an element without raw bits whose symbol is 0."""
-    return 0
-
-  @property
-  def program(self) -> Self:
-    """The layout with which the programs that this layout uses are compiled."""
-    return dataclasses.replace(self, min_exponent=min(self.min_exponent, 2))
-
-  @property
-  def pieces(self) -> tuple[Piece, ...]:
-    """The pieces of raw bits that an element has or may have."""
-    whole = tuple(Piece(8, place) for place in range(0, self.raw_bits & ~7, 8))
-    return whole + tuple(Piece(width) for width in (4, 2, 1) if self.raw_bits & width)
-
-  @property
-  @abc.abstractmethod
-  def alphabet(self) -> int:
-    """A, the number of symbols; at most 2^14."""
-
-  @property
-  @abc.abstractmethod
-  def has_scale(self) -> bool:
-    """Whether elements are distributed around zero, so that rows have scales."""
-
-  @abc.abstractmethod
-  def is_valid(self) -> bool:
-    """Returns whether the type has a layout of these attributes."""
-
-  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
-    """Returns the symbols of `split`, uint16; `shift` may be traced."""
-    return self.split(bits, min_exponent, shift)[0]
-
-  @abc.abstractmethod
-  def split(
-    self, bits: jax.Array, min_exponent: Any, shift: Any
-  ) -> tuple[jax.Array, jax.Array]:
-    """Divides elements into symbols and raw bits.
-
-    Args:
-      bits: bit patterns of the elements.
-      min_exponent: the attribute, which may be traced, so that layouts share programs.
-        Then that of `self` only tells whether it is 1.
-      shift: the number of raw bits; an array for differences.
-
-    Returns:
-      The symbols, uint16, and the raw bits.
-    """
-
-  @abc.abstractmethod
-  def join(
-    self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
-  ) -> jax.Array:
-    """Returns the bit patterns: the inverse of `split`.
-
-    Symbols and raw bits that no element has give any bits, but no error.
-    """
-
-  def cells(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the magnitudes for which the first symbols stand, as three int64 arrays.
-
-    The three are centre, exponent and width. The magnitudes lie around
-    centre * 2^exponent, in a cell of width 2^width times a factor that all symbols
-    share. Of neighbours that share exponent and width, no centre is less than the one
-    before.
-
-    Args:
-      count: number of symbols.
-    """
-    raise NotImplementedError
+It pops one symbol from each lane and returns the entries."""
 
 
 class Format(NamedTuple):
@@ -181,351 +90,428 @@ class Format(NamedTuple):
   exponent: int
   mantissa: int
 
-  @property
-  def bias(self) -> int:
-    return (1 << self.exponent - 1) - 1
-
 
 FORMATS = {
   np.dtype(np.float16): Format(width=16, exponent=5, mantissa=10),
   np.dtype(ml_dtypes.bfloat16): Format(width=16, exponent=8, mantissa=7),
   np.dtype(np.float32): Format(width=32, exponent=8, mantissa=23),
 }
-"""The dtypes of `Float`."""
+"""The dtypes of `Floats`."""
 
-_MODELLED_MANTISSA_BITS = 3
+
+class Tables(NamedTuple):
+  """The frequency tables of a layout, for its programs."""
+
+  # What each slot of a table stands for: `[K 2^precision]`, uint32 of floats, uint8 of
+  # integers.
+  slots: np.ndarray
+  intervals: np.ndarray  # uint32 `[K A]`, those of the A symbols of each table
+  # What a class tells, uint32 `[256]`: of integers the shift; of floats that share a
+  # step the table in the low 8 bits, and the minimum exponent above.
+  classes: np.ndarray
+  start: np.ndarray  # uint32, of floats the least offset
 
 
 @dataclasses.dataclass(frozen=True)
-class Float(Layout):
-  """The symbol is the exponent and the top of the mantissa."""
+class Floats:
+  """The layout of floats."""
 
-  type_name: ClassVar[str] = 'float'
+  dtype: np.dtype
+  raw_bits: int  # raw bits of a number, with its sign
+  raised: bool = False  # whether small numbers share a step, and magnitudes are raised
+  top: int = 1  # t, bits of the mantissa that belong to a bin
+
+  type_name: ClassVar[str] = 'floats'
+  size: ClassVar[int] = 2  # numbers of a unit
+  pushes: ClassVar[int] = 1  # of a unit
+  word: ClassVar[np.dtype] = np.dtype(np.uint32)  # units are words of this dtype
+
+  def is_valid(self) -> bool:
+    """Returns whether there is such a layout."""
+    return (
+      self.dtype in FORMATS
+      and 1 <= self.top <= 2
+      and 1 <= self.raw_bits <= self.format.mantissa + 1 - self.top
+    )
 
   @property
   def format(self) -> Format:
     return FORMATS[self.dtype]
 
   @property
+  def program(self) -> Self:
+    """The layout with which the programs that this one uses are compiled."""
+    return self
+
+  @property
+  def precision(self) -> int:
+    # There are many tables where steps are shared, and the cache is small.
+    return 12 if self.raised else tables.PRECISION
+
+  @property
+  def most_tables(self) -> int:
+    return 256 if self.raised else 4
+
+  @property
+  def most_offset(self) -> int:
+    """The greatest offset: with a greater one numbers could look like a NaN."""
+    return self.all_ones - BINS
+
+  @property
+  def all_ones(self) -> int:
+    """The exponent and the top bits of the mantissa of some NaNs."""
+    return (1 << self.format.exponent + self.top) - 1
+
+  @property
+  def words(self) -> int:
+    """The words of a unit: one has two numbers of 16 bits, or one of 32 bits."""
+    return self.format.width // 16
+
+  @property
+  def pieces(self) -> tuple[tuple[int, int], ...]:
+    """The width and the lowest bit of each piece of the raw bits of a number."""
+    low = self.raw_bits & ~7
+    pieces = [(8, place) for place in range(0, low, 8)]
+    for width in (4, 2, 1):
+      if self.raw_bits & width:
+        pieces.append((width, low))
+        low += width
+    return tuple(pieces)
+
+  @property
+  def marker(self) -> np.uint32:
+    """The bits that are set in a word whose bins are in a list."""
+    return np.uint32(self._ones * self.all_ones << self._low)
+
+  @property
+  def _ones(self) -> int:
+    """A one in the lowest bit of each number of a word."""
+    return 0x10001 if self.words == 1 else 1
+
+  @property
   def _low(self) -> int:
-    """The number of bits below the symbol."""
-    return self.format.mantissa - _MODELLED_MANTISSA_BITS
+    """The number of bits below the bin."""
+    return self.format.mantissa - self.top
 
-  @property
-  def most_raw_bits(self) -> int:
-    return self._low + 1
+  def _packed(self, first: Any, second: Any) -> list[Any]:
+    """Returns the words of a unit, given a field of each of its numbers."""
+    return [first | second << 16] if self.words == 1 else [first, second]
 
-  @property
-  def alphabet(self) -> int:
-    return 1 << self.format.exponent + _MODELLED_MANTISSA_BITS
-
-  @property
-  def has_scale(self) -> bool:
-    return True
-
-  def is_valid(self) -> bool:
-    return (
-      self.dtype in FORMATS
-      and 0 <= self.raw_bits <= self.most_raw_bits
-      and 1 <= self.min_exponent < (1 << self.format.exponent) - 1
-    )
-
-  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
-    # Raw bits that nobody needs would make the compiler of JAX 0.10 abort.
-    mask = bits.dtype.type(self.alphabet - 1)
-    return (self._raised(bits, min_exponent) >> self._low & mask).astype(jnp.uint16)
-
-  def _raised(self, bits: jax.Array, min_exponent: Any) -> jax.Array:
-    """Returns the patterns with the minimum exponent as their least."""
-    return raised(bits, self.format, min_exponent) if self.min_exponent > 1 else bits
-
-  def split(
-    self, bits: jax.Array, min_exponent: Any, shift: Any
+  def _table(
+    self, classes: jax.Array, coder_tables: Tables
   ) -> tuple[jax.Array, jax.Array]:
-    kind, low = bits.dtype.type, self._low
-    symbols, bits = (
-      self.symbols(bits, min_exponent, shift),
-      self._raised(bits, min_exponent),
-    )
-    raw = bits >> self.format.width - 1 << low | bits & kind((1 << low) - 1)
-    return symbols, raw >> self.most_raw_bits - shift
+    """Returns the tables of classes, and what the classes tell."""
+    if not self.raised:
+      return classes & 3, classes
+    told = _get(coder_tables.classes, classes)
+    return told & 255, told
 
   def join(
-    self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
+    self, symbols: Any, kept: list[Any], told: Any, start: Any, xp: Any = jnp
+  ) -> list[Any]:
+    """Makes the words of units, uint32, in JAX or NumPy.
+
+    Args:
+      symbols: uint32, pairs of bins.
+      kept: words that have the signs and the low bits of the numbers.
+      told: uint32, the classes, or what they tell if steps are shared.
+      start: that of `Tables`.
+      xp: the module, JAX or NumPy.
+    """
+    offset = 0 if self.raised else (told >> 2 << self.top) + start
+    bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
+    sign = np.uint32(self._ones << self.format.width - 1)
+    words = [x << self._low | y & ~sign for x, y in zip(bins, kept, strict=True)]
+    if self.raised:
+      lower = lambda x: lowered(x, self.format, told >> 8, xp)
+      if self.words == 1:
+        words = [lower(words[0] & 0xFFFF) | lower(words[0] >> 16) << 16]
+      else:
+        words = [lower(x) for x in words]
+    return [y & sign | x for x, y in zip(words, kept, strict=True)]
+
+  def decode_step(
+    self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
   ) -> jax.Array:
-    kind, low = self.unsigned.type, self._low
-    raw = raw << self.most_raw_bits - shift
-    sign = raw >> low << self.format.width - 1
-    bits = sign | symbols.astype(self.unsigned) << low | raw & kind((1 << low) - 1)
-    if self.min_exponent > 1:
-      bits = lowered(bits, self.format, min_exponent)
-    return bits
+    """Decodes a unit of each lane, `[L, words]`, in a program.
 
-  def cells(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    symbols, top = np.arange(count, dtype=np.int64), _MODELLED_MANTISSA_BITS
-    exponent, mantissa = symbols >> top, symbols & ((1 << top) - 1)
-    # Numbers with the exponent 0 have no leading 1, and the spacing of the exponent 1.
-    leading = np.where(exponent > 0, 1 << top, 0)
-    width = np.maximum(exponent, 1) - self.format.bias - top + self.min_exponent - 1
-    return 2 * (leading + mantissa) + 1, width - 1, width
+    Args:
+      pop: pops a symbol.
+      classes: uint32 `[L]`.
+      pieces: uint32 `[L]`, the pieces of each unit.
+      coder_tables: the tables.
+    """
+    table, told = self._table(classes, coder_tables)
 
+    def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
+      entry = _get(coder_tables.slots, table << self.precision | slot)
+      return entry, slot - (entry >> 11 & 0x7FF), (entry & 0x7FF) + 1
 
-def raised(bits: jax.Array, form: Format, min_exponent: Any) -> jax.Array:
-  """Replaces the magnitudes in bit patterns by those of a minimum exponent.
+    entry = pop(lookup, self.precision)
+    raw = [jnp.zeros_like(entry)] * self.words
+    for (width, place), piece in zip(self.pieces, pieces, strict=True):
+      mask = (1 << width) - 1
+      fields = self._packed(piece & mask, piece >> width & mask)
+      raw = [x | y << place for x, y in zip(raw, fields, strict=True)]
+    top, ones = self.raw_bits - 1, np.uint32(self._ones)
+    kept = [
+      (x >> top & ones) << self.format.width - 1
+      | (x & ones * np.uint32((1 << top) - 1)) << self._low - top
+      for x in raw
+    ]
+    words = self.join(entry >> 22, kept, told, coder_tables.start)
+    is_listed = entry >= jnp.uint32(ESCAPE << 22)
+    pairs = zip(kept, words, strict=True)
+    return jnp.stack([jnp.where(is_listed, x | self.marker, y) for x, y in pairs], -1)
 
-  Args:
-    bits: unsigned integers as wide as the elements. Elements with a lower exponent must
-      be multiples of the step of the minimum exponent.
-    form: format of the dtype.
-    min_exponent: f, an integer of at least 1; it may be traced. 1 changes nothing.
+  def encode_step(
+    self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
+  ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
+    """Divides a unit of each lane, `[L, words]`, in a program.
 
-  Returns:
-    Unsigned integers of the same shape and width.
-  """
-  kind, top = bits.dtype.type, form.mantissa
-  magnitude = bits & kind((1 << form.width - 1) - 1)
-  least = jnp.asarray(min_exponent).astype(bits.dtype)
-  exponent = jnp.maximum(magnitude >> top, kind(1))
-  shift = jnp.where(exponent < least, least - exponent, kind(0))
-  leading = (magnitude >> top > 0).astype(bits.dtype) << top
-  significand = magnitude & kind((1 << top) - 1) | leading
-  steps = significand >> jnp.minimum(shift, kind(form.width - 1))
-  return bits - magnitude | jnp.where(
-    shift > 0, steps, magnitude - (least - kind(1) << top)
-  )
+    Returns:
+      The intervals in the order in which they are popped; the pieces, uint32; and the
+      marks, uint16.
+    """
+    table, told = self._table(classes, coder_tables)
+    offset = jnp.uint32(0)
+    if not self.raised:
+      offset = (told >> 2 << self.top) + coder_tables.start
+    width, low, top = self.format.width, self._low, self.raw_bits - 1
+    numbers = [unit[:, 0] & 0xFFFF, unit[:, 0] >> 16]
+    if self.words == 2:
+      numbers = [unit[:, 0], unit[:, 1]]
+    symbol, outside, raw = jnp.uint32(0), jnp.bool_(False), []
+    for number in numbers:
+      # A number that looks like the marker is an exception.
+      is_marker = number >> low & self.all_ones == self.all_ones
+      if self.raised:
+        number = raised(number, self.format, told >> 8)
+      magnitude = number & ((1 << width - 1) - 1)
+      distance = ((magnitude >> low) - offset).astype(jnp.int32)
+      within = jnp.where(is_marker, 0, jnp.clip(distance, 0, BINS - 1))
+      symbol = symbol << 5 | within.astype(jnp.uint32)
+      outside = outside | is_marker | (within != distance)
+      tail = magnitude & ((1 << low) - 1)
+      raw.append(tail >> low - top | number >> width - 1 << top)
+    pieces = []
+    for bits, place in self.pieces:
+      first, second = (x >> place & ((1 << bits) - 1) for x in raw)
+      pieces.append(first | second << bits)
+    entry = _get(coder_tables.intervals, table << 10 | symbol)
+    mark = jnp.where(entry >> 31 > 0, ESCAPED | symbol, 0)
+    mark = mark | jnp.where(outside, EXCEPTION, 0)
+    interval = entry >> 11 & 0x3FFF, (entry & 0x7FF) + 1, self.precision
+    return [interval], pieces, mark.astype(jnp.uint16)
 
+  def tables(self, counts: np.ndarray, classes: np.ndarray, start: int) -> Tables:
+    """Makes the tables, or raises a ValueError if a pair of bins is too frequent.
 
-def lowered(bits: jax.Array, form: Format, min_exponent: Any) -> jax.Array:
-  """Restores the magnitudes: the inverse of `raised`."""
-  kind, top = bits.dtype.type, form.mantissa
-  magnitude = bits & kind((1 << form.width - 1) - 1)
-  least = jnp.asarray(min_exponent).astype(jnp.int32)
-  # A float32 holds an integer below 2^24 exactly, and its bits tell the exponent.
-  wide = jax.lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32)
-  below = least - jnp.int32(127 + top)
-  normal = ((wide >> (23 - top)) + (below << top)).astype(bits.dtype)
-  subnormal = magnitude << jnp.clip(least - 1, 0, form.width - 1).astype(bits.dtype)
-  small = jnp.where((wide >> 23) + below >= 1, normal, subnormal)
-  small = jnp.where(magnitude > 0, small, kind(0))
-  large = magnitude + ((least - 1) << top).astype(bits.dtype)
-  return bits - magnitude | jnp.where(magnitude >> top > 0, large, small)
-
-
-MOST_SYMBOL_BITS = 14  # a frequency table has as many slots
+    Args:
+      counts: int64 `[K, 32]`, rows that add up to 2^14, of bins.
+      classes: `[256]`, what the classes tell; empty unless steps are shared.
+      start: the least offset.
+    """
+    frequencies = tables.of_pairs(counts, self.precision)
+    starts = np.cumsum(frequencies, axis=1) - frequencies
+    intervals = starts << 11 | frequencies - 1
+    listed = 1 << 31 | intervals[:, ESCAPE:]
+    intervals = np.where(frequencies > 0, intervals, listed)
+    intervals[:, ESCAPE:] = listed
+    # A slot has its symbol, its distance from the start, and the frequency less 1.
+    used, symbols = np.nonzero(frequencies)
+    lengths, starts = frequencies[used, symbols], starts[used, symbols]
+    slots = np.repeat((symbols << 22) - (starts << 11) + lengths - 1, lengths)
+    slots += np.tile(np.arange(1 << self.precision) << 11, len(frequencies))
+    return Tables(
+      _filled(slots, self.most_tables << self.precision),
+      _filled(intervals, self.most_tables * BINS * BINS),
+      classes.astype(np.uint32),
+      np.array(start).astype(np.uint32),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class Int(Layout):
-  """The symbol is the top of the folded integer."""
+class Integers:
+  """The layout of integers of at most 32 bits."""
 
-  type_name: ClassVar[str] = 'int'
+  dtype: np.dtype
+  raw_bits: int  # the greatest shift of a table
 
-  @property
-  def alphabet(self) -> int:
-    return 1 << min(8 * self.dtype.itemsize - self.raw_bits, MOST_SYMBOL_BITS)
-
-  @property
-  def has_scale(self) -> bool:
-    return self.dtype.kind == 'i'
+  type_name: ClassVar[str] = 'integers'
+  raised: ClassVar[bool] = False
+  top: ClassVar[int] = 0
+  size: ClassVar[int] = 1
+  words: ClassVar[int] = 1
+  precision: ClassVar[int] = tables.PRECISION
+  most_tables: ClassVar[int] = 256
+  pieces: ClassVar[tuple[tuple[int, int], ...]] = ()
 
   def is_valid(self) -> bool:
-    known = self.dtype.kind in 'iu' and self.dtype.itemsize <= 4
-    return (
-      known and 0 <= self.raw_bits < 8 * self.dtype.itemsize and self.min_exponent == 1
-    )
-
-  def symbols(self, bits: jax.Array, min_exponent: Any, shift: Any) -> jax.Array:
-    del min_exponent
-    # Wider elements are shifted by a traced number faster.
-    return (self._folded(bits).astype(jnp.uint32) >> shift).astype(jnp.uint16)
-
-  def split(
-    self, bits: jax.Array, min_exponent: Any, shift: Any
-  ) -> tuple[jax.Array, jax.Array]:
-    raw = self._folded(bits) & bits.dtype.type((1 << shift) - 1)
-    return self.symbols(bits, min_exponent, shift), raw
-
-  def _folded(self, bits: jax.Array) -> jax.Array:
-    if not self.has_scale:
-      return bits
-    sign = bits >> (8 * bits.dtype.itemsize - 1)
-    return (bits << 1) ^ (bits.dtype.type(0) - sign)
-
-  def join(
-    self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
-  ) -> jax.Array:
-    folded = symbols.astype(self.unsigned) << shift | raw
-    if not self.has_scale:
-      return folded
-    kind = self.unsigned.type
-    return (folded >> 1) ^ (kind(0) - (folded & kind(1)))
-
-  def cells(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    symbols = np.arange(count, dtype=np.int64)
-    zeros = np.zeros_like(symbols)
-    if self.raw_bits:
-      return 2 * symbols + 1, zeros + self.raw_bits - 2, zeros
-    return (symbols + 1) // 2, zeros, zeros
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference(Layout):
-  """The symbol is the top of a signed integer that each table shifts differently."""
-
-  type_name: ClassVar[str] = 'difference'
-
-  @property
-  def first(self) -> int:
-    return (1 << 8 * self.dtype.itemsize) - (1 << 7)
+    """Returns whether there is such a layout."""
+    is_integer = self.dtype.kind in 'iu' and self.dtype.itemsize <= 4
+    return is_integer and 0 <= self.raw_bits <= MOST_SHIFT
 
   @property
   def program(self) -> Self:
-    return dataclasses.replace(self, raw_bits=self.raw_bits | 7)
+    """The layout with which the programs that this one uses are compiled."""
+    return dataclasses.replace(self, raw_bits=_MOST_RAW * (self.pushes - 1))
 
   @property
-  def pieces(self) -> tuple[Piece, ...]:
-    whole = tuple(Piece(8, place) for place in range(0, self.raw_bits & ~7, 8))
-    return (*whole, Piece(4), Piece(2), Piece(1))
+  def pushes(self) -> int:
+    return 1 + -(-self.raw_bits // _MOST_RAW)
 
   @property
-  def alphabet(self) -> int:
-    return 256
+  def word(self) -> np.dtype:
+    return np.dtype(f'u{self.dtype.itemsize}')
 
   @property
-  def has_scale(self) -> bool:
-    return False
+  def bias(self) -> int:
+    """The number b."""
+    return WINDOW // 2 if self.dtype.kind == 'i' else 0
 
-  def is_valid(self) -> bool:
-    known = self.dtype.kind == 'i' and self.dtype.itemsize <= 4
-    return known and 0 <= self.raw_bits <= MOST_SHIFT and self.min_exponent == 1
+  def _raw_sizes(self, shift: jax.Array) -> list[jax.Array]:
+    """Returns the bits of each uniform symbol, that of the highest bits first."""
+    sizes = []
+    for _ in range(1, self.pushes):
+      sizes.append(jnp.minimum(shift, _MOST_RAW))
+      shift = shift - sizes[-1]
+    return sizes
 
-  def split(
-    self, bits: jax.Array, min_exponent: Any, shift: Any
-  ) -> tuple[jax.Array, jax.Array]:
-    del min_exponent
-    shift = jnp.asarray(shift, jnp.uint32)
-    signed = bits.view(self.dtype).astype(jnp.int32).view(jnp.uint32)
-    numbers = signed + (jnp.uint32(1 << 7) << shift)
-    raw = numbers & (jnp.uint32(1) << shift) - jnp.uint32(1)
-    return (numbers >> shift & jnp.uint32(255)).astype(jnp.uint16), raw
-
-  def join(
-    self, symbols: jax.Array, raw: jax.Array, min_exponent: Any, shift: Any
+  def decode_step(
+    self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
   ) -> jax.Array:
-    del min_exponent
-    shift = jnp.asarray(shift, jnp.uint32)
-    numbers = symbols.astype(jnp.uint32) << shift | raw.astype(jnp.uint32)
-    return (numbers - (jnp.uint32(1 << 7) << shift)).astype(self.unsigned)
+    """Decodes a number of each lane; see `Floats.decode_step`."""
+    del pieces
+
+    def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
+      symbol = _get(coder_tables.slots, classes << self.precision | slot)
+      entry = _get(coder_tables.intervals, classes << 8 | symbol)
+      return symbol.astype(jnp.uint32), *_interval(entry)
+
+    def uniform(size: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
+      rest = _MOST_RAW - size
+      raw = slot >> rest
+      return raw, raw << rest, jnp.uint32(1) << rest
+
+    number = pop(lookup, self.precision) - jnp.uint32(self.bias)
+    if self.pushes > 1:
+      for size in self._raw_sizes(_get(coder_tables.classes, classes)):
+        raw = pop(functools.partial(uniform, size), _MOST_RAW)
+        number = number << size | raw
+    return number.astype(self.word)[:, None]
+
+  def encode_step(
+    self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
+  ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
+    """Divides a number of each lane; see `Floats.encode_step`."""
+    signed = unit[:, 0].view(self.dtype).astype(np.int32 if self.bias else np.uint32)
+    left = jnp.zeros_like(classes)
+    if self.pushes > 1:
+      left = _get(coder_tables.classes, classes)
+    # The shift of signed integers copies the sign.
+    top = (signed >> left.astype(signed.dtype)).view(jnp.uint32) + jnp.uint32(self.bias)
+    symbol = jnp.minimum(top, WINDOW - 1)
+    entry = _get(coder_tables.intervals, classes << 8 | symbol)
+    intervals = [(*_interval(entry), self.precision)]
+    for size in self._raw_sizes(left):
+      left = left - size
+      raw = signed.view(jnp.uint32) >> left & (jnp.uint32(1) << size) - jnp.uint32(1)
+      rest = _MOST_RAW - size
+      intervals.append((raw << rest, jnp.uint32(1) << rest, _MOST_RAW))
+    mark = jnp.where((symbol != top) | (entry >> 31 > 0), EXCEPTION, 0)
+    return intervals, [], mark.astype(jnp.uint16)
+
+  def tables(self, frequencies: np.ndarray, shifts: np.ndarray) -> Tables:
+    """Makes the tables, of frequencies `[K, 256]` and shifts `[K]`."""
+    starts = np.cumsum(frequencies, axis=1) - frequencies
+    # A symbol that does not occur is an exception, coded as the most frequent one.
+    best = np.argmax(frequencies, axis=1, keepdims=True)
+    intervals = (frequencies - 1) << 14 | starts
+    other = 1 << 31 | np.take_along_axis(intervals, best, axis=1)
+    _, symbols = np.nonzero(frequencies)
+    owners = np.repeat(symbols, frequencies[frequencies > 0])
+    size = self.most_tables
+    return Tables(
+      _filled(owners, size << self.precision, np.uint8),
+      _filled(np.where(frequencies > 0, intervals, other), size * WINDOW),
+      _filled(shifts, size),
+      np.zeros((), np.uint32),
+    )
 
 
-TYPES: dict[str, type[Layout]] = {x.type_name: x for x in (Float, Int, Difference)}
-"""The types of layouts, by their names in a file."""
+Layout = Floats | Integers
 
 
-# ---- programs ------------------------------------------------------------------------
+def _get(array: Any, index: jax.Array) -> jax.Array:
+  return array.at[index].get(mode='promise_in_bounds')
 
-_STEP = 1 << 12  # elements that one step splits or joins
+
+def _interval(entry: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Unpacks the start and the frequency of integers."""
+  return entry & 0x3FFF, (entry >> 14 & 0x3FFF) + 1
 
 
-class Shifts(NamedTuple):
-  """The shifts of elements whose tables have different ones.
+def _filled(
+  values: np.ndarray, size: int, dtype: type[np.generic] = np.uint32
+) -> np.ndarray:
+  """Returns values, flat, and zeros behind them."""
+  filled = np.zeros(size, dtype)
+  filled[: values.size] = values.reshape(-1)
+  return filled
 
-  Attributes:
-    contexts: uint8 `[n]`, the table of each element.
-    of_tables: uint8 `[256]`.
+
+def bins_of(numbers: np.ndarray, layout: Floats, min_exponent: int) -> np.ndarray:
+  """Returns the bins of bit patterns without an offset, int64.
+
+  Those of numbers that share a step, whose minimum exponent is above 1, are raised.
   """
+  form, unsigned = layout.format, numbers.dtype.type
+  low = form.mantissa - layout.top
+  tops = lambda x: (x & unsigned((1 << form.width - 1) - 1)) >> low
+  bins = tops(numbers)
+  if min_exponent > 1:
+    steps = tops(raised(numbers, form, min_exponent, np))
+    bins = np.where(bins == layout.all_ones, bins, steps)
+  return bins.astype(np.int64)
 
-  contexts: Any
-  of_tables: Any
 
-  def at(self, start: jax.Array, size: int) -> jax.Array:
-    contexts = jax.lax.dynamic_slice(self.contexts, (start,), (size,))
-    shifts = self.of_tables.at[contexts].get(mode='promise_in_bounds')
-    return shifts.astype(jnp.uint32)
+# ---- numbers that share a step -------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
-def split(
-  out: tuple[jax.Array, ...],
-  bits: jax.Array,
-  shifts: Shifts | None,
-  min_exponent: jax.Array,
-  count: jax.Array,
-  *,
-  layout: Layout,
-) -> tuple[jax.Array, ...]:
-  """Divides elements into symbols, uint16, and pieces of raw bits, uint8.
+def raised(bits: Any, form: Format, min_exponent: Any, xp: Any = jnp) -> Any:
+  """Replaces the magnitudes in bit patterns by those of a minimum exponent.
 
   Args:
-    out: arrays `[n]` like the results, whose memory these get.
-    bits: the bit patterns, unsigned integers `[n]`.
-    shifts: those of differences; None if all have `layout.raw_bits`.
-    min_exponent: that of the layout.
-    count: how many elements are wanted, the first ones; int32.
-    layout: the program of the layout.
-
-  Returns:
-    The symbols, and each of `layout.pieces`.
+    bits: unsigned integers at least as wide as the numbers. Numbers with a lower
+      exponent must be multiples of the step of the minimum exponent.
+    form: format of the dtype.
+    min_exponent: f, an integer of at least 1; it may be traced. 1 changes nothing.
+    xp: the module, JAX or NumPy.
   """
-
-  def loop(out: Any, bits: Any, shifts: Any, min_exponent: Any, count: Any) -> Any:
-    size = math.gcd(bits.size, _STEP)
-
-    def step(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-      shift = layout.raw_bits if shifts is None else shifts.at(i * size, size)
-      elements = jax.lax.dynamic_slice(bits, (i * size,), (size,))
-      symbols, raw = layout.split(elements, min_exponent, shift)
-      pieces = [
-        (raw >> x.low(shift)).astype(jnp.uint8) & jnp.uint8((1 << x.width) - 1)
-        for x in layout.pieces
-      ]
-      put = lambda x, result: jax.lax.dynamic_update_slice(x, result, (i * size,))
-      return tuple(map(put, out, (symbols, *pieces)))
-
-    return jax.lax.fori_loop(0, -(-count // size), step, out)
-
-  # On one thread, because the others have blocks of their own.
-  divided: tuple[jax.Array, ...] = native.loop(loop)(
-    out, bits, shifts, min_exponent, count
+  unsigned, top = bits.dtype.type, form.mantissa
+  magnitude = bits & unsigned((1 << form.width - 1) - 1)
+  least = xp.asarray(min_exponent).astype(bits.dtype)
+  exponent = xp.maximum(magnitude >> top, unsigned(1))
+  shift = xp.where(exponent < least, least - exponent, unsigned(0))
+  leading = (magnitude >> top > 0).astype(bits.dtype) << top
+  significand = magnitude & unsigned((1 << top) - 1) | leading
+  steps = significand >> xp.minimum(shift, unsigned(form.width - 1))
+  return bits - magnitude | xp.where(
+    shift > 0, steps, magnitude - (least - unsigned(1) << top)
   )
-  return divided
 
 
-@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
-def join(
-  out: jax.Array,
-  symbols: jax.Array,
-  pieces: tuple[jax.Array, ...],
-  shifts: Shifts | None,
-  min_exponent: jax.Array,
-  count: jax.Array,
-  *,
-  layout: Layout,
-) -> jax.Array:
-  """Returns the bit patterns of elements: the inverse of `split`, with its arguments.
-
-  The result gets the memory of `out`, unsigned integers `[n]`. A piece that an element
-  does not have is 0.
-  """
-
-  def loop(
-    out: Any, symbols: Any, pieces: Any, shifts: Any, min_exponent: Any, count: Any
-  ) -> Any:
-    size = math.gcd(out.size, _STEP)
-    some = lambda x, i: jax.lax.dynamic_slice(x, (i * size,), (size,))
-    wide = layout.unsigned if shifts is None else jnp.uint32
-
-    def step(i: jax.Array, out: jax.Array) -> jax.Array:
-      shift = layout.raw_bits if shifts is None else shifts.at(i * size, size)
-      raw = jnp.zeros(size, wide)
-      for x, piece in zip(layout.pieces, pieces, strict=True):
-        raw = raw | some(piece, i).astype(wide) << x.low(shift)
-      bits = layout.join(some(symbols, i), raw, min_exponent, shift)
-      return jax.lax.dynamic_update_slice(out, bits, (i * size,))
-
-    return jax.lax.fori_loop(0, -(-count // size), step, out)
-
-  joined: jax.Array = native.loop(loop)(
-    out, symbols, pieces, shifts, min_exponent, count
-  )
-  return joined
+def lowered(magnitude: Any, form: Format, min_exponent: Any, xp: Any = jnp) -> Any:
+  """Restores magnitudes, uint32: the inverse of `raised`."""
+  top, width = form.mantissa, form.width
+  least = xp.asarray(min_exponent).astype(np.int32)
+  # A float32 holds an integer below 2^24 exactly, and its bits tell the exponent.
+  wide = magnitude.astype(np.float32).view(np.int32)
+  below = least - np.int32(127 + top)
+  normal = ((wide >> (23 - top)) + (below << top)).view(np.uint32)
+  subnormal = magnitude << xp.clip(least - 1, 0, width - 1).astype(np.uint32)
+  small = xp.where((wide >> 23) + below >= 1, normal, subnormal)
+  small = xp.where(magnitude > 0, small, np.uint32(0))
+  large = magnitude + ((least - 1) << top).astype(np.uint32)
+  return xp.where(magnitude >> top > 0, large, small) & np.uint32((1 << width - 1) - 1)

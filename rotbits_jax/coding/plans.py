@@ -1,385 +1,447 @@
 """Plans: chooses how each array of a record is stored.
 
-An array is coded as it is or as several parts, see `sparse`. Each part is coded with
-one frequency table, or with a table for each class of its rows and columns, or it is
-stored as it is. The plan is the choice with the fewest bytes.
+An array is coded as it is or as several parts, see `sparse`. Parts of one layout form a
+group, which shares frequency tables. A part that coding does not make smaller is stored
+as it is. Frequencies are those of a sample: they only decide how many bytes the numbers
+take.
 
-Shape letters: B classes, A symbols.
+Shape letters: n units, S numbers of a unit, K tables, A symbols.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import blocks
-from rotbits_jax.coding import buffers
-from rotbits_jax.coding import contexts
+from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import formats
+from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import scales as scales_lib
 from rotbits_jax.coding import sparse
 from rotbits_jax.coding import tables
-from rotbits_jax.system import native
+from rotbits_jax.system import host
 
-_PART_BYTES = 16  # of a part in the spec and in the stream, about
-_LAYOUT_BYTES = 64  # of a layout and its blocks, about
-_SMALL = 1 << 14  # elements of arrays that are looked at together
-
-
-class Coded(NamedTuple):
-  """How a part is coded.
-
-  Attributes:
-    layout: layout of the elements.
-    scales: the scales of rows and columns; None if one table codes the part.
-    counts: int64 `[B, A]`, how often each symbol occurs in each class.
-  """
-
-  layout: layouts.Layout
-  scales: contexts.Scales | None
-  counts: np.ndarray
+_SAMPLE, _RUN = 1 << 17, 1 << 10  # units that tell frequencies, in runs of neighbours
+_INTEGERS = 1 << 20  # units of integers, because these have more tables
+_FEW = 1 << 12  # units that tell whether lines have scales
+_LARGE = 1 << 19  # numbers of parts that have tables of their own
+_SMALL = 1 << 12  # numbers of parts that share what others have of their own
+_RARE = 1 << 17  # an integer that is rarer than one in so many is an exception
+_GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
+_RAISED_CLASSES = 32  # of a part that shares a step
+_BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
+_FINER_BYTES = 400  # that finer bins must save
+_PLACE_BITS = 24  # of an exception, and those of the unit
+_INTEGER_CLASSES = 144
+_SHIFTED = 6  # the octave of the classes of integers above which they have raw bits
 
 
 class Part(NamedTuple):
-  """How a part is stored.
+  """A part of an array."""
 
-  Attributes:
-    array: the part, contiguous.
-    coded: how it is coded; None if it is stored as it is.
-    saved: about how many bytes coding saves.
-  """
+  array: int  # index of the array in the record
+  part: int  # index of the part in the array
+  numbers: np.ndarray  # the part, contiguous
 
-  array: np.ndarray
-  coded: Coded | None = None
-  saved: float = 0.0
+
+class Group(NamedTuple):
+  """Parts of one layout, coded together."""
+
+  layout: layouts.Layout
+  contexts: contexts_lib.Contexts  # the classes of each part, and the tables
+  parts: list[Part]
+  nbytes: list[float]  # about how many bytes each part takes
 
 
 class Plan(NamedTuple):
-  """How an array is stored.
+  """How the arrays of a record are stored."""
 
-  Attributes:
-    array: the array, contiguous.
-    zeros: where its zeros are, if it is stored without them.
-    parts: the parts: one, which is the array; two halves; or those of `zeros`.
-  """
+  arrays: list[np.ndarray]  # the arrays in C order
+  zeros: list[sparse.Sparse | None]  # of arrays that are stored without their zeros
+  groups: list[Group]  # the groups of parts that are coded
+  plain: list[Part]  # the parts that are stored as they are
 
-  array: np.ndarray
-  zeros: sparse.Sparse | None
-  parts: tuple[Part, ...]
 
-  @property
-  def nbytes(self) -> float:
-    """About how many bytes the array takes."""
-    return sum(part.array.nbytes - part.saved for part in self.parts)
+def make(arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]) -> Plan:
+  """Plans a record of arrays; of the integers of some the classes are known."""
+  whole = pool.each(host.contiguous, arrays)
+  zeros, forms = [], pool.each(_divided, whole)
+  parts: list[Part] = []
+  for i, (form, numbers) in enumerate(forms):
+    zeros.append(form)
+    parts += [Part(i, j, x) for j, x in enumerate(numbers)]
+  groups = _groups([x for x in parts if x.array not in known])
+  for i, classes in known.items():
+    (part,) = (x for x in parts if x.array == i)
+    groups.append(_known_group(part, classes.check(part.numbers.size)))
+  coded = {x[:2] for group in groups for x in group.parts}
+  return Plan(whole, zeros, groups, [x for x in parts if x[:2] not in coded])
+
+
+def _divided(array: np.ndarray) -> tuple[sparse.Sparse | None, list[np.ndarray]]:
+  if array.size and array.dtype.itemsize == 8:
+    return None, sparse.halves(array)
+  return (sparse.without_zeros(array) if array.size else None) or (None, [array])
+
+
+def _groups(parts: Sequence[Part]) -> list[Group]:
+  """Puts parts that coding makes smaller into groups."""
+  floats, integers = list[Part](), dict[np.dtype, list[Part]]()
+  for part in parts:
+    dtype = part.numbers.dtype
+    if part.numbers.size and dtype in layouts.FORMATS:
+      floats.append(part)
+    elif part.numbers.size and dtype.itemsize <= 4 and dtype.kind in 'iu':
+      integers.setdefault(dtype, []).append(part)
+  jobs = [functools.partial(_float_group, x) for x in _by_layout(floats)]
+  jobs += [functools.partial(_integer_group, x) for x in integers.values()]
+  return [x for x in map(_smaller, pool.run(jobs)) if x]
+
+
+def _smaller(group: Group) -> Group | None:
+  """Returns the group without parts that coding does not make smaller."""
+  plain = [x.numbers.nbytes for x in group.parts]
+  kept = [i for i, nbytes in enumerate(group.nbytes) if nbytes < plain[i]]
+  saved = sum(plain[i] - group.nbytes[i] for i in kept)
+  if saved < len(contexts_lib.to_bytes(group.contexts, group.layout)) + _GROUP_BYTES:
+    return None
+  pick = lambda values: [values[i] for i in kept]
+  contexts = group.contexts._replace(classes=tuple(pick(group.contexts.classes)))
+  return Group(group.layout, contexts, pick(group.parts), pick(group.nbytes))
+
+
+# ---- samples -------------------------------------------------------------------------
+
+
+class _Sample(NamedTuple):
+  """Units from all over a part."""
+
+  tables: np.ndarray  # int64 `[n]`, the table of each unit
+  symbols: np.ndarray  # int64 `[n, S]`, those of numbers, which may be out of bounds
+  weight: float  # how many units of the part one of the sample stands for
+
+  def counts(self, count: int, alphabet: int, first: int = 0) -> np.ndarray:
+    """Counts symbols, from `first` on: `[K, A]`, in proportion to the whole part."""
+    symbols = self.symbols - first
+    inside = (symbols >= 0) & (symbols < alphabet)
+    places = (self.tables[:, None] * alphabet + symbols)[inside]
+    counts = np.bincount(places, minlength=count * alphabet)
+    return counts.reshape(count, alphabet) * self.weight
+
+
+def _sampled(
+  units: np.ndarray,
+  classes: contexts_lib.Scales | known_lib.Bands,
+  shape: contexts_lib.Shape,
+  most: int,
+) -> tuple[np.ndarray, np.ndarray, float]:
+  """Returns some of the units `[n, S]` of a part, their classes, and their weight."""
+  runs = [slice(0, len(units))]
+  if len(units) > most:
+    starts = np.linspace(0, len(units) - _RUN, max(most // _RUN, 1)).astype(int)
+    runs = [slice(x, x + _RUN) for x in starts.tolist()]
+  sample = np.concatenate([units[run] for run in runs])
+  places, size = np.empty(len(sample), np.uint8), runs[0].stop
+  for i, run in enumerate(runs):  # which have one size
+    classes.write(places[i * size : (i + 1) * size], run.start, shape, units.shape[1])
+  return sample, places.astype(np.int64), len(units) / len(sample)
+
+
+def _nbytes(
+  array: np.ndarray, counts: np.ndarray, bits: np.ndarray, layout: layouts.Layout
+) -> float:
+  """Returns about the bytes of a part, given the bits of each symbol: `[K, A]`."""
+  numbers = max(array.size // layout.size, 1) * layout.size  # that are in the counts
+  exception = _PLACE_BITS + 8 * layout.size * array.itemsize
+  cost = (counts * bits).sum() + max(numbers - counts.sum(), 0) * exception
+  raw_bits = layout.raw_bits if isinstance(layout, layouts.Floats) else 0
+  return float(array.size * (cost / numbers + raw_bits)) / 8
+
+
+def _bits(counts: np.ndarray) -> np.ndarray:
+  """Returns the bits of each symbol with tables of these counts or frequencies."""
+  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  return -np.log2(np.maximum(shares, 2.0**-40))
+
+
+def _everywhere(counts: np.ndarray) -> np.ndarray:
+  """Gives tables without counts those of the nearest table that has some."""
+  (used,) = np.nonzero(counts.any(axis=1))
+  if not used.size:
+    return np.ones_like(counts)
+  nearest = np.abs(np.arange(len(counts))[:, None] - used).argmin(axis=1)
+  return counts[used[nearest]]
+
+
+# ---- floats --------------------------------------------------------------------------
 
 
 class _Draft(NamedTuple):
-  """A part and its layout; None if it is stored as it is."""
+  """How a part of floats is coded."""
 
-  array: np.ndarray
-  layout: layouts.Layout | None
+  part: Part
+  layout: layouts.Floats
+  min_exponent: int
+  lines: scales_lib.Lines  # their classes; tables if small numbers share a step
+
+  @property
+  def most(self) -> int:
+    """The greatest class."""
+    return _RAISED_CLASSES - 1 if self.layout.raised else 255
+
+  def above(self, least: int) -> '_Draft':
+    """Counts classes from a whole octave on, as offsets do, unless steps are shared."""
+    octave = -(-least // scales_lib.STEPS) * scales_lib.STEPS
+    if self.layout.raised:
+      return self
+    return self._replace(lines=self.lines.above(octave))
+
+  def sample(self, scales: contexts_lib.Scales, most: int) -> _Sample:
+    """Looks at pairs; a last number without a pair is left out."""
+    bits = sparse.bit_patterns(self.part.numbers)
+    pairs = bits[: bits.size & ~1] if bits.size > 1 else np.repeat(bits, 2)
+    shape, top = self.part.numbers.shape, self.layout.top
+    pairs, classes, weight = _sampled(pairs.reshape(-1, 2), scales, shape, most)
+    bins = layouts.bins_of(pairs, self.layout, self.min_exponent)
+    if self.layout.raised:
+      return _Sample(classes - scales.base + scales.table, bins, weight)
+    return _Sample(classes & 3, bins - (classes >> 2 << top)[:, None], weight)
+
+  def ideal_bytes(self) -> float:
+    """Returns about the bytes of the part with tables of its own."""
+    scales = self.above(self.lines.range[0]).lines.scales(0, self.most)
+    scales = scales._replace(table=scales.base)
+    sample = self.sample(scales, _FEW)
+    first = 0 if self.layout.raised else _first([sample])
+    counts = sample.counts(int(sample.tables.max()) + 1, layouts.BINS, first)
+    cost = _nbytes(self.part.numbers, counts, _bits(counts), self.layout)
+    return cost + scales.entropy_bytes
 
 
-def plan(arrays: Sequence[np.ndarray]) -> list[Plan]:
-  """Chooses the plan with the fewest bytes for each array.
+def _by_layout(parts: Sequence[Part]) -> list[list[_Draft]]:
+  """Puts floats of one layout together. Small parts of a dtype share theirs."""
+  sets: dict[Any, list[Part]] = {}
+  for part in parts:
+    is_small = part.numbers.size <= _SMALL
+    sets.setdefault(part.numbers.dtype if is_small else part[:2], []).append(part)
+  drafts = itertools.chain(*pool.each(_drafts, sets.values()))
+  groups: dict[tuple[layouts.Floats, int], list[_Draft]] = {}
+  classes: dict[layouts.Floats, int] = {}
+  # The parts of a group are in the order of the arrays.
+  for draft in sorted(drafts, key=lambda x: x.part[:2]):
+    count = 0
+    if draft.layout.raised:  # each part has classes of its own
+      scales = draft.lines.scales(0, draft.most)
+      count = classes.get(draft.layout, 0) + scales.greatest - scales.base + 1
+      classes[draft.layout] = count
+    key = draft.layout, count // (256 - _RAISED_CLASSES)
+    groups.setdefault(key, []).append(draft)
+  return list(groups.values())
 
-  Args:
-    arrays: arrays of dtypes in `specs.DTYPES`, contiguous.
 
-  Returns:
-    The plans.
+def _drafts(parts: list[Part]) -> list[_Draft]:
+  """Chooses the layout of parts, and the scales of each of them."""
+  bits = [sparse.bit_patterns(x.numbers) for x in parts]
+  whole = bits[0] if len(bits) == 1 else np.concatenate(bits)
+  layout, min_exponent = formats.of_floats(whole, parts[0].numbers.dtype)
+  drafts = []
+  for part in parts:
+    lines = scales_lib.of_floats(part.numbers, layout)
+    if layout.raised:
+      lines = lines.above(scales_lib.STEPS * (min_exponent - _BELOW))
+    draft = _Draft(part, layout, min_exponent, lines)
+    costs = {x.ideal_bytes(): x for x in (draft, draft._replace(lines=lines.flat()))}
+    draft = costs[min(costs)]
+    if len(parts) == 1 and layout.raw_bits > 1:
+      finer = dataclasses.replace(layout, raw_bits=layout.raw_bits - 1, top=2)
+      fine = draft._replace(layout=finer)
+      draft = fine if fine.ideal_bytes() + _FINER_BYTES < min(costs) else draft
+    drafts.append(draft)
+  return drafts
+
+
+def _float_group(drafts: list[_Draft]) -> Group:
+  """Chooses the tables of floats."""
+  layout, most = drafts[0].layout, drafts[0].most
+  least = min(x.lines.range[0] for x in drafts)
+  drafts = [x.above(least) for x in drafts]
+  scales = [x.lines.scales(0, most) for x in drafts]
+  count, size = 4, max(_SAMPLE // len(drafts), _RUN)
+  if layout.raised:
+    scales, count = _with_tables(drafts, scales)
+  samples = [x.sample(y, size) for x, y in zip(drafts, scales, strict=True)]
+  first = 0
+  if not layout.raised:
+    first = min(_first(samples), layout.most_offset)
+    octaves = layout.most_offset - first >> layout.top
+    scales = [x.lines.scales(0, min(most, 4 * octaves + 3)) for x in drafts]
+  counts = [x.counts(count, layouts.BINS, first) for x in samples]
+  frequencies = _frequencies(_everywhere(np.sum(counts, axis=0)), layout.precision)
+  parts, bits = [x.part for x in drafts], _bits(frequencies)
+  pairs = zip(parts, counts, strict=True)
+  nbytes = [_nbytes(x.numbers, y, bits, layout) + 2 for x, y in pairs]
+  numbers = np.array([] if layout.raised else [first], np.int64)
+  contexts = contexts_lib.Contexts(tuple(scales), numbers, frequencies)
+  return Group(layout, contexts, parts, nbytes)
+
+
+def _with_tables(
+  drafts: list[_Draft], scales: list[contexts_lib.Scales]
+) -> tuple[list[contexts_lib.Scales], int]:
+  """Gives each part that shares a step its classes and tables, and counts the tables.
+
+  Large parts have tables of their own; others share those of equal classes.
   """
-  candidates = pool.each(_candidates, arrays)
-  parts = [x for choices in candidates for _, parts in choices for x in parts]
-  of_parts = _with_layouts(parts)
-  planned = iter(_planned([x for x in of_parts if x.layout]))
-  drafts, plans = iter(of_parts), []
-  for array, choices in zip(arrays, candidates, strict=True):
-    candidates_planned = []
-    for zeros, parts in choices:
-      own_drafts = [next(drafts) for _ in parts]
-      candidates_planned.append(
-        Plan(
-          array,
-          zeros,
-          tuple(next(planned) if x.layout else Part(x.array) for x in own_drafts),
-        )
-      )
-    cost = lambda plan: plan.nbytes + _PART_BYTES * len(plan.parts)
-    plans.append(min(candidates_planned, key=cost))
-  return plans
+  pairs = [*zip(drafts, scales, strict=True)]
+  shared = [x for draft, x in pairs if draft.part.numbers.size < _LARGE]
+  least = min((x.base for x in shared), default=0)
+  count = max((x.greatest + 1 for x in shared), default=least) - least
+  placed, base = [], 0
+  for draft, old in pairs:
+    span, table = old.greatest - old.base + 1, old.base - least
+    if draft.part.numbers.size >= _LARGE:
+      table, count = count, count + span
+    placed.append(old._replace(base=base, table=table, min_exponent=draft.min_exponent))
+    base += span
+  return placed, count
 
 
-def _candidates(
-  array: np.ndarray,
-) -> list[tuple[sparse.Sparse | None, list[np.ndarray]]]:
-  """Returns the ways to divide an array into parts that may suit it."""
-  if array.dtype.itemsize == 8:
-    return [(None, [array]), (None, sparse.halves(array))]
-  divided = sparse.without_zeros(array) if array.size else None
-  return [(None, [array])] + ([divided] if divided else [])
+def _first(samples: Sequence[_Sample]) -> int:
+  """Chooses the least offset, so that the fewest numbers are outside the bins."""
+  least = min(int(x.symbols.min()) for x in samples)
+  size = max(int(x.symbols.max()) for x in samples) - least + 1
+  counts = np.zeros(size + layouts.BINS)
+  for sample in samples:
+    in_one_table = sample._replace(tables=0 * sample.tables)
+    counts[:size] += in_one_table.counts(1, size, least)[0]
+  ends = np.concatenate([[0], np.cumsum(counts)])
+  return least + int(np.argmax(ends[layouts.BINS :] - ends[: -layouts.BINS]))
 
 
-# ---- layouts -------------------------------------------------------------------------
+def _frequencies(counts: np.ndarray, precision: int) -> np.ndarray:
+  """Returns the frequencies of bins.
 
-# Elements by which the raw bits of integers are chosen; bytes have few values.
-_SAMPLE, _SAMPLE_OF_BYTES = 1 << 18, 1 << 14
-_NOISE = 0.98  # bits of a bit, from which coding is not worth its time
-
-
-def _with_layouts(parts: Sequence[np.ndarray]) -> list[_Draft]:
-  """Chooses the layouts of parts. Small arrays of integers share theirs."""
-  groups: dict[tuple[np.dtype, int, int], list[int]] = {}
-  jobs: dict[int, Callable[[], layouts.Layout | None]] = {}
-  for i, part in enumerate(parts):
-    if part.size and part.dtype in layouts.FORMATS:
-      jobs[i] = functools.partial(
-        formats.of_floats, sparse.bit_patterns(part), part.dtype
-      )
-    elif part.size and part.dtype.kind in 'iu' and part.itemsize <= 4:
-      alone = -1 if part.size <= _SMALL else i
-      key = part.dtype, formats.least_raw_bits(part), alone
-      groups.setdefault(key, []).append(i)
-  for members in groups.values():
-    jobs[members[0]] = functools.partial(_of_integers, [parts[i] for i in members])
-  chosen = dict(zip(jobs, pool.run(jobs.values()), strict=True))
-  for members in groups.values():
-    chosen |= dict.fromkeys(members, chosen[members[0]])
-  return _alike([_Draft(x, chosen.get(i)) for i, x in enumerate(parts)])
-
-
-def _of_integers(arrays: Sequence[np.ndarray]) -> layouts.Int | None:
-  """Returns the layout that makes integers shortest; None for bytes that are noise."""
-  dtype, least = arrays[0].dtype, formats.least_raw_bits(arrays[0])
-  most = _SAMPLE if dtype.itemsize > 1 else _SAMPLE_OF_BYTES
-  stride = -(-sum(x.size for x in arrays) // most)
-  numbers = np.concatenate([x.reshape(-1)[::stride] for x in arrays]).astype(np.int64)
-  if dtype.kind == 'i':
-    numbers = np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)
-  symbols, counts = np.unique(numbers >> least, return_counts=True)
-  if dtype == np.uint8:
-    # A sample of n bytes has about 2^8 / (2 n ln 2) bits per element too few.
-    missing = 185 * symbols.size / 256
-    if tables.entropy_bits(counts) + missing > 8 * _NOISE * numbers.size:
-      return None
-  costs = list[float]()
+  Equal counts are added to all until a table has room for the most frequent pair.
+  """
+  total, most = counts.sum(axis=1, keepdims=True), counts.max(axis=1, keepdims=True)
+  share = np.sqrt(tables.MOST_PAIR / (1 << precision))
   while True:
-    # A symbol owns a slot or more, and a stored frequency takes about a byte.
-    owned = np.maximum(counts, numbers.size / tables.TOTAL)
-    bits = tables.cost_bits(counts, owned * (tables.TOTAL / owned.sum()))
-    costs.append(stride * (bits + len(costs) * numbers.size) + 8 * symbols.size)
-    if symbols.size == 1:
-      return layouts.Int(dtype, least + int(np.argmin(costs)))
-    symbols >>= 1
-    firsts = np.flatnonzero(np.diff(symbols, prepend=-1))
-    symbols, counts = symbols[firsts], np.add.reduceat(counts, firsts)
+    share *= 0.95
+    more = np.maximum(most - share * total, 0) / (share * layouts.BINS - 1)
+    shares = (counts + more) / (total + more * layouts.BINS)
+    frequencies = tables.quantize(np.rint(shares * 2.0**30).astype(np.int64))
+    try:
+      tables.of_pairs(frequencies, precision)
+    except ValueError:
+      continue
+    return frequencies
 
 
-def _alike(drafts: list[_Draft]) -> list[_Draft]:
-  """Gives small parts the layout of other parts if their own layout costs more."""
-  sizes: dict[layouts.Layout | None, int] = {}
-  for array, layout in drafts:
-    sizes[layout] = sizes.get(layout, 0) + array.size
-  floats = [layout for layout in sizes if isinstance(layout, layouts.Float)]
-  chosen: dict[layouts.Layout | None, layouts.Layout | None] = {}
-  for layout in floats:
-    # A layout with a lower minimum exponent and more raw bits fits the elements, too,
-    # but takes more bits for each of them.
-    wider = {
-      other: other.raw_bits - layout.raw_bits + layout.min_exponent - other.min_exponent
-      for other in floats
-      if other.dtype == layout.dtype
-      and other != layout
-      and other.raw_bits >= layout.raw_bits
-      and other.min_exponent <= layout.min_exponent
-    }
-    if wider:
-      best = min(wider, key=wider.__getitem__)
-      chosen[layout] = (
-        best if wider[best] * sizes[layout] < 8 * _LAYOUT_BYTES else layout
-      )
-  return [_Draft(array, chosen.get(layout, layout)) for array, layout in drafts]
+# ---- integers ------------------------------------------------------------------------
 
 
-# ---- tables --------------------------------------------------------------------------
-
-
-def _planned(drafts: list[_Draft]) -> list[Part]:
-  """Chooses the tables of parts with a layout."""
-  lined = [
-    i
-    for i, (array, layout) in enumerate(drafts)
-    if layout and layout.has_scale and scales_lib.has_lines(array.shape)
+def _integer_group(parts: list[Part]) -> Group:
+  """Chooses the scales, the shifts and the tables of integers of one dtype."""
+  arrays, dtype = [x.numbers for x in parts], parts[0].numbers.dtype
+  if dtype.kind == 'i':
+    lines = pool.each(_integer_lines, arrays)
+    least = max(min(x.range[0] for x in lines), 0)
+    most = max(min(max(x.range[1] for x in lines), _INTEGER_CLASSES - 1), least)
+    scales = [x.above(least).scales(0, most - least) for x in lines]
+    shifts = _class_shifts(least, most)
+  else:
+    few = len(parts) < layouts.Integers.most_tables // 2
+    keys = []
+    for i, array in enumerate(arrays):
+      shift = max(int(array.max()).bit_length() - 8, 0)
+      keys.append((shift, i if few and array.size > _SMALL else -1))
+    distinct, zero = list(dict.fromkeys(keys)), np.zeros(1, np.uint8)
+    scales = [contexts_lib.Scales(distinct.index(x), zero, zero) for x in keys]
+    shifts = np.array([shift for shift, _ in distinct])
+  counts = [
+    _integer_counts(x, y, shifts, _INTEGERS)
+    for x, y in zip(arrays, scales, strict=True)
   ]
-  chosen = scales_lib.of_arrays([drafts[i].array for i in lined])
-  scales = dict(zip(lined, chosen, strict=True))
-  fitted = [_fitted(*draft, scales.get(i)) for i, draft in enumerate(drafts)]
-  arrays = [draft.array for draft in drafts]
-  pairs = zip(arrays, fitted, strict=True)
-  counts = pool.run_lists([_counting(array, *ways) for array, ways in pairs])
-  return pool.each(_choose, arrays, fitted, counts)
+  total = np.sum(counts, axis=0)
+  total[total * _RARE < total.sum(axis=1, keepdims=True)] = 0
+  frequencies = tables.quantize(np.ceil(_everywhere(total)).astype(np.int64))
+  exception = _PLACE_BITS + 8 * dtype.itemsize
+  bits = np.where(frequencies > 0, _bits(frequencies), exception)
+  bits = bits + shifts[:, None]
+  layout = layouts.Integers(dtype, int(shifts.max()))
+  nbytes = [_nbytes(*x, bits, layout) + 1 for x in zip(arrays, counts, strict=True)]
+  contexts = contexts_lib.Contexts(tuple(scales), shifts, frequencies)
+  return Group(layout, contexts, parts, nbytes)
 
 
-def _fitted(
-  array: np.ndarray, layout: layouts.Layout | None, scales: contexts.Scales | None
-) -> tuple[layouts.Layout, contexts.Scales | None, int]:
-  """Adds raw bits to a layout until the tables of all classes have room."""
-  assert layout
-  alphabet = layout.alphabet
-  if isinstance(layout, layouts.Int):
-    alphabet = (formats.most_folded(array) >> layout.raw_bits) + 1
-  while scales and (scales.num_classes + 1) * alphabet > blocks.MAX_ENTRIES:
-    layout = dataclasses.replace(layout, raw_bits=layout.raw_bits + 1)
-    alphabet = -(-alphabet // 2)
-  return layout, scales, alphabet
+def _class_shifts(least: int, most: int) -> np.ndarray:
+  """Returns the shifts of classes: with them, integers have few symbols."""
+  octaves = np.arange(least, most + 1) // scales_lib.STEPS
+  return np.clip(octaves - _SHIFTED, 0, layouts.MOST_SHIFT)
 
 
-def _counting(
+def _integer_lines(array: np.ndarray) -> scales_lib.Lines:
+  """Chooses the scales of rows and columns, unless they cost more than they save."""
+  lines, costs = scales_lib.of_integers(array), {}
+  shifts = _class_shifts(0, _INTEGER_CLASSES - 1)
+  for draft in (lines, lines.flat()):
+    scales = draft.scales(0, _INTEGER_CLASSES - 1)
+    counts = _integer_counts(array, scales, shifts, _SAMPLE)
+    bits = _bits(counts) + shifts[:, None]
+    cost = _nbytes(array, counts, bits, layouts.Integers(array.dtype, 0))
+    costs[cost + np.count_nonzero(counts) + scales.entropy_bytes] = draft
+  return costs[min(costs)]
+
+
+def _integer_counts(
   array: np.ndarray,
-  layout: layouts.Layout,
-  scales: contexts.Scales | None,
-  alphabet: int,
-) -> list[Callable[[], np.ndarray]]:
-  """Returns jobs that count the symbols of a part, whose results add up."""
-  bits, (_, columns) = sparse.bit_patterns(array), contexts.matrix_shape(array.shape)
-
-  def job(start: int) -> np.ndarray:
-    block = bits[start : start + blocks.CAPACITY]
-
-    def classes(out: np.ndarray) -> None:
-      if scales is None:
-        out.fill(0)
-      else:
-        scales.write(out, start, columns, 0)
-
-    count = scales.num_classes if scales else 1
-    copy = lambda out: np.copyto(out, block)
-    return histogram(copy, classes, block.size, (count, alphabet), layout)
-
-  return [functools.partial(job, x) for x in range(0, bits.size, blocks.CAPACITY)]
-
-
-def _choose(
-  array: np.ndarray,
-  fitted: tuple[layouts.Layout, contexts.Scales | None, int],
-  block_counts: list[np.ndarray],
-) -> Part:
-  """Returns the part with the fewest bytes: with scales, with one table, or neither."""
-  (layout, scales, _), counts = fitted, np.sum(block_counts, axis=0)
-  counts = counts[:, : np.flatnonzero(counts.any(axis=0))[-1] + 1]
-  total = counts.sum(axis=0, keepdims=True)
-  choices = [(contexts.choose(layout, None, total).costs, Coded(layout, None, total))]
-  if layout.has_scale:
-    base, zero = int(scales_lib.of_counts(layout, total)[0]), np.zeros(1, np.uint8)
-    one = Coded(layout, contexts.Scales(base, zero, zero), total)
-    for coded in [one] + ([Coded(layout, scales, counts)] if scales else []):
-      assert coded.scales
-      (used,) = np.nonzero(coded.counts.any(axis=1))
-      classes = coded.scales.base + used
-      costs = contexts.choose(layout, classes, coded.counts[used]).costs
-      of_lines = sum(tables.entropy_bits(np.bincount(x)) for x in coded.scales[1:])
-      choices.append((np.append(costs, of_lines / 8), coded))
-  cost, coded = min(((costs.sum(), x) for costs, x in choices), key=lambda x: x[0])
-  saved = array.nbytes - array.size * layout.raw_bits / 8 - float(cost)
-  return Part(array, coded, saved) if saved > 0 else Part(array)
-
-
-# ---- counts --------------------------------------------------------------------------
-
-_UNROLLED = 8  # elements that one step counts
-_ZEROS = 1 << 12  # counts that one step clears
-
-
-@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
-def _count(
-  counts: jax.Array,  # int32 [2^20]
-  bits: jax.Array,  # unsigned integers [2^20]
-  classes: jax.Array,  # uint8 [2^20]
-  shifts: jax.Array | None,  # uint8 [256]
-  *numbers: jax.Array,
-  layout: layouts.Layout,
-) -> jax.Array:
-  def loop(
-    counts: jax.Array,
-    bits: jax.Array,
-    classes: jax.Array,
-    shifts: jax.Array | None,
-    alphabet: jax.Array,
-    used: jax.Array,
-    count: jax.Array,
-    min_exponent: jax.Array,
-    raw_bits: jax.Array,
-  ) -> jax.Array:
-    zeros = jnp.zeros(_ZEROS, counts.dtype)
-    clear = lambda i, x: jax.lax.dynamic_update_slice(x, zeros, (i * _ZEROS,))
-    counts = jax.lax.fori_loop(0, -(-used // _ZEROS), clear, counts)
-    part = lambda x, i: jax.lax.dynamic_slice(x, (i * _UNROLLED,), (_UNROLLED,))
-
-    def step(i: jax.Array, counts: jax.Array) -> jax.Array:
-      block_classes, shift = part(classes, i), raw_bits
-      if shifts is not None:
-        shift = shifts.at[block_classes].get(mode='promise_in_bounds')
-      symbols = layout.symbols(part(bits, i), min_exponent, shift)
-      # Unsigned, because it takes time to see whether signed indices are below 0.
-      for j in symbols + block_classes.astype(jnp.uint32) * alphabet:
-        number = jax.lax.dynamic_index_in_dim(counts, j, keepdims=False)
-        counts = jax.lax.dynamic_update_index_in_dim(counts, number + 1, j, 0)
-      return counts
-
-    return jax.lax.fori_loop(0, count // _UNROLLED, step, counts)
-
-  counted: jax.Array = native.loop(loop)(counts, bits, classes, shifts, *numbers)
-  return counted
-
-
-def histogram(
-  bits: blocks.Fill,
-  classes: blocks.Fill,
-  count: int,
-  shape: tuple[int, int],
-  layout: layouts.Layout,
-  shifts: np.ndarray | None = None,
+  classes: contexts_lib.Scales | known_lib.Bands,
+  shifts: np.ndarray,
+  most: int,
 ) -> np.ndarray:
-  """Counts how often each symbol occurs in each class, on this thread.
+  """Counts the symbols of integers whose classes have these shifts: `[K, 256]`."""
+  units = array.reshape(-1, 1)
+  units, places, weight = _sampled(units, classes, array.shape, most)
+  symbols = units.astype(np.int64) >> shifts[places][:, None]
+  symbols += layouts.Integers(array.dtype, 0).bias
+  return _Sample(places, symbols, weight).counts(len(shifts), layouts.WINDOW)
 
-  Args:
-    bits: writes the bit patterns of the elements.
-    classes: writes the class of each element.
-    count: the number of elements, at most 2^20.
-    shape: B, and a bound A for the symbols. `(B + 1) * A` is at most
-      `blocks.MAX_ENTRIES`.
-    layout: layout of the elements.
-    shifts: uint8 `[256]`, the shift of each class, of differences.
 
-  Returns:
-    int64 `[*shape]`.
-  """
-  whole, used = -(-count // _UNROLLED) * _UNROLLED, shape[0] * shape[1]
-  patterns = buffers.scratch('bits', buffers.ROOM, layout.unsigned)
-  places = buffers.scratch('contexts', buffers.ROOM, np.uint8)
-  bits(patterns[:count])
-  classes(places[:count])
-  # The others count in a class of their own.
-  patterns[count:whole], places[count:whole] = 0, shape[0]
-  counts = _count(
-    buffers.taken('counts', blocks.MAX_ENTRIES, np.int32),
-    patterns,
-    places,
-    shifts,
-    np.uint32(shape[1]),
-    np.int32(used + shape[1]),
-    np.int32(whole),
-    layout.unsigned.type(layout.min_exponent),
-    np.uint32(layout.raw_bits),
-    # The raw bits are an operand, so that layouts share programs.
-    layout=dataclasses.replace(layout.program, raw_bits=0),
+def _known_group(part: Part, known: known_lib.Known) -> Group:
+  """Puts neighbouring classes of one shift together where that saves bits."""
+  shifts = np.array(known.shifts)
+  each = known_lib.Bands(known, np.ones(len(shifts), np.uint8))
+  counts = np.rint(_integer_counts(part.numbers, each, shifts, _INTEGERS))
+  bits = _table_bits(counts).tolist()
+  bands: list[tuple[int, int, np.ndarray, float]] = []  # shift, classes, counts, bits
+  for shift, class_counts, cost in zip(known.shifts, counts, bits, strict=True):
+    if bands and bands[-1][0] == shift:
+      _, size, band_counts, band_cost = bands[-1]
+      joined = band_counts + class_counts
+      joined_cost = float(_table_bits(joined)) if cost else band_cost
+      if joined_cost <= band_cost + cost:
+        bands[-1] = shift, size + 1, joined, joined_cost
+        continue
+    bands.append((shift, 1, class_counts, cost))
+  nbytes = float(counts.sum(axis=1) @ shifts + sum(x[3] for x in bands)) / 8
+  frequencies = np.stack([x[2] for x in bands]).astype(np.int64)
+  frequencies[~frequencies.any(axis=1), 0] = 1
+  classes = known_lib.Bands(known, np.array([x[1] for x in bands], np.uint8))
+  contexts = contexts_lib.Contexts(
+    (classes,), classes.shifts, tables.quantize(frequencies)
   )
-  result = np.asarray(counts)[:used].reshape(shape).astype(np.int64)
-  buffers.keep('counts', counts)
-  return result
+  layout = layouts.Integers(part.numbers.dtype, max(known.shifts))
+  return Group(layout, contexts, [part], [nbytes])
+
+
+def _table_bits(counts: np.ndarray) -> np.ndarray:
+  """Returns about the bits of symbols and of their tables: `[...]`."""
+  whole = np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+  shares = np.maximum(counts / whole, 1 / tables.TOTAL)
+  bits = -(counts * np.log2(shares)).sum(axis=-1)
+  return bits + 8 * np.count_nonzero(counts, axis=-1)

@@ -7,7 +7,7 @@ them does not always have work for all threads.
 The JAX programs of `run` run on the CPU, because their data is in its memory.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import contextlib
 import functools
@@ -33,19 +33,12 @@ def threads() -> int:
 
 
 def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
-  """Runs jobs side by side.
+  """Runs functions without arguments side by side, and returns their results in order.
 
-  Args:
-    jobs: functions without arguments.
-
-  Returns:
-    The results of the jobs, in order.
-
-  Raises:
-    Exception: the exception of the first job that failed, after all jobs have ended.
+  Raises the exception of the first job that failed, after all jobs have ended.
   """
   if getattr(_local, 'pool', None) == 'blocks':
-    return in_turn(jobs)
+    return [job() for job in jobs]
   started = [_pool('blocks').submit(job) for job in jobs]
   futures.wait(started)
   try:
@@ -60,41 +53,19 @@ def each(function: Callable[..., _Result], *arguments: Iterable[Any]) -> list[_R
   return run(functools.partial(function, *x) for x in zip(*arguments, strict=True))
 
 
-def run_lists(
-  lists: Sequence[Sequence[Callable[[], _Result]]],
-) -> list[list[_Result]]:
-  """Runs lists of jobs, and returns the results of each list."""
-  results = iter(run(job for jobs in lists for job in jobs))
-  return [[next(results) for _ in jobs] for jobs in lists]
-
-
-def start(job: Callable[[], object]) -> None:
-  """Starts a job for whose result nobody waits, such as to compile a program."""
-  _pool('blocks').submit(job)
-
-
-def in_turn(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
-  """Runs jobs one after the other on this thread, for a job of `run`."""
-  return [job() for job in jobs]
-
-
-Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
-"""`run` or `in_turn`."""
-
-
 Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']
 """Takes a function of no arguments and returns the future of its result."""
 
 
 @contextlib.contextmanager
 def record_jobs() -> Iterator[Start]:
-  """Starts jobs that begin in their order, on one more thread than processors.
+  """Yields a function that starts jobs, on one more thread than processors.
 
-  Yields:
-    A function that starts a job.
-
+  Jobs begin in their order.
   At the end, or when an exception leaves the context, jobs that have not begun are
-  cancelled and the others are waited for.
+  cancelled and the others are waited for. A generator that nobody uses any more does
+  not wait: it ends in any thread and at any time, also when this thread holds a lock
+  that the others need.
   """
   # Futures that are done leave the set, because they hold their results.
   pool, started = _pool('records'), set[futures.Future[Any]]()
@@ -120,8 +91,6 @@ def record_jobs() -> Iterator[Start]:
     left = list(started)
     for future in left:
       future.cancel()
-    # A generator that nobody uses any more ends in any thread, at any time, also when
-    # this thread holds a lock that the others need.
     if not is_dropped:
       futures.wait(left)
 

@@ -17,20 +17,22 @@ from a message that holds other data, as bits-back coding does.
     >>> import jax.numpy as jnp
     >>> frequencies = jnp.array([1, 1023], jnp.uint32)  # 10 bits, and hardly any
     >>> starts = jnp.array([0, 1], jnp.uint32)
-    >>> interval = lambda symbol: (starts[symbol], frequencies[symbol])
     >>> symbols = jnp.array([[1], [0], [1]])  # of one lane
-    >>> message = push_all(empty(lanes=1, capacity=4), symbols, interval, precision=10)
+    >>> message = empty(lanes=1, capacity=4)
+    >>> message = push_all(message, starts[symbols], frequencies[symbols], precision=10)
     >>> round(content_bits(message))
     10
-    >>> owner = lambda slot: (slot > 0).astype(jnp.int32)
-    >>> lookup = lambda slot, _: (owner(slot), *interval(owner(slot)))
-    >>> pop_all(message, None, lookup, precision=10, length=3)[1].tolist()
+    >>> owner = lambda slot: (slot > 0).astype(jnp.uint32)
+    >>> interval = lambda symbol: (symbol, starts[symbol], frequencies[symbol])
+    >>> lookup = lambda slot, _: interval(owner(slot))
+    >>> pop_all(message, symbols, lookup, precision=10)[1].tolist()
     [[1], [0], [1]]
 
 All functions but those that say so are pure and can be jitted. A message overflows if a
 lane needs more words than its capacity; it underflows, or runs dry, if a lane is asked
 for more words than it has. Neither raises an error under `jit`. Both are recorded in
-the message, and `check` raises the error on the host.
+the message, and `check` raises a `MessageError` on the host, as functions do that read
+damaged words.
 
 Shape letters: N lanes, C capacity of a lane's stack in words, T symbols of a lane.
 
@@ -40,7 +42,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,10 +50,11 @@ import numpy as np
 
 from rotbits_jax.system import native
 
-Interval = tuple[jax.Array, jax.Array]
-"""The start and the frequency of a symbol for each lane, uint32 `[N]`."""
+Lookup = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+"""Takes slots and contexts, one for each lane: uint32 `[N]`.
 
-Lookup = Callable[..., tuple[Any, jax.Array, jax.Array]]
+Returns the symbols whose intervals contain the slots, and the starts and frequencies of
+these intervals."""
 
 
 class Message(NamedTuple):
@@ -111,16 +114,9 @@ def pop_step(
 ) -> tuple[jax.Array, jax.Array]:
   """Pops a symbol from each state: the inverse of `push_step`.
 
-  Args:
-    state: uint32 `[N]`.
-    word: uint16 `[N]`, the word on top of each stack.
-    start: uint32 `[N]`, start of the interval that contains the slot of the state. The
-      slot is the low `precision` bits.
-    frequency: uint32 `[N]`, length of that interval.
-    precision: as in `push_step`.
-
-  Returns:
-    The new states, uint32 `[N]`; and whether each took its word, bool `[N]`.
+  The *slot* of a state is its low `precision` bits. `word`, uint16 `[N]`, is on top of
+  each stack, and the interval is that which contains the slot. Returns the new states,
+  and whether each took its word, bool `[N]`.
   """
   state = frequency * (state >> precision) + _slot(state, precision) - start
   taken = state < jnp.uint32(1 << 16)
@@ -131,28 +127,25 @@ def _slot(state: jax.Array, precision: int) -> jax.Array:
   return state & jnp.uint32((1 << precision) - 1)
 
 
-def _divmod(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Computes the exact `divmod` of uint32 for x < y * 2^22 and y <= 2^16.
+def _divmod(dividend: jax.Array, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Computes the exact `divmod` of uint32 for quotients below 2^22, divisors to 2^16.
 
   A float32 quotient below 2^22 is wrong by at most one, however the device rounds. The
   sign and size of the integer remainder tell in which direction. This is four times
   faster than integer division.
   """
-  quotient = (x.astype(jnp.float32) / y.astype(jnp.float32)).astype(jnp.uint32)
-  remainder = (x - quotient * y).astype(jnp.int32)
-  divisor = y.astype(jnp.int32)
-  low, high = remainder < 0, remainder >= divisor
+  ratio = dividend.astype(jnp.float32) / divisor.astype(jnp.float32)
+  quotient = ratio.astype(jnp.uint32)
+  remainder = (dividend - quotient * divisor).astype(jnp.int32)
+  signed = divisor.astype(jnp.int32)
+  low, high = remainder < 0, remainder >= signed
   quotient = quotient - low.astype(jnp.uint32) + high.astype(jnp.uint32)
-  remainder = remainder + jnp.where(low, divisor, 0) - jnp.where(high, divisor, 0)
+  remainder = remainder + jnp.where(low, signed, 0) - jnp.where(high, signed, 0)
   return quotient, remainder.astype(jnp.uint32)
 
 
 def _check_precision(precision: int) -> None:
-  """Raises an error unless the precision is from 10 to 16.
-
-  A push divides a state by a frequency. The quotient is below 2^(32 - precision), and
-  `_divmod` needs a quotient below 2^22.
-  """
+  """Raises an error if a quotient of `_divmod`, below 2^(32 - precision), is large."""
   if not 10 <= precision <= 16:
     raise ValueError(f'precision must be from 10 to 16, got {precision=}')
 
@@ -186,11 +179,7 @@ def stacked(words: jax.Array, capacity: int) -> Message:
 
 
 def unstacked(message: Message) -> np.ndarray:
-  """Returns the words that `stacked` made a message of. Not for use under `jit`.
-
-  Raises:
-    MessageError: if `stacked` cannot have made it.
-  """
+  """Returns the words that `stacked` made a message of. Not for use under `jit`."""
   state, size = np.asarray(message.state), np.asarray(message.size)
   if (state >> 16 != 1).any() or (size != size[0]).any():
     raise MessageError('the message is not one of words alone')
@@ -202,10 +191,7 @@ def unstacked(message: Message) -> np.ndarray:
 
 
 def push_all(
-  message: Message,
-  symbols: Any,
-  interval: Callable[[Any], Interval],
-  precision: int,
+  message: Message, starts: jax.Array, frequencies: jax.Array, precision: int
 ) -> Message:
   """Pushes T symbols onto each lane, the last one first.
 
@@ -213,122 +199,77 @@ def push_all(
 
   Args:
     message: the message.
-    symbols: a PyTree of arrays `[T, ...]`.
-    interval: takes the symbols of one row; returns their starts and frequencies.
+    starts: uint32 `[T, N]`, as in `push_step`.
+    frequencies: uint32 `[T, N]`.
     precision: as in `push_step`.
-
-  Returns:
-    The message with the symbols on top.
   """
   _check_precision(precision)
-  total = len(jax.tree.leaves(symbols)[0])
+  if not len(starts):  # XLA aborts at a native function without elements
+    return message
 
-  def rows(state: jax.Array, symbols: Any, out: Any) -> Any:
-    def step(i: jax.Array, carry: Any) -> Any:
-      state, out = carry
-      start, frequency = interval(_row(symbols, total - 1 - i))
-      state, *found = push_step(state, start, frequency, precision)
-      return state, _with_row(out, i, tuple(found))
+  def loop(
+    state: jax.Array, starts: jax.Array, frequencies: jax.Array
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def step(
+      state: jax.Array, interval: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+      state, word, moved = push_step(state, *interval, precision)
+      return state, (word, moved)
 
-    return jax.lax.fori_loop(0, total, step, (state, out)) if total else (state, out)
+    return jax.lax.scan(step, state, (starts[::-1], frequencies[::-1]))
 
-  out = tuple(jnp.zeros((total, message.lanes), x) for x in (jnp.uint16, bool))
-  state, found = native.loop(rows)(message.state, symbols, out)
-  words, moved = found
+  state, (words, moved) = native.loop(loop)(message.state, starts, frequencies)
   # A word that does not move is put beyond the capacity, and dropped.
-  counts = jnp.cumsum(moved, axis=0, dtype=jnp.int32)
-  place = jnp.where(moved, message.size[None] + counts - 1, message.capacity)
+  sizes = message.size[None] + jnp.cumsum(moved, axis=0, dtype=jnp.int32)
+  place = jnp.where(moved, sizes - 1, message.capacity)
   lane = jnp.arange(message.lanes, dtype=jnp.int32)[None]
   stacks = message.words.at[lane, place].set(words, mode='drop')
-  size = message.size + counts[-1] if total else message.size
-  highest = jnp.maximum(message.highest, size)
-  return Message(state, stacks, size, message.lowest, highest)
+  highest = jnp.maximum(message.highest, sizes[-1])
+  return Message(state, stacks, sizes[-1], message.lowest, highest)
 
 
 def pop_all(
-  message: Message,
-  contexts: Any,
-  lookup: Lookup,
-  precision: int,
-  *,
-  length: int | None = None,
-  steps: jax.Array | None = None,
-  out: Any = None,
-) -> tuple[Message, Any]:
+  message: Message, contexts: jax.Array, lookup: Lookup, precision: int
+) -> tuple[Message, jax.Array]:
   """Pops T symbols from each lane: the inverse of `push_all`.
 
   Args:
     message: the message.
-    contexts: a PyTree of arrays `[T, ...]`, or None.
-    lookup: takes one slot for each lane, uint32 `[N]`, an integer in
-      [0, 2^precision); and the contexts of one row. Returns the symbols whose intervals
-      contain the slots, and the starts and frequencies of these intervals.
+    contexts: `[T, N]`, what the lookup needs to know of each symbol.
+    lookup: finds the owners of slots, integers in [0, 2^precision).
     precision: as in `push_step`.
-    length: T; needed only if `contexts` is None.
-    steps: int32, how many of the T rows are popped, the first ones; all by default. The
-      symbols of the others are those of `out`.
-    out: a PyTree of arrays `[T, ...]` into which the symbols are written, so that their
-      memory may be donated; zeros by default.
 
   Returns:
-    The message without the symbols, and the symbols, `[T, ...]`.
+    The message without the symbols, and the symbols, `[T, N]`.
   """
   _check_precision(precision)
-  total = len(jax.tree.leaves(contexts)[0]) if length is None else length
+  if not len(contexts):
+    return message, contexts.astype(jnp.uint32)
+  capacity = message.capacity
 
-  def rows(
-    state: jax.Array,
-    size: jax.Array,
-    words: jax.Array,
-    contexts: Any,
-    steps: jax.Array,
-    out: Any,
-  ) -> Any:
-    def symbols(state: jax.Array, context: Any) -> Any:
-      return lookup(_slot(state, precision), context)
+  def loop(
+    state: jax.Array, size: jax.Array, words: jax.Array, contexts: jax.Array
+  ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    first = jnp.arange(size.size, dtype=jnp.int32) * capacity
 
-    def step(t: jax.Array, carry: Any) -> Any:
-      state, size, out = carry
-      symbol, start, frequency = symbols(state, _row(contexts, t))
-      word = _top(words, size)
+    def step(
+      carry: tuple[jax.Array, jax.Array], context: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+      state, size = carry
+      symbol, start, frequency = lookup(_slot(state, precision), context)
+      # If a stack is empty, any word is taken, and the message has run dry.
+      top = first + jnp.clip(size, 1, capacity) - 1
+      word = words.at[top].get(mode='promise_in_bounds')
       state, taken = pop_step(state, word, start, frequency, precision)
-      return state, size - taken.astype(jnp.int32), _with_row(out, t, symbol)
+      return (state, size - taken.astype(jnp.int32)), symbol
 
-    if out is None:
-      row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), contexts)
-      shapes = jax.eval_shape(symbols, state, row)[0]
-      out = jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), shapes)
-    carry = state, size, out
-    return jax.lax.fori_loop(0, steps, step, carry) if total else carry
+    return jax.lax.scan(step, (state, size), contexts)
 
-  state, size, popped = native.loop(rows)(
-    message.state,
-    message.size,
-    message.words.reshape(-1),
-    contexts,
-    jnp.int32(total) if steps is None else steps,
-    out,
+  (state, size), symbols = native.loop(loop)(
+    message.state, message.size, message.words.reshape(-1), contexts
   )
   lowest = jnp.minimum(message.lowest, size)
-  return Message(state, message.words, size, lowest, message.highest), popped
-
-
-def _top(words: jax.Array, size: jax.Array) -> jax.Array:
-  """Returns the word on top of each stack, or any word if the stack is empty."""
-  capacity = words.size // size.size
-  start = jnp.arange(size.size, dtype=jnp.int32) * capacity
-  index = start + jnp.clip(size, 1, capacity) - 1
-  return words.at[index].get(mode='promise_in_bounds')
-
-
-def _row(rows: Any, i: jax.Array) -> Any:
-  take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-  return jax.tree.map(take, rows)
-
-
-def _with_row(rows: Any, i: jax.Array, row: Any) -> Any:
-  put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)
-  return jax.tree.map(put, rows, row)
+  return Message(state, message.words, size, lowest, message.highest), symbols
 
 
 # ---- on the host ---------------------------------------------------------------------
@@ -337,9 +278,8 @@ def _with_row(rows: Any, i: jax.Array, row: Any) -> Any:
 def check(message: Message) -> Message:
   """Returns the message if it never overflowed nor ran dry. Not for use under `jit`.
 
-  Raises:
-    MessageError: if it did. The error says how many bits were missing, or by how many
-      words a lane exceeded its capacity.
+  If it did, a MessageError says how many bits were missing, or by how many words a lane
+  exceeded its capacity.
   """
   missing = -np.minimum(np.asarray(message.lowest), 0).sum()
   if missing:
@@ -354,11 +294,7 @@ def check(message: Message) -> Message:
 
 
 def check_empty(message: Message) -> None:
-  """Checks that exactly the content of a message has been popped.
-
-  Raises:
-    MessageError: if content is left, or if more was popped than the message held.
-  """
+  """Raises a MessageError unless exactly the content of a message has been popped."""
   check(message)
   if np.any(np.asarray(message.size)) or np.any(np.asarray(message.state) != 1 << 16):
     raise MessageError('the message holds more than it should')
@@ -374,12 +310,7 @@ def content_bits(message: Message) -> float:
 
 
 def to_words(message: Message) -> np.ndarray:
-  """Serialises a message into uint16 words; `split_words` describes them.
-
-  Raises:
-    MessageError: if the message overflowed or ran dry, or if its lanes' sizes differ
-      by 2^16 or more.
-  """
+  """Serialises a message into uint16 words; `split_words` describes them."""
   check(message)
   size = np.asarray(message.size)
   used = np.arange(message.capacity) < size[:, None]
@@ -393,15 +324,10 @@ def from_words(words: np.ndarray, lanes: int, capacity: int | None = None) -> Me
     words: uint16.
     lanes: N.
     capacity: C; by default the size of the largest stack.
-
-  Returns:
-    The message.
-
-  Raises:
-    MessageError: if the words are not a message with N lanes, or if a stack has more
-      than C words.
   """
   state, size, stacks = split_words(words, lanes)
+  if stacks.size != size.sum():
+    raise MessageError(f'the words are not a message with {lanes} lanes')
   depth = int(np.max(size, initial=1))
   capacity = depth if capacity is None else capacity
   if depth > capacity:
@@ -444,10 +370,8 @@ def split_words(
     lanes: N.
 
   Returns:
-    The states, uint32 `[N]`; the sizes, int64 `[N]`; and the stacks, uint16.
-
-  Raises:
-    MessageError: if the words are not a message with N lanes.
+    The states, uint32 `[N]`; the sizes, int64 `[N]`; and the other words, which begin
+    with the stacks.
   """
   width = int(words[2]) if words.size > 2 else 0
   start = 3 + 2 * lanes  # where the sizes begin
@@ -457,7 +381,6 @@ def split_words(
   base = int(words[0]) | int(words[1]) << 16
   low, high = words[3:start].astype(np.uint32).reshape(2, lanes)
   size = words[start:stop].view(f'<u{width}')[:lanes].astype(np.int64) + base
-  stacks = words[stop:]
-  if stacks.size != size.sum() or not high.all():
+  if not high.all():
     raise MessageError(f'the words are not a message with {lanes} lanes')
-  return low | high << 16, size, stacks
+  return low | high << 16, size, words[stop:]

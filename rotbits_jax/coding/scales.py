@@ -1,150 +1,153 @@
-"""The choice of the scales of the rows and columns of arrays, see `contexts`.
+"""The choice of the scales of rows and columns, see `contexts`.
 
-The factors of rows and columns whose products model the squares of elements are close
-to the maximum-likelihood factors. The factor of a row is the mean of its squares, each
-divided by the factor of its column; and vice versa. Some rows give the first factors of
-columns. Only the size of a file depends on the choice.
+The *level* of numbers is a logarithm of their size: that of floats is the mean
+logarithm of their magnitudes, of which the bits of a float are a good approximation;
+that of integers is the logarithm of the root of their mean square. The level of a row
+is that of its elements divided by the scales of their columns, and vice versa. Lines
+are measured by a part of their elements. Only the size of a file depends on the choice.
 
 Shape letters: R rows, C columns.
 """
 
-from collections.abc import Sequence
-import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import buffers
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
-from rotbits_jax.coding import line_sums
-from rotbits_jax.coding import pool
+from rotbits_jax.coding import sparse
 
-_ROWS = 1 << 7  # of a matrix that tell the weights of its columns
-_STEPS = (512, 1), (128, 2), (0, 4)  # elements of a line, and a distance of classes
-_GREATEST = 2.0**60  # elements are limited to it, so that their squares are finite
-_ZERO = -(1 << 14)  # the class of zeros, far below all others
+STEPS = 4
+"""The number of classes for a factor of 2."""
 
-# The greatest difference of the classes of the lines of an axis. With this bound for
-# both axes, an element has one of `contexts.MOST_CLASSES`.
-_RANGE = 126
+_LEAST_LINE = 16  # elements of a line that has a scale
+_RUNS, _LENGTH = 4, 128  # of neighbouring columns by which rows are measured
+_ROWS = 1 << 9  # by which columns are measured
+_CHUNK = 1 << 17  # elements that are looked at at once, so that they fit the cache
 
-# Where the mean logarithm of elements is beyond it, they are scaled before they are
-# squared.
-_FAR, _MOST_EXPONENT = 32, 126
+# Logarithms are limited to this many octaves around the median. The lower ones tell
+# little of the scale, and much of chance.
+_BELOW, _ABOVE = 3, 8
 
+# The greatest differences of the classes of rows, and of columns.
+_RANGES = 127, 100
 
-def has_lines(shape: contexts.Shape) -> bool:
-  """Returns whether the rows and columns of an array may have scales."""
-  rows, columns = contexts.matrix_shape(shape)
-  # The sums of a row are made at once.
-  return min(rows, columns) > 1 and columns <= buffers.ROOM
+_Level = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""Takes elements, logarithms of scales that divide them, and an axis.
 
-
-def of_counts(layout: layouts.Layout, counts: np.ndarray) -> np.ndarray:
-  """Returns the classes of arrays of which each has one.
-
-  Args:
-    layout: layout of the elements; its `has_scale` must be true.
-    counts: `[M, A]`, how often each symbol occurs in each array.
-
-  Returns:
-    int64 `[M]`.
-  """
-  centre, exponent, _ = layout.cells(counts.shape[1])
-  sizes = np.ldexp(centre.astype(np.float64), exponent)
-  squares = np.square(np.minimum(sizes, _GREATEST)) @ counts.T / counts.sum(axis=1)
-  logs = contexts.STEPS / 2 * np.log2(np.maximum(squares, np.finfo(np.float64).tiny))
-  return np.where(squares > 0, np.rint(logs).astype(np.int64), _ZERO)
+Returns the levels along the axis, in octaves."""
 
 
-def of_arrays(arrays: Sequence[np.ndarray]) -> list[contexts.Scales]:
-  """Chooses the scales of arrays of floats or integers, by sums of their squares."""
-  matrices = [x.reshape(contexts.matrix_shape(x.shape)) for x in arrays]
-  exponents = [_exponent_of(matrix) for matrix in matrices]
-  weights = pool.each(_weights, matrices, exponents)
-  jobs = [
-    [
-      functools.partial(_sums, matrix[rows], of_columns, exponent)
-      for rows in line_sums.row_parts(matrix.shape)
-    ]
-    for matrix, of_columns, exponent in zip(matrices, weights, exponents, strict=True)
-  ]
-  sums = map(line_sums.joined, pool.run_lists(jobs))
-  return pool.each(_chosen, sums, exponents)
+class Lines(NamedTuple):
+  """The classes of an array: those of its rows, plus those of its columns."""
+
+  rows: np.ndarray  # int64 `[R]`, or `[1]` if rows have no scales of their own
+  columns: np.ndarray  # int64, see `contexts.line_sizes`, or `[1]`
+
+  def scales(self, least: int, most: int) -> contexts.Scales:
+    """Returns the scales; lines with classes beyond `least` and `most` are moved."""
+    top = min(self.range[1], most)
+    room = max(top - least, 0)
+    below = [x.max() - x for x in self]
+
+    def moved(room_of_rows: int) -> float:
+      limits = room_of_rows, room - room_of_rows
+      pairs = zip(below, limits, strict=True)
+      return sum(float(np.maximum(x - y, 0).mean()) for x, y in pairs)
+
+    room_of_rows = int(below[0].max())
+    if room_of_rows + int(below[1].max()) > room:
+      room_of_rows = min((room * i // 8 for i in range(9)), key=moved)
+    limits = room_of_rows, room - room_of_rows
+    below = [np.minimum(x, y) for x, y in zip(below, limits, strict=True)]
+    rows, columns = (
+      (x.max() - x).astype(np.uint8) if np.ptp(x) else np.zeros(1, np.uint8)
+      for x in below
+    )
+    base = max(top, least) - sum(int(x.max()) for x in below)
+    return contexts.Scales(base, rows, columns)
+
+  def above(self, least: int) -> 'Lines':
+    """Returns the lines with classes counted from `least`."""
+    return self._replace(rows=self.rows - least)
+
+  def flat(self) -> 'Lines':
+    """Returns one class for the whole array."""
+    whole = self.rows.mean() + self.columns.mean()
+    return Lines(np.rint(whole).astype(np.int64)[None], np.zeros(1, np.int64))
+
+  @property
+  def range(self) -> tuple[int, int]:
+    """The least and the greatest class."""
+    return (
+      int(self.rows.min() + self.columns.min()),
+      int(self.rows.max() + self.columns.max()),
+    )
 
 
-# ---- sums of squares -----------------------------------------------------------------
+def of_floats(array: np.ndarray, layout: layouts.Floats) -> Lines:
+  """Measures floats. Classes are quarter octaves of magnitudes, biased as those are."""
+  shift = layout.format.width - 16
+  unit = 1 << layout.format.mantissa - shift
+
+  def level(bits: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
+    # Integers, so that a file does not depend on the order of sums.
+    logs = ((bits >> shift) & 0x7FFF).astype(np.int32)
+    logs -= np.rint(by * unit).astype(np.int32)
+    middle = int(np.median(logs.reshape(-1)[:: max(logs.size >> 10, 1)]))
+    np.clip(logs, middle - _BELOW * unit, middle + _ABOVE * unit, out=logs)
+    return logs.mean(axis=axis) / unit
+
+  return _lines(sparse.bit_patterns(array), array.shape, layout.size, level)
 
 
-@functools.partial(jax.jit, static_argnames='dtype', donate_argnums=0)
-def _squares(
-  out: line_sums.Sums,
-  elements: tuple[jax.Array],  # unsigned integers
-  *others: jax.Array,
-  unit: jax.Array,
-  dtype: np.dtype,
-) -> line_sums.Sums:
-  def squares(elements: tuple[jax.Array, jax.Array], start: jax.Array) -> jax.Array:
-    bits, unit = elements
-    x = jax.lax.dynamic_slice(bits, (start,), (line_sums.WIDTH,))
-    x = jnp.abs(line_sums.floats(x, dtype) * unit)
-    return jnp.square(jnp.where(x < _GREATEST, x, jnp.float32(_GREATEST)))
+def of_integers(array: np.ndarray) -> Lines:
+  """Measures signed integers. Class 0 is a root of the mean square of 2^-4."""
 
-  return line_sums.loop(squares, out, (*elements, unit), *others)
+  def level(numbers: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
+    squares = np.square(numbers * np.exp2(-np.rint(by)))  # float64
+    return np.log2(np.maximum(squares.mean(axis=axis), 2.0**-40)) / 2
+
+  lines = _lines(array.reshape(-1), array.shape, 1, level)
+  return lines.above(-4 * STEPS)
 
 
-def _sums(matrix: np.ndarray, weights: np.ndarray, exponent: int) -> line_sums.Sums:
-  """Sums squares of at most 2^20 elements, divided by 4^exponent, on this thread."""
-  unit, bits = np.float32(2.0**-exponent), matrix.view(f'u{matrix.dtype.itemsize}')
-  program = functools.partial(_squares, unit=unit, dtype=matrix.dtype)
-  return line_sums.run(program, (bits,), weights)
+def _lines(flat: np.ndarray, shape: contexts.Shape, size: int, level: _Level) -> Lines:
+  """Measures the columns, then the rows, and then the columns again."""
+  count, width = contexts.matrix_shape(shape)
+  matrix = flat.reshape(count, width)
+  some_rows = slice(None, None, max(count // _ROWS, 1))
+  some_columns = lambda array: array
+  if width > _RUNS * _LENGTH:
+    starts = np.linspace(0, width - _LENGTH, _RUNS).astype(int).tolist()
+    some_columns = lambda array: np.concatenate(
+      [array[:, x : x + _LENGTH] for x in starts], axis=1
+    )
+  has_rows = width >= _LEAST_LINE and count > 1
+  has_columns = count >= _LEAST_LINE and width > 1
+  rows, columns = np.zeros(1), np.zeros(1)
+  if has_columns:
+    columns = _levels(level, matrix[some_rows], np.zeros((1, 1)), 0)
+  if has_rows:
+    by = some_columns(columns[None] - columns.mean())
+    rows = _levels(level, some_columns(matrix), by, 1)
+  if has_rows and has_columns:
+    columns = _levels(level, matrix[some_rows], rows[some_rows, None], 0)
+  if not has_rows and not has_columns:
+    rows = level(flat[None, :_CHUNK], np.zeros((1, 1)), 1)
+  if has_columns:
+    columns = columns.reshape(contexts.line_sizes(shape, size)[1], -1).mean(axis=1)
+  lines = []
+  for levels, most in zip((rows, columns), _RANGES, strict=True):
+    classes = np.rint(STEPS * levels).astype(np.int64)
+    lines.append(np.maximum(classes, np.max(classes) - most))
+  return Lines(*lines)
 
 
-def _exponent_of(matrix: np.ndarray) -> int:
-  """Returns the exponent by which elements are divided before they are squared."""
-  sample = np.abs(matrix.reshape(-1)[: 1 << 12].astype(np.float32))
-  sample = sample[np.isfinite(sample) & (sample > 0)]
-  exponent = int(np.log2(sample).mean()) if sample.size else 0
-  far = abs(exponent) > _FAR
-  return max(min(exponent, _MOST_EXPONENT), -_MOST_EXPONENT) if far else 0
-
-
-def _weights(matrix: np.ndarray, exponent: int) -> np.ndarray:
-  """Returns weights of columns, for which the sum of a row is its mean factor."""
-  rows, columns = matrix.shape
-  some = matrix[:: -(-rows // min(_ROWS, buffers.ROOM // columns))]
-  equal = np.full(columns, 1 / columns, np.float32)
-  squares = _sums(some, equal, exponent).weighted
-  inverse = np.divide(1, squares, where=squares > 0, out=np.zeros_like(squares))
-  inverse = np.minimum(inverse, _GREATEST)
-  return (inverse / max(np.count_nonzero(inverse), 1)).astype(np.float32)
-
-
-# ---- the choice ----------------------------------------------------------------------
-
-
-def _chosen(sums: line_sums.Sums, exponent: int) -> contexts.Scales:
-  """Rounds the scales of the rows and columns of an array to classes."""
-  count, width = sums.rows.size, sums.weighted.size
-  # Short lines tell their scales less exactly, and each class costs a table.
-  step = next(step for least, step in _STEPS if min(count, width) >= least)
-  rows, row_base = _classes(4.0**exponent * sums.rows, step)
-  present = max(np.count_nonzero(sums.rows), 1)
-  columns, column_base = _classes(sums.weighted / present, step)
-  return contexts.Scales(row_base + column_base, rows, columns)
-
-
-def _classes(squares: np.ndarray, step: int) -> tuple[np.ndarray, int]:
-  """Rounds mean squares of lines, or factors of them, to classes."""
-  present = squares > 0
-  if not present.any():
-    return np.zeros(1, np.uint8), _ZERO
-  least = squares.min(where=present, initial=np.inf)
-  logs = contexts.STEPS / 2 * np.log2(np.maximum(squares, least))
-  classes = np.rint(logs / step).astype(np.int64) * step
-  classes = np.maximum(classes, np.max(classes) - _RANGE)
-  base = int(np.min(classes))
-  scales = (classes - base).astype(np.uint8)
-  return scales if scales.any() else scales[:1], base
+def _levels(level: _Level, matrix: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
+  """Returns the levels of rows, axis 1, or of columns, axis 0, a few at a time."""
+  step = max(_CHUNK // max(matrix.shape[axis], 1), 1)
+  chunks = [slice(x, x + step) for x in range(0, matrix.shape[1 - axis], step)]
+  parts = [matrix[x] if axis else matrix[:, x] for x in chunks]
+  return np.concatenate([level(part, by, axis) for part in parts])

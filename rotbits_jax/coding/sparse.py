@@ -5,12 +5,11 @@ elements are not zero and z of whose elements are.
 """
 
 from collections.abc import Sequence
-import dataclasses
-from typing import ClassVar
 
 import numpy as np
 
 from rotbits_jax.coding import contexts
+from rotbits_jax.coding import formats
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 from rotbits_jax.system import schema
@@ -20,12 +19,12 @@ Parts = list[tuple[np.dtype, tuple[int, ...]]]
 
 _WIDTH = 128  # of the rows in which elements are stored, because rows have scales
 _LEAST_ELEMENTS = 1 << 12  # masks of fewer cost more than they save
-_LEAST_SAVED = 0.004  # of the bits of all elements; less is not worth the time
+# Fewer zeros are exceptions, or, where numbers were rounded to a step, like others.
+_LEAST, _LEAST_ROUNDED = 1 / 1024, 1 / 32
 _RUNS, _LENGTH = 64, 256  # of a sample
 
 
-@dataclasses.dataclass(frozen=True)
-class Sparse:
+class Sparse(schema.Row):
   """An array without its zeros.
 
   The parts are a mask; the signs of the zeros, if one is -0; and the elements that are
@@ -34,18 +33,11 @@ class Sparse:
   successive elements of a line of the matrix or of its transpose, the first one in the
   highest bit, which is set if the element is not zero. So the coder sees patterns, such
   as two zeros in every four. The signs are bits in bytes, too, `[ceil(z / 8)]`.
-
-  Attributes:
-    values: n.
-    negative: whether a zero is -0.
-    transposed: whether the order is that of the transpose.
   """
 
-  as_list: ClassVar[bool] = True
-
-  values: schema.Size
-  negative: bool
-  transposed: bool
+  values: schema.Size  # n
+  negative: bool  # whether a zero is -0
+  transposed: bool  # whether the order is that of the transpose
 
   def parts(self, dtype: np.dtype, shape: tuple[int, ...]) -> Parts:
     """Returns the dtype and the shape of each part of an array."""
@@ -56,11 +48,7 @@ class Sparse:
     return masks + [(dtype, row) for row in rows]
 
   def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-    """Makes an array of its parts, which may be damaged.
-
-    Raises:
-      ValueError: if the mask has another number of elements.
-    """
+    """Makes an array of its parts, which may be damaged."""
     mask, signs, *rows = parts
     bits = bit_patterns(out).reshape(contexts.matrix_shape(out.shape))
     bits[...] = 0
@@ -88,11 +76,14 @@ def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
     return None
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
   magnitude = bits.dtype.type((1 << 8 * array.itemsize - 1) - 1)
-  sample = _sample(bits.reshape(-1)) & magnitude > 0
-  zeros = sample.size - int(np.count_nonzero(sample))
-  counts = np.array([zeros, sample.size - zeros])
-  saved = 8 * array.itemsize * zeros - tables.entropy_bits(counts)
-  if not zeros or saved <= _LEAST_SAVED * 8 * array.itemsize * sample.size:
+  flat = bits.reshape(-1)
+  length = min(_LENGTH, flat.size // _RUNS)
+  starts = np.linspace(0, flat.size - length, _RUNS).astype(int)
+  runs = [flat[start : start + length] & magnitude > 0 for start in starts.tolist()]
+  share = 1 - float(np.mean(runs))
+  if share <= _LEAST or (
+    share <= _LEAST_ROUNDED and formats.of_floats(flat, array.dtype)[1] > 1
+  ):
     return None
   is_set = bits & magnitude > 0
   masks = [np.packbits(x, axis=1) for x in (is_set, is_set.T)]
@@ -105,13 +96,6 @@ def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
   form = Sparse(values.size, bool(negative.any()), transposed)
   signs = np.packbits(negative[: negative.size if form.negative else 0])
   return form, [masks[transposed], signs, *(x.view(array.dtype) for x in rows)]
-
-
-def _sample(flat: np.ndarray) -> np.ndarray:
-  """Returns runs of neighbours from all over an array."""
-  size = min(_LENGTH, flat.size // _RUNS)
-  starts = np.linspace(0, flat.size - size, _RUNS).astype(int)
-  return np.concatenate([flat[start : start + size] for start in starts.tolist()])
 
 
 def halves(array: np.ndarray) -> list[np.ndarray]:

@@ -8,11 +8,9 @@ elements.
 Raises a ValueError for values that are not a spec.
 """
 
-from collections.abc import Callable, Collection
-import dataclasses
 import functools
 import math
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -34,44 +32,22 @@ DTYPES = {
 
 _MAX_AXES = 32
 _MAX_SIZE = 1 << 48  # elements of an array
-_MOST_DIVIDED = 4  # a block has at least so small a part of `blocks.CAPACITY`
+
+# The tables of a group take up to 5 MiB, but hardly any bytes in the stream.
 _MAX_GROUPS = 16  # of few elements
 _ELEMENTS_PER_GROUP = 1 << 17
 
 
-def most_groups(elements: int) -> int:
-  """Returns how many groups a record with this many coded elements may have.
+class ArraySpec(schema.Row):
+  """An array of a stream."""
 
-  The tables of a group take up to 12 MiB, but hardly any bytes in the stream.
-  """
-  return _MAX_GROUPS + elements // _ELEMENTS_PER_GROUP
-
-
-def _one_of(known: Collection[str]) -> Callable[[Any], str | None]:
-  return lambda name: None if name in known else f'must be one of {", ".join(known)}'
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ArraySpec:
-  """An array of a stream.
-
-  Attributes:
-    dtype: name of the dtype, one of `DTYPES`.
-    shape: shape of the array.
-    crc32: CRC-32 of the bytes of the array in C order.
-    groups: for each part of the array, the index of its group; None if the part is
-      stored as it is. The only part of an array is the array. An array of elements of
-      64 bits may have two, its halves.
-    zeros: where its zeros are, if it is stored without them; then it has four parts.
-  """
-
-  as_list: ClassVar[bool] = True
-
-  dtype: Annotated[str, _one_of(DTYPES)]
-  shape: tuple[schema.Size, ...]
-  crc32: schema.Crc32
+  dtype: Annotated[str, schema.one_of(DTYPES)]  # name of the dtype, one of `DTYPES`
+  shape: tuple[schema.Size, ...]  # shape of the array
+  crc32: schema.Crc32  # CRC-32 of the bytes of the array in C order
+  # For each part, the index of its group; None if the part is stored as it is. An array
+  # is its only part, unless it is stored without zeros or, of 64 bits, as its halves.
   groups: tuple[schema.Size | None, ...]
-  zeros: sparse.Sparse | None
+  zeros: sparse.Sparse | None  # where they are, if it is stored without them
 
   def __post_init__(self) -> None:
     sizes = [size for size in self.shape if size]
@@ -107,51 +83,33 @@ class ArraySpec:
     return [(self.numpy_dtype, self.shape)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GroupSpec:
-  """A group: parts of one layout. Their elements, part after part, lie in blocks.
+class GroupSpec(schema.Row):
+  """A group: parts of one layout. Their units, part after part, lie in blocks.
 
-  Attributes:
-    type_name: type of the layout, one of `layouts.TYPES`.
-    raw_bits: number of raw bits of an element; of differences, the greatest one.
-    min_exponent: the minimum exponent; 1 for others than floats.
-    contexts: number of bytes of the contexts in the stream.
-    lanes: number of lanes of each block.
-    elements: how many elements each block has. The last block has fewer.
-    blocks: number of bytes of each block.
+  All blocks but the last have `blocks.capacity_of` units.
   """
 
-  as_list: ClassVar[bool] = True
-
-  type_name: Annotated[str, _one_of(layouts.TYPES)]
-  raw_bits: schema.Size
-  min_exponent: schema.Size
-  contexts: schema.Size
-  lanes: Annotated[int, schema.between(1, blocks.LANES)]
-  elements: Annotated[int, schema.between(1, blocks.CAPACITY)]
-  blocks: tuple[schema.Size, ...]
-
-  def __post_init__(self) -> None:
-    if -(-self.elements // self.lanes) > blocks.STEPS:
-      raise ValueError(f'{self.elements} elements in {self.lanes} lanes are too many')
+  # 'known' are integers whose classes are known from elsewhere, see `known`.
+  type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
+  raw_bits: schema.Size  # that of the layout
+  raised: bool  # that of the layout; false for integers
+  top: schema.Size  # that of the layout; 0 for integers
+  contexts: schema.Size  # number of bytes of the contexts in the stream
+  blocks: tuple[schema.Size, ...]  # number of bytes of each block
 
   @property
   def is_known(self) -> bool:
-    """Whether the classes of elements are known from elsewhere, see `known`."""
-    return self.type_name == layouts.Difference.type_name
+    """Whether the classes of numbers are known from elsewhere."""
+    return self.type_name == 'known'
 
   def layout(self, dtype: np.dtype) -> layouts.Layout:
-    """Returns the layout of the group, whose parts have this dtype.
-
-    Raises:
-      ValueError: if there is no such layout.
-    """
-    layout = layouts.TYPES[self.type_name](dtype, self.raw_bits, self.min_exponent)
-    if not layout.is_valid():
-      raise ValueError(
-        f'{dtype} has no layout {self.type_name!r} of {self.raw_bits} raw bits and '
-        f'the minimum exponent {self.min_exponent}'
-      )
+    """Returns the layout of the group, whose parts have this dtype."""
+    layout: layouts.Layout = layouts.Integers(dtype, self.raw_bits)
+    if self.type_name == 'floats':
+      layout = layouts.Floats(dtype, self.raw_bits, self.raised, self.top)
+    options = layout.raised, layout.top
+    if not layout.is_valid() or options != (self.raised, self.top):
+      raise ValueError(f'parts of {dtype} have no layout {self!r:.100}')
     return layout
 
 
@@ -168,17 +126,11 @@ class Member(NamedTuple):
     return math.prod(self.shape)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StreamSpec:
-  """A record of arrays that decodes on its own.
-
-  Attributes:
-    arrays: the arrays.
-    groups: the groups of coded parts.
-  """
+class StreamSpec(schema.Object):
+  """A record of arrays that decodes on its own."""
 
   arrays: tuple[ArraySpec, ...]
-  groups: tuple[GroupSpec, ...]
+  groups: tuple[GroupSpec, ...]  # the groups of coded parts
 
   def __post_init__(self) -> None:
     coded = 0
@@ -187,38 +139,34 @@ class StreamSpec:
         raise ValueError('a group must have parts of one dtype')
       if group.is_known and (len(members) > 1 or self.arrays[members[0].array].zeros):
         raise ValueError('a group of known classes must be one array')
-      group.layout(members[0].dtype)
-      total = sum(member.size for member in members)
-      least = min(blocks.CAPACITY // _MOST_DIVIDED, total)
-      is_block = least <= group.elements <= total
-      if not is_block or len(group.blocks) != -(-total // group.elements):
-        raise ValueError(f'{len(group.blocks)} blocks for {total} elements')
-      coded += total
-    if len(self.groups) > most_groups(coded):
+      size = group.layout(members[0].dtype).size
+      units = sum(-(-member.size // size) for member in members)
+      if len(group.blocks) != -(-units // blocks.capacity_of(units)):
+        raise ValueError(f'{len(group.blocks)} blocks for {units} units')
+      if min(group.blocks) < blocks.LEAST_BYTES:
+        raise ValueError(f'a block cannot have {min(group.blocks)} bytes')
+      coded += sum(member.size for member in members)
+    if len(self.groups) > _MAX_GROUPS + coded // _ELEMENTS_PER_GROUP:
       raise ValueError(f'{len(self.groups)} groups are too many for {coded} elements')
 
   @functools.cached_property
   def members(self) -> list[list[Member]]:
     """The parts of each group, and last those that are stored as they are."""
-    found: list[list[Member]] = [[] for _ in range(len(self.groups) + 1)]
+    members: list[list[Member]] = [[] for _ in range(len(self.groups) + 1)]
     for i, array in enumerate(self.arrays):
       pairs = zip(array.groups, array.parts, strict=True)
       for j, (group, (dtype, shape)) in enumerate(pairs):
         if group is not None and group >= len(self.groups):
           raise ValueError(f'a part of group {group} of {len(self.groups)}')
-        found[-1 if group is None else group].append(Member(i, j, dtype, shape))
-    return found
+        members[-1 if group is None else group].append(Member(i, j, dtype, shape))
+    return members
 
   @functools.cached_property
   def sizes(self) -> list[int]:
-    """The lengths in bytes of the pieces of the stream.
-
-    They are the contexts of each group, its blocks, and the parts that are stored as
-    they are.
-    """
-    found = [group.contexts for group in self.groups]
-    found += [nbytes for group in self.groups for nbytes in group.blocks]
-    return found + [x.size * x.dtype.itemsize for x in self.members[-1]]
+    """The bytes of the contexts of each group, of each block, and of other parts."""
+    sizes = [group.contexts for group in self.groups]
+    sizes += [nbytes for group in self.groups for nbytes in group.blocks]
+    return sizes + [x.size * x.dtype.itemsize for x in self.members[-1]]
 
   @property
   def nbytes(self) -> int:

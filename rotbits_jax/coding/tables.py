@@ -6,12 +6,12 @@ symbol is as long as its frequency, and the intervals of all symbols divide [0, 
 the order of the symbols. A slot is an integer in [0, 2^14).
 
 The encoder makes tables from counts and stores them, so the decoder never recomputes
-one. All code runs on the host and uses NumPy integers only.
+one. All code runs on the host and uses NumPy integers only. What cannot make tables
+raises a ValueError.
 
-Tables with a larger sum follow the counts more closely. But rANS loses more bits the
-nearer the sum comes to its smallest state, 2^16. On real weights a sum of 2^12 costs
-0.1% (tables) + 0.00% (rANS) of the entropy, 2^14 costs 0.01% + 0.01%, and 2^16 costs
-0.00% + 0.09%.
+Tables with a larger sum follow the counts more closely, but rANS loses more bits the
+nearer the sum comes to its smallest state, 2^16. On real weights both lose 0.01% of the
+entropy with a sum of 2^14.
 
 Shape letters: K tables, A symbols in the alphabet.
 """
@@ -19,9 +19,13 @@ Shape letters: K tables, A symbols in the alphabet.
 import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 PRECISION = 14
 TOTAL = 1 << PRECISION
+
+MOST_PAIR = 1 << 11
+"""The greatest frequency of a pair."""
 
 # A sum whose product with TOTAL int64 can hold, and a half of itself.
 _MOST_RAISED = (2**63 - 1) // (TOTAL + 1)
@@ -31,15 +35,12 @@ def quantize(counts: np.ndarray) -> np.ndarray:
   """Returns frequencies in proportion to counts.
 
   Args:
-    counts: integers `[..., A]`. In each row at least one count and at most 2^14 counts
-      are positive, and the counts add up to less than 2^48.
+    counts: integers `[..., A]`. In each row at least one count and at most 2^14
+      counts are positive, and the counts add up to less than 2^48.
 
   Returns:
-    int64 `[..., A]` whose rows add up to 2^14. A frequency is at least 1 where the
-    count is positive, and 0 elsewhere.
-
-  Raises:
-    ValueError: if no count or more than 2^14 counts of a row are positive.
+    int64 `[..., A]` whose rows add up to 2^14. A frequency is at least 1 where
+    the count is positive, and 0 elsewhere.
   """
   counts = np.asarray(counts, np.int64)
   present = (counts > 0).sum(axis=-1, keepdims=True)
@@ -65,35 +66,39 @@ def entropy_bits(counts: np.ndarray) -> float:
   return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
-def cost_bits(counts: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-  """Returns the bits that the counted symbols cost with these frequencies: `[...]`."""
-  bits = PRECISION - np.log2(np.maximum(frequencies, 1))
-  return (counts * bits).sum(axis=-1)
+def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
+  """Returns the frequencies of pairs of independent symbols that have one table.
 
+  The weight of a pair is the product of the two counts. Its frequency is in proportion
+  to the weight, rounded; the last pair stands for all pairs whose frequency would be 0.
+  Frequencies of 8 and more share what rounding the others leaves over.
 
-def pack_intervals(frequencies: np.ndarray) -> np.ndarray:
-  """Packs each symbol's interval into `(frequency - 1) << 16 | start`: uint32 `[K, A]`.
+  Args:
+    counts: int64 `[K, A]`, rows that add up to 2^14.
+    precision: at most 14.
 
-  The entry of a symbol with frequency 0 is meaningless.
+  Returns:
+    int64 `[K, A^2]`, rows that add up to 2^precision, of at most 2^11 each.
   """
-  starts = np.cumsum(frequencies, axis=-1) - frequencies
-  return ((frequencies - 1) << 16 | starts).astype(np.uint32)
-
-
-def slots(frequencies: np.ndarray) -> np.ndarray:
-  """Returns the symbol whose interval contains each slot.
-
-  The result is `[K, 2^14]`, of `slots_dtype(A)`.
-  """
-  tables, symbols = np.nonzero(frequencies)
-  kind = slots_dtype(frequencies.shape[1])
-  owners = np.repeat(symbols.astype(kind), frequencies[tables, symbols])
-  return owners.reshape(frequencies.shape[0], TOTAL)
-
-
-def slots_dtype(alphabet: int) -> type[np.uint8] | type[np.uint16]:
-  """Returns the least dtype of symbols below A."""
-  return np.uint8 if alphabet <= 256 else np.uint16
+  drop = 2 * PRECISION - precision
+  weights = (counts[:, :, None] * counts[:, None]).reshape(len(counts), -1)
+  scaled = lambda x: (x + (1 << drop - 1)) >> drop
+  frequencies = scaled(weights)
+  frequencies[:, -1] = 0
+  rare = np.where(frequencies == 0, weights, 0).sum(axis=1)
+  frequencies[:, -1] = np.maximum(scaled(rare), 1)
+  large = frequencies >= 8
+  large[:, -1] = False
+  left = (1 << precision) - np.where(large, 0, frequencies).sum(axis=1, keepdims=True)
+  ends = np.cumsum(np.where(large, weights, 0), axis=1)
+  whole = np.maximum(ends[:, -1:], 1)
+  shared = np.diff((ends * left + whole // 2) // whole, prepend=0, axis=1)
+  frequencies = np.where(large, shared, frequencies)
+  if np.any(frequencies.sum(axis=1) != 1 << precision) or np.any(
+    (frequencies < 0) | (frequencies > MOST_PAIR)
+  ):
+    raise ValueError(f'the frequency of a pair must be from 0 to {MOST_PAIR}')
+  return frequencies
 
 
 def to_bytes(frequencies: np.ndarray) -> bytes:
@@ -114,51 +119,45 @@ def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
   frequency is positive, and the frequencies from the first to the last. The low bytes
   of all values come first, then the high bytes. Both are compressed by zlib.
 
-  Args:
-    data: the bytes.
-    count: K.
-    alphabet: A.
-
   Returns:
-    int64 `[K, A]`.
-
-  Raises:
-    ValueError: if the bytes are not K valid tables.
+    int64 `[count, alphabet]`.
   """
-  unpacker, most = zlib.decompressobj(), 2 * count * (alphabet + 2)
-  try:
-    unpacked = unpacker.decompress(data, most + 1)
-    if not unpacker.eof or unpacker.unused_data or len(unpacked) > most:
-      raise ValueError('the bytes are cut short or too many')
-    halves = np.frombuffer(unpacked, np.uint8).reshape(2, -1)
-  except (zlib.error, ValueError) as error:
-    raise ValueError(f'not a frequency table: {error}') from error
+  content, left = inflate(data, 2 * count * (alphabet + 2), zlib.MAX_WBITS)
+  if left or content.size % 2:
+    raise ValueError('bytes are left after the frequency tables')
+  halves = content.reshape(2, -1)
   values = halves[0].astype(np.int64) | halves[1].astype(np.int64) << 8
-  if values.size < 3 * count:
-    raise ValueError('a frequency table is cut short')
-  # Each table tells where the next one begins. All frequencies are then copied at once.
-  given, begins, firsts, sizes = values.tolist(), [], [], []
-  position = 0
-  for _ in range(count):
-    first, last = given[position : position + 2] or (0, -1)
-    if not first <= last < alphabet:
+  frequencies, position = np.zeros((count, alphabet), np.int64), 0
+  for row in frequencies:
+    first, last = values[position : position + 2].tolist() or (0, -1)
+    part = values[position + 2 : position + 3 + last - first]
+    if not first <= last < alphabet or part.size != last - first + 1:
       raise ValueError('a frequency table is cut short')
-    begins.append(position + 2)
-    firsts.append(first)
-    sizes.append(last - first + 1)
-    position += 2 + sizes[-1]
-    if position > len(given):
-      raise ValueError('a frequency table is cut short')
-  if position != len(given):
-    raise ValueError('bytes are left after the last frequency table')
-  size = np.array(sizes, np.int64)
-  spread = lambda x: np.repeat(np.array(x, np.int64), size)
-  rows = spread(range(count))
-  within = np.arange(rows.size) - spread(np.cumsum(size) - size)
-  tables = np.zeros((count, alphabet), np.int64)
-  tables[rows, spread(firsts) + within] = values[spread(begins) + within]
-  totals = tables.sum(axis=1)
-  if np.any(totals != TOTAL):
-    wrong = totals[totals != TOTAL][0]
-    raise ValueError(f'frequencies must add up to {TOTAL}, got {wrong}')
-  return tables
+    row[first : last + 1] = part
+    position += 2 + part.size
+  if position != values.size or np.any(frequencies.sum(axis=1) != TOTAL):
+    raise ValueError(f'the frequencies of {count} tables must add up to {TOTAL}')
+  return frequencies
+
+
+def deflate(data: bytes) -> bytes:
+  """Returns a raw Deflate stream; `inflate` reads it."""
+  # Some scales are close to noise, where matches are chance and cost more than they
+  # save. Others repeat.
+  packed = []
+  for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
+    packer = zlib_ng.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
+    packed.append(packer.compress(data) + packer.flush())
+  return min(packed, key=len)
+
+
+def inflate(data: bytes, most: int, wbits: int = -15) -> tuple[np.ndarray, bytes]:
+  """Inflates a stream, which may hold `most` bytes: uint8, and the bytes after it."""
+  unpacker = zlib.decompressobj(wbits)
+  try:
+    content = unpacker.decompress(data, most + 1)
+  except zlib.error as error:
+    raise ValueError(f'not the tables of arrays: {error}') from error
+  if not unpacker.eof or len(content) > most:
+    raise ValueError('the tables of arrays are cut short or too long')
+  return np.frombuffer(content, np.uint8), unpacker.unused_data

@@ -5,7 +5,6 @@ from rotbits_jax.evaluation.perplexity import agreement
 from rotbits_jax.evaluation.perplexity import evaluate
 from rotbits_jax.evaluation.perplexity import kl_divergence
 from rotbits_jax.evaluation.text import encode_text
-from rotbits_jax.evaluation.text import read_tokenizer
 
 __all__ = [
   'Evaluation',
@@ -13,5 +12,4 @@ __all__ = [
   'encode_text',
   'evaluate',
   'kl_divergence',
-  'read_tokenizer',
 ]

@@ -1,10 +1,5 @@
 """Counts the elements that each scheme stores for a sliced model, from shapes alone.
 
-The schemes differ in how they use gauges. A gauge is a choice of coordinates that does
-not change the function of a model, such as a rotation of a residual segment. A shortcut
-is the matrix that leads from one segment to the next. (`models.config` defines segments
-and shape letters.)
-
 The counts follow the conventions of *Getting Free Bits Back from Rotational Symmetries
 in LLMs* (arXiv 2410.01309), so that they can be compared with its table:
 
@@ -13,8 +8,7 @@ in LLMs* (arXiv 2410.01309), so that they can be compared with its table:
     has a bias if the model had LayerNorm. Other biases and the position table count.
   - Every element takes 16 bits; nothing is entropy coded.
   - The width is `int((1 - sparsity) D)`, rounded down to a multiple of 8. The last
-    segment is not sliced: the last shortcut is `[d, D]`, and the last layer writes D
-    elements.
+    segment is not sliced.
 
 With S shortcuts and `m = D - d`, the schemes store the following:
 
@@ -62,21 +56,14 @@ class Accounting(NamedTuple):
 
 
 def accounting(config: models.ModelConfig, sparsity: float) -> Accounting:
-  """Counts the elements that each scheme stores for a model after slicing.
-
-  Args:
-    config: config of the dense model.
-    sparsity: the part of the hidden size that slicing removes, in [0, 1).
-
-  Raises:
-    ValueError: if the model is sliced, or the sliced width is not in range.
-  """
+  """Counts the elements that each scheme stores for a dense model after slicing."""
   if config.sliced:
     raise ValueError(f'the accounting needs a dense model, got {config.norm=}')
   hidden = config.hidden_size
   width = slicing.sliced_width(hidden, sparsity)
   segments = len(config.segment_widths) - 1
   sliced = config.sliced_to((width,) * segments + (hidden,))
+  unsliced = config.sliced_to(config.segment_widths)
   rotation = width * (width - 1) // 2
   slicegpt = models.count_elements(sliced)
 
@@ -91,20 +78,13 @@ def accounting(config: models.ModelConfig, sparsity: float) -> Accounting:
   retied = heads - (config.vocab_size - hidden) * width
   return Accounting(
     width=width,
-    dense=dense_elements(config),
+    dense=models.count_elements(unsliced) - _shortcut_elements(unsliced),
     slicegpt=slicegpt,
     bits_back_ideal=slicegpt - segments * rotation,
     gauge_fixed=gauge_fixed,
     gauge_fixed_heads=heads,
     gauge_fixed_heads_retied=retied if config.tied_head else None,
   )
-
-
-def dense_elements(config: models.ModelConfig) -> int:
-  """Counts the elements of a dense model with an untied head, as SliceGPT does."""
-  widths = (config.hidden_size,) * len(config.segment_widths)
-  unsliced = config.sliced_to(widths)
-  return models.count_elements(unsliced) - _shortcut_elements(unsliced)
 
 
 def _shortcut_elements(config: models.ModelConfig) -> int:

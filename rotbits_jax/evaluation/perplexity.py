@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.models import transformer
-from rotbits_jax.system.progress import track
+from rotbits_jax.system.progress import Progress
 
 DEFAULT_WINDOW = 1024
 
@@ -43,7 +43,7 @@ def evaluate(
   """Measures the perplexity, KL divergence and agreement of next-token predictions.
 
   The tokens are cut into windows that do not overlap. In each window the model predicts
-  every token but the first. The last window may be shorter.
+  every token but the first.
 
   >>> path = rotbits_jax.checkpoints.example('llama-tiny-dense')
   >>> model = rotbits_jax.load_checkpoint(path).model
@@ -54,45 +54,34 @@ def evaluate(
     model: the model to measure.
     tokens: `[N]` token ids.
     reference: a model with the same vocabulary, whose predictions are compared.
-    rerounded: the reference in other coordinates, rounded to the same dtype. Its
-      divergence is that of rounding alone.
+    rerounded: the reference in other coordinates, rounded to the same dtype.
     max_tokens: number of tokens to use; None for all.
     window: number of tokens in a window; None for the longest sequence that the model
       was trained for, but at most 1024.
     progress: whether to show the progress on stderr.
-
-  Raises:
-    ValueError: if there are fewer than two tokens, if a token is outside the
-      vocabulary, or if the vocabularies of the models differ.
   """
   if rerounded is not None and reference is None:
     raise ValueError('a rerounded model needs a reference to be compared with')
   compared = [x for x in (model, reference, rerounded) if x is not None]
-  vocabulary = model.config.vocab_size
-  for other in compared:
-    if other.config.vocab_size != vocabulary:
-      raise ValueError(
-        'predictions are compared token by token: the reference must have a vocabulary '
-        f'of {vocabulary} tokens like the model, got {other.config.vocab_size}'
-      )
+  vocabularies = {x.config.vocab_size for x in compared}
+  if len(vocabularies) > 1:
+    raise ValueError(f'predictions need the same vocabulary, got sizes {vocabularies}')
   cut = windows(tokens, model.config, max_tokens=max_tokens, window=window)
   # Buffers are left out, because JAX does not support every dtype that they may have.
   on_device = [jax.device_put(dataclasses.replace(x, buffers={})) for x in compared]
   totals = np.zeros(len(_MEASURES))
-  tracked = track(cut, 'evaluate', 'window', total=len(cut), show=progress)
+  tracked = Progress('evaluate', len(cut), 'window', show=progress, units=cut)
   for padded, length in tracked:
     logits = [_predictions(x, padded) for x in on_device]
     measured = np.asarray(_measure(logits, padded), np.float64)
     totals[: len(measured)] += measured[:, : length - 1].sum(axis=1)
   count = sum(length - 1 for _, length in cut)
-  means = dict(zip(_MEASURES, (totals / count).tolist(), strict=True))
-  return Evaluation(
-    perplexity=float(np.exp(means['loss'])),
-    tokens=count,
-    kl=None if reference is None else means['kl'],
-    kl_rerounded=None if rerounded is None else means['kl_rerounded'],
-    ear=None if reference is None else means['ear'],
-  )
+  means: dict[str, Any] = dict(zip(_MEASURES, (totals / count).tolist(), strict=True))
+  if reference is None:
+    means |= {'kl': None, 'ear': None}
+  if rerounded is None:
+    means['kl_rerounded'] = None
+  return Evaluation(float(np.exp(means.pop('loss'))), count, **means)
 
 
 def windows(
@@ -102,19 +91,15 @@ def windows(
   max_tokens: int | None = None,
   window: int | None = None,
 ) -> list[tuple[np.ndarray, int]]:
-  """Cuts tokens into windows as `evaluate` does, which describes the arguments.
+  """Cuts tokens into windows, int32 `[1, window]`, see `evaluate`.
 
-  Returns:
-    For each window its tokens, int32 `[1, window]`, and how many are not padding. Only
-    the last window may have padding.
+  Each has the number of its tokens that are not padding, which the last may have.
   """
   if window is None:
     window = min(config.max_positions, DEFAULT_WINDOW)
   tokens = np.asarray(tokens)
   if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-    raise ValueError(
-      f'tokens must be [N] integers, got {tokens.shape=} {tokens.dtype=}'
-    )
+    raise ValueError(f'tokens must be [N] integers, got {tokens.dtype} {tokens.shape}')
   if window < 2:
     raise ValueError(f'a window must have at least 2 tokens, got {window=}')
   if max_tokens is not None:
@@ -136,12 +121,7 @@ def _predictions(model: models.Model, tokens: jax.Array) -> jax.Array:
 
 @jax.jit
 def _measure(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
-  """Returns `_MEASURES`, as far as there are models for them: `[K, T - 1]`.
-
-  Args:
-    logits: `[T - 1, V]` of the model, the reference and the rerounded model.
-    tokens: `[1, T]`.
-  """
+  """Returns `_MEASURES`, as far as there are models for them: `[K, T - 1]`."""
 
   def of_token(i: jax.Array) -> jax.Array:
     model, *others = (x[i] for x in logits)
@@ -166,9 +146,8 @@ def mean_divergence(
   Args:
     config: of both models.
     reference: the parameters outside the layers, and the residual stream `[1, T, d]` of
-      each window after the last layer, see `models.streams`.
-    model: the same.
-    lengths: how many tokens of each window are not padding, see `windows`.
+      each window after the last layer, see `models.streams`; `model` likewise.
+    lengths: how many tokens of each window are not padding.
   """
   total, count = 0.0, sum(lengths) - len(lengths)
   (outer, streams), (model_outer, model_streams) = reference, model
@@ -190,12 +169,9 @@ def _divergences(
     (models.materialize(structured.astype(outer, jnp.float32)), x[0])
     for outer, x in (reference, model)
   ]
-
-  def of_token(i: jax.Array) -> jax.Array:
-    return kl_divergence(
-      *(transformer.unembed(outer, config, x[i])[1] for outer, x in ends)
-    )
-
+  of_token = lambda i: kl_divergence(
+    *(transformer.unembed(outer, config, x[i])[1] for outer, x in ends)
+  )
   with jax.default_matmul_precision('highest'):
     return jax.lax.map(of_token, jnp.arange(len(ends[0][1])), batch_size=_TOKENS)
 
@@ -203,9 +179,8 @@ def _divergences(
 def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:
   """Returns KL(reference || model) in nats, `[...]`, given logits `[..., V]`.
 
-  Let p and q be the probabilities of the reference and of the model, and
-  `r = log q - log p`. The divergence is the sum of `p (e^r - 1 - r)`, because `q - p`
-  sums to zero. No term is negative, so float32 resolves divergences of 1e-9.
+  With probabilities p, q and `r = log q - log p`, it is the sum of `p (e^r - 1 - r)`,
+  because `q - p` sums to zero. No term is negative, so float32 resolves 1e-9.
 
   >>> logits = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.75]]))
   >>> round(float(kl_divergence(logits[0], logits[1])), 4)  # log(2 / sqrt(3))
@@ -221,19 +196,16 @@ def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:
 def agreement(reference: jax.Array, model: jax.Array) -> jax.Array:
   """Returns the expected agreement rate (EAR), `[...]`, given logits `[..., V]`.
 
-  This is the sum over the vocabulary of `min(p, q)`, where p and q are the
-  probabilities: 1 minus their total variation distance. No way to sample a token from
-  each model gives the same token more often, and speculative decoding, which drafts
-  with one model for the other, accepts a token that often. 1 - EAR is at most
-  `sqrt(KL / 2)` (Pinsker's inequality).
+  This is the sum over the vocabulary of `min(p, q)` of the probabilities: 1 minus their
+  total variation distance. Speculative decoding, which drafts with one model for the
+  other, accepts a token that often. 1 - EAR is at most `sqrt(KL / 2)` (Pinsker).
 
   >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]]))
   >>> round(float(agreement(logits[0], logits[1])), 6)
   0.75
 
   References:
-    Leviathan et al., Fast Inference from Transformers via Speculative Decoding,
-      arXiv 2211.17192, definition 3.2 and theorem 3.5: the rate of acceptance.
+    Leviathan et al., arXiv 2211.17192, definition 3.2 and theorem 3.5.
   """
   p, q = jax.nn.softmax(reference), jax.nn.softmax(model)
   return 1 - jnp.abs(p - q).sum(axis=-1) / 2

@@ -19,16 +19,10 @@ from rotbits_jax.coding import specs
 class RecordCoder(NamedTuple):
   """Codes the arrays of a record as one stream of bytes.
 
-  Attributes:
-    name: name of the coder in files.
-    spec: class of the spec of a stream: a schema dataclass, see `system.schema`. Like
-      `specs.StreamSpec` it has `arrays`, each with its `shape`, `dtype` (a name) and
-      `nbytes`; and `nbytes`, the length of the stream.
-    encode: takes arrays, contiguous, and what the decoder will know of some, see
-      `coder.encode`; returns an object with the attributes `spec` and `data`, the
-      stream, uint8 `[n]`.
-    decode: takes a spec, a stream, as `out` the arrays to decode into, and `known`, see
-      `coder.decode`. It raises a ValueError if the stream or an array is damaged.
+  The spec of a stream is a `schema.Object`. Like `specs.StreamSpec` it has `nbytes` and
+  `arrays`, each with its `shape`, `dtype` (a name) and `nbytes`. The functions are as
+  `coder.encode`, whose result has `spec` and `data`, and `coder.decode`, which raises a
+  ValueError if the stream or an array is damaged.
   """
 
   name: str
@@ -37,23 +31,21 @@ class RecordCoder(NamedTuple):
   decode: Callable[..., Any]
 
 
-def register(coder: RecordCoder) -> RecordCoder:
-  """Registers a coder under its name.
+CODERS: dict[str, RecordCoder] = {
+  'weights': RecordCoder('weights', specs.StreamSpec, coder.encode, coder.decode)
+}
 
-  Raises:
-    ValueError: if another coder has this name.
-  """
-  if coder.name in _KNOWN:
+
+def register(coder: RecordCoder) -> RecordCoder:
+  """Registers a coder under its name, which no other may have."""
+  if coder.name in CODERS:
     raise ValueError(f'a coder of the name {coder.name!r} exists already')
-  _KNOWN[coder.name] = coder
+  CODERS[coder.name] = coder
   return coder
 
 
-def find(name: str) -> RecordCoder | None:
-  """Returns the coder of a name; None if none was registered."""
-  return _KNOWN.get(name)
-
-
-_KNOWN: dict[str, RecordCoder] = {
-  'weights': RecordCoder('weights', specs.StreamSpec, coder.encode, coder.decode)
-}
+def find(name: str) -> RecordCoder:
+  """Returns the coder of a name; a ValueError says that none was registered."""
+  if name not in CODERS:
+    raise ValueError(f'there is no coder of records of the name {name!r:.100}')
+  return CODERS[name]

@@ -8,26 +8,26 @@
     the streams, one after the other
 
 The stream `manifest` is the JSON object that the module `manifest` describes, deflated.
-It contains the length and the CRC-32 of every other stream. The writer appends each
-stream when it is ready. It writes the header last, into room that it reserves at the
-start: the names of the streams bound its length. Any safetensors library opens the
-file. A damaged file raises `ContainerError`.
+It has the length and the CRC-32 of every other stream. The header is written last, into
+room that is reserved at the start. A damaged file raises `ContainerError`.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 import contextlib
 import json
 import os
 import struct
 import threading
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 import zlib
 
+import msgspec
 import numpy as np
 from zlib_ng import zlib_ng
 
 from rotbits_jax.system import files
-from rotbits_jax.system import strict_json
+from rotbits_jax.system import schema
 
 FORMAT = 'rotbits'
 VERSION = 1
@@ -56,33 +56,39 @@ class ContainerError(ValueError):
     super().__init__(message)
 
 
-def check_names(names: Sequence[str]) -> None:
-  """Checks that the streams of a file can have these names.
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+  """Puts the name of a file or a part of one before errors about its content."""
+  try:
+    yield
+  except ValueError as error:
+    text = str(error)
+    is_named = not name or text.startswith(f'{name}: ')
+    raise ContainerError(text if is_named else f'{name}: {text}') from error
 
-  Raises:
-    ValueError: naming the first that is repeated or that the container needs itself.
-  """
-  seen = {MANIFEST, _METADATA}
-  for name in names:
-    if name in seen:
-      raise ValueError(f'{name}: the file has another entry of this name')
-    seen.add(name)
+
+class _Metadata(schema.Object):
+  format: Literal['rotbits']
+  version: str
+  manifest_crc32: Annotated[str, msgspec.Meta(pattern=r'\A[0-9]{1,10}\Z')]
+
+
+class _Entry(schema.Object, kw_only=True):
+  """The entry of a stream in the header."""
+
+  dtype: Literal['U8']
+  shape: tuple[schema.Size]
+  data_offsets: tuple[schema.Size, schema.Size]
 
 
 class StreamWriter:
   """Writes streams to a file, one after the other, and the header last."""
 
   def __init__(self, file: BinaryIO, names: Sequence[str]):
-    """Reserves room for the header.
-
-    Args:
-      file: an empty file, open for writing and seekable.
-      names: names of all streams that may be written, without the manifest.
-
-    Raises:
-      ValueError: see `check_names`, or if a reader would refuse so long a header.
-    """
-    check_names(names)
+    """Reserves room for the header of an empty file, whose streams may have `names`."""
+    counts = collections.Counter([MANIFEST, _METADATA, *names])
+    if twice := [name for name, count in counts.items() if count > 1]:
+      raise ValueError(f'{twice[0]}: the file has another entry of this name')
     longest = dict.fromkeys((*names, MANIFEST), (_MOST, 2 * _MOST))
     self._room = len(_header(longest, 0xFFFFFFFF))
     if self._room > _MOST_HEADER:
@@ -93,15 +99,7 @@ class StreamWriter:
     file.write(bytes(8 + self._room))
 
   def append(self, name: str, data: Any) -> tuple[int, int]:
-    """Writes a stream.
-
-    Args:
-      name: name of the stream.
-      data: the bytes, which support the buffer protocol.
-
-    Returns:
-      The length of the stream, and its CRC-32.
-    """
+    """Writes a stream, given as a buffer; returns its length and its CRC-32."""
     view = memoryview(np.ascontiguousarray(data)).cast('B')
     self._file.write(view)
     self._streams[name] = self._end, self._end + view.nbytes
@@ -116,8 +114,7 @@ class StreamWriter:
     _, crc = self.append(MANIFEST, np.frombuffer(packed, np.uint8))
     header = _header(self._streams, crc)
     self._file.seek(0)
-    self._file.write(struct.pack('<Q', self._room))
-    self._file.write(header + b' ' * (self._room - len(header)))
+    self._file.write(struct.pack('<Q', self._room) + header.ljust(self._room))
 
 
 def _most_text(nbytes: int) -> int:
@@ -126,32 +123,25 @@ def _most_text(nbytes: int) -> int:
 
 
 def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
-  metadata = {
-    'format': FORMAT,
-    'version': str(VERSION),
-    'manifest_crc32': str(manifest_crc32),
+  """Returns the JSON of the header, given the offsets of each stream."""
+  header: dict[str, Any] = {
+    _METADATA: {
+      'format': FORMAT,
+      'version': str(VERSION),
+      'manifest_crc32': str(manifest_crc32),
+    }
   }
-  entries = {name: _entry(begin, end) for name, (begin, end) in streams.items()}
-  header = {_METADATA: metadata, **entries}
+  for name, (begin, end) in streams.items():
+    header[name] = {'dtype': 'U8', 'shape': [end - begin], 'data_offsets': [begin, end]}
   text = json.dumps(header, separators=(',', ':')).encode()
   return text + b' ' * (-len(text) % 8)
 
 
-def _entry(begin: int, end: int) -> dict[str, Any]:
-  """Returns the entry of a stream in the header, by its offsets."""
-  return {'dtype': 'U8', 'shape': [end - begin], 'data_offsets': [begin, end]}
-
-
 class StreamReader:
-  """Reads the streams of a container."""
+  """Reads the streams of a container; `name` is its path or empty, `size` in bytes."""
 
   def __init__(self, source: Readable):
-    """Reads the header.
-
-    Raises:
-      ContainerError: if this is not a rotbits file, or if its header is damaged.
-      OSError: if the path cannot be read.
-    """
+    """Reads the header."""
     self._source: Any = source
     self._lock, self._buffers = threading.Lock(), files.Buffers()
     if isinstance(source, (str, os.PathLike)):
@@ -163,18 +153,8 @@ class StreamReader:
     else:
       self.name = str(getattr(source, 'name', ''))
       self.size = source.seek(0, os.SEEK_END)
-    with self.errors():
+    with naming(self.name):
       self._streams, self._start, self.manifest_crc32 = self._read_header()
-
-  @contextlib.contextmanager
-  def errors(self) -> Iterator[None]:
-    """Puts the name of the file before a `ContainerError`."""
-    try:
-      yield
-    except ContainerError as error:
-      if not self.name or str(error).startswith(self.name):
-        raise
-      raise ContainerError(f'{self.name}: {error}') from error
 
   def names(self) -> list[str]:
     """Returns the names of the streams, in the order of the file."""
@@ -191,13 +171,7 @@ class StreamReader:
       return data.tobytes()
 
   def inflated(self, name: str, crc32: int, most: int) -> bytes:
-    """Inflates a stream of the format of zlib, see `checked`.
-
-    Args:
-      name: name of the stream.
-      crc32: the checksum that it must have.
-      most: the greatest number of bytes of its content.
-    """
+    """Inflates a stream of the format of zlib to at most so many bytes."""
     data, unpacker = self.read(name, crc32), zlib.decompressobj()
     try:
       content = unpacker.decompress(data, most + 1)
@@ -214,15 +188,7 @@ class StreamReader:
 
   @contextlib.contextmanager
   def checked(self, name: str, crc32: int | None = None) -> Iterator[np.ndarray]:
-    """Reads a stream.
-
-    Args:
-      name: name of the stream.
-      crc32: the checksum that it must have; None for any.
-
-    Yields:
-      The bytes: uint8 `[n]`. They are valid until the context ends.
-    """
+    """Yields a stream, uint8 `[n]`, whose checksum is compared if it is given."""
     if name not in self._streams:
       raise ContainerError(f'{name}: no such stream')
     begin, end = self._streams[name]
@@ -253,6 +219,7 @@ class StreamReader:
     yield data, zlib_ng.crc32(data)
 
   def _read_header(self) -> tuple[dict[str, tuple[int, int]], int, int]:
+    """Returns the offsets of the streams, where they start, and a checksum."""
     if self.size < 8:
       raise ContainerError('not a rotbits file: it has fewer than 8 bytes')
     with self._bytes(0, 8) as (data, _):
@@ -260,29 +227,23 @@ class StreamReader:
     if length > min(self.size - 8, _MOST_HEADER):
       raise ContainerError('not a rotbits file, or cut short within its header')
     with self._bytes(8, length) as (data, _):
-      header = parse_json(data.tobytes(), 'header')
-    metadata = header.pop(_METADATA, None) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or metadata.get('format') != FORMAT:
-      raise ContainerError('not a rotbits file')
-    if metadata.get('version') != str(VERSION):
+      header = data.tobytes()
+    with naming('not a rotbits file, or its header is damaged'):
+      entries = schema.load(dict[str, Any], schema.parse(header))
+      metadata = schema.load(_Metadata, entries.pop(_METADATA, None), _METADATA)
+      found = schema.load(dict[str, _Entry], entries)
+    if metadata.version != str(VERSION):
       raise ContainerError(
-        f'the file has version {metadata.get("version")} of the format, '
+        f'the file has version {metadata.version} of the format, '
         f'but this program reads version {VERSION}'
       )
-    unknown = sorted(set(metadata) - {'format', 'version', 'manifest_crc32'})
-    if unknown:
-      raise ContainerError(f'the field {unknown[0]!r} of the header is not known')
-    crc = metadata.get('manifest_crc32')
-    if not (isinstance(crc, str) and crc.isascii() and crc.isdigit() and len(crc) < 11):
-      raise ContainerError('the header is damaged: it has no checksum of the manifest')
     streams: dict[str, tuple[int, int]] = {}
     end = 0
-    for name, entry in header.items():
-      size = _size(entry, end)
-      if size is None:
+    for name, entry in found.items():
+      begin, end = end, end + entry.shape[0]
+      if entry.data_offsets != (begin, end):
         raise ContainerError(f'{name}: the header has a wrong entry for the stream')
-      streams[name] = end, end + size
-      end += size
+      streams[name] = begin, end
     if 8 + length + end != self.size:
       raise ContainerError(
         'the file is cut short or too long: it must have '
@@ -290,23 +251,4 @@ class StreamReader:
       )
     if MANIFEST not in streams:
       raise ContainerError('the file has no manifest')
-    return streams, 8 + length, int(crc)
-
-
-def _size(entry: Any, begin: int) -> int | None:
-  """Returns the length of a stream by its entry in the header; None if it is wrong."""
-  shape = entry.get('shape') if isinstance(entry, dict) else None
-  size = shape[0] if isinstance(shape, list) and len(shape) == 1 else None
-  if type(size) is not int or not 0 <= size < _MOST:
-    return None
-  return size if entry == _entry(begin, begin + size) else None
-
-
-def parse_json(data: bytes, where: str) -> Any:
-  """Parses JSON that may be untrusted."""
-  try:
-    return strict_json.loads(data)
-  except ValueError as error:
-    raise ContainerError(
-      f'not a rotbits file, or its {where} is damaged: {error}'
-    ) from error
+    return streams, 8 + length, int(metadata.manifest_crc32)

@@ -3,9 +3,8 @@
 A damaged or incomplete file raises `ContainerError`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
-import contextlib
 import functools
 import math
 import types
@@ -19,13 +18,13 @@ from rotbits_jax import structured
 from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs as specs_lib
+from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.structured import difference
-from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
@@ -48,11 +47,8 @@ Started = Mapping[str, 'futures.Future[Flat]']
 class Decoder:
   """Decodes the records of a file, or of all shards of one.
 
-  Attributes:
-    entries: the manifest's entry of each record, by its name.
-    leaves: the manifest's entry of each leaf, by its path.
-    holders: the name of the record of each leaf, by its path.
-    files: the file of each record, by the name of the record.
+  `entries` and `files` have the manifest's entry and the file of each record by its
+  name, `leaves` and `holders` the entry and the record of each leaf by its path.
   """
 
   def __init__(
@@ -61,13 +57,7 @@ class Decoder:
     manifests: Sequence[manifest_lib.Manifest],
     base: base_lib.Base | None = None,
   ):
-    """Checks what the manifests of all shards say together.
-
-    Args:
-      files: the files.
-      manifests: the manifest of each file.
-      base: has the arrays that leaves need and the files do not hold.
-    """
+    """Checks what the manifests of all shards say together, and what the base has."""
     self._base = base
     self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
     self.files: dict[str, container.StreamReader] = {}
@@ -75,41 +65,30 @@ class Decoder:
     self.leaves: dict[str, manifest_lib.Leaf] = {}
     self.holders: dict[str, str] = {}
     for file, manifest in zip(files, manifests, strict=True):
-      with file.errors():
-        for record in manifest.records:
-          if record.name in self.entries:
-            raise ContainerError(f'{record.name}: two shards have this record')
-          self.files[record.name], self.entries[record.name] = file, record
-          for leaf in record.leaves:
-            if leaf.path in self.leaves:
-              raise ContainerError(f'{leaf.path}: another record has this leaf, too')
-            self.leaves[leaf.path], self.holders[leaf.path] = leaf, record.name
-    config = manifests[0].config
+      for record in manifest.records:
+        if record.name in self.entries:
+          raise ContainerError(f'{record.name}: two shards have this record')
+        self.files[record.name], self.entries[record.name] = file, record
+        for leaf in record.leaves:
+          if leaf.path in self.leaves:
+            raise ContainerError(f'{leaf.path}: another record has this leaf, too')
+          self.leaves[leaf.path], self.holders[leaf.path] = leaf, record.name
     for path, leaf in self.leaves.items():
-      try:
-        self._check_needs(leaf, config)
-      except ValueError as error:
-        raise ContainerError(f'{path}: {error}') from error
+      with container.naming(path):
+        self._check_needs(leaf, manifests[0].config)
     self._check_uses()
 
   def _check_needs(
     self, leaf: manifest_lib.Leaf, config: models.ModelConfig | None
   ) -> None:
-    """Checks that what a leaf needs is there, or may be in another shard.
-
-    Raises:
-      ValueError: if it is not.
-    """
+    """Checks that what a leaf needs is there, or may be in another shard."""
     for path in leaf.needs:
-      holder = self.holders.get(path)
-      if holder is not None:
-        if any(x.needs for x in self.entries[holder].leaves):
-          raise ValueError(f'it needs {path}, whose record needs others')
-      else:  # it may be in another shard
-        record = path.split('/')[0]
-        is_known = config is None or record in models.outer_shapes(config)
-        if record in self.entries or not is_known:
-          raise ValueError(f'it needs {path}, which is missing')
+      holder, record = self.holders.get(path), path.split('/')[0]
+      if holder is not None and any(x.needs for x in self.entries[holder].leaves):
+        raise ValueError(f'it needs {path}, whose record needs others')
+      may_follow = config is None or record in models.outer_shapes(config)
+      if holder is None and (record in self.entries or not may_follow):
+        raise ValueError(f'it needs {path}, which is missing')
     if self._base is not None:
       for array in leaf.base_arrays:
         self._base.check(array)
@@ -133,11 +112,9 @@ class Decoder:
       for path in leaf.needs:
         if path in self.leaves:
           uses.setdefault(path, []).append((self.leaves[path].size, leaf.size))
-      if self._base is None:
-        continue
       for array in leaf.base_arrays:
-        path_in_base = self._base.find(array.path)
-        uses.setdefault(path_in_base, []).append((math.prod(array.shape), leaf.size))
+        name = array.path if self._base is None else self._base.find(array.path)
+        uses.setdefault(name, []).append((math.prod(array.shape), leaf.size))
     for name, pairs in uses.items():
       sizes, sizes_of_leaves = zip(*pairs, strict=True)
       if sum(sizes) > _MOST_USES * (max(sizes) + sum(sizes_of_leaves)):
@@ -146,7 +123,7 @@ class Decoder:
         )
 
   def entry(self, name: str) -> manifest_lib.RecordEntry:
-    """Returns the entry of a record."""
+    """Returns the entry of a record that can be decoded."""
     if name not in self.entries:
       raise ContainerError(f'{name}: no such record')
     entry = self.entries[name]
@@ -166,11 +143,7 @@ class Decoder:
     return entry
 
   def resolver(self, started: Started) -> Resolve:
-    """Returns a function that takes the path of a parameter and returns its array.
-
-    Args:
-      started: records that are decoded already; others are when they are needed.
-    """
+    """Returns a function from a path to its array, in a `started` record or another."""
     decoded = functools.cache(self.decode)
 
     def resolve(path: str) -> Any:
@@ -191,7 +164,7 @@ class Decoder:
     integers: bool = False,
     shared: bool = False,
   ) -> Flat:
-    """Decodes a record.
+    """Decodes a record to NumPy arrays and structured leaves.
 
     Args:
       name: name of the record.
@@ -199,58 +172,61 @@ class Decoder:
       rows: where to decode leaves to; others get new memory.
       integers: whether multiples of one step stay integers.
       shared: whether arrays may share the memory of the base, and have any strides.
-
-    Returns:
-      The leaves by path: NumPy arrays and structured leaves.
     """
     entry = self.entry(name)
     resolve = self.resolver(started)
-    with self.files[name].errors():
-      try:
-        if not rows:
-          memory.check(name, entry.decoded_bytes)
-        leaves, known = [], {}
-        arrays: list[np.ndarray] = []
-        for leaf, specs in entry.leaf_specs():
-          place = (rows or {}).get(entry.inner(leaf.path))
-          if place is None and leaf.base is not None and not shared:
-            place = [host.empty(leaf.shape, leaf.dtype)]
-          is_expanded = leaf.is_expanded(integers)
-          needed = functools.partial(self._needed, leaf, resolve)
-          leaves.append(_StoredLeaf(leaf, specs, place, is_expanded, needed))
-          is_difference = leaf.leaf_class is difference.Difference
-          if is_difference and {'differences', 'column_scales'} <= set(leaf.arrays):
-            index = leaf.arrays.index('differences')
-            known[len(arrays) + index] = leaves[-1].known
-          arrays += leaves[-1].arrays
-        with self.files[name].checked(name, entry.crc32) as data:
-          entry.record_coder.decode(entry.stream_spec, data, out=arrays, known=known)
-        flat = {leaf.entry.path: leaf.value() for leaf in leaves}
-        for leaf in entry.leaves:
-          shapes = [self.leaves[x].shape for x in leaf.needs if x in self.leaves]
-          if shapes and structured.is_structured(flat[leaf.path]):
-            flat[leaf.path].check_needed(*shapes)
-        return flat
-      except MemoryError:
-        raise memory.too_large(name, entry.decoded_bytes) from None
-      except ContainerError:
-        raise
-      except ValueError as error:
-        raise ContainerError(f'{name}: {error}') from error
+    try:
+      with container.naming(self.files[name].name), container.naming(name):
+        return self._decoded(entry, resolve, rows or {}, integers, shared)
+    except MemoryError:
+      raise memory.too_large(name, entry.memory_bytes) from None
 
-  def _needed(self, entry: manifest_lib.Leaf, resolve: Resolve) -> list[Any]:
+  def _decoded(
+    self,
+    entry: manifest_lib.RecordEntry,
+    resolve: Resolve,
+    rows: Rows,
+    integers: bool,
+    shared: bool,
+  ) -> Flat:
+    """Decodes a record, see `decode`."""
+    if not rows:
+      memory.check(entry.name, entry.memory_bytes)
+    leaves, known = [], {}
+    arrays: list[np.ndarray] = []
+    for leaf, specs in entry.leaf_specs:
+      place = rows.get(entry.inner(leaf.path))
+      if place is None and leaf.base is not None and not shared:
+        place = [host.empty(leaf.shape, leaf.dtype)]
+      needed = functools.partial(self._needed, leaf, resolve)
+      leaves.append(_StoredLeaf(leaf, specs, place, integers, needed))
+      is_difference = leaf.leaf_class is difference.Difference
+      if is_difference and {'differences', 'column_scales'} <= set(leaf.arrays):
+        index = leaf.arrays.index('differences')
+        known[len(arrays) + index] = leaves[-1].known
+      arrays += leaves[-1].arrays
+    decode = coders.find(entry.coder).decode
+    with self.files[entry.name].checked(entry.name, entry.crc32) as data:
+      decode(entry.stream_spec, data, out=arrays, known=known)
+    flat = {leaf.entry.path: leaf.value() for leaf in leaves}
+    for leaf in entry.leaves:
+      shapes = [self.leaves[x].shape for x in leaf.needs if x in self.leaves]
+      if shapes and structured.is_structured(flat[leaf.path]):
+        flat[leaf.path].check_needed(*shapes)
+    return flat
+
+  def _needed(self, leaf: manifest_lib.Leaf, resolve: Resolve) -> list[Any]:
     """Returns the arrays that a leaf is computed from."""
-    needed = [resolve(path) for path in entry.needs]
-    if entry.base is not None:
+    needed = [resolve(path) for path in leaf.needs]
+    if leaf.base is not None:
       assert self._base is not None
-      columns_first = bool(entry.settings.get('columns_first'))
-      needed.append(self._base.get(entry.base, columns_first))
-    if (product := entry.product) is not None:
-      assert self._base is not None or not product.arrays
+      columns_first = bool(leaf.settings.get('columns_first'))
+      needed.append(self._base.get(leaf.base, columns_first))
+    if (product := leaf.product) is not None:
       arrays = [self._base.get(array) for array in product.arrays if self._base]
       bases = [self._basis(segment) for segment in product.segments]
-      dtype = np.dtype(entry.dtype)
-      needed.append(subspaces.tensor(product.way, arrays, bases, entry.shape, dtype))
+      dtype = np.dtype(leaf.dtype)
+      needed.append(product.tensor(arrays, bases, leaf.shape, dtype))
     return needed
 
   def _read_basis(self, segment: int) -> np.ndarray | None:
@@ -263,34 +239,21 @@ class Decoder:
 
 
 class _StoredLeaf:
-  """A leaf while its stored arrays are decoded.
-
-  Attributes:
-    entry: the manifest's entry of the leaf.
-    arrays: its stored arrays, which the coder fills.
-  """
+  """A leaf while the coder fills the `arrays` as which it is stored."""
 
   def __init__(
     self,
     entry: manifest_lib.Leaf,
     specs: Sequence[specs_lib.ArraySpec],
     place: list[np.ndarray] | None,
-    is_expanded: bool,
+    integers: bool,
     needed: Callable[[], list[Any]],
   ):
-    """Makes room for the stored arrays.
-
-    Args:
-      entry: see the class.
-      specs: the specs of the stored arrays.
-      place: arrays for the result; None for new ones.
-      is_expanded: whether the array takes the place of the leaf.
-      needed: returns what the leaf is computed from.
-    """
+    """Makes room for the arrays: in `place`, if the coder can write them there."""
     self.entry, self._place, self._needed = entry, place, needed
-    self._is_expanded = is_expanded
-    self._predicted: tuple[np.ndarray, difference.Prediction] | None = None
-    if place is None or is_expanded:
+    self._is_expanded = entry.is_expanded(integers)
+    self._prediction: difference.Prediction | None = None
+    if place is None or self._is_expanded:
       self.arrays = [host.empty(x.shape, x.dtype) for x in specs]
     else:
       self.arrays = [x.view(y.dtype) for x, y in zip(place, specs, strict=True)]
@@ -302,46 +265,31 @@ class _StoredLeaf:
 
   def known(self) -> known_lib.Known:
     """Returns what the coder must know of the differences."""
-    with self._errors():
-      self._predicted = self._leaf.predict(*self._needed(), run=pool.run)
-    classes = self._predicted[1].classes
-    return known_lib.Known(classes, difference.class_shifts(self._leaf.dtype))
+    with container.naming(self.entry.path):
+      self._prediction = self._leaf.predict(*self._needed(), run=pool.run)
+    shifts = difference.class_shifts(self._leaf.dtype)
+    return known_lib.Known(self._prediction.classes, shifts)
 
   def value(self) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""
-    if not self.entry.type_name:
-      return self.arrays[0].view(np.dtype(self.entry.dtype))
-    with self._errors():
+    entry = self.entry
+    if not entry.type_name:
+      return self.arrays[0].view(np.dtype(entry.dtype))
+    with container.naming(self.entry.path):
       if not self._is_expanded:
         return self._leaf
-      if self.entry.crc32 is None:  # multiples of a step
-        shape, dtype = self.entry.shape, self.entry.dtype
-        array = self._place[0] if self._place else host.empty(shape, dtype)
+      if entry.crc32 is None:  # multiples of a step
+        array = self._place[0] if self._place else host.empty(entry.shape, entry.dtype)
         self._leaf.write(array)
         return array
-      array = self._array()
+      if self._prediction is None:
+        array = np.asarray(self._leaf.materialize(*self._needed()))
+      else:
+        array = self._leaf.joined(self._prediction, run=pool.run)
+      stored = array.T if self._leaf.columns_first else array
+      if checksums.of_array(stored) != entry.crc32:
+        raise ValueError('decoded elements differ from the encoded ones')
     if self._place is None:
       return array
     self._place[0][...] = host.contiguous(array)
     return self._place[0]
-
-  def _array(self) -> np.ndarray:
-    """Returns the array of a leaf that only files hold."""
-    if self._predicted is None:
-      array = np.asarray(self._leaf.materialize(*self._needed()))
-    else:
-      array = self._leaf.joined(*self._predicted, run=pool.run)
-    stored = array.T if self._leaf.columns_first else array
-    if checksums.of_array(stored) != self.entry.crc32:
-      raise ValueError('decoded elements differ from the encoded ones')
-    return array
-
-  @contextlib.contextmanager
-  def _errors(self) -> Iterator[None]:
-    """Puts the path of the leaf before an error."""
-    try:
-      yield
-    except ContainerError:
-      raise
-    except ValueError as error:
-      raise ContainerError(f'{self.entry.path}: {error}') from error

@@ -14,8 +14,7 @@ import hashlib
 import io
 import json
 import platform
-import typing
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -40,57 +39,34 @@ from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
 
-Batch = tuple[list[passes.Record], Any]
+_Batch = tuple[list[passes.Record], Any]
 """Records, and the state of the transform after them."""
 
-
-class _Coded(NamedTuple):
-  """A batch that is being coded.
-
-  Attributes:
-    records: the name of each record, and the future of its entry and its stream.
-    state: the state of the transform after the batch.
-  """
-
-  records: 'list[tuple[str, futures.Future[writer_lib.EncodedRecord]]]'
-  state: Any
+_Coded = tuple['list[tuple[str, futures.Future[writer_lib.EncodedRecord]]]', Any]
+"""The same while they are coded: the name and the future of each record."""
 
 
 class Encoder:
-  """Encodes a source with a preset.
+  """Encodes a source with a preset, beside a base or None.
 
-  Attributes:
-    source: the source.
-    preset: the preset.
-    base: the base beside which arrays are stored; None for none.
-    counts: elements and bytes of each record before it is rewritten, by its name, in
-      the order of the file.
+  `counts` has the elements and bytes of each record before it is rewritten, by its
+  name, in the order of the file. Records may be divided among several files unless they
+  are one message.
   """
 
   def __init__(
     self,
-    source: sources.Source,
+    source: passes.Source,
     preset: presets.Preset,
     *,
     base: base_lib.Base | None = None,
     files: Mapping[str, bytes] | None = None,
     stem: str | None = None,
   ):
-    """Checks the source, before the work.
-
-    Args:
-      source: see the class.
-      preset: see the class.
-      base: see the class.
-      files: bytes of the other files of the checkpoint, by name.
-      stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
-
-    Raises:
-      ValueError: if the preset does not suit the source or the base, if the source
-        cannot be stored, or if the base has none of its arrays.
-    """
-    if preset.coder != paper.CODER and coders.find(preset.coder) is None:
-      raise ValueError(f'there is no coder of the name {preset.coder!r}')
+    """Checks, before the work, that the preset suits the source; see `api.encode`."""
+    self.can_be_divided = preset.coder != paper.CODER
+    if self.can_be_divided:
+      coders.find(preset.coder)
     if preset.rounding is None and isinstance(source, models.Model):
       source = source.rounded()  # other presets round at the end
     self.source, self.preset, self.base = source, preset, base
@@ -100,21 +76,14 @@ class Encoder:
     if base is not None and self._recipe is None:
       self._check_base(base)
     self._records: Any = self._recipe or source
-    streams = self._streams(self._records.records)
-    writer_lib.check_names(streams, self._files, self._headers, stem)
-    self._check_records()
+    self._check_content()
     self._context = self._made_context()
     if not self.can_be_divided:
       # The context is made of its config.
-      paper.refuse(typing.cast(passes.ModelSource, self._records))
+      paper.refuse(self._records)
     dtypes = self._context.dtypes if self._context else {}
     specs, names = self._records.specs, self._records.records
     self.counts = {name: _counts(specs(name), dtypes) for name in names}
-
-  @property
-  def can_be_divided(self) -> bool:
-    """Whether records may be divided among several files."""
-    return self.preset.coder != paper.CODER
 
   @property
   def elements(self) -> int:
@@ -128,15 +97,16 @@ class Encoder:
   def fingerprint(self) -> str:
     """Returns a digest of the source and of everything else that decides the bytes."""
     preset, base = self.preset, self.base
-    parts: list[Any] = [preset.name, preset.options, preset.keeps, preset.coder]
     inputs = [self.source, *([] if base is None else [base.source])]
-    parts += map(sources.fingerprint, inputs)
-    files = {x: hashlib.sha256(y).hexdigest() for x, y in self._files.items()}
-    parts += [self._stem, files]
-    parts += [rotbits_jax.__version__, jax.__version__]
-    if self._recipe is not None:  # another processor rounds bases in another way
-      parts.append(platform.node())
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    value = [
+      *(preset.name, preset.options, preset.keeps, preset.coder, self._stem),
+      *map(sources.fingerprint, inputs),
+      {x: hashlib.sha256(y).hexdigest() for x, y in self._files.items()},
+      *(rotbits_jax.__version__, jax.__version__),
+      # Another processor rounds bases in another way.
+      None if self._recipe is None else platform.node(),
+    ]
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
   def in_memory(self, *, progress: bool) -> bytes:
     """Encodes the whole source; returns the bytes of the file."""
@@ -153,36 +123,37 @@ class Encoder:
     bar: progress_lib.Progress,
     state: Any = None,
   ) -> Any:
-    """Writes records that follow each other to a file.
+    """Writes records, which follow each other, to an empty file.
 
-    Args:
-      file: the file, empty.
-      records: names of the records, in order.
-      bar: shows the progress.
-      state: the state of the transform before the records; None if it is unknown, and
-        then the layers before them are gone through.
-
-    Returns:
-      The state after them.
+    If the state of the transform before them is not given, the layers before them are
+    gone through. The result is the state after them.
     """
-    is_last = records[-1:] == tuple(self.counts)[-1:]
+    is_last, preset = records[-1:] == tuple(self.counts)[-1:], self.preset
+    streams = list(records)
+    if not self.can_be_divided:
+      records = [name for name in records if name == models.names.BUFFERS]
+      streams = [*paper.STREAMS, *records]
     writer = writer_lib.FileWriter(
       file,
-      self._streams(records),
+      streams,
       files=self._files if is_last else {},
       headers=self._headers if is_last else {},
-      **self._facts(),
+      preset=preset.name,
+      options=preset.options,
+      keeps=preset.keeps,
+      config=self.source.config,
+      stem=self._stem,
+      dtypes=self._dtypes(),
     )
     bar.stage('reading, compiling')
     if not self.can_be_divided:
       self._write_message(writer, bar)
-      records = [name for name in records if name == models.names.BUFFERS]
-    for batch in self._coded(records, state):
+    for coded, reached in self._coded(records, state):
       bar.stage('encoding')
-      for name, encoded in batch.records:
+      for name, encoded in coded:
         writer.add(*encoded.result())
         bar.update(self.counts[name].bytes)
-      state = batch.state
+      state = reached
     writer.finish()
     return state
 
@@ -192,10 +163,8 @@ class Encoder:
     """Returns the context of the transform; None for arrays of no known family."""
     source: Any = self.source
     if source.config is not None:
-      return passes.make_context(self._records, stored_as=source.stored_as)
-    if self.preset.keeps == 'approximation':
-      return None  # each matrix is rounded by itself, see `_record`
-    if self.preset.keeps != 'bits':
+      return passes.make_context(self._records)
+    if self.preset.keeps == 'function':
       reason = getattr(source, 'reason', None)
       raise checkpoints.UnsupportedError(
         f'{f"{reason}; " if reason else ""}the preset {self.preset.name!r} needs a '
@@ -216,20 +185,16 @@ class Encoder:
     recipe = recipe_lib.Recipe(self.source, base, keeps_bits=is_exact)
     if not recipe.is_related:
       return None
-    rounding = None if is_exact else passes.NEAREST
     transform = passes.chain()
     if not is_exact and recipe.obstacle:
       recipe = recipe_lib.Recipe(self.source, base, keeps_bits=True)
       transform = passes.chain(passes.remove_residual_gauge())  # notes why it does not
+    rounding = None if is_exact else passes.NEAREST
     self.preset = preset._replace(transform=transform, rounding=rounding)
     return recipe
 
   def _check_base(self, base: base_lib.Base) -> None:
-    """Checks that arrays can be stored beside a base.
-
-    Raises:
-      ValueError: if the preset changes elements, or if the base has none of the arrays.
-    """
+    """Checks that the preset keeps elements, and that the base has some arrays."""
     if self.preset.keeps != 'bits' or not self.can_be_divided:
       free = self.preset.name == 'free'
       why = ', because the model was not sliced from it' if free else ''
@@ -240,65 +205,40 @@ class Encoder:
     specs = map(self.source.specs, self.source.records)
     base.check_shares([path for record in specs for path in structured.flatten(record)])
 
-  def _check_records(self) -> None:
-    """Checks, before the work, that leaves in memory can be stored, and the shapes.
-
-    Raises:
-      ValueError: naming a parameter or a record.
-    """
+  def _check_content(self) -> None:
+    """Checks the names of streams, and the paths, dtypes and shapes of parameters."""
+    sizes = lambda contents: {name: len(x) for name, x in contents.items()}
+    manifest_lib.check_files(self._stem, sizes(self._files), sizes(self._headers))
     source, config = self.source, self.source.config
-    resolve = functools.partial(sources.array_of, source)
-    is_on_disk = hasattr(source, 'fingerprint')
-    for name in () if is_on_disk else source.records:
-      for path, leaf in structured.flatten(source.read(name)).items():
-        if structured.is_structured(leaf):
-          writer_lib.entry_of(path, leaf, resolve)
-    for name in source.records:
-      for path, leaf in structured.flatten(source.specs(name)).items():
-        if not structured.is_structured(leaf):
-          manifest_lib.check_array(path, tuple(leaf.shape), np.dtype(leaf.dtype))
-    if config is None:
-      return
-    layers = map(models.names.layer, range(config.num_layers))
-    expected = *models.outer_shapes(config), *layers
-    if missing := [x for x in expected if x not in source.records]:
-      raise ValueError(f'{missing[0]}: the model lacks it')
     for name in source.records:
       specs = structured.flatten(source.specs(name))
-      shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
-      manifest_lib.check_shapes(name, shapes, config)
+      for path, leaf in specs.items():
+        if not structured.is_structured(leaf):
+          manifest_lib.check_array(path, tuple(leaf.shape), np.dtype(leaf.dtype))
+      if config is not None:
+        shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
+        manifest_lib.check_shapes(name, shapes, config)
+    if config is not None:
+      layers = map(models.names.layer, range(config.num_layers))
+      expected = *models.outer_shapes(config), *layers
+      if missing := [x for x in expected if x not in source.records]:
+        raise ValueError(f'{missing[0]}: the model lacks it')
 
   # ---- records -----------------------------------------------------------------------
 
-  def _facts(self) -> dict[str, Any]:
-    """Returns the fields of the manifest that all shards share."""
-    preset, context = self.preset, self._context
-    dtypes: dict[str, str] = {}
-    rounding = preset.rounding
-    if context is not None and rounding is not None and rounding.uniform:
-      # The parameters are float32 in the file.
-      dtypes = {
-        path: dtype.name
-        for path, dtype in context.dtypes.items()
-        if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
-      }
-      dtypes[''] = context.dtype.name
-    return {
-      'preset': preset.name,
-      'options': preset.options,
-      'keeps': preset.keeps,
-      'config': self.source.config,
-      'stem': self._stem,
-      'dtypes': dtypes,
+  def _dtypes(self) -> dict[str, str]:
+    """Returns the dtypes of parameters that are float32 only in the file."""
+    context, rounding = self._context, self.preset.rounding
+    if context is None or rounding is None or not rounding.uniform:
+      return {}
+    dtypes = {
+      path: dtype.name
+      for path, dtype in context.dtypes.items()
+      if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
     }
+    return dtypes | {'': context.dtype.name}
 
-  def _streams(self, records: Sequence[str]) -> list[str]:
-    """Returns the names of the streams of records."""
-    if self.can_be_divided:
-      return list(records)
-    return [*paper.STREAMS, *(x for x in records if x == models.names.BUFFERS)]
-
-  def _batches(self, names: Sequence[str], state: Any) -> Iterator[Batch]:
+  def _batches(self, names: Sequence[str], state: Any) -> Iterator[_Batch]:
     """Yields records; others than those in `names` may come, too."""
     bases: list[str] = []
     if self._context is not None:
@@ -335,22 +275,16 @@ class Encoder:
 
   def _record(self, name: str) -> passes.Record:
     """Returns a record that no transform rewrites."""
-    params = self._records.read(name)
-    if self._context is None and self.preset.rounding is not None:
-      empty = structured.empty_dicts(params)
-      flat: dict[str, Any] = {path: {} for path in empty}
+    params, rounding = self._records.read(name), self.preset.rounding
+    if self._context is None and rounding is not None:
+      flat: dict[str, Any] = {path: {} for path in structured.empty_dicts(params)}
       for path, leaf in structured.flatten(params).items():
-        flat[path] = _rounded(self.preset.rounding, path, leaf)
+        flat[path] = _rounded(rounding, path, leaf)
       params = structured.unflatten(flat)
     return passes.Record(name, params, [])
 
   def _coded(self, names: Sequence[str], state: Any) -> Iterator[_Coded]:
-    """Codes records while the next ones are rewritten.
-
-    Args:
-      names: the records that are wanted, in order.
-      state: the state of the transform before them; None if it is unknown.
-    """
+    """Codes records while the next ones are rewritten; see `write` for the state."""
     ahead = collections.deque[_Coded]()
     with pool.record_jobs() as start:
       for batch, reached in self._batches(names, state):
@@ -369,7 +303,7 @@ class Encoder:
             records.append((record.name, start(job)))
             del job
           del record
-        ahead.append(_Coded(records, reached))
+        ahead.append((records, reached))
         size = self.nbytes([name for name, _ in records])
         del records
         while len(ahead) > (0 if size >= memory.LARGE else 1):
@@ -400,17 +334,15 @@ class Encoder:
     """Writes the whole model as one message."""
     options = schema.load(paper.Options, self.preset.options, 'options')
     encoded = paper.encode(self._records, options, progress=not bar.disable)
-    saving = manifest_lib.SavingEntry(**encoded.saving._asdict())
-    counts = [x for name, x in self.counts.items() if name != models.names.BUFFERS]
+    names = [name for name in self.counts if name != models.names.BUFFERS]
+    elements, nbytes = sum(self.counts[x].elements for x in names), self.nbytes(names)
     writer.add_message(
       encoded.streams,
       layout=encoded.layout,
-      input=manifest_lib.Counts(
-        elements=sum(x.elements for x in counts), bytes=sum(x.bytes for x in counts)
-      ),
-      savings=(saving,),
+      input=manifest_lib.Counts(elements, nbytes),
+      savings=(manifest_lib.SavingEntry(*encoded.saving),),
     )
-    bar.update(sum(x.bytes for x in counts))
+    bar.update(nbytes)
 
 
 def _rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
@@ -422,22 +354,18 @@ def _rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
   if log2_step is None or not is_float or not is_matrix:
     return leaf
   wide = jnp.asarray(leaf, jnp.float32)
-  array = np.asarray(passes.round_leaf(wide, dtype, log2_step, uniform=True)[0])
-  multiples = structured.UniformlyQuantized.of(array)
-  return structured.astype(array if multiples is None else multiples, dtype)
+  rounded, _ = passes.round_leaf(wide, dtype, log2_step, uniform=True)
+  return structured.astype(passes.narrowed(jax.device_get(rounded)), dtype)
 
 
 def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:
-  """Returns the elements and bytes of a record before it is rewritten.
-
-  Args:
-    specs: shapes and dtypes of its parameters.
-    dtypes: dtypes to which parameters are rounded at the end, by path.
-  """
+  """Returns the elements and bytes of a record; `dtypes` are those of its rounding."""
   elements = nbytes = 0
   for path, leaf in structured.flatten(specs).items():
     count = structured.count_elements(leaf)
-    dtype = dtypes.get(path)
     elements += count
-    nbytes += structured.count_bytes(leaf) if dtype is None else count * dtype.itemsize
-  return manifest_lib.Counts(elements=elements, bytes=nbytes)
+    if path in dtypes:
+      nbytes += count * dtypes[path].itemsize
+    else:
+      nbytes += structured.count_bytes(leaf)
+  return manifest_lib.Counts(elements, nbytes)

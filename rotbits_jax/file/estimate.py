@@ -2,8 +2,8 @@
 
 `estimate` multiplies counts by measured bits: the coder plans some rows of a few
 tensors, rounded as the preset rounds them, and the config tells how many elements the
-preset stores. Nothing is rewritten or coded. `write_within` writes files of `near` at
-two steps and interpolates, because a file's bytes are nearly linear in the step.
+preset stores. `write_within` writes files of `near` at two steps and interpolates,
+because a file's bytes are nearly linear in the step.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -42,14 +43,7 @@ _PROBES = 6  # files that are written in the search of a step
 
 
 class Estimate(NamedTuple):
-  """The cost of a checkpoint that is stored by a preset.
-
-  Attributes:
-    preset: name of the preset.
-    nbytes: the estimated size of the file.
-    seconds: about how long two cores take to write it.
-    memory: about how many bytes of memory that takes.
-  """
+  """About the bytes of a preset's file, and two cores' seconds and memory for it."""
 
   preset: str
   nbytes: int
@@ -60,26 +54,23 @@ class Estimate(NamedTuple):
 def estimate(
   source: Any, *, base: Any = None, progress: bool = False
 ) -> tuple[list[Estimate], str | None]:
-  """Estimates the size of the file that each preset would write.
+  """Estimates the size of the file that each preset but `paper` would write.
+
+  With a base there is one more estimate, of `exact` beside it; but not for a sliced
+  model beside its dense one, where only the work itself tells.
 
   Args:
     source: a checkpoint, as `checkpoints.open_any` opens it.
-    base: see `api.encode`; with it there is one more estimate, of `exact` beside it.
-      There is none for a sliced model beside its dense one, where only the work itself
-      tells.
+    base: see `api.encode`.
     progress: whether to show the progress on stderr.
 
   Returns:
-    The estimates of all presets but `paper`; and why there is none of `free`, or None.
-
-  Raises:
-    CheckpointError: if a file has changed or is damaged.
-    ValueError: if the base cannot be opened or has none of the tensors.
+    The estimates; and why there is none of `free`, or None.
   """
   config, opened = source.config, None
   if base is not None:
     opened = reader_lib.open_base(base, plain=config is None)
-    opened.check_shares(_specs(source))
+    opened.check_shares([path for flat in _specs(source).values() for path in flat])
     if recipe.suits(source, opened):
       opened = None
   roundings = {'exact': None, 'near': presets.near().rounding}
@@ -88,78 +79,61 @@ def estimate(
   totals = dict.fromkeys([*roundings, *(['exact --base'] if opened else [])], 0.0)
   groups = _groups(source)
   with progress_lib.Progress('estimate', len(groups), 'group', show=progress) as bar:
-    for chosen, likes in groups:
-      for path, leaf in itertools.chain(*(_leaves(source, x) for x in chosen)):
+    for records, likes in groups:
+      leaves = [structured.flatten(source.read(record)).items() for record in records]
+      for path, leaf in itertools.chain(*leaves):
         for preset, rounding in roundings.items():
           totals[preset] += likes * _leaf_bytes(path, leaf, rounding, config is None)
         if opened is not None:
           totals['exact --base'] += likes * _bytes_beside(leaf, opened.array(path))
       bar.update()
-  kept = _share_of_elements(source) if config is not None else 1.0
+  kept = 1.0 if config is None else 1 - _removed(source) / models.count_elements(config)
   estimates = [
     _with_needs(source, preset, size * (1.0 if 'exact' in preset else kept))
     for preset, size in sorted(totals.items())
   ]
-  is_plain = config is None
-  return estimates, (source.reason or 'it is of no known family') if is_plain else None
+  why = None if config is not None else source.reason or 'it is of no known family'
+  return estimates, why
 
 
-def tensor_bytes(source: Any) -> int:
-  """Returns the bytes of all tensors."""
-  return sum(map(structured.count_bytes, _specs(source).values()))
+def counts(source: Any) -> tuple[int, int]:
+  """Returns how many elements the tensors have, and how many bytes."""
+  leaves = [leaf for flat in _specs(source).values() for leaf in flat.values()]
+  elements = sum(map(structured.count_elements, leaves))
+  return elements, sum(map(structured.count_bytes, leaves))
 
 
-def elements(source: Any) -> int:
-  """Returns how many elements the tensors have."""
-  return sum(map(structured.count_elements, _specs(source).values()))
-
-
-def _specs(source: Any) -> dict[str, Any]:
-  """Returns the shapes of all parameters by path; nothing is read."""
-  specs: dict[str, Any] = {}
-  for record in source.records:
-    specs |= structured.flatten(source.specs(record))
-  return specs
-
-
-def _leaves(source: Any, record: str) -> list[tuple[str, Any]]:
-  """Reads the leaves of a record."""
-  return list(structured.flatten(source.read(record)).items())
+def _specs(source: Any) -> dict[str, dict[str, Any]]:
+  """Returns the shapes of parameters by record and path; nothing is read."""
+  return {name: structured.flatten(source.specs(name)) for name in source.records}
 
 
 def _groups(source: Any) -> list[tuple[list[str], float]]:
-  """Groups records of the same shapes.
-
-  Returns:
-    Some records of each group, and how many each of them stands for.
-  """
+  """Returns some records of each shape, and how many each of them stands for."""
   groups: dict[tuple[Any, ...], list[str]] = {}
-  for record in source.records:
-    specs = structured.flatten(source.specs(record)).values()
-    key = tuple((tuple(x.shape), np.dtype(x.dtype).name) for x in specs)
+  for record, specs in _specs(source).items():
+    key = tuple((tuple(x.shape), np.dtype(x.dtype).name) for x in specs.values())
     groups.setdefault(key, []).append(record)
-  found = []
+  samples = []
   for records in groups.values():
     count = min(len(records), _RECORDS)
-    chosen = [records[int((k + 0.5) * len(records) / count)] for k in range(count)]
-    found.append((chosen, len(records) / count))
-  return found
+    places = [int((k + 0.5) * len(records) / count) for k in range(count)]
+    samples.append(([records[place] for place in places], len(records) / count))
+  return samples
 
 
 def _leaf_bytes(path: str, leaf: Any, rounding: Any, is_plain: bool) -> float:
   """Returns about the bytes of a leaf, from some rows of it, rounded."""
   if structured.is_structured(leaf):
-    return coder.estimate([*leaf.stored()[1].values()])
+    return coded_bytes(leaf)
   (rows,), times = _sampled(leaf)
   is_float = jnp.issubdtype(rows.dtype, jnp.floating)
   if rounding is not None and is_float and rounding_lib.is_matrix(rows):
     step = rounding.log2_step(path, rows.dtype)
     uniform = rounding.uniform and not is_plain
     wide = jnp.asarray(rows, jnp.float32)
-    rows, _ = rounding_lib.round_leaf(wide, rows.dtype, step, uniform)
-    if uniform:  # encoding stores integers and the step
-      quantized = structured.UniformlyQuantized.of(np.asarray(rows))
-      return times * coded_bytes(quantized or rows)
+    rounded, _ = rounding_lib.round_leaf(wide, rows.dtype, step, uniform)
+    rows = rounding_lib.narrowed(jax.device_get(rounded))
   return times * coded_bytes(rows)
 
 
@@ -177,62 +151,55 @@ def _bytes_beside(leaf: Any, known: np.ndarray | None) -> float:
     return _leaf_bytes('', leaf, None, is_plain=True)
   (rows, base_rows), times = _sampled(leaf, known)
   beside = measure.beside(rows, base_rows)
-  sizes = [coded_bytes(x) for x in (rows, beside) if x is not None]
-  return times * min(sizes)
+  alone = coded_bytes(rows)
+  return times * (alone if beside is None else min(alone, beside.estimate()))
 
 
 def _sampled(*arrays: Any) -> tuple[list[np.ndarray], float]:
   """Returns some rows of arrays of one shape, and all rows as a multiple of them."""
   columns = (arrays[0].shape[-1] if arrays[0].ndim > 1 else 1) or 1
-  whole = [np.asarray(x).reshape(-1, columns) for x in arrays]
-  count = len(whole[0])
-  many = min(count, max(_ELEMENTS // columns, 64))
-  places = np.arange(many) * count // max(many, 1)
-  return [np.ascontiguousarray(x[places]) for x in whole], count / max(many, 1)
+  matrices = [np.asarray(x).reshape(-1, columns) for x in arrays]
+  count = len(matrices[0])
+  sampled = min(count, max(_ELEMENTS // columns, 64))
+  places = np.arange(sampled) * count // max(sampled, 1)
+  return [np.ascontiguousarray(x[places]) for x in matrices], count / max(sampled, 1)
 
 
-def _share_of_elements(source: Any) -> float:
-  """Returns the part of the elements of a model that `free` and `near` store."""
+def _removed(source: Any) -> float:
+  """Returns how many elements of a model `free` and `near` do not store."""
   config = source.config
-  total = models.count_elements(config)
   valid, rotated = models.layout.symmetries(config), config.rotary_dim
   queries = rotated + (config.head_dim - rotated) ** 2
   per_head = valid.values * config.head_dim**2 + valid.queries * queries
   removed = config.num_layers * config.num_kv_heads * per_head
   if valid.segments:
-    hidden = config.hidden_size
+    hidden, width = config.hidden_size, config.segment_widths[0]
     for before, after in itertools.pairwise(config.segment_widths):
       rank = min(hidden - after, after) if before == after else 0
       removed += before * after - (after * rank - rank * (rank - 1) // 2)
-    width = config.segment_widths[0]
     removed += width * (width - 1) // 2
-    outer = {k: v for x in ('embed', 'head') for k, v in _leaves(source, x)}
+    outer = structured.flatten(source.read('embed') | source.read('head'))
     table, head = (np.asarray(outer[k]) for k in ('embed/tokens', 'head/kernel'))
     if tied.is_tied(table, head):
       removed += (config.vocab_size - hidden) * width
-  return 1 - removed / total
+  return removed
 
 
 def _with_needs(source: Any, preset: str, size: float) -> Estimate:
   """Adds the other files, and about the seconds and the memory that it takes."""
-  specs = _specs(source)
+  specs, (elements, nbytes) = _specs(source), counts(source)
   size += sum(len(zlib.compress(x)) for x in source.files.values())
-  size += _ENTRY * len(specs)
+  size += _ENTRY * sum(map(len, specs.values()))
   is_exact = 'exact' in preset
-  seconds = tensor_bytes(source) / _CODED
+  seconds = nbytes / _CODED
   if not is_exact and source.config is not None:
-    seconds += elements(source) * source.config.hidden_size / _REWRITTEN
-  of_records = (structured.flatten(source.specs(x)).values() for x in source.records)
-  largest = max((sum(map(structured.count_bytes, x)) for x in of_records), default=0)
-  memory = _LEAST_MEMORY + _MOST_RECORDS[is_exact] * largest
+    seconds += elements * source.config.hidden_size / _REWRITTEN
+  of_records = (sum(map(structured.count_bytes, x.values())) for x in specs.values())
+  memory = _LEAST_MEMORY + _MOST_RECORDS[is_exact] * max(of_records, default=0)
   return Estimate(preset, round(size), seconds, memory)
 
 
-def write_within(
-  target: int,
-  count: int,
-  write: Callable[[float, range], int],
-) -> None:
+def write_within(target: int, count: int, write: Callable[[float, range], int]) -> None:
   """Writes the largest file of `near` that is found within a size.
 
   Args:
@@ -241,11 +208,7 @@ def write_within(
     count: how many elements the input has.
     write: takes a step and the sizes to accept. Writes the file, lets it appear if it
       has such a size, and returns its size.
-
-  Raises:
-    ValueError: if no step gives such a size. It names the sizes that there are.
   """
-  finest, coarsest = rounding_lib.FINEST, rounding_lib.COARSEST
   accepted = range(math.ceil((1 - WITHIN) * target), target + 1)
   sizes: dict[float, int] = {}
   step: float | None = _START
@@ -255,8 +218,9 @@ def write_within(
       return
     step = _next_step(sizes, (1 - WITHIN / 2) * target, count)
   fitting = [step for step, size in sizes.items() if size <= target]
-  if not fitting or (max(sizes.values()) < target and min(sizes) <= finest):
-    least, most = min(sizes.values()), max(sizes.values())
+  finest, coarsest = rounding_lib.FINEST, rounding_lib.COARSEST
+  least, most = min(sizes.values()), max(sizes.values())
+  if not fitting or (most < target and min(sizes) <= finest):
     raise ValueError(
       f'near has steps from 2^{finest:g} to 2^{coarsest:g}, with which files of '
       f'{least:,} to {most:,} bytes were found, and none of about {target:,} bytes'

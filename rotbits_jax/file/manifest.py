@@ -1,4 +1,4 @@
-"""The manifest: describes the content of a file, and is validated when it is read.
+"""The manifest: describes the content of a file, and is checked when it is read.
 
 A file is a list of *records*, which decode on their own. Each layer is a record; the
 parameters outside the layers form one for each first key of their paths ('embed',
@@ -6,20 +6,20 @@ parameters outside the layers form one for each first key of their paths ('embed
 are arrays or structured leaves (see `structured`). A leaf is stored as one or more
 arrays. All paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
 
-The preset `paper` stores one message for the whole model in place of records, see
-`MessageEntry`. A checkpoint of an unknown family is stored as records of plain tensors,
-and the headers of its weights files say how these are made of them.
+The preset `paper` stores one message for the whole model in place of records. A
+checkpoint of an unknown family is stored as records of plain tensors, and the headers
+of its weights files say how these are made of them.
 
 What an entry must not say raises a ValueError that names the record or the parameter.
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import functools
 import json
 import math
 from typing import Annotated, Any, Self
 
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -30,13 +30,12 @@ from rotbits_jax.coding import specs
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.relative import entries
+from rotbits_jax.relative import products
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import schema
 
 UNTRUSTED = ArithmeticError, AttributeError, LookupError, TypeError
 """The errors, besides ValueError, of a leaf whose settings and arrays do not fit."""
-
-Shape = tuple[int, ...]
 
 FILES = 'files/'
 """The beginning of the names of the streams of other files."""
@@ -47,115 +46,68 @@ HEADERS = 'headers/'
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Note:
-  """The fields of a note with which reports compute; others may be any JSON values."""
-
-  tensor: str = ''
-  shape: entries.Shape | None = None
-  elements: schema.Integer | None = None
-  error: float | None = None
-
-  def __post_init__(self) -> None:
-    if self.shape is not None and self.elements is None:
-      raise ValueError('a shape needs the number of elements')
+Shape = tuple[int, ...]
+_Setting = schema.Scalar | tuple[schema.Scalar, ...]
+_Settings = dict[str, _Setting]
+_BASES = subspaces.Basis, subspaces.Subspace
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(_Note))
-
-
-def _notes(value: tuple[dict[str, Any], ...]) -> str | None:
-  """Checks the notes of a saving."""
-  try:
-    for note in value:
-      schema.load(_Note, {name: note[name] for name in _FIELDS if name in note})
-  except schema.SchemaError as error:
-    return f'must be notes: {error}'
-  return None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stream:
+class Stream(schema.Row):
   """Length and CRC-32 of a stream."""
-
-  as_list = True
 
   nbytes: schema.Size
   crc32: schema.Crc32
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Deflated(Stream):
   """A stream of the format of zlib, with the number of bytes that it inflates to."""
 
   size: Annotated[int, schema.between(0, MOST_FILES)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SavingEntry:
+class SavingEntry(schema.Row):
   """See `passes.Saving`."""
-
-  as_list = True
 
   name: str
   elements: schema.Integer
   bytes: schema.Integer
-  notes: Annotated[tuple[dict[str, Any], ...], _notes]
+  notes: tuple[_Settings, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Counts:
+class Counts(schema.Row):
   """Numbers of elements and bytes."""
-
-  as_list = True
 
   elements: schema.Size
   bytes: schema.Size
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaf:
-  """A stored parameter.
-
-  Attributes:
-    path: path of the parameter in the model.
-    shape: shape of the array that the leaf stands for.
-    dtype: dtype of that array.
-    type_name: type of the structured leaf; empty for an array.
-    stack_key: see `structured.Structured.stack_key`.
-    settings: settings of the structured leaf.
-    arrays: names of the arrays as which the leaf is stored; one empty name for an
-      array.
-    needs: paths of the parameters that are needed to compute the array.
-    base: the array of a base that is needed to compute the array; None for none.
-    product: a product that is needed in its place; None for none.
-    crc32: CRC-32 of the materialized array, for leaves that the reader replaces by it;
-      else None.
-  """
+class Leaf(schema.Object, kw_only=True):
+  """A stored parameter; `docs/format.md` has the fields."""
 
   path: schema.Path
   shape: entries.Shape
   dtype: entries.Dtype
   type_name: str = ''
   stack_key: tuple[str, ...] = ()
-  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  settings: _Settings = msgspec.field(default_factory=dict)
   arrays: tuple[str, ...] = ('',)
   needs: tuple[schema.Path, ...] = ()
   base: entries.BaseArray | None = None
-  product: entries.Product | None = None
+  product: products.Product | None = None
   crc32: schema.Crc32 | None = None
 
   def __post_init__(self) -> None:
+    entries.check_shape(self.shape)
+    is_array, cls = not self.type_name, self.leaf_class
+    known = [x for x in (self.base, self.product, self.needs) if x]
+    fields = self.stack_key, self.settings, self.arrays, self.crc32
+    if is_array and (known or fields != ((), {}, ('',), None)):
+      raise ValueError(f'{self.path}: an array has fields of a structured leaf')
+    if is_array:
+      return
     if len(set(self.arrays)) != len(self.arrays):
       raise ValueError(f'{self.path}: the names of the arrays must differ')
-    known = [x for x in (self.base, self.product, self.needs) if x]
-    cls = self.leaf_class
-    if not self.type_name:
-      others = self.stack_key, self.settings, self.arrays, self.crc32
-      if known or others != ((), {}, ('',), None):
-        raise ValueError(f'{self.path}: an array has fields of a structured leaf')
-    elif cls is not None:
+    if cls is not None:
       is_known = cls.origin is structured.Origin.KNOWN
       if cls.origin.is_in_files != (self.crc32 is not None):
         raise ValueError(f'{self.path}: leaves of its type have a checksum, or none')
@@ -176,49 +128,34 @@ class Leaf:
     try:
       named = dict(zip(self.arrays, arrays, strict=True))
       leaf = cls.from_stored(self.settings, named)
-      key = structured.stack_key(leaf)
+      key = *structured.stack_key(leaf), leaf.needs
     except UNTRUSTED as error:
       raise ValueError(str(error)) from error
-    if (*key, leaf.needs) != (
-      *(self.type_name, self.shape, self.dtype, self.stack_key),
-      self.needs,
-    ):
+    fields = self.type_name, self.shape, self.dtype, self.stack_key, self.needs
+    if key != fields:
       raise ValueError('the leaf differs from the manifest')
     if cls.origin is structured.Origin.KNOWN and not self.needs:
       leaf.check_needed(self.shape if self.base is None else self.base.shape)
     return leaf
 
   def rank(self, shapes: Sequence[Shape]) -> Any:
-    """Returns the rank of the leaf, see `Structured.stored_rank`; None for most.
-
-    Args:
-      shapes: shapes of the arrays as which the leaf is stored.
-    """
+    """Returns `Structured.stored_rank`, given the shapes of the stored arrays."""
     if (cls := self.leaf_class) is None:
       return None
     try:
       named = dict(zip(self.arrays, shapes, strict=True))
-      return cls.stored_rank(self.settings, named)
+      return cls.stored_rank(named)
     except UNTRUSTED as error:
       raise ValueError(f'{self.path}: expected a leaf with two factors') from error
-
-  @property
-  def is_multiples(self) -> bool:
-    """Whether the leaf is an array of integers times one step."""
-    multiples = structured.UniformlyQuantized.type_name
-    return self.type_name == multiples and 'row_exponents' not in self.arrays
 
   def is_expanded(self, integers: bool = False) -> bool:
     """Returns whether the reader puts the array in the place of the structured leaf.
 
-    Args:
-      integers: whether multiples of one step stay integers.
+    With `integers`, multiples of one step stay integers.
     """
-    return self.crc32 is not None or (self.is_multiples and not integers)
-
-  def is_array(self, integers: bool = False) -> bool:
-    """Returns whether the parameter is an array for those who read the file."""
-    return not self.type_name or self.is_expanded(integers)
+    multiples = structured.UniformlyQuantized.type_name
+    is_multiples = self.type_name == multiples and 'row_exponents' not in self.arrays
+    return self.crc32 is not None or (is_multiples and not integers)
 
   @property
   def base_size(self) -> int:
@@ -245,22 +182,8 @@ class Leaf:
     return self.size * np.dtype(entries.stored_dtype(self.dtype)).itemsize
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecordEntry:
-  """A part of a model that decodes on its own.
-
-  Attributes:
-    name: name of the record and of its stream.
-    nbytes: length of the stream.
-    crc32: CRC-32 of the stream.
-    leaves: the parameters.
-    coder: name of the coder, see `coders`.
-    spec: the coder's description of the stream, whose arrays are in the order of the
-      leaves.
-    input: elements and bytes of the record before it was rewritten.
-    savings: the saving of each transform.
-    empty: paths of the dicts in the record that are empty.
-  """
+class RecordEntry(schema.Object, kw_only=True):
+  """A part of a model that decodes on its own; `docs/format.md` has the fields."""
 
   name: str
   nbytes: schema.Size
@@ -291,40 +214,38 @@ class RecordEntry:
       )
     if sum(len(leaf.arrays) for leaf in self.leaves) != len(spec.arrays):
       raise ValueError('the leaves and the coder list different arrays')
-    for leaf, array_specs in self.leaf_specs():
-      leaf.rank([x.shape for x in array_specs])
+    for leaf, arrays in self.leaf_specs:
+      leaf.rank([x.shape for x in arrays])
       if not leaf.type_name:
         stored = leaf.shape, entries.stored_dtype(leaf.dtype)
-        if (array_specs[0].shape, array_specs[0].dtype) != stored:
+        if (arrays[0].shape, arrays[0].dtype) != stored:
           raise ValueError(
             f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
           )
       # The config of the model bounds the size of a basis.
       elif leaf.is_expanded() and leaf.leaf_class is not subspaces.Subspace:
-        nbytes = sum(x.nbytes for x in array_specs)
+        nbytes = sum(x.nbytes for x in arrays)
         if entries.is_too_short(leaf.size, leaf.base_size, nbytes):
           raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
 
   @property
   def is_known(self) -> bool:
     """Whether the coder is registered."""
-    return coders.find(self.coder) is not None
-
-  @functools.cached_property
-  def record_coder(self) -> coders.RecordCoder:
-    """The coder."""
-    coder = coders.find(self.coder)
-    if coder is None:
-      raise ValueError(f'there is no coder of records of the name {self.coder!r:.100}')
-    return coder
+    return self.coder in coders.CODERS
 
   @functools.cached_property
   def stream_spec(self) -> specs.StreamSpec:
     """The description of the stream."""
-    return schema.load(self.record_coder.spec, self.spec)
+    return schema.load(coders.find(self.coder).spec, self.spec)
+
+  @functools.cached_property
+  def leaf_specs(self) -> list[tuple[Leaf, list[specs.ArraySpec]]]:
+    """Each leaf with the specs of its arrays."""
+    arrays = iter(self.stream_spec.arrays)
+    return [(leaf, [next(arrays) for _ in leaf.arrays]) for leaf in self.leaves]
 
   @property
-  def decoded_bytes(self) -> int:
+  def memory_bytes(self) -> int:
     """The bytes of the decoded record, as it is stored or materialized."""
     stored = sum(array.nbytes for array in self.stream_spec.arrays)
     # A subspace becomes a basis by the inverse of a matrix, in six such matrices.
@@ -335,25 +256,11 @@ class RecordEntry:
     )
     return max(stored, sum(leaf.nbytes for leaf in self.leaves)) + inverses
 
-  def memory_bytes(self, integers: bool) -> int:
-    """Returns these bytes; multiples of one step may stay integers."""
-    saved = [
-      leaf.nbytes - sum(x.nbytes for x in array_specs)
-      for leaf, array_specs in self.leaf_specs()
-      if integers and leaf.is_multiples
-    ]
-    return self.decoded_bytes - sum(saved)
-
-  def leaf_specs(self) -> list[tuple[Leaf, list[specs.ArraySpec]]]:
-    """Returns each leaf with the specs of its arrays."""
-    array_specs = iter(self.stream_spec.arrays)
-    return [(leaf, [next(array_specs) for _ in leaf.arrays]) for leaf in self.leaves]
-
   def rank(self, inner_path: str) -> Any:
     """Returns the rank of a leaf by its path within the record, see `Leaf.rank`."""
-    for leaf, array_specs in self.leaf_specs():
+    for leaf, arrays in self.leaf_specs:
       if self.inner(leaf.path) == inner_path:
-        return leaf.rank([x.shape for x in array_specs])
+        return leaf.rank([x.shape for x in arrays])
     return None
 
   def tree(self, flat: dict[str, Any]) -> dict[str, Any]:
@@ -366,35 +273,20 @@ class RecordEntry:
     return path.removeprefix(f'{self.name}/')
 
   def stack_key(self, integers: bool) -> tuple[Any, ...]:
-    """Returns a key that layers share if they can be stacked.
-
-    Args:
-      integers: whether multiples of one step stay integers.
-    """
-    return tuple(
-      sorted(
-        (
-          self.inner(x.path),
-          '' if x.is_array(integers) else x.type_name,
-          x.shape,
-          x.dtype,
-          x.stack_key,
-        )
-        for x in self.leaves
+    """Returns a key that layers share if they can be stacked, see `is_expanded`."""
+    keys = [
+      (
+        self.inner(x.path),
+        '' if x.is_expanded(integers) else x.type_name,
+        *(x.shape, x.dtype, x.stack_key),
       )
-    )
+      for x in self.leaves
+    ]
+    return tuple(sorted(keys))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MessageEntry:
-  """A whole model as one message, see `paper`.
-
-  Attributes:
-    layout: the layout of the message.
-    streams: the parts of the message, by their names.
-    input: elements and bytes of the model.
-    savings: the saving of the rotations.
-  """
+class MessageEntry(schema.Object, kw_only=True):
+  """A whole model as one message, see `paper`; `docs/format.md` has the fields."""
 
   layout: paper.MessageLayout
   streams: dict[str, Stream]
@@ -406,48 +298,28 @@ class MessageEntry:
       raise ValueError(f'the streams must be {", ".join(paper.STREAMS)}')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-  """The description of a file, or of one shard of a model.
-
-  Attributes:
-    preset: name of the preset.
-    options: options of the preset.
-    keeps: see `presets.Preset`.
-    config: config of the model; None for plain arrays.
-    stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
-    records: the records in the file.
-    message: the model as one message; None if the model is stored in records.
-    files: the streams of the checkpoint's other files, by the names of the files.
-    headers: the streams of the bytes before the tensors of weights files, by the names
-      of these; empty for a model and for a PyTree. The paths of leaves are the names of
-      tensors.
-    dtypes: for parameters that had another dtype in the checkpoint than they have in
-      the file, that dtype by path; the empty path stands for all other parameters that
-      are float32 in the file.
-  """
+class Manifest(schema.Object, kw_only=True):
+  """The description of a file, or of one shard of a model; see `docs/format.md`."""
 
   preset: str
-  options: dict[str, Any]
+  options: dict[str, _Setting | dict[str, schema.Scalar]]
   keeps: presets.Keeps
   config: models.ModelConfig | None = None
-  stem: schema.FileName | None = None
+  stem: str | None = None
   records: tuple[RecordEntry, ...]
   message: MessageEntry | None = None
-  files: dict[str, Deflated] = dataclasses.field(default_factory=dict)
-  headers: dict[str, Deflated] = dataclasses.field(default_factory=dict)
-  dtypes: dict[str, entries.Dtype] = dataclasses.field(default_factory=dict)
+  files: dict[str, Deflated] = msgspec.field(default_factory=dict)
+  headers: dict[str, Deflated] = msgspec.field(default_factory=dict)
+  dtypes: dict[str, entries.Dtype] = msgspec.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     streams = [*(x.name for x in self.records), *self.other_streams()]
     if len(set(streams)) != len(streams):
       raise ValueError('two streams have the same name')
-    for name in (*self.files, *self.headers):
-      if not schema.is_relative_path(name):
-        raise ValueError(f'{name!r:.100}: not the name of a file')
-    for others in (self.files, self.headers):
-      if sum(file.size for file in others.values()) > MOST_FILES:
-        raise ValueError(f'the other files have more than {MOST_FILES} bytes')
+    sizes = lambda streams: {name: x.size for name, x in streams.items()}
+    check_files(self.stem, sizes(self.files), sizes(self.headers))
+    if twice := self.files.keys() & self.headers.keys():
+      raise ValueError(f'{min(twice)}: two files have this name')
     if self.headers and self.config is not None:
       raise ValueError('a model has no weights files of its own')
     if self.config is None and self.message is not None:
@@ -455,45 +327,35 @@ class Manifest:
     for record in self.records:
       if self.message is not None and record.name != models.names.BUFFERS:
         raise ValueError('a message is the whole model: there are no other records')
-      self._check_record(record, models.names.subspace_index(record.name))
+      if self.config is not None:
+        self._check_record(record, self.config)
+      elif any(x.product or x.leaf_class in _BASES for x in record.leaves):
+        raise ValueError(f'{record.name}: a product or a basis needs a config')
 
-  def _check_record(self, record: RecordEntry, segment: int | None) -> None:
-    """Checks that a record belongs to a model with the config.
-
-    Args:
-      record: the record.
-      segment: the segment whose basis it is, see `structured.subspaces`.
-    """
-    bases = subspaces.Basis, subspaces.Subspace
-    for leaf in record.leaves:
-      if leaf.product is not None and self.config is None:
-        raise ValueError(f'{leaf.path}: a product needs a config')
-      if leaf.leaf_class in bases and (self.config is None or segment is None):
-        raise ValueError(f'{leaf.path}: a basis needs a segment of a model')
-    if self.config is None:
-      return
+  def _check_record(self, record: RecordEntry, config: models.ModelConfig) -> None:
+    """Checks that a record belongs to a model with the config."""
     if record.empty:
       raise ValueError(f'{record.name}: a model has no empty dicts')
+    segment = models.names.subspace_index(record.name)
     if segment is not None:
-      widths = dict(enumerate(self.config.segment_widths))
-      basis = models.names.basis(segment)
-      shape = self.config.hidden_size, widths.get(segment)
+      widths = dict(enumerate(config.segment_widths))
+      shape = config.hidden_size, widths.get(segment)
+      expected = models.names.basis(segment), shape, 'int32'
       for leaf in record.leaves:
         fields = leaf.path, leaf.shape, leaf.dtype
-        if fields != (basis, shape, 'int32') or leaf.leaf_class not in bases:
+        if fields != expected or leaf.leaf_class not in _BASES:
           raise ValueError(f'{record.name}: it is not the basis of a segment')
       return
     shapes = {leaf.path: leaf.shape for leaf in record.leaves}
-    check_shapes(record.name, shapes, self.config)
-    is_of_arrays = not any(leaf.type_name for leaf in record.leaves)
-    if record.name == models.names.BUFFERS and not is_of_arrays:
-      raise ValueError(f'{record.name}: buffers are arrays')
-    for leaf in record.leaves if record.is_known else ():
-      fields_of_config = (
-        {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
-      )
-      for setting, field in fields_of_config.items():
-        if leaf.settings.get(setting) != getattr(self.config, field):
+    check_shapes(record.name, shapes, config)
+    for leaf in record.leaves:
+      if leaf.leaf_class in _BASES:
+        raise ValueError(f'{leaf.path}: a basis needs a segment of a model')
+      if record.name == models.names.BUFFERS and leaf.type_name:
+        raise ValueError(f'{record.name}: buffers are arrays')
+      settings = {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
+      for setting, field in settings.items():
+        if leaf.settings.get(setting) != getattr(config, field):
           raise ValueError(
             f'{leaf.path}: the config and the setting {setting!r} disagree'
           )
@@ -518,28 +380,28 @@ class Manifest:
 
   @classmethod
   def from_bytes(cls, data: bytes) -> Self:
-    """Makes a manifest from bytes: the inverse of `to_bytes`.
+    """Makes a manifest from bytes: the inverse of `to_bytes`."""
+    with container.naming(container.MANIFEST):
+      return schema.load(cls, schema.parse(data))
 
-    Raises:
-      ContainerError: if the bytes are not a manifest.
-    """
-    value = container.parse_json(data, container.MANIFEST)
-    try:
-      return schema.load(cls, value, container.MANIFEST)
-    except ValueError as error:
-      raise container.ContainerError(str(error)) from error
+
+def check_files(
+  stem: str | None, files: Mapping[str, int], headers: Mapping[str, int]
+) -> None:
+  """Checks a `stem`, and the names and sizes of other files and of headers."""
+  if stem is not None and not schema.is_file_name(stem):
+    raise ValueError(f'{stem!r:.100} is not the name of a file')
+  for sizes in (files, headers):
+    if wrong := [name for name in sizes if not schema.is_relative_path(name)]:
+      raise ValueError(f'{wrong[0]!r:.100} is not the name of a file in a folder')
+    if sum(sizes.values()) > MOST_FILES:
+      raise ValueError(f'the other files have more than {MOST_FILES} bytes')
 
 
 def check_shapes(
-  record: str, shapes: Mapping[str, tuple[int, ...]], config: models.ModelConfig
+  record: str, shapes: Mapping[str, Shape], config: models.ModelConfig
 ) -> None:
-  """Checks the shapes of the parameters of a record of a model.
-
-  Args:
-    record: name of the record.
-    shapes: the shapes by path.
-    config: config of the model.
-  """
+  """Checks the shapes, by path, of the parameters of a record of a model."""
   if record == models.names.BUFFERS:
     if wrong := [x for x in shapes if x.split('/')[:-1] != [record]]:
       raise ValueError(f'{wrong[0]}: not the path of a buffer')
@@ -555,8 +417,9 @@ def check_shapes(
 
 def check_array(path: str, shape: Shape, dtype: np.dtype) -> None:
   """Checks that an array of this path, shape and dtype can be stored."""
-  entry = Leaf(path=path, shape=shape, dtype=dtype.name)
   try:
-    schema.load(Leaf, schema.dump(entry), path)
+    path.encode()  # text of files is UTF-8
+    schema.load(Leaf, {'path': path, 'shape': shape, 'dtype': dtype.name})
   except ValueError as error:
-    raise ValueError(f'it cannot be stored: {error}') from error
+    array = f'an array of {dtype.name} {list(shape)!r:.100}'
+    raise ValueError(f'{path}: {array} cannot be stored: {error}') from error

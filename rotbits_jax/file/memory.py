@@ -10,15 +10,17 @@ from rotbits_jax.file.container import ContainerError
 LARGE = 1 << 30
 """Bytes of records beside which no others are held, as those of the widest layers."""
 
+# Where a container of Linux finds the bytes of memory that it may use.
+_LIMITS = (
+  '/sys/fs/cgroup/memory.max',
+  '/sys/fs/cgroup/memory/memory.limit_in_bytes',
+)
+
 
 def check(name: str, nbytes: int) -> None:
-  """Refuses to decode more than this machine can hold, before it allocates anything.
+  """Refuses content that decodes to more bytes than this machine can hold.
 
   The size of a file is no bound, because zeros take hardly any bytes in it.
-
-  Args:
-    name: name of the content, for the error.
-    nbytes: the bytes that it takes in memory.
   """
   if nbytes > (_available() or nbytes):
     raise too_large(name, nbytes)
@@ -29,14 +31,6 @@ def too_large(name: str, nbytes: int) -> ContainerError:
   return ContainerError(
     f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
   )
-
-
-# Where a container of Linux finds the bytes of memory that it may use, with the second
-# and the first version of control groups.
-_LIMITS = (
-  '/sys/fs/cgroup/memory.max',
-  '/sys/fs/cgroup/memory/memory.limit_in_bytes',
-)
 
 
 @functools.cache

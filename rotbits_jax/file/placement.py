@@ -25,12 +25,7 @@ def placed(
 ) -> dict[str, Any]:
   """Puts leaves on devices; the arrays of a leaf have the sharding of its path.
 
-  Args:
-    flat: the leaves by path.
-    place: the sharding.
-    wanted: the places of the layers of stacked leaves in their stack, of which this
-      process may hold only some; None for other leaves.
-    total: number of layers of the stack.
+  Of stacked leaves this process holds the layers `wanted` of `total`.
   """
   if place is None:
     return dict(flat)
@@ -55,18 +50,6 @@ def placed(
   }
 
 
-def committed(array: Any) -> jax.sharding.Sharding | None:
-  """Returns the sharding to which an array is committed; None if JAX may move it.
-
-  Args:
-    array: a JAX array or a `jax.ShapeDtypeStruct`; others have none.
-  """
-  sharding: jax.sharding.Sharding | None = getattr(array, 'sharding', None)
-  if isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh):
-    return None  # `jax.eval_shape` on a mesh with explicit axes names no devices
-  return sharding if getattr(array, 'committed', True) else None
-
-
 def put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
   """Puts an array on devices; numbers of 64 bits keep them whatever JAX is set to."""
   with jax.enable_x64(True):
@@ -74,11 +57,9 @@ def put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
 
 
 def placed_like(old: Any, new: Any) -> Any:
-  """Returns an array, or a structured leaf, where another one is.
+  """Returns an array, or a structured leaf, where an old one is.
 
-  Args:
-    old: a leaf; with a NumPy array or None, the new arrays remain where they are.
-    new: a structured leaf if the old one is of such a class, or an array.
+  Beside a NumPy array or None, new arrays remain where they are.
   """
   if structured.is_structured(new):
     return jax.tree.map(placed_like, old, new)
@@ -86,19 +67,19 @@ def placed_like(old: Any, new: Any) -> Any:
     old = next((x for x in jax.tree.leaves(old) if x.shape == new.shape), new)
   if old is None or isinstance(old, np.ndarray | np.generic):
     return new
-  return put(new, committed(old))
+  sharding = getattr(old, 'sharding', None)
+  # `jax.eval_shape` on a mesh with explicit axes names no devices.
+  is_abstract = isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh)
+  is_committed = getattr(old, 'committed', True) and not is_abstract
+  return put(new, sharding if is_committed else None)
 
 
 def local_layers(
   place: Place, name: str, shapes: Iterable[tuple[str, tuple[int, ...]]], count: int
 ) -> range:
-  """Returns the places in a stack of layers that devices of this process get.
+  """Returns which of the `count` layers of a stack devices of this process get.
 
-  Args:
-    place: the sharding.
-    name: the name of the stack.
-    shapes: path and shape of the arrays of one of its layers.
-    count: the number of its layers.
+  `shapes` has the path and shape of the arrays of one of its layers.
   """
   first, last = count, 0
   for path, shape in shapes:
@@ -116,11 +97,9 @@ def _sharding(
 ) -> jax.sharding.Sharding | None:
   """Returns the sharding of an array; None if it is committed to no device.
 
-  Where a named axis of devices does not divide the length of an axis of the array, that
-  is not divided. A vector beside a matrix, such as the steps of a stack, has the
-  first axes of the sharding only. The axes of the mesh become `Auto`: forward passes
-  leave it to the compiler where intermediate arrays are, and `scan` refuses stacks that
-  are divided along an `Explicit` axis.
+  An axis whose length the devices do not divide is not divided. A vector beside a
+  matrix has the first axes of the sharding only. The axes of the mesh become `Auto`,
+  because `scan` refuses stacks that are divided along an `Explicit` axis.
   """
   sharding = place(path, shape) if callable(place) else place
   if not isinstance(sharding, jax.sharding.NamedSharding):
@@ -145,10 +124,9 @@ def on_device(tree: Any) -> Any:
   """
 
   def move(x: Any) -> Any:
-    if (
-      not isinstance(x, np.ndarray) or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
-    ):
-      return x
-    return jax.device_put(x)
+    keeps = (
+      isinstance(x, np.ndarray) and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
+    )
+    return jax.device_put(x) if keeps else x
 
   return jax.tree.map(move, tree)

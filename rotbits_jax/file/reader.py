@@ -4,14 +4,13 @@
       layer = file.record('layers.3')    # nested dicts of NumPy arrays and leaves
       model = file.read()                # layers stacked
 
-A record is a part of a model that decodes on its own; `manifest` describes records and
-leaves. The reader checks the whole manifest before it allocates memory. Several records
-decode side by side: one stream is read while the blocks of another are decoded. A
-damaged or incomplete file raises `ContainerError`.
+`manifest` describes records and leaves. The reader checks the whole manifest before it
+allocates memory. Several records decode side by side: one stream is read while the
+blocks of another are decoded. A damaged or incomplete file raises `ContainerError`.
 """
 
 import collections
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 import functools
 import hashlib
 import os
@@ -31,7 +30,6 @@ from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import placement
-from rotbits_jax.file import plain_model
 from rotbits_jax.file import shards
 from rotbits_jax.file import sources
 from rotbits_jax.file import stacks
@@ -50,31 +48,15 @@ class Reader:
   """An encoded file, or all shards of one. The class is a context manager.
 
   Attributes:
-    preset: name of the preset with which the file was encoded.
-    options: options of the preset.
-    keeps: see `presets.Preset`.
-    config: config of the model; None for a PyTree of arrays, and for plain tensors.
-    stem: name of the weights and of the slicing JSON in a checkpoint of SliceGPT.
-    manifests: the manifest of the file, or of each shard.
-    message: the manifest's entry of a model that is one message; None for records.
+    preset, options, keeps, config, stem, message: see `manifest.Manifest`.
+    manifests, records: the entries of all files, and of all records by name.
+    is_plain: whether the records are the tensors of weights files of any family.
     size: size of all files in bytes.
     inputs: the source and the base, as they were given.
   """
 
   def __init__(self, source: container.Readable, base: Any = None):
-    """Reads and checks the headers and the manifests.
-
-    Args:
-      source: a path, bytes, or an open binary file. For shards, the path of their index
-        or the path of the output without the numbers.
-      base: the model beside which the file was encoded, see `open_base`; None for none.
-
-    Raises:
-      ContainerError: if this is not a rotbits file, if its manifest is damaged, or if
-        the base lacks an array that the file needs.
-      CheckpointError: if the base cannot be read.
-      OSError: if a path cannot be read.
-    """
+    """Reads and checks the manifests; see `shards.find` and `open_base`."""
     self.inputs = source, base
     files, index = shards.find(source)
     self._files = [container.StreamReader(file) for file in files]
@@ -82,24 +64,25 @@ class Reader:
     self.manifests = [_manifest(file) for file in self._files]
     first = self.manifests[0]
     self.preset, self.options, self.keeps = first.preset, first.options, first.keeps
-    self.config, self.stem = first.config, first.stem
-    for file, manifest in zip(self._files, self.manifests, strict=True):
-      with file.errors():
-        if (manifest.preset, manifest.config) != (first.preset, first.config):
-          raise ContainerError('the shards belong to different models')
-        if manifest.message is not None and len(self._files) > 1:
-          raise ContainerError('a message is one file, and no shard')
-    opened = None if base is None else open_base(base, plain=self.config is None)
-    self._base = opened
-    self._decoder = decode_lib.Decoder(self._files, self.manifests, opened)
-    self.message = first.message
+    self.config, self.stem, self.message = first.config, first.stem, first.message
+    pairs = list(zip(self._files, self.manifests, strict=True))
+    with_others = [pair for pair in pairs if pair[1].files or pair[1].headers]
+    if len(with_others) > 1:
+      raise ContainerError('two shards have other files')
+    self._file_of_others, self._others = (with_others or pairs)[0]
+    self.is_plain = bool(self._others.headers)
+    for manifest in self.manifests:
+      if (manifest.preset, manifest.config) != (self.preset, self.config):
+        raise ContainerError('the shards belong to different models')
+      if manifest.message is not None and len(self._files) > 1:
+        raise ContainerError('a message is one file, and no shard')
+    self._base = None if base is None else open_base(base, plain=self.config is None)
+    self._decoder = decode_lib.Decoder(self._files, self.manifests, self._base)
+    self.records = self._decoder.entries
     if index is not None:
       self._check_index(index)
-    names = [x for y in self.manifests for x in (*y.files, *y.headers)]
-    if twice := [x for x, count in collections.Counter(names).items() if count > 1]:
-      raise ContainerError(f'{twice[0]}: two files have this name')
     if self.config is None and not self.is_plain:
-      for name, record in self._decoder.entries.items():
+      for name, record in self.records.items():
         paths = *record.empty, *(leaf.path for leaf in record.leaves)
         if {path.split('/')[0] for path in paths} != {name}:
           raise ContainerError(f'{name}: a leaf of the record is not under its name')
@@ -110,17 +93,23 @@ class Reader:
   def __exit__(self, *unused: object) -> None:
     """Does nothing, because no file stays open between two streams."""
 
-  # ---- the parts of a file -----------------------------------------------------------
+  def _check_index(self, index: shards.ShardIndex) -> None:
+    """Checks that the index of the shards names each record and its shard."""
+    base_name = lambda file: os.path.basename(file.name)
+    for file in self._files:
+      if index.metadata.manifest_crc32[base_name(file)] != file.manifest_crc32:
+        raise ContainerError(f'{file.name}: the index names another shard of this name')
+    homes = {name: base_name(file) for name, file in self._decoder.files.items()}
+    if wrong := sorted(homes.items() ^ index.weight_map.items()):
+      record = wrong[0][0]
+      raise ContainerError(f'{record}: the index and the shards differ in this record')
 
-  @property
-  def records(self) -> dict[str, manifest_lib.RecordEntry]:
-    """The manifest's entries of all records, by name; those of a message have none."""
-    return dict(self._decoder.entries)
+  # ---- what the manifests tell -------------------------------------------------------
 
   def specs(self, name: str) -> Tree:
     """Returns the shapes and dtypes of a record, without reading it."""
-    leaves = self._decoder.entries[name].leaves
     spec = lambda leaf: checkpoints.TensorSpec(leaf.shape, np.dtype(leaf.dtype))
+    leaves = self.records[name].leaves
     return structured.unflatten({leaf.path: spec(leaf) for leaf in leaves})
 
   def needed_arrays(self) -> dict[str, entries.BaseArray]:
@@ -132,7 +121,7 @@ class Reader:
     """Returns the last record that needs each array of a base, by the array's path."""
     last: dict[str, str] = {}
     for name in self._names():
-      for leaf in self._decoder.entries[name].leaves:
+      for leaf in self.records[name].leaves:
         last |= dict.fromkeys((array.path for array in leaf.base_arrays), name)
     return last
 
@@ -150,7 +139,7 @@ class Reader:
 
   def check_records(self) -> None:
     """Checks that every record is there, and a base if one is needed."""
-    for name in (*self._decoder.entries, *self._names()):
+    for name in (*self.records, *self._names()):
       self._decoder.entry(name)
 
   def fingerprint(self) -> str:
@@ -161,33 +150,6 @@ class Reader:
     if self._base is not None:
       digest.update(sources.fingerprint(self._base.source).encode())
     return digest.hexdigest()
-
-  def record(self, name: str) -> Tree:
-    """Reads one record, and other records only if its leaves need them.
-
-    Args:
-      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers'.
-        The records of a PyTree are its top-level keys.
-
-    Returns:
-      The parameters as NumPy arrays and structured leaves, in nested dicts of which the
-      first key is the name. A layer is not stacked.
-    """
-    entry = self._decoder.entry(name)
-    return entry.tree(self._decoder.decode(name))
-
-  def tensor(self, path: str) -> Any:
-    """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `record`."""
-    if path not in self._decoder.holders:
-      raise ContainerError(f'{path}: no such parameter')
-    return self._decoder.decode(self._decoder.holders[path])[path]
-
-  def buffers(self) -> Tree:
-    """Reads the tensors that the forward pass does not use; returns them by name."""
-    name = models.names.BUFFERS
-    if self.config is None or name not in self._decoder.entries:
-      return {}
-    return self.record(name)[name]
 
   def dtypes_on_disk(self) -> dict[str, np.dtype]:
     """Returns the dtype of every parameter in the checkpoint that was encoded."""
@@ -200,13 +162,10 @@ class Reader:
     return dtypes
 
   def thin_shortcuts(self) -> dict[str, tuple[int, int]]:
-    """Returns the columns of B and of C of thin shortcuts, by path.
-
-    See `structured.IdentityMinusGram.is_thin`.
-    """
+    """Returns the columns of B and C of shortcuts that are thin, by path."""
     thin = {}
-    for name in self._decoder.entries:
-      for leaf, specs in self._decoder.entry(name).leaf_specs():
+    for name in self.records:
+      for leaf, specs in self._decoder.entry(name).leaf_specs:
         if leaf.leaf_class is structured.IdentityMinusGram:
           ranks = leaf.rank([x.shape for x in specs])
           if shortcuts.is_thin(ranks, leaf.shape[-1]):
@@ -217,90 +176,50 @@ class Reader:
     """Returns the bytes of all streams but the manifests. The rest is overhead."""
     return sum(x for manifest in self.manifests for x in manifest.sizes().values())
 
-  # ---- the whole content -------------------------------------------------------------
+  # ---- records -----------------------------------------------------------------------
 
-  def read(
-    self,
-    *,
-    layers: range | None = None,
-    place: placement.Place | None = None,
-    integers: bool = False,
-    as_model: bool = False,
-    show_progress: bool = False,
-  ) -> models.Model | Tree:
-    """Reads the model, with stacked layers, or the PyTree of arrays.
+  def record(self, name: str) -> Tree:
+    """Reads one record, and other records only if its leaves need them.
 
     Args:
-      layers: the layers to read; all by default. The config stays that of the whole
-        model.
-      place: the sharding of arrays; by default they are NumPy arrays.
-        Layers that no device of this process gets are not decoded.
-      integers: whether matrices that are multiples of one step stay
-        `structured.UniformlyQuantized`, so that their elements are never floats.
-      as_model: whether plain tensors of a known family become the model.
-      show_progress: whether to show the progress on stderr.
+      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers'.
+        The records of a PyTree are its top-level keys.
 
     Returns:
-      The model or the PyTree. Structured leaves stay structured, except those with
-      which the forward pass cannot compute. Meanwhile memory holds at most a few layers
-      more than the model.
-
-    Raises:
-      ContainerError: if the file is damaged or incomplete.
-      ValueError: if there are no such layers.
+      The parameters in nested dicts of which the first key is the name, not stacked.
     """
-    source = self.plain_model() if as_model else None
-    config = self.config if source is None else source.config
-    count = 0 if config is None else config.num_layers
-    layers = range(count) if layers is None else layers
-    if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
-      raise ValueError(f'the file has {count} layers, got {layers}')
-    decoder: decode_lib.Decoder | plain_model.ModelDecoder = self._decoder
-    if source is not None:
-      decoder = plain_model.ModelDecoder(source.specs, source.read)
-    elif self.message is not None:
-      records = dict(self._decode_message(show_progress))
-      tree = lambda name: structured.unflatten(records[name])
-      decoder, show_progress = plain_model.ModelDecoder(tree, tree), False
-    if decoder is self._decoder:
-      outer = self._outer()
-    else:  # no record needs others
-      assert config is not None
-      outer = list(models.outer_shapes(config))
-    flat = stacks.read(
-      decoder, outer, layers, place, integers=integers, show_progress=show_progress
-    )
-    if config is None:
-      if self.is_plain:  # the tensors by name
-        return flat
-      empty = [x for entry in self.records.values() for x in entry.empty]
-      return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
-    buffers = self.buffers() if source is None else source.buffers
-    return models.Model(structured.unflatten(flat), buffers, config)
+    return self._decoder.entry(name).tree(self._decoder.decode(name))
+
+  def tensor(self, path: str) -> Any:
+    """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `record`."""
+    if path not in self._decoder.holders:
+      raise ContainerError(f'{path}: no such parameter')
+    return self._decoder.decode(self._decoder.holders[path])[path]
+
+  def buffers(self) -> Tree:
+    """Reads the tensors that the forward pass does not use; returns them by name."""
+    name = models.names.BUFFERS
+    if self.config is None or name not in self.records:
+      return {}
+    return self.record(name)[name]
 
   def each(
     self, *, keep: Collection[str] | None = None, show_progress: bool = False
   ) -> Iterator[tuple[str, Tree]]:
-    """Reads the records one at a time, so that a checkpoint can be written.
+    """Yields the name of each record and its leaves by path, layers first.
 
-    Args:
-      keep: paths of the structured leaves that stay; the others are replaced by their
-        arrays. By default all stay.
-      show_progress: whether to show the progress on stderr.
-
-    Yields:
-      The name of each record, and its leaves by path, which may share the memory of
-      the base. Layers come first.
+    Structured leaves are replaced by their arrays, except those whose paths are in
+    `keep`; by default all stay. Leaves may share the memory of the base.
     """
     if self.message is not None:
       yield from self._decode_message(show_progress)
     names = self._names()
     sizes = {name: self._decoder.entry(name).input.bytes for name in names}
-    total = sum(sizes.values())
     needed = {path for leaf in self._decoder.leaves.values() for path in leaf.needs}
     held = {self._decoder.holders.get(path) for path in needed}
     kept: dict[str, Any] = {}
     resolve = self._decoder.resolver(kept)
+    total = sum(sizes.values())
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
       pool.record_jobs() as start,
@@ -318,10 +237,13 @@ class Reader:
             kept[other] = ahead[-1]
         flat = ahead.popleft().result()
         if keep is not None:
-          flat = {
-            path: leaf if path in keep else _array(leaf, resolve)
-            for path, leaf in flat.items()
-          }
+          for path, leaf in flat.items():
+            if structured.is_structured(leaf) and path not in keep:
+              known = map(resolve, leaf.needs)
+              array = (
+                leaf.materialize(*known) if leaf.needs else structured.materialize(leaf)
+              )
+              flat[path] = jax.device_get(array)
         yield name, flat
         del flat
         bar.update(sizes[name])
@@ -331,122 +253,125 @@ class Reader:
     if self.message is not None or self.config is None:
       return self._outer()
     layers = map(models.names.layer, range(self.config.num_layers))
-    others = [x for x in self._decoder.entries if x == models.names.BUFFERS]
+    others = [x for x in self.records if x == models.names.BUFFERS]
     return [*layers, *self._outer(), *others]
 
   def _outer(self) -> list[str]:
     """Returns the records outside the layers. Those that need others come last."""
-    names = list(self._decoder.entries)
+    names = list(self.records)
     if self.config is not None and self.message is None:
       names = list(models.outer_shapes(self.config))
     # Nothing waits for a record that needs others, or all threads could wait for it.
     needs = lambda name: any(x.needs for x in self._decoder.entry(name).leaves)
     return sorted(names, key=needs)
 
+  # ---- the whole content -------------------------------------------------------------
+
+  def read(
+    self,
+    *,
+    layers: range | None = None,
+    place: placement.Place | None = None,
+    integers: bool = False,
+    as_model: bool = False,
+    show_progress: bool = False,
+  ) -> models.Model | Tree:
+    """Reads the model, with stacked layers, or the PyTree; see `api.load`.
+
+    Arrays are NumPy arrays if there is no `place`. Plain tensors of a known family
+    become a model only if `as_model`.
+    """
+    source = self.plain_model() if as_model else None
+    config = self.config if source is None else source.config
+    count = 0 if config is None else config.num_layers
+    layers = range(count) if layers is None else layers
+    if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
+      raise ValueError(f'the file has {count} layers, got {layers}')
+    decoder: decode_lib.Decoder | stacks.ModelDecoder = self._decoder
+    outer = [] if config is None else list(models.outer_shapes(config))
+    if source is not None:
+      decoder = stacks.ModelDecoder(source.specs, source.read)
+    elif self.message is not None:
+      records = dict(self._decode_message(show_progress))
+      tree = lambda name: structured.unflatten(records[name])
+      decoder, show_progress = stacks.ModelDecoder(tree, tree), False
+    else:
+      outer = self._outer()
+    flat = stacks.read(
+      decoder, outer, layers, place, integers=integers, show_progress=show_progress
+    )
+    if config is not None:
+      buffers = self.buffers() if source is None else source.buffers
+      return models.Model(structured.unflatten(flat), buffers, config)
+    if self.is_plain:  # the tensors by name
+      return flat
+    empty = [x for entry in self.records.values() for x in entry.empty]
+    return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
+
   def _decode_message(self, show_progress: bool) -> Iterator[tuple[str, Tree]]:
     """Yields the records of a message; see `paper.decode`."""
     assert self.message is not None
     assert self.config is not None
-    entry, config, (file,) = self.message, self.config, self._files
-    with file.errors():
-      try:
+    layout, config, (file,) = self.message.layout, self.config, self._files
+    try:
+      with container.naming(file.name), container.naming('message'):
         options = schema.load(paper.Options, self.options, 'options')
-        sizes = entry.layout.record_bytes(config)
+        sizes = layout.record_bytes(config)
         rotation = 16 * max(config.segment_widths) ** 2  # with its integers
         memory.check('the message', 2 * sum(sizes.values()) + rotation)
         streams = {}
-        for name, stream in entry.streams.items():
+        for name, stream in self.message.streams.items():
           with file.checked(name, stream.crc32) as data:
             if data.size % 2:
               raise ValueError(f'{name}: an odd number of bytes')
             streams[name] = data.view('<u2').copy()
-        flat = paper.decode(
-          options, entry.layout, streams, config, progress=show_progress
-        )
-      except (ValueError, MemoryError) as error:
-        raise ContainerError(f'message: {error}') from error
+        flat = paper.decode(options, layout, streams, config, progress=show_progress)
+    except MemoryError:
+      raise memory.too_large('message', 2 * sum(sizes.values())) from None
     for name in sizes:
       yield name, {k: x for k, x in flat.items() if k.partition('/')[0] == name}
 
   # ---- the other files of a checkpoint -----------------------------------------------
 
-  @property
-  def is_plain(self) -> bool:
-    """Whether the records are the tensors of weights files of any family."""
-    return any(manifest.headers for manifest in self.manifests)
-
   def plain_model(self) -> checkpoints.CheckpointReader | None:
-    """Returns the model that plain tensors are; None for others, see `plain_model`."""
-    if not self.is_plain:
-      return None
-    return plain_model.open_model(self._decoder, self.files())
+    """Returns the model that plain tensors are; None for others, see `stacks`."""
+    return stacks.open_model(self._decoder, self.files()) if self.is_plain else None
 
   def headers(self) -> dict[str, bytes]:
     """Reads the bytes before the tensors of each weights file, by its name."""
-    return self._inflated(manifest_lib.HEADERS, [x.headers for x in self.manifests])
+    return self._inflated(manifest_lib.HEADERS, self._others.headers)
 
   def files(self) -> dict[str, bytes]:
     """Reads the other files of the checkpoint; returns their bytes by name."""
-    return self._inflated(manifest_lib.FILES, [x.files for x in self.manifests])
+    return self._inflated(manifest_lib.FILES, self._others.files)
 
   def _inflated(
-    self, prefix: str, entries_of_files: list[dict[str, manifest_lib.Deflated]]
+    self, prefix: str, streams: Mapping[str, manifest_lib.Deflated]
   ) -> dict[str, bytes]:
     """Inflates streams whose names begin with a prefix; returns them by their names."""
-    contents, left = dict[str, bytes](), manifest_lib.MOST_FILES
-    for file, entries_of_file in zip(self._files, entries_of_files, strict=True):
-      for name, entry in entries_of_file.items():
-        left -= entry.size
-        with file.errors():
-          if left < 0:
-            raise ContainerError(f'{prefix}{name}: the files are too large together')
-          contents[name] = file.inflated(f'{prefix}{name}', entry.crc32, entry.size)
-          if len(contents[name]) != entry.size:
-            raise ContainerError(f'{prefix}{name}: it must inflate to {entry.size}')
+    contents = {}
+    with container.naming(self._file_of_others.name):
+      for name, stream in streams.items():
+        content = self._file_of_others.inflated(
+          f'{prefix}{name}', stream.crc32, stream.size
+        )
+        if len(content) != stream.size:
+          raise ContainerError(f'{prefix}{name}: it must inflate to {stream.size}')
+        contents[name] = content
     return contents
-
-  # ---- checks ------------------------------------------------------------------------
-
-  def _check_index(self, index: shards.ShardIndex) -> None:
-    """Checks that the index of the shards names each record and its shard."""
-    metadata = index.metadata
-    for file in self._files:
-      if metadata.manifest_crc32[os.path.basename(file.name)] != file.manifest_crc32:
-        raise ContainerError(f'{file.name}: the index names another shard of this name')
-    homes = {x: os.path.basename(y.name) for x, y in self._decoder.files.items()}
-    if wrong := sorted(homes.items() ^ index.weight_map.items()):
-      record = wrong[0][0]
-      raise ContainerError(f'{record}: the index and the shards differ in this record')
-    if self.size != metadata.total_size:
-      raise ContainerError(
-        f'the shards must have {metadata.total_size} bytes by their index, '
-        f'got {self.size}'
-      )
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:
-  """Opens the base beside which a file is encoded or decoded.
+  """Opens the base beside which a file is encoded or decoded, see `api.Base`.
 
-  Args:
-    base: a source of `api.encode`; the path of a checkpoint or of an encoded file; the
-      bytes of an encoded file; or a `Reader`. An encoded file may need a base itself: a
-      list of such a file, its base, the base of that, and so on.
-    plain: whether the model is stored as plain tensors, or is a PyTree; a checkpoint at
-      a path is then opened in this way.
-
-  Raises:
-    CheckpointError: if a checkpoint cannot be read.
-    ContainerError: if an encoded file cannot be read, or needs another base.
-    ValueError: if more bases are given than are needed.
-    OSError: if a path cannot be read.
+  A checkpoint at a path is opened as plain tensors if `plain`, as for a PyTree.
   """
   if isinstance(base, base_lib.Base):
     return base
   of_file = str, os.PathLike, bytes, bytearray, memoryview, Reader
   is_chain = isinstance(base, list | tuple) and base and isinstance(base[0], of_file)
   source, *below = base if is_chain else [base]
-  is_path = isinstance(source, str | os.PathLike)
-  if is_path and not shards.is_encoded(source):
+  if isinstance(source, str | os.PathLike) and not shards.is_encoded(source):
     source = checkpoints.open_plain(source) if plain else checkpoints.open_any(source)
   elif isinstance(source, of_file) and not isinstance(source, Reader):
     source = Reader(source, base=(below[0] if len(below) == 1 else below) or None)
@@ -471,18 +396,9 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
   return base_lib.Base(source, plain=plain)
 
 
-def _array(leaf: Any, resolve: decode_lib.Resolve) -> Any:
-  """Returns the array of a leaf."""
-  if not structured.is_structured(leaf):
-    return leaf
-  if leaf.needs:
-    return jax.device_get(leaf.materialize(*map(resolve, leaf.needs)))
-  return jax.device_get(structured.materialize(leaf))
-
-
 def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
   """Reads the manifest of one file, and checks it against the header."""
-  with file.errors():
+  with container.naming(file.name):
     manifest = manifest_lib.Manifest.from_bytes(file.manifest())
     in_header = {x: file.nbytes(x) for x in file.names() if x != container.MANIFEST}
     if wrong := dict(in_header.items() ^ manifest.sizes().items()):

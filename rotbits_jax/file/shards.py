@@ -6,19 +6,15 @@ runs are not taken for one model.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import fnmatch
 import json
 import os
 import pathlib
-from typing import Self
 
 from rotbits_jax.file import container
+from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import files
-from rotbits_jax.system import outputs
 from rotbits_jax.system import schema
-
-ContainerError = container.ContainerError
 
 INDEX = 'model.rotbits.index.json'
 """The name of the index in a folder of shards."""
@@ -30,145 +26,54 @@ _MOST_INDEX = 1 << 25  # bytes
 _CHECKPOINT_SUFFIXES = ('.bin', '.json', '.pt', '.safetensors')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Metadata:
-  """Facts about the shards.
-
-  Attributes:
-    total_size: bytes of all shards.
-    manifest_crc32: CRC-32 of the manifest of each shard, by the name of the shard.
-  """
+class Metadata(schema.Object):
+  """The bytes of all shards, and the CRC-32 of the manifest of each, by its name."""
 
   total_size: schema.Size
   manifest_crc32: dict[str, schema.Crc32]
 
-  def __post_init__(self) -> None:
-    if not self.manifest_crc32:
-      raise ValueError('it names no shards')
-    for name in self.manifest_crc32:
-      if not schema.is_file_name(name):
-        raise ValueError(f'{name!r:.100} is not the name of a shard')
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-  """The content of an index.
-
-  Attributes:
-    metadata: facts about the shards.
-    weight_map: the name of the shard of each record, by the name of the record.
-  """
+class ShardIndex(schema.Object):
+  """The content of an index; `weight_map` has the name of each record's shard."""
 
   metadata: Metadata
   weight_map: dict[str, str]
 
   def __post_init__(self) -> None:
-    for name in self.weight_map.values():
-      if name not in self.metadata.manifest_crc32:
-        raise ValueError(f'{name!r:.100} is not the name of a shard')
-
-  @classmethod
-  def read(cls, path: pathlib.Path) -> Self:
-    """Reads an index.
-
-    Raises:
-      ContainerError: if the file is not an index.
-      OSError: if it cannot be read.
-    """
-    opened = files.File.of(path)
-    if opened.size > _MOST_INDEX:
-      raise ContainerError(f'{path}: an index has at most {_MOST_INDEX} bytes')
-    value = container.parse_json(opened.content(), 'index')
-    try:
-      return schema.load(cls, value, str(path))
-    except ValueError as error:
-      raise ContainerError(str(error)) from error
+    names = self.metadata.manifest_crc32
+    wrong = [x for x in names if not schema.is_file_name(x)]
+    wrong += [x for x in self.weight_map.values() if x not in names]
+    if wrong or not names:
+      raise ValueError(f'{"".join(wrong[:1])!r:.100} is not the name of a shard')
 
 
-def plan(sizes: Mapping[str, int], shard_size: int) -> dict[str, tuple[str, ...]]:
-  """Divides records among shards.
-
-  The plan depends only on the sizes before coding, so it is known from the start.
-
-  Args:
-    sizes: bytes of each record before coding, in order.
-    shard_size: greatest size of the records of a shard; a larger record has a shard to
-      itself.
-
-  Returns:
-    The records of each shard, by the name of its file, in order.
-  """
-  groups = outputs.divided(sizes, shard_size)
-  names = outputs.numbered('model', '.rotbits', len(groups))
-  return dict(zip(names, groups, strict=True))
+def read_index(path: pathlib.Path) -> ShardIndex:
+  """Reads an index."""
+  opened = files.File.of(path)
+  if opened.size > _MOST_INDEX:
+    raise ContainerError(f'{path}: an index has at most {_MOST_INDEX} bytes')
+  with container.naming(str(path)):
+    return schema.load(ShardIndex, schema.parse(opened.content()))
 
 
 def write_index(folder: pathlib.Path, shards: Mapping[str, tuple[str, ...]]) -> None:
-  """Writes the index of a folder with all shards of a `plan`.
-
-  Raises:
-    ContainerError: if a shard is damaged.
-    OSError: if one is missing, or the index cannot be written.
-  """
-  found = {name: container.StreamReader(folder / name) for name in shards}
-  index = ShardIndex(
-    metadata=Metadata(
-      total_size=sum(shard.size for shard in found.values()),
-      manifest_crc32={name: shard.manifest_crc32 for name, shard in found.items()},
-    ),
-    weight_map={record: name for name, own in shards.items() for record in own},
+  """Writes the index of a folder, given the records of each shard by its name."""
+  readers = {name: container.StreamReader(folder / name) for name in shards}
+  metadata = Metadata(
+    total_size=sum(reader.size for reader in readers.values()),
+    manifest_crc32={name: x.manifest_crc32 for name, x in readers.items()},
   )
+  places = {record: name for name, records in shards.items() for record in records}
+  index = ShardIndex(metadata=metadata, weight_map=places)
   (folder / INDEX).write_text(f'{json.dumps(schema.dump(index), indent=2)}\n')
-
-
-def is_encoded(path: str | os.PathLike[str]) -> bool:
-  """Returns whether a path names an encoded file, a folder of shards, or an index."""
-  place = pathlib.Path(path)
-  if not place.is_file():
-    return (place / INDEX).is_file()
-  if place.name == INDEX:
-    return True
-  try:
-    container.StreamReader(place)
-  except ContainerError:  # the file is damaged or has another format
-    return place.suffix not in _CHECKPOINT_SUFFIXES
-  return True
-
-
-def is_of_set(name: str) -> bool:
-  """Returns whether a file in a folder of shards has a name that `plan` gives."""
-  return name == INDEX or fnmatch.fnmatch(name, 'model-*-of-*.rotbits')
-
-
-def is_result(path: pathlib.Path) -> bool:
-  """Returns whether a file that exists is an encoded file or an index of shards.
-
-  One that is damaged counts by its suffixes.
-  """
-  try:
-    if path.name == INDEX:
-      ShardIndex.read(path)
-    else:
-      container.StreamReader(path)
-  except ContainerError:
-    return '.rotbits' in path.suffixes
-  return True
 
 
 def find(
   source: container.Readable,
 ) -> tuple[list[container.Readable], ShardIndex | None]:
-  """Finds the files of a source.
+  """Returns the files of a source, and their index if they are shards, in its order.
 
-  Args:
-    source: a file; or the folder of shards, or their index.
-
-  Returns:
-    The files; and their index, if they are shards. The files of an index are in its
-    order.
-
-  Raises:
-    ContainerError: if the index is damaged or a shard is missing.
+  The source is a file, or the folder of shards, or their index.
   """
   if not isinstance(source, (str, os.PathLike)):
     return [source], None
@@ -176,9 +81,39 @@ def find(
   folder = path.parent if path.name == INDEX else path
   if not (folder / INDEX).is_file():
     return [path], None
-  index = ShardIndex.read(folder / INDEX)
-  names = list(index.metadata.manifest_crc32)
-  for name in names:
+  index = read_index(folder / INDEX)
+  paths: list[container.Readable] = []
+  for name in index.metadata.manifest_crc32:
     if not (folder / name).is_file():
       raise ContainerError(f'{folder / INDEX}: the shard {name} is missing')
-  return [folder / name for name in names], index
+    paths.append(folder / name)
+  return paths, index
+
+
+def is_encoded(path: str | os.PathLike[str]) -> bool:
+  """Returns whether a path names an encoded file, a folder of shards, or an index."""
+  place = pathlib.Path(path)
+  if not place.is_file():
+    return (place / INDEX).is_file()
+  return place.name == INDEX or _is_result(
+    place, place.suffix not in _CHECKPOINT_SUFFIXES
+  )
+
+
+def is_of_set(name: str) -> bool:
+  """Returns whether a file in a folder of shards has a name of the set."""
+  return name == INDEX or fnmatch.fnmatch(name, 'model-*-of-*.rotbits')
+
+
+def _is_result(path: pathlib.Path, if_damaged: bool) -> bool:
+  """Returns whether a file is an encoded file; else what a damaged one counts for."""
+  try:
+    container.StreamReader(path)
+  except ContainerError:
+    return if_damaged
+  return True
+
+
+def is_result(path: pathlib.Path) -> bool:
+  """Returns whether a file that exists is an encoded file or an index of shards."""
+  return path.name == INDEX or _is_result(path, '.rotbits' in path.suffixes)

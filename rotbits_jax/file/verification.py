@@ -1,6 +1,5 @@
 """Verification of files: decodes everything, and compares it with a source."""
 
-from collections.abc import Mapping
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.file import sources
 from rotbits_jax.file.container import ContainerError
 
 _TOKENS = 256  # number of tokens for which predictions are compared
@@ -25,15 +23,11 @@ class Verification(NamedTuple):
   """The result of `verify`.
 
   Attributes:
-    records: number of decoded records.
-    tensors: number of decoded parameters.
-    files: number of sidecar files that were read.
-    same_bits: whether all bits were compared with those of the checkpoint, and are
-      equal.
-    kl: mean KL divergence from the checkpoint's predictions, in nats; None if the
-      function was not compared.
-    kl_rerounded: the noise floor: the divergence of the checkpoint after a random
-      rotation and rounding.
+    records, tensors, files: how many records, parameters and other files were decoded.
+    same_bits: whether all bits were compared with the checkpoint's, and are equal.
+    kl: mean KL divergence from the checkpoint's predictions, in nats, or None.
+    kl_rerounded: the noise floor: that of the checkpoint after a random rotation and
+      rounding.
   """
 
   records: int
@@ -46,22 +40,13 @@ class Verification(NamedTuple):
 
 def read_all(
   reader: reader_lib.Reader,
-  expected: sources.Source | None = None,
+  expected: passes.Source | None = None,
   *,
   progress: bool = False,
 ) -> Verification:
-  """Decodes everything in a file, one record at a time.
+  """Decodes everything in a file, one record at a time, and counts it.
 
-  Args:
-    reader: the file.
-    expected: the source whose bits the file must have; None for none.
-    progress: whether to show the progress on stderr.
-
-  Returns:
-    The counts.
-
-  Raises:
-    ContainerError: if the file is damaged, or if its bits differ from the expected.
+  A ContainerError says that its bits are not those of the expected source, if any.
   """
   records = tensors = 0
   for name, flat in reader.each(show_progress=progress):
@@ -69,10 +54,10 @@ def read_all(
     tensors += len(flat)
     if expected is None:
       continue
-    known = name in expected.records
-    given = structured.flatten(expected.read(name)) if known else {}
-    for path in sorted(flat.keys() | given.keys()):
-      if not _same(flat.get(path), given.get(path)):
+    is_known = name in expected.records
+    source = structured.flatten(expected.read(name)) if is_known else {}
+    for path in sorted(flat.keys() | source.keys()):
+      if not _same(flat.get(path), source.get(path)):
         raise ContainerError(f'{path}: differs from the checkpoint')
   if expected is not None and records != len(expected.records):
     raise ContainerError('the checkpoint has other records than the file')
@@ -82,49 +67,35 @@ def read_all(
   return Verification(records, tensors, len(files), expected is not None, None, None)
 
 
-def compare_files(reader: reader_lib.Reader, expected: Mapping[str, bytes]) -> None:
-  """Compares the other files of a checkpoint.
-
-  Raises:
-    ContainerError: naming a file that differs.
-  """
-  own = reader.files()
-  for name in sorted(own.keys() | expected.keys()):
-    if own.get(name) != expected.get(name):
-      raise ContainerError(f'{name}: differs from that of the checkpoint')
+def _same(decoded: Any, original: Any) -> bool:
+  """Returns whether a decoded leaf has the bits of a source's leaf, or of its array."""
+  if structured.is_structured(original) and not structured.is_structured(decoded):
+    original = original.materialize()
+  return structured.same_bits(decoded, original)
 
 
 def compare_function(
   reader: reader_lib.Reader, reference: models.Model, *, bounded: bool, progress: bool
 ) -> tuple[float, float]:
-  """Compares the predictions of the model in a file for random tokens.
-
-  Args:
-    reader: the file.
-    reference: the model that was encoded.
-    bounded: whether the divergence must be near the noise floor.
-    progress: whether to show the progress on stderr.
+  """Compares the predictions of the model in a file with those of a reference.
 
   Returns:
-    The divergence from the reference, and the noise floor, see `Verification`.
-
-  Raises:
-    ContainerError: if the divergence is too large.
+    The divergence for random tokens, and the noise floor, near which it must be if it
+    is `bounded`, see `Verification`.
   """
   from rotbits_jax import evaluation  # optax and pictures are slow to import
 
   model, config = reader.read(show_progress=progress), reference.config
   if not isinstance(model, models.Model):
     raise ContainerError('the file holds a PyTree, not a model')
-  count = min(_TOKENS, config.max_positions)
   table = structured.materialize(reference.params['embed']['tokens'])
   usable = np.flatnonzero(np.isfinite(np.asarray(table)).all(axis=1))
   if not usable.size:
     raise ContainerError('no token of the model has finite numbers')
-  tokens = np.random.default_rng(0).choice(usable, count)
+  count = min(_TOKENS, config.max_positions)
   result = evaluation.evaluate(
     dataclasses.replace(model, buffers={}),
-    tokens,
+    np.random.default_rng(0).choice(usable, count),
     reference=reference,
     rerounded=passes.randomly_rotated(reference, key=jax.random.key(0)),
   )
@@ -137,13 +108,3 @@ def compare_function(
       f'its function is another one: KL {kl:.3g}, noise floor {floor:.3g}'
     )
   return kl, floor
-
-
-def _same(found: Any, given: Any) -> bool:
-  """Returns whether a decoded leaf has the bits of a source's leaf.
-
-  The reader puts arrays in the places of leaves that stand for them in files only.
-  """
-  if structured.is_structured(given) and not structured.is_structured(found):
-    given = given.materialize()
-  return structured.same_bits(found, given)

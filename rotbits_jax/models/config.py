@@ -13,9 +13,9 @@ Shape letters used throughout the package:
   H  query heads, K key-value heads      h  width of one head
 """
 
-import dataclasses
 from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 
 from rotbits_jax.system import schema
@@ -26,11 +26,12 @@ Norm = Literal['layernorm', 'rmsnorm', 'rmsn']
 Count = Annotated[int, schema.between(0, (1 << 31) - 1)]
 """The length of an axis, or a number of layers or heads."""
 
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
 SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN ignores the epsilon of the dense config
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class RopeScaling(schema.Object, kw_only=True):
   """How RoPE's frequencies are lowered to reach beyond the trained positions.
 
   'linear' divides every frequency by `factor` (arXiv 2306.15595). 'llama3' (Llama
@@ -40,43 +41,31 @@ class RopeScaling:
   interpolates linearly in the number of turns.
 
   Attributes:
-    type_name: 'linear' or 'llama3'.
     factor: divisor of the frequencies.
-    low_freq_factor: lower bound of 'llama3', in turns.
-    high_freq_factor: upper bound of 'llama3', in turns; must exceed `low_freq_factor`.
+    low_freq_factor, high_freq_factor: bounds of 'llama3', in turns.
     original_positions: number of tokens within which 'llama3' counts the turns.
   """
 
   type_name: Literal['linear', 'llama3']
-  factor: float
+  factor: Positive
   low_freq_factor: float = 0.0
   high_freq_factor: float = 0.0
   original_positions: Count = 0
 
   def __post_init__(self) -> None:
     low, high = self.low_freq_factor, self.high_freq_factor
-    if self.type_name == 'llama3' and not 0 < low < high:
+    fits = 0 < low < high and self.original_positions > 0
+    if self.type_name == 'llama3' and not fits:
       raise ValueError(
-        'low_freq_factor must be positive and less than high_freq_factor, '
-        f'got {low} and {high}'
+        f'low_freq_factor must be less than high_freq_factor, got {self}'
       )
-    _check_positive(factor=self.factor)
 
 
-def _check_positive(**numbers: float | None) -> None:
-  """Raises ValueError if one of these numbers is not above 0."""
-  for name, number in numbers.items():
-    if number is not None and not number > 0:
-      raise ValueError(f'{name} must be positive, got {number}')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(schema.Object, kw_only=True):
   """Sizes and switches of one dense or sliced decoder-only transformer.
 
   A switch stands for one thing that a family does otherwise, so that another family is
-  another combination of them. `schema.load` and `schema.dump` convert a config from and
-  to JSON.
+  another combination of them.
 
   Attributes:
     family: key of `checkpoints.FAMILIES`, whose row names the tensors.
@@ -132,7 +121,7 @@ class ModelConfig:
   max_positions: Count
   learned_positions: Count = 0
   rotary_dim: Count = 0
-  rope_theta: float = 10000.0
+  rope_theta: Positive = 10000.0
   rope_scaling: RopeScaling | None = None
   sliding_window: Count | None = None
   qk_norm_eps: float | None = None
@@ -140,7 +129,6 @@ class ModelConfig:
   segment_widths: tuple[Count, ...]
 
   def __post_init__(self) -> None:
-    _check_positive(rope_theta=self.rope_theta)
     expected = self.segments_per_layer * self.num_layers + 1
     if len(self.segment_widths) != expected:
       raise ValueError(
@@ -157,23 +145,17 @@ class ModelConfig:
         f'rotary_dim must be even and at most head_dim, got {self.rotary_dim} and '
         f'{self.head_dim}'
       )
-    if not all(0 < width <= self.hidden_size for width in self.segment_widths):
+    least, most = min(self.segment_widths), max(self.segment_widths)
+    if not 0 < least <= most <= self.hidden_size:
       raise ValueError(
         f'segment_widths must be from 1 to hidden_size {self.hidden_size}, '
-        f'got {min(self.segment_widths)} to {max(self.segment_widths)}'
+        f'got {least} to {most}'
       )
-    if not self.sliced and set(self.segment_widths) != {self.hidden_size}:
-      raise ValueError(
-        f'segments of a width other than hidden_size require norm="rmsn", '
-        f'got {self.norm=}'
-      )
+    if not self.sliced and least < self.hidden_size:
+      raise ValueError(f'segments of other widths need norm="rmsn", got {self.norm=}')
 
   def check_tokens(self, tokens: np.ndarray) -> None:
-    """Checks that all tokens are in the vocabulary.
-
-    Raises:
-      ValueError: if a token is not.
-    """
+    """Raises a ValueError if a token is not in the vocabulary."""
     outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
     if outside.size:
       raise ValueError(
@@ -191,7 +173,7 @@ class ModelConfig:
 
   def sliced_to(self, widths: tuple[int, ...]) -> 'ModelConfig':
     """Returns the config after SliceGPT has sliced the model to these widths."""
-    return dataclasses.replace(
+    return msgspec.structs.replace(
       self,
       norm='rmsn',
       norm_eps=SLICED_NORM_EPS,

@@ -6,9 +6,8 @@ the token is drawn from the prediction itself. The gradient of a kernel is a sum
 products x g^T over the inputs x and the gradients g at the outputs; so the second
 moments of x and of g approximate it, as in K-FAC.
 
-Layers are differentiated one by one, from the last to the first. The residual stream in
-front of each layer is kept meanwhile. A layer is read when it is needed, once on the
-way forward and once on the way back.
+Layers are differentiated one by one, from the last to the first, and read twice. The
+residual stream in front of each layer is kept meanwhile.
 
 References:
   Martens and Grosse, arXiv 1503.05671: K-FAC.
@@ -55,7 +54,7 @@ def fisher_factors(
   """Computes the factors of the Fisher information of a model's own predictions.
 
   Args:
-    model: the model, dense or sliced; it may have structured leaves.
+    model: the model, dense or sliced.
     windows: the tokens of the text, integers `[B, T]` each.
     seed: draws the tokens whose losses are differentiated.
     kept: a mutable mapping, which gets the residual streams; None for one in memory.
@@ -89,9 +88,7 @@ def fisher_factors(
       total = factors if total is None else _add(total, factors)
     del layer
     prefix = names.prefix(i)
-    moments = {
-      tuple(prefix + x for x in paths): a for paths, a in total.moments.items()
-    }
+    moments = {tuple(prefix + x for x in k): a for k, a in total.moments.items()}
     squares = {prefix + path: g for path, g in total.squares.items()}
     yield names.layer(i), Factors(moments, squares)
   met = sum(transformer.second_moments(gradient) for gradient in gradients)
@@ -107,17 +104,12 @@ def _predictions(
 ) -> tuple[jax.Array, Factors, jax.Array]:
   """Returns the gradient at x, the head's factors, and the sum of probabilities."""
   with jax.default_matmul_precision('highest'):
-
-    def unembed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-      return transformer.unembed(outer, config, x)[::-1]
-
+    unembed = lambda x: transformer.unembed(outer, config, x)[::-1]
     logits, pull, normed = jax.vjp(unembed, x, has_aux=True)
     p = jax.nn.softmax(logits)
     drawn = jax.random.categorical(key, logits)
     (gradient,) = pull(p - jax.nn.one_hot(drawn, p.shape[-1]))
-    moments: dict[tuple[str, ...], Any] = {
-      ('head/kernel',): transformer.second_moments(normed)
-    }
+    moments: Any = {('head/kernel',): transformer.second_moments(normed)}
   # The mean over all tokens that may be drawn has no noise.
   squares = p * (1 - p)
   head = Factors(moments, {'head/kernel': squares.sum((0, 1))})
@@ -126,10 +118,7 @@ def _predictions(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _backward(
-  params: Any,
-  config: config_lib.ModelConfig,
-  x: jax.Array,
-  gradient: jax.Array,
+  params: Any, config: config_lib.ModelConfig, x: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array, Factors]:
   """Returns the gradient at the input x of a layer, and the layer's factors."""
   flat = structured.flatten(params)

@@ -7,8 +7,7 @@
     logits = module(tokens)
     trained = dataclasses.replace(model, params=module.to_params())
 
-The modules have the parameters of a model under the same paths, and call
-`models.forward`.
+The modules have the parameters of a model under the same paths.
 """
 
 from collections.abc import Mapping
@@ -26,10 +25,7 @@ from rotbits_jax.models import transformer
 
 
 class LinenTransformer(nn.Module):
-  """A dense or sliced transformer.
-
-  `init` draws kernels and tables at random. Scales are one; biases, and the arrays of
-  structured leaves, are zero.
+  """A dense or sliced transformer, whose `init` draws kernels and tables at random.
 
   Attributes:
     config: sizes and switches.
@@ -74,7 +70,7 @@ class _Params(nn.Module):
 
 
 def _initial(key: jax.Array, name: str, spec: Any) -> Any:
-  """Returns the first value of a parameter."""
+  """Draws a parameter: scales are one, biases and structured leaves zero."""
   if name == 'bias' or structured.is_structured(spec):
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
   if name == 'scale':

@@ -1,15 +1,12 @@
 """The axes and the shape of every parameter, and the symmetries that follow.
 
-The rest of the package looks up three things here: which segment of the residual stream
-a parameter reads or writes, which axis holds neurons or heads, and which changes of
-coordinates keep the function of a model. Such a change is a symmetry.
+A symmetry is a change of coordinates that keeps the function of a model.
 `models.config` defines segments.
 
 A parameter's path is its keys joined by '/', as in 'attention/query/kernel'. Kernels
 are `[in, out]`. Shape letters are those of `models.config`.
 """
 
-import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -173,11 +170,8 @@ _NORMS = ('layernorm', 'rmsnorm', 'rmsn')
 
 
 def symmetries(config: config_lib.ModelConfig) -> Symmetries:
-  """Returns the symmetries of a model with this config.
-
-  A config with a field or a norm that this function does not know gets none.
-  """
-  fields = {field.name for field in dataclasses.fields(config)}
+  """Returns the symmetries of a model; none if its config is not understood."""
+  fields = set(config.__struct_fields__)
   if fields != _UNDERSTOOD or config.norm not in _NORMS:
     return Symmetries()
   normed = config.qk_norm_eps is not None

@@ -1,8 +1,7 @@
 """A model in memory: its parameters as a Flax PyTree with stacked layers.
 
-Consecutive layers of the same shapes are stacked along a leading axis. A structured
-leaf stores fewer elements than the array that it stands for, see `structured`. To
-materialize a leaf is to replace it by that array.
+Consecutive layers of the same shapes are stacked along a leading axis. To materialize a
+structured leaf is to replace it by the array that it stands for, see `structured`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -48,13 +47,11 @@ class Model:
 
   def __repr__(self) -> str:
     """Returns one line: a notebook would print every element of the parameters."""
-    leaves = jax.tree.leaves(self.params)
-    dtypes = sorted({np.dtype(x.dtype).name for x in leaves if hasattr(x, 'dtype')})
-    elements = sum(int(np.prod(x.shape)) for x in leaves if hasattr(x, 'shape'))
-    sliced = 'sliced' if self.config.sliced else 'dense'
+    elements = sum(np.size(x) for x in jax.tree.leaves(self.params))
+    config, sliced = self.config, 'sliced' if self.config.sliced else 'dense'
     return (
-      f'Model({self.config.family}, {sliced}, {self.config.num_layers} layers, '
-      f'{elements:,} elements, {", ".join(dtypes)})'
+      f'Model({config.family}, {sliced}, {config.num_layers} layers, '
+      f'{elements:,} elements)'
     )
 
   @property
@@ -71,17 +68,11 @@ class Model:
     yield from map(self.layer, itertools.chain(*self.stacks))
 
   def layer(self, index: int) -> Params:
-    """Returns the parameters of one layer, unstacked.
-
-    Raises:
-      IndexError: if there is no such layer.
-      ValueError: if a leaf of its stack has not as many layers as the stack.
-    """
-    stack, place = self._place(index)
-    return unstack_layer(stack, place)
+    """Returns the parameters of one layer, unstacked; an IndexError without it."""
+    return unstack_layer(*self._place(index))
 
   def _place(self, index: int) -> tuple[Params, int]:
-    """Returns the stack of a layer, and the place of the layer in it; see `layer`."""
+    """Returns the stack of a layer, and the place of the layer in it."""
     for stack in self.stacks:
       if index in stack:
         name = names.stack(stack)
@@ -107,11 +98,7 @@ class Model:
     return (*layers, *self.outer(), *([names.BUFFERS] if self.buffers else []))
 
   def read(self, record: str) -> Params:
-    """Returns a record, unstacked: nested dicts with the record as their only key.
-
-    Raises:
-      ValueError: if numbers would be lost, see `Structured.check_layer`.
-    """
+    """Returns a record, unstacked: nested dicts with the record as their only key."""
     return self._record(record, checked=True)
 
   def _record(self, record: str, *, checked: bool) -> Params:
@@ -122,26 +109,19 @@ class Model:
       return {record: self.params[record]}
     stack, place = self._place(index)
     for path, leaf in structured.flatten(stack).items() if checked else ():
-      if structured.is_structured(leaf):
-        try:
+      try:
+        if structured.is_structured(leaf):
           leaf.check_layer(place)
-        except ValueError as error:
-          raise ValueError(f'{record}/{path}: {error}') from error
+      except ValueError as error:
+        raise ValueError(f'{record}/{path}: {error}') from error
     return {record: unstack_layer(stack, place)}
 
   def specs(self, record: str) -> Params:
-    """Returns leaves with the shapes and dtypes of a record: the record itself.
-
-    `checkpoints.CheckpointReader.specs` is its counterpart for a checkpoint on disk.
-    """
+    """Returns leaves with the shapes and dtypes of a record: the record itself."""
     return self._record(record, checked=False)
 
   def rounded(self) -> 'Model':
-    """Rounds the parameters to `stored_as`, if it is set.
-
-    Raises:
-      ValueError: if an element is too large for that dtype.
-    """
+    """Rounds the parameters to `stored_as`; a ValueError if one is too large for it."""
     if self.stored_as is None:
       return self
     dtype = np.dtype(jnp.dtype(self.stored_as))
@@ -153,27 +133,18 @@ class Model:
 
   def materialize(self) -> 'Model':
     """Replaces structured leaves by their arrays, see the function `materialize`."""
-    params = materialize(self.params)
-    return dataclasses.replace(self, params=params)
+    return dataclasses.replace(self, params=materialize(self.params))
 
 
 def materialize(params: Params, *, keep_factors: bool = False) -> Params:
-  """Replaces structured leaves by the arrays that they stand for.
-
-  Args:
-    params: nested dicts. They must contain the parameters that leaves need.
-    keep_factors: whether low-rank leaves remain, see `structured.Structured.pair`.
-  """
+  """Replaces structured leaves by arrays or by factors, see `structured.expand`."""
   flat = structured.expand(structured.flatten(params), keep_factors=keep_factors)
   return structured.unflatten(flat)
 
 
 def unstack_layer(stack: Params, place: int) -> Params:
   """Returns a layer of a stack by its place in it."""
-
-  def unstacked(leaf: Any) -> Any:
-    return leaf.layer(place) if structured.is_structured(leaf) else leaf[place]
-
+  unstacked = lambda x: x.layer(place) if structured.is_structured(x) else x[place]
   return jax.tree.map(unstacked, stack, is_leaf=structured.is_structured)
 
 
@@ -183,10 +154,7 @@ def from_layers(
   layers: list[Params],
   buffers: dict[str, Any] | None = None,
 ) -> Model:
-  """Makes a model from its layers in order: the inverse of `outer` and `layers`.
-
-  Consecutive layers with equal `stack_key` become a stack.
-  """
+  """Makes a model from its layers in order: the inverse of `outer` and `layers`."""
   params = dict(outer)
   key = lambda index: stack_key(layers[index])
   for stack in stack_ranges(range(len(layers)), key):
@@ -227,35 +195,25 @@ def stack_layers(layers: Iterable[Params], count: int) -> Params:
         stack.append(leaf)
       else:
         stack[index] = leaf
-  joined = [_join(x) if isinstance(x, list) else x for x in stacks]
-  return jax.tree.unflatten(treedef, joined)
-
-
-def _join(leaves: list[Any]) -> Any:
-  if structured.is_structured(leaves[0]):
-    return type(leaves[0]).stack(leaves)
-  return jnp.stack(leaves)
+  for i, stack in enumerate(stacks):
+    if isinstance(stack, list):
+      is_structured = structured.is_structured(stack[0])
+      stacks[i] = type(stack[0]).stack(stack) if is_structured else jnp.stack(stack)
+  return jax.tree.unflatten(treedef, stacks)
 
 
 def stack_ranges(layers: range, key: Callable[[int], Any]) -> list[range]:
-  """Divides consecutive layers into the fewest stacks whose layers have equal keys.
+  """Divides the indices of layers into the fewest stacks whose layers have equal keys.
 
   >>> stack_ranges(range(3), key=lambda i: i < 2)
   [range(0, 2), range(2, 3)]
-
-  Args:
-    layers: the indices of the layers.
-    key: maps an index to a value that is equal for layers that can share a stack.
   """
   runs = [list(run) for _, run in itertools.groupby(layers, key)]
   return [range(run[0], run[-1] + 1) for run in runs]
 
 
 def stack_key(layer: Params) -> tuple[Any, ...]:
-  """Returns a key that is equal for two layers if they can share a stack.
-
-  This is the only rule that decides which layers are stacked together.
-  """
+  """Returns a key that is equal for two layers if they can share a stack."""
   return tuple(
     (path, *structured.stack_key(leaf))
     for path, leaf in sorted(structured.flatten(layer).items(), key=lambda x: x[0])

@@ -49,10 +49,7 @@ def prefix(index: int | None) -> str:
 
 
 def layer_index(path: str) -> int | None:
-  """Returns the index of the layer of a path or of a record.
-
-  It is None outside the layers, and in a stack of layers.
-  """
+  """Returns the layer of a path or a record; None for others and for stacks."""
   match = _LAYER.match(path)
   return None if match is None else int(match[1])
 
@@ -65,8 +62,8 @@ def stacked_layers(path: str) -> range | None:
 
 def stacks(keys: Iterable[str]) -> tuple[range, ...]:
   """Returns the layers of each stack among the keys of a model, in order."""
-  ranges = filter(None, map(stacked_layers, keys))
-  return tuple(sorted(ranges, key=lambda layers: layers.start))
+  stacked = filter(None, map(stacked_layers, keys))
+  return tuple(sorted(stacked, key=lambda layers: layers.start))
 
 
 def pattern(path: str) -> str:

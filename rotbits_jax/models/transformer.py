@@ -9,12 +9,9 @@ segment s to segment s + 1. In a dense model it is the identity. With parallel b
 attention and MLP are one sublayer. `models.config` defines segments and sublayers.
 
 The functions compute in float32, independent of the dtype of the parameters. A
-parameter may be a structured leaf, which is applied by its own methods. Shapes are
-checked when the functions are traced; `jax.jit` is left to the caller.
-
-Layers and sublayers also return the inputs of their linear layers, because calibration
-and error feedback need them. They cost nothing in a compiled program that does not use
-them.
+parameter may be a structured leaf. Shapes are checked when the functions are traced;
+`jax.jit` is left to the caller. Layers and sublayers also return the inputs of their
+linear layers, because calibration and error feedback need them.
 
 Shape letters are those of `models.config`. In addition:
   B  sequences                           T  tokens of a sequence
@@ -70,9 +67,6 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   Args:
     model: the model, dense or sliced; it may have structured leaves.
     tokens: `[B, T]` integers.
-
-  Returns:
-    `[B, T, V]` float32.
   """
   return forward(model.params, model.config, tokens)
 
@@ -84,7 +78,7 @@ def forward(
   *,
   precision: str = 'highest',
 ) -> jax.Array:
-  """Computes the logits of a model from its parameters.
+  """Computes the logits of a model from its parameters; an error names a wrong shape.
 
   Args:
     params: the parameters, see `Model.params`.
@@ -95,9 +89,6 @@ def forward(
 
   Returns:
     `[B, T, V]` float32.
-
-  Raises:
-    ValueError: if a shape is wrong. The message names the parameter.
   """
   stacks = _check(params, config)
   if tokens.ndim != 2:
@@ -110,9 +101,7 @@ def forward(
 
 
 def embed(
-  params: Params,
-  config: config_lib.ModelConfig,
-  tokens: jax.Array,
+  params: Params, config: config_lib.ModelConfig, tokens: jax.Array
 ) -> jax.Array:
   """Embeds tokens, and adds the embeddings of their positions if these are learned.
 
@@ -123,9 +112,6 @@ def embed(
 
   Returns:
     `[B, T, d]` float32, d of the first segment.
-
-  Raises:
-    ValueError: if there are more tokens than positions.
   """
   # A negative index would count from the end.
   tokens = jnp.where(tokens < 0, config.vocab_size, tokens)
@@ -143,12 +129,7 @@ def embed(
 def unembed(
   params: Params, config: config_lib.ModelConfig, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Applies the final norm and the head to the residual stream.
-
-  Args:
-    params: the parameters outside the layers.
-    config: sizes and switches.
-    x: `[B, T, d]` float32, d of the last segment.
+  """Applies the final norm and the head to the residual stream `[B, T, d]`, float32.
 
   Returns:
     The input of the head `[B, T, d]`, and its output `[B, T, V]`, the logits.
@@ -166,9 +147,6 @@ def layer(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Writt
     params: the parameters of the layer, unstacked.
     config: sizes and switches.
     x: `[B, T, d]` float32.
-
-  Returns:
-    The residual stream after the layer.
   """
   inputs: Params = {}
 
@@ -190,16 +168,7 @@ def layer(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Writt
 
 
 def attention(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
-  """Computes causal grouped-query attention.
-
-  Args:
-    params: the parameters of the sublayer.
-    config: sizes and switches.
-    x: `[B, T, d]` float32, the normed input.
-
-  Returns:
-    The update of the residual stream.
-  """
+  """Computes causal grouped-query attention of the normed input `[B, T, d]`."""
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)
 
@@ -233,16 +202,7 @@ def attention(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> W
 
 
 def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
-  """Computes the MLP: `down(act(up(x)))`, or with a gate `down(act(gate(x)) * up(x))`.
-
-  Args:
-    params: the parameters of the sublayer.
-    config: sizes and switches.
-    x: `[B, T, d]` float32, the normed input.
-
-  Returns:
-    The update of the residual stream.
-  """
+  """Computes the MLP of the normed input `[B, T, d]`, see `ModelConfig.gated_mlp`."""
   chex.assert_rank(x, 3)
   chex.assert_type(x, jnp.float32)
   activation = ACTIVATIONS[config.activation]
@@ -265,10 +225,7 @@ def linear(params: Params, x: jax.Array) -> jax.Array:
 
 
 def float32(leaf: Any) -> jax.Array:
-  """Returns a parameter as a float32 array.
-
-  A structured leaf is materialized in float32, because its own dtype is coarser.
-  """
+  """Returns a parameter in float32: a leaf's own dtype is coarser than its array."""
   if structured.is_structured(leaf):
     leaf = leaf.astype(jnp.float32).materialize()
   return jnp.asarray(leaf, jnp.float32)
@@ -279,7 +236,7 @@ def norm(
 ) -> jax.Array:
   """Norms x: `x / sqrt(sum(x^2) / D + eps)`, then scale and bias if there are any.
 
-  D is the hidden size of the dense model, even where x is narrower; SliceGPT's RMSN
+  D is the hidden size of the dense model, even where x is narrower, so SliceGPT's RMSN
   and RMSNorm are one formula. LayerNorm subtracts the mean first.
   """
   if config.norm == 'layernorm':
@@ -318,9 +275,6 @@ def rope(
     positions: `[T]` integers.
     frequencies: `[r/2]`, see `rope_frequencies`.
 
-  Returns:
-    `[B, T, H, h]`.
-
   References:
     Su et al., arXiv 2104.09864, section 3.2.
   """
@@ -335,9 +289,7 @@ def rope(
 
 
 def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
-  """Returns RoPE's frequencies: `theta^(-2i/r)` for `i < r/2`, scaled by the config.
-
-  Here r is `rotary_dim`; see `RopeScaling` for the scaling.
+  """Returns RoPE's frequencies: `theta^(-2i/r)` for `i < r/2`, see `RopeScaling`.
 
   Returns:
     `[r/2]` float64, in radians per token.
@@ -357,22 +309,16 @@ def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
 
 
 def _check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
-  """Checks the paths and shapes of all parameters, and returns the stacks of layers.
-
-  Raises:
-    ValueError: naming a parameter that is missing, unknown or of another shape.
-  """
+  """Checks the paths and shapes of all parameters, and returns the stacks of layers."""
   stacks = names.stacks(params)
   if [*itertools.chain(*stacks)] != [*range(config.num_layers)]:
     raise ValueError(f'the model has {config.num_layers} layers, got {stacks=}')
   expected = model_lib.stacked_shapes(config, stacks)
   got = {path: leaf.shape for path, leaf in structured.flatten(params).items()}
   for path in sorted(expected | got):
-    if path not in got or path not in expected:
-      state = 'is not known' if path in got else 'is missing'
-      raise ValueError(f'the parameter {path} {state}')
-    if got[path] != expected[path]:
-      raise ValueError(f'{path} must have shape {expected[path]}, got {got[path]}')
+    if got.get(path) != expected.get(path):
+      shapes = f'{expected.get(path)}, got {got.get(path)}'
+      raise ValueError(f'the parameter {path} must have the shape {shapes}')
   return stacks
 
 
@@ -408,11 +354,7 @@ def _rows(table: Any, indices: jax.Array, params: Params) -> jax.Array:
 
 
 class Layers(Protocol):
-  """A model whose layers are read one by one: a `Model`, or a checkpoint on disk.
-
-  A model that is too large for memory needs that of one layer, and of the residual
-  stream of a text.
-  """
+  """A model whose layers are read one by one: a `Model`, or a checkpoint on disk."""
 
   @property
   def config(self) -> config_lib.ModelConfig: ...

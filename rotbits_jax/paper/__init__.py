@@ -1,10 +1,9 @@
 r"""The published scheme: bits-back coding of rotations, over a whole checkpoint.
 
 A segment is the part of the residual stream between two steps that write to it, see
-`models.config`. Each segment of a sliced model can be rotated without a change of the
-model's function, if the parameters that read or write it are rotated, too. A shortcut
-is the matrix that leads from one segment to the next. The model is coded by bits-back
-coding (see `coding.bits_back`), with the rotations as latents.
+`models.config`; a shortcut leads from one to the next. A segment of a sliced model can
+be rotated without a change of the function, if the parameters that read or write it are
+rotated, too. The rotations are the latents of bits-back coding, see `coding.bits_back`.
 
 All elements of the model are pushed onto one message, plain or entropy coded. Before
 the parameters around a segment are pushed, a rotation T of the segment is *popped* from
@@ -20,8 +19,8 @@ rotation from them, and pushes it back. With segments 0 .. S, the encoder does t
 
 The decoder does the inverse, from the end. The message and the model are in memory.
 
-There are three canonicalizers (`symmetries.canonical`), which recover T from different
-parameters. The sampled matrix, the frame, depends on the canonicalizer:
+The canonicalizer decides from which parameters T is recovered, and so which matrix, the
+frame, is sampled (see `symmetries.canonical`):
 
 * `svd` and `qr` recover T from a matrix W that reads the segment. Let W = C W_ref with
   the canonical rotation C. A rotation Q is sampled, and T = C Q^T. The stored matrix is
@@ -35,40 +34,34 @@ parameters. The sampled matrix, the frame, depends on the canonicalizer:
 
 The frame is sampled by one of two codes: `haar` is exactly uniform, and `symmetric_eig`
 takes eigenvectors of a matrix of numbers, as published. A segment is not sampled if its
-rotation cannot be recovered, if that gains nothing, or if the message does not hold
-enough bits yet.
+rotation cannot be recovered, or if that gains nothing.
 
 **Exactness.** The decoder recovers a rotation by a factorisation in float32, and
-another LAPACK or a GPU has other rounding errors. The correction makes integers of it
-if these errors are within a margin. The encoder chooses the margin by the spectrum of
-the matrix at hand: it factorises the matrix a second time after a change as large as
-the backward error of a factorisation, and takes twelve times the root mean square of
-the differences (`coding.bits_back.correction.spread`), or more. A segment for which
-both recoveries do not give the same integers is not sampled. Then the decoder returns
-the rotated model bit for bit. A machine beyond the margin decodes other elements; a
-digest of each array notices that, and the file is refused there.
+another LAPACK or a GPU has other rounding errors. The encoder factorises the matrix a
+second time after a change as large as the backward error of a factorisation. The
+correction makes the same integers within a margin of twelve times the differences, see
+`coding.bits_back.correction`; if it does not, the segment is not sampled. A machine
+beyond the margin decodes other elements; a digest of each array notices that, and the
+file is refused there.
 
 **The streams.**
 
-* `message`, uint16: the words of a stack (`stack.WordStack`) from the bottom up.
-  It holds the arrays in the order in which they were pushed (see `segments.shapes`), in
-  C order. If they are entropy coded, the arrays of a segment are one stream of
-  `coding.coder`. To sample a rotation, the encoder pops rows of words and makes a
-  message of them. The rest of the message goes back onto the stack as a block. The
-  decoder makes a message of the block, pushes the integers of the recovered rotation
-  onto it, and so gets back the words.
+* `message`, uint16: the words of a stack from the bottom up. It holds the arrays in the
+  order in which they were pushed, in C order. If they are entropy coded, the arrays of
+  a segment are one stream of `coding.coder`. To sample a rotation, the encoder pops
+  rows of words and makes a message of them. The rest of the message goes back onto the
+  stack as a block. The decoder makes a message of the block, pushes the integers of the
+  recovered rotation onto it, and so gets back the words.
 * `corrections`, uint16: another stack, with a block for each sampled segment (see
-  `bits_back.codes`). It is apart from the message, because the next
-  rotation is sampled from the words of the message, and a threshold leaves errors in
-  them.
+  `bits_back.codes`). The next rotation is sampled from the words of the message, in
+  which a threshold leaves errors.
 
 The modules:
 
-    options    the options of the scheme, and the frame of each segment
+    layout     options, frames, and the values that a decoder needs, validated
     stack      the message in memory
     segments   the parameters around each segment
     rotations  rotates these parameters, and recovers the rotation
-    layout     the values that a decoder needs, validated
     encoder    encodes a model
     decoder    decodes a model
 
@@ -76,30 +69,16 @@ Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, Getting Free Bits Back fro
 Rotational Symmetries in LLMs, arXiv 2410.01309, section 3.
 """
 
-from rotbits_jax.paper.decoder import STREAMS
-from rotbits_jax.paper.decoder import decode
-from rotbits_jax.paper.encoder import EncodedModel
-from rotbits_jax.paper.encoder import encode
-from rotbits_jax.paper.encoder import refuse
-from rotbits_jax.paper.layout import MessageLayout
-from rotbits_jax.paper.options import Canonicalizer
-from rotbits_jax.paper.options import CorrectionMethod
-from rotbits_jax.paper.options import Options
-from rotbits_jax.paper.options import RotationCodec
+from rotbits_jax.paper.decoder import decode as decode
+from rotbits_jax.paper.encoder import EncodedModel as EncodedModel
+from rotbits_jax.paper.encoder import encode as encode
+from rotbits_jax.paper.encoder import refuse as refuse
+from rotbits_jax.paper.layout import STREAMS as STREAMS
+from rotbits_jax.paper.layout import Canonicalizer as Canonicalizer
+from rotbits_jax.paper.layout import CorrectionMethod as CorrectionMethod
+from rotbits_jax.paper.layout import MessageLayout as MessageLayout
+from rotbits_jax.paper.layout import Options as Options
+from rotbits_jax.paper.layout import RotationCodec as RotationCodec
 
 CODER = 'paper'
 """The coder of a preset that stores a model by the scheme, in place of records."""
-
-__all__ = [
-  'CODER',
-  'STREAMS',
-  'Canonicalizer',
-  'CorrectionMethod',
-  'EncodedModel',
-  'MessageLayout',
-  'Options',
-  'RotationCodec',
-  'decode',
-  'encode',
-  'refuse',
-]

@@ -9,15 +9,11 @@ from rotbits_jax import models
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import rans
 from rotbits_jax.paper import layout as layout_lib
-from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.paper import stack
 from rotbits_jax.system import checksums
-from rotbits_jax.system.progress import track
-
-STREAMS = 'message', 'corrections'
-"""The names of the streams."""
+from rotbits_jax.system.progress import Progress
 
 _CAUSE = (
   'the file is damaged, or this machine recovers a rotation beyond the margin of its '
@@ -26,35 +22,24 @@ _CAUSE = (
 
 
 def decode(
-  options: options_lib.Options,
-  layout: layout_lib.MessageLayout,
-  streams: Mapping[str, np.ndarray],
+  options: layout_lib.Options,
+  layout: layout_lib.MessageLayout,  # which may come from an untrusted file
+  streams: Mapping[str, np.ndarray],  # uint16 [n] by name, see `layout.STREAMS`
   config: models.ModelConfig,
   *,
-  check: bool = True,
+  check: bool = True,  # whether to check the digests of the arrays
   progress: bool = False,
 ) -> segments.Arrays:
-  """Decodes a model: the inverse of `encode`.
-
-  Args:
-    options: the options with which the model was encoded.
-    layout: the layout of the message, which may come from an untrusted file.
-    streams: uint16 `[n]` by name, see `STREAMS`.
-    config: config of the model.
-    check: whether to check the digests of the arrays.
-    progress: whether to show the progress on stderr.
-
-  Returns:
-    The parameters, by path.
+  """Decodes a model, by path: the inverse of `encode`.
 
   Raises:
     ValueError: if the streams do not fit the layout, if the layout does not fit the
       config, or if an array differs from the encoded one.
   """
   layout_lib.check(layout, options, config)
-  message, corrections = (stack.WordStack(streams[name]) for name in STREAMS)
+  message, corrections = (stack.WordStack(streams[x]) for x in layout_lib.STREAMS)
   stream_specs, segment_shapes = list(layout.coders), segments.shapes(config)
-  widths, lanes = config.segment_widths, options_lib.lanes(config.segment_widths)
+  widths, lanes = config.segment_widths, layout_lib.lanes(config.segment_widths)
 
   def pop(shapes: segments.Shapes) -> segments.Arrays:
     """Pops arrays that the encoder pushed together."""
@@ -65,19 +50,18 @@ def decode(
         raise ValueError('a coder and the config list different arrays')
       data = message.pop(-(-spec.nbytes // 2)).view(np.uint8)[: spec.nbytes]
       return dict(zip(shapes, coder.decode(spec, data), strict=True))
-    words = {
-      path: message.pop(layout.arrays[path].num_words(shape))
-      for path, shape in reversed(shapes.items())
-    }
-    return {
-      path: words[path].view(jnp.dtype(layout.arrays[path].dtype)).reshape(shape)
-      for path, shape in shapes.items()
-    }
+    popped = {}
+    for path, shape in reversed(shapes.items()):
+      stored = layout.arrays[path]
+      words = message.pop(stored.num_words(shape))
+      popped[path] = words.view(jnp.dtype(stored.dtype)).reshape(shape)
+    return {path: popped[path] for path in shapes}
 
   arrays: segments.Arrays = {}
   embeddings: segments.Shapes = {}
   order = range(len(segment_shapes))[::-1]
-  for t in track(order, 'decode', 'segment', total=len(segment_shapes), show=progress):
+  count = len(segment_shapes)
+  for t in Progress('decode', count, 'segment', show=progress, units=order):
     shapes = segment_shapes[t].all
     embeddings = {k: shape for k, shape in shapes.items() if k.startswith('embed/')}
     others = {k: (rows, n - layout.fixed) for k, (rows, n) in embeddings.items()}

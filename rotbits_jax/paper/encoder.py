@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from rotbits_jax import passes
@@ -15,30 +16,22 @@ from rotbits_jax.coding import rans
 from rotbits_jax.coding import specs
 from rotbits_jax.paper import decoder
 from rotbits_jax.paper import layout as layout_lib
-from rotbits_jax.paper import options as options_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
 from rotbits_jax.paper import stack
 from rotbits_jax.system import checksums
-from rotbits_jax.system.progress import track
+from rotbits_jax.system.progress import Progress
 
 
 class EncodedModel(NamedTuple):
-  """An encoded model.
-
-  Attributes:
-    layout: the layout of the message.
-    streams: uint16 `[n]` by name, see `decoder.STREAMS`.
-    saving: the bytes that all rotations saved. It has a note for each segment: the
-      popped bits, the bits of the correction, and the difference.
-  """
+  """An encoded model."""
 
   layout: layout_lib.MessageLayout
-  streams: dict[str, np.ndarray]
-  saving: passes.Saving
+  streams: dict[str, np.ndarray]  # uint16 [n] by name, see `layout.STREAMS`
+  saving: passes.Saving  # of all rotations, with a note for each segment
 
 
-def refuse(source: passes.ModelSource) -> None:
+def refuse(source: passes.Source) -> None:
   """Raises a ValueError if a model cannot be coded. It reads only shapes and dtypes."""
   if not source.config.sliced:
     raise ValueError(
@@ -46,149 +39,110 @@ def refuse(source: passes.ModelSource) -> None:
     )
   trees = map(source.specs, source.records)
   leaves = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
-  for segment in segments.shapes(source.config):
-    for path, shape in segment.all.items():
-      leaf = leaves.get(path)
-      if leaf is None or structured.is_structured(leaf):
-        raise ValueError(f'{path}: expected an array, got {type(leaf).__name__}')
-      if np.dtype(leaf.dtype).name not in typing.get_args(layout_lib.Dtype):
-        raise ValueError(f'{path}: expected floats of 16 or 32 bits, got {leaf.dtype}')
-      if tuple(leaf.shape) != shape:
-        raise ValueError(f'{path}: expected the shape {shape}, got {leaf.shape=}')
+  for path, shape in segments.all_shapes(source.config).items():
+    leaf = leaves.get(path)
+    if leaf is None or structured.is_structured(leaf):
+      raise ValueError(f'{path}: expected an array, got {type(leaf).__name__}')
+    if np.dtype(leaf.dtype).name not in typing.get_args(layout_lib.Dtype):
+      raise ValueError(f'{path}: expected floats of 16 or 32 bits, got {leaf.dtype}')
+    if tuple(leaf.shape) != shape:
+      raise ValueError(f'{path}: expected the shape {shape}, got {leaf.shape=}')
 
 
 def encode(
-  source: passes.ModelSource, options: options_lib.Options, *, progress: bool = False
+  source: passes.Source, options: layout_lib.Options, *, progress: bool = False
 ) -> EncodedModel:
-  """Encodes a sliced model by the published scheme.
-
-  Args:
-    source: the model.
-    options: the options of the scheme.
-    progress: whether to show the progress on stderr.
-
-  Raises:
-    ValueError: see `refuse`.
-  """
+  """Encodes a sliced model by the published scheme; a ValueError as from `refuse`."""
   refuse(source)
   encoder = _Encoder(source, options)
   count = len(encoder.segments)
-  for t in track(range(count), 'encode', 'segment', total=count, show=progress):
+  for t in Progress('encode', count, 'segment', show=progress, units=range(count)):
     encoder.push(t)
-  encoded = encoder.result()
-  if options.exact:
-    return encoded
-  # Only decoding shows which errors a threshold leaves in the elements.
-  decoded = decoder.decode(
-    options, encoded.layout, encoded.streams, source.config, check=False
-  )
-  stored = {path: _stored(array) for path, array in decoded.items()}
+  stacks = zip(layout_lib.STREAMS, (encoder.message, encoder.corrections), strict=True)
+  streams = {name: words.pop(words.size) for name, words in stacks}
   layout = layout_lib.MessageLayout(
-    fixed=encoded.layout.fixed, sampled=encoded.layout.sampled, arrays=stored
+    fixed=encoder.fixed,
+    sampled=tuple('net' in note for note in encoder.notes),
+    arrays=encoder.stored,
+    coders=tuple(encoder.coders),
   )
-  return encoded._replace(layout=layout)
+  if not options.exact:
+    # Only decoding shows which errors a threshold leaves in the elements.
+    decoded = decoder.decode(options, layout, streams, source.config, check=False)
+    layout = msgspec.structs.replace(layout, arrays=_stored(decoded))
+  saved = sum(note.get('net', 0) for note in encoder.notes) // 8
+  saving = passes.Saving('rotations', 0, saved, tuple(encoder.notes))
+  return EncodedModel(layout, streams, saving)
 
 
-def _stored(array: np.ndarray) -> layout_lib.Stored:
-  """Returns the dtype and the digest of an array."""
-  dtype: Any = array.dtype.name
-  return layout_lib.Stored(dtype=dtype, digest=checksums.of_array(array))
-
-
-class _Sample(NamedTuple):
-  """A rotation that was sampled and that the decoder can recover."""
-
-  rotation: jax.Array
-  arrays: segments.Arrays  # the rotated parameters
-  left: np.ndarray  # words of the message that the rotation was popped from
-  correction: np.ndarray  # words of the correction
-  popped: int  # words that were popped
-
-  @property
-  def cost(self) -> int:
-    """Words of the correction, as a block."""
-    return self.correction.size + stack.LENGTH
-
-  @property
-  def net(self) -> int:
-    """Words that the rotation saves."""
-    return self.popped - (self.left.size + stack.LENGTH) - self.cost
+def _stored(arrays: segments.Arrays) -> dict[str, layout_lib.Stored]:
+  """Returns the dtypes and the digests of arrays."""
+  stored = {}
+  for path, array in arrays.items():
+    dtype: Any = array.dtype.name
+    stored[path] = layout_lib.Stored(dtype=dtype, digest=checksums.of_array(array))
+  return stored
 
 
 class _Encoder:
   """The state of one call of `encode`."""
 
-  def __init__(self, source: passes.ModelSource, options: options_lib.Options):
+  def __init__(self, source: passes.Source, options: layout_lib.Options):
     self.options, self.widths = options, source.config.segment_widths
     self.segments = segments.read(source)
     self.message, self.corrections = stack.WordStack(), stack.WordStack()
-    self.lanes = options_lib.lanes(self.widths)
+    self.lanes = layout_lib.lanes(self.widths)
     self.fixed = 0  # columns of the embeddings that are pushed first
     self.before: jax.Array | None = None  # the rotation of the previous segment
     self.coders: list[specs.StreamSpec] = []
     self.stored: dict[str, layout_lib.Stored] = {}
-    self.sampled: list[bool] = []
     self.notes: list[dict[str, Any]] = []
-
-  def result(self) -> EncodedModel:
-    """Returns the encoded model, after all segments."""
-    layout = layout_lib.MessageLayout(
-      fixed=self.fixed,
-      sampled=tuple(self.sampled),
-      arrays=self.stored,
-      coders=tuple(self.coders),
-    )
-    streams = zip(decoder.STREAMS, (self.message, self.corrections), strict=True)
-    words = {name: words.pop(words.size) for name, words in streams}
-    saved = sum(note.get('net', 0) for note in self.notes) // 8
-    saving = passes.Saving('rotations', 0, saved, tuple(self.notes))
-    return EncodedModel(layout, words, saving)
 
   def push(self, t: int) -> None:
     """Encodes one segment."""
-    segment, frame = self.segments[t], self._frame(t)
-    can_rotate = rotations.can_rotate(segment)
+    segment, canonicalizer = self.segments[t], self.options.canonicalizer
+    leaving = self.segments[t + 1].shortcut if t + 1 < len(self.segments) else {}
+    can_rotate = rotations.can_rotate(segment, leaving)
     neutral = None  # the canonical rotation of the readers
-    if can_rotate and not frame.from_shortcut:
-      kernels = segment.readers.values()
-      neutral = rotations.reader_rotation(kernels, self.options.canonicalizer)
+    if can_rotate and not self.options.frame(self.widths, t, 0).from_shortcut:
+      neutral = rotations.reader_rotation(segment.readers.values(), canonicalizer)
     first = {} if t else self._push_first(segment, neutral)
-    sample = self._sample(t, segment, neutral) if can_rotate else None
-    if sample is None:
+    frame = self.options.frame(self.widths, t, self.fixed)
+    note: dict[str, Any] = {'segment': t, 'width': self.widths[t], 'found in': None}
+    rotation: jax.Array | None
+    words = np.zeros(0, np.uint16)
+    if can_rotate and frame.n:
+      rows = self.options.code(frame).max_rows(self.lanes)
+      rows = min(rows, self.message.size // self.lanes)
+      words = self.message.pop(rows * self.lanes)
+    sample = self._sample(words, segment, frame, neutral) if words.size else None
+    if sample is not None:
+      rotation, arrays, left, correction = sample
+      self.message.push_block(left)
+      self.corrections.push_block(correction)
+      cost = correction.size + stack.LENGTH
+      net = words.size - (left.size + stack.LENGTH) - cost
+      parameters = max(self.widths[t] * (self.widths[t] - 1), 1) / 2
+      note |= {
+        'found in': 'shortcut' if frame.from_shortcut else 'readers',
+        'popped': 16 * (net + cost),
+        'correction': 16 * cost,
+        'net': 16 * net,
+        'of 16 d(d-1)/2': round(net / parameters, 4),
+      }
+    else:
+      self.message.push(words)
       # The columns that `_push_first` pushed are already in canonical form.
       rotation = None if t else neutral
       arrays = rotations.rotated(segment, self.before, rotation)
-    else:
-      rotation, arrays = sample.rotation, sample.arrays
-      self.message.push_block(sample.left)
-      self.corrections.push_block(sample.correction)
     arrays = {path: arrays[path] for path in segment.all}
     others = {path: arrays[path][:, self.fixed :] for path in first}
     self._push((arrays | others).values())
     for path, columns in first.items():
       arrays[path] = np.concatenate([columns, others[path]], axis=1)
-    self.stored |= {path: _stored(array) for path, array in arrays.items()}
+    self.stored |= _stored(arrays)
     self.before = rotation
-    self.sampled.append(sample is not None)
-    self.notes.append(self._note(t, sample))
-
-  def _note(self, t: int, sample: _Sample | None) -> dict[str, Any]:
-    """Returns the note on a segment in the report."""
-    width = self.widths[t]
-    note: dict[str, Any] = {'segment': t, 'width': width, 'found in': None}
-    if sample is None:
-      return note
-    return note | {
-      'found in': 'shortcut' if self._frame(t).from_shortcut else 'readers',
-      'popped': 16 * (sample.net + sample.cost),
-      'correction': 16 * sample.cost,
-      'net': 16 * sample.net,
-      'of 16 d(d-1)/2': round(2 * sample.net / max(width * (width - 1), 1), 4),
-    }
-
-  def _frame(self, t: int) -> options_lib.Frame:
-    """Returns the frame of a segment."""
-    return self.options.frame(self.widths, t, self.fixed)
+    self.notes.append(note)
 
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
     """Pushes arrays onto the message."""
@@ -211,49 +165,31 @@ class _Encoder:
     needed = lambda n: 9 * n * (n + 1) + 64 * self.lanes
     enough = (f for f in range(width) if f * bits >= needed(width - f))
     self.fixed = next(enough, width)
-    columns = None if neutral is None else neutral[:, : self.fixed]
     first = {
-      k: rotations.rotate(x[:, : self.fixed] if columns is None else x, columns)
-      for k, x in tables.items()
+      path: np.asarray(rotations.rotate(x, None, neutral))[:, : self.fixed]
+      for path, x in tables.items()
     }
     self._push(first.values())
     return first
 
   def _sample(
-    self, t: int, segment: segments.SegmentParameters, neutral: jax.Array | None
-  ) -> _Sample | None:
-    """Samples a segment's rotation; None if that is impossible or saves nothing."""
-    frame = self._frame(t)
-    if not frame.n:
-      return None
-    code = self.options.code(frame)
-    capacity = code.max_rows(self.lanes)
-    rows = min(capacity, self.message.size // self.lanes)
-    if not rows:
-      return None
-    words = self.message.pop(rows * self.lanes)
-    message = rans.stacked(jnp.asarray(words.reshape(rows, -1)), capacity)
-    message, latent, q = code.sample(message)
-    sample = None
-    if int(np.min(message.lowest)) >= 0:
-      sample = self._recovered(segment, neutral, frame, latent, q, message, words.size)
-    if sample is None or sample.net <= 0:
-      self.message.push(words)
-      return None
-    return sample
-
-  def _recovered(
     self,
+    words: np.ndarray,  # popped from the message
     segment: segments.SegmentParameters,
+    frame: layout_lib.Frame,
     neutral: jax.Array | None,
-    frame: options_lib.Frame,
-    latent: Any,
-    q: jax.Array,
-    message: rans.Message,
-    popped: int,
-  ) -> _Sample | None:
-    """Rotates a segment by the frame q; None if the decoder could not recover it."""
-    code = self.options.code(frame)
+  ) -> tuple[jax.Array, segments.Arrays, np.ndarray, np.ndarray] | None:
+    """Samples a segment's rotation from words.
+
+    Returns the rotation, the rotated parameters, the words that are left, and those of
+    the correction; None if the decoder could not recover it, or if it saves nothing.
+    """
+    code, canonicalizer = self.options.code(frame), self.options.canonicalizer
+    rows = jnp.asarray(words.reshape(-1, self.lanes))
+    message = rans.stacked(rows, code.max_rows(self.lanes))
+    message, latent, q = code.sample(message)
+    if int(np.min(message.lowest)) < 0:
+      return None
     if frame.from_shortcut:
       (shortcut,) = segment.shortcut.values()
       before = self.before
@@ -264,17 +200,15 @@ class _Encoder:
       rotation = rotations.counter_rotated(neutral, q)
     arrays = rotations.rotated(segment, self.before, rotation)
     recovered, elsewhere = (
-      rotations.recovered(
-        frame, segment, arrays, self.options.canonicalizer, disturb=disturb
-      )
+      rotations.recovered(frame, segment, arrays, canonicalizer, disturb=disturb)
       for disturb in (False, True)
     )
-    correction = code.correct(recovered, latent, q, elsewhere)
+    correction = code.correct(recovered, latent, elsewhere)
     # The decoder's own steps on two machines, tried before anything is written.
     for matrix in (recovered, elsewhere) if self.options.exact else ():
       _, integers = code.restore(message, matrix, correction)
-      same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), integers, latent)
-      if not all(jax.tree.leaves(same)):
+      if not jnp.array_equal(integers, latent[0]):
         return None
     left, packed = rans.to_words(message), code.pack(correction)
-    return _Sample(rotation, arrays, left, packed, popped)
+    saves = words.size > left.size + packed.size + 2 * stack.LENGTH
+    return (rotation, arrays, left, packed) if saves else None

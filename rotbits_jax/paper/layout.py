@@ -1,31 +1,92 @@
-"""The values that a decoder needs besides config and options, and their validation."""
+"""The options of the scheme and the values that a decoder needs, validated.
+
+A frame is a matrix of k orthonormal columns in n dimensions, which is sampled for each
+segment. A segment's rotation follows from its frame; see `paper`.
+"""
 
 import collections
-import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding import specs
-from rotbits_jax.paper import options as options_lib
+from rotbits_jax.coding.bits_back import codes
 from rotbits_jax.paper import segments
 from rotbits_jax.system import schema
 
+Canonicalizer = Literal['polar_shortcut', 'qr', 'svd']
+RotationCodec = Literal['haar', 'symmetric_eig']
+CorrectionMethod = Literal['exact', 'threshold']
 Dtype = Literal['float16', 'bfloat16', 'float32']
+
+STREAMS = 'message', 'corrections'
+"""The names of the streams."""
 
 # Integers of a rotation beyond those that arrays give, because the coder may make small
 # arrays longer.
 _SPARE = 1 << 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stored:
-  """The dtype and the CRC-32 of an array, known before it is decoded."""
+class Frame(NamedTuple):
+  """The shape of a segment's sampled frame, and the source of its recovery."""
 
-  as_list = True
+  from_shortcut: bool  # whether it is recovered from the shortcut or from the readers
+  fixed: int  # number of leading coordinates that are not rotated
+  n: int  # rows of the frame
+  k: int  # columns of the frame
+
+
+def lanes(widths: tuple[int, ...]) -> int:
+  """Returns the number of lanes of the messages that rotations are sampled from."""
+  # A message costs about 2 bytes a lane.
+  return 1 << min(max(max(widths) ** 2 >> 11, 1), 1024).bit_length() - 1
+
+
+class Options(schema.Object):
+  """The options of the scheme, as the file has them; see `presets.paper`."""
+
+  canonicalizer: Canonicalizer  # how a rotation is recovered
+  rotation_codec: RotationCodec  # how a rotation is sampled
+  correction: CorrectionMethod  # of the elements from which rotations were sampled
+  threshold: Annotated[float, msgspec.Meta(ge=0)]  # of errors that may be left in
+  entropy: bool  # whether elements are entropy coded
+
+  def __post_init__(self) -> None:
+    """Raises a ValueError if two options cannot be combined."""
+    # Errors are harmless only in weights that were pushed plain.
+    if not self.exact and (self.rotation_codec != 'symmetric_eig' or self.entropy):
+      raise ValueError('a threshold needs symmetric_eig and no entropy coding')
+
+  @property
+  def exact(self) -> bool:
+    """Whether the decoder gets all elements bit for bit as they were pushed."""
+    return self.correction == 'exact'
+
+  def frame(self, widths: tuple[int, ...], segment: int, fixed: int) -> Frame:
+    """Returns the frame of a segment, if `fixed` columns are pushed first."""
+    width = widths[segment]
+    if self.canonicalizer == 'polar_shortcut' and segment:
+      before = widths[segment - 1]
+      # `symmetric_eig` samples whole rotations only, no narrower frames.
+      if before == width or (before < width and self.rotation_codec == 'haar'):
+        return Frame(True, 0, width, before)
+    fixed = 0 if segment else fixed
+    return Frame(False, fixed, width - fixed, width - fixed)
+
+  def code(self, frame: Frame) -> codes.RotationCode:
+    """Returns the code of a frame."""
+    if self.rotation_codec == 'haar':
+      return codes.haar_code(frame.n, frame.k)
+    threshold = None if self.exact else self.threshold
+    return codes.eigen_code(frame.n, self.entropy, threshold)
+
+
+class Stored(schema.Row):
+  """The dtype and the CRC-32 of an array, known before it is decoded."""
 
   dtype: Dtype
   digest: schema.Crc32
@@ -35,21 +96,13 @@ class Stored:
     return math.prod(shape) * jnp.dtype(self.dtype).itemsize // 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MessageLayout:
-  """The values that a decoder needs besides config and options.
+class MessageLayout(schema.Object):
+  """The values that a decoder needs besides config and options."""
 
-  Attributes:
-    fixed: number of columns of the embeddings that are pushed first.
-    sampled: for each segment, whether its rotation was sampled.
-    arrays: dtype and digest of each parameter, by path.
-    coders: the specs of entropy-coded arrays: those of the first columns of the
-      embeddings, then those of each segment; empty if arrays are pushed plain.
-  """
-
-  fixed: int
-  sampled: tuple[bool, ...]
-  arrays: dict[str, Stored]
+  fixed: schema.Size  # number of columns of the embeddings that are pushed first
+  sampled: tuple[bool, ...]  # for each segment, whether its rotation was sampled
+  arrays: dict[str, Stored]  # dtype and digest of each parameter, by path
+  # With entropy coding, of the first columns, and then of the arrays of each segment.
   coders: tuple[specs.StreamSpec, ...] = ()
 
   def dtypes(self) -> dict[str, np.dtype]:
@@ -57,17 +110,10 @@ class MessageLayout:
     return {path: jnp.dtype(x.dtype) for path, x in self.arrays.items()}
 
   def record_bytes(self, config: models.ModelConfig) -> dict[str, int]:
-    """Returns the bytes of each record, by its name.
-
-    Raises:
-      ValueError: if the layout has other parameters than the config.
-    """
-    # A small file may name millions of layers.
-    if len(self.arrays) < config.num_layers:
-      raise ValueError('the layout has other parameters than the config')
-    shapes = {
-      k: x for segment in segments.shapes(config) for k, x in segment.all.items()
-    }
+    """Returns the bytes of each record; a ValueError for another config."""
+    # A small file may name millions of layers, so these are not listed first.
+    is_long_enough = len(self.arrays) >= config.num_layers
+    shapes = segments.all_shapes(config) if is_long_enough else {}
     if self.arrays.keys() != shapes.keys():
       raise ValueError('the layout has other parameters than the config')
     sizes: collections.Counter[str] = collections.Counter()
@@ -76,9 +122,7 @@ class MessageLayout:
     return sizes
 
 
-def check(
-  layout: MessageLayout, options: options_lib.Options, config: models.ModelConfig
-) -> None:
+def check(layout: MessageLayout, options: Options, config: models.ModelConfig) -> None:
   """Raises a ValueError if an untrusted layout does not fit the options and config."""
   if not config.sliced:
     raise ValueError('a dense model has no segments that can be rotated')

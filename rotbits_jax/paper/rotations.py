@@ -1,7 +1,7 @@
 """Rotation of the parameters around a segment, and recovery of the rotation from them.
 
 A rotation T is a float32 array `[d, d]` on the device; None means that the segment is
-not rotated. Frames are defined in `options`, readers and writers in `segments`.
+not rotated. `layout` defines frames, and `segments` readers and writers.
 """
 
 from collections.abc import Iterable
@@ -11,59 +11,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.paper import options
+from rotbits_jax.paper import layout
 from rotbits_jax.paper import segments
 from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import rotations
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
-
-def can_rotate(segment: segments.SegmentParameters) -> bool:
-  """Tells whether every rotated element will be within the range of its dtype."""
-  rows = [x.T for x in segment.readers.values()]
-  rows += [np.atleast_2d(x) for x in segment.writers.values()]
-  # A shortcut is rotated on both sides, so an element may be as great as its norm.
-  rows += [x.reshape(1, -1) for x in (segment.shortcut | segment.leaving).values()]
-  return all(_norm(x) < 0.99 * float(jnp.finfo(x.dtype).max) for x in rows)
+# Factorisations are backward stable: the factors that a machine computes are those of a
+# matrix that differs from the given one by a few roundoffs of its norm.
+_BACKWARD_ERROR = 4 * 2.0**-24
+_NOISE = 0  # seed of the change of a matrix
 
 
-@jax.jit
-def _norm(rows: jax.Array) -> jax.Array:
-  """Returns the greatest norm of a row; NaN if a norm is NaN."""
-  return jnp.sqrt(jnp.square(rows.astype(jnp.float32)).sum(axis=1).max(initial=0))
+def can_rotate(segment: segments.SegmentParameters, leaving: segments.Arrays) -> bool:
+  """Tells whether every rotated element will be within the range of its dtype.
+
+  Among them are those of the shortcut that leads out of the segment.
+  """
+  axes = ((0,), segment.readers), ((-1,), segment.writers), ((0, 1), segment.shortcut)
+  return all(
+    rotations.largest_rotated(x, mixed) < 0.99 * float(jnp.finfo(x.dtype).max)
+    for mixed, arrays in (*axes, ((0, 1), leaving))
+    for x in arrays.values()
+  )
+
+
+rotate = jax.jit(rotations.rotate)
 
 
 def rotated(
   segment: segments.SegmentParameters,
-  before: jax.Array | None,
-  rotation: jax.Array | None,
+  before: jax.Array | None,  # the rotation of the previous segment
+  rotation: jax.Array | None,  # the rotation of this segment
 ) -> segments.Arrays:
-  """Rotates the parameters around a segment.
-
-  Args:
-    segment: the parameters.
-    before: the rotation of the previous segment; None for none.
-    rotation: the rotation of this segment; None for none.
-
-  Returns:
-    The rotated arrays by path, rounded to their dtypes.
-  """
-  arrays = {k: rotate(x.T, rotation).T for k, x in segment.readers.items()}
-  arrays |= {k: rotate(x, rotation) for k, x in segment.writers.items()}
-  for path, matrix in segment.shortcut.items():
-    product = jnp.asarray(matrix, jnp.float32)
-    product = product if before is None else _matmul(before.T, product)
-    product = product if rotation is None else _product(product, rotation)
-    arrays[path] = np.asarray(_round(product, matrix.dtype))
-  arrays |= segment.biases
-  return {k: np.ascontiguousarray(x) for k, x in arrays.items()}
-
-
-def rotate(matrix: np.ndarray, rotation: jax.Array | None) -> np.ndarray:
-  """Returns `matrix @ rotation`, rounded to the dtype of the matrix: `[..., d]`."""
-  if rotation is None:
-    return matrix
-  return np.asarray(_round(_product(matrix, rotation), matrix.dtype))
+  """Rotates the parameters around a segment; returns them by path, in their dtypes."""
+  arrays = {path: rotate(x, rotation) for path, x in segment.readers.items()}
+  arrays |= {path: rotate(x, None, rotation) for path, x in segment.writers.items()}
+  arrays |= {path: rotate(x, before, rotation) for path, x in segment.shortcut.items()}
+  return {path: np.asarray(x) for path, x in (arrays | segment.biases).items()}
 
 
 def reader_rotation(
@@ -78,63 +64,41 @@ def reader_rotation(
   """
   matrix = np.concatenate([np.asarray(x, np.float32) for x in readers], axis=1)
   if canonicalizer == 'svd':
-    return _svd(_disturbed(jnp.asarray(matrix), disturb))
+    return _svd(_disturbed(matrix, disturb))
   width, columns = matrix.shape
   blocks = np.pad(matrix, ((0, 0), (0, -columns % width))).reshape(width, -1, width)
-  return _qr(_disturbed(jnp.asarray(blocks.sum(axis=1)), disturb))
+  return _qr(_disturbed(blocks.sum(axis=1), disturb))
 
 
 def recovered(
-  frame: options.Frame,
+  frame: layout.Frame,
   shapes: segments.SegmentParameters,
-  arrays: segments.Arrays,
+  arrays: segments.Arrays,  # the stored parameters, by path
   canonicalizer: str,
   *,
   disturb: bool = False,
 ) -> jax.Array:
-  """Recovers the sampled frame, inexactly, from the stored parameters of a segment.
+  """Recovers the sampled frame, float32 `[n, k]`, from the parameters of a segment.
 
-  Args:
-    frame: shape and source of the frame.
-    shapes: the paths of the parameters around the segment.
-    arrays: the stored parameters by path.
-    canonicalizer: see `options.Options`.
-    disturb: whether to recover it as another machine may, whose factorisation has other
-      errors.
-
-  Returns:
-    float32 `[n, k]`.
+  It is inexact. `disturb` recovers it as another machine may, whose factorisation has
+  other errors.
   """
   if frame.from_shortcut:
     (shortcut,) = (arrays[path] for path in shapes.shortcut)
-    return _shortcut_frame(_disturbed(jnp.asarray(shortcut, jnp.float32), disturb))
+    return _shortcut_frame(_disturbed(np.asarray(shortcut, np.float32), disturb))
   readers = (arrays[path] for path in shapes.readers)
   q = reader_rotation(readers, canonicalizer, disturb=disturb)
   return q[frame.fixed :, frame.fixed :]
 
 
-# Factorisations are backward stable: the factors that a machine computes are those of a
-# matrix that differs from the given one by a few roundoffs of its norm.
-_BACKWARD_ERROR = 4 * 2.0**-24
-_NOISE = 0  # seed of the change of a matrix
-
-
-def _disturbed(matrix: jax.Array, disturb: bool) -> jax.Array:
-  """Returns a matrix as inexact as its factorisation on another machine may be."""
-  if not disturb:
-    return matrix
+def _disturbed(matrix: np.ndarray, disturb: bool) -> jax.Array:
+  """Returns a matrix, perhaps as inexact as its factorisation on another machine."""
+  exact = jnp.asarray(matrix)
   noise = jax.random.normal(jax.random.key(_NOISE), matrix.shape, jnp.float32)
-  scale = jnp.sqrt(jnp.square(matrix).mean())
-  return matrix + _BACKWARD_ERROR * scale * noise
+  error = _BACKWARD_ERROR * jnp.sqrt(jnp.square(exact).mean()) * noise
+  return exact + error if disturb else exact
 
 
-@jax.jit
-def _product(matrix: jax.Array, rotation: jax.Array) -> jax.Array:
-  """Returns `matrix @ rotation` in float32."""
-  return _matmul(matrix.astype(jnp.float32), rotation)
-
-
-_round = jax.jit(lambda x, dtype: x.astype(dtype), static_argnums=1)
 _svd = jax.jit(lambda w: canonical.svd(w)[1])
 _qr = jax.jit(lambda w: canonical.qr(w)[1])
 
@@ -153,12 +117,10 @@ def chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
   transpose of Z's first rows.
   """
   n, k = q.shape
-  step = canonical.polar(shortcut).rotation
-  embedded = jnp.eye(n, dtype=jnp.float32).at[:k, :k].set(before)
   rest, _ = jnp.linalg.qr(q, mode='complete')
   z = jnp.concatenate([q, rest[:, k:]], axis=1) if k < n else q
-  chained = _matmul(_matmul(step.T, embedded), z.T)
-  return canonical.reorthogonalize(chained)
+  polar = rotations.next_rotation(canonical.polar(shortcut).rotation, before)
+  return canonical.reorthogonalize(_matmul(polar, z.T))
 
 
 @jax.jit
@@ -168,6 +130,6 @@ def counter_rotated(neutral: jax.Array, q: jax.Array) -> jax.Array:
   It is `C (I + Q)^T`, where C is the canonical rotation of the readers, and I + Q is
   block diagonal.
   """
-  width, n = neutral.shape[0], q.shape[0]
-  whole = jnp.eye(width, dtype=jnp.float32).at[width - n :, width - n :].set(q)
+  kept = jnp.eye(len(neutral) - len(q), dtype=jnp.float32)
+  whole = jax.scipy.linalg.block_diag(kept, q)
   return canonical.reorthogonalize(_matmul(neutral, whole.T))

@@ -12,6 +12,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.symmetries import rotations
 
 Shapes = dict[str, tuple[int, ...]]  # by paths like 'layers.3/attention/query/kernel'
 Arrays = dict[str, np.ndarray]
@@ -20,15 +21,13 @@ Arrays = dict[str, np.ndarray]
 class SegmentParameters(NamedTuple):
   """The shapes or the arrays of the parameters around one residual segment, by path.
 
-  Every parameter of the model is in one of the first four fields of exactly one
-  segment.
+  Every parameter of the model belongs to exactly one segment.
   """
 
   readers: dict[str, Any]  # [d, out]: kernels that are multiplied by the segment
   writers: dict[str, Any]  # [in, d] or [d]: kernels and biases that are added to it
   shortcut: dict[str, Any]  # [d', d]: the shortcut that leads into it, or nothing
   biases: dict[str, Any]  # biases and head norms of the readers: no rotation moves them
-  leaving: dict[str, Any]  # [d, d'']: the shortcut that leads out of it, or nothing
 
   @property
   def all(self) -> dict[str, Any]:
@@ -43,7 +42,7 @@ class SegmentParameters(NamedTuple):
 
 def shapes(config: models.ModelConfig) -> list[SegmentParameters]:
   """Returns the shapes around each segment of a sliced model, in order."""
-  segments = [SegmentParameters({}, {}, {}, {}, {}) for _ in config.segment_widths]
+  segments = [SegmentParameters({}, {}, {}, {}) for _ in config.segment_widths]
   outer = models.layout.outer_axes(config), models.outer_shapes(config)
   _add(segments, '', *outer, 0, len(segments) - 1)
   axes, step = models.layout.layer_axes(config), config.segments_per_layer
@@ -51,6 +50,11 @@ def shapes(config: models.ModelConfig) -> list[SegmentParameters]:
     layer = models.layer_shapes(config, i)
     _add(segments, models.names.prefix(i), axes, layer, i * step, (i + 1) * step)
   return segments
+
+
+def all_shapes(config: models.ModelConfig) -> Shapes:
+  """Returns the shapes of all parameters of a sliced model."""
+  return {path: x for segment in shapes(config) for path, x in segment.all.items()}
 
 
 def _add(
@@ -62,34 +66,23 @@ def _add(
   last: int,
 ) -> None:
   """Adds parameters to their segments: axis 0 is the first one, axis -1 the last."""
-
-  def segment(axis: models.layout.Axis) -> int | None:
-    if not isinstance(axis, int):
-      return None
-    return last if axis == -1 else first + axis
-
   flat = structured.flatten(shapes)
+  segment = lambda axis: segments[last if axis == -1 else first + axis]
   for path, parameter_axes in axes.items():
-    shape = {prefix + path: flat[path]}
-    read, written = segment(parameter_axes[0]), segment(parameter_axes[-1])
-    if parameter_axes == ('head',):  # the scale of the norm of each query or key
-      read = first
-    elif len(parameter_axes) == 1:
-      # A bias belongs to a kernel that writes a segment, or to one that reads it.
-      kernel = axes[path.rsplit('/', 1)[0] + '/kernel']
-      read = segment(kernel[0]) if written is None else None
-    if read is not None and written is not None:
-      segments[read].leaving.update(shape)
-      segments[written].shortcut.update(shape)
-    elif written is not None:
-      segments[written].writers.update(shape)
+    read, written = rotations.sides(parameter_axes)
+    if written is not None:
+      target = segment(written)
+      group = target.writers if read is None else target.shortcut
     elif read is not None:
-      (
-        segments[read].biases if len(parameter_axes) == 1 else segments[read].readers
-      ).update(shape)
+      group = segment(read).readers
+    else:
+      # A bias belongs to its kernel, and the scale of a norm of heads to the first one.
+      kernel_axes = axes.get(path.rsplit('/', 1)[0] + '/kernel', (0,))
+      group = segment(kernel_axes[0]).biases
+    group[prefix + path] = flat[path]
 
 
-def read(source: passes.ModelSource) -> list[SegmentParameters]:
+def read(source: passes.Source) -> list[SegmentParameters]:
   """Returns the arrays around each segment of a model, in order."""
   arrays: Arrays = {}
   for record in source.records:

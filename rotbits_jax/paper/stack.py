@@ -1,9 +1,4 @@
-"""The message of the scheme: a stack of 16-bit words.
-
-Words from the top of the stack become a message by `rans.stacked`. Symbols are popped
-from the message, and the words that are left of it, `rans.to_words`, go back onto the
-stack.
-"""
+"""The message of the scheme, in memory: a stack of 16-bit words."""
 
 import numpy as np
 
@@ -12,43 +7,35 @@ LENGTH = 2
 
 
 class WordStack:
-  """A stack of 16-bit words.
-
-  Attributes:
-    size: number of words.
-  """
+  """A stack of 16-bit words; words are uint16 `[n]`, and the last one is on top."""
 
   def __init__(self, words: np.ndarray | None = None):
-    """Makes a stack of words, uint16 `[W]`, bottom first; empty by default."""
-    self._pieces: list[np.ndarray] = []
+    """Makes a stack of words; empty by default."""
+    self._arrays: list[np.ndarray] = []
     self.size = 0
     if words is not None:
       self.push(words)
 
   def push(self, words: np.ndarray) -> None:
-    """Pushes words, uint16 `[n]`; the last one is on top. The array is not copied."""
+    """Pushes words, which are not copied."""
     if words.size:
-      self._pieces.append(words)
+      self._arrays.append(words)
       self.size += words.size
 
   def pop(self, count: int) -> np.ndarray:
-    """Pops the top words, uint16 `[count]`, bottom first: the inverse of `push`.
-
-    Raises:
-      ValueError: if the stack has fewer words.
-    """
+    """Pops the top words; a ValueError if there are fewer."""
     if not 0 <= count <= self.size:
       raise ValueError(f'the message ran dry: {count - self.size} words were missing')
     self.size -= count
-    taken = [np.zeros(0, np.uint16)]
+    popped = [np.zeros(0, np.uint16)]
     while count:
-      piece = self._pieces.pop()
-      start = max(piece.size - count, 0)
+      words = self._arrays.pop()
+      start = max(words.size - count, 0)
       if start:
-        self._pieces.append(piece[:start])
-      taken.append(piece[start:])
-      count -= piece.size - start
-    return np.concatenate(taken[::-1])
+        self._arrays.append(words[:start])
+      popped.append(words[start:])
+      count -= words.size - start
+    return np.concatenate(popped[::-1])
 
   def push_block(self, words: np.ndarray) -> None:
     """Pushes words and then their number, so that `pop_block` needs no argument."""

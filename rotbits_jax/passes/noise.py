@@ -5,8 +5,8 @@ change the function much more than a random rotation does, which changes it by r
 only.
 """
 
+from collections.abc import Sequence
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,85 +15,64 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.passes import residual
 from rotbits_jax.passes import rewrite
-from rotbits_jax.passes import transform
+from rotbits_jax.passes.transform import Context
+from rotbits_jax.passes.transform import Noted
+from rotbits_jax.passes.transform import Params
+from rotbits_jax.passes.transform import Transform
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import layer as layer_lib
 
 
 def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
-  """Rotates a model at random and rounds it again.
+  """Rotates a model at random and rounds it again to its dtypes.
 
-  The rotations are uniform under the Haar measure. In a sliced model, every segment of
-  the residual stream gets its own rotation. In a dense model with RMSNorm, all segments
-  get the same rotation. The residual stream of other dense models (with LayerNorm, or
-  with a head that is the embedding, or with weights that would then be too large)
-  cannot be rotated. In these models, the attention heads are rotated: the values, and
-  queries and keys in the coordinates that RoPE does not rotate.
-
-  Args:
-    model: the model; structured leaves are materialized.
-    key: a key from `jax.random.key`.
-
-  Returns:
-    The rotated model in its old dtypes, with NumPy arrays.
+  The rotations are uniform under the Haar measure. Every segment of the residual stream
+  gets its own in a sliced model, and the same one in a dense model with RMSNorm. Where
+  the residual stream cannot be rotated, the attention heads are: values, and queries
+  and keys in the coordinates that RoPE does not rotate.
   """
   return rewrite.run_chain((random_rotation(key=key),), model)[0]
 
 
-def random_rotation(*, key: jax.Array) -> transform.Transform:
+def random_rotation(*, key: jax.Array) -> Transform:
   """Makes the transform that `randomly_rotated` applies."""
 
-  def init(context: transform.Context) -> bool:
-    return residual.has_stream(context.config) and not residual.obstacle(context)
-
   def layer(
-    context: transform.Context, has_stream: bool, index: int, params: transform.Params
-  ) -> transform.Noted:
-    config, steps = context.config, context.config.segments_per_layer
+    context: Context, has_stream: bool, index: int | None, params: Params
+  ) -> Noted:
+    """Rotates a layer, or the parameters outside the layers, shortcuts among them."""
+    config, widths = context.config, context.config.segment_widths
     if not has_stream:
       return _with_rotated_heads(params, index, config, key), []
-    segments = range(index * steps, (index + 1) * steps + 1)
-    return _rotated(params, segments, config, key, is_outer=False), []
+    segments: Sequence[int] = (0, len(widths) - 1)
+    if index is not None:
+      first = index * config.segments_per_layer
+      segments = range(first, first + config.segments_per_layer + 1)
+    rotations = []
+    for segment in segments:
+      place = segment if config.sliced else 0
+      rotations += [*_orthogonal(jax.random.fold_in(key, place), 1, widths[place])]
+    params = structured.expand(params, keep_factors=True)
+    params = residual.rotate(params, rotations, config, is_outer=index is None)
+    return structured.expand(params, keep_factors=True), []
 
-  def outer(
-    context: transform.Context, has_stream: bool, params: transform.Params
-  ) -> transform.Noted:
-    ends = (0, len(context.config.segment_widths) - 1)
-    if has_stream:
-      params = _rotated(params, ends, context.config, key, is_outer=True)
-    return params, []
-
-  return transform.Transform(
-    'rotation', init=init, layer=layer, outer=outer, takes='float32'
+  return Transform(
+    'rotation',
+    init=lambda context: residual.obstacle(context) is None,
+    layer=layer,
+    outer=lambda context, state, params: layer(context, state, None, params),
+    takes='float32',
   )
 
 
-def _rotated(
-  params: transform.Params,
-  segments: Any,
-  config: models.ModelConfig,
-  key: jax.Array,
-  *,
-  is_outer: bool,
-) -> transform.Params:
-  """Rotates parameters between segments, shortcuts among them."""
-  rotations = []
-  for segment in segments:
-    segment = segment if config.sliced else 0
-    width = config.segment_widths[segment]
-    rotations.append(_orthogonal(jax.random.fold_in(key, segment), 1, width)[0])
-  params = structured.expand(params, keep_factors=True)
-  rotated = residual.rotate(params, rotations, config, is_outer=is_outer)
-  return structured.expand(rotated, keep_factors=True)
-
-
 def _with_rotated_heads(
-  params: transform.Params, index: int, config: models.ModelConfig, key: jax.Array
-) -> transform.Params:
-  """Rotates the heads of a layer."""
+  params: Params, index: int | None, config: models.ModelConfig, key: jax.Array
+) -> Params:
+  """Rotates the heads of a layer; there are none outside the layers."""
+  if index is None:
+    return params
   params, layer_key = structured.expand(params), jax.random.fold_in(key, index)
-  for paths in (heads.VALUES, heads.KEYS):
-    fixed = 0 if paths == heads.VALUES else config.rotary_dim
+  for paths, fixed in ((heads.VALUES, 0), (heads.KEYS, config.rotary_dim)):
     if pair := layer_lib.head_pair(params, config, paths=paths):
       width = config.head_dim - fixed
       rotations = _orthogonal(layer_key, config.num_kv_heads, width, fixed)

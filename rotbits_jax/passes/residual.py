@@ -1,17 +1,15 @@
 r"""The residual gauge: a rotation of every segment of the residual stream.
 
-`symmetries.rotations` explains why the segments can be rotated, and the polar gauge in
-which all shortcuts are symmetric and have a low-rank form.
-This pass calls the functions of `symmetries.layer` layer by layer, because R_0 needs
-the first layer and O_s needs M_s.
+`symmetries.rotations` has the mathematics: the rotations, the polar gauge in which all
+shortcuts are symmetric, and their low-rank form. This pass calls `symmetries.layer`
+layer by layer, because R_0 needs the first layer and R_{s+1} needs R_s and M_s.
 
 **Free rotations.** R_0 is free. It makes the up kernel of the first MLP upper
 trapezoidal. If the last segment is wider than the one before, a rotation of the new
 dimensions is free, too. It makes the last rows of the head upper trapezoidal. The head
 could serve for R_0 as well, but it would make the rounding errors twice as harmful
-(measured). The reason is that the rows of the head share a mean, and so do the
-activations that they are multiplied with; the trapezoidal form puts both means along
-one axis.
+(measured): the rows of the head share a mean, and so do the activations that they are
+multiplied with; the trapezoidal form puts both means along one axis.
 
 **Exceptions.** A shortcut that narrows the stream becomes lower trapezoidal, by an LQ
 factorisation. A P_s whose low-rank form would not be accurate remains an array, too.
@@ -19,21 +17,13 @@ Nothing is rotated if a rotation could make a weight larger than its dtype can h
 if a weight is not finite; a note names the parameter. Tokens whose row of the embedding
 is not finite do not count, because a rotation keeps every row to itself.
 
-**Dense models with RMSNorm** have no shortcuts. The scales of the norms are first
-folded into the kernels that read them. Then all segments share one rotation, which is
-free. If the head is the embedding, nothing can be rotated, because the scale of the
-last norm stands between the two.
-
-In this file, d and e are the widths of a shortcut's two segments.
-
-References:
-  SliceGPT, arXiv 2401.15024, section 3: the rotations and the shortcuts.
-  Getting Free Bits Back from Rotational Symmetries in LLMs, arXiv 2410.01309: the same
-  freedom, removed by bits-back coding.
+**Dense models with RMSNorm** have no shortcuts. After the scales of the norms have been
+folded into the kernels that read them, all segments share one rotation, which is free.
+If the head is the embedding, nothing can be rotated, because the scale of the last norm
+stands between the two.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -42,13 +32,17 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.passes import transform
+from rotbits_jax.passes.transform import Context
+from rotbits_jax.passes.transform import Noted
+from rotbits_jax.passes.transform import Params
+from rotbits_jax.passes.transform import Transform
+from rotbits_jax.passes.transform import note
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import layer as layer_lib
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 
-# Norms of rotated lines may be at most this part of the greatest number of a dtype.
+# Norms of rotated rows and columns, as a part of the greatest number of a dtype.
 _RANGE = 0.99
 
 # The low-rank form is accurate enough if its relative error is at most this multiple of
@@ -59,27 +53,16 @@ _MOST_ERROR = 2.0
 _PROBES = 64  # vectors by which an error is measured
 
 
-def remove_residual_gauge(*, tolerance: float = 0.7) -> transform.Transform:
+def remove_residual_gauge(*, tolerance: float = 0.7) -> Transform:
   """Makes the transform that fixes the rotations of the residual stream.
 
-  The transform must be the first in a chain, because it reads the layers of the source
-  to choose the free rotations.
-
-  Args:
-    tolerance: a singular value of a shortcut counts as 1 if it differs from 1 by at
-      most this multiple of the roundoff of the stored dtype. The roundoff is 2^-11 for
-      float16 and 2^-8 for bfloat16. For float32 it is 2^-19, the error of float32
-      linear algebra. In SliceGPT's shortcuts, the singular values that should be 1
-      spread by 0.9 roundoffs. With a tolerance of 1.5 all of them count as 1. This
-      removes SliceGPT's own rounding errors from the shortcuts, and it changes the
-      model as much as storing it in other coordinates does. With 0.7 the larger of
-      these errors are kept.
-
-  Returns:
-    A transform. Its notes give, for each shortcut, the form, the rank, the count of
-    weights and the relative error. They also name the kernels that are trapezoidal.
+  Its notes give the form, the rank and the relative error of each shortcut, and name
+  the kernels that are trapezoidal. A singular value of a shortcut counts as 1 if it
+  differs from 1 by at most the tolerance times `Context.roundoff`. In SliceGPT's
+  shortcuts, those that should be 1 spread by 0.9 roundoffs. With 1.5 all of them count
+  as 1, which changes the model as much as other coordinates do.
   """
-  return transform.Transform(
+  return Transform(
     'residual gauge',
     init=_init,
     advance=_advance,
@@ -91,32 +74,22 @@ def remove_residual_gauge(*, tolerance: float = 0.7) -> transform.Transform:
 
 
 class State(NamedTuple):
-  """The coordinates of a layer.
+  """The coordinates of a layer."""
 
-  Attributes:
-    first: R_0, float32 `[d, d]`.
-    is_upper: whether R_0 makes the up kernel of the first layer upper trapezoidal.
-    segments: R of the segments that the layer reads and writes; R_0 before the first
-      layer, and in dense models.
-    polars: the decompositions of the shortcuts of the layer, see `layer.gauge`.
-    new_rows: how many of the last rows of the head are upper trapezoidal.
-  """
-
-  first: Any
-  is_upper: bool
-  segments: list[Any]
-  polars: list[canonical.Polar | None]
-  new_rows: int
+  first: Any  # R_0, float32 [d, d]
+  is_upper: bool  # whether R_0 makes the up kernel of the first layer trapezoidal
+  segments: list[Any]  # R of the segments of the layer; R_0 where they share it
+  polars: list[canonical.Polar | None]  # of the shortcuts, see `layer.gauge`
+  new_rows: int  # how many of the last rows of the head are trapezoidal
 
 
-def _init(context: transform.Context) -> State | tuple[()]:
-  """Returns the state before the first layer; () if nothing is rotated."""
-  config = context.config
-  if not has_stream(config) or obstacle(context):
-    return ()
-  first = models.names.layer(0)
-  params = _wide(structured.flatten(context.source.read(first)[first]))
-  params, polars = jax.device_put(structured.astype(params, np.float32)), []
+def _init(context: Context) -> State | str:
+  """Returns the state before the first layer, or why nothing is rotated."""
+  config, reason = context.config, obstacle(context)
+  if reason is not None:
+    return reason
+  params, polars = _read(context, 0), list[canonical.Polar | None]()
+  params = jax.device_put(structured.astype(params, np.float32))
   if config.sliced:
     polars = _gauge({x: params[x] for x in layer_lib.shortcut_paths(config)}, config)
   rotation = _first_rotation(params, polars, config)
@@ -127,41 +100,26 @@ def _init(context: transform.Context) -> State | tuple[()]:
   return State(rotation, is_upper, [rotation] * count, [], 0)
 
 
-def has_stream(config: models.ModelConfig) -> bool:
-  """Returns whether the residual stream of a model has rotations."""
-  symmetries = models.layout.symmetries(config)
-  return symmetries.segments or symmetries.stream
-
-
-def _advance(
-  context: transform.Context, state: Any, index: int, params: transform.Params
-) -> Any:
+def _advance(context: Context, state: Any, index: int, params: Params) -> Any:
   """Returns the coordinates of the next layer."""
   config = context.config
-  if not state or not config.sliced:
+  if isinstance(state, str) or not config.sliced:
     return state
   paths = layer_lib.shortcut_paths(config)
   kernels = structured.expand({path: params[path] for path in paths})
   polars, free = _gauge(kernels, config), None
   if index + 1 == config.num_layers:
-    outer = _wide(structured.flatten(context.source.outer()))
-    free = _last_rotation(outer, polars[-1])
-  first = state.segments[-1]
-  segments = _segments(kernels, polars, first, config, free=free)
+    free = _last_rotation(_read(context, None), polars[-1])
+  segments = _segments(kernels, polars, state.segments[-1], config, free=free)
   new_rows = 0 if free is None else len(free)
   return state._replace(segments=segments, polars=polars, new_rows=new_rows)
 
 
 def _layer(
-  context: transform.Context,
-  state: Any,
-  index: int,
-  params: transform.Params,
-  *,
-  tolerance: float,
-) -> transform.Noted:
+  context: Context, state: Any, index: int, params: Params, *, tolerance: float
+) -> Noted:
   """Rotates a layer."""
-  if not state:
+  if isinstance(state, str):
     return params, []
   config, prefix = context.config, models.names.prefix(index)
   params, notes = structured.expand(params, keep_factors=True), []
@@ -170,34 +128,33 @@ def _layer(
   if index == 0 and state.is_upper:
     leaf, error = _with_zeros(params[layer_lib.UP], rows=len(state.first))
     params[layer_lib.UP] = leaf
-    notes.append(transform.note(prefix + layer_lib.UP, leaf, error=error))
+    notes.append(note(prefix + layer_lib.UP, leaf, error=error))
   for place, (path, kernel) in enumerate(shortcuts.items()):
-    leaf, error = _shortcut(context, state, place, kernel, tolerance)
+    rows, columns = state.segments[place : place + 2]
+    leaf = _shortcut(kernel, state.polars[place], rows, columns, context, tolerance)
+    x = np.random.default_rng(0).standard_normal((len(columns), _PROBES), np.float32)
+    error = _error(leaf, kernel, rows, columns, x, dtype=context.dtype)
     rank = leaf.rank if structured.is_structured(leaf) else min(leaf.shape)
     params[path] = leaf
-    notes.append(transform.note(prefix + path, leaf, error=error, rank=rank))
+    notes.append(note(prefix + path, leaf, error=error, rank=rank))
   return params, notes
 
 
-def _outer(
-  context: transform.Context, state: Any, params: transform.Params
-) -> transform.Noted:
+def _outer(context: Context, state: Any, params: Params) -> Noted:
   """Rotates the parameters outside the layers."""
-  config = context.config
-  if not state:
-    reason = obstacle(context) if has_stream(config) else ''
-    note = transform.note('embed/tokens', params['embed/tokens'], obstacle=reason)
-    return params, [note] if reason else []
+  if isinstance(state, str):
+    table = params['embed/tokens']
+    return params, [note('embed/tokens', table, obstacle=state)] if state else []
   params, notes = structured.expand(params, keep_factors=True), []
-  ends, rotated = [state.first, state.segments[-1]], transform.Params()
+  ends, rotated = [state.first, state.segments[-1]], Params()
   for is_embedding in (True, False):  # one after the other, because they are large
     paths = [path for path in params if path.startswith('embed/') == is_embedding]
     leaves = {path: params.pop(path) for path in paths}
-    rotated |= rotate(leaves, ends, config, is_outer=True)
+    rotated |= rotate(leaves, ends, context.config, is_outer=True)
   if state.new_rows:
     head, error = _with_zeros(rotated[layer_lib.HEAD], rows=state.new_rows)
     rotated[layer_lib.HEAD] = head
-    notes.append(transform.note(layer_lib.HEAD, head, error=error))
+    notes.append(note(layer_lib.HEAD, head, error=error))
   return rotated, notes
 
 
@@ -205,125 +162,34 @@ def _outer(
 
 
 def _shortcut(
-  context: transform.Context,
-  state: State,
-  place: int,
   kernel: jax.Array,
+  polar: canonical.Polar | None,
+  rows: jax.Array,
+  columns: jax.Array,
+  context: Context,
   tolerance: float,
-) -> tuple[Any, jax.Array]:
-  """Returns a shortcut in the gauge, float32, and its relative error when rounded.
-
-  Args:
-    context: the context of the transform.
-    state: the coordinates of the layer.
-    place: the place of the shortcut in the layer.
-    kernel: the shortcut.
-    tolerance: see `remove_residual_gauge`.
-  """
-  rows, columns = state.segments[place : place + 2]
-  polar = state.polars[place]
-  rng = np.random.default_rng(0)
-  probes = jnp.asarray(rng.standard_normal((len(columns), _PROBES), np.float32))
-  error_of = lambda leaf: _error(
-    leaf, kernel, rows, columns, probes, dtype=context.dtype
-  )
+) -> Any:
+  """Returns a shortcut between rotated segments, float32, in its smallest form."""
   if polar is None:
-    leaf = jnp.tril(_rotate_array(kernel, rows, columns))
-    return leaf, error_of(leaf)
+    return jnp.tril(_rotate_array(kernel, rows, columns))
   values, unit = np.asarray(polar.values), context.roundoff
   off = np.abs(values.astype(np.float64) - 1)
   counted = off > tolerance * unit
-  less, more = (int(np.sum(counted & x)) for x in (values < 1, values > 1))
   # The values that count as 1 are an error. So is the rounding of B and C: for a column
   # whose square is w, about 0.6 w roundoffs.
   error = np.linalg.norm(off * np.where(counted, 0.6 * unit, 1))
   if not error <= _MOST_ERROR * unit * np.linalg.norm(values):
-    leaf = _rotate_array(kernel, rows, columns)
-    return leaf, error_of(leaf)
+    return _rotate_array(kernel, rows, columns)
+  less, more = (int(np.sum(counted & x)) for x in (values < 1, values > 1))
   ranks = tuple(_padded(count, len(values)) for count in (less, more))
   leaf = _low_rank(rows, polar, tolerance=tolerance * unit, columns=ranks)
-  return leaf.replace(b=leaf.b[:, :less], c=leaf.c[:, :more]), error_of(leaf)
+  return leaf.replace(b=leaf.b[:, :less], c=leaf.c[:, :more])
 
 
 def _padded(rank: int, most: int) -> int:
-  """Rounds a rank up, so that few different programs are compiled.
-
-  Between a power of two and the next there are four results, all multiples of 16; but
-  none exceeds `most`.
-  """
+  """Rounds a rank up to one of four per octave: few programs are compiled then."""
   grain = 1 << max(rank.bit_length() - 3, 4)
   return min(-(-rank // grain) * grain, most)
-
-
-# ---- weights that are too large to rotate ------------------------------------------
-
-
-def obstacle(context: transform.Context) -> str:
-  """Returns why the model cannot be rotated; '' if it can."""
-  for index in (None, *range(context.config.num_layers)):
-    if path := _too_large(context, index):
-      return f'{path} has weights that are not finite, or too large to rotate'
-  return ''
-
-
-def _source_part(context: transform.Context, index: int | None) -> transform.Params:
-  """Reads a layer; the parameters outside the layers, for None."""
-  if index is None:
-    return structured.flatten(context.source.outer())
-  name = models.names.layer(index)
-  return structured.flatten(context.source.read(name)[name])
-
-
-def _wide(params: transform.Params) -> transform.Params:
-  """Replaces structured leaves by the float32 arrays that a rewriting has for them.
-
-  Other leaves stay as they are, and are not copied.
-  """
-  wide = {
-    path: leaf.astype(jnp.float32) if structured.is_structured(leaf) else leaf
-    for path, leaf in params.items()
-  }
-  return structured.expand(wide, keep_factors=True)
-
-
-def _too_large(context: transform.Context, index: int | None) -> str | None:
-  """Returns the path of a parameter that is too large to rotate, if any.
-
-  A rotation keeps the norms of the lines that it mixes. None exceeds the greatest
-  number times the root of the length.
-  """
-  config, layout = context.config, models.layout
-  axes = layout.outer_axes(config) if index is None else layout.layer_axes(config)
-  params, prefix = _wide(_source_part(context, index)), models.names.prefix(index)
-  # Scales of a dense model are folded into its kernels.
-  scales = [_greatest(x) for path, x in params.items() if axes[path] == ('norm',)]
-  scale = np.max([1.0, *scales])  # NaN if one is
-  for path, leaf in params.items():
-    sides = zip(leaf.shape, axes[path], strict=True)
-    lengths = [length for length, axis in sides if isinstance(axis, int)]
-    is_table = axes[path][0] in ('vocabulary', 'position')
-    bound = scale * _greatest(leaf, is_table) * math.sqrt(math.prod(lengths))
-    if lengths and not bound <= _RANGE * context.limit(prefix + path):
-      return prefix + path
-  return None
-
-
-def _greatest(leaf: Any, only_finite: bool = False) -> float:
-  """Returns the greatest magnitude of the numbers of a leaf."""
-  greatest = 0.0
-  for array in map(np.asarray, jax.tree.leaves(leaf)):
-    # Without their sign, bits are in order, and NumPy is slow in half precision.
-    unsigned = f'u{array.itemsize}'
-    bits = array.view(unsigned) << 1
-    if only_finite:
-      infinite = np.array(np.inf, array.dtype).view(unsigned) << 1
-      bits = np.where(bits < infinite, bits, 0)
-    top = (np.max(bits, initial=0) >> 1).view(array.dtype)
-    greatest = float(np.maximum(greatest, float(top)))
-  return greatest
-
-
-# ---- compiled functions ------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
@@ -352,15 +218,58 @@ def _error(
 
 @functools.partial(jax.jit, static_argnames='rows')
 def _with_zeros(kernel: jax.Array, *, rows: int) -> tuple[Any, jax.Array]:
-  """Makes the leaf of a kernel whose last rows are upper trapezoidal.
-
-  Returns:
-    The leaf, and the relative error of its zeros in the Frobenius norm.
-  """
-  upper = rotations_lib.upper_rows(kernel, rows)
+  """Makes the last rows of a kernel upper trapezoidal; also returns the error."""
+  leaf = rotations_lib.upper_rows(kernel, rows)
   norm = jnp.maximum(jnp.linalg.norm(kernel), jnp.finfo(jnp.float32).tiny)
-  leaf = structured.TrapezoidalRows.of(upper, rows)
-  return leaf, jnp.linalg.norm(upper - kernel) / norm
+  return leaf, jnp.linalg.norm(leaf.materialize() - kernel) / norm
+
+
+# ---- weights that are too large to rotate ------------------------------------------
+
+
+def obstacle(context: Context) -> str | None:
+  """Returns why the stream cannot be rotated, '' for some families; None if it can."""
+  config, layout = context.config, models.layout
+  symmetries = layout.symmetries(config)
+  if not (symmetries.segments or symmetries.stream):
+    return ''
+  for index in (None, *range(config.num_layers)):
+    axes = layout.outer_axes(config) if index is None else layout.layer_axes(config)
+    params, prefix = _read(context, index), models.names.prefix(index)
+    # Scales of a dense model are folded into its kernels.
+    scales = [np.abs(x).max() for path, x in params.items() if axes[path] == ('norm',)]
+    scale = np.max([1.0, *scales])  # NaN if one is
+    for path, leaf in params.items():
+      rotated = tuple(i for i, axis in enumerate(axes[path]) if isinstance(axis, int))
+      if not rotated:
+        continue
+      is_table = axes[path][0] in ('vocabulary', 'position')
+      pair = structured.pair(leaf)
+      factors = [(leaf, rotated)] if pair is None else [(pair.u, (0,)), (pair.v, (1,))]
+      limit = _RANGE * float(jnp.finfo(context.dtype_of(prefix + path)).max) / scale
+      bound = rotations_lib.largest_rotated
+      if not all(bound(np.asarray(x), axis, is_table) <= limit for x, axis in factors):
+        return (
+          f'{prefix + path} has weights that are not finite, or too large to rotate'
+        )
+  return None
+
+
+def _read(context: Context, index: int | None) -> Params:
+  """Reads a layer, or the parameters outside the layers for None.
+
+  Float32 arrays take the place of structured leaves; other leaves are not copied.
+  """
+  params: Params = {}
+  for tree in context.read(index):
+    params |= structured.flatten(tree)
+  for path, leaf in params.items():
+    if structured.is_structured(leaf):
+      params[path] = leaf.astype(jnp.float32)
+  return structured.expand(params, keep_factors=True)
+
+
+# ---- compiled functions ------------------------------------------------------------
 
 
 _gauge = jax.jit(

@@ -1,21 +1,15 @@
 """The algebra of transforms: their definition, and which ones make a chain.
 
-A transform rewrites the parameters of a model so that they store fewer weights. It
-replaces arrays by structured leaves, see `structured`. It keeps the function of the
-model, or it states how it changes the function. A note describes the change of one
-tensor.
-
-Transforms are written like Optax's: a transform is a few pure functions and a state.
-The state carries information from layer to layer, for example the coordinates that were
-chosen for the residual stream.
+A transform replaces arrays by structured leaves. It keeps the function of the model, or
+it notes how it changes it. Transforms are written like Optax's: a few pure functions
+and a state, which carries information from layer to layer.
 
 Parameters are dicts of leaves by path, as in `structured.flatten`. **A transform owns
-the parameters that it gets**, as a function owns donated buffers: it may take leaves
-out of a dict, put others in, and return the same dict. So the memory of a leaf is free
-as soon as it is rewritten.
+the parameters that it gets**, as a function owns donated buffers: it may change the
+dict and return it. So the memory of a leaf is free as soon as it is rewritten.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -30,108 +24,90 @@ Note = dict[str, Any]
 State = Any  # a PyTree of arrays
 Noted = tuple[Params, list[Note]]
 
-MOST_ERROR = 8.0
-"""The greatest relative error that a note may state, as a multiple of the roundoff.
 
-A greater error ends the work.
-A note with `plain_error`, the error that plain arrays would have, may state as many
-times that error.
-"""
-
-
-class ModelSource(Protocol):
-  """A model to read from: a `models.Model`, or a checkpoint that stays on disk."""
+class Source(Protocol):
+  """Arrays in records: a `models.Model`, a checkpoint on disk, or any arrays."""
 
   @property
-  def config(self) -> models.ModelConfig: ...
+  def config(self) -> Any:
+    """Config of the model; None for arrays of none."""
+
+  @property
+  def stored_as(self) -> str | None:
+    """See `models.Model`; None if the arrays are rounded already."""
 
   @property
   def records(self) -> tuple[str, ...]:
-    """Names of the records, see `models.names`."""
-
-  def read(self, record: str) -> models.Params:
-    """The parameters of a record, by whole paths."""
+    """Names of the records, see `models.names`, in the order of the file."""
 
   def specs(self, record: str) -> models.Params:
-    """The shapes and dtypes of the parameters of a record, by whole paths."""
+    """Returns the shapes and dtypes of a record; nothing is read from disk."""
 
-  def outer(self) -> models.Params:
-    """The parameters outside the layers."""
+  def read(self, record: str) -> models.Params:
+    """Returns the leaves of a record: nested dicts with whole paths."""
 
 
 class Context(NamedTuple):
-  """Information that every function of a transform gets, see `make_context`.
+  """Information that every function of a transform gets, see `make_context`."""
 
-  Attributes:
-    source: the model before any transform.
-    dtypes: the dtype to which the weights of each parameter are rounded at the end, by
-      path.
-    dtype: the dtype to which most weights are rounded.
-  """
-
-  source: ModelSource
-  dtypes: Mapping[str, np.dtype]
-  dtype: np.dtype
+  source: Source  # the model before any transform
+  dtypes: Mapping[str, np.dtype]  # to which parameters are rounded at the end, by path
+  dtype: np.dtype  # to which most weights are rounded
 
   @property
   def config(self) -> models.ModelConfig:
-    return self.source.config
+    config: models.ModelConfig = self.source.config
+    return config
+
+  def read(self, index: int | None) -> Iterator[models.Params]:
+    """Yields a layer of the source; for None, the records outside the layers."""
+    if index is None:
+      outer = models.outer_shapes(self.config)
+      yield from (self.source.read(x) for x in self.source.records if x in outer)
+    else:
+      name = models.names.layer(index)
+      yield self.source.read(name)[name]
 
   @property
   def roundoff(self) -> float:
-    """Unit roundoff of `dtype`, the dtype of most weights.
-
-    For float32 it is 2^-19, the error of the float32 linear algebra, because float32's
-    own roundoff is never reached.
-    """
+    """Unit roundoff of `dtype`, but at least 2^-19, the error of float32 algebra."""
     least = 16 * float(jnp.finfo(jnp.float32).eps)
     return max(float(jnp.finfo(self.dtype).eps) / 2, least)
 
-  def holder(self, *paths: str) -> np.dtype:
-    """Returns the dtype of parameters; of several, the one with the smallest range."""
-    dtypes = [self.dtypes.get(path, self.dtype) for path in paths]
-    return min(dtypes, key=lambda dtype: float(jnp.finfo(dtype).max))
+  def dtype_of(self, path: str) -> np.dtype:
+    """Returns the dtype to which a parameter is rounded at the end."""
+    return self.dtypes.get(path, self.dtype)
 
-  def limit(self, path: str) -> float:
-    """Returns the greatest finite number of the dtype of a parameter."""
-    return float(jnp.finfo(self.holder(path)).max)
+  def narrowest(self, paths: Iterable[str]) -> np.dtype:
+    """Returns the one of the dtypes of parameters that has the smallest range."""
+    return min(map(self.dtype_of, paths), key=lambda x: float(jnp.finfo(x).max))
+
+
+def _unchanged(context: Context, state: State, *args: Any) -> Noted:
+  """Returns parameters, the last argument, as they are."""
+  return args[-1], []
 
 
 class Transform(NamedTuple):
-  """A pass over a model, as functions that return notes, see `note`.
+  """A pass over a model, as functions that return parameters and notes, see `note`.
 
   >>> [transform.name for transform in chain(Transform('a'), chain(Transform('b')))]
   ['a', 'b']
-
-  Attributes:
-    name: the name of its saving in the report.
-    init: takes the context and returns the state before the first layer. It may read
-      any part of the source. By default the state is empty.
-    advance: takes the context, the state, the index of a layer and the layer. It
-      returns the state with which the layer is rewritten, and from which the next layer
-      goes on. It does not change the layer. None if the state is that of `init`.
-    layer: takes the same arguments, with the state that `advance` returned. It returns
-      the rewritten layer and the notes on it. By default nothing changes.
-    outer: takes the context, the state after the last layer and the parameters outside
-      the layers. It returns the rewritten parameters and the notes.
-    reads_source: whether it reads parts of the source before they are rewritten, and so
-      must be the first of a chain.
-    takes: the weights that it takes: 'float32' if they must be float32 and are rounded
-      after the last transform, 'stored' if they must be those of the source, in its
-      dtypes.
   """
 
-  name: str
+  name: str  # of its saving in the report
+  # Returns the state before the first layer. It may read any part of the source.
   init: Callable[[Context], State] = lambda context: ()
+  # Returns the state for the layer with this index, which it does not change.
   advance: Callable[[Context, State, int, Params], State] | None = None
-  layer: Callable[[Context, State, int, Params], Noted] = (
-    lambda context, state, index, params: (params, [])
-  )
-  outer: Callable[[Context, State, Params], Noted] = lambda context, state, params: (
-    params,
-    [],
-  )
+  # Returns the layer with this index, rewritten, and its notes; gets its state.
+  layer: Callable[[Context, State, int, Params], Noted] = _unchanged
+  # Returns the parameters outside the layers, rewritten; gets the last state.
+  outer: Callable[[Context, State, Params], Noted] = _unchanged
+  # Whether it reads parts of the source ahead, and so must be the first of a chain.
   reads_source: bool = False
+  # 'float32' weights, which are rounded after the last transform, or as they are
+  # 'stored' in the source.
   takes: Literal['any', 'float32', 'stored'] = 'any'
 
 
@@ -139,15 +115,10 @@ Chain = tuple[Transform, ...]
 
 
 def chain(*transforms: Transform | Chain) -> Chain:
-  """Makes a chain of transforms; a chain among them counts as its transforms.
-
-  Raises:
-    ValueError: if a transform that reads the source ahead is not the first, or if two
-      transforms take different weights. It names the transforms.
-  """
-  flat: list[Transform] = []
+  """Makes a chain of transforms and chains; a ValueError if they do not fit."""
+  flat: Chain = ()
   for item in transforms:
-    flat += [item] if isinstance(item, Transform) else item
+    flat += (item,) if isinstance(item, Transform) else item
   for transform in flat[1:]:
     if transform.reads_source:
       raise ValueError(
@@ -156,36 +127,36 @@ def chain(*transforms: Transform | Chain) -> Chain:
       )
   for transform in flat:
     if transform.takes != 'any':
-      check_takes(tuple(flat), transform.takes)
-  return tuple(flat)
+      check_takes(flat, transform.takes)
+  return flat
+
+
+_TAKES = {
+  'float32': 'float32 weights, which are rounded after the last transform',
+  'stored': 'weights as they are stored',
+}
 
 
 def check_takes(transforms: Chain, takes: str) -> None:
-  """Checks that every transform takes such weights, see `Transform.takes`.
-
-  Raises:
-    ValueError: if one does not. It names the transform.
-  """
+  """Raises a ValueError if a transform does not take such weights."""
   for transform in transforms:
     if transform.takes not in ('any', takes):
-      names = {
-        'float32': 'float32 weights, which are rounded after the last transform',
-        'stored': 'weights as they are stored',
-      }
       raise ValueError(
-        f'{transform.name!r} takes {names[transform.takes]}, got {names[takes]}'
+        f'{transform.name!r} takes {_TAKES[transform.takes]}, got {_TAKES[takes]}'
       )
 
 
-def note(path: str, leaf: Any, *, error: Any = 0.0, **details: Any) -> Note:
+def note(
+  path: str,  # of the parameter in the whole model
+  leaf: Any,  # the array or structured leaf that now stands for it, unstacked
+  *,
+  error: Any = 0.0,  # relative error of the leaf, in the Frobenius norm
+  **details: Any,
+) -> Note:
   """Makes a note on one tensor.
 
-  Args:
-    path: path of the parameter in the whole model.
-    leaf: the array or structured leaf that now stands for the parameter, unstacked.
-    error: relative error of the leaf, in the Frobenius norm.
-    details: further JSON values, or arrays of shape `[]`. An `obstacle` says why the
-      transform did not change the tensor.
+  Details are JSON values, or arrays `[]`. An `obstacle` says why the transform did not
+  change the tensor; a `plain_error` is the error of plain arrays.
   """
   return {
     'tensor': path,

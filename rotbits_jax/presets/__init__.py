@@ -7,11 +7,10 @@ near    removes the same elements as `free`, and rounds the others more coarsely
 paper   keeps the function up to rounding, and saves bits by rotating the model, as
         published
 
-A gauge is a choice of coordinates that does not change the function of a model. A
-transform rewrites a model so that fewer elements need to be stored; see `passes`.
+A ValueError says that a name or an option is unknown, or that a value is out of range.
 
-Everything that others ask of a preset is in its `Preset`. Another one is added by a
-function that makes it: `presets.PRESETS['mine'] = my_package.mine`.
+Another preset is added by a function that makes a `Preset`:
+`presets.PRESETS['mine'] = my_package.mine`.
 """
 
 from collections.abc import Callable
@@ -19,24 +18,12 @@ import inspect
 from typing import Any
 
 from rotbits_jax import models
-from rotbits_jax.presets.exact import exact
-from rotbits_jax.presets.free import free
-from rotbits_jax.presets.near import near
-from rotbits_jax.presets.paper import paper
-from rotbits_jax.presets.preset import Keeps
-from rotbits_jax.presets.preset import Preset
-
-__all__ = [
-  'PRESETS',
-  'Keeps',
-  'Preset',
-  'default',
-  'exact',
-  'free',
-  'make',
-  'near',
-  'paper',
-]
+from rotbits_jax.presets.exact import exact as exact
+from rotbits_jax.presets.free import free as free
+from rotbits_jax.presets.near import near as near
+from rotbits_jax.presets.paper import paper as paper
+from rotbits_jax.presets.preset import Keeps as Keeps
+from rotbits_jax.presets.preset import Preset as Preset
 
 PRESETS: dict[str, Callable[..., Preset]] = {
   'free': free,
@@ -48,34 +35,23 @@ PRESETS: dict[str, Callable[..., Preset]] = {
 
 
 def default(config: models.ModelConfig | None) -> str:
-  """Returns the name of the preset that suits a checkpoint.
+  """Returns the name of the preset for a model, or for plain arrays (None).
+
+  It is 'free' for a sliced model, in which a fifth of the elements and more is
+  redundant; else 'exact', because on a dense model `free` changes elements to save next
+  to nothing.
 
   >>> default(None)
   'exact'
-
-  Args:
-    config: of the model; None for plain arrays.
-
-  Returns:
-    'free' for a sliced model, in which a fifth of the elements and more is redundant;
-    else 'exact', because on a dense model `free` changes elements to save about a bit
-    of each, or next to nothing.
   """
   return 'free' if config is not None and config.sliced else 'exact'
 
 
 def make(preset: str | Preset, **options: Any) -> Preset:
-  """Makes a preset from its name, or returns a given preset.
+  """Makes a preset from its name and options, or returns a given preset.
 
   >>> make('free', tolerance=1.0).keeps
   'function'
-
-  Args:
-    preset: a name in `PRESETS`, or a preset.
-    options: the options of the preset; must be empty if `preset` is a preset.
-
-  Raises:
-    ValueError: if the name or an option is unknown.
   """
   if isinstance(preset, Preset):
     if options:

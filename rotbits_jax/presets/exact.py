@@ -8,12 +8,8 @@ def exact(*, transforms: tuple[passes.Transform, ...] = ()) -> Preset:
   """Makes the preset that keeps every bit of the input.
 
   If the embedding can be predicted from the head, it is stored as the difference from
-  the prediction, in small integers.
-
-  Args:
-    transforms: further transforms, applied before that of the preset. They see the
-      elements in their stored dtype. With them, the preset promises no more than the
-      function.
+  the prediction, in small integers. Further transforms are applied before, and see the
+  elements in their stored dtype; with them, only the function is promised.
   """
   return Preset(
     name='exact',

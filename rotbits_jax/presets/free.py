@@ -7,24 +7,14 @@ from rotbits_jax.presets.preset import number
 
 def free(
   *,
-  tolerance: float = 0.7,
-  floor: float | None = 0.0,
-  transforms: tuple[passes.Transform, ...] = (),
+  tolerance: float = 0.7,  # of `passes.remove_residual_gauge`, in roundoffs
+  floor: float | None = 0.0,  # of `passes.with_minimum_exponent`; None to nearest
+  transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
 ) -> Preset:
   """Makes the preset that fixes every gauge, rounds once, and codes the other elements.
 
-  The function of the model stays the same up to rounding; its elements change.
-
-  Args:
-    tolerance: how far a singular value of a shortcut may be from 1 and count as 1, in
-      units of the storage format's roundoff.
-    floor: log2 of the factor by which the step that small elements share is coarser.
-      None rounds every element to its own step. See `passes.with_minimum_exponent`.
-    transforms: further transforms, applied after those of the preset.
-
-  Raises:
-    ValueError: if the tolerance is negative, a number is not finite, or the floor is
-      below -64 or above 1, where the function would not stay the same.
+  The function of the model stays the same up to rounding; its elements change. With a
+  floor above 1 it would not stay the same.
   """
   tolerance = number('tolerance', tolerance, 0)
   floor = None if floor is None else number('floor', floor, -64, 1)
@@ -38,16 +28,11 @@ def free(
 
 
 def without_gauges(
-  tolerance: float,
-  transforms: tuple[passes.Transform, ...],
-  heads: float | None = None,
+  tolerance: float, transforms: tuple[passes.Transform, ...], heads: float | None = None
 ) -> passes.Chain:
   """Returns the transforms that fix every gauge, and further ones after them.
 
-  Args:
-    tolerance: see `free`.
-    transforms: the further ones.
-    heads: see the tolerance of `passes.remove_value_gauge`.
+  `heads` is the tolerance of `passes.remove_value_gauge`.
   """
   return passes.chain(
     # Rotations come first, because the other transforms look for structure in the

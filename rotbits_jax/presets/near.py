@@ -11,33 +11,20 @@ from rotbits_jax.presets.preset import number
 
 def near(
   *,
-  step: float = -5.0,
-  offsets: Mapping[str, float] | None = None,
-  inputs: Mapping[str, passes.Inputs] | None = None,
-  tolerance: float = 0.7,
-  transforms: tuple[passes.Transform, ...] = (),
+  step: float = -5.0,  # log2 of the ratio of the step to the rms of an array
+  offsets: Mapping[str, float] | None = None,  # octaves to add, see `passes.to_steps`
+  inputs: Mapping[str, passes.Inputs] | None = None,  # see `passes.Rounding`
+  tolerance: float = 0.7,  # as in `free`
+  transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
 ) -> Preset:
   """Makes the preset for nearly the same function in far fewer bytes.
 
   It fixes every gauge as `free` does. Then it rounds the elements of each array to
-  multiples of one step, so that an element costs few bits. A matrix that a checkpoint
-  stores as quantised codes keeps them if they take fewer bytes.
+  multiples of one step, so that an element costs few bits. `presets.steps.calibrate`
+  finds offsets and inputs.
 
   >>> near(step=-4).keeps
   'approximation'
-
-  Args:
-    step: log2 of the ratio of the step to the root mean square of an array's elements.
-    offsets: numbers to add to `step`, by pattern of paths, see `models.names.pattern`.
-      `presets.steps.calibrate` finds good ones.
-    inputs: see `passes.Rounding`; `presets.steps.calibrate` measures them.
-    tolerance: how far a singular value of a shortcut may be from 1 and count as 1, in
-      units of the storage format's roundoff.
-    transforms: further transforms, applied after those of the preset.
-
-  Raises:
-    ValueError: if the tolerance is negative, if a number is not finite, or if the step
-      is too fine to save bytes, or too coarse to keep anything: `free` keeps more.
   """
   step = number('step', step, passes.FINEST, passes.COARSEST)
   offsets = {key: number(key, x, -math.inf) for key, x in (offsets or {}).items()}

@@ -17,14 +17,8 @@ def paper(
   """Makes the preset of the published scheme.
 
   The model is rotated and rounded, so its elements change, but not its function up to
-  rounding. Bits of the message choose the rotations, and the decoder gets them back.
-  Dense models are refused, because they have no shortcuts.
-
-  The arguments are those of `rotbits_jax.paper.Options`. As published: svd,
-  symmetric_eig and threshold.
-
-  Raises:
-    ValueError: if an option is unknown, or if two options cannot be combined.
+  rounding. Dense models are refused, because they have no shortcuts. The arguments are
+  those of `rotbits_jax.paper.Options`. As published: svd, symmetric_eig and threshold.
   """
   options = schema.load(
     scheme.Options,

@@ -6,33 +6,23 @@ from typing import Any, Literal, NamedTuple
 from rotbits_jax import passes
 
 Keeps = Literal['bits', 'function', 'approximation']
+"""What comes back: the bits of the input; its function up to rounding; or an
+approximation, whose divergence has no bound. Plain tensors need 'bits' or the last.
+"""
 
 
 class Preset(NamedTuple):
-  """A way to rewrite and code a model.
-
-  Attributes:
-    name: the name of the preset in the file.
-    options: JSON values that the file keeps as a record of how it was made.
-    transform: the transforms that rewrite the model, see `passes.chain`.
-    rounding: how elements are rounded after the transforms, which see float32 elements.
-      None if the transforms see the elements in their stored dtype and keep them.
-    keeps: what comes back: the 'bits' of the input; its 'function' up to rounding; or
-      an 'approximation', whose divergence has no bound. `verify` checks it. Plain
-      tensors need a preset that keeps bits.
-    resumable: whether name and options determine everything else, so that a run can
-      continue the work of an interrupted run with the same options.
-    coder: name of the coder of records, see `file.coders`; or `paper.CODER`, which
-      codes a whole model as one message.
-  """
+  """A way to rewrite and code a model."""
 
   name: str
-  options: dict[str, Any]
+  options: dict[str, Any]  # JSON values, which the file keeps as a record
   transform: passes.Chain
+  # After the transforms; None if they see elements in their stored dtype and keep them.
   rounding: passes.Rounding | None = passes.NEAREST
   keeps: Keeps = 'function'
+  # Whether name and options determine everything else, so that a run can be continued.
   resumable: bool = False
-  coder: str = 'weights'
+  coder: str = 'weights'  # of records, see `file.coders`; or `paper.CODER`
 
 
 def number(name: str, value: Any, least: float, most: float = math.inf) -> float:

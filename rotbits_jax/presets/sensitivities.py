@@ -13,8 +13,9 @@ A head that is the embedding as well, or that a tied embedding is made of, cause
 errors. Then the sum of both is approximated by a product of the same form.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -28,19 +29,14 @@ from rotbits_jax.models import transformer
 
 
 def measure(
-  model: transformer.Layers, windows: Sequence[np.ndarray], kept: Any = None
+  model: transformer.Layers,
+  windows: Sequence[np.ndarray],  # the tokens of the text, [1, T] each
+  kept: Any = None,  # see `fisher.fisher_factors`
 ) -> Iterator[dict[str, passes.Inputs]]:
-  """Measures A and g of every matrix of a model on a text.
+  """Yields A and g of every matrix of a model on a text, float32, by path.
 
-  Args:
-    model: the model, dense or sliced; it may have structured leaves.
-    windows: the tokens of the text, `[1, T]` each.
-    kept: see `fisher.fisher_factors`.
-
-  Yields:
-    For each layer, from the last to the first, and then for the parameters outside the
-    layers: A and g, float32, by the paths of its matrices. Matrices with the same
-    inputs share one A.
+  The layers come from the last to the first, then the parameters outside them. Equal
+  inputs share one A.
   """
   count = sum(tokens.size for tokens in windows)
   head: Any = None
@@ -89,29 +85,20 @@ def _sum(*pairs: tuple[np.ndarray, np.ndarray], axis: int) -> passes.Inputs:
 
 
 def fitted(
-  measured: Sequence[Mapping[str, passes.Inputs]],
-  windows: Sequence[Sequence[np.ndarray]],
-  store: Callable[[Any], Any] = np.asarray,
+  measured: Sequence[Mapping[str, passes.Inputs]],  # A and g on each of several texts
+  windows: Sequence[Sequence[np.ndarray]],  # the tokens of each text
+  store: Callable[[Any], Any] = np.asarray,  # takes each A; returns the array to keep
 ) -> dict[str, passes.Inputs]:
   """Returns A and g for rounding, given those on each of several texts.
 
   A `[n, n]` of T tokens tells little about directions that these hardly have, and
   feedback would put the errors there. Therefore (n / T)^2 times the mean of the
   diagonal of A is added to it: as much as the mean if there are n tokens.
-
-  Args:
-    measured: A and g on each text, see `measure`. Matrices that share one A share one
-      in the result.
-    windows: the tokens of each text.
-    store: takes each A; returns the array to keep.
   """
   counts = [sum(tokens.size for tokens in text) for text in windows]
   total = sum(counts)
-
-  def mean(arrays: Iterable[Any]) -> Any:
-    pairs = zip(arrays, counts, strict=True)
-    return sum(x * np.float32(count / total) for x, count in pairs)
-
+  shares = [np.float32(count / total) for count in counts]
+  mean = lambda arrays: sum(map(operator.mul, arrays, shares))
   shared: dict[int, Any] = {}
   inputs = {}
   for path, first in measured[0].items():
@@ -127,21 +114,18 @@ def fitted(
   return inputs
 
 
-@functools.partial(jax.jit, static_argnames='axis')
-def _divergence(
-  error: jax.Array, moments: jax.Array, outputs: jax.Array, axis: int
+@functools.partial(jax.jit, static_argnums=3)
+def divergence(
+  exact: Any,  # a matrix or a leaf, [in, out]; [out, in] if the axis is 1
+  rounded: Any,
+  moments: jax.Array,  # A
+  axis: int,  # of the inputs
+  outputs: jax.Array,  # g
 ) -> jax.Array:
-  """Returns the divergence of an error, see above."""
-  rows = error if axis == 0 else error.T
-  product = jnp.matmul(moments, rows, precision='highest')
-  return outputs @ (rows * product).sum(axis=0) / 2
-
-
-def divergence(inputs: passes.Inputs, error: Any) -> float:
-  """Returns about the divergence in nats that an error of a matrix causes.
-
-  Args:
-    inputs: A and g of the matrix.
-    error: float32, in the shape of the matrix.
-  """
-  return float(_divergence(error, inputs.moments, inputs.outputs, inputs.axis))
+  """Returns about the divergence in nats that rounding a matrix causes."""
+  exact, rounded = structured.materialize((exact, rounded))
+  # Tokens that no text has may have other numbers, which are kept.
+  error = jnp.where(jnp.isfinite(exact), exact - rounded, 0)
+  error = error if axis == 0 else error.T
+  product = jnp.matmul(moments, error, precision='highest')
+  return outputs @ (error * product).sum(axis=0) / 2

@@ -10,8 +10,8 @@ causes the divergence k 4^s at the step s, the least bytes have
 
 and each matrix causes a divergence in proportion to its numbers. Each k follows from
 the errors of one rounding and the sensitivities of the predictions, see
-`sensitivities`. By the same rule lines of a matrix have steps of their own, and it is
-rounded with error feedback, see `symmetries.steps`.
+`sensitivities`. By the same rule rows and columns of a matrix have steps of their own,
+and it is rounded with error feedback, see `symmetries.steps`.
 
 The model is read layer by layer. Temporary files have the data for several uses: the
 layers after the transforms, in float32; the moments of the inputs of kernels; and
@@ -19,12 +19,12 @@ the residual stream in front of each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import math
 import os
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
@@ -32,6 +32,8 @@ from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.models import transformer
+from rotbits_jax.passes import rounding as rounding_lib
+from rotbits_jax.passes.rewrite import widened
 from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.near import near
 from rotbits_jax.system import host
@@ -41,15 +43,13 @@ from rotbits_jax.system import spool
 PROBE = -5.0
 """The step at which the divergence of each parameter is estimated."""
 
-MOST_OFFSET = 4.0
-"""Bound of the offsets in octaves: a parameter may hardly cause any divergence."""
-
+_MOST_OFFSET = 4.0  # octaves: a parameter may hardly cause any divergence
 _PRECISION = 0.125  # octaves
 _EVALUATIONS = 8
 _BY_LAW = 4  # evaluations before the range is halved instead
 
-
-_Part = Callable[[str | None], models.Params]
+_Folder = str | os.PathLike[str] | None
+_Windows = Sequence[tuple[np.ndarray, int]]  # tokens, and how many are not padding
 
 
 class Point(NamedTuple):
@@ -60,28 +60,18 @@ class Point(NamedTuple):
 
 
 class Calibration(NamedTuple):
-  """The result of `calibrate`: options of `near`, and the measurements behind them.
+  """The result of `calibrate`: options of `near`, and the measurements behind them."""
 
-  Attributes:
-    offsets: octaves to add to the step, by the path of a parameter. Their mean over the
-      numbers that rounding changes is about zero.
-    inputs: the inputs of matrices, see `passes.Rounding`.
-    sensitivities: about the mean KL in nats that each causes alone at the step `PROBE`.
-    curve: with a bound, all steps that were measured, from the finest one on.
-    step: with a bound, the coarsest one of these whose divergence is below it.
-  """
-
-  offsets: dict[str, float]
-  inputs: Mapping[str, passes.Inputs]
-  sensitivities: dict[str, float]
-  curve: tuple[Point, ...] = ()
-  step: float | None = None
+  offsets: dict[str, float]  # octaves to add to the step, by path; about 0 in the mean
+  inputs: Mapping[str, passes.Inputs]  # of matrices, see `passes.Rounding`
+  sensitivities: dict[str, float]  # about the KL that each causes at the step `PROBE`
+  curve: tuple[Point, ...] = ()  # with a bound, all measurements, from the finest step
+  step: float | None = None  # the coarsest one whose divergence is below the bound
 
   @property
   def kl(self) -> float:
     """The mean divergence that was measured at the step."""
-    assert self.step is not None
-    return dict(self.curve)[self.step]
+    return next(point.kl for point in self.curve if point.step == self.step)
 
   @property
   def options(self) -> dict[str, Any]:
@@ -92,146 +82,87 @@ class Calibration(NamedTuple):
 
 @host.own_settings()
 def calibrate(
-  model: passes.ModelSource,
-  tokens: np.ndarray,
+  model: Any,  # a `models.Model`, or an opened checkpoint
+  tokens: np.ndarray,  # [N], ids of the text on which divergences are measured
   *,
   max_kl: float | None = None,
-  max_tokens: int | None = 4096,
-  tolerance: float = 0.7,
-  folder: str | os.PathLike[str] | None = None,
+  max_tokens: int | None = 4096,  # how many to use; None for all
+  tolerance: float = 0.7,  # see `near`
+  folder: _Folder = None,  # of temporary files, in which moments of inputs remain
   progress: bool = False,
 ) -> Calibration:
   """Divides the bits among the parameters, and finds the coarsest steps for a bound.
 
-  Args:
-    model: the model, in memory or on disk.
-    tokens: `[N]` token ids of the text on which divergences are measured.
-    max_kl: bound of the mean KL(model || rounded model) over the tokens, in nats; None
-      for no search.
-    max_tokens: number of tokens to use; None for all.
-    tolerance: see `near`.
-    folder: where temporary files are; None for the system's folder for such files.
-    progress: whether to show the progress on stderr.
-
-  Returns:
-    The options and measurements. The moments of the inputs remain in a file.
-
-  Raises:
-    ValueError: if the tokens are not those of a text for this model, if the bound is
-      not positive, or if no measured step is fine enough.
-    OSError: if a file cannot be written.
+  The bound `max_kl` is that of the mean KL(model || rounded model) over the tokens, in
+  nats. Without it no steps are searched. A ValueError says that the tokens or the bound
+  do not fit, or that no measured step is fine enough.
   """
   if max_kl is not None and not (math.isfinite(max_kl) and max_kl > 0):
     raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
-  cut = perplexity.windows(tokens, model.config, max_tokens=max_tokens)
+  windows = perplexity.windows(tokens, model.config, max_tokens=max_tokens)
   count = 2 if max_kl is None else 3 + _EVALUATIONS
   count *= model.config.num_layers + 1
   with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
-    context, part = _rewritten(model, tolerance, folder, bar)
-    calibration = _calibrated(context, part, cut, folder, bar)
+    rewritten = _Rewritten(model, tolerance, folder, bar)
+    calibration = _calibrated(rewritten, windows)
     if max_kl is not None:
-      calibration = _searched(calibration, model, context, part, cut, max_kl, bar)
+      calibration = _searched(calibration, rewritten, windows, max_kl)
   return calibration
 
 
-def _searched(
-  calibration: Calibration,
-  model: Any,
-  context: passes.Context,
-  part: _Part,
-  cut: Sequence[tuple[np.ndarray, int]],
-  max_kl: float,
-  bar: progress_lib.Progress,
-) -> Calibration:
-  """Adds the coarsest step that keeps the bound, and all that were measured."""
-  offsets, config = calibration.offsets, model.config
-  windows, lengths = [window for window, _ in cut], [length for _, length in cut]
-  bar.stage('predictions')
-  stored = model.rounded() if getattr(model, 'stored_as', None) else model
-  reference = _Arrays.of(
-    config, lambda name: stored.read(name) if name else stored.outer()
-  )
-  expected = reference.outer(), _last_streams(reference, windows, bar)
-  estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
-  step = _next_step({PROBE: sum(estimates)}, max_kl)
-  curve: dict[float, float] = {}
-  while step is not None and len(curve) < _EVALUATIONS:
-    bar.stage(f'2^{step:g}')
-    rounding = passes.to_steps(step, offsets, calibration.inputs)
-    rounded = _Arrays.rounded(context, part, rounding)
-    predicted = rounded.outer(), _last_streams(rounded, windows, bar)
-    curve[step] = perplexity.mean_divergence(config, expected, predicted, lengths)
-    if not math.isfinite(curve[step]):
-      raise ValueError('the predictions are not finite')
-    del rounded, predicted
-    step = _next_step(curve, max_kl)
-  bar.finish()
-  points = tuple(Point(step, curve[step]) for step in sorted(curve))
-  below = [point.step for point in points if point.kl <= max_kl]
-  if not below:
-    raise ValueError(
-      f'the finest step, 2^{points[0].step:g}, has a divergence of '
-      f'{points[0].kl:.3g}, above {max_kl}; a preset that keeps more is `free`'
-    )
-  return calibration._replace(curve=points, step=below[-1])
+# ---- a model, part by part ---------------------------------------------------------
 
 
-class _Arrays(NamedTuple):
-  """A model that is read part by part, as the forward pass takes it, see `_arrays`.
+_Part = Callable[[str | None], models.Params]
+"""Returns a layer by the name of its record, or for None the parameters outside."""
 
-  Attributes:
-    config: sizes and switches.
-    part: returns a layer by the name of its record, and those outside the layers for
-      None: nested dicts whose keys are names of records.
-  """
+
+class _Layers(NamedTuple):
+  """A model that is read part by part, see `transformer.Layers`."""
 
   config: models.ModelConfig
   part: _Part
 
-  @classmethod
-  def of(cls, config: models.ModelConfig, part: _Part) -> '_Arrays':
-    """Returns a model whose parts are stored in any form."""
-    return cls(config, lambda name: structured.unflatten(_arrays(part(name))))
-
-  @classmethod
-  def rounded(
-    cls, context: passes.Context, part: _Part, rounding: passes.Rounding
-  ) -> '_Arrays':
-    """Returns a model that is rounded part by part, as the preset `near` does it.
-
-    Its leaves become arrays whose numbers are rounded to the dtype of the checkpoint,
-    too, as `decode` does it.
-    """
-
-    def rounded_part(name: str | None) -> models.Params:
-      leaves = _rounded(context, part(name), rounding)
-      arrays = structured.expand(leaves, keep_factors=True)
-      stored = {
-        path: structured.astype(leaf, context.dtypes.get(path, context.dtype))
-        for path, leaf in arrays.items()
-      }
-      return structured.unflatten(structured.astype(stored, np.float32))
-
-    outer = rounded_part(None)  # it is needed before the layers and after them
-    return cls(context.config, lambda name: rounded_part(name) if name else outer)
-
   def layer(self, index: int) -> models.Params:
-    """Returns the parameters of a layer."""
     name = models.names.layer(index)
     layer: models.Params = self.part(name)[name]
     return layer
 
   def outer(self) -> models.Params:
-    """Returns the parameters outside the layers."""
     return self.part(None)
 
 
-def _rounded(
-  context: passes.Context, part: models.Params, rounding: passes.Rounding
-) -> dict[str, Any]:
-  """Rounds a part of a model as `passes.rewrite` does; returns arrays by path."""
-  params, *_ = passes.round_params(rounding, passes.widened(part), context)
-  return _arrays(structured.unflatten(params))
+class _Rewritten:
+  """A model after the transforms of `near`, float32, in a temporary file."""
+
+  def __init__(
+    self, model: Any, tolerance: float, folder: _Folder, bar: progress_lib.Progress
+  ):
+    self.model, self.config, self.folder, self.bar = model, model.config, folder, bar
+    self.context = passes.make_context(model)
+    self.parts = spool.Spool(folder)
+    transform = near(tolerance=tolerance).transform
+    bar.stage('compiling, removing gauges')
+    for records, _ in passes.rewrite(self.context, transform, rounding=passes.FLOAT32):
+      is_layer = models.names.layer_index(records[0].name) is not None
+      params = {name: x for record in records for name, x in record.params.items()}
+      self.parts[records[0].name if is_layer else None] = params
+      bar.update()
+
+  def rounded(
+    self, name: str | None, rounding: passes.Rounding
+  ) -> tuple[dict[str, Any], set[str]]:
+    """Rounds a part; returns arrays by path, and the paths that have steps."""
+    params = widened(self.parts[name])
+    params, notes, _ = rounding_lib.round_params(rounding, params, self.context)
+    return _arrays(structured.unflatten(params)), {note['tensor'] for note in notes}
+
+  def decoded(self, name: str | None, rounding: passes.Rounding) -> models.Params:
+    """Rounds a part, also to the dtypes of the checkpoint as `decode` does."""
+    arrays = structured.expand(self.rounded(name, rounding)[0], keep_factors=True)
+    for path, leaf in arrays.items():
+      arrays[path] = structured.astype(leaf, self.context.dtype_of(path))
+    return structured.unflatten(structured.astype(arrays, np.float32))
 
 
 def _arrays(params: models.Params) -> dict[str, Any]:
@@ -240,85 +171,100 @@ def _arrays(params: models.Params) -> dict[str, Any]:
   Arrays take the place of integers, so that one compiled program serves all steps.
   """
   plain = lambda x: structured.materialize(x) if structured.is_in_files(x) else x
-  return passes.widened(jax.tree.map(plain, params, is_leaf=structured.is_structured))
+  return widened(jax.tree.map(plain, params, is_leaf=structured.is_structured))
 
 
-def _last_streams(
-  model: transformer.Layers, windows: Sequence[np.ndarray], bar: progress_lib.Progress
-) -> list[jax.Array]:
-  """Returns the residual stream of each window after the last layer."""
-  last: list[jax.Array] = []
-  for xs in transformer.streams(model, windows):
-    last = xs
-    bar.update()
-  return last
+# ---- the divergence of each parameter ----------------------------------------------
 
 
-def _rewritten(
-  model: Any,
-  tolerance: float,
-  folder: str | os.PathLike[str] | None,
-  bar: progress_lib.Progress,
-) -> tuple[passes.Context, _Part]:
-  """Applies the transforms of `near`; returns the parts of the result, too."""
-  transform = near(tolerance=tolerance).transform
-  bar.stage('compiling, removing gauges')
-  context = passes.make_context(model, stored_as=getattr(model, 'stored_as', None))
-  parts = spool.Spool(folder)
-  for records, _ in passes.rewrite(context, transform, rounding=passes.FLOAT32):
-    is_layer = models.names.layer_index(records[0].name) is not None
-    params = {name: x for record in records for name, x in record.params.items()}
-    parts[records[0].name if is_layer else None] = params
-    bar.update()
-  return context, lambda name: parts[name]
-
-
-def _calibrated(
-  context: passes.Context,
-  part: _Part,
-  cut: Sequence[tuple[np.ndarray, int]],
-  folder: str | os.PathLike[str] | None,
-  bar: progress_lib.Progress,
-) -> Calibration:
+def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   """Estimates the divergence of each parameter, and divides the bits."""
-  # Padding is no input whose statistics are of interest.
-  windows = [window for window, length in cut if length == window.size]
-  bar.stage('gradients')
+  rewritten.bar.stage('gradients')
+  parts, folder = rewritten.parts, rewritten.folder
   inputs: dict[str, passes.Inputs] = {}
   counts, divergences, store = {}, {}, spool.Spool(folder).stored
-  rewritten_model = _Arrays.of(context.config, part)
-  # Feedback fits the text that it has seen. So errors are made with one half of it, and
-  # the other half tells their cost.
-  halves = [half for half in (windows[::2], windows[1::2]) if half]
+  part = lambda name: structured.unflatten(_arrays(parts[name]))
+  model = _Layers(rewritten.config, part)
+  # Padding is no input of interest. Feedback fits the text that it has seen, so errors
+  # are made with one half of it, and the other half tells their cost.
+  texts = [window for window, length in windows if length == window.size]
+  halves = [half for half in (texts[::2], texts[1::2]) if half]
   measured = (
-    sensitivities.measure(rewritten_model, half, spool.Spool(folder)) for half in halves
+    sensitivities.measure(model, half, spool.Spool(folder)) for half in halves
   )
   for seen, *unseen in zip(*measured, strict=True):
     inputs |= sensitivities.fitted([seen, *unseen], halves, store)
     index = models.names.layer_index(next(iter(seen)))
     name = None if index is None else models.names.layer(index)
     rounding = passes.to_steps(PROBE, {}, sensitivities.fitted([seen], halves[:1]))
-    exact = _arrays(part(name))
-    rounded = _rounded(context, part(name), rounding)
+    exact, (rounded, stepped) = _arrays(parts[name]), rewritten.rounded(name, rounding)
     for path, matrix_inputs in (unseen or [seen])[0].items():
-      leaf = exact[path]
-      count = _count(leaf, rounded[path])
-      if count:
-        needed = [structured.materialize(exact[x]) for x in getattr(leaf, 'needs', ())]
-        error = _error(leaf, rounded[path], *needed)
-        counts[path] = count
-        divergences[path] = sensitivities.divergence(matrix_inputs, error)
-    bar.update()
+      if path in stepped:
+        counts[path] = structured.count_elements(rounded[path])
+        leaves = exact[path], rounded[path]
+        divergences[path] = float(sensitivities.divergence(*leaves, *matrix_inputs))
+    rewritten.bar.update()
   return Calibration(_offsets(counts, divergences), inputs, divergences)
 
 
-@jax.jit
-def _error(leaf: Any, rounded: Any, *needed: jax.Array) -> jax.Array:
-  """Returns the error of the array of a leaf."""
-  array = lambda x: x.materialize(*needed) if structured.is_structured(x) else x
-  exact = array(leaf)
-  # Tokens that no text has may have other numbers, which are kept.
-  return jnp.where(jnp.isfinite(exact), exact - array(rounded), 0)
+def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str, float]:
+  """Divides the bits, see above. The mean offset over all numbers is zero."""
+  if not counts:
+    return {}
+  paths = sorted(counts)
+  sizes, causes = (np.array([x[path] for path in paths]) for x in (counts, divergences))
+  # A divergence that is close to zero counts as a small one.
+  least = max(causes.max() * 2.0 ** (-4 * _MOST_OFFSET), 1e-12)
+  offsets = np.log2(sizes / np.maximum(causes, least)) / 2
+  offsets -= np.average(offsets, weights=sizes)
+  offsets = np.clip(offsets, -_MOST_OFFSET, _MOST_OFFSET).round(3)
+  return dict(zip(paths, offsets.tolist(), strict=True))
+
+
+# ---- the search of a step ----------------------------------------------------------
+
+
+def _searched(
+  calibration: Calibration, rewritten: _Rewritten, windows: _Windows, max_kl: float
+) -> Calibration:
+  """Adds the coarsest step that keeps the bound, and all that were measured."""
+  offsets, config, bar = calibration.offsets, rewritten.config, rewritten.bar
+  lengths, model = [length for _, length in windows], rewritten.model
+
+  def predicted(part: _Part) -> tuple[models.Params, list[jax.Array]]:
+    """Returns the outer parameters, and the last residual stream of each window."""
+    outer, last = part(None), list[jax.Array]()
+    layers = _Layers(config, lambda name: part(name) if name else outer)
+    for streams in transformer.streams(layers, [window for window, _ in windows]):
+      last = streams
+      bar.update()
+    return outer, last
+
+  bar.stage('predictions')
+  source = model.rounded() if model.stored_as else model
+  read = lambda name: source.read(name) if name else source.outer()
+  expected = predicted(lambda name: structured.unflatten(_arrays(read(name))))
+  estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
+  step = _next_step({PROBE: sum(estimates)}, max_kl)
+  curve: dict[float, float] = {}
+  while step is not None and len(curve) < _EVALUATIONS:
+    bar.stage(f'2^{step:g}')
+    rounding = passes.to_steps(step, offsets, calibration.inputs)
+    rounded = predicted(functools.partial(rewritten.decoded, rounding=rounding))
+    curve[step] = perplexity.mean_divergence(config, expected, rounded, lengths)
+    if not math.isfinite(curve[step]):
+      raise ValueError('the predictions are not finite')
+    del rounded
+    step = _next_step(curve, max_kl)
+  bar.update(bar.total - bar.n)
+  points = tuple(Point(step, curve[step]) for step in sorted(curve))
+  below = [point.step for point in points if point.kl <= max_kl]
+  if not below:
+    raise ValueError(
+      f'the finest step, 2^{points[0].step:g}, has a divergence of '
+      f'{points[0].kl:.3g}, above {max_kl}; a preset that keeps more is `free`'
+    )
+  return calibration._replace(curve=points, step=below[-1])
 
 
 def _next_step(curve: dict[float, float], max_kl: float) -> float | None:
@@ -339,32 +285,3 @@ def _next_step(curve: dict[float, float], max_kl: float) -> float | None:
     step = (least + most) / 2
   step = math.floor(step / _PRECISION) * _PRECISION
   return float(min(max(step, least), most))
-
-
-def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str, float]:
-  """Divides the bits, see above. The mean offset over all numbers is zero."""
-  if not counts:
-    return {}
-  # A divergence that is close to zero counts as a small one.
-  least = max(divergences.values()) * 2.0 ** (-4 * MOST_OFFSET)
-  offsets = {
-    path: math.log2(count / max(divergences[path], least, 1e-12)) / 2
-    for path, count in counts.items()
-  }
-  total = sum(counts.values())
-  mean = sum(counts[path] * offset for path, offset in offsets.items()) / total
-  return {
-    path: round(min(max(offset - mean, -MOST_OFFSET), MOST_OFFSET), 3)
-    for path, offset in sorted(offsets.items())
-  }
-
-
-def _count(leaf: Any, rounded: Any) -> int:
-  """Returns the numbers of a leaf with a matrix that a step changed, or 0."""
-  if isinstance(rounded, structured.Tied):
-    return 0
-  if structured.is_plain(rounded) and not structured.is_plain(leaf):
-    leaf = structured.materialize(leaf)
-  pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(rounded), strict=True)
-  changed = any(passes.is_matrix(x) and bool((x != y).any()) for x, y in pairs)
-  return structured.count_elements(leaf) if changed else 0

@@ -3,7 +3,7 @@
 A `structured.difference` is made from one array of another model, which the receiver
 has: the base of a fine-tune, or an earlier step of one run. Arrays are found by their
 paths. Tensors of unknown families are also found if their names differ by a prefix such
-as 'model.'.
+as 'model.'. A base that lacks an array raises a ValueError that names it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -13,6 +13,7 @@ import threading
 from typing import Any, NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -20,6 +21,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
+from rotbits_jax.relative import products
 from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
@@ -30,34 +32,24 @@ _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
 class Beside(NamedTuple):
-  """An array beside one that the receiver knows.
-
-  Attributes:
-    measured: the leaf, and the classes of its differences.
-    known: the array of the base that it needs, or the product of such arrays.
-    crc32: CRC-32 of the array that it stands for.
-  """
+  """An array beside one that the receiver knows."""
 
   measured: measure.Measured
-  known: entries.BaseArray | entries.Product
-  crc32: int
+  known: entries.BaseArray | products.Product
+  crc32: int  # of the array that the leaf stands for
 
 
 class Base:
   """The arrays of a base, by path, a record at a time.
 
   Attributes:
+    source: the base, a `passes.Source`.
     config: config of the model; None for plain arrays.
   """
 
   def __init__(self, source: Any, *, plain: bool):
-    """Reads names, shapes and dtypes.
-
-    Args:
-      source: has the arrays, a `file.sources.Source`.
-      plain: whether names that differ by a prefix are the same.
-    """
-    self.source, self._plain = source, plain
+    """Reads names, shapes and dtypes; `plain` names may differ by a prefix."""
+    self.source = source
     self.config: models.ModelConfig | None = getattr(source, 'config', None)
     self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for record in source.records:
@@ -67,31 +59,28 @@ class Base:
     for path in self._specs if plain else ():
       self._short.setdefault(_short(path), []).append(path)
     self._lock = threading.RLock()
-    self._record = functools.lru_cache(_MOST_RECORDS)(self._read)
+    read = lambda record: structured.flatten(source.read(record))
+    self._record = functools.lru_cache(_MOST_RECORDS)(read)
 
   def find(self, path: str) -> str | None:
     """Returns the path of the base's array for a path; None if it has none."""
     if path in self._specs:
       return path
-    found = self._short.get(_short(path), ())
-    return found[0] if len(found) == 1 else None
+    paths = self._short.get(_short(path), ())
+    return paths[0] if len(paths) == 1 else None
 
   def check_shares(self, paths: Collection[str]) -> None:
-    """Checks that the base has some array of a model, given the paths of all of them.
-
-    Raises:
-      ValueError: naming a path, if it has none.
-    """
+    """Checks that the base has some array of a model, given the paths of all."""
     if paths and not any(self.find(path) is not None for path in paths):
       first = next(iter(paths))
       raise ValueError(f'the base has no {first}, nor any other array of the model')
 
   def array(self, path: str) -> np.ndarray | None:
     """Returns the base's array for a path to encode beside; None if it has none."""
-    found = self.find(path)
-    if found is None or not self._has_fixed_bits(found):
+    path_in_base = self.find(path)
+    if path_in_base is None or not self._has_fixed_bits(path_in_base):
       return None
-    return host.contiguous(self._array(found))
+    return host.contiguous(self._array(path_in_base))
 
   def _leaf(self, path: str) -> Any:
     if path not in self._specs:
@@ -102,9 +91,8 @@ class Base:
   def _has_fixed_bits(self, path: str) -> bool:
     """Returns whether each machine finds the same bits in the array of a path."""
     leaf = self._leaf(path)
-    return (
-      not structured.is_structured(leaf) or leaf.origin is not structured.Origin.SUMMED
-    )
+    is_leaf = structured.is_structured(leaf)
+    return not is_leaf or leaf.origin is not structured.Origin.SUMMED
 
   def _array(self, path: str) -> np.ndarray:
     leaf = self._leaf(path)
@@ -114,24 +102,18 @@ class Base:
       leaf = leaf.materialize(*map(self._array, leaf.needs))
     return np.asarray(jax.device_get(structured.materialize(leaf)))
 
-  def _read(self, record: str) -> dict[str, Any]:
-    return structured.flatten(self.source.read(record))
-
-  def check(self, wanted: entries.BaseArray) -> None:
-    """Checks that the base has the array of an entry; its elements are not read.
-
-    Raises:
-      ValueError: naming the array, if it is missing or another one.
-    """
-    found = self.find(wanted.path)
-    if found is None:
+  def check(self, wanted: entries.BaseArray) -> str:
+    """Checks that the base has the array of an entry, unread; returns its path."""
+    path = self.find(wanted.path)
+    if path is None:
       raise ValueError(f'the base has no {wanted.path}, which it needs')
-    _, shape, dtype = self._specs[found]
+    _, shape, dtype = self._specs[path]
     if (shape, dtype) != (wanted.shape, wanted.dtype):
       raise ValueError(
         f'it needs {wanted.path} of the base as {wanted.dtype} {list(wanted.shape)}, '
         f'and that of this base is {dtype} {list(shape)}'
       )
+    return path
 
   def get(self, wanted: entries.BaseArray, transposed: bool = False) -> np.ndarray:
     """Returns the array of an entry.
@@ -139,18 +121,13 @@ class Base:
     Args:
       wanted: the entry.
       transposed: whether its checksum is that of the transpose.
-
-    Raises:
-      ValueError: naming the array, if it is missing or another one.
     """
-    self.check(wanted)
-    found = self.find(wanted.path)
-    assert found is not None
-    array = self._array(found)
+    path = self.check(wanted)
+    array = self._array(path)
     array = host.contiguous(array.T if transposed else array)
     if checksums.of_array(array) != wanted.crc32:
       raise ValueError(
-        f'{found} of this base has other elements than that of the base beside which '
+        f'{path} of this base has other elements than that of the base beside which '
         'the file was encoded'
       )
     return array.T if transposed else array
@@ -158,47 +135,37 @@ class Base:
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
   ) -> dict[str, Beside]:
-    """Finds the arrays that take fewer bytes beside the base.
+    """Returns how to store the arrays that take fewer bytes beside the base, by path.
 
     An embedding that is predicted from the head counts as an array, too.
 
     Args:
       params: leaves by path.
       resolve: returns the parameters that leaves need.
-
-    Returns:
-      How to store these arrays, by path.
     """
     jobs, stored = {}, dict[str, Beside | None]()
     for path, leaf in params.items():
       is_predicted = isinstance(leaf, difference.Difference)
-      base_path = self.find(path)
-      if base_path is None or (structured.is_structured(leaf) and not is_predicted):
+      path_in_base = self.find(path)
+      if (
+        path_in_base is None
+        or (structured.is_structured(leaf) and not is_predicted)
+        or not self._has_fixed_bits(path_in_base)
+      ):
         continue
-      _, shape, dtype = self._specs[base_path]
-      if not _fits(leaf, shape, dtype) or not self._has_fixed_bits(base_path):
-        continue
-      needed = map(resolve, leaf.needs) if is_predicted else ()
-      array = np.asarray(leaf.materialize(*needed) if is_predicted else leaf)
+      array = leaf.materialize(*map(resolve, leaf.needs)) if is_predicted else leaf
       # The base is read here, because an encoded file takes jobs of its own.
-      pair = array, self._array(base_path), base_path
-      if array.size > _LARGE:
-        stored[path] = _beside(*pair)
+      pair = np.asarray(array), self._array(path_in_base)
+      job = functools.partial(_beside, *pair, path_in_base)
+      if pair[0].size > _LARGE:
+        stored[path] = job()
       else:
-        jobs[path] = functools.partial(_beside, *pair)
+        jobs[path] = job
     stored |= zip(jobs, pool.run(jobs.values()), strict=True)
-    return {
-      path: beside
-      for path, beside in stored.items()
-      if beside is not None and _is_smaller(beside, params[path], resolve)
-    }
+    return {path: beside for path, beside in stored.items() if beside is not None}
 
   def holds(self, leaves: Iterable[Any]) -> bool:
-    """Returns whether the base has the arrays that some leaves need.
-
-    Args:
-      leaves: entries of the manifest.
-    """
+    """Returns whether the base has the arrays that entries of leaves need."""
     try:
       for leaf in leaves:
         for array in leaf.base_arrays:
@@ -208,66 +175,38 @@ class Base:
     return True
 
 
-def _fits(leaf: Any, shape: tuple[int, ...], dtype: str) -> bool:
-  """Returns whether an array or its transpose can be stored beside one of the base."""
-  is_transposed_fit = len(shape) == 2 and difference.fits(
-    leaf.shape[::-1], leaf.dtype, shape[::-1], dtype
-  )
-  return is_transposed_fit or difference.fits(leaf.shape, leaf.dtype, shape, dtype)
-
-
 def _beside(target: np.ndarray, base: np.ndarray, path: str) -> Beside | None:
-  """Returns how to store an array beside one of the base; None if it is not worth it.
-
-  Args:
-    target: the array.
-    base: the array of the base.
-    path: its path there.
-  """
-  base_shape = base.shape
-  transposed = target.shape[1:] != base.shape[1:]  # more tokens or fewer
-  if target.shape == base.shape:  # nothing moves the kernels of transposed tensors
-    transposed = all(
-      x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous
+  """Returns how to store an array beside that of a path in the base."""
+  shape = base.shape
+  columns_first = target.shape[1:] != shape[1:]  # more tokens or fewer
+  if target.shape == shape:  # nothing moves the kernels of transposed tensors
+    columns_first = all(
+      x.ndim == 2 and x.T.flags.c_contiguous and not x.flags.c_contiguous
       for x in (target, base)
     )
-  if transposed:
+  if columns_first:
     target, base = target.T, base.T
-  target, base = host.contiguous(target), host.contiguous(base)
-  measured = measure.beside(target, base)
-  if measured is None:
-    return None
-  leaf = dataclasses.replace(measured.leaf, columns_first=transposed)
-  nbytes = structured.count_bytes(leaf)
-  if entries.is_too_short(target.size, base.size, nbytes):
-    return None
-  known = dataclasses.replace(entries.BaseArray.of(path, base), shape=base_shape)
-  return Beside(measured._replace(leaf=leaf), known, checksums.of_array(target))
+  base = host.contiguous(base)
+  known = msgspec.structs.replace(entries.BaseArray.of(path, base), shape=shape)
+  return beside_known(target, base, known, columns_first=columns_first)
 
 
-def _is_smaller(beside: Beside, leaf: Any, resolve: Callable[[str], Any]) -> bool:
-  """Returns whether a leaf beside the base takes fewer bytes than one that it had."""
-  if not isinstance(leaf, difference.Difference):
-    return True
-  alone = measure.measured(leaf, *map(resolve, leaf.needs))
-  return beside.measured.estimate() < alone.estimate()
-
-
-def beside_product(
-  target: np.ndarray, made: np.ndarray, product: entries.Product
+def beside_known(
+  target: np.ndarray,
+  array: np.ndarray,
+  known: entries.BaseArray | products.Product,
+  *,
+  columns_first: bool = False,
 ) -> Beside | None:
-  """Returns how to store an array beside a product; None if it is smaller alone.
-
-  Args:
-    target: the array, in C order.
-    made: the array of the product.
-    product: the product.
-  """
-  # The programs of `run` are those of the processor, also beside an accelerator.
-  measured = measure.beside(target, host.contiguous(made))
+  """Returns how to store an array beside a known one; None if it is smaller alone."""
+  target, array = host.contiguous(target), host.contiguous(array)
+  measured = measure.beside(target, array)
   if measured is None:
     return None
-  return Beside(measured, product, checksums.of_array(target))
+  leaf = dataclasses.replace(measured.leaf, columns_first=columns_first)
+  if entries.is_too_short(target.size, array.size, structured.count_bytes(leaf)):
+    return None
+  return Beside(measured._replace(leaf=leaf), known, checksums.of_array(target))
 
 
 def _short(path: str) -> str:

@@ -1,19 +1,13 @@
-"""Entries of the manifest: the known array beside which a leaf is stored.
+"""Entries of the manifest: the array of a base beside which a leaf is stored."""
 
-It is an array of a base, or a product of arrays of a base with the bases of subspaces,
-see `structured.subspaces`.
-"""
-
-import dataclasses
 import math
 from typing import Annotated
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax.coding import specs
-from rotbits_jax.structured import subspaces
 from rotbits_jax.system import checksums
 from rotbits_jax.system import schema
 
@@ -35,23 +29,21 @@ def stored_dtype(dtype: str) -> str:
   return _STORED_AS.get(dtype, dtype)
 
 
-def _check_shape(value: tuple[int, ...]) -> str | None:
+def check_shape(shape: tuple[int, ...]) -> None:
+  """Raises a ValueError if no array can have this shape."""
   # NumPy multiplies the lengths of the other axes, even if one of them is 0.
-  fits = len(value) <= 32 and math.prod(n for n in value if n) <= _MOST_ELEMENTS
-  return None if fits else 'must be the shape of an array of up to 32 axes'
+  if math.prod(n for n in shape if n) > _MOST_ELEMENTS:
+    raise ValueError(f'an array of shape {shape!r:.100} is too large')
 
 
-def _check_dtype(value: str) -> str | None:
-  is_stored = stored_dtype(value) in specs.DTYPES
-  return None if is_stored else 'must be the name of a dtype'
+Shape = Annotated[tuple[schema.Size, ...], msgspec.Meta(max_length=32)]
+"""The shape of an array, see `check_shape`."""
+
+Dtype = Annotated[str, schema.one_of([*specs.DTYPES, *_STORED_AS])]
+"""The name of a dtype."""
 
 
-Shape = Annotated[tuple[int, ...], _check_shape]
-Dtype = Annotated[str, _check_dtype]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseArray:
+class BaseArray(schema.Row):
   """An array of another model or PyTree that a leaf needs, see `base`.
 
   Attributes:
@@ -61,12 +53,13 @@ class BaseArray:
     crc32: CRC-32 of its bytes in C order.
   """
 
-  as_list = True
-
   path: schema.Path
   shape: Shape
   dtype: Dtype
   crc32: schema.Crc32
+
+  def __post_init__(self) -> None:
+    check_shape(self.shape)
 
   @classmethod
   def of(cls, path: str, array: np.ndarray) -> 'BaseArray':
@@ -75,49 +68,9 @@ class BaseArray:
     return cls(path=path, shape=array.shape, dtype=array.dtype.name, crc32=crc32)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Product:
-  """A tensor of a sliced model as a product, see `structured.subspaces`.
-
-  Attributes:
-    kind: see `subspaces.Way`, as `transposed`, `centred` and `rounded`.
-    arrays: the arrays of the base that are needed.
-    segments: the segments of the sliced model whose bases are needed.
-  """
-
-  kind: subspaces.Kind
-  arrays: tuple[BaseArray, ...] = ()
-  segments: tuple[models.config.Count, ...] = ()
-  transposed: bool = False
-  centred: bool = False
-  rounded: bool = False
-
-  def __post_init__(self) -> None:
-    arrays, segments = {
-      'reads': ((2,), 1),
-      'writes': ((1,), 1),
-      'shortcut': ((0,), 2),
-      'bias': ((2, 3), 0),
-    }[self.kind]
-    if len(self.arrays) not in arrays or len(self.segments) != segments:
-      raise ValueError(
-        f'a product of kind {self.kind!r} cannot take {len(self.arrays)} arrays and '
-        f'{len(self.segments)} bases'
-      )
-
-  @property
-  def way(self) -> subspaces.Way:
-    return subspaces.Way(self.kind, self.transposed, self.centred, self.rounded)
-
-
 def is_too_short(size: int, base_size: int, nbytes: int) -> bool:
-  """Returns whether so few bytes cannot stand for an array.
+  """Returns whether so few stored bytes cannot stand for an array of a size.
 
-  The reader allocates the array before it has decoded the leaf.
-
-  Args:
-    size: how many elements the array has.
-    base_size: how many of them the base gives.
-    nbytes: the bytes of the arrays that are stored.
+  The base gives some elements. The reader allocates the array before it has the bytes.
   """
   return size - base_size > 8 * nbytes

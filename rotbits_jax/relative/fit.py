@@ -1,12 +1,12 @@
-r"""Finds the subspaces of a sliced model beside its base, see `structured.subspaces`.
+r"""Finds the subspaces of a sliced model beside its base, see `products`.
 
 The tensors that read or write segment s are products with its basis V_s. So V_s is a
 least-squares solution, for which the kernels of two sublayers are enough, and the
 rounding errors of all numbers of these average. The rows are weighted by the inverse of
-their norms, as in `symmetries.tied`. The nearest matrix with orthonormal columns is
+their norms, as in `passes.tied`. The nearest matrix with orthonormal columns is
 taken then.
 
-Shape letters are those of `structured.subspaces`. Everything is computed in float64.
+Shape letters are those of `products`. Everything is computed in float64.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rotbits_jax.relative import products
 from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
 
@@ -27,77 +28,46 @@ _SMALL = 0.3  # share of the median norm of rows that smaller rows count as
 
 
 class Pair(NamedTuple):
-  """A tensor of the sliced model, and the tensors of the base that make it.
+  """A tensor of the sliced model, and the tensors of the base that make it."""
 
-  Attributes:
-    way: how it is made.
-    arrays: the tensors of the base.
-    target: the tensor.
-  """
-
-  way: subspaces.Way
+  form: products.Form
   arrays: list[np.ndarray]
   target: np.ndarray
 
   def equations(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields blocks of weighted equations `rows @ V = wanted`."""
-    target = self.target.T if self.way.kind == 'reads' else np.atleast_2d(self.target)
-    for block in subspaces.blocks(self.way, self.arrays):
-      rows = subspaces.fused(self.way, self.arrays, self.target.dtype, block)
+    is_read = self.form.kind == 'reads'
+    target = self.target.T if is_read else np.atleast_2d(self.target)
+    for block, rows in self.form.vectors(self.arrays, self.target.dtype):
       wanted = target[block].astype(np.float64)
       norms = np.linalg.norm(wanted, axis=1)
       weights = 1 / np.maximum(norms, _SMALL * (np.median(norms) or 1))[:, None]
       yield rows * weights, wanted * weights
 
-  def sample(self) -> tuple[np.ndarray, np.ndarray]:
-    """Returns some equations of each block."""
-    few = ((x[:: max(len(x) // _SAMPLE, 1)] for x in y) for y in self.equations())
-    rows, wanted = zip(*few, strict=True)
-    return np.concatenate(rows), np.concatenate(wanted)
-
-  def is_rounded(self, made: np.ndarray, roundoff: float) -> bool:
-    """Returns whether the tensor differs from a product by rounding errors only.
-
-    Args:
-      made: the product.
-      roundoff: unit roundoff of the tensor.
-    """
-    if self.way.kind == 'shortcut':
-      return rounding_errors.explain(self.target, made, _SHORTCUT * roundoff)
+  def is_rounded(self, product: np.ndarray, roundoff: float) -> bool:
+    """Returns whether the tensor differs from a product by rounding errors only."""
+    kind, target = self.form.kind, self.target
+    if kind == 'shortcut':
+      return rounding_errors.explain(target, product, _SHORTCUT * roundoff)
     # Products are made of integers, whose errors are greater than those of float32
     # where D is large and some numbers are far larger than others.
-    hidden = np.atleast_2d(self.arrays[0]).shape[-1]
-    if self.way.kind != 'writes':
-      hidden = self.arrays[1].size
-    limit = max(roundoff, 2.0 ** (3 - subspaces.integer_bits(hidden)))
-    if self.way.kind == 'bias':
-      return rounding_errors.explain(self.target, made, limit)
-    norms = [
-      np.linalg.norm(
-        subspaces.fused(self.way, self.arrays, self.target.dtype, x), axis=1
-      )
-      for x in subspaces.blocks(self.way, self.arrays)
-    ]
-    target = self.target
-    if self.way.kind == 'reads':
-      target, made = target.T, made.T
-    return rounding_errors.explain(target, made, limit, np.concatenate(norms))
+    hidden = self.arrays[0].shape[-1] if kind == 'writes' else self.arrays[1].size
+    limit = max(roundoff, 2.0 ** (3 - products.integer_bits(hidden)))
+    if kind == 'bias':
+      return rounding_errors.explain(target, product, limit)
+    vectors = self.form.vectors(self.arrays, target.dtype)
+    norms = np.concatenate([np.linalg.norm(rows, axis=1) for _, rows in vectors])
+    if kind == 'reads':
+      target, product = target.T, product.T
+    return rounding_errors.explain(target, product, limit, norms)
 
 
 class FoundBasis(NamedTuple):
-  """The basis of a segment.
+  """The basis of a segment."""
 
-  Attributes:
-    basis: float64 `[D, d]`; None if no matrix with orthonormal columns is near a
-      solution.
-    error: the relative error of tensors made with it.
-    growth: by how much errors of the basis are greater, relative to a tensor, because
-      its vectors lie beside the subspace.
-  """
-
-  basis: np.ndarray | None
-  error: float
-  growth: float
+  basis: np.ndarray | None  # float64 [D, d]; None if none is near a solution
+  error: float  # the relative error of tensors made with it
+  growth: float  # of errors relative to a tensor, whose vectors lie beside the subspace
 
   def as_basis(self, roundoff: float) -> subspaces.Basis:
     """Returns the leaf of the basis, whose error is a small part of the roundoff."""
@@ -120,34 +90,40 @@ class FoundBasis(NamedTuple):
     rows = np.zeros(hidden, bool)
     rows[order[:width]] = True
     # The polar factor of these rows; `eigh` is several times faster than an SVD.
-    squares, turn = np.linalg.eigh(self.basis[rows] @ self.basis[rows].T)
+    squares, vectors = np.linalg.eigh(self.basis[rows] @ self.basis[rows].T)
     sizes = np.sqrt(np.maximum(squares, 1e-12))
-    upper = (turn * sizes) @ turn.T
-    lower = self.basis[~rows] @ self.basis[rows].T @ ((turn / sizes) @ turn.T)
+    upper = (vectors * sizes) @ vectors.T
+    lower = self.basis[~rows] @ self.basis[rows].T @ ((vectors / sizes) @ vectors.T)
     tangent = np.linalg.solve(np.eye(width) + upper, lower.T).T
     share = math.sqrt(12 / max(hidden - width, 1)) / (6 * self.growth)
     return subspaces.Subspace.of(tangent, rows, _step(roundoff * share))
 
 
 def fit(pairs: list[Pair], shape: tuple[int, ...], roundoff: float) -> FoundBasis:
-  """Finds the basis of a segment from the tensors that read or write it.
+  """Finds the basis of a segment, of some shape, from tensors that read or write it.
 
   A tensor that was changed after slicing is left out, if the others fit much better
-  without it.
-
-  Args:
-    pairs: the tensors.
-    shape: of the basis.
-    roundoff: unit roundoff of the tensors.
+  without it. The roundoff is that of the tensors.
   """
-  pairs, samples = list(pairs), [pair.sample() for pair in pairs]
+  pairs, samples = list(pairs), []
   gram, moments = np.zeros((shape[0], shape[0])), np.zeros(shape)
+
+  def add(pair: Pair, sign: int) -> list[np.ndarray]:
+    """Adds the normal equations of a pair, or subtracts them; returns some of them."""
+    few = []
+    for rows, wanted in pair.equations():
+      gram[...] += sign * (rows.T @ rows)
+      moments[...] += sign * (rows.T @ wanted)
+      step = max(len(rows) // _SAMPLE, 1)
+      few.append((rows[::step], wanted[::step]))
+    return [np.concatenate(x) for x in zip(*few, strict=True)]
+
   for pair in pairs:
-    _add(gram, moments, pair, 1)
+    samples.append(add(pair, 1))
   best = basis, errors = _solve(gram, moments, samples)
   while len(samples) > 1 and not max(errors) <= _MOST_ERROR * roundoff:
     worst = int(np.argmax(errors))
-    _add(gram, moments, pairs.pop(worst), -1)
+    add(pairs.pop(worst), -1)
     del samples[worst]
     basis, errors = _solve(gram, moments, samples)
     if basis is not None and max(errors) <= _MOST_ERROR * roundoff:
@@ -158,15 +134,8 @@ def fit(pairs: list[Pair], shape: tuple[int, ...], roundoff: float) -> FoundBasi
   return FoundBasis(basis, max(errors, default=math.inf), growth)
 
 
-def _add(gram: np.ndarray, moments: np.ndarray, pair: Pair, sign: int) -> None:
-  """Adds the normal equations of a tensor, or subtracts them."""
-  for rows, wanted in pair.equations():
-    gram += sign * (rows.T @ rows)
-    moments += sign * (rows.T @ wanted)
-
-
 def _solve(
-  gram: np.ndarray, moments: np.ndarray, samples: list[tuple[np.ndarray, np.ndarray]]
+  gram: np.ndarray, moments: np.ndarray, samples: list[list[np.ndarray]]
 ) -> tuple[np.ndarray | None, list[float]]:
   """Returns the basis, see `FoundBasis`, and the relative error of each tensor."""
   least = 1e-10 * np.trace(gram) / len(gram) + 1e-300
@@ -185,10 +154,10 @@ def orthonormal(matrix: np.ndarray) -> np.ndarray | None:
   gram = matrix.T @ matrix
   if not np.isfinite(gram).all():
     return None
-  squares, turn = np.linalg.eigh(gram)
+  squares, vectors = np.linalg.eigh(gram)
   if np.abs(squares - 1).max() > 0.9:
     return None
-  return matrix @ ((turn / np.sqrt(squares)) @ turn.T)
+  return matrix @ ((vectors / np.sqrt(squares)) @ vectors.T)
 
 
 def _step(size: float) -> int:

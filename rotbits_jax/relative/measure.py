@@ -14,22 +14,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
-from rotbits_jax.relative import factors as factors_lib
+from rotbits_jax.relative import factors
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
 
-_SAMPLE = 1 << 15  # elements by which leaves are compared
-_CHUNK = 1 << 18  # elements that fit a cache
-_FIRST = 16  # columns that most often tell that a row differs
+_SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
+_MORE = 1 << 16  # and those of its differences
+_FEW = 1 << 14  # elements that tell a drift, or the mean exponent of changed ones
+_LEAST_OCTAVES = 1 / 2  # by which changed elements are smaller if classes are shorter
+_BY_CHANCE = 4  # octaves of one element
 _SPARSE = 1 / 16  # the greatest share of few changed elements
-_FEW = 1 << 14  # elements that tell a drift, or how often an exponent changes
-_LEAST_DRIFT = 1 / 4  # of the elements move one way more than the other; bits it saves
+_LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BYTES = 60  # of a leaf besides its arrays
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
@@ -41,15 +41,10 @@ _TINY = 1e-18  # of the scales by which roots are divided
 
 
 class Measured(NamedTuple):
-  """How to store an array beside a known one.
-
-  Attributes:
-    leaf: the leaf.
-    classes: the class of each of its differences, uint8; None if they have none.
-  """
+  """How to store an array beside a known one."""
 
   leaf: difference.Difference
-  classes: np.ndarray | None = None
+  classes: np.ndarray | None = None  # uint8, of the differences; None if they have none
 
   @property
   def known(self) -> known_lib.Known | None:
@@ -59,22 +54,21 @@ class Measured(NamedTuple):
     return known_lib.Known(self.classes, difference.class_shifts(self.leaf.dtype))
 
   def estimate(self) -> float:
-    """Estimates the bytes of the leaf without coding it."""
-    arrays = self.leaf.stored()[1]
-    known = self.known
-    places = {} if known is None else {list(arrays).index('differences'): known}
-    return coder.estimate([*arrays.values()], places)
+    """Estimates the bytes of the leaf from some of its differences."""
+    arrays, known, nbytes = self.leaf.stored()[1], self.known, 0.0
+    if known is not None:
+      differences = arrays.pop('differences')
+      stride = max(differences.size // _MORE, 1)
+      some = known._replace(classes=np.ascontiguousarray(known.classes[::stride]))
+      nbytes = coder.estimate([differences[::stride]], {0: some}) * stride
+    # Scales and factors take about a byte of two each.
+    return nbytes + sum(x.nbytes for x in arrays.values()) / 2 + _LEAF_BYTES
 
 
 def beside(target: np.ndarray, known: np.ndarray) -> Measured | None:
   """Returns how to store an array beside a known one.
 
-  Args:
-    target: the array.
-    known: the known array.
-
-  Returns:
-    None if the array takes fewer bytes alone, or cannot be stored beside this one.
+  The result is None if the array takes fewer bytes alone, or cannot be stored so.
   """
   dtype = target.dtype
   if not difference.fits(target.shape, dtype, known.shape, known.dtype):
@@ -83,23 +77,20 @@ def beside(target: np.ndarray, known: np.ndarray) -> Measured | None:
   base = difference.known_bits(known, target.shape, dtype)
   draft = difference.Difference(lengths=target.shape, name=dtype.name)
   places = _changed(bits, base)
-  if places is None:
-    if dtype.itemsize > 4:
-      return None
-  elif not places.size:
+  if places is not None and not places.size:
     return Measured(draft)
-  elif dtype.itemsize > 4 or _is_sparse(base, places, dtype):
+  if places is not None and (dtype.itemsize > 4 or _is_sparse(base, places, dtype)):
     return Measured(_with_few(draft, bits[places], base[places], places))
-  if bits.size < _LEAST:
+  if bits.size < _LEAST or dtype.itemsize > 4:
     return None
-  return _with_classes(draft, bits, base, _nbytes_alone(target))
+  measured = with_classes(draft, bits, base)
+  sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
+  alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
+  return measured if measured.estimate() <= alone * target.size / sample.size else None
 
 
 def beside_head(
-  table: np.ndarray,
-  head: np.ndarray,
-  map: np.ndarray,
-  exponents: np.ndarray,
+  table: np.ndarray, head: np.ndarray, map: np.ndarray, exponents: np.ndarray
 ) -> Measured:
   """Returns how to store an embedding beside its product with the head.
 
@@ -110,19 +101,17 @@ def beside_head(
     exponents: integers `[D]`. Row k of T is `2^-exponents[k] map[k]`.
   """
   scale, shifts = tied.scale_of(head, map, exponents)
-  made = tied.product(head, map, shifts, scale, table.dtype)
+  product = tied.product(head, map, shifts, scale, table.dtype)
   draft = difference.Difference(
     lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
   )
-  bits, known = ulps.bits_of(table), ulps.bits_of(made)
-  found = _with_classes(draft, bits, known, math.inf, predicts=False)
-  assert found is not None
-  return found
+  bits, known = ulps.bits_of(table), ulps.bits_of(product)
+  return with_classes(draft, bits, known)
 
 
 def measured(leaf: difference.Difference, *needed: Any) -> Measured:
   """Returns a leaf with its classes, given the known array or what it `needs`."""
-  return Measured(leaf, leaf.predict(*needed)[1].classes if leaf.has_classes else None)
+  return Measured(leaf, leaf.predict(*needed).classes if leaf.has_classes else None)
 
 
 # ---- few differences -----------------------------------------------------------------
@@ -143,40 +132,34 @@ def _changed(bits: np.ndarray, base: np.ndarray) -> np.ndarray | None:
 
 
 def _is_sparse(base: np.ndarray, places: np.ndarray, dtype: np.dtype) -> bool:
-  """Returns whether gaps between changed elements are about as short as classes."""
+  """Returns whether gaps between changed elements are about as short as classes.
+
+  They are longer if small elements, whose ULPs are finer, change more often.
+  """
   mantissa = ulps.MANTISSA_BITS.get(dtype)
   if mantissa is None:
     return True
-  every, some = -(-base.size // _FEW), -(-places.size // _FEW)
-  of_all, of_changed = (
-    step * np.bincount((x & np.iinfo(x.dtype).max) >> mantissa, minlength=1 << 8)
-    for x, step in ((base[::every], every), (base[places[::some]], some))
-  )
-  of_all = np.maximum(of_all, of_changed)
-  alone = _binary_entropy(of_changed.sum(), of_all.sum())
-  return float(_binary_entropy(of_changed, of_all).sum()) > 0.9 * float(alone)
-
-
-def _binary_entropy(ones: Any, counts: Any) -> Any:
-  """Returns the bits that tell which `ones` of `counts` elements are changed."""
-  p = np.clip(ones / np.maximum(counts, 1), 1e-9, 1 - 1e-9)
-  return -counts * (p * np.log2(p) + (1 - p) * np.log2(1 - p))
+  exponents = lambda x: (x & np.iinfo(x.dtype).max) >> mantissa
+  some = base[:: -(-base.size // _FEW)], base[places[:: -(-places.size // _FEW)]]
+  everywhere, changed = (float(exponents(x).mean()) for x in some)
+  # Means of few exponents differ by chance.
+  return everywhere - changed < _LEAST_OCTAVES + _BY_CHANCE / math.sqrt(some[1].size)
 
 
 def _with_few(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray, places: np.ndarray
 ) -> difference.Difference:
   """Returns the leaf of few changed elements at some places."""
-  far = ulps.differences(bits, base, draft.dtype)
-  far = far.astype(np.promote_types(far.dtype, np.int16), copy=False)
-  is_far = (far <= difference.FAR) | (far > 127)
+  off = ulps.differences(bits, base, draft.dtype)
+  off = off.astype(np.promote_types(off.dtype, np.int16), copy=False)
+  is_far = (off <= difference.FAR) | (off > 127)
   gaps = np.diff(places, prepend=-1) - 1
   ends = np.cumsum(gaps // difference.MOST_GAP + 1)
   cut = np.full(ends[-1], difference.MOST_GAP, np.uint16)
   cut[ends - 1] = gaps % difference.MOST_GAP
   return dataclasses.replace(
     draft,
-    differences=np.where(is_far, difference.FAR, far).astype(np.int8),
+    differences=np.where(is_far, difference.FAR, off).astype(np.int8),
     exceptions=bits[is_far] if is_far.any() else None,
     gaps=cut,
   )
@@ -185,84 +168,44 @@ def _with_few(
 # ---- differences with classes --------------------------------------------------------
 
 
-def _with_classes(
-  draft: difference.Difference,
-  bits: np.ndarray,
-  base: np.ndarray,
-  most: float,
-  *,
-  predicts: bool = True,
-) -> Measured | None:
-  """Returns differences with classes; None if they take more bytes than `most`.
+def with_classes(
+  draft: difference.Difference, bits: np.ndarray, base: np.ndarray
+) -> Measured:
+  """Returns a leaf with classes for the bits `[n]` of an array and of the known one.
 
-  Args:
-    draft: the leaf without differences.
-    bits: bits of the array, `[n]`.
-    base: bits of the known array, `[n]`.
-    most: the most bytes.
-    predicts: whether factors and a drift are tried.
+  Factors and a drift are tried, except beside a product with the head.
   """
   dtype, lengths = draft.dtype, draft.lengths
   width = lengths[-1] if len(lengths) > 1 else bits.size
   if not _LEAST_LINES <= width <= _WIDEST:
     width = bits.size
-  if width > difference.LONGEST:
-    return None
   wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
-  places = _differing(wanted, known) if predicts else np.arange(len(wanted))
-  if places.size < len(wanted):
-    is_equal = np.ones(len(wanted), bool)
-    is_equal[places] = False
-    equal = np.packbits(is_equal, bitorder='little')
-    draft = dataclasses.replace(draft, equal=equal)
-  zero = np.zeros(1, np.int16)
-  draft = dataclasses.replace(draft, width=width, row_scales=zero, column_scales=zero)
-  if predicts and (found := factors_lib.find(wanted, known, dtype)):
-    draft = dataclasses.replace(draft, **found._asdict())
-  wanted = wanted if places.size == len(wanted) else wanted[places]
+  draft = dataclasses.replace(draft, width=width)
+  predicts = draft.map is None and dtype in difference.ROUNDED
+  if predicts:
+    draft = dataclasses.replace(draft, **factors.find(wanted, known, dtype))
   expected = draft.predicted_bits(base, pool.run)
-  drift = _drift(wanted.reshape(-1), expected.reshape(-1), dtype)
-  if predicts and drift is not None:
+  if predicts and (drift := _drift(bits, expected, dtype)) is not None:
     draft = dataclasses.replace(draft, drift=drift)
     expected = draft.predicted_bits(base, pool.run)
-  rows, columns = scales(wanted, expected, dtype)
+  rows, columns = scales(wanted, expected.reshape(-1, width), dtype)
   draft = dataclasses.replace(draft, row_scales=rows, column_scales=columns)
-  made = difference.Prediction(expected, draft.classes(expected, pool.run))
-  differences, exceptions = difference.divided(
-    wanted.reshape(-1), made, dtype, pool.run
-  )
+  prediction = difference.Prediction(expected, draft.classes(expected, pool.run))
+  differences, exceptions = difference.divided(bits, prediction, dtype, pool.run)
   leaf = dataclasses.replace(draft, differences=differences, exceptions=exceptions)
-  if _nbytes(leaf, made.classes) > most:
-    return None
-  return Measured(leaf, made.classes)
-
-
-def _differing(bits: np.ndarray, known: np.ndarray) -> np.ndarray:
-  """Returns the indices of the rows that differ."""
-  # Most rows differ at once.
-  found = (bits[:, :_FIRST] != known[:, :_FIRST]).any(axis=1)
-  if not found.all():
-    step = max(_CHUNK // bits.shape[1], 1)
-    parts = (slice(i, i + step) for i in range(0, len(bits), step))
-    found = np.concatenate([(bits[x] != known[x]).any(axis=1) for x in parts])
-  return np.flatnonzero(found)
+  return Measured(leaf, prediction.classes)
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
   """Returns the drift of elements `[n]`; None if it saves little."""
-  mantissa = ulps.MANTISSA_BITS.get(dtype)
-  if mantissa is None or dtype.itemsize == 1:
-    return None
-  sample = slice(None, None, -(-bits.size // _FEW))
-  far = ulps.differences(bits[sample], known[sample], dtype).astype(np.int64)
-  if abs(np.sign(far).mean()) < _LEAST_DRIFT:
-    return None
-  places = difference.drift_places(known[sample], mantissa)
-  order = np.lexsort((far, places))
+  mantissa, some = ulps.MANTISSA_BITS[dtype], slice(None, None, -(-bits.size // _FEW))
+  off = ulps.differences(bits[some], known[some], dtype).astype(np.int64)
+  places = difference.drift_places(known[some], mantissa)
+  order = np.lexsort((off, places))
   counts = np.bincount(places, minlength=difference.DRIFTS)
-  middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, far.size - 1)
-  drift = np.where(counts, far[order[middle]], 0)
-  saved = np.log2((1.0 + abs(far)) / (1 + abs(far - drift[places]))).mean()
+  middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, off.size - 1)
+  drift = np.where(counts, off[order[middle]], 0)
+  saved = np.log2((1.0 + abs(off)) / (1 + abs(off - drift[places]))).mean()
   if saved < _LEAST_DRIFT or np.abs(drift).max() >= 1 << mantissa:
     return None
   return drift.astype(np.int32)
@@ -271,15 +214,10 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray |
 def scales(
   bits: np.ndarray, known: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Measures the scales of the differences of rows and columns.
+  """Measures the scales of differences, given the bits of two arrays, `[R, C]`.
 
   The mean of square roots is used, because few large differences change it little. Some
   elements of each row and each column are enough.
-
-  Args:
-    bits: bits of the array, `[R, C]`.
-    known: bits of the known array, `[R, C]`.
-    dtype: their dtype.
 
   Returns:
     The scales of the rows and of the columns, int16, see `structured.difference`.
@@ -288,82 +226,48 @@ def scales(
   some_rows, some_columns = (
     slice(None, None, max(length // _LINES, 1)) for length in bits.shape
   )
+
+  def roots_of(*part: slice) -> np.ndarray:
+    return np.sqrt(np.abs(factors.floats(bits[part], known[part], dtype)))
+
   of_columns, share = np.ones(columns), 1.0
   if rows >= _LEAST_LINES:
-    roots = _roots(bits[some_rows], known[some_rows], dtype)
+    roots = roots_of(some_rows)
     share = float(np.count_nonzero(roots)) / roots.size
-    of_some = roots.mean(axis=1, keepdims=True)
-    present = max(np.count_nonzero(of_some), 1)
-    roots = np.divide(roots, of_some, out=roots, where=of_some > 0)
+    means = roots.mean(axis=1, keepdims=True)
+    roots = np.divide(roots, means, out=roots, where=means > 0)
+    present = max(int(np.count_nonzero(means)), 1)
     of_columns = roots.sum(axis=0, dtype=np.float64) / present
-  weights = 1 / np.maximum(of_columns[some_columns], _TINY)
-  weights = np.where(of_columns[some_columns], weights, 0).astype(np.float32)
+  some = of_columns[some_columns]
+  weights = np.divide(1, some, out=np.zeros_like(some), where=some > _TINY)
+  weights = weights.astype(np.float32)
 
   def job(part: slice) -> np.ndarray:
-    roots = _roots(bits[part, some_columns], known[part, some_columns], dtype)
     with np.errstate(all='ignore'):
-      return (roots * weights).sum(axis=1, dtype=np.float64)
+      return (roots_of(part, some_columns) * weights).sum(axis=1, dtype=np.float64)
 
   sums = np.concatenate(difference.in_parts(job, rows, weights.size))
-  of_rows = sums / max(np.count_nonzero(weights), 1)
-  bias = 0.0
+  of_rows, bias = sums / max(int(np.count_nonzero(weights)), 1), 0
   if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
-    bias = 8.0 * (one + mantissa)
-  return (
-    _kept(_logs(of_rows, bias), share * columns),
-    _kept(_logs(of_columns, 0.0), share * rows),
-  )
+    bias = 8 * (one + mantissa)
+  return _kept(of_rows, bias, share * columns), _kept(of_columns, 0, share * rows)
 
 
-def _roots(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the square roots of absolute differences, float32; 0 for those infinite."""
-  far = factors_lib.floats(bits, known, dtype)
-  np.abs(far, out=far)
-  return np.sqrt(far, out=far)
-
-
-def _logs(roots: np.ndarray, bias: float) -> np.ndarray:
-  """Returns the scales of lines, in eighths of an octave."""
-  logs = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
-  bound = difference.MOST_SCALE
-  return np.clip(logs, -bound, bound).astype(np.int16)
-
-
-def _kept(logs: np.ndarray, size: float) -> np.ndarray:
+def _kept(roots: np.ndarray, bias: int, size: float) -> np.ndarray:
   """Returns the scales of lines, or one for all if they save less than they take.
 
   Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
 
   Args:
-    logs: the scales, in eighths of an octave.
+    roots: the means of square roots.
+    bias: is added to the scales, in eighths of an octave.
     size: the differences of a line that are not 0.
   """
+  logs = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
+  logs = logs.clip(-difference.MOST_SCALE, difference.MOST_SCALE).astype(np.int16)
   middle = float(np.median(logs))
   far = np.clip(logs - middle, -_FAR, _FAR)
   if size * float(np.square(far).mean()) * math.log(2) / 64 > _SCALE_BITS:
     return logs
   return np.full(1, round(middle), np.int16)
-
-
-# ---- the choice ----------------------------------------------------------------------
-
-
-def _nbytes(leaf: difference.Difference, classes: np.ndarray) -> float:
-  """Estimates the bytes of a leaf from some of its differences."""
-  stride = max(leaf.differences.size // _CHUNK, 1)
-  known = known_lib.Known(
-    np.ascontiguousarray(classes[::stride]), difference.class_shifts(leaf.dtype)
-  )
-  differences = coder.estimate([leaf.differences[::stride]], {0: known}) * stride
-  # Scales and factors take about a byte of two each.
-  others = structured.count_bytes(leaf) - leaf.differences.size
-  return differences + others / 2 + _LEAF_BYTES
-
-
-def _nbytes_alone(array: np.ndarray) -> float:
-  """Estimates the bytes that an array takes alone from some of its elements."""
-  sample = array.reshape(-1)[:: -(-array.size // _SAMPLE)]
-  return coder.estimate([sample.view(entries.stored_dtype(sample.dtype.name))]) * (
-    array.size / sample.size
-  )

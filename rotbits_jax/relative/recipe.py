@@ -1,12 +1,12 @@
 """A sliced model beside its dense base: products with the bases of its subspaces.
 
-`structured.subspaces` has the mathematics, and `fit` finds the bases. The
-basis of a segment is a record of its own, before the layer that writes the segment, so
-that a layer is read without the layers before it. With a preset that keeps all bits,
-bases are those of the checkpoint, and a tensor is its difference from a product. Else
-the residual stream is rotated to the bases that subspaces tell, and a tensor that
-follows its product is that product. Where it cannot be rotated, as `passes.residual`
-says, bases are those of the checkpoint, too.
+`products` has the mathematics, and `fit` finds the bases. The basis of a segment is a
+record of its own, before the layer that writes the segment, so that a layer is read
+without the layers before it. With a preset that keeps all bits, bases are those of the
+checkpoint, and a tensor is its difference from a product. Else the residual stream is
+rotated to the bases that subspaces tell, and a tensor that follows its product is that
+product. Where it cannot be rotated, as `passes.residual` says, bases are those of the
+checkpoint, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ import threading
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -25,6 +26,7 @@ from rotbits_jax.passes import residual
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import fit
+from rotbits_jax.relative import products
 from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import host
@@ -35,72 +37,46 @@ _UNRELATED = 0.3  # the relative error of equations from which there is no subsp
 
 
 class _Segment(NamedTuple):
-  """A segment of the sliced model.
+  """The basis of a segment of the sliced model."""
 
-  Attributes:
-    leaf: its basis in the file; None for the identity, or if there is no basis.
-    basis: the array of the leaf; None if there is none.
-    turn: the rotation of the segment, float64 `[d, d]`; None for none.
-    known: whether a basis was found.
-  """
-
-  leaf: Any
-  basis: np.ndarray | None
-  turn: np.ndarray | None
-  known: bool
-
-
-class _Ingredients(NamedTuple):
-  """The parts of which a tensor of a sliced model is made.
-
-  Attributes:
-    way: how it is made.
-    paths: of tensors of the base, in the order of `subspaces.tensor`.
-    segments: the segments of the model whose bases are needed.
-  """
-
-  way: subspaces.Way
-  paths: tuple[str, ...]
-  segments: tuple[int, ...]
+  leaf: Any  # in the file; None for the identity
+  numbers: np.ndarray | None  # the array of the leaf
+  rotation: np.ndarray | None  # of the segment, float64 [d, d]; None for none
 
 
 class Recipe:
   """A sliced model as a source of `passes.rewrite`, beside its base.
 
   Attributes:
-    config: config of the sliced model.
+    config, stored_as: of the sliced model.
     records: those of the model, and those of the bases.
   """
 
   def __init__(self, source: Any, base: base_lib.Base, *, keeps_bits: bool):
-    """Takes a model that suits the base, see `suits`.
-
-    Args:
-      source: the sliced model.
-      base: the dense model.
-      keeps_bits: whether the bases are those of the checkpoint.
-    """
-    assert source.config is not None
+    """Takes a model that suits the base; `keeps_bits` keeps the checkpoint's bases."""
     assert base.config is not None
-    self.config = source.config
+    self.config: models.ModelConfig = source.config
+    self.stored_as: str | None = source.stored_as
+    if not keeps_bits and isinstance(source, models.Model):
+      source = source.materialize()  # what another encoding has made structured
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
-    self._made_of = _ingredients(base.config, self.config)
-    given: Any = source
-    self._context = passes.make_context(given, stored_as=source.stored_as)
+    self._forms = _forms(base.config, self.config)
+    self._sides = _segments(self.config)
+    self._context = passes.make_context(source)
     # A tensor of the base is multiplied by a scale, and may be rounded then.
     dtypes = np.float32, self._context.dtype
     self._most = min(math.sqrt(float(jnp.finfo(x).max)) for x in dtypes)
     self._lock = threading.RLock()
     self._segments = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
-    self._array = functools.lru_cache(_MOST_ARRAYS)(self._find)
-    self._given = functools.lru_cache(2)(self._read)
+    self._array = functools.lru_cache(_MOST_ARRAYS)(self._array_of_base)
+    self._flat = functools.lru_cache(2)(lambda x: structured.flatten(source.read(x)))
     step = self.config.segments_per_layer
     self.records: tuple[str, ...] = ()
     for record in source.records:
       index = models.names.layer_index(record)
       if index is not None:
-        own = range(index * step + (index > 0), (index + 1) * step + 1)
-        self.records += tuple(map(models.names.subspace, own))
+        written = range(index * step + (index > 0), (index + 1) * step + 1)
+        self.records += tuple(map(models.names.subspace, written))
       self.records += (record,)
 
   @functools.cached_property
@@ -111,14 +87,15 @@ class Recipe:
   @property
   def obstacle(self) -> str:
     """Why the residual stream cannot be rotated; '' if it can."""
-    return residual.obstacle(self._context)
+    return residual.obstacle(self._context) or ''
 
   @functools.cached_property
   def _first(self) -> dict[bool, fit.FoundBasis]:
+    """The basis of segment 0, for tensors that the slicer rounded before, or not."""
     return {x: self._fit(0, x) for x in (False, True)}
 
   @functools.cached_property
-  def _rounded(self) -> bool:
+  def _is_rounded(self) -> bool:
     """Whether the slicer rounded the tensors of the base after the norms were fused."""
     return self._first[True].error < self._first[False].error
 
@@ -126,118 +103,83 @@ class Recipe:
 
   def specs(self, record: str) -> models.Params:
     """Returns shapes and dtypes; a basis is none of the model's parameters."""
-    if models.names.subspace_index(record) is not None:
-      return {}
-    return self._source.specs(record)
+    is_basis = models.names.subspace_index(record) is not None
+    return {} if is_basis else self._source.specs(record)
 
   def read(self, record: str) -> models.Params:
     """Returns a record: as it is, rotated, or the basis of a segment."""
-    segment = models.names.subspace_index(record)
-    if segment is not None:
-      leaf = self.segment(segment).leaf
+    index = models.names.subspace_index(record)
+    if index is not None:
+      segment = self.segment(index)
+      leaf = None if segment is None else segment.leaf
       return {} if leaf is None else {record: {'basis': leaf}}
     if self._keeps_bits or record == models.names.BUFFERS:
       return self._source.read(record)
-    params = structured.astype(self._given(record), np.float32)
-    return structured.unflatten(self._turned(record, params))
-
-  def outer(self) -> models.Params:
-    found: models.Params = {}
-    for name in models.outer_shapes(self.config):
-      found |= self.read(name)
-    return found
-
-  def _read(self, record: str) -> dict[str, Any]:
-    """Returns the leaves of a record; those that `free` made become arrays again."""
-    found = structured.flatten(self._source.read(record))
-    given = [x for x in found.values() if structured.is_structured(x)]
-    needed = {name: self._source.resolve(name) for x in given for name in x.needs}
-    wide = structured.expand(needed | found, keep_factors=True)
-    return {path: wide[path] for path in found}
-
-  def _turned(self, record: str, params: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of a record in the coordinates of the subspaces."""
-    index, step = models.names.layer_index(record), self.config.segments_per_layer
-    if index is None:
-      axes = models.layout.outer_axes(self.config)
-      segments: Any = 0, len(self.config.segment_widths) - 1
-    else:
-      prefix = models.names.prefix(index)
-      own = models.layout.layer_axes(self.config)
-      axes = {f'{prefix}{path}': x for path, x in own.items()}
-      segments = range(index * step, (index + 1) * step + 1)
-    turns = [self.segment(i).turn for i in segments]
-    of = lambda segment: None if segment is None else turns[segment]
-    return {
-      path: _rotated(leaf, *map(of, rotations.sides(axes[path])))
-      for path, leaf in params.items()
-    }
+    rotated = {}
+    for path, array in self._flat(record).items():
+      segments = [None if i is None else self.segment(i) for i in self._sides[path]]
+      matrices = (None if x is None else x.rotation for x in segments)
+      rotated[path] = _times(array, *matrices)
+    return structured.unflatten(rotated)
 
   # ---- the segments
 
-  def segment(self, segment: int) -> _Segment:
-    """Returns a segment; threads that need the same one wait for it."""
+  def segment(self, index: int) -> _Segment | None:
+    """Returns a segment; None if it has no basis. Threads wait for the same one."""
     with self._lock:
-      return self._segments(segment)
+      return self._segments(index)
 
-  def _fit(self, segment: int, rounded: bool) -> fit.FoundBasis:
+  def _segment(self, index: int) -> _Segment | None:
+    is_rounded, roundoff = self._is_rounded, self._context.roundoff
+    fitted = self._first[is_rounded] if index == 0 else self._fit(index, is_rounded)
+    basis = fitted.basis
+    if basis is None or fitted.error > _UNRELATED:
+      return None
+    if self._keeps_bits:
+      leaf: Any = fitted.as_basis(roundoff)
+      return _Segment(leaf, leaf.materialize(), None)
+    if basis.shape[0] == basis.shape[1]:
+      return _Segment(None, None, basis.T)
+    is_narrow = subspaces.is_narrow(basis.shape)
+    leaf = fitted.as_basis(roundoff) if is_narrow else fitted.as_subspace(roundoff)
+    numbers = leaf.materialize()
+    # The two have the same subspace, up to rounding.
+    near = np.ldexp(numbers.astype(np.float64), -subspaces.UNIT)
+    return _Segment(leaf, numbers, fit.orthonormal(basis.T @ near))
+
+  def _fit(self, segment: int, is_rounded: bool) -> fit.FoundBasis:
     """Finds the basis of a segment from the tensors that read or write it."""
-    config = self.config
-    step = config.segments_per_layer
-    last = config.num_layers * step
-    places = [i // step for i in (segment - 1, segment) if 0 <= i < last]
-    records = list(dict.fromkeys(map(models.names.layer, places)))
-    records += ['embed'] if segment == 0 else []
-    records += ['head'] if segment == last else []
+    step = self.config.segments_per_layer
+    last = self.config.num_layers * step
+    layers = [i // step for i in (segment - 1, segment) if 0 <= i < last]
+    records = list(dict.fromkeys(map(models.names.layer, layers)))
+    records += ['embed'] * (segment == 0) + ['head'] * (segment == last)
     pairs = []
-    for path, leaf in (x for name in records for x in self._given(name).items()):
-      made_of = self._made_of.get(path)
-      if made_of is None or made_of.segments != (segment,):
+    for path, leaf in (x for name in records for x in self._flat(name).items()):
+      form, paths = self._forms.get(path, (None, ()))
+      if form is None or form.segments != (segment,) or structured.is_structured(leaf):
         continue
-      arrays = self._arrays(made_of)
-      if structured.is_structured(leaf) or arrays is None:
-        continue
-      if np.isfinite(np.asarray(leaf, np.float32)).all():
-        way = made_of.way._replace(rounded=rounded)
-        pairs.append(fit.Pair(way, [x for x, _ in arrays], np.asarray(leaf)))
-    shape = config.hidden_size, config.segment_widths[segment]
+      arrays, target = self._arrays(paths), np.asarray(leaf)
+      if arrays is not None and np.isfinite(target.astype(np.float32)).all():
+        form = msgspec.structs.replace(form, rounded=is_rounded)
+        pairs.append(fit.Pair(form, [x for x, _ in arrays], target))
+    shape = self.config.hidden_size, self.config.segment_widths[segment]
     return fit.fit(pairs, shape, self._context.roundoff)
 
   def _arrays(
-    self, made_of: _Ingredients
+    self, paths: tuple[str, ...]
   ) -> list[tuple[np.ndarray, entries.BaseArray]] | None:
-    """Returns the arrays of the base; None if it lacks one that can be multiplied."""
-    arrays = [self._array(path) for path in made_of.paths]
-    complete = [x for x in arrays if x is not None]
-    return complete if len(complete) == len(arrays) else None
+    """Returns arrays of the base; None if it lacks one that can be multiplied."""
+    arrays = [x for x in map(self._array, paths) if x is not None]
+    return arrays if len(arrays) == len(paths) else None
 
-  def _find(self, path: str) -> tuple[np.ndarray, entries.BaseArray] | None:
+  def _array_of_base(self, path: str) -> tuple[np.ndarray, entries.BaseArray] | None:
     """Returns an array of the base, and its entry in the manifest."""
     array = self._base.array(path)
     # The comparison is false if a number is NaN.
     if array is None or not float(np.abs(array).max(initial=0)) <= self._most:
       return None
     return array, entries.BaseArray.of(path, array)
-
-  def _segment(self, segment: int) -> _Segment:
-    if segment == 0:
-      found = self._first[self._rounded]
-    else:
-      found = self._fit(segment, self._rounded)
-    basis, roundoff = found.basis, self._context.roundoff
-    if basis is None or found.error > _UNRELATED:
-      return _Segment(None, None, None, False)
-    if self._keeps_bits:
-      leaf: Any = found.as_basis(roundoff)
-      return _Segment(leaf, leaf.materialize(), None, True)
-    if basis.shape[0] == basis.shape[1]:
-      return _Segment(None, None, basis.T, True)
-    is_narrow = subspaces.is_narrow(basis.shape)
-    leaf = found.as_basis(roundoff) if is_narrow else found.as_subspace(roundoff)
-    numbers = leaf.materialize()
-    # The two have the same subspace, up to rounding.
-    near = np.ldexp(numbers.astype(np.float64), -subspaces.UNIT)
-    return _Segment(leaf, numbers, fit.orthonormal(basis.T @ near), True)
 
   # ---- the tensors
 
@@ -246,108 +188,107 @@ class Recipe:
   ) -> dict[str, base_lib.Beside]:
     """Finds the arrays that take fewer bytes beside products or the base.
 
-    Args:
-      params: leaves of a record by path, as they are stored without a base.
-      resolve: returns the parameters that leaves need.
-
-    Returns:
-      How to store these arrays, by path.
+    See `base.Base.beside`; the leaves are as they are stored without a base.
     """
-    products = {}
-    for path, made_of in self._made_of.items():
-      leaf = params.get(path)
-      if leaf is not None and not structured.is_structured(leaf):
-        product = self._product(np.asarray(leaf), made_of)
-        if product is not None:
-          products[path] = product
-    others = {x: y for x, y in params.items() if x not in self._made_of}
-    return products | self._base.beside(others, resolve)
+    stored = {
+      path: self._beside_product(np.asarray(leaf), *self._forms[path])
+      for path, leaf in params.items()
+      if path in self._forms and not structured.is_structured(leaf)
+    }
+    others = {x: y for x, y in params.items() if x not in self._forms}
+    beside_products = {path: x for path, x in stored.items() if x is not None}
+    return beside_products | self._base.beside(others, resolve)
 
-  def _product(
-    self, target: np.ndarray, made_of: _Ingredients
+  def _beside_product(
+    self, target: np.ndarray, form: products.Form, paths: tuple[str, ...]
   ) -> base_lib.Beside | None:
     """Returns how to store a tensor beside its product; None if it is not worth it."""
-    segments, arrays = [*map(self.segment, made_of.segments)], self._arrays(made_of)
-    if arrays is None or not all(x.known for x in segments):
+    segments, arrays = [*map(self.segment, form.segments)], self._arrays(paths)
+    bases = [x.numbers for x in segments if x is not None]
+    if arrays is None or len(bases) < len(segments):
       return None
     target, dense = host.contiguous(target), [x for x, _ in arrays]
-    way = made_of.way
-    way = way._replace(rounded=self._rounded and way.kind != 'shortcut')
-    bases = [x.basis for x in segments]
-    made = subspaces.tensor(way, dense, bases, target.shape, target.dtype)
-    product = entries.Product(
-      **way._asdict(), arrays=tuple(x for _, x in arrays), segments=made_of.segments
-    )
+    is_rounded = self._is_rounded and form.kind != 'shortcut'
+    form = msgspec.structs.replace(form, rounded=is_rounded)
+    product = form.tensor(dense, bases, target.shape, target.dtype)
     roundoff = self._context._replace(dtype=target.dtype).roundoff
-    if not self._keeps_bits and fit.Pair(way, dense, target).is_rounded(made, roundoff):
-      target = made
-    return base_lib.beside_product(target, made, product)
-
-
-def _rotated(leaf: Any, rows: np.ndarray | None, columns: np.ndarray | None) -> Any:
-  """Returns `rows^T @ leaf @ columns` in float32."""
-  if structured.is_structured(leaf):
-    turns = (
-      None if x is None else jnp.asarray(x, jnp.float32) for x in (rows, columns)
+    pair = fit.Pair(form, dense, target)
+    if not self._keeps_bits and pair.is_rounded(product, roundoff):
+      target = product
+    known = products.Product(
+      **msgspec.structs.asdict(form), arrays=tuple(x for _, x in arrays)
     )
-    return rotations.rotate(leaf, *turns)
-  # NumPy needs no program for each shape.
-  found = np.asarray(leaf, np.float32)
-  found = found if rows is None else rows.T.astype(np.float32) @ found
-  return found if columns is None else found @ columns.astype(np.float32)
+    return base_lib.beside_known(target, product, known)
 
 
-def _ingredients(
+def _times(
+  array: Any, rows: np.ndarray | None, columns: np.ndarray | None
+) -> np.ndarray:
+  """Returns `rows^T @ array @ columns` in float32, by NumPy: it compiles no program."""
+  product = np.asarray(array, np.float32)
+  if rows is not None:
+    product = rows.T.astype(np.float32) @ product
+  return product if columns is None else product @ columns.astype(np.float32)
+
+
+def _segments(config: models.ModelConfig) -> dict[str, tuple[int | None, ...]]:
+  """Returns the segments of the rows and the columns of parameters, by path."""
+  step = config.segments_per_layer
+  layer, outer = models.layout.layer_axes(config), models.layout.outer_axes(config)
+  parts = [('', outer, 0, config.num_layers * step)]
+  for i in range(config.num_layers):
+    parts.append((models.names.prefix(i), layer, i * step, (i + 1) * step))
+  return {
+    f'{prefix}{path}': tuple(
+      axis if axis is None else first + axis if axis >= 0 else last
+      for axis in rotations.sides(axes[path])
+    )
+    for prefix, axes, first, last in parts
+    for path in axes
+  }
+
+
+def _forms(
   dense: models.ModelConfig, sliced: models.ModelConfig
-) -> dict[str, _Ingredients]:
-  """Returns the ingredients of the parameters that slicing changes, by path."""
-  layer, outer = models.layout.layer_axes(sliced), models.layout.outer_axes(sliced)
-  step, found = sliced.segments_per_layer, {}
-  has_mean = dense.norm == 'layernorm'
-  known = {*models.layout.layer_axes(dense), *models.layout.outer_axes(dense)}
-
-  def add(
-    name: str, axes: models.layout.Axes, path: str, norm: str, first: int, last: int
-  ) -> None:
-    segment = lambda axis: first + axis if axis >= 0 else last
-    sides, head = axes[path], path.startswith('head/')
+) -> dict[str, tuple[products.Form, tuple[str, ...]]]:
+  """Returns the forms of parameters by path, and the paths of tensors of the base."""
+  sides, known, has_mean = (
+    _segments(sliced),
+    _segments(dense),
+    dense.norm == 'layernorm',
+  )
+  forms: dict[str, tuple[products.Form, tuple[str, ...]]] = {}
+  for path, (rows, columns) in sides.items():
+    prefix = models.names.prefix(models.names.layer_index(path))
+    group = path.removeprefix(prefix).partition('/')[0]
+    norm = prefix + models.layout.norm_of(dense, group) if prefix else 'final_norm'
     kernel = f'{path.rpartition("/")[0]}/kernel'
-    source = 'embed/tokens' if head and dense.tied_head else f'{name}{kernel}'
-    tied = head and dense.tied_head
-    if '_shortcut' in path:
-      made = _Ingredients(
-        subspaces.Way('shortcut'), (), (segment(sides[0]), segment(sides[1]))
-      )
-    elif isinstance(sides[-1], int):
-      way = subspaces.Way('writes', centred=has_mean)
-      made = _Ingredients(way, (f'{name}{path}',), (segment(sides[-1]),))
-    elif isinstance(sides[0], int):
-      way = subspaces.Way('reads', transposed=tied)
-      made = _Ingredients(way, (source, f'{norm}/scale'), (segment(sides[0]),))
-    elif has_mean and isinstance(axes.get(kernel, ('',))[0], int):
-      way = subspaces.Way('bias', transposed=tied)
-      bias = (f'{name}{path}',) if path in known else ()
-      made = _Ingredients(way, (source, f'{norm}/bias', *bias), ())
+    is_tied = group == 'head' and dense.tied_head
+    source = 'embed/tokens' if is_tied else kernel
+    paths: tuple[str, ...] = ()
+    if rows is not None and columns is not None:
+      form = products.Form(kind='shortcut', segments=(rows, columns))
+    elif columns is not None:
+      form = products.Form(kind='writes', segments=(columns,), centred=has_mean)
+      paths = (path,)
+    elif rows is not None:
+      form = products.Form(kind='reads', segments=(rows,), transposed=is_tied)
+      paths = source, f'{norm}/scale'
+    elif has_mean and sides.get(kernel, (None,))[0] is not None:
+      form = products.Form(kind='bias', transposed=is_tied)
+      paths = source, f'{norm}/bias', *([path] if path in known else [])
     else:
-      return
-    found[f'{name}{path}'] = made
-
-  for i in range(sliced.num_layers):
-    name = models.names.prefix(i)
-    for path in layer:
-      norm = models.layout.norm_of(dense, path.partition('/')[0])
-      add(name, layer, path, f'{name}{norm}', i * step, (i + 1) * step)
-  for path in outer:
-    add('', outer, path, 'final_norm', 0, sliced.num_layers * step)
-  return found
+      continue
+    forms[path] = form, paths
+  return forms
 
 
 def suits(source: Any, base: base_lib.Base) -> bool:
   """Returns whether a model may be sliced from a base, by their configs."""
-  own, dense = source.config, base.config
-  if own is None or dense is None or not own.sliced or dense.sliced:
+  sliced, dense = source.config, base.config
+  if sliced is None or dense is None or not sliced.sliced or dense.sliced:
     return False
   try:
-    return dense.sliced_to(own.segment_widths) == own
+    return bool(dense.sliced_to(sliced.segment_widths) == sliced)
   except ValueError:  # another number of segments
     return False

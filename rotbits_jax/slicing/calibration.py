@@ -11,8 +11,7 @@ sublayer_s is a sublayer of the model with fused norms. A sliced model computes 
 with `X_s V_s`. So calibration needs no rotated parameters, and all layers have the same
 shapes.
 
-The Gram matrices are summed and diagonalised in float64. SliceGPT adds 1% of the mean
-to the diagonal first; that changes no eigenvector.
+Gram matrices are float64. SliceGPT's damping of the diagonal changes no eigenvector.
 
 Shape letters: S sequences of T tokens, D hidden size, d width of a segment.
 
@@ -50,9 +49,6 @@ def sample_sequences(
 
   Returns:
     `[S, T]`, sequences that do not overlap, in the order of the text.
-
-  Raises:
-    ValueError: if there are no tokens, or if a setting is not positive.
   """
   if sequences < 1 or length < 1 or len(tokens) < 1:
     raise ValueError(
@@ -101,11 +97,8 @@ def principal_components(activations: np.ndarray, width: int) -> PrincipalCompon
   """Returns the principal components of a segment, the largest of the kept ones first.
 
   Args:
-    activations: float32 `[S, T, D]`.
+    activations: float32 `[S, T, D]`, which must be finite.
     width: d, the number of components to keep.
-
-  Raises:
-    ValueError: if the activations are not finite.
   """
   hidden = activations.shape[-1]
   gram = np.zeros((hidden, hidden))
@@ -125,11 +118,7 @@ _embed = jax.jit(transformer.embed, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnames='config')
 def _advance(
-  params: models.Params,
-  cut: jax.Array,
-  x: jax.Array,
-  *,
-  config: models.ModelConfig,
+  params: models.Params, cut: jax.Array, x: jax.Array, *, config: models.ModelConfig
 ) -> jax.Array:
   """Computes the activations `[T, D]` of the next segment for one sequence."""
   with jax.default_matmul_precision('highest'):

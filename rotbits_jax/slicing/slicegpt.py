@@ -3,10 +3,7 @@ r"""SliceGPT: rotates the residual stream to principal components and removes th
 For every segment s of the fused model (see `norm_fusion`), `calibration` finds
 orthonormal columns V_s `[D, d]`. Parameters that write the segment are multiplied by
 V_s, parameters that read it by V_s^T, and the shortcut between two segments becomes
-V_s^T V_{s+1}. For d = D this is a rotation, which does not change the function. For
-d < D it is an approximation.
-
-Products are computed in float64 on the host and rounded once, to the requested dtype.
+V_s^T V_{s+1}. Products are computed in float64 on the host and rounded once.
 
 Shape letters: S sequences of T tokens, D hidden size, d width of a segment.
 
@@ -24,24 +21,16 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
-from rotbits_jax.system.progress import track
+from rotbits_jax.system.progress import Progress
 
 ORIENTATIONS = ('random', 'pca')
 
 
 def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> int:
-  """Returns d, the width of a sliced segment, with SliceGPT's rounding.
+  """Returns d, the width of a sliced segment, rounded down as SliceGPT does.
 
   >>> sliced_width(768, 0.2)
   608
-
-  Args:
-    hidden_size: D.
-    sparsity: the part of the hidden size that slicing removes, in [0, 1).
-    round_interval: the width is rounded down to a multiple of it.
-
-  Raises:
-    ValueError: if a setting is out of range, or if the width is 0.
   """
   if not 0 <= sparsity < 1:
     raise ValueError(f'the slicing sparsity must be in [0, 1), got {sparsity}')
@@ -88,9 +77,8 @@ def slice_model(
     The sliced model. Its leaves are float32 NumPy arrays.
 
   Raises:
-    ValueError: if the model is already sliced, if a setting is out of range, if the
-      tokens do not suit the model or are fewer than D, if the activations are not
-      finite, or if a parameter is too large for float32.
+    ValueError: if the model is sliced, a setting is out of range, the tokens do not
+      suit the model or are fewer than D, or numbers are not finite or too large.
   """
   config = norm_fusion.fused(model.config)
   hidden = config.hidden_size
@@ -118,7 +106,7 @@ def slice_model(
   embeddings = {name: table @ bases[0].kept for name, table in embeddings.items()}
   outer = {'embed': _float32(embeddings, 'embed')}
   count = config.num_layers
-  tracked = track(dense.layers(), 'slice', 'layer', total=count, show=progress)
+  tracked = Progress('slice', count, 'layer', show=progress, units=dense.layers())
   for i, layer in enumerate(tracked):
     fused = norm_fusion.fuse_layer(layer, dense.config)
     steps = [fused] if config.parallel_block else [{k: v} for k, v in fused.items()]
@@ -137,14 +125,7 @@ def slice_model(
 def slice_layer(
   layer: models.Params, bases: tuple[np.ndarray, ...], config: models.ModelConfig
 ) -> models.Params:
-  """Slices the segments that one fused layer reads or writes, float64.
-
-  Args:
-    layer: parameters of the fused sublayers.
-    bases: V_s `[D, d]` for each segment of the layer: its input, the segment between
-      attention and MLP unless the blocks are parallel, and its output.
-    config: config of the fused model.
-  """
+  """Slices the segments of a fused layer, given V_s `[D, d]` of each; float64."""
   flat, sliced = structured.flatten(layer), {}
   for path, axes in models.layout.layer_axes(config).items():
     first: Any = axes[0]
@@ -166,11 +147,7 @@ def sliced_checkpoint(
 ) -> checkpoints.Checkpoint:
   """Returns the checkpoint that SliceGPT saves, with a slicing JSON beside the weights.
 
-  Args:
-    dense: the dense checkpoint, whose other files are kept.
-    model: the sliced model.
-    stem: name of the weights and of the slicing JSON, without suffix. SliceGPT uses
-      `<name>_<sparsity>`.
+  SliceGPT names the weights and the slicing JSON `<name>_<sparsity>`, which is `stem`.
   """
   widths = json.dumps(checkpoints.slicing_json(model.config)).encode()
   return checkpoints.Checkpoint(model, dense.files | {f'{stem}.json': widths}, stem)
@@ -184,15 +161,11 @@ def _checked(tokens: np.ndarray, config: models.ModelConfig) -> np.ndarray:
       f'tokens must be [S, T] integers, got {tokens.shape=} {tokens.dtype=}'
     )
   if tokens.shape[1] > config.max_positions:
-    raise ValueError(
-      f'the model has {config.max_positions} positions, got sequences of '
-      f'{tokens.shape[1]} tokens'
-    )
+    text = f'got sequences of {tokens.shape[1]} tokens'
+    raise ValueError(f'the model has {config.max_positions} positions, {text}')
   if tokens.size < config.hidden_size:
-    raise ValueError(
-      f'the calibration text must have at least as many tokens as the hidden size '
-      f'{config.hidden_size}, got {tokens.size}'
-    )
+    text = f'as many tokens as the hidden size {config.hidden_size}, got {tokens.size}'
+    raise ValueError(f'the calibration text must have at least {text}')
   config.check_tokens(tokens)
   return tokens.astype(np.int32)
 

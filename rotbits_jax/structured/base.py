@@ -1,11 +1,13 @@
 """The base class of structured leaves.
 
 A leaf of a PyTree is an array or a structured leaf. A structured leaf stands for an
-array but stores fewer numbers; `structured` gives an overview.
+array but stores fewer numbers; `structured` gives an overview. What does not fit raises
+a ValueError.
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import enum
 import types
 from typing import Any, ClassVar, Self
@@ -15,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.structured import fields
-from rotbits_jax.structured.fields import Arrays
-from rotbits_jax.structured.fields import Settings
 from rotbits_jax.system import host
 
 
@@ -49,11 +49,9 @@ class Structured(abc.ABC):
   """Base class of all structured leaves.
 
   A subclass is a `flax.struct` dataclass, and `fields` describes its annotations. It is
-  unstacked, or its arrays have a leading layer axis `[N, ...]`.
-
-  Most leaves stand for an array alone. Others need further parameters of the model; for
-  example, an embedding may be a linear image of the head. `Model.materialize`, the
-  forward pass and the file reader look up the parameters that `needs` names.
+  unstacked, or its arrays have a leading layer axis `[N, ...]`. Layers whose arrays
+  differ in the lengths of some axes, such as ranks, are padded with zeros there. Some
+  leaves need other parameters; an embedding may be a linear image of the head.
 
   Attributes:
     type_name: name of the class in the file format.
@@ -64,6 +62,8 @@ class Structured(abc.ABC):
       of their transposes.
     config_fields: the field of `ModelConfig` that a setting must equal, by the name of
       the setting. The arrays of a leaf may not tell how many heads there are.
+    ranks: lengths of the axes that are padded, for each layer of a stack; None if no
+      axis is, or for a stack that was computed as one.
   """
 
   type_name: ClassVar[str]
@@ -72,6 +72,7 @@ class Structured(abc.ABC):
   has_factors: ClassVar[bool] = False
   columns_first: bool = False
   config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
+  ranks: tuple[tuple[int, ...], ...] | None = None
 
   # ---- the array that the leaf stands for
 
@@ -81,32 +82,21 @@ class Structured(abc.ABC):
     """Shape of the array that the leaf stands for."""
 
   @property
-  @abc.abstractmethod
   def dtype(self) -> Any:
-    """Dtype of that array."""
+    """Dtype of that array: by default, that of the first stored array."""
+    return next(fields.arrays_of(self))[2].dtype
 
   @abc.abstractmethod
   def materialize(self, *needed: Any) -> Any:
-    """Returns the array that the leaf stands for.
+    """Returns the array that the leaf stands for, given the arrays that it `needs`.
 
     `structured.materialize` compiles this method, so its arrays may be tracers.
-
-    Args:
-      needed: the arrays that `needs` names.
-
-    Raises:
-      ValueError: if the leaf cannot have been made with these arrays.
     """
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
-    """Returns rows of the matrix, in float32.
+    """Returns rows of the matrix, float32 `[..., columns]`; one beyond the last is NaN.
 
-    Args:
-      needed_and_indices: the arrays that `needs` names, then the indices of the rows,
-        integers `[...]`.
-
-    Returns:
-      The rows, `[..., columns]`. A row beyond the last is NaN.
+    It takes the arrays that `needs` names, then the indices of rows, integers `[...]`.
     """
     *needed, indices = needed_and_indices
     table = jnp.asarray(self.materialize(*needed))
@@ -124,19 +114,40 @@ class Structured(abc.ABC):
 
   def layer(self, index: int) -> Self:
     """Returns one layer of a stacked leaf, unstacked."""
-    return jax.tree.map(lambda x: x[index], self)
+    layer = jax.tree.map(lambda x: x[index], self)
+    if self.ranks is None:
+      return layer
+    axes = fields.ragged_axes(type(self))
+    layer = _resized(layer, dict(zip(axes, self.ranks[index], strict=True)))
+    return dataclasses.replace(layer, ranks=None)
 
-  def check_layer(self, index: int) -> None:  # noqa: B027
-    """Checks that nothing of a stacked leaf is lost if a layer is taken out.
-
-    Raises:
-      ValueError: if numbers would be, which a training has put where layers are padded.
-    """
+  def check_layer(self, index: int) -> None:
+    """Checks that a training has left the zeros with which a layer is padded."""
+    count = lambda leaf: sum(int(jnp.count_nonzero(x)) for x in jax.tree.leaves(leaf))
+    padded = jax.tree.map(lambda x: x[index], self)
+    if self.ranks is not None and count(padded) != count(self.layer(index)):
+      raise ValueError(
+        f'arrays with lengths {self.ranks[index]} are not zero where they are padded '
+        'in a stack: materialize them before they are trained'
+      )
 
   @classmethod
-  def stack(cls, leaves: list[Self]) -> Self:
-    """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`."""
-    return jax.tree.map(_stack, *leaves)
+  def stack(cls, leaves: list[Self], ranks: Sequence[Any] | None = None) -> Self:
+    """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`.
+
+    If the leaves are some layers of a stack only, `ranks` are those of all its layers.
+    """
+    axes = fields.ragged_axes(cls)
+    if not axes:
+      return jax.tree.map(_stack, *leaves)
+    if ranks is None:
+      shapes = ({x: array.shape for x, _, array in fields.arrays_of(y)} for y in leaves)
+      ranks = list(map(cls.stored_rank, shapes))
+    # Orbax cannot save arrays without elements.
+    greatest = (max(1, *lengths) for lengths in zip(*ranks, strict=True))
+    lengths = dict(zip(axes, greatest, strict=True))
+    stacked = jax.tree.map(_stack, *(_resized(leaf, lengths) for leaf in leaves))
+    return dataclasses.replace(stacked, ranks=tuple(ranks))
 
   def stack_key(self) -> tuple[str, ...]:
     """Returns further names that must be equal in leaves that share a stack.
@@ -152,14 +163,12 @@ class Structured(abc.ABC):
 
     A leaf whose numbers must not change overrides this method.
     """
-    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.tree.map(lambda x: function(x) if is_float(x) else x, self)
+    return jax.tree.map(lambda x: function(x) if _is_float(x) else x, self)
 
   def rounded(self, function: Callable[[Any], Any]) -> Self:
-    """Applies a rounding with a step that depends on the numbers, to each array.
+    """Applies a rounding whose step depends on the numbers, to an unstacked leaf.
 
-    A leaf whose arrays are parts of one matrix overrides this method, so that all of
-    them get one step. The leaf is not stacked.
+    A leaf whose arrays are parts of one matrix overrides it, so that they get one step.
     """
     return self.map_arrays(function)
 
@@ -169,62 +178,26 @@ class Structured(abc.ABC):
 
   # ---- the file
 
-  def stored(self) -> tuple[Settings, Arrays]:
-    """Returns the content of an unstacked leaf in the file: settings and arrays."""
-    return fields.store(self)
-
-  def stored_sizes(self) -> list[tuple[np.dtype, int]]:
-    """Returns the dtype and the size of each array of `stored`, without computing them.
-
-    The leaf must be unstacked.
-    """
-    return fields.stored_sizes(self)
-
-  @classmethod
-  def from_stored(cls, settings: Settings, arrays: Arrays) -> Self:
-    """Makes the unstacked leaf from its content in a file: the inverse of `stored`.
-
-    Raises:
-      ValueError: if the settings and arrays do not fit together.
-    """
-    leaf: Self = fields.load(cls, settings, arrays)
-    return leaf
+  stored = fields.store
+  stored_sizes = fields.stored_sizes
+  from_stored = classmethod(fields.load)
+  stored_rank = classmethod(fields.ragged_lengths)
 
   def check(self) -> None:  # noqa: B027
     """Checks how the fields of an unstacked leaf fit together; `from_stored` calls it.
 
-    Raises:
-      ValueError: if they do not.
+    Axes of one letter are equal already, see `fields`.
     """
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:  # noqa: B027
-    """Checks the shapes of the arrays that the leaf needs.
-
-    Raises:
-      ValueError: if `materialize` cannot take arrays of these shapes.
-    """
-
-  @classmethod
-  def stored_rank(
-    cls, settings: Settings, shapes: Mapping[str, tuple[int, ...]]
-  ) -> Any:
-    """Returns the rank of a leaf in a file, if those in a stack may differ; else None.
-
-    Ranks determine the shapes of a stack. So a process that has some of its layers only
-    gives the ranks of all of them to `stack`, as a second argument.
-    """
-    return None
+    """Checks that `materialize` can take arrays of these shapes."""
 
 
 TYPES: dict[str, type[Structured]] = {}
 
 
 def register(cls: type[Any]) -> type[Any]:
-  """Registers a class of leaves with the file format; a class decorator.
-
-  Raises:
-    ValueError: if another class has the same `type_name`.
-  """
+  """Registers a class of leaves with the file format; a class decorator."""
   if cls.type_name in TYPES:
     raise ValueError(f'a structured leaf of type {cls.type_name!r} exists already')
   TYPES[cls.type_name] = cls
@@ -232,26 +205,42 @@ def register(cls: type[Any]) -> type[Any]:
 
 
 def floating(dtype: Any) -> np.dtype:
-  """Returns a dtype of floating-point numbers.
-
-  Raises:
-    ValueError: if it is another one.
-  """
-  found = np.dtype(jnp.dtype(dtype))
-  if not jnp.issubdtype(found, jnp.floating):
-    raise ValueError(f'dtype must be of floating-point numbers, got {found.name}')
-  return found
+  """Returns a dtype, which must be of floating-point numbers."""
+  dtype = np.dtype(jnp.dtype(dtype))
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'dtype must be of floating-point numbers, got {dtype.name}')
+  return dtype
 
 
 def convert(array: Any, dtype: Any) -> Any:
-  """Rounds an array of floating-point numbers to the nearest numbers of a dtype.
+  """Rounds an array of floating-point numbers to a dtype, or to infinity.
 
-  Numbers that are too large for the dtype become infinite. Other arrays do not change.
+  Other arrays do not change.
   """
-  if not jnp.issubdtype(array.dtype, jnp.floating):
+  if not _is_float(array):
     return array
   with np.errstate(over='ignore'):
     return array.astype(dtype, copy=False)
+
+
+def _is_float(array: Any) -> bool:
+  return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def _resized(leaf: Any, lengths: Mapping[str, int]) -> Any:
+  """Pads the ragged axes of an unstacked leaf with zeros, or removes these."""
+  resized = {}
+  for name, annotation, array in fields.arrays_of(leaf):
+    letters = (annotation.axes or '') if annotation.ragged else ''
+    axes = zip(letters, array.shape, strict=False)
+    extra = {axis: lengths.get(axis, length) - length for axis, length in axes}
+    ends = [(n, 0) if axis in annotation.first else (0, n) for axis, n in extra.items()]
+    if any(extra.values()):
+      numpy = np if isinstance(array, np.ndarray) else jnp
+      array = array[tuple(slice(max(-n, 0), min(m, 0) or None) for n, m in ends)]
+      array = numpy.pad(array, [(max(n, 0), max(m, 0)) for n, m in ends])
+      resized[name] = array
+  return dataclasses.replace(leaf, **resized)
 
 
 def _stack(*arrays: Any) -> Any:
@@ -269,5 +258,7 @@ def _stack(*arrays: Any) -> Any:
   ):
     strides = first.nbytes, *first.strides
     return np.lib.stride_tricks.as_strided(first, (len(arrays), *first.shape), strides)
-  stacked = host.empty((len(arrays), *first.shape), first.dtype)
+  dtypes = {x.dtype for x in arrays}
+  dtype = first.dtype if len(dtypes) == 1 else jnp.result_type(*dtypes)
+  stacked = host.empty((len(arrays), *first.shape), dtype)
   return np.stack(arrays, out=stacked)

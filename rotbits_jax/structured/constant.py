@@ -12,19 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured.base import Origin
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 
 _MOST_AXES = 32
 
 
-@register
+@base.register
 @struct.dataclass
-class Constant(Structured):
+class Constant(base.Structured):
   """An array whose entries all have one value, which is all that the file stores.
 
   >>> leaf = Constant.like(jnp.zeros(3), 1.0)
@@ -38,10 +34,10 @@ class Constant(Structured):
   """
 
   type_name: ClassVar[str] = 'constant'
-  origin: ClassVar[Origin] = Origin.COPIED
+  origin: ClassVar[base.Origin] = base.Origin.COPIED
 
-  value: Annotated[Any, Array(0)]
-  tail: tuple[Length, ...] = static()
+  value: Annotated[Any, fields.Array('')]
+  tail: tuple[fields.Length, ...] = fields.static()
 
   @classmethod
   def like(cls, array: Any, value: float) -> 'Constant':
@@ -51,10 +47,6 @@ class Constant(Structured):
   @property
   def shape(self) -> tuple[int, ...]:
     return (*self.value.shape, *self.tail)
-
-  @property
-  def dtype(self) -> Any:
-    return self.value.dtype
 
   def materialize(self, *needed: Any) -> jax.Array:
     axes = tuple(range(-len(self.tail), 0))

@@ -10,9 +10,9 @@ Invariants of a `Difference`:
 * With gaps, few elements differ, and the differences are theirs, int8. A gap counts the
   elements before the next one that differs; the greatest one, 65535, stands for as many
   elements and none that differs.
-* With scales, all elements of some rows may differ, and each has a *class*, which
-  both sides compute from the known array. The coder keeps a frequency table and a shift
-  for each class, so that elements of one expected size share them.
+* With scales, all elements may differ, and each has a *class*, which both sides compute
+  from the known array. The coder keeps a frequency table and a shift for each class, so
+  that elements of one expected size share them.
 
 Classes. The array is taken as a matrix of `width` columns. The expected size of a
 difference is the product of a scale of its row and a scale of its column. How many ULPs
@@ -24,9 +24,7 @@ of an element, in quarters of an octave:
 
 e is the biased exponent, at least 1; 0 for integers. A class has a shift s, and its
 differences are above -2^(s + 7) and below 2^(s + 7). The number -2^(s + 7) marks an
-exception, whose bits are stored apart. Elements of the last class are so far from the
-known ones that their own bits take the place of a difference: the sign is moved to the
-lowest place, and the highest bit is flipped.
+exception, whose bits are stored apart.
 
 Predictions. If there are factors, the known number b is first replaced by
 `b + (left @ right)[i, j] 2^unit`, in float64, where b is finite, rounded to float32 and
@@ -35,7 +33,7 @@ the ULPs that the drift has for the top 8 bits of its mantissa. Weight decay mak
 it moves all numbers of an octave by as many ULPs, or by few others.
 
 Everything here is exact: integers, and sums of floats that are rounded once. Shape
-letters: R rows that may differ, C columns.
+letters: R rows, C columns. What does not fit raises a ValueError.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,45 +43,29 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 from flax import struct
 import ml_dtypes
+import msgspec
 import numpy as np
 
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
-from rotbits_jax.structured.base import Origin
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import static
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
-LOWEST = -24
-"""The level of class 0: differences of 2^-6 ULPs and less share a class."""
-
+LOWEST = -24  # the level of class 0, of differences of 2^-6 ULPs and less
 MOST_GAP = (1 << 16) - 1
-"""The greatest gap, which stands for as many elements and none that differs."""
-
-MOST_SCALE = 8000
-"""Bound of the scales, so that sums of them fit int16."""
-
-DRIFTS = 256
-"""The length of a drift."""
-
-LONGEST = (1 << 31) - 1
-"""The greatest length of an axis."""
-
-FAR = -128
-"""The difference that marks an exception among few differences."""
+MOST_SCALE = 8000  # so that sums of scales fit int16
+LONGEST = (1 << 31) - 1  # length of an axis
+DRIFTS = 256  # length of a drift
+FAR = -128  # marks an exception among few differences
+ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicted
 
 _OCTAVE = 4  # levels
 _BITS = 3  # the octaves of a difference that the symbols of a coder tell
 _MOST_RANK = 1 << 12
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit a cache
 _PARTS = 1 << 4  # of a job
-
-_ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]
-_FLOAT64 = np.dtype(np.float64)
 
 Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
 """Runs jobs, perhaps side by side; returns their results."""
@@ -97,14 +79,7 @@ def in_turn(jobs: Iterable[Callable[[], Any]]) -> list[Any]:
 def in_parts(
   job: Callable[[slice], Any], rows: int, width: int, run: Run = in_turn
 ) -> list[Any]:
-  """Runs a job for parts of some rows that fit a cache; returns the results in order.
-
-  Args:
-    job: takes a part.
-    rows: the number of rows.
-    width: the elements of a row.
-    run: runs jobs, each of many parts.
-  """
+  """Runs a job for slices of rows that fit a cache; returns the results in order."""
   step = max(_CHUNK // max(width, 1), 1)
   many = step * _PARTS
 
@@ -117,70 +92,45 @@ def in_parts(
 
 
 class Prediction(NamedTuple):
-  """What both sides know before the differences are coded.
+  """What both sides know before the differences are coded."""
 
-  Attributes:
-    bits: signed integers `[R, C]`, the bits of the elements without differences.
-    classes: uint8 `[R C]`, the class of each element.
-  """
-
-  bits: np.ndarray
-  classes: np.ndarray
+  bits: np.ndarray  # signed integers [R C], of the elements without differences
+  classes: np.ndarray  # uint8 [R C], the class of each element
 
 
 # NumPy evaluates a part of other texts, such as '(1,2)f4'.
-_is_name = lambda x: x.isidentifier() and len(x) < 32
-_Name = Annotated[str, lambda x: None if _is_name(x) else 'must be the name of a dtype']
-_Int16 = np.dtype(np.int16)
+_Name = Annotated[str, msgspec.Meta(pattern=r'\A\w{1,32}\Z')]
+_some = functools.partial(fields.Array, optional=True)
 
 
-@register
+@base.register
 @struct.dataclass
-class Difference(Structured):
+class Difference(base.Structured):
   """A known array plus what differs from it; the module's docstring has the rules.
 
-  Attributes:
-    differences: signed integers `[n]`, or None.
-    exceptions: the bits of exceptions, signed integers, or None.
-    gaps: uint16, or None.
-    row_scales: int16 `[R]`, or `[1]` if they are equal; None if there are no classes.
-    column_scales: int16 `[C]`, or `[1]`; likewise.
-    equal: uint8, a bit for each row, low bits first: whether it is that of the known
-      array. None if all rows may differ.
-    left: int16 `[rows, k]`, or None.
-    right: int16 `[k, C]`, or None.
-    drift: int32 `[256]`, or None.
-    map: int32 `[D, d]`, or None, see `tied.product`.
-    shifts: int16 `[D]`, or None.
-    lengths: shape of the array, or of its transpose.
-    name: name of its dtype.
-    width: C.
-    unit: see the module's docstring.
-    scale: see `tied.product`.
-    columns_first: whether `lengths` is the transposed shape, and the known array is
-      transposed, too.
+  Integers without a dtype are signed, and as wide as the elements.
   """
 
   type_name: ClassVar[str] = 'difference'
-  origin: ClassVar[Origin] = Origin.KNOWN
+  origin: ClassVar[base.Origin] = base.Origin.KNOWN
 
-  lengths: tuple[Length, ...] = static()
-  name: _Name = static()
-  differences: Annotated[Any, Array(1, optional=True)] = None
-  exceptions: Annotated[Any, Array(1, optional=True)] = None
-  gaps: Annotated[Any, Array(1, np.dtype(np.uint16), optional=True)] = None
-  row_scales: Annotated[Any, Array(1, _Int16, optional=True)] = None
-  column_scales: Annotated[Any, Array(1, _Int16, optional=True)] = None
-  equal: Annotated[Any, Array(1, np.dtype(np.uint8), optional=True)] = None
-  left: Annotated[Any, Array(2, _Int16, optional=True)] = None
-  right: Annotated[Any, Array(2, _Int16, optional=True)] = None
-  drift: Annotated[Any, Array(1, np.dtype(np.int32), optional=True)] = None
-  map: Annotated[Any, Array(2, np.dtype(np.int32), optional=True)] = None
-  shifts: Annotated[Any, Array(1, _Int16, optional=True)] = None
-  width: Length = static(default=0)
-  unit: Annotated[int, schema.between(-900, 900)] = static(default=0)
-  scale: Annotated[int, schema.between(-1000, 2000)] = static(default=0)
-  columns_first: bool = static(default=False)
+  lengths: tuple[fields.Length, ...] = fields.static()  # shape, or that transposed
+  name: _Name = fields.static()  # of the dtype
+  differences: Annotated[Any, _some('n')] = None
+  exceptions: Annotated[Any, _some('x')] = None  # their bits
+  gaps: Annotated[Any, _some('g', np.uint16)] = None
+  # Of rows and columns, or one for all that are equal. None if there are no classes.
+  row_scales: Annotated[Any, _some('r', np.int16, most=MOST_SCALE)] = None
+  column_scales: Annotated[Any, _some('c', np.int16, most=MOST_SCALE)] = None
+  left: Annotated[Any, _some('Rk', np.int16)] = None
+  right: Annotated[Any, _some('kC', np.int16)] = None
+  drift: Annotated[Any, _some('i', np.int32)] = None
+  map: Annotated[Any, _some('Dd', np.int32)] = None  # see `tied.product`, as two others
+  shifts: Annotated[Any, _some('D', np.int16)] = None
+  width: fields.Length = fields.static(default=0)
+  unit: Annotated[int, schema.between(-900, 900)] = fields.static(default=0)
+  scale: Annotated[int, schema.between(-1000, 2000)] = fields.static(default=0)
+  columns_first: bool = fields.static(default=False)  # also of the known array
 
   @property
   def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -212,32 +162,22 @@ class Difference(Structured):
 
   def materialize(self, *needed: Any) -> np.ndarray:
     if self.has_classes:
-      return self.joined(*self.predict(*needed))
-    known = self._known_bits(*needed)
+      return self.joined(self.predict(*needed))
+    bits = self._known_bits(*needed)
     if self.differences is not None:
-      self._change_few(known)
-    return self._array(known)
-
-  def predict(self, *needed: Any, run: Run = in_turn) -> tuple[np.ndarray, Prediction]:
-    """Returns the bits of the known array, `[n]`, and the prediction for `joined`."""
-    known = self._known_bits(*needed)
-    bits = self.predicted_bits(known, run)
-    return known, Prediction(bits, self.classes(bits, run))
+      self._change_few(bits)
+    return self._array(bits)
 
   def _known_bits(self, known: Any) -> np.ndarray:
     """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
+    self.check_needed(known.shape)
     if self.map is not None:
-      self.check_needed(known.shape)
-      made = tied.product(
-        np.asarray(known), self.map, self.shifts, self.scale, self.dtype
-      )
-      return ulps.bits_of(made)
-    known = known.T if self.columns_first else known
+      known = np.asarray(known)
+      known = tied.product(known, self.map, self.shifts, self.scale, self.dtype)
+    elif self.columns_first:
+      known = known.T
     if not fits(self.lengths, self.dtype, known.shape, known.dtype):
-      raise ValueError(
-        f'an array of {self.name} {self.lengths} cannot be made from {known.dtype} '
-        f'{known.shape}'
-      )
+      raise ValueError(f'{self.name} cannot be made from {known.dtype}')
     return known_bits(np.asarray(known), self.lengths, self.dtype)
 
   def _array(self, bits: np.ndarray) -> np.ndarray:
@@ -250,63 +190,50 @@ class Difference(Structured):
     is_last = self.gaps < MOST_GAP
     ends = np.cumsum(self.gaps + is_last, dtype=np.int64)
     places = ends[is_last] - 1
-    (far,) = np.nonzero(self.differences == FAR)
-    if places.size != self.differences.size or far.size != _size(self.exceptions):
+    if places.size != self.differences.size or ends[-1] > bits.size:
       raise ValueError(
-        f'{places.size} places and {far.size} exceptions, got '
-        f'{self.differences.size} differences and {_size(self.exceptions)} exceptions'
+        f'{places.size} gaps until {ends[-1]} do not fit the differences'
       )
-    if ends[-1] > bits.size:
-      raise ValueError(f'an array of {self.lengths} has no element {ends[-1] - 1}')
-    made = ulps.moved(bits[places], self.differences.astype(bits.dtype), self.dtype)
-    if far.size:
-      made[far] = self.exceptions
-    bits[places] = made
+    moved = ulps.moved(bits[places], self.differences.astype(bits.dtype), self.dtype)
+    self._put_exceptions(moved, np.flatnonzero(self.differences == FAR))
+    bits[places] = moved
+
+  def _put_exceptions(self, bits: np.ndarray, places: np.ndarray) -> None:
+    """Writes the bits of exceptions to their places."""
+    count = 0 if self.exceptions is None else self.exceptions.size
+    if places.size != count:
+      raise ValueError(f'{places.size} exceptions, got {count}')
+    if count:
+      bits[places] = self.exceptions
 
   # ---- the prediction
 
-  @property
-  def _places(self) -> np.ndarray | slice:
-    """The indices of the rows that may differ, or a slice of all."""
-    if self.equal is None:
-      return slice(None)
-    count = math.prod(self.lengths) // self.width
-    return np.flatnonzero(~_unpacked(self.equal, count))
+  def predict(self, *needed: Any, run: Run = in_turn) -> Prediction:
+    """Returns the prediction for `joined`, which changes it."""
+    bits = self.predicted_bits(self._known_bits(*needed), run)
+    return Prediction(bits, self.classes(bits, run))
 
   def predicted_bits(self, known: np.ndarray, run: Run = in_turn) -> np.ndarray:
-    """Returns the `bits` of the prediction; `known` are bits `[n]`."""
-    matrix = known.reshape(-1, self.width)[self._places]
+    """Returns the `bits` of the prediction for a known array; both are bits `[R C]`."""
     if self.left is None and self.drift is None:
-      return matrix.copy() if self.equal is None else matrix
-    left = None if self.left is None else self.left[self._places].astype(np.float64)
+      return known
+    matrix = known.reshape(-1, self.width)
     bits = np.empty_like(matrix)
 
-    def job(part: slice) -> None:
-      bits[part] = self._drifted(self._with_factors(matrix[part], left, part))
+    def job(rows: slice) -> None:
+      bits[rows] = self._drifted(self._with_factors(matrix[rows], rows))
 
-    in_parts(job, len(matrix), matrix.shape[1], run)
-    return bits
+    in_parts(job, *matrix.shape, run)
+    return bits.reshape(-1)
 
-  def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
-    """Returns the `classes` of the prediction, given its bits."""
-    classes = np.empty(bits.shape, np.uint8)
-
-    def job(part: slice) -> None:
-      self._write_classes(bits[part], part, classes[part])
-
-    in_parts(job, len(bits), bits.shape[1], run)
-    return classes.reshape(-1)
-
-  def _with_factors(
-    self, bits: np.ndarray, left: np.ndarray | None, rows: slice
-  ) -> np.ndarray:
+  def _with_factors(self, bits: np.ndarray, rows: slice) -> np.ndarray:
     """Returns the bits of rows plus their part of the product of the factors."""
-    if left is None:
+    if self.left is None:
       return bits
-    product = host.small_products(left[rows], self.right.astype(np.float64))
+    left, right = self.left[rows].astype(np.float64), self.right.astype(np.float64)
     with np.errstate(all='ignore'):
       numbers = bits.view(self.dtype).astype(np.float64)
-      numbers += np.ldexp(product, self.unit)
+      numbers += np.ldexp(host.small_products(left, right), self.unit)
       near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
     return np.where(ulps.is_finite(bits, self.dtype), near, bits)
 
@@ -320,48 +247,45 @@ class Difference(Structured):
     drift = self.drift.astype(bits.dtype)
     return bits + drift.take(drift_places(bits, mantissa)) * is_normal
 
-  def _write_classes(self, bits: np.ndarray, rows: slice, out: np.ndarray) -> None:
-    """Writes the classes of rows, uint8."""
-    mantissa = ulps.MANTISSA_BITS.get(self.dtype)
-    of_rows = self.row_scales[rows] if self.row_scales.size > 1 else self.row_scales
-    levels = np.empty(bits.shape, np.int16)
-    np.add(of_rows[:, None], self.column_scales, out=levels)
-    if mantissa is not None:
-      exponents = (bits & np.iinfo(bits.dtype).max) >> mantissa
-      exponents = np.maximum(exponents, 1, out=exponents).astype(np.int16, copy=False)
-      exponents *= 8
-      levels -= exponents
-    levels >>= 1
-    levels -= LOWEST
-    np.clip(levels, 0, len(class_shifts(self.dtype)) - 1, out=levels)
-    out[...] = levels
+  def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
+    """Returns the `classes` of the prediction, given its bits."""
+    matrix = bits.reshape(-1, self.width)
+    classes = np.empty(matrix.shape, np.uint8)
+    mantissa, last = ulps.MANTISSA_BITS.get(self.dtype), len(class_shifts(self.dtype))
+    row_scales = np.broadcast_to(self.row_scales, len(matrix))
 
-  def joined(
-    self, known: np.ndarray, made: Prediction, run: Run = in_turn
-  ) -> np.ndarray:
+    def job(rows: slice) -> None:
+      levels = np.empty(matrix[rows].shape, np.int16)
+      np.add(row_scales[rows, None], self.column_scales, out=levels)
+      if mantissa is not None:
+        exponents = (matrix[rows] & np.iinfo(bits.dtype).max) >> mantissa
+        exponents = np.maximum(exponents, 1).astype(np.int16, copy=False)
+        exponents *= 8
+        levels -= exponents
+      levels >>= 1
+      levels -= LOWEST
+      np.clip(levels, 0, last - 1, out=levels)
+      classes[rows] = levels
+
+    in_parts(job, *matrix.shape, run)
+    return classes.reshape(-1)
+
+  def joined(self, prediction: Prediction, run: Run = in_turn) -> np.ndarray:
     """Returns the array, given the result of `predict` and the decoded differences."""
-    bits, dtype, marks = made.bits.reshape(-1), self.dtype, _marks(self.dtype)
-    last = len(marks) - 1
+    bits, classes = prediction
+    marks = _marks(self.dtype)
 
     def job(part: slice) -> np.ndarray:
-      classes, differences = made.classes[part], self.differences[part]
-      bits[part] = ulps.moved(bits[part], differences, dtype)
-      (places,) = np.nonzero(classes == last)
-      bits[part][places] = _rotated_back(differences[places])
-      if self.exceptions is None:
-        return places[:0]
-      is_mark = differences == marks.take(classes)
-      return np.flatnonzero(is_mark & (classes < last)) + part.start
+      differences = self.differences[part]
+      bits[part] = ulps.moved(bits[part], differences, self.dtype)
+      # Few arrays have exceptions.
+      has_none = self.exceptions is None
+      is_mark = () if has_none else differences == marks.take(classes[part])
+      return np.flatnonzero(is_mark) + part.start
 
-    far = np.concatenate([np.zeros(0, np.int64), *in_parts(job, bits.size, 1, run)])
-    if far.size != _size(self.exceptions):
-      raise ValueError(f'{far.size} exceptions, got {_size(self.exceptions)}')
-    if far.size:
-      bits[far] = self.exceptions
-    if self.equal is None:
-      return self._array(bits)
-    known.reshape(-1, self.width)[self._places] = made.bits
-    return self._array(known)
+    places = in_parts(job, bits.size, 1, run)
+    self._put_exceptions(bits, np.concatenate([np.zeros(0, np.int64), *places]))
+    return self._array(bits)
 
   # ---- untrusted input
 
@@ -369,78 +293,45 @@ class Difference(Structured):
     if self.map is not None:
       tied.Tied(self.map, self.lengths[0]).check_needed(*shapes)
       return
-    if self.columns_first:
-      shapes = tuple(shape[::-1] for shape in shapes)
-    if not all(_fits_shape(self.lengths, shape) for shape in shapes):
-      raise ValueError(f'an array of {self.lengths} cannot be made from {shapes}')
+    for shape in shapes:
+      if not _fits_shape(self.lengths, shape[::-1] if self.columns_first else shape):
+        raise ValueError(f'an array of {self.lengths} cannot be made from {shapes}')
 
   def check(self) -> None:
-    dtype, size = self.dtype, math.prod(self.lengths)
-    if len(self.lengths) > 32 or math.prod(n for n in self.lengths if n) > 1 << 48:
-      raise ValueError(f'an array of {self.lengths!r:.80} is too large')
+    dtype, lengths = self.dtype, self.lengths
     if dtype.itemsize > 8 or dtype.kind in 'cOSUMm':
       raise ValueError(f'arrays of {self.name!r:.40} are not stored beside a base')
-    signed = np.dtype(f'i{dtype.itemsize}')
-    if self.exceptions is not None and self.exceptions.dtype != signed:
-      raise ValueError(f'exceptions of {self.name} cannot be {self.exceptions.dtype}')
-    if (self.map is None) != (self.shifts is None):
-      raise ValueError('a map and its shifts belong together')
-    if self.map is not None:
-      map_shape = self.shifts.size, *self.lengths[1:]
-      if self.map.shape != map_shape or dtype not in _ROUNDED:
-        raise ValueError(f'an embedding {self.name} {self.lengths} has another map')
-    if self.has_classes:
-      self._check_classes(size, signed)
-      return
-    others = self.row_scales, self.equal, self.left, self.right, self.drift, self.map
-    if any(x is not None for x in others) or self.width:
-      raise ValueError('only differences with classes have scales and predictions')
-    few = self.differences, self.gaps
-    if (few[0] is None) != (few[1] is None) or (
-      few[0] is None and self.exceptions is not None
-    ):
-      raise ValueError('gaps, differences and exceptions belong together')
-    if self.gaps is not None:
+    if len(lengths) > 32 or math.prod(n for n in lengths if n) > 1 << 48:
+      raise ValueError(f'an array of {lengths!r:.80} is too large')
+    size, signed = math.prod(lengths), np.dtype(f'i{dtype.itemsize}')
+    rows = size // self.width if self.width else 0
+    arrays = {name: array for name, _, array in fields.arrays_of(self)}
+    count = lambda name: arrays[name].size if name in arrays else 0
+    kind = lambda name: arrays[name].dtype if name in arrays else None
+    pairs = ('left', 'right'), ('map', 'shifts'), ('row_scales', 'column_scales')
+    fits = all((x in arrays) == (y in arrays) for x, y in pairs)
+    fits &= kind('exceptions') in (None, signed)
+    fits &= count('exceptions') <= count('differences')
+    is_predicted = not arrays.keys().isdisjoint(('left', 'drift', 'map'))
+    fits &= dtype in ROUNDED or not is_predicted
+    fits &= self.map is None or lengths[1:] == self.map.shape[1:]
+    if self.has_classes and fits:
+      fits = rows * self.width == size and dtype.itemsize <= 4 and self.gaps is None
+      fits &= count('differences') == size and kind('differences') == signed
+      fits &= self.row_scales.size in (1, rows)
+      fits &= self.column_scales.size in (1, self.width)
+      fits &= count('drift') in (0, DRIFTS)
+      if self.left is not None:
+        fits &= (len(self.left), self.right.shape[1]) == (rows, self.width)
+        fits &= len(self.right) <= _MOST_RANK
+    elif fits:
+      fits = not self.width and not is_predicted
+      fits &= ('gaps' in arrays) == ('differences' in arrays)
       # The greatest gap stands for many elements.
-      if self.gaps.size > self.differences.size + size // MOST_GAP:
-        raise ValueError(
-          f'an array of {self.lengths} cannot have {self.gaps.size} gaps'
-        )
-      if self.differences.size > size or self.differences.dtype != np.int8:
-        raise ValueError('few differences must be int8')
-
-  def _check_classes(self, size: int, signed: np.dtype) -> None:
-    """Checks the fields of differences with classes."""
-    dtype, width = self.dtype, self.width
-    rows = size // width if width else 0
-    if rows * width != size or self.gaps is not None or dtype.itemsize > 4:
-      raise ValueError(f'{self.name} {self.lengths} has no differences in {width=}')
-    places = rows
-    if self.equal is not None:
-      if self.equal.size != -(-rows // 8):
-        raise ValueError(f'{rows} rows cannot have {self.equal.size} bytes of bits')
-      places = rows - int(np.count_nonzero(_unpacked(self.equal, rows)))
-    if _size(self.differences) != places * width or self.differences.dtype != signed:
-      raise ValueError(f'{places} rows of {width} {signed} have other differences')
-    for scales, count in ((self.row_scales, places), (self.column_scales, width)):
-      if scales is None or scales.size not in (1, count):
-        raise ValueError(f'{count} rows or columns cannot have {_size(scales)} scales')
-      if np.abs(scales.astype(np.int32)).max() > MOST_SCALE:
-        raise ValueError(f'scales must be within {MOST_SCALE}')
-    if (self.left is None) != (self.right is None):
-      raise ValueError('one of two factors is missing')
-    if self.left is not None:
-      shapes = self.left.shape, self.right.shape
-      rank = shapes[0][1]
-      if shapes != ((rows, rank), (rank, width)) or rank > _MOST_RANK:
-        raise ValueError(f'factors of shapes {shapes} do not fit {self.lengths}')
-    if self.drift is not None:
-      sizes_of_drift = np.abs(self.drift.astype(np.int64))
-      most = 1 << ulps.MANTISSA_BITS.get(dtype, 0)
-      if sizes_of_drift.size != DRIFTS or sizes_of_drift.max() >= most:
-        raise ValueError(f'{self.name} cannot have this drift')
-    if dtype not in _ROUNDED and (self.left is not None or self.drift is not None):
-      raise ValueError(f'{self.name} has no predictions')
+      fits &= count('gaps') <= count('differences') + size // MOST_GAP
+      fits &= count('differences') <= size and kind('differences') in (None, np.int8)
+    if not fits:
+      raise ValueError(f'what is stored of {self.name} {lengths} does not fit together')
 
 
 # ---- known arrays --------------------------------------------------------------------
@@ -449,21 +340,12 @@ class Difference(Structured):
 def fits(
   lengths: tuple[int, ...], dtype: Any, known_shape: tuple[int, ...], known_dtype: Any
 ) -> bool:
-  """Returns whether an array can be stored beside a known one.
-
-  Args:
-    lengths: shape of the array.
-    dtype: its dtype.
-    known_shape: shape of the known array.
-    known_dtype: its dtype.
-  """
+  """Returns whether an array can be stored beside a known one."""
   dtype, known_dtype = np.dtype(dtype), np.dtype(known_dtype)
   if not _fits_shape(lengths, known_shape) or dtype.itemsize > 8:
     return False
-  if max(lengths, default=0) > LONGEST:
-    return False
-  is_rounded = dtype in _ROUNDED and known_dtype in (*_ROUNDED, _FLOAT64)
-  return dtype == known_dtype or is_rounded
+  is_rounded = dtype in ROUNDED and known_dtype in (*ROUNDED, np.float64)
+  return max(lengths, default=0) <= LONGEST and (dtype == known_dtype or is_rounded)
 
 
 def _fits_shape(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -471,11 +353,7 @@ def _fits_shape(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def dtype_of(name: str) -> np.dtype:
-  """Returns the dtype of a name.
-
-  Raises:
-    ValueError: if there is none.
-  """
+  """Returns the dtype of a name."""
   try:
     return np.dtype(getattr(ml_dtypes, name, None) or name)
   except TypeError:
@@ -506,6 +384,11 @@ def class_shifts(dtype: np.dtype) -> tuple[int, ...]:
   return (*shifts.tolist(), width - 8)
 
 
+def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
+  """Returns the places in a drift: the mantissa's highest 8 bits, or fewer."""
+  return bits >> max(mantissa - 8, 0) & min((1 << mantissa) - 1, DRIFTS - 1)
+
+
 def _marks(dtype: np.dtype) -> np.ndarray:
   """Returns the difference that marks an exception of each class."""
   shifts = np.array(class_shifts(dtype), np.int64)
@@ -513,61 +396,23 @@ def _marks(dtype: np.dtype) -> np.ndarray:
 
 
 def divided(
-  bits: np.ndarray, made: Prediction, dtype: np.dtype, run: Run = in_turn
+  bits: np.ndarray, prediction: Prediction, dtype: np.dtype, run: Run = in_turn
 ) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns the differences and the exceptions: the inverse of `Difference.joined`.
-
-  Args:
-    bits: the bits of the elements that may differ, `[n]`.
-    made: their prediction.
-    dtype: their dtype.
-    run: runs jobs for parts of them.
-  """
-  known, marks = made.bits.reshape(-1), _marks(dtype)
-  differences, last = np.empty_like(bits), len(marks) - 1
+  """Returns the differences and the exceptions: the inverse of `Difference.joined`."""
+  known, classes = prediction
+  marks, differences = _marks(dtype), np.empty_like(bits)
   # The differences of a class are from its mark + 1 on, and so many.
   counts = (-2 * marks - 1).view(f'u{bits.itemsize}')
 
   def job(part: slice) -> np.ndarray:
-    classes = made.classes[part]
-    part_differences = ulps.differences(bits[part], known[part], dtype)
-    mark = marks.take(classes)
-    above = (part_differences - mark - 1).view(counts.dtype)
-    is_far = above >= counts.take(classes)
-    (places,) = np.nonzero(classes == last)
-    is_far[places] = False
+    off = ulps.differences(bits[part], known[part], dtype)
+    mark = marks.take(classes[part])
+    is_far = (off - mark - 1).view(counts.dtype) >= counts.take(classes[part])
     far = bits[part][is_far]
     if far.size:
-      part_differences[is_far] = mark[is_far]
-    part_differences[places] = _rotated(bits[part][places])
-    differences[part] = part_differences
+      off[is_far] = mark[is_far]
+    differences[part] = off
     return far
 
   exceptions = np.concatenate([bits[:0], *in_parts(job, bits.size, 1, run)])
   return differences, exceptions if exceptions.size else None
-
-
-def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
-  """Returns the places in a drift: the mantissa's highest 8 bits, or fewer."""
-  return bits >> max(mantissa - 8, 0) & min((1 << mantissa) - 1, DRIFTS - 1)
-
-
-def _rotated(bits: np.ndarray) -> np.ndarray:
-  """Moves the sign to the lowest place, and flips the highest bit."""
-  own = bits.view(f'u{bits.itemsize}')
-  found = own << 1 | own >> 8 * bits.itemsize - 1
-  return found.view(bits.dtype) ^ np.iinfo(bits.dtype).min
-
-
-def _rotated_back(numbers: np.ndarray) -> np.ndarray:
-  """Returns the bits of numbers: the inverse of `_rotated`."""
-  own = (numbers ^ np.iinfo(numbers.dtype).min).view(f'u{numbers.itemsize}')
-  return (own >> 1 | own << 8 * numbers.itemsize - 1).view(numbers.dtype)
-
-
-def _unpacked(bits: np.ndarray, count: int) -> np.ndarray:
-  return np.unpackbits(bits, count=count, bitorder='little').astype(bool)
-
-
-def _size(array: np.ndarray | None) -> int:
-  return 0 if array is None else int(array.size)

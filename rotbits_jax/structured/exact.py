@@ -12,8 +12,7 @@ import numpy as np
 def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Returns the product of matrices of integers, float64, without any rounding.
 
-  Raises:
-    ValueError: if float64 may round a sum.
+  A product of which float64 may round a sum raises a ValueError.
   """
   # By Cauchy and Schwarz this bounds every partial sum.
   norm = lambda x, axis: math.sqrt(float(np.square(x).sum(axis).max(initial=0)))

@@ -2,12 +2,13 @@
 
 A leaf is a `flax.struct` dataclass. Its fields are of two kinds:
 
-    b: Lower                           an array, annotated by an `Array`
+    b: Annotated[Any, Array('dk')]     an array of two axes
     columns: Length = static()         a setting, checked by `system.schema`
 
-`store` and `load` turn an unstacked leaf into settings and arrays and back. `load`
-takes untrusted input: it checks the annotations, and the method `check` of the leaf
-checks how its fields fit together.
+Axes with one letter are equally long in all arrays of an unstacked leaf. `store` and
+`load` turn such a leaf into settings and arrays and back. `load` takes untrusted input:
+it checks the annotations, and the method `check` of the leaf checks the rest. Functions
+of this module raise a ValueError for what does not fit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,38 +21,36 @@ from typing import Annotated, Any
 from flax import struct
 import numpy as np
 
-from rotbits_jax.structured import steps
-from rotbits_jax.structured import triangles
+from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
 Settings = dict[str, Any]  # JSON values
 Arrays = dict[str, np.ndarray]
 
+_CORNER, _STEP = '_corner', '_step'  # of the name of an array
+_SMALL = 1 << 24  # entries of a matrix that may be all zeros
+
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """Annotates an array of a leaf, as in `Annotated[Any, Array(2)]`.
+  """Annotates an array of a leaf, as in `Annotated[Any, Array('mr')]`."""
 
-  Attributes:
-    axes: number of axes, if the leaf is unstacked; None for any.
-    dtype: dtype of the array; None for any.
-    lower: whether the entries above the diagonal of a matrix are zero and not stored.
-    optional: whether None stands for an array without elements, which Orbax cannot
-      save.
-  """
+  axes: str | None  # a letter for each axis of an unstacked leaf; None for any
+  dtype: Any = None  # None for any
+  lower: bool = False  # whether entries above the diagonal are zero and not stored
+  optional: bool = False  # Orbax cannot save arrays without elements: they are None
+  most: int | None = None  # the greatest magnitude of its integers; None for any
+  first: str = ''  # axes that begin with the zeros with which a stack pads them
+  last: str = ''  # axes that end with them
 
-  axes: int | None
-  dtype: Any = None
-  lower: bool = False
-  optional: bool = False
+  @property
+  def ragged(self) -> str:
+    """The axes in whose lengths layers of a stack may differ."""
+    return self.first + self.last
 
 
 Length = Annotated[int, schema.between(0, (1 << 31) - 1)]
 """The length of an axis."""
-
-Matrix = Annotated[Any, Array(2)]
-Lower = Annotated[Any, Array(2, lower=True)]
-"""A matrix whose entries above the diagonal are zero."""
 
 
 def static(**options: Any) -> Any:
@@ -65,114 +64,201 @@ def of_stacks() -> Any:
 
 
 @functools.cache
-def _fields(cls: Any) -> tuple[tuple[str, Any], ...]:
-  """Returns the names of stored fields, and an `Array` or the setting's annotation."""
+def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
+  """Returns an `Array` or the annotation of each stored field, and its default."""
   hints = typing.get_type_hints(cls, include_extras=True)
-  found = []
+  fields = {}
   for field in dataclasses.fields(cls):
     if field.metadata.get('stored', True):
       marks = typing.get_args(hints[field.name])[1:]
       array = next((x for x in marks if isinstance(x, Array)), None)
-      found.append((field.name, array or hints[field.name]))
-  return tuple(found)
+      fields[field.name] = array or hints[field.name], field.default
+  return fields
 
 
-@functools.cache
-def _default(cls: Any, name: str) -> Any:
-  """Returns the default of a setting, which a file does not store."""
-  return next(x.default for x in dataclasses.fields(cls) if x.name == name)
-
-
-def _arrays(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
+def arrays_of(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
   """Yields the name, the annotation and the value of each array of a leaf."""
   cls: Any = type(leaf)
-  for name, annotation in _fields(cls):
+  for name, (annotation, _) in _fields(cls).items():
     array = getattr(leaf, name)
     if isinstance(annotation, Array) and array is not None:
       yield name, annotation, array
 
 
+@functools.cache
+def ragged_axes(cls: Any) -> tuple[str, ...]:
+  """Returns the axes in whose lengths layers of a stack may differ."""
+  kinds = [x for x, _ in _fields(cls).values() if isinstance(x, Array)]
+  return tuple(dict.fromkeys(''.join(x.ragged for x in kinds)))
+
+
+def ragged_lengths(
+  cls: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int, ...] | None:
+  """Returns the lengths of the ragged axes, given shapes by name; None without axes.
+
+  They determine the shapes of a stack. So a process that has some layers of it gives
+  those of all layers to `stack`.
+  """
+  lengths: dict[str, int] = {}
+  for name, (annotation, _) in _fields(cls).items():
+    if isinstance(annotation, Array) and annotation.ragged:
+      lengths |= zip(annotation.axes or '', shapes[name], strict=True)
+  return tuple(lengths[x] for x in ragged_axes(cls)) or None
+
+
 def store(leaf: Any) -> tuple[Settings, Arrays]:
-  """Returns the settings and arrays of an unstacked leaf."""
+  """Returns the content of an unstacked leaf in the file: settings and arrays."""
   cls: Any = type(leaf)
   settings = {
     name: schema.dump(getattr(leaf, name))
-    for name, annotation in _fields(cls)
-    if not isinstance(annotation, Array) and getattr(leaf, name) != _default(cls, name)
+    for name, (annotation, default) in _fields(cls).items()
+    if not isinstance(annotation, Array) and getattr(leaf, name) != default
   }
   arrays = {}
-  for name, annotation, array in _arrays(leaf):
+  for name, annotation, array in arrays_of(leaf):
     arrays[name] = np.asarray(array)
     if annotation.lower:
-      arrays[f'{name}{_CORNER}'], arrays[name] = triangles.split_lower(array)
+      arrays[f'{name}{_CORNER}'], arrays[name] = split_lower(array)
   for name, array in list(arrays.items()):
-    if (divided := steps.divide(array)) is not None:
-      arrays[name], arrays[f'{name}{_STEP}'] = divided
+    if (multiples := divided(array)) is not None:
+      arrays[name], arrays[f'{name}{_STEP}'] = multiples
   return settings, arrays
 
 
 def stored_sizes(leaf: Any) -> list[tuple[np.dtype, int]]:
   """Returns the dtype and the size of each array of `store`, without computing them."""
-  return [
-    (
-      np.dtype(array.dtype),
-      triangles.lower_size(array.shape) if annotation.lower else math.prod(array.shape),
-    )
-    for _, annotation, array in _arrays(leaf)
-  ]
+  size = lambda x, annotation: (
+    lower_size(x.shape) if annotation.lower else math.prod(x.shape)
+  )
+  return [(np.dtype(x.dtype), size(x, kind)) for _, kind, x in arrays_of(leaf)]
 
 
 def load(cls: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
-  """Makes a leaf from its settings and arrays: the inverse of `store`.
-
-  Raises:
-    ValueError: if something is missing, unknown, or not as the annotations and `check`
-      say.
-  """
+  """Makes an unstacked leaf from its content in a file: the inverse of `store`."""
   settings, arrays = dict(settings), dict(arrays)
-  found: dict[str, Any] = {}
-  for name, annotation in _fields(cls):
+  values: dict[str, Any] = {}
+  lengths: dict[str, int] = {}
+  for name, (annotation, default) in _fields(cls).items():
     if not isinstance(annotation, Array):
-      if name in settings or _default(cls, name) is dataclasses.MISSING:
-        found[name] = schema.load(annotation, _take(settings, name), name)
+      if name in settings or default is dataclasses.MISSING:
+        values[name] = schema.load(annotation, _take(settings, name), name)
     elif annotation.optional and name not in arrays:
-      found[name] = None
+      values[name] = None
     else:
-      found[name] = _take_array(annotation, name, arrays)
+      values[name] = array = _take_array(annotation, name, arrays)
+      for axis, length in zip(annotation.axes or '', array.shape, strict=False):
+        if lengths.setdefault(axis, length) != length:
+          raise ValueError(f'the axis {axis} of {name!r} is {length}: {array.shape}')
   if unknown := [*settings, *arrays]:
     raise ValueError(f'the leaf has {unknown[0][:40]!r}, which is not known')
-  leaf = cls(**found)
+  leaf = cls(**values)
   leaf.check()
   return leaf
 
 
-def _take(given: dict[str, Any], name: str) -> Any:
-  if name not in given:
+def _take(values: dict[str, Any], name: str) -> Any:
+  """Removes a value."""
+  if name not in values:
     raise ValueError(f'{name!r} is missing')
-  return given.pop(name)
+  return values.pop(name)
 
 
 def _take_array(annotation: Array, name: str, arrays: dict[str, Any]) -> np.ndarray:
+  """Removes an array with its step and its corner, and checks it alone."""
   array: np.ndarray = _take(arrays, name)
   if f'{name}{_STEP}' in arrays:
-    step = _take_array(_STEPS, f'{name}{_STEP}', arrays)
+    step = _take_array(Array('', np.float32), f'{name}{_STEP}', arrays)
     with np.errstate(over='ignore'):  # in a damaged file
       array = array * step
-  axes = annotation.axes if annotation.axes is not None else array.ndim
-  if array.ndim != axes or annotation.dtype not in (None, array.dtype):
+  axes, dtype, most = annotation.axes, annotation.dtype, annotation.most
+  if (axes is not None and array.ndim != len(axes)) or (
+    dtype not in (None, array.dtype)
+  ):
     raise ValueError(
-      f'the array {name!r} must have {annotation.axes} axes and the dtype '
-      f'{annotation.dtype or "of the leaf"}, got {array.dtype} {array.shape}'
+      f'the array {name!r} must have the axes {axes!r} and the dtype '
+      f'{dtype or "of the leaf"}, got {array.dtype} {array.shape}'
     )
   if annotation.optional and not array.size:
     raise ValueError(f'the array {name!r} must have elements, got {array.shape}')
+  if most is not None and np.abs(array.astype(np.int64)).max(initial=0) > most:
+    raise ValueError(f'the elements of {name!r} must be at most {most}')
   if annotation.lower:
-    corner = _take_array(_CORNERS, f'{name}{_CORNER}', arrays)
-    array = triangles.join_lower(corner, array)
+    corner = _take_array(Array('n'), f'{name}{_CORNER}', arrays)
+    # A rank is no part of the shape of a leaf, which tells how much memory it takes.
+    array = join_lower(corner, array, is_tall=bool(annotation.ragged))
   return array
 
 
-_CORNER = '_corner'  # of the name of an array
-_CORNERS = Array(1)
-_STEP = '_step'
-_STEPS = Array(0, np.float32)
+# ---- triangles -----------------------------------------------------------------------
+#
+# A lower trapezoidal matrix is a packed corner and the other rows. The corner is the
+# first rows, as many as the matrix has columns, or all rows if these are fewer. It is
+# packed: only the entries on and below the diagonal are kept, row by row.
+
+
+def lower_size(shape: tuple[int, ...]) -> int:
+  """Returns how many entries `[rows, columns]` has on and below the diagonal."""
+  rows, columns = shape[-2:]
+  corner = min(rows, columns)
+  return corner * (corner + 1) // 2 + (rows - corner) * columns
+
+
+def split_lower(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the packed corner `[n (n + 1) / 2]` and the other rows `[r, columns]`."""
+  matrix = np.asarray(matrix)
+  n = min(matrix.shape)
+  return matrix[:n, :n][np.tri(n, dtype=np.bool)], matrix[n:]
+
+
+def join_lower(
+  corner: np.ndarray, below: np.ndarray, *, is_tall: bool = False
+) -> np.ndarray:
+  """Makes a lower trapezoidal matrix: the inverse of `split_lower`.
+
+  Few numbers of untrusted input must not ask for much memory. So the matrix must not be
+  far larger than its parts, nor wider than it is long if `is_tall`.
+  """
+  n, (rows, columns) = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape
+  fits = n * (n + 1) // 2 == corner.size and (
+    n == columns or (n < columns and not rows and not is_tall)
+  )
+  if not fits or corner.dtype != below.dtype:
+    raise ValueError(f'no triangle has {corner.size} numbers above {below.shape=}')
+  rows += n
+  # A square one has twice as many; a kernel may have fewer outputs than inputs.
+  if rows * columns > 16 * (corner.size + below.size) + _SMALL:
+    raise ValueError(f'{corner.size} numbers are too few for {rows} x {columns}')
+  matrix = host.empty((rows, columns), corner.dtype)
+  matrix[:n], matrix[n:] = 0, below
+  matrix[:n, :n][np.tri(n, dtype=np.bool)] = corner
+  return matrix
+
+
+# ---- arrays of float32 multiples of one step -----------------------------------------
+
+# An integer has 15 bits, and a step 3, so the product has 18 of the 24 of float32.
+_MOST_INTEGER, _LOW_BITS = 1 << 15, 0x3F
+
+_LEAST = 1 << 8  # elements of an array whose step is worth its place in a file
+
+
+def divided(array: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns the integers, int16, and the step of float32 multiples of a step.
+
+  The step is the least magnitude. The result is None if a product is another number.
+  """
+  if array.dtype != np.float32 or array.size < _LEAST:
+    return None
+  bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+  sample = bits[:: max(bits.size >> 12, 1)]
+  if np.bitwise_or.reduce(sample) & _LOW_BITS:  # type: ignore[call-overload]
+    return None
+  sizes = np.abs(array)
+  step = sizes.min(initial=np.inf, where=sizes > 0)
+  # Comparisons with NaN are false.
+  if not sizes.max() < _MOST_INTEGER * step or np.isinf(step):
+    return None
+  integers = np.rint(array / step).astype(np.int16)
+  products = (integers * step).reshape(-1).view(np.uint32)
+  return (integers, np.asarray(step)) if np.array_equal(products, bits) else None

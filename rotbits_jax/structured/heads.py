@@ -31,17 +31,13 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import Matrix
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 
 
-@register
+@base.register
 @struct.dataclass
-class HeadColumns(Structured):
+class HeadColumns(base.Structured):
   """A key kernel `[d, K h]`. The last m columns of each head are a basis as above.
 
   RoPE rotates the first h - m columns of a key head. They are stored unchanged.
@@ -56,19 +52,15 @@ class HeadColumns(Structured):
   type_name: ClassVar[str] = 'head_columns'
   config_fields: ClassVar = {'heads': 'num_kv_heads'}
 
-  rotary: Annotated[Any, Array(2, optional=True)]
-  below: Matrix
-  heads: Length = static()
+  rotary: Annotated[Any, fields.Array('dq', optional=True)]
+  below: Annotated[Any, fields.Array('bk')]
+  heads: fields.Length = fields.static()
 
   @property
   def shape(self) -> tuple[int, ...]:
     *stack, rows, columns = self.below.shape
     rotary = 0 if self.rotary is None else self.rotary.shape[-1]
     return (*stack, rows + columns // self.heads, rotary + columns)
-
-  @property
-  def dtype(self) -> Any:
-    return self.below.dtype
 
   def materialize(self, *needed: Any) -> jax.Array:
     split = lambda x: jnp.asarray(x, jnp.float32).reshape(
@@ -84,20 +76,17 @@ class HeadColumns(Structured):
 
   def check(self) -> None:
     heads, (rows, columns) = self.heads, self.below.shape
-    fits = heads > 0 and columns > 0 and columns % heads == 0
-    if fits and self.rotary is not None:
-      expected = rows + columns // heads
-      fits = len(self.rotary) == expected and self.rotary.shape[1] % heads == 0
-    if not fits:
-      rotary = None if self.rotary is None else self.rotary.shape
-      raise ValueError(
-        f'a kernel of {heads} heads cannot have {rotary=} and {self.below.shape=}'
-      )
+    if not 0 < heads <= columns or columns % heads:
+      raise ValueError(f'{columns} columns are not those of {heads} heads')
+    if self.rotary is not None:
+      length, rotary = self.rotary.shape
+      if length != rows + columns // heads or rotary % heads:
+        raise ValueError(f'{heads} heads cannot have {self.rotary.shape=}')
 
 
-@register
+@base.register
 @struct.dataclass
-class HeadRows(Structured):
+class HeadRows(base.Structured):
   """An output kernel `[H h, d]`, whose heads are row blocks.
 
   The G heads of a group share one basis change. Side by side, they form the matrix
@@ -114,20 +103,16 @@ class HeadRows(Structured):
   type_name: ClassVar[str] = 'head_rows'
   config_fields: ClassVar = {'groups': 'num_kv_heads', 'head_dim': 'head_dim'}
 
-  first: Matrix
-  others: Annotated[Any, Array(2, optional=True)]
-  groups: Length = static()
-  head_dim: Length = static()
+  first: Annotated[Any, fields.Array('fc')]
+  others: Annotated[Any, fields.Array('od', optional=True)]
+  groups: fields.Length = fields.static()
+  head_dim: fields.Length = fields.static()
 
   @property
   def shape(self) -> tuple[int, ...]:
     *stack, rows, columns = self.first.shape
     others = 0 if self.others is None else self.others.shape[-2]
     return (*stack, rows + others, columns + self.head_dim)
-
-  @property
-  def dtype(self) -> Any:
-    return self.first.dtype
 
   def materialize(self, *needed: Any) -> jax.Array:
     *stack, _, width = self.shape

@@ -11,52 +11,37 @@ known array of a `Difference` that has every bit of the embedding.
 
 from collections.abc import Iterator
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.structured import base
 from rotbits_jax.structured import exact
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Length
-from rotbits_jax.structured.fields import Matrix
-from rotbits_jax.structured.fields import static
+from rotbits_jax.structured import fields
 from rotbits_jax.system import host
 
 
-@register
+@base.register
 @struct.dataclass
-class Tied(Structured):
-  """The embedding `head^T @ map`, up to rounding.
-
-  Attributes:
-    map: the matrix T, `[D, d]`.
-    tokens: V.
-  """
+class Tied(base.Structured):
+  """The embedding `head^T @ map`, up to rounding."""
 
   type_name: ClassVar[str] = 'tied'
   needs: ClassVar[tuple[str, ...]] = ('head/kernel',)
 
-  map: Matrix
-  tokens: Length = static()
+  map: Annotated[Any, fields.Array('Dd')]  # the matrix T
+  tokens: fields.Length = fields.static()  # V
 
   @property
   def shape(self) -> tuple[int, ...]:
     return self.tokens, int(self.map.shape[-1])
 
-  @property
-  def dtype(self) -> Any:
-    return self.map.dtype
-
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
-    if shapes != ((len(self.map), self.tokens),):
-      expected = len(self.map), self.tokens
-      raise ValueError(
-        f'an embedding needs head/kernel of shape {expected}, got {shapes}'
-      )
+    if shapes != (expected := ((len(self.map), self.tokens),)):
+      raise ValueError(f'an embedding needs head/kernel of {expected}, got {shapes}')
 
   def materialize(self, *needed: Any) -> jax.Array:
     self.check_needed(*(x.shape for x in needed))
@@ -82,7 +67,7 @@ def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
 def product(
   head: np.ndarray, map: np.ndarray, shifts: np.ndarray, scale: int, dtype: np.dtype
 ) -> np.ndarray:
-  """Returns the product P = `head^T @ T`, the same on every machine, see `exact`.
+  """Returns the product P = `head^T @ T`, `[V, d]`, with the same bits everywhere.
 
       2^scale P[i, j] = sum_k round(2^shifts[k] head[k, i]) map[k, j]
 
@@ -92,20 +77,14 @@ def product(
     shifts: int16 `[D]`.
     scale: see above.
     dtype: to which P is rounded.
-
-  Returns:
-    P, `[V, d]`.
-
-  Raises:
-    ValueError: if the sums are so large that float64 may round them.
   """
-  made = host.empty((head.shape[1], map.shape[1]), dtype)
+  table = host.empty((head.shape[1], map.shape[1]), dtype)
   integers = map.astype(np.float64)
   for tokens in token_blocks(head):
     columns = np.ldexp(head[:, tokens].astype(np.float64), shifts[:, None])
     sums = exact.product(np.rint(columns).T, integers)
-    made[tokens] = exact.rounded(np.ldexp(sums, -scale), dtype)
-  return made
+    table[tokens] = exact.rounded(np.ldexp(sums, -scale), dtype)
+  return table
 
 
 def scale_of(

@@ -1,6 +1,7 @@
 """Functions of PyTrees whose leaves are arrays and structured leaves."""
 
 from collections.abc import Callable, Iterable, Mapping
+import math
 from typing import Any
 
 import jax
@@ -30,17 +31,11 @@ def is_plain(leaf: Any) -> bool:
 def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   """Replaces every structured leaf of a PyTree by the array that it stands for.
 
+  Low-rank leaves may keep their factors. `expand` takes leaves that need others, too.
+
   >>> u, v = jnp.ones((3, 1)), jnp.ones((1, 2))
   >>> materialize({'kernel': rotbits_jax.structured.LowRank(u, v)})['kernel'].shape
   (3, 2)
-
-  Args:
-    tree: the PyTree.
-    keep_factors: whether low-rank leaves remain, see `Structured.pair`.
-
-  Raises:
-    ValueError: if a leaf needs other parameters; `models.materialize` materializes
-      these leaves, too.
   """
 
   def array(leaf: Any) -> Any:
@@ -52,34 +47,26 @@ def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   return jax.tree.map(array, tree, is_leaf=is_structured)
 
 
-def expand(params: Mapping[str, Any], *, keep_factors: bool = False) -> dict[str, Any]:
-  """Replaces every structured leaf by its array, also leaves that need others.
-
-  Args:
-    params: leaves by path, among them those that leaves need.
-    keep_factors: whether low-rank leaves remain, see `Structured.pair`.
-  """
-  needs = {path: x.needs for path, x in params.items() if is_structured(x) and x.needs}
-  found = {
-    path: leaf if path in needs else materialize(leaf, keep_factors=keep_factors)
-    for path, leaf in params.items()
-  }
-  for path, names in needs.items():
-    found[path] = found[path].materialize(*(materialize(found[x]) for x in names))
-  return found
-
-
 @jax.jit
 def _materialize(leaf: Structured) -> jax.Array:
   return leaf.materialize()
 
 
-def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-  """Applies a function to the leaves of nested dicts, whose keys keep their order.
+def expand(params: Mapping[str, Any], *, keep_factors: bool = False) -> dict[str, Any]:
+  """Replaces structured leaves by arrays, given leaves by path and those they need."""
+  needs = {path: x.needs for path, x in params.items() if is_structured(x) and x.needs}
+  arrays = {
+    path: leaf if path in needs else materialize(leaf, keep_factors=keep_factors)
+    for path, leaf in params.items()
+  }
+  for path, names in needs.items():
+    needed = (materialize(arrays[x]) for x in names)
+    arrays[path] = arrays[path].materialize(*needed)
+  return arrays
 
-  >>> map_leaves(lambda x: x + 1, {'b': 1, 'a': {'c': 2}})
-  {'b': 2, 'a': {'c': 3}}
-  """
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+  """Applies a function to the leaves of nested dicts, whose keys keep their order."""
   if isinstance(tree, Mapping):  # JAX would sort the keys
     return {key: map_leaves(function, child) for key, child in tree.items()}
   return function(tree)
@@ -91,25 +78,13 @@ def pair(leaf: Any) -> Any:
 
 
 def astype(tree: Any, dtype: Any) -> Any:
-  """Converts all floating-point numbers of a PyTree to another dtype.
-
-  >>> astype({'w': jnp.ones(2), 'count': jnp.array(3)}, jnp.bfloat16)['w'].dtype
-  dtype(bfloat16)
-  """
-  return jax.tree.map(
-    lambda x: x.astype(dtype) if is_structured(x) else convert(x, dtype),
-    tree,
-    is_leaf=is_structured,
-  )
+  """Converts all floating-point numbers of a PyTree to another dtype."""
+  converted = lambda x: x.astype(dtype) if is_structured(x) else convert(x, dtype)
+  return jax.tree.map(converted, tree, is_leaf=is_structured)
 
 
 def count_elements(tree: Any) -> int:
-  """Returns how many numbers a PyTree of unstacked leaves stores.
-
-  >>> u, v = jnp.ones((3, 1)), jnp.ones((1, 2))
-  >>> count_elements({'kernel': rotbits_jax.structured.LowRank(u, v), 'bias': v})
-  7
-  """
+  """Returns how many numbers a PyTree of unstacked leaves stores."""
   return sum(size for _, size in _stored_sizes(tree))
 
 
@@ -119,56 +94,49 @@ def count_bytes(tree: Any) -> int:
 
 
 def _stored_sizes(tree: Any) -> list[tuple[np.dtype, int]]:
+  """Returns the dtype and the size of each array that is stored."""
   sizes: list[tuple[np.dtype, int]] = []
   for leaf in jax.tree.leaves(tree, is_leaf=is_structured):
-    if is_structured(leaf):
-      sizes += leaf.stored_sizes()
-    else:
-      sizes.append((np.dtype(leaf.dtype), int(np.prod(leaf.shape))))
+    array_size = lambda x: [(np.dtype(x.dtype), math.prod(x.shape))]
+    sizes += leaf.stored_sizes() if is_structured(leaf) else array_size(leaf)
   return sizes
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the leaves of nested dicts by path.
+  """Returns the leaves of nested dicts by path: their keys, joined by '/'.
 
-  A path is the keys joined by '/', as in 'attention/query/kernel'. The whole package
-  names parameters in this way.
+  Keys must be nonempty strings without a slash; others raise a ValueError.
 
   >>> flatten({'mlp': {'up': {'kernel': 1}}})
   {'mlp/up/kernel': 1}
-
-  Raises:
-    ValueError: if a key is not a string, is empty, or contains a slash.
   """
-  found: dict[str, Any] = {}
+  flat: dict[str, Any] = {}
   for key, value in tree.items():
     if not isinstance(key, str) or not key or '/' in key:
       raise ValueError(f'{key!r}: keys must be nonempty strings without a slash')
     if isinstance(value, Mapping):
-      found |= {f'{key}/{path}': leaf for path, leaf in flatten(value).items()}
+      flat |= {f'{key}/{path}': leaf for path, leaf in flatten(value).items()}
     else:
-      found[key] = value
-  return found
+      flat[key] = value
+  return flat
 
 
 def empty_dicts(tree: Mapping[str, Any]) -> list[str]:
   """Returns the paths of the dicts that are empty, which `flatten` leaves out."""
-  found = []
+  paths = []
   for key, value in tree.items():
     if isinstance(value, Mapping):
-      found += [f'{key}/{path}' for path in empty_dicts(value)] if value else [key]
-  return found
+      paths += [f'{key}/{path}' for path in empty_dicts(value)] if value else [key]
+  return paths
 
 
 def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, Any]:
   """Makes nested dicts from leaves by path: the inverse of `flatten`.
 
+  A path must not be the beginning of another one; else a ValueError is raised.
+
   >>> unflatten({'mlp/up/kernel': 1})
   {'mlp': {'up': {'kernel': 1}}}
-
-  Raises:
-    ValueError: if two leaves have the same path, or if the path of one leaf is the
-      beginning of another path.
   """
   tree: dict[str, Any] = {}
   for path, leaf in flat.items() if isinstance(flat, Mapping) else flat:
@@ -185,15 +153,11 @@ def unflatten(flat: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> dict[str, 
 
 
 def stack_key(leaf: Any) -> tuple[Any, ...]:
-  """Returns a key that is equal for two leaves if they can share a stack.
-
-  It consists of the type, the shape, the dtype, and the names of the leaf's own
-  `stack_key`.
-  """
-  type_name, names = '', ()
-  if is_structured(leaf):
-    type_name, names = leaf.type_name, leaf.stack_key()
-  return type_name, tuple(leaf.shape), np.dtype(leaf.dtype).name, tuple(names)
+  """Returns a key that is equal for two leaves if they can share a stack."""
+  shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype).name
+  if not is_structured(leaf):
+    return '', shape, dtype, ()
+  return leaf.type_name, shape, dtype, tuple(leaf.stack_key())
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -202,14 +166,14 @@ def same_bits(a: Any, b: Any) -> bool:
   >>> same_bits({'w': np.float32([0.0])}, {'w': np.float32([-0.0])})
   False
   """
-  trees: Any = jax.tree.structure(a), jax.tree.structure(b)
-  if trees[0] != trees[1]:
-    return False
-  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-  return all(_same_array(np.asarray(x), np.asarray(y)) for x, y in pairs)
+  structures: Any = jax.tree.structure(a), jax.tree.structure(b)
+  return bool(structures[0] == structures[1]) and all(
+    map(_same_array, jax.tree.leaves(a), jax.tree.leaves(b))
+  )
 
 
-def _same_array(x: np.ndarray, y: np.ndarray) -> bool:
+def _same_array(x: Any, y: Any) -> bool:
+  x, y = np.asarray(x), np.asarray(y)
   if (x.shape, x.dtype) != (y.shape, y.dtype):
     return False
   bits = np.dtype(f'u{x.dtype.itemsize}')

@@ -12,53 +12,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.structured import steps
-from rotbits_jax.structured.base import Origin
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import static
-
-MOST_EXPONENT = 64
-"""Bound of the magnitude of a line's exponent."""
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
 
 _CHUNK = 1 << 16  # elements that fit the cache
-
 _MOST_OCTAVES = 60  # of a step with lines, so that every element is a normal float32
+_MOST_EXPONENT = 64
 
 
-@register
+def exponents(axis: str) -> fields.Array:
+  """Returns the annotation of the exponents of lines, an optional array."""
+  return fields.Array(axis, np.int8, optional=True, most=_MOST_EXPONENT)
+
+
+@base.register
 @struct.dataclass
-class UniformlyQuantized(Structured):
+class UniformlyQuantized(base.Structured):
   """An array whose elements are integers times a step.
 
       element = integer * step * factor of its row * factor of its column
 
   The factor of a line is (4 + i) 2^(q - 2) for its exponent e = 4 q + i, i < 4. Every
   product is exact in float32, so that the leaf stands for the array bit for bit.
-
-  Attributes:
-    integers: int16 `[R, C]`; in the shape of the array if lines have no exponents.
-    step: float32 `[]`; `[N]` if the leaf is stacked.
-    name: name of the dtype of the array.
-    row_exponents: int8 `[R]`, or None.
-    column_exponents: int8 `[C]`, or None.
   """
 
   type_name: ClassVar[str] = 'uniformly_quantized'
-  origin: ClassVar[Origin] = Origin.COPIED
+  origin: ClassVar[base.Origin] = base.Origin.COPIED
 
-  integers: Annotated[Any, Array(None, np.int16)]
-  step: Annotated[Any, Array(0, np.float32)]
-  name: Literal['float16', 'bfloat16', 'float32'] = static()
-  row_exponents: Annotated[Any, Array(1, np.int8, optional=True)] = None
-  column_exponents: Annotated[Any, Array(1, np.int8, optional=True)] = None
-
-  @classmethod
-  def of(cls, array: np.ndarray) -> 'UniformlyQuantized | None':
-    """Returns the leaf of a float32 array of few multiples of its least number."""
-    divided = steps.divide(array)
-    return None if divided is None else cls(*divided, 'float32')
+  integers: Annotated[Any, fields.Array(None, np.int16)]  # [R, C] with exponents
+  step: Annotated[Any, fields.Array('', np.float32)]
+  name: Literal['float16', 'bfloat16', 'float32'] = fields.static()  # of the dtype
+  row_exponents: Annotated[Any, exponents('r')] = None
+  column_exponents: Annotated[Any, exponents('c')] = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -71,24 +56,20 @@ class UniformlyQuantized(Structured):
   def materialize(self, *needed: Any) -> jax.Array:
     step = jnp.asarray(self.step)
     step = jnp.expand_dims(step, tuple(range(step.ndim, self.integers.ndim)))
-    found = jnp.asarray(self.integers, jnp.float32) * step
+    matrix = jnp.asarray(self.integers, jnp.float32) * step
     if self.row_exponents is not None:
-      found = found * line_factors(self.row_exponents)[..., :, None]
-      found = found * line_factors(self.column_exponents)[..., None, :]
-    return found.astype(self.dtype)
+      matrix = matrix * line_factors(self.row_exponents)[..., :, None]
+      matrix = matrix * line_factors(self.column_exponents)[..., None, :]
+    return matrix.astype(self.dtype)
 
   def rows(self, *needed_and_indices: Any) -> jax.Array:
     (indices,) = needed_and_indices
-    integers = jnp.asarray(self.integers)
-    steps = jnp.full(len(integers), self.step)
-    if self.row_exponents is not None:
-      steps = steps * line_factors(self.row_exponents)
-    taken = integers.at[indices].get(mode='fill', fill_value=0)
-    step = steps.at[indices].get(mode='fill', fill_value=jnp.nan)
-    rows = taken.astype(jnp.float32) * step[..., None]
-    if self.column_exponents is not None:
-      rows = rows * line_factors(self.column_exponents)
-    return rows.astype(self.dtype).astype(jnp.float32)
+    take = lambda x: jnp.asarray(x).at[indices].get(mode='fill', fill_value=0)
+    lines = None if self.row_exponents is None else take(self.row_exponents)
+    some = dataclasses.replace(self, integers=take(self.integers), row_exponents=lines)
+    rows = some.materialize().astype(jnp.float32)
+    is_row = (indices >= 0) & (indices < len(self.integers))
+    return jnp.where(is_row[..., None], rows, jnp.nan)
 
   def map_arrays(self, function: Callable[[Any], Any]) -> Any:
     """Returns the function of the array, which need not be multiples of a step."""
@@ -108,20 +89,16 @@ class UniformlyQuantized(Structured):
   def check(self) -> None:
     if (self.row_exponents is None) != (self.column_exponents is None):
       raise ValueError('rows and columns have exponents, or neither do')
-    if self.row_exponents is None:
-      if not 0 < self.step < np.inf:  # also if it is NaN
-        raise ValueError(f'{self.step!r} is no step')
-      return
-    lines = self.row_exponents.shape + self.column_exponents.shape
-    if lines != self.integers.shape:
-      raise ValueError(f'integers {self.integers.shape} cannot have {lines} exponents')
-    for exponents in (self.row_exponents, self.column_exponents):
-      if np.abs(exponents.astype(np.int16)).max(initial=0) > MOST_EXPONENT:
-        raise ValueError(f'exponents of lines must be at most {MOST_EXPONENT}')
-    mantissa, octave = np.frexp(np.float32(self.step))
-    is_short = 8 * mantissa in (4, 5, 6, 7) and abs(octave) <= _MOST_OCTAVES
-    if not is_short:  # also if it is NaN
-      raise ValueError(f'{self.step!r} is no step of lines')
+    if self.row_exponents is not None:
+      lines = self.row_exponents.shape + self.column_exponents.shape
+      if lines != self.integers.shape:
+        raise ValueError(f'integers {self.shape} cannot have {lines} exponents')
+      mantissa, octave = np.frexp(np.float32(self.step))
+      is_step = 8 * mantissa in (4, 5, 6, 7) and abs(octave) <= _MOST_OCTAVES
+    else:
+      is_step = 0 < self.step < np.inf
+    if not is_step:  # also if it is NaN
+      raise ValueError(f'{self.step!r} is no step')
 
 
 def line_factors(exponents: Any) -> jax.Array:

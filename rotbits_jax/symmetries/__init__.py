@@ -9,44 +9,23 @@ The modules, in the order of reading:
 
     rotations     the residual stream in other coordinates
     canonical     canonical forms under rotations: polar, QR, SVD
-    norms         folding the scales of norms into kernels
     heads         the bases and biases of attention heads
-    layer         one layer: gauge, rotate, fix
+    layer         one layer: gauge, fold norms, rotate, fix
     stacked       all layers in one call: `canonicalize` is the `vmap` of `layer`
     low_rank      the basis between two factors
-    tied          the map from the head to an embedding
     steps         rounding to multiples of a step, also with error feedback
     products      matrix products that round equally on any number of threads
 """
 
-from rotbits_jax.symmetries.canonical import CANONICALIZERS
-from rotbits_jax.symmetries.canonical import Polar
-from rotbits_jax.symmetries.canonical import polar
-from rotbits_jax.symmetries.canonical import polar_shortcut
-from rotbits_jax.symmetries.canonical import qr
-from rotbits_jax.symmetries.canonical import svd
-from rotbits_jax.symmetries.heads import basis
-from rotbits_jax.symmetries.heads import fix_keys
-from rotbits_jax.symmetries.heads import fix_values
-from rotbits_jax.symmetries.low_rank import fix_pair
-from rotbits_jax.symmetries.norms import fold_norm_scales
-from rotbits_jax.symmetries.rotations import rotate
-from rotbits_jax.symmetries.stacked import Gauges
-from rotbits_jax.symmetries.stacked import canonicalize
-
-__all__ = [
-  'CANONICALIZERS',
-  'Gauges',
-  'Polar',
-  'basis',
-  'canonicalize',
-  'fix_keys',
-  'fix_pair',
-  'fix_values',
-  'fold_norm_scales',
-  'polar',
-  'polar_shortcut',
-  'qr',
-  'rotate',
-  'svd',
-]
+from rotbits_jax.symmetries.canonical import Polar as Polar
+from rotbits_jax.symmetries.canonical import polar as polar
+from rotbits_jax.symmetries.canonical import qr as qr
+from rotbits_jax.symmetries.canonical import svd as svd
+from rotbits_jax.symmetries.heads import basis as basis
+from rotbits_jax.symmetries.heads import fix_keys as fix_keys
+from rotbits_jax.symmetries.heads import fix_values as fix_values
+from rotbits_jax.symmetries.layer import fold_norm_scales as fold_norm_scales
+from rotbits_jax.symmetries.low_rank import fix_pair as fix_pair
+from rotbits_jax.symmetries.rotations import rotate as rotate
+from rotbits_jax.symmetries.stacked import Gauges as Gauges
+from rotbits_jax.symmetries.stacked import canonicalize as canonicalize

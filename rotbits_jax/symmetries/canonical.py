@@ -5,27 +5,23 @@ reference:
 
     W = Q W_ref,    Q orthogonal,    with canonicalize(R W) = (W_ref, R Q)
 
-for every orthogonal R, as far as W determines Q. Bits-back coding uses it as follows.
-The encoder chooses a rotation R and stores W' = R W_ref, rounded. The decoder
-canonicalizes W' and obtains R as the rotation, up to an error that is due to rounding.
-Let e be the relative rounding error of W', and s_i the singular values. The error of
-the rotation depends on the canonicalizer:
+for every orthogonal R, as far as W determines Q. In bits-back coding the encoder
+chooses a rotation R and stores W' = R W_ref, rounded. The decoder canonicalizes W' and
+obtains R up to an error. Let e be the relative rounding error of W', and s_i the
+singular values. The error of the rotation is about
 
-    svd             e / (s_i - s_j): singular vectors mix if their values are close
-    qr              e times the condition number of the leading columns
-    polar_shortcut  e / (s_i + s_j)
+    svd    e / (s_i - s_j): singular vectors mix if their values are close
+    qr     e times the condition number of the leading columns
+    polar  e / (s_i + s_j)
 
 W does not determine Q if singular values are equal (for `svd`) or if the leading block
-has no full rank (for the others). The result is then still orthogonal and finite, but
-rounding can change it by any amount. The encoder notices this, because it simulates the
-decoder.
+has no full rank (for the others). The result is then still orthogonal and finite.
 
 Shapes: W and W_ref are `[n, m]`, Q is `[n, n]`, all float32. Use `vmap` for stacks.
 
 Reference: N. J. Higham, Functions of Matrices, SIAM 2008, chapter 8.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -33,8 +29,6 @@ import jax
 import jax.numpy as jnp
 
 from rotbits_jax.symmetries import products
-
-Canonicalizer = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 _matmul = products.matmul
 
@@ -46,8 +40,8 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Canonicalizes by the singular value decomposition `W = U S V^T`, with `Q = U`.
 
   The rows of `W_ref = S V^T` are orthogonal, and their norms descend. Signs are chosen
-  so that no row of W_ref has a negative sum. If a sum is near 0, rounding may change
-  the sign; the correction of a rotation stores such signs, see `haar.FrameCorrection`.
+  so that no row of W_ref has a negative sum; `haar.FrameCorrection` stores those that
+  rounding may change.
 
   >>> w = jnp.array([[0.0, 3.0], [1.0, 0.0]])
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
@@ -86,17 +80,11 @@ def _matrix(w: jax.Array) -> jax.Array:
 
 
 class Polar(NamedTuple):
-  """The left polar decomposition M = [P 0] O of a matrix, with P = U diag(values) U^T.
+  """The left polar decomposition M = [P 0] O, with P = U diag(values) U^T."""
 
-  Attributes:
-    u: U, float32 `[d, d]`, orthogonal.
-    values: the singular values of M, float32 `[d]`, descending.
-    rotation: O, float32 `[e, e]`, orthogonal.
-  """
-
-  u: jax.Array
-  values: jax.Array
-  rotation: jax.Array
+  u: jax.Array  # U, float32 [d, d], orthogonal
+  values: jax.Array  # the singular values of M, float32 [d], descending
+  rotation: jax.Array  # O, float32 [e, e], orthogonal
 
 
 def polar(matrix: jax.Array) -> Polar:
@@ -108,32 +96,19 @@ def polar(matrix: jax.Array) -> Polar:
   >>> np.rint((found.u * found.values) @ found.u.T @ found.rotation).tolist()
   [[0.0, 2.0], [1.0, 0.0]]
   """
-  chex.assert_rank(matrix, 2)
-  u, values, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
-  return Polar(u, values, _frame(_matmul(u, vt)))
+  u, values, vt = jnp.linalg.svd(_matrix(matrix), full_matrices=False)
+  return Polar(u, values, _completed(_matmul(u, vt)))
 
 
 def quick_polar(matrix: jax.Array) -> Polar:
   """Returns the left polar decomposition in half the time of `polar`.
 
   The eigenvectors of `M M^T` are those of P, but they square the condition of M. So a
-  small SVD decomposes what M does to the last sixteenth of them. Of the blocks of
-  orthogonal matrices that shortcuts are, that is enough; `polar` decomposes others. (Do
-  not use it under `vmap`, which computes both.)
+  small SVD decomposes what M does to the last sixteenth of them. For blocks of
+  orthogonal matrices that is enough; `polar` decomposes others. (`vmap` computes both.)
 
   >>> np.round(quick_polar(jnp.diag(jnp.array([1.0, 0.5, 0.25]))).values, 3).tolist()
   [1.0, 0.5, 0.25]
-  """
-  quick, least = _polar_from_gram(matrix)
-  is_accurate = least > _LEAST  # not if it is NaN
-  return jax.lax.cond(is_accurate, lambda: quick, lambda: polar(matrix))
-
-
-def _polar_from_gram(matrix: jax.Array) -> tuple[Polar, jax.Array]:
-  """Returns a decomposition, and the least singular value that is a root.
-
-  It is divided by the greatest value if that is above 1, and 0 if the rotation is not
-  orthogonal. If it is above `_LEAST`, the errors are those of `polar`.
   """
   matrix = _matrix(matrix)
   d = len(matrix)
@@ -145,19 +120,20 @@ def _polar_from_gram(matrix: jax.Array) -> tuple[Polar, jax.Array]:
   remainder = _matmul(last.T, matrix)
   for _ in range(2):  # the first time leaves rounding errors
     remainder = remainder - _matmul(_matmul(remainder, rows.T), rows)
-  turn, least, ends = jnp.linalg.svd(remainder, full_matrices=False)
-  u = jnp.concatenate([many, _matmul(last, turn)], axis=1)
-  frame = _frame(_matmul(u, jnp.concatenate([rows, ends])))
-  quick = Polar(u, jnp.concatenate([values, least]), frame)
+  mixing, least, ends = jnp.linalg.svd(remainder, full_matrices=False)
+  u = jnp.concatenate([many, _matmul(last, mixing)], axis=1)
+  rotation = _completed(_matmul(u, jnp.concatenate([rows, ends])))
+  quick = Polar(u, jnp.concatenate([values, least]), rotation)
   if few == d:
-    return quick, jnp.float32(1)
+    return quick
   # Where M has no remainder, the ends are any rows, maybe not orthogonal to others.
   skew = jnp.max(jnp.abs(_matmul(ends, rows.T)))
   relative = values[-1] / jnp.maximum(values[0], 1)
-  return quick, jnp.where(skew < _MOST_SKEW, relative, 0)
+  is_accurate = (skew < _MOST_SKEW) & (relative > _LEAST)  # not if one is NaN
+  return jax.lax.cond(is_accurate, lambda: quick, lambda: polar(matrix))
 
 
-def _frame(rows: jax.Array) -> jax.Array:
+def _completed(rows: jax.Array) -> jax.Array:
   """Returns an orthogonal matrix `[e, e]`, given its first rows `[d, e]`."""
   d, e = rows.shape
   if e == d:
@@ -166,39 +142,7 @@ def _frame(rows: jax.Array) -> jax.Array:
   return jnp.concatenate([rows, q[:, d:].T])
 
 
-def polar_shortcut(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Canonicalizes by a polar decomposition of the leading n columns.
-
-  These columns of W_ref are symmetric and positive semidefinite. In practice they are a
-  shortcut. Q is the polar factor, which is the rotation nearest to the columns and has
-  no free signs. If there are fewer than n columns, zeros take the place of the others.
-
-  >>> np.rint(polar_shortcut(jnp.array([[0.0, 2.0], [1.0, 0.0]]))[0]).tolist()
-  [[1.0, 0.0], [0.0, 2.0]]
-  """
-  w = _matrix(w)
-  n, m = w.shape
-  block = jnp.pad(w[:, :n], ((0, 0), (0, max(n - m, 0))))
-  # One more step halves the rounding errors of the decomposition.
-  q = reorthogonalize(polar(block).rotation)
-  return _matmul(q.T, w), q
-
-
 def reorthogonalize(q: jax.Array) -> jax.Array:
-  """Makes one Newton-Schulz step, which restores orthogonality that rounding lost.
-
-  Args:
-    q: float32 `[n, n]`, orthogonal up to rounding errors.
-
-  Returns:
-    A matrix that is closer to orthogonal, `[n, n]`.
-  """
+  """Makes one Newton-Schulz step, which restores the orthogonality of `[n, n]`."""
   chex.assert_shape(q, (len(q), len(q)))
   return 1.5 * q - 0.5 * _matmul(q, _matmul(q.T, q))
-
-
-CANONICALIZERS: dict[str, Canonicalizer] = {
-  'svd': svd,
-  'qr': qr,
-  'polar_shortcut': polar_shortcut,
-}

@@ -28,6 +28,7 @@ Here b_v is repeated for every query head that reads it.
 
 Shape letters are those of `models.config`; d is the width of the segment that a kernel
 reads or writes, and G = H / K. G query heads that share a key-value head form a group.
+`kv_heads` is K. Results are float32.
 """
 
 import functools
@@ -55,31 +56,21 @@ KEYS = (QUERY, QUERY_BIAS, KEY, KEY_BIAS)
 
 
 class BasisAndFactor(NamedTuple):
-  """A matrix `[n, h]` as a basis and a factor: `[I - B^T B / 4; B] @ factor`.
+  """A matrix `[n, h]` as a basis and a factor: `[I - B^T B / 4; B] @ factor`."""
 
-  Attributes:
-    below: B, `[n - h, h]`.
-    factor: `[h, h]`.
-  """
-
-  below: jax.Array
-  factor: jax.Array
+  below: jax.Array  # B, [n - h, h]
+  factor: jax.Array  # [h, h]
 
 
 def basis(matrix: jax.Array) -> BasisAndFactor:
-  """Returns the basis of a matrix's column space that `structured.heads` describes.
+  """Returns the basis of a column space that `structured.heads` describes.
 
   Let Q = [C; D] be an orthonormal basis of the column space. A polar decomposition
-  makes C symmetric and positive semidefinite. Then `B = 2 D (I + C)^-1`.
+  makes C symmetric and positive semidefinite. Then `B = 2 D (I + C)^-1`. The matrix is
+  float32 `[n, h]`, n >= h, of any rank.
 
   >>> float(abs(basis(jnp.array([[0.0], [1.0]])).below[0, 0]))
   2.0
-
-  Args:
-    matrix: float32 `[n, h]`, n >= h, of any rank.
-
-  Returns:
-    The basis and the factor, float32.
   """
   chex.assert_rank(matrix, 2)
   h = matrix.shape[1]
@@ -91,47 +82,30 @@ def basis(matrix: jax.Array) -> BasisAndFactor:
 
 
 def with_value_bias(
-  out_bias: jax.Array, value_bias: jax.Array, kernel: jax.Array, *, kv_heads: int
+  out_bias: jax.Array,  # [d]
+  value_bias: jax.Array,  # [K h]
+  kernel: jax.Array,  # W_o, [H h, d]
+  *,
+  kv_heads: int,
 ) -> jax.Array:
-  """Returns the output bias that includes the value bias: `b_o + b_v W_o`.
+  """Returns the output bias that includes the value bias: `b_o + b_v W_o`, `[d]`.
 
   >>> with_value_bias(jnp.zeros(2), jnp.ones(2), jnp.eye(2), kv_heads=1).tolist()
   [1.0, 1.0]
-
-  Args:
-    out_bias: `[d]`.
-    value_bias: `[K h]`.
-    kernel: W_o, `[H h, d]`.
-    kv_heads: K.
-
-  Returns:
-    float32 `[d]`.
   """
-  chex.assert_rank([out_bias, value_bias, kernel], [1, 1, 2])
-  chex.assert_shape(kernel, (None, len(out_bias)))
+  chex.assert_shape([value_bias, kernel], [(None,), (None, len(out_bias))])
   # H / K consecutive query heads read the same value head.
   groups = kernel.shape[0] // value_bias.shape[0]
-  heads = value_bias.astype(jnp.float32).reshape(kv_heads, 1, -1)
-  repeated = jnp.broadcast_to(heads, (kv_heads, groups, heads.shape[2])).reshape(-1)
-  moved = jnp.matmul(repeated, kernel.astype(jnp.float32), precision='highest')
-  return out_bias.astype(jnp.float32) + moved
+  heads = value_bias.astype(jnp.float32).reshape(kv_heads, -1)
+  repeated = jnp.repeat(heads, groups, axis=0).reshape(-1)
+  return out_bias.astype(jnp.float32) + _matmul(repeated, kernel.astype(jnp.float32))
 
 
 def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
-  """Rotates heads: `W_v Q` and `Q^T W_o`; or `W_q Q` and `W_k Q`.
+  """Rotates heads: `W_v Q` and `Q^T W_o`; or `W_q Q` and `W_k Q`, in their old dtypes.
 
-  >>> params = {VALUE: jnp.eye(2), OUT: jnp.eye(2)}
-  >>> rotated = rotate_heads(params, jnp.array([[[0.0, 1.0], [-1.0, 0.0]]]))
-  >>> rotated[VALUE].tolist(), (rotated[VALUE] @ rotated[OUT]).tolist()
-  ([[0.0, 1.0], [-1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]])
-
-  Args:
-    params: arrays, `VALUES` or `KEYS` by path.
-    rotations: Q, float32 `[K, h, h]`, orthogonal. For keys, it must be the identity on
-      the coordinates that RoPE rotates.
-
-  Returns:
-    The parameters in their old dtypes.
+  The parameters are `VALUES` or `KEYS`; Q is float32 `[K, h, h]`. For keys, it must be
+  the identity on the coordinates that RoPE rotates.
   """
 
   def rotate(path: str, x: jax.Array) -> jax.Array:
@@ -142,19 +116,16 @@ def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
 
 
 class Fixed(NamedTuple):
-  """Parameters with their gauge fixed.
+  """Parameters with their gauge fixed."""
 
-  Attributes:
-    params: the parameters by path, float32. One kernel is a structured leaf.
-    gauge: A, float32 `[K, h, h]`, or `[K, m, m]` for queries and keys.
-  """
-
-  params: models.Params
-  gauge: jax.Array
+  params: models.Params  # by path; one kernel is a structured leaf
+  gauge: jax.Array  # A, [K, h, h], or [K, m, m] for queries and keys
 
 
 def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
-  """Fixes the gauge between value and output.
+  """Fixes the gauge between value and output; W_o becomes a `structured.HeadRows`.
+
+  The parameters are `VALUES`: arrays, and W_o has at least h columns.
 
   >>> params = {VALUE: jnp.eye(2), OUT: jnp.arange(8.0).reshape(2, 4)}
   >>> fixed = fix_values(params, kv_heads=1).params
@@ -163,14 +134,6 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   >>> product = fixed[VALUE] @ fixed[OUT].materialize()
   >>> bool(jnp.allclose(product, params[VALUE] @ params[OUT], atol=1e-5))
   True
-
-  Args:
-    params: `VALUES`, by path. The kernels are arrays, and W_o has at least h columns. A
-      missing bias is zero.
-    kv_heads: K.
-
-  Returns:
-    The parameters; W_o is a `structured.HeadRows`.
   """
   h, width = params[VALUE].shape[1] // kv_heads, params[OUT].shape[1]
   heads = _stacked_heads(params[OUT].T, kv_heads, h)  # [K, G d, h]
@@ -192,34 +155,16 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
 def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   """Fixes the gauge between query and key in the coordinates that RoPE does not rotate.
 
-  >>> params = {QUERY: jnp.eye(4, 2), KEY: jnp.arange(8.0).reshape(4, 2)}
-  >>> fixed = fix_keys(params, kv_heads=1, rotary=0).params
-  >>> structured.count_elements(params), structured.count_elements(fixed)
-  (16, 12)
-  >>> scores = fixed[QUERY] @ fixed[KEY].materialize().T
-  >>> bool(jnp.allclose(scores, params[QUERY] @ params[KEY].T, atol=1e-5))
-  True
-
-  Args:
-    params: `KEYS`, by path. The kernels are arrays, and W_k has at least m rows. A
-      missing bias is zero.
-    kv_heads: K.
-    rotary: r, less than h.
-
-  Returns:
-    The parameters. W_k is a `structured.HeadColumns`. The bias of the key is zero in
-    these coordinates.
+  W_k becomes a `structured.HeadColumns`; its bias is zero in these coordinates. The
+  parameters are `KEYS`: arrays, and W_k has at least m rows. `rotary` is r < h.
   """
   d, h = params[KEY].shape[0], params[KEY].shape[1] // kv_heads
   heads = _stacked_heads(params[KEY], kv_heads, h)
   below, factors = jax.vmap(basis)(heads[..., rotary:])
   gauge, kept = jnp.matrix_transpose(factors), jnp.eye(rotary, dtype=jnp.float32)
   whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
-  fixed: models.Params = {
-    path: _multiply(params[path], whole)
-    for path in (QUERY, QUERY_BIAS)
-    if path in params
-  }
+  queries = [path for path in (QUERY, QUERY_BIAS) if path in params]
+  fixed: models.Params = {path: _multiply(params[path], whole) for path in queries}
   columns = params[KEY].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
   fixed[KEY] = structured.HeadColumns(
     rotary=columns.reshape(d, -1) if rotary else None,
@@ -253,20 +198,14 @@ Sides = tuple[jax.Array, jax.Array]
 
 
 def sides(params: models.Params, *, kv_heads: int) -> Sides:
-  """Returns the two kernels of a pair. Biases are further rows.
+  """Returns the two kernels of a pair, `VALUES` or `KEYS`. Biases are further rows.
 
   Only `left @ right^T` matters for the function of the model.
-
-  Args:
-    params: `VALUES`, or `KEYS`, by path.
-    kv_heads: K.
   """
   params = structured.materialize(params)
 
   def with_bias(kernel: str, bias: str) -> jax.Array:
-    rows = [params[kernel]]
-    if bias in params:
-      rows.append(params[bias][None])
+    rows = [params[kernel]] + ([params[bias][None]] if bias in params else [])
     return jnp.concatenate(rows)
 
   if OUT in params:
@@ -278,26 +217,32 @@ def sides(params: models.Params, *, kv_heads: int) -> Sides:
   return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
 
 
-def relative_error(exact: Sides, near: Sides) -> jax.Array:
-  """Returns the error of all products, relative in the Frobenius norm, float32.
+def rounding_errors(
+  plain: Sides,  # kernels before their gauge is fixed
+  exact: Sides,  # kernels with their gauge fixed
+  rounded: Sides,  # the same, rounded to the dtype
+  dtype: Any,
+) -> dict[str, jax.Array]:
+  """Returns the relative errors in the Frobenius norm that rounding makes in products.
 
-  The result is accurate even if the sides differ little.
+  'plain_error' is that of plain kernels, and 'error' that of the rounded ones.
   """
+  # The weights of a checkpoint have no rounding error, because they are rounded
+  # already. A multiple of them has the usual error.
+  left, right = plain[0] * 2**0.5, plain[1] / 2**0.5
+  round_off = lambda x: x.astype(dtype).astype(jnp.float32)
+  plain_error = _relative_error((left, right), (round_off(left), round_off(right)))
+  return {'plain_error': plain_error, 'error': _relative_error(exact, rounded)}
+
+
+def _relative_error(exact: Sides, near: Sides) -> jax.Array:
+  """Returns the error of all products, accurately even if the sides differ little."""
   (left, right), (near_left, near_right) = exact, near
   off = _product_norm(
     jnp.concatenate([near_left - left, near_left], axis=2),
     jnp.concatenate([right, near_right - right], axis=2),
   )
   return off / jnp.maximum(_product_norm(left, right), jnp.finfo(jnp.float32).tiny)
-
-
-def rounding_error(plain: Sides, dtype: Any) -> jax.Array:
-  """Returns the relative error that rounding makes in the products of kernels."""
-  # The weights of a checkpoint have no rounding error, because they are rounded
-  # already. A multiple of them has the usual error.
-  left, right = plain[0] * 2**0.5, plain[1] / 2**0.5
-  round_off = lambda x: x.astype(dtype).astype(jnp.float32)
-  return relative_error((left, right), (round_off(left), round_off(right)))
 
 
 def _product_norm(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -11,12 +11,14 @@ with. The others need the rotations, and no other layer. `stacked.canonicalize` 
 what rounding does to the result, and keeps what is accurate.
 
 A layer is a dict of float32 leaves by path. Every function returns new leaves. d is the
-width of a shortcut's first segment, and e that of its second one.
+width of a shortcut's first segment, and e that of its second one. Rotations are float32
+`[d, d]`.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -24,11 +26,13 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
-from rotbits_jax.symmetries import norms
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 
 Params = dict[str, Any]
+Polars = Sequence[canonical.Polar | None]
+"""The decompositions of a layer's shortcuts, see `gauge`."""
+
 UP, HEAD = 'mlp/up/kernel', 'head/kernel'
 
 
@@ -36,11 +40,6 @@ def shortcut_paths(config: models.ModelConfig) -> list[str]:
   """Returns the paths of the shortcuts of a layer; none in a dense model."""
   sublayers = models.layout.SUBLAYERS[: config.segments_per_layer]
   return [f'{x}_shortcut/kernel' for x in sublayers] if config.sliced else []
-
-
-def is_array(params: Params, path: str) -> bool:
-  """Returns whether a parameter is an array of floating-point numbers."""
-  return structured.is_plain(params.get(path))
 
 
 # ---- the residual stream -----------------------------------------------------------
@@ -54,70 +53,57 @@ def gauge(
 ) -> list[canonical.Polar | None]:
   """Returns the polar decompositions of the shortcuts of a layer.
 
-  Args:
-    params: the layer.
-    config: the config of the model.
-    polar: the decomposition, `canonical.polar` or `canonical.quick_polar`.
-
-  Returns:
-    One for each shortcut; None for a shortcut that narrows the stream.
+  It is None for a shortcut that narrows the stream.
   """
   kernels = [params[path] for path in shortcut_paths(config)]
-  (d, e), *others = [kernel.shape for kernel in kernels]
-  if others == [(d, e)] and d <= e:
+  is_wide = [x.shape[0] <= x.shape[1] for x in kernels]
+  if len(kernels) == 2 and kernels[0].shape == kernels[1].shape and all(is_wide):
     # One after the other, because LAPACK uses all CPUs for each.
     both = jax.lax.map(polar, jnp.stack(kernels))
     return [jax.tree.map(lambda x, s=s: x[s], both) for s in range(2)]
-  return [polar(x) if x.shape[0] <= x.shape[1] else None for x in kernels]
+  pairs = zip(kernels, is_wide, strict=True)
+  return [polar(kernel) if is_wide else None for kernel, is_wide in pairs]
 
 
 def segments(
   params: Params,
-  polars: Sequence[canonical.Polar | None],
-  first: jax.Array,
+  polars: Polars,
+  first: jax.Array,  # R_s of the segment that the layer reads
   config: models.ModelConfig,
   *,
-  free: jax.Array | None = None,
+  free: jax.Array | None = None,  # Z of the last shortcut
 ) -> list[jax.Array]:
-  """Returns the rotations of the segments that a layer reads and writes.
+  """Returns the rotations R_s, R_{s+1}, ... of the segments of a layer.
 
-  Args:
-    params: the layer of a sliced model.
-    polars: `gauge` of the layer.
-    first: R_s of the segment that the layer reads, float32 `[d, d]`.
-    config: the config of the model.
-    free: Z of the last shortcut, see `rotations.next_rotation`.
-
-  Returns:
-    R_s, R_{s+1}, ..., float32 `[e, e]` each.
+  A shortcut that narrows the stream becomes lower trapezoidal. All segments of a dense
+  model have the same rotation.
   """
-  found, paths = [first], shortcut_paths(config)
+  if not config.sliced:
+    return [first] * 3
+  rotations, paths = [first], shortcut_paths(config)
   for path, polar in zip(paths, polars, strict=True):
     if polar is None:
-      found.append(rotations_lib.narrowing_rotation(found[-1], params[path]))
+      rotated = products.matmul(rotations[-1].T, params[path].astype(jnp.float32))
+      rotation = rotations_lib.upper_rotation(rotated.T)
     else:
       z = free if path == paths[-1] else None
-      found.append(rotations_lib.next_rotation(polar.rotation, found[-1], z))
-  return found
+      rotation = rotations_lib.next_rotation(polar.rotation, rotations[-1], z)
+    rotations.append(rotation)
+  return rotations
 
 
 def first_rotation(
-  params: Params, polars: Sequence[canonical.Polar | None], config: models.ModelConfig
+  params: Params, polars: Polars, config: models.ModelConfig
 ) -> jax.Array | None:
   """Returns the R_0 that makes the up kernel of the first layer upper trapezoidal.
 
   It is None if that kernel is a pair of factors, or if the segment that it reads has
-  another width than the first.
-
-  Args:
-    params: the first layer.
-    polars: `gauge` of the layer.
-    config: the config of the model.
+  another width than the first. The arguments are those of `segments`.
   """
-  if not is_array(params, UP):
+  if not structured.is_plain(params.get(UP)):
     return None
   if not config.sliced:
-    params = norms.fold_norm_scales(params, config)
+    params = fold_norm_scales(params, config)
   kernel = params[UP]
   if config.sliced and not config.parallel_block:
     if polars[0] is None or len(polars[0].u) != len(kernel):
@@ -127,18 +113,13 @@ def first_rotation(
 
 
 def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | None:
-  """Returns the Z that makes the last rows of the head upper trapezoidal.
+  """Returns the Z `[e - d, e - d]` that makes the last rows of the head trapezoidal.
 
-  Args:
-    outer: the parameters outside the layers.
-    polar: the decomposition of the last shortcut.
-
-  Returns:
-    Z, float32 `[e - d, e - d]`; None if the stream does not get wider at its end, or if
-    the head is a pair of factors.
+  It is None if the stream does not get wider at its last shortcut, whose decomposition
+  is given, or if the head is a pair of factors.
   """
   new = 0 if polar is None else len(polar.rotation) - len(polar.u)
-  if polar is None or not new or not is_array(outer, HEAD):
+  if polar is None or not new or not structured.is_plain(outer.get(HEAD)):
     return None
   head = outer[HEAD][:, :new].astype(jnp.float32)
   return rotations_lib.upper_rotation(products.matmul(polar.rotation[-new:], head))
@@ -146,54 +127,78 @@ def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | N
 
 def rotate(
   params: Params,
-  rotations: Sequence[jax.Array | None],
+  rotations: Sequence[jax.Array | None],  # of `segments`, or of the ends of the model
   config: models.ModelConfig,
   *,
   is_outer: bool = False,
-  function: Callable[..., Any] = rotations_lib.rotate,
+  function: Callable[..., Any] = rotations_lib.rotate,  # or its compiled form
 ) -> Params:
   """Rotates the kernels and biases of a layer, or the parameters outside the layers.
 
-  In a dense model, the scales of norms are folded into kernels first, see `norms`, and
-  become leaves of one number.
-
-  Args:
-    params: the parameters. Shortcuts among them stay matrices, see
-      `rotations.shortcut`.
-    rotations: R of the segments of the layer, see `segments`; or of the first and the
-      last segment of the model.
-    config: the config of the model.
-    is_outer: whether the parameters are those outside the layers.
-    function: the rotation of one array, `rotations.rotate` or its compiled form.
+  In a dense model, the scales of norms are folded into kernels first. Shortcuts stay
+  matrices, see `rotations.shortcut`.
   """
   layout = models.layout
   axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
   if not config.sliced:
-    params = norms.fold_norm_scales(params, config, is_outer=is_outer)
+    params = fold_norm_scales(params, config, is_outer=is_outer)
   of = lambda segment: None if segment is None else rotations[segment]
-  rotated = {
+  return {
     path: function(leaf, *map(of, rotations_lib.sides(axes[path])))
     for path, leaf in params.items()
   }
-  return rotated if config.sliced else norms.with_constant_scales(rotated, config)
+
+
+def fold_norm_scales(
+  params: Params, config: models.ModelConfig, *, is_outer: bool = False
+) -> Params:
+  """Moves the scales of RMSNorms into the kernels that read them, in their old dtypes.
+
+  A scale multiplies the numbers of a segment one by one, and a rotation does not
+  commute with that. The scales become leaves of one number, 1. The parameters are those
+  of a layer of a dense model, or outside the layers; a ValueError for other norms.
+
+  >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')
+  >>> model = rotbits_jax.load_checkpoint(checkpoint).model
+  >>> folded = fold_norm_scales(structured.flatten(model.layer(0)), model.config)
+  >>> float(folded['mlp_norm/scale'].value)
+  1.0
+  """
+  if config.norm != 'rmsnorm':
+    raise ValueError(f'{config.family}: only scales of RMSNorms can be folded')
+  layout, folded = models.layout, dict(params)
+  axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
+  for path, path_axes in axes.items():
+    sublayer, is_reader = path.split('/')[0], isinstance(path_axes[0], int)
+    if path in params and len(path_axes) == 2 and is_reader:
+      norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
+      scale = params[f'{norm}/scale']
+      folded[path] = _scale_rows(params[path], scale)
+      folded[f'{norm}/scale'] = structured.Constant.like(scale, 1.0)
+  return folded
+
+
+def _scale_rows(kernel: Any, scale: jax.Array) -> Any:
+  """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype."""
+  pair = structured.pair(kernel)
+  if pair is not None:
+    return pair.replace(u=_scale_rows(pair.u, scale))
+  chex.assert_shape(scale, (kernel.shape[-2],))
+  product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
+  return product.astype(kernel.dtype)
 
 
 # ---- attention heads ---------------------------------------------------------------
 
 
 def without_biases(params: Params, config: models.ModelConfig) -> Params:
-  """Returns the biases that change when those of key and value become zero.
-
-  The bias of the key does so without RoPE. That of the value does if the output has a
-  bias that can include it, see `heads`.
-  """
+  """Returns the biases that change when those of key and value become zero."""
   valid, changed = models.layout.symmetries(config), Params()
-  if valid.key_bias and is_array(params, heads.KEY_BIAS):
+  has = lambda path: structured.is_plain(params.get(path))
+  if valid.key_bias and has(heads.KEY_BIAS):
     zeros = structured.Constant.like(params[heads.KEY_BIAS], 0.0)
     changed[heads.KEY_BIAS] = zeros
-  if valid.values and all(
-    is_array(params, x) for x in (heads.VALUE_BIAS, heads.OUT_BIAS)
-  ):
+  if valid.values and has(heads.VALUE_BIAS) and has(heads.OUT_BIAS):
     value, out = params[heads.VALUE_BIAS], params[heads.OUT_BIAS]
     kernel = structured.materialize(params[heads.OUT])
     changed[heads.OUT_BIAS] = heads.with_value_bias(
@@ -206,12 +211,9 @@ def without_biases(params: Params, config: models.ModelConfig) -> Params:
 def head_pair(
   params: Params, config: models.ModelConfig, *, paths: tuple[str, ...]
 ) -> Params:
-  """Returns the parameters that share the gauge of heads; {} if it cannot be fixed.
+  """Returns the parameters of a layer that share a gauge of heads.
 
-  Args:
-    params: the layer.
-    config: the config of the model.
-    paths: `heads.VALUES` or `heads.KEYS`.
+  `paths` is `heads.VALUES` or `heads.KEYS`. The result is {} if there is no such gauge.
   """
   valid, pair = models.layout.symmetries(config), Params()
   is_values = paths == heads.VALUES
@@ -242,12 +244,7 @@ def fix(
 ) -> tuple[Params, dict[str, jax.Array]]:
   """Removes biases and fixes the gauges of the heads of a layer.
 
-  Args:
-    params: the layer.
-    config: the config of the model.
-
-  Returns:
-    The layer, and A by 'values' and 'keys', see `heads.Fixed`.
+  It also returns A by 'values' and 'keys', see `heads.Fixed`.
   """
   params, gauges = params | without_biases(params, config), {}
   for name, paths in (('values', heads.VALUES), ('keys', heads.KEYS)):

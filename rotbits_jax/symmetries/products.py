@@ -14,12 +14,7 @@ _LARGE = 1 << 23  # numbers; XLA does not divide the sums of a larger result
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  """Returns `a @ b` with full float32 precision.
-
-  Args:
-    a: `[m, k]` or `[k]`.
-    b: `[k, n]`.
-  """
+  """Returns `a @ b`, `[m, k]` or `[k]` times `[k, n]`, in full float32 precision."""
   if a.ndim == 1:
     return matmul(a[None], b)[0]
   product = lambda x, y: jnp.matmul(x, y, precision='highest')
@@ -30,10 +25,6 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   rows = jnp.pad(a, ((0, 0), (0, padding))).reshape(m, -1, _BLOCK).swapaxes(0, 1)
   columns = jnp.pad(b, ((0, padding), (0, 0))).reshape(-1, _BLOCK, n)
 
-  def add(
-    total: jax.Array, blocks: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, None]:
-    return total + product(*blocks), None
-
+  add = lambda total, blocks: (total + product(*blocks), None)
   start = jnp.zeros((m, n), jnp.result_type(a, b))
   return jax.lax.scan(add, start, (rows, columns))[0]

@@ -22,16 +22,19 @@ Therefore most of its singular values are 1, and P = I - B B^T, where B has few 
 Values above 1 add C C^T.
 
 In this file d is the width of a segment, and e >= d is the width of the next segment.
-Rotations include reflections.
+Rotations include reflections. They are float32, and orthogonal up to its rounding.
 
 Reference: SliceGPT, arXiv 2401.15024, section 3.
 """
 
+import dataclasses
+import math
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
@@ -41,24 +44,17 @@ _matmul = products.matmul
 
 
 def rotate(
-  array: Any, rows: jax.Array | None = None, columns: jax.Array | None = None
+  array: Any,  # [n, m] or [m], or a low-rank leaf [n, m]
+  rows: jax.Array | None = None,  # [n, n]
+  columns: jax.Array | None = None,  # [m, m]
 ) -> Any:
   """Rotates one array: returns `rows^T @ array @ columns` in the array's dtype.
 
-  The product is computed in float32. If the array is a low-rank leaf, each factor is
-  rotated alone.
+  The product is computed in float32. Of a low-rank leaf, each factor is rotated alone.
 
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
   >>> rotate(jnp.array([1.0, 2.0]), columns=quarter).tolist()
   [-2.0, 1.0]
-
-  Args:
-    array: an array `[n, m]` or `[m]`, or a low-rank leaf `[n, m]`.
-    rows: float32 `[n, n]`; None for no rotation.
-    columns: float32 `[m, m]`; None for no rotation.
-
-  Returns:
-    The rotated array or leaf.
   """
   pair = structured.pair(array)
   if pair is not None:
@@ -74,31 +70,43 @@ def rotate(
 
 
 def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
-  """Returns the segments that a parameter reads and writes, from its axes.
-
-  The axes are those of `models.layout`. None stands for an axis that is no segment.
-  """
+  """Returns the segments that a parameter reads and writes, from its axes; or None."""
   segment = lambda axis: axis if isinstance(axis, int) else None
   return (segment(axes[-2]) if len(axes) > 1 else None), segment(axes[-1])
 
 
+def largest_rotated(
+  array: np.ndarray, axes: tuple[int, ...], only_finite: bool = False
+) -> float:
+  """Returns a bound of the magnitudes that rotations of some axes can make.
+
+  Rotations keep the norms of what they mix. The bound is NaN or infinite if a number is
+  not finite, unless only finite ones count. It is computed on the host.
+  """
+  # Without their sign, bits are in order, and NumPy is slow in half precision.
+  unsigned = f'u{array.itemsize}'
+  bits = array.view(unsigned) << 1
+  if only_finite:
+    infinite = np.array(np.inf, array.dtype).view(unsigned) << 1
+    bits = np.where(bits < infinite, bits, 0)
+  greatest = (np.max(bits, initial=0) >> 1).view(array.dtype)
+  return float(greatest) * math.sqrt(math.prod(array.shape[axis] for axis in axes))
+
+
+# ---- the rotations -----------------------------------------------------------------
+
+
 def next_rotation(
-  step: jax.Array, rotation: jax.Array, free: jax.Array | None = None
+  step: jax.Array,  # O_s, [e, e]
+  rotation: jax.Array,  # R_s, [d, d]
+  free: jax.Array | None = None,  # Z, [e - d, e - d]; None for the identity
 ) -> jax.Array:
-  """Returns R_{s+1} = O_s^T diag(R_s, Z).
+  """Returns R_{s+1} = O_s^T diag(R_s, Z), `[e, e]`.
 
   >>> shortcut = jnp.array([[0.0, 2.0], [1.0, 0.0]])
   >>> step = canonical.polar(shortcut).rotation
   >>> np.rint(shortcut @ next_rotation(step, jnp.eye(2))).tolist()
   [[2.0, 0.0], [0.0, 1.0]]
-
-  Args:
-    step: O_s, float32 `[e, e]`.
-    rotation: R_s, float32 `[d, d]`.
-    free: Z, float32 `[e - d, e - d]`; None for the identity.
-
-  Returns:
-    R_{s+1}, float32 `[e, e]`, orthogonal up to the rounding of float32.
   """
   chex.assert_rank([step, rotation], 2)
   if len(step) > len(rotation):
@@ -108,22 +116,11 @@ def next_rotation(
   return canonical.reorthogonalize(_matmul(step.T, rotation))
 
 
-def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
-  """Returns R_1, ..., R_N for segments of one width, by an associative scan.
-
-  R_{s+1} = O_s^T ... O_0^T R_0.
-
-  >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
-  >>> running_rotations(jnp.stack([quarter] * 4), jnp.eye(2))[3].tolist()
-  [[1.0, 0.0], [0.0, 1.0]]
-
-  Args:
-    steps: O_0, ..., O_{N-1}, float32 `[N, d, d]`.
-    first: R_0, float32 `[d, d]`.
-
-  Returns:
-    float32 `[N, d, d]`, orthogonal up to the rounding of float32.
-  """
+def running_rotations(
+  steps: jax.Array,  # O_0, ..., O_{N-1}, [N, d, d]
+  first: jax.Array,  # R_0, [d, d]
+) -> jax.Array:
+  """Returns R_{s+1} = O_s^T ... O_0^T R_0, `[N, d, d]`, by an associative scan."""
   chex.assert_rank(steps, 3)
   multiply = jax.vmap(lambda earlier, later: _matmul(later, earlier))
   products = jax.lax.associative_scan(multiply, jnp.matrix_transpose(steps))
@@ -132,47 +129,28 @@ def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
 
 
 def upper_rotation(matrix: jax.Array) -> jax.Array:
-  """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal.
+  """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal, for `[d, V]`.
+
+  The diagonal of the product is not negative.
 
   >>> matrix = jnp.array([[0.0, 1.0], [2.0, 3.0]])
   >>> np.rint(upper_rotation(matrix).T @ matrix).tolist()
   [[2.0, 3.0], [0.0, 1.0]]
-
-  Args:
-    matrix: `[d, V]`.
-
-  Returns:
-    G, float32 `[d, d]`, orthogonal up to the rounding of float32. The diagonal of the
-    product is not negative.
   """
   return canonical.reorthogonalize(canonical.qr(matrix)[1])
 
 
-def upper_rows(kernel: jax.Array, rows: int) -> jax.Array:
-  """Sets the entries of the last rows of a kernel to zero below their diagonal."""
-  first = kernel.shape[0] - rows
-  return jnp.concatenate([kernel[:first], jnp.triu(kernel[first:])])
+# ---- the canonical parameters ------------------------------------------------------
 
 
-def lower(factor: jax.Array) -> jax.Array:
-  """Returns the lower trapezoidal B `[d, k]` with the same `B B^T` as the factor.
-
-  Args:
-    factor: `[d, k]`. If its last columns are zero, so are those of B.
-
-  Returns:
-    B, float32. Its diagonal is not negative.
-  """
-  chex.assert_rank(factor, 2)
-  # In the QR factorisation of the transposed factor, R is upper trapezoidal, and R^T
-  # is B.
-  r = jnp.linalg.qr(factor.T.astype(jnp.float32), mode='r')
-  r = jnp.where(jnp.diagonal(r)[:, None] < 0, -r, r)
-  return jnp.tril(jnp.pad(r.T, ((0, 0), (0, factor.shape[1] - len(r)))))
+def upper_rows(kernel: jax.Array, rows: int) -> structured.TrapezoidalRows:
+  """Returns a kernel whose last rows are set to zero below their diagonal."""
+  leaf = structured.TrapezoidalRows.of(kernel, rows)
+  return dataclasses.replace(leaf, lower=jnp.tril(leaf.lower))
 
 
 def shortcut(
-  rotation: jax.Array,
+  rotation: jax.Array,  # R, [d, d]
   polar: canonical.Polar,
   *,
   tolerance: float,
@@ -180,16 +158,9 @@ def shortcut(
 ) -> structured.IdentityMinusGram:
   """Returns a shortcut between rotated segments: R^T P R = I - B B^T + C C^T.
 
-  Args:
-    rotation: R, float32 `[d, d]`.
-    polar: the polar decomposition of the shortcut.
-    tolerance: a value counts as 1 if it differs from 1 by at most this.
-    columns: the number of columns of B and of C. If there are more values below 1 than
-      B has columns, the values closest to 1 count as 1; so do those above 1 for C.
-
-  Returns:
-    The leaf. B and C are lower trapezoidal. Columns that are not needed are zero and
-    come last.
+  A singular value counts as 1 within the tolerance. With more values below 1 (above 1)
+  than B (C) has columns, those closest to 1 count as 1. B and C are lower trapezoidal;
+  columns that are not needed are zero and come last.
   """
   chex.assert_equal_shape([rotation, polar.u])
   # The values descend: those above 1 are the first, those below 1 are the last.
@@ -197,23 +168,10 @@ def shortcut(
 
   def factor(vectors: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
     weights = jnp.where(sizes[:count] > tolerance, sizes[:count], 0)
-    return lower(_matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights)))
+    square_root = _matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights))
+    # Any rotation of the columns keeps B B^T, and this one makes B lower trapezoidal.
+    return jnp.tril(canonical.qr(square_root.T)[0].T)
 
   b = factor(polar.u[:, ::-1], -excess[::-1], columns[0])
   c = factor(polar.u, excess, columns[1])
   return structured.IdentityMinusGram(b, c, columns=len(polar.rotation))
-
-
-def narrowing_rotation(rotation: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Returns the R_{s+1} that makes R_s^T M_s R_{s+1} lower trapezoidal, for d > e.
-
-  Args:
-    rotation: R_s, float32 `[d, d]`.
-    kernel: M_s, `[d, e]`.
-
-  Returns:
-    R_{s+1}, float32 `[e, e]`.
-  """
-  chex.assert_shape(kernel, (len(rotation), None))
-  rotated = _matmul(rotation.T, kernel.astype(jnp.float32))
-  return jnp.linalg.qr(rotated.T, mode='complete')[0]

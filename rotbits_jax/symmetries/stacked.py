@@ -2,13 +2,11 @@ r"""Canonical weights of a whole model in one call: the functions of `layer`, ma
 
     jax.jit(canonicalize, static_argnums=1)(params, config)
 
-The layers are stacked `[N, ...]`, so there is no loop over layers. Per layer, and
-independent of the others, the polar decompositions of the shortcuts give O_s and P_s.
-The rotations are the running product R_{s+1} = O_s^T R_s, an associative scan over the
-layers. Then all kernels are multiplied by their rotations, and the gauges of heads are
-fixed, again independent of each other. Nothing waits for the host: choices of a rank
-that depend on numbers are masks. If the layer axis is sharded over devices, only the
-scan communicates.
+The layers are stacked `[N, ...]`, so there is no loop over them. The rotations are the
+running product R_{s+1} = O_s^T R_s, an associative scan over the layers; all else is
+independent per layer. Nothing waits for the host: choices of a rank that depend on
+numbers are masks. If the layer axis is sharded over devices, only the scan
+communicates.
 
 `passes` makes the same canonical form layer by layer, rounds it to the dtype of the
 source, and cuts masked columns. Shape letters are those of `models.config`.
@@ -17,7 +15,7 @@ source, and cuts masked columns. Shape letters are those of `models.config`.
 from collections.abc import Callable
 import functools
 import itertools
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,63 +28,33 @@ from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries.layer import Params
 
-_Stack = TypeVar('_Stack')
-
 
 class Gauges(NamedTuple):
-  """The coordinates that `canonicalize` chose, float32.
+  """The coordinates that `canonicalize` chose, float32, by stack as 'layers.0:16'."""
 
-  The keys of the dicts are those of the stacks, like 'layers.0:16'.
-
-  Attributes:
-    first: R_0, `[d, d]`, the rotation of the embedding; the rotation of all segments of
-      a dense model. None if no segment is rotated.
-    segments: R of the segments that the sublayers of a sliced model write, `[N, e, e]`
-      for each sublayer.
-    singular_values: those of the shortcuts, `[N, d]` for each sublayer, descending.
-    heads: 'values' is A with `W_v -> W_v A`, `W_o -> A^-1 W_o`, `[N, K, h, h]`. 'keys'
-      is A with `W_q -> W_q A`, `W_k -> W_k A^-T` in the m coordinates of a head that
-      RoPE does not rotate, `[N, K, m, m]`.
-  """
-
-  first: jax.Array | None
-  segments: dict[str, tuple[jax.Array, ...]]
-  singular_values: dict[str, tuple[jax.Array, ...]]
-  heads: dict[str, dict[str, jax.Array]]
+  first: jax.Array | None  # R_0, [d, d]; None if no segment is rotated
+  segments: dict[str, tuple[jax.Array, ...]]  # R that sublayers write, [N, e, e] each
+  singular_values: dict[str, tuple[jax.Array, ...]]  # of shortcuts, [N, d] each
+  heads: dict[str, dict[str, jax.Array]]  # A of 'values' and 'keys', [N, K, h, h]
 
 
 def canonicalize(
-  params: models.Params,
+  params: models.Params,  # see `models.Model`, in any floating-point dtype
   config: models.ModelConfig,
   *,
-  tolerance: float | None = None,
-  max_rank: int | None = None,
+  tolerance: float | None = None,  # of singular values that count as 1
 ) -> tuple[models.Params, Gauges]:
   """Brings the parameters of a model to their canonical form.
 
   It fixes the residual gauge, folds the scales of RMSNorms, writes shortcuts as
   `I - B B^T + C C^T`, moves the value biases into the output biases, and fixes the
-  gauges of attention heads. The function of the model does not change. A number that is
-  not finite spreads to all parameters that depend on it.
+  gauges of attention heads. The function of the model does not change. Structured
+  leaves are materialized first, except low-rank pairs. A sliced model must not get
+  narrower from segment to segment. The tolerance is 0.7 roundoffs of the dtype of the
+  shortcuts by default, as in `passes.remove_residual_gauge`.
 
-  Args:
-    params: the parameters of a model, see `models.Model`, in any floating-point dtype.
-      Structured leaves are materialized first, except low-rank pairs.
-    config: its config. The segments of a sliced model must not get narrower from one to
-      the next.
-    tolerance: a singular value of a shortcut counts as 1 if it differs from 1 by at
-      most this. By default it is 0.7 roundoffs of the dtype of the shortcuts, as in
-      `passes.remove_residual_gauge`.
-    max_rank: number of columns of B and of C. With more values below 1, or above it,
-      those closest to 1 count as 1, see `Gauges.singular_values`. By default it is d,
-      so that nothing is left out.
-
-  Returns:
-    The parameters, float32, and the gauges. Their stacks are those of the input. In B
-    and C, columns that are not needed are zero and come last; `Model.layer` cuts them.
-
-  Raises:
-    ValueError: if a segment is narrower than the one before it.
+  Returns the parameters, float32, in the stacks of the input, and the gauges. In B and
+  C, columns that are not needed are zero and come last; `Model.layer` cuts them.
   """
   layers = {key: models.names.stacked_layers(key) for key in params}
   ranges = {key: x for key, x in layers.items() if x is not None}
@@ -94,13 +62,11 @@ def canonicalize(
   stacks = {key: _widened(params[key]) for key in keys}
   outer = _widened({key: x for key, x in params.items() if key not in stacks})
   valid, gauges = models.layout.symmetries(config), Gauges(None, {}, {}, {})
-  if valid.segments:
-    dtype = params[keys[0]]['attention_shortcut']['kernel'].dtype
-    roundoff = max(float(jnp.finfo(dtype).eps) / 2, 2.0**-19)
-    tolerance = 0.7 * roundoff if tolerance is None else tolerance
-    stacks, outer, gauges = _rotate_segments(stacks, outer, config, tolerance, max_rank)
-  elif valid.stream:
-    stacks, outer, gauges = _rotate_stream(stacks, outer, config)
+  if tolerance is None:
+    like = params[keys[0]].get('attention_shortcut', {'kernel': jnp.float32(0)})
+    tolerance = 0.7 * max(float(jnp.finfo(like['kernel'].dtype).eps) / 2, 2.0**-19)
+  if valid.segments or valid.stream:
+    stacks, outer, gauges = _rotated(stacks, outer, config, tolerance)
   for key, stack in stacks.items():
     fix = functools.partial(layer_lib.fix, config=config)
     stacks[key], gauges.heads[key] = jax.vmap(fix)(stack)
@@ -114,14 +80,10 @@ def _widened(params: models.Params) -> Params:
   return structured.expand(structured.astype(arrays, jnp.float32), keep_factors=True)
 
 
-def _rotate_segments(
-  stacks: dict[str, Params],
-  outer: Params,
-  config: models.ModelConfig,
-  tolerance: float,
-  max_rank: int | None,
+def _rotated(
+  stacks: dict[str, Params], outer: Params, config: models.ModelConfig, tolerance: float
 ) -> tuple[dict[str, Params], Params, Gauges]:
-  """Rotates the segments of a sliced model."""
+  """Rotates the segments of a sliced model, or the stream of a dense one."""
   widths = config.segment_widths
   if any(after < before for before, after in itertools.pairwise(widths)):
     raise ValueError(
@@ -136,12 +98,13 @@ def _rotate_segments(
     key: gauge(stack) for key, stack in stacks.items()
   }
   first_key, *_, last_key = *stacks, *stacks
-  first_layer, last_polars = _layer(stacks[first_key], 0), polars[last_key]
-  rotation = layer_lib.first_rotation(first_layer, _layer(polars[first_key], 0), config)
+  first_layer, first_polars = _layer((stacks[first_key], polars[first_key]), 0)
+  rotation = layer_lib.first_rotation(first_layer, first_polars, config)
   is_upper = rotation is not None
   if rotation is None:
     rotation = jnp.eye(widths[0], dtype=jnp.float32)
-  free = layer_lib.last_rotation(outer, _layer(last_polars, -1)[-1])
+  last_polars = _layer(polars[last_key], -1) or [None]  # none in a dense model
+  free = layer_lib.last_rotation(outer, last_polars[-1])
   gauges = Gauges(rotation, {}, {}, {})
 
   def rotate_layer(
@@ -152,65 +115,40 @@ def _rotate_segments(
     kernels = {path: leaf for path, leaf in params.items() if path not in names}
     rotated = layer_lib.rotate(kernels, segments, config)
     for rows, polar, path in zip(segments, polars, names, strict=False):
-      rank = len(polar.u) if max_rank is None else min(max_rank, len(polar.u))
       rotated[path] = rotations.shortcut(
-        rows, polar, tolerance=tolerance, columns=(rank, rank)
+        rows, polar, tolerance=tolerance, columns=(len(polar.u),) * 2
       )
     return rotated, segments[1:]
 
   for key, stack in stacks.items():
+    rotate = functools.partial(rotate_layer, z=free if key == last_key else None)
+    if not config.sliced:
+      stacks[key], _ = jax.vmap(rotate, (0, None, 0))(stack, rotation, [])
+      continue
     read = _running_rotations(polars[key], rotation)
-    z = free if key == last_key else None
-    rotate = functools.partial(rotate_layer, z=z)
     stacks[key], written = jax.vmap(rotate)(stack, read, polars[key])
     gauges.segments[key] = tuple(written)
     gauges.singular_values[key] = tuple(polar.values for polar in polars[key])
     rotation = written[-1][-1]
   outer = layer_lib.rotate(outer, [gauges.first, rotation], config, is_outer=True)
   if is_upper:
-    _set_upper(stacks[first_key])
+    kernel = stacks[first_key][layer_lib.UP]
+    stacks[first_key][layer_lib.UP] = kernel.at[0].set(jnp.triu(kernel[0]))
   if free is not None:
-    upper = rotations.upper_rows(outer[layer_lib.HEAD], len(free))
-    outer[layer_lib.HEAD] = structured.TrapezoidalRows.of(upper, len(free))
+    outer[layer_lib.HEAD] = rotations.upper_rows(outer[layer_lib.HEAD], len(free))
   return stacks, outer, gauges
 
 
-def _layer(stack: _Stack, index: int) -> _Stack:
+def _layer(stack: Any, index: int) -> Any:
   """Returns one layer of a stack of arrays."""
-  layer: _Stack = jax.tree.map(lambda x: x[index], stack)
-  return layer
+  return jax.tree.map(lambda x: x[index], stack)
 
 
 def _running_rotations(polars: list[canonical.Polar], first: jax.Array) -> jax.Array:
-  """Returns the rotations of the segments that the layers of a stack read, `[N, d, d]`.
-
-  Args:
-    polars: the decompositions of the shortcuts, `[N, ...]`, by sublayer.
-    first: the rotation of the segment that the stack reads, `[d, d]`.
-  """
+  """Returns R of the segments that the layers of a stack read, `[N, d, d]`."""
   steps = [polar.rotation for polar in polars]
   if len(steps[0]) == 1:  # only such a stack can get wider
     return first[None]
   whole = steps[0] if len(steps) == 1 else jax.vmap(products.matmul)(*steps)
   written = rotations.running_rotations(whole, first)
   return jnp.concatenate([first[None], written[:-1]])
-
-
-def _rotate_stream(
-  stacks: dict[str, Params], outer: Params, config: models.ModelConfig
-) -> tuple[dict[str, Params], Params, Gauges]:
-  """Folds the norms of a dense model and rotates its stream."""
-  first_key, *_ = stacks
-  rotation = layer_lib.first_rotation(_layer(stacks[first_key], 0), [], config)
-  rotate = lambda layer: layer_lib.rotate(layer, [rotation] * 3, config)
-  stacks = {key: jax.vmap(rotate)(stack) for key, stack in stacks.items()}
-  if rotation is not None:
-    _set_upper(stacks[first_key])
-  outer = layer_lib.rotate(outer, [rotation] * 2, config, is_outer=True)
-  return stacks, outer, Gauges(rotation, {}, {}, {})
-
-
-def _set_upper(stack: Params) -> None:
-  """Sets the zeros of the up kernel of the first layer, in place."""
-  kernel = stack[layer_lib.UP]
-  stack[layer_lib.UP] = kernel.at[0].set(jnp.triu(kernel[0]))

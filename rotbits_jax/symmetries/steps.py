@@ -19,12 +19,11 @@ Each square is then that of one rounding error, and no other factorisation of H 
 smaller trace of D. The rows of inputs with large moments come first, because the errors
 of later rows can make up for theirs. Blocks of rows are updated by one product.
 
-**A step for each line.** If output j counts g_j times, the mean square of the error is
-`sum_ij D_i g_j d_ij^2 / 12` for steps d_ij. With the mean of `log2 d_ij` fixed, and so
-the bits of an entropy coder, it is least for `d_ij = d / sqrt(D_i g_j)`: each element
-then adds the same to it. So rows have steps of their own by the pivots D_i, and columns
-by g_j. Lines are divided by their factors first, which scales H and L; then the rule
-above goes on with one step.
+**A step per row and column.** If output j counts g_j times, the mean square of the
+error is `sum_ij D_i g_j d_ij^2 / 12` for steps d_ij. With the mean of `log2 d_ij`
+fixed, and so the bits of an entropy coder, it is least for `d_ij = d / sqrt(D_i g_j)`.
+So rows have steps by the pivots D_i, and columns by g_j. They are divided by their
+factors first, which scales H and L; then the rule above goes on with one step.
 
 References:
   Frantar et al., GPTQ, arXiv 2210.17323: the rule, by the inverse of H.
@@ -43,7 +42,7 @@ import jax.numpy as jnp
 from rotbits_jax import structured
 from rotbits_jax.symmetries import products
 
-_PART = 1 << 18  # numbers that are measured together
+_PIECE = 1 << 18  # elements that are measured together
 _BLOCK = 128  # number of rows that are updated together
 _DAMPING = 0.01  # of the mean moment, so that no pivot is close to 0
 _ROUNDS = 8  # of removing outliers
@@ -54,69 +53,52 @@ _matmul = products.matmul
 
 
 class Size(NamedTuple):
-  """The typical size of the numbers of an array.
+  """The typical size of the numbers of an array."""
 
-  Attributes:
-    rms: the root of their mean square, float32; 0 if no number counts.
-    outliers: how many numbers are infinite, NaN or outliers, int32.
-  """
-
-  rms: jax.Array
-  outliers: jax.Array
+  rms: jax.Array  # the root of their mean square, float32; 0 if no number counts
+  outliers: jax.Array  # how many numbers are infinite, NaN or outliers, int32
 
 
 def typical_size(array: jax.Array) -> Size:
-  """Returns the root of the mean square of an array's numbers, without outliers.
+  """Returns the rms of the numbers of a float32 array, without zeros and outliers.
 
-  Zeros do not count, because structure makes them. If the rms is more than twice the
-  mean magnitude, a few numbers make most of the squares: those above 8 mean magnitudes
-  are outliers. They are removed until there are none. Of normally distributed numbers,
-  the rms is 1.25 mean magnitudes.
+  Structure makes zeros. If the rms is more than twice the mean magnitude, a few numbers
+  make most of the squares: those above 8 mean magnitudes are outliers. They are removed
+  until there are none. Of normal numbers, the rms is 1.25 mean magnitudes.
 
   >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])).rms)
   1
-
-  Args:
-    array: float32.
   """
   fold = functools.partial(_fold, array)
 
-  def measure(limit: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    counted = lambda x: (x > 0) & (x <= limit)
-
-    def see(found: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-      most = jnp.max(jnp.where(counted(x), x, 0), initial=0)
-      count = jnp.sum(counted(x), dtype=jnp.int32)
-      return jnp.maximum(found[0], most), found[1] + count
-
-    greatest, number = fold(see, (jnp.float32(0), jnp.int32(0)))
-    count = jnp.maximum(number, 1).astype(jnp.float32)
-    # The numbers are divided by the greatest, so that no square is infinite and not all
-    # squares are zero.
+  def measure(limit: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the rms of magnitudes up to a limit, the limit, and the next limit."""
+    kept = lambda x: jnp.where(x <= limit, x, 0)
+    greatest = fold(lambda y, x: jnp.maximum(y, kept(x).max(initial=0)), jnp.float32(0))
+    # No square is infinite after the division, and not all squares are zero.
     scale = jnp.where(greatest > 0, greatest, 1)
 
     def add(sums: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-      parts = jnp.where(counted(x), x, 0) / scale
-      return sums[0] + jnp.sum(jnp.square(parts)), sums[1] + jnp.sum(parts)
+      sizes = kept(x) / scale
+      terms = (kept(x) > 0).sum(dtype=jnp.int32), sizes.sum(), jnp.square(sizes).sum()
+      return jax.tree.map(jnp.add, sums, terms)
 
-    squares, total = fold(add, (jnp.float32(0), jnp.float32(0)))
+    count, total, squares = fold(add, (jnp.int32(0), jnp.float32(0), jnp.float32(0)))
+    count = jnp.maximum(count, 1).astype(jnp.float32)
     rms, mean = jnp.sqrt(squares / count), total / count
-    bound = jnp.where(rms > 2 * mean, 8 * mean, 1) * scale
-    return scale * rms, bound, greatest
+    is_uneven = (rms > 2 * mean) & (8 * mean < 1)
+    return scale * rms, limit, jnp.where(is_uneven, 8 * mean * scale, limit)
 
-  State = tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array], jax.Array]
-
-  def has_outliers(state: State) -> jax.Array:
-    _, (_, bound, greatest), rounds = state
-    return (greatest > bound) & (rounds < _ROUNDS)
-
-  def remove(state: State) -> State:
-    _, (_, bound, _), rounds = state
-    return bound, measure(bound), rounds + 1
+  def has_outliers(state: tuple[tuple[jax.Array, ...], jax.Array]) -> jax.Array:
+    (_, limit, next_limit), rounds = state
+    return (next_limit < limit) & (rounds < _ROUNDS)
 
   largest = jnp.float32(jnp.finfo(jnp.float32).max)
-  start = largest, measure(largest), jnp.int32(0)
-  limit, (rms, _, _), _ = jax.lax.while_loop(has_outliers, remove, start)
+  (rms, limit, _), _ = jax.lax.while_loop(
+    has_outliers,
+    lambda state: (measure(state[0][2]), state[1] + 1),
+    (measure(largest), jnp.int32(0)),
+  )
   beyond = lambda count, x: count + jnp.sum(~(x <= limit), dtype=jnp.int32)
   return Size(rms, fold(beyond, jnp.int32(0)))
 
@@ -124,27 +106,24 @@ def typical_size(array: jax.Array) -> Size:
 def _fold(
   array: jax.Array, function: Callable[[Any, jax.Array], Any], start: Any
 ) -> Any:
-  """Folds a function over magnitudes of parts of an array, and some zeros.
-
-  XLA would make several arrays of this size for a large array.
-  """
+  """Folds a function over magnitudes of pieces of an array, so that XLA copies none."""
   flat = array.reshape(-1)
-  size = min(flat.size, _PART)
+  size = min(flat.size, _PIECE)
 
-  def step(i: jax.Array, found: Any) -> Any:
+  def step(i: jax.Array, folded: Any) -> Any:
     begin = jnp.minimum(i * size, flat.size - size)
-    part = jax.lax.dynamic_slice(flat, (begin,), (size,))
-    # The last part begins in the one before it.
+    piece = jax.lax.dynamic_slice(flat, (begin,), (size,))
+    # The last piece begins in the one before it.
     is_new = begin + jnp.arange(size) >= i * size
-    return function(found, jnp.where(is_new, jnp.abs(part), 0))
+    return function(folded, jnp.where(is_new, jnp.abs(piece), 0))
 
   return jax.lax.fori_loop(0, -(-flat.size // max(size, 1)), step, start)
 
 
 def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
-  """Returns a step with a short mantissa, so that few multiples need float32.
+  """Returns the number (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
 
-  It is the number of the form (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
+  Its mantissa is short, so that few multiples need float32.
   """
   target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
   return structured.line_factors(quarters(target))
@@ -159,6 +138,17 @@ def quarters(log2: jax.Array) -> jax.Array:
   return 4 * q.astype(jnp.int32) + i
 
 
+def exponents(log2: jax.Array, most: float) -> jax.Array:
+  """Returns exponents of rows or columns whose sizes have these logarithms, int8.
+
+  The logarithms are centred and cut at the greatest magnitude. Those that are not
+  finite count as the mean.
+  """
+  known = jnp.isfinite(log2)
+  centred = jnp.where(known, log2 - jnp.mean(log2, where=known), 0)
+  return quarters(jnp.clip(centred, -most, most)).astype(jnp.int8)
+
+
 def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
   """Returns the nearest multiples of a step, in the shape of the array."""
   steps = jnp.rint(array / step)
@@ -167,60 +157,50 @@ def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames='axis')
-def with_feedback(
-  array: jax.Array,
-  step: jax.Array,
-  moments: jax.Array,
-  outputs: jax.Array | None = None,
+def quantize(
+  array: jax.Array,  # float32 [n, m]; [m, n] if the axis is 1; any without moments
+  step: jax.Array,  # float32 []; with outputs about the geometric mean of the steps
+  moments: jax.Array | None = None,  # H or its multiple, float32 [n, n]
+  outputs: jax.Array | None = None,  # g, float32 [m]; None for one step
   *,
-  axis: int = 0,
+  axis: int = 0,  # of the inputs
 ) -> structured.UniformlyQuantized:
-  """Rounds a matrix to multiples of a step, or of a step for each line.
+  """Rounds an array to multiples of a step, or of a step per row and column.
 
-  Zeros remain, because structure makes them.
+  There is no feedback if the moments are None or not finite. Zeros remain, because
+  structure makes them. The integers of the leaf are float32: an outlier may have more
+  than 2^31 steps.
 
   >>> kernel, moments = jnp.full((4, 1), 0.4), jnp.ones((4, 4))  # inputs are equal
-  >>> with_feedback(kernel, jnp.float32(1), moments).integers.sum().tolist()  # from 1.6
+  >>> quantize(kernel, jnp.float32(1), moments).integers.sum().tolist()  # from 1.6
   2.0
-
-  Args:
-    array: float32 `[n, m]`, or `[m, n]` if `axis` is 1.
-    step: float32 `[]`, positive; with steps for lines roughly their geometric mean.
-    moments: float32 `[n, n]`, sums or means of products of the inputs. If they are not
-      finite, there is no feedback.
-    outputs: float32 `[m]`, how much the square of an error of each output counts; None
-      for one step.
-    axis: the axis of the inputs.
-
-  Returns:
-    The leaf. Its integers are float32: an outlier may have more than 2^31 steps.
   """
+  if moments is None:
+    integers = jnp.rint(array / step)
+    integers = jnp.where(integers == 0, 0, integers)  # -0 becomes 0
+    return structured.UniformlyQuantized(integers, step, 'float32')
   kernel = array if axis == 0 else array.T
   chex.assert_shape(moments, (len(kernel),) * 2)
   order, lower, pivots = _factors(moments)
   rows = kernel[order]
-  exponents: list[jax.Array | None] = [None, None]
+  axis_exponents: list[jax.Array | None] = [None, None]
   if outputs is not None:
-    of_inputs, of_outputs = _exponents(pivots), _exponents(outputs)
+    of_inputs, of_outputs = map(_exponents, (pivots, outputs))
     factors, columns = map(structured.line_factors, (of_inputs, of_outputs))
     rows = rows / (factors[:, None] * columns)
     lower = lower * (factors[:, None] / factors)
-    exponents = [jnp.zeros_like(of_inputs).at[order].set(of_inputs), of_outputs]
+    axis_exponents = [jnp.zeros_like(of_inputs).at[order].set(of_inputs), of_outputs]
   rounded = jnp.rint(_round_rows(rows, step, lower) / step)
   integers = jnp.zeros_like(kernel).at[order].set(rounded)
   if axis == 1:
-    integers, exponents = integers.T, exponents[::-1]
-  return structured.UniformlyQuantized(integers, step, 'float32', *exponents)
+    integers, axis_exponents = integers.T, axis_exponents[::-1]
+  return structured.UniformlyQuantized(integers, step, 'float32', *axis_exponents)
 
 
 def _exponents(counts: jax.Array) -> jax.Array:
-  """Returns exponents of lines for steps in proportion to `counts^(-1/2)`, int8."""
-  mean = jnp.mean(counts)
-  is_useful = jnp.isfinite(counts).all() & (mean > 0)
-  counts = jnp.where(is_useful, counts / jnp.where(is_useful, mean, 1), 1)
-  log2 = -jnp.log2(jnp.maximum(counts, 0) + _LEAST_COUNT) / 2
-  log2 = jnp.clip(log2 - jnp.mean(log2), -_MOST_OCTAVES, _MOST_OCTAVES)
-  return quarters(log2).astype(jnp.int8)
+  """Returns exponents for steps in proportion to `counts^(-1/2)`, int8."""
+  damped = jnp.maximum(counts, 0) + _LEAST_COUNT * jnp.mean(counts)
+  return exponents(-jnp.log2(damped) / 2, _MOST_OCTAVES)
 
 
 def _factors(moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -239,16 +219,7 @@ def _factors(moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _round_rows(rows: jax.Array, step: jax.Array, lower: jax.Array) -> jax.Array:
-  """Rounds rows from the last to the first, see above.
-
-  Args:
-    rows: float32 `[n, m]`.
-    step: float32 `[]`.
-    lower: L, float32 `[n, n]`.
-
-  Returns:
-    Multiples of the step, float32 `[n, m]`.
-  """
+  """Rounds rows `[n, m]` from the last to the first, given L `[n, n]`, see above."""
   count, width = rows.shape
   # Rows of zeros in front fill the first block.
   padding = -count % _BLOCK
@@ -265,19 +236,19 @@ def _round_rows(rows: jax.Array, step: jax.Array, lower: jax.Array) -> jax.Array
     def round_row(
       k: jax.Array, carry: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-      found, block_errors = carry
+      rounded_rows, block_errors = carry
       i = _BLOCK - 1 - k
       after = jnp.where(jnp.arange(_BLOCK) > i, below[:, i], 0)
       rounded = multiples(wanted[i] + _matmul(after, block_errors), step)
       rounded = jnp.where(block[i] == 0, 0, rounded)
       error = block[i] - rounded
       error = jnp.where(jnp.isfinite(error), error, 0)
-      return found.at[i].set(rounded), block_errors.at[i].set(error)
+      return rounded_rows.at[i].set(rounded), block_errors.at[i].set(error)
 
     zeros = jnp.zeros((_BLOCK, width), jnp.float32)
-    found, block_errors = jax.lax.fori_loop(0, _BLOCK, round_row, (zeros, zeros))
+    rounded_rows, block_errors = jax.lax.fori_loop(0, _BLOCK, round_row, (zeros, zeros))
     errors = jax.lax.dynamic_update_slice_in_dim(errors, block_errors, start, axis=0)
-    return errors, found
+    return errors, rounded_rows
 
   starts = jnp.arange(0, count + padding, _BLOCK)
   _, blocks = jax.lax.scan(round_block, jnp.zeros_like(rows), starts, reverse=True)

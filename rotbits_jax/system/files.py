@@ -1,17 +1,16 @@
 """Files that are read without memory maps.
 
 The system ends a process (SIGBUS) that touches a mapped page of a file which another
-program has shortened meanwhile: a download that starts again, or a network file system.
-Here a file that changes while it is read is an error.
+program has shortened meanwhile. Here a file that changes while it is read is an error.
 """
 
+import collections
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import os
 import pathlib
 import stat
-import threading
+from typing import NamedTuple
 
 import numpy as np
 from zlib_ng import zlib_ng
@@ -23,15 +22,8 @@ class ChangedError(OSError):
   """Raised for a file that changed after it was opened."""
 
 
-@dataclasses.dataclass(frozen=True)
-class File:
-  """A file and its state when it was opened.
-
-  Attributes:
-    path: path of the file.
-    size: size in bytes.
-    modified: time of the last change, in nanoseconds.
-  """
+class File(NamedTuple):
+  """A file with its size in bytes and its time of change in ns when it was opened."""
 
   path: pathlib.Path
   size: int
@@ -39,42 +31,28 @@ class File:
 
   @classmethod
   def of(cls, path: str | os.PathLike[str]) -> 'File':
-    """Records the present state of the file at a path.
-
-    Raises:
-      OSError: if there is no such file, or if it is a folder, a pipe or a device.
-    """
+    """Records the present state of a file; an OSError if it is none."""
     state = os.stat(path)
     if not stat.S_ISREG(state.st_mode):  # a pipe waits, and a device may have no end
       raise OSError(f'{path}: not a regular file')
     return cls(pathlib.Path(path), state.st_size, state.st_mtime_ns)
 
   def read(self, offset: int, out: np.ndarray) -> int:
-    """Fills an array with the bytes at an offset.
-
-    Args:
-      offset: offset of the first byte.
-      out: uint8 `[n]`, contiguous.
-
-    Returns:
-      The CRC-32 of the bytes.
+    """Fills uint8 `[n]`, contiguous, with the bytes at an offset; returns their CRC-32.
 
     Raises:
       ChangedError: if the file changed after it was opened, or ends before.
-      OSError: if it cannot be read.
     """
     with open(self.path, 'rb', buffering=0) as file:
       state = os.fstat(file.fileno())
-      if (state.st_size, state.st_mtime_ns) != (self.size, self.modified):
-        raise self._changed()
+      is_same = (state.st_size, state.st_mtime_ns) == (self.size, self.modified)
       file.seek(offset)
       left, crc = memoryview(out), 0
       while left:
-        piece = left[:_PIECE]
-        count = file.readinto(piece)
+        count = file.readinto(left[:_PIECE]) if is_same else 0
         if not count:
-          raise self._changed()
-        crc = zlib_ng.crc32(piece[:count], crc)
+          raise ChangedError(f'{self.path}: the file changed after it was opened')
+        crc = zlib_ng.crc32(left[:count], crc)
         left = left[count:]
     return crc
 
@@ -84,33 +62,22 @@ class File:
     self.read(0, data)
     return data.tobytes()
 
-  def _changed(self) -> ChangedError:
-    """Returns the error about a file that changed."""
-    return ChangedError(f'{self.path}: the file changed after it was opened')
-
 
 class Buffers:
-  """Memory that is lent again and again.
-
-  Reading a file into new memory takes twice as long, because the system clears each new
-  page. There are as many buffers as were lent at one time.
-  """
+  """Memory that is lent again and again, because the system clears each new page."""
 
   def __init__(self) -> None:
-    self._free: list[np.ndarray] = []
-    self._lock = threading.Lock()
+    self._free: collections.deque[np.ndarray] = collections.deque()
 
   @contextlib.contextmanager
   def lend(self, size: int) -> Iterator[np.ndarray]:
     """Lends uint8 `[size]`, uninitialised, until the context ends."""
-    with self._lock:
-      self._free.sort(key=len)
-      fits = [i for i, x in enumerate(self._free) if len(x) >= size]
-      buffer = self._free.pop(fits[0] if fits else -1) if self._free else None
-    if buffer is None or len(buffer) < size:
+    buffer = np.empty(0, np.uint8)
+    with contextlib.suppress(IndexError):
+      buffer = self._free.pop()
+    if len(buffer) < size:
       buffer = np.empty(size, np.uint8)
     try:
       yield buffer[:size]
     finally:
-      with self._lock:
-        self._free.append(buffer)
+      self._free.append(buffer)

@@ -16,10 +16,7 @@ _TILE = 1 << 8  # rows and columns of a matrix of which BLAS takes at least four
 
 @functools.cache
 def device() -> jax.Device | None:
-  """Returns the CPU; None if JAX was configured without it.
-
-  JAX takes None as the default device.
-  """
+  """Returns the CPU; None, JAX's own default, if JAX was configured without it."""
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError:
@@ -30,45 +27,31 @@ def device() -> jax.Device | None:
 def own_settings() -> Iterator[None]:
   """Gives JAX the settings that this package is written for, in this thread.
 
-  Users set others for their own programs. Functions are always compiled, because the
-  loops of the coder would take hours without; weights may have NaNs; and NumPy arrays
-  go to programs as they are.
+  Functions are always compiled, because the loops of the coder would take hours
+  without; weights may have NaNs; and NumPy arrays go to programs as they are.
   """
-  with (
-    jax.enable_x64(False),
-    jax.numpy_rank_promotion('allow'),
-    jax.numpy_dtype_promotion('standard'),
-    jax.transfer_guard('allow'),
-    jax.debug_nans(False),
-    jax.debug_infs(False),
-    jax.disable_jit(False),
-    _without_mesh(),
-  ):
+  with contextlib.ExitStack() as stack:
+    for setting in (
+      jax.enable_x64(False),
+      jax.numpy_rank_promotion('allow'),
+      jax.numpy_dtype_promotion('standard'),
+      jax.transfer_guard('allow'),
+      jax.debug_nans(False),
+      jax.debug_infs(False),
+      jax.disable_jit(False),
+    ):
+      stack.enter_context(setting)
+    if not jax.sharding.get_abstract_mesh().empty:  # it would be in the types of arrays
+      stack.enter_context(jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())))
     yield
-
-
-@contextlib.contextmanager
-def _without_mesh() -> Iterator[None]:
-  """Takes the mesh of `jax.set_mesh` away: explicit axes are in the types of arrays."""
-  if jax.sharding.get_abstract_mesh().empty:
-    yield
-    return
-  with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):
-    yield
-
-
-def blas_is_serial() -> bool:
-  """Returns whether the products of NumPy use one thread."""
-  return os.environ.get('OPENBLAS_NUM_THREADS') == '1'
 
 
 def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   """Returns the product of matrices, computed on this thread.
 
-  BLAS computes products of few numbers on one thread. Its threads would wait for those
-  that code blocks.
+  The threads of BLAS, which it takes for many numbers, would wait for the coder's.
   """
-  if blas_is_serial():
+  if os.environ.get('OPENBLAS_NUM_THREADS') == '1':
     return left @ right
   product = np.zeros((len(left), right.shape[1]), left.dtype)
   if right.size > _SINGLE:  # too many for one row
@@ -85,15 +68,7 @@ def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
-  """Returns an uninitialised array that `jax.device_put` uses without a copy.
-
-  Args:
-    shape: shape of the array.
-    dtype: dtype of the array.
-
-  Returns:
-    The array, contiguous.
-  """
+  """Returns an uninitialised array that `jax.device_put` uses without a copy."""
   item = np.dtype(dtype)
   size = math.prod(shape) * item.itemsize
   buffer = np.empty(size + _ALIGNMENT, np.uint8)

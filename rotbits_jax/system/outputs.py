@@ -1,4 +1,4 @@
-"""Safe writing of results: a result appears complete, or the old file stays.
+"""Safe writing of results: a result appears complete, or the old one stays.
 
     target = outputs.resolved(path)
     outputs.check(target, overwrite=False)         # before the work
@@ -6,12 +6,8 @@
       ...                                          # writes folder / name
       outputs.move(folder / name, target)          # syncs, then renames
 
-The target is the path of a result; it is a regular file or does not exist yet. The
-result is prepared in a staging folder beside the target, `.<name>.partial`, which the
-next run removes if this one is killed.
-
-Raises:
-  OSError: if something cannot be written. It names the path.
+The next run removes the staging folder of one that was killed. An OSError names the
+path that cannot be written.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,38 +24,24 @@ Path = str | os.PathLike[str]
 def resolved(path: Path) -> pathlib.Path:
   """Returns the target of a path, after following symbolic links."""
   if not os.fspath(path):
-    raise _error(errno.ENOENT, 'the path to write to is empty', "''")
+    raise OSError(errno.ENOENT, 'the path to write to is empty', "''")
   return pathlib.Path(os.path.realpath(path))
 
 
 def check(target: pathlib.Path, *, overwrite: bool) -> None:
-  """Checks, before the work, that a target can be written.
-
-  Args:
-    target: the target; it must not be a symbolic link, see `resolved`.
-    overwrite: whether an existing file may be replaced.
-  """
+  """Checks, before the work, that a file can be written at a `resolved` path."""
   if not target.parent.is_dir():
-    folder = target.parent
-    raise _error(errno.ENOTDIR, f'no such directory: {folder}', target)
-  if os.path.lexists(target):
-    mode = target.lstat().st_mode
-    if stat.S_ISDIR(mode):
-      raise _error(errno.EISDIR, 'is a directory, not a file to write', target)
-    if not stat.S_ISREG(mode):
-      raise _error(errno.EINVAL, 'is not a regular file, and is not replaced', target)
-    if not overwrite:
-      text = 'the file exists; use overwrite=True to replace it'
-      raise _error(errno.EEXIST, text, target)
-    if not mode & 0o222:
-      raise _error(errno.EACCES, 'the file is read-only', target)
+    raise OSError(errno.ENOTDIR, f'no such directory: {target.parent}', str(target))
+  if os.path.lexists(target) and not target.is_file():
+    text = 'a directory or a device, not a regular file, is not replaced'
+    number = errno.EISDIR if target.is_dir() else errno.EINVAL
+    raise OSError(number, text, str(target))
+  if target.exists() and not overwrite:
+    text = 'the file exists; use overwrite=True to replace it'
+    raise OSError(errno.EEXIST, text, str(target))
+  if target.exists() and not target.stat().st_mode & 0o222:
+    raise OSError(errno.EACCES, 'the file is read-only', str(target))
   _check_writable(target.parent, target)
-
-
-def check_folder(folder: pathlib.Path) -> None:
-  """Checks that files can be written into a sub-folder: no link may lead elsewhere."""
-  if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
-    raise _error(errno.ENOTDIR, 'is not a folder, and is not replaced', folder)
 
 
 def directory_target(path: Path) -> pathlib.Path:
@@ -67,9 +49,33 @@ def directory_target(path: Path) -> pathlib.Path:
   target = resolved(path)
   folder = next(x for x in (target, *target.parents) if os.path.lexists(x))
   if not folder.is_dir():
-    raise _error(errno.ENOTDIR, 'is a file, not a directory to write to', folder)
+    raise OSError(errno.ENOTDIR, 'is a file, not a directory to write to', str(folder))
   _check_writable(folder, target)
   return target
+
+
+def _check_writable(folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Checks that names in a folder can be written."""
+  if not os.access(folder, os.W_OK | os.X_OK):
+    text = f'the directory {folder} cannot be written'
+    raise OSError(errno.EACCES, text, str(target))
+
+
+def check_replaced(
+  folder: pathlib.Path, is_replaced: Callable[[str], bool], *, overwrite: bool
+) -> list[pathlib.Path]:
+  """Checks that a folder, which may be missing, can be replaced; returns its files.
+
+  `is_replaced` says whether a file, given its relative path, may go with the folder.
+  """
+  files = [x for x in folder.rglob('*') if x.is_symlink() or not x.is_dir()]
+  for name in (file.relative_to(folder).as_posix() for file in files):
+    text = f'the folder is not replaced: {name} would be lost'
+    if not overwrite:
+      text = f'the folder has files, such as {name}; use overwrite=True to replace it'
+    if not overwrite or not is_replaced(name):
+      raise OSError(errno.EEXIST, text, str(folder))
+  return files
 
 
 def staging(target: pathlib.Path) -> pathlib.Path:
@@ -79,14 +85,14 @@ def staging(target: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Makes an empty folder, and removes it at the end.
+  """Makes an empty folder and its parents, and removes it at the end.
 
-  The folders above it are made if they do not exist. If an exception leaves the
-  context, they are removed again.
+  If an exception leaves the context, parents that it made are removed, too.
   """
   made = [parent for parent in folder.parents if not parent.exists()]
   try:
-    check_folder(folder)
+    if folder.is_symlink():  # it may lead elsewhere
+      raise OSError(errno.ENOTDIR, 'is not a folder, and is not replaced', str(folder))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -100,48 +106,18 @@ def fresh(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     raise
 
 
-def check_replaced(
-  folder: pathlib.Path, is_replaced: Callable[[str], bool], *, overwrite: bool
-) -> list[pathlib.Path]:
-  """Checks, before the work, that a folder can be replaced by a new one.
-
-  Args:
-    folder: see `directory_target`. It may be missing or empty.
-    is_replaced: whether a file, given its relative path, may go with the folder.
-    overwrite: whether a folder with files may be replaced.
-
-  Returns:
-    The files in it.
-  """
-  files = []
-  for file in folder.rglob('*'):
-    if file.is_dir() and not file.is_symlink():
-      continue
-    name = file.relative_to(folder).as_posix()
-    if not overwrite:
-      text = f'the folder has files, such as {name}; use overwrite=True to replace it'
-      raise _error(errno.EEXIST, text, folder)
-    if not is_replaced(name):
-      raise _error(
-        errno.EEXIST, f'the folder is not replaced: {name} would be lost', folder
-      )
-    files.append(file)
-  return files
-
-
 def move(source: pathlib.Path, target: pathlib.Path) -> None:
   """Renames a complete file, or a folder of complete files, to its target.
 
-  The content is on the disk before the name, and the name is on the disk when the
-  function returns. A new file takes the mode of the file that it replaces. An older
-  folder cannot be replaced at once: it is renamed, and removed at the end, or gets its
-  name back after an exception.
+  The content is on the disk before the name. A new file takes the mode of the one that
+  it replaces. An older folder cannot be replaced at once: it is renamed, and removed at
+  the end, or gets its name back after an exception.
   """
   for path in [source, *source.rglob('*')]:
     _sync(path)
   older = target.parent / f'.{target.name}.replaced'
   if target.is_file():
-    os.chmod(source, stat.S_IMODE(target.stat().st_mode))
+    source.chmod(stat.S_IMODE(target.stat().st_mode))
   try:
     if target.is_dir():
       shutil.rmtree(older, ignore_errors=True)
@@ -156,16 +132,20 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]:
-  """Divides items among files.
+def _sync(path: pathlib.Path) -> None:
+  """Waits until the content of a file or a folder is on the disk."""
+  with contextlib.suppress(PermissionError):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
-  Args:
-    sizes: the bytes of each item, in order.
-    most: the greatest number of bytes in a file with more than one item; None for one
-      file.
 
-  Returns:
-    The items of each file, in order. There is at least one file.
+def divided(
+  sizes: Mapping[str, int], most: int | None, stem: str, suffix: str
+) -> dict[str, tuple[str, ...]]:
+  """Divides items of these sizes among files of at most so many bytes, or one item.
+
+  Returns the items by the names of the files, which are like Hugging Face's shards.
   """
   groups: list[list[str]] = [[]]
   filled = 0
@@ -175,12 +155,10 @@ def divided(sizes: Mapping[str, int], most: int | None) -> list[tuple[str, ...]]
       filled = 0
     groups[-1].append(name)
     filled += size
-  return [tuple(group) for group in groups]
-
-
-def numbered(stem: str, suffix: str, count: int) -> list[str]:
-  """Returns the names of several files, like those of Hugging Face's shards."""
-  return [f'{stem}-{i:05}-of-{count:05}{suffix}' for i in range(1, count + 1)]
+  return {
+    f'{stem}-{i:05}-of-{len(groups):05}{suffix}': tuple(group)
+    for i, group in enumerate(groups, 1)
+  }
 
 
 @contextlib.contextmanager
@@ -191,27 +169,4 @@ def named(path: Path) -> Iterator[None]:
   except OSError as error:
     if error.errno is None or error.filename is not None:
       raise
-    raise _error(error.errno, error.strerror, path) from error
-
-
-def _check_writable(folder: pathlib.Path, target: pathlib.Path) -> None:
-  """Checks that names in a folder can be written."""
-  if not os.access(folder, os.W_OK | os.X_OK):
-    raise _error(errno.EACCES, f'the directory {folder} cannot be written', target)
-
-
-def _error(number: int, text: str | None, path: Path) -> OSError:
-  """Returns a system error that names a path."""
-  return OSError(number, text, os.fspath(path))
-
-
-def _sync(path: pathlib.Path) -> None:
-  """Waits until the content of a file or a folder is on the disk."""
-  try:
-    handle = os.open(path, os.O_RDONLY)
-  except PermissionError:
-    return
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
+    raise OSError(error.errno, error.strerror, str(path)) from error

@@ -14,18 +14,9 @@ from rotbits_jax.system import outputs
 
 
 class Spool(dict[Hashable, Any]):
-  """A dict of PyTrees whose arrays are read-only maps of a temporary file.
-
-  The file has no name where the system allows that, and ends with its arrays.
-
-  >>> spool = Spool()
-  >>> spool['layer'] = {'kernel': np.ones((2, 3), np.float16)}
-  >>> spool['layer']['kernel'].shape
-  (2, 3)
-  """
+  """A dict of PyTrees whose arrays are read-only maps of a file without a name."""
 
   def __init__(self, folder: str | os.PathLike[str] | None = None):
-    """Makes the file, by default in the folder of temporary files."""
     super().__init__()
     self._folder = tempfile.gettempdir() if folder is None else folder
     self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115

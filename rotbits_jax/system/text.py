@@ -5,19 +5,13 @@ import unicodedata
 
 def printable(text: str) -> str:
   """Returns text on one line, with escapes for characters that steer a terminal."""
-  if text.isprintable():
-    return text
   escape = lambda c: c.encode('unicode_escape').decode()
   is_plain = lambda c: c.isprintable() or unicodedata.category(c) == 'Zs'  # a space
   return ''.join(c if is_plain(c) else escape(c) for c in text)
 
 
 def of_bytes(count: float) -> str:
-  """Returns a number of bytes in three digits.
-
-  >>> of_bytes(9_659_280)
-  '9.66 MB'
-  """
+  """Returns a number of bytes in three digits, like '9.66 MB'."""
   for unit in ('B', 'kB', 'MB', 'GB'):
     if count < 999.5:
       return f'{count:.3g} {unit}'
@@ -26,11 +20,7 @@ def of_bytes(count: float) -> str:
 
 
 def of_seconds(count: float) -> str:
-  """Returns about how long something takes.
-
-  >>> of_seconds(7), of_seconds(200), of_seconds(9000)
-  ('7 s', '3 min', '2.5 h')
-  """
+  """Returns about how long something takes, like '7 s', '3 min' or '2.5 h'."""
   if count < 90:
     return f'{max(count, 1):.0f} s'
   return f'{count / 60:.0f} min' if count < 5400 else f'{count / 3600:.1f} h'

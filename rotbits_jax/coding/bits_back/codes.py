@@ -4,8 +4,7 @@ To sample a rotation is to pop integers from a message and to compute the rotati
 them. Later the integers are recovered from the rotation and pushed back. They are the
 latent of bits-back coding. A frame is a matrix of k orthonormal columns; see `haar`.
 
-Shape letters: `[n, k]` the shape of the frame, S integers of a frame, R frequency
-tables of a correction.
+Shape letters: `[n, k]` the shape of the frame, S integers of a frame.
 """
 
 from collections.abc import Callable
@@ -25,157 +24,131 @@ from rotbits_jax.coding.bits_back import haar
 
 _MAX_LANES = 1024
 
+_jit = functools.partial(jax.jit, static_argnums=0)
+
 
 class RotationCode(NamedTuple):
-  """Functions that sample a frame from a message and push its integers back.
+  """Samples a frame from a message, and pushes its integers back."""
 
-  Attributes:
-    sample: takes a message; returns the message without the latent integers, the latent
-      integers, and the frame `[n, k]`.
-    correct: takes the recovered frame, the latent integers, the frame, and the
-      recovered frame as another machine may compute it; returns the correction with
-      which `restore` finds the integers on both.
-    restore: takes a message, the recovered frame and the correction; returns the
-      message with the integers on top, and the integers.
-    pack: takes a correction; returns uint16 words: the length of its frequency tables
-      in bytes, the tables, and the words of a message.
-    unpack: takes words; returns the correction. Raises a ValueError if the words do not
-      hold a correction.
-    num_integers: S.
-  """
-
-  sample: Callable[..., Any]
-  correct: Callable[..., Any]
-  restore: Callable[..., Any]
-  pack: Callable[[Any], np.ndarray]
-  unpack: Callable[[np.ndarray], Any]
-  num_integers: int
+  num_integers: int  # S
+  codec: codecs.Codec  # of the integers, uint16 [S]
+  # integers -> latent: the integers and their spectrum; frame [n, k]
+  draw: Callable[[jax.Array], tuple[Any, jax.Array]]
+  # recovered frame, latent, the same frame as another machine recovers it -> correction
+  correct: Callable[[jax.Array, Any, jax.Array], Any]
+  recover: Callable[[jax.Array, Any], jax.Array]  # frame, correction -> integers
+  fit: Callable[[Any], np.ndarray]  # correction -> frequency tables
+  correction_codec: Callable[[jax.Array], codecs.Codec]  # of corrections, from tables
+  num_tables: int
 
   def max_rows(self, lanes: int) -> int:
     """Returns the words that a lane of the message must hold for `sample`.
 
-    An integer takes at most 24 bits: either 10 low bits and a bin of at most 14 bits,
-    or 16 bits. Two words are added, because the lowest word cannot be popped and the
-    division rounds down.
+    An integer takes at most 24 bits: 10 low bits and a bin of at most 14, or 16 bits.
+    Two words are added, because the lowest word cannot be popped and the division
+    rounds down.
     """
     return 3 * -(-self.num_integers // lanes) // 2 + 2
 
+  @_jit
+  def sample(self, message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
+    """Pops integers; returns the rest of the message, the latent and the frame."""
+    message, integers = self.codec.pop(message)
+    return message, *self.draw(integers)
 
-@functools.lru_cache
-def haar_code(n: int, k: int) -> RotationCode:
-  """Returns the code of frames under the Haar measure; see `haar`."""
-  codec = haar.codec(n, k)
-
-  def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
-    message, cells = codec.pop(message)
-    return message, cells, haar.rotation(cells, n, k)
-
+  @_jit
   def restore(
-    message: rans.Message, recovered: jax.Array, correction: Any
-  ) -> tuple[rans.Message, Any]:
-    cells = haar.recover(recovered, correction)
-    return codec.push(message, cells), cells
+    self, message: rans.Message, recovered: jax.Array, correction: Any
+  ) -> tuple[rans.Message, jax.Array]:
+    """Recovers the integers; returns the message with them on top, and them."""
+    integers = self.recover(recovered, correction)
+    return self.codec.push(message, integers), integers
 
-  size = haar.num_cells(n, k)
-  codec_of = functools.partial(haar.correction_codec, n, k)
-  pack, unpack = _packing(codec_of, haar.fit, size, num_tables=3)
-  return RotationCode(
-    sample=jax.jit(sample),
-    correct=jax.jit(haar.correct),
-    restore=jax.jit(restore),
-    pack=pack,
-    unpack=unpack,
-    num_integers=size,
-  )
-
-
-@functools.lru_cache
-def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
-  """Returns the published code of rotations; see `eigen`.
-
-  The eigenvalues are stored with the correction and not on the message. On the message,
-  the next rotation would be sampled from them, and a threshold would leave errors in
-  them.
-
-  Args:
-    n: dimensions.
-    even: whether the spacing of the numbers is `EVEN`; otherwise it is `FLOAT16`.
-    threshold: as for `eigen.correct`.
-  """
-  spacing = eigen.EVEN if even else eigen.FLOAT16
-  codec, spectra = eigen.codec(n), eigen.spectrum_codec(n)
-
-  def sample(message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
-    message, patterns = codec.pop(message)
-    frame, spectrum = eigen.rotation(patterns, n, spacing)
-    return message, (patterns, spectrum), frame
-
-  def correct(
-    recovered: jax.Array, latent: Any, frame: jax.Array, other: jax.Array
-  ) -> Any:
-    del frame
-    patterns, spectrum = latent
-    correction = eigen.correct(recovered, spectrum, patterns, spacing, threshold, other)
-    return spectrum, correction
-
-  def restore(
-    message: rans.Message, recovered: jax.Array, correction: Any
-  ) -> tuple[rans.Message, Any]:
-    spectrum, own = correction
-    patterns = eigen.recover(recovered, spectrum, own, spacing)
-    return codec.push(message, patterns), (patterns, spectrum)
-
-  def both(frequencies: jax.Array) -> codecs.Codec:
-    return codecs.serial(spectra, eigen.correction_codec(n, frequencies))
-
-  size = eigen.num_numbers(n)
-  fit = lambda correction: correction_lib.fit(correction[1])
-  pack, unpack = _packing(both, fit, size, num_tables=2)
-  return RotationCode(
-    sample=jax.jit(sample),
-    correct=jax.jit(correct),
-    restore=jax.jit(restore),
-    pack=pack,
-    unpack=unpack,
-    num_integers=size,
-  )
-
-
-def _packing(
-  codec: Callable[..., codecs.Codec],
-  fit: Callable[[Any], np.ndarray],
-  size: int,
-  num_tables: int,
-) -> tuple[Callable[[Any], np.ndarray], Callable[[np.ndarray], Any]]:
-  """Returns `RotationCode.pack` and `unpack`. A correction is a message of its own."""
-  lanes = 1 << min(max(size >> 12, 1), _MAX_LANES).bit_length() - 1
-  # An integer has a residue of at most 16 bits and two levels of at most 14 bits each.
-  # The rest of the room is for signs.
-  capacity = 4 * -(-size // lanes) + 16
-  push = jax.jit(
-    lambda message, table, correction: codec(frequencies=table).push(
-      message, correction
-    )
-  )
-  pop = jax.jit(lambda message, table: codec(frequencies=table).pop(message))
-
-  def pack(correction: Any) -> np.ndarray:
-    frequencies = fit(correction)
+  def pack(self, correction: Any) -> np.ndarray:
+    """Returns a correction as words, uint16: its tables and a message."""
+    frequencies = self.fit(correction)
     data = tables.to_bytes(frequencies)
     head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
-    message = push(rans.empty(lanes, capacity), jnp.asarray(frequencies), correction)
+    message = self._push(rans.empty(*self._size), jnp.asarray(frequencies), correction)
     return np.concatenate([[np.uint16(len(data))], head, rans.to_words(message)])
 
-  def unpack(words: np.ndarray) -> Any:
+  def unpack(self, words: np.ndarray) -> Any:
+    """Returns the correction of words, inverse to `pack`; a ValueError for others."""
     if not words.size:
       raise ValueError('a correction is cut short')
     nbytes = int(words[0])
     start = 1 + -(-nbytes // 2)
     data = words[1:start].tobytes()[:nbytes]
-    frequencies = tables.from_bytes(data, num_tables, correction_lib.LEVELS)
-    message = rans.from_words(words[start:], lanes, capacity)
-    message, correction = pop(message, jnp.asarray(frequencies))
+    frequencies = tables.from_bytes(data, self.num_tables, correction_lib.LEVELS)
+    message = rans.from_words(words[start:], *self._size)
+    message, correction = self._pop(message, jnp.asarray(frequencies))
     rans.check_empty(message)
     return correction
 
-  return pack, unpack
+  @property
+  def _size(self) -> tuple[int, int]:
+    """The lanes and the capacity of the message of a correction."""
+    lanes = 1 << min(max(self.num_integers >> 12, 1), _MAX_LANES).bit_length() - 1
+    # An integer has a residue of at most 16 bits and two levels of at most 14 bits
+    # each. The rest of the room is for signs.
+    return lanes, 4 * -(-self.num_integers // lanes) + 16
+
+  @_jit
+  def _push(self, message: rans.Message, table: jax.Array, x: Any) -> rans.Message:
+    """Pushes a correction."""
+    return self.correction_codec(table).push(message, x)
+
+  @_jit
+  def _pop(self, message: rans.Message, table: jax.Array) -> tuple[rans.Message, Any]:
+    """Pops a correction."""
+    return self.correction_codec(table).pop(message)
+
+
+@functools.lru_cache
+def haar_code(n: int, k: int) -> RotationCode:
+  """Returns the code of frames under the Haar measure; see `haar`."""
+  return RotationCode(
+    haar.num_cells(n, k),
+    haar.codec(n, k),
+    draw=lambda cells: ((cells, ()), haar.rotation(cells, n, k)),
+    correct=jax.jit(lambda recovered, latent, x: haar.correct(recovered, latent[0], x)),
+    recover=haar.recover,
+    fit=haar.fit,
+    correction_codec=functools.partial(haar.correction_codec, n, k),
+    num_tables=3,
+  )
+
+
+@functools.lru_cache
+def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
+  """Returns the published code of rotations of n dimensions; see `eigen`.
+
+  The spacing of the numbers is `EVEN` or `FLOAT16`; the threshold is that of
+  `eigen.correct`. The eigenvalues are stored with the correction and not on the
+  message, because the next rotation would be sampled from them.
+  """
+  spacing = eigen.EVEN if even else eigen.FLOAT16
+
+  def draw(patterns: jax.Array) -> tuple[Any, jax.Array]:
+    frame, spectrum = eigen.rotation(patterns, n, spacing)
+    return (patterns, spectrum), frame
+
+  @jax.jit
+  def correct(recovered: jax.Array, latent: Any, other: jax.Array) -> Any:
+    patterns, spectrum = latent
+    return spectrum, eigen.correct(
+      recovered, spectrum, patterns, spacing, threshold, other
+    )
+
+  return RotationCode(
+    n * (n + 1) // 2,
+    eigen.codec(n),
+    draw,
+    correct,
+    recover=lambda recovered, both: eigen.recover(recovered, both[0], both[1], spacing),
+    fit=lambda both: correction_lib.fit(both[1]),
+    correction_codec=lambda frequencies: codecs.serial(
+      eigen.spectrum_codec(n), eigen.correction_codec(n, frequencies)
+    ),
+    num_tables=2,
+  )

@@ -17,7 +17,8 @@ Integers form groups (the cells of one column of a rotation, for example) whose 
 are similar. A group has a base level, and each integer has an extra level that is added
 to it. Both are entropy coded with integer tables.
 
-Shape letters: S integers, G groups.
+Shape letters: S integers, G groups. `groups` is int32 `[S]`, the group of each integer,
+and `count` is G.
 """
 
 from typing import NamedTuple
@@ -45,7 +46,6 @@ _NEIGHBOURS = 9  # groups whose differences are taken together
 
 # The estimated cost in bits of an integer that needs level c in a group with this base
 # level: the residue, and the code of the extra level (measured on Gaussian errors).
-# `correct` chooses base levels by it.
 _COST = np.array(
   [
     [base + 0.3 if c <= base else c + 1.5 + 1.5 * (c - base) for c in range(LEVELS)]
@@ -63,62 +63,20 @@ class Correction(NamedTuple):
   residue: jax.Array  # uint16 [S], low bits of each integer, as many as its level
 
 
-def spread(
-  positions: jax.Array,
-  others: jax.Array,
-  sensitivity: jax.Array | float,
-  groups: jax.Array,
-  count: int,
-) -> jax.Array:
-  """Returns how much positions may differ between machines: float32 `[S]`.
-
-  Args:
-    positions: float32 `[S]`.
-    others: the positions after a change as large as the errors of another machine.
-    sensitivity: how strongly an error of the input of positions changes each
-      of them, `[S]` or a number. Divided by it, the errors of a group are alike.
-    groups: int32 `[S]`, the group of each integer.
-    count: G.
-
-  Returns:
-    For each position its sensitivity times `SAFETY` times the root mean square of the
-    differences in its group and the neighbouring groups. NaN where a position is NaN.
-  """
-  squares = jnp.square(_wrapped(positions - others) / sensitivity)
-  sums = jnp.zeros((2, count), jnp.float32)
-  sums = sums.at[:, groups].add(jnp.stack([squares, jnp.ones_like(squares)]))
-  # A group may have a single integer, whose difference may be small by chance.
-  window = 1, _NEIGHBOURS
-  sums = jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, (1, 1), 'SAME')
-  rms = jnp.sqrt(sums[0] / jnp.maximum(sums[1], 1))
-  return SAFETY * rms[groups] * sensitivity
-
-
-def _wrapped(difference: jax.Array) -> jax.Array:
-  """Returns differences of positions modulo 2^16, from -2^15 to 2^15."""
-  return difference - 65536 * jnp.round(difference / 65536)
-
-
 def correct(
-  positions: jax.Array,
-  integers: jax.Array,
-  margin: jax.Array | float,
+  positions: jax.Array,  # float32 [S]; only their values modulo 2^16 matter
+  integers: jax.Array,  # uint16 [S]
+  margin: jax.Array | float,  # the least one, [S] or a number
   groups: jax.Array,
   count: int,
+  others: jax.Array | None = None,  # positions with errors as of another machine, [S]
+  sensitivity: jax.Array | float = 1.0,  # of positions to errors of the input, [S]
 ) -> Correction:
-  """Returns the correction that leads from the positions to the integers.
-
-  Args:
-    positions: float32 `[S]`; only their values modulo 2^16 matter.
-    integers: uint16 `[S]`.
-    margin: the greatest difference of a position between machines; a number, or `[S]`.
-    groups: int32 `[S]`, the group of each integer.
-    count: G.
-
-  Returns:
-    The correction.
-  """
+  """Returns the correction that leads from the positions to the integers."""
   distance = jnp.abs(_wrapped(positions - integers.astype(jnp.float32)))
+  if others is not None:
+    spread = _spread(_wrapped(positions - others), sensitivity, groups, count)
+    margin = jnp.maximum(spread, margin)  # NaN if one is
   modulus = jnp.exp2(jnp.arange(LEVELS - 1, dtype=jnp.float32))
   slack = jnp.maximum(
     modulus * _RELATIVE_MARGIN, jnp.broadcast_to(margin, distance.shape)[:, None]
@@ -133,17 +91,37 @@ def correct(
   return with_levels(integers, needed, base, groups)
 
 
-def with_levels(
-  integers: jax.Array, needed: jax.Array, base: jax.Array, groups: jax.Array
-) -> Correction:
-  """Returns the correction with levels of at least `needed` and of at least the base.
+def _spread(
+  differences: jax.Array, sensitivity: jax.Array | float, groups: jax.Array, count: int
+) -> jax.Array:
+  """Returns how much positions may differ between machines: float32 `[S]`.
 
-  Args:
-    integers: uint16 `[S]`.
-    needed: int32 `[S]`, the least level of each integer.
-    base: int32 `[G]`, the base level of each group.
-    groups: int32 `[S]`, the group of each integer.
+  Divided by their sensitivities, the differences of a group are alike. The result is
+  `SAFETY` times their root mean square in a group and the neighbouring groups, times
+  the sensitivity; NaN where a position is NaN.
   """
+  squares = jnp.square(differences / sensitivity)
+  sums = jnp.zeros((2, count), jnp.float32)
+  sums = sums.at[:, groups].add(jnp.stack([squares, jnp.ones_like(squares)]))
+  # A group may have a single integer, whose difference may be small by chance.
+  window = 1, _NEIGHBOURS
+  sums = jax.lax.reduce_window(sums, 0.0, jax.lax.add, window, (1, 1), 'SAME')
+  rms = jnp.sqrt(sums[0] / jnp.maximum(sums[1], 1))
+  return SAFETY * rms[groups] * sensitivity
+
+
+def _wrapped(difference: jax.Array) -> jax.Array:
+  """Returns differences of positions modulo 2^16, from -2^15 to 2^15."""
+  return difference - 65536 * jnp.round(difference / 65536)
+
+
+def with_levels(
+  integers: jax.Array,  # uint16 [S]
+  needed: jax.Array,  # int32 [S]
+  base: jax.Array,  # int32 [G]
+  groups: jax.Array,
+) -> Correction:
+  """Returns the correction with levels of at least the base and the needed ones."""
   level = jnp.maximum(needed, base[groups])
   return Correction(
     base=base.astype(jnp.uint8),
@@ -161,41 +139,28 @@ def levels(correction: Correction, groups: jax.Array) -> jax.Array:
 def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.Array:
   """Returns the integers with these residues that are nearest to the positions.
 
-  Args:
-    positions: float32, of any shape.
-    level: int32, of the same shape.
-    residue: uint16, of the same shape.
-
-  Returns:
-    uint16, of the same shape.
+  All are of one shape: float32 positions, int32 levels, uint16 residues and integers.
   """
   residue = residue.astype(jnp.int32)
   # Multiplying by a power of two is exact.
-  steps = (positions - residue.astype(jnp.float32)) * jnp.exp2(
-    -level.astype(jnp.float32)
-  )
-  integers = residue + (jnp.round(steps).astype(jnp.int32) << level)
+  scale = jnp.exp2(-level.astype(jnp.float32))
+  steps = jnp.round((positions - residue.astype(jnp.float32)) * scale)
+  integers = residue + (steps.astype(jnp.int32) << level)
   return integers.astype(jnp.uint16)
 
 
-def fit(correction: Correction) -> np.ndarray:
-  """Returns frequency tables for the base and the extra levels: int64 `[2, 17]`."""
+def fit(correction: Correction, *others: jax.Array) -> np.ndarray:
+  """Returns a frequency table for each kind of level, and for others: `[T, 17]`."""
 
   def table(symbols: jax.Array) -> np.ndarray:
     counts = np.bincount(np.asarray(symbols).reshape(-1), minlength=LEVELS)
     return tables.quantize(counts if counts.any() else np.eye(LEVELS, dtype=int)[0])
 
-  return np.stack([table(correction.base), table(correction.extra)])
+  return np.stack([table(x) for x in (correction.base, correction.extra, *others)])
 
 
 def codec(groups: jax.Array, count: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections.
-
-  Args:
-    groups: int32 `[S]`, as in `correct`.
-    count: G.
-    frequencies: `[2, 17]`, from `fit`.
-  """
+  """Returns the codec of corrections, given the tables of `fit`, `[2, 17]`."""
   tables_of = lambda size, table: codecs.categorical(
     jnp.full(size, table, jnp.uint32), frequencies
   )

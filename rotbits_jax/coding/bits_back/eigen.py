@@ -9,27 +9,23 @@ form the lower triangle of a symmetric matrix
 whose eigenvectors Q are the rotation. The decoder also needs the n eigenvalues w, so
 the rotation saves n (n - 1) / 2 numbers. The decoder recovers Q_hat, which is near Q,
 computes Q_hat diag(w) Q_hat^T, rounds its entries to 16-bit numbers and pushes them
-back. The signs of eigenvectors cancel in this product, so they need not be recovered.
-An SVD often mixes neighbouring singular vectors. That hardly changes the product,
-because neighbouring eigenvalues are close.
+back. The signs of eigenvectors cancel in this product. An SVD often mixes neighbouring
+singular vectors; that hardly changes the product, because neighbouring eigenvalues are
+close.
 
 A correction repairs the errors of Q_hat, in one of two ways:
 
 * exact: every number is made exact (see `correction`);
 * threshold: a number whose error exceeds a threshold is sent in full, and the other
-  numbers keep their errors. So the message that comes back *differs* from the original
-  one in the popped numbers, by up to the threshold. If these numbers are float16
-  weights that were pushed as uniform 16-bit symbols, the weights only lose precision.
-  If they are anything else, such as an index or an entropy-coded symbol, everything
-  below them is corrupted. Moreover, the corrections of rotations below were computed
-  from the numbers without errors. So only decoding shows the result of decoding.
+  numbers keep their errors. So the message that comes back *differs* in the popped
+  numbers. Float16 weights that were pushed as uniform 16-bit symbols only lose
+  precision by that; entropy-coded symbols would be corrupted.
 
 The paper (arXiv 2410.01309) does not specify the numbers. Here every 16-bit pattern
 stands for a finite number, because a message may hold any pattern: see `FLOAT16`, and
 `EVEN` for messages whose words are uniform bits and not weights. Eigenvalues are 16-bit
-integers on an even grid over their range. float16 would be too coarse: its rounding
-would change the product about as much as the errors of Q_hat do, which come from the
-rounding of the weights.
+integers on an even grid over their range, because the rounding of float16 would change
+the product about as much as the errors of Q_hat do.
 
 Shape letters: n dimensions, S numbers. Functions are unbatched.
 """
@@ -42,8 +38,8 @@ import jax
 import jax.numpy as jnp
 
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import rans
 from rotbits_jax.coding.bits_back import correction as correction_lib
+from rotbits_jax.coding.bits_back import haar
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
@@ -58,59 +54,44 @@ class Spectrum(NamedTuple):
 class Spacing(NamedTuple):
   """The numbers for which the 16-bit patterns stand.
 
-  The ordinal of a pattern is its place among all patterns in the order of their float16
-  numbers, uint16. The least number has the ordinal 0, -0 has 32767 and +0 has 32768.
+  The ordinal of a pattern, uint16, is its place in the order of the float16 numbers.
+  The least number has the ordinal 0, -0 has 32767 and +0 has 32768.
   """
 
   value: Callable[[jax.Array], jax.Array]  # ordinals to float32
   position: Callable[[jax.Array], jax.Array]  # float32 to real ordinals, float32
 
 
-def num_numbers(n: int) -> int:
-  """Returns S, the number of 16-bit numbers that a rotation is sampled from."""
-  return n * (n + 1) // 2
-
-
 def codec(n: int) -> codecs.Codec:
   """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[S]`."""
-  return _raw(num_numbers(n))
+  return _raw(n * (n + 1) // 2)
 
 
 def spectrum_codec(n: int) -> codecs.Codec:
   """Returns the codec of spectra: 16 bits per eigenvalue and 32 bits for the scale."""
-  parts = codecs.serial(_raw(n), _raw(2))
+  bitcast = jax.lax.bitcast_convert_type
+  return codecs.mapped(
+    codecs.serial(_raw(n), _raw(2)),
+    lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
+    lambda parts: Spectrum(bitcast(parts[1], jnp.float32), parts[0]),
+  )
 
-  def push(message: rans.Message, spectrum: Spectrum) -> rans.Message:
-    halves = jax.lax.bitcast_convert_type(spectrum.scale, jnp.uint16)
-    return parts.push(message, (spectrum.steps, halves))
 
-  def pop(message: rans.Message) -> tuple[rans.Message, Spectrum]:
-    message, (steps, halves) = parts.pop(message)
-    scale = jax.lax.bitcast_convert_type(halves, jnp.float32)
-    return message, Spectrum(scale, steps)
-
-  return codecs.Codec(push, pop)
+def _raw(size: int) -> codecs.Codec:
+  """Returns the codec of uint16 `[size]` with uniform entries."""
+  uniform = codecs.deferred(lambda: codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32)))
+  return codecs.mapped(uniform, lambda x: x, lambda x: x.astype(jnp.uint16))
 
 
 def rotation(
   patterns: jax.Array, n: int, spacing: Spacing
 ) -> tuple[jax.Array, Spectrum]:
-  """Computes a rotation from 16-bit patterns.
-
-  Args:
-    patterns: uint16 `[S]`.
-    n: dimensions.
-    spacing: `FLOAT16` or `EVEN`.
-
-  Returns:
-    Q, float32 `[n, n]`; and the spectrum, which the decoder needs.
-  """
+  """Returns the rotation `[n, n]`, float32, and the spectrum of patterns `[S]`."""
   values = spacing.value(_ordinal(patterns))
-  if n:
-    # A few numbers far greater than all others would dominate the matrix. They are
-    # clipped, and each costs a full correction.
-    limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
-    values = jnp.clip(values, -limit, limit)
+  # A few numbers far greater than all others would dominate the matrix. They are
+  # clipped, and each costs a full correction.
+  limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
+  values = jnp.clip(values, -limit, limit)
   eigenvalues, q = jnp.linalg.eigh(_symmetric(values, n))
   scale = jnp.abs(eigenvalues).max(initial=jnp.finfo(jnp.float32).tiny)
   steps = jnp.round(32767.5 + 32767.5 * (eigenvalues / scale)).astype(jnp.uint16)
@@ -118,25 +99,16 @@ def rotation(
 
 
 def correct(
-  recovered: jax.Array,
-  spectrum: Spectrum,
-  patterns: jax.Array,
+  recovered: jax.Array,  # Q_hat, float32 [n, n]
+  spectrum: Spectrum,  # that `rotation` returned
+  patterns: jax.Array,  # uint16 [S]
   spacing: Spacing,
-  threshold: float | None = None,
-  other: jax.Array | None = None,
+  threshold: float | None = None,  # the greatest error that a number may keep
+  other: jax.Array | None = None,  # as for `haar.correct`
 ) -> correction_lib.Correction:
   """Returns the correction with which `recover` finds the patterns.
 
-  Args:
-    recovered: Q_hat, float32 `[n, n]`.
-    spectrum: the spectrum that `rotation` returned.
-    patterns: uint16 `[S]`.
-    spacing: as for `rotation`.
-    threshold: the greatest error that a number may keep; None to make all exact.
-    other: as for `haar.correct`.
-
-  Returns:
-    The correction; the numbers of a row of the triangle are a group.
+  The numbers of a row of the triangle are a group. Without a threshold all are exact.
   """
   n = recovered.shape[0]
   ordinals = _ordinal(patterns)
@@ -158,12 +130,10 @@ def correct(
     spacing.position(estimates + reach) - position,
     position - spacing.position(estimates - reach),
   )
-  margin = wobble + 1 / 8
+  others = None
   if other is not None:
     others = spacing.position(_triangle(_rebuild(other, spectrum)))
-    spread = correction_lib.spread(position, others, 1.0, row, n)
-    margin = jnp.maximum(margin, spread)
-  return correction_lib.correct(position, ordinals, margin, row, n)
+  return correction_lib.correct(position, ordinals, wobble + 1 / 8, row, n, others)
 
 
 def recover(
@@ -172,18 +142,9 @@ def recover(
   correction: correction_lib.Correction,
   spacing: Spacing,
 ) -> jax.Array:
-  """Returns the patterns from which a rotation was computed.
+  """Returns the patterns, uint16 `[S]`, from which a rotation was computed.
 
   With a threshold, the numbers of some patterns differ by up to the threshold.
-
-  Args:
-    recovered: Q_hat, float32 `[n, n]`.
-    spectrum: the spectrum that `rotation` returned.
-    correction: the correction that `correct` returned.
-    spacing: as for `rotation`.
-
-  Returns:
-    uint16 `[S]`.
   """
   row, _ = _places(recovered.shape[0])
   position = spacing.position(_triangle(_rebuild(recovered, spectrum)))
@@ -196,18 +157,8 @@ def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
   return codecs.deferred(lambda: correction_lib.codec(_places(n)[0], n, frequencies))
 
 
-def _raw(size: int) -> codecs.Codec:
-  """Returns the codec of uint16 `[size]` with uniform entries."""
-  parts = codecs.deferred(lambda: codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32)))
-
-  def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
-    message, symbols = parts.pop(message)
-    return message, symbols.astype(jnp.uint16)
-
-  return codecs.Codec(parts.push, pop)
-
-
 def _rebuild(q: jax.Array, spectrum: Spectrum) -> jax.Array:
+  """Returns `Q diag(w) Q^T`."""
   steps = spectrum.steps.astype(jnp.float32)
   eigenvalues = spectrum.scale * ((steps - 32767.5) / 32767.5)
   return _matmul(q * eigenvalues, q.T)
@@ -224,15 +175,9 @@ def _pattern(ordinals: jax.Array) -> jax.Array:
 
 
 def _places(n: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the row and the column of each number in the triangle: int32 `[S]`.
-
-  Rows n - 1 - r and r together have n + 1 numbers. So the triangle folds to a
-  rectangle.
-  """
-  pair, offset = jnp.divmod(jnp.arange(num_numbers(n), dtype=jnp.int32), n + 1)
-  second = offset >= n - pair
-  row = jnp.where(second, pair, n - 1 - pair)
-  return row, jnp.where(second, offset - (n - pair), offset)
+  """Returns the row and the column of each number in the triangle: int32 `[S]`."""
+  row, column = haar.places(n + 1, n)  # its columns are rows here, from the last one on
+  return n - 1 - column, row - column
 
 
 def _triangle(matrix: jax.Array) -> jax.Array:
@@ -243,14 +188,13 @@ def _triangle(matrix: jax.Array) -> jax.Array:
 
 def _symmetric(values: jax.Array, n: int) -> jax.Array:
   """Returns the symmetric matrix with this lower triangle: `[S]` to `[n, n]`."""
-  i, j = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(n, dtype=jnp.int32)[None]
-  row, column = jnp.maximum(i, j), jnp.minimum(i, j)
-  second = row < n // 2
-  index = jnp.where(second, row * (n + 1) + n - row, (n - 1 - row) * (n + 1)) + column
-  return values.at[index].get(mode='promise_in_bounds')
+  row, column = _places(n)
+  lower = jnp.zeros((n, n), values.dtype).at[row, column].set(values)
+  return lower.at[column, row].set(values)
 
 
 def _float16_value(ordinals: jax.Array) -> jax.Array:
+  """Returns the numbers of ordinals."""
   offset = ordinals.astype(jnp.int32) - 32768
   magnitude = jnp.where(offset < 0, -1 - offset, offset)
   exponent = jnp.maximum(magnitude >> 10, 1)
@@ -260,6 +204,7 @@ def _float16_value(ordinals: jax.Array) -> jax.Array:
 
 
 def _float16_position(values: jax.Array) -> jax.Array:
+  """Returns the real ordinals of numbers."""
   # The lower bound is far below the least positive number, so 0 gets the position of 0.
   magnitude = jnp.clip(jnp.abs(values), 2.0**-40, 131008.0)
   _, exponent = jnp.frexp(magnitude)
@@ -269,17 +214,14 @@ def _float16_position(values: jax.Array) -> jax.Array:
   return jnp.where(values < 0, 32767 - position, 32768 + position)
 
 
-def _even_value(ordinals: jax.Array) -> jax.Array:
-  return (ordinals.astype(jnp.float32) - 32767.5) / 32768
-
-
-def _even_position(values: jax.Array) -> jax.Array:
-  return jnp.clip(values * 32768 + 32767.5, 0, 65535)
-
-
-# The numbers of float16. The patterns for infinity and NaN continue the scale up to
-# 131008. It suits messages that hold plain float16 or bfloat16 weights.
 FLOAT16 = Spacing(_float16_value, _float16_position)
+"""The numbers of float16, for messages that hold plain float16 or bfloat16 weights.
 
-# Even steps from -1 to 1. They suit messages that hold uniform bits.
-EVEN = Spacing(_even_value, _even_position)
+The patterns for infinity and NaN continue the scale up to 131008.
+"""
+
+EVEN = Spacing(
+  lambda ordinals: (ordinals.astype(jnp.float32) - 32767.5) / 32768,
+  lambda values: jnp.clip(values * 32768 + 32767.5, 0, 65535),
+)
+"""Even steps from -1 to 1, for messages that hold uniform bits."""

@@ -26,17 +26,12 @@ number. The cells divide the circle evenly for an angle. For a ratio t they divi
 range [-1, 1] evenly, or the range -4 <= t sqrt(v) <= 4 if that is narrower. The high 6
 bits of a cell, its bin, are coded with an integer table for each v; the low 10 bits are
 uniform. Even steps of t sqrt(v) suit the errors of a recovered rotation, because these
-are about equal everywhere. Even steps of probability would cost 0.7 bits more, because
-they are finest in the middle.
+are about equal everywhere. Even steps of probability would cost 0.7 bits more.
 
 **Recovery.** The decoder has a frame Q_hat near Q and a `FrameCorrection`, which makes
 every cell exact (see `correction`). It reads the columns from left to right. Before it
 reads a column, it applies the exact reflections of all columns before that one, so
-errors do not accumulate. The algorithm is Householder QR with corrections.
-
-Cells and corrections are integers, and the margin of a correction covers differences
-between the floats of machines, as far as `correct` was told them. A machine whose
-floats differ by more than the margin gets other cells, which a digest must notice.
+errors do not accumulate: Householder QR with corrections.
 
 Shape letters: [n, k] the shape of the frame; S cells of a frame, of which one is the
 sign if k = n; P columns of a panel. Functions are unbatched; use `vmap`.
@@ -50,12 +45,12 @@ References:
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
-from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.system import native
@@ -73,7 +68,7 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 
 
 class FrameCorrection(NamedTuple):
-  """The data that the decoder needs to get exact cells from a recovered frame."""
+  """The data that make the cells of a recovered frame exact."""
 
   flips: jax.Array  # bool [k], whether each column was recovered with a wrong sign
   cells: correction_lib.Correction  # correction of the cells; a column is a group
@@ -81,24 +76,16 @@ class FrameCorrection(NamedTuple):
 
 def num_cells(n: int, k: int) -> int:
   """Returns S, the number of cells of a frame `[n, k]`."""
-  if not 0 <= k <= n:
-    raise ValueError(f'no {k} orthonormal vectors exist in {n} dimensions')
-  return k * (2 * n - 1 - k) // 2 + (0 < k == n)
+  if not 1 <= k <= n:
+    raise ValueError(f'expected 1 to {n} orthonormal vectors, got {k}')
+  return k * (2 * n - 1 - k) // 2 + (k == n)
 
 
 def codec(n: int, k: int) -> codecs.Codec:
-  """Returns the codec of cells under the Haar measure.
+  """Returns the codec under the Haar measure of the cells uint16 `[S]` of a frame."""
 
-  Args:
-    n: rows of the frame.
-    k: columns of the frame; n for a rotation.
-
-  Returns:
-    A codec of uint16 `[S]`.
-  """
-
-  def make() -> codecs.Codec:
-    row, _ = _places(n, k)
+  def bins() -> codecs.Codec:
+    row, _ = places(n, k)
     # The sign is in the last row. It has no bin, and its low part is one bit.
     context = jnp.where(row < n - 1, n - 2 - row, max(n - 1, 0))
     fine = jnp.where(row < n - 1, 1 << _FINE_BITS, 2)
@@ -106,109 +93,62 @@ def codec(n: int, k: int) -> codecs.Codec:
       codecs.uniform(fine), codecs.categorical(context, bin_tables(n))
     )
 
-  parts = codecs.deferred(make)
-
-  def push(message: rans.Message, cells: jax.Array) -> rans.Message:
-    cells = cells.astype(jnp.uint32)
-    low = cells & ((1 << _FINE_BITS) - 1)
-    return parts.push(message, (low, cells >> _FINE_BITS))
-
-  def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
-    message, (low, high) = parts.pop(message)
-    return message, (high << _FINE_BITS | low).astype(jnp.uint16)
-
-  return codecs.Codec(push, pop)
+  return codecs.mapped(
+    codecs.deferred(bins),
+    lambda cells: (cells & ((1 << _FINE_BITS) - 1), cells >> _FINE_BITS),
+    lambda parts: (parts[1] << _FINE_BITS | parts[0]).astype(jnp.uint16),
+  )
 
 
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
-  """Returns the frame for which the cells stand.
-
-  Args:
-    cells: uint16 `[S]`.
-    n: rows of the frame.
-    k: columns of the frame.
-
-  Returns:
-    Q, float32 `[n, k]`.
-  """
-  _check_cells(cells, n, k)
-  if k == 0:
-    return jnp.zeros((n, 0), jnp.float32)
+  """Returns the frame, float32 `[n, k]`, for which the cells uint16 `[S]` stand."""
+  chex.assert_shape(cells, (num_cells(n, k),))
   vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
   return _compose(vectors, signs)
 
 
 def correct(
-  recovered: jax.Array,
-  cells: jax.Array,
-  frame: jax.Array | None = None,
-  other: jax.Array | None = None,
+  recovered: jax.Array,  # Q_hat, float32 [n, k]; columns may have the other sign
+  cells: jax.Array,  # uint16 [S]
+  other: jax.Array | None = None,  # Q_hat as another machine may recover it
 ) -> FrameCorrection:
   """Returns the correction with which `recover` finds the cells.
 
-  Args:
-    recovered: Q_hat, float32 `[n, k]`, near `rotation(cells)` except for the signs of
-      columns.
-    cells: uint16 `[S]`.
-    frame: `rotation(cells)`; it is computed if not given.
-    other: the frame as another machine may recover it; `recovered` if not given. The
-      margins cover several times the difference, see `correction.spread`.
-
-  Returns:
-    The correction.
+  Its margins cover the difference of the recovered frames.
   """
   n, k = recovered.shape
-  _check_cells(cells, n, k)
-  _, column = _places(n, k)
+  chex.assert_shape(cells, (num_cells(n, k),))
+  _, column = places(n, k)
   # The least margin covers the decoder's own float32 arithmetic, whose errors grow as
   # sqrt(n). In 1024 dimensions two orders of applying the reflections differed by 0.04
   # cells, and two computations of a well-conditioned polar factor by 0.08 cells.
-  margin: jax.Array | float = max(1 / 8, n**0.5 / 128)
-  if k == 0:
-    flips, position = jnp.zeros(0, bool), jnp.zeros(0, jnp.float32)
-  else:
-    vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
-    frame = _compose(vectors, signs) if frame is None else frame
-    flips = (frame * recovered).sum(axis=0) < 0
-    factor = _compact_factor(vectors)
+  margin = max(1 / 8, n**0.5 / 128)
+  vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
+  flips = (_compose(vectors, signs) * recovered).sum(axis=0) < 0
 
-    def remaining(recovered: jax.Array) -> jax.Array:
-      flipped = jnp.where(flips, -recovered, recovered)
-      # All columns are reflected at once, each by the reflections of the columns before
-      # it.
-      inner = _solve(factor, _matmul(vectors.T, flipped), transpose=True)
-      return jnp.tril(flipped - _matmul(vectors, jnp.triu(inner, 1)))
+  def remaining(recovered: jax.Array) -> jax.Array:
+    """Reflects all columns at once, each by the reflections of those before it."""
+    flipped = jnp.where(flips, -recovered, recovered)
+    inner = _reflections(vectors, flipped, transpose=True)
+    return jnp.tril(flipped - _matmul(vectors, jnp.triu(inner, 1)))
 
-    own = remaining(recovered)
-    position = _pack(_positions(own), n, k)
-    if other is not None:
-      # An error of a coordinate x_i changes the ratio t_i by its part of |x_i, ...|.
-      sensitivity = _pack(1 / _norms(own), n, k)
-      others = _pack(_positions(remaining(other)), n, k)
-      spread = correction_lib.spread(position, others, sensitivity, column, k)
-      # The maximum of a number and NaN is NaN.
-      margin = jnp.maximum(spread, margin)
+  reflected = remaining(recovered)
+  position = _pack(_positions(reflected), n, k)
+  others = None if other is None else _pack(_positions(remaining(other)), n, k)
+  # An error of a coordinate x_i changes the ratio t_i by its part of |x_i, ...|.
+  sensitivity = _pack(1 / _norms(reflected), n, k)
   return FrameCorrection(
-    flips, correction_lib.correct(position, cells, margin, column, k)
+    flips,
+    correction_lib.correct(position, cells, margin, column, k, others, sensitivity),
   )
 
 
 def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
-  """Returns the exact cells of a frame that was recovered inexactly.
-
-  Args:
-    recovered: Q_hat, float32 `[n, k]`.
-    correction: from `correct`.
-
-  Returns:
-    uint16 `[S]`.
-  """
+  """Returns the exact cells, uint16 `[S]`, of a frame that was recovered inexactly."""
   n, k = recovered.shape
-  if k == 0:
-    return jnp.zeros(0, jnp.uint16)
   width = -(-k // _PANEL) * _PANEL
   widen = lambda x: jnp.pad(x, ((0, 0), (0, width - k)))
-  _, column = _places(n, k)
+  _, column = places(n, k)
   levels = widen(_unpack(correction_lib.levels(correction.cells, column), n, k))
   residues = widen(_unpack(correction.cells.residue, n, k))
   remaining = widen(jnp.where(correction.flips, -recovered, recovered))
@@ -231,31 +171,30 @@ def _recover_columns(
   """Reads the first of the remaining columns of a frame."""
   rows = jnp.arange(remaining.shape[0], dtype=jnp.int32)
 
-  def read(start: jax.Array, c: jax.Array, carry: _Panel) -> _Panel:
-    """Reads one column of a panel and applies its reflection to the panel."""
-    panel, vectors, cells = carry
-    j = start + c
-    position = _positions(jnp.where(rows >= j, panel[:, c], 0)[:, None])[:, 0]
-    cell = correction_lib.nearest(position, levels[:, j], residues[:, j])
-    vector, _ = _reflectors(cell[:, None], j[None])
-    vector = jnp.where(j < k, vector[:, 0], 0)
-    # Two columns: XLA's native functions have no product of two vectors this long.
-    square = _matmul(vector, jnp.stack([vector, vector], 1))[0]
-    scale = 2 / jnp.maximum(square, 1)
-    panel = panel - jnp.outer(scale * vector, _matmul(vector, panel))
-    put = lambda x, column: jax.lax.dynamic_update_index_in_dim(x, column, c, 1)
-    return panel, put(vectors, vector), put(cells, cell)
-
   def read_columns(panel: jax.Array, start: jax.Array) -> _Panel:
+    """Reads the columns of a panel; applies the reflection of each to the panel."""
+
+    def read(c: jax.Array, carry: _Panel) -> _Panel:
+      panel, vectors, cells = carry
+      j = start + c
+      position = _positions(jnp.where(rows >= j, panel[:, c], 0)[:, None])[:, 0]
+      cell = correction_lib.nearest(position, levels[:, j], residues[:, j])
+      vector, _ = _reflectors(cell[:, None], j[None])
+      vector = jnp.where(j < k, vector[:, 0], 0)
+      # Two columns: XLA's native functions have no product of two vectors this long.
+      square = _matmul(vector, jnp.stack([vector, vector], 1))[0]
+      scale = 2 / jnp.maximum(square, 1)
+      panel = panel - jnp.outer(scale * vector, _matmul(vector, panel))
+      put = lambda x, column: jax.lax.dynamic_update_index_in_dim(x, column, c, 1)
+      return panel, put(vectors, vector), put(cells, cell)
+
     carry = panel, jnp.zeros_like(panel), jnp.zeros(panel.shape, jnp.uint16)
-    step = functools.partial(read, start)
-    return jax.lax.fori_loop(0, _PANEL, step, carry)
+    return jax.lax.fori_loop(0, _PANEL, read, carry)
 
   def read_panel(remaining: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     panel = jax.lax.dynamic_slice_in_dim(remaining, start, _PANEL, axis=1)
     _, vectors, cells = native.loop(read_columns)(panel, start)
-    inner = _matmul(vectors.T, remaining)
-    inner = _solve(_compact_factor(vectors), inner, transpose=True)
+    inner = _reflections(vectors, remaining, transpose=True)
     return remaining - _matmul(vectors, inner), cells
 
   remaining, panels = jax.lax.scan(
@@ -265,43 +204,31 @@ def _recover_columns(
 
 
 def fit(correction: FrameCorrection) -> np.ndarray:
-  """Returns frequency tables for a correction: int64 `[3, 17]`.
-
-  They are for base levels, for extra levels, and for flips.
-  """
-  flips = np.asarray(correction.flips).astype(np.int64).reshape(-1)
-  counts = np.bincount(flips, minlength=correction_lib.LEVELS)
-  flip_table = tables.quantize(counts if flips.size else counts + 1)
-  return np.concatenate([correction_lib.fit(correction.cells), flip_table[None]])
+  """Returns tables for base levels, extra levels and flips: int64 `[3, 17]`."""
+  return correction_lib.fit(correction.cells, correction.flips)
 
 
 def correction_codec(n: int, k: int, frequencies: jax.Array) -> codecs.Codec:
   """Returns the codec of corrections of frames, given the tables of `fit`."""
-  parts = codecs.deferred(
-    lambda: codecs.serial(
-      correction_lib.codec(_places(n, k)[1], k, frequencies[:2]),
-      codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:]),
-    )
+  return codecs.mapped(
+    codecs.deferred(
+      lambda: codecs.serial(
+        correction_lib.codec(places(n, k)[1], k, frequencies[:2]),
+        codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:]),
+      )
+    ),
+    lambda correction: (correction.cells, correction.flips),
+    lambda parts: FrameCorrection(parts[1].astype(bool), parts[0]),
   )
-
-  def push(message: rans.Message, correction: FrameCorrection) -> rans.Message:
-    return parts.push(message, (correction.cells, correction.flips))
-
-  def pop(message: rans.Message) -> tuple[rans.Message, FrameCorrection]:
-    message, (cells, flips) = parts.pop(message)
-    return message, FrameCorrection(flips.astype(bool), cells)
-
-  return codecs.Codec(push, pop)
 
 
 @functools.lru_cache(maxsize=8)
 def bin_tables(n: int) -> np.ndarray:
   """Returns the frequency tables of the bins for v = 2, ..., n: int64 `[n - 1, 64]`.
 
-  The encoder and the decoder both compute the tables, so these must be equal on all
-  machines to the last bit. Therefore the computation uses only float64 operations that
-  IEEE 754 rounds correctly, one at a time: no sums in an order that a library chooses,
-  no powers and no logarithms.
+  They must be equal on all machines to the last bit. Therefore the computation uses
+  only float64 operations that IEEE 754 rounds correctly, one at a time: no sums in an
+  order that a library chooses, no powers and no logarithms.
   """
   points = 16
   half = _BINS // 2
@@ -326,14 +253,6 @@ def bin_tables(n: int) -> np.ndarray:
   counts = np.floor(share * 2.0**40).astype(np.int64)
   counts = np.concatenate([counts[:, ::-1], counts], axis=1)
   return np.array([tables.quantize(row) for row in counts]).reshape(-1, _BINS)
-
-
-def _check_cells(cells: jax.Array, n: int, k: int) -> None:
-  if cells.shape != (num_cells(n, k),):
-    raise ValueError(
-      f'a frame of {k} vectors in {n} dimensions has {num_cells(n, k)} cells, '
-      f'got {cells.shape=}'
-    )
 
 
 def _reach(n: int) -> jax.Array:
@@ -382,57 +301,47 @@ def _norms(x: jax.Array) -> jax.Array:
 def _compose(vectors: jax.Array, signs: jax.Array) -> jax.Array:
   """Returns `H_0 ... H_{k-1} D`, given Householder vectors and signs."""
   diagonal = jnp.eye(vectors.shape[0], signs.size, dtype=jnp.float32) * -signs
-  inner = _solve(_compact_factor(vectors), _matmul(vectors.T, diagonal))
-  return diagonal - _matmul(vectors, inner)
+  return diagonal - _matmul(vectors, _reflections(vectors, diagonal, transpose=False))
 
 
-def _compact_factor(vectors: jax.Array) -> jax.Array:
-  """Returns the inverse of the triangular T in `H_0 ... H_{k-1} = I - V T V^T`."""
+def _reflections(vectors: jax.Array, x: jax.Array, *, transpose: bool) -> jax.Array:
+  """Returns `T V^T x`, or `T^T V^T x`, of `H_0 ... H_{k-1} = I - V T V^T`.
+
+  T is the inverse of a triangular matrix with the products of the vectors.
+  """
   gram = _matmul(vectors.T, vectors)
   diagonal = jnp.diagonal(gram)
   # A zero vector stands for no reflection.
   diagonal = jnp.where(diagonal > 0, diagonal / 2, 1)
-  return jnp.triu(gram, 1) + jnp.diag(diagonal)
+  factor = jnp.triu(gram, 1) + jnp.diag(diagonal)
+  products = _matmul(vectors.T, x)
+  return jax.scipy.linalg.solve_triangular(factor, products, trans=int(transpose))
 
 
-def _solve(factor: jax.Array, x: jax.Array, *, transpose: bool = False) -> jax.Array:
-  return jax.scipy.linalg.solve_triangular(factor, x, trans=int(transpose))
-
-
-def _places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
+def places(n: int, k: int) -> tuple[jax.Array, jax.Array]:
   """Returns the row and the column of each cell in the frame: int32 `[S]`.
 
-  For every j, the columns j and k - 1 - j together have 2n - 1 - k coordinates. So the
-  trapezoid of coordinates folds to a rectangle.
+  The columns j and k - 1 - j together have 2n - 1 - k coordinates. So the trapezoid of
+  coordinates folds to a rectangle. The sign comes last.
   """
   index = jnp.arange(num_cells(n, k), dtype=jnp.int32)
   pair, offset = jnp.divmod(index, max(2 * n - 1 - k, 1))
   second = offset >= n - 1 - pair
   column = jnp.where(second, k - 1 - pair, pair)
   row = jnp.where(second, column + offset - (n - 1 - pair), column + offset)
-  # The sign comes last.
   is_sign = index == n * (n - 1) // 2
   return jnp.where(is_sign, n - 1, row), jnp.where(is_sign, n - 1, column)
 
 
 def _pack(matrix: jax.Array, n: int, k: int) -> jax.Array:
   """Returns the entries `[S]` of a matrix `[n, >= k]` at the places of the cells."""
-  row, column = _places(n, k)
+  row, column = places(n, k)
   return matrix.at[row, column].get(mode='promise_in_bounds')
 
 
 def _unpack(values: jax.Array, n: int, k: int) -> jax.Array:
   """Puts values `[S]` at the places of the cells and zeros elsewhere: `[n, k]`."""
-  row, column = (
-    jnp.arange(n, dtype=jnp.int32)[:, None],
-    jnp.arange(k, dtype=jnp.int32)[None],
+  matrix = jnp.zeros((n, k), values.dtype)
+  return matrix.at[places(n, k)].set(
+    values, mode='promise_in_bounds', unique_indices=True
   )
-  second = column >= (k + 1) // 2
-  pair = jnp.where(second, k - 1 - column, column)
-  start = pair * (2 * n - 1 - k) + jnp.where(second, n - 1 - pair, 0)
-  index = start + row - column
-  is_sign = (row == n - 1) & (column == n - 1)
-  index = jnp.where(is_sign, n * (n - 1) // 2, index)
-  present = (row >= column) & (row < n - 1) | is_sign
-  taken = values.at[jnp.where(present, index, 0)].get(mode='promise_in_bounds')
-  return jnp.where(present, taken, jnp.zeros_like(taken))

@@ -1,0 +1,180 @@
+"""Tensors of a sliced model as products of those of its base with bases of subspaces.
+
+They take tensors of the base in this order, and bases V_s, see `subspaces`:
+
+    reads      V_s^T diag(scale) kernel   a kernel that reads it; `[D, n]`, `[D]`
+    writes     centred(kernel) V_s        a kernel or table `[n, D]`, or a bias `[D]`
+    shortcut   V_s^T V_{s+1}
+    bias       offset @ kernel + bias     of a linear layer that reads a LayerNorm:
+                                           `[D, n]`, `[D]`, and `[n]` if there is one
+
+Products must have the same bits on every machine. Therefore they are sums of integers,
+which float64 adds exactly in any order, see `structured.exact`. Vectors of the dense
+model are rounded to integers of so many bits that their norms are below 2^26. Arrays
+that do not fit together, and numbers that are not finite, raise a ValueError.
+
+Shape letters: D hidden size, d width of a segment, n any other length.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from rotbits_jax import models
+from rotbits_jax.relative import entries
+from rotbits_jax.structured import exact
+from rotbits_jax.structured.subspaces import UNIT
+from rotbits_jax.system import schema
+
+_BLOCK = 1 << 22  # numbers of a tensor that are taken together
+
+
+class Form(schema.Object):
+  """How a tensor of a sliced model is made of tensors of its base.
+
+  Attributes:
+    kind: see the module.
+    segments: the segments of the sliced model whose bases are needed.
+    transposed: whether the kernel is the transpose of the tensor of the base, which is
+      the embedding of a model with a tied head.
+    centred: whether the mean is subtracted from each row of the tensor of 'writes'.
+    rounded: whether tensors of the base are rounded to the dtype, and again after they
+      are scaled or centred. SliceGPT does so.
+  """
+
+  kind: Literal['reads', 'writes', 'shortcut', 'bias']
+  segments: tuple[models.config.Count, ...] = ()
+  transposed: bool = False
+  centred: bool = False
+  rounded: bool = False
+
+  def vectors(
+    self, arrays: Sequence[np.ndarray], dtype: np.dtype
+  ) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields blocks of the n vectors that a basis is multiplied with, float64 `[., D]`.
+
+    Args:
+      arrays: the tensors of the base, see the module.
+      dtype: dtype of the tensor of the sliced model.
+    """
+    matrix = np.atleast_2d(arrays[0])
+    if self.kind in ('reads', 'bias') and not self.transposed:
+      matrix = matrix.T
+    step = max(_BLOCK // max(matrix.shape[1], 1), 1)
+    for start in range(0, len(matrix), step):
+      block = slice(start, start + step)
+      rows = self._rounded(matrix[block], dtype)
+      if self.kind == 'reads':
+        rows = self._rounded(rows * self._rounded(arrays[1], dtype), dtype)
+      elif self.centred:
+        # A sum of integers, because a mean of floats may depend on the machine.
+        width = rows.shape[1]
+        integers, powers = _integers(rows, 52 - (width - 1).bit_length())
+        integers -= integers.sum(axis=1, keepdims=True) / width
+        rows = self._rounded(np.ldexp(integers, -powers), dtype)
+      yield block, rows
+
+  def tensor(
+    self,
+    arrays: Sequence[np.ndarray],
+    bases: Sequence[np.ndarray | None],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+  ) -> np.ndarray:
+    """Returns a tensor of a sliced model, the same on every machine.
+
+    Args:
+      arrays: the tensors of the base, see the module.
+      bases: int32 `[D, d]` in units of 2^-25, one for each segment. None stands for the
+        identity `[D, D]`.
+      shape: shape of the tensor.
+      dtype: its dtype. Numbers are rounded to float32 first.
+    """
+    try:
+      if self.kind == 'shortcut':
+        product = _shortcut(bases[0], bases[1], shape[0])
+      else:
+        product = self._product(arrays, bases, dtype)
+    except (IndexError, MemoryError) as error:
+      raise ValueError(f'a product of these tensors cannot be made: {error}') from error
+    if product.shape != shape:
+      raise ValueError(f'a product must have the shape {shape}, got {product.shape}')
+    return exact.rounded(product, dtype)
+
+  def _product(
+    self,
+    arrays: Sequence[np.ndarray],
+    bases: Sequence[np.ndarray | None],
+    dtype: np.dtype,
+  ) -> np.ndarray:
+    """Returns a tensor that is no shortcut."""
+    blocks = (rows for _, rows in self.vectors(arrays, dtype))
+    if self.kind == 'bias':
+      offset = self._rounded(arrays[1], dtype)
+      integers, powers = _integers(offset[None], integer_bits(offset.size))
+      sums = [np.ldexp(_times(x, integers.T, 0), -powers) for x in blocks]
+      biases = (self._rounded(x, dtype) for x in arrays[2:])
+      return sum(biases, np.concatenate(sums)[:, 0])
+    (basis,) = bases
+    rows = np.concatenate([exact.rounded(_times(x, basis), dtype) for x in blocks])
+    if self.kind == 'reads':
+      return np.ascontiguousarray(rows.T)
+    return rows[0] if arrays[0].ndim == 1 else rows
+
+  def _rounded(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns an array in float64, rounded to a dtype if the slicer did so."""
+    numbers = exact.rounded(array, dtype) if self.rounded else np.asarray(array)
+    return numbers.astype(np.float64)
+
+
+class Product(Form):
+  """A form with the arrays of the base that are needed: an entry of the manifest."""
+
+  arrays: tuple[entries.BaseArray, ...] = ()
+
+  def __post_init__(self) -> None:
+    needed = {'reads': (2,), 'writes': (1,), 'shortcut': (0,), 'bias': (2, 3)}
+    segments = {'shortcut': 2, 'bias': 0}.get(self.kind, 1)
+    if len(self.arrays) not in needed[self.kind] or len(self.segments) != segments:
+      raise ValueError(
+        f'a product of kind {self.kind!r} cannot take {len(self.arrays)} arrays and '
+        f'{len(self.segments)} bases'
+      )
+
+
+def _shortcut(
+  first: np.ndarray | None, last: np.ndarray | None, size: int
+) -> np.ndarray:
+  """Returns the product of two bases."""
+  if first is None and last is None:
+    return np.eye(size)
+  if first is None or last is None:
+    basis = last if first is None else first.T
+    return np.ldexp(np.ascontiguousarray(basis, np.float64), -UNIT)
+  product = exact.product(first.T.astype(np.float64), last.astype(np.float64))
+  return np.ldexp(product, -2 * UNIT)
+
+
+def _times(rows: np.ndarray, basis: np.ndarray | None, unit: int = UNIT) -> np.ndarray:
+  """Returns `rows @ basis` for a basis in units of 2^-unit, float64 `[n, d]`."""
+  if basis is None:
+    return rows
+  if rows.shape[1] != len(basis):
+    raise ValueError(f'a basis of {basis.shape} cannot take rows of {rows.shape[1]}')
+  integers, powers = _integers(rows, integer_bits(rows.shape[1]))
+  return np.ldexp(exact.product(integers, basis.astype(np.float64)), -powers - unit)
+
+
+def integer_bits(size: int) -> int:
+  """Returns the bits of integers for which the norm of so many is at most 2^26."""
+  return 26 - (size.bit_length() + 1) // 2
+
+
+def _integers(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns rows times powers of two as integers of so many bits, and the exponents."""
+  most = np.abs(rows).max(axis=1, initial=0, keepdims=True)
+  if not np.isfinite(most).all():
+    raise ValueError('a tensor of the base has numbers that are not finite')
+  powers = bits - np.frexp(most)[1].astype(np.int32)
+  return np.rint(np.ldexp(rows, powers)), powers
