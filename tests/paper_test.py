@@ -269,6 +269,7 @@ LAYOUTS = {
   'fixed': lambda x: msgspec.structs.replace(x, fixed=15),
   'sampled': lambda x: msgspec.structs.replace(x, sampled=x.sampled[1:]),
   'missing': without_head,
+  'empty': lambda x: msgspec.structs.replace(x, arrays={}),
   'wider': lambda x: changed_array(x, 'head/kernel', dtype='float32'),
   'digest': lambda x: changed_array(x, 'layers.1/mlp/up/kernel', digest=1),
 }

@@ -114,7 +114,7 @@ class MessageLayout(schema.Object):
     # A small file may name millions of layers, so these are not listed first.
     is_long_enough = len(self.arrays) >= config.num_layers
     shapes = segments.all_shapes(config) if is_long_enough else {}
-    if self.arrays.keys() != shapes.keys():
+    if not is_long_enough or self.arrays.keys() != shapes.keys():
       raise ValueError('the layout has other parameters than the config')
     sizes: collections.Counter[str] = collections.Counter()
     for path, shape in shapes.items():
