@@ -70,9 +70,14 @@ def _grid(count: int) -> tuple[int, int]:
   return -(-count // lanes), lanes
 
 
+def _sharing(width: int) -> int:
+  """Returns how many rows share the bytes of a plane of pieces of so many bits."""
+  return max(4 // width, 1)
+
+
 def _plane_rows(width: int, rows: int) -> int:
-  """Returns the rows of a plane of pieces of so many bits."""
-  return -(-rows * min(width, 4) // 4)
+  """Returns the rows of bytes of a plane of pieces of so many bits."""
+  return -(-rows // _sharing(width))
 
 
 def _plane(width: int, lanes: int) -> tuple[tuple[int, ...], np.dtype]:
@@ -273,7 +278,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 
       pieces = []
       for (width, _), plane in zip(layout.pieces, planes, strict=True):
-        shared = max(4 // width, 1)  # rows in a byte
+        shared = _sharing(width)
         row = _row(plane, place // shared).astype(jnp.uint32)
         pieces.append(row >> place % shared * (2 * width))
       row_classes = _row(classes, t).astype(jnp.uint32)
@@ -314,8 +319,9 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       joined = []
       for k, (width, _) in enumerate(layout.pieces):
         # Rows that share bytes come in turn, the highest first.
-        part = parts[k] << 2 * width | pieces[k] if width < 4 else pieces[k]
-        row = t.astype(jnp.uint32) // max(4 // width, 1)
+        shared = _sharing(width)
+        part = parts[k] << 2 * width | pieces[k] if shared > 1 else pieces[k]
+        row = t.astype(jnp.uint32) // shared
         planes[k] = _put(planes[k], part.astype(planes[k].dtype), row)
         joined.append(part)
       return state, sizes, joined, (words, _put(marks, mark, t), *planes)

@@ -69,7 +69,7 @@ class Scales(NamedTuple):
       out[:] = self.base + int(self.rows[0]) + int(self.columns[0])
       return
     width = line_sizes(shape, size)[1]
-    step = size if width % size and width == shape[-1] else 1
+    step = size if matrix_shape(shape)[1] % size else 1  # from a unit to the next one
     first, last = start * step, (start + out.size - 1) * step + 1
     low, high = first // width, -(-last // width)
     rows = self.rows[low:high] if self.rows.size > 1 else self.rows
@@ -171,7 +171,7 @@ def from_bytes(
   numbers = head[2:end].view('<i2').astype(np.int64)
   if not is_float and (np.any(numbers < 0) or np.max(numbers) != layout.raw_bits):
     raise ValueError(f'the shifts of tables must be up to {layout.raw_bits}')
-  starts = numbers.reshape(-1, 2).tolist() if is_raised else [[0, 2]] * len(shapes)
+  starts = numbers.reshape(-1, 2).tolist() if is_raised else [[0, 1]] * len(shapes)
   classes = []
   for (mode, base), start, line_lengths in zip(
     head[end:position].reshape(-1, 2).tolist(), starts, lengths, strict=True
@@ -184,12 +184,12 @@ def from_bytes(
         if lines[axis].size != length or not length:
           raise ValueError('the scales of the arrays are cut short')
     scales = Scales(base, lines[0], lines[1], *start)
-    span = scales.greatest - base
+    last_table = scales.table + scales.greatest - base
+    has_tables = 0 <= scales.table <= last_table < count and scales.min_exponent > 1
     if (
       mode > 3
       or scales.greatest >= (256 if is_float else count)
-      or not 0 <= scales.table < count - (span if is_raised else 0)
-      or scales.min_exponent < 2
+      or (is_raised and not has_tables)
       # A block of few units makes the classes of whole rows.
       or (mode and line_lengths[1] > blocks.CAPACITY)
     ):

@@ -255,7 +255,8 @@ def _drafts(parts: list[Part]) -> list[_Draft]:
     if layout.raised:
       lines = lines.above(scales_lib.STEPS * (min_exponent - _BELOW))
     draft = _Draft(part, layout, min_exponent, lines)
-    costs = {x.ideal_bytes(): x for x in (draft, draft._replace(lines=lines.flat()))}
+    choices = [draft._replace(lines=x) for x in lines.choices()]
+    costs = {x.ideal_bytes(): x for x in choices}
     draft = costs[min(costs)]
     if len(parts) == 1 and layout.raw_bits > 1:
       finer = dataclasses.replace(layout, raw_bits=layout.raw_bits - 1, top=2)
@@ -389,7 +390,7 @@ def _integer_lines(array: np.ndarray) -> scales_lib.Lines:
   """Chooses the scales of rows and columns, unless they cost more than they save."""
   lines, costs = scales_lib.of_integers(array), {}
   shifts = _class_shifts(0, _INTEGER_CLASSES - 1)
-  for draft in (lines, lines.flat()):
+  for draft in lines.choices():
     scales = draft.scales(0, _INTEGER_CLASSES - 1)
     counts = _integer_counts(array, scales, shifts, _SAMPLE)
     bits = _bits(counts) + shifts[:, None]

@@ -72,10 +72,12 @@ class Lines(NamedTuple):
     """Returns the lines with classes counted from `least`."""
     return self._replace(rows=self.rows - least)
 
-  def flat(self) -> 'Lines':
-    """Returns one class for the whole array."""
-    whole = self.rows.mean() + self.columns.mean()
-    return Lines(np.rint(whole).astype(np.int64)[None], np.zeros(1, np.int64))
+  def choices(self) -> list['Lines']:
+    """Returns the lines and, if there are several, one class for the whole array."""
+    if self.rows.size == self.columns.size == 1:
+      return [self]
+    whole = np.rint(self.rows.mean() + self.columns.mean()).astype(np.int64)
+    return [self, Lines(whole[None], np.zeros(1, np.int64))]
 
   @property
   def range(self) -> tuple[int, int]:

@@ -209,17 +209,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   coded_bytes = reader.stream_bytes() - other_bytes
   leaves = [x for record in reader.records.values() for x in record.leaves]
   if any(leaf.base_arrays or leaf.product for leaf in leaves):
-    notes[writer_lib.BESIDE] = [
-      {
-        'tensor': leaf.path,
-        'form': (leaf.type_name if leaf.arrays else 'unchanged') or 'array',
-        **(
-          {'base': leaf.base.path} if leaf.base and leaf.base.path != leaf.path else {}
-        ),
-        **({'product': leaf.product.kind} if leaf.product else {}),
-      }
-      for leaf in leaves
-    ]
+    notes[writer_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
   return Report(
     preset=reader.preset,
     keeps=reader.keeps,

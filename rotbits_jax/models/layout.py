@@ -28,8 +28,6 @@ the same for the h coordinates of every head.
 Axes = dict[str, tuple[Axis, ...]]
 
 SUBLAYERS = ('attention', 'mlp')
-UPPER_KERNEL = 'mlp/up/kernel'
-"""The kernel that the free rotation of the first segment makes triangular."""
 
 QK_NORMS = ('attention/query_norm/scale', 'attention/key_norm/scale')
 

@@ -134,9 +134,13 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _sync(path: pathlib.Path) -> None:
   """Waits until the content of a file or a folder is on the disk."""
-  with contextlib.suppress(PermissionError):
+  try:
     handle = os.open(path, os.O_RDONLY)
+  except PermissionError:
+    return
+  try:
     os.fsync(handle)
+  finally:
     os.close(handle)
 
 
