@@ -256,7 +256,7 @@ def read_record(source: file.Readable, name: str, *, base: Base | None = None) -
 
 @host.own_settings()
 def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -> Any:
-  """Reads one parameter, such as 'layers.3/mlp/up/kernel', and what it needs."""
+  """Reads one parameter, such as 'layers.3/mlp/up/kernel', and those it needs."""
   with file.Reader(source, base=base) as reader:
     return reader.tensor(path)
 

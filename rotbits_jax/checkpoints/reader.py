@@ -233,7 +233,7 @@ def _match(
   tensors: Mapping[str, tensors_lib.LazyTensor], config: models.ModelConfig
 ) -> tensors_lib.Records:
   """Returns the entries of all records, after checking the tensors."""
-  if config.num_layers > len(tensors):  # before a table is made of what the config says
+  if config.num_layers > len(tensors):  # before a table is made of them
     text = f'{len(tensors)} tensors are too few for {config.num_layers} layers'
     raise errors.CheckpointError(f'most are missing: {text}')
   buffers = {name: x for name, x in tensors.items() if families.BUFFERS.fullmatch(name)}
@@ -430,7 +430,7 @@ def _read_sidecars(
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
   """Reads the files beside the weights, and adds the index if it is kept.
 
-  Also returns what is left out; hidden folders are left out without a word.
+  Also returns the names of files that are left out, but not those in hidden folders.
   """
   files: dict[str, bytes] = {}
   left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))

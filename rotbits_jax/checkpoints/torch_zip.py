@@ -154,7 +154,7 @@ class _Unpickler(pickle._Unpickler):
   stack: list[Any]
 
   def find_class(self, module: str, name: str) -> Any:
-    """Returns what stands for a function, or the name of a storage."""
+    """Returns a stand-in for a function, or the name of a storage."""
     if module == 'torch' and name in STORAGE_DTYPES:
       return name
     if f'{module}.{name}' not in _FUNCTIONS:

@@ -134,7 +134,7 @@ def decode(
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
     known: for the arrays of known classes, by their indices, functions that return
-      what is known. They are called when all other arrays are decoded.
+      these classes. They are called when all other arrays are decoded.
 
   Returns:
     The arrays, bit for bit. They do not share memory with `data`.

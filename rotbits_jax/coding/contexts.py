@@ -84,7 +84,7 @@ class Scales(NamedTuple):
 class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables."""
 
-  classes: tuple[Scales | known_lib.Bands, ...]  # what tells the classes of each array
+  classes: tuple[Scales | known_lib.Bands, ...]  # the classes of each array
   # int64. Of integers, the K shifts; of floats, the least offset of a bin, but none if
   # steps are shared.
   numbers: np.ndarray

@@ -14,7 +14,7 @@ from rotbits_jax.coding import layouts
 
 
 class Known(NamedTuple):
-  """What encoder and decoder know of the integers of an array."""
+  """The classes of the integers of an array, which encoder and decoder know."""
 
   classes: np.ndarray  # uint8 `[n]`, the class of each element in C order
   # The shift of each of the K classes, from 0 to `layouts.MOST_SHIFT`. Of a class with

@@ -71,7 +71,7 @@ WINDOW = 256
 MOST_SHIFT = 24
 _MOST_RAW = 16  # bits of a uniform symbol
 
-# What a mark of a unit says, beside the pair of bins.
+# Bits of the mark of a unit, above those of the pair of bins.
 ESCAPED, EXCEPTION = 1 << 15, 1 << 14
 
 Interval = tuple[jax.Array, jax.Array, int]
@@ -102,12 +102,12 @@ FORMATS = {
 class Tables(NamedTuple):
   """The frequency tables of a layout, for its programs."""
 
-  # What each slot of a table stands for: `[K 2^precision]`, uint32 of floats, uint8 of
+  # The entry of each slot of a table: `[K 2^precision]`, uint32 of floats, uint8 of
   # integers.
   slots: np.ndarray
   intervals: np.ndarray  # uint32 `[K A]`, those of the A symbols of each table
-  # What a class tells, uint32 `[256]`: of integers the shift; of floats that share a
-  # step the table in the low 8 bits, and the minimum exponent above.
+  # The entry of each class, uint32 `[256]`: of integers the shift; of floats that share
+  # a step the table in the low 8 bits, and the minimum exponent above.
   classes: np.ndarray
   start: np.ndarray  # uint32, of floats the least offset
 
@@ -200,7 +200,7 @@ class Floats:
   def _table(
     self, classes: jax.Array, coder_tables: Tables
   ) -> tuple[jax.Array, jax.Array]:
-    """Returns the tables of classes, and what the classes tell."""
+    """Returns the tables of classes, and their entries in `Tables.classes`."""
     if not self.raised:
       return classes & 3, classes
     told = _get(coder_tables.classes, classes)
@@ -214,7 +214,7 @@ class Floats:
     Args:
       symbols: uint32, pairs of bins.
       kept: words that have the signs and the low bits of the numbers.
-      told: uint32, the classes, or what they tell if steps are shared.
+      told: uint32, the classes, or their entries in `Tables` if steps are shared.
       start: that of `Tables`.
       xp: the module, JAX or NumPy.
     """
@@ -309,7 +309,7 @@ class Floats:
 
     Args:
       counts: int64 `[K, 32]`, rows that add up to 2^14, of bins.
-      classes: `[256]`, what the classes tell; empty unless steps are shared.
+      classes: `[256]`, the entries of classes; empty unless steps are shared.
       start: the least offset.
     """
     frequencies = tables.of_pairs(counts, self.precision)

@@ -235,7 +235,7 @@ def pop_all(
 
   Args:
     message: the message.
-    contexts: `[T, N]`, what the lookup needs to know of each symbol.
+    contexts: `[T, N]`, operands of the lookup, such as the table of each symbol.
     lookup: finds the owners of slots, integers in [0, 2^precision).
     precision: as in `push_step`.
 

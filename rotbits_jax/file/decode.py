@@ -57,7 +57,7 @@ class Decoder:
     manifests: Sequence[manifest_lib.Manifest],
     base: base_lib.Base | None = None,
   ):
-    """Checks what the manifests of all shards say together, and what the base has."""
+    """Checks the manifests of all shards together, and the arrays of the base."""
     self._base = base
     self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
     self.files: dict[str, container.StreamReader] = {}
@@ -81,7 +81,7 @@ class Decoder:
   def _check_needs(
     self, leaf: manifest_lib.Leaf, config: models.ModelConfig | None
   ) -> None:
-    """Checks that what a leaf needs is there, or may be in another shard."""
+    """Checks that the parameters a leaf needs are here or may be in another shard."""
     for path in leaf.needs:
       holder, record = self.holders.get(path), path.split('/')[0]
       if holder is not None and any(x.needs for x in self.entries[holder].leaves):
@@ -264,7 +264,7 @@ class _StoredLeaf:
     return self.entry.make(self.arrays)
 
   def known(self) -> known_lib.Known:
-    """Returns what the coder must know of the differences."""
+    """Returns the classes of the differences, which the coder must know."""
     with container.naming(self.entry.path):
       self._prediction = self._leaf.predict(*self._needed(), run=pool.run)
     shifts = difference.class_shifts(self._leaf.dtype)

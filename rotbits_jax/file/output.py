@@ -105,7 +105,7 @@ class Plan:
         path.unlink(missing_ok=True)
 
   def publish(self, *, check: bool = False) -> None:
-    """Makes the output appear, and removes what earlier runs left.
+    """Makes the output appear, and removes partial outputs of earlier runs.
 
     With `check` everything is decoded before, and compared with the source if the
     preset keeps all bits.
@@ -133,7 +133,7 @@ class Plan:
         shutil.rmtree(folder, ignore_errors=True)
 
   def discard(self) -> None:
-    """Removes what is encoded and not published."""
+    """Removes shards that are encoded and not published."""
     shutil.rmtree(self._staging, ignore_errors=True)
 
   def write(
@@ -176,7 +176,7 @@ class Plan:
     return size
 
 
-# ---- what must not be replaced -------------------------------------------------------
+# ---- files that must not be replaced -------------------------------------------------
 
 
 def check_path(

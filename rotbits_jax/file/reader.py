@@ -104,7 +104,7 @@ class Reader:
       record = wrong[0][0]
       raise ContainerError(f'{record}: the index and the shards differ in this record')
 
-  # ---- what the manifests tell -------------------------------------------------------
+  # ---- facts of the manifests --------------------------------------------------------
 
   def specs(self, name: str) -> Tree:
     """Returns the shapes and dtypes of a record, without reading it."""

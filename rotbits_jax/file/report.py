@@ -33,7 +33,7 @@ BACK: dict[presets.Keeps, str] = {
   'function': 'the same function comes back, up to rounding, in other weights',
   'approximation': 'nearly the same function comes back, in other weights',
 }
-"""What a decoded file is, by what its preset keeps."""
+"""How a decoded file compares with its source, by the guarantee of its preset."""
 
 _ADAPTERS = (
   'The weights are others, and adapters (LoRA) that were trained on the input do not '

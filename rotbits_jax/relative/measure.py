@@ -110,7 +110,7 @@ def beside_head(
 
 
 def measured(leaf: difference.Difference, *needed: Any) -> Measured:
-  """Returns a leaf with its classes, given the known array or what it `needs`."""
+  """Returns a leaf with its classes, given the known array or those it `needs`."""
   return Measured(leaf, leaf.predict(*needed).classes if leaf.has_classes else None)
 
 

@@ -58,7 +58,7 @@ class Recipe:
     self.config: models.ModelConfig = source.config
     self.stored_as: str | None = source.stored_as
     if not keeps_bits and isinstance(source, models.Model):
-      source = source.materialize()  # what another encoding has made structured
+      source = source.materialize()  # a leaf that another encoding has made structured
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
     self._forms = _forms(base.config, self.config)
     self._sides = _segments(self.config)

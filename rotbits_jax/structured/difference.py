@@ -1,4 +1,4 @@
-"""The leaf for a known array plus what differs from it, in files only.
+"""The leaf for a known array plus differences from it, in files only.
 
 Invariants of a `Difference`:
 
@@ -106,7 +106,7 @@ _some = functools.partial(fields.Array, optional=True)
 @base.register
 @struct.dataclass
 class Difference(base.Structured):
-  """A known array plus what differs from it; the module's docstring has the rules.
+  """A known array plus differences from it; the module's docstring has the rules.
 
   Integers without a dtype are signed, and as wide as the elements.
   """
