@@ -13,6 +13,7 @@ Raises:
   OSError: if a path cannot be read or written.
 """
 
+import dataclasses
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -207,8 +208,7 @@ def load(
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
       path and the shape of a parameter and returns one. Layers are stacked along the
       first axis, and have paths like 'layers.0:12/mlp/up/kernel'. An axis that an axis
-      of a mesh does not divide is not divided. Axes of a mesh become `Auto`. Layers
-      that no device of this process gets are not read.
+      of a mesh does not divide is not divided. Axes of a mesh become `Auto`.
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
       of each array in the file, which is float32 if `near` has rounded it.
     integers: whether a matrix that the file stores as multiples of one step, as `near`
@@ -218,12 +218,13 @@ def load(
   wanted = None if dtype is None else structured.floating(dtype)
   with file.Reader(source, base=base) as reader:
     content = reader.read(
-      layers=layers,
-      place=sharding,
-      integers=integers,
-      as_model=True,
-      show_progress=progress,
+      layers=layers, integers=integers, as_model=True, show_progress=progress
     )
+  if isinstance(content, models.Model) and sharding is not None:
+    params = placement.placed(content.params, sharding)
+    content = dataclasses.replace(content, params=params)
+  elif sharding is not None:
+    content = placement.placed(content, sharding)
   if wanted is not None:
     with jax.enable_x64(True):  # see `placement.put`
       content = structured.astype(content, wanted)

@@ -1,18 +1,14 @@
-"""Readers side by side, parts of stacks, and arrays that own their memory."""
+"""Readers side by side, shardings, and arrays that own their memory."""
 
 from concurrent import futures
-from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-import random_models
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import stacks
 from tests import devices
 
 TREE = {
@@ -41,35 +37,6 @@ def test_decoded_arrays_own_their_memory(tmp_path, is_path):
   for array in jax.tree.leaves(tree):
     array[0, 0] += 1
   assert not structured.same_bits(tree, TREE)
-
-
-@pytest.mark.parametrize('wanted', [range(2), range(2, 3)])
-def test_a_process_with_a_part_of_a_stack_has_the_shapes_of_the_whole(wanted):
-  model, rng = random_models.sliced_llama((16,) * 7), np.random.default_rng(0)
-  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  layers = list(model.layers())
-  for rank, layer in zip((3, 1, 4), layers, strict=True):
-    b, c = np.tril(normal(16, rank)), np.tril(normal(16, 5 - rank))
-    layer['mlp_shortcut']['kernel'] = structured.IdentityMinusGram(b, c, 16)
-    layer['mlp']['up']['kernel'] = structured.LowRank(
-      normal(16, rank), normal(rank, 32)
-    )
-    layer['mlp']['gate']['kernel'] = structured.ReducedLowRank(
-      normal(16 - rank, rank), normal(rank, 32), 16, False
-    )
-  model = models.from_layers(model.config, model.outer(), layers)
-  with (
-    rotbits_jax.file.Reader(rotbits_jax.encode(model, preset='exact')) as reader,
-    mock.patch.object(stacks.placement, 'local_layers', return_value=wanted),
-    mock.patch.object(stacks.placement, 'placed', lambda flat, *_: flat),
-  ):
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = stacks.read(reader._decoder, [], range(3), place)
-  whole = structured.flatten({'layers.0:3': model.params['layers.0:3']})
-  assert found.keys() == whole.keys()
-  for path, leaf in whole.items():
-    part = jax.tree.map(lambda x: x[wanted.start : wanted.stop], leaf)
-    assert structured.same_bits(found[path], part), path
 
 
 @pytest.mark.slow

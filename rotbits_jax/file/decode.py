@@ -175,11 +175,12 @@ class Decoder:
     """
     entry = self.entry(name)
     resolve = self.resolver(started)
-    try:
-      with container.naming(self.files[name].name), container.naming(name):
-        return self._decoded(entry, resolve, rows or {}, integers, shared)
-    except MemoryError:
-      raise memory.too_large(name, entry.memory_bytes) from None
+    with (
+      container.naming(self.files[name].name),
+      container.naming(name),
+      memory.bounded(name, entry.memory_bytes),
+    ):
+      return self._decoded(entry, resolve, rows or {}, integers, shared)
 
   def _decoded(
     self,
@@ -190,8 +191,6 @@ class Decoder:
     shared: bool,
   ) -> Flat:
     """Decodes a record, see `decode`."""
-    if not rows:
-      memory.check(entry.name, entry.memory_bytes)
     leaves, known = [], {}
     arrays: list[np.ndarray] = []
     for leaf, specs in entry.leaf_specs:

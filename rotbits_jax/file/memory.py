@@ -1,5 +1,6 @@
 """The bounds of memory: too much is refused before it is allocated."""
 
+from collections.abc import Iterator
 import contextlib
 import functools
 import os
@@ -17,20 +18,20 @@ _LIMITS = (
 )
 
 
-def check(name: str, nbytes: int) -> None:
+@contextlib.contextmanager
+def bounded(name: str, nbytes: int) -> Iterator[None]:
   """Refuses content that decodes to more bytes than this machine can hold.
 
   The size of a file is no bound, because zeros take hardly any bytes in it.
   """
-  if nbytes > (_available() or nbytes):
-    raise too_large(name, nbytes)
-
-
-def too_large(name: str, nbytes: int) -> ContainerError:
-  """Returns the error for content that memory cannot hold."""
-  return ContainerError(
-    f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
-  )
+  try:
+    if nbytes > (_available() or nbytes):
+      raise MemoryError
+    yield
+  except MemoryError:
+    raise ContainerError(
+      f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
+    ) from None
 
 
 @functools.cache

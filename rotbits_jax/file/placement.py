@@ -1,14 +1,15 @@
 """Places decoded arrays on devices, by a sharding or a function that returns one."""
 
-from collections.abc import Callable, Iterable, Mapping
-import functools
+from collections.abc import Callable
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from rotbits_jax import structured
+
+T = TypeVar('T')
 
 Place = (
   jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -17,43 +18,25 @@ Place = (
 None for an array that is committed to no device."""
 
 
-def placed(
-  flat: Mapping[str, Any],
-  place: Place | None,
-  wanted: range | None = None,
-  total: int = 0,
-) -> dict[str, Any]:
-  """Puts leaves on devices; the arrays of a leaf have the sharding of its path.
+def placed(tree: T, place: Place) -> T:
+  """Puts nested dicts on devices; the arrays of a leaf have the sharding of its path.
 
-  Of stacked leaves this process holds the layers `wanted` of `total`.
+  Every process has the whole arrays, of which its devices get their parts.
   """
-  if place is None:
-    return dict(flat)
 
-  def put_array(path: str, array: Any) -> jax.Array:
-    shape = array.shape if wanted is None else (total, *array.shape[1:])
-    sharding = _sharding(place, path, shape)
-    if wanted is None or sharding is None:  # then `local_layers` are all of them
-      return put(array, sharding)
+  def put_array(keys: tuple[Any, ...], array: Any) -> jax.Array:
+    names = [x.key for x in keys if isinstance(x, jax.tree_util.DictKey)]
+    return put(array, _sharding(place, '/'.join(names), array.shape))
 
-    def part(index: Any) -> Any:
-      start, stop, _ = index[0].indices(total)
-      rows = slice(start - wanted.start, stop - wanted.start)
-      return array[(rows, *index[1:])]
-
-    with jax.enable_x64(True):  # see `put`
-      return jax.make_array_from_callback(shape, sharding, part)
-
-  return {
-    path: jax.tree.map(functools.partial(put_array, path), leaf)
-    for path, leaf in flat.items()
-  }
+  return jax.tree_util.tree_map_with_path(put_array, tree)
 
 
 def put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
   """Puts an array on devices; numbers of 64 bits keep them whatever JAX is set to."""
   with jax.enable_x64(True):
-    return jax.device_put(array, sharding)
+    if sharding is None or sharding.is_fully_addressable:
+      return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def placed_like(old: Any, new: Any) -> Any:
@@ -72,24 +55,6 @@ def placed_like(old: Any, new: Any) -> Any:
   is_abstract = isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh)
   is_committed = getattr(old, 'committed', True) and not is_abstract
   return put(new, sharding if is_committed else None)
-
-
-def local_layers(
-  place: Place, name: str, shapes: Iterable[tuple[str, tuple[int, ...]]], count: int
-) -> range:
-  """Returns which of the `count` layers of a stack devices of this process get.
-
-  `shapes` has the path and shape of the arrays of one of its layers.
-  """
-  first, last = count, 0
-  for path, shape in shapes:
-    sharding = _sharding(place, f'{name}/{path}', (count, *shape))
-    if sharding is None:
-      return range(count)
-    for index in sharding.addressable_devices_indices_map((count, *shape)).values():
-      start, stop, _ = index[0].indices(count) if index else (0, count, 1)
-      first, last = min(first, start), max(last, stop)
-  return range(min(first, last), last)
 
 
 def _sharding(

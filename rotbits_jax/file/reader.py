@@ -29,7 +29,6 @@ from rotbits_jax.file import container
 from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
-from rotbits_jax.file import placement
 from rotbits_jax.file import shards
 from rotbits_jax.file import sources
 from rotbits_jax.file import stacks
@@ -271,15 +270,14 @@ class Reader:
     self,
     *,
     layers: range | None = None,
-    place: placement.Place | None = None,
     integers: bool = False,
     as_model: bool = False,
     show_progress: bool = False,
   ) -> models.Model | Tree:
     """Reads the model, with stacked layers, or the PyTree; see `api.load`.
 
-    Arrays are NumPy arrays if there is no `place`. Plain tensors of a known family
-    become a model only if `as_model`.
+    Arrays are NumPy arrays. Plain tensors of a known family become a model only if
+    `as_model`.
     """
     source = self.plain_model() if as_model else None
     config = self.config if source is None else source.config
@@ -298,7 +296,7 @@ class Reader:
     else:
       outer = self._outer()
     flat = stacks.read(
-      decoder, outer, layers, place, integers=integers, show_progress=show_progress
+      decoder, outer, layers, integers=integers, show_progress=show_progress
     )
     if config is not None:
       buffers = self.buffers() if source is None else source.buffers
@@ -313,12 +311,11 @@ class Reader:
     assert self.message is not None
     assert self.config is not None
     layout, config, (file,) = self.message.layout, self.config, self._files
-    try:
-      with container.naming(file.name), container.naming('message'):
-        options = schema.load(paper.Options, self.options, 'options')
-        sizes = layout.record_bytes(config)
-        rotation = 16 * max(config.segment_widths) ** 2  # with its integers
-        memory.check('the message', 2 * sum(sizes.values()) + rotation)
+    with container.naming(file.name), container.naming('message'):
+      options = schema.load(paper.Options, self.options, 'options')
+      sizes = layout.record_bytes(config)
+      rotation = 16 * max(config.segment_widths) ** 2  # with its integers
+      with memory.bounded('the message', 2 * sum(sizes.values()) + rotation):
         streams = {}
         for name, stream in self.message.streams.items():
           with file.checked(name, stream.crc32) as data:
@@ -326,8 +323,6 @@ class Reader:
               raise ValueError(f'{name}: an odd number of bytes')
             streams[name] = data.view('<u2').copy()
         flat = paper.decode(options, layout, streams, config, progress=show_progress)
-    except MemoryError:
-      raise memory.too_large('message', 2 * sum(sizes.values())) from None
     for name in sizes:
       yield name, {k: x for k, x in flat.items() if k.partition('/')[0] == name}
 

@@ -12,7 +12,6 @@ import threading
 import types
 from typing import Any
 
-import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
@@ -21,9 +20,8 @@ from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
-from rotbits_jax.file import memory as memory_lib
-from rotbits_jax.file import placement
-from rotbits_jax.relative import entries
+from rotbits_jax.file import memory
+from rotbits_jax.relative import entries as entries_lib
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
@@ -32,129 +30,91 @@ def read(
   decoder: 'decode_lib.Decoder | ModelDecoder',
   outer: Sequence[str],
   layers: range,
-  place: placement.Place | None = None,
   *,
   integers: bool = False,
   show_progress: bool = False,
 ) -> decode_lib.Flat:
-  """Returns the leaves of a model by path, on their devices; see `api.load`.
+  """Returns the leaves of a model by path, with stacked layers; see `api.load`.
 
   Records outside the layers that need others come last in `outer`.
   """
-  outer_records = list(map(decoder.entry, outer))
-  records = {i: decoder.entry(models.names.layer(i)) for i in layers}
-  everything = [*outer_records, *records.values()]
-  # A process of several checks those layers that it needs.
-  is_whole = place is None or jax.process_count() == 1
-  held = everything if is_whole else outer_records
-  memory_lib.check('the whole content', sum(x.memory_bytes for x in held))
-  total = sum(record.input.bytes for record in everything)
+  entries = {name: decoder.entry(name) for name in outer}
+  of_layers = {i: decoder.entry(models.names.layer(i)) for i in layers}
+  runs = models.stack_ranges(layers, lambda i: of_layers[i].stack_key(integers))
+  nbytes = sum(entry.memory_bytes for entry in entries.values())
+  # Where ranks differ, a stack has room for the greatest one in each layer.
+  nbytes += sum(len(run) * max(of_layers[i].memory_bytes for i in run) for run in runs)
+  total = sum(x.input.bytes for x in (*entries.values(), *of_layers.values()))
   flat: decode_lib.Flat = {}
   with (
+    memory.bounded('the whole content', nbytes),
     progress.Progress('decode', total, 'B', show=show_progress) as bar,
     pool.record_jobs() as start,
   ):
-    started: dict[str, futures.Future[decode_lib.Flat]] = {}
-    decode = functools.partial(decoder.decode, started=started, integers=integers)
+    jobs: dict[str, futures.Future[decode_lib.Flat]] = {}
+    decode = functools.partial(decoder.decode, started=jobs, integers=integers)
     for name in outer:
-      started[name] = start(functools.partial(decode, name))
-    runs = models.stack_ranges(layers, lambda i: records[i].stack_key(integers))
-    stacks = [_Stack([records[i] for i in run], run, place, integers) for run in runs]
+      jobs[name] = start(functools.partial(decode, name))
+    stacks = [_Stack([of_layers[i] for i in run], integers) for run in runs]
     for stack in stacks:
       stack.start(decode, start)
-    for record in outer_records:
-      for path, leaf in started[record.name].result().items():
+    for name, entry in entries.items():
+      for path, leaf in jobs[name].result().items():
         is_array = isinstance(leaf, np.ndarray)
-        contiguous = host.contiguous(leaf) if is_array else leaf
-        flat |= placement.placed({path: contiguous}, place)
-      bar.update(record.input.bytes)
-    for stack in stacks:
-      leaves, count = stack.leaves(bar), len(stack.records)
-      flat |= placement.placed(leaves, place, stack.wanted, count)
+        flat[path] = host.contiguous(leaf) if is_array else leaf
+      bar.update(entry.input.bytes)
+    for run, stack in zip(runs, stacks, strict=True):
+      for path, leaf in stack.leaves(bar).items():
+        flat[f'{models.names.stack(run)}/{path}'] = leaf
   return flat
 
 
 class _Stack:
-  """Layers of equal stack keys; this process decodes those in `wanted`."""
+  """Layers of equal stack keys, which are decoded into the rows of one array each."""
 
-  def __init__(
-    self,
-    records: list[manifest_lib.RecordEntry],
-    layers: range,
-    place: placement.Place | None,
-    integers: bool,
-  ):
-    """Makes the memory of the stack."""
-    self.records, self.wanted = records, range(len(records))
-    self._name = models.names.stack(layers)
-    if place is not None:
-      shapes = []
-      for leaf, specs in records[0].leaf_specs:
-        is_array = not leaf.type_name or leaf.is_expanded()
-        path = records[0].inner(leaf.path)
-        of_leaf = [leaf.shape] if is_array else [x.shape for x in specs]
-        shapes += [(path, shape) for shape in of_leaf]
-      self.wanted = placement.local_layers(place, self._name, shapes, len(records))
-    # Where ranks differ, a stack has room for the greatest one in each layer.
-    nbytes = max(record.memory_bytes for record in records) * len(self.wanted)
-    memory_lib.check(self._name, nbytes)
-    try:
-      self._memory = _allocate(records, len(self.wanted), integers)
-    except MemoryError:
-      raise memory_lib.too_large(self._name, nbytes) from None
-    self._jobs: list[futures.Future[decode_lib.Flat]] = []
+  def __init__(self, entries: list[manifest_lib.RecordEntry], integers: bool):
+    """Makes the memory of the stack, by path within a layer.
+
+    A leaf that is stored as arrays of different shapes in different layers has none.
+    """
+    self._entries = entries
+    self._arrays: dict[str, list[np.ndarray]] = {}
+    specs_of_layers = [
+      {
+        entry.inner(leaf.path): [(x.shape, x.dtype) for x in specs]
+        for leaf, specs in entry.leaf_specs
+      }
+      for entry in entries
+    ]
+    for leaf in entries[0].leaves:
+      path = entries[0].inner(leaf.path)
+      specs = specs_of_layers[0][path]
+      if not leaf.type_name or leaf.is_expanded(integers):
+        specs = [(leaf.shape, leaf.dtype)]
+      elif any(x[path] != specs for x in specs_of_layers):
+        continue
+      self._arrays[path] = [host.empty((len(entries), *x), y) for x, y in specs]
 
   def start(self, decode: Any, start: pool.Start) -> None:
     """Starts to decode the layers into their rows."""
-    for row, i in enumerate(self.wanted):
-      rows = {path: [x[row, ...] for x in y] for path, y in self._memory.items()}
-      job = functools.partial(decode, self.records[i].name, rows=rows)
-      self._jobs.append(start(job))
+    self._jobs: list[futures.Future[decode_lib.Flat]] = []
+    for i, entry in enumerate(self._entries):
+      rows = {path: [x[i, ...] for x in y] for path, y in self._arrays.items()}
+      self._jobs.append(start(functools.partial(decode, entry.name, rows=rows)))
 
   def leaves(self, bar: progress.Progress) -> decode_lib.Flat:
     """Returns the stacked leaves by path when all layers are decoded."""
     leaves: dict[str, list[Any]] = {}
-    for i, job in zip(self.wanted, self._jobs, strict=True):
+    for entry, job in zip(self._entries, self._jobs, strict=True):
       for path, leaf in job.result().items():
-        leaves.setdefault(self.records[i].inner(path), []).append(leaf)
-      bar.update(self.records[i].input.bytes)
-    stacked: decode_lib.Flat = {}
-    for path, of_layers in leaves.items():
-      if not structured.is_structured(of_layers[0]):
-        stacked[f'{self._name}/{path}'] = self._memory[path][0]
-        continue
-      ranks = [record.rank(path) for record in self.records]
-      stack = type(of_layers[0]).stack
-      # The arrays of all processes have one shape.
-      leaf = stack(of_layers) if None in ranks else stack(of_layers, ranks)
-      stacked[f'{self._name}/{path}'] = leaf
-    return stacked
-
-
-def _allocate(
-  records: Sequence[manifest_lib.RecordEntry], count: int, integers: bool
-) -> decode_lib.Rows:
-  """Makes the memory for the leaves of layers in a stack, by path within a layer.
-
-  A leaf that is stored as arrays of different shapes in different layers has none.
-  """
-  specs_of_records = [
-    {
-      record.inner(leaf.path): [(x.shape, x.dtype) for x in specs]
-      for leaf, specs in record.leaf_specs
+        leaves.setdefault(entry.inner(path), []).append(leaf)
+      bar.update(entry.input.bytes)
+    return {
+      path: type(of_layers[0]).stack(of_layers)
+      if structured.is_structured(of_layers[0])
+      else self._arrays[path][0]
+      for path, of_layers in leaves.items()
     }
-    for record in records
-  ]
-  memory: dict[str, list[np.ndarray]] = {}
-  for leaf in records[0].leaves:
-    path = records[0].inner(leaf.path)
-    specs = specs_of_records[0][path]
-    if not leaf.type_name or leaf.is_expanded(integers):
-      specs = [(leaf.shape, leaf.dtype)]
-    elif any(x[path] != specs for x in specs_of_records):
-      continue
-    memory[path] = [host.empty((count, *shape), dtype) for shape, dtype in specs]
-  return memory
 
 
 def open_model(
@@ -199,7 +159,7 @@ class ModelDecoder:
     for path, spec in structured.flatten(self._specs(name)).items():
       dtype = spec.dtype.name
       leaves.append(manifest_lib.Leaf(path=path, shape=spec.shape, dtype=dtype))
-      stored_dtype = entries.stored_dtype(dtype)
+      stored_dtype = entries_lib.stored_dtype(dtype)
       arrays.append([stored_dtype, list(spec.shape), 0, [None], None])
     nbytes = sum(leaf.nbytes for leaf in leaves)
     return manifest_lib.RecordEntry(
