@@ -69,16 +69,17 @@ def pair_tables(counts, precision):
   return np.where(large, shared, frequencies)
 
 
-def read_contexts(data, shapes, kind, raised, top):
-  """The class of each unit, its table, what it tells, and frequencies `[K, A]`."""
+def read_contexts(data, shapes, kind, raised, top, known=None):
+  """The table of each unit, what its class tells, and frequencies `[K, A]`."""
   part, data = inflate(data)
   take, size = io.BytesIO(part).read, 2 if kind == 'floats' else 1
-  count = int.from_bytes(take(2), 'little')
-  length = count if size == 1 else 2 * len(shapes) if raised else 1
-  numbers = np.frombuffer(take(2 * length), '<i2').astype(np.int64)
+  count, number, start = np.frombuffer(take(6), '<i2').tolist()
+  entries = np.frombuffer(take(2 * number), np.uint8).reshape(2, -1)
+  entries = np.cumsum(entries, 1, np.uint8).astype(np.int64)
+  shapes = shapes if known is None else []
   heads = np.frombuffer(take(2 * len(shapes)), np.uint8).reshape(-1, 2).tolist()
-  tables, told = [], []
-  for i, ((mode, base), shape) in enumerate(zip(heads, shapes, strict=True)):
+  classes = [] if known is None else [known]
+  for (mode, base), shape in zip(heads, shapes, strict=True):
     rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
     each = 1 if columns % size else size  # columns that share a scale
     read = lambda n, has: (
@@ -87,27 +88,14 @@ def read_contexts(data, shapes, kind, raised, top):
     row, column = read(rows, mode & 1), read(columns // each, mode & 2)
     place = np.zeros((rows, columns), np.int64) + row[:, None]
     place = (place + column.repeat(each if mode & 2 else 1)).ravel()[::size]
-    if kind != 'floats':
-      tables.append(base + place)
-      told.append(numbers[base + place])
-    elif raised:
-      tables.append(numbers[2 * i] + place)
-      told.append(numbers[2 * i + 1] + 0 * place)
-    else:
-      tables.append(base + place & 3)
-      told.append((base + place >> 2 << top) + numbers[0])
+    classes.append(base + place)
+  classes = np.concatenate(classes)
   stored = stored_tables(data, count, 32 if size == 2 else 256)
   if size == 2:
     stored = pair_tables(stored, 12 if raised else 14)
-  return np.concatenate(tables), np.concatenate(told), stored
-
-
-def read_bands(data, classes, shifts):
-  """The table and the shift of each number of known classes, and frequencies."""
-  sizes, data = inflate(data)
-  tables = stored_tables(data, sizes.size, 256)
-  of_classes = np.arange(sizes.size).repeat(sizes)
-  return of_classes[classes], np.array(shifts)[classes], tables
+  if not number:
+    return classes & 3, (classes >> 2 << top) + start, stored
+  return *entries[:, classes], stored
 
 
 # ---- blocks ----------------------------------------------------------------------
@@ -281,15 +269,14 @@ def read_record(spec, stream):
     sizes = [math.prod(x[1]) for x in members]
     layout = kind, members[0][0], r, raised, top
     decoded = functools.partial(read_blocks, bodies[g], layout, sizes)
+    contexts = heads[g], [x[1] for x in members], kind, raised, top
     if kind == 'known':
       i, _ = members[0][3]
-      known[i] = lambda classes, shifts, decoded=decoded, head=heads[g], i=i: checked(
-        decoded(read_bands(head, classes, shifts))[0], arrays[i]
+      known[i] = lambda classes, decoded=decoded, contexts=contexts, i=i: checked(
+        decoded(read_contexts(*contexts, classes))[0], arrays[i]
       )
       continue
-    of_parts = decoded(
-      read_contexts(heads[g], [x[1] for x in members], kind, raised, top)
-    )
+    of_parts = decoded(read_contexts(*contexts))
     for (dtype, shape, _, key), part in zip(members, of_parts, strict=True):
       content[key] = part.astype(f'u{dtype.itemsize}').reshape(shape)
   for dtype, shape, group, key in parts:
@@ -367,7 +354,7 @@ def difference(s, a):
     levels = np.arange(-24, 4 * (m - 1))
     shifts = np.append(np.clip(levels // 4 - 3, 0, w - 8), w - 8)
     classes = np.clip(level + 24, 0, shifts.size - 1).ravel()
-    x = a['differences'](classes, shifts)
+    x = a['differences'](classes)
     bits = moved(b.ravel(), x, name)
     far = x == -1 << shifts[classes] + 7
     bits[far] = bits_of(a.get('exceptions', bits[:0]), 'i')

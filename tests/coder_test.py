@@ -1,5 +1,6 @@
 """Records of arrays come back bit for bit, in about as many bytes as their entropy."""
 
+from concurrent import futures
 import copy
 import json
 import math
@@ -14,7 +15,6 @@ import numpy as np
 
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import coder
-from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
@@ -180,17 +180,14 @@ RATES = {
 
 
 def differences(size=300_000, seed=0):
-  """Returns integers of several classes, what is known, and their entropy."""
+  """Returns integers of several classes, these classes, and their entropy."""
   rng = np.random.default_rng(seed)
-  shifts = (0, 0, 0, 1, 2, 4, 5, 9)
   deviations = np.array([0.1, 1, 8, 40, 100, 400, 700, 5000])
   classes = rng.integers(0, 8, size).astype(np.uint8)
-  bound = 2.0 ** (np.array(shifts)[classes] + 7)
-  array = rng.normal(size=size) * deviations[classes]
-  array = np.clip(np.rint(array), -bound, bound - 1).astype(np.int32)
+  array = np.rint(rng.normal(size=size) * deviations[classes]).astype(np.int32)
   ideal = sum(entropy(array[classes == i]) for i in range(4))
   ideal += sum(np.sum(classes == i) * gaussian(deviations[i]) for i in range(4, 8))
-  return array, known_lib.Known(classes, shifts), ideal
+  return array, classes, ideal
 
 
 class RecordsTest(parameterized.TestCase):
@@ -212,7 +209,7 @@ class RecordsTest(parameterized.TestCase):
       size = round_trip([array.astype(dtype)], {0: known})
       self.assertLess(size, 1.003 * ideal + 1500)
     both = [normal((70, 90), np.float16), array, array[:9].astype(np.int8)]
-    few = known_lib.Known(known.classes[:9], known.shifts)
+    few = known[:9].copy()
     encoded = coder.encode(both, {1: known, 2: few})
     seen = []
 
@@ -256,7 +253,7 @@ class RecordsTest(parameterized.TestCase):
     for count in (1, 2, 5):
       with (
         mock.patch.object(pool, 'threads', lambda count=count: count),
-        mock.patch.object(pool, '_pools', {}),
+        mock.patch.object(pool, '_POOL', futures.ThreadPoolExecutor(5, '', pool._set)),
         mock.patch.object(blocks, 'CAPACITY', 4000),
       ):
         round_trip(arrays)
@@ -404,7 +401,7 @@ def test_golden_record():
   powers = np.where(i * i % 7 > 2, -1, 1) * 2.0 ** (i // 30 % 4 - i % 3)
   given = [whole, powers.astype(np.float16).reshape(80, 60), powers * (i % 3 > 0)]
   given[2] = given[2].astype(np.float32)
-  known = known_lib.Known((i % 3).astype(np.uint8), (0, 1, 9))
+  known = (i % 3).astype(np.uint8)
   given.append(((i * i % 101 - 50) * (i % 3 * 20)).astype(np.int16))
   encoded = coder.encode(given, {3: known})
   spec = json.dumps(dump(encoded.spec), separators=(',', ':'))

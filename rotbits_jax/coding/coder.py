@@ -17,13 +17,12 @@ the number of threads.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import contexts as contexts_lib
-from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
@@ -36,7 +35,7 @@ _GROUPS = 16  # that are decoded at once, because their tables may be large
 
 _Job = Callable[[], None]
 
-_NONE: Mapping[int, known_lib.Known] = types.MappingProxyType({})
+_NONE: Mapping[int, Any] = types.MappingProxyType({})
 
 
 class Encoded(NamedTuple):
@@ -47,14 +46,16 @@ class Encoded(NamedTuple):
 
 
 def encode(
-  arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known] = _NONE
+  arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray] = _NONE
 ) -> Encoded:
   """Encodes arrays as one record.
 
   Args:
     arrays: arrays of dtypes in `specs.DTYPES`, with any strides.
-    known: what the decoder will know of the integers of some arrays, by their indices.
-      These are signed, of at most 32 bits, and have elements.
+    known: the classes of the elements of some arrays, uint8 in C order, by the indices
+      of the arrays. The decoder must know them. Elements of one class should be of
+      similar size, and those of higher classes larger. The arrays are of integers of at
+      most 32 bits, and have elements.
 
   Raises:
     ValueError: if a dtype cannot be stored.
@@ -69,7 +70,7 @@ def encode(
   indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
   for i, (group, group_units) in enumerate(zip(plan.groups, units, strict=True)):
     indices |= {x[:2]: i for x in group.parts}
-    heads.append(contexts_lib.to_bytes(group.contexts, group.layout))
+    heads.append(contexts_lib.to_bytes(group.contexts))
     group_blocks = [next(coded) for _ in group_units.starts()]
     bodies += group_blocks
     layout, is_known = group.layout, group.contexts.is_known
@@ -102,7 +103,7 @@ def encode(
 
 
 def estimate(
-  arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known] = _NONE
+  arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray] = _NONE
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
   plan = _plan(arrays, known)
@@ -110,9 +111,7 @@ def estimate(
   return coded + sum(x.numbers.nbytes for x in plan.plain)
 
 
-def _plan(
-  arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]
-) -> plans.Plan:
+def _plan(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> plans.Plan:
   for array in arrays:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
@@ -124,7 +123,7 @@ def decode(
   data: np.ndarray | memoryview,
   *,
   out: Sequence[np.ndarray] | None = None,
-  known: Mapping[int, Callable[[], known_lib.Known]] = types.MappingProxyType({}),
+  known: Mapping[int, Callable[[], np.ndarray]] = _NONE,
 ) -> list[np.ndarray]:
   """Decodes a record: the inverse of `encode`.
 
@@ -163,14 +162,14 @@ def decode(
   if groups_known.keys() != known.keys():
     raise ValueError(f'the arrays {[*groups_known]} have known classes, got {[*known]}')
 
-  def jobs_of(
-    i: int, classes: known_lib.Known | None = None
-  ) -> Iterator[Callable[[], None]]:
+  def jobs_of(i: int, classes: np.ndarray | None = None) -> Iterator[_Job]:
     layout = spec.groups[i].layout(members[i][0].dtype)
-    shapes = [x.shape for x in members[i]]
-    contexts = contexts_lib.from_bytes(heads[i], layout, shapes, classes)
-    units = _Units(layout, contexts, [parts[x.array][x.part] for x in members[i]])
-    return units.decode_jobs(bodies[i])
+    shapes = [x.shape for x in members[i]] if classes is None else []
+    contexts = contexts_lib.from_bytes(heads[i], layout, shapes)
+    if classes is not None:
+      contexts = contexts._replace(classes=(classes,))
+    outputs = [parts[x.array][x.part] for x in members[i]]
+    return _Units(layout, contexts, outputs).decode_jobs(bodies[i])
 
   def finish(indices: Sequence[int]) -> None:
     pool.each(lambda i: _finish(i, spec.arrays[i], parts[i]), indices)
@@ -183,10 +182,7 @@ def decode(
     pool.run([job for group in indices[i : i + _GROUPS] for job in jobs_of(group)])
   finish([i for i in range(len(arrays)) if i not in groups_known])
   for i, group in groups_known.items():
-    classes = known[i]().check(arrays[i].size)
-    if max(classes.shifts) != spec.groups[group].raw_bits:
-      raise ValueError(f'array {i} cannot have shifts up to {max(classes.shifts)}')
-    pool.run([*jobs_of(group, classes)])
+    pool.run([*jobs_of(group, known[i]().reshape(-1))])
   finish([*groups_known])
   return arrays
 
@@ -229,7 +225,8 @@ class _Units(NamedTuple):
     """Writes the classes of the units from `start` on."""
     for i, place, count, first in self._spans(start, out.size):
       shape, size = self.arrays[i].shape, self.layout.size
-      self.contexts.classes[i].write(out[place : place + count], first, shape, size)
+      part = out[place : place + count]
+      contexts_lib.write(self.contexts.classes[i], part, first, shape, size)
 
   def _read(self, start: int, out: np.ndarray) -> None:
     """Copies the bit patterns of the units from `start` on."""

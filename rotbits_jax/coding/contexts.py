@@ -8,9 +8,10 @@ or on both as a product. So few tables serve many arrays. An array is taken as a
 its last axis is that of columns, and all others together are that of rows. A unit of
 two numbers has the row of its first one; two columns share a scale if C is even.
 
-The encoder chooses the scales and the tables, and the decoder reads them.
+The encoder chooses the scales and the tables, and the decoder reads them. Classes that
+both know from elsewhere take no bytes.
 
-Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols.
+Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols, N classes.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rotbits_jax.coding import blocks
-from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
+
+CLASSES = 256
+"""The greatest N."""
 
 Shape = tuple[int, ...]
 
@@ -44,8 +47,6 @@ class Scales(NamedTuple):
   base: int  # the class to which they are added
   rows: np.ndarray  # uint8 `[R]`, or `[1]` if all rows have the same
   columns: np.ndarray  # the same for columns, see `line_sizes`
-  table: int = 0  # the table of the class `base`, if small floats share a step
-  min_exponent: int = 1  # that of the array, if small floats share a step
 
   @property
   def greatest(self) -> int:
@@ -54,7 +55,7 @@ class Scales(NamedTuple):
 
   @property
   def entropy_bytes(self) -> float:
-    return sum(tables.entropy_bits(np.bincount(x)) for x in self[1:3]) / 8
+    return sum(tables.entropy_bits(np.bincount(x)) for x in self[1:]) / 8
 
   def write(self, out: np.ndarray, start: int, shape: Shape, size: int) -> None:
     """Writes the classes, uint8 `[n]`, of units from `start` on in C order.
@@ -81,100 +82,94 @@ class Scales(NamedTuple):
     out[:] = grid.reshape(-1)[first - low * width :: step][: out.size]
 
 
+Classes = Scales | np.ndarray
+"""The scales of an array, or, if they are known, the class of each of its units."""
+
+
+def write(
+  classes: Classes, out: np.ndarray, start: int, shape: Shape, size: int
+) -> None:
+  """Writes the classes of units, see `Scales.write`; those of all may be known."""
+  if isinstance(classes, Scales):
+    classes.write(out, start, shape, size)
+  else:
+    out[...] = classes[start : start + out.size]
+
+
 class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables."""
 
-  classes: tuple[Scales | known_lib.Bands, ...]  # the classes of each array
-  # int64. Of integers, the K shifts; of floats, the least offset of a bin, but none if
-  # steps are shared.
-  numbers: np.ndarray
+  classes: tuple[Classes, ...]  # those of each array
+  # int64 `[N, 2]`, see `layouts`: the table of each class, and its shift or minimum
+  # exponent. Floats that share no step have `[0, 2]`, and an offset.
+  entries: np.ndarray
+  start: int  # the least offset of a bin, else 0
   frequencies: np.ndarray  # int64 `[K, A]`
 
   @property
   def is_known(self) -> bool:
-    return isinstance(self.classes[0], known_lib.Bands)
+    return isinstance(self.classes[0], np.ndarray)
 
   def tables(self, layout: layouts.Layout) -> layouts.Tables:
     """Returns the tables for the programs of the layout."""
-    if isinstance(layout, layouts.Integers):
-      return layout.tables(self.frequencies, self.numbers)
-    if not layout.raised:
-      return layout.tables(self.frequencies, self.numbers[:0], int(self.numbers[0]))
-    meanings = np.zeros(256, np.int64)
-    for scales in self.classes:
-      assert isinstance(scales, Scales)
-      classes = np.arange(scales.base, scales.greatest + 1)
-      table = classes - scales.base + scales.table
-      meanings[classes] = table | scales.min_exponent << 8
-    return layout.tables(self.frequencies, meanings, 0)
+    classes = np.zeros(CLASSES, np.uint32)
+    classes[: len(self.entries)] = self.entries[:, 0] | self.entries[:, 1] << 8
+    return layout.tables(self.frequencies, classes, self.start)
 
 
 # ---- bytes ---------------------------------------------------------------------------
 
 
-def to_bytes(contexts: Contexts, layout: layouts.Layout) -> bytes:
+def to_bytes(contexts: Contexts) -> bytes:
   """Serialises contexts; `from_bytes` describes the bytes."""
-  heads, lines, numbers = [], [], contexts.numbers.tolist()
-  for classes in contexts.classes:
-    if isinstance(classes, known_lib.Bands):
-      lines.append(classes.sizes.tobytes())
-      continue
-    rows, columns = classes.rows, classes.columns
-    heads += [(rows.size > 1) + 2 * (columns.size > 1), classes.base]
+  entries = contexts.entries
+  sizes = np.array([len(contexts.frequencies), len(entries), contexts.start])
+  heads, lines = list[int](), list[bytes]()
+  for base, rows, columns in () if contexts.is_known else contexts.classes:
+    heads += [(rows.size > 1) + 2 * (columns.size > 1), base]
     # A scale that all lines share is part of the base.
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
-    if layout.raised:
-      numbers += [classes.table, classes.min_exponent]
-  head = np.array([len(contexts.frequencies), *numbers]).astype('<i2').tobytes()
-  head = b'' if contexts.is_known else head + np.array(heads, np.uint8).tobytes()
-  return tables.deflate(head + b''.join(lines)) + tables.to_bytes(contexts.frequencies)
+  parts = [sizes.astype('<i2'), np.diff(entries.T, prepend=0).astype(np.uint8)]
+  data = b''.join([*(x.tobytes() for x in parts), bytes(heads), *lines])
+  return tables.deflate(data) + tables.to_bytes(contexts.frequencies)
 
 
 def from_bytes(
-  data: bytes,
-  layout: layouts.Layout,
-  shapes: Sequence[Shape],
-  known: known_lib.Known | None = None,
+  data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]
 ) -> Contexts:
   """Makes contexts from bytes: the inverse of `to_bytes`.
 
   The bytes are a raw Deflate stream and stored tables, see `tables.from_bytes`. The
-  stream has K, uint16; then int16 each: the least offset of a bin of floats, the table
-  and the minimum exponent of each array if steps are shared, or the K shifts; for each
-  array a mode and the base, uint8 each. The mode is 1 if rows differ, plus 2 if columns
-  differ. Then follow the scales of the rows and columns that differ, uint8. If the
-  classes are known, the stream has the sizes of the bands, uint8, and nothing else.
+  stream has K, N and the least offset, int16 each; the tables of the N classes, and
+  then what else these tell, uint8, each as the difference from the one before; and for
+  each array a mode and the base, uint8 each. The mode is 1 if rows differ, plus 2 if
+  columns differ. Then follow the scales of the rows and columns that differ, uint8.
 
   Args:
     data: the bytes.
     layout: the layout.
-    shapes: the shapes of the M arrays.
-    known: the classes of the only array, if they are known.
+    shapes: the shapes of the M arrays; none if their classes are known.
   """
-  is_float, is_raised = isinstance(layout, layouts.Floats), layout.raised
-  alphabet = layouts.BINS if is_float else layouts.WINDOW
-  if known is not None:
-    sizes, data = tables.inflate(data, len(known.shifts))
-    if not sizes.all() or int(sizes.sum()) != len(known.shifts):
-      raise ValueError(f'{sizes.size} bands do not have {len(known.shifts)} classes')
-    bands = known_lib.Bands(known, sizes)
-    frequencies = tables.from_bytes(data, sizes.size, alphabet)
-    return Contexts((bands,), bands.shifts, frequencies)
   lengths = [line_sizes(shape, layout.size) for shape in shapes]
-  most = 2 + 2 * layout.most_tables + 6 * len(shapes) + sum(map(sum, lengths))
+  most = 6 + 2 * CLASSES + sum(2 + sum(x) for x in lengths)
   head, data = tables.inflate(data, most)
-  count = int(head[:2].view('<u2')[0]) if head.size > 1 else 0
-  end = 2 + 2 * (2 * len(shapes) if is_raised else 1 if is_float else count)
+  count, number, start = head[:6].view('<i2').tolist() if head.size >= 6 else (0, 0, 0)
+  end = 6 + 2 * number
   position = end + 2 * len(shapes)
-  if not 0 < count <= layout.most_tables or head.size < position:
+  has_entries = layout.most_tables == CLASSES
+  if (
+    not 0 < count <= layout.most_tables
+    or not (0 < number <= CLASSES if has_entries else number == 0 and count == 4)
+    or head.size < position
+  ):
     raise ValueError(f'the contexts of {count} tables are cut short or too many')
-  numbers = head[2:end].view('<i2').astype(np.int64)
-  if not is_float and (np.any(numbers < 0) or np.max(numbers) != layout.raw_bits):
-    raise ValueError(f'the shifts of tables must be up to {layout.raw_bits}')
-  starts = numbers.reshape(-1, 2).tolist() if is_raised else [[0, 1]] * len(shapes)
+  entries = np.cumsum(head[6:end].reshape(2, -1), axis=1, dtype=np.uint8)
+  layout.check_entries(entries)
+  if has_entries and entries[0].max() >= count:
+    raise ValueError(f'a class needs one of {count} tables')
   classes = []
-  for (mode, base), start, line_lengths in zip(
-    head[end:position].reshape(-1, 2).tolist(), starts, lengths, strict=True
+  for (mode, base), line_lengths in zip(
+    head[end:position].reshape(-1, 2).tolist(), lengths, strict=True
   ):
     lines = [np.zeros(1, np.uint8), np.zeros(1, np.uint8)]
     for axis, length in enumerate(line_lengths):
@@ -183,19 +178,14 @@ def from_bytes(
         position += length
         if lines[axis].size != length or not length:
           raise ValueError('the scales of the arrays are cut short')
-    scales = Scales(base, lines[0], lines[1], *start)
-    last_table = scales.table + scales.greatest - base
-    has_tables = 0 <= scales.table <= last_table < count and scales.min_exponent > 1
-    if (
-      mode > 3
-      or scales.greatest >= (256 if is_float else count)
-      or (is_raised and not has_tables)
-      # A block of few units makes the classes of whole rows.
-      or (mode and line_lengths[1] > blocks.CAPACITY)
-    ):
-      raise ValueError(f'scales of the mode {mode} do not fit {count} tables')
+    scales = Scales(base, *lines)
+    # A block of few units makes the classes of whole rows.
+    if mode > 3 or (mode and line_lengths[1] > blocks.CAPACITY):
+      raise ValueError(f'scales cannot have the mode {mode}')
+    if scales.greatest >= (number if has_entries else CLASSES):
+      raise ValueError(f'scales do not fit {number} classes')
     classes.append(scales)
-  if head.size != position or (is_float and not is_raised and count != 4):
+  if head.size != position:
     raise ValueError(f'the scales need {position} bytes, got {head.size}')
-  numbers = numbers[:0] if is_raised else numbers
-  return Contexts(tuple(classes), numbers, tables.from_bytes(data, count, alphabet))
+  frequencies = tables.from_bytes(data, count, layout.alphabet)
+  return Contexts(tuple(classes), entries.T.astype(np.int64), start, frequencies)

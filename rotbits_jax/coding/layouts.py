@@ -34,8 +34,8 @@ Both lines give the same result for the exponent f, because IEEE 754 defines sub
 numbers in this way. Then bins are counted from the step, without an offset, and the
 table is that of the scale above the step. The class tells the table and f.
 
-**Integers.** A unit is a number x. Its class is the number of its table, and tells how
-many raw bits it has, its *shift* s. With b = 128 for signed integers and 0 for others,
+**Integers.** A unit is a number x. Its class tells its table and how many raw bits it
+has, its *shift* s. With b = 128 for signed integers and 0 for others,
 
     n = x + b 2^s        symbol = n >> s < 256         raw bits = n & (2^s - 1)
 
@@ -106,8 +106,8 @@ class Tables(NamedTuple):
   # integers.
   slots: np.ndarray
   intervals: np.ndarray  # uint32 `[K A]`, those of the A symbols of each table
-  # The entry of each class, uint32 `[256]`: of integers the shift; of floats that share
-  # a step the table in the low 8 bits, and the minimum exponent above.
+  # The entry of each class, uint32 `[256]`: the table in the low 8 bits, and above them
+  # the minimum exponent or the shift. Unused where floats share no step.
   classes: np.ndarray
   start: np.ndarray  # uint32, of floats the least offset
 
@@ -122,6 +122,7 @@ class Floats:
   top: int = 1  # t, bits of the mantissa that belong to a bin
 
   type_name: ClassVar[str] = 'floats'
+  alphabet: ClassVar[int] = BINS  # of a stored table
   size: ClassVar[int] = 2  # numbers of a unit
   pushes: ClassVar[int] = 1  # of a unit
   word: ClassVar[np.dtype] = np.dtype(np.uint32)  # units are words of this dtype
@@ -133,6 +134,11 @@ class Floats:
       and 1 <= self.top <= 2
       and 1 <= self.raw_bits <= self.format.mantissa + 1 - self.top
     )
+
+  def check_entries(self, entries: np.ndarray) -> None:
+    """Raises a ValueError if classes cannot tell this: uint8 `[2, N]`."""
+    if self.raised and entries[1].min() < 2:
+      raise ValueError('a minimum exponent must be above 1')
 
   @property
   def format(self) -> Format:
@@ -153,9 +159,9 @@ class Floats:
     return 256 if self.raised else 4
 
   @property
-  def most_offset(self) -> int:
-    """The greatest offset: with a greater one numbers could look like a NaN."""
-    return self.all_ones - BINS
+  def offsets(self) -> tuple[int, int]:
+    """The least and the greatest offset: with them, bin 31 never looks like a NaN."""
+    return 1 - BINS, self.all_ones - BINS
 
   @property
   def all_ones(self) -> int:
@@ -289,7 +295,7 @@ class Floats:
         number = raised(number, self.format, told >> 8)
       magnitude = number & ((1 << width - 1) - 1)
       distance = ((magnitude >> low) - offset).astype(jnp.int32)
-      within = jnp.where(is_marker, 0, jnp.clip(distance, 0, BINS - 1))
+      within = jnp.where(is_marker, BINS - 1, jnp.clip(distance, 0, BINS - 1))
       symbol = symbol << 5 | within.astype(jnp.uint32)
       outside = outside | is_marker | (within != distance)
       tail = magnitude & ((1 << low) - 1)
@@ -309,7 +315,7 @@ class Floats:
 
     Args:
       counts: int64 `[K, 32]`, rows that add up to 2^14, of bins.
-      classes: `[256]`, the entries of classes; empty unless steps are shared.
+      classes: uint32 `[256]`, the entries of classes.
       start: the least offset.
     """
     frequencies = tables.of_pairs(counts, self.precision)
@@ -326,7 +332,7 @@ class Floats:
     return Tables(
       _filled(slots, self.most_tables << self.precision),
       _filled(intervals, self.most_tables * BINS * BINS),
-      classes.astype(np.uint32),
+      classes,
       np.array(start).astype(np.uint32),
     )
 
@@ -336,9 +342,10 @@ class Integers:
   """The layout of integers of at most 32 bits."""
 
   dtype: np.dtype
-  raw_bits: int  # the greatest shift of a table
+  raw_bits: int  # the greatest shift of a class
 
   type_name: ClassVar[str] = 'integers'
+  alphabet: ClassVar[int] = WINDOW
   raised: ClassVar[bool] = False
   top: ClassVar[int] = 0
   size: ClassVar[int] = 1
@@ -351,6 +358,11 @@ class Integers:
     """Returns whether there is such a layout."""
     is_integer = self.dtype.kind in 'iu' and self.dtype.itemsize <= 4
     return is_integer and 0 <= self.raw_bits <= MOST_SHIFT
+
+  def check_entries(self, entries: np.ndarray) -> None:
+    """Raises a ValueError if classes cannot tell this: uint8 `[2, N]`."""
+    if entries[1].max() != self.raw_bits:
+      raise ValueError(f'the shifts of classes must be up to {self.raw_bits}')
 
   @property
   def program(self) -> Self:
@@ -383,10 +395,12 @@ class Integers:
   ) -> jax.Array:
     """Decodes a number of each lane; see `Floats.decode_step`."""
     del pieces
+    told = _get(coder_tables.classes, classes)
+    table = told & 255
 
     def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-      symbol = _get(coder_tables.slots, classes << self.precision | slot)
-      entry = _get(coder_tables.intervals, classes << 8 | symbol)
+      symbol = _get(coder_tables.slots, table << self.precision | slot)
+      entry = _get(coder_tables.intervals, table << 8 | symbol)
       return symbol.astype(jnp.uint32), *_interval(entry)
 
     def uniform(size: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
@@ -395,10 +409,9 @@ class Integers:
       return raw, raw << rest, jnp.uint32(1) << rest
 
     number = pop(lookup, self.precision) - jnp.uint32(self.bias)
-    if self.pushes > 1:
-      for size in self._raw_sizes(_get(coder_tables.classes, classes)):
-        raw = pop(functools.partial(uniform, size), _MOST_RAW)
-        number = number << size | raw
+    for size in self._raw_sizes(told >> 8):
+      raw = pop(functools.partial(uniform, size), _MOST_RAW)
+      number = number << size | raw
     return number.astype(self.word)[:, None]
 
   def encode_step(
@@ -406,13 +419,12 @@ class Integers:
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
     """Divides a number of each lane; see `Floats.encode_step`."""
     signed = unit[:, 0].view(self.dtype).astype(np.int32 if self.bias else np.uint32)
-    left = jnp.zeros_like(classes)
-    if self.pushes > 1:
-      left = _get(coder_tables.classes, classes)
+    told = _get(coder_tables.classes, classes)
+    left = told >> 8
     # The shift of signed integers copies the sign.
     top = (signed >> left.astype(signed.dtype)).view(jnp.uint32) + jnp.uint32(self.bias)
     symbol = jnp.minimum(top, WINDOW - 1)
-    entry = _get(coder_tables.intervals, classes << 8 | symbol)
+    entry = _get(coder_tables.intervals, (told & 255) << 8 | symbol)
     intervals = [(*_interval(entry), self.precision)]
     for size in self._raw_sizes(left):
       left = left - size
@@ -422,8 +434,8 @@ class Integers:
     mark = jnp.where((symbol != top) | (entry >> 31 > 0), EXCEPTION, 0)
     return intervals, [], mark.astype(jnp.uint16)
 
-  def tables(self, frequencies: np.ndarray, shifts: np.ndarray) -> Tables:
-    """Makes the tables, of frequencies `[K, 256]` and shifts `[K]`."""
+  def tables(self, frequencies: np.ndarray, classes: np.ndarray, start: int) -> Tables:
+    """Makes the tables, given frequencies `[K, 256]`; see `Floats.tables`."""
     starts = np.cumsum(frequencies, axis=1) - frequencies
     # A symbol that does not occur is an exception, coded as the most frequent one.
     best = np.argmax(frequencies, axis=1, keepdims=True)
@@ -435,8 +447,8 @@ class Integers:
     return Tables(
       _filled(owners, size << self.precision, np.uint8),
       _filled(np.where(frequencies > 0, intervals, other), size * WINDOW),
-      _filled(shifts, size),
-      np.zeros((), np.uint32),
+      classes,
+      np.array(start, np.uint32),
     )
 
 

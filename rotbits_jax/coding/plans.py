@@ -2,10 +2,10 @@
 
 An array is coded as it is or as several parts, see `sparse`. Parts of one layout form a
 group, which shares frequency tables. A part that coding does not make smaller is stored
-as it is. Frequencies are those of a sample: they only decide how many bytes the numbers
-take.
+as it is. Shifts and frequencies follow from samples: they only decide how many bytes
+the numbers take.
 
-Shape letters: n units, S numbers of a unit, K tables, A symbols.
+Shape letters: n units, S numbers of a unit, N classes, K tables, A symbols.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ import numpy as np
 
 from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import formats
-from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import scales as scales_lib
@@ -29,16 +28,15 @@ from rotbits_jax.system import host
 _SAMPLE, _RUN = 1 << 17, 1 << 10  # units that tell frequencies, in runs of neighbours
 _INTEGERS = 1 << 20  # units of integers, because these have more tables
 _FEW = 1 << 12  # units that tell whether lines have scales
-_LARGE = 1 << 19  # numbers of parts that have tables of their own
-_SMALL = 1 << 12  # numbers of parts that share a layout and tables
+_SMALL = 1 << 12  # numbers of parts that share a layout
 _RARE = 1 << 17  # an integer that is rarer than one in so many is an exception
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _RAISED_CLASSES = 32  # of a part that shares a step
 _BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
+_BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
 _FINER_BYTES = 400  # that finer bins must save
 _PLACE_BITS = 24  # of an exception, and those of the unit
-_INTEGER_CLASSES = 144
-_SHIFTED = 6  # the octave of the classes of integers above which they have raw bits
+_WIDEST = 8  # times the mean size of signed integers that a class has symbols for
 
 
 class Part(NamedTuple):
@@ -67,7 +65,7 @@ class Plan(NamedTuple):
   plain: list[Part]  # the parts that are stored as they are
 
 
-def make(arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]) -> Plan:
+def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
   """Plans a record of arrays; of the integers of some the classes are known."""
   whole = pool.each(host.contiguous, arrays)
   zeros, forms = [], pool.each(_divided, whole)
@@ -78,7 +76,11 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, known_lib.Known]) -> 
   groups = _groups([x for x in parts if x.array not in known])
   for i, classes in known.items():
     (part,) = (x for x in parts if x.array == i)
-    groups.append(_known_group(part, classes.check(part.numbers.size)))
+    if classes.dtype != np.uint8 or classes.size != part.numbers.size:
+      raise ValueError(
+        f'{part.numbers.size} integers cannot have {classes.size} classes'
+      )
+    groups.append(_integer_group([part], classes.reshape(-1)))
   coded = {x[:2] for group in groups for x in group.parts}
   return Plan(whole, zeros, groups, [x for x in parts if x[:2] not in coded])
 
@@ -108,7 +110,7 @@ def _smaller(group: Group) -> Group | None:
   plain = [x.numbers.nbytes for x in group.parts]
   kept = [i for i, nbytes in enumerate(group.nbytes) if nbytes < plain[i]]
   saved = sum(plain[i] - group.nbytes[i] for i in kept)
-  if saved < len(contexts_lib.to_bytes(group.contexts, group.layout)) + _GROUP_BYTES:
+  if saved < len(contexts_lib.to_bytes(group.contexts)) + _GROUP_BYTES:
     return None
   pick = lambda values: [values[i] for i in kept]
   contexts = group.contexts._replace(classes=tuple(pick(group.contexts.classes)))
@@ -121,41 +123,45 @@ def _smaller(group: Group) -> Group | None:
 class _Sample(NamedTuple):
   """Units from all over a part."""
 
-  tables: np.ndarray  # int64 `[n]`, the table of each unit
-  symbols: np.ndarray  # int64 `[n, S]`, those of numbers, which may be out of bounds
+  units: np.ndarray  # `[n, S]`
+  classes: np.ndarray  # int64 `[n]`
   weight: float  # how many units of the part one of the sample stands for
 
-  def counts(self, count: int, alphabet: int, first: int = 0) -> np.ndarray:
-    """Counts symbols, from `first` on: `[K, A]`, in proportion to the whole part."""
-    symbols = self.symbols - first
-    inside = (symbols >= 0) & (symbols < alphabet)
-    places = (self.tables[:, None] * alphabet + symbols)[inside]
-    counts = np.bincount(places, minlength=count * alphabet)
-    return counts.reshape(count, alphabet) * self.weight
 
-
-def _sampled(
-  units: np.ndarray,
-  classes: contexts_lib.Scales | known_lib.Bands,
-  shape: contexts_lib.Shape,
-  most: int,
-) -> tuple[np.ndarray, np.ndarray, float]:
-  """Returns some of the units `[n, S]` of a part, their classes, and their weight."""
+def _sample(
+  units: np.ndarray, classes: contexts_lib.Classes, shape: contexts_lib.Shape, most: int
+) -> _Sample:
+  """Takes about `most` of the units `[n, S]` of a part of this shape."""
   runs = [slice(0, len(units))]
   if len(units) > most:
     starts = np.linspace(0, len(units) - _RUN, max(most // _RUN, 1)).astype(int)
     runs = [slice(x, x + _RUN) for x in starts.tolist()]
   sample = np.concatenate([units[run] for run in runs])
-  places, size = np.empty(len(sample), np.uint8), runs[0].stop
-  for i, run in enumerate(runs):  # which have one size
-    classes.write(places[i * size : (i + 1) * size], run.start, shape, units.shape[1])
-  return sample, places.astype(np.int64), len(units) / len(sample)
+  places = np.empty((len(runs), runs[0].stop), np.uint8)
+  for place, run in zip(places, runs, strict=True):
+    contexts_lib.write(classes, place, run.start, shape, units.shape[1])
+  return _Sample(sample, places.astype(int).reshape(-1), len(units) / len(sample))
+
+
+def _counts(
+  rows: np.ndarray, symbols: np.ndarray, alphabet: int, weight: float
+) -> np.ndarray:
+  """Counts the symbols `[n, S]` that are in an alphabet, by row: `[256, A]`."""
+  places = (rows[:, None] * alphabet + symbols)[(symbols >= 0) & (symbols < alphabet)]
+  counts = np.bincount(places, minlength=contexts_lib.CLASSES * alphabet)
+  return counts.reshape(-1, alphabet) * weight
+
+
+def _bits(counts: np.ndarray) -> np.ndarray:
+  """Returns the bits of each symbol with tables of these counts or frequencies."""
+  shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+  return -np.log2(np.maximum(shares, 2.0**-40))
 
 
 def _nbytes(
   array: np.ndarray, counts: np.ndarray, bits: np.ndarray, layout: layouts.Layout
 ) -> float:
-  """Returns about the bytes of a part, given the bits of each symbol: `[K, A]`."""
+  """Returns about the bytes of a part, given the bits of each symbol: `[..., A]`."""
   numbers = max(array.size // layout.size, 1) * layout.size  # that are in the counts
   exception = _PLACE_BITS + 8 * layout.size * array.itemsize
   cost = (counts * bits).sum() + max(numbers - counts.sum(), 0) * exception
@@ -163,19 +169,37 @@ def _nbytes(
   return float(array.size * (cost / numbers + raw_bits)) / 8
 
 
-def _bits(counts: np.ndarray) -> np.ndarray:
-  """Returns the bits of each symbol with tables of these counts or frequencies."""
-  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-  return -np.log2(np.maximum(shares, 2.0**-40))
+def _merged(counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Merges the tables of classes that are neighbours in an order, where it saves bits.
+
+  Args:
+    counts: those of the symbols of each class, `[N, A]`.
+    order: the classes, in an order in which neighbours have similar tables.
+
+  Returns:
+    The table of each class, `[N]`; and the counts of the tables, `[K, A]`.
+  """
+  rows, row_of = counts[order], np.arange(len(order))
+  while True:
+    bits = _table_bits(rows)
+    saved = bits[:-1] + bits[1:] - _table_bits(rows[:-1] + rows[1:])
+    around = np.pad(saved, 1, constant_values=-1.0)
+    is_joined = (saved >= 0) & (saved >= around[:-2]) & (saved > around[2:])
+    if not is_joined.any():
+      break
+    row_of = np.cumsum(np.append(True, ~is_joined))[row_of] - 1
+    rows = np.add.reduceat(rows, np.flatnonzero(np.append(True, ~is_joined)))
+  table_of = np.empty_like(row_of)
+  table_of[order] = row_of
+  return table_of, rows
 
 
-def _everywhere(counts: np.ndarray) -> np.ndarray:
-  """Gives tables without counts those of the nearest table that has some."""
-  (used,) = np.nonzero(counts.any(axis=1))
-  if not used.size:
-    return np.ones_like(counts)
-  nearest = np.abs(np.arange(len(counts))[:, None] - used).argmin(axis=1)
-  return counts[used[nearest]]
+def _table_bits(counts: np.ndarray) -> np.ndarray:
+  """Returns about the bits of symbols and of their tables: `[...]`."""
+  whole = np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+  shares = np.maximum(counts / whole, 1 / tables.TOTAL)
+  bits = -(counts * np.log2(shares)).sum(axis=-1)
+  return bits + 8 * np.count_nonzero(counts, axis=-1)
 
 
 # ---- floats --------------------------------------------------------------------------
@@ -187,40 +211,54 @@ class _Draft(NamedTuple):
   part: Part
   layout: layouts.Floats
   min_exponent: int
-  lines: scales_lib.Lines  # their classes; tables if small numbers share a step
+  lines: scales_lib.Lines  # of steps, if small numbers share one
 
-  @property
-  def most(self) -> int:
-    """The greatest class."""
-    return _RAISED_CLASSES - 1 if self.layout.raised else 255
-
-  def above(self, least: int) -> '_Draft':
-    """Counts classes from a whole octave on, as offsets do, unless steps are shared."""
-    octave = -(-least // scales_lib.STEPS) * scales_lib.STEPS
+  def scales(self, octave: int, start: int = 0) -> contexts_lib.Scales:
+    """Returns the scales, counted from an octave with the offset `start`."""
     if self.layout.raised:
-      return self
-    return self._replace(lines=self.lines.above(octave))
+      return self.lines.scales(0, _RAISED_CLASSES - 1)
+    most = scales_lib.STEPS * (self.layout.offsets[1] - start >> self.layout.top) + 3
+    lines = self.lines.above(scales_lib.STEPS * octave)
+    return lines.scales(0, min(most, contexts_lib.CLASSES - 1))
 
-  def sample(self, scales: contexts_lib.Scales, most: int) -> _Sample:
-    """Looks at pairs; a last number without a pair is left out."""
+  def counts(self, scales: contexts_lib.Scales, octave: int, most: int) -> np.ndarray:
+    """Counts the bins of a sample: `[256, 32]` by class, or `[256, 128]` by table."""
     bits = sparse.bit_patterns(self.part.numbers)
+    # A last number without a pair is left out.
     pairs = bits[: bits.size & ~1] if bits.size > 1 else np.repeat(bits, 2)
-    shape, top = self.part.numbers.shape, self.layout.top
-    pairs, classes, weight = _sampled(pairs.reshape(-1, 2), scales, shape, most)
+    shape = self.part.numbers.shape
+    pairs, classes, weight = _sample(pairs.reshape(-1, 2), scales, shape, most)
     bins = layouts.bins_of(pairs, self.layout, self.min_exponent)
     if self.layout.raised:
-      return _Sample(classes - scales.base + scales.table, bins, weight)
-    return _Sample(classes & 3, bins - (classes >> 2 << top)[:, None], weight)
+      return _counts(classes, bins, layouts.BINS, weight)
+    bins -= ((classes >> 2) + octave << self.layout.top)[:, None]
+    return _counts(classes & 3, bins + _BINS_BELOW, _SEEN, weight)
 
   def ideal_bytes(self) -> float:
     """Returns about the bytes of the part with tables of its own."""
-    scales = self.above(self.lines.range[0]).lines.scales(0, self.most)
-    scales = scales._replace(table=scales.base)
-    sample = self.sample(scales, _FEW)
-    first = 0 if self.layout.raised else _first([sample])
-    counts = sample.counts(int(sample.tables.max()) + 1, layouts.BINS, first)
+    octave = _octave([self])
+    scales = self.scales(octave)
+    counts = self.counts(scales, octave, _FEW)
+    counts = counts[:, _window(counts, octave, self.layout)]
     cost = _nbytes(self.part.numbers, counts, _bits(counts), self.layout)
     return cost + scales.entropy_bytes
+
+
+def _octave(drafts: Sequence[_Draft]) -> int:
+  """Returns the octave of the least class."""
+  return -(-min(x.lines.range[0] for x in drafts) // scales_lib.STEPS)
+
+
+def _window(counts: np.ndarray, octave: int, layout: layouts.Floats) -> slice:
+  """Returns the places of the 32 bins with the most numbers, see `_Draft.counts`."""
+  if layout.raised:
+    return slice(layouts.BINS)
+  ends = np.cumsum(np.append(0, counts.sum(axis=0)))
+  place = int(np.argmax(ends[layouts.BINS :] - ends[: -layouts.BINS]))
+  least, most = layout.offsets
+  first = (octave << layout.top) - _BINS_BELOW
+  place = min(max(place, least - first), most - first)
+  return slice(place, place + layouts.BINS)
 
 
 def _by_layout(parts: Sequence[Part]) -> list[list[_Draft]]:
@@ -236,10 +274,10 @@ def _by_layout(parts: Sequence[Part]) -> list[list[_Draft]]:
   for draft in sorted(drafts, key=lambda x: x.part[:2]):
     count = 0
     if draft.layout.raised:  # each part has classes of its own
-      scales = draft.lines.scales(0, draft.most)
+      scales = draft.scales(0)
       count = classes.get(draft.layout, 0) + scales.greatest - scales.base + 1
       classes[draft.layout] = count
-    key = draft.layout, count // (256 - _RAISED_CLASSES)
+    key = draft.layout, count // (contexts_lib.CLASSES - _RAISED_CLASSES)
     groups.setdefault(key, []).append(draft)
   return list(groups.values())
 
@@ -268,60 +306,38 @@ def _drafts(parts: list[Part]) -> list[_Draft]:
 
 def _float_group(drafts: list[_Draft]) -> Group:
   """Chooses the tables of floats."""
-  layout, most = drafts[0].layout, drafts[0].most
-  least = min(x.lines.range[0] for x in drafts)
-  drafts = [x.above(least) for x in drafts]
-  scales = [x.lines.scales(0, most) for x in drafts]
-  count, size = 4, max(_SAMPLE // len(drafts), _RUN)
+  layout, parts = drafts[0].layout, [x.part for x in drafts]
+  octave, start = _octave(drafts), 0
+  scales = [x.scales(octave) for x in drafts]
+  levels, entries = np.arange(4), np.zeros((0, 2), np.int64)
   if layout.raised:
-    scales, count = _with_tables(drafts, scales)
-  samples = [x.sample(y, size) for x, y in zip(drafts, scales, strict=True)]
-  first = 0
-  if not layout.raised:
-    first = min(_first(samples), layout.most_offset)
-    octaves = layout.most_offset - first >> layout.top
-    scales = [x.lines.scales(0, min(most, 4 * octaves + 3)) for x in drafts]
-  counts = [x.counts(count, layouts.BINS, first) for x in samples]
-  frequencies = _frequencies(_everywhere(np.sum(counts, axis=0)), layout.precision)
-  parts, bits = [x.part for x in drafts], _bits(frequencies)
+    # The classes of the parts follow each other.
+    spans = [x.greatest - x.base + 1 for x in scales]
+    bases = np.cumsum(spans) - spans
+    pairs = zip(scales, spans, strict=True)
+    levels = np.concatenate([x.base + np.arange(n) for x, n in pairs])
+    scales = [x._replace(base=int(y)) for x, y in zip(scales, bases, strict=True)]
+    exponents = np.repeat([x.min_exponent for x in drafts], spans)
+  size = max(_SAMPLE // len(drafts), _RUN)
+  counts = [
+    x.counts(y, octave, size)[: len(levels)]
+    for x, y in zip(drafts, scales, strict=True)
+  ]
+  table_of, rows = np.arange(4), np.sum(counts, axis=0)
+  window = _window(rows, octave, layout)
+  rows, counts = rows[:, window], [x[:, window] for x in counts]
+  if layout.raised:
+    table_of, rows = _merged(rows, np.argsort(levels, kind='stable'))
+    entries = np.stack([table_of, exponents], 1)
+  else:
+    start = (octave << layout.top) + window.start - _BINS_BELOW
+    scales = [x.scales(octave, start) for x in drafts]
+  frequencies = _frequencies(rows, layout.precision)
+  bits = _bits(frequencies)[table_of]
   pairs = zip(parts, counts, strict=True)
   nbytes = [_nbytes(x.numbers, y, bits, layout) + 2 for x, y in pairs]
-  numbers = np.array([] if layout.raised else [first], np.int64)
-  contexts = contexts_lib.Contexts(tuple(scales), numbers, frequencies)
+  contexts = contexts_lib.Contexts(tuple(scales), entries, start, frequencies)
   return Group(layout, contexts, parts, nbytes)
-
-
-def _with_tables(
-  drafts: list[_Draft], scales: list[contexts_lib.Scales]
-) -> tuple[list[contexts_lib.Scales], int]:
-  """Gives each part that shares a step its classes and tables, and counts the tables.
-
-  Large parts have tables of their own; others share those of equal classes.
-  """
-  pairs = [*zip(drafts, scales, strict=True)]
-  shared = [x for draft, x in pairs if draft.part.numbers.size < _LARGE]
-  least = min((x.base for x in shared), default=0)
-  count = max((x.greatest + 1 for x in shared), default=least) - least
-  placed, base = [], 0
-  for draft, old in pairs:
-    span, table = old.greatest - old.base + 1, old.base - least
-    if draft.part.numbers.size >= _LARGE:
-      table, count = count, count + span
-    placed.append(old._replace(base=base, table=table, min_exponent=draft.min_exponent))
-    base += span
-  return placed, count
-
-
-def _first(samples: Sequence[_Sample]) -> int:
-  """Chooses the least offset, so that the fewest numbers are outside the bins."""
-  least = min(int(x.symbols.min()) for x in samples)
-  size = max(int(x.symbols.max()) for x in samples) - least + 1
-  counts = np.zeros(size + layouts.BINS)
-  for sample in samples:
-    in_one_table = sample._replace(tables=0 * sample.tables)
-    counts[:size] += in_one_table.counts(1, size, least)[0]
-  ends = np.concatenate([[0], np.cumsum(counts)])
-  return least + int(np.argmax(ends[layouts.BINS :] - ends[: -layouts.BINS]))
 
 
 def _frequencies(counts: np.ndarray, precision: int) -> np.ndarray:
@@ -329,6 +345,7 @@ def _frequencies(counts: np.ndarray, precision: int) -> np.ndarray:
 
   Equal counts are added to all until a table has room for the most frequent pair.
   """
+  counts = np.where(counts.any(axis=1, keepdims=True), counts, 1)
   total, most = counts.sum(axis=1, keepdims=True), counts.max(axis=1, keepdims=True)
   share = np.sqrt(tables.MOST_PAIR / (1 << precision))
   while True:
@@ -346,103 +363,80 @@ def _frequencies(counts: np.ndarray, precision: int) -> np.ndarray:
 # ---- integers ------------------------------------------------------------------------
 
 
-def _integer_group(parts: list[Part]) -> Group:
+def _integer_group(parts: list[Part], known: np.ndarray | None = None) -> Group:
   """Chooses the scales, the shifts and the tables of integers of one dtype."""
-  arrays, dtype = [x.numbers for x in parts], parts[0].numbers.dtype
-  if dtype.kind == 'i':
-    lines = pool.each(_integer_lines, arrays)
-    least = max(min(x.range[0] for x in lines), 0)
-    most = max(min(max(x.range[1] for x in lines), _INTEGER_CLASSES - 1), least)
-    scales = [x.above(least).scales(0, most - least) for x in lines]
-    shifts = _class_shifts(least, most)
+  layout = layouts.Integers(parts[0].numbers.dtype, 0)
+  if known is not None:
+    classes: Sequence[contexts_lib.Classes] = [known]
+  elif layout.bias:
+    lines = pool.each(_integer_lines, [x.numbers for x in parts])
+    least = min(x.range[0] for x in lines)
+    classes = [x.above(least).scales(0, contexts_lib.CLASSES - 1) for x in lines]
   else:
-    few = len(parts) < layouts.Integers.most_tables // 2
-    keys = []
-    for i, array in enumerate(arrays):
-      shift = max(int(array.max()).bit_length() - 8, 0)
-      keys.append((shift, i if few and array.size > _SMALL else -1))
-    distinct, zero = list(dict.fromkeys(keys)), np.zeros(1, np.uint8)
-    scales = [contexts_lib.Scales(distinct.index(x), zero, zero) for x in keys]
-    shifts = np.array([shift for shift, _ in distinct])
-  counts = [
-    _integer_counts(x, y, shifts, _INTEGERS)
-    for x, y in zip(arrays, scales, strict=True)
+    zero, last = np.zeros(1, np.uint8), contexts_lib.CLASSES - 1
+    classes = [contexts_lib.Scales(min(i, last), zero, zero) for i in range(len(parts))]
+  pairs = zip(parts, classes, strict=True)
+  samples = [_integer_sample(x.numbers, y, _INTEGERS) for x, y in pairs]
+  shifts = _shifts(samples, layout)
+  counts = [_integer_counts(x, shifts, layout) for x in samples]
+  number = 1 + max(int(x.max()) if x is known else x.greatest for x in classes)
+  table_of, rows = _merged(np.sum(counts, axis=0)[:number], np.arange(number))
+  rows[rows * _RARE < rows.sum(axis=1, keepdims=True)] = 0
+  rows[~rows.any(axis=1)] = 1
+  frequencies = tables.quantize(np.ceil(rows).astype(np.int64))
+  exception = _PLACE_BITS + 8 * layout.dtype.itemsize
+  bits = np.where(frequencies > 0, _bits(frequencies), exception)[table_of]
+  bits += shifts[:number, None]
+  layout = dataclasses.replace(layout, raw_bits=int(shifts[:number].max()))
+  nbytes = [
+    _nbytes(x.numbers, y[:number], bits, layout) + 1
+    for x, y in zip(parts, counts, strict=True)
   ]
-  total = np.sum(counts, axis=0)
-  total[total * _RARE < total.sum(axis=1, keepdims=True)] = 0
-  frequencies = tables.quantize(np.ceil(_everywhere(total)).astype(np.int64))
-  exception = _PLACE_BITS + 8 * dtype.itemsize
-  bits = np.where(frequencies > 0, _bits(frequencies), exception)
-  bits = bits + shifts[:, None]
-  layout = layouts.Integers(dtype, int(shifts.max()))
-  nbytes = [_nbytes(*x, bits, layout) + 1 for x in zip(arrays, counts, strict=True)]
-  contexts = contexts_lib.Contexts(tuple(scales), shifts, frequencies)
+  entries = np.stack([table_of, shifts[:number]], 1)
+  contexts = contexts_lib.Contexts(tuple(classes), entries, 0, frequencies)
   return Group(layout, contexts, parts, nbytes)
-
-
-def _class_shifts(least: int, most: int) -> np.ndarray:
-  """Returns the shifts of classes: with them, integers have few symbols."""
-  octaves = np.arange(least, most + 1) // scales_lib.STEPS
-  return np.clip(octaves - _SHIFTED, 0, layouts.MOST_SHIFT)
 
 
 def _integer_lines(array: np.ndarray) -> scales_lib.Lines:
   """Chooses the scales of rows and columns, unless they cost more than they save."""
-  lines, costs = scales_lib.of_integers(array), {}
-  shifts = _class_shifts(0, _INTEGER_CLASSES - 1)
+  layout, costs = layouts.Integers(array.dtype, 0), {}
+  lines = scales_lib.of_integers(array)
   for draft in lines.choices():
-    scales = draft.scales(0, _INTEGER_CLASSES - 1)
-    counts = _integer_counts(array, scales, shifts, _SAMPLE)
+    scales = draft.above(draft.range[0]).scales(0, contexts_lib.CLASSES - 1)
+    sample = _integer_sample(array, scales, _SAMPLE)
+    shifts = _shifts([sample], layout)
+    counts = _integer_counts(sample, shifts, layout)
     bits = _bits(counts) + shifts[:, None]
-    cost = _nbytes(array, counts, bits, layouts.Integers(array.dtype, 0))
+    cost = _nbytes(array, counts, bits, layout)
     costs[cost + np.count_nonzero(counts) + scales.entropy_bytes] = draft
   return costs[min(costs)]
 
 
+def _integer_sample(
+  array: np.ndarray, classes: contexts_lib.Classes, most: int
+) -> _Sample:
+  return _sample(array.reshape(-1, 1), classes, array.shape, most)
+
+
+def _shifts(samples: Sequence[_Sample], layout: layouts.Integers) -> np.ndarray:
+  """Returns the shift of each class, int64 `[256]`, so that few have no symbol."""
+  classes = np.concatenate([x.classes for x in samples])
+  sizes = np.concatenate([x.units.reshape(-1) for x in samples]).astype(np.float64)
+  most = np.zeros(contexts_lib.CLASSES)
+  if not layout.bias:
+    np.maximum.at(most, classes, sizes)
+    return np.clip(np.frexp(most)[1] - 8, 0, layouts.MOST_SHIFT)
+  sums = np.bincount(classes, np.abs(sizes), contexts_lib.CLASSES)
+  most = _WIDEST * sums / np.maximum(np.bincount(classes, None, most.size), 1)
+  # Numbers are larger in higher classes, also in those that no sample has.
+  shifts = np.clip(np.frexp(most)[1] - 7, 0, layouts.MOST_SHIFT)
+  return np.maximum.accumulate(shifts)
+
+
 def _integer_counts(
-  array: np.ndarray,
-  classes: contexts_lib.Scales | known_lib.Bands,
-  shifts: np.ndarray,
-  most: int,
+  sample: _Sample, shifts: np.ndarray, layout: layouts.Integers
 ) -> np.ndarray:
-  """Counts the symbols of integers whose classes have these shifts: `[K, 256]`."""
-  units = array.reshape(-1, 1)
-  units, places, weight = _sampled(units, classes, array.shape, most)
-  symbols = units.astype(np.int64) >> shifts[places][:, None]
-  symbols += layouts.Integers(array.dtype, 0).bias
-  return _Sample(places, symbols, weight).counts(len(shifts), layouts.WINDOW)
-
-
-def _known_group(part: Part, known: known_lib.Known) -> Group:
-  """Puts neighbouring classes of one shift together where that saves bits."""
-  shifts = np.array(known.shifts)
-  each = known_lib.Bands(known, np.ones(len(shifts), np.uint8))
-  counts = np.rint(_integer_counts(part.numbers, each, shifts, _INTEGERS))
-  bits = _table_bits(counts).tolist()
-  bands: list[tuple[int, int, np.ndarray, float]] = []  # shift, classes, counts, bits
-  for shift, class_counts, cost in zip(known.shifts, counts, bits, strict=True):
-    if bands and bands[-1][0] == shift:
-      _, size, band_counts, band_cost = bands[-1]
-      joined = band_counts + class_counts
-      joined_cost = float(_table_bits(joined)) if cost else band_cost
-      if joined_cost <= band_cost + cost:
-        bands[-1] = shift, size + 1, joined, joined_cost
-        continue
-    bands.append((shift, 1, class_counts, cost))
-  nbytes = float(counts.sum(axis=1) @ shifts + sum(x[3] for x in bands)) / 8
-  frequencies = np.stack([x[2] for x in bands]).astype(np.int64)
-  frequencies[~frequencies.any(axis=1), 0] = 1
-  classes = known_lib.Bands(known, np.array([x[1] for x in bands], np.uint8))
-  contexts = contexts_lib.Contexts(
-    (classes,), classes.shifts, tables.quantize(frequencies)
-  )
-  layout = layouts.Integers(part.numbers.dtype, max(known.shifts))
-  return Group(layout, contexts, [part], [nbytes])
-
-
-def _table_bits(counts: np.ndarray) -> np.ndarray:
-  """Returns about the bits of symbols and of their tables: `[...]`."""
-  whole = np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-  shares = np.maximum(counts / whole, 1 / tables.TOTAL)
-  bits = -(counts * np.log2(shares)).sum(axis=-1)
-  return bits + 8 * np.count_nonzero(counts, axis=-1)
+  """Counts the symbols of integers whose classes have these shifts: `[256, 256]`."""
+  symbols = sample.units.astype(np.int64) >> shifts[sample.classes][:, None]
+  symbols += layout.bias
+  return _counts(sample.classes, symbols, layouts.WINDOW, sample.weight)

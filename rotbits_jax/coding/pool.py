@@ -1,10 +1,10 @@
-"""The pools of threads that code blocks and records. The process has one of each.
+"""The threads that code blocks and records. The process has one pool of them.
 
-A job of `run` waits for no other job: if it calls `run`, its thread does these jobs in
-turn. So several callers may share the pool. A job of `record_jobs` may call `run` and
-wait for earlier jobs of `record_jobs`. Several of them run side by side, because one of
-them does not always have work for all threads.
-The JAX programs of `run` run on the CPU, because their data is in its memory.
+A thread of the pool that calls `run` does the jobs itself, and those that have nothing
+else to do help it. So a call ends even if no other thread is free, and while there are
+enough records, each has one thread. A job of `record_jobs` may call `run` and wait for
+earlier jobs of `record_jobs`. The JAX programs of `run` run on the CPU, because their
+data is in its memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +21,6 @@ from rotbits_jax.system import host
 
 _Result = TypeVar('_Result')
 
-_lock = threading.Lock()
-_pools: dict[str, futures.ThreadPoolExecutor] = {}
 _local = threading.local()
 
 
@@ -35,17 +33,29 @@ def threads() -> int:
 def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   """Runs functions without arguments side by side, and returns their results in order.
 
-  Raises the exception of the first job that failed, after all jobs have ended.
+  If jobs fail, it raises the exception of one of them when no other job is running.
   """
-  if getattr(_local, 'pool', None) == 'blocks':
-    return [job() for job in jobs]
-  started = [_pool('blocks').submit(job) for job in jobs]
-  futures.wait(started)
+  if not hasattr(_local, 'settings'):
+    return _POOL.submit(run, jobs).result()
+  todo = list(jobs)
+  results: list[Any] = [None] * len(todo)
+  places = iter(range(len(todo)))  # a thread takes the next one
+
+  def work() -> None:
+    with jax.default_device(host.device()):
+      for i in places:
+        results[i] = todo[i]()
+
+  helpers = [_POOL.submit(work) for _ in range(min(len(todo), threads()) - 1)]
   try:
-    return [future.result() for future in started]
+    work()
   finally:
-    # The exception of a job refers to these frames, which must not refer to the job.
-    started.clear()
+    list(places)
+    futures.wait(x for x in helpers if not x.cancel())
+  for helper in helpers:
+    if not helper.cancelled():
+      helper.result()
+  return results
 
 
 def each(function: Callable[..., _Result], *arguments: Iterable[Any]) -> list[_Result]:
@@ -59,16 +69,15 @@ Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']
 
 @contextlib.contextmanager
 def record_jobs() -> Iterator[Start]:
-  """Yields a function that starts jobs, on one more thread than processors.
+  """Yields a function that starts jobs, which begin in their order.
 
-  Jobs begin in their order.
   At the end, or when an exception leaves the context, jobs that have not begun are
   cancelled and the others are waited for. A generator that nobody uses any more does
   not wait: it ends in any thread and at any time, also when this thread holds a lock
   that the others need.
   """
   # Futures that are done leave the set, because they hold their results.
-  pool, started = _pool('records'), set[futures.Future[Any]]()
+  started = set[futures.Future[Any]]()
   device = jax.config.jax_default_device  # settings are those of a thread
 
   def on_device(job: Callable[[], _Result]) -> _Result:
@@ -76,7 +85,7 @@ def record_jobs() -> Iterator[Start]:
       return job()
 
   def start(job: Callable[[], _Result]) -> 'futures.Future[_Result]':
-    future = pool.submit(on_device, job)
+    future = _POOL.submit(on_device, job)
     started.add(future)
     future.add_done_callback(started.discard)
     return future
@@ -95,21 +104,14 @@ def record_jobs() -> Iterator[Start]:
       futures.wait(left)
 
 
-def _pool(name: str) -> futures.ThreadPoolExecutor:
-  with _lock:
-    if name not in _pools:
-      # One more than processors, because a thread often waits for Python's lock.
-      _pools[name] = futures.ThreadPoolExecutor(
-        threads() + 1, f'rotbits-{name}', _set, (name,)
-      )
-    return _pools[name]
-
-
-def _set(name: str) -> None:
+def _set() -> None:
   """Gives JAX the settings of this package in this thread, for good."""
   settings = contextlib.ExitStack()
   settings.enter_context(host.own_settings())
   # Programs take NumPy arrays, which are in the memory of the processor already.
   settings.enter_context(jax.default_device(host.device()))
-  _local.pool = name
   _local.settings = settings  # a context ends when nothing refers to it
+
+
+# One more than processors, because a thread often waits for Python's lock.
+_POOL = futures.ThreadPoolExecutor(threads() + 1, 'rotbits', _set)

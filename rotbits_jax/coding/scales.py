@@ -105,14 +105,13 @@ def of_floats(array: np.ndarray, layout: layouts.Floats) -> Lines:
 
 
 def of_integers(array: np.ndarray) -> Lines:
-  """Measures signed integers. Class 0 is a root of the mean square of 2^-4."""
+  """Measures signed integers."""
 
   def level(numbers: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
     squares = np.square(numbers * np.exp2(-np.rint(by)))  # float64
     return np.log2(np.maximum(squares.mean(axis=axis), 2.0**-40)) / 2
 
-  lines = _lines(array.reshape(-1), array.shape, 1, level)
-  return lines.above(-4 * STEPS)
+  return _lines(array.reshape(-1), array.shape, 1, level)
 
 
 def _lines(flat: np.ndarray, shape: contexts.Shape, size: int, level: _Level) -> Lines:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rotbits_jax.coding import coder
-from rotbits_jax.coding import known
 from rotbits_jax.coding import specs
 
 
@@ -27,7 +26,7 @@ class RecordCoder(NamedTuple):
 
   name: str
   spec: type[Any]
-  encode: Callable[[Sequence[np.ndarray], Mapping[int, known.Known]], Any]
+  encode: Callable[[Sequence[np.ndarray], Mapping[int, np.ndarray]], Any]
   decode: Callable[..., Any]
 
 

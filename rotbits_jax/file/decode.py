@@ -15,7 +15,6 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs as specs_lib
 from rotbits_jax.file import coders
@@ -262,12 +261,11 @@ class _StoredLeaf:
     """The leaf; of differences with classes, these may not be decoded yet."""
     return self.entry.make(self.arrays)
 
-  def known(self) -> known_lib.Known:
+  def known(self) -> np.ndarray:
     """Returns the classes of the differences, which the coder must know."""
     with container.naming(self.entry.path):
       self._prediction = self._leaf.predict(*self._needed(), run=pool.run)
-    shifts = difference.class_shifts(self._leaf.dtype)
-    return known_lib.Known(self._prediction.classes, shifts)
+    return self._prediction.classes
 
   def value(self) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""

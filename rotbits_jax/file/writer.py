@@ -11,7 +11,6 @@ from zlib_ng import zlib_ng
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.coding import known as known_lib
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
@@ -117,7 +116,7 @@ def encode_record(
   """
   leaves: list[manifest_lib.Leaf] = []
   arrays: list[np.ndarray] = []
-  known: dict[int, known_lib.Known] = {}
+  known: dict[int, np.ndarray] = {}
   params = structured.flatten(record.params)
   beside = {} if base is None else base.beside(params, resolve)
   savings = [manifest_lib.SavingEntry(*x) for x in record.savings]
@@ -128,7 +127,7 @@ def encode_record(
     try:
       if path in beside:
         measured, known_array, crc32 = beside[path]
-        leaf, classes = measured.leaf, measured.known
+        leaf, classes = measured.leaf, measured.classes
       elif structured.is_structured(leaf):
         crc32, classes = _checked(leaf, resolve)
       entry, stored = _entry_of(path, leaf, known_array, crc32)
@@ -159,7 +158,7 @@ def encode_record(
 
 def _checked(
   leaf: structured.Structured, resolve: Resolve
-) -> tuple[int | None, known_lib.Known | None]:
+) -> tuple[int | None, np.ndarray | None]:
   """Checks that a leaf comes back; returns the checksum of its array, and its classes.
 
   These are None for leaves that stay in the model, and for arrays of no differences.
@@ -174,7 +173,7 @@ def _checked(
   crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
   if not isinstance(leaf, difference.Difference):
     return crc32, None
-  return crc32, measure.measured(leaf, *needed).known
+  return crc32, measure.measured(leaf, *needed).classes
 
 
 def _entry_of(

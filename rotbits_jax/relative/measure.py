@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rotbits_jax.coding import coder
-from rotbits_jax.coding import known as known_lib
 from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors
@@ -46,21 +45,14 @@ class Measured(NamedTuple):
   leaf: difference.Difference
   classes: np.ndarray | None = None  # uint8, of the differences; None if they have none
 
-  @property
-  def known(self) -> known_lib.Known | None:
-    """What the decoder knows of the differences; None for nothing."""
-    if self.classes is None:
-      return None
-    return known_lib.Known(self.classes, difference.class_shifts(self.leaf.dtype))
-
   def estimate(self) -> float:
     """Estimates the bytes of the leaf from some of its differences."""
-    arrays, known, nbytes = self.leaf.stored()[1], self.known, 0.0
-    if known is not None:
+    arrays, nbytes = self.leaf.stored()[1], 0.0
+    if self.classes is not None:
       differences = arrays.pop('differences')
       stride = max(differences.size // _MORE, 1)
-      some = known._replace(classes=np.ascontiguousarray(known.classes[::stride]))
-      nbytes = coder.estimate([differences[::stride]], {0: some}) * stride
+      some = {0: np.ascontiguousarray(self.classes[::stride])}
+      nbytes = coder.estimate([differences[::stride]], some) * stride
     # Scales and factors take about a byte of two each.
     return nbytes + sum(x.nbytes for x in arrays.values()) / 2 + _LEAF_BYTES
 
