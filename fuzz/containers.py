@@ -16,8 +16,12 @@ Json = dict[str, Any]
 def unpack(data: bytes) -> tuple[dict[str, bytes], Json]:
   """Returns the streams of a container without the manifest, and the manifest."""
   reader = container.StreamReader(data)
-  names = (name for name in reader.names() if name != container.MANIFEST)
-  return {name: reader.read(name) for name in names}, json.loads(reader.manifest())
+  streams, start = {}, len(data) - sum(reader.sizes.values())
+  for name, size in reader.sizes.items():
+    streams[name] = data[start : start + size]
+    start += size
+  del streams[container.MANIFEST]
+  return streams, json.loads(reader.manifest())
 
 
 def pack(streams: Mapping[str, bytes], manifest: bytes) -> bytes:

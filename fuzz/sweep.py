@@ -73,9 +73,9 @@ def sections(data: bytes) -> list[tuple[str, int, int]]:
   start = 8 + struct.unpack('<Q', data[:8])[0]
   reader = container.StreamReader(data)
   places = [('', 0, start)]
-  for name in reader.names():
-    places.append((name, start, start + reader.nbytes(name)))
-    start += reader.nbytes(name)
+  for name, size in reader.sizes.items():
+    places.append((name, start, start + size))
+    start += size
   return places
 
 

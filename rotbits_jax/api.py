@@ -240,7 +240,7 @@ def decode_checkpoint(
     model = reader.read(as_model=True, show_progress=progress)
     if not isinstance(model, models.Model):
       raise file.ContainerError('the file holds no model of a known family')
-    return checkpoints.Checkpoint(model, reader.files(), reader.stem)
+    return checkpoints.Checkpoint(model, reader.files(), reader.manifest.stem)
 
 
 @host.own_settings()
@@ -290,28 +290,7 @@ def verify(
   makes. Of plain tensors that `near` has rounded, only the other files are compared.
   """
   with file.Reader(source, base=base) as reader:
-    expected = None
-    if against is not None:
-      is_plain = reader.is_plain
-      opened = checkpoints.open_plain if is_plain else checkpoints.open_checkpoint
-      expected = opened(against)
-      if reader.config != expected.config:
-        raise file.ContainerError(f'the config of the file is not that of {against}')
-      contents, others = reader.files(), expected.files
-      for name in sorted(contents.keys() | others.keys()):
-        if contents.get(name) != others.get(name):
-          raise file.ContainerError(f'{name}: differs from that of the checkpoint')
-    bits = expected if reader.keeps == 'bits' else None
-    verified = verification.read_all(reader, bits, progress=progress)
-    if against is None or bits is not None or reader.is_plain:
-      return verified
-    kl, floor = verification.compare_function(
-      reader,
-      checkpoints.load_checkpoint(against).model,
-      bounded=reader.keeps == 'function',
-      progress=progress,
-    )
-  return verified._replace(kl=kl, kl_rerounded=floor)
+    return verification.verify(reader, against, progress=progress)
 
 
 def _encoder(

@@ -17,6 +17,7 @@ from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import sources
 from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import entries
 from rotbits_jax.system import host
 
 T = TypeVar('T')
@@ -81,7 +82,10 @@ def apply(
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
   with file.Reader(data, base=base) as reader:
-    uses, same = reader.uses_of_base(), reader.unchanged()
+    leaves = [(x, name) for name in reader.names() for x in reader.records[name].leaves]
+    # The last record that needs each array of the base.
+    uses = {array.path: name for leaf, name in leaves for array in leaf.base_arrays}
+    same = {leaf.path for leaf, _ in leaves if _is_same(leaf)}
     # Records before the first one that needs the base do not tell that it is wrong.
     first = reader.records.get(next(iter(uses.values()), ''))
     donate = donate and (first is None or base.holds(first.leaves))
@@ -113,6 +117,12 @@ def apply(
         release(path, record)
     new |= {x: {} for entry in reader.records.values() for x in entry.empty}
   return sources.unflatten_like(params, structured.unflatten(new))
+
+
+def _is_same(leaf: Any) -> bool:
+  """Returns whether the array of a leaf is that of its path in the base."""
+  array = entries.BaseArray(leaf.path, leaf.shape, leaf.dtype, leaf.crc32 or 0)
+  return not leaf.arrays and leaf.base == array
 
 
 def _buffers(tree: Any) -> list[tuple[Any, int]]:

@@ -39,7 +39,7 @@ def snapshot(
   'transformers' for a sliced model, else the checkpoint's own.
   """
   with file.Reader(path, base=base) as reader:
-    reader.check_records()
+    reader.names()  # checks the records before the cache is asked
     sliced = reader.config is not None and reader.config.sliced
     format = format or ('transformers' if sliced else 'safetensors')
     name = None if dtype is None else jnp.dtype(dtype).name

@@ -51,7 +51,7 @@ def size_of(model):
 
 def stream_bytes(data):
   with file.Reader(data) as reader:
-    return reader.stream_bytes()
+    return sum(nbytes for _, nbytes in reader.manifest.streams())
 
 
 def forms(data):

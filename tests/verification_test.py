@@ -62,7 +62,7 @@ def test_a_file_is_compared_with_its_checkpoint():
   ('preset', 'change', 'words'),
   [
     ('exact', with_another_bit, 'layers.1/mlp/up/kernel: differs'),
-    ('free', np.negative, 'its function is another one'),
+    ('free', np.negative, 'computes a different function'),
   ],
 )
 def test_another_model_is_named(tmp_path, preset, change, words):

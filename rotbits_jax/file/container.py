@@ -124,12 +124,9 @@ def _most_text(nbytes: int) -> int:
 
 def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
   """Returns the JSON of the header, given the offsets of each stream."""
+  metadata = {'format': FORMAT, 'version': str(VERSION)}
   header: dict[str, Any] = {
-    _METADATA: {
-      'format': FORMAT,
-      'version': str(VERSION),
-      'manifest_crc32': str(manifest_crc32),
-    }
+    _METADATA: metadata | {'manifest_crc32': str(manifest_crc32)}
   }
   for name, (begin, end) in streams.items():
     header[name] = {'dtype': 'U8', 'shape': [end - begin], 'data_offsets': [begin, end]}
@@ -138,40 +135,49 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
 
 
 class StreamReader:
-  """Reads the streams of a container; `name` is its path or empty, `size` in bytes."""
+  """Reads the streams of a container.
+
+  Attributes:
+    name: path of the file; may be empty.
+    size: length of the file in bytes.
+    sizes: length of each stream by its name, in the order of the file.
+    manifest_crc32: CRC-32 of the stream `manifest`.
+  """
 
   def __init__(self, source: Readable):
     """Reads the header."""
     self._source: Any = source
     self._lock, self._buffers = threading.Lock(), files.Buffers()
+    self.name = str(getattr(source, 'name', ''))
     if isinstance(source, (str, os.PathLike)):
       self._source = files.File.of(source)
       self.name, self.size = os.fspath(source), self._source.size
     elif isinstance(source, (bytes, bytearray, memoryview)):
       self._source = np.frombuffer(memoryview(source).cast('B'), np.uint8)
-      self.name, self.size = '', self._source.size
+      self.size = self._source.size
     else:
-      self.name = str(getattr(source, 'name', ''))
       self.size = source.seek(0, os.SEEK_END)
     with naming(self.name):
-      self._streams, self._start, self.manifest_crc32 = self._read_header()
+      self.sizes, self._begins, self.manifest_crc32 = self._read_header()
 
-  def names(self) -> list[str]:
-    """Returns the names of the streams, in the order of the file."""
-    return list(self._streams)
-
-  def nbytes(self, name: str) -> int:
-    """Returns the length of a stream in bytes."""
-    begin, end = self._streams[name]
-    return end - begin
-
-  def read(self, name: str, crc32: int | None = None) -> bytes:
+  def read(self, name: str, crc32: int) -> bytes:
     """Returns the bytes of a stream, see `checked`."""
     with self.checked(name, crc32) as data:
       return data.tobytes()
 
+  @contextlib.contextmanager
+  def checked(self, name: str, crc32: int) -> Iterator[np.ndarray]:
+    """Yields a stream, uint8 `[n]`, which must have this checksum."""
+    with self._bytes(self._begins[name], self.sizes[name]) as (data, crc):
+      if crc != crc32:
+        raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
+      yield data
+
   def inflated(self, name: str, crc32: int, most: int) -> bytes:
-    """Inflates a stream of the format of zlib to at most so many bytes."""
+    """Inflates a stream of the format of zlib to at most so many bytes.
+
+    Nothing else in a file is inflated, so this is the bound for all of it.
+    """
     data, unpacker = self.read(name, crc32), zlib.decompressobj()
     try:
       content = unpacker.decompress(data, most + 1)
@@ -183,19 +189,8 @@ class StreamReader:
 
   def manifest(self) -> bytes:
     """Returns the text of the manifest, see `inflated`."""
-    most = _most_text(self.nbytes(MANIFEST))
+    most = _most_text(self.sizes[MANIFEST])
     return self.inflated(MANIFEST, self.manifest_crc32, most)
-
-  @contextlib.contextmanager
-  def checked(self, name: str, crc32: int | None = None) -> Iterator[np.ndarray]:
-    """Yields a stream, uint8 `[n]`, whose checksum is compared if it is given."""
-    if name not in self._streams:
-      raise ContainerError(f'{name}: no such stream')
-    begin, end = self._streams[name]
-    with self._bytes(self._start + begin, end - begin) as (data, crc):
-      if crc32 not in (None, crc):
-        raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
-      yield data
 
   @contextlib.contextmanager
   def _bytes(self, begin: int, count: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -218,8 +213,8 @@ class StreamReader:
       raise ContainerError('the file is cut short')
     yield data, zlib_ng.crc32(data)
 
-  def _read_header(self) -> tuple[dict[str, tuple[int, int]], int, int]:
-    """Returns the offsets of the streams, where they start, and a checksum."""
+  def _read_header(self) -> tuple[dict[str, int], dict[str, int], int]:
+    """Returns where streams begin and their sizes, by name, and a checksum."""
     if self.size < 8:
       raise ContainerError('not a rotbits file: it has fewer than 8 bytes')
     with self._bytes(0, 8) as (data, _):
@@ -229,26 +224,20 @@ class StreamReader:
     with self._bytes(8, length) as (data, _):
       header = data.tobytes()
     with naming('not a rotbits file, or its header is damaged'):
-      entries = schema.load(dict[str, Any], schema.parse(header))
-      metadata = schema.load(_Metadata, entries.pop(_METADATA, None), _METADATA)
-      found = schema.load(dict[str, _Entry], entries)
+      values = schema.load(dict[str, Any], schema.parse(header))
+      metadata = schema.load(_Metadata, values.pop(_METADATA, None), _METADATA)
+      entries = schema.load(dict[str, _Entry], values)
     if metadata.version != str(VERSION):
       raise ContainerError(
         f'the file has version {metadata.version} of the format, '
         f'but this program reads version {VERSION}'
       )
-    streams: dict[str, tuple[int, int]] = {}
-    end = 0
-    for name, entry in found.items():
-      begin, end = end, end + entry.shape[0]
-      if entry.data_offsets != (begin, end):
+    sizes, begins, end = {}, {}, 0
+    for name, entry in entries.items():
+      sizes[name], begins[name] = entry.shape[0], 8 + length + end
+      if entry.data_offsets != (end, end + sizes[name]):
         raise ContainerError(f'{name}: the header has a wrong entry for the stream')
-      streams[name] = begin, end
-    if 8 + length + end != self.size:
-      raise ContainerError(
-        'the file is cut short or too long: it must have '
-        f'{8 + length + end} bytes, got {self.size}'
-      )
-    if MANIFEST not in streams:
-      raise ContainerError('the file has no manifest')
-    return streams, 8 + length, int(metadata.manifest_crc32)
+      end += sizes[name]
+    if 8 + length + end != self.size or MANIFEST not in sizes:
+      raise ContainerError('the file is cut short or too long, or has no manifest')
+    return sizes, begins, int(metadata.manifest_crc32)

@@ -28,7 +28,7 @@ from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
 _MOST_BASES = 8  # of subspaces that are held, because several parameters need one
-_MOST_USES = 16  # of an array by leaves that are small beside it
+_MOST_USES = 16  # of arrays by leaves that are small beside them
 
 Flat = dict[str, Any]
 """Leaves by path."""
@@ -46,109 +46,93 @@ Started = Mapping[str, 'futures.Future[Flat]']
 class Decoder:
   """Decodes the records of a file, or of all shards of one.
 
-  `entries` and `files` have the manifest's entry and the file of each record by its
-  name, `leaves` and `holders` the entry and the record of each leaf by its path.
+  Attributes:
+    files: the file of each stream, by the name of the stream.
+    entries: the manifest's entry of each record, by its name.
+    leaves, holders: the entry and the record of each leaf, by its path.
+    entry: a function from a name to the entry of a record that can be decoded.
   """
 
   def __init__(
     self,
-    files: Sequence[container.StreamReader],
-    manifests: Sequence[manifest_lib.Manifest],
+    manifest: manifest_lib.Manifest,
+    files: Mapping[str, container.StreamReader],
     base: base_lib.Base | None = None,
   ):
-    """Checks the manifests of all shards together, and the arrays of the base."""
-    self._base = base
-    self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
-    self.files: dict[str, container.StreamReader] = {}
-    self.entries: dict[str, manifest_lib.RecordEntry] = {}
+    """Checks how often leaves need others; `entry` checks a record when it is used."""
+    self._config, self._base, self.files = manifest.config, base, files
+    self.entries = {record.name: record for record in manifest.records}
     self.leaves: dict[str, manifest_lib.Leaf] = {}
     self.holders: dict[str, str] = {}
-    for file, manifest in zip(files, manifests, strict=True):
-      for record in manifest.records:
-        if record.name in self.entries:
-          raise ContainerError(f'{record.name}: two shards have this record')
-        self.files[record.name], self.entries[record.name] = file, record
-        for leaf in record.leaves:
-          if leaf.path in self.leaves:
-            raise ContainerError(f'{leaf.path}: another record has this leaf, too')
-          self.leaves[leaf.path], self.holders[leaf.path] = leaf, record.name
-    for path, leaf in self.leaves.items():
-      with container.naming(path):
-        self._check_needs(leaf, manifests[0].config)
+    for record in manifest.records:
+      for leaf in record.leaves:
+        self.leaves[leaf.path], self.holders[leaf.path] = leaf, record.name
+    self.entry = functools.cache(self._checked_entry)
+    self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
     self._check_uses()
 
-  def _check_needs(
-    self, leaf: manifest_lib.Leaf, config: models.ModelConfig | None
-  ) -> None:
-    """Checks that the parameters a leaf needs are here or may be in another shard."""
-    for path in leaf.needs:
-      holder, record = self.holders.get(path), path.split('/')[0]
-      if holder is not None and any(x.needs for x in self.entries[holder].leaves):
-        raise ValueError(f'it needs {path}, whose record needs others')
-      may_follow = config is None or record in models.outer_shapes(config)
-      if holder is None and (record in self.entries or not may_follow):
-        raise ValueError(f'it needs {path}, which is missing')
-    if self._base is not None:
-      for array in leaf.base_arrays:
-        self._base.check(array)
-    if leaf.product is not None and config is not None:
-      missing = [
-        x for x in leaf.product.segments if models.names.basis(x) not in self.leaves
-      ]
-      widths = {config.segment_widths[x] for x in missing}
-      if widths - {config.hidden_size}:  # a missing basis is the identity
-        raise ValueError(f'the basis {missing[0]} is missing')
-      if len(missing) == 2 and leaf.shape != (config.hidden_size,) * 2:
-        raise ValueError('it has not the shape of the identity')
-
   def _check_uses(self) -> None:
-    """Checks that small leaves do not need one large array over and over.
+    """Checks that small leaves do not need large arrays over and over.
 
     A leaf takes the time to go through all that it needs, however small it is.
     """
-    uses: dict[str | None, list[tuple[int, int]]] = {}
+    needed: dict[str | None, int] = {}
+    total = elements = 0
     for leaf in self.leaves.values():
-      for path in leaf.needs:
-        if path in self.leaves:
-          uses.setdefault(path, []).append((self.leaves[path].size, leaf.size))
+      names = [x for x in leaf.needs if x in self.leaves]
+      uses = [(name, self.leaves[name].size) for name in names]
       for array in leaf.base_arrays:
         name = array.path if self._base is None else self._base.find(array.path)
-        uses.setdefault(name, []).append((math.prod(array.shape), leaf.size))
-    for name, pairs in uses.items():
-      sizes, sizes_of_leaves = zip(*pairs, strict=True)
-      if sum(sizes) > _MOST_USES * (max(sizes) + sum(sizes_of_leaves)):
-        raise ContainerError(
-          f'{name}: {len(pairs)} leaves need it, which are small beside it'
-        )
+        uses.append((name, math.prod(array.shape)))
+      needed |= uses
+      total += sum(size for _, size in uses)
+      elements += leaf.size if uses else 0
+    if total > _MOST_USES * (elements + sum(needed.values())):
+      raise ContainerError('leaves that are small need large arrays too often')
 
-  def entry(self, name: str) -> manifest_lib.RecordEntry:
-    """Returns the entry of a record that can be decoded."""
+  def _checked_entry(self, name: str) -> manifest_lib.RecordEntry:
+    """Returns the entry of a record after all checks that need none of its bytes."""
     if name not in self.entries:
       raise ContainerError(f'{name}: no such record')
-    entry = self.entries[name]
-    unknown = [] if entry.is_known else [f'coder {entry.coder!r:.100}']
-    for leaf in entry.leaves:
-      if leaf.type_name and leaf.leaf_class is None:
-        unknown.append(f'leaf type {leaf.type_name!r:.100}')
-      if leaf.base_arrays and self._base is None:
-        raise ContainerError(
-          f'{leaf.path}: it is stored beside {leaf.base_arrays[0].path} of another '
-          'model: give that model as the base'
+    with container.naming(self.files[name].name), container.naming(name):
+      for leaf, _ in self.entries[name].leaf_specs:
+        with container.naming(leaf.path):
+          self._check_needed(leaf)
+    return self.entries[name]
+
+  def _check_needed(self, leaf: manifest_lib.Leaf) -> None:
+    """Checks that there are the arrays from which a leaf is computed."""
+    for path in leaf.needs:
+      holder = self.holders.get(path)
+      if holder is None and self._config is not None:
+        raise ValueError(f'it needs {path}, which is missing')
+      if holder is not None and any(x.needs for x in self.entries[holder].leaves):
+        raise ValueError(f'it needs {path}, whose record needs others')
+    for array in leaf.base_arrays:
+      if self._base is None:
+        raise ValueError(
+          f'it is stored beside {array.path} of another model: give that model as the '
+          'base'
         )
-    if unknown:
-      raise ContainerError(
-        f'the {unknown[0]} is not known: import the module that registers it'
-      )
-    return entry
+      self._base.check(array)
+    if leaf.product is not None and self._config is not None:
+      width, widths = self._config.hidden_size, self._config.segment_widths
+      is_missing = lambda segment: models.names.basis(segment) not in self.leaves
+      missing = list(filter(is_missing, leaf.product.segments))
+      # A missing basis is the identity.
+      if any(widths[segment : segment + 1] != (width,) for segment in missing):
+        raise ValueError(f'the basis {missing[0]} is missing')
+      if len(missing) == 2 and leaf.shape != (width, width):
+        raise ValueError('it has not the shape of the identity')
 
   def resolver(self, started: Started) -> Resolve:
     """Returns a function from a path to its array, in a `started` record or another."""
     decoded = functools.cache(self.decode)
 
     def resolve(path: str) -> Any:
-      name = self.holders.get(path)
-      if name is None:
+      if path not in self.holders:  # the leaf alone may do in a PyTree
         raise ContainerError(f'{path}: other parameters need it, but it is missing')
+      name = self.holders[path]
       flat = started[name].result() if name in started else decoded(name)
       return jax.device_get(structured.materialize(flat[path]))
 
@@ -172,46 +156,32 @@ class Decoder:
       integers: whether multiples of one step stay integers.
       shared: whether arrays may share the memory of the base, and have any strides.
     """
-    entry = self.entry(name)
-    resolve = self.resolver(started)
+    entry, file, resolve = self.entry(name), self.files[name], self.resolver(started)
+    leaves, known = [], {}
+    arrays: list[np.ndarray] = []
     with (
-      container.naming(self.files[name].name),
+      container.naming(file.name),
       container.naming(name),
       memory.bounded(name, entry.memory_bytes),
     ):
-      return self._decoded(entry, resolve, rows or {}, integers, shared)
-
-  def _decoded(
-    self,
-    entry: manifest_lib.RecordEntry,
-    resolve: Resolve,
-    rows: Rows,
-    integers: bool,
-    shared: bool,
-  ) -> Flat:
-    """Decodes a record, see `decode`."""
-    leaves, known = [], {}
-    arrays: list[np.ndarray] = []
-    for leaf, specs in entry.leaf_specs:
-      place = rows.get(entry.inner(leaf.path))
-      if place is None and leaf.base is not None and not shared:
-        place = [host.empty(leaf.shape, leaf.dtype)]
-      needed = functools.partial(self._needed, leaf, resolve)
-      leaves.append(_StoredLeaf(leaf, specs, place, integers, needed))
-      is_difference = leaf.leaf_class is difference.Difference
-      if is_difference and {'differences', 'column_scales'} <= set(leaf.arrays):
-        index = leaf.arrays.index('differences')
-        known[len(arrays) + index] = leaves[-1].known
-      arrays += leaves[-1].arrays
-    decode = coders.find(entry.coder).decode
-    with self.files[entry.name].checked(entry.name, entry.crc32) as data:
-      decode(entry.stream_spec, data, out=arrays, known=known)
-    flat = {leaf.entry.path: leaf.value() for leaf in leaves}
-    for leaf in entry.leaves:
-      shapes = [self.leaves[x].shape for x in leaf.needs if x in self.leaves]
-      if shapes and structured.is_structured(flat[leaf.path]):
-        flat[leaf.path].check_needed(*shapes)
-    return flat
+      for leaf, specs in entry.leaf_specs:
+        out = (rows or {}).get(entry.inner(leaf.path))
+        if out is None and leaf.base is not None and not shared:
+          out = [host.empty(leaf.shape, leaf.dtype)]
+        needed = functools.partial(self._needed, leaf, resolve)
+        shapes = [self.leaves[x].shape for x in leaf.needs if x in self.leaves]
+        if not leaf.needs:
+          shapes = [leaf.shape if leaf.base is None else leaf.base.shape]
+        leaves.append(_StoredLeaf(leaf, specs, out, integers, needed, shapes))
+        is_difference = leaf.leaf_class is difference.Difference
+        if is_difference and {'differences', 'column_scales'} <= {*leaf.arrays}:
+          index = leaf.arrays.index('differences')
+          known[len(arrays) + index] = leaves[-1].known
+        arrays += leaves[-1].arrays
+      decode = coders.find(entry.coder).decode
+      with file.checked(name, entry.crc32) as data:
+        decode(entry.stream_spec, data, out=arrays, known=known)
+      return {leaf.entry.path: leaf.value() for leaf in leaves}
 
   def _needed(self, leaf: manifest_lib.Leaf, resolve: Resolve) -> list[Any]:
     """Returns the arrays that a leaf is computed from."""
@@ -243,23 +213,24 @@ class _StoredLeaf:
     self,
     entry: manifest_lib.Leaf,
     specs: Sequence[specs_lib.ArraySpec],
-    place: list[np.ndarray] | None,
+    out: list[np.ndarray] | None,
     integers: bool,
     needed: Callable[[], list[Any]],
+    shapes: Sequence[manifest_lib.Shape],
   ):
-    """Makes room for the arrays: in `place`, if the coder can write them there."""
-    self.entry, self._place, self._needed = entry, place, needed
+    """Makes room for the arrays: in `out`, if the coder can write them there."""
+    self.entry, self._out, self._needed, self._shapes = entry, out, needed, shapes
     self._is_expanded = entry.is_expanded(integers)
     self._prediction: difference.Prediction | None = None
-    if place is None or self._is_expanded:
+    if out is None or self._is_expanded:
       self.arrays = [host.empty(x.shape, x.dtype) for x in specs]
     else:
-      self.arrays = [x.view(y.dtype) for x, y in zip(place, specs, strict=True)]
+      self.arrays = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
 
   @functools.cached_property
   def _leaf(self) -> Any:
     """The leaf; of differences with classes, these may not be decoded yet."""
-    return self.entry.make(self.arrays)
+    return self.entry.make(self.arrays, self._shapes)
 
   def known(self) -> np.ndarray:
     """Returns the classes of the differences, which the coder must know."""
@@ -272,11 +243,11 @@ class _StoredLeaf:
     entry = self.entry
     if not entry.type_name:
       return self.arrays[0].view(np.dtype(entry.dtype))
-    with container.naming(self.entry.path):
+    with container.naming(entry.path):
       if not self._is_expanded:
         return self._leaf
       if entry.crc32 is None:  # multiples of a step
-        array = self._place[0] if self._place else host.empty(entry.shape, entry.dtype)
+        array = self._out[0] if self._out else host.empty(entry.shape, entry.dtype)
         self._leaf.write(array)
         return array
       if self._prediction is None:
@@ -286,7 +257,7 @@ class _StoredLeaf:
       stored = array.T if self._leaf.columns_first else array
       if checksums.of_array(stored) != entry.crc32:
         raise ValueError('decoded elements differ from the encoded ones')
-    if self._place is None:
+    if self._out is None:
       return array
-    self._place[0][...] = host.contiguous(array)
-    return self._place[0]
+    self._out[0][...] = host.contiguous(array)
+    return self._out[0]

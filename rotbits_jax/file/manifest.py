@@ -96,57 +96,27 @@ class Leaf(schema.Object, kw_only=True):
   product: products.Product | None = None
   crc32: schema.Crc32 | None = None
 
-  def __post_init__(self) -> None:
-    entries.check_shape(self.shape)
-    is_array, cls = not self.type_name, self.leaf_class
-    known = [x for x in (self.base, self.product, self.needs) if x]
-    fields = self.stack_key, self.settings, self.arrays, self.crc32
-    if is_array and (known or fields != ((), {}, ('',), None)):
-      raise ValueError(f'{self.path}: an array has fields of a structured leaf')
-    if is_array:
-      return
-    if len(set(self.arrays)) != len(self.arrays):
-      raise ValueError(f'{self.path}: the names of the arrays must differ')
-    if cls is not None:
-      is_known = cls.origin is structured.Origin.KNOWN
-      if cls.origin.is_in_files != (self.crc32 is not None):
-        raise ValueError(f'{self.path}: leaves of its type have a checksum, or none')
-      if len(known) != 1 if is_known else self.base or self.product:
-        raise ValueError(f'{self.path}: leaves of its type need a base, or need none')
-    is_of_layer = models.names.layer_index(self.path) is not None
-    if self.needs and self.crc32 is None and is_of_layer:
-      raise ValueError(f'{self.path}: a leaf of a stack cannot need other parameters')
-
   @property
   def leaf_class(self) -> type[structured.Structured] | None:
     """The class of the structured leaf; None for an array, or if it is unknown."""
     return structured.TYPES.get(self.type_name)
 
-  def make(self, arrays: Sequence[np.ndarray]) -> structured.Structured:
-    """Makes the structured leaf from the arrays as which it is stored."""
+  def make(
+    self, arrays: Sequence[np.ndarray], needed: Sequence[Shape]
+  ) -> structured.Structured:
+    """Makes the structured leaf from stored arrays, given the shapes of needed ones."""
     cls = structured.TYPES[self.type_name]
     try:
-      named = dict(zip(self.arrays, arrays, strict=True))
-      leaf = cls.from_stored(self.settings, named)
+      leaf = cls.from_stored(self.settings, dict(zip(self.arrays, arrays, strict=True)))
       key = *structured.stack_key(leaf), leaf.needs
     except UNTRUSTED as error:
       raise ValueError(str(error)) from error
     fields = self.type_name, self.shape, self.dtype, self.stack_key, self.needs
     if key != fields:
       raise ValueError('the leaf differs from the manifest')
-    if cls.origin is structured.Origin.KNOWN and not self.needs:
-      leaf.check_needed(self.shape if self.base is None else self.base.shape)
+    if needed:
+      leaf.check_needed(*needed)
     return leaf
-
-  def rank(self, shapes: Sequence[Shape]) -> Any:
-    """Returns `Structured.stored_rank`, given the shapes of the stored arrays."""
-    if (cls := self.leaf_class) is None:
-      return None
-    try:
-      named = dict(zip(self.arrays, shapes, strict=True))
-      return cls.stored_rank(named)
-    except UNTRUSTED as error:
-      raise ValueError(f'{self.path}: expected a leaf with two factors') from error
 
   def is_expanded(self, integers: bool = False) -> bool:
     """Returns whether the reader puts the array in the place of the structured leaf.
@@ -156,13 +126,6 @@ class Leaf(schema.Object, kw_only=True):
     multiples = structured.UniformlyQuantized.type_name
     is_multiples = self.type_name == multiples and 'row_exponents' not in self.arrays
     return self.crc32 is not None or (is_multiples and not integers)
-
-  @property
-  def base_size(self) -> int:
-    """The number of elements that the base and bases of subspaces give."""
-    if self.product is not None and self.product.kind == 'shortcut':
-      return self.size  # the bases have more
-    return sum(math.prod(x.shape) for x in self.base_arrays)
 
   @property
   def base_arrays(self) -> tuple[entries.BaseArray, ...]:
@@ -181,6 +144,39 @@ class Leaf(schema.Object, kw_only=True):
     """The bytes of that array."""
     return self.size * np.dtype(entries.stored_dtype(self.dtype)).itemsize
 
+  def check(self, arrays: Sequence[specs.ArraySpec]) -> None:
+    """Checks the fields, and that arrays with these specs can store the leaf."""
+    entries.check_shape(self.shape)
+    known = [x for x in (self.base, self.product, self.needs) if x]
+    cls, nbytes = self.leaf_class, sum(x.nbytes for x in arrays)
+    if not self.type_name:
+      fields = self.stack_key, self.settings, self.arrays, self.crc32, known
+      array = [(x.shape, x.dtype) for x in arrays]
+      stored = [(self.shape, entries.stored_dtype(self.dtype))]
+      if fields != ((), {}, ('',), None, []) or array != stored:
+        raise ValueError('the array and the coder differ in the shape or the dtype')
+      return
+    if cls is None:
+      raise ValueError(
+        f'the leaf type {self.type_name!r:.100} is not known: import the module that '
+        'registers it'
+      )
+    is_known = cls.origin is structured.Origin.KNOWN
+    is_of_layer = models.names.layer_index(self.path) is not None
+    if (
+      len(set(self.arrays)) < len(self.arrays)
+      or cls.origin.is_in_files != (self.crc32 is not None)
+      or (len(known) != 1 if is_known else self.base or self.product)
+      or (is_of_layer and self.needs and not is_known)  # a stack has no needs
+    ):
+      raise ValueError(f'the fields do not fit the leaf type {self.type_name!r}')
+    # The config of the model bounds the sizes of a basis and of their products.
+    if self.is_expanded() and cls is not subspaces.Subspace:
+      of_base = sum(math.prod(x.shape) for x in self.base_arrays)
+      is_shortcut = self.product is not None and self.product.kind == 'shortcut'
+      if not is_shortcut and entries.is_too_short(self.size, of_base, nbytes):
+        raise ValueError(f'too few bytes stand for {self.size} elements')
+
 
 class RecordEntry(schema.Object, kw_only=True):
   """A part of a model that decodes on its own; `docs/format.md` has the fields."""
@@ -197,41 +193,10 @@ class RecordEntry(schema.Object, kw_only=True):
 
   def __post_init__(self) -> None:
     try:
-      self.tree({leaf.path: None for leaf in self.leaves})
-      if len({self.inner(leaf.path) for leaf in self.leaves}) < len(self.leaves):
-        raise ValueError('two leaves have the same path within the record')
-      if self.is_known:
-        self._check_stream()
+      paths = *(leaf.path for leaf in self.leaves), *self.empty
+      structured.unflatten((path, None) for path in paths)
     except ValueError as error:
       raise ValueError(f'{self.name}: {error}') from error
-
-  def _check_stream(self) -> None:
-    """Checks that the stream can hold the leaves."""
-    spec = self.stream_spec
-    if self.nbytes != spec.nbytes:
-      raise ValueError(
-        f'the coder needs a stream of {spec.nbytes} bytes, got {self.nbytes}'
-      )
-    if sum(len(leaf.arrays) for leaf in self.leaves) != len(spec.arrays):
-      raise ValueError('the leaves and the coder list different arrays')
-    for leaf, arrays in self.leaf_specs:
-      leaf.rank([x.shape for x in arrays])
-      if not leaf.type_name:
-        stored = leaf.shape, entries.stored_dtype(leaf.dtype)
-        if (arrays[0].shape, arrays[0].dtype) != stored:
-          raise ValueError(
-            f'{leaf.path}: the leaf and the coder differ in the shape or the dtype'
-          )
-      # The config of the model bounds the size of a basis.
-      elif leaf.is_expanded() and leaf.leaf_class is not subspaces.Subspace:
-        nbytes = sum(x.nbytes for x in arrays)
-        if entries.is_too_short(leaf.size, leaf.base_size, nbytes):
-          raise ValueError(f'{leaf.path}: too few bytes stand for {leaf.size} elements')
-
-  @property
-  def is_known(self) -> bool:
-    """Whether the coder is registered."""
-    return self.coder in coders.CODERS
 
   @functools.cached_property
   def stream_spec(self) -> specs.StreamSpec:
@@ -240,9 +205,20 @@ class RecordEntry(schema.Object, kw_only=True):
 
   @functools.cached_property
   def leaf_specs(self) -> list[tuple[Leaf, list[specs.ArraySpec]]]:
-    """Each leaf with the specs of its arrays."""
-    arrays = iter(self.stream_spec.arrays)
-    return [(leaf, [next(arrays) for _ in leaf.arrays]) for leaf in self.leaves]
+    """Each leaf with the specs of its arrays, which are checked now."""
+    spec = self.stream_spec
+    if self.nbytes != spec.nbytes:
+      raise ValueError(
+        f'the coder needs a stream of {spec.nbytes} bytes, got {self.nbytes}'
+      )
+    if sum(len(leaf.arrays) for leaf in self.leaves) != len(spec.arrays):
+      raise ValueError('the leaves and the coder list different arrays')
+    arrays = iter(spec.arrays)
+    pairs = [(leaf, [next(arrays) for _ in leaf.arrays]) for leaf in self.leaves]
+    for leaf, specs_of_leaf in pairs:
+      with container.naming(leaf.path):
+        leaf.check(specs_of_leaf)
+    return pairs
 
   @property
   def memory_bytes(self) -> int:
@@ -256,32 +232,17 @@ class RecordEntry(schema.Object, kw_only=True):
     )
     return max(stored, sum(leaf.nbytes for leaf in self.leaves)) + inverses
 
-  def rank(self, inner_path: str) -> Any:
-    """Returns the rank of a leaf by its path within the record, see `Leaf.rank`."""
-    for leaf, arrays in self.leaf_specs:
-      if self.inner(leaf.path) == inner_path:
-        return leaf.rank([x.shape for x in arrays])
-    return None
-
-  def tree(self, flat: dict[str, Any]) -> dict[str, Any]:
-    """Returns the nested dicts of these leaves by path, with the empty dicts."""
-    empty: dict[str, Any] = {path: {} for path in self.empty}
-    return structured.unflatten([*flat.items(), *empty.items()])
-
   def inner(self, path: str) -> str:
     """Returns the path of a leaf within the record."""
     return path.removeprefix(f'{self.name}/')
 
   def stack_key(self, integers: bool) -> tuple[Any, ...]:
     """Returns a key that layers share if they can be stacked, see `is_expanded`."""
-    keys = [
-      (
-        self.inner(x.path),
-        '' if x.is_expanded(integers) else x.type_name,
-        *(x.shape, x.dtype, x.stack_key),
-      )
-      for x in self.leaves
-    ]
+    keys = []
+    for leaf in self.leaves:
+      type_name = '' if leaf.is_expanded(integers) else leaf.type_name
+      array = leaf.shape, leaf.dtype, leaf.stack_key
+      keys.append((self.inner(leaf.path), type_name, *array))
     return tuple(sorted(keys))
 
 
@@ -312,77 +273,99 @@ class Manifest(schema.Object, kw_only=True):
   headers: dict[str, Deflated] = msgspec.field(default_factory=dict)
   dtypes: dict[str, entries.Dtype] = msgspec.field(default_factory=dict)
 
-  def __post_init__(self) -> None:
-    streams = [*(x.name for x in self.records), *self.other_streams()]
-    if len(set(streams)) != len(streams):
-      raise ValueError('two streams have the same name')
+  @classmethod
+  def of_files(cls, files: Sequence[container.StreamReader]) -> Self:
+    """Reads and checks the manifest of a model, given its file or all its shards."""
+    manifests = []
+    for file in files:
+      with container.naming(file.name), container.naming(container.MANIFEST):
+        manifests.append(schema.decode(cls, file.manifest()))
+    manifest, *others = manifests
+    if others:
+      facts = {(x.preset, x.config, x.message is None) for x in manifests}
+      if facts != {(manifest.preset, manifest.config, True)}:
+        raise container.ContainerError(f'{files[0].name}: not a shard of the others')
+      merged = lambda field: dict(
+        item for x in manifests for item in getattr(x, field).items()
+      )
+      manifest = msgspec.structs.replace(
+        manifest,
+        records=tuple(record for x in manifests for record in x.records),
+        **{field: merged(field) for field in ('files', 'headers', 'dtypes')},
+      )
+    with container.naming(files[0].name):
+      manifest.check()
+      is_tree = manifest.config is None and not manifest.headers
+      for record in manifest.records if is_tree else ():
+        paths = *record.empty, *(leaf.path for leaf in record.leaves)
+        if {path.split('/')[0] for path in paths} != {record.name}:
+          raise ValueError(f'{record.name}: a leaf of the record is not under its name')
+      of_files = [x for file in files for x in file.sizes.items()]
+      in_headers = sorted(x for x in of_files if x[0] != container.MANIFEST)
+      if in_headers != (in_manifest := sorted(manifest.streams())):
+        name, _ = min({*in_headers} ^ {*in_manifest}, default=in_headers[0])
+        raise ValueError(f'{name}: the header and the manifest differ in this stream')
+    return manifest
+
+  def check(self) -> None:
+    """Checks that records, other files and the config belong together."""
+    names = [name for name, _ in self.streams()]
+    paths = [leaf.path for record in self.records for leaf in record.leaves]
+    if len(set(names)) < len(names) or len(set(paths)) < len(paths):
+      raise ValueError('two streams or two leaves have the same name')
     sizes = lambda streams: {name: x.size for name, x in streams.items()}
     check_files(self.stem, sizes(self.files), sizes(self.headers))
     if twice := self.files.keys() & self.headers.keys():
       raise ValueError(f'{min(twice)}: two files have this name')
     if self.headers and self.config is not None:
       raise ValueError('a model has no weights files of its own')
-    if self.config is None and self.message is not None:
-      raise ValueError('a message needs a config')
+    if self.message is not None and (
+      self.config is None or any(x.name != models.names.BUFFERS for x in self.records)
+    ):
+      raise ValueError('a message is a whole model with its config, without records')
     for record in self.records:
-      if self.message is not None and record.name != models.names.BUFFERS:
-        raise ValueError('a message is the whole model: there are no other records')
-      if self.config is not None:
-        self._check_record(record, self.config)
-      elif any(x.product or x.leaf_class in _BASES for x in record.leaves):
-        raise ValueError(f'{record.name}: a product or a basis needs a config')
+      with container.naming(record.name):
+        self._check_record(record)
 
-  def _check_record(self, record: RecordEntry, config: models.ModelConfig) -> None:
-    """Checks that a record belongs to a model with the config."""
-    if record.empty:
-      raise ValueError(f'{record.name}: a model has no empty dicts')
-    segment = models.names.subspace_index(record.name)
-    if segment is not None:
-      widths = dict(enumerate(config.segment_widths))
-      shape = config.hidden_size, widths.get(segment)
-      expected = models.names.basis(segment), shape, 'int32'
-      for leaf in record.leaves:
-        fields = leaf.path, leaf.shape, leaf.dtype
-        if fields != expected or leaf.leaf_class not in _BASES:
-          raise ValueError(f'{record.name}: it is not the basis of a segment')
+  def _check_record(self, record: RecordEntry) -> None:
+    """Checks that a record belongs to a model with the config, or to a tree."""
+    name, config, leaves = record.name, self.config, record.leaves
+    if config is None:
+      if any(x.product or x.leaf_class in _BASES for x in leaves):
+        raise ValueError('a product or a basis needs a config')
       return
-    shapes = {leaf.path: leaf.shape for leaf in record.leaves}
-    check_shapes(record.name, shapes, config)
-    for leaf in record.leaves:
-      if leaf.leaf_class in _BASES:
-        raise ValueError(f'{leaf.path}: a basis needs a segment of a model')
-      if record.name == models.names.BUFFERS and leaf.type_name:
-        raise ValueError(f'{record.name}: buffers are arrays')
+    if record.empty:
+      raise ValueError('a model has no empty dicts')
+    check_shapes(name, {leaf.path: leaf.shape for leaf in leaves}, config)
+    is_basis = models.names.subspace_index(name) is not None
+    for leaf in leaves:
+      if (leaf.leaf_class in _BASES) != is_basis:
+        raise ValueError(f'{leaf.path}: it is not the basis of a segment')
+      if name == models.names.BUFFERS and leaf.type_name:
+        raise ValueError('buffers are arrays')
       settings = {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
       for setting, field in settings.items():
         if leaf.settings.get(setting) != getattr(config, field):
-          raise ValueError(
-            f'{leaf.path}: the config and the setting {setting!r} disagree'
-          )
+          raise ValueError(f'{leaf.path}: the config has another {setting!r}')
 
-  def other_streams(self) -> dict[str, Stream]:
-    """Returns the streams that are not those of records, by name."""
-    return {
-      **{f'{FILES}{name}': file for name, file in self.files.items()},
-      **(self.message.streams if self.message else {}),
-      **{f'{HEADERS}{name}': header for name, header in self.headers.items()},
-    }
-
-  def sizes(self) -> dict[str, int]:
-    """Returns the length of every stream but that of the manifest, by name."""
-    others = {name: x.nbytes for name, x in self.other_streams().items()}
-    return {x.name: x.nbytes for x in self.records} | others
+  def streams(self) -> list[tuple[str, int]]:
+    """Returns the name and the length of every stream but that of the manifest."""
+    streams: list[Any] = [(record.name, record) for record in self.records]
+    streams += [(f'{FILES}{name}', stream) for name, stream in self.files.items()]
+    streams += [(f'{HEADERS}{name}', stream) for name, stream in self.headers.items()]
+    streams += self.message.streams.items() if self.message else ()
+    return [(name, stream.nbytes) for name, stream in streams]
 
   def to_bytes(self) -> bytes:
-    """Serialises the manifest."""
+    """Serialises the manifest; a ValueError says that readers would refuse it."""
     value = schema.dump(self)
-    return json.dumps(value, separators=(',', ':'), allow_nan=False).encode()
-
-  @classmethod
-  def from_bytes(cls, data: bytes) -> Self:
-    """Makes a manifest from bytes: the inverse of `to_bytes`."""
-    with container.naming(container.MANIFEST):
-      return schema.load(cls, schema.parse(data))
+    data = json.dumps(value, separators=(',', ':'), allow_nan=False).encode()
+    manifest = schema.decode(Manifest, data)
+    manifest.check()
+    for record in manifest.records:
+      with container.naming(record.name):
+        assert record.leaf_specs is not None  # it checks them
+    return data
 
 
 def check_files(
@@ -402,15 +385,20 @@ def check_shapes(
   record: str, shapes: Mapping[str, Shape], config: models.ModelConfig
 ) -> None:
   """Checks the shapes, by path, of the parameters of a record of a model."""
+  segment = models.names.subspace_index(record)
   if record == models.names.BUFFERS:
     if wrong := [x for x in shapes if x.split('/')[:-1] != [record]]:
       raise ValueError(f'{wrong[0]}: not the path of a buffer')
     return
-  tree = models.record_shapes(config, record)
-  if not tree:
+  if segment is None:
+    expected = structured.flatten({record: models.record_shapes(config, record)})
+  else:
+    widths = config.segment_widths[segment : segment + 1]
+    expected = {models.names.basis(segment): (config.hidden_size, x) for x in widths}
+  if not expected:
     raise ValueError(f'{record}: a model with this config has no such record')
-  expected = structured.flatten({record: tree})
-  if shapes != expected:
+  is_identity = segment is not None and not shapes  # which has no basis
+  if shapes != expected and not is_identity:
     path, shape = min(set(shapes.items()) ^ set(expected.items()))
     raise ValueError(f'{path}: the config implies another shape, got {shape=}')
 
@@ -419,6 +407,7 @@ def check_array(path: str, shape: Shape, dtype: np.dtype) -> None:
   """Checks that an array of this path, shape and dtype can be stored."""
   try:
     path.encode()  # text of files is UTF-8
+    entries.check_shape(shape)
     schema.load(Leaf, {'path': path, 'shape': shape, 'dtype': dtype.name})
   except ValueError as error:
     array = f'an array of {dtype.name} {list(shape)!r:.100}'

@@ -4,13 +4,13 @@
       layer = file.record('layers.3')    # nested dicts of NumPy arrays and leaves
       model = file.read()                # layers stacked
 
-`manifest` describes records and leaves. The reader checks the whole manifest before it
-allocates memory. Several records decode side by side: one stream is read while the
+The manifest is checked when the file is opened, and what it says of a record before
+that is decoded. Several records decode side by side: one stream is read while the
 blocks of another are decoded. A damaged or incomplete file raises `ContainerError`.
 """
 
 import collections
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import functools
 import hashlib
 import os
@@ -34,9 +34,6 @@ from rotbits_jax.file import sources
 from rotbits_jax.file import stacks
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
-from rotbits_jax.relative import entries
-from rotbits_jax.structured import difference
-from rotbits_jax.structured import shortcuts
 from rotbits_jax.system import progress
 from rotbits_jax.system import schema
 
@@ -47,9 +44,10 @@ class Reader:
   """An encoded file, or all shards of one. The class is a context manager.
 
   Attributes:
-    preset, options, keeps, config, stem, message: see `manifest.Manifest`.
-    manifests, records: the entries of all files, and of all records by name.
+    manifest: what all files hold, see `manifest.Manifest`.
+    config: config of the model; None for a PyTree and for plain tensors.
     is_plain: whether the records are the tensors of weights files of any family.
+    records: the entries of all records by name.
     size: size of all files in bytes.
     inputs: the source and the base, as they were given.
   """
@@ -57,34 +55,17 @@ class Reader:
   def __init__(self, source: container.Readable, base: Any = None):
     """Reads and checks the manifests; see `shards.find` and `open_base`."""
     self.inputs = source, base
-    files, index = shards.find(source)
-    self._files = [container.StreamReader(file) for file in files]
+    paths, index = shards.find(source)
+    self._files = [container.StreamReader(path) for path in paths]
     self.size = sum(file.size for file in self._files)
-    self.manifests = [_manifest(file) for file in self._files]
-    first = self.manifests[0]
-    self.preset, self.options, self.keeps = first.preset, first.options, first.keeps
-    self.config, self.stem, self.message = first.config, first.stem, first.message
-    pairs = list(zip(self._files, self.manifests, strict=True))
-    with_others = [pair for pair in pairs if pair[1].files or pair[1].headers]
-    if len(with_others) > 1:
-      raise ContainerError('two shards have other files')
-    self._file_of_others, self._others = (with_others or pairs)[0]
-    self.is_plain = bool(self._others.headers)
-    for manifest in self.manifests:
-      if (manifest.preset, manifest.config) != (self.preset, self.config):
-        raise ContainerError('the shards belong to different models')
-      if manifest.message is not None and len(self._files) > 1:
-        raise ContainerError('a message is one file, and no shard')
+    self.manifest = manifest_lib.Manifest.of_files(self._files)
+    self.config, self.is_plain = self.manifest.config, bool(self.manifest.headers)
     self._base = None if base is None else open_base(base, plain=self.config is None)
-    self._decoder = decode_lib.Decoder(self._files, self.manifests, self._base)
+    homes = {name: file for file in self._files for name in file.sizes}
+    self._decoder = decode_lib.Decoder(self.manifest, homes, self._base)
     self.records = self._decoder.entries
     if index is not None:
       self._check_index(index)
-    if self.config is None and not self.is_plain:
-      for name, record in self.records.items():
-        paths = *record.empty, *(leaf.path for leaf in record.leaves)
-        if {path.split('/')[0] for path in paths} != {name}:
-          raise ContainerError(f'{name}: a leaf of the record is not under its name')
 
   def __enter__(self) -> Self:
     return self
@@ -98,12 +79,25 @@ class Reader:
     for file in self._files:
       if index.metadata.manifest_crc32[base_name(file)] != file.manifest_crc32:
         raise ContainerError(f'{file.name}: the index names another shard of this name')
-    homes = {name: base_name(file) for name, file in self._decoder.files.items()}
-    if wrong := sorted(homes.items() ^ index.weight_map.items()):
-      record = wrong[0][0]
-      raise ContainerError(f'{record}: the index and the shards differ in this record')
+    homes = {name: base_name(self._decoder.files[name]) for name in self.records}
+    if wrong := homes.items() ^ index.weight_map.items():
+      name, _ = min(wrong)
+      raise ContainerError(f'{name}: the index and the shards differ in this record')
 
-  # ---- facts of the manifests --------------------------------------------------------
+  def names(self) -> list[str]:
+    """Returns all records in the order of `each`, after a check of their entries.
+
+    Layers come first, and records that need others last: nothing waits for them, or all
+    threads could wait for one.
+    """
+    layers, outer, buffers = [], list(self.records), []
+    if self.config is not None and self.manifest.message is None:
+      layers = list(map(models.names.layer, range(self.config.num_layers)))
+      buffers = [name for name in outer if name == models.names.BUFFERS]
+      outer = list(models.outer_shapes(self.config))
+    entries = {name: self._decoder.entry(name) for name in (*layers, *outer, *buffers)}
+    outer.sort(key=lambda name: any(leaf.needs for leaf in entries[name].leaves))
+    return [*layers, *outer, *buffers]
 
   def specs(self, name: str) -> Tree:
     """Returns the shapes and dtypes of a record, without reading it."""
@@ -111,69 +105,14 @@ class Reader:
     leaves = self.records[name].leaves
     return structured.unflatten({leaf.path: spec(leaf) for leaf in leaves})
 
-  def needed_arrays(self) -> dict[str, entries.BaseArray]:
-    """Returns the arrays of a base that the file needs, by their paths in the base."""
-    leaves = self._decoder.leaves.values()
-    return {array.path: array for leaf in leaves for array in leaf.base_arrays}
-
-  def uses_of_base(self) -> dict[str, str]:
-    """Returns the last record that needs each array of a base, by the array's path."""
-    last: dict[str, str] = {}
-    for name in self._names():
-      for leaf in self.records[name].leaves:
-        last |= dict.fromkeys((array.path for array in leaf.base_arrays), name)
-    return last
-
-  def unchanged(self) -> set[str]:
-    """Returns the paths of the arrays that are those of the base."""
-    return {
-      path
-      for path, leaf in self._decoder.leaves.items()
-      if leaf.leaf_class is difference.Difference
-      and not leaf.arrays
-      and leaf.base is not None
-      and (leaf.base.path, leaf.base.crc32) == (path, leaf.crc32)
-      and (leaf.base.shape, leaf.base.dtype) == (leaf.shape, leaf.dtype)
-    }
-
-  def check_records(self) -> None:
-    """Checks that every record is there, and a base if one is needed."""
-    for name in (*self.records, *self._names()):
-      self._decoder.entry(name)
-
   def fingerprint(self) -> str:
-    """Returns a digest of the content."""
+    """Returns a digest of the content: of all checksums in the manifests."""
     digest = hashlib.sha256()
-    for manifest in self.manifests:  # they have the checksums of all that they describe
-      digest.update(manifest.to_bytes())
+    for file in self._files:
+      digest.update(file.manifest())
     if self._base is not None:
       digest.update(sources.fingerprint(self._base.source).encode())
     return digest.hexdigest()
-
-  def dtypes_on_disk(self) -> dict[str, np.dtype]:
-    """Returns the dtype of every parameter in the checkpoint that was encoded."""
-    dtypes = {path: np.dtype(x.dtype) for path, x in self._decoder.leaves.items()}
-    dtypes |= self.message.layout.dtypes() if self.message else {}
-    others = {path: x for y in self.manifests for path, x in y.dtypes.items()}
-    for path, dtype in dtypes.items():
-      if dtype == np.float32:
-        dtypes[path] = np.dtype(others.get(path, others.get('', dtype)))
-    return dtypes
-
-  def thin_shortcuts(self) -> dict[str, tuple[int, int]]:
-    """Returns the columns of B and C of shortcuts that are thin, by path."""
-    thin = {}
-    for name in self.records:
-      for leaf, specs in self._decoder.entry(name).leaf_specs:
-        if leaf.leaf_class is structured.IdentityMinusGram:
-          ranks = leaf.rank([x.shape for x in specs])
-          if shortcuts.is_thin(ranks, leaf.shape[-1]):
-            thin[leaf.path] = ranks
-    return thin
-
-  def stream_bytes(self) -> int:
-    """Returns the bytes of all streams but the manifests. The rest is overhead."""
-    return sum(x for manifest in self.manifests for x in manifest.sizes().values())
 
   # ---- records -----------------------------------------------------------------------
 
@@ -187,7 +126,9 @@ class Reader:
     Returns:
       The parameters in nested dicts of which the first key is the name, not stacked.
     """
-    return self._decoder.entry(name).tree(self._decoder.decode(name))
+    flat = self._decoder.decode(name)
+    empty = ((path, {}) for path in self.records[name].empty)
+    return structured.unflatten([*flat.items(), *empty])
 
   def tensor(self, path: str) -> Any:
     """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `record`."""
@@ -195,29 +136,24 @@ class Reader:
       raise ContainerError(f'{path}: no such parameter')
     return self._decoder.decode(self._decoder.holders[path])[path]
 
-  def buffers(self) -> Tree:
-    """Reads the tensors that the forward pass does not use; returns them by name."""
-    name = models.names.BUFFERS
-    if self.config is None or name not in self.records:
-      return {}
-    return self.record(name)[name]
-
   def each(
-    self, *, keep: Collection[str] | None = None, show_progress: bool = False
+    self, *, as_arrays: bool = False, show_progress: bool = False
   ) -> Iterator[tuple[str, Tree]]:
-    """Yields the name of each record and its leaves by path, layers first.
+    """Yields the name of each record and its leaves by path, see `names`.
 
-    Structured leaves are replaced by their arrays, except those whose paths are in
-    `keep`; by default all stay. Leaves may share the memory of the base.
+    Structured leaves stay, or come `as_arrays`. Leaves may share the base's memory.
     """
-    if self.message is not None:
+    if self.manifest.message is not None:
       yield from self._decode_message(show_progress)
-    names = self._names()
-    sizes = {name: self._decoder.entry(name).input.bytes for name in names}
-    needed = {path for leaf in self._decoder.leaves.values() for path in leaf.needs}
-    held = {self._decoder.holders.get(path) for path in needed}
+    names, decoder = self.names(), self._decoder
+    sizes = {name: decoder.entry(name).input.bytes for name in names}
+    needed = {path for leaf in decoder.leaves.values() for path in leaf.needs}
+    held = {decoder.holders.get(path) for path in needed}
     kept: dict[str, Any] = {}
-    resolve = self._decoder.resolver(kept)
+    resolve = decoder.resolver(kept)
+    decode = functools.partial(
+      decoder.decode, started=kept, integers=not as_arrays, shared=True
+    )
     total = sum(sizes.values())
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
@@ -228,41 +164,18 @@ class Reader:
         # One record is decoded while the caller works on the one before it.
         wanted = 1 if sizes[name] >= memory.LARGE else 2
         for other in names[i + len(ahead) : i + wanted]:
-          decode = functools.partial(
-            self._decoder.decode, started=kept, integers=keep is None, shared=True
-          )
           ahead.append(start(functools.partial(decode, other)))
           if other in held:
             kept[other] = ahead[-1]
         flat = ahead.popleft().result()
-        if keep is not None:
-          for path, leaf in flat.items():
-            if structured.is_structured(leaf) and path not in keep:
-              known = map(resolve, leaf.needs)
-              array = (
-                leaf.materialize(*known) if leaf.needs else structured.materialize(leaf)
-              )
-              flat[path] = jax.device_get(array)
+        for path, leaf in flat.items():
+          if as_arrays and structured.is_structured(leaf):
+            known = map(resolve, leaf.needs)
+            array = leaf.materialize(*known) if leaf.needs else leaf
+            flat[path] = jax.device_get(structured.materialize(array))
         yield name, flat
         del flat
         bar.update(sizes[name])
-
-  def _names(self) -> list[str]:
-    """Returns all records in an order in which they can be read one at a time."""
-    if self.message is not None or self.config is None:
-      return self._outer()
-    layers = map(models.names.layer, range(self.config.num_layers))
-    others = [x for x in self.records if x == models.names.BUFFERS]
-    return [*layers, *self._outer(), *others]
-
-  def _outer(self) -> list[str]:
-    """Returns the records outside the layers. Those that need others come last."""
-    names = list(self.records)
-    if self.config is not None and self.message is None:
-      names = list(models.outer_shapes(self.config))
-    # Nothing waits for a record that needs others, or all threads could wait for it.
-    needs = lambda name: any(x.needs for x in self._decoder.entry(name).leaves)
-    return sorted(names, key=needs)
 
   # ---- the whole content -------------------------------------------------------------
 
@@ -286,20 +199,21 @@ class Reader:
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
     decoder: decode_lib.Decoder | stacks.ModelDecoder = self._decoder
-    outer = [] if config is None else list(models.outer_shapes(config))
     if source is not None:
       decoder = stacks.ModelDecoder(source.specs, source.read)
-    elif self.message is not None:
+    elif self.manifest.message is not None:
       records = dict(self._decode_message(show_progress))
       tree = lambda name: structured.unflatten(records[name])
       decoder, show_progress = stacks.ModelDecoder(tree, tree), False
-    else:
-      outer = self._outer()
+    outer = list(self.records) if config is None else list(models.outer_shapes(config))
+    outer.sort(key=lambda name: any(leaf.needs for leaf in decoder.entry(name).leaves))
     flat = stacks.read(
       decoder, outer, layers, integers=integers, show_progress=show_progress
     )
     if config is not None:
-      buffers = self.buffers() if source is None else source.buffers
+      buffers = {} if source is None else source.buffers
+      if source is None and models.names.BUFFERS in self.records:
+        buffers = self.record(models.names.BUFFERS)[models.names.BUFFERS]
       return models.Model(structured.unflatten(flat), buffers, config)
     if self.is_plain:  # the tensors by name
       return flat
@@ -308,21 +222,23 @@ class Reader:
 
   def _decode_message(self, show_progress: bool) -> Iterator[tuple[str, Tree]]:
     """Yields the records of a message; see `paper.decode`."""
-    assert self.message is not None
-    assert self.config is not None
-    layout, config, (file,) = self.message.layout, self.config, self._files
+    message, config, (file,) = self.manifest.message, self.config, self._files
+    assert message is not None
+    assert config is not None
     with container.naming(file.name), container.naming('message'):
-      options = schema.load(paper.Options, self.options, 'options')
-      sizes = layout.record_bytes(config)
+      options = schema.load(paper.Options, self.manifest.options, 'options')
+      sizes = message.layout.record_bytes(config)
       rotation = 16 * max(config.segment_widths) ** 2  # with its integers
       with memory.bounded('the message', 2 * sum(sizes.values()) + rotation):
-        streams = {}
-        for name, stream in self.message.streams.items():
+        words = {}
+        for name, stream in message.streams.items():
           with file.checked(name, stream.crc32) as data:
             if data.size % 2:
               raise ValueError(f'{name}: an odd number of bytes')
-            streams[name] = data.view('<u2').copy()
-        flat = paper.decode(options, layout, streams, config, progress=show_progress)
+            words[name] = data.view('<u2').copy()
+        flat = paper.decode(
+          options, message.layout, words, config, progress=show_progress
+        )
     for name in sizes:
       yield name, {k: x for k, x in flat.items() if k.partition('/')[0] == name}
 
@@ -334,25 +250,24 @@ class Reader:
 
   def headers(self) -> dict[str, bytes]:
     """Reads the bytes before the tensors of each weights file, by its name."""
-    return self._inflated(manifest_lib.HEADERS, self._others.headers)
+    return self._inflated(manifest_lib.HEADERS, self.manifest.headers)
 
   def files(self) -> dict[str, bytes]:
     """Reads the other files of the checkpoint; returns their bytes by name."""
-    return self._inflated(manifest_lib.FILES, self._others.files)
+    return self._inflated(manifest_lib.FILES, self.manifest.files)
 
   def _inflated(
     self, prefix: str, streams: Mapping[str, manifest_lib.Deflated]
   ) -> dict[str, bytes]:
     """Inflates streams whose names begin with a prefix; returns them by their names."""
     contents = {}
-    with container.naming(self._file_of_others.name):
-      for name, stream in streams.items():
-        content = self._file_of_others.inflated(
-          f'{prefix}{name}', stream.crc32, stream.size
-        )
+    for name, stream in streams.items():
+      file = self._decoder.files[f'{prefix}{name}']
+      with container.naming(file.name):
+        content = file.inflated(f'{prefix}{name}', stream.crc32, stream.size)
         if len(content) != stream.size:
           raise ContainerError(f'{prefix}{name}: it must inflate to {stream.size}')
-        contents[name] = content
+      contents[name] = content
     return contents
 
 
@@ -374,8 +289,8 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
   if below:
     raise ValueError('a base that is no encoded file needs no base itself')
   if isinstance(source, Reader):
-    if source.message is not None:
-      raise ValueError(f'a file of the preset {source.preset!r} cannot be a base')
+    if source.manifest.message is not None:
+      raise ValueError('a file of the preset paper cannot be a base')
     source = types.SimpleNamespace(
       config=source.config,
       stored_as=None,
@@ -389,15 +304,3 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
     if isinstance(source, models.Model):
       source = source.rounded()
   return base_lib.Base(source, plain=plain)
-
-
-def _manifest(file: container.StreamReader) -> manifest_lib.Manifest:
-  """Reads the manifest of one file, and checks it against the header."""
-  with container.naming(file.name):
-    manifest = manifest_lib.Manifest.from_bytes(file.manifest())
-    in_header = {x: file.nbytes(x) for x in file.names() if x != container.MANIFEST}
-    if wrong := dict(in_header.items() ^ manifest.sizes().items()):
-      raise ContainerError(
-        f'{min(wrong)}: the header and the manifest differ in this stream'
-      )
-    return manifest

@@ -1,21 +1,16 @@
-"""The report on a file, to the byte: as text, as JSON, and as one web page.
+"""The report on a file, to the byte: as text, as JSON, and as one web page."""
 
-A row of the waterfall from the bytes of the tensors to those of the file is a bar: its
-name; '' for a whole size, '-' for saved bytes, '+' for added ones; its elements, bytes
-and share as texts; and where it begins and ends, at most 1.
-"""
-
-from collections.abc import Sequence
 import html
 import math
 import os
+import re
+import string
 import textwrap
 from typing import Any, NamedTuple
 
-from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax.file import container
-from rotbits_jax.file import manifest
+from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import verification
 from rotbits_jax.file import writer as writer_lib
@@ -23,10 +18,10 @@ from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
 from rotbits_jax.system import text
 
-_COLUMNS = 32  # of a table of notes, whose fields a stranger may have written
-_ROWS = 64  # of a table of records: a PyTree may have any
+_COLUMNS, _ROWS = 32, 64  # of a table, which a stranger may have written
 _BAR = 18  # characters
 _WIDTH = 88
+_INDEX = re.compile(r'(?<=\.)[0-9]+')  # of a layer
 
 BACK: dict[presets.Keeps, str] = {
   'bits': 'every bit comes back',
@@ -46,9 +41,7 @@ _UNMEASURED = (
 )
 
 Note = dict[str, Any]
-"""What a step tells about a tensor: JSON values by name."""
-
-Bar = tuple[str, str, str, str, str, float, float]
+"""A row of a table, such as what a step tells about a tensor: JSON values by name."""
 
 
 class ReportLine(NamedTuple):
@@ -68,7 +61,7 @@ class Report(NamedTuple):
     stored_elements, file_bytes: those of the file.
     lines: one for each cause of a difference between the sizes.
     needs: the arrays of a base that are needed to decode the file, by their paths.
-    notes: the notes of each step, by its name.
+    notes: the bits per element of records, and the notes of each step, by its name.
   """
 
   preset: str
@@ -105,43 +98,44 @@ class Report(NamedTuple):
       drawn = ' ' * first + (sign or '#') * max(last - first, 1)
       name = f'  {name}' if sign else name
       lines.append(f'{name:24}{elements:>16}{size:>18} {share:>8}  {drawn}')
-    for name, rows in self.tables(verbose=verbose).items():
-      lines += ['', f'{name}:', *_aligned(rows)]
+    for name, table in self.tables(verbose=verbose).items():
+      lines += ['', f'{name}:', *table]
     for remark in self.remarks():
       lines += ['', *textwrap.wrap(remark, _WIDTH)]
     return '\n'.join(map(text.printable, lines))
 
-  def bars(self) -> list[Bar]:
-    """Returns the bars from the tensors to the file; each begins where one ended."""
-    rows = [('tensors', '', self.input_bytes, self.input_elements, 0)]
+  def bars(self) -> list[tuple[str, str, str, str, str, float, float]]:
+    """Returns the bars from the tensors to the file; each begins where one ended.
+
+    A bar has its name; '' for a whole size, '-' for saved bytes, '+' for added ones;
+    its elements, bytes and share as texts; and where it begins and ends, at most 1.
+    """
+    rows = [('tensors', '', self.input_elements, self.input_bytes, 0)]
     left = self.input_bytes
     for name, elements, saved in self.lines:
       left -= saved
       if saved or elements:
         sign = '-' if saved >= 0 else '+'
-        rows.append((name, sign, abs(saved), -elements, min(left, left + saved)))
-    rows.append(('file', '', self.file_bytes, self.stored_elements, 0))
-    longest = max(1, *(begin + nbytes for _, _, nbytes, _, begin in rows))
+        rows.append((name, sign, -elements, abs(saved), min(left, left + saved)))
+    rows.append(('file', '', self.stored_elements, self.file_bytes, 0))
+    longest = max(1, *(begin + nbytes for *_, nbytes, begin in rows))
     bars = []
-    for name, sign, nbytes, count, begin in rows:
-      elements_text = f'{count:{"+" if sign else ""},}' if count else ''
+    for name, sign, elements, nbytes, begin in rows:
+      count = f'{elements:{"+" if sign else ""},}' if elements else ''
       share = f'{sign}{nbytes / max(self.input_bytes, 1):.2%}'
       ends = begin / longest, (begin + nbytes) / longest
-      bars.append((name, sign, elements_text, f'{sign}{nbytes:,}', share, *ends))
+      bars.append((name, sign, count, f'{sign}{nbytes:,}', share, *ends))
     return bars
 
-  def tables(self, *, verbose: bool = False) -> dict[str, list[list[str]]]:
-    """Returns the notes of each step as a table, whose first row is the header.
+  def tables(self, *, verbose: bool = False) -> dict[str, list[str]]:
+    """Returns the lines of the table of each step.
 
     Unless `verbose`, layers that say the same of one parameter are a row.
     """
-    tables = {}
-    for name, notes in self.notes.items():
-      rows = notes if verbose else _summary(notes)
-      header = list(dict.fromkeys(key for row in rows for key in row))[:_COLUMNS]
-      cells = [[_cell(row.get(key)) for key in header] for row in rows]
-      tables[name] = [header, *cells]
-    return tables
+    rows = {
+      name: notes if verbose else _summary(notes) for name, notes in self.notes.items()
+    }
+    return {name: _aligned(notes) for name, notes in rows.items()}
 
   def remarks(self) -> list[str]:
     """Returns remarks for users of the decoded weights, a sentence or two each."""
@@ -166,18 +160,27 @@ def _summary(notes: list[Note]) -> list[Note]:
   for note in notes:
     words = {key: x for key, x in note.items() if isinstance(x, str)}
     if 'tensor' in words:
-      words['tensor'] = models.names.pattern(words['tensor']).removesuffix('/kernel')
+      words['tensor'] = _INDEX.sub('*', words['tensor']).removesuffix('/kernel')
     groups.setdefault(tuple(words.items()), []).append(note)
   rows = []
-  for words_of_group, group in groups.items():
+  for words_of_group, group in [*groups.items()][:_ROWS]:
     row: Note = dict(words_of_group) | {'count': len(group)}
     for key in group[0]:
-      values = [x for x in (note.get(key) for note in group) if x is not None]
-      if values and all(isinstance(x, int | float) for x in values):
+      values = [x[key] for x in group if isinstance(x.get(key), int | float)]
+      if values:
         least, most = _cell(min(values)), _cell(max(values))
         row[key] = least if least == most else f'{least} to {most}'
     rows.append(row)
   return rows
+
+
+def _aligned(rows: list[Note]) -> list[str]:
+  """Returns the lines of a table, the header first."""
+  header = list(dict.fromkeys(key for row in rows for key in row))[:_COLUMNS]
+  cells = [header, *([_cell(row.get(key)) for key in header] for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  padded = (map(str.ljust, row, widths) for row in cells)
+  return [text.printable(f'  {"  ".join(row)}'.rstrip()) for row in padded]
 
 
 def _cell(value: Any) -> str:
@@ -191,45 +194,55 @@ def _cell(value: Any) -> str:
 
 def from_reader(reader: reader_lib.Reader) -> Report:
   """Makes the report on an opened file, or on all its shards."""
-  stored: list[Any] = list(reader.records.values())
-  stored += [x.message for x in reader.manifests if x.message is not None]
+  manifest = reader.manifest
+  stored: list[Any] = [*manifest.records, *filter(None, [manifest.message])]
   lines: dict[str, ReportLine] = {}
   notes: dict[str, list[Note]] = {}
   for saving in (saving for entry in stored for saving in entry.savings):
-    _, elements, size = lines.get(saving.name, ReportLine(saving.name, 0, 0))
-    lines[saving.name] = ReportLine(
-      saving.name, elements + saving.elements, size + saving.bytes
-    )
+    _, elements, size = lines.get(saving.name, (saving.name, 0, 0))
+    sums = elements + saving.elements, size + saving.bytes
+    lines[saving.name] = ReportLine(saving.name, *sums)
     if saving.notes:
       notes.setdefault(saving.name, []).extend(saving.notes)
-  input_elements = sum(entry.input.elements for entry in stored)
-  input_bytes = sum(entry.input.bytes for entry in stored)
-  uncoded_bytes = input_bytes - sum(line.bytes_saved for line in lines.values())
-  other_bytes = sum(x.nbytes for y in reader.manifests for x in y.files.values())
-  coded_bytes = reader.stream_bytes() - other_bytes
-  leaves = [x for record in reader.records.values() for x in record.leaves]
+  if manifest.records:
+    notes = {'bits per element': list(map(_bits, manifest.records))} | notes
+  leaves = [leaf for record in manifest.records for leaf in record.leaves]
   if any(leaf.base_arrays or leaf.product for leaf in leaves):
     notes[writer_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
+  elements, size = (
+    sum(getattr(x.input, field) for x in stored) for field in ('elements', 'bytes')
+  )
+  others = sum(x.nbytes for x in manifest.files.values())
+  streams = sum(nbytes for _, nbytes in manifest.streams())
+  uncoded = size - sum(line.bytes_saved for line in lines.values())
   return Report(
-    preset=reader.preset,
-    keeps=reader.keeps,
-    family=reader.config.family if reader.config else None,
-    input_elements=input_elements,
-    stored_elements=input_elements - sum(x.elements_saved for x in lines.values()),
-    input_bytes=input_bytes,
+    preset=manifest.preset,
+    keeps=manifest.keeps,
+    family=manifest.config.family if manifest.config else None,
+    input_elements=elements,
+    stored_elements=elements - sum(x.elements_saved for x in lines.values()),
+    input_bytes=size,
     file_bytes=reader.size,
     lines=[
       *lines.values(),
-      ReportLine('coding', 0, uncoded_bytes - coded_bytes),
-      ReportLine('tokenizer and settings', 0, -other_bytes),
-      ReportLine('file overhead', 0, reader.stream_bytes() - reader.size),
+      ReportLine('coding', 0, uncoded - (streams - others)),
+      ReportLine('tokenizer and settings', 0, -others),
+      ReportLine('file overhead', 0, streams - reader.size),
     ],
-    needs=reader.needed_arrays(),
+    needs={array.path: array for leaf in leaves for array in leaf.base_arrays},
     notes=notes,
   )
 
 
-def _beside_base(leaf: manifest.Leaf) -> Note:
+def _bits(record: manifest_lib.RecordEntry) -> Note:
+  """Returns the bits per element of a record in the input and in the file."""
+  count = record.input.elements
+  bits = lambda nbytes: round(8 * nbytes / max(count, 1), 2)
+  sizes = {'input': bits(record.input.bytes), 'file': bits(record.nbytes)}
+  return {'tensor': record.name, 'elements': count} | sizes
+
+
+def _beside_base(leaf: manifest_lib.Leaf) -> Note:
   """Returns how a tensor is stored beside a base."""
   form = (leaf.type_name if leaf.arrays else 'unchanged') or 'array'
   note: Note = {'tensor': leaf.path, 'form': form}
@@ -238,15 +251,6 @@ def _beside_base(leaf: manifest.Leaf) -> Note:
   if leaf.product is not None:
     note['product'] = leaf.product.kind
   return note
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-  """Returns the lines of a table."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  padded = [
-    [cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows
-  ]
-  return [text.printable(f'  {"  ".join(row)}'.rstrip()) for row in padded]
 
 
 # ---- the page ------------------------------------------------------------------------
@@ -262,23 +266,14 @@ def report_page(
   path = 'FILE'
   if isinstance(source, str | os.PathLike):
     path = text.printable(os.path.basename(os.fsdecode(source)))
-  with reader_lib.Reader(source) as reader:
-    report = from_reader(reader)
-    tables = {'The records': _aligned(_records(reader))} if reader.records else {}
-  steps = [
-    line
-    for name, rows in report.tables().items()
-    for line in (f'{name}:', *_aligned(rows), '')
-  ]
-  tables |= {'The steps': steps} if steps else {}
+  report = from_reader(reader_lib.Reader(source))
   base, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
   loading = [f'rotbits decode --input={path} --output=DIR{base}']
   if report.family is not None:
     loading += ['', f"model = rotbits_jax.load('{path}'{argument})  # JAX arrays"]
-  tables['To load it'] = loading
+  tables = report.tables() | {'to load it': loading}
   before, after = map(text.of_bytes, (report.input_bytes, report.file_bytes))
   share = report.file_bytes / max(report.input_bytes, 1)
-  title = html.escape(f'{path}: {before} to {after}, {share:.1%}')
   family = f', family {report.family}' if report.family else ''
   back = BACK[report.keeps]
   paragraphs = [
@@ -287,19 +282,20 @@ def report_page(
     f'tensors. Preset {report.preset}{family}.',
     *report.remarks(),
   ]
-  return ''.join(
-    [
-      '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-      f'<title>{title}</title><style>{_CSS}</style></head><body><h1>{title}</h1>',
-      *(f'<p>{html.escape(x)}</p>' for x in paragraphs),
-      f'<h2>The bytes</h2>{_bars(report)}',
-      *(
-        f'<h2>{name}</h2><pre>{html.escape(chr(10).join(lines))}</pre>'
-        for name, lines in tables.items()
-      ),
-      '</body></html>\n',
-    ]
+  colors, bars = {'': 'whole', '-': 'less', '+': 'more'}, []
+  for name, sign, _, size, share_text, begin, end in report.bars():
+    cells = f'<td>{html.escape(name)}<td>{size}<td>{share_text}<td class="track">'
+    style = f'margin-left:{begin:.3%};width:{end - begin:.3%}'
+    bars.append(f'<tr>{cells}<i class="{colors[sign]}" style="{style}"></i>')
+  sections = [
+    f'<h2>{html.escape(name)}</h2><pre>{html.escape(chr(10).join(lines))}</pre>'
+    for name, lines in tables.items()
+  ]
+  return _PAGE.substitute(
+    title=html.escape(f'{path}: {before} to {after}, {share:.1%}'),
+    paragraphs='\n'.join(f'<p>{html.escape(x)}</p>' for x in paragraphs),
+    bars='\n'.join(bars),
+    sections='\n'.join(sections),
   )
 
 
@@ -315,33 +311,11 @@ def _measured(verified: verification.Verification | None) -> str:
   )
 
 
-def _bars(report: Report) -> str:
-  """Draws how the bytes of the tensors become those of the file."""
-  colors = {'': 'whole', '-': 'less', '+': 'more'}
-  rows = [
-    f'<tr><td>{html.escape(name)}</td><td>{size}</td><td>{share}</td>'
-    f'<td class="track"><i class="{colors[sign]}" style="margin-left:{begin:.3%};'
-    f'width:{end - begin:.3%}"></i></td></tr>'
-    for name, sign, _, size, share, begin, end in report.bars()
-  ]
-  return f'<table>{"".join(rows)}</table>'
-
-
-def _records(reader: reader_lib.Reader) -> list[list[str]]:
-  """Returns a table of the bits of a number for each type of record."""
-  types: dict[str, list[Any]] = {}
-  for name, record in reader.records.items():
-    types.setdefault(models.names.pattern(name), []).append(record)
-  rows = [['record', 'records', 'numbers', 'bits of each', 'bits in the file']]
-  for pattern, records in list(types.items())[:_ROWS]:
-    count = sum(record.input.elements for record in records)
-    sizes = sum(x.input.bytes for x in records), sum(x.nbytes for x in records)
-    bits = [f'{8 * size / max(count, 1):.2f}' for size in sizes]
-    rows.append([pattern, f'{len(records):,}', f'{count:,}', *bits])
-  return rows
-
-
-_CSS = """
+_PAGE = string.Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
 :root { color-scheme: light dark; }
 body { max-width: 56rem; margin: 0 auto; padding: 1rem; font: 16px/1.5 sans-serif; }
 table { width: 100%; }
@@ -352,4 +326,11 @@ td:first-child, .track { text-align: left; }
 .whole { background: #8a93a0; } .less { background: #0b62b5; }
 .more { background: #da5e0d; }
 pre { overflow-x: auto; padding: 12px; border: 1px solid #8a93a0; }
-"""
+</style>
+<h1>$title</h1>
+$paragraphs
+<h2>bytes</h2>
+<table>$bars</table>
+$sections
+</html>
+""")

@@ -1,14 +1,12 @@
 """Verification of files: decodes everything, and compares it with a source."""
 
-import dataclasses
-import math
+import os
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
-from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file import reader as reader_lib
@@ -38,6 +36,38 @@ class Verification(NamedTuple):
   kl_rerounded: float | None
 
 
+def verify(
+  reader: reader_lib.Reader,
+  against: str | os.PathLike[str] | None,
+  *,
+  progress: bool = False,
+) -> Verification:
+  """Decodes everything in a file, see `api.verify`."""
+  if against is None:
+    return read_all(reader, progress=progress)
+  is_plain, keeps = reader.is_plain, reader.manifest.keeps
+  opened = checkpoints.open_plain if is_plain else checkpoints.open_checkpoint
+  expected: Any = opened(against)
+  if reader.config != expected.config:
+    raise ContainerError(f'the config of the file is not that of {against}')
+  contents, others = reader.files(), expected.files
+  for name in sorted(contents.keys() | others.keys()):
+    if contents.get(name) != others.get(name):
+      raise ContainerError(f'{name}: differs from that of the checkpoint')
+  bits = expected if keeps == 'bits' else None
+  verified = read_all(reader, bits, progress=progress)
+  if bits is not None or is_plain:
+    return verified
+  kl, floor = _divergences(reader, against, progress)
+  limit = max(_MOST_NOISE * floor, _LEAST_LIMIT)
+  if np.isnan(kl) or (keeps == 'function' and kl > limit):
+    raise ContainerError(
+      f'the decoded model computes a different function: KL {kl:.3g} (noise floor '
+      f'{floor:.3g})'
+    )
+  return verified._replace(kl=kl, kl_rerounded=floor)
+
+
 def read_all(
   reader: reader_lib.Reader,
   expected: passes.Source | None = None,
@@ -57,7 +87,10 @@ def read_all(
     is_known = name in expected.records
     source = structured.flatten(expected.read(name)) if is_known else {}
     for path in sorted(flat.keys() | source.keys()):
-      if not _same(flat.get(path), source.get(path)):
+      decoded, original = flat.get(path), source.get(path)
+      if structured.is_structured(original) and not structured.is_structured(decoded):
+        original = original.materialize()
+      if not structured.same_bits(decoded, original):
         raise ContainerError(f'{path}: differs from the checkpoint')
   if expected is not None and records != len(expected.records):
     raise ContainerError('the checkpoint has other records than the file')
@@ -67,44 +100,23 @@ def read_all(
   return Verification(records, tensors, len(files), expected is not None, None, None)
 
 
-def _same(decoded: Any, original: Any) -> bool:
-  """Returns whether a decoded leaf has the bits of a source's leaf, or of its array."""
-  if structured.is_structured(original) and not structured.is_structured(decoded):
-    original = original.materialize()
-  return structured.same_bits(decoded, original)
-
-
-def compare_function(
-  reader: reader_lib.Reader, reference: models.Model, *, bounded: bool, progress: bool
+def _divergences(
+  reader: reader_lib.Reader, against: str | os.PathLike[str], progress: bool
 ) -> tuple[float, float]:
-  """Compares the predictions of the model in a file with those of a reference.
-
-  Returns:
-    The divergence for random tokens, and the noise floor, near which it must be if it
-    is `bounded`, see `Verification`.
-  """
+  """Returns the KL divergence for random tokens, and the noise floor."""
   from rotbits_jax import evaluation  # optax and pictures are slow to import
 
-  model, config = reader.read(show_progress=progress), reference.config
-  if not isinstance(model, models.Model):
-    raise ContainerError('the file holds a PyTree, not a model')
-  table = structured.materialize(reference.params['embed']['tokens'])
-  usable = np.flatnonzero(np.isfinite(np.asarray(table)).all(axis=1))
+  model: Any = reader.read(show_progress=progress)
+  reference = checkpoints.load_checkpoint(against).model
+  table = np.asarray(structured.materialize(reference.params['embed']['tokens']))
+  usable = np.flatnonzero(np.isfinite(table).all(axis=1))
   if not usable.size:
     raise ContainerError('no token of the model has finite numbers')
-  count = min(_TOKENS, config.max_positions)
-  result = evaluation.evaluate(
-    dataclasses.replace(model, buffers={}),
+  count = min(_TOKENS, reference.config.max_positions)
+  result: Any = evaluation.evaluate(
+    model,
     np.random.default_rng(0).choice(usable, count),
     reference=reference,
     rerounded=passes.randomly_rotated(reference, key=jax.random.key(0)),
   )
-  kl, floor = result.kl, result.kl_rerounded
-  assert kl is not None
-  assert floor is not None
-  most = max(_MOST_NOISE * floor, _LEAST_LIMIT) if bounded else math.inf
-  if not kl <= most:  # true if kl is NaN
-    raise ContainerError(
-      f'its function is another one: KL {kl:.3g}, noise floor {floor:.3g}'
-    )
-  return kl, floor
+  return result.kl, result.kl_rerounded

@@ -85,7 +85,6 @@ class FileWriter:
         files=self._deflated(manifest_lib.FILES, self._files),
         headers=self._deflated(manifest_lib.HEADERS, self._headers),
       ).to_bytes()
-      manifest_lib.Manifest.from_bytes(data)
     except ValueError as error:
       raise ValueError(f'the model cannot be stored: {error}') from error
     self._streams.finish(data)

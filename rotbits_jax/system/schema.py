@@ -86,6 +86,16 @@ def load(cls: type[T], value: Any, where: str = '') -> T:
     raise ValueError(f'{where}: {error}' if where else str(error)) from error
 
 
+def decode(cls: type[T], data: bytes) -> T:
+  """Makes an object from a JSON text in UTF-8 without repeated keys."""
+  try:
+    value = msgspec.json.decode(data, type=cls)
+    json.loads(data, object_pairs_hook=_object)  # msgspec takes the last of equal keys
+  except (msgspec.DecodeError, RecursionError) as error:
+    raise ValueError(str(error)) from error
+  return value
+
+
 dump = msgspec.to_builtins
 """Returns an object, or a value that one may hold, as a JSON value."""
 
