@@ -44,8 +44,7 @@ def of_message(symbols: np.ndarray, lanes: int) -> tuple[float, float, float]:
   counts = np.bincount(symbols, minlength=ALPHABET)[None]
   contexts = jnp.zeros(symbols.size, jnp.uint8)
   codec = codecs.categorical(contexts, tables.quantize(counts))
-  bits = tables.entropy_bits(counts[0])
-  empty = rans.empty(lanes, int(bits / 16 / lanes * 1.1) + 64)
+  empty = rans.empty(lanes)
   push, pop = jax.jit(codec.push), jax.jit(codec.pop)
   pushed = jnp.asarray(symbols)
   message = rans.check(push(empty, pushed))
@@ -120,33 +119,33 @@ def rotation(n: int) -> tuple[float, float, float, float]:
     Seconds to pop a rotation, seconds to recover it and push it back, and the bits that
     it takes and that come back, for each of n (n - 1) / 2 parameters.
   """
-  codec, lanes = haar.codec(n, n), 64
+  lanes = 64
   depth = 2 * n * n // lanes + 64
   words = jax.random.bits(jax.random.key(0), (depth, lanes), jnp.uint16)
-  message = rans.stacked(words, 2 * depth)
+  message = rans.stacked(words)
 
   @jax.jit
   def sample(message: rans.Message) -> tuple[rans.Message, jax.Array, jax.Array]:
-    message, cells = codec.pop(message)
+    message, cells = haar.codec(n, n).pop(message)
     return message, cells, haar.rotation(cells, n, n)
 
   @jax.jit
   def restore(
     message: rans.Message, recovered: jax.Array, correction: Any
   ) -> rans.Message:
-    return codec.push(message, haar.recover(recovered, correction))
+    return haar.codec(n, n).push(message, haar.recover(recovered, correction))
 
   popped, cells, q = sample(message)
   noise = jax.random.normal(jax.random.key(1), (n, n), jnp.float32)
   recovered = jax.jit(lambda q: jnp.linalg.qr(q + 1e-4 / n**0.5 * noise)[0])(q)
   recovered = recovered * jnp.sign(jnp.sum(recovered * q, axis=0))
-  correction = jax.jit(haar.correct)(recovered, cells)
+  correction = jax.jit(haar.correct)(recovered, recovered, cells)
   again = restore(popped, recovered, correction)
   if not np.array_equal(rans.unstacked(rans.check(again)), np.asarray(words)):
     raise ValueError('the message did not come back')
   frequencies = jnp.asarray(haar.fit(correction))
-  empty = rans.empty(lanes, depth)
-  sent = haar.correction_codec(n, n, frequencies).push(empty, correction)
+  corrections = haar.correction_codec(n, n, frequencies)
+  sent = corrections.push(rans.empty(lanes), correction)
   taken = rans.content_bits(message) - rans.content_bits(popped)
   parameters = n * (n - 1) / 2
   return (

@@ -18,14 +18,12 @@ import sys
 import tempfile
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 import transformers
 
 import rotbits_jax
 from rotbits_jax import models
-from rotbits_jax import structured
 
 TESTDATA = pathlib.Path(__file__).parents[1] / 'tests' / 'testdata'
 SIZES = {
@@ -126,21 +124,9 @@ def check_sliced(name: str, preset: str) -> str:
 
 
 def our_logits(file: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
-  """Returns the logits of our forward pass on the weights that a folder has.
-
-  A structured leaf is rounded when it becomes a matrix, except the factors of a thin
-  shortcut, which a folder has, too.
-  """
-
-  def written(leaf: Any) -> Any:
-    is_thin = isinstance(leaf, structured.IdentityMinusGram) and leaf.is_thin
-    return leaf if is_thin else structured.materialize(leaf)
-
+  """Returns the logits of our forward pass on the weights that a folder has."""
   model = rotbits_jax.decode(file)
-  as_written = lambda tree: jax.tree.map(
-    written, tree, is_leaf=structured.is_structured
-  )
-  layers = [as_written(layer) for layer in model.layers()]
+  layers = [*map(models.materialize, model.layers())]
   same = models.from_layers(model.config, models.materialize(model.outer()), layers)
   return np.asarray(models.logits(same, tokens))
 

@@ -12,20 +12,19 @@ from rotbits_jax.coding import rans
 
 
 def random_message(seed: int, lanes: int, depth: int) -> rans.Message:
-  """Returns a message with random states and words, with room for twice as many."""
+  """Returns a message with random states and words."""
   rng = np.random.default_rng(seed)
   size = jnp.asarray(rng.integers(depth - depth // 8, depth + 1, lanes), jnp.int32)
   return rans.Message(
     state=jnp.asarray(rng.integers(1 << 16, 1 << 32, lanes), jnp.uint32),
-    words=jnp.asarray(rng.integers(0, 1 << 16, (lanes, 2 * depth)), jnp.uint16),
+    words=jnp.asarray(rng.integers(0, 1 << 16, (lanes, depth)), jnp.uint16),
     size=size,
     lowest=size,
-    highest=size,
   )
 
 
 def assert_same_message(a: rans.Message, b: rans.Message) -> None:
-  """Asserts equal content; how deep and high a message has been does not matter."""
+  """Asserts equal content; how deep a message has been does not matter."""
   np.testing.assert_array_equal(a.state, b.state)
   np.testing.assert_array_equal(a.size, b.size)
   depth = int(np.max(a.size, initial=0))
@@ -42,7 +41,7 @@ def check_codec(
   Args:
     codec: the codec.
     symbol: a symbol of the codec.
-    message: a message with enough content and room for a symbol.
+    message: a message with enough content for a symbol.
     eager: True to check that `jit` makes no difference, which takes longer.
   """
   push, pop = jax.jit(codec.push), jax.jit(codec.pop)

@@ -75,6 +75,7 @@ def _rotbits(monkeypatch, capsys):
   def run(*args):
     monkeypatch.setattr(sys, 'argv', ['rotbits', *map(str, args)])
     capsys.readouterr()
+    flags.FLAGS.unparse_flags()  # an earlier run may have left values
     shared = {*flags.FLAGS}
     try:
       code = main.main()

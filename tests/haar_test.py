@@ -18,7 +18,7 @@ from rotbits_jax.coding.bits_back import haar
 from tests import codec_checks
 
 rotate = jax.jit(haar.rotation, static_argnums=(1, 2))
-correct = jax.jit(haar.correct)
+correct = jax.jit(lambda q, cells: haar.correct(q, q, cells))
 recover = jax.jit(haar.recover)
 places = jax.jit(haar.places, static_argnums=(0, 1))
 

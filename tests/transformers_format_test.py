@@ -15,15 +15,13 @@ import safetensors.numpy
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import models
-from rotbits_jax import structured
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 SLICED = sorted(path.parent.name for path in TESTDATA.glob('*sliced*/config.json'))
 CODE = pathlib.Path(checkpoints.__file__).parent / 'remote_code'
 CHANGED = {
-  'architectures', 'auto_map', 'model_type', 'segment_widths', 'shortcut_ranks',
-  'tie_word_embeddings', 'torch_dtype',
+  'architectures', 'auto_map', 'model_type', 'segment_widths', 'tie_word_embeddings',
+  'torch_dtype',
 }  # fmt: skip
 
 
@@ -44,27 +42,6 @@ def checkpoint_of(model):
     'LICENSE': b'free',
   }
   return checkpoints.Checkpoint(model, files, 'x_0.25')
-
-
-def with_shortcuts(model, make):
-  """Replaces the shortcuts of a model with one layer after another."""
-  layers = list(model.layers())
-  for layer in layers:
-    for name in ('attention_shortcut', 'mlp_shortcut'):
-      layer[name]['kernel'] = make(layer[name]['kernel'])
-  return models.from_layers(model.config, model.outer(), layers)
-
-
-def gram(k, j):
-  """Returns a function that makes a shortcut of these ranks in place of a matrix."""
-  rng = np.random.default_rng(0)
-
-  def make(matrix):
-    b, c = (rng.standard_normal((matrix.shape[0], n)) / 4 for n in (k, j))
-    b, c = (np.tril(x).astype(matrix.dtype) for x in (b, c))
-    return structured.IdentityMinusGram(b, c, matrix.shape[1])
-
-  return make
 
 
 @pytest.mark.parametrize('name', SLICED)
@@ -129,25 +106,6 @@ def test_rope_is_where_transformers_4_reads_it(name, beside, scaling, tmp_path):
   assert checkpoints.parse_config(older) == checkpoints.parse_config(newer)
 
 
-@pytest.mark.parametrize(
-  ('ranks', 'names'), [((3, 2), 'bc'), ((3, 0), 'b'), ((0, 0), '')]
-)
-def test_thin_shortcuts_are_factors(ranks, names, tmp_path):
-  random = random_models.sliced_llama((20, 20, 24, 24, 24))
-  model = with_shortcuts(random, gram(*ranks))
-  checkpoints.save_checkpoint(checkpoint_of(model), tmp_path, 'transformers')
-  tensors, config = read(tmp_path)
-  assert config['shortcut_ranks'] == [list(ranks)] * 4
-  for index, layer in enumerate(model.layers()):
-    for ours, theirs in (('attention', 'attn'), ('mlp', 'mlp')):
-      name = f'model.layers.{index}.{theirs}_shortcut'
-      own = {key: x for key, x in tensors.items() if key.startswith(name)}
-      assert own.keys() == {f'{name}.{factor}' for factor in names}
-      leaf = layer[f'{ours}_shortcut']['kernel']
-      for factor in names:
-        np.testing.assert_array_equal(own[f'{name}.{factor}'], getattr(leaf, factor))
-
-
 @pytest.mark.parametrize('options', [{}, {'dtype': 'float32', 'shard_size': 4000}])
 def test_decoding_is_saving_what_was_decoded(options, tmp_path):
   model = random_models.sliced_llama((20, 20, 20, 20, 24), np.float16)
@@ -160,7 +118,6 @@ def test_decoding_is_saving_what_was_decoded(options, tmp_path):
   decoded = rotbits_jax.decode_checkpoint(data)
   checkpoints.save_checkpoint(decoded, there, 'transformers')
   (tensors, config), (expected, _) = read(here), read(there)
-  assert any(config['shortcut_ranks'])  # otherwise this tests nothing
   assert not any('rotary' in name for name in tensors)
   assert tensors.keys() == expected.keys()
   for name, tensor in tensors.items():

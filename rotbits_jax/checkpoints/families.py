@@ -73,7 +73,8 @@ _ATTRIBUTES: dict[str, tuple[str, Any]] = {
   'layer_types': ('layer_types', tuple[Literal['full_attention'], ...] | None),
 }
 
-# Attributes that do not affect the function of a trained model.
+# Attributes that do not affect the function of a trained model, or only in a family
+# that has them among its `attributes`.
 _WITHOUT_EFFECT = frozenset([
   '_attn_implementation', '_attn_implementation_autoset',
   '_attn_implementation_internal', '_commit_hash', '_flash_attn_2_enabled',
@@ -85,15 +86,17 @@ _WITHOUT_EFFECT = frozenset([
   'finetuning_task', 'forced_bos_token_id', 'forced_eos_token_id',
   'gradient_checkpointing', 'id2label', 'init_std', 'initializer_range', 'is_decoder',
   'is_llama_config', 'label2id', 'layerdrop', 'length_penalty', 'max_length',
-  'max_sequence_length', 'min_length', 'no_repeat_ngram_size', 'num_beam_groups',
-  'num_beams', 'num_return_sequences', 'original_max_position_embeddings',
-  'output_attentions', 'output_hidden_states', 'output_projection', 'output_scores',
+  'max_sequence_length', 'max_window_layers', 'min_length', 'no_repeat_ngram_size',
+  'num_beam_groups', 'num_beams', 'num_return_sequences',
+  'original_max_position_embeddings', 'output_attentions', 'output_hidden_states',
+  'output_projection', 'output_scores',
   'pad_token_id', 'prefix', 'pretraining_tp', 'problem_type', 'remove_invalid_values',
   'repetition_penalty', 'resid_pdrop', 'return_dict', 'return_dict_in_generate',
-  'sep_token_id', 'suppress_tokens', 'task_specific_params', 'temperature',
-  'tf_legacy_loss', 'tie_encoder_decoder', 'tokenizer_class', 'top_k', 'top_p',
-  'torch_dtype', 'torchscript', 'transformers.js_config', 'transformers_version',
-  'truncation_ranks', 'typical_p', 'unsloth_version', 'use_bfloat16', 'use_cache',
+  'sep_token_id', 'sliding_window', 'suppress_tokens', 'task_specific_params',
+  'temperature', 'tf_legacy_loss', 'tie_encoder_decoder', 'tokenizer_class', 'top_k',
+  'top_p', 'torch_dtype', 'torchscript', 'transformers.js_config',
+  'transformers_version', 'truncation_ranks', 'typical_p', 'unsloth_version',
+  'use_bfloat16', 'use_cache',
 ])  # fmt: skip
 
 # The only value of attributes in all families.
@@ -116,7 +119,6 @@ class Family:
     layer: those of modules in a layer.
     attributes: the defaults of the attributes of `config.json`; `...` if there is none.
     only: the attributes of which one value is supported.
-    unused: attributes without an effect in this family.
     fields: fields of the config that no attribute sets.
   """
 
@@ -125,13 +127,12 @@ class Family:
   layer: dict[str, str]
   attributes: dict[str, Any]
   only: dict[str, Any]
-  unused: tuple[str, ...] = ()
   fields: dict[str, Any]
 
 
 def _dense(family: Family, values: dict[str, Any]) -> models.ModelConfig:
   """Makes the config of a dense model from the content of `config.json`."""
-  left = {x: value for x, value in older_rope(values).items() if x not in family.unused}
+  left = {**older_rope(values)}
   for name, expected in (_ONLY | family.only).items():
     value = left.pop(name, expected)
     if value != expected or isinstance(value, bool) != isinstance(expected, bool):
@@ -274,7 +275,6 @@ _QWEN2 = dataclasses.replace(
   _LLAMA,
   attributes={**_GATED, **_GROUPS, 'layer_types': None},
   only={**_WHOLE_HEAD, 'use_sliding_window': False, 'use_mrope': False},
-  unused=('sliding_window', 'max_window_layers'),
   fields=_LLAMA.fields | {'qkv_bias': True, 'out_bias': False},
 )
 FAMILIES: dict[str, Family] = {

@@ -51,12 +51,11 @@ _NO_SIDECARS = frozenset([
 _ENCODED = b'{"__metadata__":{"format":"rotbits",'
 _MOST_SIDECARS = 1 << 28  # bytes of all together, as many as an encoded file may have
 _MOST_FILES = 1 << 12
-_MOST_LEVELS = 7  # of sub-folders
 # Sub-folders with the model in other formats, and with the leavings of a training.
-_OTHER_FOLDERS = re.compile(
+_is_other = re.compile(
   'onnx.*|openvino|coreml|tflite|tf|flax|gguf|runs|logs|wandb|mlruns|__pycache__|'
   'checkpoint-[0-9]+|global_step[0-9]+'
-)
+).fullmatch
 # Files that a Trainer of transformers leaves beside the weights.
 _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 _SHOWN = 8  # names listed in an error
@@ -326,15 +325,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
       raise errors.CheckpointError(f'{weights}: one slicing JSON is needed: {text}')
     (stem,) = stems
   of_others = [f'{x}.json' for x in sorted(slicing_jsons.keys() - {stem})]
-  metadata = [
-    f'the metadata of {name}'
-    for name, header in folder.headers.items()
-    if safetensors.has_own_metadata(header)
-  ]
   kept = dataclasses.replace(
     folder,
     files={name: x for name, x in files.items() if name not in of_others},
-    left_out=(*folder.left_out, *of_others, *metadata[:1]),
+    left_out=(*folder.left_out, *of_others),
   )
   try:
     parsed = families.parse_object(files[CONFIG], CONFIG)
@@ -436,10 +430,11 @@ def _read_sidecars(
   left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))
   for parent, folders, names in os.walk(root):
     base = pathlib.Path(parent)
-    entered = [x for x in sorted(folders) if _is_entered(base / x, root)]
-    closed = [x for x in folders if x not in entered and not x.startswith('.')]
-    left_out += [f'{(base / x).relative_to(root).as_posix()}/' for x in closed]
-    folders[:] = entered
+    visible = [base / x for x in sorted(folders) if not x.startswith('.')]
+    entered = [x for x in visible if not (_is_other(x.name) or x.is_symlink())]
+    closed = (x for x in visible if x not in entered)
+    left_out += [f'{x.relative_to(root).as_posix()}/' for x in closed]
+    folders[:] = [x.name for x in entered]
     for file in sorted({base / name for name in names} - weights):
       name = file.relative_to(root).as_posix()
       if (
@@ -456,14 +451,6 @@ def _read_sidecars(
         files[name] = content
         room -= len(content)
   return dict(sorted(files.items())) | index, tuple(sorted(left_out))
-
-
-def _is_entered(folder: pathlib.Path, root: pathlib.Path) -> bool:
-  """Returns whether a sub-folder may have sidecar files."""
-  if folder.name.startswith('.') or _OTHER_FOLDERS.fullmatch(folder.name):
-    return False
-  levels = len(folder.relative_to(root).parts)
-  return levels <= _MOST_LEVELS and not folder.is_symlink() and any(folder.iterdir())
 
 
 def _is_inside(file: pathlib.Path, root: pathlib.Path) -> bool:

@@ -32,8 +32,6 @@ INDEX = f'model{SUFFIX}'
 _DTYPES = {code: dtype for dtype, code, _ in tensors_lib.DTYPES}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MOST_HEADER = MOST_INDEX = 1 << 25  # bytes; large checkpoints have an index of 14 MB
-_METADATA = '__metadata__'
-_WRITTEN = {'format': 'pt'}  # the metadata that Hugging Face expects
 
 Specs = Mapping[str, tensors_lib.TensorSpec]
 
@@ -86,8 +84,8 @@ def places(
   """
   if int.from_bytes(header[:8], 'little') != len(header) - 8:
     raise errors.CheckpointError('header: its length is wrong')
-  values = _values(header)
-  values.pop(_METADATA, None)
+  values = families.parse_object(header[8:], 'header', most=_MOST_HEADER)
+  values.pop('__metadata__', None)
   with errors.named('header', ValueError):
     entries = schema.load(dict[str, _Entry], values)
   placed, end = {}, len(header)
@@ -108,19 +106,9 @@ def places(
   return {name: placed[name] for name in entries}
 
 
-def has_own_metadata(header: bytes) -> bool:
-  """Returns whether a header has metadata other than what `header` puts into one."""
-  return (_values(header).get(_METADATA) or _WRITTEN) != _WRITTEN
-
-
-def _values(header: bytes) -> dict[str, Any]:
-  """Returns the JSON object of a header."""
-  return families.parse_object(header[8:], 'header', most=_MOST_HEADER)
-
-
 def header(specs: Specs) -> bytes:
   """Returns the header of a file with these tensors, and Hugging Face's metadata."""
-  values: dict[str, Any] = {_METADATA: _WRITTEN}
+  values: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   end = 0
   # If tensors of wider dtypes come first, every tensor is aligned.
   for tensor in sorted(specs, key=lambda x: (-specs[x].dtype.itemsize, x)):

@@ -128,14 +128,12 @@ class ExpectedTensor(NamedTuple):
     parameters: the shapes of the parameters by path. Several are stacked along the
       tensor's first axis.
     transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
-    factor: name of the factor of a structured leaf that the tensor is, if it is one.
   """
 
   name: str
   shape: tuple[int, ...]
   parameters: dict[str, tuple[int, ...]]
   transposed: bool = False
-  factor: str = ''
 
   def read(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the parameters by path, as views of the tensor."""
@@ -148,11 +146,6 @@ class ExpectedTensor(NamedTuple):
 
   def write(self, leaves: Sequence[Any]) -> list[np.ndarray]:
     """Returns the tensor, divided along its first axis, from its leaves in order."""
-    if self.factor:
-      factor = np.asarray(getattr(leaves[0], self.factor, None))
-      if factor.shape != self.shape:
-        raise ValueError(f'{self.name}: expected a factor {self.shape}')
-      return [factor]
     arrays = [np.asarray(leaf) for leaf in structured.materialize(list(leaves))]
     return [x.T for x in arrays] if self.transposed else arrays
 

@@ -202,27 +202,24 @@ def _tensor(
   name: str, view: Any, members: Mapping[str, _Member]
 ) -> tensors_lib.LazyTensor:
   """Makes a lazy tensor of a view, after checking that it lies inside its storage."""
+  short = errors.cut(name)
   if not isinstance(view, _View):
     text = f'expected a tensor, got {type(view).__name__}'
-    raise errors.UnsupportedError(f'{errors.cut(name)}: {text}')
+    raise errors.UnsupportedError(f'{short}: {text}')
   storage, offset, shape, strides, flags = view
-  is_view = isinstance(storage, _Storage) and not flags
-  is_view &= isinstance(shape, tuple) and isinstance(strides, tuple)
-  numbers = (offset, *shape, *strides) if is_view else ()
-  is_view &= all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-  if not is_view or len(shape) != len(strides):
+  are_sizes = all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides))
+  if flags or not isinstance(storage, _Storage) or not are_sizes:
     # They are not shown, because tuples of tuples may be exponentially long.
     text = 'the offset, shape and strides are not those of a tensor'
-    raise errors.CheckpointError(f'{errors.cut(name)}: {text}')
-  dtype, key, size = storage
+    raise errors.CheckpointError(f'{short}: {text}')
+  (dtype, key, size), shape = storage, tuple(shape)
   tensors_lib.TensorSpec(shape, dtype).check(name)
   member, count = members[f'data/{key}'], math.prod(shape)
   last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
   is_inside = 0 <= size * dtype.itemsize <= member.size and (last < size or not count)
   if not is_inside or count > size:
     text = errors.cut(f'{offset=}, {shape=}, {strides=}')
-    problem = 'elements that overlap' if is_inside else 'elements outside the storage'
-    raise errors.CheckpointError(f'{name}: {text} has {problem}')
+    raise errors.CheckpointError(f'{name}: {text}: elements outside, or that overlap')
 
   def read() -> np.ndarray:
     start = offset * dtype.itemsize

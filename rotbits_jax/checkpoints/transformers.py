@@ -5,29 +5,19 @@ transformers has no sliced models. A folder may bring the code of its model, tho
 is `remote_code/modeling_sliced.py`. The package copies this file and never imports it,
 because it needs PyTorch.
 
-The tensors have the names that transformers gives them. A shortcut is one of
-
-    attn_shortcut.weight    a matrix, `[out, in]`
-    attn_shortcut.b, .c     the factors of `structured.IdentityMinusGram`
-
-The factors are for a shortcut that multiplies faster with them than with the matrix;
-one without columns is left out.
+The tensors have the names that transformers gives them, and a shortcut is a linear
+layer, like `attn_shortcut.weight`, `[out, in]`.
 """
 
 from collections.abc import Mapping
 import importlib.resources
-from typing import Any
 
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints.families import CONFIG
-
-Ranks = Mapping[str, tuple[int, int]]
-"""The columns of B and of C of each shortcut that is stored as factors, by its path."""
 
 _MODELING = 'modeling_sliced'
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
@@ -48,34 +38,17 @@ _CLASSES = {
 }
 
 
-def thin_shortcuts(leaves: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-  """Returns the columns of B and of C of the thin shortcuts among leaves, by path."""
-  return {
-    path: (leaf.b.shape[-1], leaf.c.shape[-1])
-    for path, leaf in leaves.items()
-    if isinstance(leaf, structured.IdentityMinusGram) and leaf.is_thin
-  }
-
-
-def renamed(
-  entry: tensors_lib.ExpectedTensor, ranks: Ranks
-) -> list[tensors_lib.ExpectedTensor]:
-  """Returns the tensors in place of one of a sliced model's checkpoint."""
-  name, (path, *_) = entry.name.removesuffix(families.SHORTCUT_SUFFIX), entry.parameters
+def renamed(entry: tensors_lib.ExpectedTensor) -> tensors_lib.ExpectedTensor:
+  """Returns the tensor in place of one of a sliced model's checkpoint."""
+  name = entry.name.removesuffix(families.SHORTCUT_SUFFIX)
   if name == entry.name:
-    return [entry]
-  if path not in ranks:
-    shape = entry.shape[::-1]
-    return [entry._replace(name=f'{name}.weight', shape=shape, transposed=True)]
-  return [
-    entry._replace(name=f'{name}.{x}', shape=(entry.shape[0], columns), factor=x)
-    for x, columns in zip('bc', ranks[path], strict=True)
-    if columns
-  ]
+    return entry
+  shape = entry.shape[::-1]
+  return entry._replace(name=f'{name}.weight', shape=shape, transposed=True)
 
 
 def sidecars(
-  config: models.ModelConfig, files: Mapping[str, bytes], ranks: Ranks, dtype: np.dtype
+  config: models.ModelConfig, files: Mapping[str, bytes], dtype: np.dtype
 ) -> dict[str, bytes]:
   """Returns the files beside the weights: config, code, tokenizer and others.
 
@@ -89,11 +62,6 @@ def sidecars(
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
   class_name, tokenizer = _CLASSES[config.family]
   sliced = f'Sliced{class_name}'
-  shortcuts = (
-    f'{models.names.layer(layer)}/{sublayer}_shortcut/kernel'
-    for layer in range(config.num_layers)
-    for sublayer in models.layout.SUBLAYERS[: config.segments_per_layer]
-  )
   changes = {
     'architectures': [f'{sliced}ForCausalLM'],
     'auto_map': {
@@ -103,7 +71,6 @@ def sidecars(
     },
     'model_type': f'sliced_{config.family}',
     'segment_widths': list(config.segment_widths),
-    'shortcut_ranks': [ranks.get(path) for path in shortcuts],
     'tie_word_embeddings': False,
     'torch_dtype': dtype.name,
   }

@@ -151,7 +151,6 @@ class CheckpointWriter(FolderWriter):
     stem: str | None = None,
     format: Format = 'safetensors',
     shard_size: int | None = None,
-    shortcuts: transformers.Ranks | None = None,
     buffers: Mapping[str, Any] | None = None,
     overwrite: bool = True,
   ):
@@ -168,7 +167,6 @@ class CheckpointWriter(FolderWriter):
         `model.safetensors` and the code that transformers needs.
       shard_size: the greatest number of bytes of tensors in a safetensors file with
         more than one tensor; None for one file.
-      shortcuts: see `transformers.Ranks`; only 'transformers' stores factors.
       buffers: arrays or `TensorSpec`s of the tensors that the forward pass does not
         use, by name; they are added like parameters, with paths like 'buffers/NAME'.
         'transformers' leaves them out, because it computes them.
@@ -200,14 +198,12 @@ class CheckpointWriter(FolderWriter):
       for path, shape in shapes.items()
     }
     if format == 'transformers':
-      ranks = shortcuts or {}
-      parameters = (entry for entry in entries if entry.name not in buffers)
-      entries = [x for entry in parameters for x in transformers.renamed(entry, ranks)]
+      entries = [transformers.renamed(x) for x in entries if x.name not in buffers]
       kept = {name: x for name, x in files.items() if name != f'{stem}.json'}
       dtype = self._parameters['embed/tokens'].dtype
-      files = transformers.sidecars(config, kept, ranks, dtype)
+      files = transformers.sidecars(config, kept, dtype)
     specs: dict[str, tensors_lib.TensorSpec] = {}
-    self._entries: dict[str, list[tensors_lib.ExpectedTensor]] = {}
+    self._entries: dict[str, tensors_lib.ExpectedTensor] = {}
     for entry in entries:
       dtypes_of_entry = {self._parameters[path].dtype for path in entry.parameters}
       if len(dtypes_of_entry) > 1:
@@ -215,8 +211,7 @@ class CheckpointWriter(FolderWriter):
       if entry.name in specs:
         raise errors.CheckpointError(f'two tensors have the name {entry.name}')
       specs[entry.name] = tensors_lib.TensorSpec(entry.shape, *dtypes_of_entry)
-      for path in entry.parameters:
-        self._entries.setdefault(path, []).append(entry)
+      self._entries |= dict.fromkeys(entry.parameters, entry)
     self._waiting: dict[str, Any] = {}
     files = dict(files)
     index = files.pop(safetensors.INDEX, None)
@@ -236,12 +231,10 @@ class CheckpointWriter(FolderWriter):
     if got != expected:
       raise ValueError(f'{path}: expected {expected}, got {got}')
     self._waiting[path] = leaf
-    entries = self._entries.get(path, [])  # several have the same paths
-    paths = entries[0].parameters if entries else (path,)
-    if all(x in self._waiting for x in paths):
-      leaves = [self._waiting.pop(x) for x in paths]
-      for entry in entries:
-        self.add_tensor(entry.name, *entry.write(leaves))
+    entry = self._entries.get(path)  # None for a buffer that is left out
+    if entry and all(x in self._waiting for x in entry.parameters):
+      leaves = [self._waiting.pop(x) for x in entry.parameters]
+      self.add_tensor(entry.name, *entry.write(leaves))
 
 
 def save_checkpoint(
@@ -266,7 +259,6 @@ def save_checkpoint(
     stem=stem,
     format=format,
     shard_size=shard_size,
-    shortcuts=transformers.thin_shortcuts(leaves),
     buffers=model.buffers,
     overwrite=overwrite,
   )

@@ -68,6 +68,10 @@ _TARGET_SIZE = flags.DEFINE_string('target_size', None, 'near: most bytes, like 
 _BITS = flags.DEFINE_float('bits', None, 'near: most bits per element.', 0.0, 64.0)
 _TEXT = flags.DEFINE_string('text', None, 'near: a text that KL is measured on.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to use.', 2)
+_OF_NEAR = _STEP, _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
+
+flags.mark_flags_as_mutual_exclusive(['step', 'max_kl', 'target_size', 'bits'])
+flags.mark_flags_as_mutual_exclusive(['config', 'preset'])
 
 
 def main() -> program.Result | None:
@@ -77,11 +81,10 @@ def main() -> program.Result | None:
     jax.distributed.initialize()
   output.check_path(target, shard_size, inputs=[path], overwrite=overwrite)
   source = checkpoints.open_any(path)
-  preset, options, calibration = _settings(source)
+  options, calibration = _options(source)
   rotbits_jax.encode_to_file(
     path,
     target,
-    preset=preset,
     base=_BASE.value,
     shard_size=shard_size,
     overwrite=overwrite,
@@ -93,8 +96,6 @@ def main() -> program.Result | None:
     return None
   report = rotbits_jax.inspect(outputs.resolved(target))
   reason = getattr(source, 'reason', None)
-  if report.family is None and reason is None:
-    source = checkpoints.open_plain(path)
   result = report.to_json() | {
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
@@ -128,39 +129,28 @@ def main() -> program.Result | None:
   return result, '\n'.join(lines)
 
 
-def _settings(source: Any) -> tuple[Any, dict[str, Any], steps.Calibration | None]:
-  """Reads the preset and the options from the flags, and calibrates `near` on --text.
+def _options(source: Any) -> tuple[dict[str, Any], steps.Calibration | None]:
+  """Returns the options of `encode_to_file` that the flags say.
 
-  `source` is the checkpoint. The options are those of `encode_to_file`, too.
+  With --text, `near` is calibrated on the checkpoint `source`.
   """
-  near_flags = _STEP, _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
-  used = [flag.name for flag in near_flags if flag.present]
-  if _CONFIG.present:
-    if used or _PRESET.present:
-      raise ValueError('--config cannot be combined with --preset or its options')
-    options = _CONFIG.value.to_dict()
+  options: dict[str, Any] = {'preset': _PRESET.value}
+  if _CONFIG.value is not None:
+    options |= _CONFIG.value.to_dict()
     options.pop('experiment', None)
-    preset = options.pop('preset', None)
-    presets.make(preset, **options)  # an unknown field is an error
-    return preset, options, None
-  default = 'exact' if _BASE.value else presets.default(getattr(source, 'config', None))
-  preset = _PRESET.value or default
-  if used and preset != 'near':
+  used = [flag.name for flag in _OF_NEAR if flag.present]
+  if used and _PRESET.value != 'near':
     raise ValueError(f'--{used[0]} is for --preset=near')
-  goals = [x for x in ('step', 'max_kl', 'target_size', 'bits') if x in used]
-  if len(goals) > 1:
-    raise ValueError(f'--{goals[0]} cannot be combined with --{goals[1]}')
   if _MAX_KL.present and not _TEXT.present:
-    raise ValueError('--max_kl and --text are needed together')
-  if _TEXT.present and goals in ([], ['step']):
-    raise ValueError('--text is for --max_kl, --target_size or --bits')
-  options = {'step': _STEP.value} if _STEP.present else {}
+    raise ValueError('--max_kl needs a --text')
+  if _STEP.present:
+    options['step'] = _STEP.value
   if _TARGET_SIZE.present:
     options['target_size'] = program.parse_size(_TARGET_SIZE)
-  if _BITS.value is not None:
+  if _BITS.present:
     options['target_size'] = int(_BITS.value * estimate_lib.counts(source)[0] / 8)
-  if _TEXT.value is None:
-    return preset, options, None
+  if not _TEXT.present:
+    return options, None
   model = checkpoints.open_checkpoint(_CHECKPOINT.value)
   calibration = steps.calibrate(
     model,
@@ -170,4 +160,4 @@ def _settings(source: Any) -> tuple[Any, dict[str, Any], steps.Calibration | Non
     folder=outputs.resolved(_OUTPUT.value).parent,
     progress=True,
   )
-  return preset, options | calibration.options, calibration
+  return options | calibration.options, calibration

@@ -31,16 +31,14 @@ def main() -> program.Result:
   estimates, without = estimate_lib.estimate(source, base=_BASE.value, progress=True)
   size = text_lib.of_bytes
   lines = [f'{"":13}{size(input_bytes):>8}{"time":>15}{"memory":>9}  what comes back']
-  presets = []
   for preset, nbytes, seconds, memory in estimates:
-    presets.append(
-      {'preset': preset, 'bytes': nbytes, 'seconds': seconds, 'memory': memory}
-    )
     lines.append(
       f'{preset:13}{size(nbytes):>8}{nbytes / max(input_bytes, 1):7.1%}'
       f'{text_lib.of_seconds(seconds):>8}{size(memory):>9}  {_KEPT[preset]}'
     )
   if without is not None:
     lines.append(f'no free and near: {without}')
+  keys = 'preset', 'bytes', 'seconds', 'memory'
+  presets = [dict(zip(keys, x, strict=True)) for x in estimates]
   result = {'bytes': input_bytes, 'presets': presets, 'without': without}
   return result, '\n'.join(lines)

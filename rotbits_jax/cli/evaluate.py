@@ -19,7 +19,6 @@ import jax
 from rotbits_jax import evaluation
 from rotbits_jax import passes
 from rotbits_jax.cli import program
-from rotbits_jax.file import shards
 
 _MODEL = flags.DEFINE_string('model', None, 'The model to measure.', required=True)
 (_BASE,) = program.shared('base')
@@ -29,9 +28,6 @@ _MAX_TOKENS = flags.DEFINE_integer('max_tokens', None, 'Tokens to use.', 2)
 
 
 def main() -> program.Result:
-  paths = [path for path in (_MODEL.value, _REFERENCE.value) if path is not None]
-  if _BASE.value and not any(map(shards.is_encoded, paths)):
-    raise ValueError('--base is for a file of `encode`; a checkpoint needs none')
   checkpoint = program.read_model(_MODEL.value, _BASE.value)
   tokens = program.read_tokens(_TEXT.value, checkpoint.files)
   reference = rerounded = None

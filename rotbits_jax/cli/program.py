@@ -1,21 +1,18 @@
 """Shared parts of the commands: running one, its errors, reading a model.
 
 A command is a module with a docstring, which is its help; flags; and `main`, which
-returns its output: the JSON object of --json, and the text for people; or None.
-
-Exit codes: 0 success; 2 bad input, with one line on stderr and nothing written; 130
-interrupted. Any other exception is a fault of this program, raised with its traceback.
+returns its output: the JSON object of --json, and the text for people; or None. Exit
+codes are those of `main.USAGE`, and 130 if the user interrupts a command.
 """
 
-from collections.abc import Mapping
-import decimal
+from collections.abc import Callable, Mapping
+import contextlib
 import inspect
 import json
 import logging
 import pathlib
 import re
 import sys
-import traceback
 import types
 from typing import Any
 
@@ -33,25 +30,17 @@ from rotbits_jax.system.text import printable
 Result = tuple[dict[str, Any], str]
 """The JSON object and the text that a command prints."""
 
-BAD_INPUT = 2
-INTERRUPTED = 130
-
 DTYPES = 'float32', 'bfloat16', 'float16'
 """The values of the flag --dtype."""
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
-VERBOSE = flags.DEFINE_bool('verbose', False, 'Print more, and tracebacks of errors.')
+VERBOSE = flags.DEFINE_bool('verbose', False, 'Print more.')
 
-
-# Flags of several commands: function, default (... if it is required), purpose.
-_SHARED: dict[str, tuple[Any, Any, str]] = {
-  'input': (flags.DEFINE_string, ..., 'A file of `encode`.'),
-  'checkpoint': (flags.DEFINE_string, ..., 'A directory with weights, or their file.'),
-  'base': (
-    flags.DEFINE_multi_string,
-    None,
-    'The base; repeat it for bases of it.',
-  ),
+# Flags of several commands: the function that defines each, its default and purpose.
+_SHARED: dict[str, tuple[Callable[..., Any], Any, str]] = {
+  'input': (flags.DEFINE_string, None, 'A file of `encode`.'),
+  'checkpoint': (flags.DEFINE_string, None, 'A directory with weights, or their file.'),
+  'base': (flags.DEFINE_multi_string, None, 'The base; repeat it for bases of it.'),
   'against': (flags.DEFINE_string, None, 'The checkpoint that was encoded.'),
   'overwrite': (flags.DEFINE_bool, False, 'Replace existing files.'),
 }
@@ -59,20 +48,17 @@ _SHARED: dict[str, tuple[Any, Any, str]] = {
 
 def shared(*names: str) -> list[flags.FlagHolder[Any]]:
   """Defines flags that several commands have."""
-  holders = []
-  for name in names:
-    define, default, purpose = _SHARED[name]
-    holders.append(define(name, None if default is ... else default, purpose))
-    if default is ...:
-      flags.mark_flag_as_required(name)
-  return holders
+  required = 'input', 'checkpoint'
+  return [
+    _SHARED[name][0](name, *_SHARED[name][1:], required=name in required)
+    for name in names
+  ]
 
 
 def run(command: types.ModuleType) -> int:
   """Parses `sys.argv`, runs a command, prints its result and returns the exit code."""
   if '--help' in sys.argv or '-h' in sys.argv:
-    modules = command, sys.modules[__name__]  # flags that commands share
-    helps = map(flags.FLAGS.module_help, modules)
+    helps = map(flags.FLAGS.module_help, (command, sys.modules[__name__]))
     print(inspect.getdoc(command), *helps, sep='\n\n')
     return 0
   try:
@@ -82,17 +68,11 @@ def run(command: types.ModuleType) -> int:
     with host.own_settings():
       result = command.main()
   except KeyboardInterrupt:
-    return INTERRUPTED
-  except Exception as error:
-    # JAX_PLATFORMS may name devices that are not there.
-    is_of_platform = str(error).startswith('Unable to initialize backend')
-    if not (isinstance(error, ValueError | OSError | flags.Error) or is_of_platform):
-      raise
-    if flags.FLAGS['verbose'].value:
-      traceback.print_exc()
+    return 130
+  except (ValueError, OSError, flags.Error) as error:
     name = command.__name__.rpartition('.')[2]
     print(f'rotbits {name}: {_one_line(error)}', file=sys.stderr)
-    return BAD_INPUT
+    return 2
   if result is not None and JSON.value:
     print(json.dumps(result[0], allow_nan=False))
   elif result is not None:
@@ -121,10 +101,9 @@ def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
   """Parses the value of a flag as a number of bytes, like 2GB, 1.5MB or 3000000."""
   if flag.value is None:
     return None
-  pattern = r'(\d{1,12}(?:\.\d{1,3})?)(KB|MB|GB|)'
-  match = re.fullmatch(pattern, flag.value.strip(), re.ASCII)
+  match = re.fullmatch(r'([0-9]{1,12}(?:\.[0-9]{1,3})?)(KB|MB|GB|)', flag.value.strip())
   factors = {'': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9}
-  size = int(decimal.Decimal(match[1]) * factors[match[2]]) if match else 0
+  size = round(float(match[1]) * factors[match[2]]) if match else 0
   if not size:
     raise ValueError(f'--{flag.name} must be a size like 2GB, got {flag.value!r}')
   return size
@@ -132,44 +111,38 @@ def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
 
 def _parse() -> None:
   """Parses `sys.argv`; all errors, also those of a config file, are flags.Error."""
-  flags.FLAGS.unparse_flags()  # an earlier run in this process may have left values
   try:
     unused = flags.FLAGS([_with_path_of_config(x) for x in sys.argv])[1:]
-  except flags.Error as error:
+  except Exception as error:  # a config file is Python, which may raise anything
     # An error of a config file comes with its traceback.
     text = re.sub(r'Traceback.*\n(?=\S)', '', str(error), flags=re.DOTALL)
-    raise flags.Error(text) from error
-  except Exception as error:  # a config file is Python, which may raise anything
-    name = type(error).__name__
-    raise flags.Error(f'the config cannot be used: {name}: {error}') from error
+    raise flags.Error(text or type(error).__name__) from error
   if unused:
     raise flags.Error(f'unexpected argument {unused[0]!r}')
 
 
 def _with_path_of_config(argument: str) -> str:
   """Replaces the name in --config=NAME[:ARGUMENT] by the path of the config file."""
-  match = re.fullmatch(r'(--?config=)(\w+)(:.*)?', argument)
+  match = re.fullmatch(r'(--?config=)(\w+)(.*)', argument)
   if match is None or not (path := config_folder() / f'{match[2]}.py').exists():
     return argument
-  return f'{match[1]}{path}{match[3] or ""}'
+  return f'{match[1]}{path}{match[3]}'
 
 
 def config_folder() -> pathlib.Path:
   """Returns the folder of config files: in the package, or in a clone beside it."""
   package = pathlib.Path(__file__).parents[1]
-  installed = package / 'configs'
-  return installed if installed.is_dir() else package.with_name('configs')
+  folders = package / 'configs', package.parent / 'configs'
+  return next(filter(pathlib.Path.is_dir, folders))
 
 
 def _keep_compiled_programs() -> None:
   """Lets JAX keep compiled programs, so that a command starts with earlier ones'."""
   if jax.config.jax_compilation_cache_dir is None:
-    try:
+    with contextlib.suppress(OSError):
       cache.root().mkdir(parents=True, exist_ok=True)
-    except OSError:
-      return
-    jax.config.update('jax_compilation_cache_dir', str(cache.root()))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+      jax.config.update('jax_compilation_cache_dir', str(cache.root()))
+      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def _one_line(error: BaseException) -> str:

@@ -25,8 +25,6 @@ from rotbits_jax.cli import program
 from rotbits_jax.file import output
 from rotbits_jax.system import outputs
 
-MAX_SEQUENCE_LENGTH = 2048  # SliceGPT's default
-
 (_OVERWRITE,) = program.shared('overwrite')
 _MODEL = flags.DEFINE_string('model', None, 'The dense model.', required=True)
 _OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
@@ -36,19 +34,12 @@ _SPARSITY = flags.DEFINE_float(
 _CALIBRATION = flags.DEFINE_string('calibration', None, 'A UTF-8 text.', required=True)
 _DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as the model.')
 _FINAL_ORIENTATION = flags.DEFINE_enum(
-  'final_orientation',
-  slicing.ORIENTATIONS[0],
-  slicing.ORIENTATIONS,
-  'Coordinates of the residual stream: rotated at random, or principal components.',
+  'final_orientation', 'random', slicing.ORIENTATIONS, 'Coordinates of the stream.'
 )
-_ROUND_INTERVAL = flags.DEFINE_integer(
-  'round_interval', 8, 'Widths are multiples of it.', 1
-)
+_INTERVAL = flags.DEFINE_integer('round_interval', 8, 'Widths are multiples of it.', 1)
 _SLICE_HEAD = flags.DEFINE_bool('slice_head', False, "Slice the head's input, too.")
-_SEQUENCES = flags.DEFINE_integer(
-  'sequences', 128, 'Sequences of the text to calibrate with, drawn at random.', 1
-)
-_SEQUENCE_LENGTH = flags.DEFINE_integer(
+_SEQUENCES = flags.DEFINE_integer('sequences', 128, 'Random sequences of the text.', 1)
+_LENGTH = flags.DEFINE_integer(
   'sequence_length', None, 'Tokens in a sequence; default: all positions, to 2048.', 1
 )
 _SEED = flags.DEFINE_integer('seed', 42, 'The seed of all that is random.', 0)
@@ -63,25 +54,24 @@ def main() -> program.Result:
   directory = outputs.directory_target(_OUTPUT.value)
   names = f'{stem}.pt', f'{stem}.json', *dense.files
   bases = {_ENCODED.value: None, _RECIPE.value: dense.model}
-  encoded_files = {file: base for file, base in bases.items() if file is not None}
+  bases.pop(None, None)
   inputs = [_MODEL.value, _CALIBRATION.value]
-  for file in encoded_files:
+  for file in bases:
     output.check_path(file, None, inputs=inputs, overwrite=overwrite)
   outputs.check_replaced(directory, names.__contains__, overwrite=overwrite)
   output.check_inputs([directory / name for name in names], inputs)
   config = dense.model.config
-  length = _SEQUENCE_LENGTH.value or min(config.max_positions, MAX_SEQUENCE_LENGTH)
   tokens = slicing.sample_sequences(
     program.read_tokens(_CALIBRATION.value, dense.files),
     sequences=_SEQUENCES.value,
-    length=length,
+    length=_LENGTH.value or min(config.max_positions, 2048),  # as SliceGPT does
     seed=_SEED.value,
   )
   unrounded = slicing.slice_model(
     dense.model,
     tokens,
     sparsity=_SPARSITY.value,
-    round_interval=_ROUND_INTERVAL.value,
+    round_interval=_INTERVAL.value,
     slice_head=_SLICE_HEAD.value,
     final_orientation=_FINAL_ORIENTATION.value,
     seed=_SEED.value,
@@ -93,7 +83,7 @@ def main() -> program.Result:
   rotbits_jax.save_checkpoint(
     checkpoint, _OUTPUT.value, format='slicegpt', overwrite=overwrite
   )
-  for file, base in encoded_files.items():
+  for file, base in bases.items():
     rotbits_jax.encode_to_file(
       checkpoint._replace(model=unrounded),
       file,
@@ -111,5 +101,5 @@ def main() -> program.Result:
     'width': width,
     'tokens': int(tokens.size),
   }
-  text = f'wrote {weights}: width {width} of {config.hidden_size}'
-  return result, f'{text}, calibrated on {tokens.size:,} tokens'
+  widths = f'width {width} of {config.hidden_size}'
+  return result, f'wrote {weights}: {widths}, calibrated on {tokens.size:,} tokens'

@@ -6,7 +6,7 @@ a symbol from a message that holds other data. Bits-back coding needs this.
 
     >>> import jax.numpy as jnp
     >>> codec = uniform(jnp.full(8, 10, jnp.uint32))
-    >>> message = codec.push(rans.empty(lanes=4, capacity=8), jnp.arange(8))
+    >>> message = codec.push(rans.empty(lanes=4), jnp.arange(8))
     >>> round(rans.content_bits(message), 1)  # 8 log2(10) = 26.6
     26.6
     >>> message, symbols = codec.pop(message)
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
@@ -42,23 +43,6 @@ class Codec(NamedTuple):
   push: Callable[[rans.Message, Any], rans.Message]
   # Takes a message; returns the message without its top symbol, and that symbol.
   pop: Callable[[rans.Message], tuple[rans.Message, Any]]
-
-
-def certain(value: Any) -> Codec:
-  """Returns the codec of a symbol that is known. It costs no bits."""
-  return Codec(push=lambda message, _: message, pop=lambda message: (message, value))
-
-
-def deferred(make: Callable[[], Codec]) -> Codec:
-  """Returns a codec that calls `make` in each push and pop.
-
-  The arrays that `make` computes are then computed where the codec is used. Under `jit`
-  they are part of the program, and not large constants in it.
-  """
-  return Codec(
-    push=lambda message, symbol: make().push(message, symbol),
-    pop=lambda message: make().pop(message),
-  )
 
 
 def serial(*parts: Codec) -> Codec:
@@ -94,44 +78,7 @@ def mapped(
   return Codec(lambda message, x: codec.push(message, forward(x)), pop)
 
 
-def bits_back(
-  prior: Codec,
-  likelihood: Callable[[Any], Codec],
-  posterior: Callable[[Any], Codec],
-) -> Codec:
-  """Returns the codec of x under the latent variable model p(z) p(x | z).
-
-  To push x, it first *pops* a latent z from the message with the posterior q(z | x).
-  Then it pushes x with the likelihood and z with the prior. To pop x, it pops z and x,
-  and pushes z back with q(z | x), which returns the bits that chose z. The message
-  grows by
-
-      log2 q(z | x) - log2 p(x | z) - log2 p(z)    bits,
-
-  on average the negative evidence lower bound. If the message holds too few bits to
-  choose z, `rans.check` says how many are missing. See `coding.bits_back` for the use
-  with symmetries.
-
-  Args:
-    prior: the codec of z under p(z).
-    likelihood: takes z; returns the codec of x under p(x | z).
-    posterior: takes x; returns the codec of z under q(z | x).
-  """
-
-  def push(message: rans.Message, x: Any) -> rans.Message:
-    message, z = posterior(x).pop(message)
-    message = likelihood(z).push(message, x)
-    return prior.push(message, z)
-
-  def pop(message: rans.Message) -> tuple[rans.Message, Any]:
-    message, z = prior.pop(message)
-    message, x = likelihood(z).pop(message)
-    return posterior(x).push(message, z), x
-
-  return Codec(push, pop)
-
-
-def uniform(sizes: jax.Array) -> Codec:
+def uniform(sizes: jax.Array, dtype: DTypeLike = jnp.uint32) -> Codec:
   """Returns the codec of integers that are uniform on `[0, size)`.
 
   The interval of the integer u begins at floor(2^16 u / size). If the size is a power
@@ -140,9 +87,7 @@ def uniform(sizes: jax.Array) -> Codec:
   Args:
     sizes: unsigned integers from 1 to 2^16, the size for each integer. An integer of
       size 1 costs no bits.
-
-  Returns:
-    A codec of uint32 arrays of the same shape as `sizes`.
+    dtype: the dtype of the integers, which have the shape of `sizes`.
   """
 
   def start_of(symbol: jax.Array, size: jax.Array) -> jax.Array:
@@ -159,86 +104,81 @@ def uniform(sizes: jax.Array) -> Codec:
     # subtracting 1 wraps back to the right value, 2^32 - 1.
     return ((slot + 1) * size - 1) >> _SLOT_BITS
 
-  return _dealt(sizes, 1, interval, owner, _SLOT_BITS)
+  return _dealt(sizes, 1, interval, owner, _SLOT_BITS, dtype)
 
 
-def categorical(contexts: jax.Array, frequencies: jax.Array | np.ndarray) -> Codec:
+def categorical(
+  contexts: jax.Array,
+  frequencies: jax.Array | np.ndarray,
+  dtype: DTypeLike = jnp.uint32,
+) -> Codec:
   """Returns the codec of symbols from a small alphabet, each under one of K tables.
 
   `pop` searches the tables by bisection, so it needs no list of slots for each table.
   For few tables and many symbols `coding.blocks` is faster.
 
   Args:
-    contexts: unsigned integers, the index of each symbol's table.
+    contexts: unsigned integers, the index of each symbol's table. A symbol of the index
+      K is always 0, and costs no bits.
     frequencies: unsigned integers `[K, A]`, K tables for A symbols. Each row adds up to
       `tables.TOTAL`. Pushing a symbol whose frequency is 0 corrupts the message.
-
-  Returns:
-    A codec of uint32 arrays of the same shape as `contexts`.
+    dtype: the dtype of the symbols, which have the shape of `contexts`.
   """
   count, alphabet = frequencies.shape
   depth = (alphabet - 1).bit_length()
-  width = 1 << depth
-  # `void` is for places without a symbol: its first symbol owns the whole interval.
+  width = 1 + (1 << depth)
   # NumPy tables are prepared on the host, because XLA is slow to fold constants.
   xp = np if isinstance(frequencies, np.ndarray) else jnp
-  void = tables.TOTAL * xp.eye(1, alphabet, dtype=xp.uint32)
-  rows = xp.concatenate([frequencies.astype(xp.uint32), void])
-  starts = xp.cumsum(rows, axis=1, dtype=xp.uint32) - rows
-  padding = (0, 0), (0, width - alphabet)
-  starts = xp.pad(starts, padding, constant_values=tables.TOTAL)
+  rows = frequencies.astype(xp.uint32)
+  void = tables.TOTAL * xp.eye(1, alphabet, dtype=xp.uint32)  # the table K
+  ends = xp.cumsum(xp.concatenate([rows, void]), axis=1, dtype=xp.uint32)
+  starts = xp.pad(ends, ((0, 0), (1, 0)))
+  starts = xp.pad(starts, ((0, 0), (0, width - alphabet - 1)), mode='edge')
   starts = jnp.asarray(starts.reshape(-1))
-  rows = jnp.asarray(xp.pad(rows, padding).reshape(-1))
-  take = lambda values, index: values.at[index].get(mode='promise_in_bounds')
+  take = lambda index: starts.at[index].get(mode='promise_in_bounds')
 
   def interval(symbol: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
     index = context * width + symbol
-    return take(starts, index), take(rows, index)
+    start = take(index)
+    return start, take(index + 1) - start
 
   def owner(slot: jax.Array, context: jax.Array) -> jax.Array:
     index = context * width
     for bit in reversed(range(depth)):
       middle = index + jnp.uint32(1 << bit)
-      index = jnp.where(take(starts, middle) <= slot, middle, index)
+      index = jnp.where(take(middle) <= slot, middle, index)
     return index - context * width
 
-  return _dealt(contexts, count, interval, owner, tables.PRECISION)
+  return _dealt(contexts, count, interval, owner, tables.PRECISION, dtype)
 
 
 def _dealt(
-  contexts: Any,
+  contexts: jax.Array,
   void: int,
   interval: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
   owner: Callable[[jax.Array, jax.Array], jax.Array],
   precision: int,
+  dtype: DTypeLike,
 ) -> Codec:
-  """Returns the codec of symbols that are dealt out to lanes.
+  """Returns the codec of symbols that are dealt out to lanes; see `rans.pop_all`.
 
-  Places without a symbol have the context `void`. Given a context, `interval` tells the
-  interval of a symbol, and `owner` the symbol of a slot.
+  Places without a symbol have the context `void`, in which 0 owns all slots.
   """
-  contexts = jnp.asarray(contexts).astype(jnp.uint32)
 
   def deal(entries: jax.Array, lanes: int, fill: int) -> jax.Array:
-    padded = jnp.pad(
-      entries.reshape(-1), (0, -entries.size % lanes), constant_values=fill
-    )
-    return padded.reshape(-1, lanes)
+    flat = jnp.asarray(entries).astype(jnp.uint32).reshape(-1)
+    flat = jnp.pad(flat, (0, -flat.size % lanes), constant_values=fill)
+    return flat.reshape(-1, lanes)
 
   def push(message: rans.Message, symbols: jax.Array) -> rans.Message:
-    symbol = deal(symbols.astype(jnp.uint32), message.lanes, 0)
+    symbol = deal(symbols, message.lanes, 0)
     context = deal(contexts, message.lanes, void)
     return rans.push_all(message, *interval(symbol, context), precision)
 
-  def lookup(
-    slot: jax.Array, context: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    symbol = owner(slot, context)
-    return symbol, *interval(symbol, context)
-
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
     context = deal(contexts, message.lanes, void)
-    message, symbols = rans.pop_all(message, context, lookup, precision)
-    return message, symbols.reshape(-1)[: contexts.size].reshape(contexts.shape)
+    message, symbols = rans.pop_all(message, context, owner, interval, precision)
+    symbols = symbols.reshape(-1)[: contexts.size].astype(dtype)
+    return message, symbols.reshape(contexts.shape)
 
   return Codec(push, pop)

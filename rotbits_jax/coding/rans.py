@@ -14,27 +14,12 @@ uses them. They are integer arithmetic on uint32, so a message means the same on
 device. They are exact inverses in both orders. Therefore symbols may also be *popped*
 from a message that holds other data, as bits-back coding does.
 
-    >>> import jax.numpy as jnp
-    >>> frequencies = jnp.array([1, 1023], jnp.uint32)  # 10 bits, and hardly any
-    >>> starts = jnp.array([0, 1], jnp.uint32)
-    >>> symbols = jnp.array([[1], [0], [1]])  # of one lane
-    >>> message = empty(lanes=1, capacity=4)
-    >>> message = push_all(message, starts[symbols], frequencies[symbols], precision=10)
-    >>> round(content_bits(message))
-    10
-    >>> owner = lambda slot: (slot > 0).astype(jnp.uint32)
-    >>> interval = lambda symbol: (symbol, starts[symbol], frequencies[symbol])
-    >>> lookup = lambda slot, _: interval(owner(slot))
-    >>> pop_all(message, symbols, lookup, precision=10)[1].tolist()
-    [[1], [0], [1]]
-
-All functions but those that say so are pure and can be jitted. A message overflows if a
-lane needs more words than its capacity; it underflows, or runs dry, if a lane is asked
-for more words than it has. Neither raises an error under `jit`. Both are recorded in
-the message, and `check` raises a `MessageError` on the host, as functions do that read
+A push makes room for its symbols. A message underflows, or runs dry, if a lane is asked
+for more words than it has. That raises no error under `jit`, but is recorded in the
+message, and `check` raises a `MessageError` on the host, as functions do that read
 damaged words.
 
-Shape letters: N lanes, C capacity of a lane's stack in words, T symbols of a lane.
+Shape letters: N lanes, C words that a lane has room for, T symbols of a lane.
 
 References:
   J. Duda, Asymmetric numeral systems, arXiv 1311.2540.
@@ -50,12 +35,6 @@ import numpy as np
 
 from rotbits_jax.system import native
 
-Lookup = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-"""Takes slots and contexts, one for each lane: uint32 `[N]`.
-
-Returns the symbols whose intervals contain the slots, and the starts and frequencies of
-these intervals."""
-
 
 class Message(NamedTuple):
   """A stack of coded symbols."""
@@ -64,19 +43,14 @@ class Message(NamedTuple):
   words: jax.Array  # uint16 [N, C], the stack of each lane from its bottom
   size: jax.Array  # int32 [N], words on each lane's stack
   lowest: jax.Array  # int32 [N], the least size so far; below 0 after underflow
-  highest: jax.Array  # int32 [N], the greatest size so far; above C after overflow
 
   @property
   def lanes(self) -> int:
     return self.words.shape[0]
 
-  @property
-  def capacity(self) -> int:
-    return self.words.shape[1]
-
 
 class MessageError(ValueError):
-  """Raised for a message that overflowed, that ran dry, or that is not valid."""
+  """Raised for a message that ran dry, or that is not valid."""
 
 
 # ---- the two steps -------------------------------------------------------------------
@@ -114,16 +88,16 @@ def pop_step(
 ) -> tuple[jax.Array, jax.Array]:
   """Pops a symbol from each state: the inverse of `push_step`.
 
-  The *slot* of a state is its low `precision` bits. `word`, uint16 `[N]`, is on top of
-  each stack, and the interval is that which contains the slot. Returns the new states,
-  and whether each took its word, bool `[N]`.
+  `word`, uint16 `[N]`, is on top of each stack, and the interval is that which contains
+  the slot. Returns the new states, and whether each took its word, bool `[N]`.
   """
-  state = frequency * (state >> precision) + _slot(state, precision) - start
+  state = frequency * (state >> precision) + slot(state, precision) - start
   taken = state < jnp.uint32(1 << 16)
   return jnp.where(taken, state << 16 | word.astype(jnp.uint32), state), taken
 
 
-def _slot(state: jax.Array, precision: int) -> jax.Array:
+def slot(state: jax.Array, precision: int) -> jax.Array:
+  """Returns the slot of each state, its low bits, which tells the symbol on top."""
   return state & jnp.uint32((1 << precision) - 1)
 
 
@@ -144,38 +118,24 @@ def _divmod(dividend: jax.Array, divisor: jax.Array) -> tuple[jax.Array, jax.Arr
   return quotient, remainder.astype(jnp.uint32)
 
 
-def _check_precision(precision: int) -> None:
-  """Raises an error if a quotient of `_divmod`, below 2^(32 - precision), is large."""
-  if not 10 <= precision <= 16:
-    raise ValueError(f'precision must be from 10 to 16, got {precision=}')
-
-
 # ---- messages ------------------------------------------------------------------------
 
 
-def empty(lanes: int, capacity: int) -> Message:
-  """Returns a message without content; each lane has room for `capacity` words."""
-  return stacked(jnp.zeros((1, lanes), jnp.uint16), capacity)
+def empty(lanes: int) -> Message:
+  """Returns a message without content."""
+  return stacked(jnp.zeros((1, lanes), jnp.uint16))
 
 
-def stacked(words: jax.Array, capacity: int) -> Message:
-  """Returns a message that holds the given words.
+def stacked(words: jax.Array) -> Message:
+  """Returns a message that holds the given words, uint16 `[C, N]`.
 
   The last row becomes the low halves of the states. It costs no bits, because an empty
   state has room for 16 bits. The rows before it become the stacks. A caller may pop
-  symbols of almost 16 (W - 1) bits from every lane.
-
-  Args:
-    words: uint16 `[W, N]`, with W from 1 to C + 1.
-    capacity: C, at least 1.
+  symbols of almost 16 (C - 1) bits from every lane.
   """
-  if capacity < 1:
-    raise ValueError(f'capacity must be at least 1, got {capacity=}')
-  depth, lanes = words.shape[0] - 1, words.shape[1]
-  size = jnp.full(lanes, depth, jnp.int32)
-  stacks = jnp.zeros((lanes, capacity), jnp.uint16).at[:, :depth].set(words[:-1].T)
+  size = jnp.full(words.shape[1], words.shape[0] - 1, jnp.int32)
   state = words[-1].astype(jnp.uint32) | jnp.uint32(1 << 16)
-  return Message(state, stacks, size, size, size)
+  return Message(state, words.T, size, size)
 
 
 def unstacked(message: Message) -> np.ndarray:
@@ -187,24 +147,16 @@ def unstacked(message: Message) -> np.ndarray:
   return np.concatenate([rows, state.astype(np.uint16)[None]])
 
 
-# ---- symbols -------------------------------------------------------------------------
-
-
 def push_all(
   message: Message, starts: jax.Array, frequencies: jax.Array, precision: int
 ) -> Message:
-  """Pushes T symbols onto each lane, the last one first.
+  """Pushes T symbols onto each lane, the last one first, so `pop_all` gets it last.
 
-  In this order, `pop_all` returns the first one first.
-
-  Args:
-    message: the message.
-    starts: uint32 `[T, N]`, as in `push_step`.
-    frequencies: uint32 `[T, N]`.
-    precision: as in `push_step`.
+  `starts` and `frequencies` are uint32 `[T, N]`; they and `precision` are those of
+  `push_step`.
   """
-  _check_precision(precision)
-  if not len(starts):  # XLA aborts at a native function without elements
+  count = len(starts)
+  if not count:  # XLA aborts at a native function without elements
     return message
 
   def loop(
@@ -219,48 +171,52 @@ def push_all(
     return jax.lax.scan(step, state, (starts[::-1], frequencies[::-1]))
 
   state, (words, moved) = native.loop(loop)(message.state, starts, frequencies)
-  # A word that does not move is put beyond the capacity, and dropped.
+  stacks = jnp.pad(message.words, ((0, 0), (0, count)))
   sizes = message.size[None] + jnp.cumsum(moved, axis=0, dtype=jnp.int32)
-  place = jnp.where(moved, sizes - 1, message.capacity)
+  # A word that does not move is put beyond the stack, and dropped.
+  place = jnp.where(moved, sizes - 1, stacks.shape[1])
   lane = jnp.arange(message.lanes, dtype=jnp.int32)[None]
-  stacks = message.words.at[lane, place].set(words, mode='drop')
-  highest = jnp.maximum(message.highest, sizes[-1])
-  return Message(state, stacks, sizes[-1], message.lowest, highest)
+  stacks = stacks.at[lane, place].set(words, mode='drop')
+  return Message(state, stacks, sizes[-1], message.lowest)
 
 
 def pop_all(
-  message: Message, contexts: jax.Array, lookup: Lookup, precision: int
+  message: Message,
+  contexts: jax.Array,
+  owner: Callable[[jax.Array, jax.Array], jax.Array],
+  interval: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+  precision: int,
 ) -> tuple[Message, jax.Array]:
   """Pops T symbols from each lane: the inverse of `push_all`.
 
   Args:
     message: the message.
-    contexts: `[T, N]`, operands of the lookup, such as the table of each symbol.
-    lookup: finds the owners of slots, integers in [0, 2^precision).
+    contexts: `[T, N]`, operands of the functions, such as the table of each symbol.
+    owner: takes slots and contexts `[N]`; returns the symbols that own the slots.
+    interval: takes symbols and contexts `[N]`; returns the starts and the frequencies.
     precision: as in `push_step`.
 
   Returns:
     The message without the symbols, and the symbols, `[T, N]`.
   """
-  _check_precision(precision)
+  room = message.words.shape[1]
   if not len(contexts):
-    return message, contexts.astype(jnp.uint32)
-  capacity = message.capacity
+    return message, contexts
 
   def loop(
     state: jax.Array, size: jax.Array, words: jax.Array, contexts: jax.Array
   ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    first = jnp.arange(size.size, dtype=jnp.int32) * capacity
+    first = jnp.arange(size.size, dtype=jnp.int32) * room
 
     def step(
       carry: tuple[jax.Array, jax.Array], context: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
       state, size = carry
-      symbol, start, frequency = lookup(_slot(state, precision), context)
+      symbol = owner(slot(state, precision), context)
       # If a stack is empty, any word is taken, and the message has run dry.
-      top = first + jnp.clip(size, 1, capacity) - 1
+      top = first + jnp.clip(size, 1, room) - 1
       word = words.at[top].get(mode='promise_in_bounds')
-      state, taken = pop_step(state, word, start, frequency, precision)
+      state, taken = pop_step(state, word, *interval(symbol, context), precision)
       return (state, size - taken.astype(jnp.int32)), symbol
 
     return jax.lax.scan(step, (state, size), contexts)
@@ -269,35 +225,18 @@ def pop_all(
     message.state, message.size, message.words.reshape(-1), contexts
   )
   lowest = jnp.minimum(message.lowest, size)
-  return Message(state, message.words, size, lowest, message.highest), symbols
+  return Message(state, message.words, size, lowest), symbols
 
 
 # ---- on the host ---------------------------------------------------------------------
 
 
 def check(message: Message) -> Message:
-  """Returns the message if it never overflowed nor ran dry. Not for use under `jit`.
-
-  If it did, a MessageError says how many bits were missing, or by how many words a lane
-  exceeded its capacity.
-  """
+  """Returns a message that never ran dry, or raises a MessageError. Not under `jit`."""
   missing = -np.minimum(np.asarray(message.lowest), 0).sum()
   if missing:
     raise MessageError(f'the message ran dry: {16 * missing} bits were missing')
-  excess = int(np.asarray(message.highest).max(initial=0)) - message.capacity
-  if excess > 0:
-    raise MessageError(
-      f'the message overflowed: a lane needs {excess} words more than its '
-      f'capacity of {message.capacity}'
-    )
   return message
-
-
-def check_empty(message: Message) -> None:
-  """Raises a MessageError unless exactly the content of a message has been popped."""
-  check(message)
-  if np.any(np.asarray(message.size)) or np.any(np.asarray(message.state) != 1 << 16):
-    raise MessageError('the message holds more than it should')
 
 
 def content_bits(message: Message) -> float:
@@ -312,30 +251,26 @@ def content_bits(message: Message) -> float:
 def to_words(message: Message) -> np.ndarray:
   """Serialises a message into uint16 words; `split_words` describes them."""
   check(message)
-  size = np.asarray(message.size)
-  used = np.arange(message.capacity) < size[:, None]
-  return join_words(np.asarray(message.state), size, np.asarray(message.words)[used])
+  size, stacks = np.asarray(message.size), np.asarray(message.words)
+  used = np.arange(stacks.shape[1]) < size[:, None]
+  return join_words(np.asarray(message.state), size, stacks[used])
 
 
-def from_words(words: np.ndarray, lanes: int, capacity: int | None = None) -> Message:
-  """Makes a message from its words: the inverse of `to_words`.
+def from_words(words: np.ndarray, lanes: int, room: int) -> Message:
+  """Makes a message from its words, uint16: the inverse of `to_words`.
 
-  Args:
-    words: uint16.
-    lanes: N.
-    capacity: C; by default the size of the largest stack.
+  Each lane gets `room` words, so all messages with as much room share a program. A
+  MessageError says that the words are not a message, or that it needs more room.
   """
   state, size, stacks = split_words(words, lanes)
   if stacks.size != size.sum():
     raise MessageError(f'the words are not a message with {lanes} lanes')
-  depth = int(np.max(size, initial=1))
-  capacity = depth if capacity is None else capacity
-  if depth > capacity:
-    raise MessageError(f'a lane has {depth} words, but its capacity is {capacity}')
-  rows = np.zeros((lanes, capacity), np.uint16)
-  rows[np.arange(capacity) < size[:, None]] = stacks
+  if size.max() > room:
+    raise MessageError(f'a lane has {size.max()} words, more than {room}')
+  rows = np.zeros((lanes, room), np.uint16)
+  rows[np.arange(room) < size[:, None]] = stacks
   size32 = jnp.asarray(size, jnp.int32)
-  return Message(jnp.asarray(state), jnp.asarray(rows), size32, size32, size32)
+  return Message(jnp.asarray(state), jnp.asarray(rows), size32, size32)
 
 
 def join_words(state: np.ndarray, size: np.ndarray, stacks: np.ndarray) -> np.ndarray:

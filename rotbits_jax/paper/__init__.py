@@ -37,33 +37,19 @@ takes eigenvectors of a matrix of numbers, as published. A segment is not sample
 rotation cannot be recovered, or if that gains nothing.
 
 **Exactness.** The decoder recovers a rotation by a factorisation in float32, and
-another LAPACK or a GPU has other rounding errors. The encoder factorises the matrix a
-second time after a change as large as the backward error of a factorisation. The
-correction makes the same integers within a margin of twelve times the differences, see
-`coding.bits_back.correction`; if it does not, the segment is not sampled. A machine
-beyond the margin decodes other elements; a digest of each array notices that, and the
-file is refused there.
+another LAPACK or a GPU has other rounding errors. Therefore the encoder factorises the
+matrix a second time, after a change as large as the backward error of a factorisation,
+and the margins of `bits_back.correction` cover the difference. A machine beyond the
+margin decodes other elements; a digest of each array notices that, and the file is
+refused there.
 
-**The streams.**
-
-* `message`, uint16: the words of a stack from the bottom up. It holds the arrays in the
-  order in which they were pushed, in C order. If they are entropy coded, the arrays of
-  a segment are one stream of `coding.coder`. To sample a rotation, the encoder pops
-  rows of words and makes a message of them. The rest of the message goes back onto the
-  stack as a block. The decoder makes a message of the block, pushes the integers of the
-  recovered rotation onto it, and so gets back the words.
-* `corrections`, uint16: another stack, with a block for each sampled segment (see
-  `bits_back.codes`). The next rotation is sampled from the words of the message, in
-  which a threshold leaves errors.
-
-The modules:
-
-    layout     options, frames, and the values that a decoder needs, validated
-    stack      the message in memory
-    segments   the parameters around each segment
-    rotations  rotates these parameters, and recovers the rotation
-    encoder    encodes a model
-    decoder    decodes a model
+**The streams** are stacks of uint16 words. `message` holds the arrays in the order in
+which they were pushed; if they are entropy coded, those of a segment are one stream of
+`coding.coder`. To sample a rotation, the encoder pops words, makes a rANS message of
+them, and pushes the rest of that message as a block. The decoder pushes the integers of
+the recovered rotation onto the rest, and so gets back the words. `corrections` has a
+block for each sampled segment. It is apart from the message, from whose words the next
+rotation is sampled, and in which a threshold leaves errors.
 
 Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, Getting Free Bits Back from
 Rotational Symmetries in LLMs, arXiv 2410.01309, section 3.

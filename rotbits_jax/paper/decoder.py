@@ -59,8 +59,8 @@ def decode(
 
   arrays: segments.Arrays = {}
   embeddings: segments.Shapes = {}
-  order = range(len(segment_shapes))[::-1]
   count = len(segment_shapes)
+  order = reversed(range(count))
   for t in Progress('decode', count, 'segment', show=progress, units=order):
     shapes = segment_shapes[t].all
     embeddings = {k: shape for k, shape in shapes.items() if k.startswith('embed/')}

@@ -41,19 +41,16 @@ def refuse(source: passes.Source) -> None:
   leaves = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
   for path, shape in segments.all_shapes(source.config).items():
     leaf = leaves.get(path)
-    if leaf is None or structured.is_structured(leaf):
-      raise ValueError(f'{path}: expected an array, got {type(leaf).__name__}')
+    if structured.is_structured(leaf) or getattr(leaf, 'shape', None) != shape:
+      raise ValueError(f'{path}: expected an array of the shape {shape}')
     if np.dtype(leaf.dtype).name not in typing.get_args(layout_lib.Dtype):
       raise ValueError(f'{path}: expected floats of 16 or 32 bits, got {leaf.dtype}')
-    if tuple(leaf.shape) != shape:
-      raise ValueError(f'{path}: expected the shape {shape}, got {leaf.shape=}')
 
 
 def encode(
   source: passes.Source, options: layout_lib.Options, *, progress: bool = False
 ) -> EncodedModel:
-  """Encodes a sliced model by the published scheme; a ValueError as from `refuse`."""
-  refuse(source)
+  """Encodes a sliced model, which `refuse` has accepted, by the published scheme."""
   encoder = _Encoder(source, options)
   count = len(encoder.segments)
   for t in Progress('encode', count, 'segment', show=progress, units=range(count)):
@@ -108,41 +105,19 @@ class _Encoder:
       neutral = rotations.reader_rotation(segment.readers.values(), canonicalizer)
     first = {} if t else self._push_first(segment, neutral)
     frame = self.options.frame(self.widths, t, self.fixed)
-    note: dict[str, Any] = {'segment': t, 'width': self.widths[t], 'found in': None}
-    rotation: jax.Array | None
-    words = np.zeros(0, np.uint16)
-    if can_rotate and frame.n:
-      rows = self.options.code(frame).max_rows(self.lanes)
-      rows = min(rows, self.message.size // self.lanes)
-      words = self.message.pop(rows * self.lanes)
-    sample = self._sample(words, segment, frame, neutral) if words.size else None
-    if sample is not None:
-      rotation, arrays, left, correction = sample
-      self.message.push_block(left)
-      self.corrections.push_block(correction)
-      cost = correction.size + stack.LENGTH
-      net = words.size - (left.size + stack.LENGTH) - cost
-      parameters = max(self.widths[t] * (self.widths[t] - 1), 1) / 2
-      note |= {
-        'found in': 'shortcut' if frame.from_shortcut else 'readers',
-        'popped': 16 * (net + cost),
-        'correction': 16 * cost,
-        'net': 16 * net,
-        'of 16 d(d-1)/2': round(net / parameters, 4),
-      }
-    else:
-      self.message.push(words)
+    sample = self._sample(segment, frame, neutral) if can_rotate and frame.n else None
+    if sample is None:
       # The columns that `_push_first` pushed are already in canonical form.
       rotation = None if t else neutral
-      arrays = rotations.rotated(segment, self.before, rotation)
+      sample = rotation, rotations.rotated(segment, self.before, rotation), {}
+    self.before, arrays, note = sample
     arrays = {path: arrays[path] for path in segment.all}
     others = {path: arrays[path][:, self.fixed :] for path in first}
     self._push((arrays | others).values())
     for path, columns in first.items():
       arrays[path] = np.concatenate([columns, others[path]], axis=1)
     self.stored |= _stored(arrays)
-    self.before = rotation
-    self.notes.append(note)
+    self.notes.append({'segment': t, 'width': self.widths[t], 'found in': None} | note)
 
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
     """Pushes arrays onto the message."""
@@ -174,20 +149,23 @@ class _Encoder:
 
   def _sample(
     self,
-    words: np.ndarray,  # popped from the message
     segment: segments.SegmentParameters,
     frame: layout_lib.Frame,
     neutral: jax.Array | None,
-  ) -> tuple[jax.Array, segments.Arrays, np.ndarray, np.ndarray] | None:
-    """Samples a segment's rotation from words.
+  ) -> tuple[jax.Array | None, segments.Arrays, dict[str, Any]] | None:
+    """Samples a segment's rotation from the message; stores the correction.
 
-    Returns the rotation, the rotated parameters, the words that are left, and those of
-    the correction; None if the decoder could not recover it, or if it saves nothing.
+    Returns the rotation, the rotated parameters and a note of the bits; None if the
+    decoder could not recover the rotation, or if it saves nothing.
     """
     code, canonicalizer = self.options.code(frame), self.options.canonicalizer
-    rows = jnp.asarray(words.reshape(-1, self.lanes))
-    message = rans.stacked(rows, code.max_rows(self.lanes))
-    message, latent, q = code.sample(message)
+    rows = min(code.max_rows(self.lanes), self.message.size // self.lanes)
+    if not rows:
+      return None
+    words = self.message.pop(rows * self.lanes)
+    self.message.push(words)  # until the rotation is certain
+    stacked = rans.stacked(jnp.asarray(words.reshape(rows, self.lanes)))
+    message, integers, q, spectrum = code.sample(stacked)
     if int(np.min(message.lowest)) < 0:
       return None
     if frame.from_shortcut:
@@ -203,12 +181,20 @@ class _Encoder:
       rotations.recovered(frame, segment, arrays, canonicalizer, disturb=disturb)
       for disturb in (False, True)
     )
-    correction = code.correct(recovered, latent, elsewhere)
+    correction = code.correct(recovered, elsewhere, integers, spectrum)
     # The decoder's own steps on two machines, tried before anything is written.
     for matrix in (recovered, elsewhere) if self.options.exact else ():
-      _, integers = code.restore(message, matrix, correction)
-      if not jnp.array_equal(integers, latent[0]):
+      _, restored = code.restore(message, matrix, correction)
+      if not jnp.array_equal(restored, integers):
         return None
     left, packed = rans.to_words(message), code.pack(correction)
-    saves = words.size > left.size + packed.size + 2 * stack.LENGTH
-    return (rotation, arrays, left, packed) if saves else None
+    cost = packed.size + stack.LENGTH
+    net = words.size - (left.size + stack.LENGTH) - cost
+    if net <= 0:
+      return None
+    self.message.pop(words.size)
+    self.message.push_block(left)
+    self.corrections.push_block(packed)
+    source = 'shortcut' if frame.from_shortcut else 'readers'
+    note = {'found in': source, 'correction': 16 * cost, 'net': 16 * net}
+    return rotation, arrays, note

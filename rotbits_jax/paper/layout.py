@@ -35,8 +35,7 @@ class Frame(NamedTuple):
   """The shape of a segment's sampled frame, and the source of its recovery."""
 
   from_shortcut: bool  # whether it is recovered from the shortcut or from the readers
-  fixed: int  # number of leading coordinates that are not rotated
-  n: int  # rows of the frame
+  n: int  # rows of the frame; leading coordinates beyond them are not rotated
   k: int  # columns of the frame
 
 
@@ -57,9 +56,10 @@ class Options(schema.Object):
 
   def __post_init__(self) -> None:
     """Raises a ValueError if two options cannot be combined."""
-    # Errors are harmless only in weights that were pushed plain.
-    if not self.exact and (self.rotation_codec != 'symmetric_eig' or self.entropy):
-      raise ValueError('a threshold needs symmetric_eig and no entropy coding')
+    if self.rotation_codec == 'symmetric_eig' and self.entropy:
+      raise ValueError('symmetric_eig takes plain elements, without entropy coding')
+    if self.rotation_codec == 'haar' and not self.exact:
+      raise ValueError('a threshold needs symmetric_eig')
 
   @property
   def exact(self) -> bool:
@@ -73,16 +73,16 @@ class Options(schema.Object):
       before = widths[segment - 1]
       # `symmetric_eig` samples whole rotations only, no narrower frames.
       if before == width or (before < width and self.rotation_codec == 'haar'):
-        return Frame(True, 0, width, before)
-    fixed = 0 if segment else fixed
-    return Frame(False, fixed, width - fixed, width - fixed)
+        return Frame(True, width, before)
+    rotated = width if segment else width - fixed
+    return Frame(False, rotated, rotated)
 
   def code(self, frame: Frame) -> codes.RotationCode:
     """Returns the code of a frame."""
     if self.rotation_codec == 'haar':
       return codes.haar_code(frame.n, frame.k)
     threshold = None if self.exact else self.threshold
-    return codes.eigen_code(frame.n, self.entropy, threshold)
+    return codes.eigen_code(frame.n, threshold)
 
 
 class Stored(schema.Row):

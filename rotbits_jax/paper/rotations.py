@@ -88,7 +88,8 @@ def recovered(
     return _shortcut_frame(_disturbed(np.asarray(shortcut, np.float32), disturb))
   readers = (arrays[path] for path in shapes.readers)
   q = reader_rotation(readers, canonicalizer, disturb=disturb)
-  return q[frame.fixed :, frame.fixed :]
+  fixed = len(q) - frame.n
+  return q[fixed:, fixed:]
 
 
 def _disturbed(matrix: np.ndarray, disturb: bool) -> jax.Array:

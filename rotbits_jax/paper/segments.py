@@ -44,42 +44,31 @@ def shapes(config: models.ModelConfig) -> list[SegmentParameters]:
   """Returns the shapes around each segment of a sliced model, in order."""
   segments = [SegmentParameters({}, {}, {}, {}) for _ in config.segment_widths]
   outer = models.layout.outer_axes(config), models.outer_shapes(config)
-  _add(segments, '', *outer, 0, len(segments) - 1)
+  groups: list[Any] = [('', *outer, segments)]
   axes, step = models.layout.layer_axes(config), config.segments_per_layer
   for i in range(config.num_layers):
-    layer = models.layer_shapes(config, i)
-    _add(segments, models.names.prefix(i), axes, layer, i * step, (i + 1) * step)
+    layer, prefix = models.layer_shapes(config, i), models.names.prefix(i)
+    groups.append((prefix, axes, layer, segments[i * step : (i + 1) * step + 1]))
+  for prefix, axes_by_path, tree, around in groups:
+    flat = structured.flatten(tree)
+    for path, parameter_axes in axes_by_path.items():
+      read, written = rotations.sides(parameter_axes)
+      if written is not None:
+        target = around[written]
+        group = target.writers if read is None else target.shortcut
+      elif read is not None:
+        group = around[read].readers
+      else:
+        # A bias belongs to its kernel, and the scale of a norm of heads to the first.
+        kernel_axes = axes_by_path.get(path.rsplit('/', 1)[0] + '/kernel', (0,))
+        group = around[kernel_axes[0]].biases
+      group[prefix + path] = flat[path]
   return segments
 
 
 def all_shapes(config: models.ModelConfig) -> Shapes:
   """Returns the shapes of all parameters of a sliced model."""
   return {path: x for segment in shapes(config) for path, x in segment.all.items()}
-
-
-def _add(
-  segments: list[SegmentParameters],
-  prefix: str,
-  axes: models.layout.Axes,
-  shapes: dict[str, Any],
-  first: int,
-  last: int,
-) -> None:
-  """Adds parameters to their segments: axis 0 is the first one, axis -1 the last."""
-  flat = structured.flatten(shapes)
-  segment = lambda axis: segments[last if axis == -1 else first + axis]
-  for path, parameter_axes in axes.items():
-    read, written = rotations.sides(parameter_axes)
-    if written is not None:
-      target = segment(written)
-      group = target.writers if read is None else target.shortcut
-    elif read is not None:
-      group = segment(read).readers
-    else:
-      # A bias belongs to its kernel, and the scale of a norm of heads to the first one.
-      kernel_axes = axes.get(path.rsplit('/', 1)[0] + '/kernel', (0,))
-      group = segment(kernel_axes[0]).biases
-    group[prefix + path] = flat[path]
 
 
 def read(source: passes.Source) -> list[SegmentParameters]:

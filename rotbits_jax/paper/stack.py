@@ -9,32 +9,28 @@ LENGTH = 2
 class WordStack:
   """A stack of 16-bit words; words are uint16 `[n]`, and the last one is on top."""
 
-  def __init__(self, words: np.ndarray | None = None):
-    """Makes a stack of words; empty by default."""
-    self._arrays: list[np.ndarray] = []
-    self.size = 0
-    if words is not None:
-      self.push(words)
+  def __init__(self, *arrays: np.ndarray):
+    """Makes a stack of arrays of words, which are not copied; empty by default."""
+    self._arrays = [*arrays]
+
+  @property
+  def size(self) -> int:
+    return sum(words.size for words in self._arrays)
 
   def push(self, words: np.ndarray) -> None:
-    """Pushes words, which are not copied."""
-    if words.size:
-      self._arrays.append(words)
-      self.size += words.size
+    self._arrays.append(words)
 
   def pop(self, count: int) -> np.ndarray:
     """Pops the top words; a ValueError if there are fewer."""
-    if not 0 <= count <= self.size:
+    if count > self.size:
       raise ValueError(f'the message ran dry: {count - self.size} words were missing')
-    self.size -= count
     popped = [np.zeros(0, np.uint16)]
-    while count:
+    while count > 0:
       words = self._arrays.pop()
-      start = max(words.size - count, 0)
-      if start:
-        self._arrays.append(words[:start])
-      popped.append(words[start:])
-      count -= words.size - start
+      popped.append(words[-count:])
+      if words.size > count:
+        self._arrays.append(words[:-count])
+      count -= words.size
     return np.concatenate(popped[::-1])
 
   def push_block(self, words: np.ndarray) -> None:

@@ -18,12 +18,12 @@ import inspect
 from typing import Any
 
 from rotbits_jax import models
-from rotbits_jax.presets.exact import exact as exact
-from rotbits_jax.presets.free import free as free
-from rotbits_jax.presets.near import near as near
-from rotbits_jax.presets.paper import paper as paper
 from rotbits_jax.presets.preset import Keeps as Keeps
 from rotbits_jax.presets.preset import Preset as Preset
+from rotbits_jax.presets.preset import exact as exact
+from rotbits_jax.presets.preset import free as free
+from rotbits_jax.presets.preset import near as near
+from rotbits_jax.presets.preset import paper as paper
 
 PRESETS: dict[str, Callable[..., Preset]] = {
   'free': free,

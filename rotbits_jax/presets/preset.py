@@ -1,9 +1,12 @@
-"""The type of presets: everything that the encoder and its callers ask of one."""
+"""The type of presets, and the presets themselves."""
 
+from collections.abc import Mapping
 import math
 from typing import Any, Literal, NamedTuple
 
+from rotbits_jax import paper as scheme
 from rotbits_jax import passes
+from rotbits_jax.system import schema
 
 Keeps = Literal['bits', 'function', 'approximation']
 """What comes back: the bits of the input; its function up to rounding; or an
@@ -25,10 +28,137 @@ class Preset(NamedTuple):
   coder: str = 'weights'  # of records, see `file.coders`; or `paper.CODER`
 
 
-def number(name: str, value: Any, least: float, most: float = math.inf) -> float:
+def _number(name: str, value: Any, least: float, most: float = math.inf) -> float:
   """Returns the value of an option as a float; a ValueError if it is out of range."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   if not (is_number and math.isfinite(value) and least <= value <= most):
     expected = f'must be a finite number from {least:g} to {most:g}'
     raise ValueError(f'{name} {expected}, got {value!r}')
   return float(value)
+
+
+def exact(*, transforms: tuple[passes.Transform, ...] = ()) -> Preset:
+  """Makes the preset that keeps every bit of the input.
+
+  If the embedding can be predicted from the head, it is stored as the difference from
+  the prediction, in small integers. Further transforms are applied before, and see the
+  elements in their stored dtype; with them, only the function is promised.
+  """
+  return Preset(
+    name='exact',
+    options={},
+    # It comes last, because the embedding is predicted from the final head.
+    transform=passes.chain(*transforms, passes.retie_exactly()),
+    rounding=None,
+    keeps='function' if transforms else 'bits',
+    resumable=not transforms,
+  )
+
+
+def free(
+  *,
+  tolerance: float = 0.7,  # of `passes.remove_residual_gauge`, in roundoffs
+  floor: float | None = 0.0,  # of `passes.with_minimum_exponent`; None to nearest
+  transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
+) -> Preset:
+  """Makes the preset that fixes every gauge, rounds once, and codes the other elements.
+
+  The function of the model stays the same up to rounding; its elements change. With a
+  floor above 1 it would not stay the same.
+  """
+  tolerance = _number('tolerance', tolerance, 0)
+  floor = None if floor is None else _number('floor', floor, -64, 1)
+  return Preset(
+    name='free',
+    options={'tolerance': tolerance, 'floor': floor},
+    transform=_without_gauges(tolerance, transforms),
+    rounding=passes.NEAREST if floor is None else passes.with_minimum_exponent(floor),
+    resumable=not transforms,
+  )
+
+
+def _without_gauges(
+  tolerance: float, transforms: tuple[passes.Transform, ...], heads: float | None = None
+) -> passes.Chain:
+  """Returns transforms that fix every gauge; `heads` is the tolerance of heads."""
+  return passes.chain(
+    # Rotations come first, because the other transforms look for structure in the
+    # coordinates that they choose.
+    passes.remove_residual_gauge(tolerance=tolerance),
+    passes.retie_embedding(),
+    passes.remove_biases(),
+    passes.remove_value_gauge(tolerance=heads),
+    passes.remove_query_key_gauge(tolerance=heads),
+    passes.remove_low_rank_gauge(),
+    *transforms,
+  )
+
+
+def near(
+  *,
+  step: float = -5.0,  # log2 of the ratio of the step to the rms of an array
+  offsets: Mapping[str, float] | None = None,  # octaves to add, see `passes.to_steps`
+  inputs: Mapping[str, passes.Inputs] | None = None,  # see `passes.Rounding`
+  tolerance: float = 0.7,  # as in `free`
+  transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
+) -> Preset:
+  """Makes the preset for nearly the same function in far fewer bytes.
+
+  It fixes every gauge as `free` does. Then it rounds the elements of each array to
+  multiples of one step, so that an element costs few bits. `presets.steps.calibrate`
+  finds offsets and inputs.
+
+  >>> near(step=-4).keeps
+  'approximation'
+  """
+  step = _number('step', step, passes.FINEST, passes.COARSEST)
+  offsets = {key: _number(key, x, -math.inf) for key, x in (offsets or {}).items()}
+  tolerance = _number('tolerance', tolerance, 0)
+  return Preset(
+    name='near',
+    options={
+      'step': step,
+      'offsets': offsets,
+      'feedback': bool(inputs),
+      'tolerance': tolerance,
+    },
+    # Rounding to the step dominates the rounding to a dtype, for which the default
+    # tolerance of heads was chosen.
+    transform=_without_gauges(tolerance, transforms, heads=3.0),
+    rounding=passes.to_steps(step, offsets, inputs),
+    keeps='approximation',
+    resumable=not (transforms or inputs),
+  )
+
+
+def paper(
+  *,
+  canonicalizer: scheme.Canonicalizer = 'polar_shortcut',
+  rotation_codec: scheme.RotationCodec = 'haar',
+  correction: scheme.CorrectionMethod = 'exact',
+  threshold: float = 1e-3,
+  entropy: bool = False,
+) -> Preset:
+  """Makes the preset of the published scheme.
+
+  The model is rotated and rounded, so its elements change, but not its function up to
+  rounding. Dense models are refused, because they have no shortcuts. The arguments are
+  those of `rotbits_jax.paper.Options`. As published: svd, symmetric_eig and threshold.
+  """
+  options = schema.load(
+    scheme.Options,
+    {
+      'canonicalizer': canonicalizer,
+      'rotation_codec': rotation_codec,
+      'correction': correction,
+      'threshold': threshold,
+      'entropy': entropy,
+    },
+  )
+  return Preset(
+    name='paper',
+    options=schema.dump(options),
+    transform=passes.chain(),  # the scheme rotates and rounds by itself
+    rounding=None,
+    coder=scheme.CODER,
+  )

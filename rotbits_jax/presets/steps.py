@@ -35,7 +35,7 @@ from rotbits_jax.models import transformer
 from rotbits_jax.passes import rounding as rounding_lib
 from rotbits_jax.passes.rewrite import widened
 from rotbits_jax.presets import sensitivities
-from rotbits_jax.presets.near import near
+from rotbits_jax.presets.preset import near
 from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import spool

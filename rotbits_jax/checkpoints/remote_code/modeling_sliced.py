@@ -5,11 +5,8 @@ between the sublayers, then have widths of their own: a norm has no scale and di
 the width before slicing, a shortcut takes the place of the identity past a sublayer,
 and linear layers have the widths of the segments that they read or write.
 
-A config has the fields of the dense model's config, and two of the segments:
-
-  segment_widths  width of each segment, from the embedding to the head.
-  shortcut_ranks  for each shortcut, from one segment to the next: null if it is stored
-                  as a matrix, or the columns of its factors, see `GramShortcut`.
+A config has the fields of the dense model's config, and `segment_widths`, the width of
+each segment from the embedding to the head.
 """
 
 from collections.abc import Callable
@@ -41,35 +38,6 @@ class RMSN(nn.Module):
     y = x.float()  # the squares of float16 overflow
     square = y.square().sum(-1, keepdim=True)
     return (y * torch.rsqrt(square / self.hidden_size + 1e-5)).to(x.dtype)
-
-
-class GramShortcut(nn.Module):
-  """The shortcut `[I - B B^T + C C^T, 0]`, applied as `x - (x B) B^T + (x C) C^T`.
-
-  B is `[rows, k]` and C is `[rows, j]`; one without columns is not stored.
-  """
-
-  def __init__(self, rows: int, columns: int, k: int, j: int):
-    super().__init__()
-    self.columns = columns
-    self.b, self.c = (
-      nn.Parameter(0.02 * torch.randn(rows, n)) if n else None for n in (k, j)
-    )
-
-  def forward(self, x: torch.Tensor) -> torch.Tensor:
-    y = x if self.b is None else x - (x @ self.b) @ self.b.T
-    if self.c is not None:
-      y = y + (x @ self.c) @ self.c.T
-    return nn.functional.pad(y, (0, self.columns - y.shape[-1]))
-
-
-def shortcut(config: Any, index: int) -> nn.Module:
-  """Makes the shortcut from a segment, given by its index, to the next."""
-  rows, columns = config.segment_widths[index : index + 2]
-  ranks = config.shortcut_ranks[index]
-  if ranks is None:
-    return nn.Linear(rows, columns, bias=False)
-  return GramShortcut(rows, columns, *ranks)
 
 
 def resize(module: nn.Module, *names: str, inputs: int = 0, outputs: int = 0) -> None:
@@ -104,7 +72,7 @@ class LayerMixin:
     shortcuts = ('attn_shortcut', 'mlp_shortcut')
     for i, (norm, name) in enumerate(zip(self.norms, shortcuts, strict=False)):
       setattr(self, norm, RMSN(config.hidden_size))
-      setattr(self, name, shortcut(config, steps * layer_idx + i))
+      setattr(self, name, nn.Linear(*widths[i : i + 2], bias=False))
     self.rate = getattr(config, 'resid_pdrop', getattr(config, 'dropout', 0.0))
 
   def forward(self, hidden_states: torch.Tensor, **kwargs):

@@ -31,11 +31,11 @@ class RotationCode(NamedTuple):
   """Samples a frame from a message, and pushes its integers back."""
 
   num_integers: int  # S
-  codec: codecs.Codec  # of the integers, uint16 [S]
-  # integers -> latent: the integers and their spectrum; frame [n, k]
-  draw: Callable[[jax.Array], tuple[Any, jax.Array]]
-  # recovered frame, latent, the same frame as another machine recovers it -> correction
-  correct: Callable[[jax.Array, Any, jax.Array], Any]
+  codec: Callable[[], codecs.Codec]  # makes that of the integers, uint16 [S]
+  # integers -> frame [n, k], and what `correct` needs to know about it
+  rotation: Callable[[jax.Array], tuple[jax.Array, Any]]
+  # recovered frame, as another machine recovers it, integers, knowledge -> correction
+  correct: Callable[[jax.Array, jax.Array, jax.Array, Any], Any]
   recover: Callable[[jax.Array, Any], jax.Array]  # frame, correction -> integers
   fit: Callable[[Any], np.ndarray]  # correction -> frequency tables
   correction_codec: Callable[[jax.Array], codecs.Codec]  # of corrections, from tables
@@ -51,10 +51,12 @@ class RotationCode(NamedTuple):
     return 3 * -(-self.num_integers // lanes) // 2 + 2
 
   @_jit
-  def sample(self, message: rans.Message) -> tuple[rans.Message, Any, jax.Array]:
-    """Pops integers; returns the rest of the message, the latent and the frame."""
-    message, integers = self.codec.pop(message)
-    return message, *self.draw(integers)
+  def sample(
+    self, message: rans.Message
+  ) -> tuple[rans.Message, jax.Array, jax.Array, Any]:
+    """Pops integers; returns the rest of the message, them, and their rotation."""
+    message, integers = self.codec().pop(message)
+    return message, integers, *self.rotation(integers)
 
   @_jit
   def restore(
@@ -62,14 +64,14 @@ class RotationCode(NamedTuple):
   ) -> tuple[rans.Message, jax.Array]:
     """Recovers the integers; returns the message with them on top, and them."""
     integers = self.recover(recovered, correction)
-    return self.codec.push(message, integers), integers
+    return self.codec().push(message, integers), integers
 
   def pack(self, correction: Any) -> np.ndarray:
     """Returns a correction as words, uint16: its tables and a message."""
     frequencies = self.fit(correction)
     data = tables.to_bytes(frequencies)
     head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
-    message = self._push(rans.empty(*self._size), jnp.asarray(frequencies), correction)
+    message = self._push(rans.empty(self._lanes), jnp.asarray(frequencies), correction)
     return np.concatenate([[np.uint16(len(data))], head, rans.to_words(message)])
 
   def unpack(self, words: np.ndarray) -> Any:
@@ -80,18 +82,19 @@ class RotationCode(NamedTuple):
     start = 1 + -(-nbytes // 2)
     data = words[1:start].tobytes()[:nbytes]
     frequencies = tables.from_bytes(data, self.num_tables, correction_lib.LEVELS)
-    message = rans.from_words(words[start:], *self._size)
+    # An integer has a residue of at most 16 bits and two levels of at most 14 bits
+    # each. The rest of the room is for signs.
+    room = 4 * -(-self.num_integers // self._lanes) + 16
+    message = rans.from_words(words[start:], self._lanes, room)
     message, correction = self._pop(message, jnp.asarray(frequencies))
-    rans.check_empty(message)
+    if rans.content_bits(rans.check(message)):
+      raise ValueError('a correction is too long')
     return correction
 
   @property
-  def _size(self) -> tuple[int, int]:
-    """The lanes and the capacity of the message of a correction."""
-    lanes = 1 << min(max(self.num_integers >> 12, 1), _MAX_LANES).bit_length() - 1
-    # An integer has a residue of at most 16 bits and two levels of at most 14 bits
-    # each. The rest of the room is for signs.
-    return lanes, 4 * -(-self.num_integers // lanes) + 16
+  def _lanes(self) -> int:
+    """The lanes of the message of a correction."""
+    return 1 << min(max(self.num_integers >> 12, 1), _MAX_LANES).bit_length() - 1
 
   @_jit
   def _push(self, message: rans.Message, table: jax.Array, x: Any) -> rans.Message:
@@ -109,46 +112,26 @@ def haar_code(n: int, k: int) -> RotationCode:
   """Returns the code of frames under the Haar measure; see `haar`."""
   return RotationCode(
     haar.num_cells(n, k),
-    haar.codec(n, k),
-    draw=lambda cells: ((cells, ()), haar.rotation(cells, n, k)),
-    correct=jax.jit(lambda recovered, latent, x: haar.correct(recovered, latent[0], x)),
-    recover=haar.recover,
-    fit=haar.fit,
-    correction_codec=functools.partial(haar.correction_codec, n, k),
+    functools.partial(haar.codec, n, k),
+    lambda cells: (haar.rotation(cells, n, k), None),
+    jax.jit(lambda recovered, other, cells, _: haar.correct(recovered, other, cells)),
+    haar.recover,
+    haar.fit,
+    functools.partial(haar.correction_codec, n, k),
     num_tables=3,
   )
 
 
 @functools.lru_cache
-def eigen_code(n: int, even: bool, threshold: float | None) -> RotationCode:
-  """Returns the published code of rotations of n dimensions; see `eigen`.
-
-  The spacing of the numbers is `EVEN` or `FLOAT16`; the threshold is that of
-  `eigen.correct`. The eigenvalues are stored with the correction and not on the
-  message, because the next rotation would be sampled from them.
-  """
-  spacing = eigen.EVEN if even else eigen.FLOAT16
-
-  def draw(patterns: jax.Array) -> tuple[Any, jax.Array]:
-    frame, spectrum = eigen.rotation(patterns, n, spacing)
-    return (patterns, spectrum), frame
-
-  @jax.jit
-  def correct(recovered: jax.Array, latent: Any, other: jax.Array) -> Any:
-    patterns, spectrum = latent
-    return spectrum, eigen.correct(
-      recovered, spectrum, patterns, spacing, threshold, other
-    )
-
+def eigen_code(n: int, threshold: float | None) -> RotationCode:
+  """Returns the published code of rotations of n dimensions; see `eigen`."""
   return RotationCode(
     n * (n + 1) // 2,
-    eigen.codec(n),
-    draw,
-    correct,
-    recover=lambda recovered, both: eigen.recover(recovered, both[0], both[1], spacing),
-    fit=lambda both: correction_lib.fit(both[1]),
-    correction_codec=lambda frequencies: codecs.serial(
-      eigen.spectrum_codec(n), eigen.correction_codec(n, frequencies)
-    ),
+    functools.partial(eigen.codec, n),
+    functools.partial(eigen.rotation, n),
+    jax.jit(functools.partial(eigen.correct, threshold=threshold)),
+    eigen.recover,
+    eigen.fit,
+    functools.partial(eigen.correction_codec, n),
     num_tables=2,
   )

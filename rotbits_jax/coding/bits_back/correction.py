@@ -66,21 +66,18 @@ class Correction(NamedTuple):
 def correct(
   positions: jax.Array,  # float32 [S]; only their values modulo 2^16 matter
   integers: jax.Array,  # uint16 [S]
+  others: jax.Array,  # positions with errors as of another machine, [S]
   margin: jax.Array | float,  # the least one, [S] or a number
   groups: jax.Array,
   count: int,
-  others: jax.Array | None = None,  # positions with errors as of another machine, [S]
   sensitivity: jax.Array | float = 1.0,  # of positions to errors of the input, [S]
 ) -> Correction:
   """Returns the correction that leads from the positions to the integers."""
   distance = jnp.abs(_wrapped(positions - integers.astype(jnp.float32)))
-  if others is not None:
-    spread = _spread(_wrapped(positions - others), sensitivity, groups, count)
-    margin = jnp.maximum(spread, margin)  # NaN if one is
+  spread = _spread(_wrapped(positions - others), sensitivity, groups, count)
+  margin = jnp.maximum(spread, margin)  # NaN if one is
   modulus = jnp.exp2(jnp.arange(LEVELS - 1, dtype=jnp.float32))
-  slack = jnp.maximum(
-    modulus * _RELATIVE_MARGIN, jnp.broadcast_to(margin, distance.shape)[:, None]
-  )
+  slack = jnp.maximum(modulus * _RELATIVE_MARGIN, margin[:, None])
   # Comparisons with NaN are false, so with `~` a position of NaN needs the last level.
   beyond = ~(distance[:, None] + slack <= modulus / 2)
   needed = beyond.sum(axis=1, dtype=jnp.int32)
@@ -130,10 +127,9 @@ def with_levels(
   )
 
 
-def levels(correction: Correction, groups: jax.Array) -> jax.Array:
+def levels(base: jax.Array, extra: jax.Array, groups: jax.Array) -> jax.Array:
   """Returns the level of each integer, base plus extra level: int32 `[S]`."""
-  base = correction.base[groups].astype(jnp.int32)
-  return jnp.minimum(base + correction.extra.astype(jnp.int32), LEVELS - 1)
+  return jnp.minimum(base[groups] + extra, LEVELS - 1).astype(jnp.int32)
 
 
 def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.Array:
@@ -149,38 +145,35 @@ def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.A
   return integers.astype(jnp.uint16)
 
 
-def fit(correction: Correction, *others: jax.Array) -> np.ndarray:
-  """Returns a frequency table for each kind of level, and for others: `[T, 17]`."""
+def fit(*symbols: jax.Array) -> np.ndarray:
+  """Returns a frequency table for each array of symbols below `LEVELS`: `[T, 17]`."""
 
-  def table(symbols: jax.Array) -> np.ndarray:
-    counts = np.bincount(np.asarray(symbols).reshape(-1), minlength=LEVELS)
-    return tables.quantize(counts if counts.any() else np.eye(LEVELS, dtype=int)[0])
+  def table(counts: np.ndarray) -> np.ndarray:
+    return tables.quantize(counts if counts.any() else np.eye(1, LEVELS, dtype=int)[0])
 
-  return np.stack([table(x) for x in (correction.base, correction.extra, *others)])
+  counts = (np.bincount(np.asarray(x).reshape(-1), minlength=LEVELS) for x in symbols)
+  return np.stack([*map(table, counts)])
 
 
 def codec(groups: jax.Array, count: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections, given the tables of `fit`, `[2, 17]`."""
-  tables_of = lambda size, table: codecs.categorical(
-    jnp.full(size, table, jnp.uint32), frequencies
+  """Returns the codec of corrections, given the tables `[2, 17]` of both levels."""
+  each = lambda size, table: codecs.categorical(
+    jnp.full(size, table, jnp.uint32), frequencies, jnp.uint8
   )
-  bases, extras = tables_of(count, 0), tables_of(groups.size, 1)
+  both_levels = codecs.serial(each(groups.size, 1), each(count, 0))
 
-  def residues(correction: Correction) -> codecs.Codec:
-    level = levels(correction, groups).astype(jnp.uint32)
-    return codecs.uniform(jnp.uint32(1) << level)
+  def residues(base: jax.Array, extra: jax.Array) -> codecs.Codec:
+    sizes = jnp.uint32(1) << levels(base, extra, groups).astype(jnp.uint32)
+    return codecs.uniform(sizes, jnp.uint16)
 
   def push(message: rans.Message, correction: Correction) -> rans.Message:
-    message = residues(correction).push(message, correction.residue)
-    message = extras.push(message, correction.extra)
-    return bases.push(message, correction.base)
+    base, extra, residue = correction
+    message = residues(base, extra).push(message, residue)
+    return both_levels.push(message, (extra, base))
 
   def pop(message: rans.Message) -> tuple[rans.Message, Correction]:
-    message, base = bases.pop(message)
-    message, extra = extras.pop(message)
-    # The residues are not known yet. Their codec reads only the levels.
-    correction = Correction(base.astype(jnp.uint8), extra.astype(jnp.uint8), extra)
-    message, residue = residues(correction).pop(message)
-    return message, correction._replace(residue=residue.astype(jnp.uint16))
+    message, (extra, base) = both_levels.pop(message)
+    message, residue = residues(base, extra).pop(message)
+    return message, Correction(base, extra, residue)
 
   return codecs.Codec(push, pop)

@@ -22,20 +22,20 @@ A correction repairs the errors of Q_hat, in one of two ways:
   precision by that; entropy-coded symbols would be corrupted.
 
 The paper (arXiv 2410.01309) does not specify the numbers. Here every 16-bit pattern
-stands for a finite number, because a message may hold any pattern: see `FLOAT16`, and
-`EVEN` for messages whose words are uniform bits and not weights. Eigenvalues are 16-bit
-integers on an even grid over their range, because the rounding of float16 would change
-the product about as much as the errors of Q_hat do.
+stands for a finite number, because a message may hold any pattern: those of infinity
+and NaN continue the scale of float16 up to 131008. Eigenvalues are 16-bit integers on
+an even grid over their range, because the rounding of float16 would change the product
+about as much as the errors of Q_hat do.
 
 Shape letters: n dimensions, S numbers. Functions are unbatched.
 """
 
-from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding.bits_back import correction as correction_lib
@@ -51,15 +51,15 @@ class Spectrum(NamedTuple):
   steps: jax.Array  # uint16 [n]
 
 
-class Spacing(NamedTuple):
-  """The numbers for which the 16-bit patterns stand.
+class EigenCorrection(NamedTuple):
+  """The data that the decoder needs besides the eigenvectors.
 
-  The ordinal of a pattern, uint16, is its place in the order of the float16 numbers.
-  The least number has the ordinal 0, -0 has 32767 and +0 has 32768.
+  The eigenvalues are stored here and not pushed onto the message, because the next
+  rotation would be sampled from them.
   """
 
-  value: Callable[[jax.Array], jax.Array]  # ordinals to float32
-  position: Callable[[jax.Array], jax.Array]  # float32 to real ordinals, float32
+  spectrum: Spectrum
+  numbers: correction_lib.Correction  # a row of the triangle is a group
 
 
 def codec(n: int) -> codecs.Codec:
@@ -67,32 +67,21 @@ def codec(n: int) -> codecs.Codec:
   return _raw(n * (n + 1) // 2)
 
 
-def spectrum_codec(n: int) -> codecs.Codec:
-  """Returns the codec of spectra: 16 bits per eigenvalue and 32 bits for the scale."""
-  bitcast = jax.lax.bitcast_convert_type
-  return codecs.mapped(
-    codecs.serial(_raw(n), _raw(2)),
-    lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
-    lambda parts: Spectrum(bitcast(parts[1], jnp.float32), parts[0]),
-  )
-
-
 def _raw(size: int) -> codecs.Codec:
   """Returns the codec of uint16 `[size]` with uniform entries."""
-  uniform = codecs.deferred(lambda: codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32)))
-  return codecs.mapped(uniform, lambda x: x, lambda x: x.astype(jnp.uint16))
+  return codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32), jnp.uint16)
 
 
-def rotation(
-  patterns: jax.Array, n: int, spacing: Spacing
-) -> tuple[jax.Array, Spectrum]:
+def rotation(n: int, patterns: jax.Array) -> tuple[jax.Array, Spectrum]:
   """Returns the rotation `[n, n]`, float32, and the spectrum of patterns `[S]`."""
-  values = spacing.value(_ordinal(patterns))
+  values = number(ordinal(patterns))
   # A few numbers far greater than all others would dominate the matrix. They are
   # clipped, and each costs a full correction.
   limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
   values = jnp.clip(values, -limit, limit)
-  eigenvalues, q = jnp.linalg.eigh(_symmetric(values, n))
+  row, column = places(n)
+  lower = jnp.zeros((n, n), jnp.float32).at[row, column].set(values)
+  eigenvalues, q = jnp.linalg.eigh(lower.at[column, row].set(values))
   scale = jnp.abs(eigenvalues).max(initial=jnp.finfo(jnp.float32).tiny)
   steps = jnp.round(32767.5 + 32767.5 * (eigenvalues / scale)).astype(jnp.uint16)
   return q, Spectrum(scale, steps)
@@ -100,101 +89,101 @@ def rotation(
 
 def correct(
   recovered: jax.Array,  # Q_hat, float32 [n, n]
-  spectrum: Spectrum,  # that `rotation` returned
+  other: jax.Array,  # Q_hat as another machine may recover it
   patterns: jax.Array,  # uint16 [S]
-  spacing: Spacing,
+  spectrum: Spectrum,  # that `rotation` returned
   threshold: float | None = None,  # the greatest error that a number may keep
-  other: jax.Array | None = None,  # as for `haar.correct`
-) -> correction_lib.Correction:
+) -> EigenCorrection:
   """Returns the correction with which `recover` finds the patterns.
 
-  The numbers of a row of the triangle are a group. Without a threshold all are exact.
+  Without a threshold, it finds all of them.
   """
-  n = recovered.shape[0]
-  ordinals = _ordinal(patterns)
-  matrix = _rebuild(recovered, spectrum)
-  estimates = _triangle(matrix)
-  row, column = _places(n)
+  n, ordinals = len(recovered), ordinal(patterns)
+  matrix, row, column = _product(recovered, spectrum), *places(n)
+  estimates = matrix[row, column]
   if threshold is not None:
     # Comparisons with NaN are false, so a NaN is sent in full.
-    left = jnp.abs(estimates - spacing.value(ordinals)) <= threshold
+    left = jnp.abs(estimates - number(ordinals)) <= threshold
     level = jnp.where(left, 0, correction_lib.LEVELS - 1)
     base = jnp.zeros(n, jnp.int32)
-    return correction_lib.with_levels(ordinals, level, base, row)
+    numbers = correction_lib.with_levels(ordinals, level, base, row)
+    return EigenCorrection(spectrum, numbers)
   # The margin covers differences of float32 linear algebra between machines. They are
   # proportional to the norms of the rows that a rotation mixes.
   norm = jnp.sqrt(jnp.square(matrix).mean(axis=1))
   reach = (norm[row] + norm[column]) * 2.0**-15
-  position = spacing.position(estimates)
+  here = position(estimates)
   wobble = jnp.maximum(
-    spacing.position(estimates + reach) - position,
-    position - spacing.position(estimates - reach),
+    position(estimates + reach) - here, here - position(estimates - reach)
   )
-  others = None
-  if other is not None:
-    others = spacing.position(_triangle(_rebuild(other, spectrum)))
-  return correction_lib.correct(position, ordinals, wobble + 1 / 8, row, n, others)
+  elsewhere = position(_product(other, spectrum)[row, column])
+  numbers = correction_lib.correct(here, ordinals, elsewhere, wobble + 1 / 8, row, n)
+  return EigenCorrection(spectrum, numbers)
 
 
-def recover(
-  recovered: jax.Array,
-  spectrum: Spectrum,
-  correction: correction_lib.Correction,
-  spacing: Spacing,
-) -> jax.Array:
+def recover(recovered: jax.Array, correction: EigenCorrection) -> jax.Array:
   """Returns the patterns, uint16 `[S]`, from which a rotation was computed.
 
   With a threshold, the numbers of some patterns differ by up to the threshold.
   """
-  row, _ = _places(recovered.shape[0])
-  position = spacing.position(_triangle(_rebuild(recovered, spectrum)))
-  level = correction_lib.levels(correction, row)
-  return _pattern(correction_lib.nearest(position, level, correction.residue))
+  spectrum, (base, extra, residue) = correction
+  row, column = places(len(recovered))
+  positions = position(_product(recovered, spectrum)[row, column])
+  level = correction_lib.levels(base, extra, row)
+  return pattern(correction_lib.nearest(positions, level, residue))
+
+
+def fit(correction: EigenCorrection) -> np.ndarray:
+  """Returns tables for base levels and extra levels: int64 `[2, 17]`."""
+  return correction_lib.fit(correction.numbers.base, correction.numbers.extra)
 
 
 def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections, given the tables of `correction.fit`."""
-  return codecs.deferred(lambda: correction_lib.codec(_places(n)[0], n, frequencies))
+  """Returns the codec of corrections, given the tables of `fit`.
+
+  An eigenvalue takes 16 bits, and their scale 32 bits.
+  """
+  bitcast = jax.lax.bitcast_convert_type
+  spectra = codecs.mapped(
+    codecs.serial(_raw(n), _raw(2)),
+    lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
+    lambda words: Spectrum(bitcast(words[1], jnp.float32), words[0]),
+  )
+  numbers = correction_lib.codec(places(n)[0], n, frequencies)
+  return codecs.mapped(codecs.serial(spectra, numbers), tuple, EigenCorrection._make)
 
 
-def _rebuild(q: jax.Array, spectrum: Spectrum) -> jax.Array:
+def _product(q: jax.Array, spectrum: Spectrum) -> jax.Array:
   """Returns `Q diag(w) Q^T`."""
   steps = spectrum.steps.astype(jnp.float32)
   eigenvalues = spectrum.scale * ((steps - 32767.5) / 32767.5)
   return _matmul(q * eigenvalues, q.T)
 
 
-def _ordinal(patterns: jax.Array) -> jax.Array:
-  """Returns the ordinals of patterns; `Spacing` defines them."""
-  return jnp.where(patterns >> 15 == 1, ~patterns, patterns | jnp.uint16(0x8000))
-
-
-def _pattern(ordinals: jax.Array) -> jax.Array:
-  """Returns the patterns of ordinals: the inverse of `_ordinal`."""
-  return jnp.where(ordinals >> 15 == 1, ordinals & jnp.uint16(0x7FFF), ~ordinals)
-
-
-def _places(n: int) -> tuple[jax.Array, jax.Array]:
+def places(n: int) -> tuple[jax.Array, jax.Array]:
   """Returns the row and the column of each number in the triangle: int32 `[S]`."""
   row, column = haar.places(n + 1, n)  # its columns are rows here, from the last one on
   return n - 1 - column, row - column
 
 
-def _triangle(matrix: jax.Array) -> jax.Array:
-  """Returns the lower triangle of a matrix: `[n, n]` to `[S]`."""
-  row, column = _places(matrix.shape[0])
-  return matrix.at[row, column].get(mode='promise_in_bounds')
+# ---- 16-bit numbers ------------------------------------------------------------------
 
 
-def _symmetric(values: jax.Array, n: int) -> jax.Array:
-  """Returns the symmetric matrix with this lower triangle: `[S]` to `[n, n]`."""
-  row, column = _places(n)
-  lower = jnp.zeros((n, n), values.dtype).at[row, column].set(values)
-  return lower.at[column, row].set(values)
+def ordinal(patterns: jax.Array) -> jax.Array:
+  """Returns the ordinals of patterns, their places in the order of the numbers.
+
+  Both are uint16. The least number has the ordinal 0, -0 has 32767 and +0 has 32768.
+  """
+  return jnp.where(patterns >> 15 == 1, ~patterns, patterns | jnp.uint16(0x8000))
 
 
-def _float16_value(ordinals: jax.Array) -> jax.Array:
-  """Returns the numbers of ordinals."""
+def pattern(ordinals: jax.Array) -> jax.Array:
+  """Returns the patterns of ordinals: the inverse of `ordinal`."""
+  return jnp.where(ordinals >> 15 == 1, ordinals & jnp.uint16(0x7FFF), ~ordinals)
+
+
+def number(ordinals: jax.Array) -> jax.Array:
+  """Returns the numbers of ordinals, float32."""
   offset = ordinals.astype(jnp.int32) - 32768
   magnitude = jnp.where(offset < 0, -1 - offset, offset)
   exponent = jnp.maximum(magnitude >> 10, 1)
@@ -203,25 +192,12 @@ def _float16_value(ordinals: jax.Array) -> jax.Array:
   return jnp.where(offset < 0, -value, value)
 
 
-def _float16_position(values: jax.Array) -> jax.Array:
-  """Returns the real ordinals of numbers."""
+def position(numbers: jax.Array) -> jax.Array:
+  """Returns the real ordinals of numbers, float32."""
   # The lower bound is far below the least positive number, so 0 gets the position of 0.
-  magnitude = jnp.clip(jnp.abs(values), 2.0**-40, 131008.0)
+  magnitude = jnp.clip(jnp.abs(numbers), 2.0**-40, 131008.0)
   _, exponent = jnp.frexp(magnitude)
   exponent = jnp.maximum(exponent + 14, 1)
   mantissa = jnp.ldexp(magnitude, 25 - exponent)
-  position = mantissa + ((exponent - 1) << 10).astype(jnp.float32)
-  return jnp.where(values < 0, 32767 - position, 32768 + position)
-
-
-FLOAT16 = Spacing(_float16_value, _float16_position)
-"""The numbers of float16, for messages that hold plain float16 or bfloat16 weights.
-
-The patterns for infinity and NaN continue the scale up to 131008.
-"""
-
-EVEN = Spacing(
-  lambda ordinals: (ordinals.astype(jnp.float32) - 32767.5) / 32768,
-  lambda values: jnp.clip(values * 32768 + 32767.5, 0, 65535),
-)
-"""Even steps from -1 to 1, for messages that hold uniform bits."""
+  ordinals = mantissa + ((exponent - 1) << 10).astype(jnp.float32)
+  return jnp.where(numbers < 0, 32767 - ordinals, 32768 + ordinals)

@@ -59,8 +59,7 @@ _BINS = 64
 _FINE_BITS = 10
 _CELLS = _BINS << _FINE_BITS
 _PANEL = 32
-# Columns that have been read are cut off in about _CUTS steps of at least _LEAST_CUT.
-_CUTS, _LEAST_CUT = 4, 256
+_CUT = 256  # columns that are read before they are cut off
 
 _Panel = tuple[jax.Array, jax.Array, jax.Array]  # columns, reflectors, cells
 
@@ -70,60 +69,54 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 class FrameCorrection(NamedTuple):
   """The data that make the cells of a recovered frame exact."""
 
-  flips: jax.Array  # bool [k], whether each column was recovered with a wrong sign
   cells: correction_lib.Correction  # correction of the cells; a column is a group
+  flips: jax.Array  # bool [k], whether each column was recovered with a wrong sign
 
 
 def num_cells(n: int, k: int) -> int:
-  """Returns S, the number of cells of a frame `[n, k]`."""
-  if not 1 <= k <= n:
-    raise ValueError(f'expected 1 to {n} orthonormal vectors, got {k}')
+  """Returns S, the number of cells of a frame `[n, k]`, 1 <= k <= n."""
   return k * (2 * n - 1 - k) // 2 + (k == n)
 
 
 def codec(n: int, k: int) -> codecs.Codec:
   """Returns the codec under the Haar measure of the cells uint16 `[S]` of a frame."""
-
-  def bins() -> codecs.Codec:
-    row, _ = places(n, k)
-    # The sign is in the last row. It has no bin, and its low part is one bit.
-    context = jnp.where(row < n - 1, n - 2 - row, max(n - 1, 0))
-    fine = jnp.where(row < n - 1, 1 << _FINE_BITS, 2)
-    return codecs.serial(
-      codecs.uniform(fine), codecs.categorical(context, bin_tables(n))
-    )
-
+  row, _ = places(n, k)
+  # The sign is in the last row. It has no bin, and its low part is one bit.
+  is_sign = row == n - 1
+  fine = jnp.where(is_sign, jnp.uint32(2), jnp.uint32(1 << _FINE_BITS))
+  context = jnp.where(is_sign, max(n - 1, 0), n - 2 - row)
   return codecs.mapped(
-    codecs.deferred(bins),
+    codecs.serial(
+      codecs.uniform(fine, jnp.uint16),
+      codecs.categorical(context, bin_tables(n), jnp.uint16),
+    ),
     lambda cells: (cells & ((1 << _FINE_BITS) - 1), cells >> _FINE_BITS),
-    lambda parts: (parts[1] << _FINE_BITS | parts[0]).astype(jnp.uint16),
+    lambda symbols: symbols[1] << _FINE_BITS | symbols[0],
   )
 
 
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
   """Returns the frame, float32 `[n, k]`, for which the cells uint16 `[S]` stand."""
   chex.assert_shape(cells, (num_cells(n, k),))
-  vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
-  return _compose(vectors, signs)
+  return _compose(*_all_reflectors(cells, n, k))
 
 
 def correct(
   recovered: jax.Array,  # Q_hat, float32 [n, k]; columns may have the other sign
+  other: jax.Array,  # Q_hat as another machine may recover it
   cells: jax.Array,  # uint16 [S]
-  other: jax.Array | None = None,  # Q_hat as another machine may recover it
 ) -> FrameCorrection:
   """Returns the correction with which `recover` finds the cells.
 
   Its margins cover the difference of the recovered frames.
   """
   n, k = recovered.shape
-  chex.assert_shape(cells, (num_cells(n, k),))
   _, column = places(n, k)
   # The least margin covers the decoder's own float32 arithmetic, whose errors grow as
   # sqrt(n). In 1024 dimensions two orders of applying the reflections differed by 0.04
   # cells, and two computations of a well-conditioned polar factor by 0.08 cells.
   margin = max(1 / 8, n**0.5 / 128)
-  vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
+  vectors, signs = _all_reflectors(cells, n, k)
   flips = (_compose(vectors, signs) * recovered).sum(axis=0) < 0
 
   def remaining(recovered: jax.Array) -> jax.Array:
@@ -132,46 +125,38 @@ def correct(
     inner = _reflections(vectors, flipped, transpose=True)
     return jnp.tril(flipped - _matmul(vectors, jnp.triu(inner, 1)))
 
-  reflected = remaining(recovered)
-  position = _pack(_positions(reflected), n, k)
-  others = None if other is None else _pack(_positions(remaining(other)), n, k)
+  here, elsewhere = remaining(recovered), remaining(other)
+  position, position_elsewhere = (_pack(_positions(x), n, k) for x in (here, elsewhere))
   # An error of a coordinate x_i changes the ratio t_i by its part of |x_i, ...|.
-  sensitivity = _pack(1 / _norms(reflected), n, k)
-  return FrameCorrection(
-    flips,
-    correction_lib.correct(position, cells, margin, column, k, others, sensitivity),
+  sensitivity = _pack(1 / _norms(here), n, k)
+  corrected = correction_lib.correct(
+    position, cells, position_elsewhere, margin, column, k, sensitivity
   )
+  return FrameCorrection(corrected, flips)
 
 
 def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
   """Returns the exact cells, uint16 `[S]`, of a frame that was recovered inexactly."""
   n, k = recovered.shape
-  width = -(-k // _PANEL) * _PANEL
-  widen = lambda x: jnp.pad(x, ((0, 0), (0, width - k)))
-  _, column = places(n, k)
-  levels = widen(_unpack(correction_lib.levels(correction.cells, column), n, k))
-  residues = widen(_unpack(correction.cells.residue, n, k))
-  remaining = widen(jnp.where(correction.flips, -recovered, recovered))
-  cells, start = [], 0
-  while start < width:
-    # Rows and columns that have been read are cut off from time to time, because later
-    # reflections do not change them.
-    count = min(max(width // _CUTS // _PANEL * _PANEL, _LEAST_CUT), width - start)
-    remaining, read = _recover_columns(
-      remaining, levels[start:, start:], residues[start:, start:], k - start, count
-    )
-    cells.append(jnp.pad(read, ((start, 0), (0, 0))))
-    remaining, start = remaining[count:, count:], start + count
-  return _pack(jnp.concatenate(cells, axis=1), n, k)
+  (base, extra, residue), flips = correction
+  level = correction_lib.levels(base, extra, places(n, k)[1])
+  matrices = (
+    jnp.where(flips, -recovered, recovered),
+    _unpack(level, n, k),
+    _unpack(residue, n, k),
+  )
+  padding = (0, 0), (0, -k % _PANEL)
+  return _pack(_read_columns(*(jnp.pad(x, padding) for x in matrices)), n, k)
 
 
-def _recover_columns(
-  remaining: jax.Array, levels: jax.Array, residues: jax.Array, k: int, count: int
-) -> tuple[jax.Array, jax.Array]:
-  """Reads the first of the remaining columns of a frame."""
+def _read_columns(
+  remaining: jax.Array, levels: jax.Array, residues: jax.Array
+) -> jax.Array:
+  """Reads the columns of a frame from the left, a panel at a time: uint16 cells."""
   rows = jnp.arange(remaining.shape[0], dtype=jnp.int32)
+  count = min(remaining.shape[1], _CUT)
 
-  def read_columns(panel: jax.Array, start: jax.Array) -> _Panel:
+  def read_panel(panel: jax.Array, start: jax.Array) -> _Panel:
     """Reads the columns of a panel; applies the reflection of each to the panel."""
 
     def read(c: jax.Array, carry: _Panel) -> _Panel:
@@ -179,8 +164,7 @@ def _recover_columns(
       j = start + c
       position = _positions(jnp.where(rows >= j, panel[:, c], 0)[:, None])[:, 0]
       cell = correction_lib.nearest(position, levels[:, j], residues[:, j])
-      vector, _ = _reflectors(cell[:, None], j[None])
-      vector = jnp.where(j < k, vector[:, 0], 0)
+      vector = _reflectors(cell[:, None], j[None])[0][:, 0]
       # Two columns: XLA's native functions have no product of two vectors this long.
       square = _matmul(vector, jnp.stack([vector, vector], 1))[0]
       scale = 2 / jnp.maximum(square, 1)
@@ -191,35 +175,35 @@ def _recover_columns(
     carry = panel, jnp.zeros_like(panel), jnp.zeros(panel.shape, jnp.uint16)
     return jax.lax.fori_loop(0, _PANEL, read, carry)
 
-  def read_panel(remaining: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def step(remaining: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     panel = jax.lax.dynamic_slice_in_dim(remaining, start, _PANEL, axis=1)
-    _, vectors, cells = native.loop(read_columns)(panel, start)
+    _, vectors, cells = native.loop(read_panel)(panel, start)
     inner = _reflections(vectors, remaining, transpose=True)
     return remaining - _matmul(vectors, inner), cells
 
-  remaining, panels = jax.lax.scan(
-    read_panel, remaining, jnp.arange(0, count, _PANEL, dtype=jnp.int32)
-  )
-  return remaining, panels.transpose(1, 0, 2).reshape(rows.size, count)
+  starts = jnp.arange(0, count, _PANEL, dtype=jnp.int32)
+  remaining, panels = jax.lax.scan(step, remaining, starts)
+  cells = panels.transpose(1, 0, 2).reshape(rows.size, count)
+  if count == remaining.shape[1]:
+    return cells
+  # Later reflections do not change the rows and columns that have been read.
+  right = _read_columns(*(x[count:, count:] for x in (remaining, levels, residues)))
+  return jnp.concatenate([cells, jnp.pad(right, ((count, 0), (0, 0)))], axis=1)
 
 
 def fit(correction: FrameCorrection) -> np.ndarray:
   """Returns tables for base levels, extra levels and flips: int64 `[3, 17]`."""
-  return correction_lib.fit(correction.cells, correction.flips)
+  (base, extra, _), flips = correction
+  return correction_lib.fit(base, extra, flips)
 
 
 def correction_codec(n: int, k: int, frequencies: jax.Array) -> codecs.Codec:
   """Returns the codec of corrections of frames, given the tables of `fit`."""
-  return codecs.mapped(
-    codecs.deferred(
-      lambda: codecs.serial(
-        correction_lib.codec(places(n, k)[1], k, frequencies[:2]),
-        codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:]),
-      )
-    ),
-    lambda correction: (correction.cells, correction.flips),
-    lambda parts: FrameCorrection(parts[1].astype(bool), parts[0]),
+  both = codecs.serial(
+    correction_lib.codec(places(n, k)[1], k, frequencies[:2]),
+    codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:], bool),
   )
+  return codecs.mapped(both, tuple, FrameCorrection._make)
 
 
 @functools.lru_cache(maxsize=8)
@@ -242,11 +226,8 @@ def bin_tables(n: int) -> np.ndarray:
   while exponent.any():
     weight = np.where(exponent & 1, weight * power, weight)
     power, exponent = power * power, exponent >> 1
-  mass, total = np.zeros((v.size, half)), np.zeros((v.size, 1))
-  for i in range(points):
-    mass = mass + weight[:, i::points]
-  for i in range(half):
-    total = total + mass[:, i : i + 1]
+  mass = sum(weight[:, i::points] for i in range(points))
+  total = sum(mass[:, i : i + 1] for i in range(half))
   # Bins with less than half of the least positive frequency get the frequency 0.
   share = mass / total / 2
   share = np.where(share * tables.TOTAL < 0.5, 0, share)
@@ -259,6 +240,11 @@ def _reach(n: int) -> jax.Array:
   """Returns the greatest |t| that the cells of each row can have: float32 `[n, 1]`."""
   left = n - jnp.arange(n, dtype=jnp.float32)[:, None]
   return jnp.minimum(1, 4 / jnp.sqrt(left))
+
+
+def _all_reflectors(cells: jax.Array, n: int, k: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the Householder vectors and the signs of the cells `[S]` of a frame."""
+  return _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
 
 
 def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
