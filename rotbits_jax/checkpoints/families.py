@@ -11,7 +11,6 @@ Raises:
     unsupported value.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -460,22 +459,19 @@ def with_own_head(
 ) -> dict[str, bytes]:
   """Returns files whose `config.json` does not tie the head that a model has itself.
 
-  A checkpoint may store its tied head, and rewriting may change it. A config with
-  settings that are not known may tie the head by default.
+  A checkpoint may store its tied head, and rewriting may change it.
   """
   if config.sliced or config.tied_head or CONFIG not in files:
     return files
-  parsed = parse_object(files[CONFIG], CONFIG)
-  is_tied = parsed.get('tie_word_embeddings') is not False
-  with contextlib.suppress(errors.CheckpointError):
-    is_tied = is_tied and parse_config(parsed).tied_head
-  untied = to_json(parsed | {'tie_word_embeddings': False}, sort_keys=False)
+  name, parsed = 'tie_word_embeddings', parse_object(files[CONFIG], CONFIG)
+  is_tied = parsed.get(name, FAMILIES[config.family].attributes.get(name))
+  untied = to_json(parsed | {name: False}, sort_keys=False)
   return files | {CONFIG: untied} if is_tied else files
 
 
 def with_dtype(files: dict[str, bytes], dtype: np.dtype) -> dict[str, bytes]:
   """Returns files whose `config.json`, if it names a dtype, names this one."""
-  parsed = parse_object(files[CONFIG], CONFIG)
+  parsed = parse_object(files.get(CONFIG, b''), CONFIG)
   names = [name for name in ('dtype', 'torch_dtype') if name in parsed]
   changed = parsed | dict.fromkeys(names, dtype.name)
   return files | {CONFIG: to_json(changed, sort_keys=False)}

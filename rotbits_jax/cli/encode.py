@@ -69,7 +69,6 @@ _BITS = flags.DEFINE_float('bits', None, 'near: most bits per element.', 0.0, 64
 _TEXT = flags.DEFINE_string('text', None, 'near: a text that KL is measured on.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to use.', 2)
 _OF_NEAR = _STEP, _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
-
 flags.mark_flags_as_mutual_exclusive(['step', 'max_kl', 'target_size', 'bits'])
 flags.mark_flags_as_mutual_exclusive(['config', 'preset'])
 

@@ -27,11 +27,9 @@ from rotbits_jax.system import cache
 from rotbits_jax.system import host
 from rotbits_jax.system.text import printable
 
-Result = tuple[dict[str, Any], str]
-"""The JSON object and the text that a command prints."""
+Result = tuple[dict[str, Any], str]  # the JSON object and the text of a command
 
-DTYPES = 'float32', 'bfloat16', 'float16'
-"""The values of the flag --dtype."""
+DTYPES = 'float32', 'bfloat16', 'float16'  # the values of the flag --dtype
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 VERBOSE = flags.DEFINE_bool('verbose', False, 'Print more.')

@@ -24,8 +24,8 @@ _OUTPUT = flags.DEFINE_string('output', None, 'The page to write.', required=Tru
 
 def main() -> program.Result:
   source, against, base = _INPUT.value, _AGAINST.value, _BASE.value
-  target, inputs = outputs.resolved(_OUTPUT.value), [source, base, against]
-  output.check_path(_OUTPUT.value, None, inputs=inputs, overwrite=_OVERWRITE.value)
+  target, overwrite = outputs.resolved(_OUTPUT.value), _OVERWRITE.value
+  output.check_path(target, None, inputs=[source, base, against], overwrite=overwrite)
   verified = None
   if against is not None:
     verified = rotbits_jax.verify(source, against=against, base=base, progress=True)

@@ -32,9 +32,8 @@ def decode(
 ) -> segments.Arrays:
   """Decodes a model, by path: the inverse of `encode`.
 
-  Raises:
-    ValueError: if the streams do not fit the layout, if the layout does not fit the
-      config, or if an array differs from the encoded one.
+  A ValueError says that streams, layout and config do not fit, or that an array differs
+  from the encoded one.
   """
   layout_lib.check(layout, options, config)
   message, corrections = (stack.WordStack(streams[x]) for x in layout_lib.STREAMS)

@@ -170,10 +170,7 @@ class _Encoder:
       return None
     if frame.from_shortcut:
       (shortcut,) = segment.shortcut.values()
-      before = self.before
-      if before is None:
-        before = jnp.eye(frame.k, dtype=jnp.float32)
-      rotation = rotations.chained(shortcut, before, q)
+      rotation = rotations.chained(shortcut, self.before, q)
     else:
       rotation = rotations.counter_rotated(neutral, q)
     arrays = rotations.rotated(segment, self.before, rotation)

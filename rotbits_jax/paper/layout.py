@@ -26,9 +26,7 @@ Dtype = Literal['float16', 'bfloat16', 'float32']
 STREAMS = 'message', 'corrections'
 """The names of the streams."""
 
-# Integers of a rotation beyond those that arrays give, because the coder may make small
-# arrays longer.
-_SPARE = 1 << 16
+_SPARE = 1 << 16  # integers of a rotation, because coding makes small arrays longer
 
 
 class Frame(NamedTuple):
@@ -40,8 +38,7 @@ class Frame(NamedTuple):
 
 
 def lanes(widths: tuple[int, ...]) -> int:
-  """Returns the number of lanes of the messages that rotations are sampled from."""
-  # A message costs about 2 bytes a lane.
+  """Returns the lanes of messages to sample from; each costs about 2 bytes."""
   return 1 << min(max(max(widths) ** 2 >> 11, 1), 1024).bit_length() - 1
 
 

@@ -111,13 +111,14 @@ def _shortcut_frame(shortcut: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def chained(shortcut: jax.Array, before: jax.Array, q: jax.Array) -> jax.Array:
+def chained(shortcut: jax.Array, before: jax.Array | None, q: jax.Array) -> jax.Array:
   """Returns the rotation of a segment whose frame q is recovered from its shortcut.
 
   It is `O^T (T + I) Z`, where T is the rotation of the segment before, and q is the
   transpose of Z's first rows.
   """
   n, k = q.shape
+  before = jnp.eye(k, dtype=jnp.float32) if before is None else before
   rest, _ = jnp.linalg.qr(q, mode='complete')
   z = jnp.concatenate([q, rest[:, k:]], axis=1) if k < n else q
   polar = rotations.next_rotation(canonical.polar(shortcut).rotation, before)

@@ -22,8 +22,6 @@ from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import eigen
 from rotbits_jax.coding.bits_back import haar
 
-_MAX_LANES = 1024
-
 _jit = functools.partial(jax.jit, static_argnums=0)
 
 
@@ -32,9 +30,9 @@ class RotationCode(NamedTuple):
 
   num_integers: int  # S
   codec: Callable[[], codecs.Codec]  # makes that of the integers, uint16 [S]
-  # integers -> frame [n, k], and what `correct` needs to know about it
+  # integers -> frame [n, k]; its spectrum, or None
   rotation: Callable[[jax.Array], tuple[jax.Array, Any]]
-  # recovered frame, as another machine recovers it, integers, knowledge -> correction
+  # recovered frame, that of another machine, integers, spectrum -> correction
   correct: Callable[[jax.Array, jax.Array, jax.Array, Any], Any]
   recover: Callable[[jax.Array, Any], jax.Array]  # frame, correction -> integers
   fit: Callable[[Any], np.ndarray]  # correction -> frequency tables
@@ -54,7 +52,7 @@ class RotationCode(NamedTuple):
   def sample(
     self, message: rans.Message
   ) -> tuple[rans.Message, jax.Array, jax.Array, Any]:
-    """Pops integers; returns the rest of the message, them, and their rotation."""
+    """Pops integers; returns the rest of the message, them, frame and spectrum."""
     message, integers = self.codec().pop(message)
     return message, integers, *self.rotation(integers)
 
@@ -94,7 +92,7 @@ class RotationCode(NamedTuple):
   @property
   def _lanes(self) -> int:
     """The lanes of the message of a correction."""
-    return 1 << min(max(self.num_integers >> 12, 1), _MAX_LANES).bit_length() - 1
+    return 1 << min(max(self.num_integers >> 12, 1), 1024).bit_length() - 1
 
   @_jit
   def _push(self, message: rans.Message, table: jax.Array, x: Any) -> rans.Message:

@@ -84,7 +84,7 @@ def codec(n: int, k: int) -> codecs.Codec:
   # The sign is in the last row. It has no bin, and its low part is one bit.
   is_sign = row == n - 1
   fine = jnp.where(is_sign, jnp.uint32(2), jnp.uint32(1 << _FINE_BITS))
-  context = jnp.where(is_sign, max(n - 1, 0), n - 2 - row)
+  context = jnp.where(is_sign, n - 1, n - 2 - row)
   return codecs.mapped(
     codecs.serial(
       codecs.uniform(fine, jnp.uint16),
@@ -98,7 +98,7 @@ def codec(n: int, k: int) -> codecs.Codec:
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
   """Returns the frame, float32 `[n, k]`, for which the cells uint16 `[S]` stand."""
   chex.assert_shape(cells, (num_cells(n, k),))
-  return _compose(*_all_reflectors(cells, n, k))
+  return _compose(*_reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32)))
 
 
 def correct(
@@ -116,7 +116,7 @@ def correct(
   # sqrt(n). In 1024 dimensions two orders of applying the reflections differed by 0.04
   # cells, and two computations of a well-conditioned polar factor by 0.08 cells.
   margin = max(1 / 8, n**0.5 / 128)
-  vectors, signs = _all_reflectors(cells, n, k)
+  vectors, signs = _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
   flips = (_compose(vectors, signs) * recovered).sum(axis=0) < 0
 
   def remaining(recovered: jax.Array) -> jax.Array:
@@ -126,11 +126,11 @@ def correct(
     return jnp.tril(flipped - _matmul(vectors, jnp.triu(inner, 1)))
 
   here, elsewhere = remaining(recovered), remaining(other)
-  position, position_elsewhere = (_pack(_positions(x), n, k) for x in (here, elsewhere))
+  position = lambda x: _pack(_positions(x), n, k)
   # An error of a coordinate x_i changes the ratio t_i by its part of |x_i, ...|.
   sensitivity = _pack(1 / _norms(here), n, k)
   corrected = correction_lib.correct(
-    position, cells, position_elsewhere, margin, column, k, sensitivity
+    position(here), cells, position(elsewhere), margin, column, k, sensitivity
   )
   return FrameCorrection(corrected, flips)
 
@@ -140,13 +140,10 @@ def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
   n, k = recovered.shape
   (base, extra, residue), flips = correction
   level = correction_lib.levels(base, extra, places(n, k)[1])
-  matrices = (
-    jnp.where(flips, -recovered, recovered),
-    _unpack(level, n, k),
-    _unpack(residue, n, k),
-  )
-  padding = (0, 0), (0, -k % _PANEL)
-  return _pack(_read_columns(*(jnp.pad(x, padding) for x in matrices)), n, k)
+  remaining = jnp.where(flips, -recovered, recovered)
+  widen = lambda x: jnp.pad(x, ((0, 0), (0, -k % _PANEL)))
+  levels, residues = (widen(_unpack(x, n, k)) for x in (level, residue))
+  return _pack(_read_columns(widen(remaining), levels, residues), n, k)
 
 
 def _read_columns(
@@ -216,7 +213,7 @@ def bin_tables(n: int) -> np.ndarray:
   """
   points = 16
   half = _BINS // 2
-  v = np.arange(2, max(n, 1) + 1, dtype=np.float64)[:, None]
+  v = np.arange(2, n + 1, dtype=np.float64)[:, None]
   midpoints = (np.arange(half * points) + 0.5) / (half * points)
   t = np.where(v <= 16, 1.0, 4.0 / np.sqrt(v)) * midpoints
   # Computes sqrt(1 - t^2)^(v - 3) by squaring. The exponent is 0 for v = 2, because the
@@ -226,8 +223,8 @@ def bin_tables(n: int) -> np.ndarray:
   while exponent.any():
     weight = np.where(exponent & 1, weight * power, weight)
     power, exponent = power * power, exponent >> 1
-  mass = sum(weight[:, i::points] for i in range(points))
-  total = sum(mass[:, i : i + 1] for i in range(half))
+  mass = functools.reduce(np.add, (weight[:, i::points] for i in range(points)))
+  total = functools.reduce(np.add, (mass[:, i : i + 1] for i in range(half)))
   # Bins with less than half of the least positive frequency get the frequency 0.
   share = mass / total / 2
   share = np.where(share * tables.TOTAL < 0.5, 0, share)
@@ -242,11 +239,6 @@ def _reach(n: int) -> jax.Array:
   return jnp.minimum(1, 4 / jnp.sqrt(left))
 
 
-def _all_reflectors(cells: jax.Array, n: int, k: int) -> tuple[jax.Array, jax.Array]:
-  """Returns the Householder vectors and the signs of the cells `[S]` of a frame."""
-  return _reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32))
-
-
 def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the Householder vectors x_j + s_j e_j and the signs s_j."""
   n = cells.shape[0]
@@ -256,7 +248,7 @@ def _reflectors(cells: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Arra
   t = jnp.where((rows >= first) & (rows < n - 2), t, 0)
   left = jnp.cumprod(jnp.sqrt((1 - t) * (1 + t)), axis=0)
   left = jnp.concatenate([jnp.ones_like(left[:1]), left[:-1]])
-  angle = (2 * np.pi / _CELLS) * (number[max(n - 2, 0)] + 0.5)
+  angle = (2 * np.pi / _CELLS) * (number[n - 2] + 0.5)
   last = jnp.where(first == n - 1, 2 * number[-1] - 1, left[-1] * jnp.sin(angle))
   x = jnp.where(rows == n - 2, jnp.cos(angle), t) * left
   x = jnp.where(rows == n - 1, last, x)
@@ -273,7 +265,7 @@ def _positions(x: jax.Array) -> jax.Array:
   rows = jnp.arange(n, dtype=jnp.int32)[:, None]
   t = x / _norms(x)
   position = 32767.5 + 32768 * jnp.clip(t / _reach(n), -1, 1)
-  angle = jnp.arctan2(x[-1], x[max(n - 2, 0)]) * (_CELLS / (2 * np.pi)) - 0.5
+  angle = jnp.arctan2(x[-1], x[n - 2]) * (_CELLS / (2 * np.pi)) - 0.5
   position = jnp.where(rows == n - 2, angle, position)
   return jnp.where(rows == n - 1, (x > 0).astype(jnp.float32), position)
 
