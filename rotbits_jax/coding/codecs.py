@@ -45,21 +45,21 @@ class Codec(NamedTuple):
   pop: Callable[[rans.Message], tuple[rans.Message, Any]]
 
 
-def serial(*parts: Codec) -> Codec:
+def serial(*entries: Codec) -> Codec:
   """Returns the codec of a tuple, given the codecs of its entries.
 
   The last entry is pushed last, so it is on top of the message.
   """
 
   def push(message: rans.Message, symbols: tuple[Any, ...]) -> rans.Message:
-    for part, symbol in zip(parts, symbols, strict=True):
-      message = part.push(message, symbol)
+    for entry, symbol in zip(entries, symbols, strict=True):
+      message = entry.push(message, symbol)
     return message
 
   def pop(message: rans.Message) -> tuple[rans.Message, tuple[Any, ...]]:
     symbols: list[Any] = []
-    for part in reversed(parts):
-      message, symbol = part.pop(message)
+    for entry in reversed(entries):
+      message, symbol = entry.pop(message)
       symbols.insert(0, symbol)
     return message, tuple(symbols)
 
@@ -165,8 +165,8 @@ def _dealt(
   Places without a symbol have the context `void`, in which 0 owns all slots.
   """
 
-  def deal(entries: jax.Array, lanes: int, fill: int) -> jax.Array:
-    flat = jnp.asarray(entries).astype(jnp.uint32).reshape(-1)
+  def deal(values: jax.Array, lanes: int, fill: int) -> jax.Array:
+    flat = jnp.asarray(values).astype(jnp.uint32).reshape(-1)
     flat = jnp.pad(flat, (0, -flat.size % lanes), constant_values=fill)
     return flat.reshape(-1, lanes)
 
