@@ -365,7 +365,9 @@ def difference(s, a):
 
 
 def subspace(s, a):
-  t, (m, d) = np.float64(a['tangent']) * s['step'], a['tangent'].shape
+  t, (m, d) = np.float64(a['numbers']) * s['step'], a['numbers'].shape
+  if 'mask' not in a:
+    return np.int32(t)
   one = lambda n: 2.0**25 * np.eye(n)
   scaled = lambda x: np.rint(x * 2.0**-25)
   g, z = scaled(t @ t.T) + one(m), np.rint(one(m) * (2 / 3))
@@ -423,38 +425,30 @@ def line_factors(a, *names):
   return rows[:, None] * columns
 
 
-def reduced_low_rank(s, a):
-  basis = np.roll(gram_basis(a['below']), -len(a['other']), axis=0)
-  return basis @ a['other'] * line_factors(a, 'basis', 'other')
+def low_rank(s, a):
+  u, v = a['u'], a['v']
+  u = gram_basis(u) if s.get('shortened') == 'u' else u
+  return u @ (gram_basis(v.T).T if s.get('shortened') == 'v' else v)
 
 
-def head_columns(s, a):
+def head_bases(s, a):
+  if group := s.get('group'):
+    bases = [gram_basis(b.T).T for b in np.split(a['below'], s['heads'])]
+    return np.vstack([head for b in bases for head in np.split(b, group, 1)])
   heads = np.split(a['below'], s['heads'], 1)
   rotary = np.split(a.get('rotary', np.zeros((0, s['heads']))), s['heads'], 1)
   pairs = zip(rotary, map(gram_basis, heads), strict=True)
   return np.hstack([x for pair in pairs for x in pair if x.size])
 
 
-def head_rows(s, a):
-  first, rows = a['first'], []
-  others = a.get('others', np.zeros((0, first.shape[1] + s['head_dim'])))
-  for f, o in zip(*(np.split(x, s['groups']) for x in (first, others)), strict=True):
-    whole = np.hstack([f, *o.reshape(-1, len(f), o.shape[1])])
-    rows += [np.hstack([gram_basis(whole.T)[: len(f)], f]), o]
-  return np.vstack(rows)
-
-
 LEAVES = {
   'difference': difference,
-  'basis': lambda s, a: a['numbers'] * np.int32(s['step']),
-  'subspace': subspace,
+  'basis': subspace,
   'constant': lambda s, a: np.full(s['tail'], a['value']),
-  'low_rank': lambda s, a: a['u'] @ a['v'],
+  'low_rank': low_rank,
   'identity_minus_gram': identity_minus_gram,
   'trapezoidal_rows': lambda s, a: np.vstack([*a.get('full', []), *a['lower'].T]),
-  'reduced_low_rank': reduced_low_rank,
-  'head_columns': head_columns,
-  'head_rows': head_rows,
+  'head_bases': head_bases,
   'tied': lambda s, a: np.float32(s['head']).T @ a['map'],
   'uniformly_quantized': lambda s, a: (
     a['integers'] * a['step'] * line_factors(a, 'row', 'column')
@@ -476,8 +470,7 @@ def expand(kind, s, a):
     (top := np.tril(np.ones((n, columns))))[top > 0] = corner
     a[name] = np.vstack([top, below])
   array = LEAVES[kind](s, a)
-  is_turned = s.get('transposed') or s.get('columns_first')
-  return (array.T if is_turned else array).astype(s['dtype'])
+  return (array.T if s.get('columns_first') else array).astype(s['dtype'])
 
 
 # ---- files -----------------------------------------------------------------------

@@ -129,7 +129,7 @@ def containers_of_trees() -> dict[str, bytes]:
   of_trees = {  # without bases, which only models have
     name: leaf
     for name, leaf in cases.leaves().items()
-    if not isinstance(leaf, subspaces.Basis | subspaces.Subspace)
+    if not isinstance(leaf, subspaces.Basis)
   }
   return {
     'arrays': rotbits_jax.encode(checkpoints.Checkpoint(arrays, FILES, None)),

@@ -138,7 +138,7 @@ def test_arrays_that_each_machine_sums_are_no_base():
       path
       for record in below.records
       for path, leaf in structured.flatten(below.record(record)).items()
-      if isinstance(leaf, structured.IdentityMinusGram | structured.HeadRows)
+      if isinstance(leaf, structured.IdentityMinusGram | structured.HeadBases)
     }
   assert needed
   assert summed

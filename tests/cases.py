@@ -55,22 +55,18 @@ LEAVES = {
   'trapezoidal_rows_wide': lambda seed: structured.TrapezoidalRows(
     full=None, lower=lower(seed, 4, 7)
   ),
-  'head_columns': lambda seed: structured.HeadColumns(
-    rotary=normal(seed, 7, 8), below=normal(seed + 9, 4, 6), heads=2
+  'head_columns': lambda seed: structured.HeadBases(
+    below=normal(seed + 9, 4, 6), rotary=normal(seed, 7, 8), heads=2
   ),
-  'head_rows': lambda seed: structured.HeadRows(
-    first=normal(seed, 6, 2), others=normal(seed + 9, 12, 5), groups=2, head_dim=3
+  'head_rows': lambda seed: structured.HeadBases(
+    below=normal(seed, 6, 12), rotary=None, heads=2, group=3
   ),
-  'low_rank': lambda seed: structured.LowRank(
-    normal(seed, 8, 1 + seed), normal(seed + 9, 1 + seed, 5)
+  'low_rank': lambda seed: structured.LowRank(normal(seed, 8, 2), normal(seed, 2, 5)),
+  'low_rank_without_u': lambda seed: structured.LowRank(
+    normal(seed, 4, 2), normal(seed, 2, 8), shortened='u'
   ),
-  'reduced_low_rank': lambda seed: structured.ReducedLowRank(
-    normal(seed, 4 - seed, 1 + seed),
-    normal(seed + 9, 1 + seed, 8),
-    size=5,
-    transposed=False,
-    basis_exponents=np.arange(-2, 3, dtype=np.int8),
-    other_exponents=np.arange(8, dtype=np.int8) - np.int8(seed),
+  'low_rank_without_v': lambda seed: structured.LowRank(
+    normal(seed, 9, 2), normal(seed, 2, 4), shortened='v'
   ),
   'constant': lambda seed: structured.Constant.like(lower(seed, 3, 4), 1.5),
   'multiples': lambda seed: structured.UniformlyQuantized(
@@ -91,8 +87,8 @@ def leaves():
     'tied': structured.Tied(normal(0, 5, 3), tokens=9),
     'basis': subspaces.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
     # The mask is a byte 1, as in the target, whose arrays have ones.
-    'subspace': subspaces.Subspace.of(
-      0.2 * normal(0, 7, 1).astype(np.float64), np.arange(8) == 0, 1 << 10
+    'subspace': subspaces.Basis.of(
+      0.2 * normal(0, 7, 1).astype(np.float64), 1 << 10, np.arange(8) == 0
     ),
   }
 

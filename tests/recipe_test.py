@@ -219,7 +219,7 @@ def test_a_subspace_is_made_of_integers():
   # The same in integers of Python. Multiples of 2^-50 become the nearest of 2^-25.
   scaled = np.vectorize(lambda x: int(np.rint(x / one)), otypes=[object])
   unit = lambda n, x: np.eye(n, dtype=int).astype(object) * x
-  tangent = leaf.tangent.astype(object) * leaf.step
+  tangent = leaf.numbers.astype(object) * leaf.step
   gram = scaled(tangent @ tangent.T) + unit(3, one)
   inverse = unit(3, int(np.rint(one * 2 / 3)))
   for _ in range(5):
@@ -278,7 +278,7 @@ def test_a_basis_must_have_as_many_rows_as_it_says():
   settings, arrays = leaf.stored()
   wrong = arrays | {'mask': np.full(2, 255, np.uint8)}
   with pytest.raises(ValueError, match='must have 8 rows'):
-    subspaces.Subspace.from_stored(settings, wrong)
-  greater = dataclasses.replace(leaf, tangent=leaf.tangent * 100)
+    subspaces.Basis.from_stored(settings, wrong)
+  greater = dataclasses.replace(leaf, numbers=leaf.numbers * 100)
   with pytest.raises(ValueError, match='too large'):
     greater.materialize()

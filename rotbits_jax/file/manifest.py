@@ -49,7 +49,6 @@ MOST_FILES = 1 << 28
 Shape = tuple[int, ...]
 _Setting = schema.Scalar | tuple[schema.Scalar, ...]
 _Settings = dict[str, _Setting]
-_BASES = subspaces.Basis, subspaces.Subspace
 
 
 class Stream(schema.Row):
@@ -171,7 +170,7 @@ class Leaf(schema.Object, kw_only=True):
     ):
       raise ValueError(f'the fields do not fit the leaf type {self.type_name!r}')
     # The config of the model bounds the sizes of a basis and of their products.
-    if self.is_expanded() and cls is not subspaces.Subspace:
+    if self.is_expanded() and cls is not subspaces.Basis:
       of_base = sum(math.prod(x.shape) for x in self.base_arrays)
       is_shortcut = self.product is not None and self.product.kind == 'shortcut'
       if not is_shortcut and entries.is_too_short(self.size, of_base, nbytes):
@@ -228,7 +227,7 @@ class RecordEntry(schema.Object, kw_only=True):
     inverses = sum(
       6 * 8 * (leaf.shape[0] - leaf.shape[1]) ** 2
       for leaf in self.leaves
-      if leaf.leaf_class is subspaces.Subspace
+      if leaf.leaf_class is subspaces.Basis and 'mask' in leaf.arrays
     )
     return max(stored, sum(leaf.nbytes for leaf in self.leaves)) + inverses
 
@@ -331,7 +330,7 @@ class Manifest(schema.Object, kw_only=True):
     """Checks that a record belongs to a model with the config, or to a tree."""
     name, config, leaves = record.name, self.config, record.leaves
     if config is None:
-      if any(x.product or x.leaf_class in _BASES for x in leaves):
+      if any(x.product or x.leaf_class is subspaces.Basis for x in leaves):
         raise ValueError('a product or a basis needs a config')
       return
     if record.empty:
@@ -339,14 +338,10 @@ class Manifest(schema.Object, kw_only=True):
     check_shapes(name, {leaf.path: leaf.shape for leaf in leaves}, config)
     is_basis = models.names.subspace_index(name) is not None
     for leaf in leaves:
-      if (leaf.leaf_class in _BASES) != is_basis:
+      if (leaf.leaf_class is subspaces.Basis) != is_basis:
         raise ValueError(f'{leaf.path}: it is not the basis of a segment')
       if name == models.names.BUFFERS and leaf.type_name:
         raise ValueError('buffers are arrays')
-      settings = {} if leaf.leaf_class is None else leaf.leaf_class.config_fields
-      for setting, field in settings.items():
-        if leaf.settings.get(setting) != getattr(config, field):
-          raise ValueError(f'{leaf.path}: the config has another {setting!r}')
 
   def streams(self) -> list[tuple[str, int]]:
     """Returns the name and the length of every stream but that of the manifest."""

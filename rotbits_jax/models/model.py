@@ -99,26 +99,16 @@ class Model:
 
   def read(self, record: str) -> Params:
     """Returns a record, unstacked: nested dicts with the record as their only key."""
-    return self._record(record, checked=True)
-
-  def _record(self, record: str, *, checked: bool) -> Params:
     if record == names.BUFFERS:
       return {record: self.buffers}
     index = names.layer_index(record)
     if index is None:
       return {record: self.params[record]}
-    stack, place = self._place(index)
-    for path, leaf in structured.flatten(stack).items() if checked else ():
-      try:
-        if structured.is_structured(leaf):
-          leaf.check_layer(place)
-      except ValueError as error:
-        raise ValueError(f'{record}/{path}: {error}') from error
-    return {record: unstack_layer(stack, place)}
+    return {record: self.layer(index)}
 
   def specs(self, record: str) -> Params:
     """Returns leaves with the shapes and dtypes of a record: the record itself."""
-    return self._record(record, checked=False)
+    return self.read(record)
 
   def rounded(self) -> 'Model':
     """Rounds the parameters to `stored_as`; a ValueError if one is too large for it."""

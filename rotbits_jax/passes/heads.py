@@ -64,8 +64,7 @@ def remove_low_rank_gauge() -> Transform:
   """Makes the transform that fixes the gauge of every low-rank pair of a model.
 
   Its notes give the rank of each pair, and the relative rounding error of the product,
-  in this form and as plain factors. Rows and columns of the product count alike in the
-  error, whatever their size.
+  in this form and as plain factors.
   """
   return Transform(
     'low-rank gauge',
@@ -142,7 +141,9 @@ def _fix_pairs(
   """Fixes the gauge of the pairs of a layer, or of those outside the layers."""
   prefix, notes = models.names.prefix(index), []
   for path, pair in params.copy().items():
-    if isinstance(pair, structured.LowRank) and 1 <= pair.rank <= min(pair.shape):
+    if not isinstance(pair, structured.LowRank) or pair.shortened:
+      continue
+    if 1 <= pair.rank <= min(pair.shape):
       leaf, errors, spread = _fix_pair(pair, dtype=context.dtype_of(prefix + path))
       tolerance = _PAIR_TOLERANCE / float(spread)
       settled = _settled(
@@ -155,12 +156,11 @@ def _fix_pairs(
 @functools.partial(jax.jit, static_argnames='dtype')
 def _fix_pair(
   pair: structured.LowRank, *, dtype: np.dtype
-) -> tuple[structured.ReducedLowRank, dict[str, jax.Array], jax.Array]:
+) -> tuple[structured.LowRank, dict[str, jax.Array], jax.Array]:
   """Fixes the gauge of a pair; returns the errors of rounding, and the spread."""
   fixed = low_rank.fix_pair(pair.u, pair.v)
-  even = fixed.without_lines()
-  rounded = structured.astype(structured.astype(even, dtype), jnp.float32)
-  factors = fixed.divided(*pair.factors()), even.factors(), rounded.factors()
+  rounded = structured.astype(structured.astype(fixed, dtype), jnp.float32)
+  factors = (x.factors() for x in (pair, fixed, rounded))
   plain, exact, near = ((u[None], v.T[None]) for u, v in factors)
   spread = jnp.maximum(*(low_rank.spread(side[0]) for side in plain))
   return fixed, heads.rounding_errors(plain, exact, near, dtype), spread

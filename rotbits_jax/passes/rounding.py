@@ -163,7 +163,7 @@ def _log2_step(
     return None
   if rounding.uniform:
     return log2_step
-  if isinstance(leaf, structured.FactorPair):
+  if isinstance(leaf, structured.LowRank):
     # A whole step would make twice the divergence that rounding other factors makes,
     # because the errors of two factors add up and a basis has errors of its own.
     return log2_step - 1

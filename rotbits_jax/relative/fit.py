@@ -73,10 +73,9 @@ class FoundBasis(NamedTuple):
     """Returns the leaf of the basis, whose error is a small part of the roundoff."""
     assert self.basis is not None
     step = _step(roundoff / 4 / math.sqrt(len(self.basis)))
-    numbers = np.rint(self.basis * (2.0**subspaces.UNIT / step)).astype(np.int32)
-    return subspaces.Basis(numbers, step)
+    return subspaces.Basis.of(self.basis, step)
 
-  def as_subspace(self, roundoff: float) -> subspaces.Subspace:
+  def as_subspace(self, roundoff: float) -> subspaces.Basis:
     """Returns the leaf of the subspace.
 
     The rows J are chosen so that the matrix M is not singular: the error of A, and its
@@ -96,7 +95,7 @@ class FoundBasis(NamedTuple):
     lower = self.basis[~rows] @ self.basis[rows].T @ ((vectors / sizes) @ vectors.T)
     tangent = np.linalg.solve(np.eye(width) + upper, lower.T).T
     share = math.sqrt(12 / max(hidden - width, 1)) / (6 * self.growth)
-    return subspaces.Subspace.of(tangent, rows, _step(roundoff * share))
+    return subspaces.Basis.of(tangent, _step(roundoff * share), rows)
 
 
 def fit(pairs: list[Pair], shape: tuple[int, ...], roundoff: float) -> FoundBasis:

@@ -12,8 +12,8 @@ A leaf may be stacked, like the layers of a model: its arrays then have a leadin
 axis `[N, ...]`.
 
 `Difference` stands for a plain array in a file only: the reader computes the array from
-one that it knows, and puts it in the place of the leaf. So do `Basis` and `Subspace`,
-of which a sliced model is made, see `subspaces`.
+one that it knows, and puts it in the place of the leaf. So does `Basis`, of
+which a sliced model is made, see `subspaces`.
 
 `UniformlyQuantized` stands for a plain array, in memory too.
 
@@ -28,11 +28,8 @@ from rotbits_jax.structured.base import register
 from rotbits_jax.structured.constant import Constant
 from rotbits_jax.structured.fields import Array
 from rotbits_jax.structured.fields import static
-from rotbits_jax.structured.heads import HeadColumns
-from rotbits_jax.structured.heads import HeadRows
-from rotbits_jax.structured.low_rank import FactorPair
+from rotbits_jax.structured.heads import HeadBases
 from rotbits_jax.structured.low_rank import LowRank
-from rotbits_jax.structured.low_rank import ReducedLowRank
 from rotbits_jax.structured.shortcuts import IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows
 from rotbits_jax.structured.tied import Tied
@@ -58,13 +55,10 @@ __all__ = [
   'TYPES',
   'Array',
   'Constant',
-  'FactorPair',
-  'HeadColumns',
-  'HeadRows',
+  'HeadBases',
   'IdentityMinusGram',
   'LowRank',
   'Origin',
-  'ReducedLowRank',
   'Structured',
   'Tied',
   'TrapezoidalRows',

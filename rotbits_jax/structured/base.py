@@ -6,10 +6,8 @@ a ValueError.
 """
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+from collections.abc import Callable
 import enum
-import types
 from typing import Any, ClassVar, Self
 
 import jax
@@ -49,30 +47,21 @@ class Structured(abc.ABC):
   """Base class of all structured leaves.
 
   A subclass is a `flax.struct` dataclass, and `fields` describes its annotations. It is
-  unstacked, or its arrays have a leading layer axis `[N, ...]`. Layers whose arrays
-  differ in the lengths of some axes, such as ranks, are padded with zeros there. Some
-  leaves need other parameters; an embedding may be a linear image of the head.
+  unstacked, or its arrays have a leading layer axis `[N, ...]`. Some leaves need other
+  parameters; an embedding may be a linear image of the head.
 
   Attributes:
     type_name: name of the class in the file format.
     needs: paths of the parameters that `materialize` takes, as in 'head/kernel'.
     origin: where the array comes from, and when it takes the place of the leaf.
-    has_factors: whether two factors make the matrix, see `pair`.
     columns_first: whether the checksums of the array and of that of the base are those
       of their transposes.
-    config_fields: the field of `ModelConfig` that a setting must equal, by the name of
-      the setting. The arrays of a leaf may not tell how many heads there are.
-    ranks: lengths of the axes that are padded, for each layer of a stack; None if no
-      axis is, or for a stack that was computed as one.
   """
 
   type_name: ClassVar[str]
   needs: ClassVar[tuple[str, ...]] = ()
   origin: ClassVar[Origin] = Origin.SUMMED
-  has_factors: ClassVar[bool] = False
   columns_first: bool = False
-  config_fields: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
-  ranks: tuple[tuple[int, ...], ...] | None = None
 
   # ---- the array that the leaf stands for
 
@@ -106,48 +95,16 @@ class Structured(abc.ABC):
     """Returns `x @ matrix` for x `[..., rows]`, in the cheapest way and x's dtype."""
     return jnp.matmul(x, self.astype(x.dtype).materialize(), precision='highest')
 
-  def pair(self) -> Any:
-    """Returns the matrix as a `LowRank` of two factors; None if there are none."""
-    return None
-
   # ---- stacks
 
   def layer(self, index: int) -> Self:
     """Returns one layer of a stacked leaf, unstacked."""
-    layer = jax.tree.map(lambda x: x[index], self)
-    if self.ranks is None:
-      return layer
-    axes = fields.ragged_axes(type(self))
-    layer = _resized(layer, dict(zip(axes, self.ranks[index], strict=True)))
-    return dataclasses.replace(layer, ranks=None)
-
-  def check_layer(self, index: int) -> None:
-    """Checks that a training has left the zeros with which a layer is padded."""
-    count = lambda leaf: sum(int(jnp.count_nonzero(x)) for x in jax.tree.leaves(leaf))
-    padded = jax.tree.map(lambda x: x[index], self)
-    if self.ranks is not None and count(padded) != count(self.layer(index)):
-      raise ValueError(
-        f'arrays with lengths {self.ranks[index]} are not zero where they are padded '
-        'in a stack: materialize them before they are trained'
-      )
+    return jax.tree.map(lambda x: x[index], self)
 
   @classmethod
-  def stack(cls, leaves: list[Self], ranks: Sequence[Any] | None = None) -> Self:
-    """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`.
-
-    If the leaves are some layers of a stack only, `ranks` are those of all its layers.
-    """
-    axes = fields.ragged_axes(cls)
-    if not axes:
-      return jax.tree.map(_stack, *leaves)
-    if ranks is None:
-      shapes = ({x: array.shape for x, _, array in fields.arrays_of(y)} for y in leaves)
-      ranks = list(map(cls.stored_rank, shapes))
-    # Orbax cannot save arrays without elements.
-    greatest = (max(1, *lengths) for lengths in zip(*ranks, strict=True))
-    lengths = dict(zip(axes, greatest, strict=True))
-    stacked = jax.tree.map(_stack, *(_resized(leaf, lengths) for leaf in leaves))
-    return dataclasses.replace(stacked, ranks=tuple(ranks))
+  def stack(cls, leaves: list[Self]) -> Self:
+    """Stacks unstacked leaves with equal `structured.stack_key`: inverse of `layer`."""
+    return jax.tree.map(_stack, *leaves)
 
   def stack_key(self) -> tuple[str, ...]:
     """Returns further names that must be equal in leaves that share a stack.
@@ -181,7 +138,6 @@ class Structured(abc.ABC):
   stored = fields.store
   stored_sizes = fields.stored_sizes
   from_stored = classmethod(fields.load)
-  stored_rank = classmethod(fields.ragged_lengths)
 
   def check(self) -> None:  # noqa: B027
     """Checks how the fields of an unstacked leaf fit together; `from_stored` calls it.
@@ -225,22 +181,6 @@ def convert(array: Any, dtype: Any) -> Any:
 
 def _is_float(array: Any) -> bool:
   return bool(jnp.issubdtype(array.dtype, jnp.floating))
-
-
-def _resized(leaf: Any, lengths: Mapping[str, int]) -> Any:
-  """Pads the ragged axes of an unstacked leaf with zeros, or removes these."""
-  resized = {}
-  for name, annotation, array in fields.arrays_of(leaf):
-    letters = (annotation.axes or '') if annotation.ragged else ''
-    axes = zip(letters, array.shape, strict=False)
-    extra = {axis: lengths.get(axis, length) - length for axis, length in axes}
-    ends = [(n, 0) if axis in annotation.first else (0, n) for axis, n in extra.items()]
-    if any(extra.values()):
-      numpy = np if isinstance(array, np.ndarray) else jnp
-      array = array[tuple(slice(max(-n, 0), min(m, 0) or None) for n, m in ends)]
-      array = numpy.pad(array, [(max(n, 0), max(m, 0)) for n, m in ends])
-      resized[name] = array
-  return dataclasses.replace(leaf, **resized)
 
 
 def _stack(*arrays: Any) -> Any:

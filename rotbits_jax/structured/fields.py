@@ -40,13 +40,6 @@ class Array:
   lower: bool = False  # whether entries above the diagonal are zero and not stored
   optional: bool = False  # Orbax cannot save arrays without elements: they are None
   most: int | None = None  # the greatest magnitude of its integers; None for any
-  first: str = ''  # axes that begin with the zeros with which a stack pads them
-  last: str = ''  # axes that end with them
-
-  @property
-  def ragged(self) -> str:
-    """The axes in whose lengths layers of a stack may differ."""
-    return self.first + self.last
 
 
 Length = Annotated[int, schema.between(0, (1 << 31) - 1)]
@@ -58,21 +51,15 @@ def static(**options: Any) -> Any:
   return struct.field(pytree_node=False, **options)
 
 
-def of_stacks() -> Any:
-  """Declares a setting that only stacked leaves have, and a file does not store."""
-  return struct.field(pytree_node=False, default=None, metadata={'stored': False})
-
-
 @functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Any, Any]]:
   """Returns an `Array` or the annotation of each stored field, and its default."""
   hints = typing.get_type_hints(cls, include_extras=True)
   fields = {}
   for field in dataclasses.fields(cls):
-    if field.metadata.get('stored', True):
-      marks = typing.get_args(hints[field.name])[1:]
-      array = next((x for x in marks if isinstance(x, Array)), None)
-      fields[field.name] = array or hints[field.name], field.default
+    marks = typing.get_args(hints[field.name])[1:]
+    array = next((x for x in marks if isinstance(x, Array)), None)
+    fields[field.name] = array or hints[field.name], field.default
   return fields
 
 
@@ -83,28 +70,6 @@ def arrays_of(leaf: Any) -> Iterator[tuple[str, Array, Any]]:
     array = getattr(leaf, name)
     if isinstance(annotation, Array) and array is not None:
       yield name, annotation, array
-
-
-@functools.cache
-def ragged_axes(cls: Any) -> tuple[str, ...]:
-  """Returns the axes in whose lengths layers of a stack may differ."""
-  kinds = [x for x, _ in _fields(cls).values() if isinstance(x, Array)]
-  return tuple(dict.fromkeys(''.join(x.ragged for x in kinds)))
-
-
-def ragged_lengths(
-  cls: Any, shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[int, ...] | None:
-  """Returns the lengths of the ragged axes, given shapes by name; None without axes.
-
-  They determine the shapes of a stack. So a process that has some layers of it gives
-  those of all layers to `stack`.
-  """
-  lengths: dict[str, int] = {}
-  for name, (annotation, _) in _fields(cls).items():
-    if isinstance(annotation, Array) and annotation.ragged:
-      lengths |= zip(annotation.axes or '', shapes[name], strict=True)
-  return tuple(lengths[x] for x in ragged_axes(cls)) or None
 
 
 def store(leaf: Any) -> tuple[Settings, Arrays]:
@@ -185,8 +150,7 @@ def _take_array(annotation: Array, name: str, arrays: dict[str, Any]) -> np.ndar
     raise ValueError(f'the elements of {name!r} must be at most {most}')
   if annotation.lower:
     corner = _take_array(Array('n'), f'{name}{_CORNER}', arrays)
-    # A rank is no part of the shape of a leaf, which tells how much memory it takes.
-    array = join_lower(corner, array, is_tall=bool(annotation.ragged))
+    array = join_lower(corner, array)
   return array
 
 
@@ -211,19 +175,15 @@ def split_lower(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
   return matrix[:n, :n][np.tri(n, dtype=np.bool)], matrix[n:]
 
 
-def join_lower(
-  corner: np.ndarray, below: np.ndarray, *, is_tall: bool = False
-) -> np.ndarray:
+def join_lower(corner: np.ndarray, below: np.ndarray) -> np.ndarray:
   """Makes a lower trapezoidal matrix: the inverse of `split_lower`.
 
   Few numbers of untrusted input must not ask for much memory. So the matrix must not be
-  far larger than its parts, nor wider than it is long if `is_tall`.
+  far larger than its parts.
   """
   n, (rows, columns) = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape
-  fits = n * (n + 1) // 2 == corner.size and (
-    n == columns or (n < columns and not rows and not is_tall)
-  )
-  if not fits or corner.dtype != below.dtype:
+  fits = n == columns or (n < columns and not rows)
+  if n * (n + 1) // 2 != corner.size or not fits or corner.dtype != below.dtype:
     raise ValueError(f'no triangle has {corner.size} numbers above {below.shape=}')
   rows += n
   # A square one has twice as many; a kernel may have fewer outputs than inputs.

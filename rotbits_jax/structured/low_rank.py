@@ -1,12 +1,10 @@
-"""Leaves for matrices of low rank, stored as two factors.
+"""The leaf for a matrix of low rank, stored as two factors.
 
 Shape letters of this file: a matrix `[m, n]` of rank r is the product of U `[m, r]` and
-V `[r, n]`. The smaller of m and n is s, and the larger is l.
+V `[r, n]`.
 """
 
-import abc
-import dataclasses
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from flax import struct
 import jax
@@ -14,36 +12,54 @@ import jax.numpy as jnp
 
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
-from rotbits_jax.structured.uniform import exponents
-from rotbits_jax.structured.uniform import line_factors
+from rotbits_jax.structured import heads
 
 _product = lambda a, b: jnp.matmul(a, b, precision='highest')
 
 
-@struct.dataclass(kw_only=True)
-class FactorPair(base.Structured):
-  """A matrix `[..., m, n]` of rank r that is stored as two factors.
+@base.register
+@struct.dataclass
+class LowRank(base.Structured):
+  """The product `U V`, of which one factor may be stored without r^2 numbers.
 
-  Leaves of different ranks can be stacked, because padding does not change the product.
+  `U V` equals `(U A)(A^-1 V)` for every invertible A `[r, r]`, so only the column space
+  of U matters. A shortened U is the basis of this space that `structured.heads` has,
+  and stored as B. Rounding the basis does no more harm than rounding U. If V is shorter
+  than U, V^T may have this basis instead.
+
+  Attributes:
+    u: `[..., m, r]`; B `[..., m - r, r]` if it is shortened.
+    v: `[..., r, n]`; `B^T` `[..., r, n - r]` if it is shortened.
+    shortened: name of the factor that is; '' if none is.
   """
 
-  ranks: tuple[tuple[int, ...], ...] | None = fields.of_stacks()
+  type_name: ClassVar[str] = 'low_rank'
 
-  has_factors: ClassVar[bool] = True
+  u: Annotated[Any, fields.Array('mr')]
+  v: Annotated[Any, fields.Array('rn')]
+  shortened: Literal['', 'u', 'v'] = fields.static(default='')
 
   @property
   def rank(self) -> int:
-    """The rank r, in a stack the greatest."""
-    return int(jax.eval_shape(self.factors)[0].shape[-1])
+    return int(self.u.shape[-1])
 
-  @abc.abstractmethod
+  @property
+  def shape(self) -> tuple[int, ...]:
+    rows, columns = (self.rank if self.shortened == x else 0 for x in 'uv')
+    return (*self.u.shape[:-2], self.u.shape[-2] + rows, self.v.shape[-1] + columns)
+
   def factors(self) -> tuple[jax.Array, jax.Array]:
     """Returns U `[..., m, r]` and V `[..., r, n]` in float32, not rounded."""
+    u, v = jnp.asarray(self.u, jnp.float32), jnp.asarray(self.v, jnp.float32)
+    if self.shortened == 'u':
+      u = heads.basis_of(u)
+    if self.shortened == 'v':
+      v = jnp.matrix_transpose(heads.basis_of(jnp.matrix_transpose(v)))
+    return u, v
 
-  def pair(self) -> 'LowRank':
-    u, v = (x.astype(self.dtype) for x in self.factors())
-    ranks = None if self.ranks is None else tuple(x[:1] for x in self.ranks)
-    return LowRank(u, v, ranks=ranks)
+  def whole(self) -> 'LowRank':
+    """Returns the leaf with both factors as they are."""
+    return LowRank(*(x.astype(self.dtype) for x in self.factors()))
 
   def materialize(self, *needed: Any) -> jax.Array:
     return _product(*self.factors()).astype(self.dtype)
@@ -55,121 +71,5 @@ class FactorPair(base.Structured):
     u, v = (factor.astype(x.dtype) for factor in self.factors())
     return _product(_product(x, u), v)
 
-
-@base.register
-@struct.dataclass
-class LowRank(FactorPair):
-  """The product `u @ v`, both factors stored unchanged."""
-
-  type_name: ClassVar[str] = 'low_rank'
-
-  u: Annotated[Any, fields.Array('mr', first='r')]
-  v: Annotated[Any, fields.Array('rn', first='r')]
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return (*self.u.shape[:-1], self.v.shape[-1])
-
-  @property
-  def T(self) -> 'LowRank':  # noqa: N802
-    return dataclasses.replace(
-      self, u=self.v.swapaxes(-1, -2), v=self.u.swapaxes(-1, -2)
-    )
-
-  def factors(self) -> tuple[jax.Array, jax.Array]:
-    return jnp.asarray(self.u, jnp.float32), jnp.asarray(self.v, jnp.float32)
-
-  def pair(self) -> 'LowRank':
-    return self
-
-
-@base.register
-@struct.dataclass
-class ReducedLowRank(FactorPair):
-  """A pair of factors in a basis that stores r^2 numbers fewer.
-
-  `U V` equals `(U A)(A^-1 V)` for every invertible A `[r, r]`, so only the column space
-  of U matters. The leaf uses this basis of the column space:
-
-      [      B      ]
-      [I - B^T B / 4]        B `[s - r, r]`
-
-  Every subspace has such a B, as `structured.heads` explains. Rounding the basis does
-  no more harm than rounding U, because the singular values of B are at most 2 and the
-  condition number of the basis is at most 2. If m > n, V^T has this basis instead of U.
-
-  Rows of U are small where inputs are large, if the inputs were whitened. One step for
-  all rows would be too coarse for these. So the lines of the matrix have factors, and
-  the basis and the other factor are those of the matrix divided by them. A gauge mixes
-  columns of U and rows of V only, so that its lines keep their sizes.
-
-  Attributes:
-    below: B, `[..., s - r, r]`. In a stack, the rows after those of a layer and the
-      columns before them are zero.
-    other: the other factor, `[..., r, l]`: A^-1 V or, if m > n, A^-1 U^T.
-    size: s.
-    transposed: whether m > n.
-    basis_exponents: int8 `[..., s]`, the exponents of the factors of the basis's rows,
-      see `line_factors`; None if they are 1.
-    other_exponents: int8 `[..., l]`, those of the other factor's columns, likewise.
-  """
-
-  type_name: ClassVar[str] = 'reduced_low_rank'
-
-  below: Annotated[Any, fields.Array('br', first='r', last='b')]
-  other: Annotated[Any, fields.Array('rl', first='r')]
-  size: fields.Length = fields.static()
-  transposed: bool = fields.static()
-  basis_exponents: Annotated[Any, exponents('s')] = None
-  other_exponents: Annotated[Any, exponents('l')] = None
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    sides = (self.size, self.other.shape[-1])
-    return (*self.other.shape[:-2], *(sides[::-1] if self.transposed else sides))
-
-  def factors(self) -> tuple[jax.Array, jax.Array]:
-    below = jnp.asarray(self.below, jnp.float32)
-    other = jnp.asarray(self.other, jnp.float32)
-    rows, rank = below.shape[-2:]
-    gram = _product(jnp.matrix_transpose(below), below)
-    square = jnp.eye(rank, dtype=jnp.float32) - gram / 4
-    # The two parts overlap only in padding.
-    spare = [(0, 0)] * (below.ndim - 2)
-    last = jnp.pad(square, [*spare, (self.size - rank, 0), (0, 0)])
-    first = jnp.pad(below, [*spare, (0, self.size - rows), (0, 0)])
-    basis = (first + last) * self._lines()[0][..., None]
-    other = other * self._lines()[1][..., None, :]
-    if self.transposed:
-      return jnp.matrix_transpose(other), jnp.matrix_transpose(basis)
-    return basis, other
-
-  def _lines(self) -> tuple[jax.Array, jax.Array]:
-    """Returns the factors of the basis's rows and of the other factor's columns."""
-    if self.basis_exponents is None:
-      return jnp.ones(self.size), jnp.ones(self.other.shape[-1])
-    return line_factors(self.basis_exponents), line_factors(self.other_exponents)
-
-  def without_lines(self) -> 'ReducedLowRank':
-    """Returns the leaf of the matrix divided by the factors of its lines."""
-    return dataclasses.replace(self, basis_exponents=None, other_exponents=None)
-
-  def divided(self, u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the U and V of another pair divided by the factors of the lines."""
-    rows, columns = self._lines()[:: -1 if self.transposed else 1]
-    return u / rows[..., None], v / columns[..., None, :]
-
   def stack_key(self) -> tuple[str, ...]:
-    return () if self.basis_exponents is None else ('lines',)
-
-  def check(self) -> None:
-    rows, rank = self.below.shape
-    basis, other = self.basis_exponents, self.other_exponents
-    has_lines = basis is not None and other is not None and basis.size == self.size
-    has_none = basis is None and other is None
-    fits = self.size == rows + rank <= self.other.shape[1]
-    if not fits or not (has_lines or has_none):
-      raise ValueError(
-        f'low-rank factors of size {self.size} cannot be {self.below.shape=} and '
-        f'{self.other.shape=}'
-      )
+    return str(self.rank), self.shortened

@@ -39,16 +39,16 @@ class IdentityMinusGram(base.Structured):
     b: B, `[..., d, k]`.
     c: C, `[..., d, j]`.
     columns: width of the shortcut; the columns from d on are zero.
-    ranks: the `(k, j)` of each layer of a stack. None for a stack that was computed as
-      one: there `layer` looks for the last columns of zeros.
+
+  Layers of a stack may differ in k and j. Columns of zeros fill B and C there, and
+  `layer` removes them.
   """
 
   type_name: ClassVar[str] = 'identity_minus_gram'
 
-  b: Annotated[Any, fields.Array('dk', lower=True, last='k')]
-  c: Annotated[Any, fields.Array('dj', lower=True, last='j')]
+  b: Annotated[Any, fields.Array('dk', lower=True)]
+  c: Annotated[Any, fields.Array('dj', lower=True)]
   columns: fields.Length = fields.static()
-  ranks: tuple[tuple[int, ...], ...] | None = fields.of_stacks()
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -57,18 +57,11 @@ class IdentityMinusGram(base.Structured):
   @property
   def rank(self) -> int:
     """An upper bound of the rank of the difference from the identity."""
-    return sum(self._widths())
+    return sum(self._ranks)
 
   @property
-  def is_thin(self) -> bool:
-    """Whether `apply` takes fewer multiplications than the materialized matrix."""
-    return is_thin(self._widths(), self.columns)
-
-  def _widths(self) -> tuple[int, ...]:
-    """Returns the columns of B and of C that are not zero in some layer."""
-    if self.ranks is None:
-      return self.b.shape[-1], self.c.shape[-1]
-    return tuple(map(max, zip(*self.ranks, strict=True)))
+  def _ranks(self) -> tuple[int, int]:
+    return self.b.shape[-1], self.c.shape[-1]
 
   def materialize(self, *needed: Any) -> jax.Array:
     b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
@@ -77,26 +70,34 @@ class IdentityMinusGram(base.Structured):
     return _pad_columns(matrix, self.columns).astype(self.dtype)
 
   def apply(self, x: jax.Array) -> jax.Array:
-    if not self.is_thin:
+    if 2 * self.rank >= self.columns:
       return super().apply(x)
     y = x
-    for factor, sign, width in zip((self.b, self.c), (-1, 1), self._widths()):  # noqa: B905
-      if width:
-        factor = jnp.asarray(factor, x.dtype)
-        coordinates = jnp.matmul(x, factor, precision='highest')
-        y = y + sign * jnp.matmul(coordinates, factor.T, precision='highest')
+    for factor, sign in ((self.b, -1), (self.c, 1)):
+      factor = jnp.asarray(factor, x.dtype)
+      coordinates = jnp.matmul(x, factor, precision='highest')
+      y = y + sign * jnp.matmul(coordinates, factor.T, precision='highest')
     return _pad_columns(y, self.columns)
 
   def layer(self, index: int) -> 'IdentityMinusGram':
     factors = self.b[index], self.c[index]
-    if self.ranks is not None or isinstance(factors[0], jax.core.Tracer):
-      return super().layer(index)
-    b, c = (x[:, : np.trim_zeros(np.any(x, axis=0), 'b').size] for x in factors)
-    return dataclasses.replace(self, b=b, c=c)
+    if not isinstance(factors[0], jax.core.Tracer):
+      size = lambda x: np.trim_zeros(np.any(x, axis=0), 'b').size
+      factors = tuple(x[:, : size(x)] for x in factors)
+    return dataclasses.replace(self, b=factors[0], c=factors[1])
+
+  @classmethod
+  def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
+    # Orbax cannot save arrays without elements.
+    k, j = (max(1, *x) for x in zip(*(leaf._ranks for leaf in leaves), strict=True))
+    return super().stack(
+      [x.replace(b=_pad_columns(x.b, k), c=_pad_columns(x.c, j)) for x in leaves]
+    )
 
   def check(self) -> None:
-    if self.columns < len(self.b):
-      raise ValueError(f'expected {len(self.b)} columns or more, got {self.columns}')
+    # A rank is no part of the shape of a leaf, which tells how much memory it takes.
+    if not max(self._ranks) <= len(self.b) <= self.columns:
+      raise ValueError(f'{self.columns} columns do not fit {self.b.shape=}')
 
 
 @base.register
@@ -136,11 +137,6 @@ class TrapezoidalRows(base.Structured):
     return (str(self._full),)  # layers of one shape may differ in it
 
 
-def is_thin(ranks: tuple[int, ...], columns: int) -> bool:
-  """Returns `IdentityMinusGram.is_thin` for a leaf with so many columns in B and C."""
-  return 2 * sum(ranks) < columns
-
-
-def _pad_columns(matrix: jax.Array, columns: int) -> jax.Array:
+def _pad_columns(matrix: Any, columns: int) -> Any:
   widths = [(0, 0)] * (matrix.ndim - 1) + [(0, columns - matrix.shape[-1])]
-  return jnp.pad(matrix, widths)
+  return (np if isinstance(matrix, np.ndarray) else jnp).pad(matrix, widths)

@@ -2,13 +2,10 @@ r"""Leaves for bases of the subspaces of a sliced model, in files only.
 
 SliceGPT makes every tensor of a sliced model from one of the dense model and from bases
 V_s `[D, d]` of subspaces, whose columns are orthonormal; see `relative.products`. So
-beside the dense model it is enough to store the bases. Two leaves stand for one:
-
-* `Basis`: its numbers, multiples of a step.
-* `Subspace`: d (D - d) numbers that tell the subspace alone. The basis is the one of
-  which d rows J are a symmetric matrix M with eigenvalues of at least 0. With the other
-  rows S, it is a Cayley transform of a matrix A `[D - d, d]`, whose singular values are
-  at most 1:
+beside the dense model it is enough to store the bases: as multiples of a step; or, if
+the subspace alone matters, as d (D - d) numbers. Then the basis is the one of which d
+rows J are a symmetric matrix M with eigenvalues of at least 0. With the other rows S,
+it is a Cayley transform of a matrix A `[D - d, d]` with singular values of at most 1:
 
       S = 2 (I + A A^T)^-1 A,    M = I - A^T S
 
@@ -36,53 +33,40 @@ _ONE = 1 << UNIT
 _LEAST_BOUND = 1 << 10  # of the rows S, whatever the width
 _NEWTON = 5  # steps, after which 3^-32 of the first error is left
 
-_Step = Annotated[int, schema.between(1, _ONE)]
-
 
 @base.register
 @struct.dataclass
 class Basis(base.Structured):
-  """A basis as it is; readers multiply with its array, in units of 2^-25."""
+  """A basis, whose array is int32 in units of 2^-25; see the module.
+
+  Attributes:
+    numbers: the basis, or A if there is a mask.
+    step: the unit of the numbers, itself in units of 2^-25.
+    mask: a bit for each of D rows, low bits first: whether the row is in J.
+  """
 
   type_name: ClassVar[str] = 'basis'
   origin: ClassVar[base.Origin] = base.Origin.FILE
 
-  numbers: Annotated[Any, fields.Array('Dd', np.int32)]  # in units of `step`
-  step: _Step = fields.static()  # in units of 2^-25
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return tuple(self.numbers.shape)
-
-  def materialize(self, *needed: Any) -> np.ndarray:
-    return _int32(self.numbers.astype(np.float64) * self.step)
-
-
-@base.register
-@struct.dataclass
-class Subspace(base.Structured):
-  """A subspace, see the module. The mask tells with low bits first which rows are J."""
-
-  type_name: ClassVar[str] = 'subspace'
-  origin: ClassVar[base.Origin] = base.Origin.FILE
-
-  tangent: Annotated[Any, fields.Array('ad', np.int32)]  # A in units of `step`
-  mask: Annotated[Any, fields.Array('m', np.uint8)]  # a bit for each of D rows
-  step: _Step = fields.static()  # in units of 2^-25
+  numbers: Annotated[Any, fields.Array('ad', np.int32)]
+  step: Annotated[int, schema.between(1, _ONE)] = fields.static()
+  mask: Annotated[Any, fields.Array('m', np.uint8, optional=True)] = None
 
   @classmethod
-  def of(cls, tangent: np.ndarray, rows: np.ndarray, step: int) -> 'Subspace':
-    """Makes the leaf of A, float64, and of bools `[D]`: whether a row is in J."""
-    numbers = _int32(np.rint(tangent * (_ONE / step)))
-    return cls(numbers, np.packbits(rows, bitorder='little'), step)
+  def of(cls, matrix: np.ndarray, step: int, rows: np.ndarray | None = None) -> 'Basis':
+    """Makes the leaf of a basis; or of A and of bools `[D]`: whether a row is in J."""
+    mask = None if rows is None else np.packbits(rows, bitorder='little')
+    return cls(_int32(np.rint(matrix * (_ONE / step))), step, mask)
 
   @property
   def shape(self) -> tuple[int, ...]:
-    others, width = self.tangent.shape
-    return others + width, width
+    rows, width = self.numbers.shape
+    return rows + (0 if self.mask is None else width), width
 
   def materialize(self, *needed: Any) -> np.ndarray:
-    tangent = self.tangent.astype(np.float64) * self.step
+    tangent = self.numbers.astype(np.float64) * self.step
+    if self.mask is None:
+      return _int32(tangent)
     others, width = tangent.shape
     gram = _scaled(exact.product(tangent, tangent.T))
     inverse = _inverse(gram + _ONE * np.eye(others))
@@ -100,6 +84,8 @@ class Subspace(base.Structured):
 
   def check(self) -> None:
     size, width = self.shape
+    if self.mask is None:
+      return
     if self.mask.size != -(-size // 8) or self._is_upper().sum() != width:
       raise ValueError(f'a basis of {self.shape} must have {width} rows of M')
     if is_narrow(self.shape):

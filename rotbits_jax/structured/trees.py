@@ -10,6 +10,7 @@ import numpy as np
 
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import convert
+from rotbits_jax.structured.low_rank import LowRank
 
 
 def is_structured(leaf: Any) -> bool:
@@ -39,7 +40,7 @@ def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   """
 
   def array(leaf: Any) -> Any:
-    if not is_structured(leaf) or (keep_factors and leaf.has_factors):
+    if not is_structured(leaf) or (keep_factors and isinstance(leaf, LowRank)):
       return leaf
     # Bits of leaves that stand for arrays in files do not depend on a compiler.
     return leaf.materialize() if leaf.origin.is_in_files else _materialize(leaf)
@@ -73,8 +74,8 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def pair(leaf: Any) -> Any:
-  """Returns a low-rank leaf as a `LowRank`, see `Structured.pair`; None for others."""
-  return leaf.pair() if is_structured(leaf) else None
+  """Returns a low-rank leaf with both factors as they are; None for other leaves."""
+  return leaf.whole() if isinstance(leaf, LowRank) else None
 
 
 def astype(tree: Any, dtype: Any) -> Any:

@@ -5,6 +5,7 @@ Shape letters: a matrix has R rows of C elements.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Annotated, Any, ClassVar, Literal
 
 from flax import struct
@@ -17,12 +18,8 @@ from rotbits_jax.structured import fields
 
 _CHUNK = 1 << 16  # elements that fit the cache
 _MOST_OCTAVES = 60  # of a step with lines, so that every element is a normal float32
-_MOST_EXPONENT = 64
 
-
-def exponents(axis: str) -> fields.Array:
-  """Returns the annotation of the exponents of lines, an optional array."""
-  return fields.Array(axis, np.int8, optional=True, most=_MOST_EXPONENT)
+_exponents = functools.partial(fields.Array, dtype=np.int8, optional=True, most=64)
 
 
 @base.register
@@ -42,8 +39,8 @@ class UniformlyQuantized(base.Structured):
   integers: Annotated[Any, fields.Array(None, np.int16)]  # [R, C] with exponents
   step: Annotated[Any, fields.Array('', np.float32)]
   name: Literal['float16', 'bfloat16', 'float32'] = fields.static()  # of the dtype
-  row_exponents: Annotated[Any, exponents('r')] = None
-  column_exponents: Annotated[Any, exponents('c')] = None
+  row_exponents: Annotated[Any, _exponents('r')] = None
+  column_exponents: Annotated[Any, _exponents('c')] = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -61,15 +58,6 @@ class UniformlyQuantized(base.Structured):
       matrix = matrix * line_factors(self.row_exponents)[..., :, None]
       matrix = matrix * line_factors(self.column_exponents)[..., None, :]
     return matrix.astype(self.dtype)
-
-  def rows(self, *needed_and_indices: Any) -> jax.Array:
-    (indices,) = needed_and_indices
-    take = lambda x: jnp.asarray(x).at[indices].get(mode='fill', fill_value=0)
-    lines = None if self.row_exponents is None else take(self.row_exponents)
-    some = dataclasses.replace(self, integers=take(self.integers), row_exponents=lines)
-    rows = some.materialize().astype(jnp.float32)
-    is_row = (indices >= 0) & (indices < len(self.integers))
-    return jnp.where(is_row[..., None], rows, jnp.nan)
 
   def map_arrays(self, function: Callable[[Any], Any]) -> Any:
     """Returns the function of the array, which need not be multiples of a step."""

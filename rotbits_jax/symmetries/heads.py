@@ -123,7 +123,7 @@ class Fixed(NamedTuple):
 
 
 def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
-  """Fixes the gauge between value and output; W_o becomes a `structured.HeadRows`.
+  """Fixes the gauge between value and output; W_o becomes a `structured.HeadBases`.
 
   The parameters are `VALUES`: arrays, and W_o has at least h columns.
 
@@ -135,19 +135,18 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
   >>> bool(jnp.allclose(product, params[VALUE] @ params[OUT], atol=1e-5))
   True
   """
-  h, width = params[VALUE].shape[1] // kv_heads, params[OUT].shape[1]
+  h = params[VALUE].shape[1] // kv_heads
   heads = _stacked_heads(params[OUT].T, kv_heads, h)  # [K, G d, h]
   below, factors = jax.vmap(basis)(heads)
-  # The first rows of the basis belong to the first head of a group.
-  first, others = jnp.split(below, (width - h,), axis=1)
-  first = jnp.swapaxes(first, 1, 2).reshape(kv_heads * h, width - h)
-  rows = jnp.swapaxes(others.reshape(kv_heads, -1, width, h), 2, 3).reshape(-1, width)
   gauge = jnp.matrix_transpose(factors)
   fixed: models.Params = {
     path: _multiply(x, gauge) for path, x in params.items() if path != OUT
   }
-  fixed[OUT] = structured.HeadRows(
-    first, rows if rows.size else None, groups=kv_heads, head_dim=h
+  fixed[OUT] = structured.HeadBases(
+    jnp.swapaxes(below, 1, 2).reshape(kv_heads * h, -1),
+    None,
+    heads=kv_heads,
+    group=params[OUT].shape[0] // (kv_heads * h),
   )
   return Fixed(fixed, gauge)
 
@@ -155,7 +154,7 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
 def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   """Fixes the gauge between query and key in the coordinates that RoPE does not rotate.
 
-  W_k becomes a `structured.HeadColumns`; its bias is zero in these coordinates. The
+  W_k becomes a `structured.HeadBases`; its bias is zero in these coordinates. The
   parameters are `KEYS`: arrays, and W_k has at least m rows. `rotary` is r < h.
   """
   d, h = params[KEY].shape[0], params[KEY].shape[1] // kv_heads
@@ -166,9 +165,9 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   queries = [path for path in (QUERY, QUERY_BIAS) if path in params]
   fixed: models.Params = {path: _multiply(params[path], whole) for path in queries}
   columns = params[KEY].astype(jnp.float32).reshape(d, kv_heads, h)[..., :rotary]
-  fixed[KEY] = structured.HeadColumns(
-    rotary=columns.reshape(d, -1) if rotary else None,
-    below=jnp.swapaxes(below, 0, 1).reshape(d - h + rotary, kv_heads * (h - rotary)),
+  fixed[KEY] = structured.HeadBases(
+    jnp.swapaxes(below, 0, 1).reshape(d - h + rotary, kv_heads * (h - rotary)),
+    columns.reshape(d, -1) if rotary else None,
     heads=kv_heads,
   )
   if KEY_BIAS in params:
