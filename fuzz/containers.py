@@ -13,15 +13,22 @@ from rotbits_jax.file import container
 Json = dict[str, Any]
 
 
+def sections(data: bytes) -> list[tuple[str, int, int]]:
+  """Returns name, start and stop of the header and of each stream of a container."""
+  sizes = container.StreamReader(data).sizes
+  start = len(data) - sum(sizes.values())
+  places = [('', 0, start)]
+  for name, size in sizes.items():
+    places.append((name, start, start + size))
+    start += size
+  return places
+
+
 def unpack(data: bytes) -> tuple[dict[str, bytes], Json]:
   """Returns the streams of a container without the manifest, and the manifest."""
-  reader = container.StreamReader(data)
-  streams, start = {}, len(data) - sum(reader.sizes.values())
-  for name, size in reader.sizes.items():
-    streams[name] = data[start : start + size]
-    start += size
+  streams = {name: data[start:stop] for name, start, stop in sections(data)[1:]}
   del streams[container.MANIFEST]
-  return streams, json.loads(reader.manifest())
+  return streams, json.loads(container.StreamReader(data).manifest())
 
 
 def pack(streams: Mapping[str, bytes], manifest: bytes) -> bytes:

@@ -13,7 +13,6 @@ import copy
 import functools
 import itertools
 import operator
-import struct
 import tempfile
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from fuzz import containers
 import rotbits_jax
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import container
 
 _VALUES: tuple[Any, ...] = (
   *(None, True, -1, 0, 1 << 40, 1 << 62, 1e300, 'x', '../x', [], [[]], {}, {'x': 1}),
@@ -43,7 +41,7 @@ class Case(NamedTuple):
 
 def cases(data: bytes, other: bytes) -> Iterator[Case]:
   """Yields all damage of a container, given another of the same config and preset."""
-  for name, start, stop in sections(data):
+  for name, start, stop in containers.sections(data):
     for place in range(start, stop):
       where = f'byte {place} of {name or "the header"}'
       yield Case('flip', where, name, functools.partial(_flipped, data, place))
@@ -66,17 +64,6 @@ def cases(data: bytes, other: bytes) -> Iterator[Case]:
       change = 'deleted' if value is _DELETED else f'is {value!r:.40}'
       make = functools.partial(_edited, streams, manifest, path, value)
       yield Case('field', f'{"/".join(map(str, path))} {change}', '', make)
-
-
-def sections(data: bytes) -> list[tuple[str, int, int]]:
-  """Returns name, start and stop of the header and of each stream of a container."""
-  start = 8 + struct.unpack('<Q', data[:8])[0]
-  reader = container.StreamReader(data)
-  places = [('', 0, start)]
-  for name, size in reader.sizes.items():
-    places.append((name, start, start + size))
-    start += size
-  return places
 
 
 def _flipped(data: bytes, place: int) -> bytes:

@@ -224,7 +224,7 @@ class StreamReader:
     with self._bytes(8, length) as (data, _):
       header = data.tobytes()
     with naming('not a rotbits file, or its header is damaged'):
-      values = schema.load(dict[str, Any], schema.parse(header))
+      values = schema.decode(dict[str, Any], header)
       metadata = schema.load(_Metadata, values.pop(_METADATA, None), _METADATA)
       entries = schema.load(dict[str, _Entry], values)
     if metadata.version != str(VERSION):

@@ -19,8 +19,7 @@ from rotbits_jax.system import schema
 from rotbits_jax.system import text
 
 _COLUMNS, _ROWS = 32, 64  # of a table, which a stranger may have written
-_BAR = 18  # characters
-_WIDTH = 88
+_BAR, _WIDTH = 18, 88  # characters of the longest bar and of a line
 _INDEX = re.compile(r'(?<=\.)[0-9]+')  # of a layer
 
 BACK: dict[presets.Keeps, str] = {
@@ -29,16 +28,6 @@ BACK: dict[presets.Keeps, str] = {
   'approximation': 'nearly the same function comes back, in other weights',
 }
 """How a decoded file compares with its source, by the guarantee of its preset."""
-
-_ADAPTERS = (
-  'The weights are others, and adapters (LoRA) that were trained on the input do not '
-  'fit them: merge those first, or use the preset exact.'
-)
-_MEASURE = 'Measure how much it differs with `rotbits evaluate`.'
-_UNMEASURED = (
-  'No divergence was measured, because the tensors are of no known family: compare the '
-  'predictions with those of the input, on a text that matters to you.'
-)
 
 Note = dict[str, Any]
 """A row of a table, such as what a step tells about a tensor: JSON values by name."""
@@ -93,22 +82,20 @@ class Report(NamedTuple):
     """Returns the report as tables for people; with a row a note, if `verbose`."""
     family = f'family {self.family}' if self.family else 'plain tensors'
     lines = [f'preset {self.preset}, {family}', f'{"":24}{"elements":>16}{"bytes":>18}']
-    for name, sign, elements, size, share, begin, end in self.bars():
+    for (name, elements, size, share), sign, begin, end in self.bars():
       first, last = round(_BAR * begin), round(_BAR * end)
       drawn = ' ' * first + (sign or '#') * max(last - first, 1)
       name = f'  {name}' if sign else name
-      lines.append(f'{name:24}{elements:>16}{size:>18} {share:>8}  {drawn}')
-    for name, table in self.tables(verbose=verbose).items():
-      lines += ['', f'{name}:', *table]
-    for remark in self.remarks():
-      lines += ['', *textwrap.wrap(remark, _WIDTH)]
-    return '\n'.join(map(text.printable, lines))
+      lines.append(
+        text.printable(f'{name:24}{elements:>16}{size:>18} {share:>8}  {drawn}')
+      )
+    return '\n\n'.join(['\n'.join(lines), *self.sections(verbose=verbose)])
 
-  def bars(self) -> list[tuple[str, str, str, str, str, float, float]]:
+  def bars(self) -> list[tuple[tuple[str, str, str, str], str, float, float]]:
     """Returns the bars from the tensors to the file; each begins where one ended.
 
-    A bar has its name; '' for a whole size, '-' for saved bytes, '+' for added ones;
-    its elements, bytes and share as texts; and where it begins and ends, at most 1.
+    A bar has its name, elements, bytes and share; '' for a whole size, '-' for saved
+    bytes, '+' for added ones; and where it begins and ends, at most 1.
     """
     rows = [('tensors', '', self.input_elements, self.input_bytes, 0)]
     left = self.input_bytes
@@ -123,19 +110,20 @@ class Report(NamedTuple):
     for name, sign, elements, nbytes, begin in rows:
       count = f'{elements:{"+" if sign else ""},}' if elements else ''
       share = f'{sign}{nbytes / max(self.input_bytes, 1):.2%}'
-      ends = begin / longest, (begin + nbytes) / longest
-      bars.append((name, sign, count, f'{sign}{nbytes:,}', share, *ends))
+      cells = name, count, f'{sign}{nbytes:,}', share
+      bars.append((cells, sign, begin / longest, (begin + nbytes) / longest))
     return bars
 
-  def tables(self, *, verbose: bool = False) -> dict[str, list[str]]:
-    """Returns the lines of the table of each step.
+  def sections(self, *, verbose: bool = False) -> list[str]:
+    """Returns the table of each step and the remarks, as texts of several lines.
 
     Unless `verbose`, layers that say the same of one parameter are a row.
     """
-    rows = {
-      name: notes if verbose else _summary(notes) for name, notes in self.notes.items()
-    }
-    return {name: _aligned(notes) for name, notes in rows.items()}
+    sections = []
+    for name, notes in self.notes.items():
+      table = _aligned(notes if verbose else _summary(notes))
+      sections.append('\n'.join([f'{text.printable(name)}:', *table]))
+    return sections + [textwrap.fill(text.printable(x), _WIDTH) for x in self.remarks()]
 
   def remarks(self) -> list[str]:
     """Returns remarks for users of the decoded weights, a sentence or two each."""
@@ -143,14 +131,22 @@ class Report(NamedTuple):
     if self.needs:
       size = sum(math.prod(array.shape) for array in self.needs.values())
       remarks.append(
-        f'The file needs {len(self.needs)} tensors of a base, {size:,} numbers, such '
-        f'as {next(iter(self.needs))}: whoever decodes it passes that model with '
-        '--base.'
+        f'The file needs {len(self.needs)} tensors of a base, {size:,} elements, such '
+        f'as {next(iter(self.needs))}: decode it with --base and that model.'
       )
     if self.keeps != 'bits':
-      remarks.append(_ADAPTERS)
-    if self.keeps == 'approximation':
-      remarks.append(_UNMEASURED if self.family is None else _MEASURE)
+      remarks.append(
+        'The weights are others, so adapters (LoRA) trained on the input do not fit '
+        'them: merge those first, or use the preset exact.'
+      )
+    if self.keeps == 'approximation' and self.family is None:
+      remarks.append(
+        'No divergence was measured, because the tensors are of no known family: '
+        'compare the predictions with those of the input, on a text that matters to '
+        'you.'
+      )
+    elif self.keeps == 'approximation':
+      remarks.append('Measure how much it differs with `rotbits evaluate`.')
     return remarks
 
 
@@ -196,12 +192,11 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   """Makes the report on an opened file, or on all its shards."""
   manifest = reader.manifest
   stored: list[Any] = [*manifest.records, *filter(None, [manifest.message])]
-  lines: dict[str, ReportLine] = {}
+  sums: dict[str, tuple[int, int]] = {}
   notes: dict[str, list[Note]] = {}
   for saving in (saving for entry in stored for saving in entry.savings):
-    _, elements, size = lines.get(saving.name, (saving.name, 0, 0))
-    sums = elements + saving.elements, size + saving.bytes
-    lines[saving.name] = ReportLine(saving.name, *sums)
+    elements, size = sums.get(saving.name, (0, 0))
+    sums[saving.name] = elements + saving.elements, size + saving.bytes
     if saving.notes:
       notes.setdefault(saving.name, []).extend(saving.notes)
   if manifest.records:
@@ -209,22 +204,22 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   leaves = [leaf for record in manifest.records for leaf in record.leaves]
   if any(leaf.base_arrays or leaf.product for leaf in leaves):
     notes[writer_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
-  elements, size = (
-    sum(getattr(x.input, field) for x in stored) for field in ('elements', 'bytes')
-  )
+  elements = sum(entry.input.elements for entry in stored)
+  size = sum(entry.input.bytes for entry in stored)
   others = sum(x.nbytes for x in manifest.files.values())
   streams = sum(nbytes for _, nbytes in manifest.streams())
-  uncoded = size - sum(line.bytes_saved for line in lines.values())
+  lines = [ReportLine(name, *saved) for name, saved in sums.items()]
+  uncoded = size - sum(line.bytes_saved for line in lines)
   return Report(
     preset=manifest.preset,
     keeps=manifest.keeps,
     family=manifest.config.family if manifest.config else None,
     input_elements=elements,
-    stored_elements=elements - sum(x.elements_saved for x in lines.values()),
+    stored_elements=elements - sum(line.elements_saved for line in lines),
     input_bytes=size,
     file_bytes=reader.size,
     lines=[
-      *lines.values(),
+      *lines,
       ReportLine('coding', 0, uncoded - (streams - others)),
       ReportLine('tokenizer and settings', 0, -others),
       ReportLine('file overhead', 0, streams - reader.size),
@@ -263,51 +258,35 @@ def report_page(
 
   If the result of `verify` against the checkpoint is given, the page tells it.
   """
-  path = 'FILE'
-  if isinstance(source, str | os.PathLike):
-    path = text.printable(os.path.basename(os.fsdecode(source)))
+  is_path = isinstance(source, str | os.PathLike)
+  path = text.printable(os.path.basename(os.fsdecode(source))) if is_path else 'FILE'
   report = from_reader(reader_lib.Reader(source))
-  base, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
-  loading = [f'rotbits decode --input={path} --output=DIR{base}']
-  if report.family is not None:
-    loading += ['', f"model = rotbits_jax.load('{path}'{argument})  # JAX arrays"]
-  tables = report.tables() | {'to load it': loading}
   before, after = map(text.of_bytes, (report.input_bytes, report.file_bytes))
   share = report.file_bytes / max(report.input_bytes, 1)
-  family = f', family {report.family}' if report.family else ''
-  back = BACK[report.keeps]
-  paragraphs = [
-    f'{back[0].upper()}{back[1:]}.{_measured(verified)}',
-    f'{report.file_bytes:,} bytes in the file for {report.input_bytes:,} bytes of '
-    f'tensors. Preset {report.preset}{family}.',
-    *report.remarks(),
-  ]
+  sentences = [f'{BACK[report.keeps].capitalize()}.']
+  if verified is not None and verified.same_bits:
+    sentences.append('Compared with the checkpoint: all bits are the same.')
+  elif verified is not None and verified.kl is not None:
+    sentences.append(
+      f'Its predictions differ from those of the checkpoint by {verified.kl:.2g} nats '
+      f'(KL, random tokens); rounding alone makes {verified.kl_rerounded:.2g}.'
+    )
   colors, bars = {'': 'whole', '-': 'less', '+': 'more'}, []
-  for name, sign, _, size, share_text, begin, end in report.bars():
-    cells = f'<td>{html.escape(name)}<td>{size}<td>{share_text}<td class="track">'
+  for (name, _, *sizes), sign, begin, end in report.bars():
+    cells = ''.join(f'<td>{html.escape(cell)}</td>' for cell in (name, *sizes))
     style = f'margin-left:{begin:.3%};width:{end - begin:.3%}'
-    bars.append(f'<tr>{cells}<i class="{colors[sign]}" style="{style}"></i>')
-  sections = [
-    f'<h2>{html.escape(name)}</h2><pre>{html.escape(chr(10).join(lines))}</pre>'
-    for name, lines in tables.items()
-  ]
+    drawn = f'<i class="{colors[sign]}" style="{style}"></i>'
+    bars.append(f'<tr>{cells}<td class="track">{drawn}</td></tr>')
+  base, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
+  loading = f'to load it:\n  rotbits decode --input={path} --output=DIR{base}'
+  if report.family is not None:
+    loading += f"\n  model = rotbits_jax.load('{path}'{argument})"
+  sections = [*report.sections(), loading]
   return _PAGE.substitute(
     title=html.escape(f'{path}: {before} to {after}, {share:.1%}'),
-    paragraphs='\n'.join(f'<p>{html.escape(x)}</p>' for x in paragraphs),
+    sentences=html.escape(' '.join(sentences)),
     bars='\n'.join(bars),
-    sections='\n'.join(sections),
-  )
-
-
-def _measured(verified: verification.Verification | None) -> str:
-  """Returns the sentence on the comparison with the checkpoint; '' without one."""
-  if verified is not None and verified.same_bits:
-    return ' Compared with the checkpoint: all bits are the same.'
-  if verified is None or verified.kl is None:
-    return ''
-  return (
-    f' Its predictions differ from those of the checkpoint by {verified.kl:.2g} nats '
-    f'(KL, random tokens); rounding alone makes {verified.kl_rerounded or 0:.2g}.'
+    sections='\n'.join(f'<pre>{html.escape(x)}</pre>' for x in sections),
   )
 
 
@@ -328,8 +307,7 @@ td:first-child, .track { text-align: left; }
 pre { overflow-x: auto; padding: 12px; border: 1px solid #8a93a0; }
 </style>
 <h1>$title</h1>
-$paragraphs
-<h2>bytes</h2>
+<p>$sentences</p>
 <table>$bars</table>
 $sections
 </html>
