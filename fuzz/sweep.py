@@ -125,7 +125,7 @@ def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
     if reader.is_plain:  # as the command writes them
       with tempfile.TemporaryDirectory() as folder:
         rotbits_jax.decode_to_directory(data, folder)
-    decoded = reader.read()
+    decoded = reader.content()
     content = {name: ('', text) for name, text in reader.files().items()}
   if isinstance(decoded, models.Model):
     layers = {f'layers.{i}': layer for i, layer in enumerate(decoded.layers())}

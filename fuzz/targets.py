@@ -55,7 +55,7 @@ def _read_container(data: bytes) -> None:
       with tempfile.TemporaryDirectory() as folder:
         rotbits_jax.decode_to_directory(data, folder)
       return
-    decoded = reader.read()
+    decoded = reader.content()
     params = decoded.params if isinstance(decoded, models.Model) else decoded
     for leaf in structured.flatten(params).values():
       if _is_small(leaf):

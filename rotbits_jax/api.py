@@ -176,7 +176,7 @@ def decode(
       file. A leaf of integers, see `load`, becomes its array.
   """
   with file.Reader(source, base=base) as reader:
-    content = reader.read(show_progress=progress)
+    content = reader.content(show_progress=progress)
   if like is None:
     return content
   if isinstance(content, models.Model):
@@ -217,7 +217,7 @@ def load(
   """
   wanted = None if dtype is None else structured.floating(dtype)
   with file.Reader(source, base=base) as reader:
-    content = reader.read(
+    content = reader.content(
       layers=layers, integers=integers, as_model=True, show_progress=progress
     )
   if isinstance(content, models.Model) and sharding is not None:
@@ -237,7 +237,7 @@ def decode_checkpoint(
 ) -> checkpoints.Checkpoint:
   """Decodes the model in a file with its sidecar files and its stem; see `decode`."""
   with file.Reader(source, base=base) as reader:
-    model = reader.read(as_model=True, show_progress=progress)
+    model = reader.content(as_model=True, show_progress=progress)
     if not isinstance(model, models.Model):
       raise file.ContainerError('the file holds no model of a known family')
     return checkpoints.Checkpoint(model, reader.files(), reader.manifest.stem)
@@ -245,14 +245,14 @@ def decode_checkpoint(
 
 @host.own_settings()
 def read_record(source: file.Readable, name: str, *, base: Base | None = None) -> Tree:
-  """Reads one record, such as a layer, without the others; see `file.Reader.record`.
+  """Reads one record, such as a layer, without the others; see `file.Reader.read`.
 
   >>> data = rotbits_jax.encode({'w': np.ones(2), 'b': np.zeros(2)})
   >>> rotbits_jax.read_record(data, 'w')
   {'w': array([1., 1.])}
   """
   with file.Reader(source, base=base) as reader:
-    return reader.record(name)
+    return reader.read(name)
 
 
 @host.own_settings()

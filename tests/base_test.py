@@ -137,7 +137,7 @@ def test_arrays_that_each_machine_sums_are_no_base():
     summed = {
       path
       for record in below.records
-      for path, leaf in structured.flatten(below.record(record)).items()
+      for path, leaf in structured.flatten(below.read(record)).items()
       if isinstance(leaf, structured.IdentityMinusGram | structured.HeadBases)
     }
   assert needed

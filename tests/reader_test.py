@@ -158,7 +158,7 @@ def test_small_leaves_that_need_one_large_array_over_and_over_are_refused():
   leaf = structured.Tied(np.zeros((64, 1), np.float16), 300)
   tree = {'head': {'kernel': np.ones((64, 300), np.float16)}}
   with file.Reader(rotbits_jax.encode(tree | {'x': [leaf] * 9})) as reader:
-    assert len(reader.record('x')['x']) == 9
+    assert len(reader.read('x')['x']) == 9
   data = rotbits_jax.encode(tree | {'x': [leaf] * 40})
   with pytest.raises(file.ContainerError, match='need large arrays too often'):
     file.Reader(data)

@@ -33,9 +33,6 @@ _MOST_USES = 16  # of arrays by leaves that are small beside them
 Flat = dict[str, Any]
 """Leaves by path."""
 
-Resolve = Callable[[str], Any]
-"""Takes the path of a parameter; returns its array."""
-
 Rows = Mapping[str, list[np.ndarray]]
 """Arrays to decode a leaf into, by its path within the record."""
 
@@ -94,11 +91,13 @@ class Decoder:
     """Returns the entry of a record after all checks that need none of its bytes."""
     if name not in self.entries:
       raise ContainerError(f'{name}: no such record')
-    with container.naming(self.files[name].name), container.naming(name):
-      for leaf, _ in self.entries[name].leaf_specs:
+    entry = self.entries[name]
+    with container.naming(self.files[name].name):
+      entry.check()
+      for leaf in entry.leaves:
         with container.naming(leaf.path):
           self._check_needed(leaf)
-    return self.entries[name]
+    return entry
 
   def _check_needed(self, leaf: manifest_lib.Leaf) -> None:
     """Checks that there are the arrays from which a leaf is computed."""
@@ -125,19 +124,6 @@ class Decoder:
       if len(missing) == 2 and leaf.shape != (width, width):
         raise ValueError('it has not the shape of the identity')
 
-  def resolver(self, started: Started) -> Resolve:
-    """Returns a function from a path to its array, in a `started` record or another."""
-    decoded = functools.cache(self.decode)
-
-    def resolve(path: str) -> Any:
-      if path not in self.holders:  # the leaf alone may do in a PyTree
-        raise ContainerError(f'{path}: other parameters need it, but it is missing')
-      name = self.holders[path]
-      flat = started[name].result() if name in started else decoded(name)
-      return jax.device_get(structured.materialize(flat[path]))
-
-    return resolve
-
   def decode(
     self,
     name: str,
@@ -145,6 +131,7 @@ class Decoder:
     *,
     rows: Rows | None = None,
     integers: bool = False,
+    as_arrays: bool = False,
     shared: bool = False,
   ) -> Flat:
     """Decodes a record to NumPy arrays and structured leaves.
@@ -154,9 +141,11 @@ class Decoder:
       started: records that are decoded already, for leaves that need others.
       rows: where to decode leaves to; others get new memory.
       integers: whether multiples of one step stay integers.
+      as_arrays: whether the leaves are materialized.
       shared: whether arrays may share the memory of the base, and have any strides.
     """
-    entry, file, resolve = self.entry(name), self.files[name], self.resolver(started)
+    entry, file = self.entry(name), self.files[name]
+    decoded = functools.cache(self.decode)  # for several leaves that need one record
     leaves, known = [], {}
     arrays: list[np.ndarray] = []
     with (
@@ -168,7 +157,7 @@ class Decoder:
         out = (rows or {}).get(entry.inner(leaf.path))
         if out is None and leaf.base is not None and not shared:
           out = [host.empty(leaf.shape, leaf.dtype)]
-        needed = functools.partial(self._needed, leaf, resolve)
+        needed = functools.partial(self._needed, leaf, started, decoded)
         shapes = [self.leaves[x].shape for x in leaf.needs if x in self.leaves]
         if not leaf.needs:
           shapes = [leaf.shape if leaf.base is None else leaf.base.shape]
@@ -181,11 +170,19 @@ class Decoder:
       decode = coders.find(entry.coder).decode
       with file.checked(name, entry.crc32) as data:
         decode(entry.stream_spec, data, out=arrays, known=known)
-      return {leaf.entry.path: leaf.value() for leaf in leaves}
+      return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
 
-  def _needed(self, leaf: manifest_lib.Leaf, resolve: Resolve) -> list[Any]:
+  def _needed(
+    self, leaf: manifest_lib.Leaf, started: Started, decoded: Callable[[str], Flat]
+  ) -> list[Any]:
     """Returns the arrays that a leaf is computed from."""
-    needed = [resolve(path) for path in leaf.needs]
+    needed = []
+    for path in leaf.needs:
+      if path not in self.holders:  # a PyTree may have the leaf alone
+        raise ValueError(f'it needs {path}, which is missing')
+      name = self.holders[path]
+      flat = started[name].result() if name in started else decoded(name)
+      needed.append(jax.device_get(structured.materialize(flat[path])))
     if leaf.base is not None:
       assert self._base is not None
       columns_first = bool(leaf.settings.get('columns_first'))
@@ -238,14 +235,18 @@ class _StoredLeaf:
       self._prediction = self._leaf.predict(*self._needed(), run=pool.run)
     return self._prediction.classes
 
-  def value(self) -> Any:
+  def value(self, *, as_arrays: bool) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""
     entry = self.entry
     if not entry.type_name:
       return self.arrays[0].view(np.dtype(entry.dtype))
     with container.naming(entry.path):
-      if not self._is_expanded:
+      if not self._is_expanded and not as_arrays:
         return self._leaf
+      if not self._is_expanded:
+        needed = self._needed()
+        leaf = self._leaf.materialize(*needed) if needed else self._leaf
+        return jax.device_get(structured.materialize(leaf))
       if entry.crc32 is None:  # multiples of a step
         array = self._out[0] if self._out else host.empty(entry.shape, entry.dtype)
         self._leaf.write(array)

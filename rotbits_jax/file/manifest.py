@@ -204,20 +204,20 @@ class RecordEntry(schema.Object, kw_only=True):
 
   @functools.cached_property
   def leaf_specs(self) -> list[tuple[Leaf, list[specs.ArraySpec]]]:
-    """Each leaf with the specs of its arrays, which are checked now."""
-    spec = self.stream_spec
-    if self.nbytes != spec.nbytes:
-      raise ValueError(
-        f'the coder needs a stream of {spec.nbytes} bytes, got {self.nbytes}'
-      )
-    if sum(len(leaf.arrays) for leaf in self.leaves) != len(spec.arrays):
-      raise ValueError('the leaves and the coder list different arrays')
-    arrays = iter(spec.arrays)
-    pairs = [(leaf, [next(arrays) for _ in leaf.arrays]) for leaf in self.leaves]
-    for leaf, specs_of_leaf in pairs:
-      with container.naming(leaf.path):
-        leaf.check(specs_of_leaf)
-    return pairs
+    """Each leaf with the specs of its arrays."""
+    arrays = iter(self.stream_spec.arrays)
+    return [(leaf, [next(arrays) for _ in leaf.arrays]) for leaf in self.leaves]
+
+  def check(self) -> None:
+    """Checks that the stream can hold the leaves, before it is decoded."""
+    with container.naming(self.name):
+      spec = self.stream_spec
+      count = sum(len(leaf.arrays) for leaf in self.leaves)
+      if (self.nbytes, count) != (spec.nbytes, len(spec.arrays)):
+        raise ValueError('the stream and the leaves differ in bytes or arrays')
+      for leaf, arrays in self.leaf_specs:
+        with container.naming(leaf.path):
+          leaf.check(arrays)
 
   @property
   def memory_bytes(self) -> int:
@@ -279,19 +279,12 @@ class Manifest(schema.Object, kw_only=True):
     for file in files:
       with container.naming(file.name), container.naming(container.MANIFEST):
         manifests.append(schema.decode(cls, file.manifest()))
-    manifest, *others = manifests
-    if others:
-      facts = {(x.preset, x.config, x.message is None) for x in manifests}
-      if facts != {(manifest.preset, manifest.config, True)}:
-        raise container.ContainerError(f'{files[0].name}: not a shard of the others')
-      merged = lambda field: dict(
-        item for x in manifests for item in getattr(x, field).items()
-      )
-      manifest = msgspec.structs.replace(
-        manifest,
-        records=tuple(record for x in manifests for record in x.records),
-        **{field: merged(field) for field in ('files', 'headers', 'dtypes')},
-      )
+    fields = {
+      name: {key: value for x in manifests for key, value in getattr(x, name).items()}
+      for name in ('files', 'headers', 'dtypes')
+    }
+    records = tuple(record for x in manifests for record in x.records)
+    manifest = msgspec.structs.replace(manifests[0], records=records, **fields)
     with container.naming(files[0].name):
       manifest.check()
       is_tree = manifest.config is None and not manifest.headers
@@ -314,8 +307,6 @@ class Manifest(schema.Object, kw_only=True):
       raise ValueError('two streams or two leaves have the same name')
     sizes = lambda streams: {name: x.size for name, x in streams.items()}
     check_files(self.stem, sizes(self.files), sizes(self.headers))
-    if twice := self.files.keys() & self.headers.keys():
-      raise ValueError(f'{min(twice)}: two files have this name')
     if self.headers and self.config is not None:
       raise ValueError('a model has no weights files of its own')
     if self.message is not None and (
@@ -358,8 +349,7 @@ class Manifest(schema.Object, kw_only=True):
     manifest = schema.decode(Manifest, data)
     manifest.check()
     for record in manifest.records:
-      with container.naming(record.name):
-        assert record.leaf_specs is not None  # it checks them
+      record.check()
     return data
 
 

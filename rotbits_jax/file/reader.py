@@ -1,8 +1,8 @@
 """The reader of files: reads a record without the others, or the whole content.
 
     with Reader(path) as file:
-      layer = file.record('layers.3')    # nested dicts of NumPy arrays and leaves
-      model = file.read()                # layers stacked
+      layer = file.read('layers.3')    # nested dicts of NumPy arrays and leaves
+      model = file.content()           # layers stacked
 
 The manifest is checked when the file is opened, and what it says of a record before
 that is decoded. Several records decode side by side: one stream is read while the
@@ -14,10 +14,8 @@ from collections.abc import Iterator, Mapping
 import functools
 import hashlib
 import os
-import types
 from typing import Any, Self
 
-import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
@@ -41,7 +39,7 @@ Tree = dict[str, Any]
 
 
 class Reader:
-  """An encoded file, or all shards of one. The class is a context manager.
+  """An encoded file, or all shards of one: a `passes.Source` and a context manager.
 
   Attributes:
     manifest: what all files hold, see `manifest.Manifest`.
@@ -51,6 +49,8 @@ class Reader:
     size: size of all files in bytes.
     inputs: the source and the base, as they were given.
   """
+
+  stored_as = None  # the arrays are rounded already
 
   def __init__(self, source: container.Readable, base: Any = None):
     """Reads and checks the manifests; see `shards.find` and `open_base`."""
@@ -99,10 +99,10 @@ class Reader:
     outer.sort(key=lambda name: any(leaf.needs for leaf in entries[name].leaves))
     return [*layers, *outer, *buffers]
 
-  def specs(self, name: str) -> Tree:
+  def specs(self, record: str) -> Tree:
     """Returns the shapes and dtypes of a record, without reading it."""
     spec = lambda leaf: checkpoints.TensorSpec(leaf.shape, np.dtype(leaf.dtype))
-    leaves = self.records[name].leaves
+    leaves = self.records[record].leaves
     return structured.unflatten({leaf.path: spec(leaf) for leaf in leaves})
 
   def fingerprint(self) -> str:
@@ -116,22 +116,22 @@ class Reader:
 
   # ---- records -----------------------------------------------------------------------
 
-  def record(self, name: str) -> Tree:
+  def read(self, record: str) -> Tree:
     """Reads one record, and other records only if its leaves need them.
 
     Args:
-      name: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers'.
+      record: 'layers.0', 'layers.1', ..., 'embed', 'final_norm', 'head' or 'buffers'.
         The records of a PyTree are its top-level keys.
 
     Returns:
       The parameters in nested dicts of which the first key is the name, not stacked.
     """
-    flat = self._decoder.decode(name)
-    empty = ((path, {}) for path in self.records[name].empty)
+    flat = self._decoder.decode(record)
+    empty = ((path, {}) for path in self.records[record].empty)
     return structured.unflatten([*flat.items(), *empty])
 
   def tensor(self, path: str) -> Any:
-    """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `record`."""
+    """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `read`."""
     if path not in self._decoder.holders:
       raise ContainerError(f'{path}: no such parameter')
     return self._decoder.decode(self._decoder.holders[path])[path]
@@ -150,9 +150,12 @@ class Reader:
     needed = {path for leaf in decoder.leaves.values() for path in leaf.needs}
     held = {decoder.holders.get(path) for path in needed}
     kept: dict[str, Any] = {}
-    resolve = decoder.resolver(kept)
     decode = functools.partial(
-      decoder.decode, started=kept, integers=not as_arrays, shared=True
+      decoder.decode,
+      started=kept,
+      integers=not as_arrays,
+      as_arrays=as_arrays,
+      shared=True,
     )
     total = sum(sizes.values())
     with (
@@ -167,19 +170,12 @@ class Reader:
           ahead.append(start(functools.partial(decode, other)))
           if other in held:
             kept[other] = ahead[-1]
-        flat = ahead.popleft().result()
-        for path, leaf in flat.items():
-          if as_arrays and structured.is_structured(leaf):
-            known = map(resolve, leaf.needs)
-            array = leaf.materialize(*known) if leaf.needs else leaf
-            flat[path] = jax.device_get(structured.materialize(array))
-        yield name, flat
-        del flat
+        yield name, ahead.popleft().result()
         bar.update(sizes[name])
 
   # ---- the whole content -------------------------------------------------------------
 
-  def read(
+  def content(
     self,
     *,
     layers: range | None = None,
@@ -213,7 +209,7 @@ class Reader:
     if config is not None:
       buffers = {} if source is None else source.buffers
       if source is None and models.names.BUFFERS in self.records:
-        buffers = self.record(models.names.BUFFERS)[models.names.BUFFERS]
+        buffers = self.read(models.names.BUFFERS)[models.names.BUFFERS]
       return models.Model(structured.unflatten(flat), buffers, config)
     if self.is_plain:  # the tensors by name
       return flat
@@ -291,14 +287,6 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
   if isinstance(source, Reader):
     if source.manifest.message is not None:
       raise ValueError('a file of the preset paper cannot be a base')
-    source = types.SimpleNamespace(
-      config=source.config,
-      stored_as=None,
-      records=tuple(source.records),
-      specs=source.specs,
-      read=source.record,
-      fingerprint=source.fingerprint,
-    )
   elif not isinstance(source, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     source = sources.of(source)
     if isinstance(source, models.Model):

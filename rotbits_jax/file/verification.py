@@ -106,7 +106,7 @@ def _divergences(
   """Returns the KL divergence for random tokens, and the noise floor."""
   from rotbits_jax import evaluation  # optax and pictures are slow to import
 
-  model: Any = reader.read(show_progress=progress)
+  model: Any = reader.content(show_progress=progress)
   reference = checkpoints.load_checkpoint(against).model
   table = np.asarray(structured.materialize(reference.params['embed']['tokens']))
   usable = np.flatnonzero(np.isfinite(table).all(axis=1))
