@@ -32,6 +32,7 @@ _SMALL = 1 << 12  # numbers of parts that share a layout
 _RARE = 1 << 17  # an integer that is rarer than one in so many is an exception
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _RAISED_CLASSES = 32  # of a part that shares a step
+_OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
 _FINER_BYTES = 400  # that finer bins must save
@@ -245,8 +246,9 @@ class _Draft(NamedTuple):
 
 
 def _octave(drafts: Sequence[_Draft]) -> int:
-  """Returns the octave of the least class."""
-  return -(-min(x.lines.range[0] for x in drafts) // scales_lib.STEPS)
+  """Returns the octave of class 0; a lower scale may be that of an array of zeros."""
+  octaves = np.array([x.lines.range for x in drafts]) // scales_lib.STEPS
+  return max(int(octaves.min()), int(octaves.max()) - _OCTAVES)
 
 
 def _window(counts: np.ndarray, octave: int, layout: layouts.Floats) -> slice:
