@@ -126,9 +126,8 @@ def encode_to_file(
   if preset != 'near' or 'step' in options:
     raise ValueError("target_size finds the step of preset='near'")
   if jax.process_index() == 0:
-    elements = _encoder(source, base, preset, **options).elements
     write_at = lambda step, accepted: write(accepted, step=step)
-    estimate.write_within(target_size, elements, write_at)
+    estimate.write_within(target_size, write_at)
 
 
 @host.own_settings()

@@ -1,8 +1,8 @@
 """Coders of the arrays of a record, by their names in files.
 
-The coder of records is `coding.coder`. Another package registers its own:
+The coder of records is `coding.coder`. Another package adds its own:
 
-    coders.register(coders.RecordCoder('zstd', Spec, encode, decode))
+    coders.CODERS['zstd'] = coders.RecordCoder(Spec, encode, decode)
     rotbits_jax.encode(model, preset=presets.exact()._replace(coder='zstd'))
 """
 
@@ -24,27 +24,9 @@ class RecordCoder(NamedTuple):
   ValueError if the stream or an array is damaged.
   """
 
-  name: str
   spec: type[Any]
   encode: Callable[[Sequence[np.ndarray], Mapping[int, np.ndarray]], Any]
   decode: Callable[..., Any]
 
 
-CODERS: dict[str, RecordCoder] = {
-  'weights': RecordCoder('weights', specs.StreamSpec, coder.encode, coder.decode)
-}
-
-
-def register(coder: RecordCoder) -> RecordCoder:
-  """Registers a coder under its name, which no other may have."""
-  if coder.name in CODERS:
-    raise ValueError(f'a coder of the name {coder.name!r} exists already')
-  CODERS[coder.name] = coder
-  return coder
-
-
-def find(name: str) -> RecordCoder:
-  """Returns the coder of a name; a ValueError says that none was registered."""
-  if name not in CODERS:
-    raise ValueError(f'there is no coder of records of the name {name!r:.100}')
-  return CODERS[name]
+CODERS = {'weights': RecordCoder(specs.StreamSpec, coder.encode, coder.decode)}

@@ -167,7 +167,7 @@ class Decoder:
           index = leaf.arrays.index('differences')
           known[len(arrays) + index] = leaves[-1].known
         arrays += leaves[-1].arrays
-      decode = coders.find(entry.coder).decode
+      decode = coders.CODERS[entry.coder].decode
       with file.checked(name, entry.crc32) as data:
         decode(entry.stream_spec, data, out=arrays, known=known)
       return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}

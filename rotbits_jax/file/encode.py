@@ -1,6 +1,6 @@
 """Encodes a source: rewrites its records with a preset, codes them, and writes them.
 
-    source -> transforms of the preset -> writer -> container
+    source -> transforms of the preset -> `writer` -> container
 
 Records are rewritten while those before them are coded. A range of records can be
 encoded without the others, so that a shard is a job of its own, see `output`.
@@ -19,7 +19,9 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import msgspec
 import numpy as np
+from zlib_ng import zlib_ng
 
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -30,6 +32,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
+from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import sources
@@ -41,9 +44,6 @@ from rotbits_jax.system import schema
 
 _Batch = tuple[list[passes.Record], Any]
 """Records, and the state of the transform after them."""
-
-_Coded = tuple['list[tuple[str, futures.Future[writer_lib.EncodedRecord]]]', Any]
-"""The same while they are coded: the name and the future of each record."""
 
 
 class Encoder:
@@ -65,8 +65,8 @@ class Encoder:
   ):
     """Checks, before the work, that the preset suits the source; see `api.encode`."""
     self.can_be_divided = preset.coder != paper.CODER
-    if self.can_be_divided:
-      coders.find(preset.coder)
+    if self.can_be_divided and preset.coder not in coders.CODERS:
+      raise ValueError(f'there is no coder of the name {preset.coder!r}')
     if preset.rounding is None and isinstance(source, models.Model):
       source = source.rounded()  # other presets round at the end
     self.source, self.preset, self.base = source, preset, base
@@ -77,18 +77,19 @@ class Encoder:
       self._check_base(base)
     self._records: Any = self._recipe or source
     self._check_content()
-    self._context = self._made_context()
+    self._context = None
+    if source.config is not None:
+      self._context = passes.make_context(self._records)
+    elif preset.keeps == 'function':
+      reason = getattr(source, 'reason', None)
+      raise checkpoints.UnsupportedError(
+        f'{f"{reason}; " if reason else ""}the preset {preset.name!r} needs a model of '
+        'a known family; the presets exact and near store plain arrays'
+      )
     if not self.can_be_divided:
       # The context is made of its config.
       paper.refuse(self._records)
-    dtypes = self._context.dtypes if self._context else {}
-    specs, names = self._records.specs, self._records.records
-    self.counts = {name: _counts(specs(name), dtypes) for name in names}
-
-  @property
-  def elements(self) -> int:
-    """How many elements the source has."""
-    return sum(counts.elements for counts in self.counts.values())
+    self.counts = {name: self._count(name) for name in self._records.records}
 
   def nbytes(self, records: Sequence[str]) -> int:
     """Returns the bytes of records before they are coded."""
@@ -128,49 +129,38 @@ class Encoder:
     If the state of the transform before them is not given, the layers before them are
     gone through. The result is the state after them.
     """
-    is_last, preset = records[-1:] == tuple(self.counts)[-1:], self.preset
-    streams = list(records)
+    is_last = records[-1:] == tuple(self.counts)[-1:]
+    files, headers = (self._files, self._headers) if is_last else ({}, {})
+    names = list(records)
     if not self.can_be_divided:
       records = [name for name in records if name == models.names.BUFFERS]
-      streams = [*paper.STREAMS, *records]
-    writer = writer_lib.FileWriter(
-      file,
-      streams,
-      files=self._files if is_last else {},
-      headers=self._headers if is_last else {},
-      preset=preset.name,
-      options=preset.options,
-      keeps=preset.keeps,
-      config=self.source.config,
-      stem=self._stem,
-      dtypes=self._dtypes(),
-    )
+      names = [*paper.STREAMS, *records]
+    names += [f'{manifest_lib.FILES}{name}' for name in files]
+    names += [f'{manifest_lib.HEADERS}{name}' for name in headers]
+    streams = container.StreamWriter(file, names)
     bar.stage('reading, compiling')
-    if not self.can_be_divided:
-      self._write_message(writer, bar)
-    for coded, reached in self._coded(records, state):
-      bar.stage('encoding')
-      for name, encoded in coded:
-        writer.add(*encoded.result())
-        bar.update(self.counts[name].bytes)
-      state = reached
-    writer.finish()
+    message = None if self.can_be_divided else self._write_message(streams, bar)
+    entries, state = self._write_records(streams, records, bar, state)
+    try:
+      data = manifest_lib.Manifest(
+        preset=self.preset.name,
+        options=self.preset.options,
+        keeps=self.preset.keeps,
+        config=self.source.config,
+        stem=self._stem,
+        records=tuple(entries),
+        message=message,
+        files=_write_files(streams, manifest_lib.FILES, files),
+        headers=_write_files(streams, manifest_lib.HEADERS, headers),
+        dtypes=self._dtypes(),
+      ).to_bytes()
+    except ValueError as error:  # a reader would refuse it
+      raise ValueError(f'the model cannot be stored: {error}') from error
+    streams.finish(data)
+    file.flush()
     return state
 
   # ---- checks ------------------------------------------------------------------------
-
-  def _made_context(self) -> passes.Context | None:
-    """Returns the context of the transform; None for arrays of no known family."""
-    source: Any = self.source
-    if source.config is not None:
-      return passes.make_context(self._records)
-    if self.preset.keeps == 'function':
-      reason = getattr(source, 'reason', None)
-      raise checkpoints.UnsupportedError(
-        f'{f"{reason}; " if reason else ""}the preset {self.preset.name!r} needs a '
-        'model of a known family; the presets exact and near store plain arrays'
-      )
-    return None
 
   def _find_recipe(self, base: base_lib.Base) -> recipe_lib.Recipe | None:
     """Returns the model as products with the base; None if it was not sliced from it.
@@ -196,11 +186,9 @@ class Encoder:
   def _check_base(self, base: base_lib.Base) -> None:
     """Checks that the preset keeps elements, and that the base has some arrays."""
     if self.preset.keeps != 'bits' or not self.can_be_divided:
-      free = self.preset.name == 'free'
-      why = ', because the model was not sliced from it' if free else ''
       raise ValueError(
-        f'the preset {self.preset.name!r} takes no {"such " if free else ""}base{why}; '
-        'the preset exact does'
+        f'the preset {self.preset.name!r} takes no such base: exact takes any, and '
+        'free the dense model that a sliced one was sliced from'
       )
     specs = map(self.source.specs, self.source.records)
     base.check_shares([path for record in specs for path in structured.flatten(record)])
@@ -226,6 +214,19 @@ class Encoder:
 
   # ---- records -----------------------------------------------------------------------
 
+  def _count(self, name: str) -> manifest_lib.Counts:
+    """Returns the elements and bytes of a record, after it is rounded."""
+    dtypes = self._context.dtypes if self._context else {}
+    elements = nbytes = 0
+    for path, leaf in structured.flatten(self._records.specs(name)).items():
+      count = structured.count_elements(leaf)
+      elements += count
+      if path in dtypes:
+        nbytes += count * dtypes[path].itemsize
+      else:
+        nbytes += structured.count_bytes(leaf)
+    return manifest_lib.Counts(elements, nbytes)
+
   def _dtypes(self) -> dict[str, str]:
     """Returns the dtypes of parameters that are float32 only in the file."""
     context, rounding = self._context, self.preset.rounding
@@ -240,38 +241,28 @@ class Encoder:
 
   def _batches(self, names: Sequence[str], state: Any) -> Iterator[_Batch]:
     """Yields records; others than those in `names` may come, too."""
-    bases: list[str] = []
+    others, order = list(names), list(self.counts)
     if self._context is not None:
       layers = [i for x in names if (i := models.names.layer_index(x)) is not None]
-      outer = any(x in models.outer_shapes(self._context.config) for x in names)
-      bases = [x for x in names if models.names.subspace_index(x) is not None]
       end = self._context.config.num_layers
-      if layers or outer:
-        for batch, reached in passes.rewrite(
-          self._context,
-          self.preset.transform,
-          rounding=self.preset.rounding,
-          layers=range(layers[0], layers[-1] + 1) if layers else range(end, end),
-          state=state,
-          outer=outer,
-        ):
-          state = reached
-          yield self._with_bases(batch, bases), state
-      names = [name for name in names if name == models.names.BUFFERS]
-    for name in (*bases, *names):
+      outer_shapes = models.outer_shapes(self._context.config)
+      is_basis = lambda name: models.names.subspace_index(name) is not None
+      others = [x for x in names if is_basis(x) or x == models.names.BUFFERS]
+      for batch, reached in passes.rewrite(
+        self._context,
+        self.preset.transform,
+        rounding=self.preset.rounding,
+        layers=range(layers[0], layers[-1] + 1) if layers else range(end, end),
+        state=state,
+        outer=any(x in outer_shapes for x in names),
+      ):
+        state, last = reached, order.index(batch[-1].name)
+        before = [name for name in others if order.index(name) < last]
+        others = others[len(before) :]
+        batch[:0] = map(self._record, before)
+        yield batch, state
+    for name in others:
       yield [self._record(name)], state
-
-  def _with_bases(
-    self, batch: list[passes.Record], bases: list[str]
-  ) -> list[passes.Record]:
-    """Returns a batch with the bases that come before its layers; takes them away."""
-    places = {name: i for i, name in enumerate(self.counts)}
-    records = []
-    for record in batch:
-      while bases and places[bases[0]] < places[record.name]:
-        records.append(self._record(bases.pop(0)))
-      records.append(record)
-    return records
 
   def _record(self, name: str) -> passes.Record:
     """Returns a record that no transform rewrites."""
@@ -283,33 +274,43 @@ class Encoder:
       params = structured.unflatten(flat)
     return passes.Record(name, params, [])
 
-  def _coded(self, names: Sequence[str], state: Any) -> Iterator[_Coded]:
-    """Codes records while the next ones are rewritten; see `write` for the state."""
-    ahead = collections.deque[_Coded]()
+  def _write_records(
+    self,
+    streams: container.StreamWriter,
+    names: Sequence[str],
+    bar: progress_lib.Progress,
+    state: Any,
+  ) -> tuple[list[manifest_lib.RecordEntry], Any]:
+    """Writes records while the next ones are rewritten; see `write` for the state."""
+    entries: list[manifest_lib.RecordEntry] = []
+    ahead = collections.deque[list[futures.Future[writer_lib.EncodedRecord]]]()
+
+    def append() -> None:
+      bar.stage('encoding')
+      for job in ahead.popleft():
+        entry, data = job.result()
+        _, crc32 = streams.append(entry.name, data)
+        entries.append(msgspec.structs.replace(entry, crc32=crc32))
+        bar.update(entry.input.bytes)
+
     with pool.record_jobs() as start:
       for batch, reached in self._batches(names, state):
-        resolve, records = self._resolver(batch), []
+        state, resolve, jobs = reached, self._resolver(batch), []
+        size = self.nbytes([x.name for x in batch if x.name in names])
         while batch:
           record = batch.pop(0)  # its memory is freed when it is coded
           if record.name in names:
-            job = functools.partial(
-              writer_lib.encode_record,
-              record,
-              self.counts[record.name],
-              resolve,
-              self.preset.coder,
-              self._recipe or self.base,
-            )
-            records.append((record.name, start(job)))
-            del job
+            counts, known = self.counts[record.name], self._recipe or self.base
+            arguments = record, counts, resolve, self.preset.coder, known
+            jobs.append(start(functools.partial(writer_lib.encode_record, *arguments)))
+            del arguments
           del record
-        ahead.append((records, reached))
-        size = self.nbytes([name for name, _ in records])
-        del records
+        ahead.append(jobs)
         while len(ahead) > (0 if size >= memory.LARGE else 1):
-          yield ahead.popleft()
+          append()
       while ahead:
-        yield ahead.popleft()
+        append()
+    return entries, state
 
   def _resolver(self, batch: Sequence[passes.Record]) -> writer_lib.Resolve:
     """Returns the function that finds the parameters that leaves of a batch need."""
@@ -320,29 +321,46 @@ class Encoder:
     needed = {path: leaf for path, leaf in flat.items() if path in needs}
 
     def resolve(path: str) -> Any:
-      if path in needed:
-        return structured.materialize(needed[path])
-      if self._context is not None:
-        raise ValueError(f'the leaf needs {path}, which is not beside it')
-      return sources.array_of(self.source, path)
+      name = path.partition('/')[0]
+      leaves = needed
+      if path not in needed and self._context is None and name in self.source.records:
+        leaves = structured.flatten(self.source.read(name))
+      if path not in leaves:
+        raise ValueError(f'the leaf needs {path}, which is missing')
+      return structured.materialize(leaves[path])
 
     return resolve
 
   def _write_message(
-    self, writer: writer_lib.FileWriter, bar: progress_lib.Progress
-  ) -> None:
+    self, streams: container.StreamWriter, bar: progress_lib.Progress
+  ) -> manifest_lib.MessageEntry:
     """Writes the whole model as one message."""
     options = schema.load(paper.Options, self.preset.options, 'options')
     encoded = paper.encode(self._records, options, progress=not bar.disable)
     names = [name for name in self.counts if name != models.names.BUFFERS]
     elements, nbytes = sum(self.counts[x].elements for x in names), self.nbytes(names)
-    writer.add_message(
-      encoded.streams,
+    bar.update(nbytes)
+    return manifest_lib.MessageEntry(
+      streams={
+        name: manifest_lib.Stream(*streams.append(name, words))
+        for name, words in encoded.streams.items()
+      },
       layout=encoded.layout,
       input=manifest_lib.Counts(elements, nbytes),
       savings=(manifest_lib.SavingEntry(*encoded.saving),),
     )
-    bar.update(nbytes)
+
+
+def _write_files(
+  streams: container.StreamWriter, prefix: str, contents: Mapping[str, bytes]
+) -> dict[str, manifest_lib.Deflated]:
+  """Writes files as zlib streams, whose names begin with a prefix."""
+  entries = {}
+  for name, data in contents.items():
+    packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
+    stream = streams.append(f'{prefix}{name}', packed)
+    entries[name] = manifest_lib.Deflated(*stream, size=len(data))
+  return entries
 
 
 def _rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
@@ -356,16 +374,3 @@ def _rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
   wide = jnp.asarray(leaf, jnp.float32)
   rounded, _ = passes.round_leaf(wide, dtype, log2_step, uniform=True)
   return structured.astype(passes.narrowed(jax.device_get(rounded)), dtype)
-
-
-def _counts(specs: models.Params, dtypes: Mapping[str, np.dtype]) -> Any:
-  """Returns the elements and bytes of a record; `dtypes` are those of its rounding."""
-  elements = nbytes = 0
-  for path, leaf in structured.flatten(specs).items():
-    count = structured.count_elements(leaf)
-    elements += count
-    if path in dtypes:
-      nbytes += count * dtypes[path].itemsize
-    else:
-      nbytes += structured.count_bytes(leaf)
-  return manifest_lib.Counts(elements, nbytes)

@@ -200,7 +200,7 @@ class RecordEntry(schema.Object, kw_only=True):
   @functools.cached_property
   def stream_spec(self) -> specs.StreamSpec:
     """The description of the stream."""
-    return schema.load(coders.find(self.coder).spec, self.spec)
+    return schema.load(coders.CODERS[self.coder].spec, self.spec)
 
   @functools.cached_property
   def leaf_specs(self) -> list[tuple[Leaf, list[specs.ArraySpec]]]:

@@ -64,22 +64,19 @@ class Plan:
     """
     check_path(path, shard_size, inputs=inputs, overwrite=overwrite)
     self._encoder, self._target = encoder, outputs.resolved(path)
+    self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
     self._has_index = shard_size is not None
     if not self._has_index:
       self.shards = {self._target.name: tuple(encoder.counts)}
       self._staging = outputs.staging(self._target)
-    elif encoder.can_be_divided:
-      sizes = {name: counts.bytes for name, counts in encoder.counts.items()}
-      self.shards = outputs.divided(sizes, shard_size, 'model', '.rotbits')
-      digest = encoder.fingerprint()[:16]
-      self._staging = self._target.parent / f'.{self._target.name}.{digest}.partial'
-    else:
-      raise ValueError(
-        f'the preset {encoder.preset.name!r} writes one message, which cannot be in '
-        'shards'
-      )
-    self._names = [*self.shards]
-    self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
+      return
+    if not encoder.can_be_divided:
+      name = encoder.preset.name
+      raise ValueError(f'{name!r} writes one message, which cannot be in shards')
+    sizes = {name: counts.bytes for name, counts in encoder.counts.items()}
+    self.shards = outputs.divided(sizes, shard_size, 'model', '.rotbits')
+    digest = encoder.fingerprint()[:16]
+    self._staging = self._target.parent / f'.{self._target.name}.{digest}.partial'
 
   def __len__(self) -> int:
     """Returns the number of files."""
@@ -87,8 +84,7 @@ class Plan:
 
   def encode(self, index: int, bar: progress_lib.Progress | None = None) -> None:
     """Encodes a shard, from 0, unless a run has done so before."""
-    name = self._names[index]
-    records = self.shards[name]
+    name, records = [*self.shards.items()][index]
     bar = bar or progress_lib.Progress('encode', 0, 'B', show=False)
     if self._encoder.preset.resumable and (self._staging / name).exists():
       bar.update(self._encoder.nbytes(records))
@@ -148,17 +144,17 @@ class Plan:
     Returns:
       The bytes of all files.
     """
-    process = jax.process_index() if self._has_index else 0
-    processes = jax.process_count() if self._has_index and accepted is None else 1
-    indices = range(process, len(self), processes)
-    records = [x for i in indices for x in self.shards[self._names[i]]]
-    size = self._encoder.nbytes(records)
+    process, processes = 0, 1
+    if self._has_index and accepted is None:
+      process, processes = jax.process_index(), jax.process_count()
+    shards = [*self.shards.values()][process::processes]
+    size = sum(map(self._encoder.nbytes, shards))
     with contextlib.ExitStack() as stack:
       if not self._has_index:  # half a file is of no use
         stack.enter_context(outputs.fresh(self._staging))
       bar = progress_lib.Progress('encode', size, 'B', show=progress)
       stack.enter_context(bar)
-      for index in indices:
+      for index in range(process, len(self), processes):
         self.encode(index, bar)
       while process and self._staging.exists():
         time.sleep(_PAUSE)
@@ -198,17 +194,34 @@ def check_path(
 def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None:
   """Checks, before the work, that no file of an input is replaced.
 
+  The files of a checkpoint are those in its folder, but for results of earlier runs:
+  encoded files and pages.
+
   Args:
     targets: the files that are written, if they exist.
     inputs: paths of checkpoints and encoded files; opened checkpoints and files, with
       the bases of these; or lists of inputs. Those in memory are ignored.
   """
-  paths = _input_paths([*inputs])
-  for target in filter(os.path.exists, targets):
-    named = pathlib.Path(os.path.realpath(target.parent), target.name)
-    for path in paths:
-      if any(_belongs(place, path) for place in {named, outputs.resolved(target)}):
+  written = [
+    (target, file)
+    for target in filter(os.path.exists, targets)
+    # A name in a cache of the Hub is a link to a file elsewhere.
+    for file in {_folder_of(target) / target.name, outputs.resolved(target)}
+  ]
+  for path in _input_paths([*inputs]):
+    real, is_encoded = outputs.resolved(path), shards_lib.is_encoded(path)
+    is_folder = real.is_dir() or real.name == shards_lib.INDEX or not is_encoded
+    folder = real if real.is_dir() else _folder_of(pathlib.Path(path))
+    for target, file in written if real.exists() else ():
+      is_result = file.suffix == '.html' or shards_lib.is_encoded(file)
+      is_member = is_folder and file.parent == folder
+      if file == real or (is_member and (is_encoded or not is_result)):
         raise ValueError(f'{target}: it is a file of an input, {path}')
+
+
+def _folder_of(path: pathlib.Path) -> pathlib.Path:
+  """Returns the folder of a file, which may be a link to another folder."""
+  return pathlib.Path(os.path.realpath(path.parent))
 
 
 def _input_paths(value: Any) -> list[Path]:
@@ -217,30 +230,6 @@ def _input_paths(value: Any) -> list[Path]:
     value = value.inputs
   if type(value) in (list, tuple):  # but no Checkpoint, whose stem is no path
     return [path for part in value for path in _input_paths(part)]
-  if isinstance(value, checkpoints.PlainFiles) and value.path is not None:
-    return [value.path.parent, value.path]
-  if isinstance(value, checkpoints.CheckpointReader):
+  if isinstance(value, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     value = value.path
   return [value] if isinstance(value, str | os.PathLike) else []
-
-
-def _belongs(file: pathlib.Path, path: Path) -> bool:
-  """Returns whether a file that exists belongs to the input at a path.
-
-  Results of earlier runs (encoded files, pages, and decoded checkpoints in sub-folders)
-  do not belong to the checkpoint in whose folder they are.
-  """
-  real = outputs.resolved(path)
-  if file == real or not real.exists():
-    return file == real
-  if shards_lib.is_encoded(path):
-    return file.parent == (real.parent if real.name == shards_lib.INDEX else real)
-  if shards_lib.is_result(file) or file.suffix == '.html':
-    return False
-  parent = path if real.is_dir() else os.path.dirname(path)
-  folder = pathlib.Path(os.path.realpath(parent))
-  links = [x for x in folder.iterdir() if x.is_symlink()]  # as in a cache of the Hub
-  if file.parent == folder or file in map(outputs.resolved, links):
-    return True
-  is_within = real.is_dir() and file.is_relative_to(folder)
-  return is_within and not (file.parent / 'config.json').exists()

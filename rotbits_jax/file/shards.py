@@ -21,10 +21,6 @@ INDEX = 'model.rotbits.index.json'
 
 _MOST_INDEX = 1 << 25  # bytes
 
-# A file with such a suffix belongs to a checkpoint, even if it is damaged and cannot be
-# read as one.
-_CHECKPOINT_SUFFIXES = ('.bin', '.json', '.pt', '.safetensors')
-
 
 class Metadata(schema.Object):
   """The bytes of all shards, and the CRC-32 of the manifest of each, by its name."""
@@ -95,25 +91,13 @@ def is_encoded(path: str | os.PathLike[str]) -> bool:
   place = pathlib.Path(path)
   if not place.is_file():
     return (place / INDEX).is_file()
-  return place.name == INDEX or _is_result(
-    place, place.suffix not in _CHECKPOINT_SUFFIXES
-  )
+  try:
+    container.StreamReader(place)
+  except ContainerError:  # it may be damaged
+    return place.name == INDEX or place.suffix == '.rotbits'
+  return True
 
 
 def is_of_set(name: str) -> bool:
   """Returns whether a file in a folder of shards has a name of the set."""
   return name == INDEX or fnmatch.fnmatch(name, 'model-*-of-*.rotbits')
-
-
-def _is_result(path: pathlib.Path, if_damaged: bool) -> bool:
-  """Returns whether a file is an encoded file; else what a damaged one counts for."""
-  try:
-    container.StreamReader(path)
-  except ContainerError:
-    return if_damaged
-  return True
-
-
-def is_result(path: pathlib.Path) -> bool:
-  """Returns whether a file that exists is an encoded file or an index of shards."""
-  return path.name == INDEX or _is_result(path, '.rotbits' in path.suffixes)

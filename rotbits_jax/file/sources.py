@@ -4,7 +4,7 @@ A source has records, which are read one at a time. Those of a model are those o
 `models.names`; every key of the outermost level of a PyTree is a record.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import hashlib
 import json
@@ -22,9 +22,6 @@ from rotbits_jax.system import checksums
 
 Tree = dict[str, Any]
 
-# The bits of a byte that numbers of these dtypes use.
-_USED_BITS = {'int2': 3, 'uint2': 3, 'int4': 15, 'uint4': 15}
-
 
 def of(value: Any) -> passes.Source:
   """Returns the source of a model, a checkpoint (its path, or opened), or a PyTree."""
@@ -32,12 +29,11 @@ def of(value: Any) -> passes.Source:
     return checkpoints.open_any(value)
   source: Any = value.model if isinstance(value, checkpoints.Checkpoint) else value
   if isinstance(source, models.Model):
-    return dataclasses.replace(
-      source, params=native(source.params), buffers=native(source.buffers)
-    )
+    params, buffers = map(_native, (source.params, source.buffers))
+    return dataclasses.replace(source, params=params, buffers=buffers)
   if isinstance(source, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     return source
-  return TreeRecords(native(to_dicts(source)))
+  return TreeRecords(_native(to_dicts(source)))
 
 
 def plain(source: passes.Source, path: Any) -> passes.Source:
@@ -54,34 +50,15 @@ def plain(source: passes.Source, path: Any) -> passes.Source:
   return checkpoints.open_plain(path if is_path else source.path)
 
 
-def native(tree: Any) -> Any:
-  """Returns a PyTree whose arrays have the bits that those of JAX would have.
+def _native(tree: Any) -> Any:
+  """Returns a PyTree whose NumPy arrays have the byte order of this machine."""
 
-  Their bytes are in the order of this machine, and those of short integers have zeros
-  for the bits that say nothing. NumPy keeps what others have put there.
-  """
-  return structured.map_leaves(lambda leaf: jax.tree.map(_native_array, leaf), tree)
-
-
-def _native_array(array: Any) -> Any:
-  """Returns an array, see `native`."""
-  if not isinstance(array, np.ndarray):
-    return array
-  if not array.dtype.isnative:
+  def native_array(array: Any) -> Any:
+    if not isinstance(array, np.ndarray) or array.dtype.isnative:
+      return array
     return array.astype(array.dtype.newbyteorder('='))
-  used = _USED_BITS.get(array.dtype.name)
-  if used is None or (array.view(np.uint8) <= used).all():
-    return array
-  return (array.view(np.uint8) & used).view(array.dtype)
 
-
-def array_of(source: passes.Source, path: str) -> Any:
-  """Returns the array of a parameter, which other parameters may need."""
-  record = path.partition('/')[0]
-  flat = structured.flatten(source.read(record)) if record in source.records else {}
-  if path not in flat:
-    raise ValueError(f'{path} is needed, but missing')
-  return structured.materialize(flat[path])
+  return structured.map_leaves(lambda leaf: jax.tree.map(native_array, leaf), tree)
 
 
 def fingerprint(source: Any) -> str:
@@ -124,39 +101,37 @@ def to_dicts(tree: Any) -> Tree:
   may be empty. A ValueError says that a leaf is no array, that keys cannot be told
   apart, or that the tree is an array itself.
   """
-  nested = _to_dicts(tree, '', _array)
+  nested = _to_dicts(tree, '')
   if not isinstance(nested, dict):
     raise ValueError('expected a dict or a sequence at the top level')
   return nested
 
 
-def _to_dicts(tree: Any, where: str, leaf: Callable[[Any, str], Any]) -> Any:
-  """Returns a part of a PyTree as nested dicts; `leaf` gets every leaf and its path."""
+def _to_dicts(tree: Any, path: str) -> Any:
+  """Returns a part of a PyTree, at a path, as nested dicts."""
   if structured.is_structured(tree):
     return tree
   if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
-    children = list(tree.items())
+    children = list(tree.items())  # JAX would sort the keys
   else:
     pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
     if [keys for keys, _ in pairs] == [()]:
-      return leaf(tree, where.removesuffix('/'))
-    children = [(''.join(map(_key_name, keys)), child) for keys, child in pairs]
+      return _array(tree, path)
+    children = [(_path_of(keys), child) for keys, child in pairs]
   nested: Tree = {}
   for key, child in children:
     if not key or '/' in key or key in nested:
+      where = f'{path}/{key}' if path else key
       raise ValueError(
-        f'{where}{key!r}: keys must be different, not empty and without a slash'
+        f'{where!r}: keys must be different, not empty and without a slash'
       )
-    nested[key] = _to_dicts(child, f'{where}{key}/', leaf)
+    nested[key] = _to_dicts(child, f'{path}/{key}' if path else key)
   return nested
 
 
-def _key_name(key: Any) -> str:
-  """Returns the name of one step into a PyTree: of a dict, a sequence or a class."""
-  for name in ('key', 'idx', 'name'):
-    if hasattr(key, name):
-      return str(getattr(key, name))
-  raise ValueError(f'{key!r}: a key of this class has no name')
+def _path_of(keys: tuple[Any, ...]) -> str:
+  """Returns the path of a leaf, from JAX's keys of dicts, sequences and classes."""
+  return jax.tree_util.keystr(keys, simple=True, separator='/')
 
 
 def _array(leaf: Any, path: str) -> Any:
@@ -177,10 +152,6 @@ def _array(leaf: Any, path: str) -> Any:
   return leaf
 
 
-def _spec(leaf: Any, path: str) -> Any:
-  return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _array(leaf, path)
-
-
 def unflatten_like(like: Any, leaves: Tree) -> Any:
   """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
 
@@ -192,24 +163,25 @@ def unflatten_like(like: Any, leaves: Tree) -> Any:
     leaves: the leaves.
   """
   flat = structured.flatten(leaves)
-  expected = structured.flatten(_to_dicts(like, '', _spec))
+  pairs, treedef = jax.tree_util.tree_flatten_with_path(
+    like, is_leaf=structured.is_structured
+  )
+  expected = {_path_of(keys): leaf for keys, leaf in pairs}
   if wrong := sorted(expected.keys() ^ flat.keys()):
     raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
   for path, leaf in expected.items():
-    of_like, of_file = (structured.stack_key(_in_file(x)) for x in (leaf, flat[path]))
+    of_like, of_file = (
+      structured.stack_key(_in_file(x, path)) for x in (leaf, flat[path])
+    )
     if of_like != of_file:
       raise ValueError(f'{path}: `like` has {of_like[1:3]}, the file {of_file[1:3]}')
-  treedef = jax.tree.structure(like, is_leaf=structured.is_structured)
-  numbered = jax.tree.unflatten(treedef, range(len(expected)))
-  numbers = structured.flatten(_to_dicts(numbered, '', lambda leaf, _: leaf))
-  paths = sorted(numbers, key=lambda path: numbers[path])
-  return jax.tree.unflatten(treedef, [flat[path] for path in paths])
+  return jax.tree.unflatten(treedef, [flat[path] for path in expected])
 
 
-def _in_file(leaf: Any) -> Any:
+def _in_file(leaf: Any, path: str) -> Any:
   """Returns the spec of an array for a structured leaf that files do not give back."""
-  if structured.is_structured(leaf) and (
-    leaf.origin.is_in_files or isinstance(leaf, structured.UniformlyQuantized)
-  ):
+  if not structured.is_structured(leaf):
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _array(leaf, path)
+  if leaf.origin.is_in_files or isinstance(leaf, structured.UniformlyQuantized):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
   return leaf

@@ -17,10 +17,3 @@ def of_bytes(count: float) -> str:
       return f'{count:.3g} {unit}'
     count /= 1000
   return f'{count:,.3g} TB'
-
-
-def of_seconds(count: float) -> str:
-  """Returns about how long something takes, like '7 s', '3 min' or '2.5 h'."""
-  if count < 90:
-    return f'{max(count, 1):.0f} s'
-  return f'{count / 60:.0f} min' if count < 5400 else f'{count / 3600:.1f} h'
