@@ -15,8 +15,8 @@ import pytest
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
+from rotbits_jax.file import encode
 from rotbits_jax.file import shards
-from rotbits_jax.file import writer
 from tests import random_models
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def write(path, source=TREE, **options):
 @contextlib.contextmanager
 def coded(killed_at=None):
   """Yields a list of the records that are coded; one ends the process, as it were."""
-  names, encode_record = [], writer.encode_record
+  names, encode_record = [], encode.encode_record
 
   def noted(record, *args):
     names.append(record.name)
@@ -50,7 +50,7 @@ def coded(killed_at=None):
       raise KeyboardInterrupt
     return encode_record(record, *args)
 
-  with mock.patch.object(writer, 'encode_record', noted):
+  with mock.patch.object(encode, 'encode_record', noted):
     if killed_at is None:
       yield names
     else:

@@ -15,7 +15,7 @@ from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.file import writer
+from rotbits_jax.file import encode
 from rotbits_jax.relative import fit
 from rotbits_jax.relative import products
 from rotbits_jax.structured import subspaces
@@ -56,7 +56,7 @@ def stream_bytes(data):
 
 def forms(data):
   """How each parameter is stored, by path."""
-  notes = rotbits_jax.inspect(data).notes[writer.BESIDE]
+  notes = rotbits_jax.inspect(data).notes[encode.BESIDE]
   return {note['tensor']: (note['form'], note.get('product')) for note in notes}
 
 
@@ -112,17 +112,17 @@ def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
     found = rotbits_jax.decode(exact, base=dense)
     assert structured.same_bits(found.params, model.params)
   identity = products.Product(kind='shortcut', segments=(1, 2))
-  encode = writer.encode_record
+  encode_record = encode.encode_record
 
   def hostile(*args):
-    entry, data = encode(*args)
+    entry, data = encode_record(*args)
     others = tuple(
       msgspec.structs.replace(x, product=identity) if x.path == 'head/kernel' else x
       for x in entry.leaves
     )
     return msgspec.structs.replace(entry, leaves=others), data
 
-  monkeypatch.setattr(writer, 'encode_record', hostile)
+  monkeypatch.setattr(encode, 'encode_record', hostile)
   data = rotbits_jax.encode(model, base=dense, preset='free')
   with pytest.raises(file.ContainerError, match='not the shape of the identity'):
     rotbits_jax.decode(data, base=dense)

@@ -11,7 +11,7 @@ import pytest
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
-from rotbits_jax.file import writer
+from rotbits_jax.file import encode
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 NAME = 'llama-tiny-sliced-head-0.25'
@@ -79,7 +79,7 @@ def test_damage_that_the_header_does_not_show(stream):
 
 
 def test_a_file_that_decodes_to_something_else_never_appears(tmp_path, monkeypatch):
-  output, real = tmp_path / 'model.rotbits', writer.encode_record
+  output, real = tmp_path / 'model.rotbits', encode.encode_record
 
   def encode_record(record, *args):
     flat = structured.flatten(record.params)
@@ -87,7 +87,7 @@ def test_a_file_that_decodes_to_something_else_never_appears(tmp_path, monkeypat
       flat['layers.1/mlp/up/kernel'] = -flat['layers.1/mlp/up/kernel']
     return real(record._replace(params=structured.unflatten(flat)), *args)
 
-  monkeypatch.setattr(writer, 'encode_record', encode_record)
+  monkeypatch.setattr(encode, 'encode_record', encode_record)
   output.write_text('the old file')
   with pytest.raises(rotbits_jax.ContainerError, match='mlp/up/kernel: differs'):
     rotbits_jax.encode_to_file(TESTDATA / NAME, output, preset='exact', check=True)

@@ -8,8 +8,8 @@ manifest      describes the content of a file, and checks the description
 shards        divides a model among several files, with an index
 coders        finds the coder of records by its name
 
-In: sources (models, opened checkpoints and PyTrees) -> encode (rewrites records) ->
-writer (codes them) -> output (a file, or a folder of shards, that appears at once).
+In: sources (models, opened checkpoints and PyTrees) -> encode (rewrites records, and
+codes them) -> output (a file, or a folder of shards, that appears at once).
 `estimate` tells sizes before.
 
 Out: reader -> decode (records to leaves, within `memory`) -> stacks (a model) ->

@@ -1,13 +1,13 @@
 """Encodes a source: rewrites its records with a preset, codes them, and writes them.
 
-    source -> transforms of the preset -> `writer` -> container
+    source -> transforms of the preset -> records -> container
 
 Records are rewritten while those before them are coded. A range of records can be
 encoded without the others, so that a shard is a job of its own, see `output`.
 """
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 import functools
 import hashlib
@@ -36,11 +36,25 @@ from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import sources
-from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import entries as entries_lib
+from rotbits_jax.relative import measure
+from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
+from rotbits_jax.structured import difference
+from rotbits_jax.system import checksums
+from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
+
+Resolve = Callable[[str], Any]
+"""Takes the path of a parameter; returns its array."""
+
+EncodedRecord = tuple[manifest_lib.RecordEntry, np.ndarray]
+"""A record's entry in the manifest, without the checksum of its stream; the stream."""
+
+BESIDE = 'beside a base'
+"""The name of the saving of a base."""
 
 _Batch = tuple[list[passes.Record], Any]
 """Records, and the state of the transform after them."""
@@ -73,8 +87,6 @@ class Encoder:
     self._files, self._stem = dict(files or {}), stem
     self._headers = source.headers if isinstance(source, checkpoints.PlainFiles) else {}
     self._recipe = None if base is None else self._find_recipe(base)
-    if base is not None and self._recipe is None:
-      self._check_base(base)
     self._records: Any = self._recipe or source
     self._check_content()
     self._context = None
@@ -166,32 +178,28 @@ class Encoder:
     """Returns the model as products with the base; None if it was not sliced from it.
 
     The transforms of the preset are left out then, because they would choose other
-    coordinates.
+    coordinates. Without a recipe the base must have some arrays of the model.
     """
     preset, is_exact = self.preset, self.preset.keeps == 'bits'
     takes = preset.resumable and (is_exact or preset.name == 'free')
-    if not takes or not recipe_lib.suits(self.source, base):
-      return None
-    recipe = recipe_lib.Recipe(self.source, base, keeps_bits=is_exact)
-    if not recipe.is_related:
-      return None
-    transform = passes.chain()
-    if not is_exact and recipe.obstacle:
-      recipe = recipe_lib.Recipe(self.source, base, keeps_bits=True)
-      transform = passes.chain(passes.remove_residual_gauge())  # notes why it does not
-    rounding = None if is_exact else passes.NEAREST
-    self.preset = preset._replace(transform=transform, rounding=rounding)
-    return recipe
-
-  def _check_base(self, base: base_lib.Base) -> None:
-    """Checks that the preset keeps elements, and that the base has some arrays."""
-    if self.preset.keeps != 'bits' or not self.can_be_divided:
+    if takes and recipe_lib.suits(self.source, base):
+      recipe = recipe_lib.Recipe(self.source, base, keeps_bits=is_exact)
+      if recipe.is_related:
+        transform = passes.chain()
+        if not is_exact and recipe.obstacle:
+          recipe = recipe_lib.Recipe(self.source, base, keeps_bits=True)
+          transform = passes.chain(passes.remove_residual_gauge())  # notes why not
+        rounding = None if is_exact else passes.NEAREST
+        self.preset = preset._replace(transform=transform, rounding=rounding)
+        return recipe
+    if not (is_exact and self.can_be_divided):
       raise ValueError(
-        f'the preset {self.preset.name!r} takes no such base: exact takes any, and '
-        'free the dense model that a sliced one was sliced from'
+        f'the preset {preset.name!r} takes no such base: exact takes any, and free the '
+        'dense model that a sliced one was sliced from'
       )
     specs = map(self.source.specs, self.source.records)
     base.check_shares([path for record in specs for path in structured.flatten(record)])
+    return None
 
   def _check_content(self) -> None:
     """Checks the names of streams, and the paths, dtypes and shapes of parameters."""
@@ -270,7 +278,7 @@ class Encoder:
     if self._context is None and rounding is not None:
       flat: dict[str, Any] = {path: {} for path in structured.empty_dicts(params)}
       for path, leaf in structured.flatten(params).items():
-        flat[path] = _rounded(rounding, path, leaf)
+        flat[path] = rounded(rounding, path, leaf)
       params = structured.unflatten(flat)
     return passes.Record(name, params, [])
 
@@ -283,7 +291,7 @@ class Encoder:
   ) -> tuple[list[manifest_lib.RecordEntry], Any]:
     """Writes records while the next ones are rewritten; see `write` for the state."""
     entries: list[manifest_lib.RecordEntry] = []
-    ahead = collections.deque[list[futures.Future[writer_lib.EncodedRecord]]]()
+    ahead = collections.deque[list[futures.Future[EncodedRecord]]]()
 
     def append() -> None:
       bar.stage('encoding')
@@ -302,7 +310,7 @@ class Encoder:
           if record.name in names:
             counts, known = self.counts[record.name], self._recipe or self.base
             arguments = record, counts, resolve, self.preset.coder, known
-            jobs.append(start(functools.partial(writer_lib.encode_record, *arguments)))
+            jobs.append(start(functools.partial(encode_record, *arguments)))
             del arguments
           del record
         ahead.append(jobs)
@@ -312,7 +320,7 @@ class Encoder:
         append()
     return entries, state
 
-  def _resolver(self, batch: Sequence[passes.Record]) -> writer_lib.Resolve:
+  def _resolver(self, batch: Sequence[passes.Record]) -> Resolve:
     """Returns the function that finds the parameters that leaves of a batch need."""
     flat: dict[str, Any] = {}
     for record in batch:
@@ -321,9 +329,8 @@ class Encoder:
     needed = {path: leaf for path, leaf in flat.items() if path in needs}
 
     def resolve(path: str) -> Any:
-      name = path.partition('/')[0]
-      leaves = needed
-      if path not in needed and self._context is None and name in self.source.records:
+      leaves, name = needed, path.partition('/')[0]
+      if path not in needed and name in self.source.records:
         leaves = structured.flatten(self.source.read(name))
       if path not in leaves:
         raise ValueError(f'the leaf needs {path}, which is missing')
@@ -363,14 +370,116 @@ def _write_files(
   return entries
 
 
-def _rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
-  """Rounds a matrix of no known model to a step by its root mean square."""
+def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
+  """Rounds a matrix to a step by its root mean square; returns other leaves."""
   dtype = np.dtype(leaf.dtype)
   is_float = dtype in (np.float16, ml_dtypes.bfloat16, np.float32)
-  log2_step = rounding.log2_step(path, dtype)
   is_matrix = structured.is_plain(leaf) and passes.is_matrix(leaf)
-  if log2_step is None or not is_float or not is_matrix:
+  log2_step = rounding.log2_step(path, dtype) if is_float and is_matrix else None
+  if log2_step is None:
     return leaf
   wide = jnp.asarray(leaf, jnp.float32)
-  rounded, _ = passes.round_leaf(wide, dtype, log2_step, uniform=True)
-  return structured.astype(passes.narrowed(jax.device_get(rounded)), dtype)
+  multiples, _ = passes.round_leaf(wide, dtype, log2_step, rounding.uniform)
+  return structured.astype(passes.narrowed(jax.device_get(multiples)), dtype)
+
+
+# ---- one record -------------------------------------------------------------------
+
+
+def encode_record(
+  record: passes.Record,
+  counts: manifest_lib.Counts,
+  resolve: Resolve,
+  coder: str,
+  base: base_lib.Base | recipe_lib.Recipe | None = None,
+) -> EncodedRecord:
+  """Codes a record, which had these counts before it was rewritten.
+
+  A ValueError names a parameter that cannot be stored.
+  """
+  leaves: list[manifest_lib.Leaf] = []
+  arrays: list[np.ndarray] = []
+  known: dict[int, np.ndarray] = {}
+  params = structured.flatten(record.params)
+  beside = {} if base is None else base.beside(params, resolve)
+  savings = [manifest_lib.SavingEntry(*x) for x in record.savings]
+  if base is not None:
+    savings.append(_saving(params, beside))
+  for path, leaf in params.items():
+    try:
+      entry, stored, classes = _stored(path, leaf, beside.get(path), resolve)
+    # A leaf that is stacked, or should be, raises any of these.
+    except (*manifest_lib.UNTRUSTED, ValueError) as error:
+      raise ValueError(f'{path}: it cannot be stored: {error}') from error
+    if classes is not None:
+      known[len(arrays) + entry.arrays.index('differences')] = classes
+    leaves.append(entry)
+    arrays += [host.contiguous(np.asarray(array)) for array in stored]
+  try:
+    encoded = coders.CODERS[coder].encode(arrays, known)
+    entry_of_record = manifest_lib.RecordEntry(
+      name=record.name,
+      nbytes=encoded.spec.nbytes,
+      crc32=0,
+      leaves=tuple(leaves),
+      coder=coder,
+      spec=schema.dump(encoded.spec),
+      input=counts,
+      savings=tuple(savings),
+      empty=tuple(structured.empty_dicts(record.params)),
+    )
+  except ValueError as error:
+    raise ValueError(f'{record.name}: it cannot be stored: {error}') from error
+  return entry_of_record, encoded.data
+
+
+def _stored(
+  path: str, leaf: Any, beside: base_lib.Beside | None, resolve: Resolve
+) -> tuple[manifest_lib.Leaf, list[np.ndarray], np.ndarray | None]:
+  """Returns the entry of a parameter, the arrays that store it, and their classes."""
+  known = crc32 = classes = None
+  if beside is not None:
+    measured, known, crc32 = beside
+    leaf, classes = measured.leaf, measured.classes
+  elif structured.is_structured(leaf):
+    if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
+      raise ValueError(
+        f'a leaf of type {leaf.type_name!r} cannot store all of this value'
+      )
+    if leaf.origin.is_in_files:
+      needed = list(map(resolve, leaf.needs))
+      crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
+      if isinstance(leaf, difference.Difference):
+        classes = measure.measured(leaf, *needed).classes
+  type_name, shape, dtype, stack_key = structured.stack_key(leaf)
+  if not type_name:
+    array = np.asarray(leaf).view(entries_lib.stored_dtype(dtype))
+    return manifest_lib.Leaf(path=path, shape=shape, dtype=dtype), [array], None
+  settings, arrays = leaf.stored()
+  entry = manifest_lib.Leaf(
+    path=path,
+    shape=shape,
+    dtype=dtype,
+    type_name=type_name,
+    stack_key=stack_key,
+    settings=settings,
+    arrays=tuple(arrays),
+    needs=leaf.needs,
+    base=known if isinstance(known, entries_lib.BaseArray) else None,
+    product=known if isinstance(known, products.Product) else None,
+    crc32=crc32,
+  )
+  return entry, [*arrays.values()], classes
+
+
+def _saving(
+  params: Mapping[str, Any], beside: Mapping[str, base_lib.Beside]
+) -> manifest_lib.SavingEntry:
+  """Returns the saving of the base before anything is coded."""
+  arrays = [params[path] for path in beside]
+  leaves: list[Any] = [x.measured.leaf for x in beside.values()]
+  is_basis = lambda path: models.names.subspace_index(path) is not None
+  leaves += [x for path, x in params.items() if is_basis(path)]
+  count, size = structured.count_elements, structured.count_bytes
+  elements, nbytes = count(arrays) - count(leaves), size(arrays) - size(leaves)
+  return manifest_lib.SavingEntry(BESIDE, elements, nbytes, ())

@@ -13,8 +13,6 @@ import math
 from typing import Any
 import zlib
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
@@ -22,7 +20,7 @@ from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
-from rotbits_jax.passes import rounding as rounding_lib
+from rotbits_jax.file import encode
 from rotbits_jax.passes import tied
 from rotbits_jax.relative import entries
 from rotbits_jax.system import progress as progress_lib
@@ -87,18 +85,13 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
 
 def _array_bytes(path: str, array: np.ndarray, rounding: Any) -> float:
   """Returns about the bytes of an array, from some rows of it, rounded."""
-  columns = (array.shape[-1] if array.ndim > 1 else 1) or 1
-  rows = array.reshape(-1, columns)
+  rows = array.reshape(-1, (array.shape[-1] if array.ndim > 1 else 1) or 1)
   sample = np.ascontiguousarray(rows[:: max(array.size // _ELEMENTS, 1)])
-  stored = [sample.view(entries.stored_dtype(array.dtype.name))]
-  is_float = jnp.issubdtype(array.dtype, jnp.floating)
-  if rounding is not None and is_float and rounding_lib.is_matrix(sample):
-    step = rounding.log2_step(path, array.dtype)
-    wide = jnp.asarray(sample, jnp.float32)
-    rounded, _ = rounding_lib.round_leaf(wide, array.dtype, step, rounding.uniform)
-    leaf = rounding_lib.narrowed(jax.device_get(rounded))
-    is_leaf = structured.is_structured(leaf)
-    stored = list(leaf.stored()[1].values()) if is_leaf else [leaf]
+  leaf: Any = sample if rounding is None else encode.rounded(rounding, path, sample)
+  if structured.is_structured(leaf):
+    stored = list(leaf.stored()[1].values())
+  else:
+    stored = [leaf.view(entries.stored_dtype(array.dtype.name))]
   return coder.estimate(stored) * len(rows) / max(len(sample), 1)
 
 

@@ -200,6 +200,8 @@ class RecordEntry(schema.Object, kw_only=True):
   @functools.cached_property
   def stream_spec(self) -> specs.StreamSpec:
     """The description of the stream."""
+    if self.coder not in coders.CODERS:
+      raise ValueError(f'the coder {self.coder!r:.100} is not known')
     return schema.load(coders.CODERS[self.coder].spec, self.spec)
 
   @functools.cached_property

@@ -182,7 +182,7 @@ def check_path(
   if shard_size is None:
     target = outputs.resolved(path)
     outputs.check(target, overwrite=overwrite)
-    check_inputs([pathlib.Path(path), target], inputs)
+    check_inputs([pathlib.Path(path)], inputs)
     return
   if shard_size < 1:
     raise ValueError(f'shard_size must be positive, got {shard_size}')
@@ -202,26 +202,26 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
     inputs: paths of checkpoints and encoded files; opened checkpoints and files, with
       the bases of these; or lists of inputs. Those in memory are ignored.
   """
-  written = [
-    (target, file)
-    for target in filter(os.path.exists, targets)
+  paths = [(path, *_place(path)) for path in _input_paths([*inputs])]
+  for target in filter(os.path.exists, targets):
+    is_result = target.suffix == '.html' or shards_lib.is_encoded(target)
     # A name in a cache of the Hub is a link to a file elsewhere.
-    for file in {_folder_of(target) / target.name, outputs.resolved(target)}
-  ]
-  for path in _input_paths([*inputs]):
-    real, is_encoded = outputs.resolved(path), shards_lib.is_encoded(path)
-    is_folder = real.is_dir() or real.name == shards_lib.INDEX or not is_encoded
-    folder = real if real.is_dir() else _folder_of(pathlib.Path(path))
-    for target, file in written if real.exists() else ():
-      is_result = file.suffix == '.html' or shards_lib.is_encoded(file)
-      is_member = is_folder and file.parent == folder
-      if file == real or (is_member and (is_encoded or not is_result)):
-        raise ValueError(f'{target}: it is a file of an input, {path}')
+    named = pathlib.Path(os.path.realpath(target.parent), target.name)
+    for file in (named, outputs.resolved(target)):
+      for path, folder, is_encoded in paths:
+        is_member = file.parent == folder and (is_encoded or not is_result)
+        if is_member or file == outputs.resolved(path):
+          raise ValueError(f'{target}: it is a file of an input, {path}')
 
 
-def _folder_of(path: pathlib.Path) -> pathlib.Path:
-  """Returns the folder of a file, which may be a link to another folder."""
-  return pathlib.Path(os.path.realpath(path.parent))
+def _place(path: Path) -> tuple[pathlib.Path, bool]:
+  """Returns the folder of all files of an input, and whether these are encoded."""
+  real, is_encoded = outputs.resolved(path), shards_lib.is_encoded(path)
+  if real.name == shards_lib.INDEX:
+    return real.parent, is_encoded
+  if real.is_dir() or is_encoded:  # one file is no folder
+    return real, is_encoded
+  return pathlib.Path(os.path.realpath(os.path.dirname(path))), is_encoded
 
 
 def _input_paths(value: Any) -> list[Path]:
@@ -232,4 +232,5 @@ def _input_paths(value: Any) -> list[Path]:
     return [path for part in value for path in _input_paths(part)]
   if isinstance(value, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     value = value.path
-  return [value] if isinstance(value, str | os.PathLike) else []
+  is_path = isinstance(value, str | os.PathLike) and os.path.exists(value)
+  return [value] if is_path else []

@@ -194,18 +194,20 @@ class Reader:
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
-    decoder: decode_lib.Decoder | stacks.ModelDecoder = self._decoder
+    outer = list(self.records) if config is None else list(models.outer_shapes(config))
     if source is not None:
-      decoder = stacks.ModelDecoder(source.specs, source.read)
+      flat = stacks.read_arrays(source, outer, layers, show_progress=show_progress)
     elif self.manifest.message is not None:
       records = dict(self._decode_message(show_progress))
       tree = lambda name: structured.unflatten(records[name])
-      decoder, show_progress = stacks.ModelDecoder(tree, tree), False
-    outer = list(self.records) if config is None else list(models.outer_shapes(config))
-    outer.sort(key=lambda name: any(leaf.needs for leaf in decoder.entry(name).leaves))
-    flat = stacks.read(
-      decoder, outer, layers, integers=integers, show_progress=show_progress
-    )
+      decoded = types.SimpleNamespace(specs=tree, read=tree)
+      flat = stacks.read_arrays(decoded, outer, layers)
+    else:
+      entry = self._decoder.entry
+      outer.sort(key=lambda name: any(leaf.needs for leaf in entry(name).leaves))
+      flat = stacks.read(
+        self._decoder, outer, layers, integers=integers, show_progress=show_progress
+      )
     if config is not None:
       buffers = {} if source is None else source.buffers
       if source is None and models.names.BUFFERS in self.records:

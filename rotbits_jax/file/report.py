@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from rotbits_jax import presets
 from rotbits_jax.file import container
+from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import verification
-from rotbits_jax.file import writer as writer_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
 from rotbits_jax.system import text
@@ -203,7 +203,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     notes = {'bits per element': list(map(_bits, manifest.records))} | notes
   leaves = [leaf for record in manifest.records for leaf in record.leaves]
   if any(leaf.base_arrays or leaf.product for leaf in leaves):
-    notes[writer_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
+    notes[encode_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
   elements = sum(entry.input.elements for entry in stored)
   size = sum(entry.input.bytes for entry in stored)
   others = sum(x.nbytes for x in manifest.files.values())

@@ -36,18 +36,16 @@ def of(value: Any) -> passes.Source:
   return TreeRecords(_native(to_dicts(source)))
 
 
-def plain(source: passes.Source, path: Any) -> passes.Source:
+def plain(source: passes.Source) -> passes.Source:
   """Returns a dense checkpoint of safetensors files as tensors under their names.
 
-  Its files come back byte for byte then. Other sources are returned as they are. `path`
-  is the one at which it was opened, or anything else.
+  Its files come back byte for byte then. Other sources are returned as they are.
   """
   if not isinstance(source, checkpoints.CheckpointReader) or source.config.sliced:
     return source
   if source.path is None or '.safetensors' not in source.path.suffixes:
     return source
-  is_path = isinstance(path, str | os.PathLike)
-  return checkpoints.open_plain(path if is_path else source.path)
+  return checkpoints.open_plain(source.path)
 
 
 def _native(tree: Any) -> Any:

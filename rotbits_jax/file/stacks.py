@@ -5,11 +5,11 @@ are decoded together, and copied into the rows of the stacks: files have the ker
 most families transposed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import collections
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 import functools
 import threading
-import types
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,12 @@ from rotbits_jax.coding import pool
 from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
-from rotbits_jax.relative import entries as entries_lib
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
 
 def read(
-  decoder: 'decode_lib.Decoder | ModelDecoder',
+  decoder: decode_lib.Decoder,
   outer: Sequence[str],
   layers: range,
   *,
@@ -55,66 +54,59 @@ def read(
     decode = functools.partial(decoder.decode, started=jobs, integers=integers)
     for name in outer:
       jobs[name] = start(functools.partial(decode, name))
-    stacks = [_Stack([of_layers[i] for i in run], integers) for run in runs]
-    for stack in stacks:
-      stack.start(decode, start)
+    stacks = []
+    for run in runs:
+      arrays, rows_of_layers = _stack([of_layers[i] for i in run], integers)
+      started = [
+        start(functools.partial(decode, of_layers[i].name, rows=rows))
+        for i, rows in zip(run, rows_of_layers, strict=True)
+      ]
+      stacks.append((run, arrays, started))
     for name, entry in entries.items():
       for path, leaf in jobs[name].result().items():
         is_array = isinstance(leaf, np.ndarray)
         flat[path] = host.contiguous(leaf) if is_array else leaf
       bar.update(entry.input.bytes)
-    for run, stack in zip(runs, stacks, strict=True):
-      for path, leaf in stack.leaves(bar).items():
-        flat[f'{models.names.stack(run)}/{path}'] = leaf
+    for run, arrays, started in stacks:
+      leaves = collections.defaultdict(list)
+      for i, job in zip(run, started, strict=True):
+        for path, leaf in job.result().items():
+          leaves[of_layers[i].inner(path)].append(leaf)
+        bar.update(of_layers[i].input.bytes)
+      for path, (leaf, *others) in leaves.items():
+        is_array = not structured.is_structured(leaf)
+        stack = arrays[path][0] if is_array else type(leaf).stack([leaf, *others])
+        flat[f'{models.names.stack(run)}/{path}'] = stack
   return flat
 
 
-class _Stack:
-  """Layers of equal stack keys, which are decoded into the rows of one array each."""
+def _stack(
+  entries: Sequence[manifest_lib.RecordEntry], integers: bool
+) -> tuple[dict[str, list[np.ndarray]], list[decode_lib.Rows]]:
+  """Makes the arrays of a stack by path within a layer, and each layer's rows of them.
 
-  def __init__(self, entries: list[manifest_lib.RecordEntry], integers: bool):
-    """Makes the memory of the stack, by path within a layer.
-
-    A leaf that is stored as arrays of different shapes in different layers has none.
-    """
-    self._entries = entries
-    self._arrays: dict[str, list[np.ndarray]] = {}
-    specs_of_layers = [
-      {
-        entry.inner(leaf.path): [(x.shape, x.dtype) for x in specs]
-        for leaf, specs in entry.leaf_specs
-      }
-      for entry in entries
-    ]
-    for leaf in entries[0].leaves:
-      path = entries[0].inner(leaf.path)
-      specs = specs_of_layers[0][path]
-      if not leaf.type_name or leaf.is_expanded(integers):
-        specs = [(leaf.shape, leaf.dtype)]
-      elif any(x[path] != specs for x in specs_of_layers):
-        continue
-      self._arrays[path] = [host.empty((len(entries), *x), y) for x, y in specs]
-
-  def start(self, decode: Any, start: pool.Start) -> None:
-    """Starts to decode the layers into their rows."""
-    self._jobs: list[futures.Future[decode_lib.Flat]] = []
-    for i, entry in enumerate(self._entries):
-      rows = {path: [x[i, ...] for x in y] for path, y in self._arrays.items()}
-      self._jobs.append(start(functools.partial(decode, entry.name, rows=rows)))
-
-  def leaves(self, bar: progress.Progress) -> decode_lib.Flat:
-    """Returns the stacked leaves by path when all layers are decoded."""
-    leaves: dict[str, list[Any]] = {}
-    for entry, job in zip(self._entries, self._jobs, strict=True):
-      for path, leaf in job.result().items():
-        leaves.setdefault(entry.inner(path), []).append(leaf)
-      bar.update(entry.input.bytes)
-    return {
-      path: type(of_layers[0]).stack(of_layers)
-      if structured.is_structured(of_layers[0])
-      else self._arrays[path][0]
-      for path, of_layers in leaves.items()
+  A leaf that is stored as arrays of different shapes in different layers has none.
+  """
+  arrays: dict[str, list[np.ndarray]] = {}
+  specs_of_layers = [
+    {
+      entry.inner(leaf.path): [(x.shape, x.dtype) for x in specs]
+      for leaf, specs in entry.leaf_specs
     }
+    for entry in entries
+  ]
+  for leaf in entries[0].leaves:
+    path = entries[0].inner(leaf.path)
+    specs = specs_of_layers[0][path]
+    if not leaf.type_name or leaf.is_expanded(integers):
+      specs = [(leaf.shape, leaf.dtype)]
+    elif any(x[path] != specs for x in specs_of_layers):
+      continue
+    arrays[path] = [host.empty((len(entries), *x), y) for x, y in specs]
+  return arrays, [
+    {path: [x[i, ...] for x in y] for path, y in arrays.items()}
+    for i in range(len(entries))
+  ]
 
 
 def open_model(
@@ -144,45 +136,40 @@ def open_model(
     return None
 
 
-class ModelDecoder:
-  """Decodes the records of a model whose parameters are arrays, and need no others.
+def read_arrays(
+  source: Any, outer: Sequence[str], layers: range, *, show_progress: bool = False
+) -> decode_lib.Flat:
+  """Returns the leaves of a model whose parameters are arrays, as `read` does.
 
-  Its two functions return the shapes and dtypes of a record, and its arrays.
+  `source` has the functions `specs` and `read` of a `passes.Source`.
   """
+  specs = lambda name: structured.flatten(source.specs(name))
+  names = [*outer, *map(models.names.layer, layers)]
+  total = sum(structured.count_bytes(x) for name in names for x in specs(name).values())
+  key = lambda i: models.stack_key(*source.specs(models.names.layer(i)).values())
+  flat: decode_lib.Flat = {}
+  rows: decode_lib.Flat = {}
 
-  def __init__(self, specs: Callable[[str], Any], read: Callable[[str], Any]):
-    self._specs, self._read = specs, read
+  def copy(name: str) -> None:
+    for path, array in structured.flatten(source.read(name)).items():
+      contiguous = host.contiguous(array)
+      if path in rows:
+        rows[path][...] = contiguous
+      else:
+        flat[path] = contiguous
+      bar.update(contiguous.nbytes)
 
-  def entry(self, name: str) -> manifest_lib.RecordEntry:
-    """Returns an entry for a record, as if its parameters were stored as they are."""
-    leaves, arrays = [], []
-    for path, spec in structured.flatten(self._specs(name)).items():
-      dtype = spec.dtype.name
-      leaves.append(manifest_lib.Leaf(path=path, shape=spec.shape, dtype=dtype))
-      stored_dtype = entries_lib.stored_dtype(dtype)
-      arrays.append([stored_dtype, list(spec.shape), 0, [None], None])
-    nbytes = sum(leaf.nbytes for leaf in leaves)
-    return manifest_lib.RecordEntry(
-      name=name,
-      nbytes=nbytes,
-      crc32=0,
-      leaves=tuple(leaves),
-      spec={'arrays': arrays, 'groups': []},
-      input=manifest_lib.Counts(elements=sum(x.size for x in leaves), bytes=nbytes),
-    )
-
-  def decode(
-    self,
-    name: str,
-    started: decode_lib.Started = types.MappingProxyType({}),
-    *,
-    rows: decode_lib.Rows | None = None,
-    integers: bool = False,
-  ) -> decode_lib.Flat:
-    """Decodes a record, into rows if they are given."""
-    flat = structured.flatten(self._read(name))
-    if rows:
-      for path, leaf in flat.items():
-        (flat[path],) = rows[path.removeprefix(f'{name}/')]
-        flat[path][...] = host.contiguous(leaf)
-    return flat
+  with (
+    memory.bounded('the whole content', total),
+    progress.Progress('decode', total, 'B', show=show_progress) as bar,
+  ):
+    for run in models.stack_ranges(layers, key):
+      first = models.names.prefix(run.start)
+      for path, spec in specs(models.names.layer(run.start)).items():
+        inner = path.removeprefix(first)
+        stack = host.empty((len(run), *spec.shape), spec.dtype)
+        flat[f'{models.names.stack(run)}/{inner}'] = stack
+        for row, i in enumerate(run):
+          rows[models.names.prefix(i) + inner] = stack[row, ...]
+    pool.each(copy, names)
+  return flat
