@@ -198,9 +198,9 @@ class Reader:
     if source is not None:
       flat = stacks.read_arrays(source, outer, layers, show_progress=show_progress)
     elif self.manifest.message is not None:
-      records = dict(self._decode_message(show_progress))
-      tree = lambda name: structured.unflatten(records[name])
-      decoded = types.SimpleNamespace(specs=tree, read=tree)
+      records = dict(self._decode_message(show_progress)).values()
+      arrays = {path: array for record in records for path, array in record.items()}
+      decoded = sources.TreeRecords(structured.unflatten(arrays))
       flat = stacks.read_arrays(decoded, outer, layers)
     else:
       entry = self._decoder.entry
