@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import struct
-import threading
 from typing import Annotated, Any, BinaryIO, Literal
 import zlib
 
@@ -35,7 +34,7 @@ MANIFEST = 'manifest'
 _METADATA = '__metadata__'  # the header's one entry that is no stream
 
 Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-"""The path of a file, its bytes, or an open binary file."""
+"""The path of a file, its bytes, or an open binary file, which is read whole."""
 
 _MOST = 10**15  # greatest size of a file in bytes, from which the room follows
 _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -146,24 +145,21 @@ class StreamReader:
 
   def __init__(self, source: Readable):
     """Reads the header."""
-    self._source: Any = source
-    self._lock, self._buffers = threading.Lock(), files.Buffers()
     self.name = str(getattr(source, 'name', ''))
+    self._source: Any = source
     if isinstance(source, (str, os.PathLike)):
       self._source = files.File.of(source)
       self.name, self.size = os.fspath(source), self._source.size
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-      self._source = np.frombuffer(memoryview(source).cast('B'), np.uint8)
-      self.size = self._source.size
     else:
-      self.size = source.seek(0, os.SEEK_END)
+      data: Any = source
+      if not isinstance(source, (bytes, bytearray, memoryview)):
+        source.seek(0)
+        data = source.read()
+      self._source = np.frombuffer(memoryview(data).cast('B'), np.uint8)
+      self.size = self._source.size
+    self._buffers = files.Buffers()
     with naming(self.name):
       self.sizes, self._begins, self.manifest_crc32 = self._read_header()
-
-  def read(self, name: str, crc32: int) -> bytes:
-    """Returns the bytes of a stream, see `checked`."""
-    with self.checked(name, crc32) as data:
-      return data.tobytes()
 
   @contextlib.contextmanager
   def checked(self, name: str, crc32: int) -> Iterator[np.ndarray]:
@@ -178,9 +174,10 @@ class StreamReader:
 
     Nothing else in a file is inflated, so this is the bound for all of it.
     """
-    data, unpacker = self.read(name, crc32), zlib.decompressobj()
+    unpacker = zlib.decompressobj()
     try:
-      content = unpacker.decompress(data, most + 1)
+      with self.checked(name, crc32) as data:
+        content = unpacker.decompress(data, most + 1)
     except zlib.error as error:
       raise ContainerError(f'{name}: {error}') from error
     if len(content) > most or not unpacker.eof or unpacker.unused_data:
@@ -202,16 +199,11 @@ class StreamReader:
         except files.ChangedError as error:
           raise ContainerError(str(error)) from error
         yield out, crc
-      return
-    if isinstance(self._source, np.ndarray):
-      data = self._source[begin : begin + count]
     else:
-      with self._lock:  # records are read side by side
-        self._source.seek(begin)
-        data = np.frombuffer(self._source.read(count), np.uint8)
-    if data.size != count:
-      raise ContainerError('the file is cut short')
-    yield data, zlib_ng.crc32(data)
+      data = self._source[begin : begin + count]
+      if data.size != count:
+        raise ContainerError('the file is cut short')
+      yield data, zlib_ng.crc32(data)
 
   def _read_header(self) -> tuple[dict[str, int], dict[str, int], int]:
     """Returns where streams begin and their sizes, by name, and a checksum."""

@@ -114,15 +114,6 @@ class Decoder:
           'base'
         )
       self._base.check(array)
-    if leaf.product is not None and self._config is not None:
-      width, widths = self._config.hidden_size, self._config.segment_widths
-      is_missing = lambda segment: models.names.basis(segment) not in self.leaves
-      missing = list(filter(is_missing, leaf.product.segments))
-      # A missing basis is the identity.
-      if any(widths[segment : segment + 1] != (width,) for segment in missing):
-        raise ValueError(f'the basis {missing[0]} is missing')
-      if len(missing) == 2 and leaf.shape != (width, width):
-        raise ValueError('it has not the shape of the identity')
 
   def decode(
     self,
@@ -190,6 +181,9 @@ class Decoder:
     if (product := leaf.product) is not None:
       arrays = [self._base.get(array) for array in product.arrays if self._base]
       bases = [self._basis(segment) for segment in product.segments]
+      is_identity = len(bases) == 2 and bases[0] is None and bases[1] is None
+      if is_identity and len({*leaf.shape}) > 1:
+        raise ValueError('it has not the shape of the identity')
       dtype = np.dtype(leaf.dtype)
       needed.append(product.tensor(arrays, bases, leaf.shape, dtype))
     return needed

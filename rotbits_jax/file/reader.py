@@ -203,8 +203,6 @@ class Reader:
       decoded = sources.TreeRecords(structured.unflatten(arrays))
       flat = stacks.read_arrays(decoded, outer, layers)
     else:
-      entry = self._decoder.entry
-      outer.sort(key=lambda name: any(leaf.needs for leaf in entry(name).leaves))
       flat = stacks.read(
         self._decoder, outer, layers, integers=integers, show_progress=show_progress
       )
@@ -220,17 +218,17 @@ class Reader:
 
   def _decode_message(self, show_progress: bool) -> Iterator[tuple[str, Tree]]:
     """Yields the records of a message; see `paper.decode`."""
-    message, config, (file,) = self.manifest.message, self.config, self._files
+    message, config = self.manifest.message, self.config
     assert message is not None
     assert config is not None
-    with container.naming(file.name), container.naming('message'):
+    with container.naming(self._files[0].name), container.naming('message'):
       options = schema.load(paper.Options, self.manifest.options, 'options')
       sizes = message.layout.record_bytes(config)
       rotation = 16 * max(config.segment_widths) ** 2  # with its integers
       with memory.bounded('the message', 2 * sum(sizes.values()) + rotation):
         words = {}
         for name, stream in message.streams.items():
-          with file.checked(name, stream.crc32) as data:
+          with self._decoder.files[name].checked(name, stream.crc32) as data:
             if data.size % 2:
               raise ValueError(f'{name}: an odd number of bytes')
             words[name] = data.view('<u2').copy()

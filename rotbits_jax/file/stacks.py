@@ -35,9 +35,10 @@ def read(
 ) -> decode_lib.Flat:
   """Returns the leaves of a model by path, with stacked layers; see `api.load`.
 
-  Records outside the layers that need others come last in `outer`.
+  Records outside the layers that need others start last: nothing waits for them.
   """
-  entries = {name: decoder.entry(name) for name in outer}
+  needs = lambda name: any(leaf.needs for leaf in decoder.entry(name).leaves)
+  entries = {name: decoder.entry(name) for name in sorted(outer, key=needs)}
   of_layers = {i: decoder.entry(models.names.layer(i)) for i in layers}
   runs = models.stack_ranges(layers, lambda i: of_layers[i].stack_key(integers))
   nbytes = sum(entry.memory_bytes for entry in entries.values())
@@ -52,7 +53,7 @@ def read(
   ):
     jobs: dict[str, futures.Future[decode_lib.Flat]] = {}
     decode = functools.partial(decoder.decode, started=jobs, integers=integers)
-    for name in outer:
+    for name in entries:
       jobs[name] = start(functools.partial(decode, name))
     stacks = []
     for run in runs:
