@@ -59,7 +59,7 @@ TREES = {
   'no leaves': (lambda s, m: m['records'][0].update(leaves=[]), 'a: .*not under its'),
   'two leaves of a path': (
     lambda s, m: m['records'][0]['leaves'].append(m['records'][0]['leaves'][0]),
-    'a: a/b: another leaf has this path',
+    'two leaves have the same name',
   ),
   'a leaf of another record': (
     lambda s, m: m['records'][0]['leaves'][0].update(path='c/b'),

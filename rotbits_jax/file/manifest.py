@@ -1,16 +1,13 @@
-"""The manifest: describes the content of a file, and is checked when it is read.
+"""The manifest: describes the content of a file; `docs/format.md` has all fields.
 
-A file is a list of *records*, which decode on their own. Each layer is a record; the
-parameters outside the layers form one for each first key of their paths ('embed',
-'head', ...). A record is one stream of the container. It consists of *leaves*, which
-are arrays or structured leaves (see `structured`). A leaf is stored as one or more
-arrays. All paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
+A file is a list of *records*, which decode on their own: each layer, and for the other
+parameters one for each first key of their paths. A record is one stream of the
+container. It consists of *leaves*, arrays or structured leaves, and each is stored as
+one or more arrays. Paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
+The preset `paper` stores one message in place of records.
 
-The preset `paper` stores one message for the whole model in place of records. A
-checkpoint of an unknown family is stored as records of plain tensors, and the headers
-of its weights files say how these are made of them.
-
-What an entry must not say raises a ValueError that names the record or the parameter.
+`Manifest.check` is called once, when a file is opened; `RecordEntry.check` before a
+record is decoded. Both raise a ValueError that names the record or the parameter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,7 +78,7 @@ class Counts(schema.Row):
 
 
 class Leaf(schema.Object, kw_only=True):
-  """A stored parameter; `docs/format.md` has the fields."""
+  """A stored parameter."""
 
   path: schema.Path
   shape: entries.Shape
@@ -178,7 +175,7 @@ class Leaf(schema.Object, kw_only=True):
 
 
 class RecordEntry(schema.Object, kw_only=True):
-  """A part of a model that decodes on its own; `docs/format.md` has the fields."""
+  """A part of a model that decodes on its own."""
 
   name: str
   nbytes: schema.Size
@@ -190,12 +187,10 @@ class RecordEntry(schema.Object, kw_only=True):
   savings: tuple[SavingEntry, ...] = ()
   empty: tuple[schema.Path, ...] = ()
 
-  def __post_init__(self) -> None:
-    try:
-      paths = *(leaf.path for leaf in self.leaves), *self.empty
-      structured.unflatten((path, None) for path in paths)
-    except ValueError as error:
-      raise ValueError(f'{self.name}: {error}') from error
+  @property
+  def paths(self) -> list[str]:
+    """The paths of leaves and of empty dicts."""
+    return [*(leaf.path for leaf in self.leaves), *self.empty]
 
   @functools.cached_property
   def stream_spec(self) -> specs.StreamSpec:
@@ -248,7 +243,7 @@ class RecordEntry(schema.Object, kw_only=True):
 
 
 class MessageEntry(schema.Object, kw_only=True):
-  """A whole model as one message, see `paper`; `docs/format.md` has the fields."""
+  """A whole model as one message, see `paper`."""
 
   layout: paper.MessageLayout
   streams: dict[str, Stream]
@@ -261,7 +256,7 @@ class MessageEntry(schema.Object, kw_only=True):
 
 
 class Manifest(schema.Object, kw_only=True):
-  """The description of a file, or of one shard of a model; see `docs/format.md`."""
+  """The description of a model in a file, or of one shard of it."""
 
   preset: str
   options: dict[str, _Setting | dict[str, schema.Scalar]]
@@ -291,8 +286,7 @@ class Manifest(schema.Object, kw_only=True):
       manifest.check()
       is_tree = manifest.config is None and not manifest.headers
       for record in manifest.records if is_tree else ():
-        paths = *record.empty, *(leaf.path for leaf in record.leaves)
-        if {path.split('/')[0] for path in paths} != {record.name}:
+        if {path.split('/')[0] for path in record.paths} != {record.name}:
           raise ValueError(f'{record.name}: a leaf of the record is not under its name')
       of_files = [x for file in files for x in file.sizes.items()]
       in_headers = sorted(x for x in of_files if x[0] != container.MANIFEST)
@@ -325,6 +319,7 @@ class Manifest(schema.Object, kw_only=True):
     if config is None:
       if any(x.product or x.leaf_class is subspaces.Basis for x in leaves):
         raise ValueError('a product or a basis needs a config')
+      structured.unflatten((path, None) for path in record.paths)
       return
     if record.empty:
       raise ValueError('a model has no empty dicts')

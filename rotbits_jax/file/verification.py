@@ -46,8 +46,8 @@ def verify(
   if against is None:
     return read_all(reader, progress=progress)
   is_plain, keeps = reader.is_plain, reader.manifest.keeps
-  opened = checkpoints.open_plain if is_plain else checkpoints.open_checkpoint
-  expected: Any = opened(against)
+  open_source = checkpoints.open_plain if is_plain else checkpoints.open_checkpoint
+  expected: Any = open_source(against)
   if reader.config != expected.config:
     raise ContainerError(f'the config of the file is not that of {against}')
   contents, others = reader.files(), expected.files
