@@ -21,10 +21,6 @@ from rotbits_jax.checkpoints.families import CONFIG
 
 _MODELING = 'modeling_sliced'
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
-_TOKENIZER_SETTINGS = {
-  'model_input_names': ['input_ids', 'attention_mask'],
-  'tokenizer_class': 'PreTrainedTokenizerFast',
-}
 
 # The part of transformers' class names that stands for a family, and its tokenizer.
 _CLASSES = {
@@ -50,14 +46,11 @@ def renamed(entry: tensors_lib.ExpectedTensor) -> tensors_lib.ExpectedTensor:
 def sidecars(
   config: models.ModelConfig, files: Mapping[str, bytes], dtype: np.dtype
 ) -> dict[str, bytes]:
-  """Returns the files beside the weights: config, code, tokenizer and others.
+  """Returns the files beside the weights, with another config and the code.
 
   `files` has the `config.json` of the model before slicing. The model gets the dtype
   when it is loaded.
   """
-  named = dict(files)
-  if 'tokenizer.json' in files:
-    named.setdefault('tokenizer_config.json', families.to_json(_TOKENIZER_SETTINGS))
   dense = families.older_rope(families.parse_object(files[CONFIG], CONFIG))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
   class_name, tokenizer = _CLASSES[config.family]
@@ -75,7 +68,7 @@ def sidecars(
     'torch_dtype': dtype.name,
   }
   # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
-  # type that it does not know by the class that one of these files names.
-  named[CONFIG] = families.to_json({'tokenizer_class': tokenizer} | dense | changes)
-  named[f'{_MODELING}.py'] = (_CODE / f'{_MODELING}.py').read_bytes()
-  return named
+  # type that it does not know by the class that the config names.
+  config_json = families.to_json({'tokenizer_class': tokenizer} | dense | changes)
+  code = (_CODE / f'{_MODELING}.py').read_bytes()
+  return {**files, CONFIG: config_json, f'{_MODELING}.py': code}

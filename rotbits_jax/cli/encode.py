@@ -146,9 +146,9 @@ def _options(source: Any) -> tuple[dict[str, Any], steps.Calibration | None]:
     options['step'] = _STEP.value
   if _TARGET_SIZE.present:
     options['target_size'] = program.parse_size(_TARGET_SIZE)
-  if _BITS.present:
+  if _BITS.value is not None:
     options['target_size'] = int(_BITS.value * estimate_lib.counts(source)[0] / 8)
-  if not _TEXT.present:
+  if _TEXT.value is None:
     return options, None
   model = checkpoints.open_checkpoint(_CHECKPOINT.value)
   calibration = steps.calibrate(

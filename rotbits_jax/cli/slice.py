@@ -16,6 +16,7 @@ the first segment of the sliced model; count of the tokens that calibrated it.
 
 import dataclasses
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -53,7 +54,7 @@ def main() -> program.Result:
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   directory = outputs.directory_target(_OUTPUT.value)
   names = f'{stem}.pt', f'{stem}.json', *dense.files
-  bases = {_ENCODED.value: None, _RECIPE.value: dense.model}
+  bases: dict[Any, Any] = {_ENCODED.value: None, _RECIPE.value: dense.model}
   bases.pop(None, None)
   inputs = [_MODEL.value, _CALIBRATION.value]
   for file in bases:

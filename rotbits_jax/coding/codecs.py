@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
-from numpy.typing import DTypeLike
 
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables

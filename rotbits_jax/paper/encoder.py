@@ -40,7 +40,7 @@ def refuse(source: passes.Source) -> None:
   trees = map(source.specs, source.records)
   leaves = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
   for path, shape in segments.all_shapes(source.config).items():
-    leaf = leaves.get(path)
+    leaf: Any = leaves.get(path)
     if structured.is_structured(leaf) or getattr(leaf, 'shape', None) != shape:
       raise ValueError(f'{path}: expected an array of the shape {shape}')
     if np.dtype(leaf.dtype).name not in typing.get_args(layout_lib.Dtype):
