@@ -16,7 +16,6 @@ the first segment of the sliced model; count of the tokens that calibrated it.
 
 import dataclasses
 import pathlib
-from typing import Any
 
 from absl import flags
 
@@ -54,8 +53,8 @@ def main() -> program.Result:
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   directory = outputs.directory_target(_OUTPUT.value)
   names = f'{stem}.pt', f'{stem}.json', *dense.files
-  bases: dict[Any, Any] = {_ENCODED.value: None, _RECIPE.value: dense.model}
-  bases.pop(None, None)
+  encodings = (_ENCODED.value, None), (_RECIPE.value, dense.model)
+  bases = {file: base for file, base in encodings if file is not None}
   inputs = [_MODEL.value, _CALIBRATION.value]
   for file in bases:
     output.check_path(file, None, inputs=inputs, overwrite=overwrite)
