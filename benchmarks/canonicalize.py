@@ -32,9 +32,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   canonicalize = jax.jit(rotbits_jax.canonicalize, static_argnums=1)
   chain = (
     passes.remove_residual_gauge(),
-    passes.remove_biases(),
-    passes.remove_value_gauge(),
-    passes.remove_query_key_gauge(),
+    passes.remove_head_gauges(),
   )
   ways: dict[str, Callable[[], Any]] = {
     'one call': lambda: canonicalize(on_device, model.config)[0],

@@ -87,7 +87,7 @@ def measure(
   """Encodes a model with some presets, decodes, verifies and evaluates it."""
   checkpoint = rotbits_jax.load_checkpoint(folder)
   model = checkpoint.model
-  tensors = passes.count_model(model)[1]
+  tensors = structured.count_bytes(dict(model.leaves()))
   compared = {'tensors': model}
   stored = {'tensors': Row(name, 'tensors', tensors, 1.0)}
   for preset in presets:

@@ -27,6 +27,7 @@ from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
+from rotbits_jax import structured
 from rotbits_jax.presets import steps as steps_lib
 
 TOKENS, CALIBRATION_TOKENS = 2048, 4096
@@ -151,7 +152,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   for name, folder in zip(PICTURES, folders, strict=False):
     checkpoint = rotbits_jax.load_checkpoint(folder)
     rows = measure(checkpoint)
-    elements = passes.count_model(checkpoint.model)[0]
+    elements = structured.count_elements(dict(checkpoint.model.leaves()))
     about = (
       f'Perplexity, KL in nats a token and agreement on {TOKENS:,} tokens; calibrated '
       f'on {CALIBRATION_TOKENS:,} others. Bits are per weight. The last column is the '

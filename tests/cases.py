@@ -17,10 +17,7 @@ def transforms():
   chain = (
     passes.remove_residual_gauge(),
     passes.retie_embedding(),
-    passes.remove_biases(),
-    passes.remove_value_gauge(),
-    passes.remove_query_key_gauge(),
-    passes.remove_low_rank_gauge(),
+    passes.remove_head_gauges(),
     passes.random_rotation(key=jax.random.key(1)),
     passes.retie_exactly(),
   )

@@ -1,15 +1,9 @@
 """The gauge of low-rank pairs: the product is kept, with r^2 elements fewer."""
 
-import types
-
 from absl.testing import absltest
-from absl.testing import parameterized
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.symmetries import low_rank
 
@@ -62,52 +56,3 @@ class FixPairTest(absltest.TestCase):
     fixed = _fix_pair(u, v)
     expected = np.float64(u) @ np.float64(v)
     self.assertLess(_relative(_definition(fixed), expected), 1e-5)
-
-
-def _fix_pairs(params):
-  """Applies the transform to leaves outside the layers, by path, without rounding."""
-  dtypes = {path: np.dtype(leaf.dtype) for path, leaf in params.items()}
-  source = types.SimpleNamespace(config=None)
-  context = passes.Context(source, dtypes, np.dtype(np.float32))  # of most numbers
-  fix = passes.remove_low_rank_gauge()
-  return fix.outer(context, (), dict(params))
-
-
-class FixPairsTest(parameterized.TestCase):
-  @parameterized.parameters(np.float16, ml_dtypes.bfloat16)
-  def test_rounding_does_as_much_harm_as_to_the_plain_pair(self, dtype):
-    tree = {'a': _pair(64, 48, 24, dtype), 'b/c': _pair(48, 64, 24, dtype, 1)}
-    fixed, notes = _fix_pairs(tree)
-    unit = float(jnp.finfo(dtype).eps) / 2
-    for note, pair, leaf in (
-      (notes[0], tree['a'], fixed['a']),
-      (notes[1], tree['b/c'], fixed['b/c']),
-    ):
-      self.assertTrue(leaf.shortened)
-      error = _relative(_definition(leaf.astype(dtype)), _product(pair))
-      self.assertLess(error, 0.8 * unit)
-      np.testing.assert_allclose(note['error'], error, rtol=0.02)
-      np.testing.assert_allclose(note['plain_error'], 0.58 * unit, rtol=0.1)
-      self.assertEqual(note['elements'], 24 * (64 + 48 - 24))
-      self.assertEqual(note['rank'], 24)
-      self.assertEqual(tuple(note['shape']), pair.shape)
-    self.assertEqual([note['tensor'] for note in notes], ['a', 'b/c'])
-
-  def test_what_overflows_or_is_not_finite_or_no_pair_stays(self):
-    huge = structured.LowRank(
-      np.full((8, 2), 4e4, np.float16), np.full((2, 8), 4e4, np.float16)
-    )
-    broken = _pair(24, 16, 8)
-    broken = broken.replace(v=np.where(broken.v > 2, np.nan, broken.v))
-    tree = {
-      'array': np.ones((4, 4), np.float16),
-      'broken': broken,
-      'huge': huge,
-      'wide': _pair(4, 8, 6),  # r > m
-      'triangle': structured.TrapezoidalRows(None, np.tril(np.ones((4, 4)))),
-    }
-    fixed, notes = _fix_pairs(tree)
-    for name, leaf in tree.items():
-      self.assertIs(fixed[name], leaf)
-    self.assertEqual([note['tensor'] for note in notes], ['broken', 'huge'])
-    self.assertIn('not finite', notes[0]['obstacle'])

@@ -13,7 +13,6 @@ from fuzz import containers
 import rotbits_jax
 from rotbits_jax import file
 from rotbits_jax import models
-from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file import encode
 from rotbits_jax.relative import fit
@@ -46,7 +45,7 @@ def opt_pair(dtype=np.float16):
 
 
 def size_of(model):
-  return passes.count_model(model)[1]
+  return structured.count_bytes(dict(model.leaves()))
 
 
 def stream_bytes(data):

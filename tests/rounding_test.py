@@ -11,6 +11,7 @@ import numpy as np
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding
+from rotbits_jax.passes import transform
 from rotbits_jax.symmetries import steps
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -77,9 +78,9 @@ class RoundTest(parameterized.TestCase):
     kernel = np.float32(0.02 * np.random.default_rng(7).standard_normal((64, 64)))
     kernel[3, 4], kernel[5, 6] = -3e6, 3e6
     inputs = rounding.Inputs(np.eye(64, dtype=np.float32), 0, np.ones(64, np.float32))
-    rule = passes.to_steps(-12.0, inputs={'a': inputs})
+    rule = passes.Rounding(-12.0, uniform=True, inputs={'a': inputs})
     context = passes.Context(None, {}, np.dtype(np.float32))
-    found, *_ = rounding.round_params(rule, {'a': jnp.asarray(kernel)}, context)
+    found, *_ = transform.round_params(rule, {'a': jnp.asarray(kernel)}, context)
     np.testing.assert_allclose(found['a'], kernel, rtol=1e-6, atol=1e-5)
 
   def test_a_multiple_that_would_become_infinite_is_the_one_below(self):
@@ -107,8 +108,8 @@ class RoundTest(parameterized.TestCase):
     half = np.dtype(np.float16)
     source = types.SimpleNamespace(config=config)
     context = passes.Context(source, {path: half}, half)
-    rule = passes.with_minimum_exponent()
-    found, _, _ = rounding.round_params(rule, {path: jnp.asarray(table)}, context)
+    rule = passes.Rounding(0.0)
+    found, _, _ = transform.round_params(rule, {path: jnp.asarray(table)}, context)
     errors = np.linalg.norm(np.float32(found[path]) - table, axis=1)
     relative = errors / np.linalg.norm(table, axis=1)
     self.assertEqual(relative[3] < 8 * 2.0**-11, is_kept)

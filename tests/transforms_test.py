@@ -26,7 +26,8 @@ TINY = tuple(
     if (path / 'config.json').exists() and path.name != TRAINED
   )
 )
-TRANSFORMS = {name: t for name, t in cases.transforms().items() if t.takes != 'stored'}
+TRANSFORMS = cases.transforms()
+TRANSFORMS.pop('exactly tied embedding')
 
 
 @functools.cache
@@ -77,8 +78,9 @@ class Checks(parameterized.TestCase):
 
   def check_numbers(self, model, checkpoint):
     """No more numbers are stored, and all are finite."""
-    before, after = (passes.count_model(x) for x in (_load(checkpoint), model))
-    self.assertLessEqual(after, before)
+    for count in (structured.count_elements, structured.count_bytes):
+      before, after = (count(dict(x.leaves())) for x in (_load(checkpoint), model))
+      self.assertLessEqual(after, before)
     for leaf in jax.tree.leaves(model):
       self.assertTrue(np.isfinite(np.float32(leaf)).all())
 

@@ -7,38 +7,29 @@ embedding remains a linear image of the head,
 
     embed = head^T @ T,    T [D, d],
 
-up to the rounding of both matrices. T is found by least squares, in float64 and on the
-host, because the normal equations square the condition number. The rounding error of a
-token's row is proportional to the norm of the row. Therefore the rows are weighted by
-the inverse of their norm. The weights also limit the influence of the few tokens that
-do not fit.
-
-A fit to a sample of the tokens comes first, because it shows at little cost whether the
-embedding was ever tied.
-
-Shape letters: an embedding is `[V, d]`, and a head is `[D, V]`, for V tokens.
+up to the rounding of both matrices, for an embedding `[V, d]` and a head `[D, V]` of V
+tokens. T is found by least squares, in float64 and on the host, because the normal
+equations square the condition number. The rounding error of a token's row is
+proportional to the norm of the row, so rows are weighted by the inverse of their norm.
+This also limits the influence of the few tokens that do not fit. A fit to a sample of
+the tokens shows first, at little cost, whether the embedding was ever tied.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+import functools
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
+from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.passes.transform import Context
-from rotbits_jax.passes.transform import Note
-from rotbits_jax.passes.transform import Noted
-from rotbits_jax.passes.transform import Params
-from rotbits_jax.passes.transform import Transform
-from rotbits_jax.passes.transform import note
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import tied
 
-# An embedding with a greater relative error was never tied. The relative error of an
-# unrelated embedding is about 1.
-_UNTIED = 0.1
+_UNTIED = 0.1  # relative error of an embedding that was never tied; usually about 1
 
 # The greatest relative error of `head^T @ T`, rounded, in the Frobenius norm, as a
 # multiple of the roundoff; a single token may have four times as much. In SliceGPT's
@@ -46,94 +37,52 @@ _UNTIED = 0.1
 _MOST_ERROR = 1.5
 
 _EXACT_DTYPES = np.dtype(np.float16), np.dtype(jnp.bfloat16)
-_TINY = float(np.finfo(np.float32).tiny)
 _MOST_INTEGER = (1 << 23) - 1  # of a rounded T
 
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 
 
-def retie_embedding() -> Transform:
+def retie_embedding() -> transform_lib.Transform:
   """Makes the transform that stores T in place of the embedding.
 
-  Its note gives the error of the embedding and of the worst token; the `misfit` is the
+  Its note gives the error of the embedding and of the worst token, or the `misfit`: the
   error that an embedding would have that is not stored so.
   """
-  return Transform('tied embedding', outer=_retie_embedding, takes='float32')
+  outer = functools.partial(_retie, _rounded_leaf)
+  return transform_lib.Transform('tied embedding', outer=outer)
 
 
-def retie_exactly() -> Transform:
+def retie_exactly() -> transform_lib.Transform:
   """Makes the transform that stores T and the residuals of the embedding.
 
   No bit is lost. It changes embeddings in float16 and bfloat16 only, and only if that
   takes fewer bits. Its note counts the exceptions, see `structured.difference`.
   """
-  return Transform('exactly tied embedding', outer=_retie_exactly, takes='stored')
+  outer = functools.partial(_retie, _exact_leaf)
+  return transform_lib.Transform('exactly tied embedding', outer=outer)
 
 
-def _retie_embedding(context: Context, state: Any, params: Params) -> Noted:
-  """Stores T, rounded, if the embedding then has a small error."""
-  dtype, unit = context.dtype_of(_EMBED), context.roundoff
-  matrices, notes = _table_and_head(params, context.dtype_of(_HEAD))
-  if matrices is None:
-    return params, notes
-  table, head = matrices
-  misfit = _error_of_unseen_tokens(table, head)
-  if misfit > _UNTIED:
-    return params, [note(_EMBED, table, misfit=misfit)]
-  norms = row_norms(table)
-  matrix = least_squares(normal_equations(table, head, row_weights(norms)))
-  rounded = structured.astype(matrix, dtype)
-  if not np.isfinite(rounded).all():
-    return params, [note(_EMBED, table, obstacle='T would be too large')]
-  off = deviations(table, head, rounded)
-  error = float(np.linalg.norm(off)) / max(float(np.linalg.norm(norms)), _TINY)
-  # Rounding errors do not get smaller below the least normal number.
-  least = float(jnp.finfo(dtype).smallest_normal) * np.sqrt(table.shape[1])
-  worst = float(np.max(off / np.maximum(norms, least)))
-  if error > _MOST_ERROR * unit or worst > 4 * _MOST_ERROR * unit:
-    return params, [note(_EMBED, table, misfit=error, worst=worst)]
-  params[_EMBED] = structured.Tied(matrix.astype(table.dtype), len(table))
-  return params, [note(_EMBED, params[_EMBED], error=error, worst=worst)]
-
-
-def _retie_exactly(context: Context, state: Any, params: Params) -> Noted:
-  """Stores T in integers, and the differences, if that takes fewer bits."""
-  matrices, notes = _table_and_head(params, None)
-  if matrices is None:
-    return params, notes
-  table, head = matrices
-  if table.dtype not in _EXACT_DTYPES:
-    return params, []
-  if _error_of_unseen_tokens(table, head) <= _UNTIED:
-    exact = _exact_leaf(table, head)
-    if exact.estimate() < coder.estimate([table]):
-      leaf = params[_EMBED] = exact.leaf
-      count = 0 if leaf.exceptions is None else leaf.exceptions.size
-      return params, [note(_EMBED, leaf, exceptions=count)]
-  return params, [note(_EMBED, table)]
-
-
-def _table_and_head(
-  params: Params, dtype: np.dtype | None
-) -> tuple[tuple[np.ndarray, np.ndarray] | None, list[Note]]:
-  """Returns the embedding and the head, finite; None and notes if T is of no use.
-
-  The head is rounded to the dtype if there is one; else it must be stored as an array.
-  """
+@np.errstate(over='ignore', invalid='ignore')  # of weights that are not finite
+def _retie(
+  make: Callable[[np.ndarray, np.ndarray, Context], tuple[Any, dict[str, Any]]],
+  context: Context,
+  state: Any,
+  params: transform_lib.Params,
+) -> transform_lib.Noted:
+  """Puts a leaf in the place of the embedding, if the function makes one."""
   table, kernel = params[_EMBED], params.get(_HEAD)
-  if not structured.is_plain(table) or kernel is None or kernel.shape[0] >= len(table):
-    return None, []
-  if dtype is not None:
-    kernel = structured.materialize(structured.astype(kernel, dtype))
-  elif not structured.is_plain(kernel):
-    return None, []
-  matrices = np.asarray(table), np.asarray(kernel)
-  with np.errstate(invalid='ignore'):  # a signalling NaN would cause a warning
-    for path, array in zip((_EMBED, _HEAD), matrices, strict=True):
-      if not np.isfinite(array).all():
-        obstacle = f'{path} has weights that are not finite'
-        return None, [note(_EMBED, table, obstacle=obstacle)]
-  return matrices, []
+  is_summed = getattr(kernel, 'origin', None) == structured.Origin.SUMMED
+  if not structured.is_plain(table) or kernel is None or is_summed:
+    return params, {}
+  kernel = structured.astype(kernel, context.dtype_of(_HEAD))
+  table, head = np.asarray(table), np.asarray(structured.materialize(kernel))
+  if len(head) >= len(table):
+    return params, {}
+  note: transform_lib.Note = {'misfit': _error_of_unseen_tokens(table, head)}
+  if note['misfit'] <= _UNTIED:  # false if it is NaN
+    leaf, note = make(table, head, context)
+    params[_EMBED] = params[_EMBED] if leaf is None else leaf
+  return params, {_EMBED: note}
 
 
 def is_tied(table: np.ndarray, head: np.ndarray) -> bool:
@@ -157,68 +106,89 @@ def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
   chosen = np.random.default_rng(0).permutation(used)[: 3 * rank]
   seen, unseen = np.sort(chosen[: 2 * rank]), np.sort(chosen[2 * rank :])
   weights = row_weights(norms)
-  matrix = least_squares(normal_equations(few[seen], head[:, seen], weights[seen]))
+  matrix = least_squares(*normal_equations(few[seen], head[:, seen], weights[seen]))
   off = deviations(few[unseen], head[:, unseen], matrix)
   return float(np.median(off * weights[unseen]))
 
 
-def _exact_leaf(table: np.ndarray, head: np.ndarray) -> measure.Measured:
-  """Makes the leaf; chooses how finely T is rounded."""
+def _rounded_leaf(
+  table: np.ndarray, head: np.ndarray, context: Context
+) -> tuple[structured.Tied | None, dict[str, Any]]:
+  """Returns T, if it makes a small error when it is rounded; and the errors."""
+  norms = row_norms(table)
+  matrix = least_squares(*normal_equations(table, head, row_weights(norms)))
+  dtype = context.dtype_of(_EMBED)
+  off = deviations(table, head, structured.astype(matrix, dtype))
+  # Rounding errors do not get smaller below the least normal number.
+  least = float(jnp.finfo(dtype).smallest_normal) * np.sqrt(table.shape[1])
+  worst = float(np.max(off / np.maximum(norms, least)))
+  error = float(np.linalg.norm(off) / max(np.linalg.norm(norms), least))
+  most = _MOST_ERROR * context.roundoff
+  if error <= most and worst <= 4 * most:  # false if one is NaN
+    leaf = structured.Tied(matrix.astype(table.dtype), len(table))
+    return leaf, {'error': error, 'worst': worst}
+  return None, {'misfit': error, 'worst': worst}
+
+
+def _exact_leaf(
+  table: np.ndarray, head: np.ndarray, context: Context
+) -> tuple[Any, dict[str, Any]]:
+  """Returns a leaf of T in integers and the differences, if it takes fewer bits."""
+  is_finite = np.isfinite(table).all() and np.isfinite(head).all()
+  if table.dtype not in _EXACT_DTYPES or not is_finite:
+    return None, {}
   rank, tokens = head.shape
-  weights = row_weights(row_norms(table))
-  equations = normal_equations(table, head, weights)
-  matrix = least_squares(equations)
+  weights, unit = row_weights(row_norms(table)), float(jnp.finfo(table.dtype).eps) / 2
+  gram, moments = normal_equations(table, head, weights)
+  matrix = least_squares(gram, moments)
   errors = deviations(table, head, matrix) * weights
-  unit = float(jnp.finfo(table.dtype).eps) / 2
   odd = errors > 8 * max(float(np.median(errors)), unit)
   if odd.any():
     # Tokens that do not fit, for example because they were added later, become
     # exceptions. They must not influence T.
-    others = normal_equations(table[odd], head[:, odd], weights[odd])
-    equations = jax.tree.map(np.subtract, equations, others)
-    matrix = least_squares(equations)
+    odd_gram, odd_moments = normal_equations(table[odd], head[:, odd], weights[odd])
+    gram, moments = gram - odd_gram, moments - odd_moments
+    matrix = least_squares(gram, moments)
     errors = deviations(table, head, matrix) * weights
   # Rounding row k of T to multiples of s_k adds sum_k mean_i(head[k, i]^2) s_k^2 / 12
   # to the variance v of the deviations. It is best if all terms of this sum are equal.
   # The best sum is v D / (V - D), because finer steps then cost as many bits in the
   # D d integers as they save in the V d residuals.
   variance = (np.mean(errors[~odd] ** 2) + unit**2 / 12) / table.shape[1]
-  squares = np.maximum(np.diag(equations.gram) / tokens, 0)
+  squares = np.maximum(np.diag(gram) / tokens, 0)
   squares = np.where(squares > 0, squares, 1)
   exponents = np.rint(0.5 * np.log2(squares * (tokens - rank) / (12 * variance)))
   integers = np.rint(np.ldexp(matrix, exponents.astype(np.int32)[:, None]))
   integers = np.clip(integers, -_MOST_INTEGER, _MOST_INTEGER).astype(np.int32)
-  return measure.beside_head(table, head, integers, exponents.astype(np.int32))
+  exact = measure.beside_head(table, head, integers, exponents.astype(np.int32))
+  if exact.estimate() >= coder.estimate([table]):
+    return None, {}
+  exceptions = exact.leaf.exceptions
+  return exact.leaf, {'exceptions': 0 if exceptions is None else exceptions.size}
 
 
 # ---- least squares -----------------------------------------------------------------
 
 
-class Equations(NamedTuple):
-  """Normal equations `gram @ T = moments`, with W the diagonal of squared weights."""
-
-  gram: np.ndarray  # head @ W @ head^T, float64 [D, D]
-  moments: np.ndarray  # head @ W @ embed, float64 [D, d]
-
-
 def normal_equations(
-  table: np.ndarray,  # the embedding, [V, d]
-  head: np.ndarray,  # [D, V]
-  weights: np.ndarray,  # of the rows of the tokens, [V]
-) -> Equations:
-  """Returns the normal equations of some tokens."""
+  table: np.ndarray, head: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the normal equations `gram @ T = moments` of tokens with weights `[V]`.
+
+  gram = head @ W @ head^T `[D, D]` and moments = head @ W @ embed `[D, d]`, float64,
+  with W the diagonal of squared weights.
+  """
   gram = np.zeros((len(head), len(head)))
   moments = np.zeros((len(head), table.shape[1]))
   for block in tied.token_blocks(head):
     columns = head[:, block].astype(np.float64) * weights[block]
     gram += columns @ columns.T
     moments += columns @ (table[block].astype(np.float64) * weights[block, None])
-  return Equations(gram, moments)
+  return gram, moments
 
 
-def least_squares(equations: Equations) -> np.ndarray:
+def least_squares(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
   """Returns T, float64 `[D, d]`, nearly zero in the null space of a singular `gram`."""
-  gram, moments = equations
   diagonal = np.diag(gram)
   scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))[:, None]
   # The added diagonal makes the matrix regular in float64. One step of refinement
@@ -229,12 +199,6 @@ def least_squares(equations: Equations) -> np.ndarray:
   return first + scale * np.linalg.solve(regular, scale * left)
 
 
-def row_norms(table: np.ndarray) -> np.ndarray:
-  """Returns the norms of the rows of an embedding, float64 `[V]`."""
-  blocks = (table[block] for block in tied.token_blocks(table.T))
-  return np.concatenate([np.linalg.norm(x.astype(np.float64), axis=1) for x in blocks])
-
-
 def deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.ndarray:
   """Returns the norms of the rows of `table - head^T @ matrix`, float64 `[V]`."""
   off = []
@@ -242,6 +206,12 @@ def deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.nd
     predicted = head[:, block].astype(np.float64).T @ matrix.astype(np.float64)
     off.append(np.linalg.norm(table[block].astype(np.float64) - predicted, axis=1))
   return np.concatenate(off)
+
+
+def row_norms(table: np.ndarray) -> np.ndarray:
+  """Returns the norms of the rows of an embedding, float64 `[V]`."""
+  blocks = (table[block] for block in tied.token_blocks(table.T))
+  return np.concatenate([np.linalg.norm(x.astype(np.float64), axis=1) for x in blocks])
 
 
 def row_weights(norms: np.ndarray) -> np.ndarray:

@@ -58,7 +58,7 @@ def exact(*, transforms: tuple[passes.Transform, ...] = ()) -> Preset:
 def free(
   *,
   tolerance: float = 0.7,  # of `passes.remove_residual_gauge`, in roundoffs
-  floor: float | None = 0.0,  # of `passes.with_minimum_exponent`; None to nearest
+  floor: float | None = 0.0,  # step of `passes.Rounding`; None to nearest
   transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
 ) -> Preset:
   """Makes the preset that fixes every gauge, rounds once, and codes the other elements.
@@ -72,7 +72,7 @@ def free(
     name='free',
     options={'tolerance': tolerance, 'floor': floor},
     transform=_without_gauges(tolerance, transforms),
-    rounding=passes.NEAREST if floor is None else passes.with_minimum_exponent(floor),
+    rounding=passes.Rounding(floor),
     resumable=not transforms,
   )
 
@@ -86,10 +86,7 @@ def _without_gauges(
     # coordinates that they choose.
     passes.remove_residual_gauge(tolerance=tolerance),
     passes.retie_embedding(),
-    passes.remove_biases(),
-    passes.remove_value_gauge(tolerance=heads),
-    passes.remove_query_key_gauge(tolerance=heads),
-    passes.remove_low_rank_gauge(),
+    passes.remove_head_gauges(tolerance=heads),
     *transforms,
   )
 
@@ -97,7 +94,7 @@ def _without_gauges(
 def near(
   *,
   step: float = -5.0,  # log2 of the ratio of the step to the rms of an array
-  offsets: Mapping[str, float] | None = None,  # octaves to add, see `passes.to_steps`
+  offsets: Mapping[str, float] | None = None,  # octaves to add, see `passes.Rounding`
   inputs: Mapping[str, passes.Inputs] | None = None,  # see `passes.Rounding`
   tolerance: float = 0.7,  # as in `free`
   transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
@@ -125,7 +122,7 @@ def near(
     # Rounding to the step dominates the rounding to a dtype, for which the default
     # tolerance of heads was chosen.
     transform=_without_gauges(tolerance, transforms, heads=3.0),
-    rounding=passes.to_steps(step, offsets, inputs),
+    rounding=passes.Rounding(step, True, offsets, inputs or {}),
     keeps='approximation',
     resumable=not (transforms or inputs),
   )

@@ -32,8 +32,7 @@ from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.models import transformer
-from rotbits_jax.passes import rounding as rounding_lib
-from rotbits_jax.passes.rewrite import widened
+from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.preset import near
 from rotbits_jax.system import host
@@ -143,7 +142,9 @@ class _Rewritten:
     self.parts = spool.Spool(folder)
     transform = near(tolerance=tolerance).transform
     bar.stage('compiling, removing gauges')
-    for records, _ in passes.rewrite(self.context, transform, rounding=passes.FLOAT32):
+    for records, _ in passes.rewrite(
+      self.context, transform, rounding=passes.Rounding(dtype=np.float32)
+    ):
       is_layer = models.names.layer_index(records[0].name) is not None
       params = {name: x for record in records for name, x in record.params.items()}
       self.parts[records[0].name if is_layer else None] = params
@@ -153,8 +154,8 @@ class _Rewritten:
     self, name: str | None, rounding: passes.Rounding
   ) -> tuple[dict[str, Any], set[str]]:
     """Rounds a part; returns arrays by path, and the paths that have steps."""
-    params = widened(self.parts[name])
-    params, notes, _ = rounding_lib.round_params(rounding, params, self.context)
+    params = transform_lib.widened(self.parts[name])
+    params, notes, _ = transform_lib.round_params(rounding, params, self.context)
     return _arrays(structured.unflatten(params)), {note['tensor'] for note in notes}
 
   def decoded(self, name: str | None, rounding: passes.Rounding) -> models.Params:
@@ -171,7 +172,8 @@ def _arrays(params: models.Params) -> dict[str, Any]:
   Arrays take the place of integers, so that one compiled program serves all steps.
   """
   plain = lambda x: structured.materialize(x) if structured.is_in_files(x) else x
-  return widened(jax.tree.map(plain, params, is_leaf=structured.is_structured))
+  arrays = jax.tree.map(plain, params, is_leaf=structured.is_structured)
+  return transform_lib.widened(arrays)
 
 
 # ---- the divergence of each parameter ----------------------------------------------
@@ -196,7 +198,8 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
     inputs |= sensitivities.fitted([seen, *unseen], halves, store)
     index = models.names.layer_index(next(iter(seen)))
     name = None if index is None else models.names.layer(index)
-    rounding = passes.to_steps(PROBE, {}, sensitivities.fitted([seen], halves[:1]))
+    fitted = sensitivities.fitted([seen], halves[:1])
+    rounding = passes.Rounding(PROBE, uniform=True, inputs=fitted)
     exact, (rounded, stepped) = _arrays(parts[name]), rewritten.rounded(name, rounding)
     for path, matrix_inputs in (unseen or [seen])[0].items():
       if path in stepped:
@@ -249,7 +252,7 @@ def _searched(
   curve: dict[float, float] = {}
   while step is not None and len(curve) < _EVALUATIONS:
     bar.stage(f'2^{step:g}')
-    rounding = passes.to_steps(step, offsets, calibration.inputs)
+    rounding = passes.Rounding(step, True, offsets, calibration.inputs)
     rounded = predicted(functools.partial(rewritten.decoded, rounding=rounding))
     curve[step] = perplexity.mean_divergence(config, expected, rounded, lengths)
     if not math.isfinite(curve[step]):

@@ -47,6 +47,7 @@ from rotbits_jax.structured.trees import materialize
 from rotbits_jax.structured.trees import pair
 from rotbits_jax.structured.trees import same_bits
 from rotbits_jax.structured.trees import stack_key
+from rotbits_jax.structured.trees import stored_sizes
 from rotbits_jax.structured.trees import unflatten
 from rotbits_jax.structured.uniform import UniformlyQuantized
 from rotbits_jax.structured.uniform import line_factors
@@ -81,5 +82,6 @@ __all__ = [
   'same_bits',
   'stack_key',
   'static',
+  'stored_sizes',
   'unflatten',
 ]

@@ -86,15 +86,15 @@ def astype(tree: Any, dtype: Any) -> Any:
 
 def count_elements(tree: Any) -> int:
   """Returns how many numbers a PyTree of unstacked leaves stores."""
-  return sum(size for _, size in _stored_sizes(tree))
+  return sum(size for _, size in stored_sizes(tree))
 
 
 def count_bytes(tree: Any) -> int:
   """Returns how many bytes these numbers take before they are coded."""
-  return sum(dtype.itemsize * size for dtype, size in _stored_sizes(tree))
+  return sum(dtype.itemsize * size for dtype, size in stored_sizes(tree))
 
 
-def _stored_sizes(tree: Any) -> list[tuple[np.dtype, int]]:
+def stored_sizes(tree: Any) -> list[tuple[np.dtype, int]]:
   """Returns the dtype and the size of each array that is stored."""
   sizes: list[tuple[np.dtype, int]] = []
   for leaf in jax.tree.leaves(tree, is_leaf=is_structured):

@@ -196,7 +196,7 @@ Sides = tuple[jax.Array, jax.Array]
 """float32 `[K, a, h]` and `[K, b, h]`, of K products `left @ right^T`."""
 
 
-def sides(params: models.Params, *, kv_heads: int) -> Sides:
+def _sides(params: models.Params, kv_heads: int) -> Sides:
   """Returns the two kernels of a pair, `VALUES` or `KEYS`. Biases are further rows.
 
   Only `left @ right^T` matters for the function of the model.
@@ -217,21 +217,25 @@ def sides(params: models.Params, *, kv_heads: int) -> Sides:
 
 
 def rounding_errors(
-  plain: Sides,  # kernels before their gauge is fixed
-  exact: Sides,  # kernels with their gauge fixed
-  rounded: Sides,  # the same, rounded to the dtype
+  pair: models.Params,  # `VALUES` or `KEYS`, before their gauge is fixed
+  fixed: models.Params,  # the same with their gauge fixed
+  kv_heads: int,
   dtype: Any,
 ) -> dict[str, jax.Array]:
   """Returns the relative errors in the Frobenius norm that rounding makes in products.
 
-  'plain_error' is that of plain kernels, and 'error' that of the rounded ones.
+  'plain_error' is that of plain kernels, and 'error' that of the fixed ones.
   """
+  round_off = lambda x: structured.astype(structured.astype(x, dtype), jnp.float32)
   # The weights of a checkpoint have no rounding error, because they are rounded
   # already. A multiple of them has the usual error.
-  left, right = plain[0] * 2**0.5, plain[1] / 2**0.5
-  round_off = lambda x: x.astype(dtype).astype(jnp.float32)
-  plain_error = _relative_error((left, right), (round_off(left), round_off(right)))
-  return {'plain_error': plain_error, 'error': _relative_error(exact, rounded)}
+  left, right = _sides(pair, kv_heads)
+  scaled = left * 2**0.5, right / 2**0.5
+  exact, rounded = (_sides(x, kv_heads) for x in (fixed, round_off(fixed)))
+  return {
+    'plain_error': _relative_error(scaled, round_off(scaled)),
+    'error': _relative_error(exact, rounded),
+  }
 
 
 def _relative_error(exact: Sides, near: Sides) -> jax.Array:

@@ -56,16 +56,3 @@ def fix_pair(
     return structured.LowRank(basis.below, _matmul(basis.factor, v), 'u')
   basis = heads.basis(v.T)
   return structured.LowRank(_matmul(u, basis.factor.T), basis.below.T, 'v')
-
-
-def spread(factor: jax.Array) -> jax.Array:
-  """Returns how unequal the singular values of a factor `[m, r]` are, at least 1.
-
-  Let S be the diagonal matrix of the singular values of a product, and the factors be
-  `Q S^(1/2)` and `S^(1/2) P` with orthonormal Q and P. Rounding them makes an error
-  whose square is in proportion to `tr S^2`, as does rounding a basis and `S P`. If the
-  factors are rotated at random before, it is in proportion to `(tr S)^2 / r`. The
-  spread is the root of the ratio.
-  """
-  gram = _matmul(factor.T, factor)
-  return len(gram) ** 0.5 * jnp.linalg.norm(gram) / jnp.trace(gram)

@@ -33,11 +33,12 @@ References:
 
 from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.symmetries import products
@@ -52,21 +53,14 @@ _MOST_OCTAVES = 3  # of a line's step from that of its matrix
 _matmul = products.matmul
 
 
-class Size(NamedTuple):
-  """The typical size of the numbers of an array."""
-
-  rms: jax.Array  # the root of their mean square, float32; 0 if no number counts
-  outliers: jax.Array  # how many numbers are infinite, NaN or outliers, int32
-
-
-def typical_size(array: jax.Array) -> Size:
+def typical_size(array: jax.Array) -> jax.Array:
   """Returns the rms of the numbers of a float32 array, without zeros and outliers.
 
   Structure makes zeros. If the rms is more than twice the mean magnitude, a few numbers
   make most of the squares: those above 8 mean magnitudes are outliers. They are removed
   until there are none. Of normal numbers, the rms is 1.25 mean magnitudes.
 
-  >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])).rms)
+  >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])))
   1
   """
   fold = functools.partial(_fold, array)
@@ -94,13 +88,12 @@ def typical_size(array: jax.Array) -> Size:
     return (next_limit < limit) & (rounds < _ROUNDS)
 
   largest = jnp.float32(jnp.finfo(jnp.float32).max)
-  (rms, limit, _), _ = jax.lax.while_loop(
+  (rms, _, _), _ = jax.lax.while_loop(
     has_outliers,
     lambda state: (measure(state[0][2]), state[1] + 1),
     (measure(largest), jnp.int32(0)),
   )
-  beyond = lambda count, x: count + jnp.sum(~(x <= limit), dtype=jnp.int32)
-  return Size(rms, fold(beyond, jnp.int32(0)))
+  return rms
 
 
 def _fold(
@@ -154,6 +147,29 @@ def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
   steps = jnp.rint(array / step)
   # This turns -0 into 0. Adding 0 would not, because XLA replaces x + 0 by x.
   return jnp.where(steps == 0, 0, steps * step)
+
+
+def round_to_power_of_two(
+  array: jax.Array, rms: jax.Array, log2_step: jax.Array, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array]:
+  """Rounds an array to multiples of 2^floor(log2(rms) + log2_step), and to its dtype.
+
+  It also returns the step; 0 if all numbers are those of the dtype already.
+  """
+  q, nearest = jnp.floor(jnp.log2(rms) + log2_step), array.astype(dtype)
+  # The dtype has no finer step, and the inverse of 2^q must be a float32.
+  least = max(least_exponent(dtype) - jnp.finfo(dtype).nmant, -126)
+  step = jnp.ldexp(jnp.float32(1), jnp.clip(q, least, 126).astype(jnp.int32))
+  # Beyond, the dtype itself is coarser.
+  is_small = jnp.abs(array) < step * (1 << jnp.finfo(dtype).nmant + 1)
+  result = jnp.where(is_small, multiples(array, step).astype(dtype), nearest)
+  same = jnp.all((nearest.astype(jnp.float32) == array) | jnp.isnan(array))
+  return jnp.where(same, nearest, result), jnp.where(same, 0, step)
+
+
+def least_exponent(dtype: np.dtype) -> int:
+  """Returns the exponent of the smallest normal number of a dtype."""
+  return int(np.log2(float(jnp.finfo(dtype).smallest_normal)))
 
 
 @functools.partial(jax.jit, static_argnames='axis')
