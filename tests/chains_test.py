@@ -83,13 +83,12 @@ class PairsTest(parameterized.TestCase):
 
 class RefusalsTest(parameterized.TestCase):
   def test_presets_refuse_what_they_cannot_take(self):
-    rotation = TRANSFORMS['rotation']
-    preset = presets.exact(transforms=(rotation,))
+    preset = presets.exact(transforms=(TRANSFORMS['attention heads'],))
     with self.assertRaisesRegex(ValueError, 'must keep the dtype float16, got float32'):
       rotbits_jax.encode(_model('dense', np.float16)[0], preset=preset)
     with self.assertRaisesRegex(ValueError, "'residual gauge' has a state"):
       presets.free(transforms=(TRANSFORMS['residual gauge'],))
-    presets.free(transforms=(rotation,))
+    presets.free(transforms=(TRANSFORMS['rotation'],))
 
   def test_a_large_error_ends_the_work_in_every_preset(self):
     path = 'mlp/down/kernel'
