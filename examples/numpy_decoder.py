@@ -219,7 +219,8 @@ def read_blocks(blocks, layout, sizes, contexts):
 def parts_of(dtype, shape, crc32, groups, zeros):
   """The dtypes and shapes of the parts of an array."""
   if zeros is None:
-    return [('uint32', shape)] * 2 if len(groups) == 2 else [(dtype, shape)]
+    wide = np.dtype(dtype).itemsize == 8
+    return [('uint32', [*shape, 2]) if wide else (dtype, shape)]
   values, negative, transposed = zeros
   matrix = math.prod(shape[:-1]), math.prod(shape[-1:])
   lines, length = matrix[::-1] if transposed else matrix
@@ -231,8 +232,7 @@ def parts_of(dtype, shape, crc32, groups, zeros):
 def joined(parts, shape, zeros):
   """The bits of an array."""
   if zeros is None:
-    low, *high = parts
-    return low | high[0].astype(np.uint64) << 32 if high else low
+    return parts[0]
   mask, signs, *rows = parts
   bits = np.zeros((math.prod(shape[:-1]), math.prod(shape[-1:])), rows[0].dtype)
   ordered = bits.T if zeros[2] else bits
@@ -247,10 +247,11 @@ def joined(parts, shape, zeros):
 def checked(bits, array):
   """The array of these bits."""
   dtype, shape, crc32, *_ = array
-  bits = np.ascontiguousarray(bits.astype(f'u{np.dtype(dtype).itemsize}'))
-  if zlib.crc32(bits.tobytes()) != crc32:
+  size = np.dtype(dtype).itemsize
+  data = (bits if size == 8 else bits.astype(f'u{size}')).tobytes()
+  if zlib.crc32(data) != crc32:
     raise ValueError('an array is damaged')
-  return bits.view(dtype).reshape(shape)
+  return np.frombuffer(bytearray(data), dtype).reshape(shape)
 
 
 def read_record(spec, stream):

@@ -31,8 +31,6 @@ from rotbits_jax.coding import specs
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
-_GROUPS = 16  # that are decoded at once, because their tables may be large
-
 _Job = Callable[[], None]
 
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
@@ -172,17 +170,16 @@ def decode(
     return _Units(layout, contexts, outputs).decode_jobs(bodies[i])
 
   def finish(indices: Sequence[int]) -> None:
-    pool.each(lambda i: _finish(i, spec.arrays[i], parts[i]), indices)
+    pool.each(lambda i: _finish(i, spec.arrays[i], arrays[i], parts[i]), indices)
 
   outputs = [parts[x.array][x.part].reshape(-1).view(np.uint8) for x in plain]
   pool.each(np.copyto, outputs, pieces)
-  indices = [i for i, group in enumerate(spec.groups) if not group.is_known]
-  for i in range(0, len(indices), _GROUPS):
-    # A list, because no job may run when the contexts of a group are refused.
-    pool.run([job for group in indices[i : i + _GROUPS] for job in jobs_of(group)])
+  for i, group in enumerate(spec.groups):
+    if not group.is_known:
+      pool.run(jobs_of(i))
   finish([i for i in range(len(arrays)) if i not in groups_known])
   for i, group in groups_known.items():
-    pool.run([*jobs_of(group, known[i]().reshape(-1))])
+    pool.run(jobs_of(group, known[i]().reshape(-1)))
   finish([*groups_known])
   return arrays
 
@@ -271,32 +268,26 @@ def _outputs(
   """Returns the given arrays if they fit the spec; makes new ones if `out` is None."""
   if out is None:
     return [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays]
-  if len(out) != len(spec.arrays):
-    raise ValueError(f'the record has {len(spec.arrays)} arrays, got {len(out)}')
-  for i, (array, entry) in enumerate(zip(out, spec.arrays, strict=True)):
-    if array.shape != entry.shape or array.dtype != entry.numpy_dtype:
-      raise ValueError(
-        f'array {i} of the record is {entry.dtype} {entry.shape}, '
-        f'got {array.dtype=} {array.shape=}'
-      )
-    if not (array.flags.c_contiguous and array.flags.writeable):
-      raise ValueError(f'array {i} of `out` must be contiguous and writeable')
+  expected = [(x.dtype, x.shape, True, True) for x in spec.arrays]
+  flags = lambda x: (x.flags.c_contiguous, x.flags.writeable)
+  if expected != [(x.dtype.name, x.shape, *flags(x)) for x in out]:
+    raise ValueError('the arrays to decode into are not those of the record')
   return list(out)
 
 
 def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
-  """Returns arrays to decode the parts of an array into, and the array last."""
-  if len(spec.parts) == 1:
-    return [array]
-  return [*(host.empty(shape, dtype) for dtype, shape in spec.parts), array]
-
-
-def _finish(index: int, spec: specs.ArraySpec, parts: list[np.ndarray]) -> None:
-  """Makes an array of its parts, and checks it."""
-  *decoded, array = parts
+  """Returns arrays to decode the parts of an array into."""
   if spec.zeros:
-    spec.zeros.join(decoded, array)
-  elif decoded:
-    sparse.join_halves(decoded, array)
+    return [host.empty(shape, dtype) for dtype, shape in spec.parts]
+  ((dtype, shape),) = spec.parts
+  return [array.reshape(-1).view(dtype).reshape(shape)]
+
+
+def _finish(
+  index: int, spec: specs.ArraySpec, array: np.ndarray, parts: list[np.ndarray]
+) -> None:
+  """Makes an array of its parts, and checks it."""
+  if spec.zeros:
+    spec.zeros.join(parts, array)
   if checksums_lib.of_array(array) != spec.crc32:
     raise ValueError(f'array {index} of the record is damaged: its checksum differs')

@@ -9,7 +9,7 @@ _MOST_BELOW = 6
 _MOST_ABOVE = 2
 
 _CHUNK = 1 << 16  # elements that are looked at at once, so that they fit the cache
-_RUNS = 4  # of elements, of which a sample consists
+_RUNS, _RUN = 4, 1 << 13  # of elements, of which a sample consists
 
 
 def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
@@ -24,15 +24,13 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
     exponent that these allow, 1 if small ones share no step.
   """
   # With more elements fewer low bits are zero in all, and the steps are only finer.
-  for run in (_CHUNK >> 4, _CHUNK >> 2, _CHUNK, bits.size):
-    sample = bits
-    if _RUNS * run < bits.size:
-      starts = np.linspace(0, bits.size - run, _RUNS).astype(int)
-      sample = np.concatenate([bits[start : start + run] for start in starts])
+  if bits.size > _RUNS * _RUN:
+    starts = np.linspace(0, bits.size - _RUN, _RUNS).astype(int)
+    sample = np.concatenate([bits[start : start + _RUN] for start in starts])
     layout, min_exponent = _layout(sample, dtype)
-    if sample is bits or layout == layouts.Floats(dtype, layout.format.mantissa):
-      break
-  return layout, min_exponent
+    if layout == layouts.Floats(dtype, layout.format.mantissa):
+      return layout, min_exponent
+  return _layout(bits, dtype)
 
 
 def _layout(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:

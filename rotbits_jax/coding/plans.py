@@ -87,8 +87,8 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
 
 
 def _divided(array: np.ndarray) -> tuple[sparse.Sparse | None, list[np.ndarray]]:
-  if array.size and array.dtype.itemsize == 8:
-    return None, sparse.halves(array)
+  if array.dtype.itemsize == 8:
+    return None, [array.reshape(-1).view(np.uint32).reshape(*array.shape, 2)]
   return (sparse.without_zeros(array) if array.size else None) or (None, [array])
 
 
@@ -375,8 +375,14 @@ def _integer_group(parts: list[Part], known: np.ndarray | None = None) -> Group:
     least = min(x.range[0] for x in lines)
     classes = [x.above(least).scales(0, contexts_lib.CLASSES - 1) for x in lines]
   else:
-    zero, last = np.zeros(1, np.uint8), contexts_lib.CLASSES - 1
-    classes = [contexts_lib.Scales(min(i, last), zero, zero) for i in range(len(parts))]
+    # Each array has a class; those of 64 bits have two, of low and of high bits.
+    zero, two, last = np.zeros(1, np.uint8), np.arange(2, dtype=np.uint8), 127
+    classes = [
+      contexts_lib.Scales(
+        2 * min(i, last), zero, two if x.numbers.shape[-1:] == (2,) else zero
+      )
+      for i, x in enumerate(parts)
+    ]
   pairs = zip(parts, classes, strict=True)
   samples = [_integer_sample(x.numbers, y, _INTEGERS) for x, y in pairs]
   shifts = _shifts(samples, layout)

@@ -50,15 +50,8 @@ class Lines(NamedTuple):
     top = min(self.range[1], most)
     room = max(top - least, 0)
     below = [x.max() - x for x in self]
-
-    def moved(room_of_rows: int) -> float:
-      limits = room_of_rows, room - room_of_rows
-      pairs = zip(below, limits, strict=True)
-      return sum(float(np.maximum(x - y, 0).mean()) for x, y in pairs)
-
-    room_of_rows = int(below[0].max())
-    if room_of_rows + int(below[1].max()) > room:
-      room_of_rows = min((room * i // 8 for i in range(9)), key=moved)
+    # Columns have the room that rows leave, but half of it at least.
+    room_of_rows = min(int(below[0].max()), max(room // 2, room - int(below[1].max())))
     limits = room_of_rows, room - room_of_rows
     below = [np.minimum(x, y) for x, y in zip(below, limits, strict=True)]
     rows, columns = (

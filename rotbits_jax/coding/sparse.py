@@ -1,4 +1,4 @@
-"""Arrays as others that take fewer bytes: without their zeros, or as two halves.
+"""Arrays without their zeros.
 
 Shape letters: an array is taken as a matrix of R rows and C columns, n of whose
 elements are not zero and z of whose elements are.
@@ -96,16 +96,3 @@ def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
   form = Sparse(values.size, bool(negative.any()), transposed)
   signs = np.packbits(negative[: negative.size if form.negative else 0])
   return form, [masks[transposed], signs, *(x.view(array.dtype) for x in rows)]
-
-
-def halves(array: np.ndarray) -> list[np.ndarray]:
-  """Returns the low and the high 32 bits of elements of 64 bits."""
-  pairs = bit_patterns(array).view(np.uint32).reshape(-1, 2)
-  return [np.ascontiguousarray(x).reshape(array.shape) for x in pairs.T]
-
-
-def join_halves(parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-  """Makes elements of 64 bits: the inverse of `halves`."""
-  pairs = bit_patterns(out).view(np.uint32).reshape(-1, 2)
-  for i, part in enumerate(parts):
-    pairs[:, i] = part.reshape(-1)

@@ -45,7 +45,7 @@ class ArraySpec(schema.Row):
   shape: tuple[schema.Size, ...]  # shape of the array
   crc32: schema.Crc32  # CRC-32 of the bytes of the array in C order
   # For each part, the index of its group; None if the part is stored as it is. An array
-  # is its only part, unless it is stored without zeros or, of 64 bits, as its halves.
+  # is its only part, unless it is stored without zeros.
   groups: tuple[schema.Size | None, ...]
   zeros: sparse.Sparse | None  # where they are, if it is stored without them
 
@@ -78,8 +78,8 @@ class ArraySpec(schema.Row):
     """The dtype and the shape of each part."""
     if self.zeros:
       return self.zeros.parts(self.numpy_dtype, self.shape)
-    if len(self.groups) == 2 and self.numpy_dtype.itemsize == 8:
-      return [(np.dtype(np.uint32), self.shape)] * 2
+    if self.numpy_dtype.itemsize == 8:  # the low and the high bits of each element
+      return [(np.dtype(np.uint32), (*self.shape, 2))]
     return [(self.numpy_dtype, self.shape)]
 
 

@@ -27,15 +27,12 @@ TOTAL = 1 << PRECISION
 MOST_PAIR = 1 << 11
 """The greatest frequency of a pair."""
 
-# A sum whose product with TOTAL int64 can hold, and a half of itself.
-_MOST_RAISED = (2**63 - 1) // (TOTAL + 1)
-
 
 def quantize(counts: np.ndarray) -> np.ndarray:
   """Returns frequencies in proportion to counts.
 
   Args:
-    counts: integers `[..., A]`. In each row at least one count and at most 2^14
+    counts: integers `[..., A]`. In each row at least one count and at most 2^13
       counts are positive, and the counts add up to less than 2^48.
 
   Returns:
@@ -44,18 +41,14 @@ def quantize(counts: np.ndarray) -> np.ndarray:
   """
   counts = np.asarray(counts, np.int64)
   present = (counts > 0).sum(axis=-1, keepdims=True)
-  if not np.all((present > 0) & (present <= TOTAL)):
+  if not np.all((present > 0) & (present <= TOTAL // 2)):
     raise ValueError(
-      f'a frequency table needs 1 to {TOTAL} symbols with a positive count, '
+      f'a frequency table needs 1 to {TOTAL // 2} symbols with a positive count, '
       f'got {np.min(present)} to {np.max(present)}'
     )
-  while True:
-    # Smaller counts are raised to this one. It gets a slot even if all are raised.
-    least = counts.sum(axis=-1, keepdims=True) // np.maximum(TOTAL - present, 1) + 1
-    ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
-    if ends.max(initial=0) <= _MOST_RAISED:
-      break
-    counts = (counts + 1) // 2
+  # Smaller counts are raised to this one. It gets a slot even if all are raised.
+  least = counts.sum(axis=-1, keepdims=True) // (TOTAL - present) + 1
+  ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
   whole = ends[..., -1:]
   return np.diff((ends * TOTAL + whole // 2) // whole, prepend=0, axis=-1)
 
