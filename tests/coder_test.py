@@ -81,7 +81,7 @@ def modelled(values):
   bits = values.reshape(-1).view(f'u{values.itemsize}')
   return (
     entropy(layouts.bins_of(bits, layouts.Floats(values.dtype, 1), 1))
-    + values.size * form.mantissa / 8
+    + values.size * form.nmant / 8
   )
 
 

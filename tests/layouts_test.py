@@ -25,14 +25,12 @@ def patterns(dtype):
 
 def rounded(bits, form, least):
   """Rounds numbers towards zero to multiples of the step of a minimum exponent."""
-  magnitude = bits & ((1 << form.width - 1) - 1)
-  exponent = np.maximum(magnitude >> form.mantissa, 1).astype(np.int64)
-  below = np.clip(least - exponent, 0, form.width - 1).astype(bits.dtype)
+  magnitude = bits & ((1 << form.bits - 1) - 1)
+  exponent = np.maximum(magnitude >> form.nmant, 1).astype(np.int64)
+  below = np.clip(least - exponent, 0, form.bits - 1).astype(bits.dtype)
   # The leading 1 of a number is also cut off, if it is below the step.
-  sign = bits & (1 << form.width - 1)
-  return np.where(below > form.mantissa, sign, bits >> below << below).astype(
-    bits.dtype
-  )
+  sign = bits & (1 << form.bits - 1)
+  return np.where(below > form.nmant, sign, bits >> below << below).astype(bits.dtype)
 
 
 @pytest.mark.parametrize(
@@ -41,17 +39,17 @@ def rounded(bits, form, least):
 def test_small_numbers_count_steps(dtype, least):
   dtype = np.dtype(dtype)
   form = layouts.FORMATS[dtype]
-  bias = (1 << form.exponent - 1) - 1
+  bias = (1 << form.nexp - 1) - 1
   bits = rounded(patterns(dtype), form, least)
   raised = np.asarray(layouts.raised(jnp.asarray(bits), form, least))
   np.testing.assert_array_equal(layouts.raised(bits, form, least, np), raised)
   with np.errstate(invalid='ignore'):
     values = np.abs(bits.view(dtype).astype(np.float64))
   small = values < 2.0 ** (least + 1 - bias)
-  steps = np.ldexp(values[small], bias + form.mantissa - least)
-  magnitude = bits.dtype.type((1 << form.width - 1) - 1)
+  steps = np.ldexp(values[small], bias + form.nmant - least)
+  magnitude = bits.dtype.type((1 << form.bits - 1) - 1)
   np.testing.assert_array_equal(raised[small] & magnitude, steps)
-  offset = np.array((least - 1) << form.mantissa, bits.dtype)
+  offset = np.array((least - 1) << form.nmant, bits.dtype)
   np.testing.assert_array_equal(raised[~small], bits[~small] - offset)
   wide = (raised & magnitude).astype(np.uint32)
   for xp in (jnp, np):

@@ -28,7 +28,6 @@ stack that is divided into lanes, which are coded side by side. In the order of 
     bits_back/   bits-back coding: rotations that cost no bits
     layouts      divides elements into symbols and raw bits
     blocks       codes up to 2^20 elements
-    known        the classes of integers of which the decoder knows something
     contexts     the classes of elements and the tables of arrays
     formats      chooses the layouts of floats
     scales       measures rows and columns
@@ -36,6 +35,5 @@ stack that is divided into lanes, which are coded side by side. In the order of 
     plans        chooses how each array is stored
     specs        describes a stream
     coder        codes a record
-    buffers      arrays that are used again
     pool         the threads
 """

@@ -19,15 +19,16 @@ Shape letters: n units of W words, L lanes, T rows.
 
 from collections.abc import Callable
 import functools
+import threading
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import buffers
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import rans
+from rotbits_jax.system import host
 from rotbits_jax.system import native
 
 LANES, FEW_LANES = 32, 4
@@ -89,7 +90,7 @@ def _plane(width: int, lanes: int) -> tuple[tuple[int, ...], np.dtype]:
 def _classes(fill: Fill, count: int) -> np.ndarray:
   """Returns the classes of the units of a block: uint8 `[ROWS, L]`."""
   rows, lanes = _grid(count)
-  classes = buffers.scratch('classes', (ROWS, lanes), np.uint8)
+  classes = _scratch('classes', (ROWS, lanes), np.uint8)
   flat = classes.reshape(-1)
   fill(flat[:count])
   flat[count : rows * lanes] = flat[count - 1]
@@ -116,7 +117,7 @@ def encode(
     The block, uint8.
   """
   rows, lanes = _grid(count)
-  values = buffers.scratch('units', (ROWS, lanes, layout.words), layout.word)
+  values = _scratch('units', (ROWS, lanes, layout.words), layout.word)
   flat = values.reshape(-1, layout.words)
   units(flat[:count].reshape(-1).view(f'u{layout.dtype.itemsize}'))
   flat[count : rows * lanes] = flat[count - 1]
@@ -124,7 +125,7 @@ def encode(
   shapes: list[tuple[int, ...]] = [(lanes * stack,), (ROWS, lanes)]
   outputs = [(shape, np.dtype(np.uint16)) for shape in shapes]
   outputs += [_plane(width, lanes) for width, _ in layout.pieces]
-  out = tuple(buffers.taken(f'out {i}', *x) for i, x in enumerate(outputs))
+  out = tuple(_taken(f'out {i}', *x) for i, x in enumerate(outputs))
   arguments = values, _classes(classes, count), coder_tables, np.int32(rows)
   state, lengths, out = _encode(out, *arguments, layout=layout.program)
   words, marks, *planes = map(np.asarray, out)
@@ -145,7 +146,7 @@ def encode(
   parts += [np.packbits(bits[:, 6:]), place_bytes, flat[places]]
   data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
   for i, array in enumerate(out):
-    buffers.keep(f'out {i}', array)
+    _keep(f'out {i}', array)
   return data
 
 
@@ -170,19 +171,19 @@ def decode(
     raise ValueError('a lane of a block has more words than units')
   # A lane whose words run out reads those of others, at most `most` below its own.
   below = ROWS * layout.pushes
-  words = buffers.scratch('words', (below + lanes * below,), np.uint16)
+  words = _scratch('words', (below + lanes * below,), np.uint16)
   words[below : below + total] = left[:total]
   tops = (below - 1 + np.cumsum(lengths)).astype(np.uint32)
   lists, planes = data[(data.size & ~1) - 2 * (left.size - total) :], []
   for i, (width, _) in enumerate(layout.pieces):
-    plane = buffers.scratch(f'plane {i}', *_plane(width, lanes))
+    plane = _scratch(f'plane {i}', *_plane(width, lanes))
     used = plane[: _plane_rows(width, rows)].reshape(-1).view(np.uint8)
     if lists.size < used.size:
       raise ValueError(f'a block of {data.size} bytes has too few raw bits')
     used[:], lists = lists[: used.size], lists[used.size :]
     planes.append(plane)
   places = _classes(classes, count)
-  out = buffers.taken('units', (ROWS, lanes, layout.words), layout.word)
+  out = _taken('units', (ROWS, lanes, layout.words), layout.word)
   arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)
   state, ends, out = _decode(out, *arguments, layout=layout.program)
   if np.any(np.asarray(state) != 1 << 16) or np.any(np.asarray(ends) != tops - lengths):
@@ -201,7 +202,7 @@ def decode(
     to_numbers(units[:count]),
     [(numbers_of(x[x < count]), to_numbers(bits[x < count])) for x, bits in patches],
   )
-  buffers.keep('units', out)
+  _keep('units', out)
 
 
 def _listed(
@@ -236,6 +237,36 @@ def _exceptions(data: np.ndarray, units: np.ndarray) -> Patch:
     raise ValueError('the exceptions of a block do not fit it')
   bits = np.ascontiguousarray(data[number * _PLACE :]).view(units.dtype)
   return indices, bits.reshape(-1, units.shape[1])
+
+
+# ---- arrays that a thread uses again -------------------------------------------------
+
+# Fresh memory costs more time than the work on it does. The arrays are aligned because
+# XLA then uses them without a copy.
+_local = threading.local()
+
+
+def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+  """Returns this thread's array of this name, shape and dtype."""
+  arrays = _local.__dict__.setdefault('scratch', {})
+  key = name, shape, np.dtype(dtype)
+  if key not in arrays:
+    arrays[key] = host.empty(shape, dtype)
+    arrays[key][...] = 0
+  return arrays[key]
+
+
+def _taken(name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> jax.Array:
+  """Takes this thread's array of this name, shape and dtype, to donate it."""
+  arrays = _local.__dict__.setdefault('arrays', {})
+  array: jax.Array | None = arrays.pop((name, shape, np.dtype(dtype)), None)
+  # A program that makes zeros would have to be compiled.
+  return jax.device_put(np.zeros(shape, dtype)) if array is None else array
+
+
+def _keep(name: str, array: jax.Array) -> None:
+  """Keeps an array for `_taken`."""
+  _local.arrays[name, array.shape, array.dtype] = array
 
 
 # ---- programs ------------------------------------------------------------------------

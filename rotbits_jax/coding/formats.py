@@ -28,7 +28,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
     starts = np.linspace(0, bits.size - _RUN, _RUNS).astype(int)
     sample = np.concatenate([bits[start : start + _RUN] for start in starts])
     layout, min_exponent = _layout(sample, dtype)
-    if layout == layouts.Floats(dtype, layout.format.mantissa):
+    if layout == layouts.Floats(dtype, layout.format.nmant):
       return layout, min_exponent
   return _layout(bits, dtype)
 
@@ -36,11 +36,11 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
 def _layout(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
   """Returns the layout of elements by looking at all of them."""
   form = layouts.FORMATS[dtype]
-  most = form.mantissa
+  most = form.nmant
   exponents, count, lowest = 0, 0, 1 << 30
   for start in range(0, bits.size, _CHUNK):
     part = bits[start : start + _CHUNK]
-    magnitude = part & part.dtype.type((1 << form.width - 1) - 1)
+    magnitude = part & part.dtype.type((1 << form.bits - 1) - 1)
     magnitude = magnitude[magnitude > 0]
     if not magnitude.size:
       continue
@@ -66,6 +66,6 @@ def _layout(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
   least = lowest - (zeros if low else most)
   # With a higher one too few symbols would be left for the elements below it.
   least = min(least, scale + _MOST_ABOVE)
-  least = min(least, (1 << form.exponent) - 2)  # NaN must stay above it
+  least = min(least, (1 << form.nexp) - 2)  # NaN must stay above it
   least = least if least > max(scale - _MOST_BELOW, 1) else 1
   return layouts.Floats(dtype, most - zeros, least > 1), least

@@ -83,20 +83,10 @@ Pop = Callable[[Callable[[jax.Array], tuple[jax.Array, ...]], int], jax.Array]
 It pops one symbol from each lane and returns the entries."""
 
 
-class Format(NamedTuple):
-  """How many bits of a dtype the exponent and the mantissa have."""
-
-  width: int
-  exponent: int
-  mantissa: int
-
-
 FORMATS = {
-  np.dtype(np.float16): Format(width=16, exponent=5, mantissa=10),
-  np.dtype(ml_dtypes.bfloat16): Format(width=16, exponent=8, mantissa=7),
-  np.dtype(np.float32): Format(width=32, exponent=8, mantissa=23),
+  np.dtype(x): ml_dtypes.finfo(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32)
 }
-"""The dtypes of `Floats`."""
+"""The dtypes of `Floats`, with the bits of their exponents and mantissas."""
 
 
 class Tables(NamedTuple):
@@ -132,7 +122,7 @@ class Floats:
     return (
       self.dtype in FORMATS
       and 1 <= self.top <= 2
-      and 1 <= self.raw_bits <= self.format.mantissa + 1 - self.top
+      and 1 <= self.raw_bits <= self.format.nmant + 1 - self.top
     )
 
   def check_entries(self, entries: np.ndarray) -> None:
@@ -141,7 +131,7 @@ class Floats:
       raise ValueError('a minimum exponent must be above 1')
 
   @property
-  def format(self) -> Format:
+  def format(self) -> ml_dtypes.finfo:
     return FORMATS[self.dtype]
 
   @property
@@ -166,12 +156,12 @@ class Floats:
   @property
   def all_ones(self) -> int:
     """The exponent and the top bits of the mantissa of some NaNs."""
-    return (1 << self.format.exponent + self.top) - 1
+    return (1 << self.format.nexp + self.top) - 1
 
   @property
   def words(self) -> int:
     """The words of a unit: one has two numbers of 16 bits, or one of 32 bits."""
-    return self.format.width // 16
+    return self.format.bits // 16
 
   @property
   def pieces(self) -> tuple[tuple[int, int], ...]:
@@ -197,7 +187,7 @@ class Floats:
   @property
   def _low(self) -> int:
     """The number of bits below the bin."""
-    return self.format.mantissa - self.top
+    return self.format.nmant - self.top
 
   def _packed(self, first: Any, second: Any) -> list[Any]:
     """Returns the words of a unit, given a field of each of its numbers."""
@@ -226,7 +216,7 @@ class Floats:
     """
     offset = 0 if self.raised else (told >> 2 << self.top) + start
     bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
-    sign = np.uint32(self._ones << self.format.width - 1)
+    sign = np.uint32(self._ones << self.format.bits - 1)
     words = [x << self._low | y & ~sign for x, y in zip(bins, kept, strict=True)]
     if self.raised:
       lower = lambda x: lowered(x, self.format, told >> 8, xp)
@@ -261,7 +251,7 @@ class Floats:
       raw = [x | y << place for x, y in zip(raw, fields, strict=True)]
     top, ones = self.raw_bits - 1, np.uint32(self._ones)
     kept = [
-      (x >> top & ones) << self.format.width - 1
+      (x >> top & ones) << self.format.bits - 1
       | (x & ones * np.uint32((1 << top) - 1)) << self._low - top
       for x in raw
     ]
@@ -283,7 +273,7 @@ class Floats:
     offset = jnp.uint32(0)
     if not self.raised:
       offset = (told >> 2 << self.top) + coder_tables.start
-    width, low, top = self.format.width, self._low, self.raw_bits - 1
+    width, low, top = self.format.bits, self._low, self.raw_bits - 1
     numbers = [unit[:, 0] & 0xFFFF, unit[:, 0] >> 16]
     if self.words == 2:
       numbers = [unit[:, 0], unit[:, 1]]
@@ -479,8 +469,8 @@ def bins_of(numbers: np.ndarray, layout: Floats, min_exponent: int) -> np.ndarra
   Those of numbers that share a step, whose minimum exponent is above 1, are raised.
   """
   form, unsigned = layout.format, numbers.dtype.type
-  low = form.mantissa - layout.top
-  tops = lambda x: (x & unsigned((1 << form.width - 1) - 1)) >> low
+  low = form.nmant - layout.top
+  tops = lambda x: (x & unsigned((1 << form.bits - 1) - 1)) >> low
   bins = tops(numbers)
   if min_exponent > 1:
     steps = tops(raised(numbers, form, min_exponent, np))
@@ -491,7 +481,7 @@ def bins_of(numbers: np.ndarray, layout: Floats, min_exponent: int) -> np.ndarra
 # ---- numbers that share a step -------------------------------------------------------
 
 
-def raised(bits: Any, form: Format, min_exponent: Any, xp: Any = jnp) -> Any:
+def raised(bits: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp) -> Any:
   """Replaces the magnitudes in bit patterns by those of a minimum exponent.
 
   Args:
@@ -501,22 +491,24 @@ def raised(bits: Any, form: Format, min_exponent: Any, xp: Any = jnp) -> Any:
     min_exponent: f, an integer of at least 1; it may be traced. 1 changes nothing.
     xp: the module, JAX or NumPy.
   """
-  unsigned, top = bits.dtype.type, form.mantissa
-  magnitude = bits & unsigned((1 << form.width - 1) - 1)
+  unsigned, top = bits.dtype.type, form.nmant
+  magnitude = bits & unsigned((1 << form.bits - 1) - 1)
   least = xp.asarray(min_exponent).astype(bits.dtype)
   exponent = xp.maximum(magnitude >> top, unsigned(1))
   shift = xp.where(exponent < least, least - exponent, unsigned(0))
   leading = (magnitude >> top > 0).astype(bits.dtype) << top
   significand = magnitude & unsigned((1 << top) - 1) | leading
-  steps = significand >> xp.minimum(shift, unsigned(form.width - 1))
+  steps = significand >> xp.minimum(shift, unsigned(form.bits - 1))
   return bits - magnitude | xp.where(
     shift > 0, steps, magnitude - (least - unsigned(1) << top)
   )
 
 
-def lowered(magnitude: Any, form: Format, min_exponent: Any, xp: Any = jnp) -> Any:
+def lowered(
+  magnitude: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp
+) -> Any:
   """Restores magnitudes, uint32: the inverse of `raised`."""
-  top, width = form.mantissa, form.width
+  top, width = form.nmant, form.bits
   least = xp.asarray(min_exponent).astype(np.int32)
   # A float32 holds an integer below 2^24 exactly, and its bits tell the exponent.
   wide = magnitude.astype(np.float32).view(np.int32)

@@ -83,8 +83,8 @@ class Lines(NamedTuple):
 
 def of_floats(array: np.ndarray, layout: layouts.Floats) -> Lines:
   """Measures floats. Classes are quarter octaves of magnitudes, biased as those are."""
-  shift = layout.format.width - 16
-  unit = 1 << layout.format.mantissa - shift
+  shift = layout.format.bits - 16
+  unit = 1 << layout.format.nmant - shift
 
   def level(bits: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
     # Integers, so that a file does not depend on the order of sums.
