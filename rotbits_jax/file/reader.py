@@ -9,7 +9,6 @@ that is decoded. Several records decode side by side: one stream is read while t
 blocks of another are decoded. A damaged or incomplete file raises `ContainerError`.
 """
 
-import collections
 from collections.abc import Iterator, Mapping
 import functools
 import hashlib
@@ -149,28 +148,23 @@ class Reader:
     sizes = {name: decoder.entry(name).input.bytes for name in names}
     needed = {path for leaf in decoder.leaves.values() for path in leaf.needs}
     held = {decoder.holders.get(path) for path in needed}
-    kept: dict[str, Any] = {}
+    jobs: dict[str, Any] = {}
     decode = functools.partial(
-      decoder.decode,
-      started=kept,
-      integers=not as_arrays,
-      as_arrays=as_arrays,
-      shared=True,
+      decoder.decode, integers=not as_arrays, as_arrays=as_arrays, shared=True
     )
     total = sum(sizes.values())
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
       pool.record_jobs() as start,
     ):
-      ahead: collections.deque[Any] = collections.deque()
       for i, name in enumerate(names):
         # One record is decoded while the caller works on the one before it.
-        wanted = 1 if sizes[name] >= memory.LARGE else 2
-        for other in names[i + len(ahead) : i + wanted]:
-          ahead.append(start(functools.partial(decode, other)))
-          if other in held:
-            kept[other] = ahead[-1]
-        yield name, ahead.popleft().result()
+        for other in names[i : i + (1 if sizes[name] >= memory.LARGE else 2)]:
+          if other not in jobs:
+            jobs[other] = start(functools.partial(decode, other, jobs))
+        yield name, jobs[name].result()
+        if name not in held:
+          del jobs[name]
         bar.update(sizes[name])
 
   # ---- the whole content -------------------------------------------------------------

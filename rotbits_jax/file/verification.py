@@ -1,5 +1,6 @@
 """Verification of files: decodes everything, and compares it with a source."""
 
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
+from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file import reader as reader_lib
@@ -58,9 +60,10 @@ def verify(
   verified = read_all(reader, bits, progress=progress)
   if bits is not None or is_plain:
     return verified
-  kl, floor = _divergences(reader, against, progress)
-  limit = max(_MOST_NOISE * floor, _LEAST_LIMIT)
-  if np.isnan(kl) or (keeps == 'function' and kl > limit):
+  model: Any = reader.content(show_progress=progress)
+  kl, floor = _divergences(model, checkpoints.load_checkpoint(against).model)
+  limit = max(_MOST_NOISE * floor, _LEAST_LIMIT) if keeps == 'function' else math.inf
+  if not kl <= limit:  # also if it is NaN
     raise ContainerError(
       f'the decoded model computes a different function: KL {kl:.3g} (noise floor '
       f'{floor:.3g})'
@@ -100,23 +103,18 @@ def read_all(
   return Verification(records, tensors, len(files), expected is not None, None, None)
 
 
-def _divergences(
-  reader: reader_lib.Reader, against: str | os.PathLike[str], progress: bool
-) -> tuple[float, float]:
+def _divergences(model: models.Model, reference: models.Model) -> tuple[float, float]:
   """Returns the KL divergence for random tokens, and the noise floor."""
   from rotbits_jax import evaluation  # optax and pictures are slow to import
 
-  model: Any = reader.content(show_progress=progress)
-  reference = checkpoints.load_checkpoint(against).model
   table = np.asarray(structured.materialize(reference.params['embed']['tokens']))
   usable = np.flatnonzero(np.isfinite(table).all(axis=1))
   if not usable.size:
     raise ContainerError('no token of the model has finite numbers')
   count = min(_TOKENS, reference.config.max_positions)
+  rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
+  tokens = np.random.default_rng(0).choice(usable, count)
   result: Any = evaluation.evaluate(
-    model,
-    np.random.default_rng(0).choice(usable, count),
-    reference=reference,
-    rerounded=passes.randomly_rotated(reference, key=jax.random.key(0)),
+    model, tokens, reference=reference, rerounded=rerounded
   )
   return result.kl, result.kl_rerounded
