@@ -201,8 +201,6 @@ class StreamReader:
         yield out, crc
     else:
       data = self._source[begin : begin + count]
-      if data.size != count:
-        raise ContainerError('the file is cut short')
       yield data, zlib_ng.crc32(data)
 
   def _read_header(self) -> tuple[dict[str, int], dict[str, int], int]:
