@@ -136,9 +136,8 @@ def encode(
   pairs = zip(layout.pieces, planes, strict=True)
   parts += [plane[: _plane_rows(width, rows)] for (width, _), plane in pairs]
   # The last unit is marked again where it fills the row.
-  marks = marks[:rows].reshape(-1)
-  marked = np.flatnonzero(marks)
-  marks = marks[marked]
+  marked = _nonzero(marks, rows * lanes)
+  marks = marks.reshape(-1)[marked]
   listed = marks[marks & layouts.ESCAPED > 0] & layouts.ESCAPE
   places = marked[(marks & layouts.EXCEPTION > 0) & (marked < count)]
   bits = np.unpackbits(listed.astype('>u2').view(np.uint8)).reshape(-1, 16)
@@ -183,18 +182,21 @@ def decode(
     used[:], lists = lists[: used.size], lists[used.size :]
     planes.append(plane)
   places = _classes(classes, count)
-  out = _taken('units', (ROWS, lanes, layout.words), layout.word)
+  outputs = [('units', (ROWS, lanes, layout.words), layout.word)]
+  if layout.pieces:
+    outputs.append(('marks', (ROWS, lanes), np.dtype(np.uint8)))
+  out = tuple(_taken(*x) for x in outputs)
   arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)
   state, ends, out = _decode(out, *arguments, layout=layout.program)
   if np.any(np.asarray(state) != 1 << 16) or np.any(np.asarray(ends) != tops - lengths):
     raise rans.MessageError('a block has more or fewer words than its units need')
-  units = np.asarray(out).reshape(-1, layout.words)
+  units = np.asarray(out[0]).reshape(-1, layout.words)
   patches = []
   if isinstance(layout, layouts.Floats):
-    size, patch = _listed(
-      units[: rows * lanes], lists, places.reshape(-1), layout, coder_tables
-    )
-    patches, lists = [patch], lists[size:]
+    listed = _nonzero(np.asarray(out[1]), rows * lanes)
+    told = places.reshape(-1)[listed]
+    size, words = _listed(units[listed], lists, told, layout, coder_tables)
+    patches, lists = [(listed, words)], lists[size:]
   patches.append(_exceptions(lists, units[:count]))
   to_numbers = lambda x: x.reshape(-1).view(f'u{layout.dtype.itemsize}')
   numbers_of = lambda x: (x[:, None] * layout.size + np.arange(layout.size)).reshape(-1)
@@ -202,7 +204,18 @@ def decode(
     to_numbers(units[:count]),
     [(numbers_of(x[x < count]), to_numbers(bits[x < count])) for x, bits in patches],
   )
-  _keep('units', out)
+  for (name, *_), array in zip(outputs, out, strict=True):
+    _keep(name, array)
+
+
+def _nonzero(array: np.ndarray, size: int) -> np.ndarray:
+  """Returns the places of the few elements that are not 0, among the first `size`."""
+  each = 8 // array.itemsize
+  several = array.reshape(-1).view(np.uint64)[: -(-size // each)]
+  (some,) = np.nonzero(several)
+  rows, columns = np.nonzero(several[some].view(array.dtype).reshape(-1, each))
+  places = some[rows] * each + columns
+  return places[places < size]
 
 
 def _listed(
@@ -211,20 +224,17 @@ def _listed(
   classes: np.ndarray,
   layout: layouts.Floats,
   coder_tables: layouts.Tables,
-) -> tuple[int, Patch]:
-  """Returns the bytes of the list of pairs, the units in it, and their bits."""
-  is_marked = (units & layout.marker) == layout.marker
-  (listed,) = np.nonzero(is_marked[:, 0] & is_marked[:, -1])
-  size = -(-10 * listed.size // 8)
+) -> tuple[int, np.ndarray]:
+  """Returns the bytes of the list of pairs, and the words of the units in it."""
+  size = -(-10 * len(units) // 8)
   if size > data.size:
     raise ValueError('a block has too few pairs of bins')
-  bits = np.unpackbits(data[:size], count=10 * listed.size).reshape(-1, 10)
+  bits = np.unpackbits(data[:size], count=10 * len(units)).reshape(-1, 10)
   pairs = (bits @ (1 << np.arange(9, -1, -1))).astype(np.uint32)
-  told = classes[listed].astype(np.uint32)
+  told = classes.astype(np.uint32)
   told = coder_tables.classes[told] if layout.raised else told
-  kept = [*(units[listed] & ~layout.marker).T]
-  words = layout.join(pairs, kept, told, coder_tables.start, np)
-  return size, (listed, np.stack(words, -1))
+  words = layout.join(pairs, [*units.T], told, coder_tables.start, np)
+  return size, np.stack(words, -1)
 
 
 def _exceptions(data: np.ndarray, units: np.ndarray) -> Patch:
@@ -286,15 +296,15 @@ def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:
 def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """Decodes rows of units.
 
-  The arguments are an array for units; the states; the places of the words that lanes
-  take next; words; classes; planes; tables; and the number of rows. Returns the states,
-  the places, and the units.
+  The arguments are arrays for units and marks; the states; the places of the words that
+  lanes take next; words; classes; planes; tables; and the number of rows. Returns the
+  states, the places, and the arrays.
   """
 
   def loop(*operands: Any) -> Any:
     out, state, tops, words, classes, planes, coder_tables, rows = operands
 
-    def step(t: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(t: jax.Array, carry: Any) -> Any:
       state, tops, out = carry
       place = t.astype(jnp.uint32)
 
@@ -313,8 +323,9 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         row = _row(plane, place // shared).astype(jnp.uint32)
         pieces.append(row >> place % shared * (2 * width))
       row_classes = _row(classes, t).astype(jnp.uint32)
-      unit = layout.decode_step(pop, row_classes, pieces, coder_tables)
-      return state, tops, _put(out, unit, t)
+      rows_of = layout.decode_step(pop, row_classes, pieces, coder_tables)
+      out = tuple(_put(x, y, t) for x, y in zip(out, rows_of, strict=True))
+      return state, tops, out
 
     return jax.lax.fori_loop(0, rows, step, (state, tops, out))
 

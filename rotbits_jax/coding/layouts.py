@@ -149,16 +149,6 @@ class Floats:
     return 256 if self.raised else 4
 
   @property
-  def offsets(self) -> tuple[int, int]:
-    """The least and the greatest offset: with them, bin 31 never looks like a NaN."""
-    return 1 - BINS, self.all_ones - BINS
-
-  @property
-  def all_ones(self) -> int:
-    """The exponent and the top bits of the mantissa of some NaNs."""
-    return (1 << self.format.nexp + self.top) - 1
-
-  @property
   def words(self) -> int:
     """The words of a unit: one has two numbers of 16 bits, or one of 32 bits."""
     return self.format.bits // 16
@@ -173,11 +163,6 @@ class Floats:
         pieces.append((width, low))
         low += width
     return tuple(pieces)
-
-  @property
-  def marker(self) -> np.uint32:
-    """The bits that are set in a word whose bins are in a list."""
-    return np.uint32(self._ones * self.all_ones << self._low)
 
   @property
   def _ones(self) -> int:
@@ -228,14 +213,18 @@ class Floats:
 
   def decode_step(
     self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
-  ) -> jax.Array:
-    """Decodes a unit of each lane, `[L, words]`, in a program.
+  ) -> tuple[jax.Array, ...]:
+    """Decodes a unit of each lane, in a program.
 
     Args:
       pop: pops a symbol.
       classes: uint32 `[L]`.
       pieces: uint32 `[L]`, the pieces of each unit.
       coder_tables: the tables.
+
+    Returns:
+      The words of the units, `[L, words]`. Of floats, also uint8 `[L]`: 1 if the bins
+      are in a list; then the words are those that `join` needs.
     """
     table, told = self._table(classes, coder_tables)
 
@@ -258,7 +247,8 @@ class Floats:
     words = self.join(entry >> 22, kept, told, coder_tables.start)
     is_listed = entry >= jnp.uint32(ESCAPE << 22)
     pairs = zip(kept, words, strict=True)
-    return jnp.stack([jnp.where(is_listed, x | self.marker, y) for x, y in pairs], -1)
+    words = [jnp.where(is_listed, x, y) for x, y in pairs]
+    return jnp.stack(words, -1), is_listed.astype(jnp.uint8)
 
   def encode_step(
     self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
@@ -279,15 +269,13 @@ class Floats:
       numbers = [unit[:, 0], unit[:, 1]]
     symbol, outside, raw = jnp.uint32(0), jnp.bool_(False), []
     for number in numbers:
-      # A number that looks like the marker is an exception.
-      is_marker = number >> low & self.all_ones == self.all_ones
       if self.raised:
         number = raised(number, self.format, told >> 8)
       magnitude = number & ((1 << width - 1) - 1)
       distance = ((magnitude >> low) - offset).astype(jnp.int32)
-      within = jnp.where(is_marker, BINS - 1, jnp.clip(distance, 0, BINS - 1))
+      within = jnp.clip(distance, 0, BINS - 1)
       symbol = symbol << 5 | within.astype(jnp.uint32)
-      outside = outside | is_marker | (within != distance)
+      outside = outside | (within != distance)
       tail = magnitude & ((1 << low) - 1)
       raw.append(tail >> low - top | number >> width - 1 << top)
     pieces = []
@@ -382,7 +370,7 @@ class Integers:
 
   def decode_step(
     self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, ...]:
     """Decodes a number of each lane; see `Floats.decode_step`."""
     del pieces
     told = _get(coder_tables.classes, classes)
@@ -402,7 +390,7 @@ class Integers:
     for size in self._raw_sizes(told >> 8):
       raw = pop(functools.partial(uniform, size), _MOST_RAW)
       number = number << size | raw
-    return number.astype(self.word)[:, None]
+    return (number.astype(self.word)[:, None],)
 
   def encode_step(
     self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
@@ -471,11 +459,9 @@ def bins_of(numbers: np.ndarray, layout: Floats, min_exponent: int) -> np.ndarra
   form, unsigned = layout.format, numbers.dtype.type
   low = form.nmant - layout.top
   tops = lambda x: (x & unsigned((1 << form.bits - 1) - 1)) >> low
-  bins = tops(numbers)
   if min_exponent > 1:
-    steps = tops(raised(numbers, form, min_exponent, np))
-    bins = np.where(bins == layout.all_ones, bins, steps)
-  return bins.astype(np.int64)
+    numbers = raised(numbers, form, min_exponent, np)
+  return tops(numbers).astype(np.int64)
 
 
 # ---- numbers that share a step -------------------------------------------------------

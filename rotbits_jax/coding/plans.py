@@ -214,13 +214,12 @@ class _Draft(NamedTuple):
   min_exponent: int
   lines: scales_lib.Lines  # of steps, if small numbers share one
 
-  def scales(self, octave: int, start: int = 0) -> contexts_lib.Scales:
-    """Returns the scales, counted from an octave with the offset `start`."""
+  def scales(self, octave: int) -> contexts_lib.Scales:
+    """Returns the scales, counted from an octave unless small numbers share a step."""
     if self.layout.raised:
       return self.lines.scales(0, _RAISED_CLASSES - 1)
-    most = scales_lib.STEPS * (self.layout.offsets[1] - start >> self.layout.top) + 3
     lines = self.lines.above(scales_lib.STEPS * octave)
-    return lines.scales(0, min(most, contexts_lib.CLASSES - 1))
+    return lines.scales(0, contexts_lib.CLASSES - 1)
 
   def counts(self, scales: contexts_lib.Scales, octave: int, most: int) -> np.ndarray:
     """Counts the bins of a sample: `[256, 32]` by class, or `[256, 128]` by table."""
@@ -240,7 +239,7 @@ class _Draft(NamedTuple):
     octave = _octave([self])
     scales = self.scales(octave)
     counts = self.counts(scales, octave, _FEW)
-    counts = counts[:, _window(counts, octave, self.layout)]
+    counts = counts[:, _window(counts)]
     cost = _nbytes(self.part.numbers, counts, _bits(counts), self.layout)
     return cost + scales.entropy_bytes
 
@@ -251,15 +250,10 @@ def _octave(drafts: Sequence[_Draft]) -> int:
   return max(int(octaves.min()), int(octaves.max()) - _OCTAVES)
 
 
-def _window(counts: np.ndarray, octave: int, layout: layouts.Floats) -> slice:
-  """Returns the places of the 32 bins with the most numbers, see `_Draft.counts`."""
-  if layout.raised:
-    return slice(layouts.BINS)
+def _window(counts: np.ndarray) -> slice:
+  """Returns the places of the 32 bins with the most numbers."""
   ends = np.cumsum(np.append(0, counts.sum(axis=0)))
   place = int(np.argmax(ends[layouts.BINS :] - ends[: -layouts.BINS]))
-  least, most = layout.offsets
-  first = (octave << layout.top) - _BINS_BELOW
-  place = min(max(place, least - first), most - first)
   return slice(place, place + layouts.BINS)
 
 
@@ -326,14 +320,13 @@ def _float_group(drafts: list[_Draft]) -> Group:
     for x, y in zip(drafts, scales, strict=True)
   ]
   table_of, rows = np.arange(4), np.sum(counts, axis=0)
-  window = _window(rows, octave, layout)
+  window = _window(rows)
   rows, counts = rows[:, window], [x[:, window] for x in counts]
   if layout.raised:
     table_of, rows = _merged(rows, np.argsort(levels, kind='stable'))
     entries = np.stack([table_of, exponents], 1)
   else:
     start = (octave << layout.top) + window.start - _BINS_BELOW
-    scales = [x.scales(octave, start) for x in drafts]
   frequencies = _frequencies(rows, layout.precision)
   bits = _bits(frequencies)[table_of]
   pairs = zip(parts, counts, strict=True)
