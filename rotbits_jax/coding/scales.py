@@ -2,9 +2,9 @@
 
 The *level* of numbers is a logarithm of their size: that of floats is the mean
 logarithm of their magnitudes, of which the bits of a float are a good approximation;
-that of integers is the logarithm of the root of their mean square. The level of a row
-is that of its elements divided by the scales of their columns, and vice versa. Lines
-are measured by a part of their elements. Only the size of a file depends on the choice.
+that of integers is the logarithm of the root of their mean square. The level of a
+column is that of its elements divided by the scales of their rows. Lines are measured
+by a part of their elements. Only the size of a file depends on the choice.
 
 Shape letters: R rows, C columns.
 """
@@ -108,26 +108,22 @@ def of_integers(array: np.ndarray) -> Lines:
 
 
 def _lines(flat: np.ndarray, shape: contexts.Shape, size: int, level: _Level) -> Lines:
-  """Measures the columns, then the rows, and then the columns again."""
+  """Measures the rows, and then the columns of what is left."""
   count, width = contexts.matrix_shape(shape)
   matrix = flat.reshape(count, width)
   some_rows = slice(None, None, max(count // _ROWS, 1))
-  some_columns = lambda array: array
-  if width > _RUNS * _LENGTH:
-    starts = np.linspace(0, width - _LENGTH, _RUNS).astype(int).tolist()
-    some_columns = lambda array: np.concatenate(
-      [array[:, x : x + _LENGTH] for x in starts], axis=1
-    )
   has_rows = width >= _LEAST_LINE and count > 1
   has_columns = count >= _LEAST_LINE and width > 1
   rows, columns = np.zeros(1), np.zeros(1)
-  if has_columns:
-    columns = _levels(level, matrix[some_rows], np.zeros((1, 1)), 0)
   if has_rows:
-    by = some_columns(columns[None] - columns.mean())
-    rows = _levels(level, some_columns(matrix), by, 1)
-  if has_rows and has_columns:
-    columns = _levels(level, matrix[some_rows], rows[some_rows, None], 0)
+    some = matrix
+    if width > _RUNS * _LENGTH:
+      starts = np.linspace(0, width - _LENGTH, _RUNS).astype(int).tolist()
+      some = np.concatenate([matrix[:, x : x + _LENGTH] for x in starts], axis=1)
+    rows = _levels(level, some, np.zeros((1, 1)), 1)
+  if has_columns:
+    by = rows[some_rows, None] if has_rows else np.zeros((1, 1))
+    columns = _levels(level, matrix[some_rows], by, 0)
   if not has_rows and not has_columns:
     rows = level(flat[None, :_CHUNK], np.zeros((1, 1)), 1)
   if has_columns:
