@@ -14,7 +14,7 @@ from rotbits_jax import api
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.file import directory
-from rotbits_jax.system import cache
+from rotbits_jax.system import files
 from rotbits_jax.system import host
 from rotbits_jax.system import outputs
 
@@ -44,7 +44,8 @@ def snapshot(
     format = format or ('transformers' if sliced else 'safetensors')
     name = None if dtype is None else jnp.dtype(dtype).name
     key = json.dumps([reader.fingerprint(), format, name, rotbits_jax.__version__])
-    folder = cache.root() / 'snapshots' / hashlib.sha256(key.encode()).hexdigest()
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    folder = files.cache_folder() / 'snapshots' / digest
     if not folder.is_dir():
       folder.parent.mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent) as scratch:

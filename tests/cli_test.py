@@ -141,7 +141,6 @@ BAD_INPUT = (
   ((*ENCODE, '--preset=none'), 'free|exact'),
   ((*ENCODE, '--base=gs://bucket/model'), 'gs:'),
   ((*ENCODE, '--shard_size=0MB'), 'size like 2GB'),
-  ((*ENCODE[:2], '--output=OUT/missing/file'), 'no such directory'),
   ((*ENCODE[:2], '--output=.'), 'directory'),
   ((*ENCODE[:2], '--output=/dev/null', '--overwrite'), 'not a regular file'),
   ((*CONFIG, '--preset=free'), '(config, preset)'),

@@ -6,7 +6,7 @@ of every residual segment.
 
 Raises:
   UnsupportedError: if a file is no JSON, or has an infinite number or the like, see
-    `schema.parse`. Configs of families that are not known have these.
+    `schema.decode`. Configs of families that are not known have these.
   CheckpointError: if an attribute is missing, unknown, or has a wrong type or an
     unsupported value.
 """
@@ -384,7 +384,7 @@ def parse_object(
   if len(content) > most:
     raise errors.UnsupportedError(f'{where}: the JSON has more than {most} bytes')
   try:
-    parsed = schema.parse(content)
+    parsed = schema.decode(Any, content)
   except ValueError as e:
     raise errors.UnsupportedError(f'{where}: {e}') from e
   if not isinstance(parsed, dict):

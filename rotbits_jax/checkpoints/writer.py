@@ -86,7 +86,7 @@ class FolderWriter:
     target = outputs.directory_target(self._path)
     self.replaced()
     staging = outputs.staging(target)
-    with outputs.named(self._path), outputs.fresh(staging) as self._folder:
+    with outputs.fresh(staging) as self._folder:
       self._archives: dict[str, torch_zip.TorchZipWriter] = {}
       for name, content in {**self._files, **self._weights}.items():
         path = self._folder / name

@@ -33,12 +33,14 @@ that are not kept; plain_because, why the checkpoint is stored as plain tensors;
 a list of objects with the step and the kl of the points of --max_kl.
 """
 
+import pathlib
 import time
 from typing import Any
 
 from absl import flags
 import jax
 from ml_collections import config_flags
+import tqdm
 
 import rotbits_jax
 from rotbits_jax import checkpoints
@@ -48,8 +50,6 @@ from rotbits_jax.file import estimate as estimate_lib
 from rotbits_jax.file import output
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
-from rotbits_jax.system import outputs
-from rotbits_jax.system import text as text_lib
 
 _CHECKPOINT, _BASE, _OVERWRITE = program.shared('checkpoint', 'base', 'overwrite')
 _OUTPUT = flags.DEFINE_string('output', None, 'The file to write.', required=True)
@@ -93,7 +93,7 @@ def main() -> program.Result | None:
   )
   if jax.process_index():
     return None
-  report = rotbits_jax.inspect(outputs.resolved(target))
+  report = rotbits_jax.inspect(pathlib.Path(target).resolve())
   reason = getattr(source, 'reason', None)
   result = report.to_json() | {
     'given_bytes': source.input_bytes,
@@ -121,7 +121,8 @@ def main() -> program.Result | None:
     comes_back += '; measure it with rotbits evaluate'
   elif report.needs:
     comes_back += ', with the same --base'
-  before, after = map(text_lib.of_bytes, (input_bytes, report.file_bytes))
+  sizes = input_bytes, report.file_bytes
+  before, after = (tqdm.tqdm.format_sizeof(x, 'B') for x in sizes)
   share = f'{report.file_bytes / max(input_bytes, 1):.2%}'
   seconds = f'{time.monotonic() - start:.0f} s'
   lines.append(f'{share} ({before} => {after}, {target}) in {seconds}; {comes_back}')
@@ -156,7 +157,7 @@ def _options(source: Any) -> tuple[dict[str, Any], steps.Calibration | None]:
     program.read_tokens(_TEXT.value, model.files),
     max_kl=_MAX_KL.value,
     max_tokens=_MAX_TOKENS.value,
-    folder=outputs.resolved(_OUTPUT.value).parent,
+    folder=pathlib.Path(_OUTPUT.value).resolve().parent,
     progress=True,
   )
   return options | calibration.options, calibration

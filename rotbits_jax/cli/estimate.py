@@ -10,10 +10,11 @@ is not among them.
 
 from typing import Any
 
+import tqdm
+
 from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimate as estimate_lib
-from rotbits_jax.system import text as text_lib
 
 (_CHECKPOINT,) = program.shared('checkpoint')
 
@@ -29,7 +30,7 @@ def main() -> program.Result:
   input_bytes = min(source.input_bytes, estimate_lib.counts(source)[1])
   presets = estimate_lib.estimate(source, progress=True)
   without = None if source.config else source.reason or 'it is of no known family'
-  size = text_lib.of_bytes
+  size = lambda count: tqdm.tqdm.format_sizeof(count, 'B')
   lines = [f'{"":13}{size(input_bytes):>8}         what comes back']
   for preset, nbytes in presets.items():
     share = nbytes / max(input_bytes, 1)

@@ -23,7 +23,7 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.file import shards
-from rotbits_jax.system import cache
+from rotbits_jax.system import files
 from rotbits_jax.system import host
 from rotbits_jax.system.text import printable
 
@@ -138,8 +138,8 @@ def _keep_compiled_programs() -> None:
   """Lets JAX keep compiled programs, so that a command starts with earlier ones'."""
   if jax.config.jax_compilation_cache_dir is None:
     with contextlib.suppress(OSError):
-      cache.root().mkdir(parents=True, exist_ok=True)
-      jax.config.update('jax_compilation_cache_dir', str(cache.root()))
+      files.cache_folder().mkdir(parents=True, exist_ok=True)
+      jax.config.update('jax_compilation_cache_dir', str(files.cache_folder()))
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 

@@ -8,13 +8,14 @@ differs from the checkpoint, as `rotbits verify` measures it, which may need --b
 JSON: output, the path of the page, and its bytes.
 """
 
+import pathlib
+
 from absl import flags
 
 import rotbits_jax
 from rotbits_jax.cli import program
 from rotbits_jax.file import output
 from rotbits_jax.file import report
-from rotbits_jax.system import outputs
 
 _INPUT, _BASE, _AGAINST, _OVERWRITE = program.shared(
   'input', 'base', 'against', 'overwrite'
@@ -24,7 +25,7 @@ _OUTPUT = flags.DEFINE_string('output', None, 'The page to write.', required=Tru
 
 def main() -> program.Result:
   source, against, base = _INPUT.value, _AGAINST.value, _BASE.value
-  target, overwrite = outputs.resolved(_OUTPUT.value), _OVERWRITE.value
+  target, overwrite = pathlib.Path(_OUTPUT.value).resolve(), _OVERWRITE.value
   output.check_path(target, None, inputs=[source, base, against], overwrite=overwrite)
   verified = None
   if against is not None:

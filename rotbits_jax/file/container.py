@@ -157,7 +157,7 @@ class StreamReader:
         data = source.read()
       self._source = np.frombuffer(memoryview(data).cast('B'), np.uint8)
       self.size = self._source.size
-    self._buffers = files.Buffers()
+    self._free: collections.deque[np.ndarray] = collections.deque()
     with naming(self.name):
       self.sizes, self._begins, self.manifest_crc32 = self._read_header()
 
@@ -193,10 +193,10 @@ class StreamReader:
   def _bytes(self, begin: int, count: int) -> Iterator[tuple[np.ndarray, int]]:
     """Reads a part of the file; yields it with its CRC-32."""
     if isinstance(self._source, files.File):
-      with self._buffers.lend(count) as out:
+      with files.lent(count, self._free) as out:
         try:
           crc = self._source.read(begin, out)
-        except files.ChangedError as error:
+        except OSError as error:
           raise ContainerError(str(error)) from error
         yield out, crc
     else:

@@ -354,7 +354,7 @@ def check_files(
   stem: str | None, files: Mapping[str, int], headers: Mapping[str, int]
 ) -> None:
   """Checks a `stem`, and the names and sizes of other files and of headers."""
-  if stem is not None and not schema.is_file_name(stem):
+  if stem is not None and not schema.is_relative_path(stem, levels=1):
     raise ValueError(f'{stem!r:.100} is not the name of a file')
   for sizes in (files, headers):
     if wrong := [name for name in sizes if not schema.is_relative_path(name)]:

@@ -63,7 +63,7 @@ class Plan:
       overwrite: whether an existing file or folder of shards may be replaced.
     """
     check_path(path, shard_size, inputs=inputs, overwrite=overwrite)
-    self._encoder, self._target = encoder, outputs.resolved(path)
+    self._encoder, self._target = encoder, pathlib.Path(path).resolve()
     self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
     self._has_index = shard_size is not None
     if not self._has_index:
@@ -92,13 +92,12 @@ class Plan:
     self._staging.mkdir(parents=True, exist_ok=True)
     state = self._next[1] if self._next[0] == index else None
     path = self._staging / f'.{uuid.uuid4().hex}'  # no other process has it
-    with outputs.named(self._staging):
-      try:
-        with path.open('w+b') as file:
-          self._next = index + 1, self._encoder.write(file, records, bar, state)
-        outputs.move(path, self._staging / name)
-      finally:
-        path.unlink(missing_ok=True)
+    try:
+      with path.open('w+b') as file:
+        self._next = index + 1, self._encoder.write(file, records, bar, state)
+      outputs.move(path, self._staging / name)
+    finally:
+      path.unlink(missing_ok=True)
 
   def publish(self, *, check: bool = False) -> None:
     """Makes the output appear, and removes partial outputs of earlier runs.
@@ -107,26 +106,25 @@ class Plan:
     preset keeps all bits.
     """
     encoder, staged = self._encoder, self._staging
-    with outputs.named(self._target):
-      if self._has_index:
-        shards_lib.write_index(staged, self.shards)
-        for file in staged.iterdir():
-          if file.name not in (*self.shards, shards_lib.INDEX):
-            file.unlink()  # half a shard of a run that was killed
-      else:
-        staged /= self._target.name
-      if check:
-        try:
-          source = encoder.source if encoder.preset.keeps == 'bits' else None
-          with reader_lib.Reader(staged, base=encoder.base) as reader:
-            verification.read_all(reader, source)
-        except BaseException:
-          self.discard()
-          raise
-      outputs.move(staged, self._target)
-      digests = f'.{glob.escape(self._target.name)}.{"[0-9a-f]" * 16}.partial'
-      for folder in self._target.parent.glob(digests):
-        shutil.rmtree(folder, ignore_errors=True)
+    if self._has_index:
+      shards_lib.write_index(staged, self.shards)
+      for file in staged.iterdir():
+        if file.name not in (*self.shards, shards_lib.INDEX):
+          file.unlink()  # half a shard of a run that was killed
+    else:
+      staged /= self._target.name
+    if check:
+      try:
+        source = encoder.source if encoder.preset.keeps == 'bits' else None
+        with reader_lib.Reader(staged, base=encoder.base) as reader:
+          verification.read_all(reader, source)
+      except BaseException:
+        self.discard()
+        raise
+    outputs.move(staged, self._target)
+    digests = f'.{glob.escape(self._target.name)}.{"[0-9a-f]" * 16}.partial'
+    for folder in self._target.parent.glob(digests):
+      shutil.rmtree(folder, ignore_errors=True)
 
   def discard(self) -> None:
     """Removes shards that are encoded and not published."""
@@ -180,7 +178,7 @@ def check_path(
 ) -> None:
   """Checks, before the work, that an output can be written, see `Plan`."""
   if shard_size is None:
-    target = outputs.resolved(path)
+    target = pathlib.Path(path).resolve()
     outputs.check(target, overwrite=overwrite)
     check_inputs([pathlib.Path(path)], inputs)
     return
@@ -207,16 +205,16 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
     is_result = target.suffix == '.html' or shards_lib.is_encoded(target)
     # A name in a cache of the Hub is a link to a file elsewhere.
     named = pathlib.Path(os.path.realpath(target.parent), target.name)
-    for file in (named, outputs.resolved(target)):
+    for file in (named, target.resolve()):
       for path, folder, is_encoded in paths:
         is_member = file.parent == folder and (is_encoded or not is_result)
-        if is_member or file == outputs.resolved(path):
+        if is_member or file == pathlib.Path(path).resolve():
           raise ValueError(f'{target}: it is a file of an input, {path}')
 
 
 def _place(path: Path) -> tuple[pathlib.Path, bool]:
   """Returns the folder of all files of an input, and whether these are encoded."""
-  real, is_encoded = outputs.resolved(path), shards_lib.is_encoded(path)
+  real, is_encoded = pathlib.Path(path).resolve(), shards_lib.is_encoded(path)
   if real.name == shards_lib.INDEX:
     return real.parent, is_encoded
   if real.is_dir() or is_encoded:  # one file is no folder

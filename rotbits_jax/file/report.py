@@ -8,6 +8,8 @@ import string
 import textwrap
 from typing import Any, NamedTuple
 
+import tqdm
+
 from rotbits_jax import presets
 from rotbits_jax.file import container
 from rotbits_jax.file import encode as encode_lib
@@ -261,7 +263,8 @@ def report_page(
   is_path = isinstance(source, str | os.PathLike)
   path = text.printable(os.path.basename(os.fsdecode(source))) if is_path else 'FILE'
   report = from_reader(reader_lib.Reader(source))
-  before, after = map(text.of_bytes, (report.input_bytes, report.file_bytes))
+  sizes = report.input_bytes, report.file_bytes
+  before, after = (tqdm.tqdm.format_sizeof(x, 'B') for x in sizes)
   share = report.file_bytes / max(report.input_bytes, 1)
   sentences = [f'{BACK[report.keeps].capitalize()}.']
   if verified is not None and verified.same_bits:

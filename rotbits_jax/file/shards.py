@@ -37,7 +37,7 @@ class ShardIndex(schema.Object):
 
   def __post_init__(self) -> None:
     names = self.metadata.manifest_crc32
-    wrong = [x for x in names if not schema.is_file_name(x)]
+    wrong = [x for x in names if not schema.is_relative_path(x, levels=1)]
     wrong += [x for x in self.weight_map.values() if x not in names]
     if wrong or not names:
       raise ValueError(f'{"".join(wrong[:1])!r:.100} is not the name of a shard')
@@ -49,7 +49,7 @@ def read_index(path: pathlib.Path) -> ShardIndex:
   if opened.size > _MOST_INDEX:
     raise ContainerError(f'{path}: an index has at most {_MOST_INDEX} bytes')
   with container.naming(str(path)):
-    return schema.load(ShardIndex, schema.parse(opened.content()))
+    return schema.decode(ShardIndex, opened.content())
 
 
 def write_index(folder: pathlib.Path, shards: Mapping[str, tuple[str, ...]]) -> None:

@@ -13,7 +13,7 @@ References:
   Martens and Grosse, arXiv 1503.05671: K-FAC.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ def fisher_factors(
   windows: Sequence[np.ndarray],
   *,
   seed: int = 0,
-  kept: Any = None,
+  store: Callable[[Any], Any] = np.asarray,
 ) -> Iterator[tuple[str, Factors]]:
   """Computes the factors of the Fisher information of a model's own predictions.
 
@@ -57,7 +57,7 @@ def fisher_factors(
     model: the model, dense or sliced.
     windows: the tokens of the text, integers `[B, T]` each.
     seed: draws the tokens whose losses are differentiated.
-    kept: a mutable mapping, which gets the residual streams; None for one in memory.
+    store: takes each residual stream; returns the array to keep.
 
   Yields:
     The name of each record and its factors: 'head', then the layers from the last to
@@ -65,11 +65,11 @@ def fisher_factors(
     'head/kernel', also if it is tied. The inputs of an embedding are the gradients that
     it meets, and its squares are the probabilities of the tokens, `[V]`.
   """
-  config, kept = model.config, {} if kept is None else kept
+  config, kept = model.config, {}
   xs: list[jax.Array] = []
   for i, xs in enumerate(transformer.streams(model, windows)):
     for k, x in enumerate(xs if i < config.num_layers else ()):
-      kept[i, k] = x
+      kept[i, k] = store(x)
   outer = jax.device_put(model.outer())
   gradients: list[jax.Array] = []
   total: Any = None

@@ -31,7 +31,7 @@ from rotbits_jax.models import transformer
 def measure(
   model: transformer.Layers,
   windows: Sequence[np.ndarray],  # the tokens of the text, [1, T] each
-  kept: Any = None,  # see `fisher.fisher_factors`
+  store: Callable[[Any], Any] = np.asarray,  # see `fisher.fisher_factors`
 ) -> Iterator[dict[str, passes.Inputs]]:
   """Yields A and g of every matrix of a model on a text, float32, by path.
 
@@ -40,7 +40,7 @@ def measure(
   """
   count = sum(tokens.size for tokens in windows)
   head: Any = None
-  for name, factors in fisher.fisher_factors(model, windows, kept=kept):
+  for name, factors in fisher.fisher_factors(model, windows, store=store):
     means = jax.tree.map(lambda x: np.asarray(x) / count, factors)
     if name == 'head':
       head = means

@@ -36,8 +36,8 @@ from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.preset import near
 from rotbits_jax.system import host
+from rotbits_jax.system import outputs
 from rotbits_jax.system import progress as progress_lib
-from rotbits_jax.system import spool
 
 PROBE = -5.0
 """The step at which the divergence of each parameter is estimated."""
@@ -137,9 +137,10 @@ class _Rewritten:
   def __init__(
     self, model: Any, tolerance: float, folder: _Folder, bar: progress_lib.Progress
   ):
-    self.model, self.config, self.folder, self.bar = model, model.config, folder, bar
+    self.model, self.config, self.bar = model, model.config, bar
     self.context = passes.make_context(model)
-    self.parts = spool.Spool(folder)
+    self.store = functools.partial(outputs.mapped, folder=folder)
+    self.parts: dict[str | None, models.Params] = {}
     transform = near(tolerance=tolerance).transform
     bar.stage('compiling, removing gauges')
     for records, _ in passes.rewrite(
@@ -147,7 +148,8 @@ class _Rewritten:
     ):
       is_layer = models.names.layer_index(records[0].name) is not None
       params = {name: x for record in records for name, x in record.params.items()}
-      self.parts[records[0].name if is_layer else None] = params
+      name = records[0].name if is_layer else None
+      self.parts[name] = jax.tree.map(self.store, params)
       bar.update()
 
   def rounded(
@@ -182,18 +184,16 @@ def _arrays(params: models.Params) -> dict[str, Any]:
 def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   """Estimates the divergence of each parameter, and divides the bits."""
   rewritten.bar.stage('gradients')
-  parts, folder = rewritten.parts, rewritten.folder
+  parts, store = rewritten.parts, rewritten.store
   inputs: dict[str, passes.Inputs] = {}
-  counts, divergences, store = {}, {}, spool.Spool(folder).stored
+  counts, divergences = {}, {}
   part = lambda name: structured.unflatten(_arrays(parts[name]))
   model = _Layers(rewritten.config, part)
   # Padding is no input of interest. Feedback fits the text that it has seen, so errors
   # are made with one half of it, and the other half tells their cost.
   texts = [window for window, length in windows if length == window.size]
   halves = [half for half in (texts[::2], texts[1::2]) if half]
-  measured = (
-    sensitivities.measure(model, half, spool.Spool(folder)) for half in halves
-  )
+  measured = (sensitivities.measure(model, half, store) for half in halves)
   for seen, *unseen in zip(*measured, strict=True):
     inputs |= sensitivities.fitted([seen, *unseen], halves, store)
     index = models.names.layer_index(next(iter(seen)))

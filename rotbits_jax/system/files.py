@@ -18,10 +18,6 @@ from zlib_ng import zlib_ng
 _PIECE = 1 << 19  # bytes that are read at a time, so that the cache holds them
 
 
-class ChangedError(OSError):
-  """Raised for a file that changed after it was opened."""
-
-
 class File(NamedTuple):
   """A file with its size in bytes and its time of change in ns when it was opened."""
 
@@ -40,8 +36,7 @@ class File(NamedTuple):
   def read(self, offset: int, out: np.ndarray) -> int:
     """Fills uint8 `[n]`, contiguous, with the bytes at an offset; returns their CRC-32.
 
-    Raises:
-      ChangedError: if the file changed after it was opened, or ends before.
+    A file that changed after it was opened, or that ends before, is an OSError.
     """
     with open(self.path, 'rb', buffering=0) as file:
       state = os.fstat(file.fileno())
@@ -51,7 +46,7 @@ class File(NamedTuple):
       while left:
         count = file.readinto(left[:_PIECE]) if is_same else 0
         if not count:
-          raise ChangedError(f'{self.path}: the file changed after it was opened')
+          raise OSError(f'{self.path}: the file changed after it was opened')
         crc = zlib_ng.crc32(left[:count], crc)
         left = left[count:]
     return crc
@@ -63,21 +58,22 @@ class File(NamedTuple):
     return data.tobytes()
 
 
-class Buffers:
-  """Memory that is lent again and again, because the system clears each new page."""
+def cache_folder() -> pathlib.Path:
+  """Returns the user's folder of compiled programs and snapshots; it may be missing."""
+  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  path = os.environ.get('ROTBITS_JAX_CACHE') or f'{cache}/rotbits_jax'
+  return pathlib.Path(path).expanduser()
 
-  def __init__(self) -> None:
-    self._free: collections.deque[np.ndarray] = collections.deque()
 
-  @contextlib.contextmanager
-  def lend(self, size: int) -> Iterator[np.ndarray]:
-    """Lends uint8 `[size]`, uninitialised, until the context ends."""
-    buffer = np.empty(0, np.uint8)
-    with contextlib.suppress(IndexError):
-      buffer = self._free.pop()
-    if len(buffer) < size:
-      buffer = np.empty(size, np.uint8)
-    try:
-      yield buffer[:size]
-    finally:
-      self._free.append(buffer)
+@contextlib.contextmanager
+def lent(size: int, free: collections.deque[np.ndarray]) -> Iterator[np.ndarray]:
+  """Lends uint8 `[size]` of arrays that are free: the system clears each new page."""
+  buffer = np.empty(0, np.uint8)
+  with contextlib.suppress(IndexError):
+    buffer = free.pop()
+  if len(buffer) < size:
+    buffer = np.empty(size, np.uint8)
+  try:
+    yield buffer[:size]
+  finally:
+    free.append(buffer)

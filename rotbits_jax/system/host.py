@@ -11,7 +11,6 @@ import numpy as np
 
 _ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
 _SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
-_TILE = 1 << 8  # rows and columns of a matrix of which BLAS takes at least four rows
 
 
 @functools.cache
@@ -51,20 +50,19 @@ def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
   The threads of BLAS, which it takes for many numbers, would wait for the coder's.
   """
-  if os.environ.get('OPENBLAS_NUM_THREADS') == '1':
+  (rows, inner), columns = left.shape, right.shape[1]
+  count = rows * inner * columns
+  if count <= _SINGLE or os.environ.get('OPENBLAS_NUM_THREADS') == '1':
     return left @ right
-  product = np.zeros((len(left), right.shape[1]), left.dtype)
-  if right.size > _SINGLE:  # too many for one row
-    for i in range(0, len(right), _TILE):
-      for j in range(0, right.shape[1], _TILE):
-        tile = slice(i, i + _TILE), slice(j, j + _TILE)
-        product[:, tile[1]] += small_products(left[:, tile[0]], right[tile])
-    return product
-  step = max(_SINGLE // max(right.size, 1), 1)
-  for start in range(0, len(left), step):
-    rows = slice(start, start + step)
-    np.matmul(left[rows], right, out=product[rows])
-  return product
+  greatest = max(rows, inner, columns)
+  half = greatest // 2
+  if rows == greatest:
+    return np.concatenate([small_products(x, right) for x in np.split(left, [half])])
+  if columns == greatest:
+    halves = [small_products(left, x) for x in np.split(right, [half], axis=1)]
+    return np.concatenate(halves, axis=1)
+  first = small_products(left[:, :half], right[:half])
+  return first + small_products(left[:, half:], right[half:])
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:

@@ -20,12 +20,6 @@ def loop(function: _Function) -> _Function:
 
   It runs on one thread, and cannot contain a scatter with several indices, a sort or a
   call of a library. Under `vmap` an update at a batched index becomes such a scatter.
-
-  >>> import jax.numpy as jnp
-  >>> double = lambda i, x: x + x
-  >>> doubled = loop(lambda x, n: jax.lax.fori_loop(0, n, double, x))
-  >>> jax.jit(doubled)(jnp.ones(2), 3).tolist()
-  [8.0, 8.0]
   """
 
   def call(*arguments: Any) -> Any:

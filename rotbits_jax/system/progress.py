@@ -23,7 +23,7 @@ class Progress(tqdm.tqdm):
     show: bool,
     units: Iterable[Any] | None = None,
   ):
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    pause = 0.0 if sys.stderr is not None and sys.stderr.isatty() else 60.0
     super().__init__(
       units,
       total=total,
@@ -31,8 +31,8 @@ class Progress(tqdm.tqdm):
       unit=unit if unit == 'B' else f' {unit}s',
       unit_scale=unit == 'B',
       disable=not show or sys.stderr is None,
-      mininterval=0.1 if is_terminal else 60.0,
-      delay=0.0 if is_terminal else 60.0,
+      mininterval=max(pause, 0.1),
+      delay=pause,
     )
 
   def stage(self, name: str) -> None:

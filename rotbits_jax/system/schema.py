@@ -14,9 +14,6 @@ import msgspec
 
 T = TypeVar('T')
 
-_MOST_DEPTH = 64  # of nested lists and objects, because others walk them recursively
-_MOST_LEVELS = 8  # of folders
-
 
 @dataclass_transform(
   kw_only_default=True, frozen_default=True, field_specifiers=(msgspec.field,)
@@ -62,20 +59,12 @@ Scalar = None | bool | Integer | float | str
 """A value of JSON that holds no others."""
 
 
-def is_file_name(name: str) -> bool:
-  """Returns whether a string names a file in a folder and can be printed."""
-  return (
-    name not in ('', '.', '..')
-    and name.isprintable()
-    and len(name.encode()) <= 255  # the limit of file systems
-    and not any(c in name for c in '/\\')
-  )
-
-
-def is_relative_path(name: str) -> bool:
-  """Returns whether a string names a file in a folder or in its sub-folders."""
-  names = name.split('/')
-  return len(names) <= _MOST_LEVELS and all(map(is_file_name, names))
+def is_relative_path(path: str, levels: int = 8) -> bool:
+  """Returns whether a printable path leads to a file in a folder or its sub-folders."""
+  names = path.split('/')
+  is_name = lambda x: x not in ('', '.', '..') and len(x.encode()) <= 255
+  fits = len(names) <= levels and all(map(is_name, names))
+  return fits and path.isprintable() and '\\' not in path
 
 
 def load(cls: type[T], value: Any, where: str = '') -> T:
@@ -86,37 +75,21 @@ def load(cls: type[T], value: Any, where: str = '') -> T:
     raise ValueError(f'{where}: {error}' if where else str(error)) from error
 
 
-def decode(cls: type[T], data: bytes) -> T:
-  """Makes an object from a JSON text in UTF-8 without repeated keys."""
-  try:
-    value = msgspec.json.decode(data, type=cls)
-    json.loads(data, object_pairs_hook=_object)  # msgspec takes the last of equal keys
-  except (msgspec.DecodeError, RecursionError) as error:
-    raise ValueError(str(error)) from error
-  return value
-
-
 dump = msgspec.to_builtins
 """Returns an object, or a value that one may hold, as a JSON value."""
 
 
-def parse(data: bytes | str) -> Any:
-  """Parses a JSON text in UTF-8 without repeated keys and deeply nested values."""
+def decode(cls: Any, data: bytes | str) -> Any:
+  """Makes an object, or a value, from a JSON text in UTF-8 without repeated keys."""
   try:
-    value = msgspec.json.decode(data)
+    value = msgspec.json.decode(data, type=cls)
     json.loads(data, object_pairs_hook=_object)  # msgspec takes the last of equal keys
   except (msgspec.DecodeError, RecursionError) as error:
-    raise ValueError(f'not JSON: {error}') from None
-  level = [value]
-  for _ in range(_MOST_DEPTH):
-    nodes = (x for x in level if isinstance(x, list | dict))
-    level = [y for x in nodes for y in (x.values() if isinstance(x, dict) else x)]
-  if any(isinstance(x, list | dict) for x in level):
-    raise ValueError('not JSON: it is nested too deeply')
+    raise ValueError(f'JSON: {error}') from None
   return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> None:
   """Refuses an object with two keys that are equal."""
   if len(dict(pairs)) < len(pairs):
-    raise ValueError('not JSON: a key is repeated')
+    raise ValueError('JSON: a key is repeated')

@@ -8,12 +8,3 @@ def printable(text: str) -> str:
   escape = lambda c: c.encode('unicode_escape').decode()
   is_plain = lambda c: c.isprintable() or unicodedata.category(c) == 'Zs'  # a space
   return ''.join(c if is_plain(c) else escape(c) for c in text)
-
-
-def of_bytes(count: float) -> str:
-  """Returns a number of bytes in three digits, like '9.66 MB'."""
-  for unit in ('B', 'kB', 'MB', 'GB'):
-    if count < 999.5:
-      return f'{count:.3g} {unit}'
-    count /= 1000
-  return f'{count:,.3g} TB'
