@@ -40,7 +40,7 @@ from rotbits_jax.symmetries import rotations as rotations_lib
 from rotbits_jax.symmetries.layer import HEAD
 from rotbits_jax.symmetries.layer import UP
 
-_RANGE = 0.99  # of the greatest number of a dtype, for norms of rotated lines
+_RANGE = 0.99  # of the greatest number of a dtype, for norms that a rotation keeps
 
 # The low-rank form is accurate enough if its relative error is at most this multiple of
 # the roundoff. Rounding a dense matrix makes an error of 0.4, and SliceGPT's own
@@ -113,9 +113,9 @@ def _layer(
   if index == 0 and state.is_upper:
     params[UP], notes[UP] = _with_zeros(params[UP], rows=len(state.first))
   for place, (path, kernel) in enumerate(shortcuts.items()):
-    sides = state.segments[place : place + 2]
+    rows, columns = state.segments[place : place + 2]
     params[path], notes[path] = _shortcut(
-      kernel, state.polars[place], *sides, context, tolerance
+      kernel, state.polars[place], rows, columns, context, tolerance
     )
   return params, notes
 
