@@ -21,7 +21,7 @@ Reference: J. Townsend, T. Bird, D. Barber, Practical lossless compression with 
 variables using bits back coding, ICLR 2019, algorithm 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,37 +45,30 @@ class Codec(NamedTuple):
   pop: Callable[[rans.Message], tuple[rans.Message, Any]]
 
 
-def serial(*entries: Codec) -> Codec:
+def serial(
+  *entries: Codec,
+  split: Callable[[Any], Iterable[Any]] = tuple,
+  join: Callable[[Iterable[Any]], Any] = tuple,
+) -> Codec:
   """Returns the codec of a tuple, given the codecs of its entries.
 
-  The last entry is pushed last, so it is on top of the message.
+  The last entry is pushed last, so it is on top of the message. Other symbols are split
+  into such tuples, and joined again.
   """
 
-  def push(message: rans.Message, symbols: tuple[Any, ...]) -> rans.Message:
-    for entry, symbol in zip(entries, symbols, strict=True):
-      message = entry.push(message, symbol)
+  def push(message: rans.Message, symbol: Any) -> rans.Message:
+    for codec, entry in zip(entries, split(symbol), strict=True):
+      message = codec.push(message, entry)
     return message
 
-  def pop(message: rans.Message) -> tuple[rans.Message, tuple[Any, ...]]:
-    symbols: list[Any] = []
-    for entry in reversed(entries):
-      message, symbol = entry.pop(message)
-      symbols.insert(0, symbol)
-    return message, tuple(symbols)
+  def pop(message: rans.Message) -> tuple[rans.Message, Any]:
+    popped: list[Any] = []
+    for codec in reversed(entries):
+      message, entry = codec.pop(message)
+      popped.insert(0, entry)
+    return message, join(popped)
 
   return Codec(push, pop)
-
-
-def mapped(
-  codec: Codec, forward: Callable[[Any], Any], inverse: Callable[[Any], Any]
-) -> Codec:
-  """Returns the codec of x, given the codec of `forward(x)` and the inverse map."""
-
-  def pop(message: rans.Message) -> tuple[rans.Message, Any]:
-    message, symbol = codec.pop(message)
-    return message, inverse(symbol)
-
-  return Codec(lambda message, x: codec.push(message, forward(x)), pop)
 
 
 def uniform(sizes: jax.Array, dtype: DTypeLike = jnp.uint32) -> Codec:

@@ -144,13 +144,14 @@ def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
   An eigenvalue takes 16 bits, and their scale 32 bits.
   """
   bitcast = jax.lax.bitcast_convert_type
-  spectra = codecs.mapped(
-    codecs.serial(_raw(n), _raw(2)),
-    lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
-    lambda words: Spectrum(bitcast(words[1], jnp.float32), words[0]),
+  spectra = codecs.serial(
+    _raw(n),
+    _raw(2),
+    split=lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
+    join=lambda entries: Spectrum(bitcast(entries[1], jnp.float32), entries[0]),
   )
   numbers = correction_lib.codec(places(n)[0], n, frequencies)
-  return codecs.mapped(codecs.serial(spectra, numbers), tuple, EigenCorrection._make)
+  return codecs.serial(spectra, numbers, join=EigenCorrection._make)
 
 
 def _product(q: jax.Array, spectrum: Spectrum) -> jax.Array:

@@ -85,13 +85,11 @@ def codec(n: int, k: int) -> codecs.Codec:
   is_sign = row == n - 1
   fine = jnp.where(is_sign, jnp.uint32(2), jnp.uint32(1 << _FINE_BITS))
   context = jnp.where(is_sign, n - 1, n - 2 - row)
-  return codecs.mapped(
-    codecs.serial(
-      codecs.uniform(fine, jnp.uint16),
-      codecs.categorical(context, bin_tables(n), jnp.uint16),
-    ),
-    lambda cells: (cells & ((1 << _FINE_BITS) - 1), cells >> _FINE_BITS),
-    lambda symbols: symbols[1] << _FINE_BITS | symbols[0],
+  return codecs.serial(
+    codecs.uniform(fine, jnp.uint16),
+    codecs.categorical(context, bin_tables(n), jnp.uint16),
+    split=lambda cells: (cells & ((1 << _FINE_BITS) - 1), cells >> _FINE_BITS),
+    join=lambda entries: entries[1] << _FINE_BITS | entries[0],
   )
 
 
@@ -196,11 +194,9 @@ def fit(correction: FrameCorrection) -> np.ndarray:
 
 def correction_codec(n: int, k: int, frequencies: jax.Array) -> codecs.Codec:
   """Returns the codec of corrections of frames, given the tables of `fit`."""
-  both = codecs.serial(
-    correction_lib.codec(places(n, k)[1], k, frequencies[:2]),
-    codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:], bool),
-  )
-  return codecs.mapped(both, tuple, FrameCorrection._make)
+  cells = correction_lib.codec(places(n, k)[1], k, frequencies[:2])
+  flips = codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:], bool)
+  return codecs.serial(cells, flips, join=FrameCorrection._make)
 
 
 @functools.lru_cache(maxsize=8)
