@@ -22,7 +22,6 @@ from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.system import files
-from rotbits_jax.system import outputs
 from rotbits_jax.system import schema
 
 WEIGHTS = 'model.safetensors'
@@ -160,7 +159,7 @@ def divided(
   if index is not None and shard_size is None:
     names, metadata = parse_index(index)
   if sorted(itertools.chain(*names.values())) != sorted(specs):
-    metadata, names = {}, outputs.divided(sizes, shard_size, 'model', '.safetensors')
+    metadata, names = {}, shard_names(sizes, shard_size, 'model', '.safetensors')
     names = names if len(names) > 1 else {WEIGHTS: tuple(sizes)}
   shards: dict[str, Specs] = {
     file: {name: specs[name] for name in group} for file, group in names.items()
@@ -172,3 +171,24 @@ def divided(
   total = {'total_size': sum(sizes.values())}
   content = {'metadata': metadata | total, 'weight_map': weight_map}
   return shards, families.to_json(content)
+
+
+def shard_names(
+  sizes: Mapping[str, int], most: int | None, stem: str, suffix: str
+) -> dict[str, tuple[str, ...]]:
+  """Divides items of these sizes among files of at most so many bytes, or one item.
+
+  Returns the items by the names of the files, which are like Hugging Face's shards.
+  """
+  groups: list[list[str]] = [[]]
+  filled = 0
+  for name, size in sizes.items():
+    if most is not None and groups[-1] and filled + size > most:
+      groups.append([])
+      filled = 0
+    groups[-1].append(name)
+    filled += size
+  return {
+    f'{stem}-{i:05}-of-{len(groups):05}{suffix}': tuple(group)
+    for i, group in enumerate(groups, 1)
+  }

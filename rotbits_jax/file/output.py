@@ -19,6 +19,7 @@ import uuid
 import jax
 
 from rotbits_jax import checkpoints
+from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards as shards_lib
@@ -74,7 +75,7 @@ class Plan:
       name = encoder.preset.name
       raise ValueError(f'{name!r} writes one message, which cannot be in shards')
     sizes = {name: counts.bytes for name, counts in encoder.counts.items()}
-    self.shards = outputs.divided(sizes, shard_size, 'model', '.rotbits')
+    self.shards = safetensors.shard_names(sizes, shard_size, 'model', '.rotbits')
     digest = encoder.fingerprint()[:16]
     self._staging = self._target.parent / f'.{self._target.name}.{digest}.partial'
 

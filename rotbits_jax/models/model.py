@@ -126,9 +126,9 @@ class Model:
     return dataclasses.replace(self, params=materialize(self.params))
 
 
-def materialize(params: Params, *, keep_factors: bool = False) -> Params:
-  """Replaces structured leaves by arrays or by factors, see `structured.expand`."""
-  flat = structured.expand(structured.flatten(params), keep_factors=keep_factors)
+def materialize(params: Params) -> Params:
+  """Replaces structured leaves by arrays, see `structured.expand`."""
+  flat = structured.expand(structured.flatten(params))
   return structured.unflatten(flat)
 
 

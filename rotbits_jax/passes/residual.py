@@ -83,7 +83,7 @@ def _advance(context: Context, state: Any, index: int, params: Params) -> State 
     state = obstacle(context)
   if isinstance(state, str) or (index and not config.sliced):
     return state
-  params = structured.expand(params, keep_factors=True)
+  params = structured.expand(params)
   kernels = {path: params[path] for path in layer_lib.shortcut_paths(config)}
   polars, free = _gauge(kernels, config), None
   if state is None:
@@ -92,7 +92,7 @@ def _advance(context: Context, state: Any, index: int, params: Params) -> State 
     first = identity if upper is None else upper
     state = State(first, upper is not None, [first])
   if config.sliced and index + 1 == config.num_layers:
-    outer = structured.expand(context.read(None), keep_factors=True)
+    outer = structured.expand(context.read(None))
     free = _last_rotation(outer, polars[-1])
   segments = _segments(kernels, polars, state.segments[-1], config, free=free)
   new_rows = 0 if free is None else len(free)
@@ -106,7 +106,7 @@ def _layer(
   if isinstance(state, str):
     return params, {}
   config = context.config
-  params = structured.expand(params, keep_factors=True)
+  params = structured.expand(params)
   shortcuts = {path: params.pop(path) for path in layer_lib.shortcut_paths(config)}
   params = rotate(params, state.segments, config)
   notes: dict[str, transform_lib.Note] = {}
@@ -124,7 +124,7 @@ def _outer(context: Context, state: Any, params: Params) -> transform_lib.Noted:
   """Rotates the parameters outside the layers."""
   if isinstance(state, str):
     return params, {'embed/tokens': {'obstacle': state}} if state else {}
-  params = structured.expand(params, keep_factors=True)
+  params = structured.expand(params)
   ends, rotated = [state.first, state.segments[-1]], Params()
   for is_embedding in (True, False):  # one after the other, because they are large
     paths = [path for path in params if path.startswith('embed/') == is_embedding]
@@ -214,7 +214,7 @@ def obstacle(context: Context) -> str | None:
   for index in (None, *range(config.num_layers)):
     axes = layout.outer_axes(config) if index is None else layout.layer_axes(config)
     prefix, scale, shares = models.names.prefix(index), 1.0, dict[str, float]()
-    params = structured.expand(context.read(index), keep_factors=True)
+    params = structured.expand(context.read(index))
     for path, leaf in params.items():
       rotated = tuple(i for i, axis in enumerate(axes[path]) if isinstance(axis, int))
       is_table = axes[path][0] in ('vocabulary', 'position')
@@ -251,7 +251,7 @@ def random_rotation(*, key: jax.Array) -> transform_lib.Transform:
     context: Context, state: Any, index: int | None, params: Params
   ) -> transform_lib.Noted:
     config, valid = context.config, models.layout.symmetries(context.config)
-    params = structured.expand(params, keep_factors=True)
+    params = structured.expand(params)
     if valid.segments or valid.stream:
       count, widths = config.segments_per_layer, config.segment_widths
       segments = [0, len(widths) - 1]
@@ -263,7 +263,7 @@ def random_rotation(*, key: jax.Array) -> transform_lib.Transform:
         for place in places
       ]
       params = rotate(params, rotations, config, is_outer=index is None)
-      return structured.expand(params, keep_factors=True), {}
+      return structured.expand(params), {}
     if index is None:
       return params, {}
     gauges = (heads.VALUES, 0), (heads.KEYS, config.rotary_dim)

@@ -162,7 +162,7 @@ class _Rewritten:
 
   def decoded(self, name: str | None, rounding: passes.Rounding) -> models.Params:
     """Rounds a part, also to the dtypes of the checkpoint as `decode` does."""
-    arrays = structured.expand(self.rounded(name, rounding)[0], keep_factors=True)
+    arrays = structured.expand(self.rounded(name, rounding)[0])
     for path, leaf in arrays.items():
       arrays[path] = structured.astype(leaf, self.context.dtype_of(path))
     return structured.unflatten(structured.astype(arrays, np.float32))

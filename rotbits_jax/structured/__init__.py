@@ -44,7 +44,6 @@ from rotbits_jax.structured.trees import is_plain
 from rotbits_jax.structured.trees import is_structured
 from rotbits_jax.structured.trees import map_leaves
 from rotbits_jax.structured.trees import materialize
-from rotbits_jax.structured.trees import pair
 from rotbits_jax.structured.trees import same_bits
 from rotbits_jax.structured.trees import stack_key
 from rotbits_jax.structured.trees import stored_sizes
@@ -77,7 +76,6 @@ __all__ = [
   'line_factors',
   'map_leaves',
   'materialize',
-  'pair',
   'register',
   'same_bits',
   'stack_key',

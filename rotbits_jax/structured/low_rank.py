@@ -57,10 +57,6 @@ class LowRank(base.Structured):
       v = jnp.matrix_transpose(heads.basis_of(jnp.matrix_transpose(v)))
     return u, v
 
-  def whole(self) -> 'LowRank':
-    """Returns the leaf with both factors as they are."""
-    return LowRank(*(x.astype(self.dtype) for x in self.factors()))
-
   def materialize(self, *needed: Any) -> jax.Array:
     return _product(*self.factors()).astype(self.dtype)
 

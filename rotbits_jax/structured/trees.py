@@ -10,7 +10,6 @@ import numpy as np
 
 from rotbits_jax.structured.base import Structured
 from rotbits_jax.structured.base import convert
-from rotbits_jax.structured.low_rank import LowRank
 
 
 def is_structured(leaf: Any) -> bool:
@@ -29,10 +28,10 @@ def is_plain(leaf: Any) -> bool:
   return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
+def materialize(tree: Any) -> Any:
   """Replaces every structured leaf of a PyTree by the array that it stands for.
 
-  Low-rank leaves may keep their factors. `expand` takes leaves that need others, too.
+  `expand` takes leaves that need others, too.
 
   >>> u, v = jnp.ones((3, 1)), jnp.ones((1, 2))
   >>> materialize({'kernel': rotbits_jax.structured.LowRank(u, v)})['kernel'].shape
@@ -40,7 +39,7 @@ def materialize(tree: Any, *, keep_factors: bool = False) -> Any:
   """
 
   def array(leaf: Any) -> Any:
-    if not is_structured(leaf) or (keep_factors and isinstance(leaf, LowRank)):
+    if not is_structured(leaf):
       return leaf
     # Bits of leaves that stand for arrays in files do not depend on a compiler.
     return leaf.materialize() if leaf.origin.is_in_files else _materialize(leaf)
@@ -53,12 +52,11 @@ def _materialize(leaf: Structured) -> jax.Array:
   return leaf.materialize()
 
 
-def expand(params: Mapping[str, Any], *, keep_factors: bool = False) -> dict[str, Any]:
+def expand(params: Mapping[str, Any]) -> dict[str, Any]:
   """Replaces structured leaves by arrays, given leaves by path and those they need."""
   needs = {path: x.needs for path, x in params.items() if is_structured(x) and x.needs}
   arrays = {
-    path: leaf if path in needs else materialize(leaf, keep_factors=keep_factors)
-    for path, leaf in params.items()
+    path: leaf if path in needs else materialize(leaf) for path, leaf in params.items()
   }
   for path, names in needs.items():
     needed = (materialize(arrays[x]) for x in names)
@@ -71,11 +69,6 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
   if isinstance(tree, Mapping):  # JAX would sort the keys
     return {key: map_leaves(function, child) for key, child in tree.items()}
   return function(tree)
-
-
-def pair(leaf: Any) -> Any:
-  """Returns a low-rank leaf with both factors as they are; None for other leaves."""
-  return leaf.whole() if isinstance(leaf, LowRank) else None
 
 
 def astype(tree: Any, dtype: Any) -> Any:

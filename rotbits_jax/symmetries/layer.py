@@ -97,7 +97,7 @@ def first_rotation(
 ) -> jax.Array | None:
   """Returns the R_0 that makes the up kernel of the first layer upper trapezoidal.
 
-  It is None if that kernel is a pair of factors, or if the segment that it reads has
+  It is None if that kernel is a structured leaf, or if the segment that it reads has
   another width than the first. The arguments are those of `segments`.
   """
   if not structured.is_plain(params.get(UP)):
@@ -116,7 +116,7 @@ def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | N
   """Returns the Z `[e - d, e - d]` that makes the last rows of the head trapezoidal.
 
   It is None if the stream does not get wider at its last shortcut, whose decomposition
-  is given, or if the head is a pair of factors.
+  is given, or if the head is a structured leaf.
   """
   new = 0 if polar is None else len(polar.rotation) - len(polar.u)
   if polar is None or not new or not structured.is_plain(outer.get(HEAD)):
@@ -180,9 +180,6 @@ def fold_norm_scales(
 
 def _scale_rows(kernel: Any, scale: jax.Array) -> Any:
   """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype."""
-  pair = structured.pair(kernel)
-  if pair is not None:
-    return pair.replace(u=_scale_rows(pair.u, scale))
   chex.assert_shape(scale, (kernel.shape[-2],))
   product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
   return product.astype(kernel.dtype)

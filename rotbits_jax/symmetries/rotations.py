@@ -50,15 +50,12 @@ def rotate(
 ) -> Any:
   """Rotates one array: returns `rows^T @ array @ columns` in the array's dtype.
 
-  The product is computed in float32. Of a low-rank leaf, each factor is rotated alone.
+  The product is computed in float32.
 
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
   >>> rotate(jnp.array([1.0, 2.0]), columns=quarter).tolist()
   [-2.0, 1.0]
   """
-  pair = structured.pair(array)
-  if pair is not None:
-    return pair.replace(u=rotate(pair.u, rows), v=rotate(pair.v, None, columns))
   product = array.astype(jnp.float32)
   if rows is not None:
     chex.assert_shape(rows, (array.shape[0], array.shape[0]))

@@ -77,7 +77,7 @@ def canonicalize(
 def _widened(params: models.Params) -> Params:
   """Returns float32 arrays and low-rank leaves by path."""
   arrays = structured.flatten(jax.tree.map(jnp.asarray, params))
-  return structured.expand(structured.astype(arrays, jnp.float32), keep_factors=True)
+  return structured.expand(structured.astype(arrays, jnp.float32))
 
 
 def _rotated(

@@ -10,7 +10,7 @@ The next run removes the staging folder of one that was killed. A path that cann
 written raises an OSError.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import os
@@ -106,27 +106,6 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     older.rename(target)
     raise
   shutil.rmtree(older, ignore_errors=True)
-
-
-def divided(
-  sizes: Mapping[str, int], most: int | None, stem: str, suffix: str
-) -> dict[str, tuple[str, ...]]:
-  """Divides items of these sizes among files of at most so many bytes, or one item.
-
-  Returns the items by the names of the files, which are like Hugging Face's shards.
-  """
-  groups: list[list[str]] = [[]]
-  filled = 0
-  for name, size in sizes.items():
-    if most is not None and groups[-1] and filled + size > most:
-      groups.append([])
-      filled = 0
-    groups[-1].append(name)
-    filled += size
-  return {
-    f'{stem}-{i:05}-of-{len(groups):05}{suffix}': tuple(group)
-    for i, group in enumerate(groups, 1)
-  }
 
 
 def mapped(array: Any, folder: Path | None = None) -> np.ndarray:
