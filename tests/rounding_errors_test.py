@@ -62,14 +62,13 @@ def test_changes_below_the_rounding_errors_are_told_from_these(kind):
   assert not rounding_errors.explain(given, made, roundoff)
 
 
-def test_a_small_row_is_compared_with_the_vector_of_the_base():
+def test_a_small_row_counts_too():
   rng, roundoff = np.random.default_rng(0), 2.0**-8
-  dense = rng.normal(size=(700, 128))
-  dense[5] *= 0.003
-  made, given = dense[:, :96], dense[:, :96].copy()
-  norms = np.linalg.norm(dense, axis=1)
+  made = rng.normal(size=(700, 96))
+  made[5] *= 0.003
+  given = made.copy()
   explain = lambda x: rounding_errors.explain(
-    x.astype(ml_dtypes.bfloat16), made, roundoff, norms
+    x.astype(ml_dtypes.bfloat16), made, roundoff
   )
   assert explain(given)
   given[5] = rng.normal(size=96) * np.std(given[5])

@@ -56,7 +56,7 @@ def retie_exactly() -> transform_lib.Transform:
   """Makes the transform that stores T and the residuals of the embedding.
 
   No bit is lost. It changes embeddings in float16 and bfloat16 only, and only if that
-  takes fewer bits. Its note counts the exceptions, see `structured.difference`.
+  takes fewer bits.
   """
   outer = functools.partial(_retie, _exact_leaf)
   return transform_lib.Transform('exactly tied embedding', outer=outer)
@@ -163,8 +163,7 @@ def _exact_leaf(
   exact = measure.beside_head(table, head, integers, exponents.astype(np.int32))
   if exact.estimate() >= coder.estimate([table]):
     return None, {}
-  exceptions = exact.leaf.exceptions
-  return exact.leaf, {'exceptions': 0 if exceptions is None else exceptions.size}
+  return exact.leaf, {}
 
 
 # ---- least squares -----------------------------------------------------------------

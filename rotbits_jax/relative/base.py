@@ -9,6 +9,7 @@ as 'model.'. A base that lacks an array raises a ValueError that names it.
 from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import functools
+import math
 import threading
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
 _PREFIXES = ('base_model.', 'model.', 'module.', 'transformer.', '_orig_mod.')
-_LARGE = 1 << 22  # elements of an array whose parts are jobs of their own
+_LARGE = 1 << 22  # elements of an array that is measured alone, because memory is short
 _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
@@ -76,23 +77,20 @@ class Base:
       raise ValueError(f'the base has no {first}, nor any other array of the model')
 
   def array(self, path: str) -> np.ndarray | None:
-    """Returns the base's array for a path to encode beside; None if it has none."""
+    """Returns the base's array for a path to encode beside; None if it has none.
+
+    Arrays that each machine sums by itself are none, because their bits may differ.
+    """
     path_in_base = self.find(path)
-    if path_in_base is None or not self._has_fixed_bits(path_in_base):
-      return None
-    return host.contiguous(self._array(path_in_base))
+    leaf = None if path_in_base is None else self._leaf(path_in_base)
+    is_summed = getattr(leaf, 'origin', None) is structured.Origin.SUMMED
+    return None if path_in_base is None or is_summed else self._array(path_in_base)
 
   def _leaf(self, path: str) -> Any:
     if path not in self._specs:
       raise ValueError(f'{path}: other arrays of the base need it, but it lacks it')
     with self._lock:
       return self._record(self._specs[path][0])[path]
-
-  def _has_fixed_bits(self, path: str) -> bool:
-    """Returns whether each machine finds the same bits in the array of a path."""
-    leaf = self._leaf(path)
-    is_leaf = structured.is_structured(leaf)
-    return not is_leaf or leaf.origin is not structured.Origin.SUMMED
 
   def _array(self, path: str) -> np.ndarray:
     leaf = self._leaf(path)
@@ -143,24 +141,18 @@ class Base:
       params: leaves by path.
       resolve: returns the parameters that leaves need.
     """
-    jobs, stored = {}, dict[str, Beside | None]()
+    jobs = {}
     for path, leaf in params.items():
       is_predicted = isinstance(leaf, difference.Difference)
-      path_in_base = self.find(path)
-      if (
-        path_in_base is None
-        or (structured.is_structured(leaf) and not is_predicted)
-        or not self._has_fixed_bits(path_in_base)
-      ):
-        continue
-      array = leaf.materialize(*map(resolve, leaf.needs)) if is_predicted else leaf
+      is_array = is_predicted or not structured.is_structured(leaf)
       # The base is read here, because an encoded file takes jobs of its own.
-      pair = np.asarray(array), self._array(path_in_base)
-      job = functools.partial(_beside, *pair, path_in_base)
-      if pair[0].size > _LARGE:
-        stored[path] = job()
-      else:
-        jobs[path] = job
+      known = self.array(path) if is_array else None
+      if known is not None:
+        array = leaf.materialize(*map(resolve, leaf.needs)) if is_predicted else leaf
+        name = str(self.find(path))
+        jobs[path] = functools.partial(_beside, np.asarray(array), known, name)
+    is_large = lambda path: math.prod(params[path].shape) > _LARGE
+    stored = {path: jobs.pop(path)() for path in [*filter(is_large, jobs)]}
     stored |= zip(jobs, pool.run(jobs.values()), strict=True)
     return {path: beside for path, beside in stored.items() if beside is not None}
 
@@ -199,7 +191,7 @@ def beside_known(
   columns_first: bool = False,
 ) -> Beside | None:
   """Returns how to store an array beside a known one; None if it is smaller alone."""
-  target, array = host.contiguous(target), host.contiguous(array)
+  target = host.contiguous(target)
   measured = measure.beside(target, array)
   if measured is None:
     return None

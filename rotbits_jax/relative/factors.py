@@ -2,7 +2,7 @@
 
 Many fine-tunes are the base plus such a product, or nearly so. A few rows tell whether
 there is one: half of them a basis, and the others whether it saves anything. Shape
-letters: R rows, C columns, k the rank.
+letters: R rows, C columns, k the rank, r some rows.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rotbits_jax.coding import pool
+from rotbits_jax.structured import difference
 from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
@@ -19,7 +20,6 @@ _LEAST = 64  # rows and columns of a matrix for which factors are tried
 _RANK = 64  # the greatest that is tried
 _SKETCHED = 1 << 9  # rows that tell the basis, and whether factors are worth it
 _TYPICAL = 1 << 12  # elements that tell the rounding error of the dtype
-_PART = 1 << 17  # elements whose differences fit a cache
 _MORE = 8  # columns of a sketch beyond the rank
 _FINER = 5  # the differences that are left, over the error of rounded factors
 _MOST = (1 << 15) - 1
@@ -35,60 +35,36 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   if min(bits.shape) < _LEAST:
     return {}
   with np.errstate(all='ignore'):
-    typical = base.reshape(-1)[:: -(-base.size // _TYPICAL)]
-    sizes = np.abs(widened(typical, dtype))
-  sizes = sizes[np.isfinite(sizes)]
+    typical = _widened(base.reshape(-1)[:: -(-base.size // _TYPICAL)], dtype)
+  # The rounding error of the dtype, at most numbers.
+  least = float(np.median(np.abs(typical))) * 2.0 ** -(ulps.MANTISSA_BITS[dtype] + 2)
   some = slice(None, None, -(-len(bits) // _SKETCHED))
   off = floats(bits[some], base[some], dtype)
-  scale = float(np.abs(off).max(initial=0))
-  if not sizes.size or not 1e-30 < scale < 1e30:
-    return {}
-  # The rounding error of the dtype, at most numbers.
-  least = float(np.median(sizes)) * 2.0 ** -(ulps.MANTISSA_BITS[dtype] + 2) / scale
-  off /= np.float32(scale)
   # Half of the rows are a basis, and the others tell whether it saves anything.
   basis = _basis(off[::2])
   if _product(*_projected(off[1::2], basis), basis, least, len(bits)) is None:
     return {}
   basis = _basis(off)
-
-  def job(rows: slice) -> tuple[np.ndarray, float]:
-    part = floats(bits[rows], base[rows], dtype)
-    part /= np.float32(scale)
-    return _projected(part, basis)
-
-  step = max(_PART // bits.shape[1], 1)
-  parts = [slice(i, i + step) for i in range(0, len(bits), step)]
-  tall, totals = zip(*pool.each(job, parts), strict=True)
+  job = lambda rows: _projected(floats(bits[rows], base[rows], dtype), basis)
+  parts = difference.in_parts(job, *bits.shape, pool.run)
+  tall, totals = zip(*parts, strict=True)
   product = _product(np.concatenate(tall), sum(totals), basis, least, len(bits))
   if product is None:
     return {}
-  left, right, finest = product
-  # The unit is a power of two, and so is its root.
-  exponent = math.floor(math.log2(finest * math.sqrt(scale)))
-  root = math.sqrt(scale) * 2.0**-exponent
-  rounded = lambda x: np.rint(x * root).clip(-_MOST, _MOST).astype(np.int16)
+  left, right, step = product
+  exponent = math.floor(math.log2(step))
+  rounded = lambda x: np.rint(np.ldexp(x, -exponent)).astype(np.int16)
   return {'left': rounded(left), 'right': rounded(right), 'unit': 2 * exponent}
 
 
+@np.errstate(over='ignore', invalid='ignore')
 def _projected(off: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, float]:
-  """Returns rows of differences times a basis, and the sum of the rows' squares."""
-  with np.errstate(over='ignore', invalid='ignore'):
-    squares = np.einsum('rc,rc->r', off, off)
-    tall = host.small_products(off, basis)
-  return tall, float(squares.sum(dtype=np.float64))
+  """Returns rows of differences times a basis, and the sum of all squares of these."""
+  total = float(np.einsum('rc,rc->r', off, off).sum(dtype=np.float64))
+  return host.small_products(off, basis), total
 
 
-def _basis(off: np.ndarray) -> np.ndarray:
-  """Returns an orthonormal basis `[C, k]` of most of the rows of differences."""
-  width = min(_RANK + _MORE, min(off.shape) // 2)
-  sketch = host.small_products(off, random_signs(off.shape[1], width))
-  rows = host.small_products(off.T, sketch).astype(np.float64)
-  energies, vectors = np.linalg.eigh(host.small_products(rows.T, rows))
-  vectors /= np.sqrt(np.maximum(energies, 1e-12 * energies[-1] + 1e-300))
-  return host.small_products(rows, vectors).astype(np.float32)
-
-
+@np.errstate(over='ignore', divide='ignore', invalid='ignore')
 def _product(
   tall: np.ndarray, total: float, basis: np.ndarray, least: float, rows: int
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
@@ -99,14 +75,13 @@ def _product(
     total: the sum of the squares of these rows.
     basis: `[C, k]`.
     least: root mean square that no product removes.
-    rows: the rows of the whole matrix.
+    rows: R, the rows of the whole matrix.
 
   Returns:
     The factors `[r, k]` and `[k, C]`, and the step to which they are rounded.
   """
-  with np.errstate(over='ignore', invalid='ignore'):
-    squares = host.small_products(tall.T, tall).astype(np.float64)
-  if not (np.isfinite(squares).all() and math.isfinite(total)):
+  squares = host.small_products(tall.T, tall).astype(np.float64)
+  if not (np.isfinite(squares).all() and 0 < total < math.inf):
     return None
   (some, _), columns = tall.shape, len(basis)
   energies, vectors = np.linalg.eigh(squares)
@@ -114,22 +89,29 @@ def _product(
   left_over = np.maximum(total - np.cumsum(energies), 0) / (some * columns) + least**2
   ranks = np.arange(1, len(energies) + 1)
   # Both factors have the same mean squares, and are rounded to the same step.
-  roots = np.sqrt(np.maximum(energies, 1e-30))
-  square = np.cumsum(roots) * (1 / some + 1 / columns)
-  steps = np.sqrt(12 * left_over / np.maximum(square, 1e-30)) / _FINER
-  with np.errstate(divide='ignore', invalid='ignore'):  # NaN where nothing is left
-    sizes = np.sqrt(np.cumsum(roots) / ranks / min(some, columns))
-    numbers = np.log2(1 + sizes / steps) + 2
-    saved = np.log2((total / (some * columns) + least**2) / left_over) / 2
-    saved = saved * rows * columns - numbers * ranks * (rows + columns)
+  roots = np.cumsum(np.sqrt(energies))
+  steps = np.sqrt(12 * left_over / (roots * (1 / some + 1 / columns))) / _FINER
+  numbers = np.log2(1 + np.sqrt(roots / ranks / min(some, columns)) / steps) + 2
+  saved = np.log2((total / (some * columns) + least**2) / left_over) / 2
+  saved = saved * rows * columns - numbers * ranks * (rows + columns)
   rank = int(np.argmax(saved[:_RANK])) + 1
-  if not saved[rank - 1] > 0:  # also if it is NaN
+  if not saved[rank - 1] > 0:  # also if it is NaN, because nothing is left
     return None
-  turned, halves = vectors[:, :rank].astype(np.float32), np.sqrt(roots[:rank])
+  turned = vectors[:, :rank].astype(np.float32)
+  halves = np.sqrt(np.sqrt(energies[:rank])).astype(np.float32)
   left = host.small_products(tall, turned) / halves
   right = halves[:, None] * host.small_products(basis, turned).T
   largest = max(float(np.abs(x).max()) for x in (left, right))
   return left, right, max(float(steps[rank - 1]), 2 * largest / _MOST)
+
+
+def _basis(off: np.ndarray) -> np.ndarray:
+  """Returns an orthonormal basis `[C, k]` of most of the rows of differences."""
+  width = min(_RANK + _MORE, min(off.shape) // 2)
+  with np.errstate(over='ignore', invalid='ignore'):
+    sketch = host.small_products(off, random_signs(off.shape[1], width))
+    rows = host.small_products(off.T, sketch).astype(np.float64)
+    return np.linalg.qr(rows)[0].astype(np.float32)
 
 
 @functools.lru_cache(4)
@@ -144,15 +126,15 @@ def floats(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
   with np.errstate(all='ignore'):
     if dtype not in ulps.MANTISSA_BITS:
       return (bits - known).astype(np.float32)
-    off = widened(bits, dtype)
-    off -= widened(known, dtype)
+    off = _widened(bits, dtype)
+    off -= _widened(known, dtype)
     if not np.isfinite([off.max(initial=0), off.min(initial=0)]).all():
       off[~np.isfinite(off)] = 0
   return off
 
 
-def widened(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _widened(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns floats, given by their bits, as float32."""
-  if ulps.MANTISSA_BITS.get(dtype) == 7:  # bfloat16, which NumPy converts slowly
+  if ulps.MANTISSA_BITS[dtype] == 7:  # bfloat16, which NumPy converts slowly
     return (bits.astype(np.int32) << 16).view(np.float32)
   return np.ascontiguousarray(bits).view(dtype).astype(np.float32)

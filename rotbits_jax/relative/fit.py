@@ -1,4 +1,4 @@
-r"""Finds the subspaces of a sliced model beside its base, see `products`.
+"""Finds the subspaces of a sliced model beside its base, see `products`.
 
 The tensors that read or write segment s are products with its basis V_s. So V_s is a
 least-squares solution, for which the kernels of two sublayers are enough, and the
@@ -9,19 +9,14 @@ taken then.
 Shape letters are those of `products`. Everything is computed in float64.
 """
 
-from collections.abc import Iterator
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rotbits_jax.relative import products
-from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
 
-# The errors of shortcuts add up along the residual stream. SliceGPT multiplies rounded
-# bases, and such a product has errors of 0.8 roundoffs; one that was rounded once, 0.6.
-_SHORTCUT = 0.7
 _SAMPLE = 1 << 9  # vectors of a tensor by which its error is measured
 _MOST_ERROR = 2  # roundoffs; SliceGPT's tensors have errors of up to 1
 _SMALL = 0.3  # share of the median norm of rows that smaller rows count as
@@ -30,36 +25,9 @@ _SMALL = 0.3  # share of the median norm of rows that smaller rows count as
 class Pair(NamedTuple):
   """A tensor of the sliced model, and the tensors of the base that make it."""
 
-  form: products.Form
-  arrays: list[np.ndarray]
+  product: products.Product  # that reads or writes the segment
+  dense: list[np.ndarray]
   target: np.ndarray
-
-  def equations(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields blocks of weighted equations `rows @ V = wanted`."""
-    is_read = self.form.kind == 'reads'
-    target = self.target.T if is_read else np.atleast_2d(self.target)
-    for block, rows in self.form.vectors(self.arrays, self.target.dtype):
-      wanted = target[block].astype(np.float64)
-      norms = np.linalg.norm(wanted, axis=1)
-      weights = 1 / np.maximum(norms, _SMALL * (np.median(norms) or 1))[:, None]
-      yield rows * weights, wanted * weights
-
-  def is_rounded(self, product: np.ndarray, roundoff: float) -> bool:
-    """Returns whether the tensor differs from a product by rounding errors only."""
-    kind, target = self.form.kind, self.target
-    if kind == 'shortcut':
-      return rounding_errors.explain(target, product, _SHORTCUT * roundoff)
-    # Products are made of integers, whose errors are greater than those of float32
-    # where D is large and some numbers are far larger than others.
-    hidden = self.arrays[0].shape[-1] if kind == 'writes' else self.arrays[1].size
-    limit = max(roundoff, 2.0 ** (3 - products.integer_bits(hidden)))
-    if kind == 'bias':
-      return rounding_errors.explain(target, product, limit)
-    vectors = self.form.vectors(self.arrays, target.dtype)
-    norms = np.concatenate([np.linalg.norm(rows, axis=1) for _, rows in vectors])
-    if kind == 'reads':
-      target, product = target.T, product.T
-    return rounding_errors.explain(target, product, limit, norms)
 
 
 class FoundBasis(NamedTuple):
@@ -104,48 +72,66 @@ def fit(pairs: list[Pair], shape: tuple[int, ...], roundoff: float) -> FoundBasi
   A tensor that was changed after slicing is left out, if the others fit much better
   without it. The roundoff is that of the tensors.
   """
-  pairs, samples = list(pairs), []
   gram, moments = np.zeros((shape[0], shape[0])), np.zeros(shape)
-
-  def add(pair: Pair, sign: int) -> list[np.ndarray]:
-    """Adds the normal equations of a pair, or subtracts them; returns some of them."""
-    few = []
-    for rows, wanted in pair.equations():
-      gram[...] += sign * (rows.T @ rows)
-      moments[...] += sign * (rows.T @ wanted)
-      step = max(len(rows) // _SAMPLE, 1)
-      few.append((rows[::step], wanted[::step]))
-    return [np.concatenate(x) for x in zip(*few, strict=True)]
-
+  used, samples = list[Pair](), list[tuple[np.ndarray, np.ndarray]]()
   for pair in pairs:
-    samples.append(add(pair, 1))
-  best = basis, errors = _solve(gram, moments, samples)
-  while len(samples) > 1 and not max(errors) <= _MOST_ERROR * roundoff:
+    *terms, sample = _equations(pair, shape)
+    if all(np.isfinite(x).all() for x in terms):
+      gram += terms[0]
+      moments += terms[1]
+      used.append(pair)
+      samples.append(sample)
+
+  def solve() -> tuple[np.ndarray | None, list[float]]:
+    least = 1e-10 * np.trace(gram) / len(gram) + 1e-300
+    solution = np.linalg.solve(gram + least * np.eye(len(gram)), moments)
+    basis = orthonormal(solution)
+    nearest = solution if basis is None else basis
+    return basis, [_relative_error(*sample, nearest) for sample in samples]
+
+  first = basis, errors = solve()
+  while len(used) > 1 and not max(errors) <= _MOST_ERROR * roundoff:
     worst = int(np.argmax(errors))
-    add(pairs.pop(worst), -1)
+    terms = _equations(used.pop(worst), shape)
+    gram -= terms[0]
+    moments -= terms[1]
     del samples[worst]
-    basis, errors = _solve(gram, moments, samples)
-    if basis is not None and max(errors) <= _MOST_ERROR * roundoff:
-      best = basis, errors
-  basis, errors = best
+    basis, errors = solve()
+  if basis is None or not max(errors) <= _MOST_ERROR * roundoff:
+    basis, errors = first
   norms = [[float(np.linalg.norm(x)) for x in sample] for sample in samples]
   growth = max((whole / sliced for whole, sliced in norms if sliced), default=1.0)
   return FoundBasis(basis, max(errors, default=math.inf), growth)
 
 
-def _solve(
-  gram: np.ndarray, moments: np.ndarray, samples: list[list[np.ndarray]]
-) -> tuple[np.ndarray | None, list[float]]:
-  """Returns the basis, see `FoundBasis`, and the relative error of each tensor."""
-  least = 1e-10 * np.trace(gram) / len(gram) + 1e-300
-  solution = np.linalg.solve(gram + least * np.eye(len(gram)), moments)
-  basis = orthonormal(solution)
-  used = solution if basis is None else basis
-  errors = [
-    float(np.linalg.norm(rows @ used - wanted) / max(np.linalg.norm(wanted), 1e-300))
-    for rows, wanted in samples
-  ]
-  return basis, errors
+def _equations(pair: Pair, shape: tuple[int, ...]) -> tuple[Any, ...]:
+  """Returns the normal equations of weighted ones, `rows @ V = wanted`; some of these.
+
+  They are not finite where a number is not.
+  """
+  target = pair.target.T if pair.product.kind == 'reads' else pair.target
+  target = np.atleast_2d(target)
+  gram, moments, some = np.zeros((shape[0], shape[0])), np.zeros(shape), []
+  with np.errstate(invalid='ignore', over='ignore'):
+    for block, rows in pair.product.vectors(pair.dense, target.dtype):
+      wanted = target[block].astype(np.float64)
+      norms = np.linalg.norm(wanted, axis=1)
+      weights = 1 / np.maximum(norms, _SMALL * (np.median(norms) or 1))[:, None]
+      rows, wanted = rows * weights, wanted * weights
+      gram += rows.T @ rows
+      moments += rows.T @ wanted
+      step = max(len(rows) // _SAMPLE, 1)
+      some.append((rows[::step], wanted[::step]))
+  rows, wanted = map(np.concatenate, zip(*some, strict=True))
+  return gram, moments, (rows, wanted)
+
+
+def _relative_error(
+  rows: np.ndarray, wanted: np.ndarray, solution: np.ndarray
+) -> float:
+  """Returns the relative error of some equations."""
+  norm = np.linalg.norm
+  return float(norm(rows @ solution - wanted) / max(norm(wanted), 1e-300))
 
 
 def orthonormal(matrix: np.ndarray) -> np.ndarray | None:

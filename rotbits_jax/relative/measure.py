@@ -23,11 +23,10 @@ from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
+_MOST_SHARE = 0.98  # of these that a base is worth
 _MORE = 1 << 16  # and those of its differences
-_FEW = 1 << 14  # elements that tell a drift, or the mean exponent of changed ones
-_LEAST_OCTAVES = 1 / 2  # by which changed elements are smaller if classes are shorter
-_BY_CHANCE = 4  # octaves of one element
-_SPARSE = 1 / 16  # the greatest share of few changed elements
+_FEW = 1 << 14  # elements that tell a drift, or whether few elements changed
+_SPARSE = 1 / 40  # share of changed elements up to which gaps are shorter than classes
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
 _LEAF_BYTES = 60  # of a leaf besides its arrays
@@ -36,7 +35,6 @@ _WIDEST = 1 << 20  # columns
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
 _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
-_TINY = 1e-18  # of the scales by which roots are divided
 
 
 class Measured(NamedTuple):
@@ -69,16 +67,15 @@ def beside(target: np.ndarray, known: np.ndarray) -> Measured | None:
   base = difference.known_bits(known, target.shape, dtype)
   draft = difference.Difference(lengths=target.shape, name=dtype.name)
   places = _changed(bits, base)
-  if places is not None and not places.size:
-    return Measured(draft)
-  if places is not None and (dtype.itemsize > 4 or _is_sparse(base, places, dtype)):
+  if places is not None:
     return Measured(_with_few(draft, bits[places], base[places], places))
   if bits.size < _LEAST or dtype.itemsize > 4:
     return None
   measured = with_classes(draft, bits, base)
   sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
   alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
-  return measured if measured.estimate() <= alone * target.size / sample.size else None
+  most = _MOST_SHARE * alone * target.size / sample.size
+  return measured if measured.estimate() <= most else None
 
 
 def beside_head(
@@ -97,8 +94,7 @@ def beside_head(
   draft = difference.Difference(
     lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
   )
-  bits, known = ulps.bits_of(table), ulps.bits_of(product)
-  return with_classes(draft, bits, known)
+  return with_classes(draft, ulps.bits_of(table), ulps.bits_of(product))
 
 
 def measured(leaf: difference.Difference, *needed: Any) -> Measured:
@@ -112,49 +108,28 @@ def measured(leaf: difference.Difference, *needed: Any) -> Measured:
 def _changed(bits: np.ndarray, base: np.ndarray) -> np.ndarray | None:
   """Returns the indices of changed elements; None if there are many."""
   some = slice(None, None, -(-bits.size // _FEW) or 1)
-  if np.count_nonzero(bits[some] != base[some]) > 2 * _SPARSE * _FEW:
+  sample = bits[some] != base[some]
+  if np.count_nonzero(sample) > _SPARSE * sample.size:
     return None
-
-  def job(part: slice) -> np.ndarray:
-    return np.flatnonzero(bits[part] != base[part]) + part.start
-
+  job = lambda part: np.flatnonzero(bits[part] != base[part]) + part.start
   changed = difference.in_parts(job, bits.size, 1, pool.run)
-  places = np.concatenate([np.zeros(0, np.int64), *changed])
-  return places if places.size <= _SPARSE * bits.size else None
-
-
-def _is_sparse(base: np.ndarray, places: np.ndarray, dtype: np.dtype) -> bool:
-  """Returns whether gaps between changed elements are about as short as classes.
-
-  They are longer if small elements, whose ULPs are finer, change more often.
-  """
-  mantissa = ulps.MANTISSA_BITS.get(dtype)
-  if mantissa is None:
-    return True
-  exponents = lambda x: (x & np.iinfo(x.dtype).max) >> mantissa
-  some = base[:: -(-base.size // _FEW)], base[places[:: -(-places.size // _FEW)]]
-  everywhere, changed = (float(exponents(x).mean()) for x in some)
-  # Means of few exponents differ by chance.
-  return everywhere - changed < _LEAST_OCTAVES + _BY_CHANCE / math.sqrt(some[1].size)
+  return np.concatenate([np.zeros(0, np.int64), *changed])
 
 
 def _with_few(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray, places: np.ndarray
 ) -> difference.Difference:
   """Returns the leaf of few changed elements at some places."""
-  off = ulps.differences(bits, base, draft.dtype)
-  off = off.astype(np.promote_types(off.dtype, np.int16), copy=False)
-  is_far = (off <= difference.FAR) | (off > 127)
+  if not places.size:
+    return draft
+  wide = ulps.differences(bits, base, draft.dtype)
+  narrow = wide.astype(np.int8)
   gaps = np.diff(places, prepend=-1) - 1
   ends = np.cumsum(gaps // difference.MOST_GAP + 1)
   cut = np.full(ends[-1], difference.MOST_GAP, np.uint16)
   cut[ends - 1] = gaps % difference.MOST_GAP
-  return dataclasses.replace(
-    draft,
-    differences=np.where(is_far, difference.FAR, off).astype(np.int8),
-    exceptions=bits[is_far] if is_far.any() else None,
-    gaps=cut,
-  )
+  differences = narrow if (narrow == wide).all() else wide
+  return dataclasses.replace(draft, differences=differences, gaps=cut)
 
 
 # ---- differences with classes --------------------------------------------------------
@@ -171,21 +146,25 @@ def with_classes(
   width = lengths[-1] if len(lengths) > 1 else bits.size
   if not _LEAST_LINES <= width <= _WIDEST:
     width = bits.size
-  wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
   draft = dataclasses.replace(draft, width=width)
-  predicts = draft.map is None and dtype in difference.ROUNDED
-  if predicts:
+  wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
+  expected = base
+  if draft.map is None and dtype in difference.ROUNDED:
     draft = dataclasses.replace(draft, **factors.find(wanted, known, dtype))
-  expected = draft.predicted_bits(base, pool.run)
-  if predicts and (drift := _drift(bits, expected, dtype)) is not None:
-    draft = dataclasses.replace(draft, drift=drift)
     expected = draft.predicted_bits(base, pool.run)
+    if (drift := _drift(bits, expected, dtype)) is not None:
+      draft = dataclasses.replace(draft, drift=drift)
+      expected = draft.predicted_bits(base, pool.run)
   rows, columns = scales(wanted, expected.reshape(-1, width), dtype)
   draft = dataclasses.replace(draft, row_scales=rows, column_scales=columns)
-  prediction = difference.Prediction(expected, draft.classes(expected, pool.run))
-  differences, exceptions = difference.divided(bits, prediction, dtype, pool.run)
-  leaf = dataclasses.replace(draft, differences=differences, exceptions=exceptions)
-  return Measured(leaf, prediction.classes)
+  differences = np.empty_like(bits)
+
+  def job(part: slice) -> None:
+    differences[part] = ulps.differences(bits[part], expected[part], dtype)
+
+  difference.in_parts(job, bits.size, 1, pool.run)
+  leaf = dataclasses.replace(draft, differences=differences)
+  return Measured(leaf, leaf.classes(expected, pool.run))
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
@@ -222,24 +201,14 @@ def scales(
   def roots_of(*part: slice) -> np.ndarray:
     return np.sqrt(np.abs(factors.floats(bits[part], known[part], dtype)))
 
-  of_columns, share = np.ones(columns), 1.0
-  if rows >= _LEAST_LINES:
-    roots = roots_of(some_rows)
-    share = float(np.count_nonzero(roots)) / roots.size
-    means = roots.mean(axis=1, keepdims=True)
-    roots = np.divide(roots, means, out=roots, where=means > 0)
-    present = max(int(np.count_nonzero(means)), 1)
-    of_columns = roots.sum(axis=0, dtype=np.float64) / present
-  some = of_columns[some_columns]
-  weights = np.divide(1, some, out=np.zeros_like(some), where=some > _TINY)
-  weights = weights.astype(np.float32)
-
-  def job(part: slice) -> np.ndarray:
-    with np.errstate(all='ignore'):
-      return (roots_of(part, some_columns) * weights).sum(axis=1, dtype=np.float64)
-
-  sums = np.concatenate(difference.in_parts(job, rows, weights.size))
-  of_rows, bias = sums / max(int(np.count_nonzero(weights)), 1), 0
+  sample = roots_of(some_rows)
+  share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean()) or 1
+  of_columns = sample.mean(axis=0, dtype=np.float64) / mean
+  if rows < _LEAST_LINES:
+    of_columns[:] = 1
+  means_of = lambda part: roots_of(part, some_columns).mean(axis=1, dtype=np.float64)
+  parts = difference.in_parts(means_of, rows, min(columns, 2 * _LINES))
+  of_rows, bias = np.concatenate(parts) / (of_columns[some_columns].mean() or 1), 0
   if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
     one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
     bias = 8 * (one + mantissa)

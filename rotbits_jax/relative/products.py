@@ -30,8 +30,10 @@ from rotbits_jax.system import schema
 _BLOCK = 1 << 22  # numbers of a tensor that are taken together
 
 
-class Form(schema.Object):
+class Product(schema.Object):
   """How a tensor of a sliced model is made of tensors of its base.
+
+  It is an entry of the manifest.
 
   Attributes:
     kind: see the module.
@@ -41,6 +43,7 @@ class Form(schema.Object):
     centred: whether the mean is subtracted from each row of the tensor of 'writes'.
     rounded: whether tensors of the base are rounded to the dtype, and again after they
       are scaled or centred. SliceGPT does so.
+    arrays: the tensors of the base.
   """
 
   kind: Literal['reads', 'writes', 'shortcut', 'bias']
@@ -48,89 +51,6 @@ class Form(schema.Object):
   transposed: bool = False
   centred: bool = False
   rounded: bool = False
-
-  def vectors(
-    self, arrays: Sequence[np.ndarray], dtype: np.dtype
-  ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields blocks of the n vectors that a basis is multiplied with, float64 `[., D]`.
-
-    Args:
-      arrays: the tensors of the base, see the module.
-      dtype: dtype of the tensor of the sliced model.
-    """
-    matrix = np.atleast_2d(arrays[0])
-    if self.kind in ('reads', 'bias') and not self.transposed:
-      matrix = matrix.T
-    step = max(_BLOCK // max(matrix.shape[1], 1), 1)
-    for start in range(0, len(matrix), step):
-      block = slice(start, start + step)
-      rows = self._rounded(matrix[block], dtype)
-      if self.kind == 'reads':
-        rows = self._rounded(rows * self._rounded(arrays[1], dtype), dtype)
-      elif self.centred:
-        # A sum of integers, because a mean of floats may depend on the machine.
-        width = rows.shape[1]
-        integers, powers = _integers(rows, 52 - (width - 1).bit_length())
-        integers -= integers.sum(axis=1, keepdims=True) / width
-        rows = self._rounded(np.ldexp(integers, -powers), dtype)
-      yield block, rows
-
-  def tensor(
-    self,
-    arrays: Sequence[np.ndarray],
-    bases: Sequence[np.ndarray | None],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-  ) -> np.ndarray:
-    """Returns a tensor of a sliced model, the same on every machine.
-
-    Args:
-      arrays: the tensors of the base, see the module.
-      bases: int32 `[D, d]` in units of 2^-25, one for each segment. None stands for the
-        identity `[D, D]`.
-      shape: shape of the tensor.
-      dtype: its dtype. Numbers are rounded to float32 first.
-    """
-    try:
-      if self.kind == 'shortcut':
-        product = _shortcut(bases[0], bases[1], shape[0])
-      else:
-        product = self._product(arrays, bases, dtype)
-    except (IndexError, MemoryError) as error:
-      raise ValueError(f'a product of these tensors cannot be made: {error}') from error
-    if product.shape != shape:
-      raise ValueError(f'a product must have the shape {shape}, got {product.shape}')
-    return exact.rounded(product, dtype)
-
-  def _product(
-    self,
-    arrays: Sequence[np.ndarray],
-    bases: Sequence[np.ndarray | None],
-    dtype: np.dtype,
-  ) -> np.ndarray:
-    """Returns a tensor that is no shortcut."""
-    blocks = (rows for _, rows in self.vectors(arrays, dtype))
-    if self.kind == 'bias':
-      offset = self._rounded(arrays[1], dtype)
-      integers, powers = _integers(offset[None], integer_bits(offset.size))
-      sums = [np.ldexp(_times(x, integers.T, 0), -powers) for x in blocks]
-      biases = (self._rounded(x, dtype) for x in arrays[2:])
-      return sum(biases, np.concatenate(sums)[:, 0])
-    (basis,) = bases
-    rows = np.concatenate([exact.rounded(_times(x, basis), dtype) for x in blocks])
-    if self.kind == 'reads':
-      return np.ascontiguousarray(rows.T)
-    return rows[0] if arrays[0].ndim == 1 else rows
-
-  def _rounded(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Returns an array in float64, rounded to a dtype if the slicer did so."""
-    numbers = exact.rounded(array, dtype) if self.rounded else np.asarray(array)
-    return numbers.astype(np.float64)
-
-
-class Product(Form):
-  """A form with the arrays of the base that are needed: an entry of the manifest."""
-
   arrays: tuple[entries.BaseArray, ...] = ()
 
   def __post_init__(self) -> None:
@@ -142,18 +62,89 @@ class Product(Form):
         f'{len(self.segments)} bases'
       )
 
+  def vectors(
+    self, dense: Sequence[np.ndarray], dtype: np.dtype
+  ) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields blocks of the n vectors that a basis is multiplied with, float64 `[., D]`.
+
+    Args:
+      dense: the tensors of the base.
+      dtype: dtype of the tensor of the sliced model.
+    """
+    matrix = np.atleast_2d(dense[0])
+    if self.kind in ('reads', 'bias') and not self.transposed:
+      matrix = matrix.T
+    step = max(_BLOCK // max(matrix.shape[1], 1), 1)
+    for start in range(0, len(matrix), step):
+      block = slice(start, start + step)
+      rows = self._rounded(matrix[block], dtype)
+      if self.kind == 'reads':
+        rows = self._rounded(rows * self._rounded(dense[1], dtype), dtype)
+      elif self.centred:
+        # A sum of integers, because a mean of floats may depend on the machine.
+        width = rows.shape[1]
+        integers, powers = _integers(rows, 52 - (width - 1).bit_length())
+        integers -= integers.sum(axis=1, keepdims=True) / width
+        rows = self._rounded(np.ldexp(integers, -powers), dtype)
+      yield block, rows
+
+  def tensor(
+    self,
+    dense: Sequence[np.ndarray],
+    bases: Sequence[np.ndarray | None],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+  ) -> np.ndarray:
+    """Returns a tensor of a sliced model, the same on every machine.
+
+    Args:
+      dense: the tensors of the base.
+      bases: int32 `[D, d]` in units of 2^-25, one for each segment. None stands for the
+        identity `[D, D]`.
+      shape: shape of the tensor.
+      dtype: its dtype. Numbers are rounded to float32 first.
+    """
+    try:
+      if self.kind == 'shortcut':
+        product = _shortcut(*bases, shape[0])
+      elif self.kind == 'bias':
+        product = self._bias(dense, dtype)
+      else:
+        vectors = (rows for _, rows in self.vectors(dense, dtype))
+        blocks = [exact.rounded(_times(rows, bases[0]), dtype) for rows in vectors]
+        product = np.concatenate(blocks)
+        if self.kind == 'reads':
+          product = np.ascontiguousarray(product.T)
+        elif dense[0].ndim == 1:
+          product = product[0]
+    except (IndexError, MemoryError) as error:
+      raise ValueError(f'a product of these tensors cannot be made: {error}') from error
+    if product.shape != shape:
+      raise ValueError(f'a product must have the shape {shape}, got {product.shape}')
+    return exact.rounded(product, dtype)
+
+  def _bias(self, dense: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Returns the bias of a linear layer that reads a LayerNorm."""
+    offset, *biases = (self._rounded(x, dtype) for x in dense[1:])
+    integers, powers = _integers(offset[None], _integer_bits(offset.size))
+    blocks = [_times(rows, integers.T, 0) for _, rows in self.vectors(dense, dtype)]
+    return sum(biases, np.ldexp(np.concatenate(blocks), -powers)[:, 0])
+
+  def _rounded(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns an array in float64, rounded to a dtype if the slicer did so."""
+    numbers = exact.rounded(array, dtype) if self.rounded else np.asarray(array)
+    return numbers.astype(np.float64)
+
 
 def _shortcut(
   first: np.ndarray | None, last: np.ndarray | None, size: int
 ) -> np.ndarray:
   """Returns the product of two bases."""
-  if first is None and last is None:
-    return np.eye(size)
-  if first is None or last is None:
-    basis = last if first is None else first.T
-    return np.ldexp(np.ascontiguousarray(basis, np.float64), -UNIT)
-  product = exact.product(first.T.astype(np.float64), last.astype(np.float64))
-  return np.ldexp(product, -2 * UNIT)
+  if first is not None and last is not None:
+    product = exact.product(first.T.astype(np.float64), last.astype(np.float64))
+    return np.ldexp(product, -2 * UNIT)
+  basis = last if first is None else np.ascontiguousarray(first.T)
+  return np.eye(size) if basis is None else np.ldexp(basis.astype(np.float64), -UNIT)
 
 
 def _times(rows: np.ndarray, basis: np.ndarray | None, unit: int = UNIT) -> np.ndarray:
@@ -162,11 +153,11 @@ def _times(rows: np.ndarray, basis: np.ndarray | None, unit: int = UNIT) -> np.n
     return rows
   if rows.shape[1] != len(basis):
     raise ValueError(f'a basis of {basis.shape} cannot take rows of {rows.shape[1]}')
-  integers, powers = _integers(rows, integer_bits(rows.shape[1]))
+  integers, powers = _integers(rows, _integer_bits(rows.shape[1]))
   return np.ldexp(exact.product(integers, basis.astype(np.float64)), -powers - unit)
 
 
-def integer_bits(size: int) -> int:
+def _integer_bits(size: int) -> int:
   """Returns the bits of integers for which the norm of so many is at most 2^26."""
   return 26 - (size.bit_length() + 1) // 2
 

@@ -11,12 +11,9 @@ checkpoint, too.
 
 from collections.abc import Callable, Mapping
 import functools
-import math
 import threading
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -27,6 +24,7 @@ from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import fit
 from rotbits_jax.relative import products
+from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import host
@@ -34,6 +32,11 @@ from rotbits_jax.system import host
 _MOST_SEGMENTS = 8  # that are held; two layers at a time need five
 _MOST_ARRAYS = 32  # of the base, that are held
 _UNRELATED = 0.3  # the relative error of equations from which there is no subspace
+# Products are made of integers, whose errors may be greater than those of float32.
+_LEAST_ROUNDOFF = 2.0**-16
+# The errors of shortcuts add up along the residual stream. SliceGPT multiplies rounded
+# bases, and such a product has errors of 0.8 roundoffs; one that was rounded once, 0.6.
+_SHORTCUT = 0.7
 
 
 class _Segment(NamedTuple):
@@ -56,33 +59,29 @@ class Recipe:
     """Takes a model that suits the base; `keeps_bits` keeps the checkpoint's bases."""
     assert base.config is not None
     self.config: models.ModelConfig = source.config
+    self._dense = base.config
     self.stored_as: str | None = source.stored_as
     if not keeps_bits and isinstance(source, models.Model):
       source = source.materialize()  # a leaf that another encoding has made structured
     self._source, self._base, self._keeps_bits = source, base, keeps_bits
-    self._forms = _forms(base.config, self.config)
-    self._sides = _segments(self.config)
     self._context = passes.make_context(source)
-    # A tensor of the base is multiplied by a scale, and may be rounded then.
-    dtypes = np.float32, self._context.dtype
-    self._most = min(math.sqrt(float(jnp.finfo(x).max)) for x in dtypes)
     self._lock = threading.RLock()
     self._segments = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
     self._array = functools.lru_cache(_MOST_ARRAYS)(self._array_of_base)
     self._flat = functools.lru_cache(2)(lambda x: structured.flatten(source.read(x)))
-    step = self.config.segments_per_layer
     self.records: tuple[str, ...] = ()
     for record in source.records:
       index = models.names.layer_index(record)
       if index is not None:
-        written = range(index * step + (index > 0), (index + 1) * step + 1)
+        first, *written = self._ends(index)
+        written = [first] * (index == 0) + written
         self.records += tuple(map(models.names.subspace, written))
       self.records += (record,)
 
   @functools.cached_property
   def is_related(self) -> bool:
     """Whether the first tensors of the model are products with the base at all."""
-    return min(x.error for x in self._first.values()) < _UNRELATED
+    return self._first[1].error < _UNRELATED
 
   @property
   def obstacle(self) -> str:
@@ -90,14 +89,10 @@ class Recipe:
     return residual.obstacle(self._context) or ''
 
   @functools.cached_property
-  def _first(self) -> dict[bool, fit.FoundBasis]:
-    """The basis of segment 0, for tensors that the slicer rounded before, or not."""
-    return {x: self._fit(0, x) for x in (False, True)}
-
-  @functools.cached_property
-  def _is_rounded(self) -> bool:
-    """Whether the slicer rounded the tensors of the base after the norms were fused."""
-    return self._first[True].error < self._first[False].error
+  def _first(self) -> tuple[bool, fit.FoundBasis]:
+    """Whether the slicer rounded tensors of the base; and the basis of segment 0."""
+    fits = {is_rounded: self._fit(0, is_rounded) for is_rounded in (False, True)}
+    return min(fits.items(), key=lambda x: x[1].error)
 
   # ---- a source
 
@@ -117,12 +112,27 @@ class Recipe:
       return self._source.read(record)
     rotated = {}
     for path, array in self._flat(record).items():
-      segments = [None if i is None else self.segment(i) for i in self._sides[path]]
+      segments = [None if i is None else self.segment(i) for i in self._sides(path)]
       matrices = (None if x is None else x.rotation for x in segments)
-      rotated[path] = _times(array, *matrices)
+      rotated[path] = _rotated(array, *matrices)
     return structured.unflatten(rotated)
 
   # ---- the segments
+
+  def _ends(self, layer: int | None) -> range:
+    """Returns the segments of a layer; for None, those of the whole model."""
+    step = self.config.segments_per_layer
+    first, count = (0, self.config.num_layers) if layer is None else (layer, 1)
+    return range(first * step, (first + count) * step + 1)
+
+  def _sides(self, path: str) -> tuple[int | None, int | None]:
+    """Returns the segments of the rows and the columns of a parameter; or None."""
+    layer, layout = models.names.layer_index(path), models.layout
+    axes = layout.outer_axes if layer is None else layout.layer_axes
+    name, segments = path.removeprefix(models.names.prefix(layer)), self._ends(layer)
+    rows, columns = rotations.sides(axes(self.config).get(name, ('norm',)))
+    of = lambda axis: None if axis is None else segments[axis]
+    return of(rows), of(columns)
 
   def segment(self, index: int) -> _Segment | None:
     """Returns a segment; None if it has no basis. Threads wait for the same one."""
@@ -130,8 +140,8 @@ class Recipe:
       return self._segments(index)
 
   def _segment(self, index: int) -> _Segment | None:
-    is_rounded, roundoff = self._is_rounded, self._context.roundoff
-    fitted = self._first[is_rounded] if index == 0 else self._fit(index, is_rounded)
+    (is_rounded, first), roundoff = self._first, self._context.roundoff
+    fitted = first if index == 0 else self._fit(index, is_rounded)
     basis = fitted.basis
     if basis is None or fitted.error > _UNRELATED:
       return None
@@ -149,39 +159,59 @@ class Recipe:
 
   def _fit(self, segment: int, is_rounded: bool) -> fit.FoundBasis:
     """Finds the basis of a segment from the tensors that read or write it."""
-    step = self.config.segments_per_layer
-    last = self.config.num_layers * step
-    layers = [i // step for i in (segment - 1, segment) if 0 <= i < last]
-    records = list(dict.fromkeys(map(models.names.layer, layers)))
-    records += ['embed'] * (segment == 0) + ['head'] * (segment == last)
+    layers = [i for i in range(self.config.num_layers) if segment in self._ends(i)]
+    records = [*map(models.names.layer, layers)]
+    records += ['embed'] * (segment == 0) + ['head'] * (segment == self._ends(None)[-1])
     pairs = []
     for path, leaf in (x for name in records for x in self._flat(name).items()):
-      form, paths = self._forms.get(path, (None, ()))
-      if form is None or form.segments != (segment,) or structured.is_structured(leaf):
-        continue
-      arrays, target = self._arrays(paths), np.asarray(leaf)
-      if arrays is not None and np.isfinite(target.astype(np.float32)).all():
-        form = msgspec.structs.replace(form, rounded=is_rounded)
-        pairs.append(fit.Pair(form, [x for x, _ in arrays], target))
+      if segment in self._sides(path) and not structured.is_structured(leaf):
+        product, dense = self._product(path, is_rounded)
+        if product is not None and product.kind != 'shortcut':
+          pairs.append(fit.Pair(product, dense, np.asarray(leaf)))
     shape = self.config.hidden_size, self.config.segment_widths[segment]
     return fit.fit(pairs, shape, self._context.roundoff)
 
-  def _arrays(
-    self, paths: tuple[str, ...]
-  ) -> list[tuple[np.ndarray, entries.BaseArray]] | None:
-    """Returns arrays of the base; None if it lacks one that can be multiplied."""
-    arrays = [x for x in map(self._array, paths) if x is not None]
-    return arrays if len(arrays) == len(paths) else None
+  # ---- the tensors
+
+  def _product(
+    self, path: str, is_rounded: bool
+  ) -> tuple[products.Product | None, list[np.ndarray]]:
+    """Returns the product that a tensor is, or None; and the tensors of the base."""
+    (rows, columns), layer = self._sides(path), models.names.layer_index(path)
+    prefix, dense = models.names.prefix(layer), self._dense
+    module, _, name = path.rpartition('/')
+    sublayer = module.removeprefix(prefix).partition('/')[0]
+    norm = prefix + models.layout.norm_of(dense, sublayer) if prefix else 'final_norm'
+    has_mean, is_tied = dense.norm == 'layernorm', module == 'head' and dense.tied_head
+    kernel = 'embed/tokens' if is_tied else f'{module}/kernel'
+    facts: dict[str, Any]
+    if rows is not None and columns is not None:
+      facts, paths = {'kind': 'shortcut', 'segments': (rows, columns)}, []
+    elif columns is not None:
+      facts = {'kind': 'writes', 'segments': (columns,), 'centred': has_mean}
+      paths = [path]
+    elif rows is not None:
+      facts = {'kind': 'reads', 'segments': (rows,), 'transposed': is_tied}
+      paths = [kernel, f'{norm}/scale']
+    elif has_mean and name == 'bias' and self._sides(f'{module}/kernel')[0] is not None:
+      facts = {'kind': 'bias', 'transposed': is_tied}
+      paths = [kernel, f'{norm}/bias', *([path] if self._base.find(path) else [])]
+    else:
+      return None, []
+    found = [x for x in map(self._array, paths) if x is not None]
+    if len(found) < len(paths):
+      return None, []
+    facts['rounded'] = is_rounded and facts['kind'] != 'shortcut'
+    arrays = tuple(entry for _, entry in found)
+    return products.Product(**facts, arrays=arrays), [array for array, _ in found]
 
   def _array_of_base(self, path: str) -> tuple[np.ndarray, entries.BaseArray] | None:
-    """Returns an array of the base, and its entry in the manifest."""
+    """Returns a finite array of the base and its entry in the manifest; or None."""
     array = self._base.array(path)
-    # The comparison is false if a number is NaN.
-    if array is None or not float(np.abs(array).max(initial=0)) <= self._most:
+    if array is None or not np.isfinite(array).all():
       return None
+    array = host.contiguous(array)
     return array, entries.BaseArray.of(path, array)
-
-  # ---- the tensors
 
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
@@ -190,38 +220,38 @@ class Recipe:
 
     See `base.Base.beside`; the leaves are as they are stored without a base.
     """
-    stored = {
-      path: self._beside_product(np.asarray(leaf), *self._forms[path])
-      for path, leaf in params.items()
-      if path in self._forms and not structured.is_structured(leaf)
-    }
-    others = {x: y for x, y in params.items() if x not in self._forms}
-    beside_products = {path: x for path, x in stored.items() if x is not None}
-    return beside_products | self._base.beside(others, resolve)
+    stored, others = dict[str, base_lib.Beside](), dict[str, Any]()
+    for path, leaf in params.items():
+      is_array = not structured.is_structured(leaf)
+      product, dense = self._product(path, self._first[0]) if is_array else (None, [])
+      if product is None:
+        others[path] = leaf
+      elif beside := self._beside_product(np.asarray(leaf), product, dense):
+        stored[path] = beside
+    return stored | self._base.beside(others, resolve)
 
   def _beside_product(
-    self, target: np.ndarray, form: products.Form, paths: tuple[str, ...]
+    self, target: np.ndarray, product: products.Product, dense: list[np.ndarray]
   ) -> base_lib.Beside | None:
     """Returns how to store a tensor beside its product; None if it is not worth it."""
-    segments, arrays = [*map(self.segment, form.segments)], self._arrays(paths)
-    bases = [x.numbers for x in segments if x is not None]
-    if arrays is None or len(bases) < len(segments):
+    segments = [x for x in map(self.segment, product.segments) if x is not None]
+    if len(segments) < len(product.segments):
       return None
-    target, dense = host.contiguous(target), [x for x, _ in arrays]
-    is_rounded = self._is_rounded and form.kind != 'shortcut'
-    form = msgspec.structs.replace(form, rounded=is_rounded)
-    product = form.tensor(dense, bases, target.shape, target.dtype)
+    bases, target = [x.numbers for x in segments], host.contiguous(target)
+    try:
+      tensor = product.tensor(dense, bases, target.shape, target.dtype)
+    except ValueError:  # some numbers are not finite when a norm has scaled them
+      return None
     roundoff = self._context._replace(dtype=target.dtype).roundoff
-    pair = fit.Pair(form, dense, target)
-    if not self._keeps_bits and pair.is_rounded(product, roundoff):
-      target = product
-    known = products.Product(
-      **msgspec.structs.asdict(form), arrays=tuple(x for _, x in arrays)
-    )
-    return base_lib.beside_known(target, product, known)
+    limit = max(roundoff, _LEAST_ROUNDOFF)
+    limit *= _SHORTCUT if product.kind == 'shortcut' else 1
+    vectors = [x.T if product.kind == 'reads' else x for x in (target, tensor)]
+    if not self._keeps_bits and rounding_errors.explain(*vectors, limit):
+      target = tensor
+    return base_lib.beside_known(target, tensor, product)
 
 
-def _times(
+def _rotated(
   array: Any, rows: np.ndarray | None, columns: np.ndarray | None
 ) -> np.ndarray:
   """Returns `rows^T @ array @ columns` in float32, by NumPy: it compiles no program."""
@@ -229,58 +259,6 @@ def _times(
   if rows is not None:
     product = rows.T.astype(np.float32) @ product
   return product if columns is None else product @ columns.astype(np.float32)
-
-
-def _segments(config: models.ModelConfig) -> dict[str, tuple[int | None, ...]]:
-  """Returns the segments of the rows and the columns of parameters, by path."""
-  step = config.segments_per_layer
-  layer, outer = models.layout.layer_axes(config), models.layout.outer_axes(config)
-  parts = [('', outer, 0, config.num_layers * step)]
-  for i in range(config.num_layers):
-    parts.append((models.names.prefix(i), layer, i * step, (i + 1) * step))
-  return {
-    f'{prefix}{path}': tuple(
-      axis if axis is None else first + axis if axis >= 0 else last
-      for axis in rotations.sides(axes[path])
-    )
-    for prefix, axes, first, last in parts
-    for path in axes
-  }
-
-
-def _forms(
-  dense: models.ModelConfig, sliced: models.ModelConfig
-) -> dict[str, tuple[products.Form, tuple[str, ...]]]:
-  """Returns the forms of parameters by path, and the paths of tensors of the base."""
-  sides, known, has_mean = (
-    _segments(sliced),
-    _segments(dense),
-    dense.norm == 'layernorm',
-  )
-  forms: dict[str, tuple[products.Form, tuple[str, ...]]] = {}
-  for path, (rows, columns) in sides.items():
-    prefix = models.names.prefix(models.names.layer_index(path))
-    group = path.removeprefix(prefix).partition('/')[0]
-    norm = prefix + models.layout.norm_of(dense, group) if prefix else 'final_norm'
-    kernel = f'{path.rpartition("/")[0]}/kernel'
-    is_tied = group == 'head' and dense.tied_head
-    source = 'embed/tokens' if is_tied else kernel
-    paths: tuple[str, ...] = ()
-    if rows is not None and columns is not None:
-      form = products.Form(kind='shortcut', segments=(rows, columns))
-    elif columns is not None:
-      form = products.Form(kind='writes', segments=(columns,), centred=has_mean)
-      paths = (path,)
-    elif rows is not None:
-      form = products.Form(kind='reads', segments=(rows,), transposed=is_tied)
-      paths = source, f'{norm}/scale'
-    elif has_mean and sides.get(kernel, (None,))[0] is not None:
-      form = products.Form(kind='bias', transposed=is_tied)
-      paths = source, f'{norm}/bias', *([path] if path in known else [])
-    else:
-      continue
-    forms[path] = form, paths
-  return forms
 
 
 def suits(source: Any, base: base_lib.Base) -> bool:

@@ -1,6 +1,6 @@
 """Tells rounding errors from changes that are as small.
 
-A tensor of a sliced model is a product made of its base, see `fit`, up to rounding
+A tensor of a sliced model is a product made of its base, see `recipe`, up to rounding
 errors, which need not be stored. These are small, and independent of each other and of
 the numbers. What a training adds may be as small, but few directions have most of it,
 or it scales rows, columns or the whole tensor.
@@ -21,55 +21,42 @@ _MOST_RELATED = 0.05  # share of the errors that factors of rows or columns expl
 _SIGNS = 64  # vectors of random signs that tell whether errors are independent
 _MOST_COHERENT = 1.5  # over what independent errors have; SliceGPT's have up to 1.1
 _PART = 1 << 22  # numbers that are compared at once
-_SMALL = 0.3  # share of the median norm of lines that smaller ones count as
-_BESIDE = 0.1  # share of the norm of the base's vector that a smaller row counts as
+_SMALL = (
+  0.3,
+  1 / 32,
+)  # shares of the median norms that smaller columns and rows count as
 
 
-def explain(
-  target: np.ndarray, product: np.ndarray, limit: float, norms: np.ndarray | None = None
-) -> bool:
+def explain(target: np.ndarray, product: np.ndarray, limit: float) -> bool:
   """Returns whether rounding errors explain how a tensor differs from a product.
 
   Args:
-    target: the tensor, rounded: `[R, C]`, or `[C]`.
+    target: the tensor, rounded: `[R, C]`, or `[C]`. C is a length of the residual
+      stream, of which some dimensions may have nothing but errors.
     product: the product, rounded.
-    limit: the greatest relative error in the Frobenius norm. Where a row lies mostly
-      beside the subspace, its error may be four times as large.
-    norms: those of the vectors of the base whose products are the rows, `[R]`, if so.
+    limit: the greatest relative error in the Frobenius norm. That of a row or column
+      may be four times as large.
   """
   target, product = map(np.atleast_2d, (target, product))
   step = max(-(-len(target) // max(-(-target.size // _PART), 1)), 1)
-  return all(
-    _explain_part(
-      target[rows].astype(np.float32),
-      product[rows].astype(np.float32),
-      limit,
-      None if norms is None else norms[rows, None],
-    )
-    for rows in (slice(i, i + step) for i in range(0, len(target), step))
-  )
+  parts = [slice(i, i + step) for i in range(0, len(target), step)]
+  wide = lambda x: x.astype(np.float32)
+  return all(_explain_part(wide(target[x]), wide(product[x]), limit) for x in parts)
 
 
-def _explain_part(
-  target: np.ndarray, product: np.ndarray, limit: float, norms: np.ndarray | None
-) -> bool:
-  """Does it for some rows: float32 `[R, C]`; the norms are `[R, 1]`."""
+def _explain_part(target: np.ndarray, product: np.ndarray, limit: float) -> bool:
+  """Does it for some rows, float32 `[R, C]`."""
   scale = np.float32(np.abs(target).max(initial=0))
   if not scale or not np.isfinite(scale):
     return bool(np.isfinite(scale)) and not product.any()
   errors, target = (target - product) / scale, target / scale
   if not float(np.square(errors).sum()) <= limit**2 * float(np.square(target).sum()):
     return False
-  if not errors.any():
-    return True
   # Rows of all sizes count alike, and so do columns.
   for axis in (1, 0):
     if target.shape[axis] > 1:
       sizes = np.sqrt(np.square(target).mean(axis, keepdims=True))
-      least = _SMALL * (np.median(sizes) or sizes.max())
-      if norms is not None and axis == 1:
-        least = _BESIDE * norms / (float(scale) * math.sqrt(target.shape[1]))
-      sizes = np.maximum(sizes, least).astype(np.float32)
+      sizes = np.maximum(sizes, _SMALL[axis] * np.median(sizes))
       sizes[sizes == 0] = 1
       errors, target = errors / sizes, target / sizes
   squares, mean = np.square(errors), float(np.square(target).mean())
@@ -81,41 +68,17 @@ def _explain_part(
     roundoffs(squares.mean()) <= _MOST_WHOLE
     and all(roundoffs(squares.mean(i).max()) <= lines[i] for i in (0, 1))
     and bool((np.abs(errors) <= elements).all())
-    and (
-      _are_random(errors, target) or _are_random(*_distinct(product, errors, target))
-    )
+    and all(_are_unrelated(errors, target, axis) for axis in (0, 1))
+    and _are_independent(errors)
   )
 
 
-def _distinct(product: np.ndarray, *matrices: np.ndarray) -> list[np.ndarray]:
-  """Returns matrices without rows and columns in which the product repeats others."""
-  kept = [product, *matrices]
-  for _ in range(2):
-    kept = [np.ascontiguousarray(x.T) for x in kept]
-    lines = kept[0].view(np.dtype((np.void, kept[0][0].nbytes))).reshape(-1)
-    places = np.unique(lines, return_index=True)[1]
-    kept = [x[places] for x in kept]
-  return kept[1:]
-
-
-def _are_random(errors: np.ndarray, target: np.ndarray) -> bool:
-  return _are_unrelated(errors, target) and _are_independent(errors)
-
-
-def _are_unrelated(errors: np.ndarray, target: np.ndarray) -> bool:
-  """Returns whether factors of the whole, of rows and of columns explain few errors.
-
-  Weight decay and learned scales are such factors.
-  """
-  along, sizes = errors * target, np.square(target)
-  total, products = float(np.square(errors).sum()), np.square(along)
-  for axis in (None, 0, 1):
-    size = np.maximum(sizes.sum(axis), 1e-30)
-    explained = float((np.square(along.sum(axis)) / size).sum())
-    by_chance = float((products.sum(axis) / size).sum())
-    if explained > 4 * by_chance + _MOST_RELATED * total:
-      return False
-  return True
+def _are_unrelated(errors: np.ndarray, target: np.ndarray, axis: int) -> bool:
+  """Returns whether factors of rows or columns, as decay has, explain few errors."""
+  along, sizes = errors * target, np.maximum(np.square(target).sum(axis), 1e-30)
+  explained = float((np.square(along.sum(axis)) / sizes).sum())
+  by_chance = float((np.square(along).sum(axis) / sizes).sum())
+  return explained <= 4 * by_chance + _MOST_RELATED * float(np.square(errors).sum())
 
 
 def _are_independent(errors: np.ndarray) -> bool:
@@ -128,7 +91,7 @@ def _are_independent(errors: np.ndarray) -> bool:
   random signs (Hutchinson).
   """
   tall = errors if len(errors) >= errors.shape[1] else errors.T
-  tall = tall / np.abs(errors).max()
+  tall = tall / (np.abs(errors).max() or 1)
   squares = np.square(tall)
   sums = [squares.sum(axis, dtype=np.float64) for axis in (0, 1)]
   expected = sum(float(x @ x) for x in sums) - float(np.square(squares).sum())

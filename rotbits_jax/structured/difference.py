@@ -7,9 +7,9 @@ Invariants of a `Difference`:
   it, see `tied`. It is rounded to the dtype. Rows that it lacks are zeros, and rows
   that it has beyond those of the leaf are not used.
 * Without differences, the array is the known array.
-* With gaps, few elements differ, and the differences are theirs, int8. A gap counts the
-  elements before the next one that differs; the greatest one, 65535, stands for as many
-  elements and none that differs.
+* With gaps, few elements differ, and the differences are theirs, int8 if all fit. A gap
+  counts the elements before the next one that differs; the greatest one, 65535, stands
+  for as many elements and none that differs.
 * With scales, all elements may differ, and each has a *class*, which both sides compute
   from the known array. The coder keeps a frequency table and a shift for each class, so
   that elements of one expected size share them.
@@ -20,11 +20,9 @@ these are depends on the exponent of the known number. Logarithms of both give t
 of an element, in quarters of an octave:
 
     level = (row_scales[i] + column_scales[j] - 8 e) >> 1
-    class = min(max(level - LOWEST, 0), n - 1)
+    class = min(max(level - LOWEST, 0), 255)
 
-e is the biased exponent, at least 1; 0 for integers. A class has a shift s, and its
-differences are above -2^(s + 7) and below 2^(s + 7). The number -2^(s + 7) marks an
-exception, whose bits are stored apart.
+e is the biased exponent, at least 1; 0 for integers.
 
 Predictions. If there are factors, the known number b is first replaced by
 `b + (left @ right)[i, j] 2^unit`, in float64, where b is finite, rounded to float32 and
@@ -58,11 +56,9 @@ MOST_GAP = (1 << 16) - 1
 MOST_SCALE = 8000  # so that sums of scales fit int16
 LONGEST = (1 << 31) - 1  # length of an axis
 DRIFTS = 256  # length of a drift
-FAR = -128  # marks an exception among few differences
 ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicted
 
-_OCTAVE = 4  # levels
-_BITS = 3  # the octaves of a difference that the symbols of a coder tell
+_MOST_CLASS = 255
 _MOST_RANK = 1 << 12
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit a cache
 _PARTS = 1 << 4  # of a job
@@ -117,7 +113,6 @@ class Difference(base.Structured):
   lengths: tuple[fields.Length, ...] = fields.static()  # shape, or that transposed
   name: _Name = fields.static()  # of the dtype
   differences: Annotated[Any, _some('n')] = None
-  exceptions: Annotated[Any, _some('x')] = None  # their bits
   gaps: Annotated[Any, _some('g', np.uint16)] = None
   # Of rows and columns, or one for all that are equal. None if there are no classes.
   row_scales: Annotated[Any, _some('r', np.int16, most=MOST_SCALE)] = None
@@ -194,17 +189,8 @@ class Difference(base.Structured):
       raise ValueError(
         f'{places.size} gaps until {ends[-1]} do not fit the differences'
       )
-    moved = ulps.moved(bits[places], self.differences.astype(bits.dtype), self.dtype)
-    self._put_exceptions(moved, np.flatnonzero(self.differences == FAR))
-    bits[places] = moved
-
-  def _put_exceptions(self, bits: np.ndarray, places: np.ndarray) -> None:
-    """Writes the bits of exceptions to their places."""
-    count = 0 if self.exceptions is None else self.exceptions.size
-    if places.size != count:
-      raise ValueError(f'{places.size} exceptions, got {count}')
-    if count:
-      bits[places] = self.exceptions
+    off = self.differences.astype(bits.dtype)
+    bits[places] = ulps.moved(bits[places], off, self.dtype)
 
   # ---- the prediction
 
@@ -251,7 +237,7 @@ class Difference(base.Structured):
     """Returns the `classes` of the prediction, given its bits."""
     matrix = bits.reshape(-1, self.width)
     classes = np.empty(matrix.shape, np.uint8)
-    mantissa, last = ulps.MANTISSA_BITS.get(self.dtype), len(class_shifts(self.dtype))
+    mantissa = ulps.MANTISSA_BITS.get(self.dtype)
     row_scales = np.broadcast_to(self.row_scales, len(matrix))
 
     def job(rows: slice) -> None:
@@ -264,7 +250,7 @@ class Difference(base.Structured):
         levels -= exponents
       levels >>= 1
       levels -= LOWEST
-      np.clip(levels, 0, last - 1, out=levels)
+      np.clip(levels, 0, _MOST_CLASS, out=levels)
       classes[rows] = levels
 
     in_parts(job, *matrix.shape, run)
@@ -272,19 +258,12 @@ class Difference(base.Structured):
 
   def joined(self, prediction: Prediction, run: Run = in_turn) -> np.ndarray:
     """Returns the array, given the result of `predict` and the decoded differences."""
-    bits, classes = prediction
-    marks = _marks(self.dtype)
+    bits = prediction.bits
 
-    def job(part: slice) -> np.ndarray:
-      differences = self.differences[part]
-      bits[part] = ulps.moved(bits[part], differences, self.dtype)
-      # Few arrays have exceptions.
-      has_none = self.exceptions is None
-      is_mark = () if has_none else differences == marks.take(classes[part])
-      return np.flatnonzero(is_mark) + part.start
+    def job(part: slice) -> None:
+      bits[part] = ulps.moved(bits[part], self.differences[part], self.dtype)
 
-    places = in_parts(job, bits.size, 1, run)
-    self._put_exceptions(bits, np.concatenate([np.zeros(0, np.int64), *places]))
+    in_parts(job, bits.size, 1, run)
     return self._array(bits)
 
   # ---- untrusted input
@@ -310,8 +289,6 @@ class Difference(base.Structured):
     kind = lambda name: arrays[name].dtype if name in arrays else None
     pairs = ('left', 'right'), ('map', 'shifts'), ('row_scales', 'column_scales')
     fits = all((x in arrays) == (y in arrays) for x, y in pairs)
-    fits &= kind('exceptions') in (None, signed)
-    fits &= count('exceptions') <= count('differences')
     is_predicted = not arrays.keys().isdisjoint(('left', 'drift', 'map'))
     fits &= dtype in ROUNDED or not is_predicted
     fits &= self.map is None or lengths[1:] == self.map.shape[1:]
@@ -329,7 +306,8 @@ class Difference(base.Structured):
       fits &= ('gaps' in arrays) == ('differences' in arrays)
       # The greatest gap stands for many elements.
       fits &= count('gaps') <= count('differences') + size // MOST_GAP
-      fits &= count('differences') <= size and kind('differences') in (None, np.int8)
+      fits &= count('differences') <= size
+      fits &= kind('differences') in (None, np.int8, signed)
     if not fits:
       raise ValueError(f'what is stored of {self.name} {lengths} does not fit together')
 
@@ -372,47 +350,6 @@ def known_bits(
   return bits
 
 
-# ---- classes -------------------------------------------------------------------------
-
-
-def class_shifts(dtype: np.dtype) -> tuple[int, ...]:
-  """Returns the shift of each class of a dtype, ascending."""
-  width = 8 * dtype.itemsize
-  highest = ulps.MANTISSA_BITS.get(dtype, width + 1) - 1
-  levels = np.arange(LOWEST, highest * _OCTAVE)
-  shifts = ((levels // _OCTAVE) - _BITS).clip(0, width - 8)
-  return (*shifts.tolist(), width - 8)
-
-
 def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
   """Returns the places in a drift: the mantissa's highest 8 bits, or fewer."""
   return bits >> max(mantissa - 8, 0) & min((1 << mantissa) - 1, DRIFTS - 1)
-
-
-def _marks(dtype: np.dtype) -> np.ndarray:
-  """Returns the difference that marks an exception of each class."""
-  shifts = np.array(class_shifts(dtype), np.int64)
-  return (-1 << shifts + 7).astype(f'i{dtype.itemsize}')
-
-
-def divided(
-  bits: np.ndarray, prediction: Prediction, dtype: np.dtype, run: Run = in_turn
-) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns the differences and the exceptions: the inverse of `Difference.joined`."""
-  known, classes = prediction
-  marks, differences = _marks(dtype), np.empty_like(bits)
-  # The differences of a class are from its mark + 1 on, and so many.
-  counts = (-2 * marks - 1).view(f'u{bits.itemsize}')
-
-  def job(part: slice) -> np.ndarray:
-    off = ulps.differences(bits[part], known[part], dtype)
-    mark = marks.take(classes[part])
-    is_far = (off - mark - 1).view(counts.dtype) >= counts.take(classes[part])
-    far = bits[part][is_far]
-    if far.size:
-      off[is_far] = mark[is_far]
-    differences[part] = off
-    return far
-
-  exceptions = np.concatenate([bits[:0], *in_parts(job, bits.size, 1, run)])
-  return differences, exceptions if exceptions.size else None
