@@ -341,24 +341,16 @@ def difference(s, a):
   if 'gaps' in a:
     is_last = a['gaps'] < 65535
     at = np.cumsum(np.int64(a['gaps']) + is_last)[is_last] - 1
-    new = moved(bits[at], a['differences'].astype(bits.dtype), name)
-    new[a['differences'] == -128] = bits_of(a.get('exceptions', new[:0]), 'i')
-    bits[at] = new
+    bits[at] = moved(bits[at], a['differences'].astype(bits.dtype), name)
   if 'column_scales' in a:
-    whole, w = bits.reshape(-1, s['width']), 8 * bits.itemsize
-    b = predicted(whole, s, a)
-    m, e = w + 1, np.zeros(b.shape, np.int64)
+    b = predicted(bits.reshape(-1, s['width']), s, a)
+    e = np.zeros(b.shape, np.int64)
     if is_float(name):
       m = finfo(name).nmant
       e = 8 * np.maximum(np.int64((b & np.iinfo(b.dtype).max) >> m), 1)
     level = (np.int64(a['row_scales'])[:, None] + a['column_scales'] - e) >> 1
-    levels = np.arange(-24, 4 * (m - 1))
-    shifts = np.append(np.clip(levels // 4 - 3, 0, w - 8), w - 8)
-    classes = np.clip(level + 24, 0, shifts.size - 1).ravel()
-    x = a['differences'](classes)
-    bits = moved(b.ravel(), x, name)
-    far = x == -1 << shifts[classes] + 7
-    bits[far] = bits_of(a.get('exceptions', bits[:0]), 'i')
+    classes = np.clip(level + 24, 0, 255).ravel()
+    bits = moved(b.ravel(), a['differences'](classes), name)
   return bits.view(s['name']).reshape(s['lengths'])
 
 
