@@ -47,17 +47,11 @@ from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
 
-Resolve = Callable[[str], Any]
-"""Takes the path of a parameter; returns its array."""
-
 EncodedRecord = tuple[manifest_lib.RecordEntry, np.ndarray]
 """A record's entry in the manifest, without the checksum of its stream; the stream."""
 
 BESIDE = 'beside a base'
 """The name of the saving of a base."""
-
-_Batch = tuple[list[passes.Record], Any]
-"""Records, and the state of the transform after them."""
 
 
 class Encoder:
@@ -88,20 +82,22 @@ class Encoder:
     self._headers = source.headers if isinstance(source, checkpoints.PlainFiles) else {}
     self._recipe = None if base is None else self._find_recipe(base)
     self._records: Any = self._recipe or source
-    self._check_content()
+    sizes = lambda contents: {name: len(x) for name, x in contents.items()}
+    manifest_lib.check_files(self._stem, sizes(self._files), sizes(self._headers))
     self._context = None
     if source.config is not None:
+      layers = map(models.names.layer, range(source.config.num_layers))
+      for name in (*models.outer_shapes(source.config), *layers):
+        if name not in source.records:
+          raise ValueError(f'{name}: the model lacks it')
       self._context = passes.make_context(self._records)
     elif preset.keeps == 'function':
-      reason = getattr(source, 'reason', None)
-      raise checkpoints.UnsupportedError(
-        f'{f"{reason}; " if reason else ""}the preset {preset.name!r} needs a model of '
-        'a known family; the presets exact and near store plain arrays'
-      )
-    if not self.can_be_divided:
-      # The context is made of its config.
-      paper.refuse(self._records)
+      reason = getattr(source, 'reason', None) or 'exact and near take any arrays'
+      text = f'the preset {preset.name!r} needs a model of a known family; {reason}'
+      raise checkpoints.UnsupportedError(text)
     self.counts = {name: self._count(name) for name in self._records.records}
+    if not self.can_be_divided:
+      paper.refuse(self._records)
 
   def nbytes(self, records: Sequence[str]) -> int:
     """Returns the bytes of records before they are coded."""
@@ -201,38 +197,23 @@ class Encoder:
     base.check_shares([path for record in specs for path in structured.flatten(record)])
     return None
 
-  def _check_content(self) -> None:
-    """Checks the names of streams, and the paths, dtypes and shapes of parameters."""
-    sizes = lambda contents: {name: len(x) for name, x in contents.items()}
-    manifest_lib.check_files(self._stem, sizes(self._files), sizes(self._headers))
-    source, config = self.source, self.source.config
-    for name in source.records:
-      specs = structured.flatten(source.specs(name))
-      for path, leaf in specs.items():
-        if not structured.is_structured(leaf):
-          manifest_lib.check_array(path, tuple(leaf.shape), np.dtype(leaf.dtype))
-      if config is not None:
-        shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
-        manifest_lib.check_shapes(name, shapes, config)
-    if config is not None:
-      layers = map(models.names.layer, range(config.num_layers))
-      expected = *models.outer_shapes(config), *layers
-      if missing := [x for x in expected if x not in source.records]:
-        raise ValueError(f'{missing[0]}: the model lacks it')
-
   # ---- records -----------------------------------------------------------------------
 
   def _count(self, name: str) -> manifest_lib.Counts:
-    """Returns the elements and bytes of a record, after it is rounded."""
+    """Returns the elements and bytes of a record, rounded; checks its parameters."""
     dtypes = self._context.dtypes if self._context else {}
+    specs = structured.flatten(self._records.specs(name))
     elements = nbytes = 0
-    for path, leaf in structured.flatten(self._records.specs(name)).items():
+    for path, leaf in specs.items():
+      if not structured.is_structured(leaf):
+        manifest_lib.check_array(path, tuple(leaf.shape), np.dtype(leaf.dtype))
       count = structured.count_elements(leaf)
+      of_leaf = structured.count_bytes(leaf)
       elements += count
-      if path in dtypes:
-        nbytes += count * dtypes[path].itemsize
-      else:
-        nbytes += structured.count_bytes(leaf)
+      nbytes += count * dtypes[path].itemsize if path in dtypes else of_leaf
+    if self._context is not None and models.names.subspace_index(name) is None:
+      shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
+      manifest_lib.check_shapes(name, shapes, self._context.config)
     return manifest_lib.Counts(elements, nbytes)
 
   def _dtypes(self) -> dict[str, str]:
@@ -247,8 +228,10 @@ class Encoder:
     }
     return dtypes | {'': context.dtype.name}
 
-  def _batches(self, names: Sequence[str], state: Any) -> Iterator[_Batch]:
-    """Yields records; others than those in `names` may come, too."""
+  def _batches(
+    self, names: Sequence[str], state: Any
+  ) -> Iterator[tuple[list[passes.Record], Any]]:
+    """Yields records, also others than those in `names`, and the state after them."""
     others, order = list(names), list(self.counts)
     if self._context is not None:
       layers = [i for x in names if (i := models.names.layer_index(x)) is not None]
@@ -320,7 +303,7 @@ class Encoder:
         append()
     return entries, state
 
-  def _resolver(self, batch: Sequence[passes.Record]) -> Resolve:
+  def _resolver(self, batch: Sequence[passes.Record]) -> Callable[[str], Any]:
     """Returns the function that finds the parameters that leaves of a batch need."""
     flat: dict[str, Any] = {}
     for record in batch:
@@ -389,7 +372,7 @@ def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
 def encode_record(
   record: passes.Record,
   counts: manifest_lib.Counts,
-  resolve: Resolve,
+  resolve: Callable[[str], Any],
   coder: str,
   base: base_lib.Base | recipe_lib.Recipe | None = None,
 ) -> EncodedRecord:
@@ -434,7 +417,7 @@ def encode_record(
 
 
 def _stored(
-  path: str, leaf: Any, beside: base_lib.Beside | None, resolve: Resolve
+  path: str, leaf: Any, beside: base_lib.Beside | None, resolve: Callable[[str], Any]
 ) -> tuple[manifest_lib.Leaf, list[np.ndarray], np.ndarray | None]:
   """Returns the entry of a parameter, the arrays that store it, and their classes."""
   known = crc32 = classes = None

@@ -38,23 +38,17 @@ _PROBES = 6  # files that are written in the search of a step
 
 def counts(source: Any) -> tuple[int, int]:
   """Returns how many elements the tensors of a checkpoint have, and how many bytes."""
-  leaves = [x for name in source.records for x in _specs(source, name).values()]
+  specs = [structured.flatten(source.specs(record)) for record in source.records]
+  leaves = [leaf for flat in specs for leaf in flat.values()]
   elements = sum(map(structured.count_elements, leaves))
   return elements, sum(map(structured.count_bytes, leaves))
 
 
-def _specs(source: Any, record: str) -> dict[str, Any]:
-  """Returns the shapes of a record's parameters by path; nothing is read."""
-  return structured.flatten(source.specs(record))
-
-
 def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
-  """Estimates the bytes of the file that each preset but `paper` would write.
+  """Estimates the bytes of the file that each preset would write, by its name.
 
-  Args:
-    source: a checkpoint, as `checkpoints.open_any` opens it. If it is of no known
-      family, there is no estimate of `free`.
-    progress: whether to show the progress on stderr.
+  There is none of `paper`, nor of `free` for a checkpoint of no known family. `source`
+  is a checkpoint that `checkpoints.open_any` opened.
   """
   config = source.config
   roundings = {'exact': None, 'near': presets.near().rounding}
@@ -63,7 +57,7 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
   sizes = dict.fromkeys(sorted(roundings), 0.0)
   alike = collections.defaultdict(list)
   for record in source.records:
-    specs = _specs(source, record).values()
+    specs = structured.flatten(source.specs(record)).values()
     alike[tuple((x.shape, x.dtype) for x in specs)].append(record)
   with progress_lib.Progress('estimate', len(alike), 'group', show=progress) as bar:
     for records in alike.values():
@@ -75,8 +69,8 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
           sizes[preset] += nbytes * len(records) / len(sampled)
       bar.update()
   kept = 1.0 if config is None else 1 - _removed(source) / models.count_elements(config)
-  others = sum(len(zlib.compress(x)) for x in source.files.values())
-  others += _ENTRY * sum(len(_specs(source, name)) for name in source.records)
+  others = _ENTRY * len(source.tensors)
+  others += sum(len(zlib.compress(x)) for x in source.files.values())
   return {
     preset: round(others + (size if preset == 'exact' else size * kept))
     for preset, size in sizes.items()
@@ -139,8 +133,7 @@ def write_within(target: int, write: Callable[[float, range], int]) -> None:
   least, most = min(sizes.values()), max(sizes.values())
   if not fitting or (most < target and min(sizes) <= passes.FINEST):
     raise ValueError(
-      f'near has steps from 2^{passes.FINEST:g} to 2^{passes.COARSEST:g}, with which '
-      f'files of {least:,} to {most:,} bytes were found, and none of about {target:,} '
-      'bytes'
+      f'near has steps from 2^{passes.FINEST:g} to 2^{passes.COARSEST:g}, and wrote '
+      f'files of {least:,} to {most:,} bytes, none of about {target:,}'
     )
   write(min(fitting), range(target + 1))

@@ -120,15 +120,15 @@ class Plan:
         with reader_lib.Reader(staged, base=encoder.base) as reader:
           verification.read_all(reader, source)
       except BaseException:
-        self.discard()
+        self._discard()
         raise
     outputs.move(staged, self._target)
     digests = f'.{glob.escape(self._target.name)}.{"[0-9a-f]" * 16}.partial'
     for folder in self._target.parent.glob(digests):
       shutil.rmtree(folder, ignore_errors=True)
 
-  def discard(self) -> None:
-    """Removes shards that are encoded and not published."""
+  def _discard(self) -> None:
+    """Removes the shards that are encoded."""
     shutil.rmtree(self._staging, ignore_errors=True)
 
   def write(
@@ -167,7 +167,7 @@ class Plan:
         bar.stage('checking' if check else 'writing')
         self.publish(check=check)
       else:
-        self.discard()
+        self._discard()
     return size
 
 
@@ -179,8 +179,7 @@ def check_path(
 ) -> None:
   """Checks, before the work, that an output can be written, see `Plan`."""
   if shard_size is None:
-    target = pathlib.Path(path).resolve()
-    outputs.check(target, overwrite=overwrite)
+    outputs.check(pathlib.Path(path).resolve(), overwrite=overwrite)
     check_inputs([pathlib.Path(path)], inputs)
     return
   if shard_size < 1:
@@ -201,26 +200,16 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
     inputs: paths of checkpoints and encoded files; opened checkpoints and files, with
       the bases of these; or lists of inputs. Those in memory are ignored.
   """
-  paths = [(path, *_place(path)) for path in _input_paths([*inputs])]
-  for target in filter(os.path.exists, targets):
-    is_result = target.suffix == '.html' or shards_lib.is_encoded(target)
-    # A name in a cache of the Hub is a link to a file elsewhere.
-    named = pathlib.Path(os.path.realpath(target.parent), target.name)
-    for file in (named, target.resolve()):
-      for path, folder, is_encoded in paths:
-        is_member = file.parent == folder and (is_encoded or not is_result)
-        if is_member or file == pathlib.Path(path).resolve():
-          raise ValueError(f'{target}: it is a file of an input, {path}')
-
-
-def _place(path: Path) -> tuple[pathlib.Path, bool]:
-  """Returns the folder of all files of an input, and whether these are encoded."""
-  real, is_encoded = pathlib.Path(path).resolve(), shards_lib.is_encoded(path)
-  if real.name == shards_lib.INDEX:
-    return real.parent, is_encoded
-  if real.is_dir() or is_encoded:  # one file is no folder
-    return real, is_encoded
-  return pathlib.Path(os.path.realpath(os.path.dirname(path))), is_encoded
+  for path in _input_paths([*inputs]):
+    real, is_encoded = pathlib.Path(path).resolve(), shards_lib.is_encoded(path)
+    folder = pathlib.Path(path if real.is_dir() else os.path.dirname(path))
+    files = {real}
+    if real.is_dir() or real.name == shards_lib.INDEX or not is_encoded:
+      files |= {x.resolve() for x in folder.iterdir()}
+    for target in filter(os.path.exists, targets):
+      is_result = target.suffix == '.html' or shards_lib.is_encoded(target)
+      if target.resolve() in files and (is_encoded or not is_result):
+        raise ValueError(f'{target}: it is a file of an input, {path}')
 
 
 def _input_paths(value: Any) -> list[Path]:

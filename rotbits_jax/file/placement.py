@@ -74,9 +74,7 @@ def _sharding(
     axes = names if isinstance(names, tuple) else (names,)
     devices = math.prod(sharding.mesh.shape[x] for x in axes if x is not None)
     spec.append(None if length % devices else names)
-  mesh = sharding.mesh
-  if isinstance(mesh, jax.sharding.Mesh):
-    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+  mesh = jax.sharding.Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
   return jax.sharding.NamedSharding(
     mesh, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
   )
@@ -89,9 +87,7 @@ def on_device(tree: Any) -> Any:
   """
 
   def move(x: Any) -> Any:
-    keeps = (
-      isinstance(x, np.ndarray) and jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
-    )
-    return jax.device_put(x) if keeps else x
+    is_wide = jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+    return x if is_wide and isinstance(x, np.ndarray) else jax.device_put(x)
 
   return jax.tree.map(move, tree)

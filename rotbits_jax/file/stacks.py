@@ -9,7 +9,6 @@ import collections
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 import functools
-import threading
 from typing import Any
 
 import numpy as np
@@ -89,19 +88,17 @@ def _stack(
   A leaf that is stored as arrays of different shapes in different layers has none.
   """
   arrays: dict[str, list[np.ndarray]] = {}
-  specs_of_layers = [
+  layers = [
     {
-      entry.inner(leaf.path): [(x.shape, x.dtype) for x in specs]
+      entry.inner(leaf.path): (leaf, [(x.shape, x.dtype) for x in specs])
       for leaf, specs in entry.leaf_specs
     }
     for entry in entries
   ]
-  for leaf in entries[0].leaves:
-    path = entries[0].inner(leaf.path)
-    specs = specs_of_layers[0][path]
+  for path, (leaf, specs) in layers[0].items():
     if not leaf.type_name or leaf.is_expanded(integers):
       specs = [(leaf.shape, leaf.dtype)]
-    elif any(x[path] != specs for x in specs_of_layers):
+    elif any(layer[path][1] != specs for layer in layers):
       continue
     arrays[path] = [host.empty((len(entries), *x), y) for x, y in specs]
   return arrays, [
@@ -114,13 +111,11 @@ def open_model(
   decoder: decode_lib.Decoder, files: Mapping[str, bytes]
 ) -> checkpoints.CheckpointReader | None:
   """Matches plain tensors with the parameters of a model; None if they are of none."""
-  thread = threading.local()  # the record that each thread has decoded last
+  # Each thread reads one record at a time.
+  decoded = functools.lru_cache(pool.threads() + 1)(decoder.decode)
 
   def read(path: str) -> np.ndarray:
-    name = decoder.holders[path]
-    if getattr(thread, 'name', None) != name:
-      thread.name, thread.flat = name, decoder.decode(name)
-    return np.asarray(structured.materialize(thread.flat[path]))
+    return np.asarray(structured.materialize(decoded(decoder.holders[path])[path]))
 
   tensors = {
     path: checkpoints.LazyTensor(
