@@ -42,15 +42,15 @@ def write(path, source=TREE, **options):
 @contextlib.contextmanager
 def coded(killed_at=None):
   """Yields a list of the records that are coded; one ends the process, as it were."""
-  names, encode_record = [], encode.encode_record
+  names, encode_record = [], encode.Encoder.encode_record
 
-  def noted(record, *args):
+  def noted(self, record, resolve):
     names.append(record.name)
     if record.name == killed_at:
       raise KeyboardInterrupt
-    return encode_record(record, *args)
+    return encode_record(self, record, resolve)
 
-  with mock.patch.object(encode, 'encode_record', noted):
+  with mock.patch.object(encode.Encoder, 'encode_record', noted):
     if killed_at is None:
       yield names
     else:

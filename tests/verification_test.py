@@ -79,15 +79,15 @@ def test_damage_that_the_header_does_not_show(stream):
 
 
 def test_a_file_that_decodes_to_something_else_never_appears(tmp_path, monkeypatch):
-  output, real = tmp_path / 'model.rotbits', encode.encode_record
+  output, real = tmp_path / 'model.rotbits', encode.Encoder.encode_record
 
-  def encode_record(record, *args):
+  def encode_record(self, record, resolve):
     flat = structured.flatten(record.params)
     if record.name == 'layers.1':
       flat['layers.1/mlp/up/kernel'] = -flat['layers.1/mlp/up/kernel']
-    return real(record._replace(params=structured.unflatten(flat)), *args)
+    return real(self, record._replace(params=structured.unflatten(flat)), resolve)
 
-  monkeypatch.setattr(encode, 'encode_record', encode_record)
+  monkeypatch.setattr(encode.Encoder, 'encode_record', encode_record)
   output.write_text('the old file')
   with pytest.raises(rotbits_jax.ContainerError, match='mlp/up/kernel: differs'):
     rotbits_jax.encode_to_file(TESTDATA / NAME, output, preset='exact', check=True)

@@ -33,7 +33,9 @@ that are not kept; plain_because, why the checkpoint is stored as plain tensors;
 a list of objects with the step and the kl of the points of --max_kl.
 """
 
+import math
 import pathlib
+import time
 import time
 from typing import Any
 
@@ -46,7 +48,6 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import presets
 from rotbits_jax.cli import program
-from rotbits_jax.file import estimate as estimate_lib
 from rotbits_jax.file import output
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
@@ -148,7 +149,8 @@ def _options(source: Any) -> tuple[dict[str, Any], steps.Calibration | None]:
   if _TARGET_SIZE.present:
     options['target_size'] = program.parse_size(_TARGET_SIZE)
   if _BITS.value is not None:
-    options['target_size'] = int(_BITS.value * estimate_lib.counts(source)[0] / 8)
+    elements = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    options['target_size'] = int(_BITS.value * elements / 8)
   if _TEXT.value is None:
     return options, None
   model = checkpoints.open_checkpoint(_CHECKPOINT.value)

@@ -27,7 +27,7 @@ _KEPT = {
 
 def main() -> program.Result:
   source: Any = checkpoints.open_any(_CHECKPOINT.value)
-  input_bytes = min(source.input_bytes, estimate_lib.counts(source)[1])
+  input_bytes = min(source.input_bytes, source.nbytes)
   presets = estimate_lib.estimate(source, progress=True)
   without = None if source.config else source.reason or 'it is of no known family'
   size = lambda count: tqdm.tqdm.format_sizeof(count, 'B')

@@ -82,8 +82,6 @@ class Encoder:
     self._headers = source.headers if isinstance(source, checkpoints.PlainFiles) else {}
     self._recipe = None if base is None else self._find_recipe(base)
     self._records: Any = self._recipe or source
-    sizes = lambda contents: {name: len(x) for name, x in contents.items()}
-    manifest_lib.check_files(self._stem, sizes(self._files), sizes(self._headers))
     self._context = None
     if source.config is not None:
       layers = map(models.names.layer, range(source.config.num_layers))
@@ -96,8 +94,6 @@ class Encoder:
       text = f'the preset {preset.name!r} needs a model of a known family; {reason}'
       raise checkpoints.UnsupportedError(text)
     self.counts = {name: self._count(name) for name in self._records.records}
-    if not self.can_be_divided:
-      paper.refuse(self._records)
 
   def nbytes(self, records: Sequence[str]) -> int:
     """Returns the bytes of records before they are coded."""
@@ -291,10 +287,7 @@ class Encoder:
         while batch:
           record = batch.pop(0)  # its memory is freed when it is coded
           if record.name in names:
-            counts, known = self.counts[record.name], self._recipe or self.base
-            arguments = record, counts, resolve, self.preset.coder, known
-            jobs.append(start(functools.partial(encode_record, *arguments)))
-            del arguments
+            jobs.append(start(functools.partial(self.encode_record, record, resolve)))
           del record
         ahead.append(jobs)
         while len(ahead) > (0 if size >= memory.LARGE else 1):
@@ -303,11 +296,46 @@ class Encoder:
         append()
     return entries, state
 
+  def encode_record(
+    self, record: passes.Record, resolve: Callable[[str], Any]
+  ) -> EncodedRecord:
+    """Codes a record; a ValueError names a parameter that cannot be stored."""
+    leaves: list[manifest_lib.Leaf] = []
+    arrays: list[np.ndarray] = []
+    known: dict[int, np.ndarray] = {}
+    params, base = structured.flatten(record.params), self._recipe or self.base
+    beside = {} if base is None else base.beside(params, resolve)
+    savings = [manifest_lib.SavingEntry(*x) for x in record.savings]
+    if base is not None:
+      savings.append(_saving(params, beside))
+    for path, leaf in params.items():
+      try:
+        entry, stored, classes = _stored(path, leaf, beside.get(path), resolve)
+      # A leaf that is stacked, or should be, raises any of these.
+      except (*manifest_lib.UNTRUSTED, ValueError) as error:
+        raise ValueError(f'{path}: it cannot be stored: {error}') from error
+      if classes is not None:
+        known[len(arrays) + entry.arrays.index('differences')] = classes
+      leaves.append(entry)
+      arrays += [host.contiguous(np.asarray(array)) for array in stored]
+    encoded = coders.CODERS[self.preset.coder].encode(arrays, known)
+    entry_of_record = manifest_lib.RecordEntry(
+      name=record.name,
+      nbytes=encoded.spec.nbytes,
+      crc32=0,
+      leaves=tuple(leaves),
+      coder=self.preset.coder,
+      spec=schema.dump(encoded.spec),
+      input=self.counts[record.name],
+      savings=tuple(savings),
+      empty=tuple(structured.empty_dicts(record.params)),
+    )
+    return entry_of_record, encoded.data
+
   def _resolver(self, batch: Sequence[passes.Record]) -> Callable[[str], Any]:
     """Returns the function that finds the parameters that leaves of a batch need."""
-    flat: dict[str, Any] = {}
-    for record in batch:
-      flat |= structured.flatten(record.params)
+    params = {name: x for record in batch for name, x in record.params.items()}
+    flat = structured.flatten(params)
     needs = {x for leaf in flat.values() for x in getattr(leaf, 'needs', ())}
     needed = {path: leaf for path, leaf in flat.items() if path in needs}
 
@@ -364,56 +392,6 @@ def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
   wide = jnp.asarray(leaf, jnp.float32)
   multiples, _ = passes.round_leaf(wide, dtype, log2_step, rounding.uniform)
   return structured.astype(passes.narrowed(jax.device_get(multiples)), dtype)
-
-
-# ---- one record -------------------------------------------------------------------
-
-
-def encode_record(
-  record: passes.Record,
-  counts: manifest_lib.Counts,
-  resolve: Callable[[str], Any],
-  coder: str,
-  base: base_lib.Base | recipe_lib.Recipe | None = None,
-) -> EncodedRecord:
-  """Codes a record, which had these counts before it was rewritten.
-
-  A ValueError names a parameter that cannot be stored.
-  """
-  leaves: list[manifest_lib.Leaf] = []
-  arrays: list[np.ndarray] = []
-  known: dict[int, np.ndarray] = {}
-  params = structured.flatten(record.params)
-  beside = {} if base is None else base.beside(params, resolve)
-  savings = [manifest_lib.SavingEntry(*x) for x in record.savings]
-  if base is not None:
-    savings.append(_saving(params, beside))
-  for path, leaf in params.items():
-    try:
-      entry, stored, classes = _stored(path, leaf, beside.get(path), resolve)
-    # A leaf that is stacked, or should be, raises any of these.
-    except (*manifest_lib.UNTRUSTED, ValueError) as error:
-      raise ValueError(f'{path}: it cannot be stored: {error}') from error
-    if classes is not None:
-      known[len(arrays) + entry.arrays.index('differences')] = classes
-    leaves.append(entry)
-    arrays += [host.contiguous(np.asarray(array)) for array in stored]
-  try:
-    encoded = coders.CODERS[coder].encode(arrays, known)
-    entry_of_record = manifest_lib.RecordEntry(
-      name=record.name,
-      nbytes=encoded.spec.nbytes,
-      crc32=0,
-      leaves=tuple(leaves),
-      coder=coder,
-      spec=schema.dump(encoded.spec),
-      input=counts,
-      savings=tuple(savings),
-      empty=tuple(structured.empty_dicts(record.params)),
-    )
-  except ValueError as error:
-    raise ValueError(f'{record.name}: it cannot be stored: {error}') from error
-  return entry_of_record, encoded.data
 
 
 def _stored(

@@ -25,23 +25,13 @@ from rotbits_jax.passes import tied
 from rotbits_jax.relative import entries
 from rotbits_jax.system import progress as progress_lib
 
-WITHIN = 0.01
-"""A file of a target size has at least this part fewer bytes than the target."""
-
+_WITHIN = 0.01  # the most that a file of a target size has fewer bytes, relative
 _RECORDS = 3  # of one kind that are read
 _ELEMENTS = 1 << 18  # of a sample
 _ENTRY = 30  # bytes of a tensor's entry in the manifest, about
 _START = -5.0
 _BITS = 7.05  # of a normal number at this step, of which each octave takes one
 _PROBES = 6  # files that are written in the search of a step
-
-
-def counts(source: Any) -> tuple[int, int]:
-  """Returns how many elements the tensors of a checkpoint have, and how many bytes."""
-  specs = [structured.flatten(source.specs(record)) for record in source.records]
-  leaves = [leaf for flat in specs for leaf in flat.values()]
-  elements = sum(map(structured.count_elements, leaves))
-  return elements, sum(map(structured.count_bytes, leaves))
 
 
 def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
@@ -118,8 +108,8 @@ def write_within(target: int, write: Callable[[float, range], int]) -> None:
     write: takes a step and the sizes to accept. Writes the file, lets it appear if it
       has such a size, and returns its size.
   """
-  accepted = range(math.ceil((1 - WITHIN) * target), target + 1)
-  aim, sizes, step = (1 - WITHIN / 2) * target, dict[float, int](), _START
+  accepted = range(math.ceil((1 - _WITHIN) * target), target + 1)
+  aim, sizes, step = (1 - _WITHIN / 2) * target, dict[float, int](), _START
   while step not in sizes and len(sizes) < _PROBES:
     size = sizes[step] = write(step, accepted)
     if size in accepted:

@@ -41,11 +41,11 @@ def plain(source: passes.Source) -> passes.Source:
 
   Its files come back byte for byte then. Other sources are returned as they are.
   """
-  if not isinstance(source, checkpoints.CheckpointReader) or source.config.sliced:
+  is_model = isinstance(source, checkpoints.CheckpointReader)
+  path = source.path if is_model and not source.config.sliced else None
+  if path is None or '.safetensors' not in path.suffixes:
     return source
-  if source.path is None or '.safetensors' not in source.path.suffixes:
-    return source
-  return checkpoints.open_plain(source.path)
+  return checkpoints.open_plain(path)
 
 
 def _native(tree: Any) -> Any:

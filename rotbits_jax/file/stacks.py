@@ -143,29 +143,30 @@ def read_arrays(
   names = [*outer, *map(models.names.layer, layers)]
   total = sum(structured.count_bytes(x) for name in names for x in specs(name).values())
   key = lambda i: models.stack_key(*source.specs(models.names.layer(i)).values())
+  runs = models.stack_ranges(layers, key)
+  run_of = {i: run for run in runs for i in run}
   flat: decode_lib.Flat = {}
-  rows: decode_lib.Flat = {}
 
   def copy(name: str) -> None:
+    index = models.names.layer_index(name)
     for path, array in structured.flatten(source.read(name)).items():
       contiguous = host.contiguous(array)
-      if path in rows:
-        rows[path][...] = contiguous
-      else:
+      if index is None:
         flat[path] = contiguous
+      else:
+        run = run_of[index]
+        stack = flat[models.names.stack(run) + path.removeprefix(name)]
+        stack[index - run.start] = contiguous
       bar.update(contiguous.nbytes)
 
   with (
     memory.bounded('the whole content', total),
     progress.Progress('decode', total, 'B', show=show_progress) as bar,
   ):
-    for run in models.stack_ranges(layers, key):
-      first = models.names.prefix(run.start)
-      for path, spec in specs(models.names.layer(run.start)).items():
-        inner = path.removeprefix(first)
-        stack = host.empty((len(run), *spec.shape), spec.dtype)
-        flat[f'{models.names.stack(run)}/{inner}'] = stack
-        for row, i in enumerate(run):
-          rows[models.names.prefix(i) + inner] = stack[row, ...]
+    for run in runs:
+      first = models.names.layer(run.start)
+      for path, spec in specs(first).items():
+        stack = models.names.stack(run) + path.removeprefix(first)
+        flat[stack] = host.empty((len(run), *spec.shape), spec.dtype)
     pool.each(copy, names)
   return flat
