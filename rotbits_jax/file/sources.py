@@ -36,7 +36,7 @@ def of(value: Any) -> passes.Source:
   return TreeRecords(_native(to_dicts(source)))
 
 
-def plain(source: passes.Source) -> passes.Source:
+def plain(source: Any) -> passes.Source:
   """Returns a dense checkpoint of safetensors files as tensors under their names.
 
   Its files come back byte for byte then. Other sources are returned as they are.
