@@ -36,7 +36,6 @@ a list of objects with the step and the kl of the points of --max_kl.
 import math
 import pathlib
 import time
-import time
 from typing import Any
 
 from absl import flags
