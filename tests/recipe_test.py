@@ -112,7 +112,7 @@ def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
     found = rotbits_jax.decode(exact, base=dense)
     assert structured.same_bits(found.params, model.params)
   identity = products.Product(kind='shortcut', segments=(1, 2))
-  encode_record = encode.encode_record
+  encode_record = encode.Encoder.encode_record
 
   def hostile(*args):
     entry, data = encode_record(*args)
@@ -122,7 +122,7 @@ def test_segments_side_by_side_that_were_not_sliced(monkeypatch):
     )
     return msgspec.structs.replace(entry, leaves=others), data
 
-  monkeypatch.setattr(encode, 'encode_record', hostile)
+  monkeypatch.setattr(encode.Encoder, 'encode_record', hostile)
   data = rotbits_jax.encode(model, base=dense, preset='free')
   with pytest.raises(file.ContainerError, match='not the shape of the identity'):
     rotbits_jax.decode(data, base=dense)
