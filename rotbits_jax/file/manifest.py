@@ -143,10 +143,10 @@ class Leaf(schema.Object, kw_only=True):
   def check(self, arrays: Sequence[specs.ArraySpec]) -> None:
     """Checks the fields, and that arrays with these specs can store the leaf."""
     entries.check_shape(self.shape)
-    known = [x for x in (self.base, self.product, self.needs) if x]
+    sources = [x for x in (self.base, self.product, self.needs) if x]
     cls, nbytes = self.leaf_class, sum(x.nbytes for x in arrays)
     if not self.type_name:
-      fields = self.stack_key, self.settings, self.arrays, self.crc32, known
+      fields = self.stack_key, self.settings, self.arrays, self.crc32, sources
       array = [(x.shape, x.dtype) for x in arrays]
       stored = [(self.shape, entries.stored_dtype(self.dtype))]
       if fields != ((), {}, ('',), None, []) or array != stored:
@@ -162,7 +162,7 @@ class Leaf(schema.Object, kw_only=True):
     if (
       len(set(self.arrays)) < len(self.arrays)
       or cls.origin.is_in_files != (self.crc32 is not None)
-      or (len(known) != 1 if is_known else self.base or self.product)
+      or (len(sources) != 1 if is_known else self.base or self.product)
       or (is_of_layer and self.needs and not is_known)  # a stack has no needs
     ):
       raise ValueError(f'the fields do not fit the leaf type {self.type_name!r}')

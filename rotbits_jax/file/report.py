@@ -208,8 +208,8 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     notes[encode_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
   elements = sum(entry.input.elements for entry in stored)
   size = sum(entry.input.bytes for entry in stored)
-  others = sum(x.nbytes for x in manifest.files.values())
-  streams = sum(nbytes for _, nbytes in manifest.streams())
+  other_bytes = sum(x.nbytes for x in manifest.files.values())
+  stream_bytes = sum(nbytes for _, nbytes in manifest.streams())
   lines = [ReportLine(name, *saved) for name, saved in sums.items()]
   uncoded = size - sum(line.bytes_saved for line in lines)
   return Report(
@@ -222,9 +222,9 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     file_bytes=reader.size,
     lines=[
       *lines,
-      ReportLine('coding', 0, uncoded - (streams - others)),
-      ReportLine('tokenizer and settings', 0, -others),
-      ReportLine('file overhead', 0, streams - reader.size),
+      ReportLine('coding', 0, uncoded - (stream_bytes - other_bytes)),
+      ReportLine('tokenizer and settings', 0, -other_bytes),
+      ReportLine('file overhead', 0, stream_bytes - reader.size),
     ],
     needs={array.path: array for leaf in leaves for array in leaf.base_arrays},
     notes=notes,

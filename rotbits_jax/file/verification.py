@@ -52,9 +52,9 @@ def verify(
   expected: Any = open_source(against)
   if reader.config != expected.config:
     raise ContainerError(f'the config of the file is not that of {against}')
-  contents, others = reader.files(), expected.files
-  for name in sorted(contents.keys() | others.keys()):
-    if contents.get(name) != others.get(name):
+  files = reader.files()
+  for name in sorted(files.keys() | expected.files.keys()):
+    if files.get(name) != expected.files.get(name):
       raise ContainerError(f'{name}: differs from that of the checkpoint')
   bits = expected if keeps == 'bits' else None
   verified = read_all(reader, bits, progress=progress)
