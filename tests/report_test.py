@@ -61,5 +61,5 @@ def test_command_writes_the_page(tmp_path, rotbits):
   arguments = f'--input={path}', f'--output={tmp_path}/a.html', f'--against={source}'
   assert rotbits('report', *arguments)[0] == 0
   page = (tmp_path / 'a.html').read_text('utf-8')
-  assert re.search('<title>phi.rotbits: [0-9.]+ MB to [0-9]+ kB', page)
+  assert re.search('<title>phi.rotbits: [0-9.]+MB to [0-9]+kB', page)
   assert 'Every bit comes back. Compared with the checkpoint: all' in page

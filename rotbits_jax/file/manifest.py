@@ -305,10 +305,11 @@ class Manifest(schema.Object, kw_only=True):
     check_files(self.stem, sizes(self.files), sizes(self.headers))
     if self.headers and self.config is not None:
       raise ValueError('a model has no weights files of its own')
-    if self.message is not None and (
-      self.config is None or any(x.name != models.names.BUFFERS for x in self.records)
-    ):
-      raise ValueError('a message is a whole model with its config, without records')
+    if self.message is not None:
+      others = [x.name for x in self.records if x.name != models.names.BUFFERS]
+      if self.config is None or others:
+        raise ValueError('a message is a whole model with its config, without records')
+      self.message.layout.record_bytes(self.config)  # which checks the parameters
     for record in self.records:
       with container.naming(record.name):
         self._check_record(record)
