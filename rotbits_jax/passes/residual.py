@@ -92,8 +92,7 @@ def _advance(context: Context, state: Any, index: int, params: Params) -> State 
     first = identity if upper is None else upper
     state = State(first, upper is not None, [first])
   if config.sliced and index + 1 == config.num_layers:
-    outer = structured.expand(context.read(None))
-    free = _last_rotation(outer, polars[-1])
+    free = _last_rotation(structured.expand(context.read(None)), polars[-1])
   segments = _segments(kernels, polars, state.segments[-1], config, free=free)
   new_rows = 0 if free is None else len(free)
   return state._replace(segments=segments, polars=polars, new_rows=new_rows)
@@ -214,12 +213,10 @@ def obstacle(context: Context) -> str | None:
   for index in (None, *range(config.num_layers)):
     axes = layout.outer_axes(config) if index is None else layout.layer_axes(config)
     prefix, scale, shares = models.names.prefix(index), 1.0, dict[str, float]()
-    params = structured.expand(context.read(index))
-    for path, leaf in params.items():
+    for path, leaf in structured.expand(context.read(index)).items():
       rotated = tuple(i for i, axis in enumerate(axes[path]) if isinstance(axis, int))
       is_table = axes[path][0] in ('vocabulary', 'position')
-      bound = functools.partial(rotations_lib.largest_rotated, only_finite=is_table)
-      size = np.max([bound(np.asarray(x), rotated) for x in jax.tree.leaves(leaf)])
+      size = rotations_lib.largest_rotated(np.asarray(leaf), rotated, is_table)
       if rotated:
         shares[path] = size / float(jnp.finfo(context.dtype_of(prefix + path)).max)
       elif axes[path] == ('norm',):  # folded into the kernels of a dense model

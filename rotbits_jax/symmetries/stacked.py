@@ -49,7 +49,7 @@ def canonicalize(
   It fixes the residual gauge, folds the scales of RMSNorms, writes shortcuts as
   `I - B B^T + C C^T`, moves the value biases into the output biases, and fixes the
   gauges of attention heads. The function of the model does not change. Structured
-  leaves are materialized first, except low-rank pairs. A sliced model must not get
+  leaves are materialized first. A sliced model must not get
   narrower from segment to segment. The tolerance is 0.7 roundoffs of the dtype of the
   shortcuts by default, as in `passes.remove_residual_gauge`.
 
@@ -75,7 +75,7 @@ def canonicalize(
 
 
 def _widened(params: models.Params) -> Params:
-  """Returns float32 arrays and low-rank leaves by path."""
+  """Returns float32 arrays by path."""
   arrays = structured.flatten(jax.tree.map(jnp.asarray, params))
   return structured.expand(structured.astype(arrays, jnp.float32))
 
