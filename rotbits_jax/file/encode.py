@@ -38,7 +38,6 @@ from rotbits_jax.file import memory
 from rotbits_jax.file import sources
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries as entries_lib
-from rotbits_jax.relative import measure
 from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.structured import difference
@@ -400,8 +399,7 @@ def _stored(
   """Returns the entry of a parameter, the arrays that store it, and their classes."""
   known = crc32 = classes = None
   if beside is not None:
-    measured, known, crc32 = beside
-    leaf, classes = measured.leaf, measured.classes
+    leaf, classes, known, crc32 = beside
   elif structured.is_structured(leaf):
     if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
       raise ValueError(
@@ -411,7 +409,7 @@ def _stored(
       needed = list(map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
       if isinstance(leaf, difference.Difference):
-        classes = measure.measured(leaf, *needed).classes
+        classes = leaf.predict(*needed).classes if leaf.has_classes else None
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   if not type_name:
     array = np.asarray(leaf).view(entries_lib.stored_dtype(dtype))
@@ -438,7 +436,7 @@ def _saving(
 ) -> manifest_lib.SavingEntry:
   """Returns the saving of the base before anything is coded."""
   arrays = [params[path] for path in beside]
-  leaves: list[Any] = [x.measured.leaf for x in beside.values()]
+  leaves: list[Any] = [x.leaf for x in beside.values()]
   is_basis = lambda path: models.names.subspace_index(path) is not None
   leaves += [x for path, x in params.items() if is_basis(path)]
   count, size = structured.count_elements, structured.count_bytes

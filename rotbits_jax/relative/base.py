@@ -35,7 +35,8 @@ _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 class Beside(NamedTuple):
   """An array beside one that the receiver knows."""
 
-  measured: measure.Measured
+  leaf: difference.Difference
+  classes: np.ndarray | None  # of its differences, see `measure.Measured`
   known: entries.BaseArray | products.Product
   crc32: int  # of the array that the leaf stands for
 
@@ -198,7 +199,7 @@ def beside_known(
   leaf = dataclasses.replace(measured.leaf, columns_first=columns_first)
   if entries.is_too_short(target.size, array.size, structured.count_bytes(leaf)):
     return None
-  return Beside(measured._replace(leaf=leaf), known, checksums.of_array(target))
+  return Beside(leaf, measured.classes, known, checksums.of_array(target))
 
 
 def _short(path: str) -> str:

@@ -44,7 +44,7 @@ class FoundBasis(NamedTuple):
     return subspaces.Basis.of(self.basis, step)
 
   def as_subspace(self, roundoff: float) -> subspaces.Basis:
-    """Returns the leaf of the subspace.
+    """Returns the leaf of the subspace, or of the basis if it is too narrow.
 
     The rows J are chosen so that the matrix M is not singular: the error of A, and its
     numbers, are smaller then.
@@ -52,6 +52,8 @@ class FoundBasis(NamedTuple):
     from scipy import linalg  # slow to import
 
     assert self.basis is not None
+    if subspaces.is_narrow(self.basis.shape):
+      return self.as_basis(roundoff)
     hidden, width = self.basis.shape
     order = linalg.qr(self.basis.T, mode='r', pivoting=True)[1]
     rows = np.zeros(hidden, bool)

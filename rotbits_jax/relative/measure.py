@@ -10,7 +10,7 @@ Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -95,11 +95,6 @@ def beside_head(
     lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
   )
   return with_classes(draft, ulps.bits_of(table), ulps.bits_of(product))
-
-
-def measured(leaf: difference.Difference, *needed: Any) -> Measured:
-  """Returns a leaf with its classes, given the known array or those it `needs`."""
-  return Measured(leaf, leaf.predict(*needed).classes if leaf.has_classes else None)
 
 
 # ---- few differences -----------------------------------------------------------------

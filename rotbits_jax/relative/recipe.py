@@ -150,8 +150,7 @@ class Recipe:
       return _Segment(leaf, leaf.materialize(), None)
     if basis.shape[0] == basis.shape[1]:
       return _Segment(None, None, basis.T)
-    is_narrow = subspaces.is_narrow(basis.shape)
-    leaf = fitted.as_basis(roundoff) if is_narrow else fitted.as_subspace(roundoff)
+    leaf = fitted.as_subspace(roundoff)
     numbers = leaf.materialize()
     # The two have the same subspace, up to rounding.
     near = np.ldexp(numbers.astype(np.float64), -subspaces.UNIT)
