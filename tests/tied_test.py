@@ -130,7 +130,7 @@ class RetieExactlyTest(parameterized.TestCase):
     again = difference.Difference.from_stored(*leaf.stored())
     chex.assert_trees_all_equal(again, leaf)
     np.testing.assert_array_equal(_bits(again.materialize(head)), _bits(table))
-    # About half of each number is saved; T and exceptions cost a little.
+    # About half of each number is saved; T costs a little.
     self.assertGreater(saved, 0.45 * table.nbytes)
     self.assertEqual(note['form'], 'difference')
     self.assertEqual(note['error'], 0.0)

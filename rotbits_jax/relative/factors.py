@@ -46,7 +46,7 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
     return {}
   basis = _basis(off)
   job = lambda rows: _projected(floats(bits[rows], base[rows], dtype), basis)
-  parts = difference.in_parts(job, *bits.shape, pool.run)
+  parts = difference.in_parts(job, len(bits), bits.shape[1], pool.run)
   tall, totals = zip(*parts, strict=True)
   product = _product(np.concatenate(tall), sum(totals), basis, least, len(bits))
   if product is None:

@@ -77,12 +77,12 @@ def fit(pairs: list[Pair], shape: tuple[int, ...], roundoff: float) -> FoundBasi
   gram, moments = np.zeros((shape[0], shape[0])), np.zeros(shape)
   used, samples = list[Pair](), list[tuple[np.ndarray, np.ndarray]]()
   for pair in pairs:
-    *terms, sample = _equations(pair, shape)
-    if all(np.isfinite(x).all() for x in terms):
+    terms = _equations(pair, shape)
+    if all(np.isfinite(x).all() for x in terms[:2]):
       gram += terms[0]
       moments += terms[1]
       used.append(pair)
-      samples.append(sample)
+      samples.append(terms[2])
 
   def solve() -> tuple[np.ndarray | None, list[float]]:
     least = 1e-10 * np.trace(gram) / len(gram) + 1e-300

@@ -106,7 +106,7 @@ class Product(schema.Object):
     """
     try:
       if self.kind == 'shortcut':
-        product = _shortcut(*bases, shape[0])
+        product = _shortcut(bases[0], bases[1], shape[0])
       elif self.kind == 'bias':
         product = self._bias(dense, dtype)
       else:

@@ -244,7 +244,7 @@ class Recipe:
     roundoff = self._context._replace(dtype=target.dtype).roundoff
     limit = max(roundoff, _LEAST_ROUNDOFF)
     limit *= _SHORTCUT if product.kind == 'shortcut' else 1
-    vectors = [x.T if product.kind == 'reads' else x for x in (target, tensor)]
+    vectors = (target, tensor) if product.kind != 'reads' else (target.T, tensor.T)
     if not self._keeps_bits and rounding_errors.explain(*vectors, limit):
       target = tensor
     return base_lib.beside_known(target, tensor, product)

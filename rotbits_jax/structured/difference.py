@@ -58,7 +58,7 @@ LONGEST = (1 << 31) - 1  # length of an axis
 DRIFTS = 256  # length of a drift
 ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicted
 
-_MOST_CLASS = 255
+_MOST_CLASS = 255  # its index is a byte
 _MOST_RANK = 1 << 12
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit a cache
 _PARTS = 1 << 4  # of a job
