@@ -90,9 +90,10 @@ class IdentityMinusGram(base.Structured):
   def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
     # Orbax cannot save arrays without elements.
     k, j = (max(1, *x) for x in zip(*(leaf._ranks for leaf in leaves), strict=True))
-    return super().stack(
-      [x.replace(b=_pad_columns(x.b, k), c=_pad_columns(x.c, j)) for x in leaves]
+    padded = lambda leaf: dataclasses.replace(
+      leaf, b=_pad_columns(leaf.b, k), c=_pad_columns(leaf.c, j)
     )
+    return super().stack(list(map(padded, leaves)))
 
   def check(self) -> None:
     # A rank is no part of the shape of a leaf, which tells how much memory it takes.
