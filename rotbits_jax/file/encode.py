@@ -138,12 +138,13 @@ class Encoder:
     if not self.can_be_divided:
       records = [name for name in records if name == models.names.BUFFERS]
       names = [*paper.STREAMS, *records]
-    names += [f'{manifest_lib.FILES}{name}' for name in files]
-    names += [f'{manifest_lib.HEADERS}{name}' for name in headers]
-    streams = container.StreamWriter(file, names)
+    others = {f'{manifest_lib.FILES}{name}': x for name, x in files.items()}
+    others |= {f'{manifest_lib.HEADERS}{name}': x for name, x in headers.items()}
+    streams = container.StreamWriter(file, [*names, *others])
     bar.stage('reading, compiling')
     message = None if self.can_be_divided else self._write_message(streams, bar)
     entries, state = self._write_records(streams, records, bar, state)
+    deflated = {name: _write_file(streams, name, x) for name, x in others.items()}
     try:
       data = manifest_lib.Manifest(
         preset=self.preset.name,
@@ -153,8 +154,8 @@ class Encoder:
         stem=self._stem,
         records=tuple(entries),
         message=message,
-        files=_write_files(streams, manifest_lib.FILES, files),
-        headers=_write_files(streams, manifest_lib.HEADERS, headers),
+        files={name: deflated[f'{manifest_lib.FILES}{name}'] for name in files},
+        headers={name: deflated[f'{manifest_lib.HEADERS}{name}'] for name in headers},
         dtypes=self._dtypes(),
       ).to_bytes()
     except ValueError as error:  # a reader would refuse it
@@ -216,12 +217,8 @@ class Encoder:
     context, rounding = self._context, self.preset.rounding
     if context is None or rounding is None or not rounding.uniform:
       return {}
-    dtypes = {
-      path: dtype.name
-      for path, dtype in context.dtypes.items()
-      if dtype != context.dtype and jnp.issubdtype(dtype, jnp.floating)
-    }
-    return dtypes | {'': context.dtype.name}
+    others = {x: dtype for x, dtype in context.dtypes.items() if dtype != context.dtype}
+    return {path: dtype.name for path, dtype in [*others.items(), ('', context.dtype)]}
 
   def _batches(
     self, names: Sequence[str], state: Any
@@ -368,16 +365,12 @@ class Encoder:
     )
 
 
-def _write_files(
-  streams: container.StreamWriter, prefix: str, contents: Mapping[str, bytes]
-) -> dict[str, manifest_lib.Deflated]:
-  """Writes files as zlib streams, whose names begin with a prefix."""
-  entries = {}
-  for name, data in contents.items():
-    packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
-    stream = streams.append(f'{prefix}{name}', packed)
-    entries[name] = manifest_lib.Deflated(*stream, size=len(data))
-  return entries
+def _write_file(
+  streams: container.StreamWriter, name: str, data: bytes
+) -> manifest_lib.Deflated:
+  """Writes a file as a zlib stream."""
+  packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
+  return manifest_lib.Deflated(*streams.append(name, packed), size=len(data))
 
 
 def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
@@ -402,9 +395,7 @@ def _stored(
     leaf, classes, known, crc32 = beside
   elif structured.is_structured(leaf):
     if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
-      raise ValueError(
-        f'a leaf of type {leaf.type_name!r} cannot store all of this value'
-      )
+      raise ValueError(f'leaf type {leaf.type_name!r} cannot store all of this value')
     if leaf.origin.is_in_files:
       needed = list(map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))

@@ -52,11 +52,11 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
   with progress_lib.Progress('estimate', len(alike), 'group', show=progress) as bar:
     for records in alike.values():
       sampled = records[:: -(-len(records) // _RECORDS)]
-      leaves = [structured.flatten(source.read(record)).items() for record in sampled]
-      for path, array in itertools.chain(*leaves):
-        for preset, rounding in roundings.items():
-          nbytes = _array_bytes(path, array, rounding)
-          sizes[preset] += nbytes * len(records) / len(sampled)
+      for record in sampled:
+        for path, array in structured.flatten(source.read(record)).items():
+          for preset, rounding in roundings.items():
+            nbytes = _array_bytes(path, array, rounding)
+            sizes[preset] += nbytes * len(records) / len(sampled)
       bar.update()
   kept = 1.0 if config is None else 1 - _removed(source) / models.count_elements(config)
   others = _ENTRY * len(source.tensors)

@@ -118,12 +118,12 @@ def _to_dicts(tree: Any, path: str) -> Any:
     children = [(_path_of(keys), child) for keys, child in pairs]
   nested: Tree = {}
   for key, child in children:
+    where = f'{path}/{key}' if path else key
     if not key or '/' in key or key in nested:
-      where = f'{path}/{key}' if path else key
       raise ValueError(
         f'{where!r}: keys must be different, not empty and without a slash'
       )
-    nested[key] = _to_dicts(child, f'{path}/{key}' if path else key)
+    nested[key] = _to_dicts(child, where)
   return nested
 
 

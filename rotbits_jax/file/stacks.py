@@ -135,10 +135,7 @@ def open_model(
 def read_arrays(
   source: Any, outer: Sequence[str], layers: range, *, show_progress: bool = False
 ) -> decode_lib.Flat:
-  """Returns the leaves of a model whose parameters are arrays, as `read` does.
-
-  `source` has the functions `specs` and `read` of a `passes.Source`.
-  """
+  """Returns the leaves of a model, a `passes.Source` of arrays, as `read` does."""
   specs = lambda name: structured.flatten(source.specs(name))
   names = [*outer, *map(models.names.layer, layers)]
   total = sum(structured.count_bytes(x) for name in names for x in specs(name).values())
