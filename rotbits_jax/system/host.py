@@ -45,24 +45,28 @@ def own_settings() -> Iterator[None]:
     yield
 
 
-def small_products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def small_products(
+  left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
   """Returns the product of matrices, computed on this thread.
 
   The threads of BLAS, which it takes for many numbers, would wait for the coder's.
   """
   (rows, inner), columns = left.shape, right.shape[1]
-  count = rows * inner * columns
+  out = np.empty((rows, columns), left.dtype) if out is None else out
+  half, count = max(rows, inner, columns) // 2, rows * inner * columns
   if count <= _SINGLE or os.environ.get('OPENBLAS_NUM_THREADS') == '1':
-    return left @ right
-  greatest = max(rows, inner, columns)
-  half = greatest // 2
-  if rows == greatest:
-    return np.concatenate([small_products(x, right) for x in np.split(left, [half])])
-  if columns == greatest:
-    halves = [small_products(left, x) for x in np.split(right, [half], axis=1)]
-    return np.concatenate(halves, axis=1)
-  first = small_products(left[:, :half], right[:half])
-  return first + small_products(left[:, half:], right[half:])
+    np.matmul(left, right, out=out)
+  elif rows >= max(inner, columns):
+    for part in (slice(half), slice(half, None)):
+      small_products(left[part], right, out[part])
+  elif columns >= inner:
+    for part in (slice(half), slice(half, None)):
+      small_products(left, right[:, part], out[:, part])
+  else:
+    small_products(left[:, :half], right[:half], out)
+    out += small_products(left[:, half:], right[half:])
+  return out
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:

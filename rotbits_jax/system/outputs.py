@@ -6,8 +6,7 @@
       ...                                          # writes folder / name
       outputs.move(folder / name, target)          # syncs, then renames
 
-The next run removes the staging folder of one that was killed. A path that cannot be
-written raises an OSError.
+The next run removes the staging folder of one that was killed.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,8 +27,7 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
   """Checks, before the work, that a file can be written at a path without links."""
   if os.path.lexists(target) and not target.is_file():
     text = 'a directory or a device, not a regular file, is not replaced'
-    number = errno.EISDIR if target.is_dir() else errno.EINVAL
-    raise OSError(number, text, str(target))
+    raise OSError(errno.EINVAL, text, str(target))
   if target.exists() and not overwrite:
     text = 'the file exists; use overwrite=True to replace it'
     raise OSError(errno.EEXIST, text, str(target))
@@ -54,13 +52,12 @@ def check_replaced(
   `is_replaced` says whether a file, given its relative path, may go with the folder.
   """
   files = [x for x in folder.rglob('*') if x.is_symlink() or not x.is_dir()]
-  names = [file.relative_to(folder).as_posix() for file in files]
-  text = 'the folder is not replaced: {} would be lost'
-  if not overwrite:
-    text = 'the folder has files, such as {}; use overwrite=True to replace it'
-  for name in names:
+  for name in (file.relative_to(folder).as_posix() for file in files):
+    text = f'the folder is not replaced: {name} would be lost'
+    if not overwrite:
+      text = f'the folder has files, such as {name}; use overwrite=True to replace it'
     if not overwrite or not is_replaced(name):
-      raise OSError(errno.EEXIST, text.format(name), str(folder))
+      raise OSError(errno.EEXIST, text, str(folder))
   return files
 
 
