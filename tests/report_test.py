@@ -49,7 +49,9 @@ def test_page_is_whole_and_says_what_inspect_says(name):
 def test_notes_that_a_stranger_wrote(note):
   streams, manifest = containers.unpack(seeds.container('free'))
   for i, record in enumerate(manifest['records']):
-    record['savings'] = [['x', 1, 1, [note | {f'other {i}': 1}][: len(note) < 32]]]
+    record['savings'] = [
+      ['x', 1, 1 << 50, [note | {f'other {i}': 1}][: len(note) < 32]]
+    ]
   data = containers.pack(streams, containers.to_json(manifest))
   assert '<script>' not in report.report_page(data)
   rotbits_jax.inspect(data).to_text(verbose=True)

@@ -113,7 +113,9 @@ class Report(NamedTuple):
       count = f'{elements:{"+" if sign else ""},}' if elements else ''
       share = f'{sign}{nbytes / max(self.input_bytes, 1):.2%}'
       cells = name, count, f'{sign}{nbytes:,}', share
-      bars.append((cells, sign, begin / longest, (begin + nbytes) / longest))
+      # A stranger's file may say that it saves more bytes than there were.
+      end = max(begin + nbytes, 0)
+      bars.append((cells, sign, max(begin, 0) / longest, end / longest))
     return bars
 
   def sections(self, *, verbose: bool = False) -> list[str]:
