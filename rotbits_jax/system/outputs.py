@@ -27,7 +27,7 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
   """Checks, before the work, that a file can be written at a path without links."""
   if os.path.lexists(target) and not target.is_file():
     text = 'a directory or a device, not a regular file, is not replaced'
-    raise OSError(errno.EINVAL, text, str(target))
+    raise OSError(errno.EISDIR, text, str(target))
   if target.exists() and not overwrite:
     text = 'the file exists; use overwrite=True to replace it'
     raise OSError(errno.EEXIST, text, str(target))
