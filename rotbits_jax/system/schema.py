@@ -1,7 +1,7 @@
 """JSON of strangers: text to values, values to typed objects, and objects back.
 
 `msgspec` refuses wrong types, missing and unknown fields, and numbers out of range, by
-a ValueError. `__post_init__` checks how fields fit. Fields of default value are left out.
+a ValueError. `__post_init__` checks how fields fit; defaults are left out.
 """
 
 from collections.abc import Iterable
