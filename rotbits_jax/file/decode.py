@@ -77,6 +77,7 @@ class Decoder:
     total = elements = 0
     for leaf in self.leaves.values():
       names = [x for x in leaf.needs if x in self.leaves]
+      uses: list[tuple[str | None, int]]
       uses = [(name, self.leaves[name].size) for name in names]
       for array in leaf.base_arrays:
         name = array.path if self._base is None else self._base.find(array.path)

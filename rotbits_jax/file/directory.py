@@ -44,8 +44,9 @@ def decode_to_directory(
     dtype: as in `load`, but one that holds the elements; None for those of the
       checkpoint.
   """
-  is_reader = isinstance(source, reader_lib.Reader)
-  reader: Any = source if is_reader else reader_lib.Reader(source, base=base)
+  reader: Any = source
+  if not isinstance(source, reader_lib.Reader):
+    reader = reader_lib.Reader(source, base=base)
   reader.names()  # checks that no record is missing, and a base if one is needed
   keeps_files = (format, shard_size, dtype) == ('safetensors', None, None)
   is_plain, files = reader.is_plain and keeps_files, reader.files()

@@ -126,8 +126,8 @@ class Reader:
       The parameters in nested dicts of which the first key is the name, not stacked.
     """
     flat = self._decoder.decode(record)
-    empty = ((path, {}) for path in self.records[record].empty)
-    return structured.unflatten([*flat.items(), *empty])
+    empty: Tree = {path: {} for path in self.records[record].empty}
+    return structured.unflatten([*flat.items(), *empty.items()])
 
   def tensor(self, path: str) -> Any:
     """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `read`."""

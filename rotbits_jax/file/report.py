@@ -262,8 +262,9 @@ def report_page(
 
   If the result of `verify` against the checkpoint is given, the page tells it.
   """
-  is_path = isinstance(source, str | os.PathLike)
-  path = text.printable(os.path.basename(os.fsdecode(source))) if is_path else 'FILE'
+  path = 'FILE'
+  if isinstance(source, str | os.PathLike):
+    path = text.printable(os.path.basename(os.fsdecode(source)))
   report = from_reader(reader_lib.Reader(source))
   sizes = report.input_bytes, report.file_bytes
   before, after = (tqdm.tqdm.format_sizeof(x, 'B') for x in sizes)
@@ -277,8 +278,8 @@ def report_page(
       f'(KL, random tokens); rounding alone makes {verified.kl_rerounded:.2g}.'
     )
   colors, bars = {'': 'whole', '-': 'less', '+': 'more'}, []
-  for (name, _, *sizes), sign, begin, end in report.bars():
-    cells = ''.join(f'<td>{html.escape(cell)}</td>' for cell in (name, *sizes))
+  for (name, _, size, part), sign, begin, end in report.bars():
+    cells = ''.join(f'<td>{html.escape(cell)}</td>' for cell in (name, size, part))
     style = f'margin-left:{begin:.3%};width:{end - begin:.3%}'
     drawn = f'<i class="{colors[sign]}" style="{style}"></i>'
     bars.append(f'<tr>{cells}<td class="track">{drawn}</td></tr>')

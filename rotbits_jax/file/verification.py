@@ -88,7 +88,7 @@ def read_all(
     if expected is None:
       continue
     is_known = name in expected.records
-    source = structured.flatten(expected.read(name)) if is_known else {}
+    source: Any = structured.flatten(expected.read(name)) if is_known else {}
     for path in sorted(flat.keys() | source.keys()):
       decoded, original = flat.get(path), source.get(path)
       if structured.is_structured(original) and not structured.is_structured(decoded):
