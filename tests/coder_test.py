@@ -182,12 +182,12 @@ RATES = {
 def differences(size=300_000, seed=0):
   """Returns integers of several classes, these classes, and their entropy."""
   rng = np.random.default_rng(seed)
-  deviations = np.array([0.1, 1, 8, 40, 100, 400, 700, 5000])
-  classes = rng.integers(0, 8, size).astype(np.uint8)
+  deviations = 2.0 ** np.array([-3, 0, 3, 5, 6.5, 8.5, 9.5, 12.25])
+  classes = rng.integers(0, 8, size)
   array = np.rint(rng.normal(size=size) * deviations[classes]).astype(np.int32)
   ideal = sum(entropy(array[classes == i]) for i in range(4))
   ideal += sum(np.sum(classes == i) * gaussian(deviations[i]) for i in range(4, 8))
-  return array, classes, ideal
+  return array, (4 * np.log2(8 * deviations)[classes]).astype(np.uint8), ideal
 
 
 class RecordsTest(parameterized.TestCase):

@@ -52,8 +52,8 @@ def encode(
     arrays: arrays of dtypes in `specs.DTYPES`, with any strides.
     known: the classes of the elements of some arrays, uint8 in C order, by the indices
       of the arrays. The decoder must know them. Elements of one class should be of
-      similar size, and those of higher classes larger. The arrays are of integers of at
-      most 32 bits, and have elements.
+      similar size, and those of the fourth class above twice as large. The arrays are
+      of integers of at most 32 bits, and have elements.
 
   Raises:
     ValueError: if a dtype cannot be stored.

@@ -305,8 +305,9 @@ class Floats:
     # A slot has its symbol, its distance from the start, and the frequency less 1.
     used, symbols = np.nonzero(frequencies)
     lengths, starts = frequencies[used, symbols], starts[used, symbols]
-    slots = np.repeat((symbols << 22) - (starts << 11) + lengths - 1, lengths)
-    slots += np.tile(np.arange(1 << self.precision) << 11, len(frequencies))
+    entries = ((symbols << 22) - (starts << 11) + lengths - 1).astype(np.uint32)
+    slots = np.repeat(entries, lengths).reshape(len(counts), -1)
+    slots += np.arange(1 << self.precision, dtype=np.uint32) << np.uint32(11)
     return Tables(
       _filled(slots, self.most_tables << self.precision),
       _filled(intervals, self.most_tables * BINS * BINS),

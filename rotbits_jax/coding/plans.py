@@ -25,7 +25,8 @@ from rotbits_jax.coding import sparse
 from rotbits_jax.coding import tables
 from rotbits_jax.system import host
 
-_SAMPLE, _RUN = 1 << 17, 1 << 10  # units that tell frequencies, in runs of neighbours
+_RUNS = 64  # of neighbouring units, of which a sample consists
+_SAMPLE = 1 << 16  # units that tell frequencies
 _INTEGERS = 1 << 20  # units of integers, because these have more tables
 _FEW = 1 << 12  # units that tell whether lines have scales
 _SMALL = 1 << 12  # numbers of parts that share a layout
@@ -36,8 +37,9 @@ _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
 _FINER_BYTES = 400  # that finer bins must save
+_LARGE = 4  # the mean size of signed integers that may have raw bits
+_SHIFTED = 3.5  # octaves of the mean size that symbols tell, on average
 _PLACE_BITS = 24  # of an exception, and those of the unit
-_WIDEST = 8  # times the mean size of signed integers that a class has symbols for
 
 
 class Part(NamedTuple):
@@ -135,8 +137,9 @@ def _sample(
   """Takes about `most` of the units `[n, S]` of a part of this shape."""
   runs = [slice(0, len(units))]
   if len(units) > most:
-    starts = np.linspace(0, len(units) - _RUN, max(most // _RUN, 1)).astype(int)
-    runs = [slice(x, x + _RUN) for x in starts.tolist()]
+    run = most // _RUNS
+    starts = np.linspace(0, len(units) - run, _RUNS).astype(int)
+    runs = [slice(x, x + run) for x in starts.tolist()]
   sample = np.concatenate([units[run] for run in runs])
   places = np.empty((len(runs), runs[0].stop), np.uint8)
   for place, run in zip(places, runs, strict=True):
@@ -314,7 +317,7 @@ def _float_group(drafts: list[_Draft]) -> Group:
     levels = np.concatenate([x.base + np.arange(n) for x, n in pairs])
     scales = [x._replace(base=int(y)) for x, y in zip(scales, bases, strict=True)]
     exponents = np.repeat([x.min_exponent for x in drafts], spans)
-  size = max(_SAMPLE // len(drafts), _RUN)
+  size = max(_SAMPLE // len(drafts), _FEW)
   counts = [
     x.counts(y, octave, size)[: len(levels)]
     for x, y in zip(drafts, scales, strict=True)
@@ -427,11 +430,16 @@ def _shifts(samples: Sequence[_Sample], layout: layouts.Integers) -> np.ndarray:
   if not layout.bias:
     np.maximum.at(most, classes, sizes)
     return np.clip(np.frexp(most)[1] - 8, 0, layouts.MOST_SHIFT)
-  sums = np.bincount(classes, np.abs(sizes), contexts_lib.CLASSES)
-  most = _WIDEST * sums / np.maximum(np.bincount(classes, None, most.size), 1)
-  # Numbers are larger in higher classes, also in those that no sample has.
-  shifts = np.clip(np.frexp(most)[1] - 7, 0, layouts.MOST_SHIFT)
-  return np.maximum.accumulate(shifts)
+  counts = np.bincount(classes, minlength=most.size)
+  means = np.bincount(classes, np.abs(sizes), most.size) / np.maximum(counts, 1)
+  # A class tells the size of its integers but for a factor, which large ones tell.
+  octaves = np.arange(most.size) / scales_lib.STEPS
+  counts[means < _LARGE] = 0
+  factor = np.log2(np.maximum(means, _LARGE)) - octaves
+  factor = (counts @ factor) / max(counts.sum(), 1) if counts.any() else -octaves[-1]
+  return np.clip(np.ceil(octaves + factor - _SHIFTED), 0, layouts.MOST_SHIFT).astype(
+    int
+  )
 
 
 def _integer_counts(
