@@ -37,8 +37,7 @@ _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
 _FINER_BYTES = 400  # that finer bins must save
-_LARGE = 4  # the mean size of signed integers that may have raw bits
-_SHIFTED = 3.5  # octaves of the mean size that symbols tell, on average
+_SHIFTED = 3  # octaves of the mean size of signed integers that symbols tell
 _PLACE_BITS = 24  # of an exception, and those of the unit
 
 
@@ -432,14 +431,13 @@ def _shifts(samples: Sequence[_Sample], layout: layouts.Integers) -> np.ndarray:
     return np.clip(np.frexp(most)[1] - 8, 0, layouts.MOST_SHIFT)
   counts = np.bincount(classes, minlength=most.size)
   means = np.bincount(classes, np.abs(sizes), most.size) / np.maximum(counts, 1)
-  # A class tells the size of its integers but for a factor, which large ones tell.
+  means = np.log2(np.maximum(means, 1 / 64))
+  # Four classes are an octave, about. A few great integers must not tell more.
   octaves = np.arange(most.size) / scales_lib.STEPS
-  counts[means < _LARGE] = 0
-  factor = np.log2(np.maximum(means, _LARGE)) - octaves
-  factor = (counts @ factor) / max(counts.sum(), 1) if counts.any() else -octaves[-1]
-  return np.clip(np.ceil(octaves + factor - _SHIFTED), 0, layouts.MOST_SHIFT).astype(
-    int
-  )
+  weights = np.where(means > 2, counts, 1e-9)  # small integers are rounded
+  octaves += np.average(means - octaves, weights=weights)
+  means = np.where(counts, np.clip(means, octaves - 3, octaves + 3), octaves)
+  return np.clip(np.ceil(means) - _SHIFTED, 0, layouts.MOST_SHIFT).astype(int)
 
 
 def _integer_counts(
