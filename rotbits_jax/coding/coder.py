@@ -204,58 +204,55 @@ class _Units(NamedTuple):
     """Yields a job for each block; it returns the bytes of the block."""
     tables = self.contexts.tables(self.layout)
     for start, count in self.starts():
-      read = functools.partial(self._read, start)
-      classes = functools.partial(self._write_classes, start)
-      yield functools.partial(blocks.encode, read, classes, count, self.layout, tables)
+      fill = [functools.partial(f, start) for f in (self._read, self._write_classes)]
+      yield functools.partial(blocks.encode, *fill, count, self.layout, tables)
 
   def decode_jobs(self, data: Sequence[np.ndarray]) -> Iterator[_Job]:
     """Yields a job for each block, which decodes its bytes into the arrays."""
     tables = self.contexts.tables(self.layout)
     for (start, count), block in zip(self.starts(), data, strict=True):
       classes = functools.partial(self._write_classes, start)
-      write = functools.partial(self._write, start)
-      yield functools.partial(
-        blocks.decode, block, classes, count, self.layout, tables, write
-      )
+      job = functools.partial(blocks.decode, block, classes, count, self.layout, tables)
+      yield functools.partial(job, functools.partial(self._write, start))
 
   def _write_classes(self, start: int, out: np.ndarray) -> None:
     """Writes the classes of the units from `start` on."""
-    for i, place, count, first in self._spans(start, out.size):
+    for i, first, part, _ in self._spans(start, out, 1):
       shape, size = self.arrays[i].shape, self.layout.size
-      part = out[place : place + count]
       contexts_lib.write(self.contexts.classes[i], part, first, shape, size)
 
   def _read(self, start: int, out: np.ndarray) -> None:
     """Copies the bit patterns of the units from `start` on."""
-    size = self.layout.size
-    for i, place, count, first in self._spans(start, out.size // size):
-      bits = sparse.bit_patterns(self.arrays[i])[first * size : (first + count) * size]
-      out[place * size : place * size + bits.size] = bits
-      out[place * size + bits.size : (place + count) * size] = bits[-1]
+    for *_, part, bits in self._spans(start, out, self.layout.size):
+      part[: bits.size] = bits
+      part[bits.size :] = bits[-1]
 
   def _write(self, start: int, bits: np.ndarray, patches: list[blocks.Patch]) -> None:
     """Copies bit patterns to the units from `start` on, and then the patches."""
-    size = self.layout.size
-    for i, place, count, first in self._spans(start, bits.size // size):
-      array = sparse.bit_patterns(self.arrays[i])[first * size : (first + count) * size]
-      begin, end = place * size, place * size + array.size
-      array[...] = bits[begin:end]
-      for places, others in patches:
-        low, high = np.searchsorted(places, [begin, end])
-        array[places[low:high] - begin] = others[low:high]
-
-  def _spans(self, start: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """Finds the parts that hold `count` units from `start` on.
-
-    Yields the index of a part, the place of its first unit among those units, how many
-    of them it has, and the first of them, counted within the part.
-    """
     begin = 0
+    for *_, part, out in self._spans(start, bits, self.layout.size):
+      out[...] = part[: out.size]
+      for places, others in patches:
+        low, high = np.searchsorted(places, [begin, begin + out.size])
+        out[places[low:high] - begin] = others[low:high]
+      begin += part.size
+
+  def _spans(
+    self, start: int, block: np.ndarray, size: int
+  ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """Divides a block, of `size` elements a unit from `start` on, among the parts.
+
+    Yields the index of a part, the first of its units in the block, counted within the
+    part, its share of the block, and the bit patterns of its numbers there.
+    """
+    begin, end = 0, start + block.size // size
     for i, array in enumerate(self.arrays):
       units = -(-array.size // self.layout.size)
-      low, high = max(start, begin), min(start + count, begin + units)
+      low, high = max(start, begin), min(end, begin + units)
       if low < high:
-        yield i, low - start, high - low, low - begin
+        share = block[(low - start) * size : (high - start) * size]
+        numbers = slice(*((x - begin) * self.layout.size for x in (low, high)))
+        yield i, low - begin, share, sparse.bit_patterns(array)[numbers]
       begin += units
 
 

@@ -15,8 +15,8 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   A product of which float64 may round a sum raises a ValueError.
   """
   # By Cauchy and Schwarz this bounds every partial sum.
-  norm = lambda x, axis: math.sqrt(float(np.square(x).sum(axis).max(initial=0)))
-  if not norm(left, 1) * norm(right, 0) < 2.0**53 * (1 - 1e-6):
+  norm = lambda x: math.sqrt(float(np.einsum('ij,ij->i', x, x).max(initial=0)))
+  if not norm(left) * norm(right.T) < 2.0**53 * (1 - 1e-6):
     raise ValueError('the numbers of a product are too large')
   return left @ right
 

@@ -80,10 +80,12 @@ def product(
   """
   table = host.empty((head.shape[1], map.shape[1]), dtype)
   integers = map.astype(np.float64)
-  for tokens in token_blocks(head):
-    columns = np.ldexp(head[:, tokens].astype(np.float64), shifts[:, None])
-    sums = exact.product(np.rint(columns).T, integers)
-    table[tokens] = exact.rounded(np.ldexp(sums, -scale), dtype)
+  with np.errstate(over='ignore', invalid='ignore'):
+    powers = np.ldexp(1.0, shifts)[:, None]
+    for tokens in token_blocks(head, 1 << 19):  # which fit the cache
+      columns = np.rint(head[:, tokens] * powers)
+      sums = exact.product(columns.T, integers)
+      table[tokens] = exact.rounded(sums * 2.0**-scale, dtype)
   return table
 
 
