@@ -127,7 +127,7 @@ def encode(
   outputs += [_plane(width, lanes) for width, _ in layout.pieces]
   out = tuple(_taken(f'out {i}', *x) for i, x in enumerate(outputs))
   arguments = values, _classes(classes, count), coder_tables, np.int32(rows)
-  state, lengths, out = _encode(out, *arguments, layout=layout.program)
+  state, lengths, out = _encode(out, *arguments, layout=layout)
   words, marks, *planes = map(np.asarray, out)
   lengths = np.asarray(lengths).astype(np.int64)
   stacks = zip(words.reshape(lanes, stack), lengths.tolist(), strict=True)
@@ -187,7 +187,7 @@ def decode(
     outputs.append(('marks', (ROWS, lanes), np.dtype(np.uint8)))
   out = tuple(_taken(*x) for x in outputs)
   arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)
-  state, ends, out = _decode(out, *arguments, layout=layout.program)
+  state, ends, out = _decode(out, *arguments, layout=layout)
   if np.any(np.asarray(state) != 1 << 16) or np.any(np.asarray(ends) != tops - lengths):
     raise rans.MessageError('a block has more or fewer words than its units need')
   units = np.asarray(out[0]).reshape(-1, layout.words)

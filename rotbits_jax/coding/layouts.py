@@ -52,7 +52,7 @@ Shape letters: L lanes, K tables.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ WINDOW = 256
 """The number of symbols of integers."""
 
 MOST_SHIFT = 24
-_MOST_RAW = 16  # bits of a uniform symbol
+MOST_RAW = 16  # bits of a uniform symbol
 
 # Bits of the mark of a unit, above those of the pair of bins.
 ESCAPED, EXCEPTION = 1 << 15, 1 << 14
@@ -133,11 +133,6 @@ class Floats:
   @property
   def format(self) -> ml_dtypes.finfo:
     return FORMATS[self.dtype]
-
-  @property
-  def program(self) -> Self:
-    """The layout with which the programs that this one uses are compiled."""
-    return self
 
   @property
   def precision(self) -> int:
@@ -321,7 +316,7 @@ class Integers:
   """The layout of integers of at most 32 bits."""
 
   dtype: np.dtype
-  raw_bits: int  # the greatest shift of a class
+  raw_bits: int  # at least the shift of each class, and a multiple of 16
 
   type_name: ClassVar[str] = 'integers'
   alphabet: ClassVar[int] = WINDOW
@@ -336,21 +331,16 @@ class Integers:
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
     is_integer = self.dtype.kind in 'iu' and self.dtype.itemsize <= 4
-    return is_integer and 0 <= self.raw_bits <= MOST_SHIFT
+    return is_integer and self.raw_bits in (0, MOST_RAW, 2 * MOST_RAW)
 
   def check_entries(self, entries: np.ndarray) -> None:
     """Raises a ValueError if classes cannot tell this: uint8 `[2, N]`."""
-    if entries[1].max() != self.raw_bits:
+    if entries[1].max() > min(self.raw_bits, MOST_SHIFT):
       raise ValueError(f'the shifts of classes must be up to {self.raw_bits}')
 
   @property
-  def program(self) -> Self:
-    """The layout with which the programs that this one uses are compiled."""
-    return dataclasses.replace(self, raw_bits=_MOST_RAW * (self.pushes - 1))
-
-  @property
   def pushes(self) -> int:
-    return 1 + -(-self.raw_bits // _MOST_RAW)
+    return 1 + self.raw_bits // MOST_RAW
 
   @property
   def word(self) -> np.dtype:
@@ -365,7 +355,7 @@ class Integers:
     """Returns the bits of each uniform symbol, that of the highest bits first."""
     sizes = []
     for _ in range(1, self.pushes):
-      sizes.append(jnp.minimum(shift, _MOST_RAW))
+      sizes.append(jnp.minimum(shift, MOST_RAW))
       shift = shift - sizes[-1]
     return sizes
 
@@ -383,13 +373,13 @@ class Integers:
       return symbol.astype(jnp.uint32), *_interval(entry)
 
     def uniform(size: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
-      rest = _MOST_RAW - size
+      rest = MOST_RAW - size
       raw = slot >> rest
       return raw, raw << rest, jnp.uint32(1) << rest
 
     number = pop(lookup, self.precision) - jnp.uint32(self.bias)
     for size in self._raw_sizes(told >> 8):
-      raw = pop(functools.partial(uniform, size), _MOST_RAW)
+      raw = pop(functools.partial(uniform, size), MOST_RAW)
       number = number << size | raw
     return (number.astype(self.word)[:, None],)
 
@@ -408,8 +398,8 @@ class Integers:
     for size in self._raw_sizes(left):
       left = left - size
       raw = signed.view(jnp.uint32) >> left & (jnp.uint32(1) << size) - jnp.uint32(1)
-      rest = _MOST_RAW - size
-      intervals.append((raw << rest, jnp.uint32(1) << rest, _MOST_RAW))
+      rest = MOST_RAW - size
+      intervals.append((raw << rest, jnp.uint32(1) << rest, MOST_RAW))
     mark = jnp.where((symbol != top) | (entry >> 31 > 0), EXCEPTION, 0)
     return intervals, [], mark.astype(jnp.uint16)
 

@@ -390,7 +390,8 @@ def _integer_group(parts: list[Part], known: np.ndarray | None = None) -> Group:
   exception = _PLACE_BITS + 8 * layout.dtype.itemsize
   bits = np.where(frequencies > 0, _bits(frequencies), exception)[table_of]
   bits += shifts[:number, None]
-  layout = dataclasses.replace(layout, raw_bits=int(shifts[:number].max()))
+  steps = -(-int(shifts[:number].max()) // layouts.MOST_RAW)
+  layout = dataclasses.replace(layout, raw_bits=layouts.MOST_RAW * steps)
   nbytes = [
     _nbytes(x.numbers, y[:number], bits, layout) + 1
     for x, y in zip(parts, counts, strict=True)
