@@ -1,4 +1,4 @@
-"""The residual gauge removed, the rest entropy-coded: the same function, fewer bytes.
+"""All gauges removed, the rest entropy-coded: the same function in fewer bytes.
 
   rotbits encode --config=free --checkpoint=DIR --output=FILE
 

@@ -66,7 +66,7 @@ _STEP = flags.DEFINE_float('step', None, 'near: log2 of the step over the rms.')
 _MAX_KL = flags.DEFINE_float('max_kl', None, 'near: greatest mean KL in nats.')
 _TARGET_SIZE = flags.DEFINE_string('target_size', None, 'near: most bytes, like 90MB.')
 _BITS = flags.DEFINE_float('bits', None, 'near: most bits per element.', 0.0, 64.0)
-_TEXT = flags.DEFINE_string('text', None, 'near: a text that KL is measured on.')
+_TEXT = flags.DEFINE_string('text', None, 'near: a text to calibrate on.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to use.', 2)
 _OF_NEAR = _STEP, _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
 flags.mark_flags_as_mutual_exclusive(['step', 'max_kl', 'target_size', 'bits'])

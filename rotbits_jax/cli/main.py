@@ -9,7 +9,7 @@ import rotbits_jax
 COMMANDS = {
   'encode': 'encodes a checkpoint as a smaller file',
   'decode': 'decodes a file to a checkpoint',
-  'estimate': 'says in seconds how small each preset would make a checkpoint',
+  'estimate': 'estimates how small each preset would make a checkpoint',
   'inspect': 'shows the content of a file and the bytes that each step saved',
   'report': 'writes a web page about a file',
   'verify': 'checks that a file is undamaged and matches its checkpoint',

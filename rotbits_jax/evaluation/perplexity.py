@@ -146,7 +146,7 @@ def mean_divergence(
   Args:
     config: of both models.
     reference: the parameters outside the layers, and the residual stream `[1, T, d]` of
-      each window after the last layer, see `models.streams`; `model` likewise.
+      each window after the last layer, see `transformer.streams`; `model` likewise.
     lengths: how many tokens of each window are not padding.
   """
   total, count = 0.0, sum(lengths) - len(lengths)

@@ -2,7 +2,7 @@
 
 `estimate` multiplies counts by measured bits: the coder plans some rows of a few
 tensors, rounded as the preset rounds them, and the config tells how many elements the
-preset stores. `write_within` writes files of `near` at two steps and interpolates,
+preset stores. `write_within` writes files of `near` at a few steps and interpolates,
 because a file's bytes are nearly linear in the step.
 """
 

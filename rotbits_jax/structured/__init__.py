@@ -11,11 +11,9 @@ example, an embedding may be stored as a small matrix that is multiplied by the 
 A leaf may be stacked, like the layers of a model: its arrays then have a leading layer
 axis `[N, ...]`.
 
-`Difference` stands for a plain array in a file only: the reader computes the array from
-one that it knows, and puts it in the place of the leaf. So does `Basis`, of
-which a sliced model is made, see `subspaces`.
-
-`UniformlyQuantized` stands for a plain array, in memory too.
+`Difference` and `Basis` stand for plain arrays in files only: the reader computes the
+array and puts it in the place of the leaf. `UniformlyQuantized` stands for a plain
+array, in memory too.
 
 To add a leaf, write a dataclass with annotated fields, see `fields`, and `register` it.
 """

@@ -1,4 +1,4 @@
-"""JSON of strangers: text to values, values to typed objects, and objects back.
+"""JSON of untrusted input: text to values, values to typed objects, and back.
 
 `msgspec` refuses wrong types, missing and unknown fields, and numbers out of range, by
 a ValueError. `__post_init__` checks how fields fit; defaults are left out.
