@@ -88,10 +88,11 @@ def of_floats(array: np.ndarray, layout: layouts.Floats) -> Lines:
 
   def level(bits: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
     # Integers, so that a file does not depend on the order of sums.
-    logs = ((bits >> shift) & 0x7FFF).astype(np.int32)
-    logs -= np.rint(by * unit).astype(np.int32)
+    logs = ((bits >> shift) & 0x7FFF).astype(np.int16)
+    logs -= np.rint(by * unit).astype(np.int16)
     middle = int(np.median(logs.reshape(-1)[:: max(logs.size >> 10, 1)]))
-    np.clip(logs, middle - _BELOW * unit, middle + _ABOVE * unit, out=logs)
+    limits = np.array([middle - _BELOW * unit, middle + _ABOVE * unit])
+    np.clip(logs, *limits.clip(-(2**15), 2**15 - 1).astype(np.int16), out=logs)
     return logs.mean(axis=axis) / unit
 
   return _lines(sparse.bit_patterns(array), array.shape, layout.size, level)
