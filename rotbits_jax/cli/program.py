@@ -32,7 +32,7 @@ Result = tuple[dict[str, Any], str]  # the JSON object and the text of a command
 DTYPES = 'float32', 'bfloat16', 'float16'  # the values of the flag --dtype
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
-VERBOSE = flags.DEFINE_bool('verbose', False, 'Print more.')
+VERBOSE = flags.DEFINE_bool('verbose', False, 'encode, inspect: print more.')
 
 # Flags of several commands: the function that defines each, its default and purpose.
 _SHARED: dict[str, tuple[Callable[..., Any], Any, str]] = {

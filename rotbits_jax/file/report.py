@@ -203,8 +203,9 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     sums[saving.name] = elements + saving.elements, size + saving.bytes
     if saving.notes:
       notes.setdefault(saving.name, []).extend(saving.notes)
-  if manifest.records:
-    notes = {'bits per element': list(map(_bits, manifest.records))} | notes
+  counted = [x for x in manifest.records if x.input.elements]  # no bases of subspaces
+  if counted:
+    notes = {'bits per element': list(map(_bits, counted))} | notes
   leaves = [leaf for record in manifest.records for leaf in record.leaves]
   if any(leaf.base_arrays or leaf.product for leaf in leaves):
     notes[encode_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
@@ -236,7 +237,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
 def _bits(record: manifest_lib.RecordEntry) -> Note:
   """Returns the bits per element of a record in the input and in the file."""
   count = record.input.elements
-  bits = lambda nbytes: round(8 * nbytes / max(count, 1), 2)
+  bits = lambda nbytes: round(8 * nbytes / count, 2)
   sizes = {'input': bits(record.input.bytes), 'file': bits(record.nbytes)}
   return {'tensor': record.name, 'elements': count} | sizes
 
