@@ -164,9 +164,10 @@ def decode(
     layout = spec.groups[i].layout(members[i][0].dtype)
     shapes = [x.shape for x in members[i]] if classes is None else []
     contexts = contexts_lib.from_bytes(heads[i], layout, shapes)
-    if classes is not None:
-      contexts = contexts._replace(classes=(classes,))
     outputs = [parts[x.array][x.part] for x in members[i]]
+    if classes is not None:
+      contexts = contexts._replace(scales=(contexts_lib.known_scales(classes),))
+      outputs = [x.reshape(-1, 1) for x in outputs]
     return _Units(layout, contexts, outputs).decode_jobs(bodies[i])
 
   def finish(indices: Sequence[int]) -> None:
@@ -179,7 +180,7 @@ def decode(
       pool.run(jobs_of(i))
   finish([i for i in range(len(arrays)) if i not in groups_known])
   for i, group in groups_known.items():
-    pool.run(jobs_of(group, known[i]().reshape(-1)))
+    pool.run(jobs_of(group, known[i]()))
   finish([*groups_known])
   return arrays
 
@@ -219,7 +220,7 @@ class _Units(NamedTuple):
     """Writes the classes of the units from `start` on."""
     for i, first, part, _ in self._spans(start, out, 1):
       shape, size = self.arrays[i].shape, self.layout.size
-      contexts_lib.write(self.contexts.classes[i], part, first, shape, size)
+      self.contexts.scales[i].write(part, first, shape, size)
 
   def _read(self, start: int, out: np.ndarray) -> None:
     """Copies the bit patterns of the units from `start` on."""

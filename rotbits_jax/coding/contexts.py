@@ -44,7 +44,7 @@ def line_sizes(shape: Shape, size: int) -> tuple[int, int]:
 class Scales(NamedTuple):
   """The scales of the rows and columns of an array."""
 
-  base: int  # the class to which they are added
+  base: int  # the class to which they are added; from 0 to 255 in a file
   rows: np.ndarray  # uint8 `[R]`, or `[1]` if all rows have the same
   columns: np.ndarray  # the same for columns, see `line_sizes`
 
@@ -52,10 +52,6 @@ class Scales(NamedTuple):
   def greatest(self) -> int:
     """The greatest class that may occur."""
     return self.base + int(self.rows.max()) + int(self.columns.max())
-
-  @property
-  def entropy_bytes(self) -> float:
-    return sum(tables.entropy_bits(np.bincount(x)) for x in self[1:]) / 8
 
   def write(self, out: np.ndarray, start: int, shape: Shape, size: int) -> None:
     """Writes the classes, uint8 `[n]`, of units from `start` on in C order.
@@ -82,33 +78,22 @@ class Scales(NamedTuple):
     out[:] = grid.reshape(-1)[first - low * width :: step][: out.size]
 
 
-Classes = Scales | np.ndarray
-"""The scales of an array, or, if they are known, the class of each of its units."""
-
-
-def write(
-  classes: Classes, out: np.ndarray, start: int, shape: Shape, size: int
-) -> None:
-  """Writes the classes of units, see `Scales.write`; those of all may be known."""
-  if isinstance(classes, Scales):
-    classes.write(out, start, shape, size)
-  else:
-    out[...] = classes[start : start + out.size]
+def known_scales(classes: np.ndarray) -> Scales:
+  """Returns classes that are known from elsewhere, as those of the rows `[R, 1]`."""
+  return Scales(0, classes.reshape(-1), np.zeros(1, np.uint8))
 
 
 class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables."""
 
-  classes: tuple[Classes, ...]  # those of each array
+  scales: tuple[Scales, ...]  # those of each array
   # int64 `[N, 2]`, see `layouts`: the table of each class, and its shift or minimum
   # exponent. Floats that share no step have `[0, 2]`, and an offset.
   entries: np.ndarray
   start: int  # the least offset of a bin, else 0
   frequencies: np.ndarray  # int64 `[K, A]`
-
-  @property
-  def is_known(self) -> bool:
-    return isinstance(self.classes[0], np.ndarray)
+  # Whether the classes are known from elsewhere. They are rows of an array `[R, 1]`.
+  is_known: bool = False
 
   def tables(self, layout: layouts.Layout) -> layouts.Tables:
     """Returns the tables for the programs of the layout."""
@@ -125,7 +110,7 @@ def to_bytes(contexts: Contexts) -> bytes:
   entries = contexts.entries
   sizes = np.array([len(contexts.frequencies), len(entries), contexts.start])
   heads, lines = list[int](), list[bytes]()
-  for base, rows, columns in () if contexts.is_known else contexts.classes:
+  for base, rows, columns in () if contexts.is_known else contexts.scales:
     heads += [(rows.size > 1) + 2 * (columns.size > 1), base]
     # A scale that all lines share is part of the base.
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]

@@ -442,16 +442,16 @@ def _filled(
   return filled
 
 
-def bins_of(numbers: np.ndarray, layout: Floats, min_exponent: int) -> np.ndarray:
+def bins_of(numbers: np.ndarray, layout: Floats, min_exponents: Any) -> np.ndarray:
   """Returns the bins of bit patterns without an offset, int64.
 
-  Those of numbers that share a step, whose minimum exponent is above 1, are raised.
+  Those of numbers that share a step are raised by their minimum exponents.
   """
   form, unsigned = layout.format, numbers.dtype.type
   low = form.nmant - layout.top
   tops = lambda x: (x & unsigned((1 << form.bits - 1) - 1)) >> low
-  if min_exponent > 1:
-    numbers = raised(numbers, form, min_exponent, np)
+  if layout.raised:
+    numbers = raised(numbers, form, min_exponents, np)
   return tops(numbers).astype(np.int64)
 
 

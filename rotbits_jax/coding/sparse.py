@@ -21,7 +21,7 @@ _WIDTH = 128  # of the rows in which elements are stored, because rows have scal
 _LEAST_ELEMENTS = 1 << 12  # masks of fewer cost more than they save
 # Fewer zeros are exceptions, or, where numbers were rounded to a step, like others.
 _LEAST, _LEAST_ROUNDED = 1 / 1024, 1 / 32
-_RUNS, _LENGTH = 64, 256  # of a sample
+_SAMPLE = 1 << 14  # elements that tell the share of zeros
 
 
 class Sparse(schema.Row):
@@ -77,10 +77,8 @@ def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
   magnitude = bits.dtype.type((1 << 8 * array.itemsize - 1) - 1)
   flat = bits.reshape(-1)
-  length = min(_LENGTH, flat.size // _RUNS)
-  starts = np.linspace(0, flat.size - length, _RUNS).astype(int)
-  runs = [flat[start : start + length] & magnitude > 0 for start in starts.tolist()]
-  share = 1 - float(np.mean(runs))
+  sample = np.concatenate([flat[run] for run in formats.runs(flat.size, _SAMPLE)])
+  share = 1 - np.count_nonzero(sample & magnitude) / sample.size
   if share <= _LEAST or (
     share <= _LEAST_ROUNDED and formats.of_floats(flat, array.dtype)[1] > 1
   ):
