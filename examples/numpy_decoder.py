@@ -18,514 +18,332 @@ from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-np.seterr(over='ignore', invalid='ignore')  # of numbers that are not final yet
 
-
-def ceil_div(a, b):
-  return -(-a // b)
-
-
-def bits_of(numbers, sign='u'):
-  """The bit patterns of numbers as integers, unsigned or signed."""
-  return numbers.view(f'{sign}{numbers.itemsize}')
-
-
-def is_float(dtype):
-  return 'float' in str(dtype)
-
-
-# ---- tables ----------------------------------------------------------------------
-
-
-def inflate(data):
-  unpacker = zlib.decompressobj(-15)
-  return np.frombuffer(unpacker.decompress(data), np.uint8), unpacker.unused_data
-
-
-def stored_tables(data, count, size):
-  """Frequencies `[count, size]`."""
-  low, high = np.frombuffer(zlib.decompress(data), np.uint8).reshape(2, -1)
-  values = iter((low + 256 * np.int64(high)).tolist())
-  frequencies = np.zeros((count, size), np.int64)
-  for table in frequencies:
-    first, last = next(values), next(values) + 1
-    table[first:last] = [next(values) for _ in range(first, last)]
-  return frequencies
-
-
-def pair_tables(counts, precision):
-  """The frequencies of pairs of bins, `[K, 1024]`."""
-  weights = (counts[:, :, None] * counts[:, None]).reshape(len(counts), -1)
-  scaled = lambda x: x + (1 << 27 - precision) >> 28 - precision
+def read_frequencies(data, count, size, p):
+  """Frequencies `[count, 256]` of integers, or `[count, 1024]` of pairs of 32 bins."""
+  values = [1, 256] @ np.frombuffer(zlib.decompress(data), 'u1').reshape(2, -1)
+  tables = np.zeros((count, size), np.int64)
+  for table in tables:
+    first, last = values[:2]
+    table[first : last + 1], values = np.split(values[2:], [last + 1 - first])
+  if size == 256:
+    return tables
+  weights = (tables[:, :, None] * tables[:, None]).reshape(-1, 1024)
+  scaled = lambda x: x + (1 << 27 - p) >> 28 - p
   frequencies = scaled(weights)
   frequencies[:, -1] = 0
-  rare = np.sum(weights * (frequencies == 0), 1)
-  large = frequencies >= 8
-  frequencies[:, -1] = np.maximum(scaled(rare), 1)
-  left = (1 << precision) - np.sum(frequencies * ~large, 1, keepdims=True)
-  ends = np.cumsum(weights * large, 1)
-  whole = np.maximum(ends[:, -1:], 1)
-  shared = np.diff((ends * left + whole // 2) // whole, prepend=0)
-  return np.where(large, shared, frequencies)
+  rare, large = weights * (frequencies == 0), weights * (frequencies >= 8)
+  frequencies[large > 0] = 0
+  frequencies[:, -1] = np.maximum(1, scaled(rare.sum(1)))
+  left = (1 << p) - frequencies.sum(1, keepdims=True)
+  total = np.maximum(1, large.sum(1, keepdims=True))
+  ends = (np.cumsum(large, 1) * left + total // 2) // total
+  return frequencies + np.diff(ends, prepend=0)
 
 
-def read_contexts(data, shapes, kind, raised, top, known=None):
-  """The table of each unit, what its class tells, and frequencies `[K, A]`."""
-  part, data = inflate(data)
-  take, size = io.BytesIO(part).read, 2 if kind == 'floats' else 1
-  count, number, start = np.frombuffer(take(6), '<i2').tolist()
-  entries = np.frombuffer(take(2 * number), np.uint8).reshape(2, -1)
-  entries = np.cumsum(entries, 1, np.uint8).astype(np.int64)
-  shapes = shapes if known is None else []
-  heads = np.frombuffer(take(2 * len(shapes)), np.uint8).reshape(-1, 2).tolist()
-  classes = [] if known is None else [known]
-  for (mode, base), shape in zip(heads, shapes, strict=True):
-    rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
-    each = 1 if columns % size else size  # columns that share a scale
-    read = lambda n, has: (
-      np.int64(np.frombuffer(take(n), 'u1')) if has else np.int64([0])
-    )
-    row, column = read(rows, mode & 1), read(columns // each, mode & 2)
-    place = np.zeros((rows, columns), np.int64) + row[:, None]
-    place = (place + column.repeat(each if mode & 2 else 1)).ravel()[::size]
-    classes.append(base + place)
-  classes = np.concatenate(classes)
-  stored = stored_tables(data, count, 32 if size == 2 else 256)
-  if size == 2:
-    stored = pair_tables(stored, 12 if raised else 14)
-  if not number:
-    return classes & 3, (classes >> 2 << top) + start, stored
-  return *entries[:, classes], stored
+def read_message(data, tables, shifts, frequencies, p):
+  """The symbols with the raw bits of integers, and the bytes behind the message."""
+  lanes = tables.shape[1]
+  head = [('least', '<u4'), ('width', '<u2'), ('x', '<u2', (2, lanes))]
+  head = np.dtype([*head, ('sizes', f'<u{data[4]}', lanes)])
+  least, _, (low, high), sizes = np.frombuffer(data, head, 1)[0]
+  x, tops = low + (np.int64(high) << 16), np.cumsum(np.int64(sizes) + least)
+  words = np.frombuffer(data, '<u2', tops[-1], head.itemsize)
+  stack = np.append(words, np.uint16(0))
 
+  def pop(p, start, frequency):
+    nonlocal x, tops
+    x = frequency * (x >> p) + x % (1 << p) - start
+    tops = tops - (x < 1 << 16)
+    x = np.where(x < 1 << 16, x << 16 | stack[tops], x)
 
-# ---- blocks ----------------------------------------------------------------------
-
-
-class Message:
-  """The lanes of a block."""
-
-  def __init__(self, data, lanes):
-    words = np.frombuffer(data[: len(data) & ~1], '<u2')
-    x = words[3 : 3 + 2 * lanes].astype(np.uint32).reshape(2, lanes)
-    self.x, width, start = x[0] | x[1] << 16, int(words[2]), 3 + 2 * lanes
-    least, stop = int(words[0]) | int(words[1]) << 16, start + lanes * width // 2
-    sizes = words[start:stop].view(f'<u{width}') + np.int64(least)
-    self.place, self.words = np.cumsum(sizes), np.append(words[stop:], 0)
-    self.end = 2 * int(stop + sizes.sum())  # the first byte behind the message
-
-  def pop(self, precision, lookup):
-    slot = np.int64(self.x & (1 << precision) - 1)
-    symbol, start, frequency = lookup(slot)
-    x = np.uint32(frequency) * (self.x >> precision) + np.uint32(slot - start)
-    self.place -= x < 1 << 16
-    self.x = np.where(x < 1 << 16, x << 16 | self.words[self.place], x)
-    return symbol
-
-
-def read_block(data, count, tables, told, frequencies, layout):
-  """The bits of the numbers of a block."""
-  kind, dtype, r, raised, top = layout
-  precision, lanes = 12 if raised else 14, 4 if count <= 1 << 16 else 32
-  fill = lambda x: np.append(x, np.repeat(x[-1:], -x.size % lanes)).reshape(-1, lanes)
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
-  starts, message = np.cumsum(frequencies, 1) - frequencies, Message(data, lanes)
-  tables, told = fill(tables), fill(told)
+  starts = np.cumsum(frequencies, 1) - frequencies
   symbols = np.empty(tables.shape, np.int64)
-  for t, table in enumerate(tables):
+  for i, (table, shift) in enumerate(zip(tables, shifts, strict=True)):
+    symbol = owners[table, x % (1 << p)]
+    pop(p, starts[table, symbol], frequencies[table, symbol])
+    while shift.any():
+      size = np.minimum(shift, 16)
+      value = x % (1 << 16) >> 16 - size
+      pop(16, value << 16 - size, 1 << 16 - size)
+      symbol, shift = symbol << size | value, shift - size
+    symbols[i] = symbol
+  return symbols.ravel(), np.frombuffer(data, 'u1', -1, head.itemsize + words.nbytes)
 
-    def lookup(slot, table=table):
-      symbol = owners[table, slot]
-      return symbol, starts[table, symbol], frequencies[table, symbol]
 
-    symbols[t] = message.pop(precision, lookup)
-    s = told[t] if kind != 'floats' else np.int64([0])
-    while s.any():
-      size = np.minimum(s, 16)
-      shift = lambda slot, rest=16 - size: (
-        slot >> rest,
-        slot >> rest << rest,
-        1 << rest,
-      )
-      symbols[t] = symbols[t] << size | message.pop(16, shift)
-      s = s - size
-  data = np.frombuffer(data, np.uint8)[message.end :]
-  told = told.reshape(-1)
+def read_block(data, tables, told, frequencies, group, dtype):
+  """The bits of the elements of each unit."""
+  (kind, r, raised, t, *_), count = group, tables.size
+  p, lanes = 12 if raised else 14, 4 if count <= 1 << 16 else 32
+  pad = lambda x: np.pad(x, (0, -count % lanes), 'edge').reshape(-1, lanes)
+  shifts = pad(0 * told if kind == 'floats' else told)
+  symbols, data = read_message(data, pad(tables), shifts, frequencies, p)
+  told = pad(told).reshape(-1, 1)
+  bits = symbols[:, None] - (128 << told if dtype.kind == 'i' else 0)
   if kind == 'floats':
-    bits, data = read_floats(data, symbols, told, dtype, r, raised, top)
-  else:
-    bits = symbols.reshape(-1, 1) - (128 << told[:, None] if dtype.kind == 'i' else 0)
+    planes = []
+    for b in [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
+      size = math.ceil(symbols.size // lanes * b / 4) * lanes
+      plane, data = np.unpackbits(data[:size], bitorder='little'), data[size:]
+      plane = plane.reshape(-1, lanes, max(4 // b, 1), 2, b).swapaxes(1, 2)
+      planes.append(plane.reshape(-1, 2, b)[: symbols.size])
+    raw = np.concatenate(planes, -1) @ (1 << np.arange(r))
+    listed = symbols == 1023
+    pairs = np.unpackbits(data, count=10 * listed.sum()).reshape(-1, 10)
+    symbols[listed] = pairs @ (1 << np.arange(10)[::-1])
+    data, m = data[math.ceil(pairs.size / 8) :], finfo(dtype).nmant
+    bins, sign = np.stack([symbols >> 5, symbols & 31], -1), raw >> r - 1
+    bits = bins + (0 if raised else told) << m - t
+    bits |= (raw - (sign << r - 1)) << m + 1 - t - r
+    if raised:
+      exponents = told - 1 + finfo(dtype).minexp - m
+      small = np.ldexp(bits % (1 << m) * 1.0, exponents).astype(dtype)
+      small = small.view(f'u{dtype.itemsize}')
+      bits = np.where(bits >> m, bits + (told - 1 << m), small)
+    bits |= sign << 8 * dtype.itemsize - 1
   bits = bits[:count].astype(f'u{dtype.itemsize}')
-  number = data.size // (3 + bits[0].nbytes)
-  places = np.pad(data[: 3 * number].reshape(-1, 3), ((0, 0), (0, 1))).copy()
-  exact = data[3 * number :].view(bits.dtype)
-  bits[places.view('<u4')[:, 0]] = exact.reshape(number, bits.shape[1])
+  size = 3 * (data.size // (3 + bits[0].nbytes))
+  places = data[:size].reshape(-1, 3) @ [1, 1 << 8, 1 << 16]
+  bits[places] = data[size:].view(bits.dtype).reshape(-1, bits.shape[1])
   return bits
 
 
-def read_floats(data, symbols, told, dtype, r, raised, top):
-  """The bits of pairs, and the bytes behind the list of bins."""
-  (rows, lanes), raw, low = symbols.shape, np.zeros((symbols.size, 2), np.int64), 0
-  for width in [8] * (r // 8) + [x for x in (4, 2, 1) if r & x]:
-    size = ceil_div(rows * width, 4) * lanes
-    plane = data[:size].view('<u2') if width == 8 else data[:size]
-    data = data[plane.nbytes :]
-    shared = max(4 // width, 1)
-    plane = plane.reshape(-1, 1, lanes) >> 2 * width * np.arange(shared)[:, None]
-    pair = plane.reshape(-1, lanes)[:rows].reshape(-1)
-    raw[:, 0] |= (pair & (1 << width) - 1) << low
-    raw[:, 1] |= (pair >> width & (1 << width) - 1) << low
-    low += width
-  symbols = symbols.reshape(-1)
-  listed = symbols == 1023
-  size = ceil_div(10 * listed.sum(), 8)
-  pairs = np.unpackbits(data[:size], count=10 * listed.sum()).reshape(-1, 10)
-  symbols[listed] = pairs @ (1 << np.arange(9, -1, -1))
-  bins = np.stack([symbols >> 5, symbols & 31], -1)
-  m, width = finfo(dtype).nmant, 8 * dtype.itemsize
-  sign = raw >> r - 1 << width - 1
-  large = (raw & (1 << r - 1) - 1) << m - top + 1 - r
-  f = told[:, None] if raised else 1
-  large |= bins + (0 if raised else told[:, None]) << m - top
-  if raised:  # the value in steps, or above them
-    exponent = f + 1 - m - (1 << finfo(dtype).nexp - 1)
-    small = np.ldexp(np.where(large >> m, 0.0, large), exponent).astype(dtype)
-    large = np.where(large >> m, large + (f - 1 << m), np.int64(bits_of(small)))
-  return sign | large, data[size:]
-
-
-def read_blocks(blocks, layout, sizes, contexts):
-  """The bits of the numbers of a group, whose parts have so many."""
-  tables, told, frequencies = contexts
-  each = ceil_div(tables.size, ceil_div(tables.size, 1 << 19))
-  bits = np.concatenate(
-    [
-      read_block(block, run.size, run, more, frequencies, layout)
-      for block, run, more in zip(
-        blocks,
-        np.split(tables, range(each, tables.size, each)),
-        np.split(told, range(each, tables.size, each)),
-        strict=True,
-      )
-    ]
-  )
-  size = bits.shape[1]
-  ends = np.cumsum([ceil_div(n, size) for n in sizes])
-  return [x.ravel()[:n] for x, n in zip(np.split(bits, ends[:-1]), sizes, strict=True)]
-
-
-# ---- arrays ----------------------------------------------------------------------
+def read_group(group, tables, blocks, parts, classes=None):
+  """The bits of the parts of a group, one part after the other."""
+  (kind, _, raised, t, *_), inflate = group, zlib.decompressobj(-15)
+  take = io.BytesIO(inflate.decompress(tables)).read
+  numbers = lambda n: np.int64(np.frombuffer(take(n), 'u1'))
+  count, number, least = np.frombuffer(take(6), '<i2').tolist()
+  told = np.cumsum(numbers(2 * number).reshape(2, -1), 1) % 256
+  unit, size, p = (2, 32, 12 if raised else 14) if kind == 'floats' else (1, 256, 14)
+  if classes is None:
+    classes, heads = [], numbers(2 * len(parts)).reshape(-1, 2)
+    for (mode, base), (_, shape) in zip(heads, parts, strict=True):
+      rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
+      shared = 1 if columns % unit else unit
+      place = np.full((rows, columns), base)
+      place += numbers(rows)[:, None] if mode & 1 else 0
+      place += numbers(columns // shared).repeat(shared) if mode & 2 else 0
+      classes.append(place.ravel()[::unit])
+    classes = np.concatenate(classes)
+  told = told[:, classes] if number else (classes % 4, (classes // 4 << t) + least)
+  frequencies = read_frequencies(inflate.unused_data, count, size, p)
+  ends = range(0, classes.size, math.ceil(classes.size / len(blocks)))[1:]
+  units = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
+  dtype = np.dtype(parts[0][0])
+  bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in units])
+  for _, shape in parts:
+    part, bits = np.split(bits, [math.ceil(math.prod(shape) / unit)])
+    yield part.ravel()[: math.prod(shape)].reshape(shape)
 
 
 def parts_of(dtype, shape, crc32, groups, zeros):
   """The dtypes and shapes of the parts of an array."""
   if zeros is None:
-    wide = np.dtype(dtype).itemsize == 8
-    return [('uint32', [*shape, 2]) if wide else (dtype, shape)]
-  values, negative, transposed = zeros
+    return [('u4', [*shape, 2]) if '64' in dtype else (dtype, shape)]
+  n, negative, transposed = zeros
   matrix = math.prod(shape[:-1]), math.prod(shape[-1:])
   lines, length = matrix[::-1] if transposed else matrix
-  signs = ceil_div(lines * length - values, 8) if negative else 0
-  masks = [('uint8', [lines, ceil_div(length, 8)]), ('uint8', [signs])]
-  return [*masks, (dtype, [values // 128, 128]), (dtype, [values % 128])]
+  signs = math.ceil((lines * length - n) / 8) if negative else 0
+  masks = [('u1', [lines, math.ceil(length / 8)]), ('u1', [signs])]
+  return [*masks, (dtype, [n // 128, 128]), (dtype, [n % 128])]
 
 
-def joined(parts, shape, zeros):
-  """The bits of an array."""
-  if zeros is None:
-    return parts[0]
-  mask, signs, *rows = parts
-  bits = np.zeros((math.prod(shape[:-1]), math.prod(shape[-1:])), rows[0].dtype)
-  ordered = bits.T if zeros[2] else bits
+def joined(shape, zeros, mask, signs, *rows):
+  """The bits of an array with a mask of zeros."""
+  bits = [x.ravel().view(f'u{x.itemsize}') for x in rows]
+  ordered = np.zeros((len(mask), math.prod(shape) // len(mask)), bits[0].dtype)
   is_set = np.unpackbits(mask, axis=1, count=ordered.shape[1]) > 0
-  ordered[is_set] = np.concatenate([x.reshape(-1) for x in rows])
+  ordered[is_set] = np.concatenate(bits)
   if zeros[1]:
     negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
-    ordered[~is_set] = negative.astype(bits.dtype) << 8 * bits.itemsize - 1
-  return bits
-
-
-def checked(bits, array):
-  """The array of these bits."""
-  dtype, shape, crc32, *_ = array
-  size = np.dtype(dtype).itemsize
-  data = (bits if size == 8 else bits.astype(f'u{size}')).tobytes()
-  if zlib.crc32(data) != crc32:
-    raise ValueError('an array is damaged')
-  return np.frombuffer(bytearray(data), dtype).reshape(shape)
+    ordered[~is_set] = negative.astype(ordered.dtype) << 8 * ordered.itemsize - 1
+  return np.copy(ordered.T if zeros[2] else ordered, 'C')
 
 
 def read_record(spec, stream):
-  """The arrays of a record; functions for those of known classes."""
-  take, arrays = io.BytesIO(stream).read, spec['arrays']
-  heads = [take(group[4]) for group in spec['groups']]
-  bodies = [[take(n) for n in group[5]] for group in spec['groups']]
-  parts = [
-    (np.dtype(dtype), shape, array[3][j], (i, j))
-    for i, array in enumerate(arrays)
-    for j, (dtype, shape) in enumerate(parts_of(*array))
-  ]
-  content, known = {}, {}
-  for g, (kind, r, raised, top, *_) in enumerate(spec['groups']):
-    members = [part for part in parts if part[2] == g]
-    sizes = [math.prod(x[1]) for x in members]
-    layout = kind, members[0][0], r, raised, top
-    decoded = functools.partial(read_blocks, bodies[g], layout, sizes)
-    contexts = heads[g], [x[1] for x in members], kind, raised, top
-    if kind == 'known':
-      i, _ = members[0][3]
-      known[i] = lambda classes, decoded=decoded, contexts=contexts, i=i: checked(
-        decoded(read_contexts(*contexts, classes))[0], arrays[i]
-      )
-      continue
-    of_parts = decoded(read_contexts(*contexts))
-    for (dtype, shape, _, key), part in zip(members, of_parts, strict=True):
-      content[key] = part.astype(f'u{dtype.itemsize}').reshape(shape)
-  for dtype, shape, group, key in parts:
-    if group is None:
-      data = take(math.prod(shape) * dtype.itemsize)
-      content[key] = np.frombuffer(data, f'u{dtype.itemsize}').reshape(shape)
-  for i, array in enumerate(arrays):
-    if i in known:
-      yield known[i]
-    else:
-      bits = joined([content[i, j] for j in range(len(array[3]))], array[1], array[4])
-      yield checked(bits, array)
+  """The arrays of a record; functions of the classes if these are known."""
+  arrays, groups, take = spec['arrays'], spec['groups'], io.BytesIO(stream).read
+  parts = [pair for x in arrays for pair in zip(x[3], parts_of(*x), strict=True)]
+  tables, decoded = [take(group[4]) for group in groups], {}
+  for g, group in enumerate(groups):
+    blocks, members = [take(n) for n in group[5]], [x for i, x in parts if i == g]
+    read = functools.partial(read_group, group, tables[g], blocks, members)
+    decoded[g] = iter([read]) if group[0] == 'known' else read()
+  stored = lambda dtype, shape: np.ndarray(
+    shape, dtype, take(math.prod(shape) * np.dtype(dtype).itemsize)
+  )
+  decoded[None] = (stored(*part) for g, part in parts if g is None)
+  for dtype, shape, crc32, of_parts, zeros in arrays:
+    array, *others = (next(decoded[g]) for g in of_parts)
+    if not callable(array):
+      bits = joined(shape, zeros, array, *others) if zeros else array
+      assert zlib.crc32(bits.tobytes()) == crc32, 'an array is damaged'
+      array = bits.view(dtype).reshape(shape)
+    yield array
 
 
-# ---- differences -----------------------------------------------------------------
+def product(p, tensors, base, dtype, hidden):
+  """A product with tensors of the dense model, in float32."""
+  rounded = lambda x: np.float64(np.float32(x).astype(dtype)) if p.get('rounded') else x
+  power = lambda x, k: k - np.frexp(abs(x).max(-1, keepdims=True))[1]
+  bases = [tensors.get(f'subspaces.{i}/basis') for i in p.get('segments', [])]
+  kind, k, unit = p['kind'], 26 - (hidden.bit_length() + 1) // 2, 25
+  if kind == 'shortcut':
+    v, w = (2.0**25 * np.eye(hidden) if x is None else np.float64(x) for x in bases)
+    return np.float32(np.ldexp(v.T @ w, -50))
+  x, *others = (rounded(np.float64(base[path])) for path, *_ in p['arrays'])
+  x = x if kind == 'writes' or p.get('transposed') else x.T
+  if kind == 'reads':
+    x = rounded(x * others[0])
+  elif kind == 'bias':
+    unit = power(others[0], k)
+    bases = [np.rint(np.ldexp(others[0], unit))[:, None]]
+  elif p.get('centred'):
+    n = power(x, 52 - (hidden - 1).bit_length())
+    i = np.rint(np.ldexp(x, n))
+    x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -n))
+  if bases[0] is not None:
+    n = power(x, k)
+    x = np.ldexp(np.rint(np.ldexp(x, n)) @ bases[0], -n - unit)
+  x = x[:, 0] + sum(others[1:]) if kind == 'bias' else x
+  return np.float32(x.T if kind == 'reads' else x)
 
 
-def moved(known, difference, dtype):
-  """The bits of elements that differ from known ones."""
-  if not is_float(dtype):
-    return known + difference
-  top = np.iinfo(known.dtype).max
-  flip = lambda x: x ^ (x >> 8 * x.itemsize - 1 & top)
-  sign = known & ~top
-  return flip((known ^ sign) + difference) ^ sign
-
-
-def embedding_bits(s, a):
-  """The bits of an embedding that is predicted from the head."""
-  h = np.rint(np.ldexp(np.float64(s['head']), a['shifts'][:, None]))
-  p = np.ldexp(h.T @ np.float64(a['map']), -s.get('scale', 0))
-  return bits_of(np.float32(p).astype(s['name']), 'i')
-
-
-def known_bits(s, a):
-  """The bits of the known array, cut or filled with zeros."""
+def difference(leaf, s, a, tensors, base, config):
+  """An array that differs little from a known one."""
+  dtype, n = np.dtype(leaf['dtype']), math.prod(leaf['shape'])
   if 'map' in a:
-    return embedding_bits(s, a).ravel()
-  n = math.prod(s['lengths'])
-  bits = bits_of(np.ravel(s['known'].astype(s['name'], order='C'))[:n], 'i')
-  return np.pad(bits, (0, n - bits.size))
-
-
-def predicted(b, s, a):
-  """The bits of elements before the differences."""
-  name = s['name']
-  if 'left' in a:
-    wide = np.float64(b.view(name))
-    product = np.float64(a['left']) @ a['right']
-    near = np.float32(wide + np.ldexp(product, s.get('unit', 0))).astype(name)
-    b = np.where(np.isfinite(wide), bits_of(near, 'i'), b)
-  if 'drift' in a:
-    m, top = finfo(name).nmant, b & np.iinfo(b.dtype).max
-    drift = a['drift'][top >> max(m - 8, 0) & min((1 << m) - 1, 255)]
-    b = b + drift.astype(b.dtype) * ((top >> m) % ((1 << finfo(name).nexp) - 1) > 0)
-  return b
-
-
-def difference(s, a):
-  name, bits = s['name'], known_bits(s, a)
+    h = np.rint(np.ldexp(np.float64(tensors['head/kernel']), a['shifts'][:, None]))
+    known = np.float32(np.ldexp(h.T @ np.float64(a['map']), -s.get('scale', 0)))
+  elif 'product' in leaf:
+    known = product(leaf['product'], tensors, base, dtype, config['hidden_size'])
+  else:
+    known = base[leaf['base'][0]]
+    known = known.T if s.get('columns_first') else known
+  signed = np.dtype(f'i{dtype.itemsize}')
+  b = np.ravel(known.astype(dtype, order='C'))[:n].view(signed)
+  b = np.pad(b, (0, n - b.size)).reshape(-1, s.get('width') or n)
+  d, top = np.zeros_like(b), np.iinfo(signed).max
+  m = finfo(dtype).nmant if 'float' in dtype.name else 0
   if 'gaps' in a:
     is_last = a['gaps'] < 65535
-    at = np.cumsum(np.int64(a['gaps']) + is_last)[is_last] - 1
-    bits[at] = moved(bits[at], a['differences'].astype(bits.dtype), name)
+    d[0, np.cumsum(np.int64(a['gaps']) + is_last)[is_last] - 1] = a['differences']
+  if 'left' in a:
+    numbers = np.float64(b.view(dtype))
+    p = np.ldexp(np.float64(a['left']) @ a['right'], s.get('unit', 0))
+    near = np.float32(numbers + p).astype(dtype).view(signed)
+    b = np.where(np.isfinite(numbers), near, b)
+  if 'drift' in a:
+    drift = a['drift'][b % (1 << m) >> max(m - 8, 0)].astype(signed)
+    b = b + drift * (((b & top) >> m) % ((1 << finfo(dtype).nexp) - 1) > 0)
   if 'column_scales' in a:
-    b = predicted(bits.reshape(-1, s['width']), s, a)
-    e = np.zeros(b.shape, np.int64)
-    if is_float(name):
-      m = finfo(name).nmant
-      e = 8 * np.maximum(np.int64((b & np.iinfo(b.dtype).max) >> m), 1)
-    level = (np.int64(a['row_scales'])[:, None] + a['column_scales'] - e) >> 1
-    classes = np.clip(level + 24, 0, 255).ravel()
-    bits = moved(b.ravel(), a['differences'](classes), name)
-  return bits.view(s['name']).reshape(s['lengths'])
-
-
-# ---- products --------------------------------------------------------------------
+    e = np.maximum(np.int64(b & top) >> m, 1) if m else np.zeros(b.shape, np.int64)
+    level = np.int64(a['row_scales'])[:, None] + a['column_scales'] - 8 * e >> 1
+    read = a['differences'](np.clip(level + 24, 0, 255).ravel())
+    d = next(read).view(signed).reshape(b.shape)
+  if m:  # the sum of ordinals, of numbers without the signs of b
+    ordinal = (b & top) + d
+    b, d = ordinal ^ (ordinal >> 8 * b.itemsize - 1 & top) ^ (b & ~top), 0
+  return (b + d).view(dtype).reshape(s['lengths'])
 
 
 def subspace(s, a):
+  """The basis of a segment."""
   t, (m, d) = np.float64(a['numbers']) * s['step'], a['numbers'].shape
   if 'mask' not in a:
-    return np.int32(t)
+    return t
   one = lambda n: 2.0**25 * np.eye(n)
   scaled = lambda x: np.rint(x * 2.0**-25)
   g, z = scaled(t @ t.T) + one(m), np.rint(one(m) * (2 / 3))
   for _ in range(5):
     z = scaled(z @ (2 * one(m) - scaled(g @ z)))
   low = 2 * scaled(z @ t)
-  top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
-  basis = np.empty((m + d, d), np.int32)
-  basis[top], basis[~top] = one(d) - scaled(t.T @ low), low
+  is_top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
+  basis = np.empty((m + d, d))
+  basis[is_top], basis[~is_top] = one(d) - scaled(t.T @ low), low
   return basis
 
 
-def product(p, arrays, bases, name, hidden):
-  """A product with tensors of the dense model."""
-  narrow = lambda x: np.float32(x).astype(name)
-  rounded = lambda x: np.float64(narrow(x) if p.get('rounded') else x)
-  power = lambda x, k: k - np.frexp(abs(x).max(-1, keepdims=True))[1]
-  k = 26 - (hidden.bit_length() + 1) // 2
-  if p['kind'] == 'shortcut':
-    v, w = (2.0**25 * np.eye(hidden) if x is None else x for x in bases)
-    return narrow(np.ldexp(v.T @ w, -50))
-  whole = np.float64(arrays[0])
-  across = p['kind'] != 'writes' and not p.get('transposed')
-  x, e = rounded(whole.T if across else whole), 25
-  if p['kind'] == 'bias':
-    n = power(o := rounded(arrays[1]), k)
-    bases, e = [np.rint(np.ldexp(o, n))], n
-  elif p['kind'] == 'reads':
-    x = rounded(x * rounded(arrays[1]))
-  elif p.get('centred'):
-    i = np.rint(np.ldexp(x, n := power(x, 52 - (hidden - 1).bit_length())))
-    x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -n))
-  if bases[0] is not None:
-    y = np.rint(np.ldexp(x, n := power(x, k))) @ bases[0]
-    x = np.ldexp(y, -(n[:, 0] if p['kind'] == 'bias' else n) - e)
-  x = x + rounded(arrays[2]) if len(arrays) > 2 else x
-  return narrow(x.T if p['kind'] == 'reads' else x)
+def whole(name, a):
+  """An array of a leaf, which may be multiples of a step or a triangle."""
+  x = np.float32(a[name]) * a.get(f'{name}_step', 1)
+  if f'{name}_corner' not in a:
+    return x
+  corner = whole(f'{name}_corner', a)
+  n = (math.isqrt(8 * corner.size + 1) - 1) // 2
+  top = np.zeros((n, x.shape[1]), x.dtype)
+  top[np.tril_indices(n, 0, x.shape[1])] = corner
+  return np.vstack([top, x])
 
 
-# ---- leaves ----------------------------------------------------------------------
+def structured(kind, s, arrays, tensors):
+  """The array of a leaf that is computed in float32."""
+  gram = lambda b: np.vstack([np.eye(b.shape[1]) - b.T @ b / 4, b])
+  a = {name: whole(name, arrays) for name in arrays}
+  match kind:
+    case 'low_rank':
+      u = gram(a['u']) if s.get('shortened') == 'u' else a['u']
+      return u @ (gram(a['v'].T).T if s.get('shortened') == 'v' else a['v'])
+    case 'identity_minus_gram':
+      square = np.eye(len(a['b'])) - a['b'] @ a['b'].T + a['c'] @ a['c'].T
+      return np.pad(square, ((0, 0), (0, s['columns'] - len(square))))
+    case 'trapezoidal_rows':
+      return np.vstack([*a.get('full', []), *a['lower'].T])
+    case 'head_bases' if s.get('group'):
+      bases = [gram(b.T) for b in np.split(a['below'], s['heads'])]
+      return np.vstack([x.T for basis in bases for x in np.split(basis, s['group'])])
+    case 'head_bases':
+      bases = [gram(b) for b in np.split(a['below'], s['heads'], 1)]
+      rotary = np.split(a.get('rotary', bases[0][:, :0]), s['heads'], 1)
+      return np.hstack([x for pair in zip(rotary, bases, strict=True) for x in pair])
+    case 'tied':
+      return np.float32(tensors['head/kernel']).T @ a['map']
+    case 'uniformly_quantized':
+      e = [np.int32(a.get(f'{x}_exponents', [0])) for x in ('row', 'column')]
+      rows, columns = (np.ldexp(np.float32(4 + e % 4), e // 4 - 2) for e in e)
+      return a['integers'] * a['step'] * rows[:, None] * columns
 
 
-def gram_basis(b):
-  return np.concatenate([np.eye(b.shape[1]) - b.T @ b / 4, b])
-
-
-def identity_minus_gram(s, a):
-  square = np.eye(len(a['b'])) - a['b'] @ a['b'].T + a['c'] @ a['c'].T
-  return np.pad(square, ((0, 0), (0, s['columns'] - len(square))))
-
-
-def line_factors(a, *names):
-  exponents = [np.int32(a.get(f'{x}_exponents', [0])) for x in names]
-  rows, columns = (np.ldexp(np.float32(4 + e % 4), e // 4 - 2) for e in exponents)
-  return rows[:, None] * columns
-
-
-def low_rank(s, a):
-  u, v = a['u'], a['v']
-  u = gram_basis(u) if s.get('shortened') == 'u' else u
-  return u @ (gram_basis(v.T).T if s.get('shortened') == 'v' else v)
-
-
-def head_bases(s, a):
-  if group := s.get('group'):
-    bases = [gram_basis(b.T).T for b in np.split(a['below'], s['heads'])]
-    return np.vstack([head for b in bases for head in np.split(b, group, 1)])
-  heads = np.split(a['below'], s['heads'], 1)
-  rotary = np.split(a.get('rotary', np.zeros((0, s['heads']))), s['heads'], 1)
-  pairs = zip(rotary, map(gram_basis, heads), strict=True)
-  return np.hstack([x for pair in pairs for x in pair if x.size])
-
-
-LEAVES = {
-  'difference': difference,
-  'basis': subspace,
-  'constant': lambda s, a: np.full(s['tail'], a['value']),
-  'low_rank': low_rank,
-  'identity_minus_gram': identity_minus_gram,
-  'trapezoidal_rows': lambda s, a: np.vstack([*a.get('full', []), *a['lower'].T]),
-  'head_bases': head_bases,
-  'tied': lambda s, a: np.float32(s['head']).T @ a['map'],
-  'uniformly_quantized': lambda s, a: (
-    a['integers'] * a['step'] * line_factors(a, 'row', 'column')
-  ),
-}
-"""The arrays of leaves with the settings s and the arrays a."""
-
-
-def expand(kind, s, a):
-  """The array that a leaf stands for."""
-  wide = lambda x: np.float32(x) if str(x.dtype) in ('float16', 'bfloat16') else x
-  if kind != 'difference':
-    a = {name: wide(x) for name, x in a.items()}
-  for name in [x for x in a if f'{x}_step' in a]:  # multiples of a step
-    a[name] = a[name] * a.pop(f'{name}_step')
-  for name in [x for x in a if f'{x}_corner' in a]:  # lower triangles
-    corner, below = a.pop(f'{name}_corner'), a[name]
-    n, columns = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape[1]
-    (top := np.tril(np.ones((n, columns))))[top > 0] = corner
-    a[name] = np.vstack([top, below])
-  array = LEAVES[kind](s, a)
-  return (array.T if s.get('columns_first') else array).astype(s['dtype'])
-
-
-# ---- files -----------------------------------------------------------------------
-
-
-def known_array(leaf, s, base, tensors, config):
-  """The array of a base, or the product, beside which a leaf is stored."""
-  p = leaf.get('product')
-  needed = p.get('arrays', []) if p else [leaf['base']]
-  transposed = s.get('columns_first')
-  for path, *_, crc32 in needed:
-    array = base[path].T if transposed else base[path]
-    if zlib.crc32(array.tobytes()) != crc32:
-      raise ValueError(f'{leaf["path"]} needs another base')
-  if not p:
-    return array
-  bases = [tensors.get(f'subspaces.{i}/basis') for i in p.get('segments', [])]
-  bases = [x if x is None else np.float64(x) for x in bases]
-  arrays = [np.float64(base[path]) for path, *_ in needed]
-  return product(p, arrays, bases, s['dtype'], config['hidden_size'])
-
-
-def read_leaf(leaf, arrays, base, tensors, config):
+def read_leaf(leaf, a, tensors, base, config):
   """The array of a leaf."""
-  if 'type_name' not in leaf:
-    shift = {'int2': 6, 'int4': 4}.get(leaf['dtype'], 0)
-    return arrays[''] << shift >> shift if shift else arrays['']
-  s = dict(leaf.get('settings', {}), dtype=leaf['dtype'])
-  s['head'] = tensors.get('head/kernel')
-  if 'base' in leaf or 'product' in leaf:
-    s['known'] = known_array(leaf, s, base, tensors, config)
-  array = expand(leaf['type_name'], s, arrays).reshape(leaf['shape'])
-  stored = array.T if s.get('columns_first') else array
-  if leaf.get('crc32') not in (None, zlib.crc32(stored.tobytes())):
-    raise ValueError(f'{leaf["path"]} is damaged')
-  return array
+  s, kind = leaf.get('settings', {}), leaf.get('type_name')
+  if kind is None:
+    shift = {'int2': 6, 'int4': 4}.get(leaf['dtype'])
+    return a[''] << shift >> shift if shift else a['']
+  if kind == 'difference':
+    array = difference(leaf, s, a, tensors, base, config)
+  elif kind == 'basis':
+    array = subspace(s, a)
+  elif kind == 'constant':
+    array = np.full(s['tail'], a['value'])
+  else:
+    array = structured(kind, s, a, tensors)
+  array = array.astype(leaf['dtype'])
+  assert leaf.get('crc32') in (None, zlib.crc32(array.tobytes())), 'a leaf is damaged'
+  return (array.T if s.get('columns_first') else array).reshape(leaf['shape'])
 
 
 def main(path, output, base=None):
   base = safetensors_numpy.load_file(base) if base else {}
   data = pathlib.Path(path).read_bytes()
-  tensors, empty = {}, []
   start = 8 + int.from_bytes(data[:8], 'little')
   streams, data = json.loads(data[8:start]), data[start:]
-  if streams.pop('__metadata__').get('version') != '1':
-    raise ValueError('not a rotbits file of version 1')
+  assert streams.pop('__metadata__')['version'] == '1', 'not a file of version 1'
   streams = {name: data[slice(*x['data_offsets'])] for name, x in streams.items()}
   manifest = json.loads(zlib.decompress(streams['manifest']))
+  tensors, empty = {}, []
   # Records with leaves that need others come last.
   needs = lambda record: any('needs' in leaf for leaf in record['leaves'])
   for record in sorted(manifest['records'], key=needs):
     arrays = read_record(record['spec'], streams[record['name']])
-    empty += record.get('empty', [])
     for leaf in record['leaves']:
-      named = {name: next(arrays) for name in leaf.get('arrays', [''])}
-      config = manifest.get('config')
-      tensors[leaf['path']] = read_leaf(leaf, named, base, tensors, config)
-  tensors = {
-    path: x.copy() for path, x in tensors.items() if not path.startswith('subspaces.')
-  }
-  metadata = {'empty': json.dumps(empty)}
-  safetensors_numpy.save_file(tensors, output, metadata=metadata)
+      a = {name: next(arrays) for name in leaf.get('arrays', [''])}
+      tensors[leaf['path']] = read_leaf(leaf, a, tensors, base, manifest.get('config'))
+    empty += record.get('empty', [])
+  tensors = {k: x.copy() for k, x in tensors.items() if not k.startswith('subspaces.')}
+  safetensors_numpy.save_file(tensors, output, {'empty': json.dumps(empty)})
 
 
 if __name__ == '__main__':
