@@ -36,10 +36,6 @@ def changed(rng, made, kind):
     off *= 0.6 * roundoff * norm(made) / norm(off)
   elif kind == 'some rows':
     off[:: rows // 12] = 6 * roundoff * made[:: rows // 12]
-  elif kind == 'decay':
-    off = -0.5 * roundoff * made
-  elif kind == 'columns':
-    off = 0.5 * roundoff * made * rng.choice([-1, 1], columns)
   elif kind == 'beside a large row':
     made[0] *= 320
     off[1:] = low(8, rows - 1)
@@ -49,10 +45,10 @@ def changed(rng, made, kind):
   return made + off
 
 
-KINDS = ['rank 1', 'rank 8', 'some rows', 'decay', 'columns', 'beside a large row']
+KINDS = 'rank 1', 'rank 8', 'some rows', 'beside a large row', 'an element'
 
 
-@pytest.mark.parametrize('kind', [*KINDS, 'an element'])
+@pytest.mark.parametrize('kind', KINDS)
 def test_changes_below_the_rounding_errors_are_told_from_these(kind):
   rng, roundoff = np.random.default_rng(0), 2.0**-8
   made = rng.normal(size=(700, 96))

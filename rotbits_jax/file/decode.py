@@ -182,18 +182,15 @@ class Decoder:
     if (product := leaf.product) is not None:
       arrays = [self._base.get(array) for array in product.arrays if self._base]
       bases = [self._basis(segment) for segment in product.segments]
-      is_identity = len(bases) == 2 and bases[0] is None and bases[1] is None
-      if is_identity and len({*leaf.shape}) > 1:
-        raise ValueError('it has not the shape of the identity')
       dtype = np.dtype(leaf.dtype)
       needed.append(product.tensor(arrays, bases, leaf.shape, dtype))
     return needed
 
-  def _read_basis(self, segment: int) -> np.ndarray | None:
-    """Returns the basis of a segment; None for the identity."""
+  def _read_basis(self, segment: int) -> np.ndarray:
+    """Returns the basis of a segment."""
     path = models.names.basis(segment)
     if path not in self.leaves:
-      return None
+      raise ValueError(f'it needs {path}, which is missing')
     basis: np.ndarray = self.decode(self.holders[path])[path]
     return basis
 

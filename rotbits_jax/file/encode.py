@@ -38,6 +38,7 @@ from rotbits_jax.file import memory
 from rotbits_jax.file import sources
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries as entries_lib
+from rotbits_jax.relative import measure
 from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.structured import difference
@@ -177,12 +178,8 @@ class Encoder:
     if takes and recipe_lib.suits(self.source, base):
       recipe = recipe_lib.Recipe(self.source, base, keeps_bits=is_exact)
       if recipe.is_related:
-        transform = passes.chain()
-        if not is_exact and recipe.obstacle:
-          recipe = recipe_lib.Recipe(self.source, base, keeps_bits=True)
-          transform = passes.chain(passes.remove_residual_gauge())  # notes why not
         rounding = None if is_exact else passes.NEAREST
-        self.preset = preset._replace(transform=transform, rounding=rounding)
+        self.preset = preset._replace(transform=passes.chain(), rounding=rounding)
         return recipe
     if not (is_exact and self.can_be_divided):
       raise ValueError(
@@ -387,7 +384,7 @@ def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
 
 
 def _stored(
-  path: str, leaf: Any, beside: base_lib.Beside | None, resolve: Callable[[str], Any]
+  path: str, leaf: Any, beside: measure.Measured | None, resolve: Callable[[str], Any]
 ) -> tuple[manifest_lib.Leaf, list[np.ndarray], np.ndarray | None]:
   """Returns the entry of a parameter, the arrays that store it, and their classes."""
   known = crc32 = classes = None
@@ -423,7 +420,7 @@ def _stored(
 
 
 def _saving(
-  params: Mapping[str, Any], beside: Mapping[str, base_lib.Beside]
+  params: Mapping[str, Any], beside: Mapping[str, measure.Measured]
 ) -> manifest_lib.SavingEntry:
   """Returns the saving of the base before anything is coded."""
   arrays = [params[path] for path in beside]

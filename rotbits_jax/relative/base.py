@@ -7,11 +7,10 @@ as 'model.'. A base that lacks an array raises a ValueError that names it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-import dataclasses
 import functools
 import math
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import msgspec
@@ -22,7 +21,6 @@ from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
-from rotbits_jax.relative import products
 from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
@@ -30,15 +28,6 @@ from rotbits_jax.system import host
 _PREFIXES = ('base_model.', 'model.', 'module.', 'transformer.', '_orig_mod.')
 _LARGE = 1 << 22  # elements of an array that is measured alone, because memory is short
 _MOST_RECORDS = 4  # that are held, because records are decoded side by side
-
-
-class Beside(NamedTuple):
-  """An array beside one that the receiver knows."""
-
-  leaf: difference.Difference
-  classes: np.ndarray | None  # of its differences, see `measure.Measured`
-  known: entries.BaseArray | products.Product
-  crc32: int  # of the array that the leaf stands for
 
 
 class Base:
@@ -84,8 +73,9 @@ class Base:
     """
     path_in_base = self.find(path)
     leaf = None if path_in_base is None else self._leaf(path_in_base)
-    is_summed = getattr(leaf, 'origin', None) is structured.Origin.SUMMED
-    return None if path_in_base is None or is_summed else self._array(path_in_base)
+    if leaf is None or getattr(leaf, 'origin', None) is structured.Origin.SUMMED:
+      return None
+    return self._array(leaf)
 
   def _leaf(self, path: str) -> Any:
     if path not in self._specs:
@@ -93,12 +83,10 @@ class Base:
     with self._lock:
       return self._record(self._specs[path][0])[path]
 
-  def _array(self, path: str) -> np.ndarray:
-    leaf = self._leaf(path)
-    if not structured.is_structured(leaf):
-      return np.asarray(leaf)
-    if leaf.needs:
-      leaf = leaf.materialize(*map(self._array, leaf.needs))
+  def _array(self, leaf: Any) -> np.ndarray:
+    """Returns the array of a leaf, given the arrays that it needs."""
+    if getattr(leaf, 'needs', ()):
+      leaf = leaf.materialize(*(self._array(self._leaf(x)) for x in leaf.needs))
     return np.asarray(jax.device_get(structured.materialize(leaf)))
 
   def check(self, wanted: entries.BaseArray) -> str:
@@ -122,7 +110,7 @@ class Base:
       transposed: whether its checksum is that of the transpose.
     """
     path = self.check(wanted)
-    array = self._array(path)
+    array = self._array(self._leaf(path))
     array = host.contiguous(array.T if transposed else array)
     if checksums.of_array(array) != wanted.crc32:
       raise ValueError(
@@ -133,7 +121,7 @@ class Base:
 
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
-  ) -> dict[str, Beside]:
+  ) -> dict[str, measure.Measured]:
     """Returns how to store the arrays that take fewer bytes beside the base, by path.
 
     An embedding that is predicted from the head counts as an array, too.
@@ -155,7 +143,7 @@ class Base:
     is_large = lambda path: math.prod(params[path].shape) > _LARGE
     stored = {path: jobs.pop(path)() for path in [*filter(is_large, jobs)]}
     stored |= zip(jobs, pool.run(jobs.values()), strict=True)
-    return {path: beside for path, beside in stored.items() if beside is not None}
+    return {path: measured for path, measured in stored.items() if measured is not None}
 
   def holds(self, leaves: Iterable[Any]) -> bool:
     """Returns whether the base has the arrays that entries of leaves need."""
@@ -168,38 +156,15 @@ class Base:
     return True
 
 
-def _beside(target: np.ndarray, base: np.ndarray, path: str) -> Beside | None:
+def _beside(target: np.ndarray, base: np.ndarray, path: str) -> measure.Measured | None:
   """Returns how to store an array beside that of a path in the base."""
   shape = base.shape
   columns_first = target.shape[1:] != shape[1:]  # more tokens or fewer
-  if target.shape == shape:  # nothing moves the kernels of transposed tensors
-    columns_first = all(
-      x.ndim == 2 and x.T.flags.c_contiguous and not x.flags.c_contiguous
-      for x in (target, base)
-    )
   if columns_first:
     target, base = target.T, base.T
   base = host.contiguous(base)
   known = msgspec.structs.replace(entries.BaseArray.of(path, base), shape=shape)
-  return beside_known(target, base, known, columns_first=columns_first)
-
-
-def beside_known(
-  target: np.ndarray,
-  array: np.ndarray,
-  known: entries.BaseArray | products.Product,
-  *,
-  columns_first: bool = False,
-) -> Beside | None:
-  """Returns how to store an array beside a known one; None if it is smaller alone."""
-  target = host.contiguous(target)
-  measured = measure.beside(target, array)
-  if measured is None:
-    return None
-  leaf = dataclasses.replace(measured.leaf, columns_first=columns_first)
-  if entries.is_too_short(target.size, array.size, structured.count_bytes(leaf)):
-    return None
-  return Beside(leaf, measured.classes, known, checksums.of_array(target))
+  return measure.beside(target, base, known, columns_first=columns_first)
 
 
 def _short(path: str) -> str:

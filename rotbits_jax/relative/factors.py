@@ -66,20 +66,13 @@ def _projected(off: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, float]:
 
 @np.errstate(over='ignore', divide='ignore', invalid='ignore')
 def _product(
-  tall: np.ndarray, total: float, basis: np.ndarray, least: float, rows: int
+  tall: np.ndarray,  # r rows of differences times the basis, [r, k]
+  total: float,  # the sum of the squares of these rows
+  basis: np.ndarray,  # [C, k]
+  least: float,  # root mean square that no product removes
+  rows: int,  # R, of the whole matrix
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
-  """Finds the product of the rank that saves most; None if none saves anything.
-
-  Args:
-    tall: some rows of differences times the basis, `[r, k]`.
-    total: the sum of the squares of these rows.
-    basis: `[C, k]`.
-    least: root mean square that no product removes.
-    rows: R, the rows of the whole matrix.
-
-  Returns:
-    The factors `[r, k]` and `[k, C]`, and the step to which they are rounded.
-  """
+  """Finds the factors `[r, k]`, `[k, C]` that save most, if any, and their step."""
   squares = host.small_products(tall.T, tall).astype(np.float64)
   if not (np.isfinite(squares).all() and 0 < total < math.inf):
     return None

@@ -10,17 +10,21 @@ Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors
+from rotbits_jax.relative import products
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
+from rotbits_jax.system import checksums
+from rotbits_jax.system import host
 
 _SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
 _MOST_SHARE = 0.98  # of these that a base is worth
@@ -42,40 +46,66 @@ class Measured(NamedTuple):
 
   leaf: difference.Difference
   classes: np.ndarray | None = None  # uint8, of the differences; None if they have none
+  known: entries.BaseArray | products.Product | None = None
+  crc32: int = 0  # of the array that the leaf stands for
 
   def estimate(self) -> float:
     """Estimates the bytes of the leaf from some of its differences."""
-    arrays, nbytes = self.leaf.stored()[1], 0.0
+    arrays, bits = self.leaf.stored()[1], 0.0
     if self.classes is not None:
       differences = arrays.pop('differences')
-      stride = max(differences.size // _MORE, 1)
-      some = {0: np.ascontiguousarray(self.classes[::stride])}
-      nbytes = coder.estimate([differences[::stride]], some) * stride
+      some = slice(None, None, max(differences.size // _MORE, 1))
+      # The entropy of the octave, given the class, and the bits below the highest one.
+      octaves = np.frexp(np.abs(differences[some].astype(np.float64)))[1]
+      places = self.classes[some].astype(int) * 64 + octaves
+      counts = np.bincount(places, minlength=256 * 64).reshape(256, 64)
+      whole = counts.sum(axis=1, keepdims=True)
+      entropy = (counts * np.log2(np.maximum(whole, 1) / np.maximum(counts, 1))).sum()
+      bits = (entropy + octaves.sum()) * differences.size / octaves.size
     # Scales and factors take about a byte of two each.
-    return nbytes + sum(x.nbytes for x in arrays.values()) / 2 + _LEAF_BYTES
+    return bits / 8 + sum(x.nbytes for x in arrays.values()) / 2 + _LEAF_BYTES
 
 
-def beside(target: np.ndarray, known: np.ndarray) -> Measured | None:
+def beside(
+  target: np.ndarray,
+  array: np.ndarray,
+  known: entries.BaseArray | products.Product | None = None,
+  *,
+  columns_first: bool = False,
+) -> Measured | None:
   """Returns how to store an array beside a known one.
 
   The result is None if the array takes fewer bytes alone, or cannot be stored so.
+
+  Args:
+    target: the array.
+    array: the known one.
+    known: the entry of the known one.
+    columns_first: whether both are the transposes of those that are meant.
   """
-  dtype = target.dtype
-  if not difference.fits(target.shape, dtype, known.shape, known.dtype):
+  target, dtype = host.contiguous(target), target.dtype
+  if not difference.fits(target.shape, dtype, array.shape, array.dtype):
     return None
   bits = ulps.bits_of(target)
-  base = difference.known_bits(known, target.shape, dtype)
-  draft = difference.Difference(lengths=target.shape, name=dtype.name)
+  base = difference.known_bits(array, target.shape, dtype)
+  draft = difference.Difference(
+    lengths=target.shape, name=dtype.name, columns_first=columns_first
+  )
   places = _changed(bits, base)
   if places is not None:
-    return Measured(_with_few(draft, bits[places], base[places], places))
-  if bits.size < _LEAST or dtype.itemsize > 4:
+    measured = Measured(_with_few(draft, bits[places], base[places], places))
+  elif bits.size < _LEAST or dtype.itemsize > 4:
     return None
-  measured = with_classes(draft, bits, base)
-  sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
-  alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
-  most = _MOST_SHARE * alone * target.size / sample.size
-  return measured if measured.estimate() <= most else None
+  else:
+    measured = with_classes(draft, bits, base)
+    sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
+    alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
+    if measured.estimate() > _MOST_SHARE * alone * target.size / sample.size:
+      return None
+  nbytes = structured.count_bytes(measured.leaf)
+  if entries.is_too_short(target.size, array.size, nbytes):
+    return None
+  return measured._replace(known=known, crc32=checksums.of_array(target))
 
 
 def beside_head(
@@ -141,59 +171,49 @@ def with_classes(
   width = lengths[-1] if len(lengths) > 1 else bits.size
   if not _LEAST_LINES <= width <= _WIDEST:
     width = bits.size
-  draft = dataclasses.replace(draft, width=width)
-  wanted, known = bits.reshape(-1, width), base.reshape(-1, width)
-  expected = base
-  if draft.map is None and dtype in difference.ROUNDED:
-    draft = dataclasses.replace(draft, **factors.find(wanted, known, dtype))
-    expected = draft.predicted_bits(base, pool.run)
-    if (drift := _drift(bits, expected, dtype)) is not None:
-      draft = dataclasses.replace(draft, drift=drift)
-      expected = draft.predicted_bits(base, pool.run)
-  rows, columns = scales(wanted, expected.reshape(-1, width), dtype)
-  draft = dataclasses.replace(draft, row_scales=rows, column_scales=columns)
-  differences = np.empty_like(bits)
-
-  def job(part: slice) -> None:
-    differences[part] = ulps.differences(bits[part], expected[part], dtype)
-
-  difference.in_parts(job, bits.size, 1, pool.run)
-  leaf = dataclasses.replace(draft, differences=differences)
+  leaf, expected = dataclasses.replace(draft, width=width), base
+  matrix = lambda x: x.reshape(-1, width)
+  is_predicted = draft.map is None and dtype in difference.ROUNDED
+  for find in (factors.find, _drift) if is_predicted else ():
+    if fields := find(matrix(bits), matrix(expected), dtype):
+      leaf = dataclasses.replace(leaf, **fields)
+      expected = leaf.predicted_bits(base, pool.run)
+  rows, columns = _scales(matrix(bits), matrix(expected), dtype)
+  job = lambda part: ulps.differences(bits[part], expected[part], dtype)
+  differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
+  leaf = dataclasses.replace(
+    leaf, row_scales=rows, column_scales=columns, differences=differences
+  )
   return Measured(leaf, leaf.classes(expected, pool.run))
 
 
-def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
-  """Returns the drift of elements `[n]`; None if it saves little."""
+def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
+  """Finds the `drift` of elements `[R, C]`; nothing if it saves little."""
   mantissa, some = ulps.MANTISSA_BITS[dtype], slice(None, None, -(-bits.size // _FEW))
-  off = ulps.differences(bits[some], known[some], dtype).astype(np.int64)
-  places = difference.drift_places(known[some], mantissa)
+  bits, known = (x.reshape(-1)[some] for x in (bits, known))
+  off = ulps.differences(bits, known, dtype).astype(np.int64)
+  places = difference.drift_places(known, mantissa)
   order = np.lexsort((off, places))
   counts = np.bincount(places, minlength=difference.DRIFTS)
   middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, off.size - 1)
   drift = np.where(counts, off[order[middle]], 0)
   saved = np.log2((1.0 + abs(off)) / (1 + abs(off - drift[places]))).mean()
   if saved < _LEAST_DRIFT or np.abs(drift).max() >= 1 << mantissa:
-    return None
-  return drift.astype(np.int32)
+    return {}
+  return {'drift': drift.astype(np.int32)}
 
 
-def scales(
+def _scales(
   bits: np.ndarray, known: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Measures the scales of differences, given the bits of two arrays, `[R, C]`.
-
-  The mean of square roots is used, because few large differences change it little. Some
-  elements of each row and each column are enough.
-
-  Returns:
-    The scales of the rows and of the columns, int16, see `structured.difference`.
-  """
+  """Measures the scales of rows and of columns of differences `[R, C]`."""
   rows, columns = bits.shape
   some_rows, some_columns = (
     slice(None, None, max(length // _LINES, 1)) for length in bits.shape
   )
 
   def roots_of(*part: slice) -> np.ndarray:
+    # Few large differences change the mean of roots little.
     return np.sqrt(np.abs(factors.floats(bits[part], known[part], dtype)))
 
   sample = roots_of(some_rows)
@@ -211,19 +231,12 @@ def scales(
 
 
 def _kept(roots: np.ndarray, bias: int, size: float) -> np.ndarray:
-  """Returns the scales of lines, or one for all if they save less than they take.
-
-  Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
-
-  Args:
-    roots: the means of square roots.
-    bias: is added to the scales, in eighths of an octave.
-    size: the differences of a line that are not 0.
-  """
+  """Returns the scales of lines of a size, or one if they save less than they take."""
   logs = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
   logs = logs.clip(-difference.MOST_SCALE, difference.MOST_SCALE).astype(np.int16)
   middle = float(np.median(logs))
   far = np.clip(logs - middle, -_FAR, _FAR)
+  # Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
   if size * float(np.square(far).mean()) * math.log(2) / 64 > _SCALE_BITS:
     return logs
   return np.full(1, round(middle), np.int16)

@@ -53,23 +53,12 @@ class Product(schema.Object):
   rounded: bool = False
   arrays: tuple[entries.BaseArray, ...] = ()
 
-  def __post_init__(self) -> None:
-    needed = {'reads': (2,), 'writes': (1,), 'shortcut': (0,), 'bias': (2, 3)}
-    segments = {'shortcut': 2, 'bias': 0}.get(self.kind, 1)
-    if len(self.arrays) not in needed[self.kind] or len(self.segments) != segments:
-      raise ValueError(
-        f'a product of kind {self.kind!r} cannot take {len(self.arrays)} arrays and '
-        f'{len(self.segments)} bases'
-      )
-
   def vectors(
     self, dense: Sequence[np.ndarray], dtype: np.dtype
   ) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields blocks of the n vectors that a basis is multiplied with, float64 `[., D]`.
 
-    Args:
-      dense: the tensors of the base.
-      dtype: dtype of the tensor of the sliced model.
+    It takes the tensors of the base, and the dtype of that of the sliced model.
     """
     matrix = np.atleast_2d(dense[0])
     if self.kind in ('reads', 'bias') and not self.transposed:
@@ -91,22 +80,19 @@ class Product(schema.Object):
   def tensor(
     self,
     dense: Sequence[np.ndarray],
-    bases: Sequence[np.ndarray | None],
+    bases: Sequence[np.ndarray],
     shape: tuple[int, ...],
     dtype: np.dtype,
   ) -> np.ndarray:
     """Returns a tensor of a sliced model, the same on every machine.
 
-    Args:
-      dense: the tensors of the base.
-      bases: int32 `[D, d]` in units of 2^-25, one for each segment. None stands for the
-        identity `[D, D]`.
-      shape: shape of the tensor.
-      dtype: its dtype. Numbers are rounded to float32 first.
+    It takes the tensors of the base; a basis for each segment, int32 `[D, d]` in units
+    of 2^-25; and shape and dtype of the tensor. Numbers are rounded to float32 first.
     """
     try:
       if self.kind == 'shortcut':
-        product = _shortcut(bases[0], bases[1], shape[0])
+        first, last = (x.astype(np.float64) for x in bases)
+        product = np.ldexp(exact.product(first.T, last), -2 * UNIT)
       elif self.kind == 'bias':
         product = self._bias(dense, dtype)
       else:
@@ -136,21 +122,8 @@ class Product(schema.Object):
     return numbers.astype(np.float64)
 
 
-def _shortcut(
-  first: np.ndarray | None, last: np.ndarray | None, size: int
-) -> np.ndarray:
-  """Returns the product of two bases."""
-  if first is not None and last is not None:
-    product = exact.product(first.T.astype(np.float64), last.astype(np.float64))
-    return np.ldexp(product, -2 * UNIT)
-  basis = last if first is None else np.ascontiguousarray(first.T)
-  return np.eye(size) if basis is None else np.ldexp(basis.astype(np.float64), -UNIT)
-
-
-def _times(rows: np.ndarray, basis: np.ndarray | None, unit: int = UNIT) -> np.ndarray:
+def _times(rows: np.ndarray, basis: np.ndarray, unit: int = UNIT) -> np.ndarray:
   """Returns `rows @ basis` for a basis in units of 2^-unit, float64 `[n, d]`."""
-  if basis is None:
-    return rows
   if rows.shape[1] != len(basis):
     raise ValueError(f'a basis of {basis.shape} cannot take rows of {rows.shape[1]}')
   integers, powers = _integers(rows, _integer_bits(rows.shape[1]))

@@ -14,6 +14,7 @@ import functools
 import threading
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from rotbits_jax import models
@@ -23,6 +24,7 @@ from rotbits_jax.passes import residual
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import fit
+from rotbits_jax.relative import measure
 from rotbits_jax.relative import products
 from rotbits_jax.relative import rounding_errors
 from rotbits_jax.structured import subspaces
@@ -42,9 +44,9 @@ _SHORTCUT = 0.7
 class _Segment(NamedTuple):
   """The basis of a segment of the sliced model."""
 
-  leaf: Any  # in the file; None for the identity
-  numbers: np.ndarray | None  # the array of the leaf
-  rotation: np.ndarray | None  # of the segment, float64 [d, d]; None for none
+  leaf: subspaces.Basis
+  numbers: np.ndarray  # the array of the leaf
+  rotation: np.ndarray | None  # of the segment, float32 [d, d]; None for none
 
 
 class Recipe:
@@ -57,14 +59,14 @@ class Recipe:
 
   def __init__(self, source: Any, base: base_lib.Base, *, keeps_bits: bool):
     """Takes a model that suits the base; `keeps_bits` keeps the checkpoint's bases."""
-    assert base.config is not None
     self.config: models.ModelConfig = source.config
-    self._dense = base.config
     self.stored_as: str | None = source.stored_as
     if not keeps_bits and isinstance(source, models.Model):
       source = source.materialize()  # a leaf that another encoding has made structured
-    self._source, self._base, self._keeps_bits = source, base, keeps_bits
+    self._source, self._base = source, base
     self._context = passes.make_context(source)
+    keeps_bits = keeps_bits or residual.obstacle(self._context) is not None
+    self._rotates = not keeps_bits
     self._lock = threading.RLock()
     self._segments = functools.lru_cache(_MOST_SEGMENTS)(self._segment)
     self._array = functools.lru_cache(_MOST_ARRAYS)(self._array_of_base)
@@ -73,8 +75,8 @@ class Recipe:
     for record in source.records:
       index = models.names.layer_index(record)
       if index is not None:
-        first, *written = self._ends(index)
-        written = [first] * (index == 0) + written
+        # The first layer has the segment of the embedding, too.
+        written = self._ends(index)[min(index, 1) :]
         self.records += tuple(map(models.names.subspace, written))
       self.records += (record,)
 
@@ -83,13 +85,8 @@ class Recipe:
     """Whether the first tensors of the model are products with the base at all."""
     return self._first[1].error < _UNRELATED
 
-  @property
-  def obstacle(self) -> str:
-    """Why the residual stream cannot be rotated; '' if it can."""
-    return residual.obstacle(self._context) or ''
-
   @functools.cached_property
-  def _first(self) -> tuple[bool, fit.FoundBasis]:
+  def _first(self) -> tuple[bool, fit.Fit]:
     """Whether the slicer rounded tensors of the base; and the basis of segment 0."""
     fits = {is_rounded: self._fit(0, is_rounded) for is_rounded in (False, True)}
     return min(fits.items(), key=lambda x: x[1].error)
@@ -106,15 +103,17 @@ class Recipe:
     index = models.names.subspace_index(record)
     if index is not None:
       segment = self.segment(index)
-      leaf = None if segment is None else segment.leaf
-      return {} if leaf is None else {record: {'basis': leaf}}
-    if self._keeps_bits or record == models.names.BUFFERS:
+      return {} if segment is None else {record: {'basis': segment.leaf}}
+    if not self._rotates or record == models.names.BUFFERS:
       return self._source.read(record)
     rotated = {}
     for path, array in self._flat(record).items():
       segments = [None if i is None else self.segment(i) for i in self._sides(path)]
-      matrices = (None if x is None else x.rotation for x in segments)
-      rotated[path] = _rotated(array, *matrices)
+      # By NumPy, which compiles no program.
+      rows, columns = (None if x is None else x.rotation for x in segments)
+      product = np.asarray(array, np.float32)
+      product = product if rows is None else rows.T @ product
+      rotated[path] = product if columns is None else product @ columns
     return structured.unflatten(rotated)
 
   # ---- the segments
@@ -141,22 +140,19 @@ class Recipe:
 
   def _segment(self, index: int) -> _Segment | None:
     (is_rounded, first), roundoff = self._first, self._context.roundoff
-    fitted = first if index == 0 else self._fit(index, is_rounded)
-    basis = fitted.basis
-    if basis is None or fitted.error > _UNRELATED:
+    basis, error = first if index == 0 else self._fit(index, is_rounded)
+    if basis is None or error > _UNRELATED:
       return None
-    if self._keeps_bits:
-      leaf: Any = fitted.as_basis(roundoff)
+    if not self._rotates:
+      leaf = fit.as_basis(basis, roundoff)
       return _Segment(leaf, leaf.materialize(), None)
-    if basis.shape[0] == basis.shape[1]:
-      return _Segment(None, None, basis.T)
-    leaf = fitted.as_subspace(roundoff)
+    leaf = fit.as_subspace(basis, roundoff)
     numbers = leaf.materialize()
     # The two have the same subspace, up to rounding.
-    near = np.ldexp(numbers.astype(np.float64), -subspaces.UNIT)
-    return _Segment(leaf, numbers, fit.orthonormal(basis.T @ near))
+    rotation = fit.orthonormal(basis.T @ np.ldexp(numbers, -subspaces.UNIT))
+    return _Segment(leaf, numbers, np.asarray(rotation, np.float32))
 
-  def _fit(self, segment: int, is_rounded: bool) -> fit.FoundBasis:
+  def _fit(self, segment: int, is_rounded: bool) -> fit.Fit:
     """Finds the basis of a segment from the tensors that read or write it."""
     layers = [i for i in range(self.config.num_layers) if segment in self._ends(i)]
     records = [*map(models.names.layer, layers)]
@@ -177,16 +173,17 @@ class Recipe:
   ) -> tuple[products.Product | None, list[np.ndarray]]:
     """Returns the product that a tensor is, or None; and the tensors of the base."""
     (rows, columns), layer = self._sides(path), models.names.layer_index(path)
-    prefix, dense = models.names.prefix(layer), self._dense
+    if rows is not None and columns is not None:
+      return products.Product(kind='shortcut', segments=(rows, columns)), []
+    dense, prefix = self._base.config, models.names.prefix(layer)
+    assert dense is not None
     module, _, name = path.rpartition('/')
     sublayer = module.removeprefix(prefix).partition('/')[0]
     norm = prefix + models.layout.norm_of(dense, sublayer) if prefix else 'final_norm'
     has_mean, is_tied = dense.norm == 'layernorm', module == 'head' and dense.tied_head
     kernel = 'embed/tokens' if is_tied else f'{module}/kernel'
     facts: dict[str, Any]
-    if rows is not None and columns is not None:
-      facts, paths = {'kind': 'shortcut', 'segments': (rows, columns)}, []
-    elif columns is not None:
+    if columns is not None:
       facts = {'kind': 'writes', 'segments': (columns,), 'centred': has_mean}
       paths = [path]
     elif rows is not None:
@@ -197,12 +194,12 @@ class Recipe:
       paths = [kernel, f'{norm}/bias', *([path] if self._base.find(path) else [])]
     else:
       return None, []
-    found = [x for x in map(self._array, paths) if x is not None]
-    if len(found) < len(paths):
+    arrays = [x for x in map(self._array, paths) if x is not None]
+    if len(arrays) < len(paths):
       return None, []
-    facts['rounded'] = is_rounded and facts['kind'] != 'shortcut'
-    arrays = tuple(entry for _, entry in found)
-    return products.Product(**facts, arrays=arrays), [array for array, _ in found]
+    known = tuple(entry for _, entry in arrays)
+    product = products.Product(**facts, rounded=is_rounded, arrays=known)
+    return product, [array for array, _ in arrays]
 
   def _array_of_base(self, path: str) -> tuple[np.ndarray, entries.BaseArray] | None:
     """Returns a finite array of the base and its entry in the manifest; or None."""
@@ -214,24 +211,24 @@ class Recipe:
 
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
-  ) -> dict[str, base_lib.Beside]:
+  ) -> dict[str, measure.Measured]:
     """Finds the arrays that take fewer bytes beside products or the base.
 
     See `base.Base.beside`; the leaves are as they are stored without a base.
     """
-    stored, others = dict[str, base_lib.Beside](), dict[str, Any]()
+    stored, others = dict[str, measure.Measured](), dict[str, Any]()
     for path, leaf in params.items():
       is_array = not structured.is_structured(leaf)
       product, dense = self._product(path, self._first[0]) if is_array else (None, [])
       if product is None:
         others[path] = leaf
-      elif beside := self._beside_product(np.asarray(leaf), product, dense):
-        stored[path] = beside
+      elif measured := self._beside_product(np.asarray(leaf), product, dense):
+        stored[path] = measured
     return stored | self._base.beside(others, resolve)
 
   def _beside_product(
     self, target: np.ndarray, product: products.Product, dense: list[np.ndarray]
-  ) -> base_lib.Beside | None:
+  ) -> measure.Measured | None:
     """Returns how to store a tensor beside its product; None if it is not worth it."""
     segments = [x for x in map(self.segment, product.segments) if x is not None]
     if len(segments) < len(product.segments):
@@ -241,23 +238,12 @@ class Recipe:
       tensor = product.tensor(dense, bases, target.shape, target.dtype)
     except ValueError:  # some numbers are not finite when a norm has scaled them
       return None
-    roundoff = self._context._replace(dtype=target.dtype).roundoff
-    limit = max(roundoff, _LEAST_ROUNDOFF)
+    limit = max(float(ml_dtypes.finfo(target.dtype).eps) / 2, _LEAST_ROUNDOFF)
     limit *= _SHORTCUT if product.kind == 'shortcut' else 1
     vectors = (target, tensor) if product.kind != 'reads' else (target.T, tensor.T)
-    if not self._keeps_bits and rounding_errors.explain(*vectors, limit):
+    if self._rotates and rounding_errors.explain(*vectors, limit):
       target = tensor
-    return base_lib.beside_known(target, tensor, product)
-
-
-def _rotated(
-  array: Any, rows: np.ndarray | None, columns: np.ndarray | None
-) -> np.ndarray:
-  """Returns `rows^T @ array @ columns` in float32, by NumPy: it compiles no program."""
-  product = np.asarray(array, np.float32)
-  if rows is not None:
-    product = rows.T.astype(np.float32) @ product
-  return product if columns is None else product @ columns.astype(np.float32)
+    return measure.beside(target, tensor, product)
 
 
 def suits(source: Any, base: base_lib.Base) -> bool:
