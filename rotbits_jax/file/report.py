@@ -81,53 +81,36 @@ class Report(NamedTuple):
     return value | {'notes': self.notes} if verbose else value
 
   def to_text(self, *, verbose: bool = False) -> str:
-    """Returns the report as tables for people; with a row a note, if `verbose`."""
+    """Returns the report as tables and remarks for people.
+
+    Bars lead from the tensors to the file; each begins where the one before it ended.
+    Unless `verbose`, notes that say the same of one parameter in each layer are a row.
+    """
     family = f'family {self.family}' if self.family else 'plain tensors'
     lines = [f'preset {self.preset}, {family}', f'{"":24}{"elements":>16}{"bytes":>18}']
-    for (name, elements, size, share), sign, begin, end in self.bars():
-      first, last = round(_BAR * begin), round(_BAR * end)
-      drawn = ' ' * first + (sign or '#') * max(last - first, 1)
-      name = f'  {name}' if sign else name
-      lines.append(
-        text.printable(f'{name:24}{elements:>16}{size:>18} {share:>8}  {drawn}')
-      )
-    return '\n\n'.join(['\n'.join(lines), *self.sections(verbose=verbose)])
-
-  def bars(self) -> list[tuple[tuple[str, str, str, str], str, float, float]]:
-    """Returns the bars from the tensors to the file; each begins where one ended.
-
-    A bar has its name, elements, bytes and share; '' for a whole size, '-' for saved
-    bytes, '+' for added ones; and where it begins and ends, at most 1.
-    """
     rows = [('tensors', '', self.input_elements, self.input_bytes, 0)]
     left = self.input_bytes
     for name, elements, saved in self.lines:
       left -= saved
       if saved or elements:
         sign = '-' if saved >= 0 else '+'
-        rows.append((name, sign, -elements, abs(saved), min(left, left + saved)))
+        begin = max(min(left, left + saved), 0)  # a stranger's file may save too much
+        rows.append((f'  {name}', sign, -elements, abs(saved), begin))
     rows.append(('file', '', self.stored_elements, self.file_bytes, 0))
     longest = max(1, *(begin + nbytes for *_, nbytes, begin in rows))
-    bars = []
     for name, sign, elements, nbytes, begin in rows:
       count = f'{elements:{"+" if sign else ""},}' if elements else ''
       share = f'{sign}{nbytes / max(self.input_bytes, 1):.2%}'
-      cells = name, count, f'{sign}{nbytes:,}', share
-      # A stranger's file may say that it saves more bytes than there were.
-      end = max(begin + nbytes, 0)
-      bars.append((cells, sign, max(begin, 0) / longest, end / longest))
-    return bars
-
-  def sections(self, *, verbose: bool = False) -> list[str]:
-    """Returns the table of each step and the remarks, as texts of several lines.
-
-    Unless `verbose`, layers that say the same of one parameter are a row.
-    """
-    sections = []
+      first, last = (round(_BAR * x / longest) for x in (begin, begin + nbytes))
+      bar = ' ' * first + (sign or '#') * max(last - first, 1)
+      line = f'{name:24}{count:>16}{f"{sign}{nbytes:,}":>18} {share:>8}  {bar}'
+      lines.append(text.printable(line))
+    texts = ['\n'.join(lines)]
     for name, notes in self.notes.items():
       table = _aligned(notes if verbose else _summary(notes))
-      sections.append('\n'.join([f'{text.printable(name)}:', *table]))
-    return sections + [textwrap.fill(text.printable(x), _WIDTH) for x in self.remarks()]
+      texts.append('\n'.join([f'{text.printable(name)}:', *table]))
+    texts += [textwrap.fill(text.printable(x), _WIDTH) for x in self.remarks()]
+    return '\n\n'.join(texts)
 
   def remarks(self) -> list[str]:
     """Returns remarks for users of the decoded weights, a sentence or two each."""
@@ -278,22 +261,14 @@ def report_page(
       f'Its predictions differ from those of the checkpoint by {verified.kl:.2g} nats '
       f'(KL, random tokens); rounding alone makes {verified.kl_rerounded:.2g}.'
     )
-  colors, bars = {'': 'whole', '-': 'less', '+': 'more'}, []
-  for (name, _, size, part), sign, begin, end in report.bars():
-    cells = ''.join(f'<td>{html.escape(cell)}</td>' for cell in (name, size, part))
-    style = f'margin-left:{begin:.3%};width:{end - begin:.3%}'
-    drawn = f'<i class="{colors[sign]}" style="{style}"></i>'
-    bars.append(f'<tr>{cells}<td class="track">{drawn}</td></tr>')
   base, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
   loading = f'to load it:\n  rotbits decode --input={path} --output=DIR{base}'
   if report.family is not None:
     loading += f"\n  model = rotbits_jax.load('{path}'{argument})"
-  sections = [*report.sections(), loading]
   return _PAGE.substitute(
     title=html.escape(f'{path}: {before} to {after}, {share:.1%}'),
     sentences=html.escape(' '.join(sentences)),
-    bars='\n'.join(bars),
-    sections='\n'.join(f'<pre>{html.escape(x)}</pre>' for x in sections),
+    report=html.escape(f'{report.to_text()}\n\n{loading}'),
   )
 
 
@@ -303,19 +278,11 @@ _PAGE = string.Template("""<!doctype html>
 <title>$title</title>
 <style>
 :root { color-scheme: light dark; }
-body { max-width: 56rem; margin: 0 auto; padding: 1rem; font: 16px/1.5 sans-serif; }
-table { width: 100%; }
-td { padding: 2px 12px 2px 0; text-align: right; white-space: nowrap; }
-td:first-child, .track { text-align: left; }
-.track { width: 50%; }
-.track i { display: block; height: 14px; min-width: 2px; }
-.whole { background: #8a93a0; } .less { background: #0b62b5; }
-.more { background: #da5e0d; }
+body { max-width: 60rem; margin: 0 auto; padding: 1rem; font: 16px/1.5 sans-serif; }
 pre { overflow-x: auto; padding: 12px; border: 1px solid #8a93a0; }
 </style>
 <h1>$title</h1>
 <p>$sentences</p>
-<table>$bars</table>
-$sections
+<pre>$report</pre>
 </html>
 """)
