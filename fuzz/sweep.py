@@ -121,12 +121,12 @@ def _other_values(old: Any) -> Iterator[Any]:
 
 def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
   """Returns the content of a container: the bits of all arrays, and the files."""
-  with rotbits_jax.file.Reader(data) as reader:
-    if reader.is_plain:  # as the command writes them
-      with tempfile.TemporaryDirectory() as folder:
-        rotbits_jax.decode_to_directory(data, folder)
-    decoded = reader.content()
-    content = {name: ('', text) for name, text in reader.files().items()}
+  reader = rotbits_jax.file.Reader(data)
+  if reader.is_plain:  # as the command writes them
+    with tempfile.TemporaryDirectory() as folder:
+      rotbits_jax.decode_to_directory(data, folder)
+  decoded = reader.content()
+  content = {name: ('', text) for name, text in reader.files().items()}
   if isinstance(decoded, models.Model):
     layers = {f'layers.{i}': layer for i, layer in enumerate(decoded.layers())}
     decoded = decoded.outer() | layers

@@ -49,17 +49,17 @@ def _read_container(data: bytes) -> None:
   report.to_text().encode()
   json.dumps(report.to_json(), allow_nan=False)
   report_lib.report_page(data).encode()
-  with rotbits_jax.file.Reader(data) as reader:
-    is_model = reader.config is not None and 'config.json' in reader.files()
-    if len(data) % 2 and (is_model or reader.is_plain):
-      with tempfile.TemporaryDirectory() as folder:
-        rotbits_jax.decode_to_directory(data, folder)
-      return
-    decoded = reader.content()
-    params = decoded.params if isinstance(decoded, models.Model) else decoded
-    for leaf in structured.flatten(params).values():
-      if _is_small(leaf):
-        np.asarray(leaf.materialize())
+  reader = rotbits_jax.file.Reader(data)
+  is_model = reader.config is not None and 'config.json' in reader.files()
+  if len(data) % 2 and (is_model or reader.is_plain):
+    with tempfile.TemporaryDirectory() as folder:
+      rotbits_jax.decode_to_directory(data, folder)
+    return
+  decoded = reader.content()
+  params = decoded.params if isinstance(decoded, models.Model) else decoded
+  for leaf in structured.flatten(params).values():
+    if _is_small(leaf):
+      np.asarray(leaf.materialize())
 
 
 def _is_small(leaf: Any) -> bool:

@@ -174,8 +174,7 @@ def decode(
       states. Its arrays, or `jax.ShapeDtypeStruct`s, have the shapes and dtypes of the
       file. A leaf of integers, see `load`, becomes its array.
   """
-  with file.Reader(source, base=base) as reader:
-    content = reader.content(show_progress=progress)
+  content = file.Reader(source, base=base).content(show_progress=progress)
   if like is None:
     return content
   if isinstance(content, models.Model):
@@ -215,10 +214,9 @@ def load(
       half of the memory of float32, for the same elements.
   """
   wanted = None if dtype is None else structured.floating(dtype)
-  with file.Reader(source, base=base) as reader:
-    content = reader.content(
-      layers=layers, integers=integers, as_model=True, show_progress=progress
-    )
+  content = file.Reader(source, base=base).content(
+    layers=layers, integers=integers, as_model=True, show_progress=progress
+  )
   if isinstance(content, models.Model) and sharding is not None:
     params = placement.placed(content.params, sharding)
     content = dataclasses.replace(content, params=params)
@@ -235,11 +233,11 @@ def decode_checkpoint(
   source: file.Readable, *, base: Base | None = None, progress: bool = False
 ) -> checkpoints.Checkpoint:
   """Decodes the model in a file with its sidecar files and its stem; see `decode`."""
-  with file.Reader(source, base=base) as reader:
-    model = reader.content(as_model=True, show_progress=progress)
-    if not isinstance(model, models.Model):
-      raise file.ContainerError('the file holds no model of a known family')
-    return checkpoints.Checkpoint(model, reader.files(), reader.manifest.stem)
+  reader = file.Reader(source, base=base)
+  model = reader.content(as_model=True, show_progress=progress)
+  if not isinstance(model, models.Model):
+    raise file.ContainerError('the file holds no model of a known family')
+  return checkpoints.Checkpoint(model, reader.files(), reader.manifest.stem)
 
 
 @host.own_settings()
@@ -250,15 +248,13 @@ def read_record(source: file.Readable, name: str, *, base: Base | None = None) -
   >>> rotbits_jax.read_record(data, 'w')
   {'w': array([1., 1.])}
   """
-  with file.Reader(source, base=base) as reader:
-    return reader.read(name)
+  return file.Reader(source, base=base).read(name)
 
 
 @host.own_settings()
 def read_tensor(source: file.Readable, path: str, *, base: Base | None = None) -> Any:
   """Reads one parameter, such as 'layers.3/mlp/up/kernel', and those it needs."""
-  with file.Reader(source, base=base) as reader:
-    return reader.tensor(path)
+  return file.Reader(source, base=base).tensor(path)
 
 
 def inspect(source: file.Readable) -> report.Report:
@@ -268,8 +264,7 @@ def inspect(source: file.Readable) -> report.Report:
   >>> report.preset, report.input_bytes
   ('exact', 32768)
   """
-  with file.Reader(source) as reader:
-    return report.from_reader(reader)
+  return report.from_reader(file.Reader(source))
 
 
 @host.own_settings()
@@ -288,8 +283,8 @@ def verify(
   approximation, it must be at most a few times the noise floor, which rounding alone
   makes. Of plain tensors that `near` has rounded, only the other files are compared.
   """
-  with file.Reader(source, base=base) as reader:
-    return verification.verify(reader, against, progress=progress)
+  reader = file.Reader(source, base=base)
+  return verification.verify(reader, against, progress=progress)
 
 
 def _encoder(

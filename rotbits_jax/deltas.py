@@ -81,41 +81,41 @@ def apply(
   new: dict[str, Any] = {}
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
-  with file.Reader(data, base=base) as reader:
-    leaves = [(x, name) for name in reader.names() for x in reader.records[name].leaves]
-    # The last record that needs each array of the base.
-    uses = {array.path: name for leaf, name in leaves for array in leaf.base_arrays}
-    same = {leaf.path for leaf, _ in leaves if _is_same(leaf)}
-    # Records before the first one that needs the base do not tell that it is wrong.
-    first = reader.records.get(next(iter(uses.values()), ''))
-    donate = donate and (first is None or base.holds(first.leaves))
-    counts = collections.Counter(_buffers(params) if donate else ())
-    last_used = collections.defaultdict(list)
-    for path, record in uses.items():
-      last_used[record].append(path)
+  reader = file.Reader(data, base=base)
+  leaves = [(x, name) for name in reader.names() for x in reader.records[name].leaves]
+  # The last record that needs each array of the base.
+  uses = {array.path: name for leaf, name in leaves for array in leaf.base_arrays}
+  same = {leaf.path for leaf, _ in leaves if _is_same(leaf)}
+  # Records before the first one that needs the base do not tell that it is wrong.
+  first = reader.records.get(next(iter(uses.values()), ''))
+  donate = donate and (first is None or base.holds(first.leaves))
+  counts = collections.Counter(_buffers(params) if donate else ())
+  last_used = collections.defaultdict(list)
+  for path, record in uses.items():
+    last_used[record].append(path)
 
-    def release(path: str, record: str) -> None:
-      """Deletes an old array, unless a later record or the new PyTree needs it."""
-      array = old.get(path)
-      is_kept = array is new.get(path) or uses.get(path, record) != record
-      # An array of several paths may stay at another one.
-      if not is_kept and all(counts[x] <= 1 for x in _buffers(array)):
-        for part in jax.tree.leaves(array):
-          if isinstance(part, jax.Array):
-            part.delete()
+  def release(path: str, record: str) -> None:
+    """Deletes an old array, unless a later record or the new PyTree needs it."""
+    array = old.get(path)
+    is_kept = array is new.get(path) or uses.get(path, record) != record
+    # An array of several paths may stay at another one.
+    if not is_kept and all(counts[x] <= 1 for x in _buffers(array)):
+      for part in jax.tree.leaves(array):
+        if isinstance(part, jax.Array):
+          part.delete()
 
-    for record, flat in reader.each():
-      for path, array in flat.items():
-        place = sharding if path.startswith(prefix) else None
-        if path in same and place is None and path in old:
-          new[path] = old[path]
-        else:
-          new[path] = _like(old.get(path), path.removeprefix(prefix), array, place)
-        if donate:
-          release(path, record)
-      for path in last_used[record] if donate else ():  # also without a successor
+  for record, flat in reader.each():
+    for path, array in flat.items():
+      place = sharding if path.startswith(prefix) else None
+      if path in same and place is None and path in old:
+        new[path] = old[path]
+      else:
+        new[path] = _like(old.get(path), path.removeprefix(prefix), array, place)
+      if donate:
         release(path, record)
-    new |= {x: {} for entry in reader.records.values() for x in entry.empty}
+    for path in last_used[record] if donate else ():  # also without a successor
+      release(path, record)
+  new |= {x: {} for entry in reader.records.values() for x in entry.empty}
   return sources.unflatten_like(params, structured.unflatten(new))
 
 

@@ -38,24 +38,24 @@ def snapshot(
   ~/.cache. The arguments are those of `decode_to_directory`; the default format is
   'transformers' for a sliced model, else the checkpoint's own.
   """
-  with file.Reader(path, base=base) as reader:
-    reader.names()  # checks the records before the cache is asked
-    sliced = reader.config is not None and reader.config.sliced
-    format = format or ('transformers' if sliced else 'safetensors')
-    name = None if dtype is None else jnp.dtype(dtype).name
-    key = json.dumps([reader.fingerprint(), format, name, rotbits_jax.__version__])
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    folder = files.cache_folder() / 'snapshots' / digest
-    if not folder.is_dir():
-      folder.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent) as scratch:
-        written = pathlib.Path(scratch) / folder.name
-        directory.decode_to_directory(
-          reader, written, format=format, dtype=dtype, progress=progress
-        )
-        try:
-          outputs.move(written, folder)
-        except OSError:
-          if not folder.is_dir():  # else another process was faster
-            raise
+  reader = file.Reader(path, base=base)
+  reader.names()  # checks the records before the cache is asked
+  sliced = reader.config is not None and reader.config.sliced
+  format = format or ('transformers' if sliced else 'safetensors')
+  name = None if dtype is None else jnp.dtype(dtype).name
+  key = json.dumps([reader.fingerprint(), format, name, rotbits_jax.__version__])
+  digest = hashlib.sha256(key.encode()).hexdigest()
+  folder = files.cache_folder() / 'snapshots' / digest
+  if not folder.is_dir():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent) as scratch:
+      written = pathlib.Path(scratch) / folder.name
+      directory.decode_to_directory(
+        reader, written, format=format, dtype=dtype, progress=progress
+      )
+      try:
+        outputs.move(written, folder)
+      except OSError:
+        if not folder.is_dir():  # else another process was faster
+          raise
   return folder

@@ -81,8 +81,8 @@ def test_a_tree_beside_another_comes_back(dtype):
   found = rotbits_jax.read_record(data, 'c', base=base)
   assert structured.same_bits(found, {'c': new['c']})
   assert rotbits_jax.verify(data, base=base).tensors == 3
-  with file.Reader(data, base=base) as reader:
-    assert structured.same_bits(reader.tensor('c'), new['c'])
+  reader = file.Reader(data, base=base)
+  assert structured.same_bits(reader.tensor('c'), new['c'])
 
 
 def test_what_the_base_lacks_is_stored_alone():
@@ -133,13 +133,13 @@ def test_arrays_that_each_machine_sums_are_no_base():
   found = rotbits_jax.decode(data, base=base)
   assert structured.same_bits(dict(found.leaves()), dict(new.leaves()))
   needed = rotbits_jax.inspect(data).needs
-  with file.Reader(base) as below:
-    summed = {
-      path
-      for record in below.records
-      for path, leaf in structured.flatten(below.read(record)).items()
-      if isinstance(leaf, structured.IdentityMinusGram | structured.HeadBases)
-    }
+  below = file.Reader(base)
+  summed = {
+    path
+    for record in below.records
+    for path, leaf in structured.flatten(below.read(record)).items()
+    if isinstance(leaf, structured.IdentityMinusGram | structured.HeadBases)
+  }
   assert needed
   assert summed
   assert not summed & needed.keys()

@@ -27,8 +27,8 @@ OTHER = {'a': {'b': np.arange(3) + 1}, 'c': np.zeros(4, np.float32)}
 
 def streams(path):
   """Returns the manifest's entry of each record, with the checksum of its stream."""
-  with file.Reader(path) as reader:
-    return dict(reader.records)
+  reader = file.Reader(path)
+  return dict(reader.records)
 
 
 def contents(folder):

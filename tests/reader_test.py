@@ -15,8 +15,8 @@ from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import decode
 from rotbits_jax.file import memory
+from rotbits_jax.file import reader
 
 TREE = {'a': {'b': np.arange(3)}, 'c': np.ones(4, np.float32)}
 WRONG = (None, -1, 2**62, True, 'x', [], {}, [[]], {'x': 1}, 1e300)
@@ -131,7 +131,7 @@ def test_what_decodes_to_more_than_memory_is_refused_before_it_is_allocated(
         with pytest.raises(file.ContainerError, match='it decodes to'):
           call()
   memory._available.cache_clear()
-  full = mock.patch.object(decode.host, 'empty', side_effect=MemoryError)
+  full = mock.patch.object(reader.host, 'empty', side_effect=MemoryError)
   with full, pytest.raises(file.ContainerError, match='more than memory holds'):
     rotbits_jax.decode(data)
 
@@ -157,8 +157,8 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path, read):
 def test_small_leaves_that_need_one_large_array_over_and_over_are_refused():
   leaf = structured.Tied(np.zeros((64, 1), np.float16), 300)
   tree = {'head': {'kernel': np.ones((64, 300), np.float16)}}
-  with file.Reader(rotbits_jax.encode(tree | {'x': [leaf] * 9})) as reader:
-    assert len(reader.read('x')['x']) == 9
+  reader = file.Reader(rotbits_jax.encode(tree | {'x': [leaf] * 9}))
+  assert len(reader.read('x')['x']) == 9
   data = rotbits_jax.encode(tree | {'x': [leaf] * 40})
   with pytest.raises(file.ContainerError, match='need large arrays too often'):
     file.Reader(data)

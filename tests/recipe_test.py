@@ -49,8 +49,8 @@ def size_of(model):
 
 
 def stream_bytes(data):
-  with file.Reader(data) as reader:
-    return sum(nbytes for _, nbytes in reader.manifest.streams())
+  reader = file.Reader(data)
+  return sum(nbytes for _, nbytes in reader.manifest.streams())
 
 
 def forms(data):

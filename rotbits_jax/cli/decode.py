@@ -50,8 +50,8 @@ def main() -> program.Result:
     overwrite=_OVERWRITE.value,
     progress=True,
   )
-  with file.Reader(_INPUT.value) as reader:
-    sliced = None if reader.config is None else reader.config.sliced
+  config = file.Reader(_INPUT.value).config
+  sliced = None if config is None else config.sliced
   written = [path for path in folder.rglob('*') if path.is_file()]
   result = {
     'output': _OUTPUT.value,

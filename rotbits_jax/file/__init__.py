@@ -12,7 +12,7 @@ In: sources (models, opened checkpoints and PyTrees) -> encode (rewrites records
 codes them) -> output (a file, or a folder of shards, that appears at once).
 `estimate` tells sizes before.
 
-Out: reader -> decode (records to leaves, within `memory`) -> stacks (a model) ->
+Out: reader (records to leaves, within `memory`) -> stacks (a model) ->
 placement (devices), or directory (a checkpoint), verification and report.
 """
 

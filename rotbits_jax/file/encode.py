@@ -139,13 +139,12 @@ class Encoder:
     if not self.can_be_divided:
       records = [name for name in records if name == models.names.BUFFERS]
       names = [*paper.STREAMS, *records]
-    others = {f'{manifest_lib.FILES}{name}': x for name, x in files.items()}
-    others |= {f'{manifest_lib.HEADERS}{name}': x for name, x in headers.items()}
-    streams = container.StreamWriter(file, [*names, *others])
+    names += [f'{manifest_lib.FILES}{name}' for name in files]
+    names += [f'{manifest_lib.HEADERS}{name}' for name in headers]
+    streams = container.StreamWriter(file, names)
     bar.stage('reading, compiling')
     message = None if self.can_be_divided else self._write_message(streams, bar)
     entries, state = self._write_records(streams, records, bar, state)
-    deflated = {name: _write_file(streams, name, x) for name, x in others.items()}
     try:
       data = manifest_lib.Manifest(
         preset=self.preset.name,
@@ -155,8 +154,8 @@ class Encoder:
         stem=self._stem,
         records=tuple(entries),
         message=message,
-        files={name: deflated[f'{manifest_lib.FILES}{name}'] for name in files},
-        headers={name: deflated[f'{manifest_lib.HEADERS}{name}'] for name in headers},
+        files=_write_files(streams, manifest_lib.FILES, files),
+        headers=_write_files(streams, manifest_lib.HEADERS, headers),
         dtypes=self._dtypes(),
       ).to_bytes()
     except ValueError as error:  # a reader would refuse it
@@ -298,9 +297,7 @@ class Encoder:
     known: dict[int, np.ndarray] = {}
     params, base = structured.flatten(record.params), self._recipe or self.base
     beside = {} if base is None else base.beside(params, resolve)
-    savings = [manifest_lib.SavingEntry(*x) for x in record.savings]
-    if base is not None:
-      savings.append(_saving(params, beside))
+    savings = record.savings + ([] if base is None else [_saving(params, beside)])
     for path, leaf in params.items():
       try:
         entry, stored, classes = _stored(path, leaf, beside.get(path), resolve)
@@ -358,16 +355,20 @@ class Encoder:
       },
       layout=encoded.layout,
       input=manifest_lib.Counts(elements, nbytes),
-      savings=(manifest_lib.SavingEntry(*encoded.saving),),
+      savings=(encoded.saving,),
     )
 
 
-def _write_file(
-  streams: container.StreamWriter, name: str, data: bytes
-) -> manifest_lib.Deflated:
-  """Writes a file as a zlib stream."""
-  packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
-  return manifest_lib.Deflated(*streams.append(name, packed), size=len(data))
+def _write_files(
+  streams: container.StreamWriter, prefix: str, contents: Mapping[str, bytes]
+) -> dict[str, manifest_lib.Deflated]:
+  """Writes files as zlib streams whose names have a prefix."""
+  deflated = {}
+  for name, data in contents.items():
+    packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
+    written = streams.append(f'{prefix}{name}', packed)
+    deflated[name] = manifest_lib.Deflated(*written, size=len(data))
+  return deflated
 
 
 def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
@@ -421,7 +422,7 @@ def _stored(
 
 def _saving(
   params: Mapping[str, Any], beside: Mapping[str, measure.Measured]
-) -> manifest_lib.SavingEntry:
+) -> passes.Saving:
   """Returns the saving of the base before anything is coded."""
   arrays = [params[path] for path in beside]
   leaves: list[Any] = [x.leaf for x in beside.values()]
@@ -429,4 +430,4 @@ def _saving(
   leaves += [x for path, x in params.items() if is_basis(path)]
   count, size = structured.count_elements, structured.count_bytes
   elements, nbytes = count(arrays) - count(leaves), size(arrays) - size(leaves)
-  return manifest_lib.SavingEntry(BESIDE, elements, nbytes, ())
+  return passes.Saving(BESIDE, elements, nbytes, ())

@@ -21,6 +21,7 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import paper
+from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import specs
@@ -59,15 +60,6 @@ class Deflated(Stream):
   """A stream of the format of zlib, with the number of bytes that it inflates to."""
 
   size: Annotated[int, schema.between(0, MOST_FILES)]
-
-
-class SavingEntry(schema.Row):
-  """See `passes.Saving`."""
-
-  name: str
-  elements: schema.Integer
-  bytes: schema.Integer
-  notes: tuple[_Settings, ...]
 
 
 class Counts(schema.Row):
@@ -184,13 +176,18 @@ class RecordEntry(schema.Object, kw_only=True):
   coder: str = 'weights'
   spec: Any
   input: Counts
-  savings: tuple[SavingEntry, ...] = ()
+  savings: tuple[passes.Saving, ...] = ()
   empty: tuple[schema.Path, ...] = ()
 
   @property
   def paths(self) -> list[str]:
     """The paths of leaves and of empty dicts."""
     return [*(leaf.path for leaf in self.leaves), *self.empty]
+
+  @property
+  def needs_others(self) -> bool:
+    """Whether leaves are computed from other parameters."""
+    return any(leaf.needs for leaf in self.leaves)
 
   @functools.cached_property
   def stream_spec(self) -> specs.StreamSpec:
@@ -248,7 +245,7 @@ class MessageEntry(schema.Object, kw_only=True):
   layout: paper.MessageLayout
   streams: dict[str, Stream]
   input: Counts
-  savings: tuple[SavingEntry, ...]
+  savings: tuple[passes.Saving, ...]
 
   def __post_init__(self) -> None:
     if sorted(self.streams) != sorted(paper.STREAMS):
@@ -301,8 +298,13 @@ class Manifest(schema.Object, kw_only=True):
     paths = [leaf.path for record in self.records for leaf in record.leaves]
     if len(set(names)) < len(names) or len(set(paths)) < len(paths):
       raise ValueError('two streams or two leaves have the same name')
-    sizes = lambda streams: {name: x.size for name, x in streams.items()}
-    check_files(self.stem, sizes(self.files), sizes(self.headers))
+    if self.stem is not None and not schema.is_relative_path(self.stem, levels=1):
+      raise ValueError(f'{self.stem!r:.100} is not the name of a file')
+    for others in (self.files, self.headers):
+      if wrong := [name for name in others if not schema.is_relative_path(name)]:
+        raise ValueError(f'{wrong[0]!r:.100} is not the name of a file in a folder')
+      if sum(stream.size for stream in others.values()) > MOST_FILES:
+        raise ValueError(f'the other files have more than {MOST_FILES} bytes')
     if self.headers and self.config is not None:
       raise ValueError('a model has no weights files of its own')
     if self.message is not None:
@@ -335,8 +337,8 @@ class Manifest(schema.Object, kw_only=True):
   def streams(self) -> list[tuple[str, int]]:
     """Returns the name and the length of every stream but that of the manifest."""
     streams: list[Any] = [(record.name, record) for record in self.records]
-    streams += [(f'{FILES}{name}', stream) for name, stream in self.files.items()]
-    streams += [(f'{HEADERS}{name}', stream) for name, stream in self.headers.items()]
+    for prefix, others in ((FILES, self.files), (HEADERS, self.headers)):
+      streams += [(f'{prefix}{name}', stream) for name, stream in others.items()]
     streams += self.message.streams.items() if self.message else ()
     return [(name, stream.nbytes) for name, stream in streams]
 
@@ -349,19 +351,6 @@ class Manifest(schema.Object, kw_only=True):
     for record in manifest.records:
       record.check()
     return data
-
-
-def check_files(
-  stem: str | None, files: Mapping[str, int], headers: Mapping[str, int]
-) -> None:
-  """Checks a `stem`, and the names and sizes of other files and of headers."""
-  if stem is not None and not schema.is_relative_path(stem, levels=1):
-    raise ValueError(f'{stem!r:.100} is not the name of a file')
-  for sizes in (files, headers):
-    if wrong := [name for name in sizes if not schema.is_relative_path(name)]:
-      raise ValueError(f'{wrong[0]!r:.100} is not the name of a file in a folder')
-    if sum(sizes.values()) > MOST_FILES:
-      raise ValueError(f'the other files have more than {MOST_FILES} bytes')
 
 
 def check_shapes(

@@ -18,7 +18,6 @@ import uuid
 
 import jax
 
-from rotbits_jax import checkpoints
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import reader as reader_lib
@@ -53,15 +52,9 @@ class Plan:
     inputs: Iterable[Any] = (),
     overwrite: bool = True,
   ):
-    """Plans the files from the sizes before coding.
+    """Plans the files from the sizes before coding, see `api.encode_to_file`.
 
-    Args:
-      encoder: encodes the source.
-      path: path of the file, or of the folder of shards.
-      shard_size: greatest size of the records of a shard, in bytes; a larger record has
-        a shard to itself. None for one file.
-      inputs: the source and the base, see `check_inputs`.
-      overwrite: whether an existing file or folder of shards may be replaced.
+    `inputs` are the source and the base, see `check_inputs`.
     """
     check_path(path, shard_size, inputs=inputs, overwrite=overwrite)
     self._encoder, self._target = encoder, pathlib.Path(path).resolve()
@@ -117,19 +110,15 @@ class Plan:
     if check:
       try:
         source = encoder.source if encoder.preset.keeps == 'bits' else None
-        with reader_lib.Reader(staged, base=encoder.base) as reader:
-          verification.read_all(reader, source)
+        reader = reader_lib.Reader(staged, base=encoder.base)
+        verification.read_all(reader, source)
       except BaseException:
-        self._discard()
+        shutil.rmtree(self._staging, ignore_errors=True)
         raise
     outputs.move(staged, self._target)
     digests = f'.{glob.escape(self._target.name)}.{"[0-9a-f]" * 16}.partial'
     for folder in self._target.parent.glob(digests):
       shutil.rmtree(folder, ignore_errors=True)
-
-  def _discard(self) -> None:
-    """Removes the shards that are encoded."""
-    shutil.rmtree(self._staging, ignore_errors=True)
 
   def write(
     self, *, check: bool = False, progress: bool = False, accepted: range | None = None
@@ -148,11 +137,11 @@ class Plan:
       process, processes = jax.process_index(), jax.process_count()
     shards = [*self.shards.values()][process::processes]
     size = sum(map(self._encoder.nbytes, shards))
-    with contextlib.ExitStack() as stack:
-      if not self._has_index:  # half a file is of no use
-        stack.enter_context(outputs.fresh(self._staging))
-      bar = progress_lib.Progress('encode', size, 'B', show=progress)
-      stack.enter_context(bar)
+    with (
+      # Half a file is of no use.
+      contextlib.nullcontext() if self._has_index else outputs.fresh(self._staging),
+      progress_lib.Progress('encode', size, 'B', show=progress) as bar,
+    ):
       for index in range(process, len(self), processes):
         self.encode(index, bar)
       while process and self._staging.exists():
@@ -167,7 +156,7 @@ class Plan:
         bar.stage('checking' if check else 'writing')
         self.publish(check=check)
       else:
-        self._discard()
+        shutil.rmtree(self._staging, ignore_errors=True)
     return size
 
 
@@ -193,12 +182,8 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
   """Checks, before the work, that no file of an input is replaced.
 
   The files of a checkpoint are those in its folder, but for results of earlier runs:
-  encoded files and pages.
-
-  Args:
-    targets: the files that are written, if they exist.
-    inputs: paths of checkpoints and encoded files; opened checkpoints and files, with
-      the bases of these; or lists of inputs. Those in memory are ignored.
+  encoded files and pages. Inputs are paths of checkpoints and encoded files, opened
+  ones, with their bases, or lists of inputs; those in memory are ignored.
   """
   for path in _input_paths([*inputs]):
     real, is_encoded = pathlib.Path(path).resolve(), shards_lib.is_encoded(path)
@@ -218,7 +203,6 @@ def _input_paths(value: Any) -> list[Path]:
     value = value.inputs
   if type(value) in (list, tuple):  # but no Checkpoint, whose stem is no path
     return [path for part in value for path in _input_paths(part)]
-  if isinstance(value, checkpoints.CheckpointReader | checkpoints.PlainFiles):
-    value = value.path
-  is_path = isinstance(value, str | os.PathLike) and os.path.exists(value)
-  return [value] if is_path else []
+  path = getattr(value, 'path', value)  # of an opened checkpoint
+  is_path = isinstance(path, str | os.PathLike) and os.path.exists(path)
+  return [path] if is_path else []

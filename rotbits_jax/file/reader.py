@@ -1,20 +1,24 @@
 """The reader of files: reads a record without the others, or the whole content.
 
-    with Reader(path) as file:
-      layer = file.read('layers.3')    # nested dicts of NumPy arrays and leaves
-      model = file.content()           # layers stacked
+    reader = Reader(path)
+    layer = reader.read('layers.3')    # nested dicts of NumPy arrays and leaves
+    model = reader.content()           # layers stacked
 
 The manifest is checked when the file is opened, and what it says of a record before
 that is decoded. Several records decode side by side: one stream is read while the
 blocks of another are decoded. A damaged or incomplete file raises `ContainerError`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 import functools
 import hashlib
+import math
 import os
-from typing import Any, Self
+import types
+from typing import Any
 
+import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
@@ -22,8 +26,9 @@ from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
+from rotbits_jax.coding import specs
+from rotbits_jax.file import coders
 from rotbits_jax.file import container
-from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import shards
@@ -31,20 +36,31 @@ from rotbits_jax.file import sources
 from rotbits_jax.file import stacks
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
+from rotbits_jax.structured import difference
+from rotbits_jax.system import checksums
+from rotbits_jax.system import host
 from rotbits_jax.system import progress
 from rotbits_jax.system import schema
 
+_MOST_BASES = 8  # of subspaces that are held, because several parameters need one
+_MOST_USES = 16  # of arrays by leaves that are small beside them
+
 Tree = dict[str, Any]
+
+Started = Mapping[str, 'futures.Future[Tree]']
+"""Records that are being decoded, by their names."""
 
 
 class Reader:
-  """An encoded file, or all shards of one: a `passes.Source` and a context manager.
+  """An encoded file, or all shards of one, as a `passes.Source`.
+
+  No file stays open between two streams.
 
   Attributes:
     manifest: what all files hold, see `manifest.Manifest`.
     config: config of the model; None for a PyTree and for plain tensors.
     is_plain: whether the records are the tensors of weights files of any family.
-    records: the entries of all records by name.
+    records: the entries of all records by name; `entry` checks one before it is used.
     size: size of all files in bytes.
     inputs: the source and the base, as they were given.
   """
@@ -56,21 +72,20 @@ class Reader:
     self.inputs = source, base
     paths, index = shards.find(source)
     self._files = [container.StreamReader(path) for path in paths]
+    self._homes = {name: file for file in self._files for name in file.sizes}
     self.size = sum(file.size for file in self._files)
     self.manifest = manifest_lib.Manifest.of_files(self._files)
     self.config, self.is_plain = self.manifest.config, bool(self.manifest.headers)
     self._base = None if base is None else open_base(base, plain=self.config is None)
-    homes = {name: file for file in self._files for name in file.sizes}
-    self._decoder = decode_lib.Decoder(self.manifest, homes, self._base)
-    self.records = self._decoder.entries
+    self.records = {record.name: record for record in self.manifest.records}
+    leaves = [(x, leaf) for x, entry in self.records.items() for leaf in entry.leaves]
+    self._leaves = {leaf.path: leaf for _, leaf in leaves}
+    self._holders = {leaf.path: name for name, leaf in leaves}
+    self.entry = functools.cache(self._checked_entry)
+    self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
+    self._check_uses()
     if index is not None:
       self._check_index(index)
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *unused: object) -> None:
-    """Does nothing, because no file stays open between two streams."""
 
   def _check_index(self, index: shards.ShardIndex) -> None:
     """Checks that the index of the shards names each record and its shard."""
@@ -78,25 +93,70 @@ class Reader:
     for file in self._files:
       if index.metadata.manifest_crc32[base_name(file)] != file.manifest_crc32:
         raise ContainerError(f'{file.name}: the index names another shard of this name')
-    homes = {name: base_name(self._decoder.files[name]) for name in self.records}
+    homes = {name: base_name(self._homes[name]) for name in self.records}
     if wrong := homes.items() ^ index.weight_map.items():
       name, _ = min(wrong)
       raise ContainerError(f'{name}: the index and the shards differ in this record')
 
+  def _check_uses(self) -> None:
+    """Checks that small leaves do not need large arrays over and over.
+
+    A leaf takes the time to go through all that it needs, however small it is.
+    """
+    needed: dict[str | None, int] = {}
+    total = elements = 0
+    for leaf in self._leaves.values():
+      uses: list[tuple[str | None, int]]
+      uses = [(x, self._leaves[x].size) for x in leaf.needs if x in self._leaves]
+      for array in leaf.base_arrays:
+        name = array.path if self._base is None else self._base.find(array.path)
+        uses.append((name, math.prod(array.shape)))
+      needed |= uses
+      total += sum(size for _, size in uses)
+      elements += leaf.size if uses else 0
+    if total > _MOST_USES * (elements + sum(needed.values())):
+      raise ContainerError('leaves that are small need large arrays too often')
+
+  def _checked_entry(self, name: str) -> manifest_lib.RecordEntry:
+    """Returns the entry of a record after all checks that need none of its bytes."""
+    if name not in self.records:
+      raise ContainerError(f'{name}: no such record')
+    entry = self.records[name]
+    with container.naming(self._homes[name].name):
+      entry.check()
+      for leaf in entry.leaves:
+        with container.naming(leaf.path):
+          self._check_needed(leaf)
+    return entry
+
+  def _check_needed(self, leaf: manifest_lib.Leaf) -> None:
+    """Checks that there are the arrays from which a leaf is computed."""
+    for path in leaf.needs:
+      holder = self._holders.get(path)
+      if holder is None and self.config is not None:
+        raise ValueError(f'it needs {path}, which is missing')
+      if holder is not None and self.records[holder].needs_others:
+        raise ValueError(f'it needs {path}, whose record needs others')
+    for array in leaf.base_arrays:
+      if self._base is None:
+        raise ValueError(
+          f'it is stored beside {array.path} of another model: give that model as the '
+          'base'
+        )
+      self._base.check(array)
+
   def names(self) -> list[str]:
     """Returns all records in the order of `each`, after a check of their entries.
 
-    Layers come first, and records that need others last: nothing waits for them, or all
-    threads could wait for one.
+    Records that need others are last: nothing waits for them, or all threads could wait
+    for one.
     """
-    layers, outer, buffers = [], list(self.records), []
+    names = list(self.records)
     if self.config is not None and self.manifest.message is None:
-      layers = list(map(models.names.layer, range(self.config.num_layers)))
-      buffers = [name for name in outer if name == models.names.BUFFERS]
-      outer = list(models.outer_shapes(self.config))
-    entries = {name: self._decoder.entry(name) for name in (*layers, *outer, *buffers)}
-    outer.sort(key=lambda name: any(leaf.needs for leaf in entries[name].leaves))
-    return [*layers, *outer, *buffers]
+      layers = map(models.names.layer, range(self.config.num_layers))
+      buffers = [name for name in names if name == models.names.BUFFERS]
+      names = [*layers, *models.outer_shapes(self.config), *buffers]
+    return sorted(names, key=lambda name: self.entry(name).needs_others)
 
   def specs(self, record: str) -> Tree:
     """Returns the shapes and dtypes of a record, without reading it."""
@@ -125,15 +185,15 @@ class Reader:
     Returns:
       The parameters in nested dicts of which the first key is the name, not stacked.
     """
-    flat = self._decoder.decode(record)
+    flat = self.decode(record)
     empty: Tree = {path: {} for path in self.records[record].empty}
     return structured.unflatten([*flat.items(), *empty.items()])
 
   def tensor(self, path: str) -> Any:
     """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `read`."""
-    if path not in self._decoder.holders:
+    if path not in self._holders:
       raise ContainerError(f'{path}: no such parameter')
-    return self._decoder.decode(self._decoder.holders[path])[path]
+    return self.decode(self._holders[path])[path]
 
   def each(
     self, *, as_arrays: bool = False, show_progress: bool = False
@@ -142,15 +202,15 @@ class Reader:
 
     Structured leaves stay, or come `as_arrays`. Leaves may share the base's memory.
     """
-    if self.manifest.message is not None:
-      yield from self._decode_message(show_progress)
-    names, decoder = self.names(), self._decoder
-    sizes = {name: decoder.entry(name).input.bytes for name in names}
-    needed = {path for leaf in decoder.leaves.values() for path in leaf.needs}
-    held = {decoder.holders.get(path) for path in needed}
+    for name, params in self._message(show_progress).items():
+      yield name, structured.flatten({name: params})
+    names = self.names()
+    sizes = {name: self.entry(name).input.bytes for name in names}
+    needed = {path for leaf in self._leaves.values() for path in leaf.needs}
+    held = {self._holders.get(path) for path in needed}
     jobs: dict[str, Any] = {}
     decode = functools.partial(
-      decoder.decode, integers=not as_arrays, as_arrays=as_arrays, shared=True
+      self.decode, integers=not as_arrays, as_arrays=as_arrays, shared=True
     )
     total = sum(sizes.values())
     with (
@@ -167,6 +227,86 @@ class Reader:
           del jobs[name]
         bar.update(sizes[name])
 
+  def decode(
+    self,
+    name: str,
+    started: Started = types.MappingProxyType({}),
+    *,
+    rows: stacks.Rows | None = None,
+    integers: bool = False,
+    as_arrays: bool = False,
+    shared: bool = False,
+  ) -> Tree:
+    """Decodes a record to NumPy arrays and structured leaves.
+
+    Args:
+      name: name of the record.
+      started: records that are decoded already, for leaves that need others.
+      rows: where to decode leaves to; others get new memory.
+      integers: whether multiples of one step stay integers.
+      as_arrays: whether the leaves are materialized.
+      shared: whether arrays may share the memory of the base, and have any strides.
+    """
+    entry, file = self.entry(name), self._homes[name]
+    # For several leaves that need one record.
+    others = functools.cache(
+      lambda name: started[name].result() if name in started else self.decode(name)
+    )
+    leaves, known = [], {}
+    arrays: list[np.ndarray] = []
+    with (
+      container.naming(file.name),
+      container.naming(name),
+      memory.bounded(name, entry.memory_bytes),
+    ):
+      for leaf, array_specs in entry.leaf_specs:
+        out = (rows or {}).get(entry.inner(leaf.path))
+        if out is None and leaf.base is not None and not shared:
+          out = [host.empty(leaf.shape, leaf.dtype)]
+        needed = functools.partial(self._needed, leaf, others)
+        shapes = [self._leaves[x].shape for x in leaf.needs if x in self._leaves]
+        if not leaf.needs:
+          shapes = [leaf.shape if leaf.base is None else leaf.base.shape]
+        leaves.append(_StoredLeaf(leaf, array_specs, out, integers, needed, shapes))
+        is_difference = leaf.leaf_class is difference.Difference
+        if is_difference and {'differences', 'column_scales'} <= {*leaf.arrays}:
+          index = leaf.arrays.index('differences')
+          known[len(arrays) + index] = leaves[-1].known
+        arrays += leaves[-1].arrays
+      decode = coders.CODERS[entry.coder].decode
+      with file.checked(name, entry.crc32) as data:
+        decode(entry.stream_spec, data, out=arrays, known=known)
+      return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
+
+  def _needed(
+    self, leaf: manifest_lib.Leaf, others: Callable[[str], Tree]
+  ) -> list[Any]:
+    """Returns the arrays that a leaf is computed from, given a reader of records."""
+    needed = []
+    for path in leaf.needs:
+      if path not in self._holders:  # a PyTree may have the leaf alone
+        raise ValueError(f'it needs {path}, which is missing')
+      array = structured.materialize(others(self._holders[path])[path])
+      needed.append(jax.device_get(array))
+    if leaf.base is not None:
+      assert self._base is not None
+      columns_first = bool(leaf.settings.get('columns_first'))
+      needed.append(self._base.get(leaf.base, columns_first))
+    if (product := leaf.product) is not None:
+      arrays = [self._base.get(array) for array in product.arrays if self._base]
+      bases = [self._basis(segment) for segment in product.segments]
+      dtype = np.dtype(leaf.dtype)
+      needed.append(product.tensor(arrays, bases, leaf.shape, dtype))
+    return needed
+
+  def _read_basis(self, segment: int) -> np.ndarray:
+    """Returns the basis of a segment."""
+    path = models.names.basis(segment)
+    if path not in self._holders:
+      raise ValueError(f'it needs {path}, which is missing')
+    basis: np.ndarray = self.tensor(path)
+    return basis
+
   # ---- the whole content -------------------------------------------------------------
 
   def content(
@@ -182,27 +322,25 @@ class Reader:
     Arrays are NumPy arrays. Plain tensors of a known family become a model only if
     `as_model`.
     """
-    source = self.plain_model() if as_model else None
+    source: Any = self.plain_model() if as_model else None
+    buffers = {} if source is None else source.buffers
     config = self.config if source is None else source.config
     count = 0 if config is None else config.num_layers
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
     outer = list(self.records) if config is None else list(models.outer_shapes(config))
+    if self.manifest.message is not None:
+      source = sources.TreeRecords(self._message(show_progress))
+      show_progress = False
     if source is not None:
       flat = stacks.read_arrays(source, outer, layers, show_progress=show_progress)
-    elif self.manifest.message is not None:
-      records = dict(self._decode_message(show_progress)).values()
-      arrays = {path: array for record in records for path, array in record.items()}
-      decoded = sources.TreeRecords(structured.unflatten(arrays))
-      flat = stacks.read_arrays(decoded, outer, layers)
     else:
       flat = stacks.read(
-        self._decoder, outer, layers, integers=integers, show_progress=show_progress
+        self, outer, layers, integers=integers, show_progress=show_progress
       )
     if config is not None:
-      buffers = {} if source is None else source.buffers
-      if source is None and models.names.BUFFERS in self.records:
+      if models.names.BUFFERS in self.records and not self.is_plain:
         buffers = self.read(models.names.BUFFERS)[models.names.BUFFERS]
       return models.Model(structured.unflatten(flat), buffers, config)
     if self.is_plain:  # the tensors by name
@@ -210,33 +348,53 @@ class Reader:
     empty = [x for entry in self.records.values() for x in entry.empty]
     return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
 
-  def _decode_message(self, show_progress: bool) -> Iterator[tuple[str, Tree]]:
-    """Yields the records of a message; see `paper.decode`."""
+  def _message(self, show_progress: bool) -> Tree:
+    """Returns the parameters of a message, see `paper.decode`; else nothing."""
     message, config = self.manifest.message, self.config
-    assert message is not None
-    assert config is not None
+    if message is None or config is None:
+      return {}
     with container.naming(self._files[0].name), container.naming('message'):
       options = schema.load(paper.Options, self.manifest.options, 'options')
-      sizes = message.layout.record_bytes(config)
+      size = sum(message.layout.record_bytes(config).values())
       rotation = 16 * max(config.segment_widths) ** 2  # with its integers
-      with memory.bounded('the message', 2 * sum(sizes.values()) + rotation):
+      with memory.bounded('the message', 2 * size + rotation):
         words = {}
         for name, stream in message.streams.items():
-          with self._decoder.files[name].checked(name, stream.crc32) as data:
+          with self._homes[name].checked(name, stream.crc32) as data:
             if data.size % 2:
               raise ValueError(f'{name}: an odd number of bytes')
             words[name] = data.view('<u2').copy()
-        flat = paper.decode(
-          options, message.layout, words, config, progress=show_progress
+        return structured.unflatten(
+          paper.decode(options, message.layout, words, config, progress=show_progress)
         )
-    for name in sizes:
-      yield name, {k: x for k, x in flat.items() if k.partition('/')[0] == name}
 
   # ---- the other files of a checkpoint -----------------------------------------------
 
   def plain_model(self) -> checkpoints.CheckpointReader | None:
-    """Returns the model that plain tensors are; None for others, see `stacks`."""
-    return stacks.open_model(self._decoder, self.files()) if self.is_plain else None
+    """Returns the model that plain tensors are; None if they are of no known family."""
+    if not self.is_plain:
+      return None
+    # Each thread reads one record at a time.
+    decoded = functools.lru_cache(pool.threads() + 1)(self.decode)
+
+    def read(path: str) -> np.ndarray:
+      leaf = decoded(self._holders[path])[path]
+      return np.asarray(structured.materialize(leaf))
+
+    tensors = {
+      path: checkpoints.LazyTensor(
+        leaf.shape, np.dtype(leaf.dtype), functools.partial(read, path)
+      )
+      for path, leaf in self._leaves.items()
+    }
+    files = self.files()
+    try:
+      content = checkpoints.parse_object(files['config.json'], 'config.json')
+      config = checkpoints.parse_config(content)
+      folder = checkpoints.Folder(None, tensors, files)
+      return checkpoints.CheckpointReader(folder, config)
+    except (KeyError, checkpoints.CheckpointError):
+      return None
 
   def headers(self) -> dict[str, bytes]:
     """Reads the bytes before the tensors of each weights file, by its name."""
@@ -252,13 +410,75 @@ class Reader:
     """Inflates streams whose names begin with a prefix; returns them by their names."""
     contents = {}
     for name, stream in streams.items():
-      file = self._decoder.files[f'{prefix}{name}']
+      stream_name = f'{prefix}{name}'
+      file = self._homes[stream_name]
       with container.naming(file.name):
-        content = file.inflated(f'{prefix}{name}', stream.crc32, stream.size)
+        content = file.inflated(stream_name, stream.crc32, stream.size)
         if len(content) != stream.size:
-          raise ContainerError(f'{prefix}{name}: it must inflate to {stream.size}')
+          raise ContainerError(f'{stream_name}: it must inflate to {stream.size}')
       contents[name] = content
     return contents
+
+
+class _StoredLeaf:
+  """A leaf while the coder fills the `arrays` as which it is stored."""
+
+  def __init__(
+    self,
+    entry: manifest_lib.Leaf,
+    array_specs: Sequence[specs.ArraySpec],
+    out: list[np.ndarray] | None,
+    integers: bool,
+    needed: Callable[[], list[Any]],
+    shapes: Sequence[manifest_lib.Shape],
+  ):
+    """Makes room for the arrays: in `out`, if the coder can write them there."""
+    self.entry, self._out, self._needed, self._shapes = entry, out, needed, shapes
+    self._is_expanded = entry.is_expanded(integers)
+    self._prediction: difference.Prediction | None = None
+    if out is None or self._is_expanded:
+      self.arrays = [host.empty(x.shape, x.dtype) for x in array_specs]
+    else:
+      self.arrays = [x.view(y.dtype) for x, y in zip(out, array_specs, strict=True)]
+
+  @functools.cached_property
+  def _leaf(self) -> Any:
+    """The leaf; of differences with classes, these may not be decoded yet."""
+    return self.entry.make(self.arrays, self._shapes)
+
+  def known(self) -> np.ndarray:
+    """Returns the classes of the differences, which the coder must know."""
+    with container.naming(self.entry.path):
+      self._prediction = self._leaf.predict(*self._needed(), run=pool.run)
+    return self._prediction.classes
+
+  def value(self, *, as_arrays: bool) -> Any:
+    """Returns the array or the leaf, when the stored arrays are decoded."""
+    entry = self.entry
+    if not entry.type_name:
+      return self.arrays[0].view(np.dtype(entry.dtype))
+    with container.naming(entry.path):
+      if not self._is_expanded and not as_arrays:
+        return self._leaf
+      if not self._is_expanded:
+        needed = self._needed()
+        leaf = self._leaf.materialize(*needed) if needed else self._leaf
+        return jax.device_get(structured.materialize(leaf))
+      if entry.crc32 is None:  # multiples of a step
+        array = self._out[0] if self._out else host.empty(entry.shape, entry.dtype)
+        self._leaf.write(array)
+        return array
+      if self._prediction is None:
+        array = np.asarray(self._leaf.materialize(*self._needed()))
+      else:
+        array = self._leaf.joined(self._prediction, run=pool.run)
+      stored = array.T if self._leaf.columns_first else array
+      if checksums.of_array(stored) != entry.crc32:
+        raise ValueError('decoded elements differ from the encoded ones')
+    if self._out is None:
+      return array
+    self._out[0][...] = host.contiguous(array)
+    return self._out[0]
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:
@@ -281,7 +501,7 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
   if isinstance(source, Reader):
     if source.manifest.message is not None:
       raise ValueError('a file of the preset paper cannot be a base')
-  elif not isinstance(source, checkpoints.CheckpointReader | checkpoints.PlainFiles):
+  else:
     source = sources.of(source)
     if isinstance(source, models.Model):
       source = source.rounded()

@@ -43,15 +43,6 @@ class ShardIndex(schema.Object):
       raise ValueError(f'{"".join(wrong[:1])!r:.100} is not the name of a shard')
 
 
-def read_index(path: pathlib.Path) -> ShardIndex:
-  """Reads an index."""
-  opened = files.File.of(path)
-  if opened.size > _MOST_INDEX:
-    raise ContainerError(f'{path}: an index has at most {_MOST_INDEX} bytes')
-  with container.naming(str(path)):
-    return schema.decode(ShardIndex, opened.content())
-
-
 def write_index(folder: pathlib.Path, shards: Mapping[str, tuple[str, ...]]) -> None:
   """Writes the index of a folder, given the records of each shard by its name."""
   readers = {name: container.StreamReader(folder / name) for name in shards}
@@ -77,13 +68,15 @@ def find(
   folder = path.parent if path.name == INDEX else path
   if not (folder / INDEX).is_file():
     return [path], None
-  index = read_index(folder / INDEX)
-  paths: list[container.Readable] = []
-  for name in index.metadata.manifest_crc32:
-    if not (folder / name).is_file():
-      raise ContainerError(f'{folder / INDEX}: the shard {name} is missing')
-    paths.append(folder / name)
-  return paths, index
+  with container.naming(str(folder / INDEX)):
+    opened = files.File.of(folder / INDEX)
+    if opened.size > _MOST_INDEX:
+      raise ContainerError(f'an index has at most {_MOST_INDEX} bytes')
+    index = schema.decode(ShardIndex, opened.content())
+    paths = [folder / name for name in index.metadata.manifest_crc32]
+    if missing := [path for path in paths if not path.is_file()]:
+      raise ContainerError(f'the shard {missing[0].name} is missing')
+  return [*paths], index
 
 
 def is_encoded(path: str | os.PathLike[str]) -> bool:

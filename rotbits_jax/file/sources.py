@@ -6,6 +6,7 @@ A source has records, which are read one at a time. Those of a model are those o
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -50,13 +51,9 @@ def plain(source: Any) -> passes.Source:
 
 def _native(tree: Any) -> Any:
   """Returns a PyTree whose NumPy arrays have the byte order of this machine."""
-
-  def native_array(array: Any) -> Any:
-    if not isinstance(array, np.ndarray) or array.dtype.isnative:
-      return array
-    return array.astype(array.dtype.newbyteorder('='))
-
-  return structured.map_leaves(lambda leaf: jax.tree.map(native_array, leaf), tree)
+  is_foreign = lambda x: isinstance(x, np.ndarray) and not x.dtype.isnative
+  native = lambda x: x.astype(x.dtype.newbyteorder('=')) if is_foreign(x) else x
+  return structured.map_leaves(lambda leaf: jax.tree.map(native, leaf), tree)
 
 
 def fingerprint(source: Any) -> str:
@@ -127,9 +124,8 @@ def _to_dicts(tree: Any, path: str) -> Any:
   return nested
 
 
-def _path_of(keys: tuple[Any, ...]) -> str:
-  """Returns the path of a leaf, from JAX's keys of dicts, sequences and classes."""
-  return jax.tree_util.keystr(keys, simple=True, separator='/')
+# Returns the path of a leaf, from JAX's keys of dicts, sequences and classes.
+_path_of = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
 
 
 def _array(leaf: Any, path: str) -> Any:
@@ -153,12 +149,8 @@ def _array(leaf: Any, path: str) -> Any:
 def unflatten_like(like: Any, leaves: Tree) -> Any:
   """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
 
-  A ValueError says that paths, shapes or dtypes differ.
-
-  Args:
-    like: the other one; its leaves may be `jax.ShapeDtypeStruct`. A structured leaf for
-      which files have an array becomes that array.
-    leaves: the leaves.
+  A ValueError says that paths, shapes or dtypes differ. The leaves of `like` may be
+  `jax.ShapeDtypeStruct`. A structured leaf for which files have an array becomes that.
   """
   flat = structured.flatten(leaves)
   pairs, treedef = jax.tree_util.tree_flatten_with_path(
@@ -168,18 +160,17 @@ def unflatten_like(like: Any, leaves: Tree) -> Any:
   if wrong := sorted(expected.keys() ^ flat.keys()):
     raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
   for path, leaf in expected.items():
-    of_like, of_file = (
-      structured.stack_key(_in_file(x, path)) for x in (leaf, flat[path])
-    )
+    of_like, of_file = (_in_file(x, path) for x in (leaf, flat[path]))
     if of_like != of_file:
       raise ValueError(f'{path}: `like` has {of_like[1:3]}, the file {of_file[1:3]}')
   return jax.tree.unflatten(treedef, [flat[path] for path in expected])
 
 
-def _in_file(leaf: Any, path: str) -> Any:
-  """Returns the spec of an array for a structured leaf that files do not give back."""
+def _in_file(leaf: Any, path: str) -> tuple[Any, ...]:
+  """Returns the type, the shape and the dtype of what files give back for a leaf."""
   if not structured.is_structured(leaf):
-    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else _array(leaf, path)
-  if leaf.origin.is_in_files or isinstance(leaf, structured.UniformlyQuantized):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-  return leaf
+    is_spec = isinstance(leaf, jax.ShapeDtypeStruct)
+    leaf = leaf if is_spec else _array(leaf, path)
+  elif leaf.origin.is_in_files or isinstance(leaf, structured.UniformlyQuantized):
+    leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  return structured.stack_key(leaf)

@@ -13,45 +13,46 @@ from typing import Any
 
 import numpy as np
 
-from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
-from rotbits_jax.file import decode as decode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
 
+Rows = Mapping[str, list[np.ndarray]]
+"""Arrays to decode the leaves of a record into, by their paths within it."""
+
 
 def read(
-  decoder: decode_lib.Decoder,
+  reader: Any,
   outer: Sequence[str],
   layers: range,
   *,
   integers: bool = False,
   show_progress: bool = False,
-) -> decode_lib.Flat:
+) -> dict[str, Any]:
   """Returns the leaves of a model by path, with stacked layers; see `api.load`.
 
   Records outside the layers that need others start last: nothing waits for them.
   """
-  needs = lambda name: any(leaf.needs for leaf in decoder.entry(name).leaves)
-  entries = {name: decoder.entry(name) for name in sorted(outer, key=needs)}
-  of_layers = {i: decoder.entry(models.names.layer(i)) for i in layers}
+  entries = {name: reader.entry(name) for name in outer}
+  entries = dict(sorted(entries.items(), key=lambda item: item[1].needs_others))
+  of_layers = {i: reader.entry(models.names.layer(i)) for i in layers}
   runs = models.stack_ranges(layers, lambda i: of_layers[i].stack_key(integers))
   nbytes = sum(entry.memory_bytes for entry in entries.values())
   # Where ranks differ, a stack has room for the greatest one in each layer.
   nbytes += sum(len(run) * max(of_layers[i].memory_bytes for i in run) for run in runs)
   total = sum(x.input.bytes for x in (*entries.values(), *of_layers.values()))
-  flat: decode_lib.Flat = {}
+  flat: dict[str, Any] = {}
   with (
     memory.bounded('the whole content', nbytes),
     progress.Progress('decode', total, 'B', show=show_progress) as bar,
     pool.record_jobs() as start,
   ):
-    jobs: dict[str, futures.Future[decode_lib.Flat]] = {}
-    decode = functools.partial(decoder.decode, started=jobs, integers=integers)
+    jobs: dict[str, futures.Future[dict[str, Any]]] = {}
+    decode = functools.partial(reader.decode, started=jobs, integers=integers)
     for name in entries:
       jobs[name] = start(functools.partial(decode, name))
     stacks = []
@@ -82,7 +83,7 @@ def read(
 
 def _stack(
   entries: Sequence[manifest_lib.RecordEntry], integers: bool
-) -> tuple[dict[str, list[np.ndarray]], list[decode_lib.Rows]]:
+) -> tuple[dict[str, list[np.ndarray]], list[Rows]]:
   """Makes the arrays of a stack by path within a layer, and each layer's rows of them.
 
   A leaf that is stored as arrays of different shapes in different layers has none.
@@ -107,34 +108,9 @@ def _stack(
   ]
 
 
-def open_model(
-  decoder: decode_lib.Decoder, files: Mapping[str, bytes]
-) -> checkpoints.CheckpointReader | None:
-  """Matches plain tensors with the parameters of a model; None if they are of none."""
-  # Each thread reads one record at a time.
-  decoded = functools.lru_cache(pool.threads() + 1)(decoder.decode)
-
-  def read(path: str) -> np.ndarray:
-    return np.asarray(structured.materialize(decoded(decoder.holders[path])[path]))
-
-  tensors = {
-    path: checkpoints.LazyTensor(
-      leaf.shape, np.dtype(leaf.dtype), functools.partial(read, path)
-    )
-    for path, leaf in decoder.leaves.items()
-  }
-  try:
-    content = checkpoints.parse_object(files['config.json'], 'config.json')
-    config = checkpoints.parse_config(content)
-    folder = checkpoints.Folder(None, tensors, dict(files))
-    return checkpoints.CheckpointReader(folder, config)
-  except (KeyError, checkpoints.CheckpointError):
-    return None
-
-
 def read_arrays(
   source: Any, outer: Sequence[str], layers: range, *, show_progress: bool = False
-) -> decode_lib.Flat:
+) -> dict[str, Any]:
   """Returns the leaves of a model, a `passes.Source` of arrays, as `read` does."""
   specs = lambda name: structured.flatten(source.specs(name))
   names = [*outer, *map(models.names.layer, layers)]
@@ -142,7 +118,7 @@ def read_arrays(
   key = lambda i: models.stack_key(*source.specs(models.names.layer(i)).values())
   runs = models.stack_ranges(layers, key)
   run_of = {i: run for run in runs for i in run}
-  flat: decode_lib.Flat = {}
+  flat: dict[str, Any] = {}
 
   def copy(name: str) -> None:
     index = models.names.layer_index(name)

@@ -25,6 +25,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.passes import rounding as rounding_lib
+from rotbits_jax.system import schema
 
 _MOST_ERROR = 8.0  # that a note may state, in roundoffs or plain errors
 _SMALL_ROW = 8.0  # how many times smaller than others a row is that shares their step
@@ -156,9 +157,10 @@ class Saving(NamedTuple):
   """The elements and bytes, not coded, that one transform removed from one record."""
 
   name: str  # of the transform; 'rounding' if a coarser step saves the bytes
-  elements: int  # how many fewer are stored; negative if there are more
-  bytes: int
-  notes: tuple[Note, ...] = ()  # on the tensors of the record
+  elements: schema.Integer  # how many fewer are stored; negative if there are more
+  bytes: schema.Integer
+  # On the tensors of the record.
+  notes: tuple[dict[str, schema.Scalar | tuple[schema.Scalar, ...]], ...] = ()
 
 
 class Record(NamedTuple):
