@@ -48,8 +48,8 @@ def read_message(data, tables, shifts, frequencies, p):
   head = np.dtype([*head, ('sizes', f'<u{data[4]}', lanes)])
   least, _, (low, high), sizes = np.frombuffer(data, head, 1)[0]
   x, tops = low + (np.int64(high) << 16), np.cumsum(np.int64(sizes) + least)
-  words = np.frombuffer(data, '<u2', tops[-1], head.itemsize)
-  stack = np.append(words, np.uint16(0))
+  end = head.itemsize + 2 * tops[-1]
+  stack = np.frombuffer(data[:end] + bytes(2), '<u2', -1, head.itemsize)
 
   def pop(p, start, frequency):
     nonlocal x, tops
@@ -69,12 +69,12 @@ def read_message(data, tables, shifts, frequencies, p):
       pop(16, value << 16 - size, 1 << 16 - size)
       symbol, shift = symbol << size | value, shift - size
     symbols[i] = symbol
-  return symbols.ravel(), np.frombuffer(data, 'u1', -1, head.itemsize + words.nbytes)
+  return symbols.ravel(), np.frombuffer(data, 'u1', -1, end)
 
 
 def read_block(data, tables, told, frequencies, group, dtype):
   """The bits of the elements of each unit."""
-  (kind, r, raised, t, *_), count = group, tables.size
+  (kind, r, raised, t, *_), count, unsigned = group, tables.size, f'u{dtype.itemsize}'
   p, lanes = 12 if raised else 14, 4 if count <= 1 << 16 else 32
   pad = lambda x: np.pad(x, (0, -count % lanes), 'edge').reshape(-1, lanes)
   shifts = pad(0 * told if kind == 'floats' else told)
@@ -92,17 +92,15 @@ def read_block(data, tables, told, frequencies, group, dtype):
     listed = symbols == 1023
     pairs = np.unpackbits(data, count=10 * listed.sum()).reshape(-1, 10)
     symbols[listed] = pairs @ (1 << np.arange(10)[::-1])
+    bins = np.stack(np.divmod(symbols, 32), -1)
     data, m = data[math.ceil(pairs.size / 8) :], finfo(dtype).nmant
-    bins, sign = np.stack([symbols >> 5, symbols & 31], -1), raw >> r - 1
-    bits = bins + (0 if raised else told) << m - t
-    bits |= (raw - (sign << r - 1)) << m + 1 - t - r
-    if raised:
-      exponents = told - 1 + finfo(dtype).minexp - m
-      small = np.ldexp(bits % (1 << m) * 1.0, exponents).astype(dtype)
-      small = small.view(f'u{dtype.itemsize}')
+    bits = bins + (0 if raised else told) << m - t | raw % (1 << r - 1) << m + 1 - t - r
+    if raised:  # small numbers share a step
+      small = np.ldexp(bits % (1 << m) * 1.0, told - 1 + finfo(dtype).minexp - m)
+      small = small.astype(dtype).view(unsigned)
       bits = np.where(bits >> m, bits + (told - 1 << m), small)
-    bits |= sign << 8 * dtype.itemsize - 1
-  bits = bits[:count].astype(f'u{dtype.itemsize}')
+    bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
+  bits = bits[:count].astype(unsigned)
   size = 3 * (data.size // (3 + bits[0].nbytes))
   places = data[:size].reshape(-1, 3) @ [1, 1 << 8, 1 << 16]
   bits[places] = data[size:].view(bits.dtype).reshape(-1, bits.shape[1])
@@ -119,8 +117,8 @@ def read_group(group, tables, blocks, parts, classes=None):
   unit, size, p = (2, 32, 12 if raised else 14) if kind == 'floats' else (1, 256, 14)
   if classes is None:
     classes, heads = [], numbers(2 * len(parts)).reshape(-1, 2)
-    for (mode, base), (_, shape) in zip(heads, parts, strict=True):
-      rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
+    for (mode, base), part in zip(heads, parts, strict=True):
+      rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
       shared = 1 if columns % unit else unit
       place = np.full((rows, columns), base)
       place += numbers(rows)[:, None] if mode & 1 else 0
@@ -131,23 +129,23 @@ def read_group(group, tables, blocks, parts, classes=None):
   frequencies = read_frequencies(inflate.unused_data, count, size, p)
   ends = range(0, classes.size, math.ceil(classes.size / len(blocks)))[1:]
   units = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
-  dtype = np.dtype(parts[0][0])
+  dtype = parts[0].dtype
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in units])
-  for _, shape in parts:
-    part, bits = np.split(bits, [math.ceil(math.prod(shape) / unit)])
-    yield part.ravel()[: math.prod(shape)].reshape(shape)
+  for part in parts:
+    part_bits, bits = np.split(bits, [math.ceil(part.size / unit)])
+    yield part_bits.ravel()[: part.size].reshape(part.shape)
 
 
 def parts_of(dtype, shape, crc32, groups, zeros):
-  """The dtypes and shapes of the parts of an array."""
+  """Empty arrays of the dtypes and shapes of the parts of an array."""
   if zeros is None:
-    return [('u4', [*shape, 2]) if '64' in dtype else (dtype, shape)]
+    return [np.empty([*shape, 2], 'u4') if '64' in dtype else np.empty(shape, dtype)]
   n, negative, transposed = zeros
   matrix = math.prod(shape[:-1]), math.prod(shape[-1:])
   lines, length = matrix[::-1] if transposed else matrix
   signs = math.ceil((lines * length - n) / 8) if negative else 0
-  masks = [('u1', [lines, math.ceil(length / 8)]), ('u1', [signs])]
-  return [*masks, (dtype, [n // 128, 128]), (dtype, [n % 128])]
+  masks = [np.empty([lines, math.ceil(length / 8)], 'u1'), np.empty(signs, 'u1')]
+  return [*masks, np.empty([n // 128, 128], dtype), np.empty(n % 128, dtype)]
 
 
 def joined(shape, zeros, mask, signs, *rows):
@@ -171,10 +169,8 @@ def read_record(spec, stream):
     blocks, members = [take(n) for n in group[5]], [x for i, x in parts if i == g]
     read = functools.partial(read_group, group, tables[g], blocks, members)
     decoded[g] = iter([read]) if group[0] == 'known' else read()
-  stored = lambda dtype, shape: np.ndarray(
-    shape, dtype, take(math.prod(shape) * np.dtype(dtype).itemsize)
-  )
-  decoded[None] = (stored(*part) for g, part in parts if g is None)
+  stored = lambda part: np.ndarray(part.shape, part.dtype, take(part.nbytes))
+  decoded[None] = (stored(part) for g, part in parts if g is None)
   for dtype, shape, crc32, of_parts, zeros in arrays:
     array, *others = (next(decoded[g]) for g in of_parts)
     if not callable(array):
@@ -266,60 +262,48 @@ def subspace(s, a):
   return basis
 
 
-def whole(name, a):
-  """An array of a leaf, which may be multiples of a step or a triangle."""
-  x = np.float32(a[name]) * a.get(f'{name}_step', 1)
-  if f'{name}_corner' not in a:
-    return x
-  corner = whole(f'{name}_corner', a)
-  n = (math.isqrt(8 * corner.size + 1) - 1) // 2
-  top = np.zeros((n, x.shape[1]), x.dtype)
-  top[np.tril_indices(n, 0, x.shape[1])] = corner
-  return np.vstack([top, x])
-
-
-def structured(kind, s, arrays, tensors):
-  """The array of a leaf that is computed in float32."""
+def read_leaf(leaf, arrays, tensors, base, config):
+  """The array of a leaf."""
+  kind, s, a = leaf.get('type_name'), leaf.get('settings', {}), {}
+  if kind not in (None, 'difference'):
+    a = {k: np.float32(x) * arrays.get(f'{k}_step', 1) for k, x in arrays.items()}
+  for name in [k for k in a if f'{k}_corner' in a]:  # triangles
+    corner = a[f'{name}_corner']
+    top = np.tri(math.isqrt(2 * corner.size), a[name].shape[1], dtype=np.float32)
+    top[top > 0] = corner
+    a[name] = np.vstack([top, a[name]])
   gram = lambda b: np.vstack([np.eye(b.shape[1]) - b.T @ b / 4, b])
-  a = {name: whole(name, arrays) for name in arrays}
   match kind:
+    case None:
+      shift = {'int2': 6, 'int4': 4}.get(leaf['dtype'])
+      return arrays[''] << shift >> shift if shift else arrays['']
+    case 'difference':
+      array = difference(leaf, s, arrays, tensors, base, config)
+    case 'basis':
+      array = subspace(s, arrays)
+    case 'constant':
+      array = np.full(s['tail'], arrays['value'])
     case 'low_rank':
       u = gram(a['u']) if s.get('shortened') == 'u' else a['u']
-      return u @ (gram(a['v'].T).T if s.get('shortened') == 'v' else a['v'])
+      array = u @ (gram(a['v'].T).T if s.get('shortened') == 'v' else a['v'])
     case 'identity_minus_gram':
       square = np.eye(len(a['b'])) - a['b'] @ a['b'].T + a['c'] @ a['c'].T
-      return np.pad(square, ((0, 0), (0, s['columns'] - len(square))))
+      array = np.pad(square, ((0, 0), (0, s['columns'] - len(square))))
     case 'trapezoidal_rows':
-      return np.vstack([*a.get('full', []), *a['lower'].T])
+      array = np.vstack([*a.get('full', []), *a['lower'].T])
     case 'head_bases' if s.get('group'):
       bases = [gram(b.T) for b in np.split(a['below'], s['heads'])]
-      return np.vstack([x.T for basis in bases for x in np.split(basis, s['group'])])
+      array = np.vstack([x.T for b in bases for x in np.split(b, s['group'])])
     case 'head_bases':
       bases = [gram(b) for b in np.split(a['below'], s['heads'], 1)]
       rotary = np.split(a.get('rotary', bases[0][:, :0]), s['heads'], 1)
-      return np.hstack([x for pair in zip(rotary, bases, strict=True) for x in pair])
+      array = np.hstack([x for pair in zip(rotary, bases, strict=True) for x in pair])
     case 'tied':
-      return np.float32(tensors['head/kernel']).T @ a['map']
+      array = np.float32(tensors['head/kernel']).T @ a['map']
     case 'uniformly_quantized':
-      e = [np.int32(a.get(f'{x}_exponents', [0])) for x in ('row', 'column')]
-      rows, columns = (np.ldexp(np.float32(4 + e % 4), e // 4 - 2) for e in e)
-      return a['integers'] * a['step'] * rows[:, None] * columns
-
-
-def read_leaf(leaf, a, tensors, base, config):
-  """The array of a leaf."""
-  s, kind = leaf.get('settings', {}), leaf.get('type_name')
-  if kind is None:
-    shift = {'int2': 6, 'int4': 4}.get(leaf['dtype'])
-    return a[''] << shift >> shift if shift else a['']
-  if kind == 'difference':
-    array = difference(leaf, s, a, tensors, base, config)
-  elif kind == 'basis':
-    array = subspace(s, a)
-  elif kind == 'constant':
-    array = np.full(s['tail'], a['value'])
-  else:
-    array = structured(kind, s, a, tensors)
+      factor = lambda e: np.ldexp(4 + e % 4, np.int32(e // 4 - 2))
+      rows, columns = (factor(a.get(f'{x}_exponents', 0)) for x in ('row', 'column'))
+      array = a['integers'] * a['step'] * rows[..., None] * columns
   array = array.astype(leaf['dtype'])
   assert leaf.get('crc32') in (None, zlib.crc32(array.tobytes())), 'a leaf is damaged'
   return (array.T if s.get('columns_first') else array).reshape(leaf['shape'])
