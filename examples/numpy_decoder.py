@@ -184,11 +184,10 @@ def product(p, tensors, base, dtype, hidden):
   """A product with tensors of the dense model, in float32."""
   rounded = lambda x: np.float64(np.float32(x).astype(dtype)) if p.get('rounded') else x
   power = lambda x, k: k - np.frexp(abs(x).max(-1, keepdims=True))[1]
-  bases = [tensors.get(f'subspaces.{i}/basis') for i in p.get('segments', [])]
+  bases = [np.float64(tensors[f'subspaces.{i}/basis']) for i in p.get('segments', [])]
   kind, k, unit = p['kind'], 26 - (hidden.bit_length() + 1) // 2, 25
   if kind == 'shortcut':
-    v, w = (2.0**25 * np.eye(hidden) if x is None else np.float64(x) for x in bases)
-    return np.float32(np.ldexp(v.T @ w, -50))
+    return np.float32(np.ldexp(bases[0].T @ bases[1], -50))
   x, *others = (rounded(np.float64(base[path])) for path, *_ in p['arrays'])
   x = x if kind == 'writes' or p.get('transposed') else x.T
   if kind == 'reads':
@@ -200,9 +199,8 @@ def product(p, tensors, base, dtype, hidden):
     n = power(x, 52 - (hidden - 1).bit_length())
     i = np.rint(np.ldexp(x, n))
     x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -n))
-  if bases[0] is not None:
-    n = power(x, k)
-    x = np.ldexp(np.rint(np.ldexp(x, n)) @ bases[0], -n - unit)
+  n = power(x, k)
+  x = np.ldexp(np.rint(np.ldexp(x, n)) @ bases[0], -n - unit)
   x = x[:, 0] + sum(others[1:]) if kind == 'bias' else x
   return np.float32(x.T if kind == 'reads' else x)
 
@@ -217,7 +215,6 @@ def difference(leaf, s, a, tensors, base, config):
     known = product(leaf['product'], tensors, base, dtype, config['hidden_size'])
   else:
     known = base[leaf['base'][0]]
-    known = known.T if s.get('columns_first') else known
   signed = np.dtype(f'i{dtype.itemsize}')
   b = np.ravel(known.astype(dtype, order='C'))[:n].view(signed)
   b = np.pad(b, (0, n - b.size)).reshape(-1, s.get('width') or n)
@@ -306,7 +303,7 @@ def read_leaf(leaf, arrays, tensors, base, config):
       array = a['integers'] * a['step'] * rows[..., None] * columns
   array = array.astype(leaf['dtype'])
   assert leaf.get('crc32') in (None, zlib.crc32(array.tobytes())), 'a leaf is damaged'
-  return (array.T if s.get('columns_first') else array).reshape(leaf['shape'])
+  return array.reshape(leaf['shape'])
 
 
 def main(path, output, base=None):

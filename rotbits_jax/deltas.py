@@ -86,9 +86,6 @@ def apply(
   # The last record that needs each array of the base.
   uses = {array.path: name for leaf, name in leaves for array in leaf.base_arrays}
   same = {leaf.path for leaf, _ in leaves if _is_same(leaf)}
-  # Records before the first one that needs the base do not tell that it is wrong.
-  first = reader.records.get(next(iter(uses.values()), ''))
-  donate = donate and (first is None or base.holds(first.leaves))
   counts = collections.Counter(_buffers(params) if donate else ())
   last_used = collections.defaultdict(list)
   for path, record in uses.items():

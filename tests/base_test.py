@@ -97,17 +97,6 @@ def test_what_the_base_lacks_is_stored_alone():
   assert needs['a/w'].dtype == 'bfloat16'
 
 
-@pytest.mark.parametrize('tokens', [140, 120])
-def test_a_head_of_another_vocabulary(tokens):
-  old = {'head': {'kernel': tree()['c']}}  # of 128 tokens
-  kernel = near(np.pad(tree()['c'], ((0, 0), (0, 12)))[:, :tokens])
-  kernel[:, 128:] += tree()['c'][:, : max(tokens - 128, 0)]
-  new = {'head': {'kernel': kernel}}
-  data = rotbits_jax.encode(new, base=old)
-  assert len(data) < 0.6 * len(rotbits_jax.encode(new))
-  assert structured.same_bits(rotbits_jax.decode(data, base=old), new)
-
-
 def test_an_embedding_that_is_predicted_from_its_head():
   model = seeds.sliced_model(seeds.LLAMA | {'vocab_size': 2000})
   outer = model.outer()

@@ -290,8 +290,7 @@ class Reader:
       needed.append(jax.device_get(array))
     if leaf.base is not None:
       assert self._base is not None
-      columns_first = bool(leaf.settings.get('columns_first'))
-      needed.append(self._base.get(leaf.base, columns_first))
+      needed.append(self._base.get(leaf.base))
     if (product := leaf.product) is not None:
       arrays = [self._base.get(array) for array in product.arrays if self._base]
       bases = [self._basis(segment) for segment in product.segments]
@@ -472,8 +471,7 @@ class _StoredLeaf:
         array = np.asarray(self._leaf.materialize(*self._needed()))
       else:
         array = self._leaf.joined(self._prediction, run=pool.run)
-      stored = array.T if self._leaf.columns_first else array
-      if checksums.of_array(stored) != entry.crc32:
+      if checksums.of_array(array) != entry.crc32:
         raise ValueError('decoded elements differ from the encoded ones')
     if self._out is None:
       return array

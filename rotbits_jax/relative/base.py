@@ -6,14 +6,14 @@ paths. Tensors of unknown families are also found if their names differ by a pre
 as 'model.'. A base that lacks an array raises a ValueError that names it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import functools
 import math
+import re
 import threading
 from typing import Any
 
 import jax
-import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -25,7 +25,7 @@ from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
-_PREFIXES = ('base_model.', 'model.', 'module.', 'transformer.', '_orig_mod.')
+_WRAPPERS = re.compile(r'((base_model|model|module|transformer|_orig_mod)\.)+')
 _LARGE = 1 << 22  # elements of an array that is measured alone, because memory is short
 _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
@@ -102,22 +102,16 @@ class Base:
       )
     return path
 
-  def get(self, wanted: entries.BaseArray, transposed: bool = False) -> np.ndarray:
-    """Returns the array of an entry.
-
-    Args:
-      wanted: the entry.
-      transposed: whether its checksum is that of the transpose.
-    """
+  def get(self, wanted: entries.BaseArray) -> np.ndarray:
+    """Returns the array of an entry."""
     path = self.check(wanted)
-    array = self._array(self._leaf(path))
-    array = host.contiguous(array.T if transposed else array)
+    array = host.contiguous(self._array(self._leaf(path)))
     if checksums.of_array(array) != wanted.crc32:
       raise ValueError(
         f'{path} of this base has other elements than that of the base beside which '
         'the file was encoded'
       )
-    return array.T if transposed else array
+    return array
 
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
@@ -145,30 +139,14 @@ class Base:
     stored |= zip(jobs, pool.run(jobs.values()), strict=True)
     return {path: measured for path, measured in stored.items() if measured is not None}
 
-  def holds(self, leaves: Iterable[Any]) -> bool:
-    """Returns whether the base has the arrays that entries of leaves need."""
-    try:
-      for leaf in leaves:
-        for array in leaf.base_arrays:
-          self.get(array, bool(leaf.settings.get('columns_first')))
-    except ValueError:
-      return False
-    return True
-
 
 def _beside(target: np.ndarray, base: np.ndarray, path: str) -> measure.Measured | None:
   """Returns how to store an array beside that of a path in the base."""
-  shape = base.shape
-  columns_first = target.shape[1:] != shape[1:]  # more tokens or fewer
-  if columns_first:
-    target, base = target.T, base.T
   base = host.contiguous(base)
-  known = msgspec.structs.replace(entries.BaseArray.of(path, base), shape=shape)
-  return measure.beside(target, base, known, columns_first=columns_first)
+  return measure.beside(target, base, entries.BaseArray.of(path, base))
 
 
 def _short(path: str) -> str:
   """Returns the name of a tensor without the prefixes that wrappers add."""
-  while prefix := next((x for x in _PREFIXES if path.startswith(x)), None):
-    path = path.removeprefix(prefix)
-  return path
+  wrappers = _WRAPPERS.match(path)
+  return path if wrappers is None else path[wrappers.end() :]

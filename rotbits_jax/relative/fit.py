@@ -23,12 +23,8 @@ _MOST_ERROR = 2  # roundoffs; SliceGPT's tensors have errors of up to 1
 _SAME = 0.9  # how far squares of singular values may be from 1
 
 
-class Pair(NamedTuple):
-  """A tensor of the sliced model, and the tensors of the base that make it."""
-
-  product: products.Product  # that reads or writes the segment
-  dense: list[np.ndarray]
-  target: np.ndarray
+Tensor = tuple[products.Product, list[np.ndarray], np.ndarray]
+"""A product that reads or writes a segment, its tensors of the base, and the result."""
 
 
 class Fit(NamedTuple):
@@ -38,7 +34,7 @@ class Fit(NamedTuple):
   error: float
 
 
-def fit(pairs: Sequence[Pair], shape: tuple[int, int], roundoff: float) -> Fit:
+def fit(tensors: Sequence[Tensor], shape: tuple[int, int], roundoff: float) -> Fit:
   """Finds the basis of a segment, of some shape, from tensors that read or write it.
 
   Vectors with numbers that are not finite are left out. So is a tensor that was
@@ -47,10 +43,9 @@ def fit(pairs: Sequence[Pair], shape: tuple[int, int], roundoff: float) -> Fit:
   """
   gram, moments = np.zeros((shape[0], shape[0])), np.zeros(shape)
   samples: list[list[np.ndarray]] = []
-  for pair in pairs:
-    target = pair.target.T if pair.product.kind == 'reads' else pair.target
-    target, some = np.atleast_2d(target), []
-    for block, rows in pair.product.vectors(pair.dense, target.dtype):
+  for product, dense, target in tensors:
+    target, some = np.atleast_2d(target.T if product.kind == 'reads' else target), []
+    for block, rows in product.vectors(dense, target.dtype):
       wanted = target[block].astype(np.float64)
       is_finite = np.isfinite(rows).all(axis=1) & np.isfinite(wanted).all(axis=1)
       rows, wanted = rows[is_finite], wanted[is_finite]
@@ -66,9 +61,9 @@ def fit(pairs: Sequence[Pair], shape: tuple[int, int], roundoff: float) -> Fit:
   nearest, norm = solution if basis is None else basis, np.linalg.norm
   errors = [float(norm(x @ nearest - y) / (norm(y) or 1)) for x, y in samples]
   error = max(errors, default=math.inf)
-  if error > _MOST_ERROR * roundoff and len(pairs) > 1:
+  if error > _MOST_ERROR * roundoff and len(tensors) > 1:
     worst = int(np.argmax(errors))
-    others = fit([*pairs[:worst], *pairs[worst + 1 :]], shape, roundoff)
+    others = fit([*tensors[:worst], *tensors[worst + 1 :]], shape, roundoff)
     if others.basis is not None and others.error <= _MOST_ERROR * roundoff:
       return others
   return Fit(basis, error)

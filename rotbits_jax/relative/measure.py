@@ -70,8 +70,6 @@ def beside(
   target: np.ndarray,
   array: np.ndarray,
   known: entries.BaseArray | products.Product | None = None,
-  *,
-  columns_first: bool = False,
 ) -> Measured | None:
   """Returns how to store an array beside a known one.
 
@@ -81,16 +79,13 @@ def beside(
     target: the array.
     array: the known one.
     known: the entry of the known one.
-    columns_first: whether both are the transposes of those that are meant.
   """
   target, dtype = host.contiguous(target), target.dtype
   if not difference.fits(target.shape, dtype, array.shape, array.dtype):
     return None
   bits = ulps.bits_of(target)
   base = difference.known_bits(array, target.shape, dtype)
-  draft = difference.Difference(
-    lengths=target.shape, name=dtype.name, columns_first=columns_first
-  )
+  draft = difference.Difference(lengths=target.shape, name=dtype.name)
   places = _changed(bits, base)
   if places is not None:
     measured = Measured(_with_few(draft, bits[places], base[places], places))

@@ -157,14 +157,14 @@ class Recipe:
     layers = [i for i in range(self.config.num_layers) if segment in self._ends(i)]
     records = [*map(models.names.layer, layers)]
     records += ['embed'] * (segment == 0) + ['head'] * (segment == self._ends(None)[-1])
-    pairs = []
+    tensors: list[fit.Tensor] = []
     for path, leaf in (x for name in records for x in self._flat(name).items()):
       if segment in self._sides(path) and not structured.is_structured(leaf):
         product, dense = self._product(path, is_rounded)
         if product is not None and product.kind != 'shortcut':
-          pairs.append(fit.Pair(product, dense, np.asarray(leaf)))
+          tensors.append((product, dense, np.asarray(leaf)))
     shape = self.config.hidden_size, self.config.segment_widths[segment]
-    return fit.fit(pairs, shape, self._context.roundoff)
+    return fit.fit(tensors, shape, self._context.roundoff)
 
   # ---- the tensors
 

@@ -54,14 +54,11 @@ class Structured(abc.ABC):
     type_name: name of the class in the file format.
     needs: paths of the parameters that `materialize` takes, as in 'head/kernel'.
     origin: where the array comes from, and when it takes the place of the leaf.
-    columns_first: whether the checksums of the array and of that of the base are those
-      of their transposes.
   """
 
   type_name: ClassVar[str]
   needs: ClassVar[tuple[str, ...]] = ()
   origin: ClassVar[Origin] = Origin.SUMMED
-  columns_first: bool = False
 
   # ---- the array that the leaf stands for
 

@@ -110,7 +110,7 @@ class Difference(base.Structured):
   type_name: ClassVar[str] = 'difference'
   origin: ClassVar[base.Origin] = base.Origin.KNOWN
 
-  lengths: tuple[fields.Length, ...] = fields.static()  # shape, or that transposed
+  lengths: tuple[fields.Length, ...] = fields.static()  # its shape
   name: _Name = fields.static()  # of the dtype
   differences: Annotated[Any, _some('n')] = None
   gaps: Annotated[Any, _some('g', np.uint16)] = None
@@ -125,7 +125,6 @@ class Difference(base.Structured):
   width: fields.Length = fields.static(default=0)
   unit: Annotated[int, schema.between(-900, 900)] = fields.static(default=0)
   scale: Annotated[int, schema.between(-1000, 2000)] = fields.static(default=0)
-  columns_first: bool = fields.static(default=False)  # also of the known array
 
   @property
   def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -133,7 +132,7 @@ class Difference(base.Structured):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return self.lengths[::-1] if self.columns_first else self.lengths
+    return self.lengths
 
   @property
   def dtype(self) -> Any:
@@ -169,16 +168,13 @@ class Difference(base.Structured):
     if self.map is not None:
       known = np.asarray(known)
       known = tied.product(known, self.map, self.shifts, self.scale, self.dtype)
-    elif self.columns_first:
-      known = known.T
     if not fits(self.lengths, self.dtype, known.shape, known.dtype):
       raise ValueError(f'{self.name} cannot be made from {known.dtype}')
     return known_bits(np.asarray(known), self.lengths, self.dtype)
 
   def _array(self, bits: np.ndarray) -> np.ndarray:
     """Returns the array of some bits."""
-    array = bits.view(self.dtype).reshape(self.lengths)
-    return array.T if self.columns_first else array
+    return bits.view(self.dtype).reshape(self.lengths)
 
   def _change_few(self, bits: np.ndarray) -> None:
     """Adds the differences of few elements to the bits of the known array."""
@@ -273,7 +269,7 @@ class Difference(base.Structured):
       tied.Tied(self.map, self.lengths[0]).check_needed(*shapes)
       return
     for shape in shapes:
-      if not _fits_shape(self.lengths, shape[::-1] if self.columns_first else shape):
+      if not _fits_shape(self.lengths, shape):
         raise ValueError(f'an array of {self.lengths} cannot be made from {shapes}')
 
   def check(self) -> None:
