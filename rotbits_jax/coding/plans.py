@@ -27,7 +27,7 @@ from rotbits_jax.system import host
 _FLOATS = 1 << 16  # units that tell frequencies
 _INTEGERS = 1 << 20  # units of integers, because these have more tables
 _LEAST_SAMPLE = 1 << 12  # units of a part
-_SMALL = 1 << 12  # numbers of parts that share a layout
+_SMALL = 1 << 12  # numbers of parts without finer bins
 _RARE = 1 << 17  # a symbol that is rarer than one in so many is an exception
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _RAISED_CLASSES = 32  # of a part that shares a step
@@ -87,8 +87,9 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
   for i, (form, numbers) in enumerate(forms):
     zeros.append(form)
     parts += [Part(i, j, x) for j, x in enumerate(numbers)]
-  drafts = _drafts_of([x for x in parts if x.array not in known])
-  groups = list(filter(None, map(_smaller, pool.each(_group, _by_layout(drafts)))))
+  drafts = pool.each(_draft, [x for x in parts if x.array not in known])
+  groups = pool.each(_group, _by_layout([x for x in drafts if x]))
+  groups = [x for x in map(_smaller, groups) if x]
   for i, classes in known.items():
     (part,) = (x for x in parts if x.array == i)
     if classes.dtype != np.uint8 or classes.size != part.numbers.size:
@@ -125,47 +126,29 @@ def _smaller(group: Group) -> Group | None:
 # ---- layouts and scales --------------------------------------------------------------
 
 
-def _drafts_of(parts: Sequence[Part]) -> list[_Draft]:
-  """Chooses layouts and scales, in the order of the arrays."""
-  sets: dict[Any, list[Part]] = {}
-  for part in parts:
-    dtype, size = part.numbers.dtype, part.numbers.size
-    is_float = dtype in layouts.FORMATS
-    if size and (is_float or (dtype.itemsize <= 4 and dtype.kind in 'iu')):
-      # Small parts of a dtype share a layout.
-      key = dtype if is_float and size <= _SMALL else part[:2]
-      sets.setdefault(key, []).append(part)
-  drafts = itertools.chain(*pool.each(_drafts, sets.values()))
-  return sorted(drafts, key=lambda x: x.part[:2])
-
-
-def _drafts(parts: list[Part]) -> list[_Draft]:
-  """Chooses a layout for parts, and the scales of each of them."""
-  layout: layouts.Layout
-  dtype, min_exponent = parts[0].numbers.dtype, 0
-  if dtype in layouts.FORMATS:
-    bits = [sparse.bit_patterns(x.numbers) for x in parts]
-    whole = bits[0] if len(bits) == 1 else np.concatenate(bits)
-    layout, min_exponent = formats.of_floats(whole, dtype)
-  else:
-    layout = layouts.Integers(dtype, 0)
-  drafts = []
-  for part in parts:
-    scales = _scales(part.numbers, layout, min_exponent)
-    draft = _Draft(part, layout, scales, min_exponent)
-    choices = [draft]
-    if scales.rows.size + scales.columns.size > 2 and not _is_unsigned(layout):
-      choices.append(draft._replace(scales=scales_lib.shared(scales)))
-    may_be_finer = len(parts) == 1 and layout.raw_bits > 1
-    if may_be_finer or len(choices) > 1:
-      costs = {_cost(x): x for x in choices}
-      draft = costs[min(costs)]
-    if may_be_finer:
-      finer = dataclasses.replace(layout, raw_bits=layout.raw_bits - 1, top=2)
-      fine = draft._replace(layout=finer)
-      draft = fine if _cost(fine) + _FINER_BYTES < min(costs) else draft
-    drafts.append(draft)
-  return drafts
+def _draft(part: Part) -> _Draft | None:
+  """Chooses a layout and scales; None for numbers that have no layout."""
+  numbers, min_exponent = part.numbers, 0
+  layout: layouts.Layout = layouts.Integers(numbers.dtype, 0)
+  if numbers.size and numbers.dtype in layouts.FORMATS:
+    bits = sparse.bit_patterns(numbers)
+    layout, min_exponent = formats.of_floats(bits, numbers.dtype)
+  elif not numbers.size or not layout.is_valid():
+    return None
+  scales = _scales(numbers, layout, min_exponent)
+  draft = _Draft(part, layout, scales, min_exponent)
+  choices = [draft]
+  if scales.rows.size + scales.columns.size > 2 and not _is_unsigned(layout):
+    choices.append(draft._replace(scales=scales_lib.shared(scales)))
+  may_be_finer = numbers.size > _SMALL and layout.raw_bits > 1
+  if may_be_finer or len(choices) > 1:
+    costs = {_cost(x): x for x in choices}
+    draft = costs[min(costs)]
+  if may_be_finer:
+    finer = dataclasses.replace(layout, raw_bits=layout.raw_bits - 1, top=2)
+    fine = draft._replace(layout=finer)
+    draft = fine if _cost(fine) + _FINER_BYTES < min(costs) else draft
+  return draft
 
 
 def _scales(
@@ -173,13 +156,13 @@ def _scales(
 ) -> contexts_lib.Scales:
   """Measures a part. The least class of numbers that share a step is 0."""
   if isinstance(layout, layouts.Floats):
-    scales = scales_lib.of_floats(array, layout)
+    scales = scales_lib.measure(array)
     if layout.raised:
       base = scales.base - scales_lib.STEPS * (min_exponent - _BELOW)
       scales = scales_lib.within(scales._replace(base=base), 0, _RAISED_CLASSES - 1)
     return scales
   if layout.bias:
-    return scales_lib.of_integers(array)
+    return scales_lib.measure(array)
   # The low and the high bits of 64 have a class each.
   classes = np.arange(2 if array.shape[-1:] == (2,) else 1, dtype=np.uint8)
   return contexts_lib.Scales(0, np.zeros(1, np.uint8), classes)

@@ -1,18 +1,16 @@
 """The choice of the scales of rows and columns, see `contexts`.
 
-The *level* of numbers is a logarithm of their size: that of floats is the mean
-logarithm of their magnitudes, of which the bits of a float are a good approximation;
-that of integers is the logarithm of the root of their mean square. The level of a
+The *level* of numbers is the mean logarithm of their magnitudes, in octaves. The bits
+of a float are a good approximation of it, biased as its exponent is. The level of a
 column is that of its elements divided by the scales of their rows. Rows and columns are
 measured by a part of their elements. Only the size of a file depends on the choice.
 
-The base of the scales that these functions return may be any integer.
+The base of scales that these functions return may be any integer.
 
 Shape letters: R rows, C columns.
 """
 
-from collections.abc import Callable
-
+import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import contexts
@@ -33,37 +31,53 @@ _RANGE = 224  # of classes of an array
 # little of the scale, and much of chance.
 _BELOW, _ABOVE = 3, 8
 
-_Level = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""Takes elements, logarithms of scales that divide them, and an axis.
 
-Returns the levels along the axis, in octaves."""
+def measure(array: np.ndarray) -> contexts.Scales:
+  """Measures the rows of floats or integers, and then the columns of what is left."""
+  size = layouts.Floats.size
+  if array.dtype not in layouts.FORMATS:
+    array, size = array.astype(np.float32), layouts.Integers.size
+  form = layouts.FORMATS[array.dtype]
+  count, width = contexts.matrix_shape(array.shape)
+  matrix = sparse.bit_patterns(array).reshape(count, width)
+  has_rows = width >= _LEAST_LINE and count > 1
+  has_columns = count >= _LEAST_LINE and width > 1
+  rows, columns = np.zeros(1), np.zeros(1)
+  if has_rows:
+    runs = formats.runs(width, _COLUMNS, _RUNS)
+    some = np.concatenate([matrix[:, run] for run in runs], axis=1)
+    rows = _levels(some, np.zeros((1, 1)), 1, form)
+  if has_columns:
+    some_rows = slice(None, None, max(count // _ROWS, 1))
+    by = (rows[some_rows] if has_rows else rows)[:, None]
+    columns = _levels(matrix[some_rows], by, 0, form)
+    number = contexts.line_sizes(array.shape, size)[1]
+    columns = columns.reshape(number, -1).mean(axis=1)
+  if not has_rows and not has_columns:
+    rows = _levels(matrix.reshape(1, -1)[:, :_CHUNK], np.zeros((1, 1)), 1, form)
+  classes = [np.rint(STEPS * x).astype(int) for x in (rows, columns)]
+  greatest = sum(int(x.max()) for x in classes)
+  return _within(*classes, greatest - _RANGE, greatest)
 
 
-def of_floats(array: np.ndarray, layout: layouts.Floats) -> contexts.Scales:
-  """Measures floats. Classes are quarter octaves of magnitudes, biased as those are."""
-  shift = layout.format.bits - 16
-  unit = 1 << layout.format.nmant - shift
-
-  def level(bits: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
-    # Integers, so that a file does not depend on the order of sums.
-    logs = ((bits >> shift) & 0x7FFF).astype(np.int16)
-    logs -= np.rint(by * unit).astype(np.int16)
+def _levels(
+  bits: np.ndarray, by: np.ndarray, axis: int, form: ml_dtypes.finfo
+) -> np.ndarray:
+  """Returns the levels of rows, axis 1, or of columns, axis 0, less those of `by`."""
+  shift = form.bits - 16
+  unit = 1 << form.nmant - shift
+  # Integers, so that a file does not depend on the order of sums.
+  by = np.rint(by * unit).astype(np.int16)
+  levels, step = [], max(_CHUNK // max(bits.shape[axis], 1), 1)
+  for start in range(0, bits.shape[1 - axis], step):
+    places = slice(start, start + step)
+    part = bits[places] if axis else bits[:, places]
+    logs = ((part >> shift) & 0x7FFF).astype(np.int16) - by
     middle = int(np.median(logs.reshape(-1)[:: max(logs.size >> 10, 1)]))
     limits = np.array([middle - _BELOW * unit, middle + _ABOVE * unit])
     np.clip(logs, *limits.clip(-(2**15), 2**15 - 1).astype(np.int16), out=logs)
-    return logs.mean(axis=axis) / unit
-
-  return _scales(sparse.bit_patterns(array), array.shape, layout.size, level)
-
-
-def of_integers(array: np.ndarray) -> contexts.Scales:
-  """Measures signed integers."""
-
-  def level(numbers: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
-    squares = np.square(numbers * np.exp2(-np.rint(by)))  # float64
-    return np.log2(np.maximum(squares.mean(axis=axis), 2.0**-40)) / 2
-
-  return _scales(array.reshape(-1), array.shape, 1, level)
+    levels.append(logs.mean(axis=axis) / unit)
+  return np.concatenate(levels)
 
 
 def shared(scales: contexts.Scales) -> contexts.Scales:
@@ -94,36 +108,3 @@ def _within(
   base = top - int(rows.max() + columns.max())
   lines = [(x.max() - x).astype(np.uint8) for x in (rows, columns)]
   return contexts.Scales(base, *(x if x.any() else x[:1] for x in lines))
-
-
-def _scales(
-  flat: np.ndarray, shape: contexts.Shape, size: int, level: _Level
-) -> contexts.Scales:
-  """Measures the rows, and then the columns of what is left."""
-  count, width = contexts.matrix_shape(shape)
-  matrix = flat.reshape(count, width)
-  has_rows = width >= _LEAST_LINE and count > 1
-  has_columns = count >= _LEAST_LINE and width > 1
-  rows, columns = np.zeros(1), np.zeros(1)
-  if has_rows:
-    runs = formats.runs(width, _COLUMNS, _RUNS)
-    some = np.concatenate([matrix[:, run] for run in runs], axis=1)
-    rows = _levels(level, some, np.zeros((1, 1)), 1)
-  if has_columns:
-    some_rows = slice(None, None, max(count // _ROWS, 1))
-    by = (rows[some_rows] if has_rows else rows)[:, None]
-    columns = _levels(level, matrix[some_rows], by, 0)
-    columns = columns.reshape(contexts.line_sizes(shape, size)[1], -1).mean(axis=1)
-  if not has_rows and not has_columns:
-    rows = level(flat[None, :_CHUNK], np.zeros((1, 1)), 1)
-  classes = [np.rint(STEPS * x).astype(int) for x in (rows, columns)]
-  greatest = sum(int(x.max()) for x in classes)
-  return _within(*classes, greatest - _RANGE, greatest)
-
-
-def _levels(level: _Level, matrix: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
-  """Returns the levels of rows, axis 1, or of columns, axis 0, a few at a time."""
-  step = max(_CHUNK // max(matrix.shape[axis], 1), 1)
-  chunks = [slice(x, x + step) for x in range(0, matrix.shape[1 - axis], step)]
-  parts = [matrix[x] if axis else matrix[:, x] for x in chunks]
-  return np.concatenate([level(part, by, axis) for part in parts])
