@@ -1,4 +1,4 @@
-"""Stores transformer weights without the bits that their symmetries make redundant.
+"""Makes transformer checkpoints smaller: losslessly, or for a measured loss.
 
 In a Python session:
 
@@ -12,11 +12,12 @@ Data flows through the modules in one direction:
     checkpoints   reads and writes checkpoints
     models        configs, parameters and forward passes of transformers
     slicing       makes sliced models from dense ones (SliceGPT)
-    structured    leaves that stand for arrays and store fewer numbers
+    structured    leaves that stand for arrays and store fewer elements
     symmetries    pure functions that fix the gauges of weights
-    passes        transforms that leave fewer numbers to store
-    coding        codes numbers as bits
+    passes        transforms that leave fewer elements to store
+    coding        codes arrays as bytes
     presets       combinations of transforms and a way to code
+    relative      arrays beside those of a base
     file          the encoded file
     evaluation    perplexity and KL divergence of models
 """

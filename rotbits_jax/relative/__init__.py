@@ -1,4 +1,4 @@
-"""Numbers relative to a base: another model, which the receiver of a file has.
+"""Arrays beside those of a base: another model, which the receiver of a file has.
 
 Arrays of a fine-tune, of a later step of a training, or of a sliced model are stored as
 `structured.difference`: a known array plus differences.
