@@ -71,14 +71,9 @@ def beside(
   array: np.ndarray,
   known: entries.BaseArray | products.Product | None = None,
 ) -> Measured | None:
-  """Returns how to store an array beside a known one.
+  """Returns how to store an array beside a known one, of an entry of the manifest.
 
   The result is None if the array takes fewer bytes alone, or cannot be stored so.
-
-  Args:
-    target: the array.
-    array: the known one.
-    known: the entry of the known one.
   """
   target, dtype = host.contiguous(target), target.dtype
   if not difference.fits(target.shape, dtype, array.shape, array.dtype):
@@ -104,16 +99,12 @@ def beside(
 
 
 def beside_head(
-  table: np.ndarray, head: np.ndarray, map: np.ndarray, exponents: np.ndarray
+  table: np.ndarray,  # the embedding [V, d], float16 or bfloat16
+  head: np.ndarray,  # [D, V], finite
+  map: np.ndarray,  # int32 [D, d], below 2^23 in absolute value
+  exponents: np.ndarray,  # integers [D]; row k of T is 2^-exponents[k] map[k]
 ) -> Measured:
-  """Returns how to store an embedding beside its product with the head.
-
-  Args:
-    table: the embedding `[V, d]`, float16 or bfloat16.
-    head: `[D, V]`, finite.
-    map: int32 `[D, d]`, below 2^23 in absolute value.
-    exponents: integers `[D]`. Row k of T is `2^-exponents[k] map[k]`.
-  """
+  """Returns how to store an embedding beside its product with the head."""
   scale, shifts = tied.scale_of(head, map, exponents)
   product = tied.product(head, map, shifts, scale, table.dtype)
   draft = difference.Difference(

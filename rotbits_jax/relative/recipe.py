@@ -46,7 +46,7 @@ class _Segment(NamedTuple):
 
   leaf: subspaces.Basis
   numbers: np.ndarray  # the array of the leaf
-  rotation: np.ndarray | None  # of the segment, float32 [d, d]; None for none
+  rotation: np.ndarray | None  # of the segment, float64 [d, d]; None for none
 
 
 class Recipe:
@@ -112,8 +112,8 @@ class Recipe:
       # By NumPy, which compiles no program.
       rows, columns = (None if x is None else x.rotation for x in segments)
       product = np.asarray(array, np.float32)
-      product = product if rows is None else rows.T @ product
-      rotated[path] = product if columns is None else product @ columns
+      product = product if rows is None else np.float32(rows.T) @ product
+      rotated[path] = product if columns is None else product @ np.float32(columns)
     return structured.unflatten(rotated)
 
   # ---- the segments
@@ -150,7 +150,7 @@ class Recipe:
     numbers = leaf.materialize()
     # The two have the same subspace, up to rounding.
     rotation = fit.orthonormal(basis.T @ np.ldexp(numbers, -subspaces.UNIT))
-    return _Segment(leaf, numbers, np.asarray(rotation, np.float32))
+    return None if rotation is None else _Segment(leaf, numbers, rotation)
 
   def _fit(self, segment: int, is_rounded: bool) -> fit.Fit:
     """Finds the basis of a segment from the tensors that read or write it."""

@@ -22,12 +22,9 @@ _SMALL = 0.3, 1 / 32  # shares of median norms that small columns and rows count
 def explain(target: np.ndarray, product: np.ndarray, limit: float) -> bool:
   """Returns whether rounding errors explain how a tensor differs from a product.
 
-  Args:
-    target: the tensor, rounded: `[R, C]`, or `[C]`. C is a length of the residual
-      stream, of which some dimensions may have nothing but errors.
-    product: the product, rounded.
-    limit: the greatest relative error in the Frobenius norm. That of a row or column
-      may be four times as large.
+  Both are rounded, `[R, C]` or `[C]`. C is a length of the residual stream, of which
+  some dimensions may have nothing but errors. The limit is the greatest relative error
+  in the Frobenius norm. That of a row or column may be four times as large.
   """
   target, product = map(np.atleast_2d, (target, product))
   step = max(_PART // max(target.shape[1], 1), 1)
