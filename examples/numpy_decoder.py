@@ -49,6 +49,7 @@ def read_message(data, tables, shifts, frequencies, p):
   least, _, (low, high), sizes = np.frombuffer(data, head, 1)[0]
   x, tops = low + (np.int64(high) << 16), np.cumsum(np.int64(sizes) + least)
   end = head.itemsize + 2 * tops[-1]
+  # One word more, because lanes without words look at it, too.
   stack = np.frombuffer(data[:end] + bytes(2), '<u2', -1, head.itemsize)
 
   def pop(p, start, frequency):
@@ -74,7 +75,8 @@ def read_message(data, tables, shifts, frequencies, p):
 
 def read_block(data, tables, told, frequencies, group, dtype):
   """The bits of the elements of each unit."""
-  (kind, r, raised, t, *_), count, unsigned = group, tables.size, f'u{dtype.itemsize}'
+  kind, r, raised, t, *_ = group
+  count, unsigned = tables.size, f'u{dtype.itemsize}'
   p, lanes = 12 if raised else 14, 4 if count <= 1 << 16 else 32
   pad = lambda x: np.pad(x, (0, -count % lanes), 'edge').reshape(-1, lanes)
   shifts = pad(0 * told if kind == 'floats' else told)
@@ -239,7 +241,7 @@ def difference(leaf, s, a, tensors, base, config):
   if m:  # the sum of ordinals, of numbers without the signs of b
     ordinal = (b & top) + d
     b, d = ordinal ^ (ordinal >> 8 * b.itemsize - 1 & top) ^ (b & ~top), 0
-  return (b + d).view(dtype).reshape(s['lengths'])
+  return (b + d).view(dtype)
 
 
 def subspace(s, a):
@@ -279,7 +281,7 @@ def read_leaf(leaf, arrays, tensors, base, config):
     case 'basis':
       array = subspace(s, arrays)
     case 'constant':
-      array = np.full(s['tail'], arrays['value'])
+      array = np.full(leaf['shape'], arrays['value'])
     case 'low_rank':
       u = gram(a['u']) if s.get('shortened') == 'u' else a['u']
       array = u @ (gram(a['v'].T).T if s.get('shortened') == 'v' else a['v'])
@@ -301,9 +303,9 @@ def read_leaf(leaf, arrays, tensors, base, config):
       factor = lambda e: np.ldexp(4 + e % 4, np.int32(e // 4 - 2))
       rows, columns = (factor(a.get(f'{x}_exponents', 0)) for x in ('row', 'column'))
       array = a['integers'] * a['step'] * rows[..., None] * columns
-  array = array.astype(leaf['dtype'])
+  array = array.astype(leaf['dtype']).reshape(leaf['shape'])
   assert leaf.get('crc32') in (None, zlib.crc32(array.tobytes())), 'a leaf is damaged'
-  return array.reshape(leaf['shape'])
+  return array
 
 
 def main(path, output, base=None):
