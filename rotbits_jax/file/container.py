@@ -157,17 +157,15 @@ class StreamReader:
         data = source.read()
       self._source = np.frombuffer(memoryview(data).cast('B'), np.uint8)
       self.size = self._source.size
-    self._free: collections.deque[np.ndarray] = collections.deque()
     with naming(self.name):
       self.sizes, self._begins, self.manifest_crc32 = self._read_header()
 
-  @contextlib.contextmanager
-  def checked(self, name: str, crc32: int) -> Iterator[np.ndarray]:
-    """Yields a stream, uint8 `[n]`, which must have this checksum."""
-    with self._bytes(self._begins[name], self.sizes[name]) as (data, crc):
-      if crc != crc32:
-        raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
-      yield data
+  def checked(self, name: str, crc32: int) -> np.ndarray:
+    """Returns a stream, uint8 `[n]`, which must have this checksum."""
+    data, crc = self._bytes(self._begins[name], self.sizes[name])
+    if crc != crc32:
+      raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
+    return data
 
   def inflated(self, name: str, crc32: int, most: int) -> bytes:
     """Inflates a stream of the format of zlib to at most so many bytes.
@@ -176,8 +174,7 @@ class StreamReader:
     """
     unpacker = zlib.decompressobj()
     try:
-      with self.checked(name, crc32) as data:
-        content = unpacker.decompress(data, most + 1)
+      content = unpacker.decompress(self.checked(name, crc32), most + 1)
     except zlib.error as error:
       raise ContainerError(f'{name}: {error}') from error
     if len(content) > most or not unpacker.eof or unpacker.unused_data:
@@ -189,30 +186,25 @@ class StreamReader:
     most = _most_text(self.sizes[MANIFEST])
     return self.inflated(MANIFEST, self.manifest_crc32, most)
 
-  @contextlib.contextmanager
-  def _bytes(self, begin: int, count: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Reads a part of the file; yields it with its CRC-32."""
-    if isinstance(self._source, files.File):
-      with files.lent(count, self._free) as out:
-        try:
-          crc = self._source.read(begin, out)
-        except OSError as error:
-          raise ContainerError(str(error)) from error
-        yield out, crc
-    else:
-      data = self._source[begin : begin + count]
-      yield data, zlib_ng.crc32(data)
+  def _bytes(self, begin: int, count: int) -> tuple[np.ndarray, int]:
+    """Reads a part of the file; returns it with its CRC-32."""
+    if not isinstance(self._source, files.File):
+      part = self._source[begin : begin + count]
+      return part, zlib_ng.crc32(part)
+    data = np.empty(count, np.uint8)
+    try:
+      return data, self._source.read(begin, data)
+    except OSError as error:
+      raise ContainerError(str(error)) from error
 
   def _read_header(self) -> tuple[dict[str, int], dict[str, int], int]:
     """Returns where streams begin and their sizes, by name, and a checksum."""
     if self.size < 8:
       raise ContainerError('not a rotbits file: it has fewer than 8 bytes')
-    with self._bytes(0, 8) as (data, _):
-      (length,) = struct.unpack('<Q', data)
+    (length,) = struct.unpack('<Q', self._bytes(0, 8)[0])
     if length > min(self.size - 8, _MOST_HEADER):
       raise ContainerError('not a rotbits file, or cut short within its header')
-    with self._bytes(8, length) as (data, _):
-      header = data.tobytes()
+    header = self._bytes(8, length)[0].tobytes()
     with naming('not a rotbits file, or its header is damaged'):
       values = schema.decode(dict[str, Any], header)
       metadata = schema.load(_Metadata, values.pop(_METADATA, None), _METADATA)

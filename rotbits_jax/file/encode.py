@@ -195,18 +195,13 @@ class Encoder:
     """Returns the elements and bytes of a record, rounded; checks its parameters."""
     dtypes = self._context.dtypes if self._context else {}
     specs = structured.flatten(self._records.specs(name))
-    elements = nbytes = 0
-    for path, leaf in specs.items():
-      if not structured.is_structured(leaf):
-        manifest_lib.check_array(path, tuple(leaf.shape), np.dtype(leaf.dtype))
-      count = structured.count_elements(leaf)
-      of_leaf = structured.count_bytes(leaf)
-      elements += count
-      nbytes += count * dtypes[path].itemsize if path in dtypes else of_leaf
+    counts = {path: structured.count_elements(leaf) for path, leaf in specs.items()}
+    nbytes = sum(counts[x] * dtypes[x].itemsize for x in specs if x in dtypes)
+    nbytes += structured.count_bytes([specs[x] for x in specs if x not in dtypes])
     if self._context is not None and models.names.subspace_index(name) is None:
       shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
       manifest_lib.check_shapes(name, shapes, self._context.config)
-    return manifest_lib.Counts(elements, nbytes)
+    return manifest_lib.Counts(sum(counts.values()), nbytes)
 
   def _dtypes(self) -> dict[str, str]:
     """Returns the dtypes of parameters that are float32 only in the file."""
@@ -301,6 +296,8 @@ class Encoder:
     for path, leaf in params.items():
       try:
         entry, stored, classes = _stored(path, leaf, beside.get(path), resolve)
+        schema.load(manifest_lib.Leaf, schema.dump(entry))
+        path.encode()  # text of files is UTF-8
       # A leaf that is stacked, or should be, raises any of these.
       except (*manifest_lib.UNTRUSTED, ValueError) as error:
         raise ValueError(f'{path}: it cannot be stored: {error}') from error
@@ -324,8 +321,9 @@ class Encoder:
 
   def _resolver(self, batch: Sequence[passes.Record]) -> Callable[[str], Any]:
     """Returns the function that finds the parameters that leaves of a batch need."""
-    params = {name: x for record in batch for name, x in record.params.items()}
-    flat = structured.flatten(params)
+    flat: dict[str, Any] = {}
+    for record in batch:
+      flat |= structured.flatten(record.params)
     needs = {x for leaf in flat.values() for x in getattr(leaf, 'needs', ())}
     needed = {path: leaf for path, leaf in flat.items() if path in needs}
 

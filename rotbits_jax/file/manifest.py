@@ -308,8 +308,8 @@ class Manifest(schema.Object, kw_only=True):
     if self.headers and self.config is not None:
       raise ValueError('a model has no weights files of its own')
     if self.message is not None:
-      others = [x.name for x in self.records if x.name != models.names.BUFFERS]
-      if self.config is None or others:
+      records = [x for x in self.records if x.name != models.names.BUFFERS]
+      if self.config is None or records:
         raise ValueError('a message is a whole model with its config, without records')
       self.message.layout.record_bytes(self.config)  # which checks the parameters
     for record in self.records:
@@ -373,14 +373,3 @@ def check_shapes(
   if shapes != expected and not is_identity:
     path, shape = min(set(shapes.items()) ^ set(expected.items()))
     raise ValueError(f'{path}: the config implies another shape, got {shape=}')
-
-
-def check_array(path: str, shape: Shape, dtype: np.dtype) -> None:
-  """Checks that an array of this path, shape and dtype can be stored."""
-  try:
-    path.encode()  # text of files is UTF-8
-    entries.check_shape(shape)
-    schema.load(Leaf, {'path': path, 'shape': shape, 'dtype': dtype.name})
-  except ValueError as error:
-    array = f'an array of {dtype.name} {list(shape)!r:.100}'
-    raise ValueError(f'{path}: {array} cannot be stored: {error}') from error

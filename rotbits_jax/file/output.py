@@ -8,6 +8,7 @@ and the settings, so a run that was killed finds the shards that it had written.
 
 from collections.abc import Iterable
 import contextlib
+import fnmatch
 import glob
 import os
 import pathlib
@@ -174,7 +175,9 @@ def check_path(
   if shard_size < 1:
     raise ValueError(f'shard_size must be positive, got {shard_size}')
   folder = outputs.directory_target(path)
-  replaced = outputs.check_replaced(folder, shards_lib.is_of_set, overwrite=overwrite)
+  is_shard = lambda name: fnmatch.fnmatch(name, 'model-*-of-*.rotbits')
+  is_of_set = lambda name: name == shards_lib.INDEX or is_shard(name)
+  replaced = outputs.check_replaced(folder, is_of_set, overwrite=overwrite)
   check_inputs(replaced, inputs)
 
 

@@ -11,6 +11,7 @@ blocks of another are decoded. A damaged or incomplete file raises `ContainerErr
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+import dataclasses
 import functools
 import hashlib
 import math
@@ -26,7 +27,6 @@ from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
-from rotbits_jax.coding import specs
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
@@ -259,7 +259,7 @@ class Reader:
       container.naming(name),
       memory.bounded(name, entry.memory_bytes),
     ):
-      for leaf, array_specs in entry.leaf_specs:
+      for leaf, specs in entry.leaf_specs:
         out = (rows or {}).get(entry.inner(leaf.path))
         if out is None and leaf.base is not None and not shared:
           out = [host.empty(leaf.shape, leaf.dtype)]
@@ -267,15 +267,20 @@ class Reader:
         shapes = [self._leaves[x].shape for x in leaf.needs if x in self._leaves]
         if not leaf.needs:
           shapes = [leaf.shape if leaf.base is None else leaf.base.shape]
-        leaves.append(_StoredLeaf(leaf, array_specs, out, integers, needed, shapes))
+        is_expanded = leaf.is_expanded(integers)
+        if out is None or is_expanded:
+          stored = [host.empty(x.shape, x.dtype) for x in specs]
+        else:  # the coder writes them there
+          stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
+        leaves.append(_StoredLeaf(leaf, stored, out, is_expanded, needed, shapes))
         is_difference = leaf.leaf_class is difference.Difference
         if is_difference and {'differences', 'column_scales'} <= {*leaf.arrays}:
           index = leaf.arrays.index('differences')
           known[len(arrays) + index] = leaves[-1].known
-        arrays += leaves[-1].arrays
+        arrays += stored
       decode = coders.CODERS[entry.coder].decode
-      with file.checked(name, entry.crc32) as data:
-        decode(entry.stream_spec, data, out=arrays, known=known)
+      data = file.checked(name, entry.crc32)
+      decode(entry.stream_spec, data, out=arrays, known=known)
       return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
 
   def _needed(
@@ -359,10 +364,10 @@ class Reader:
       with memory.bounded('the message', 2 * size + rotation):
         words = {}
         for name, stream in message.streams.items():
-          with self._homes[name].checked(name, stream.crc32) as data:
-            if data.size % 2:
-              raise ValueError(f'{name}: an odd number of bytes')
-            words[name] = data.view('<u2').copy()
+          data = self._homes[name].checked(name, stream.crc32)
+          if data.size % 2:
+            raise ValueError(f'{name}: an odd number of bytes')
+          words[name] = data.view('<u2').copy()
         return structured.unflatten(
           paper.decode(options, message.layout, words, config, progress=show_progress)
         )
@@ -419,37 +424,28 @@ class Reader:
     return contents
 
 
+@dataclasses.dataclass
 class _StoredLeaf:
   """A leaf while the coder fills the `arrays` as which it is stored."""
 
-  def __init__(
-    self,
-    entry: manifest_lib.Leaf,
-    array_specs: Sequence[specs.ArraySpec],
-    out: list[np.ndarray] | None,
-    integers: bool,
-    needed: Callable[[], list[Any]],
-    shapes: Sequence[manifest_lib.Shape],
-  ):
-    """Makes room for the arrays: in `out`, if the coder can write them there."""
-    self.entry, self._out, self._needed, self._shapes = entry, out, needed, shapes
-    self._is_expanded = entry.is_expanded(integers)
-    self._prediction: difference.Prediction | None = None
-    if out is None or self._is_expanded:
-      self.arrays = [host.empty(x.shape, x.dtype) for x in array_specs]
-    else:
-      self.arrays = [x.view(y.dtype) for x, y in zip(out, array_specs, strict=True)]
+  entry: manifest_lib.Leaf
+  arrays: list[np.ndarray]
+  out: list[np.ndarray] | None  # where to decode the leaf to
+  is_expanded: bool  # whether an array takes its place
+  needed: Callable[[], list[Any]]  # returns the arrays that it is computed from
+  shapes: Sequence[manifest_lib.Shape]  # of these
+  prediction: difference.Prediction | None = None
 
   @functools.cached_property
   def _leaf(self) -> Any:
     """The leaf; of differences with classes, these may not be decoded yet."""
-    return self.entry.make(self.arrays, self._shapes)
+    return self.entry.make(self.arrays, self.shapes)
 
   def known(self) -> np.ndarray:
     """Returns the classes of the differences, which the coder must know."""
     with container.naming(self.entry.path):
-      self._prediction = self._leaf.predict(*self._needed(), run=pool.run)
-    return self._prediction.classes
+      self.prediction = self._leaf.predict(*self.needed(), run=pool.run)
+    return self.prediction.classes
 
   def value(self, *, as_arrays: bool) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""
@@ -457,26 +453,26 @@ class _StoredLeaf:
     if not entry.type_name:
       return self.arrays[0].view(np.dtype(entry.dtype))
     with container.naming(entry.path):
-      if not self._is_expanded and not as_arrays:
+      if not self.is_expanded and not as_arrays:
         return self._leaf
-      if not self._is_expanded:
-        needed = self._needed()
+      if not self.is_expanded:
+        needed = self.needed()
         leaf = self._leaf.materialize(*needed) if needed else self._leaf
         return jax.device_get(structured.materialize(leaf))
       if entry.crc32 is None:  # multiples of a step
-        array = self._out[0] if self._out else host.empty(entry.shape, entry.dtype)
+        array = self.out[0] if self.out else host.empty(entry.shape, entry.dtype)
         self._leaf.write(array)
         return array
-      if self._prediction is None:
-        array = np.asarray(self._leaf.materialize(*self._needed()))
+      if self.prediction is None:
+        array = np.asarray(self._leaf.materialize(*self.needed()))
       else:
-        array = self._leaf.joined(self._prediction, run=pool.run)
+        array = self._leaf.joined(self.prediction, run=pool.run)
       if checksums.of_array(array) != entry.crc32:
         raise ValueError('decoded elements differ from the encoded ones')
-    if self._out is None:
+    if self.out is None:
       return array
-    self._out[0][...] = host.contiguous(array)
-    return self._out[0]
+    self.out[0][...] = host.contiguous(array)
+    return self.out[0]
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:

@@ -126,14 +126,13 @@ class Report(NamedTuple):
         'The weights are others, so adapters (LoRA) trained on the input do not fit '
         'them: merge those first, or use the preset exact.'
       )
-    if self.keeps == 'approximation' and self.family is None:
+    if self.keeps == 'approximation':
       remarks.append(
-        'No divergence was measured, because the tensors are of no known family: '
-        'compare the predictions with those of the input, on a text that matters to '
-        'you.'
+        'Measure how much it differs with `rotbits evaluate`.'
+        if self.family
+        else 'No divergence was measured, because the tensors are of no known family: '
+        'compare the predictions with those of the input, on your text.'
       )
-    elif self.keeps == 'approximation':
-      remarks.append('Measure how much it differs with `rotbits evaluate`.')
     return remarks
 
 

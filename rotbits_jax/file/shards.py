@@ -6,7 +6,6 @@ runs are not taken for one model.
 """
 
 from collections.abc import Mapping
-import fnmatch
 import json
 import os
 import pathlib
@@ -89,8 +88,3 @@ def is_encoded(path: str | os.PathLike[str]) -> bool:
   except ContainerError:  # it may be damaged
     return place.name == INDEX or place.suffix == '.rotbits'
   return True
-
-
-def is_of_set(name: str) -> bool:
-  """Returns whether a file in a folder of shards has a name of the set."""
-  return name == INDEX or fnmatch.fnmatch(name, 'model-*-of-*.rotbits')

@@ -136,7 +136,7 @@ def _array(leaf: Any, path: str) -> Any:
     dtype is None
     or isinstance(leaf, np.ma.MaskedArray)
     or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    or dtype.kind in 'OSUMm'
+    or dtype.kind in 'cOSUMm'
   ):
     raise ValueError(
       f'{path}: expected an array of numbers, got {type(leaf).__name__} {dtype or ""}; '

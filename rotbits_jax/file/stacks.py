@@ -57,11 +57,10 @@ def read(
       jobs[name] = start(functools.partial(decode, name))
     stacks = []
     for run in runs:
-      arrays, rows_of_layers = _stack([of_layers[i] for i in run], integers)
-      started = [
-        start(functools.partial(decode, of_layers[i].name, rows=rows))
-        for i, rows in zip(run, rows_of_layers, strict=True)
-      ]
+      arrays, started = _stack([of_layers[i] for i in run], integers), []
+      for i, layer in enumerate(map(models.names.layer, run)):
+        rows = {path: [x[i, ...] for x in stack] for path, stack in arrays.items()}
+        started.append(start(functools.partial(decode, layer, rows=rows)))
       stacks.append((run, arrays, started))
     for name, entry in entries.items():
       for path, leaf in jobs[name].result().items():
@@ -83,29 +82,22 @@ def read(
 
 def _stack(
   entries: Sequence[manifest_lib.RecordEntry], integers: bool
-) -> tuple[dict[str, list[np.ndarray]], list[Rows]]:
-  """Makes the arrays of a stack by path within a layer, and each layer's rows of them.
+) -> dict[str, list[np.ndarray]]:
+  """Makes the arrays of a stack, by path within a layer.
 
   A leaf that is stored as arrays of different shapes in different layers has none.
   """
   arrays: dict[str, list[np.ndarray]] = {}
-  layers = [
-    {
-      entry.inner(leaf.path): (leaf, [(x.shape, x.dtype) for x in specs])
-      for leaf, specs in entry.leaf_specs
-    }
-    for entry in entries
-  ]
-  for path, (leaf, specs) in layers[0].items():
-    if not leaf.type_name or leaf.is_expanded(integers):
-      specs = [(leaf.shape, leaf.dtype)]
-    elif any(layer[path][1] != specs for layer in layers):
-      continue
-    arrays[path] = [host.empty((len(entries), *x), y) for x, y in specs]
-  return arrays, [
-    {path: [x[i, ...] for x in y] for path, y in arrays.items()}
-    for i in range(len(entries))
-  ]
+  stored = collections.defaultdict(list)
+  for entry in entries:
+    for leaf, specs in entry.leaf_specs:
+      is_array = not leaf.type_name or leaf.is_expanded(integers)
+      shapes = [(x.shape, x.dtype) for x in ([leaf] if is_array else specs)]
+      stored[entry.inner(leaf.path)].append(shapes)
+  for path, (first, *others) in stored.items():
+    if all(shapes == first for shapes in others):
+      arrays[path] = [host.empty((len(entries), *x), y) for x, y in first]
+  return arrays
 
 
 def read_arrays(

@@ -4,9 +4,6 @@ The system ends a process (SIGBUS) that touches a mapped page of a file which an
 program has shortened meanwhile. Here a file that changes while it is read is an error.
 """
 
-import collections
-from collections.abc import Iterator
-import contextlib
 import os
 import pathlib
 import stat
@@ -63,17 +60,3 @@ def cache_folder() -> pathlib.Path:
   cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   path = os.environ.get('ROTBITS_JAX_CACHE') or f'{cache}/rotbits_jax'
   return pathlib.Path(path).expanduser()
-
-
-@contextlib.contextmanager
-def lent(size: int, free: collections.deque[np.ndarray]) -> Iterator[np.ndarray]:
-  """Lends uint8 `[size]` of arrays that are free: the system clears each new page."""
-  buffer = np.empty(0, np.uint8)
-  with contextlib.suppress(IndexError):
-    buffer = free.pop()
-  if len(buffer) < size:
-    buffer = np.empty(size, np.uint8)
-  try:
-    yield buffer[:size]
-  finally:
-    free.append(buffer)
