@@ -47,9 +47,6 @@ from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
 
-EncodedRecord = tuple[manifest_lib.RecordEntry, np.ndarray]
-"""A record's entry in the manifest, without the checksum of its stream; the stream."""
-
 BESIDE = 'beside a base'
 """The name of the saving of a base."""
 
@@ -257,7 +254,7 @@ class Encoder:
   ) -> tuple[list[manifest_lib.RecordEntry], Any]:
     """Writes records while the next ones are rewritten; see `write` for the state."""
     entries: list[manifest_lib.RecordEntry] = []
-    ahead = collections.deque[list[futures.Future[EncodedRecord]]]()
+    ahead = collections.deque[list[futures.Future[Any]]]()
 
     def append() -> None:
       bar.stage('encoding')
@@ -285,8 +282,11 @@ class Encoder:
 
   def encode_record(
     self, record: passes.Record, resolve: Callable[[str], Any]
-  ) -> EncodedRecord:
-    """Codes a record; a ValueError names a parameter that cannot be stored."""
+  ) -> tuple[manifest_lib.RecordEntry, np.ndarray]:
+    """Returns the entry of a record, without the checksum of its stream; the stream.
+
+    A ValueError names a parameter that cannot be stored.
+    """
     leaves: list[manifest_lib.Leaf] = []
     arrays: list[np.ndarray] = []
     known: dict[int, np.ndarray] = {}

@@ -47,9 +47,6 @@ _MOST_USES = 16  # of arrays by leaves that are small beside them
 
 Tree = dict[str, Any]
 
-Started = Mapping[str, 'futures.Future[Tree]']
-"""Records that are being decoded, by their names."""
-
 
 class Reader:
   """An encoded file, or all shards of one, as a `passes.Source`.
@@ -82,7 +79,7 @@ class Reader:
     self._leaves = {leaf.path: leaf for _, leaf in leaves}
     self._holders = {leaf.path: name for name, leaf in leaves}
     self.entry = functools.cache(self._checked_entry)
-    self._basis = functools.lru_cache(_MOST_BASES)(self._read_basis)
+    self._tensor = functools.lru_cache(_MOST_BASES)(self.tensor)
     self._check_uses()
     if index is not None:
       self._check_index(index)
@@ -230,7 +227,7 @@ class Reader:
   def decode(
     self,
     name: str,
-    started: Started = types.MappingProxyType({}),
+    started: Mapping[str, 'futures.Future[Tree]'] = types.MappingProxyType({}),
     *,
     rows: stacks.Rows | None = None,
     integers: bool = False,
@@ -241,7 +238,7 @@ class Reader:
 
     Args:
       name: name of the record.
-      started: records that are decoded already, for leaves that need others.
+      started: records that are being decoded, for leaves that need others.
       rows: where to decode leaves to; others get new memory.
       integers: whether multiples of one step stay integers.
       as_arrays: whether the leaves are materialized.
@@ -298,18 +295,10 @@ class Reader:
       needed.append(self._base.get(leaf.base))
     if (product := leaf.product) is not None:
       arrays = [self._base.get(array) for array in product.arrays if self._base]
-      bases = [self._basis(segment) for segment in product.segments]
+      bases = [self._tensor(models.names.basis(x)) for x in product.segments]
       dtype = np.dtype(leaf.dtype)
       needed.append(product.tensor(arrays, bases, leaf.shape, dtype))
     return needed
-
-  def _read_basis(self, segment: int) -> np.ndarray:
-    """Returns the basis of a segment."""
-    path = models.names.basis(segment)
-    if path not in self._holders:
-      raise ValueError(f'it needs {path}, which is missing')
-    basis: np.ndarray = self.tensor(path)
-    return basis
 
   # ---- the whole content -------------------------------------------------------------
 

@@ -89,29 +89,22 @@ class TreeRecords:
   specs = read  # the arrays tell their shapes and dtypes
 
 
-def to_dicts(tree: Any) -> Tree:
-  """Returns any PyTree as nested dicts with the same leaves.
+def to_dicts(tree: Any, path: str = '') -> Any:
+  """Returns any PyTree, or the part at a path, as nested dicts with the same leaves.
 
   The keys are those of dicts, the indices of sequences and the names of fields. Dicts
   may be empty. A ValueError says that a leaf is no array, that keys cannot be told
   apart, or that the tree is an array itself.
   """
-  nested = _to_dicts(tree, '')
-  if not isinstance(nested, dict):
-    raise ValueError('expected a dict or a sequence at the top level')
-  return nested
-
-
-def _to_dicts(tree: Any, path: str) -> Any:
-  """Returns a part of a PyTree, at a path, as nested dicts."""
-  if structured.is_structured(tree):
-    return tree
   if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
     children = list(tree.items())  # JAX would sort the keys
   else:
     pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
-    if [keys for keys, _ in pairs] == [()]:
-      return _array(tree, path)
+    is_structured = structured.is_structured(tree)
+    if is_structured or [keys for keys, _ in pairs] == [()]:
+      if not path:
+        raise ValueError('expected a dict or a sequence at the top level')
+      return tree if is_structured else _array(tree, path)
     children = [(_path_of(keys), child) for keys, child in pairs]
   nested: Tree = {}
   for key, child in children:
@@ -120,7 +113,7 @@ def _to_dicts(tree: Any, path: str) -> Any:
       raise ValueError(
         f'{where!r}: keys must be different, not empty and without a slash'
       )
-    nested[key] = _to_dicts(child, where)
+    nested[key] = to_dicts(child, where)
   return nested
 
 

@@ -109,19 +109,16 @@ def read_arrays(
   total = sum(structured.count_bytes(x) for name in names for x in specs(name).values())
   key = lambda i: models.stack_key(*source.specs(models.names.layer(i)).values())
   runs = models.stack_ranges(layers, key)
-  run_of = {i: run for run in runs for i in run}
   flat: dict[str, Any] = {}
+  rows: dict[str, np.ndarray] = {}
 
   def copy(name: str) -> None:
-    index = models.names.layer_index(name)
     for path, array in structured.flatten(source.read(name)).items():
       contiguous = host.contiguous(array)
-      if index is None:
-        flat[path] = contiguous
+      if path in rows:
+        rows[path][...] = contiguous
       else:
-        run = run_of[index]
-        stack = flat[models.names.stack(run) + path.removeprefix(name)]
-        stack[index - run.start] = contiguous
+        flat[path] = contiguous
       bar.update(contiguous.nbytes)
 
   with (
@@ -131,7 +128,9 @@ def read_arrays(
     for run in runs:
       first = models.names.layer(run.start)
       for path, spec in specs(first).items():
-        stack = models.names.stack(run) + path.removeprefix(first)
-        flat[stack] = host.empty((len(run), *spec.shape), spec.dtype)
+        inner, stack = path.removeprefix(first), models.names.stack(run)
+        array = host.empty((len(run), *spec.shape), spec.dtype)
+        flat[stack + inner] = array
+        rows |= {models.names.layer(i) + inner: array[i - run.start, ...] for i in run}
     pool.each(copy, names)
   return flat
