@@ -22,10 +22,7 @@ from safetensors import numpy as safetensors_numpy
 def read_frequencies(data, count, size, p):
   """Frequencies `[count, 256]` of integers, or `[count, 1024]` of pairs of 32 bins."""
   values = [1, 256] @ np.frombuffer(zlib.decompress(data), 'u1').reshape(2, -1)
-  tables = np.zeros((count, size), np.int64)
-  for table in tables:
-    first, last = values[:2]
-    table[first : last + 1], values = np.split(values[2:], [last + 1 - first])
+  tables = values.reshape(count, size)
   if size == 256:
     return tables
   weights = (tables[:, :, None] * tables[:, None]).reshape(-1, 1024)

@@ -59,7 +59,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
     lowest_bit = (significand & -significand).astype(np.float32).view(np.int32) >> 23
     exponent = np.maximum(exponent, 1).astype(np.int32)
     lowest = min(lowest, int((exponent + lowest_bit).min()) - 127)
-    used |= int(np.bitwise_or.reduce(magnitude))
+    used |= int(np.bitwise_or.reduce(magnitude))  # type: ignore[call-overload]
     if used & 1 and lowest <= useless:
       break
   if not used:

@@ -31,6 +31,7 @@ _SMALL = 1 << 12  # numbers of parts without finer bins
 _RARE = 1 << 17  # a symbol that is rarer than one in so many is an exception
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _RAISED_CLASSES = 32  # of a part that shares a step
+_QUARTERS = 4  # tables of floats that share no step, of which a class tells one
 _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
@@ -138,13 +139,13 @@ def _draft(part: Part) -> _Draft | None:
   scales = _scales(numbers, layout, min_exponent)
   draft = _Draft(part, layout, scales, min_exponent)
   choices = [draft]
-  if scales.rows.size + scales.columns.size > 2 and not _is_unsigned(layout):
+  if scales.rows.size + scales.columns.size > 2 and layout.dtype.kind != 'u':
     choices.append(draft._replace(scales=scales_lib.shared(scales)))
   may_be_finer = numbers.size > _SMALL and layout.raw_bits > 1
   if may_be_finer or len(choices) > 1:
     costs = {_cost(x): x for x in choices}
     draft = costs[min(costs)]
-  if may_be_finer:
+  if may_be_finer and isinstance(layout, layouts.Floats):
     finer = dataclasses.replace(layout, raw_bits=layout.raw_bits - 1, top=2)
     fine = draft._replace(layout=finer)
     draft = fine if _cost(fine) + _FINER_BYTES < min(costs) else draft
@@ -191,10 +192,7 @@ def _cost(draft: _Draft) -> float:
 
 
 def _group(drafts: list[_Draft], fraction: int = 1) -> Group:
-  """Chooses the classes and the tables of parts of one layout.
-
-  It looks at samples, or at a fraction of these.
-  """
+  """Chooses the classes and the tables of parts of one layout by samples of them."""
   layout = drafts[0].layout
   scales, levels, octave = _classes(drafts)
   is_float = isinstance(layout, layouts.Floats)
@@ -217,7 +215,7 @@ def _group(drafts: list[_Draft], fraction: int = 1) -> Group:
   ends = np.cumsum(np.append(0, rows.sum(axis=0)))
   first = int(np.argmax(ends[layout.alphabet :] - ends[: -layout.alphabet]))
   window, start = slice(first, first + layout.alphabet), 0
-  if _has_quarters(layout):
+  if layout.most_tables == _QUARTERS:
     table_of, rows, entries = levels, rows[:, window], np.zeros((0, 2), int)
     start = (octave << layout.top) + first - _BINS_BELOW
   else:
@@ -239,22 +237,12 @@ def _group(drafts: list[_Draft], fraction: int = 1) -> Group:
   return Group(layout, contexts, [x.part for x in drafts], nbytes)
 
 
-def _is_unsigned(layout: layouts.Layout) -> bool:
-  """Returns whether a layout is of integers whose classes are not scales."""
-  return isinstance(layout, layouts.Integers) and not layout.bias
-
-
-def _has_quarters(layout: layouts.Layout) -> bool:
-  """Returns whether a class tells one of four tables and an offset."""
-  return isinstance(layout, layouts.Floats) and not layout.raised
-
-
 def _classes(
   drafts: Sequence[_Draft],
 ) -> tuple[list[contexts_lib.Scales], np.ndarray, int]:
   """Returns scales from class 0 on; the levels of the classes; and the octave of 0."""
   layout, most = drafts[0].layout, contexts_lib.CLASSES - 1
-  if layout.raised or _is_unsigned(layout):
+  if layout.raised or layout.dtype.kind == 'u':
     # The classes of the parts follow each other.
     levels = [x.scales.base + np.arange(x.span) for x in drafts]
     ends = itertools.accumulate(x.span for x in drafts)
@@ -262,18 +250,16 @@ def _classes(
     pairs = zip(drafts, bases, strict=True)
     scales = [x.scales._replace(base=base) for x, base in pairs]
     return scales, np.concatenate(levels)[: most + 1], 0
-  octaves = [
-    x // scales_lib.STEPS for y in drafts for x in (y.scales.base, y.scales.greatest)
-  ]
+  classes = [y for x in drafts for y in (x.scales.base, x.scales.greatest)]
+  octaves = np.array(classes) // scales_lib.STEPS
   # A lower scale may be that of an array of zeros.
-  octave = max(min(octaves), max(octaves) - _OCTAVES)
-  scales = [
-    scales_lib.within(
-      x.scales._replace(base=x.scales.base - scales_lib.STEPS * octave), 0, most
-    )
-    for x in drafts
-  ]
-  number = 4 if _has_quarters(layout) else 1 + max(x.greatest for x in scales)
+  octave = max(int(octaves.min()), int(octaves.max()) - _OCTAVES)
+  scales = []
+  for draft in drafts:
+    base = draft.scales.base - scales_lib.STEPS * octave
+    scales.append(scales_lib.within(draft.scales._replace(base=base), 0, most))
+  has_quarters = layout.most_tables == _QUARTERS
+  number = _QUARTERS if has_quarters else 1 + max(x.greatest for x in scales)
   return scales, np.arange(number), octave
 
 
@@ -324,15 +310,7 @@ def _shifts(samples: Sequence[_Sample], layout: layouts.Integers) -> np.ndarray:
 def _counts(
   sample: _Sample, layout: layouts.Layout, told: np.ndarray, octave: int, number: int
 ) -> np.ndarray:
-  """Counts the symbols by class, or by table: `[number, A]`.
-
-  Args:
-    sample: the sample.
-    layout: layout of the part.
-    told: what classes tell: shifts or minimum exponents.
-    octave: that of class 0.
-    number: the number of classes, or of tables where a class tells one of four.
-  """
+  """Counts the symbols by class, or by table if a class tells one of four."""
   rows, alphabet = sample.classes, layout.alphabet
   if isinstance(layout, layouts.Integers):
     symbols = sample.units.astype(np.int64) >> told[rows][:, None]
@@ -350,15 +328,7 @@ def _counts(
 
 
 def _merged(counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Merges the tables of classes that are neighbours in an order, where it saves bits.
-
-  Args:
-    counts: those of the symbols of each class, `[N, A]`.
-    order: the classes, in an order in which neighbours have similar tables.
-
-  Returns:
-    The table of each class, `[N]`; and the counts of the tables, `[K, A]`.
-  """
+  """Merges tables of neighbours in an order; returns that of each class, and counts."""
   rows, row_of = counts[order], np.arange(len(order))
   while True:
     bits = _table_bits(rows)
@@ -383,11 +353,7 @@ def _table_bits(counts: np.ndarray) -> np.ndarray:
 
 
 def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
-  """Returns frequencies in proportion to counts `[K, A]`, or about, if they must fit.
-
-  A half of the symbols is counted more often in a table without counts, or with a pair
-  of bins that is too frequent, until it fits.
-  """
+  """Returns frequencies in proportion to counts, of which pairs of bins have tables."""
   try:
     frequencies = tables.quantize(counts)
     if isinstance(layout, layouts.Floats):
@@ -397,5 +363,6 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
     if len(counts) > 1:
       halves = np.array_split(counts, 2)
       return np.concatenate([_frequencies(x, layout) for x in halves])
+    # A table without counts, or with a pair that is too frequent, becomes flatter.
     more = np.arange(layout.alphabet) < layout.alphabet // 2
     return _frequencies(counts + more * (1 + counts.sum() // 64), layout)

@@ -55,9 +55,9 @@ def measure(array: np.ndarray) -> contexts.Scales:
     columns = columns.reshape(number, -1).mean(axis=1)
   if not has_rows and not has_columns:
     rows = _levels(matrix.reshape(1, -1)[:, :_CHUNK], np.zeros((1, 1)), 1, form)
-  classes = [np.rint(STEPS * x).astype(int) for x in (rows, columns)]
-  greatest = sum(int(x.max()) for x in classes)
-  return _within(*classes, greatest - _RANGE, greatest)
+  rows, columns = (np.rint(STEPS * x).astype(int) for x in (rows, columns))
+  greatest = int(rows.max()) + int(columns.max())
+  return _within(rows, columns, greatest - _RANGE, greatest)
 
 
 def _levels(
@@ -97,12 +97,12 @@ def _within(
 ) -> contexts.Scales:
   """Makes scales of the classes of rows, to which those of columns are added.
 
-  Classes above `most` are lowered, and all others with them. Those below `least` are
-  raised: columns have the room that rows leave, but half of it at least.
+  Those above `most` are lowered with all others, and then those below `least` raised.
   """
   top = min(max(int(rows.max() + columns.max()), least), most)
   room = top - least
   rows, columns = rows.max() - rows, columns.max() - columns
+  # Columns have the room that rows leave, but half of it at least.
   rows = np.minimum(rows, max(room // 2, room - int(columns.max())))
   columns = np.minimum(columns, room - int(rows.max()))
   base = top - int(rows.max() + columns.max())
