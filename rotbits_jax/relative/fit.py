@@ -79,7 +79,7 @@ def orthonormal(matrix: np.ndarray) -> np.ndarray | None:
 
 def as_basis(basis: np.ndarray, roundoff: float) -> subspaces.Basis:
   """Returns the leaf of a basis, whose error is a small part of the roundoff."""
-  return subspaces.Basis.of(basis, _step(roundoff / 5 / math.sqrt(len(basis))))
+  return subspaces.Basis.of(basis, _step(roundoff / 4.7 / math.sqrt(len(basis))))
 
 
 def as_subspace(basis: np.ndarray, roundoff: float) -> subspaces.Basis:
@@ -103,7 +103,7 @@ def as_subspace(basis: np.ndarray, roundoff: float) -> subspaces.Basis:
   lower = basis[~rows] @ basis[rows].T @ ((vectors / sizes) @ vectors.T)
   tangent = np.linalg.solve(np.eye(width) + upper, lower.T).T
   # Errors grow relative to tensors, whose vectors lie beside the subspace, too.
-  share = math.sqrt(12 / max(hidden - width, 1) * width / hidden) / 7
+  share = math.sqrt(12 / max(hidden - width, 1) * width / hidden) / 6.75
   return subspaces.Basis.of(tangent, _step(roundoff * share), rows)
 
 
