@@ -41,9 +41,9 @@ def read_frequencies(data, count, size, p):
 def read_message(data, tables, shifts, frequencies, p):
   """The symbols with the raw bits of integers, and the bytes behind the message."""
   lanes = tables.shape[1]
-  head = [('least', '<u4'), ('width', '<u2'), ('x', '<u2', (2, lanes))]
-  head = np.dtype([*head, ('sizes', f'<u{data[4]}', lanes)])
-  least, _, (low, high), sizes = np.frombuffer(data, head, 1)[0]
+  head = [('least', '<u4'), ('x', '<u2', (2, lanes)), ('sizes', '<u2', lanes)]
+  head = np.dtype(head)
+  least, (low, high), sizes = np.frombuffer(data, head, 1)[0]
   x, tops = low + (np.int64(high) << 16), np.cumsum(np.int64(sizes) + least)
   end = head.itemsize + 2 * tops[-1]
   # One word more, because lanes without words look at it, too.

@@ -125,7 +125,7 @@ class RansTest(absltest.TestCase):
     starts = jnp.asarray(np.hstack([i, 100 * i, 0 * i + 3000]), jnp.uint32)
     frequencies = jnp.broadcast_to(jnp.asarray([1, 50, 1000], jnp.uint32), (9, 3))
     message = rans.push_all(message, starts, frequencies, 12)
-    golden = [1, 0, 1, 28680, 9001, 7376, 4096, 1163, 5, 517, 0]
+    golden = [1, 0, 28680, 9001, 7376, 4096, 1163, 5, 5, 2, 0]
     golden += [28672, 1, 2, 12292, 5, 6, 32905, 24923, 634, 15936]
     self.assertEqual(rans.to_words(message).tolist(), golden)
 

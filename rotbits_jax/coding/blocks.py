@@ -38,7 +38,7 @@ ROWS = 1 << 14
 CAPACITY = LANES * ROWS
 """The greatest n."""
 
-LEAST_BYTES = 2 * (3 + 2 * FEW_LANES) + FEW_LANES
+LEAST_BYTES = 2 * (2 + 3 * FEW_LANES)
 """Bytes of a block without words."""
 
 _PLACE = 3  # bytes

@@ -279,12 +279,8 @@ def join_words(state: np.ndarray, size: np.ndarray, stacks: np.ndarray) -> np.nd
   excess = size - base
   if excess.max(initial=0) > 0xFFFF:
     raise MessageError('the sizes of the lanes differ by 2^16 or more words')
-  width = 1 if excess.max(initial=0) <= 0xFF else 2
-  packed = excess.astype(f'<u{width}').view(np.uint8)
-  packed = np.pad(packed, (0, packed.size % 2)).view('<u2')
-  low, high = state.astype(np.uint16), (state >> 16).astype(np.uint16)
-  head = np.array([base & 0xFFFF, base >> 16, width], np.uint16)
-  return np.concatenate([head, low, high, packed, stacks])
+  parts = np.array([base & 0xFFFF, base >> 16]), state & 0xFFFF, state >> 16, excess
+  return np.concatenate([*(x.astype(np.uint16) for x in parts), stacks])
 
 
 def split_words(
@@ -295,9 +291,8 @@ def split_words(
   The words are, in this order:
 
   * the least size of a lane's stack, 2 words, the low half first;
-  * b, the number of bytes of a size below: 1 word, 1 or 2;
   * the low halves of the states, N words, then their high halves, N words;
-  * the size of each stack minus the least size, b bytes each, padded to whole words;
+  * the size of each stack minus the least size, N words;
   * the stacks, lane after lane, each from its bottom.
 
   Args:
@@ -308,14 +303,9 @@ def split_words(
     The states, uint32 `[N]`; the sizes, int64 `[N]`; and the other words, which begin
     with the stacks.
   """
-  width = int(words[2]) if words.size > 2 else 0
-  start = 3 + 2 * lanes  # where the sizes begin
-  stop = start + -(-lanes * width // 2)
-  if width not in (1, 2) or words.size < stop:
+  start = 2 + 3 * lanes  # where the stacks begin
+  if words.size < start or not words[2 + lanes : 2 + 2 * lanes].all():
     raise MessageError(f'the words are not a message with {lanes} lanes')
   base = int(words[0]) | int(words[1]) << 16
-  low, high = words[3:start].astype(np.uint32).reshape(2, lanes)
-  size = words[start:stop].view(f'<u{width}')[:lanes].astype(np.int64) + base
-  if not high.all():
-    raise MessageError(f'the words are not a message with {lanes} lanes')
-  return low | high << 16, size, words[stop:]
+  low, high, excess = words[2:start].astype(np.uint32).reshape(3, lanes)
+  return low | high << 16, base + excess.astype(np.int64), words[start:]

@@ -56,7 +56,7 @@ def measure(array: np.ndarray) -> contexts.Scales:
   if not has_rows and not has_columns:
     rows = _levels(matrix.reshape(1, -1)[:, :_CHUNK], np.zeros((1, 1)), 1, form)
   rows, columns = (np.rint(STEPS * x).astype(int) for x in (rows, columns))
-  greatest = int(rows.max()) + int(columns.max())
+  greatest = int(np.max(rows) + np.max(columns))
   return _within(rows, columns, greatest - _RANGE, greatest)
 
 
