@@ -329,7 +329,9 @@ def _counts(
 
 def _merged(counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Merges tables of neighbours in an order; returns that of each class, and counts."""
-  rows, row_of = counts[order], np.arange(len(order))
+  rows = counts[order]
+  is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
+  rows, row_of = rows[is_first], np.cumsum(is_first) - 1
   while True:
     bits = _table_bits(rows)
     saved = bits[:-1] + bits[1:] - _table_bits(rows[:-1] + rows[1:])
@@ -354,6 +356,8 @@ def _table_bits(counts: np.ndarray) -> np.ndarray:
 
 def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   """Returns frequencies in proportion to counts, of which pairs of bins have tables."""
+  half = np.arange(layout.alphabet) < layout.alphabet // 2
+  counts = np.where(counts.any(axis=1, keepdims=True), counts, half)
   try:
     frequencies = tables.quantize(counts)
     if isinstance(layout, layouts.Floats):
@@ -363,6 +367,5 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
     if len(counts) > 1:
       halves = np.array_split(counts, 2)
       return np.concatenate([_frequencies(x, layout) for x in halves])
-    # A table without counts, or with a pair that is too frequent, becomes flatter.
-    more = np.arange(layout.alphabet) < layout.alphabet // 2
-    return _frequencies(counts + more * (1 + counts.sum() // 64), layout)
+    # A table with a pair that is too frequent becomes flatter.
+    return _frequencies(counts + half * (1 + counts.sum() // 64), layout)
