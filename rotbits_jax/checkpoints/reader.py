@@ -419,10 +419,7 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
 def _read_sidecars(
   root: pathlib.Path, weights: set[pathlib.Path], index: dict[str, bytes]
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
-  """Reads the files beside the weights, and adds the index if it is kept.
-
-  Also returns the names of files that are left out, but not those in hidden folders.
-  """
+  """Returns the files beside the weights, and the names of visible ones left out."""
   files: dict[str, bytes] = {}
   left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))
   for parent, folders, names in os.walk(root):
@@ -451,12 +448,9 @@ def _read_sidecars(
 
 
 def _is_inside(file: pathlib.Path, root: pathlib.Path) -> bool:
-  """Returns whether a path is that of a regular file in a folder.
-
-  An untrusted folder may have links to private files, which encoding would give away.
-  The links of Hugging Face's cache lead from `snapshots/<revision>`, and from folders
-  in it, into `blobs`.
-  """
+  """Returns whether a path is that of a regular file in a folder."""
+  # An untrusted folder may have links to private files. Those of Hugging Face's cache
+  # lead from `snapshots/<revision>`, and from folders in it, into `blobs`.
   folder = pathlib.Path(os.path.realpath(root))
   real = pathlib.Path(os.path.realpath(file))
   revisions = (x for x in (folder, *folder.parents) if x.parent.name == 'snapshots')

@@ -130,10 +130,7 @@ def main() -> program.Result | None:
 
 
 def _options(source: Any) -> tuple[dict[str, Any], steps.Calibration | None]:
-  """Returns the options of `encode_to_file` that the flags say.
-
-  With --text, `near` is calibrated on the checkpoint `source`.
-  """
+  """Returns the options of `encode_to_file` that the flags say, for a source."""
   options: dict[str, Any] = {'preset': _PRESET.value}
   if _CONFIG.value is not None:
     options |= _CONFIG.value.to_dict()

@@ -294,12 +294,7 @@ def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:
   jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=_WIDE
 )
 def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
-  """Decodes rows of units.
-
-  The arguments are arrays for units and marks; the states; the places of the words that
-  lanes take next; words; classes; planes; tables; and the number of rows. Returns the
-  states, the places, and the arrays.
-  """
+  """Decodes rows of units; returns the states, the places of words, and the arrays."""
 
   def loop(*operands: Any) -> Any:
     out, state, tops, words, classes, planes, coder_tables, rows = operands
@@ -334,12 +329,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 
 @functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
 def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
-  """Encodes rows of units, the last one first.
-
-  The arguments are arrays for the stacks of the lanes, the marks and the planes; the
-  units; classes; tables; and the number of rows. Returns the states, the lengths of the
-  stacks, and the arrays.
-  """
+  """Encodes rows of units; returns the states, the lengths of stacks and the arrays."""
 
   def loop(out: Any, units: Any, classes: Any, coder_tables: Any, rows: Any) -> Any:
     lanes = classes.shape[1]

@@ -153,10 +153,8 @@ def _dealt(
   precision: int,
   dtype: DTypeLike,
 ) -> Codec:
-  """Returns the codec of symbols that are dealt out to lanes; see `rans.pop_all`.
-
-  Places without a symbol have the context `void`, in which 0 owns all slots.
-  """
+  """Returns the codec of symbols that are dealt out to lanes; see `rans.pop_all`."""
+  # Places without a symbol have the context `void`, in which 0 owns all slots.
 
   def deal(values: jax.Array, lanes: int, fill: int) -> jax.Array:
     flat = jnp.asarray(values).astype(jnp.uint32).reshape(-1)

@@ -241,11 +241,7 @@ class _Units(NamedTuple):
   def _spans(
     self, start: int, block: np.ndarray, size: int
   ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Divides a block, of `size` elements a unit from `start` on, among the parts.
-
-    Yields the index of a part, the first of its units in the block, counted within the
-    part, its share of the block, and the bit patterns of its numbers there.
-    """
+    """Yields of each part: its index, first unit, share of the block, and bits."""
     begin, end = 0, start + block.size // size
     for i, array in enumerate(self.arrays):
       units = -(-array.size // self.layout.size)

@@ -95,10 +95,7 @@ def within(scales: contexts.Scales, least: int, most: int) -> contexts.Scales:
 def _within(
   rows: np.ndarray, columns: np.ndarray, least: int, most: int
 ) -> contexts.Scales:
-  """Makes scales of the classes of rows, to which those of columns are added.
-
-  Those above `most` are lowered with all others, and then those below `least` raised.
-  """
+  """Makes scales whose classes are from `least` to `most`, of those of lines."""
   top = min(max(int(rows.max() + columns.max()), least), most)
   room = top - least
   rows, columns = rows.max() - rows, columns.max() - columns

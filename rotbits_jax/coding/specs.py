@@ -89,7 +89,7 @@ class GroupSpec(schema.Row):
   All blocks but the last have `blocks.capacity_of` units.
   """
 
-  # 'known' are integers whose classes are known from elsewhere, see `known`.
+  # 'known' are integers whose classes are known from elsewhere.
   type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
   raw_bits: schema.Size  # that of the layout
   raised: bool  # that of the layout; false for integers

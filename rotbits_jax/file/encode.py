@@ -164,11 +164,8 @@ class Encoder:
   # ---- checks ------------------------------------------------------------------------
 
   def _find_recipe(self, base: base_lib.Base) -> recipe_lib.Recipe | None:
-    """Returns the model as products with the base; None if it was not sliced from it.
-
-    The transforms of the preset are left out then, because they would choose other
-    coordinates. Without a recipe the base must have some arrays of the model.
-    """
+    """Returns the model as products with the base; None if it is no slice of it."""
+    # The transforms would choose other coordinates, and are left out with a recipe.
     preset, is_exact = self.preset, self.preset.keeps == 'bits'
     takes = preset.resumable and (is_exact or preset.name == 'free')
     if takes and recipe_lib.suits(self.source, base):

@@ -60,12 +60,9 @@ def placed_like(old: Any, new: Any) -> Any:
 def _sharding(
   place: Place, path: str, shape: tuple[int, ...]
 ) -> jax.sharding.Sharding | None:
-  """Returns the sharding of an array; None if it is committed to no device.
-
-  An axis whose length the devices do not divide is not divided. A vector beside a
-  matrix has the first axes of the sharding only. The axes of the mesh become `Auto`,
-  because `scan` refuses stacks that are divided along an `Explicit` axis.
-  """
+  """Returns the sharding of an array; None if it is committed to no device."""
+  # An axis that the devices do not divide is whole; a vector has the first axes.
+  # `scan` refuses stacks that are divided along an `Explicit` axis.
   sharding = place(path, shape) if callable(place) else place
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return sharding

@@ -96,10 +96,7 @@ class Reader:
       raise ContainerError(f'{name}: the index and the shards differ in this record')
 
   def _check_uses(self) -> None:
-    """Checks that small leaves do not need large arrays over and over.
-
-    A leaf takes the time to go through all that it needs, however small it is.
-    """
+    """Checks that small leaves do not need large arrays over and over."""
     needed: dict[str | None, int] = {}
     total = elements = 0
     for leaf in self._leaves.values():

@@ -83,10 +83,7 @@ def read(
 def _stack(
   entries: Sequence[manifest_lib.RecordEntry], integers: bool
 ) -> dict[str, list[np.ndarray]]:
-  """Makes the arrays of a stack, by path within a layer.
-
-  A leaf that is stored as arrays of different shapes in different layers has none.
-  """
+  """Makes the arrays of a stack, by path, of leaves whose layers have equal shapes."""
   arrays: dict[str, list[np.ndarray]] = {}
   stored = collections.defaultdict(list)
   for entry in entries:

@@ -153,11 +153,7 @@ class _Encoder:
     frame: layout_lib.Frame,
     neutral: jax.Array | None,
   ) -> tuple[jax.Array | None, segments.Arrays, dict[str, Any]] | None:
-    """Samples a segment's rotation from the message; stores the correction.
-
-    Returns the rotation, the rotated parameters and a note of the bits; None if the
-    decoder could not recover the rotation, or if it saves nothing.
-    """
+    """Returns a rotation, rotated parameters and a note; None if it saves nothing."""
     code, canonicalizer = self.options.code(frame), self.options.canonicalizer
     rows = min(code.max_rows(self.lanes), self.message.size // self.lanes)
     if not rows:

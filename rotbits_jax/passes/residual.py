@@ -175,11 +175,8 @@ def _error(
   *,
   dtype: np.dtype,
 ) -> jax.Array:
-  """Estimates the relative error of a rounded leaf that stands for a rotated kernel.
-
-  For independent normal vectors x, the probes, the mean of |A x|^2 is the square of the
-  Frobenius norm of A. Of 64 it is within a few percent; within 20% if A has rank 1.
-  """
+  """Estimates the relative error of a rounded leaf that stands for a rotated kernel."""
+  # The mean of |A x|^2 of normal x is the square of the Frobenius norm of A.
   matmul, kernel = products.matmul, kernel.astype(jnp.float32)
   expected = matmul(rows.T, matmul(kernel, matmul(columns, probes)))
   rounded = structured.astype(structured.astype(leaf, dtype), jnp.float32)

@@ -157,11 +157,7 @@ def round_leaf(
 
 
 def _row(array: Any) -> jax.Array:
-  """Returns the numbers of an array in a row, and zeros up to a power of four.
-
-  Few programs are compiled then, which takes longer than the work. The host makes the
-  row, because another program would do it for each shape.
-  """
+  """Returns an array in a row, with zeros up to a power of four, for few programs."""
   row = host.empty((4 ** max(-(-(array.size - 1).bit_length() // 2), 6),), np.float32)
   row[: array.size] = np.asarray(array).reshape(-1)
   row[array.size :] = 0

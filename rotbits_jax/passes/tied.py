@@ -92,11 +92,7 @@ def is_tied(table: np.ndarray, head: np.ndarray) -> bool:
 
 
 def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
-  """Returns the median relative error of some tokens with the T of other tokens.
-
-  Only some columns of the embedding are compared. The result is 0 if fewer than 4D
-  tokens have a row that is not zero, because a fit to so few tokens shows nothing.
-  """
+  """Returns the median relative error of some tokens with the T of others, or 0."""
   rank = len(head)
   few = table[:, :: -(-table.shape[1] // 16)]
   norms = row_norms(few)

@@ -296,12 +296,9 @@ def round_params(
 
 
 def _finer_for_small_rows(table: jax.Array, config: models.ModelConfig) -> float:
-  """Returns log2 of the factor by which the step of an embedding must be smaller.
-
-  A token uses one row alone, and the first norm makes it as large as any other. So the
-  step must be small compared with each row, unless the norm's epsilon is larger than
-  the row, or positions are added to it.
-  """
+  """Returns log2 of the factor by which the step of an embedding must be smaller."""
+  # The first norm makes the row of a token as large as any other, unless its epsilon
+  # is larger than the row, or positions are added to it.
   squares = np.asarray(jnp.square(table).sum(axis=1))
   least = config.norm_eps * config.hidden_size
   counted = squares[(squares > least) & np.isfinite(squares)]

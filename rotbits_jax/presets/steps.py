@@ -169,10 +169,7 @@ class _Rewritten:
 
 
 def _arrays(params: models.Params) -> dict[str, Any]:
-  """Returns parameters in float32 on the device, by path.
-
-  Arrays take the place of integers, so that one compiled program serves all steps.
-  """
+  """Returns parameters in float32 on the device, by path, for one program."""
   plain = lambda x: structured.materialize(x) if structured.is_in_files(x) else x
   arrays = jax.tree.map(plain, params, is_leaf=structured.is_structured)
   return transform_lib.widened(arrays)
@@ -271,11 +268,8 @@ def _searched(
 
 
 def _next_step(curve: dict[float, float], max_kl: float) -> float | None:
-  """Returns the step to measure next; None if none is left between the bounds.
-
-  The divergence is about proportional to 4^step. Where another cause makes most of it,
-  such as the dtype, the range of steps is halved.
-  """
+  """Returns the step to measure next; None if none is left between the bounds."""
+  # The divergence is about proportional to 4^step, unless the dtype causes it.
   fine = [step for step, kl in curve.items() if kl <= max_kl]
   coarse = [step for step, kl in curve.items() if kl > max_kl]
   least = max(fine) + _PRECISION if fine else passes.FINEST

@@ -197,10 +197,7 @@ Sides = tuple[jax.Array, jax.Array]
 
 
 def _sides(params: models.Params, kv_heads: int) -> Sides:
-  """Returns the two kernels of a pair, `VALUES` or `KEYS`. Biases are further rows.
-
-  Only `left @ right^T` matters for the function of the model.
-  """
+  """Returns the two kernels of a pair, `VALUES` or `KEYS`. Biases are further rows."""
   params = structured.materialize(params)
 
   def with_bias(kernel: str, bias: str) -> jax.Array:

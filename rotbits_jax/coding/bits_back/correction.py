@@ -91,12 +91,8 @@ def correct(
 def _spread(
   differences: jax.Array, sensitivity: jax.Array | float, groups: jax.Array, count: int
 ) -> jax.Array:
-  """Returns how much positions may differ between machines: float32 `[S]`.
-
-  Divided by their sensitivities, the differences of a group are alike. The result is
-  `SAFETY` times their root mean square in a group and the neighbouring groups, times
-  the sensitivity; NaN where a position is NaN.
-  """
+  """Returns how much positions may differ between machines: float32 `[S]`."""
+  # Divided by their sensitivities, the differences of a group are alike.
   squares = jnp.square(differences / sensitivity)
   sums = jnp.zeros((2, count), jnp.float32)
   sums = sums.at[:, groups].add(jnp.stack([squares, jnp.ones_like(squares)]))

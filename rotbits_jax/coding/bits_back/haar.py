@@ -279,10 +279,7 @@ def _compose(vectors: jax.Array, signs: jax.Array) -> jax.Array:
 
 
 def _reflections(vectors: jax.Array, x: jax.Array, *, transpose: bool) -> jax.Array:
-  """Returns `T V^T x`, or `T^T V^T x`, of `H_0 ... H_{k-1} = I - V T V^T`.
-
-  T is the inverse of a triangular matrix with the products of the vectors.
-  """
+  """Returns `T V^T x`, or `T^T V^T x`, of `H_0 ... H_{k-1} = I - V T V^T`."""
   gram = _matmul(vectors.T, vectors)
   diagonal = jnp.diagonal(gram)
   # A zero vector stands for no reflection.
