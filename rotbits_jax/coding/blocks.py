@@ -182,7 +182,7 @@ def decode(
     used[:], lists = lists[: used.size], lists[used.size :]
     planes.append(plane)
   places = _classes(classes, count)
-  outputs = [('units', (ROWS, lanes, layout.words), layout.word)]
+  outputs: list[Any] = [('units', (ROWS, lanes, layout.words), layout.word)]
   if layout.pieces:
     outputs.append(('marks', (ROWS, lanes), np.dtype(np.uint8)))
   out = tuple(_taken(*x) for x in outputs)

@@ -21,7 +21,7 @@ Reference: J. Townsend, T. Bird, D. Barber, Practical lossless compression with 
 variables using bits back coding, ICLR 2019, algorithm 1.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,8 +47,8 @@ class Codec(NamedTuple):
 
 def serial(
   *entries: Codec,
-  split: Callable[[Any], Iterable[Any]] = tuple,
-  join: Callable[[Iterable[Any]], Any] = tuple,
+  split: Callable[[Any], tuple[Any, ...]] = tuple,
+  join: Callable[[tuple[Any, ...]], Any] = tuple,
 ) -> Codec:
   """Returns the codec of a tuple, given the codecs of its entries.
 
@@ -62,10 +62,10 @@ def serial(
     return message
 
   def pop(message: rans.Message) -> tuple[rans.Message, Any]:
-    popped: list[Any] = []
+    popped: tuple[Any, ...] = ()
     for codec in reversed(entries):
       message, entry = codec.pop(message)
-      popped.insert(0, entry)
+      popped = entry, *popped
     return message, join(popped)
 
   return Codec(push, pop)

@@ -179,8 +179,8 @@ def decode(
     if not group.is_known:
       pool.run(jobs_of(i))
   finish([i for i in range(len(arrays)) if i not in groups_known])
-  for i, group in groups_known.items():
-    pool.run(jobs_of(group, known[i]()))
+  for i, place in groups_known.items():
+    pool.run(jobs_of(place, known[i]()))
   finish([*groups_known])
   return arrays
 
@@ -205,8 +205,9 @@ class _Units(NamedTuple):
     """Yields a job for each block; it returns the bytes of the block."""
     tables = self.contexts.tables(self.layout)
     for start, count in self.starts():
-      fill = [functools.partial(f, start) for f in (self._read, self._write_classes)]
-      yield functools.partial(blocks.encode, *fill, count, self.layout, tables)
+      read = functools.partial(self._read, start)
+      classes = functools.partial(self._write_classes, start)
+      yield functools.partial(blocks.encode, read, classes, count, self.layout, tables)
 
   def decode_jobs(self, data: Sequence[np.ndarray]) -> Iterator[_Job]:
     """Yields a job for each block, which decodes its bytes into the arrays."""

@@ -36,7 +36,7 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   If jobs fail, it raises the exception of one of them when no other job is running.
   """
   if not hasattr(_local, 'settings'):
-    return _POOL.submit(run, jobs).result()
+    return _POOL.submit(lambda: run(jobs)).result()
   todo = list(jobs)
   results: list[Any] = [None] * len(todo)
   places = iter(range(len(todo)))  # a thread takes the next one
