@@ -88,6 +88,8 @@ def shared(scales: contexts.Scales) -> contexts.Scales:
 
 def within(scales: contexts.Scales, least: int, most: int) -> contexts.Scales:
   """Returns scales whose classes are from `least` to `most`."""
+  if least <= scales.base and scales.greatest <= most:
+    return scales
   rows, columns = (x.astype(int) for x in scales[1:])
   return _within(scales.base + rows, columns, least, most)
 
