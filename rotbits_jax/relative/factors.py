@@ -40,11 +40,10 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   least = float(np.median(np.abs(typical))) * 2.0 ** -(ulps.MANTISSA_BITS[dtype] + 2)
   some = slice(None, None, -(-len(bits) // _SKETCHED))
   off = floats(bits[some], base[some], dtype)
-  # Half of the rows are a basis, and the others tell whether it saves anything.
+  # Half of the rows give the basis, and the others tell whether it saves anything.
   basis = _basis(off[::2])
   if _product(*_projected(off[1::2], basis), basis, least, len(bits)) is None:
     return {}
-  basis = _basis(off)
   job = lambda rows: _projected(floats(bits[rows], base[rows], dtype), basis)
   parts = difference.in_parts(job, len(bits), bits.shape[1], pool.run)
   tall, totals = zip(*parts, strict=True)
