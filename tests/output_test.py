@@ -235,6 +235,7 @@ def test_processes_write_the_bytes_of_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings('ignore:os.fork')  # by Ray, which runs a program then
 def test_a_cluster_writes_the_bytes_of_one_process(tmp_path, monkeypatch):
   monkeypatch.setenv('RAY_AUTH_MODE', 'disabled')  # else it makes a token
   ray = pytest.importorskip('ray')
