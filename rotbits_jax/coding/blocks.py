@@ -183,7 +183,7 @@ def decode(
     planes.append(plane)
   places = _classes(classes, count)
   outputs: list[Any] = [('units', (ROWS, lanes, layout.words), layout.word)]
-  if layout.pieces:
+  if isinstance(layout, layouts.Floats):
     outputs.append(('marks', (ROWS, lanes), np.dtype(np.uint8)))
   out = tuple(_taken(*x) for x in outputs)
   arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)

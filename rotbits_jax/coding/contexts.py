@@ -141,10 +141,13 @@ def from_bytes(
   count, number, start = head[:6].view('<i2').tolist() if head.size >= 6 else (0, 0, 0)
   end = 6 + 2 * number
   position = end + 2 * len(shapes)
-  has_entries = layout.most_tables == CLASSES
+  has_entries = layout.most_tables != layouts.QUARTERS
+  least, numbers = layouts.QUARTERS, range(1)
+  if has_entries:
+    least, numbers = 1, range(1, CLASSES + 1)
   if (
-    not 0 < count <= layout.most_tables
-    or not (0 < number <= CLASSES if has_entries else number == 0 and count == 4)
+    not least <= count <= layout.most_tables
+    or number not in numbers
     or head.size < position
   ):
     raise ValueError(f'the contexts of {count} tables are cut short or too many')

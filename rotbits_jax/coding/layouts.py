@@ -68,6 +68,9 @@ ESCAPE = BINS * BINS - 1
 WINDOW = 256
 """The number of symbols of integers."""
 
+QUARTERS = 4
+"""The tables of floats that share no step: a class, in quarter octaves, tells one."""
+
 MOST_SHIFT = 24
 MOST_RAW = 16  # bits of a uniform symbol
 
@@ -141,7 +144,7 @@ class Floats:
 
   @property
   def most_tables(self) -> int:
-    return 256 if self.raised else 4
+    return 256 if self.raised else QUARTERS
 
   @property
   def words(self) -> int:

@@ -31,7 +31,6 @@ _SMALL = 1 << 12  # numbers of parts without finer bins
 _RARE = 1 << 17  # a symbol that is rarer than one in so many is an exception
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _RAISED_CLASSES = 32  # of a part that shares a step
-_QUARTERS = 4  # tables of floats that share no step, of which a class tells one
 _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
@@ -215,7 +214,7 @@ def _group(drafts: list[_Draft], fraction: int = 1) -> Group:
   ends = np.cumsum(np.append(0, rows.sum(axis=0)))
   first = int(np.argmax(ends[layout.alphabet :] - ends[: -layout.alphabet]))
   window, start = slice(first, first + layout.alphabet), 0
-  if layout.most_tables == _QUARTERS:
+  if layout.most_tables == layouts.QUARTERS:
     table_of, rows, entries = levels, rows[:, window], np.zeros((0, 2), int)
     start = (octave << layout.top) + first - _BINS_BELOW
   else:
@@ -258,8 +257,8 @@ def _classes(
   for draft in drafts:
     base = draft.scales.base - scales_lib.STEPS * octave
     scales.append(scales_lib.within(draft.scales._replace(base=base), 0, most))
-  has_quarters = layout.most_tables == _QUARTERS
-  number = _QUARTERS if has_quarters else 1 + max(x.greatest for x in scales)
+  has_quarters = layout.most_tables == layouts.QUARTERS
+  number = layouts.QUARTERS if has_quarters else 1 + max(x.greatest for x in scales)
   return scales, np.arange(number), octave
 
 

@@ -10,13 +10,11 @@ The base of scales that these functions return may be any integer.
 Shape letters: R rows, C columns.
 """
 
-import ml_dtypes
 import numpy as np
 
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import formats
 from rotbits_jax.coding import layouts
-from rotbits_jax.coding import sparse
 
 STEPS = 4
 """The number of classes for a factor of 2."""
@@ -34,45 +32,44 @@ _BELOW, _ABOVE = 3, 8
 
 def measure(array: np.ndarray) -> contexts.Scales:
   """Measures the rows of floats or integers, and then the columns of what is left."""
-  size = layouts.Floats.size
-  if array.dtype not in layouts.FORMATS:
-    array, size = array.astype(np.float32), layouts.Integers.size
-  form = layouts.FORMATS[array.dtype]
+  is_float = array.dtype in layouts.FORMATS
+  size = layouts.Floats.size if is_float else layouts.Integers.size
   count, width = contexts.matrix_shape(array.shape)
-  matrix = sparse.bit_patterns(array).reshape(count, width)
+  matrix = array.reshape(count, width)
   has_rows = width >= _LEAST_LINE and count > 1
   has_columns = count >= _LEAST_LINE and width > 1
   rows, columns = np.zeros(1), np.zeros(1)
   if has_rows:
     runs = formats.runs(width, _COLUMNS, _RUNS)
     some = np.concatenate([matrix[:, run] for run in runs], axis=1)
-    rows = _levels(some, np.zeros((1, 1)), 1, form)
+    rows = _levels(some, np.zeros((1, 1)), 1)
   if has_columns:
     some_rows = slice(None, None, max(count // _ROWS, 1))
     by = (rows[some_rows] if has_rows else rows)[:, None]
-    columns = _levels(matrix[some_rows], by, 0, form)
+    columns = _levels(matrix[some_rows], by, 0)
     number = contexts.line_sizes(array.shape, size)[1]
     columns = columns.reshape(number, -1).mean(axis=1)
   if not has_rows and not has_columns:
-    rows = _levels(matrix.reshape(1, -1)[:, :_CHUNK], np.zeros((1, 1)), 1, form)
+    rows = _levels(matrix.reshape(1, -1)[:, :_CHUNK], np.zeros((1, 1)), 1)
   rows, columns = (np.rint(STEPS * x).astype(int) for x in (rows, columns))
   greatest = int(np.max(rows) + np.max(columns))
   return _within(rows, columns, greatest - _RANGE, greatest)
 
 
-def _levels(
-  bits: np.ndarray, by: np.ndarray, axis: int, form: ml_dtypes.finfo
-) -> np.ndarray:
+def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
   """Returns the levels of rows, axis 1, or of columns, axis 0, less those of `by`."""
+  dtype = array.dtype if array.dtype in layouts.FORMATS else np.dtype(np.float32)
+  form = layouts.FORMATS[dtype]
   shift = form.bits - 16
   unit = 1 << form.nmant - shift
   # Integers, so that a file does not depend on the order of sums.
   by = np.rint(by * unit).astype(np.int16)
-  levels, step = [], max(_CHUNK // max(bits.shape[axis], 1), 1)
-  for start in range(0, bits.shape[1 - axis], step):
+  levels, step = [], max(_CHUNK // max(array.shape[axis], 1), 1)
+  for start in range(0, array.shape[1 - axis], step):
     places = slice(start, start + step)
-    part = bits[places] if axis else bits[:, places]
-    logs = ((part >> shift) & 0x7FFF).astype(np.int16) - by
+    part = array[places] if axis else array[:, places]
+    bits = part.astype(dtype, copy=False).view(f'u{dtype.itemsize}')
+    logs = ((bits >> shift) & 0x7FFF).astype(np.int16) - by
     middle = int(np.median(logs.reshape(-1)[:: max(logs.size >> 10, 1)]))
     limits = np.array([middle - _BELOW * unit, middle + _ABOVE * unit])
     np.clip(logs, *limits.clip(-(2**15), 2**15 - 1).astype(np.int16), out=logs)
