@@ -150,6 +150,33 @@ def test_no_file_of_an_input_is_replaced(tmp_path):
   write(source / 'x.rotbits', source, shard_size=None)  # a result is no input
 
 
+@pytest.mark.parametrize('replaced', ['source', 'base'])
+@pytest.mark.parametrize('moment', ['first', 'last'])
+def test_an_input_that_is_replaced_by_another_of_its_size_and_time(
+  tmp_path, replaced, moment
+):
+  paths = {name: tmp_path / name for name in ('source', 'base')}
+  for path in paths.values():
+    shutil.copytree(DENSE, path)
+  target = paths[replaced] / 'model.safetensors'
+  state, other = target.stat(), tmp_path / 'other'
+  other.write_bytes(target.read_bytes()[:-1] + b'x')
+  os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+  encode_record, records = encode.Encoder.encode_record, []
+
+  def replace(self, record, resolve):
+    records.append(record.name)
+    if len(records) == (1 if moment == 'first' else len(self.counts)):
+      other.replace(target)
+    return encode_record(self, record, resolve)
+
+  patch = mock.patch.object(encode.Encoder, 'encode_record', replace)
+  words = 'changed after it was opened'
+  with patch, pytest.raises((OSError, ValueError), match=words):
+    write(tmp_path / 'x', paths['source'], base=paths['base'], shard_size=None)
+  assert sorted(x.name for x in tmp_path.iterdir()) == ['base', 'source']
+
+
 WRONG_INDEXES = (
   (lambda x: x['weight_map'].pop('a'), 'a: the index and the shards differ'),
   (lambda x: x['weight_map'].update(e=x['weight_map']['a']), 'e: the index and'),

@@ -69,7 +69,7 @@ class Folder:
     path: the weights file, or the index of several; None for tensors in memory.
     tensors: the tensors by name.
     files: bytes of the sidecar files (configs, tokenizer, license, code) by name.
-    weights: the weights files.
+    opened: the weights files.
     headers: the header of each safetensors file by its name.
     left_out: names of files and folders beside the weights that are not kept.
     entries: the tensors of each record.
@@ -81,7 +81,7 @@ class Folder:
   path: pathlib.Path | None
   tensors: Mapping[str, tensors_lib.LazyTensor]
   files: dict[str, bytes]
-  weights: tuple[files_lib.File, ...] = ()
+  opened: tuple[files_lib.File, ...] = ()
   headers: dict[str, bytes] = dataclasses.field(default_factory=dict)
   left_out: tuple[str, ...] = ()
   entries: tensors_lib.Records = dataclasses.field(default_factory=dict)
@@ -96,7 +96,7 @@ class Folder:
   @property
   def input_bytes(self) -> int:
     """Size of the weights files."""
-    return sum(file.size for file in self.weights)
+    return sum(file.size for file in self.opened)
 
   @property
   def nbytes(self) -> int:
@@ -127,7 +127,8 @@ class Folder:
     contents = {**self.files, **self.headers}
     summary = [
       [repr(self.config), self.stem],
-      [(file.path.name, file.size, file.modified) for file in self.weights],
+      # Machines may give one file system other numbers of devices and inodes.
+      [(x.path.name, x.size, x.identity[2:]) for x in self.opened],
       [(name, x.shape, x.dtype.name) for name, x in self.tensors.items()],
       [(name, hashlib.sha256(x).hexdigest()) for name, x in contents.items()],
     ]

@@ -141,22 +141,23 @@ class StreamReader:
     size: length of the file in bytes.
     sizes: length of each stream by its name, in the order of the file.
     manifest_crc32: CRC-32 of the stream `manifest`.
+    opened: the file on disk; None for bytes.
   """
 
   def __init__(self, source: Readable):
     """Reads the header."""
     self.name = str(getattr(source, 'name', ''))
-    self._source: Any = source
+    self.opened: files.File | None = None
     if isinstance(source, (str, os.PathLike)):
-      self._source = files.File.of(source)
-      self.name, self.size = os.fspath(source), self._source.size
+      self.opened = files.File.of(source)
+      self.name, self.size = os.fspath(source), self.opened.size
     else:
       data: Any = source
       if not isinstance(source, (bytes, bytearray, memoryview)):
         source.seek(0)
         data = source.read()
-      self._source = np.frombuffer(memoryview(data).cast('B'), np.uint8)
-      self.size = self._source.size
+      self._content = np.frombuffer(memoryview(data).cast('B'), np.uint8)
+      self.size = self._content.size
     with naming(self.name):
       self.sizes, self._begins, self.manifest_crc32 = self._read_header()
 
@@ -188,12 +189,12 @@ class StreamReader:
 
   def _bytes(self, begin: int, count: int) -> tuple[np.ndarray, int]:
     """Reads a part of the file; returns it with its CRC-32."""
-    if not isinstance(self._source, files.File):
-      part = self._source[begin : begin + count]
+    if self.opened is None:
+      part = self._content[begin : begin + count]
       return part, zlib_ng.crc32(part)
     data = np.empty(count, np.uint8)
     try:
-      return data, self._source.read(begin, data)
+      return data, self.opened.read(begin, data)
     except OSError as error:
       raise ContainerError(str(error)) from error
 

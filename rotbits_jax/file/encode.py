@@ -75,6 +75,7 @@ class Encoder:
     if preset.rounding is None and isinstance(source, models.Model):
       source = source.rounded()  # other presets round at the end
     self.source, self.preset, self.base = source, preset, base
+    self._inputs = [source, *([] if base is None else [base.source])]
     self._files, self._stem = dict(files or {}), stem
     self._headers = source.headers if isinstance(source, checkpoints.PlainFiles) else {}
     self._recipe = None if base is None else self._find_recipe(base)
@@ -98,11 +99,10 @@ class Encoder:
 
   def fingerprint(self) -> str:
     """Returns a digest of the source and of everything else that decides the bytes."""
-    preset, base = self.preset, self.base
-    inputs = [self.source, *([] if base is None else [base.source])]
+    preset = self.preset
     value = [
       *(preset.name, preset.options, preset.keeps, preset.coder, self._stem),
-      *map(sources.fingerprint, inputs),
+      *map(sources.fingerprint, self._inputs),
       {x: hashlib.sha256(y).hexdigest() for x, y in self._files.items()},
       *(rotbits_jax.__version__, jax.__version__),
       # Another processor rounds bases in another way.
@@ -128,7 +128,8 @@ class Encoder:
     """Writes records, which follow each other, to an empty file.
 
     If the state of the transform before them is not given, the layers before them are
-    gone through. The result is the state after them.
+    gone through. The result is the state after them. An OSError says that a file of the
+    source or of the base has changed since it was opened.
     """
     is_last = records[-1:] == tuple(self.counts)[-1:]
     files, headers = (self._files, self._headers) if is_last else ({}, {})
@@ -157,6 +158,9 @@ class Encoder:
       ).to_bytes()
     except ValueError as error:  # a reader would refuse it
       raise ValueError(f'the model cannot be stored: {error}') from error
+    for opened in self._inputs:
+      for input_file in getattr(opened, 'opened', ()):
+        input_file.check()
     streams.finish(data)
     file.flush()
     return state

@@ -60,6 +60,7 @@ class Reader:
     records: the entries of all records by name; `entry` checks one before it is used.
     size: size of all files in bytes.
     inputs: the source and the base, as they were given.
+    opened: the files on disk that it reads, with those of the base.
   """
 
   stored_as = None  # the arrays are rounded already
@@ -74,6 +75,8 @@ class Reader:
     self.manifest = manifest_lib.Manifest.of_files(self._files)
     self.config, self.is_plain = self.manifest.config, bool(self.manifest.headers)
     self._base = None if base is None else open_base(base, plain=self.config is None)
+    self.opened = [x.opened for x in self._files if x.opened is not None]
+    self.opened += getattr(self._base and self._base.source, 'opened', ())
     self.records = {record.name: record for record in self.manifest.records}
     leaves = [(x, leaf) for x, entry in self.records.items() for leaf in entry.leaves]
     self._leaves = {leaf.path: leaf for _, leaf in leaves}

@@ -1,7 +1,8 @@
 """Files that are read without memory maps.
 
 The system ends a process (SIGBUS) that touches a mapped page of a file which another
-program has shortened meanwhile. Here a file that changes while it is read is an error.
+program has shortened meanwhile. Here a file that changes, or that another one replaces,
+after it was opened is an error.
 """
 
 import os
@@ -16,19 +17,31 @@ _PIECE = 1 << 19  # bytes that are read at a time, so that the cache holds them
 
 
 class File(NamedTuple):
-  """A file with its size in bytes and its time of change in ns when it was opened."""
+  """A file in its state when it was opened."""
 
   path: pathlib.Path
-  size: int
-  modified: int
+  size: int  # in bytes
+  # Device, inode, and the times of change of the content and of all else, in ns. Copies
+  # may keep the size and the first time, and never have the others.
+  identity: tuple[int, int, int, int]
 
   @classmethod
   def of(cls, path: str | os.PathLike[str]) -> 'File':
     """Records the present state of a file; an OSError if it is none."""
-    state = os.stat(path)
+    return cls._in_state(pathlib.Path(path), os.stat(path))
+
+  @classmethod
+  def _in_state(cls, path: pathlib.Path, state: os.stat_result) -> 'File':
     if not stat.S_ISREG(state.st_mode):  # a pipe waits, and a device may have no end
       raise OSError(f'{path}: not a regular file')
-    return cls(pathlib.Path(path), state.st_size, state.st_mtime_ns)
+    times = state.st_mtime_ns, state.st_ctime_ns
+    return cls(path, state.st_size, (state.st_dev, state.st_ino, *times))
+
+  def check(self, state: os.stat_result | None = None) -> None:
+    """Checks that the present state, or a given one, is still that of the opening."""
+    state = os.stat(self.path) if state is None else state
+    if self != File._in_state(self.path, state):
+      raise OSError(f'{self.path}: the file changed after it was opened')
 
   def read(self, offset: int, out: np.ndarray) -> int:
     """Fills uint8 `[n]`, contiguous, with the bytes at an offset; returns their CRC-32.
@@ -36,16 +49,14 @@ class File(NamedTuple):
     A file that changed after it was opened, or that ends before, is an OSError.
     """
     with open(self.path, 'rb', buffering=0) as file:
-      state = os.fstat(file.fileno())
-      is_same = (state.st_size, state.st_mtime_ns) == (self.size, self.modified)
       file.seek(offset)
       left, crc = memoryview(out), 0
-      while left:
-        count = file.readinto(left[:_PIECE]) if is_same else 0
-        if not count:
-          raise OSError(f'{self.path}: the file changed after it was opened')
+      while left and (count := file.readinto(left[:_PIECE])):
         crc = zlib_ng.crc32(left[:count], crc)
         left = left[count:]
+      self.check(os.fstat(file.fileno()))
+    if left:
+      raise OSError(f'{self.path}: the file ends before what is read of it')
     return crc
 
   def content(self) -> bytes:
