@@ -282,15 +282,16 @@ class TestDirectory:
       (tmp_path / name).write_text(name)
     for name in ('tf_model.h5', 'optimizer.pt'):
       (tmp_path / name).write_text('not kept')
-    for name in ('onnx', '.cache', 'checkpoint-500', '1_Pooling/inner'):
+    for name in ('onnx', '.cache', 'checkpoint-500', '1_Pooling/inner', '~'):
       (tmp_path / name).mkdir(parents=True)
       (tmp_path / name / 'config.json').write_text('{}')
+    (tmp_path / '.envrc').write_text('not kept')
     (tmp_path / '1_Pooling' / 'x.npy').write_text('not kept')
     source = checkpoints.open_checkpoint(tmp_path / 'model.safetensors')
     files = source.files
     assert source.left_out == (
-      *('1_Pooling/x.npy', 'checkpoint-500/', 'onnx/', 'optimizer.pt'),
-      *('ref_logits.npz', 'tf_model.h5'),
+      *('.envrc', '1_Pooling/x.npy', 'checkpoint-500/', 'onnx/', 'optimizer.pt'),
+      *('ref_logits.npz', 'tf_model.h5', '~/config.json'),
     )
     assert sorted(files) == [
       '.gitattributes',
@@ -444,6 +445,7 @@ class TestSafetensors:
         'y.safetensors: No such file',
       ),
       (json.dumps({'weight_map': {'x': 'y' * 300}}), 'yyy is not the name'),
+      (json.dumps({'weight_map': {'x': '-x.safetensors'}}), 'is not the name'),
     ):
       path.write_text(content)
       with subtests.test(match), pytest.raises(CheckpointError, match=match):

@@ -31,6 +31,10 @@ class Record(schema.Object):
       raise ValueError('a flag needs pairs')
 
 
+HARMFUL = (
+  '.git/config', 'a/.gitattributes', '.envrc', 'x/.ssh/authorized_keys', '-rf', '~',
+  'a/~b/c', '__pycache__/x.pyc', 'a/__PyCache__/x.pyc',
+)  # fmt: skip
 LEAST = {'name': 'x/y', 'kind': 'a'}
 FULL = Record(
   name='x/y',
@@ -83,6 +87,10 @@ def test_names_of_files_lead_nowhere_else(subtests):
     with subtests.test(name=name):
       assert not schema.is_relative_path(name, levels=1)
       assert schema.is_relative_path('model-00001.safetensors', levels=1)
+  for name in HARMFUL:
+    with subtests.test(name=name):
+      assert not schema.is_relative_path(name)
+  assert all(map(schema.is_relative_path, ('.gitattributes', 'a-b/c~', 'x.git/y')))
 
 
 def test_json_is_parsed(subtests):

@@ -40,8 +40,25 @@ def checkpoint_of(model):
     'config.json': json.dumps(config_json).encode(),
     'x_0.25.json': json.dumps(checkpoints.slicing_json(model.config)).encode(),
     'LICENSE': b'free',
+    'code/x.py': b'harm()',
   }
   return checkpoints.Checkpoint(model, files, 'x_0.25')
+
+
+def test_code_of_the_file_is_written_only_on_request(tmp_path):
+  data = rotbits_jax.encode(
+    checkpoint_of(random_models.sliced_llama((20, 20, 20))), preset='exact'
+  )
+  for options, is_written in (
+    ({}, True),
+    ({'format': 'slicegpt'}, True),
+    ({'format': 'transformers'}, False),
+    ({'format': 'transformers', 'code': True}, True),
+  ):
+    folder = tmp_path / str(options)
+    rotbits_jax.decode_to_directory(data, folder, **options)
+    assert (folder / 'code' / 'x.py').exists() == is_written
+    assert (folder / 'LICENSE').exists()
 
 
 @pytest.mark.parametrize('name', SLICED)
@@ -49,7 +66,9 @@ def test_files(name, tmp_path):
   source = checkpoints.load_checkpoint(TESTDATA / name)
   # transformers 5 has another name for the dtype of the dense model, and prefers it.
   newer = json.dumps(json.loads(source.files['config.json']) | {'dtype': 'bfloat16'})
-  newer = source._replace(files=source.files | {'config.json': newer.encode()})
+  files = source.files | {'config.json': newer.encode()}
+  code = dict.fromkeys(['x.py', 'custom_generate/generate.PY'], b'harm()')
+  newer = source._replace(files=files | code)
   checkpoints.save_checkpoint(newer, tmp_path / 'out', 'transformers')
   tensors, config = read(tmp_path / 'out')
   expected = {

@@ -372,6 +372,9 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   weights, headers = [], {}
   tensors: dict[str, tensors_lib.LazyTensor] = {}
   for shard, names in shards.items():
+    if not schema.is_relative_path(shard, levels=1):  # nor could it be decoded
+      text = f'{shard!r:.100} is not the name of a file of weights'
+      raise errors.CheckpointError(f'{listed}: {text}')
     with errors.named(listed.parent / shard):
       file = files_lib.File.of(listed.parent / shard)
     weights.append(file)

@@ -21,6 +21,7 @@ from rotbits_jax.checkpoints.families import CONFIG
 
 _MODELING = 'modeling_sliced'
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
+_PYTHON = '.py', '.pyc', '.so', '.pyd'  # endings of modules that Python imports
 
 # The part of transformers' class names that stands for a family, and its tokenizer.
 _CLASSES = {
@@ -44,15 +45,21 @@ def renamed(entry: tensors_lib.ExpectedTensor) -> tensors_lib.ExpectedTensor:
 
 
 def sidecars(
-  config: models.ModelConfig, files: Mapping[str, bytes], dtype: np.dtype
+  config: models.ModelConfig,
+  files: Mapping[str, bytes],
+  dtype: np.dtype,
+  *,
+  code: bool,
 ) -> dict[str, bytes]:
   """Returns the files beside the weights, with another config and the code.
 
-  `files` has the `config.json` of the model before slicing. The model gets the dtype
-  when it is loaded.
+  `files` has the `config.json` of the model before slicing. Its own code, which
+  `trust_remote_code` would run, is kept only if `code`. The model gets the dtype when
+  it is loaded.
   """
   dense = families.older_rope(families.parse_object(files[CONFIG], CONFIG))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
+  dense.pop('custom_pipelines', None)  # which may run code from anywhere
   class_name, tokenizer = _CLASSES[config.family]
   sliced = f'Sliced{class_name}'
   changes = {
@@ -70,5 +77,7 @@ def sidecars(
   # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
   # type that it does not know by the class that the config names.
   config_json = families.to_json({'tokenizer_class': tokenizer} | dense | changes)
-  code = (_CODE / f'{_MODELING}.py').read_bytes()
-  return {**files, CONFIG: config_json, f'{_MODELING}.py': code}
+  is_kept = lambda name: code or not name.lower().endswith(_PYTHON)
+  kept = {name: content for name, content in files.items() if is_kept(name)}
+  modeling = (_CODE / f'{_MODELING}.py').read_bytes()
+  return {**kept, CONFIG: config_json, f'{_MODELING}.py': modeling}

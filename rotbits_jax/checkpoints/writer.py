@@ -152,6 +152,7 @@ class CheckpointWriter(FolderWriter):
     format: Format = 'safetensors',
     shard_size: int | None = None,
     buffers: Mapping[str, Any] | None = None,
+    code: bool = False,
     overwrite: bool = True,
   ):
     """Plans the files.
@@ -170,6 +171,8 @@ class CheckpointWriter(FolderWriter):
       buffers: arrays or `TensorSpec`s of the tensors that the forward pass does not
         use, by name; they are added like parameters, with paths like 'buffers/NAME'.
         'transformers' leaves them out, because it computes them.
+      code: whether 'transformers' also writes the Python modules among `files`, which
+        transformers may then run beside the package's. Other formats keep them.
     """
     formats = typing.get_args(Format)
     if format not in formats:
@@ -201,7 +204,7 @@ class CheckpointWriter(FolderWriter):
       entries = [transformers.renamed(x) for x in entries if x.name not in buffers]
       kept = {name: x for name, x in files.items() if name != f'{stem}.json'}
       dtype = self._parameters['embed/tokens'].dtype
-      files = transformers.sidecars(config, kept, dtype)
+      files = transformers.sidecars(config, kept, dtype, code=code)
     specs: dict[str, tensors_lib.TensorSpec] = {}
     self._entries: dict[str, tensors_lib.ExpectedTensor] = {}
     for entry in entries:

@@ -13,6 +13,9 @@ code of the model, and in Microsoft's SliceGPT after --format=slicegpt:
   AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
   hf_utils.load_sliced_model(NAME, DIR, sparsity=0.25)
 
+trust_remote_code may run any Python file in DIR. So this format has no Python files of
+--input, unless --code says that you trust its author.
+
 JSON: output, the directory; files, their paths in it; bytes of these; sliced, whether
 the model is sliced, null for plain tensors.
 """
@@ -35,6 +38,7 @@ _FORMAT = flags.DEFINE_enum(
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size', None, 'Most bytes of a weights file, like 2GB; default: as encoded.'
 )
+_CODE = flags.DEFINE_bool('code', False, 'transformers: write Python files of --input.')
 _DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as encoded.')
 
 
@@ -47,6 +51,7 @@ def main() -> program.Result:
     format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size(_SHARD_SIZE),
     dtype=_DTYPE.value,
+    code=_CODE.value,
     overwrite=_OVERWRITE.value,
     progress=True,
   )

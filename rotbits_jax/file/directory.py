@@ -29,6 +29,7 @@ def decode_to_directory(
   format: checkpoints.Format = 'safetensors',
   shard_size: int | None = None,
   dtype: DTypeLike | None = None,
+  code: bool = False,
   overwrite: bool = True,
   progress: bool = False,
 ) -> None:
@@ -43,6 +44,8 @@ def decode_to_directory(
       shards that the checkpoint had, or else one file.
     dtype: as in `load`, but one that holds the elements; None for those of the
       checkpoint.
+    code: whether the format 'transformers' also gets the Python modules of the file. Do
+      so only if you trust its author: `trust_remote_code` may run them.
   """
   reader: Any = source
   if not isinstance(source, reader_lib.Reader):
@@ -84,6 +87,7 @@ def decode_to_directory(
         format=format,
         shard_size=shard_size,
         buffers={x[len(_BUFFERS) :]: specs[x] for x in specs if x.startswith(_BUFFERS)},
+        code=code,
         overwrite=overwrite,
       )
       add = writer.add

@@ -58,11 +58,18 @@ Scalar = None | bool | Integer | float | str
 """A value of JSON that holds no others."""
 
 
+# Names that other programs obey (`.git`, `.envrc`), take as options, or run.
+_is_harmful = re.compile(r'[.~-].*|__pycache__', re.DOTALL | re.IGNORECASE).fullmatch
+
+
 def is_relative_path(path: str, levels: int = 8) -> bool:
-  """Returns whether a printable path leads to a file in a folder or its sub-folders."""
+  """Returns whether a printable path leads to a file in a folder or its sub-folders.
+
+  No part is hidden, except '.gitattributes' alone, nor begins with a dash or '~'.
+  """
   names = path.split('/')
-  is_name = lambda x: x not in ('', '.', '..') and len(x.encode()) <= 255
-  fits = len(names) <= levels and all(map(is_name, names))
+  is_name = lambda x: 0 < len(x.encode()) <= 255 and not _is_harmful(x)
+  fits = len(names) <= levels and (all(map(is_name, names)) or path == '.gitattributes')
   return fits and path.isprintable() and '\\' not in path
 
 
