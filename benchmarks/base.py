@@ -171,10 +171,9 @@ def sliced_models(settings: common.Settings) -> str:
       with tempfile.TemporaryDirectory() as folder:
         file, again = pathlib.Path(folder, 'x.rotbits'), pathlib.Path(folder, 'again')
         rotbits, base = ('-m', 'rotbits_jax'), f'--base={dense}'
-        paths = f'--checkpoint={path}', f'--output={file}'
-        encode = common.run(*rotbits, 'encode', f'--preset={preset}', base, *paths)
-        paths = f'--input={file}', f'--output={again}'
-        decode = common.run(*rotbits, 'decode', base, *paths)
+        choice = f'--preset={preset}'
+        encode = common.run(*rotbits, 'encode', path, file, choice, base)
+        decode = common.run(*rotbits, 'decode', file, again, base)
         report = rotbits_jax.inspect(file)
         checked = rotbits_jax.verify(file, against=path, base=dense)
       divergences = checked.kl, checked.kl_rerounded

@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
     print(f'\n{section.body}')
   file = settings.output / f'{common.SLICED.name}-free.rotbits'
   print(f'\nThe files are in {settings.output.name}/. See what was saved:')
-  print(f'  .venv/bin/rotbits inspect --input={file.relative_to(common.ROOT)}')
+  print(f'  .venv/bin/rotbits inspect {file.relative_to(common.ROOT)}')
 
 
 if __name__ == '__main__':

@@ -27,10 +27,8 @@ def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> tuple:
   source = rotbits_jax.open_checkpoint(checkpoint)
   file, decoded = work / f'{preset}.rotbits', work / 'decoded'
   rotbits, choice = ('-m', 'rotbits_jax'), f'--preset={preset}'
-  paths = f'--checkpoint={checkpoint}', f'--output={file}'
-  costs = [common.run(*rotbits, 'encode', choice, *paths)]
-  paths = f'--input={file}', f'--output={decoded}'
-  costs.append(common.run(*rotbits, 'decode', *paths))
+  costs = [common.run(*rotbits, 'encode', checkpoint, file, choice)]
+  costs.append(common.run(*rotbits, 'decode', file, decoded))
   shutil.rmtree(decoded)
   costs.append(common.run('-c', LOAD, file))
   size = file.stat().st_size

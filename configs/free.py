@@ -1,6 +1,6 @@
 """All gauges removed, the rest entropy-coded: the same function in fewer bytes.
 
-  rotbits encode --config=free --checkpoint=DIR --output=FILE
+  rotbits encode CHECKPOINT --config=free
 
 `tolerance`: how far from 1 a singular value may be that counts as 1, in roundoffs.
 `floor`: octaves by which the step of small numbers is coarser. A field is overridden by

@@ -1,6 +1,6 @@
 """Nearly the same function in far fewer bytes: numbers are rounded to coarse steps.
 
-  rotbits encode --config=near --checkpoint=DIR --output=FILE
+  rotbits encode CHECKPOINT --config=near
 
 `step` is log2 of an array's step over its root mean square; `tolerance`: see `free`.
 """

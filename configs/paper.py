@@ -1,6 +1,6 @@
 """Rotations by bits-back coding: the published scheme, made exact.
 
-  rotbits encode --config=paper --checkpoint=DIR --output=FILE
+  rotbits encode CHECKPOINT --config=paper
 
 `published` has the options of the paper.
 """

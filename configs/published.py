@@ -1,6 +1,6 @@
 """The experiments of the bits-back paper, arXiv 2410.01309.
 
-  rotbits encode --config=published:opt-6.7b --checkpoint=SLICED --output=FILE
+  rotbits encode SLICED --config=published:opt-6.7b
 
 `MODELS` has the dense models, and `REDUCTIONS` what the paper saves of each.
 """

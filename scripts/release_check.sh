@@ -29,9 +29,9 @@ for version in 3.11 3.13; do
     rotbits --version
     example=$(python -c 'import rotbits_jax; print(rotbits_jax.checkpoints.example())')
     [[ $example == "$folder"/* ]]
-    rotbits encode --checkpoint="$example" --output=x.rotbits --config=free
-    rotbits verify --input=x.rotbits --against="$example"
-    snapshot=$(rotbits snapshot --input=x.rotbits)
+    rotbits encode "$example" x.rotbits --config=free
+    rotbits verify x.rotbits --against="$example"
+    snapshot=$(rotbits snapshot x.rotbits)
     [[ -f $snapshot/modeling_sliced_phi.py ]]
     if [[ $version == 3.11 ]]; then
       python -m pip install --quiet --disable-pip-version-check ipykernel nbclient matplotlib

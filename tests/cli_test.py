@@ -63,21 +63,21 @@ def tensors_of(model):
 )
 def test_encode_says_where_the_bytes_are_saved(rotbits, tmp_path, preset):
   output = tmp_path / 'model.rotbits'
-  flags = f'--checkpoint={SLICED}', f'--output={output}', f'--preset={preset}'
-  report = json_of(rotbits, 'encode', *flags)
+  report = json_of(rotbits, 'encode', SLICED, output, f'--preset={preset}')
   assert (report['preset'], report['family']) == (preset, 'llama')
   assert report['bytes']['file'] == output.stat().st_size
   for key, numbers in (('bytes_saved', 'bytes'), ('elements_saved', 'elements')):
     whole, part = report[numbers].values()
     assert sum(line[key] for line in report['lines']) == whole - part
-  assert json_of(rotbits, 'inspect', f'--input={output}').items() <= report.items()
+  assert json_of(rotbits, 'inspect', output).items() <= report.items()
 
 
 def test_options_in_a_config(rotbits, tmp_path, encoded):
   stored = []
   for override in ([], ['--config.tolerance=0.0']):
-    flags = f'--checkpoint={SLICED}', f'--output={tmp_path / "file"}', '--overwrite'
-    report = json_of(rotbits, 'encode', *flags, '--config=free', *override)
+    paths = SLICED, tmp_path / 'file'
+    options = '--overwrite', '--config=free', *override
+    report = json_of(rotbits, 'encode', *paths, *options)
     stored.append(report['elements']['stored'])
     if not override:
       assert report['bytes']['file'] == (encoded / 'free').stat().st_size
@@ -87,8 +87,8 @@ def test_options_in_a_config(rotbits, tmp_path, encoded):
 @pytest.mark.parametrize('output_format', ['safetensors', 'slicegpt'])
 def test_decode(rotbits, tmp_path, encoded, output_format):
   output = tmp_path / 'out'
-  flags = f'--input={encoded / "exact"}', f'--output={output}'
-  result = json_of(rotbits, 'decode', *flags, f'--format={output_format}')
+  paths = encoded / 'exact', output
+  result = json_of(rotbits, 'decode', *paths, f'--format={output_format}')
   assert result['sliced']
   sizes = [(output / name).stat().st_size for name in result['files']]
   assert result['bytes'] == sum(sizes)
@@ -100,17 +100,16 @@ def test_decode(rotbits, tmp_path, encoded, output_format):
 
 
 def test_estimates_are_close_to_the_files(rotbits, encoded):
-  result = json_of(rotbits, 'estimate', f'--checkpoint={SLICED}')
+  result = json_of(rotbits, 'estimate', SLICED)
   for preset in ('exact', 'free', 'near'):
     assert abs(result['presets'][preset] / (encoded / preset).stat().st_size - 1) < 0.1
 
 
 def test_verify_and_inspect(rotbits, encoded):
-  flags = f'--input={encoded / "exact"}', f'--against={SLICED}'
-  assert json_of(rotbits, 'verify', *flags)['same_bits'] is True
-  flags = f'--input={encoded / "free"}', f'--against={SLICED}'
-  assert json_of(rotbits, 'verify', *flags)['kl'] < 1e-4
-  code, out, _ = rotbits('inspect', f'--input={encoded / "free"}', '--verbose')
+  against = f'--against={SLICED}'
+  assert json_of(rotbits, 'verify', encoded / 'exact', against)['same_bits'] is True
+  assert json_of(rotbits, 'verify', encoded / 'free', against)['kl'] < 1e-4
+  code, out, _ = rotbits('inspect', encoded / 'free', '--verbose')
   assert code == 0
   assert 'layers.0/attention_shortcut' in out
 
@@ -118,31 +117,30 @@ def test_verify_and_inspect(rotbits, encoded):
 def test_evaluate(rotbits, readable, tmp_path):
   reference, text = readable / SLICED.name, f'--text={readable / "text"}'
   encoded = tmp_path / 'model.safetensors'  # recognised by its content
-  flags = f'--checkpoint={reference}', f'--output={encoded}'
-  assert rotbits('encode', *flags)[0] == 0
-  model = f'--model={readable / DENSE.name}'
-  alone = json_of(rotbits, 'evaluate', model, text, '--max_tokens=17')
+  assert rotbits('encode', reference, encoded)[0] == 0
+  dense = readable / DENSE.name
+  alone = json_of(rotbits, 'evaluate', dense, text, '--max_tokens=17')
   assert (alone['tokens'], alone['kl']) == (16, None)
-  flags = f'--model={encoded}', f'--reference={reference}', text
-  compared = json_of(rotbits, 'evaluate', *flags)
+  against = f'--against={reference}'
+  compared = json_of(rotbits, 'evaluate', encoded, against, text)
   assert compared['tokens'] == 39
   assert 0 < compared['kl'] < 1e-4
   assert 0 < compared['kl_rerounded'] < 1e-4
 
 
-ENCODE = ('encode', f'--checkpoint={SLICED}', '--output=OUT')
+ENCODE = ('encode', f'{SLICED}', 'OUT')
 NEAR = (*ENCODE, '--preset=near')
 CONFIG = (*ENCODE, '--config=free')
 # Commands, and a word of the line on stderr. IN is a folder of damaged inputs.
 BAD_INPUT = (
-  (ENCODE[:2], '--output'),
+  (('encode',), "'checkpoint'; usage: rotbits encode CHECKPOINT [FILE]"),
   ((*ENCODE, '--chekpoint=x'), 'chekpoint'),
-  ((*ENCODE, 'more'), "'more'"),
+  ((*ENCODE, 'more'), 'too many'),
   ((*ENCODE, '--preset=none'), 'free|exact'),
   ((*ENCODE, '--base=gs://bucket/model'), 'gs:'),
   ((*ENCODE, '--shard_size=0MB'), 'size like 2GB'),
-  ((*ENCODE[:2], '--output=.'), 'directory'),
-  ((*ENCODE[:2], '--output=/dev/null', '--overwrite'), 'not a regular file'),
+  ((*ENCODE[:2], '.'), 'directory'),
+  ((*ENCODE[:2], '/dev/null', '--overwrite'), 'not a regular file'),
   ((*CONFIG, '--preset=free'), '(config, preset)'),
   ((*CONFIG, '--config.nothing=1'), 'nothing'),
   ((*CONFIG, '--config.tolerance=x'), 'tolerance'),
@@ -151,15 +149,15 @@ BAD_INPUT = (
   ((*NEAR, '--bits=4', '--step=-5'), 'At most one of (step'),
   ((*NEAR, '--max_kl=1'), 'needs a --text'),
   ((*NEAR, '--step=4'), 'step must be'),
-  (('encode', '--checkpoint=IN/missing', '--output=OUT'), 'missing'),
-  (('encode', '--checkpoint=IN/truncated', '--output=OUT'), '.pt'),
-  (('encode', '--checkpoint=IN/bert', '--output=OUT', '--preset=free'), 'bert'),
-  (('verify', '--input=IN/missing'), 'No such file'),
-  (('report', '--input=IN/empty', '--output=OUT'), 'not a rotbits file'),
-  (('inspect', '--input=IN/header'), 'cut short'),
-  (('decode', '--input=IN/cut', '--output=OUT'), 'cut short'),
-  (('decode', '--input=IN/flipped', '--output=OUT'), 'damaged'),
-  (('evaluate', f'--model={SLICED}', '--text=IN/missing'), 'No such file'),
+  (('encode', 'IN/missing', 'OUT'), 'missing'),
+  (('encode', 'IN/truncated', 'OUT'), '.pt'),
+  (('encode', 'IN/bert', 'OUT', '--preset=free'), 'bert'),
+  (('verify', 'IN/missing'), 'No such file'),
+  (('report', 'IN/empty', 'OUT'), 'not a rotbits file'),
+  (('inspect', 'IN/header'), 'cut short'),
+  (('decode', 'IN/cut', 'OUT'), 'cut short'),
+  (('decode', 'IN/flipped', 'OUT'), 'damaged'),
+  (('evaluate', f'{SLICED}', '--text=IN/missing'), 'No such file'),
 )
 
 
@@ -202,13 +200,13 @@ def test_bad_input(rotbits, tmp_path, damaged, subtests):
 def test_files_that_exist_need_overwrite(rotbits, tmp_path, encoded):
   output = tmp_path / 'output'
   output.write_text('the old file stays')
-  encode = ['encode', f'--checkpoint={SLICED}', f'--output={output}', '--preset=exact']
+  encode = ['encode', SLICED, output, '--preset=exact']
   check_refused(
     rotbits, tmp_path, encode, f'{output}: the file exists; use --overwrite'
   )
   assert rotbits(*encode, '--overwrite')[0] == 0
   assert output.read_bytes() == (encoded / 'exact').read_bytes()
-  decode = ['decode', f'--input={output}', f'--output={tmp_path / "out"}']
+  decode = ['decode', output, tmp_path / 'out']
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'config.json').write_text('the old file stays')
   check_refused(rotbits, tmp_path, decode, 'the folder has files')
@@ -231,15 +229,47 @@ def test_help(rotbits, subtests):
     with subtests.test(command=command):
       code, out, err = rotbits(command, '--help')
       assert (code, err) == (0, '')
-      example = re.search(rf'rotbits {command} (--.*(\\\n.*)*)', out)[1]
+      example = re.search(rf'^  .*rotbits {command} (.*)', out, re.M)[1]
       for flag in re.findall(r'--(\w+)', example):
         assert re.search(rf'^  --(\[no\])?{flag}:', out, re.M)
 
 
+def test_short_help_is_a_line_for_each_flag(rotbits, subtests):
+  for command in main.COMMANDS:
+    with subtests.test(command=command):
+      code, out, err = rotbits(command, '-h')
+      assert (code, err) == (0, '')
+      _, usage, flags = out.rstrip().split('\n\n')
+      assert usage.startswith(f'rotbits {command} ')
+      assert all(re.match(r'  --\w+ +\S', line) for line in flags.splitlines())
+
+
+def test_paths_by_position_have_defaults(rotbits, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(DENSE, tmp_path / 'models' / 'MINE.v2')
+  assert rotbits('encode', '~/models/MINE.v2/')[0] == 0
+  assert rotbits('decode', 'models/MINE.v2.rotbits')[0] == 2  # there is the input
+  assert rotbits('decode', 'models/MINE.v2.rotbits', '--overwrite', '~/again')[0] == 0
+  assert rotbits('report', 'models/MINE.v2.rotbits', '--against=~/again')[0] == 0
+  weights = 'model.safetensors'
+  expected = (DENSE / weights).read_bytes()
+  assert (tmp_path / 'again' / weights).read_bytes() == expected
+  monkeypatch.chdir(tmp_path / 'again')
+  assert rotbits('encode', '.')[0] == 0
+  for name in ('again.rotbits', 'models/MINE.v2.rotbits', 'models/MINE.v2.html'):
+    assert (tmp_path / name).is_file()
+  assert {path.name for path in tmp_path.iterdir()} == {
+    'again',
+    'again.rotbits',
+    'models',
+  }
+
+
 def test_a_process_of_its_own(tmp_path):
-  flags = f'--checkpoint={SLICED}', f'--output={tmp_path / "out"}', '--json'
+  arguments = SLICED, tmp_path / 'out', '--json', '--preset=exact'
   done = subprocess.run(
-    [sys.executable, '-m', 'rotbits_jax', 'encode', *flags, '--preset=exact'],
+    [sys.executable, '-m', 'rotbits_jax', 'encode', *arguments],
     capture_output=True,
     text=True,
     cwd=ROOT,

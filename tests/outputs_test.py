@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+import rotbits_jax
 from rotbits_jax.system import outputs
 
 
@@ -54,3 +55,18 @@ def test_a_link_is_no_staging_folder(tmp_path):
   with pytest.raises(OSError, match='exists'), outputs.fresh(staging):
     raise AssertionError
   assert (outside / 'file').exists()
+
+
+def test_home_is_expanded_wherever_paths_enter(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  source = rotbits_jax.checkpoints.example('llama-tiny-dense')
+  rotbits_jax.encode_to_file(source, '~/a', preset='exact')
+  rotbits_jax.decode_to_directory('~/a', '~/b')
+  checkpoint = rotbits_jax.load_checkpoint('~/b')
+  rotbits_jax.save_checkpoint(checkpoint, pathlib.Path('~/c'))
+  rotbits_jax.encode_to_file('~/c', '~/d', base='~/a', shard_size=10**5)
+  assert rotbits_jax.verify('~/d', against='~/b', base='~/a').same_bits
+  with pytest.raises(ValueError, match='input'):
+    rotbits_jax.encode_to_file('~/c', '~/c/config.json')
+  assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'c', 'd']

@@ -60,7 +60,7 @@ def test_notes_that_a_stranger_wrote(note):
 def test_command_writes_the_page(tmp_path, rotbits):
   source, path = TESTDATA / 'phi2-tiny-sliced-0.25', tmp_path / 'phi.rotbits'
   rotbits_jax.encode_to_file(source, path, preset='exact')
-  arguments = f'--input={path}', f'--output={tmp_path}/a.html', f'--against={source}'
+  arguments = path, f'{tmp_path}/a.html', f'--against={source}'
   assert rotbits('report', *arguments)[0] == 0
   page = (tmp_path / 'a.html').read_text('utf-8')
   assert re.search('<title>phi.rotbits: [0-9.]+MB to [0-9]+kB', page)

@@ -191,9 +191,9 @@ def test_the_command_writes_what_microsofts_writes(rotbits, tmp_path):
   text.write_text(word_checkpoints.random_text(600))
   code, out, err = rotbits(
     'slice',
-    f'--model={source}',
-    f'--output={output}',
-    f'--calibration={text}',
+    source,
+    output,
+    f'--text={text}',
     '--sparsity=0.25',
     '--sequence_length=48',
     f'--encoded={output.parent / "free.rotbits"}',

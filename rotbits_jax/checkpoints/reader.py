@@ -356,7 +356,7 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   kept whatever it says. Otherwise it must name the tensors, and is kept if the writer
   divides tensors as it says.
   """
-  listed = _find_weights(pathlib.Path(path))
+  listed = _find_weights(files_lib.local_path(path))
   is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)
   if plain and is_torch:
     text = 'is not safetensors, in which any family is stored'

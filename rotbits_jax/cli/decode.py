@@ -1,23 +1,24 @@
 """Decodes a file to a checkpoint.
 
-  rotbits decode --input=smollm2.rotbits --output=SmolLM2-again
+  rotbits decode SmolLM2-135M.rotbits SmolLM2-again
 
 The weights get the tensor names, shapes, dtypes and shards of the checkpoint that was
 encoded; the other files (configs, tokenizer, license, model card, code) come back, too.
---input may be the folder of shards, or their index. A file that was encoded with --base
-needs the same --base. A few layers at a time are in memory.
+FILE may be the folder of shards, or their index. Without FOLDER, FILE names it without
+its ending. A file that was encoded with --base needs the same --base. A few layers at a
+time are in memory.
 
 A sliced model loads in transformers after --format=transformers, which also writes the
 code of the model, and in Microsoft's SliceGPT after --format=slicegpt:
 
-  AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
-  hf_utils.load_sliced_model(NAME, DIR, sparsity=0.25)
+  AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+  hf_utils.load_sliced_model(NAME, FOLDER, sparsity=0.25)
 
-trust_remote_code may run any Python file in DIR. So this format has no Python files of
---input, unless --code says that you trust its author.
+trust_remote_code may run any Python file in FOLDER. So this format has no Python files
+of FILE, unless --code says that you trust its author.
 
-JSON: output, the directory; files, their paths in it; bytes of these; sliced, whether
-the model is sliced, null for plain tensors.
+JSON: folder; files, their paths in it; bytes of these; sliced, whether the model is
+sliced, null for plain tensors.
 """
 
 import pathlib
@@ -27,11 +28,9 @@ from absl import flags
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import file
 from rotbits_jax.cli import program
 
-_INPUT, _BASE, _OVERWRITE = program.shared('input', 'base', 'overwrite')
-_OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
+_BASE, _OVERWRITE = program.shared('base', 'overwrite')
 _FORMAT = flags.DEFINE_enum(
   'format', 'safetensors', typing.get_args(checkpoints.Format), 'Format of the weights.'
 )
@@ -42,11 +41,11 @@ _CODE = flags.DEFINE_bool('code', False, 'transformers: write Python files of --
 _DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as encoded.')
 
 
-def main() -> program.Result:
-  folder = pathlib.Path(_OUTPUT.value)
+def main(file: str, folder: str | None = None) -> program.Result:
+  target = pathlib.Path(folder or file.removesuffix('.rotbits'))
   rotbits_jax.decode_to_directory(
-    _INPUT.value,
-    folder,
+    file,
+    target,
     base=_BASE.value,
     format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size(_SHARD_SIZE),
@@ -55,16 +54,16 @@ def main() -> program.Result:
     overwrite=_OVERWRITE.value,
     progress=True,
   )
-  config = file.Reader(_INPUT.value).config
+  config = rotbits_jax.file.Reader(file).config
   sliced = None if config is None else config.sliced
-  written = [path for path in folder.rglob('*') if path.is_file()]
+  written = [path for path in target.rglob('*') if path.is_file()]
   result = {
-    'output': _OUTPUT.value,
-    'files': sorted(path.relative_to(folder).as_posix() for path in written),
+    'folder': str(target),
+    'files': sorted(path.relative_to(target).as_posix() for path in written),
     'bytes': sum(path.stat().st_size for path in written),
     'sliced': sliced,
   }
-  text = f'wrote {_OUTPUT.value}'
+  text = f'wrote {target}'
   if sliced and _FORMAT.value == 'safetensors':
     text += '\nThe model is sliced; to load it in transformers: --format=transformers'
   return result, text

@@ -1,6 +1,6 @@
-r"""Encodes a checkpoint as one smaller file, or as several (shards).
+"""Encodes a checkpoint as one smaller file, or as several (shards).
 
-  rotbits encode --checkpoint=SmolLM2-135M --output=smollm2.rotbits
+  rotbits encode SmolLM2-135M
 
 The checkpoint is one of Hugging Face (safetensors or pytorch_model.bin, sharded or not)
 or of Microsoft's SliceGPT. The presets:
@@ -16,13 +16,13 @@ or of Microsoft's SliceGPT. The presets:
 
 --config sets a preset and its options, by a name in the folder configs or by a path:
 
-  rotbits encode --checkpoint=DIR --output=FILE --config=free --config.tolerance=1.0
+  rotbits encode SmolLM2-135M --config=free --config.tolerance=1.0
 
 With --base the file holds only how a model differs from one that the receiver has, such
 as the base of a fine-tune; every bit comes back with the same --base:
 
-  rotbits encode --checkpoint=TUNED --base=BASE --output=tuned.rotbits
-  rotbits decode --input=tuned.rotbits --base=BASE --output=TUNED-again
+  rotbits encode TUNED --base=BASE
+  rotbits decode TUNED.rotbits TUNED-again --base=BASE
 
 The file appears when it is complete. With --shard_size a run that was killed finds its
 complete shards again, and with --distributed process i of `jax.distributed` encodes
@@ -51,8 +51,7 @@ from rotbits_jax.file import output
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
 
-_CHECKPOINT, _BASE, _OVERWRITE = program.shared('checkpoint', 'base', 'overwrite')
-_OUTPUT = flags.DEFINE_string('output', None, 'The file to write.', required=True)
+_BASE, _OVERWRITE, _VERBOSE = program.shared('base', 'overwrite', 'verbose')
 _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to remove.')
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.'
@@ -73,16 +72,20 @@ flags.mark_flags_as_mutual_exclusive(['step', 'max_kl', 'target_size', 'bits'])
 flags.mark_flags_as_mutual_exclusive(['config', 'preset'])
 
 
-def main() -> program.Result | None:
-  start, path, target = time.monotonic(), _CHECKPOINT.value, _OUTPUT.value
+def main(checkpoint: str, file: str | None = None) -> program.Result | None:
+  start, path = time.monotonic(), pathlib.Path(checkpoint)
+  if not path.name.strip('.'):  # . or ..
+    path = path.resolve()
+  stem = path.stem if path.is_file() else path.name
+  target = file or str(path.with_name(f'{stem}.rotbits'))
   shard_size, overwrite = program.parse_size(_SHARD_SIZE), _OVERWRITE.value
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  output.check_path(target, shard_size, inputs=[path], overwrite=overwrite)
-  source = checkpoints.open_any(path)
-  options, calibration = _options(source)
+  output.check_path(target, shard_size, inputs=[checkpoint], overwrite=overwrite)
+  source = checkpoints.open_any(checkpoint)
+  options, calibration = _options(source, target)
   rotbits_jax.encode_to_file(
-    path,
+    checkpoint,
     target,
     base=_BASE.value,
     shard_size=shard_size,
@@ -101,7 +104,7 @@ def main() -> program.Result | None:
     'plain_because': reason,
     'curve': calibration and [point._asdict() for point in calibration.curve],
   }
-  lines = [report.to_text(verbose=True), ''] if program.VERBOSE.value else []
+  lines = [report.to_text(verbose=True), ''] if _VERBOSE.value else []
   if source.left_out:
     lines.append(f'not kept: {", ".join(source.left_out)}')
   if reason is not None:
@@ -129,7 +132,9 @@ def main() -> program.Result | None:
   return result, '\n'.join(lines)
 
 
-def _options(source: Any) -> tuple[dict[str, Any], steps.Calibration | None]:
+def _options(
+  source: Any, target: str
+) -> tuple[dict[str, Any], steps.Calibration | None]:
   """Returns the options of `encode_to_file` that the flags say, for a source."""
   options: dict[str, Any] = {'preset': _PRESET.value}
   if _CONFIG.value is not None:
@@ -149,13 +154,13 @@ def _options(source: Any) -> tuple[dict[str, Any], steps.Calibration | None]:
     options['target_size'] = int(_BITS.value * elements / 8)
   if _TEXT.value is None:
     return options, None
-  model = checkpoints.open_checkpoint(_CHECKPOINT.value)
+  model = checkpoints.open_checkpoint(source.path)
   calibration = steps.calibrate(
     model,
     program.read_tokens(_TEXT.value, model.files),
     max_kl=_MAX_KL.value,
     max_tokens=_MAX_TOKENS.value,
-    folder=pathlib.Path(_OUTPUT.value).resolve().parent,
+    folder=pathlib.Path(target).resolve().parent,
     progress=True,
   )
   return options | calibration.options, calibration

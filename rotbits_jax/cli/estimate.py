@@ -1,6 +1,6 @@
 """Estimates in a few seconds how small each preset would make a checkpoint.
 
-  rotbits estimate --checkpoint=SmolLM2-135M
+  rotbits estimate SmolLM2-135M
 
 Only samples are read, and nothing is written. `near` is that of its default step.
 
@@ -16,8 +16,6 @@ from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimate as estimate_lib
 
-(_CHECKPOINT,) = program.shared('checkpoint')
-
 _KEPT = {
   'exact': 'every bit',
   'free': 'the function; not for LoRAs',
@@ -25,8 +23,8 @@ _KEPT = {
 }
 
 
-def main() -> program.Result:
-  source: Any = checkpoints.open_any(_CHECKPOINT.value)
+def main(checkpoint: str) -> program.Result:
+  source: Any = checkpoints.open_any(checkpoint)
   input_bytes = min(source.input_bytes, source.nbytes)
   presets = estimate_lib.estimate(source, progress=True)
   without = None if source.config else source.reason or 'it is of no known family'

@@ -1,9 +1,9 @@
 """Measures the perplexity of a model on a text, and its divergence from a reference.
 
-  rotbits evaluate --model=smollm2.rotbits --text=book.txt --reference=SmolLM2-135M
+  rotbits evaluate SmolLM2-135M.rotbits --text=book.txt --against=SmolLM2-135M
 
 A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
-wrote; it needs a tokenizer.json. With a reference, the mean KL divergence from its
+wrote; it needs a tokenizer.json. With --against, the mean KL divergence from its
 predictions is measured, and the expected agreement rate (EAR): the share of tokens that
 can be the same if both models draw them. The noise floor is the divergence after the
 reference is merely rotated at random and rounded to its dtype again.
@@ -20,19 +20,17 @@ from rotbits_jax import evaluation
 from rotbits_jax import passes
 from rotbits_jax.cli import program
 
-_MODEL = flags.DEFINE_string('model', None, 'The model to measure.', required=True)
-(_BASE,) = program.shared('base')
+_BASE, _AGAINST = program.shared('base', 'against')
 _TEXT = flags.DEFINE_string('text', None, 'A text file in UTF-8.', required=True)
-_REFERENCE = flags.DEFINE_string('reference', None, 'A model to compare with.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', None, 'Tokens to use.', 2)
 
 
-def main() -> program.Result:
-  checkpoint = program.read_model(_MODEL.value, _BASE.value)
+def main(model: str) -> program.Result:
+  checkpoint = program.read_model(model, _BASE.value)
   tokens = program.read_tokens(_TEXT.value, checkpoint.files)
   reference = rerounded = None
-  if _REFERENCE.value is not None:
-    reference = program.read_model(_REFERENCE.value, _BASE.value).model
+  if _AGAINST.value is not None:
+    reference = program.read_model(_AGAINST.value, _BASE.value).model
     rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   measured = evaluation.evaluate(
     checkpoint.model,
@@ -43,7 +41,7 @@ def main() -> program.Result:
     progress=True,
   )
   if not all(math.isfinite(number) for number in measured if number is not None):
-    raise ValueError(f'{_MODEL.value}: the predictions are not finite')
+    raise ValueError(f'{model}: the predictions are not finite')
   lines = [f'perplexity   {measured.perplexity:.4f} on {measured.tokens:,} tokens']
   if measured.kl is not None:
     lines += [

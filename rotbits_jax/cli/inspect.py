@@ -1,6 +1,6 @@
 """Shows what a file holds, and how many bytes each transform saved.
 
-  rotbits inspect --input=smollm2.rotbits
+  rotbits inspect SmolLM2-135M.rotbits
 
 The bytes saved add up to the difference between the sizes exactly. Layers of one shape
 are one row; --verbose gives each of them a row. Only the header of the file is read;
@@ -15,11 +15,11 @@ elements_saved and bytes_saved), remarks, base; with --verbose notes for each tr
 import rotbits_jax
 from rotbits_jax.cli import program
 
-(_INPUT,) = program.shared('input')
+(_VERBOSE,) = program.shared('verbose')
 
 
-def main() -> program.Result:
-  verbose = program.VERBOSE.value
-  report = rotbits_jax.inspect(_INPUT.value)
+def main(file: str) -> program.Result:
+  verbose = _VERBOSE.value
+  report = rotbits_jax.inspect(file)
   note = 'Only the header was read; rotbits verify checks the rest.'
   return report.to_json(verbose=verbose), f'{report.to_text(verbose=verbose)}\n\n{note}'

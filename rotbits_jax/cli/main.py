@@ -1,4 +1,4 @@
-"""The `rotbits` program: `rotbits COMMAND --flag=value ...`."""
+"""The `rotbits` program: `rotbits COMMAND PATH ... --flag=value ...`."""
 
 import importlib
 import os
@@ -22,10 +22,10 @@ COMMANDS = {
 USAGE = """\
 Makes transformer checkpoints smaller: losslessly, or for a measured loss.
 
-  rotbits encode --checkpoint=SmolLM2-135M --output=smollm2.rotbits
-  rotbits decode --input=smollm2.rotbits --output=SmolLM2-again
+  rotbits encode SmolLM2-135M
+  rotbits decode SmolLM2-135M.rotbits SmolLM2-again
 
-Commands; `rotbits COMMAND --help` shows an example and the flags:
+Commands; `rotbits COMMAND -h` shows the flags, and --help explains them:
 
 {commands}
 

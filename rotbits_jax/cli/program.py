@@ -1,8 +1,8 @@
 """Shared parts of the commands: running one, its errors, reading a model.
 
 A command is a module with a docstring, which is its help; flags; and `main`, which
-returns its output: the JSON object of --json, and the text for people; or None. Exit
-codes are those of `main.USAGE`, and 130 if the user interrupts a command.
+takes its paths and returns its output: the JSON object of --json, and the text for
+people; or None. Exit codes are those of `main.USAGE`.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import json
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -32,43 +33,46 @@ Result = tuple[dict[str, Any], str]  # the JSON object and the text of a command
 DTYPES = 'float32', 'bfloat16', 'float16'  # the values of the flag --dtype
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
-VERBOSE = flags.DEFINE_bool('verbose', False, 'encode, inspect: print more.')
 
 # Flags of several commands: the function that defines each, its default and purpose.
 _SHARED: dict[str, tuple[Callable[..., Any], Any, str]] = {
-  'input': (flags.DEFINE_string, None, 'A file of `encode`.'),
-  'checkpoint': (flags.DEFINE_string, None, 'A directory with weights, or their file.'),
   'base': (flags.DEFINE_multi_string, None, 'The base; repeat it for bases of it.'),
-  'against': (flags.DEFINE_string, None, 'The checkpoint that was encoded.'),
+  'against': (flags.DEFINE_string, None, 'A model to compare with.'),
   'overwrite': (flags.DEFINE_bool, False, 'Replace existing files.'),
+  'verbose': (flags.DEFINE_bool, False, 'Print more.'),
 }
 
 
 def shared(*names: str) -> list[flags.FlagHolder[Any]]:
   """Defines flags that several commands have."""
-  required = 'input', 'checkpoint'
-  return [
-    _SHARED[name][0](name, *_SHARED[name][1:], required=name in required)
-    for name in names
-  ]
+  return [_SHARED[name][0](name, *_SHARED[name][1:]) for name in names]
 
 
 def run(command: types.ModuleType) -> int:
   """Parses `sys.argv`, runs a command, prints its result and returns the exit code."""
-  if '--help' in sys.argv or '-h' in sys.argv:
-    helps = map(flags.FLAGS.module_help, (command, sys.modules[__name__]))
-    print(inspect.getdoc(command), *helps, sep='\n\n')
+  name = command.__name__.rpartition('.')[2]
+  signature = inspect.signature(command.main)
+  words = [
+    x.name.upper() if x.default is x.empty else f'[{x.name.upper()}]'
+    for x in signature.parameters.values()
+  ]
+  usage = f'rotbits {name} {" ".join(words)} [--FLAG=VALUE ...]'
+  if {'--help', '-h'} & {*sys.argv}:
+    print(_help(command, usage, is_long='--help' in sys.argv))
     return 0
   try:
-    _parse()
+    paths = _parse()
+    try:
+      signature.bind(*paths)
+    except TypeError as error:
+      raise flags.Error(f'{error}; usage: {usage}') from error
     logging.getLogger('jax').setLevel(logging.ERROR)  # hides "no GPU found"
     _keep_compiled_programs()
     with host.own_settings():
-      result = command.main()
+      result = command.main(*paths)
   except KeyboardInterrupt:
     return 130
   except (ValueError, OSError, flags.Error) as error:
-    name = command.__name__.rpartition('.')[2]
     print(f'rotbits {name}: {_one_line(error)}', file=sys.stderr)
     return 2
   if result is not None and JSON.value:
@@ -107,20 +111,36 @@ def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
   return size
 
 
-def _parse() -> None:
-  """Parses `sys.argv`; all errors, also those of a config file, are flags.Error."""
+def _help(command: types.ModuleType, usage: str, *, is_long: bool) -> str:
+  """Returns the flags of a command, a line each; or all that its docstring says."""
+  modules, text = (command, sys.modules[__name__]), inspect.getdoc(command) or ''
+  if is_long:
+    return '\n\n'.join([text, usage, *map(flags.FLAGS.module_help, modules)])
+  of_module = flags.FLAGS.get_flags_for_module
+  rows = [
+    f'  --{flag.name:18}{flag.help.partition(chr(10))[0].rstrip(";")}'
+    for module in modules
+    for flag in of_module(module)
+  ]
+  return '\n'.join([text.partition('\n')[0], '', usage, '', *rows])
+
+
+def _parse() -> list[str]:
+  """Parses `sys.argv`, and returns the paths; all errors are flags.Error."""
+  flags.FLAGS.set_gnu_getopt(True)  # flags may follow paths
   try:
-    unused = flags.FLAGS([_with_path_of_config(x) for x in sys.argv])[1:]
+    paths: list[str] = flags.FLAGS([_expanded(x) for x in sys.argv])[1:]
   except Exception as error:  # a config file is Python, which may raise anything
     # An error of a config file comes with its traceback.
     text = re.sub(r'Traceback.*\n(?=\S)', '', str(error), flags=re.DOTALL)
     raise flags.Error(text or type(error).__name__) from error
-  if unused:
-    raise flags.Error(f'unexpected argument {unused[0]!r}')
+  return paths
 
 
-def _with_path_of_config(argument: str) -> str:
-  """Replaces the name in --config=NAME[:ARGUMENT] by the path of the config file."""
+def _expanded(argument: str) -> str:
+  """Expands `~` in a path or --FLAG=PATH, and NAME in --config=NAME[:ARGUMENT]."""
+  flag, path = re.fullmatch(r'(?s)(-[^=~]*=)?(.*)', argument).groups('')
+  argument = flag + os.path.expanduser(path)
   match = re.fullmatch(r'(--?config=)(\w+)(.*)', argument)
   if match is None or not (path := config_folder() / f'{match[2]}.py').exists():
     return argument

@@ -1,11 +1,10 @@
-r"""Slices a dense checkpoint with SliceGPT: fewer elements, similar predictions.
+"""Slices a dense checkpoint with SliceGPT: fewer elements, similar predictions.
 
-  rotbits slice --model=SmolLM2-135M --output=sliced --sparsity=0.25 \
-    --calibration=book.txt --encoded=sliced.rotbits
+  rotbits slice SmolLM2-135M SLICED --sparsity=0.25 --text=book.txt
 
 Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
-of the interval. The calibration text decides which directions stay. The output is that
-of Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
+of the interval. The text decides which directions stay. FOLDER gets the output of
+ Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
 other files. --encoded also writes the file of `rotbits encode --preset=free`, from the
 elements before they are rounded; --recipe the same relative to the dense model, which
 decoding then needs as --base. Measure what it costs with `rotbits evaluate`.
@@ -26,12 +25,10 @@ from rotbits_jax.file import output
 from rotbits_jax.system import outputs
 
 (_OVERWRITE,) = program.shared('overwrite')
-_MODEL = flags.DEFINE_string('model', None, 'The dense model.', required=True)
-_OUTPUT = flags.DEFINE_string('output', None, 'A directory.', required=True)
 _SPARSITY = flags.DEFINE_float(
   'sparsity', None, 'The part of the hidden size to remove.', 0, 1, required=True
 )
-_CALIBRATION = flags.DEFINE_string('calibration', None, 'A UTF-8 text.', required=True)
+_TEXT = flags.DEFINE_string('text', None, 'A text in UTF-8.', required=True)
 _DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as the model.')
 _FINAL_ORIENTATION = flags.DEFINE_enum(
   'final_orientation', 'random', slicing.ORIENTATIONS, 'Coordinates of the stream.'
@@ -47,22 +44,22 @@ _ENCODED = flags.DEFINE_string('encoded', None, 'A file for the sliced model.')
 _RECIPE = flags.DEFINE_string('recipe', None, 'One that needs the dense model.')
 
 
-def main() -> program.Result:
-  dense, overwrite = program.read_model(_MODEL.value), _OVERWRITE.value
-  path = pathlib.Path(_MODEL.value).resolve()
+def main(model: str, folder: str) -> program.Result:
+  dense, overwrite = program.read_model(model), _OVERWRITE.value
+  path = pathlib.Path(model).resolve()
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
-  directory = outputs.directory_target(_OUTPUT.value)
+  directory = outputs.directory_target(folder)
   names = f'{stem}.pt', f'{stem}.json', *dense.files
   encodings = (_ENCODED.value, None), (_RECIPE.value, dense.model)
   bases = {file: base for file, base in encodings if file is not None}
-  inputs = [_MODEL.value, _CALIBRATION.value]
+  inputs = [model, _TEXT.value]
   for file in bases:
     output.check_path(file, None, inputs=inputs, overwrite=overwrite)
   outputs.check_replaced(directory, names.__contains__, overwrite=overwrite)
   output.check_inputs([directory / name for name in names], inputs)
   config = dense.model.config
   tokens = slicing.sample_sequences(
-    program.read_tokens(_CALIBRATION.value, dense.files),
+    program.read_tokens(_TEXT.value, dense.files),
     sequences=_SEQUENCES.value,
     length=_LENGTH.value or min(config.max_positions, 2048),  # as SliceGPT does
     seed=_SEED.value,
@@ -81,7 +78,7 @@ def main() -> program.Result:
   unrounded = dataclasses.replace(unrounded, stored_as=dtype)
   checkpoint = slicing.sliced_checkpoint(dense, unrounded.rounded(), stem)
   rotbits_jax.save_checkpoint(
-    checkpoint, _OUTPUT.value, format='slicegpt', overwrite=overwrite
+    checkpoint, folder, format='slicegpt', overwrite=overwrite
   )
   for file, base in bases.items():
     rotbits_jax.encode_to_file(

@@ -1,6 +1,6 @@
 """Decodes a file to a folder that other programs load, once, and prints the folder.
 
-  vllm serve "$(rotbits snapshot --input=smollm2.rotbits)"
+  vllm serve "$(rotbits snapshot SmolLM2-135M.rotbits)"
 
 The folder is for transformers, vLLM, MaxText, Tunix and Keras; do not write into it. It
 is in ROTBITS_JAX_CACHE, or in ~/.cache/rotbits_jax, and named by the checksums of the
@@ -12,9 +12,9 @@ JSON: folder.
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT, _BASE = program.shared('input', 'base')
+(_BASE,) = program.shared('base')
 
 
-def main() -> program.Result:
-  folder = rotbits_jax.snapshot(_INPUT.value, _BASE.value, progress=True)
+def main(file: str) -> program.Result:
+  folder = rotbits_jax.snapshot(file, _BASE.value, progress=True)
   return {'folder': str(folder)}, str(folder)

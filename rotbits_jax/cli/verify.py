@@ -1,6 +1,6 @@
 """Decodes and checks everything in a file, and compares it with a checkpoint.
 
-  rotbits verify --input=smollm2.rotbits --against=SmolLM2-135M
+  rotbits verify SmolLM2-135M.rotbits --against=SmolLM2-135M
 
 With --against a file of the preset `exact` must have the checkpoint's bits. One of
 `free` or `paper` must have its function: the predictions for random tokens differ from
@@ -14,16 +14,14 @@ JSON: the fields of `rotbits_jax.file.verification.Verification`.
 import rotbits_jax
 from rotbits_jax.cli import program
 
-_INPUT, _BASE, _AGAINST = program.shared('input', 'base', 'against')
+_BASE, _AGAINST = program.shared('base', 'against')
 
 
-def main() -> program.Result:
-  source, against = _INPUT.value, _AGAINST.value
-  verified = rotbits_jax.verify(
-    source, against=against, base=_BASE.value, progress=True
-  )
+def main(file: str) -> program.Result:
+  against = _AGAINST.value
+  verified = rotbits_jax.verify(file, against=against, base=_BASE.value, progress=True)
   counts = f'{verified.tensors} tensors and {verified.files} other files'
-  lines = [f'{source}: {counts} are undamaged']
+  lines = [f'{file}: {counts} are undamaged']
   if verified.same_bits:
     lines.append(f'all bits are those of {against}')
   if verified.kl is not None:

@@ -150,7 +150,7 @@ class StreamReader:
     self.opened: files.File | None = None
     if isinstance(source, (str, os.PathLike)):
       self.opened = files.File.of(source)
-      self.name, self.size = os.fspath(source), self.opened.size
+      self.name, self.size = str(self.opened.path), self.opened.size
     else:
       data: Any = source
       if not isinstance(source, (bytes, bytearray, memoryview)):

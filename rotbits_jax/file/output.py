@@ -24,6 +24,7 @@ from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards as shards_lib
 from rotbits_jax.file import verification
+from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import outputs
 from rotbits_jax.system import progress as progress_lib
 
@@ -58,7 +59,7 @@ class Plan:
     `inputs` are the source and the base, see `check_inputs`.
     """
     check_path(path, shard_size, inputs=inputs, overwrite=overwrite)
-    self._encoder, self._target = encoder, pathlib.Path(path).resolve()
+    self._encoder, self._target = encoder, files_lib.local_path(path).resolve()
     self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
     self._has_index = shard_size is not None
     if not self._has_index:
@@ -169,8 +170,9 @@ def check_path(
 ) -> None:
   """Checks, before the work, that an output can be written, see `Plan`."""
   if shard_size is None:
-    outputs.check(pathlib.Path(path).resolve(), overwrite=overwrite)
-    check_inputs([pathlib.Path(path)], inputs)
+    target = files_lib.local_path(path)
+    outputs.check(target.resolve(), overwrite=overwrite)
+    check_inputs([target], inputs)
     return
   if shard_size < 1:
     raise ValueError(f'shard_size must be positive, got {shard_size}')
@@ -189,8 +191,8 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
   ones, with their bases, or lists of inputs; those in memory are ignored.
   """
   for path in _input_paths([*inputs]):
-    real, is_encoded = pathlib.Path(path).resolve(), shards_lib.is_encoded(path)
-    folder = pathlib.Path(path if real.is_dir() else os.path.dirname(path))
+    real, is_encoded = path.resolve(), shards_lib.is_encoded(path)
+    folder = path if real.is_dir() else path.parent
     files = {real}
     if real.is_dir() or real.name == shards_lib.INDEX or not is_encoded:
       files |= {x.resolve() for x in folder.iterdir()}
@@ -200,12 +202,12 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
         raise ValueError(f'{target}: it is a file of an input, {path}')
 
 
-def _input_paths(value: Any) -> list[Path]:
+def _input_paths(value: Any) -> list[pathlib.Path]:
   """Returns the paths of an input and of its bases; those in memory have none."""
   if isinstance(value, reader_lib.Reader):
     value = value.inputs
   if type(value) in (list, tuple):  # but no Checkpoint, whose stem is no path
     return [path for part in value for path in _input_paths(part)]
   path = getattr(value, 'path', value)  # of an opened checkpoint
-  is_path = isinstance(path, str | os.PathLike) and os.path.exists(path)
-  return [path] if is_path else []
+  path = files_lib.local_path(path) if isinstance(path, str | os.PathLike) else None
+  return [path] if path and os.path.exists(path) else []

@@ -261,7 +261,7 @@ def report_page(
       f'(KL, random tokens); rounding alone makes {verified.kl_rerounded:.2g}.'
     )
   base, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
-  loading = f'to load it:\n  rotbits decode --input={path} --output=DIR{base}'
+  loading = f'to load it:\n  rotbits decode {path} FOLDER{base}'
   if report.family is not None:
     loading += f"\n  model = rotbits_jax.load('{path}'{argument})"
   return _PAGE.substitute(

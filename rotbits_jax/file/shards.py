@@ -63,7 +63,7 @@ def find(
   """
   if not isinstance(source, (str, os.PathLike)):
     return [source], None
-  path = pathlib.Path(source)
+  path = files.local_path(source)
   folder = path.parent if path.name == INDEX else path
   if not (folder / INDEX).is_file():
     return [path], None
@@ -80,7 +80,7 @@ def find(
 
 def is_encoded(path: str | os.PathLike[str]) -> bool:
   """Returns whether a path names an encoded file, a folder of shards, or an index."""
-  place = pathlib.Path(path)
+  place = files.local_path(path)
   if not place.is_file():
     return (place / INDEX).is_file()
   try:

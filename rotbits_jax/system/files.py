@@ -28,7 +28,8 @@ class File(NamedTuple):
   @classmethod
   def of(cls, path: str | os.PathLike[str]) -> 'File':
     """Records the present state of a file; an OSError if it is none."""
-    return cls._in_state(pathlib.Path(path), os.stat(path))
+    path = local_path(path)
+    return cls._in_state(path, os.stat(path))
 
   @classmethod
   def _in_state(cls, path: pathlib.Path, state: os.stat_result) -> 'File':
@@ -66,8 +67,13 @@ class File(NamedTuple):
     return data.tobytes()
 
 
+def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns a path that a user gave, with `~` expanded."""
+  return pathlib.Path(os.path.expanduser(path))
+
+
 def cache_folder() -> pathlib.Path:
   """Returns the user's folder of compiled programs and snapshots; it may be missing."""
   cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   path = os.environ.get('ROTBITS_JAX_CACHE') or f'{cache}/rotbits_jax'
-  return pathlib.Path(path).expanduser()
+  return local_path(path)

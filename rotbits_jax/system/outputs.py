@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from rotbits_jax.system import files as files_lib
+
 Path = str | os.PathLike[str]
 
 
@@ -37,7 +39,7 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
 
 def directory_target(path: Path) -> pathlib.Path:
   """Returns the directory of a path, which need not exist but can be written."""
-  target = pathlib.Path(path).resolve()
+  target = files_lib.local_path(path).resolve()
   if os.path.lexists(target) and not target.is_dir():
     raise OSError(errno.ENOTDIR, 'is a file, not a directory to write to', str(target))
   with fresh(staging(target)):
