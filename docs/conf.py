@@ -5,9 +5,14 @@ import pathlib
 import pkgutil
 import re
 import shutil
+import subprocess
+import sys
+
+from sphinx.search.en import SearchEnglish
 
 import rotbits_jax
 from rotbits_jax import structured
+from rotbits_jax.cli import main
 
 HERE = pathlib.Path(__file__).parent
 
@@ -33,6 +38,9 @@ if 'CI' in os.environ:  # the inventories of others need a network
   }
 exclude_patterns = ['build']
 highlight_language = 'text'  # blocks that name none are tables and outputs
+smartquotes_action = 'qe'  # quotes and ellipses: --flag keeps its dashes
+# A preset is called `near`, which is no word of a search in English.
+SearchEnglish.stopwords = SearchEnglish.stopwords - {'near'}
 html_theme = 'sphinx_book_theme'
 html_title = f'rotbits_jax {version}'
 html_favicon = 'static/favicon.svg'
@@ -107,11 +115,57 @@ def _write_reference():
     sections = '\n'.join(_MODULE.format(name=name) for name in modules)
     (folder / f'{package}.md').write_text(f'# {package}\n\n{sections}', 'utf-8')
   names = '\n'.join(sorted(pages))
-  index = f'# Reference\n\n```{{toctree}}\n:maxdepth: 2\n\n{names}\n```\n'
+  index = f'# Python API\n\n```{{toctree}}\n:maxdepth: 2\n\n{names}\n```\n'
   (folder / 'index.md').write_text(index, 'utf-8')
 
 
 _write_reference()
+
+_COMMAND = """# rotbits {name}
+
+`rotbits {name}` {purpose}.
+
+{text}
+
+## Flags
+
+```text
+{flags}
+```
+"""
+
+
+def _write_commands():
+  """Writes a page for each command, from what it prints for --help."""
+  folder = HERE / 'commands'
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir()
+  for name, purpose in main.COMMANDS.items():
+    command = [sys.executable, '-m', 'rotbits_jax', name, '--help']
+    printed = subprocess.run(command, capture_output=True, check=True, text=True)
+    text, *flags = re.split(r'\n+(?=rotbits_jax\.[\w.]+:\n)', printed.stdout.strip())
+    flags = [re.sub(r'^.*\n', '', module) for module in flags]  # without its name
+    page = _COMMAND.format(
+      name=name, purpose=purpose, text=_as_markdown(text), flags='\n'.join(flags)
+    )
+    (folder / f'{name}.md').write_text(page, 'utf-8')
+
+
+def _as_markdown(text):
+  """Makes Markdown of a help text: examples are code, and JSON has a heading."""
+  paragraphs = []
+  for paragraph in text.split('\n\n')[1:]:  # the first one is the purpose
+    if paragraph.startswith(('  ', 'rotbits ')):
+      paragraphs.append(f'```text\n{paragraph}\n```')
+    else:
+      paragraph = re.sub(r'(?<![`\w])(--\w+(=[\w.]+)?)', r'`\1`', paragraph)
+      words = re.split(r'(`[^`]*`)', paragraph)
+      words[::2] = [re.sub(r'([<>*_])', r'\\\1', word) for word in words[::2]]
+      paragraphs.append(re.sub(r'^JSON: ', '## JSON\n\n', ''.join(words)))
+  return '\n\n'.join(paragraphs)
+
+
+_write_commands()
 
 _SECTION = re.compile(r'(Args|Attributes|Raises|Returns|Yields|References?|Example):$')
 _BULLET = re.compile(r'\s*([*-]|\d+\.) ')

@@ -26,7 +26,7 @@ DOCS = ROOT / 'docs'
 PAGES = sorted(
   path.relative_to(DOCS).as_posix()
   for path in DOCS.rglob('*.md')
-  if not {'reference', 'notebooks'} & set(path.relative_to(DOCS).parts)
+  if not {'commands', 'notebooks', 'reference'} & set(path.relative_to(DOCS).parts)
 )
 NOTEBOOKS = sorted((ROOT / 'colabs').glob('*.ipynb'))
 CHECKPOINT = ROOT / 'tests' / 'testdata' / 'opt-small-sliced-0.2'
@@ -120,7 +120,6 @@ def test_notebooks_have_outputs():
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_without_warnings(path, monkeypatch):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
-  monkeypatch.setenv('QUICK', '1')  # a small model in place of SmolLM2
   notebook = nbformat.read(path, as_version=4)
   resources = {'metadata': {'path': str(path.parent)}}
   nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
@@ -134,8 +133,8 @@ def test_site_is_built_without_warnings(tmp_path):
   # The site's pages of references and notebooks are made beside the others.
   docs = shutil.copytree(DOCS, tmp_path / 'docs')
   shutil.copytree(ROOT / 'colabs', tmp_path / 'colabs')
-  for name in ('RESULTS.md', 'CHANGELOG.md', 'SECURITY.md'):  # pages include them
-    shutil.copy(ROOT / name, tmp_path)
+  for page in ROOT.glob('*.md'):  # pages of the site include some
+    shutil.copy(page, tmp_path)
   command = [sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-b', 'html']
   done = subprocess.run(
     [*command, docs, tmp_path / 'site'],
@@ -146,6 +145,11 @@ def test_site_is_built_without_warnings(tmp_path):
     timeout=1200,
   )
   assert done.returncode == 0, done.stderr
+  index = (tmp_path / 'site/searchindex.js').read_text('utf-8')
+  ignored = (tmp_path / 'site/_static/language_data.js').read_text('utf-8')
+  for stem in ('near', 'instal', 'canonic'):
+    assert f'"{stem}":' in index
+    assert f'"{stem}"' not in ignored
 
 
 @pytest.fixture(name='clone')
