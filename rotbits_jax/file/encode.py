@@ -29,6 +29,7 @@ from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import passes
 from rotbits_jax import presets
+from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
@@ -293,6 +294,8 @@ class Encoder:
     known: dict[int, np.ndarray] = {}
     params, base = structured.flatten(record.params), self._recipe or self.base
     beside = {} if base is None else base.beside(params, resolve)
+    if self.preset.rounding is None:
+      _find_codes(params, beside)
     savings = record.savings + ([] if base is None else [_saving(params, beside)])
     for path, leaf in params.items():
       try:
@@ -381,6 +384,19 @@ def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
   wide = jnp.asarray(leaf, jnp.float32)
   multiples, _ = passes.round_leaf(wide, dtype, log2_step, rounding.uniform)
   return structured.astype(passes.narrowed(jax.device_get(multiples)), dtype)
+
+
+def _find_codes(params: dict[str, Any], beside: dict[str, measure.Measured]) -> None:
+  """Replaces arrays that were quantised before by their codes, if these are smaller."""
+  for path, leaf in params.items():
+    measured = beside.get(path)
+    if measured is not None and measured.classes is None:
+      continue  # few elements differ from the base
+    codes = quantisers.find(leaf)
+    if codes is None or (measured and measured.estimate() < quantisers.nbytes(codes)):
+      continue
+    params[path] = codes
+    beside.pop(path, None)
 
 
 def _stored(

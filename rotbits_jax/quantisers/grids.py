@@ -1,0 +1,72 @@
+"""Grids: the numbers that codes of quantised arrays stand for, before the scale.
+
+A code is an int8. One of at least 0 stands for the magnitude of that index; a negative
+code c stands for minus the magnitude `-c`, or `-1 - c` if codes tell -0 from 0.
+"""
+
+from typing import Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+Name = Literal['int8', 'int4', 'float8_e4m3fn', 'float8_e5m2', 'float4_e2m1fn']
+
+
+class Grid(NamedTuple):
+  """The magnitudes of a dtype.
+
+  Attributes:
+    magnitudes: float32, ascending from 0.
+    tops: indices of magnitudes that the greatest element of a block may have, the
+      likeliest ones first.
+    exponent: log2 of the least normal number of floats; None for integers.
+    mantissa: bits of the mantissa of floats.
+  """
+
+  magnitudes: np.ndarray
+  tops: tuple[int, ...]
+  exponent: int | None = None
+  mantissa: int = 0
+
+  def nearest(self, numbers: np.ndarray) -> np.ndarray:
+    """Returns the indices of the magnitudes next to numbers that are not negative."""
+    most = len(self.magnitudes) - 1
+    if self.exponent is None:
+      return np.minimum(np.rint(numbers), most).astype(np.uint8)
+    # The least normal number of float32 takes the place of that of the grid, so that
+    # the high bits of a float32 are the index.
+    unit = np.float32(2.0 ** (-126 - self.exponent))
+    bits = (numbers.astype(np.float32) * unit).view(np.uint32)
+    shift = 23 - self.mantissa
+    return np.minimum((bits + (1 << shift - 1)) >> shift, most).astype(np.uint8)
+
+  def values(self, negative_zero: bool) -> np.ndarray:
+    """Returns the number of each code, by the code's bits: float32 `[256]`, or NaN."""
+    codes = np.arange(256, dtype=np.uint8).view(np.int8).astype(int)
+    places = np.where(codes < 0, -int(negative_zero) - codes, codes)
+    is_code = places < len(self.magnitudes)
+    values = self.magnitudes[np.where(is_code, places, 0)]
+    values = np.where(codes < 0, -values, values)
+    return np.where(is_code, values, np.nan).astype(np.float32)
+
+
+def _floats(dtype: type, tops: tuple[int, ...]) -> Grid:
+  info = ml_dtypes.finfo(dtype)
+  bits = np.arange(1 << info.bits - 1, dtype=np.uint8)
+  magnitudes = bits.view(dtype).astype(np.float32)
+  magnitudes = magnitudes[np.isfinite(magnitudes)]
+  return Grid(magnitudes, tops, int(info.minexp), info.nmant)
+
+
+# The greatest element has the greatest code, unless the scale is a power of two or was
+# rounded. Codes of 4 bits less a zero point are up to 15.
+GRIDS: dict[str, Grid] = {
+  'float4_e2m1fn': _floats(ml_dtypes.float4_e2m1fn, (7, 6, 5, 4, 3)),
+  'int4': Grid(
+    np.arange(16, dtype=np.float32), (7, 8, 15, *range(14, 8, -1), 6, 5, 4, 3, 2, 1)
+  ),
+  'float8_e5m2': _floats(ml_dtypes.float8_e5m2, (123, 122, 121, 120)),
+  'float8_e4m3fn': _floats(ml_dtypes.float8_e4m3fn, (126, *range(125, 118, -1))),
+  'int8': Grid(np.arange(129, dtype=np.float32), (127, 128, 126, 125)),
+}
+"""The grids by name, those of the fewest magnitudes first."""

@@ -1,0 +1,133 @@
+"""The leaf for an array that was quantised in blocks and dequantised, in files only.
+
+Shape letters: the array is taken as a matrix of R rows and C columns, its last axis.
+Blocks have r rows and c columns; those at the end may be cut.
+"""
+
+from collections.abc import Iterator
+import math
+from typing import Annotated, Any, ClassVar, Literal
+
+from flax import struct
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.quantisers import grids
+from rotbits_jax.structured import base
+from rotbits_jax.structured import fields
+from rotbits_jax.system import host
+from rotbits_jax.system import schema
+
+_CHUNK = 1 << 15  # elements that are taken together, so that they fit the cache
+_E4M3 = grids.GRIDS['float8_e4m3fn'].magnitudes
+
+
+@base.register
+@struct.dataclass
+class BlockQuantized(base.Structured):
+  """An array whose elements are codes times the scale of their block.
+
+      element = number of its code * scale of its block
+
+  The product is rounded to float32 and then to the dtype. A scale is the float32 with
+  the bits `scales << shift`; with a factor, it is the factor times the float8_e4m3fn
+  with the bits `scales`. Exceptions replace a few elements.
+  """
+
+  type_name: ClassVar[str] = 'block_quantized'
+  origin: ClassVar[base.Origin] = base.Origin.FILE
+
+  codes: Annotated[Any, fields.Array(None, np.int8)]  # one an element, see `grids`
+  scales: Annotated[Any, fields.Array('mn')]  # unsigned integers [R / r, C / c]
+  grid: grids.Name = fields.static()
+  name: Literal['float16', 'bfloat16', 'float32'] = fields.static()  # of the dtype
+  block: tuple[fields.Length, ...] = fields.static()  # r and c
+  shift: Annotated[int, schema.between(0, 23)] = fields.static(default=0)
+  negative_zero: bool = fields.static(default=False)  # whether codes tell -0 from 0
+  factor: Annotated[Any, fields.Array('', np.float32, optional=True)] = None
+  # How many elements are before each exception, from the one before it on.
+  gaps: Annotated[Any, fields.Array('e', np.uint32, optional=True)] = None
+  exceptions: Annotated[Any, fields.Array('e', optional=True)] = None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.codes.shape)
+
+  @property
+  def dtype(self) -> Any:
+    return np.dtype(jnp.dtype(self.name))
+
+  def materialize(self, *needed: Any) -> np.ndarray:
+    array = host.empty(self.shape, self.dtype)
+    self.write(array)
+    return array
+
+  def write(self, out: np.ndarray) -> None:
+    """Writes the array, on the host."""
+    codes, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.codes, out))
+    numbers = grids.GRIDS[self.grid].values(self.negative_zero)
+    with np.errstate(over='ignore'):
+      for rows, scales in row_scales(self.numbers(), self.block, codes.shape):
+        # NumPy would check the places of the codes without a mode.
+        products = numbers.take(codes[rows].view(np.uint8), mode='clip')
+        products *= scales
+        matrix[rows] = products
+    if self.gaps is not None:
+      out.reshape(-1)[self._places()] = self.exceptions
+
+  def numbers(self) -> np.ndarray:
+    """Returns the scales as float32."""
+    if self.factor is None:
+      return (self.scales.astype(np.uint32) << np.uint32(self.shift)).view(np.float32)
+    return _E4M3[self.scales] * self.factor
+
+  def _places(self) -> np.ndarray:
+    """Returns the places of the exceptions."""
+    return np.cumsum(self.gaps, dtype=np.int64) + np.arange(self.gaps.size)
+
+  def map_arrays(self, function: Any) -> 'BlockQuantized':
+    """Returns the leaf unchanged, because it stands for bits of one dtype."""
+    return self
+
+  def check(self) -> None:
+    shape, kind = self.shape, self.scales.dtype
+    fits = len(shape) > 1 and self.codes.size > 0 and len(self.block) == 2
+    fits = fits and min(self.block) > 0 and kind in (np.uint8, np.uint16, np.uint32)
+    if fits:
+      matrix = math.prod(shape[:-1]), shape[-1]
+      blocks = tuple(-(-n // m) for n, m in zip(matrix, self.block, strict=True))
+      fits = blocks == self.scales.shape and (self.gaps is None) == (
+        self.exceptions is None
+      )
+    if fits and self.gaps is not None:
+      fits = (
+        self.exceptions.dtype == self.dtype and self._places()[-1] < self.codes.size
+      )
+    if fits and self.factor is not None:
+      fits = kind == np.uint8 and int(self.scales.max()) < len(_E4M3)
+    if not fits:
+      raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
+    if int(self.scales.max()) >= 1 << 31 - self.shift:  # the sign of a float32
+      raise ValueError('the scales have too many bits')
+    with np.errstate(over='ignore', invalid='ignore'):
+      numbers = self.numbers()
+    if not (numbers.min() > 0 and numbers.max() < np.inf):  # also if one is NaN
+      raise ValueError('the scales must be positive and finite')
+    numbers = grids.GRIDS[self.grid].values(self.negative_zero)
+    codes = np.array([self.codes.min(), self.codes.max()])
+    if np.isnan(numbers[codes.view(np.uint8)]).any():
+      raise ValueError(f'{self.grid} has no codes from {codes[0]} to {codes[1]}')
+
+
+def row_scales(
+  scales: np.ndarray, block: tuple[int, ...], shape: tuple[int, int]
+) -> Iterator[tuple[slice, np.ndarray]]:
+  """Yields rows of a matrix that fit the cache, and the scales of their elements."""
+  (rows, width), (height, columns) = shape, block
+  step = max(_CHUNK // width, 1)
+  for start in range(0, rows, step):
+    part = slice(start, min(start + step, rows))
+    some = scales[np.arange(part.start, part.stop) // height]
+    if 1 < columns < width:
+      some = some.repeat(columns, axis=1)[:, :width]
+    yield part, some

@@ -1,0 +1,331 @@
+"""Finds the codes and the scales of arrays that were quantised and dequantised.
+
+An element v = round(q s) bounds the scale s of its block to [v-, v+] / q, where v- and
+v+ are the borders of the rounding to v. The code q is certain once the bounds of s are
+narrower than half a step of the grid at q. So the search begins with the greatest
+element over the greatest code, narrows the bounds by the elements whose codes are
+certain, and repeats. All blocks of an array go through it together. In the end the
+array is computed from codes and scales, and elements with other bits are exceptions.
+
+Shape letters: U blocks have n elements each, or n distinct magnitudes.
+"""
+
+from collections.abc import Iterator
+import math
+from typing import Any
+
+import numpy as np
+
+from rotbits_jax import structured
+from rotbits_jax.coding import coder
+from rotbits_jax.quantisers import grids
+from rotbits_jax.quantisers import leaf as leaf_lib
+from rotbits_jax.structured import ulps
+from rotbits_jax.system import host
+
+_DTYPES = tuple(ulps.MANTISSA_BITS)[:3]
+_LEAST = 1 << 12  # elements of an array
+_LINES, _RUN = 4, 128  # rows or columns, and elements of each, that show repetitions
+_REPEATED = 80  # of these elements that repeat another one; of dense ones about 45
+_SAMPLE = 1 << 14  # elements of a block that tell its grid
+_MOST_DISTINCT = 144  # magnitudes of a block; no grid has so many
+_BLOCKS = 5  # rows and columns of blocks of a sample
+_FIT = 0.75  # share of the blocks of a sample that have scales
+_ROUNDS = 6
+_CERTAIN = 0.45  # of a step of a grid
+_NEARLY = 1.01  # because errors of two quotients multiply, and float32 rounds them
+_CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
+_MOST_EXCEPTIONS = 1 / 64
+_EXCEPTION_BITS = 24
+_SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
+_SCALES = 1 << 9  # of these that tell their factor
+_LEAF_BYTES = 200
+
+Block = tuple[int, int]
+
+
+def find(array: Any) -> leaf_lib.BlockQuantized | None:
+  """Returns codes and scales of a leaf of a PyTree; None if they save no bytes.
+
+  Leaves that are no array of bfloat16, float16 or float32 have none.
+  """
+  if structured.is_structured(array) or array.dtype not in _DTYPES or array.ndim < 2:
+    return None
+  array = np.asarray(array)
+  if array.size < _LEAST or not _repeats(array):
+    return None
+  array = host.contiguous(array)
+  magnitudes = _magnitudes(array)
+  for block in _blocks(array.shape):
+    if name := _grid(magnitudes, block, array.dtype):
+      leaf = _leaf(array, magnitudes, block, name)
+      is_smaller = leaf is not None and nbytes(leaf) < coder.estimate([array])
+      return leaf if is_smaller else None
+  return None
+
+
+def nbytes(leaf: leaf_lib.BlockQuantized) -> float:
+  """Estimates the bytes of a leaf in a file."""
+  return coder.estimate([*leaf.stored()[1].values()]) + _LEAF_BYTES
+
+
+def _repeats(array: np.ndarray) -> bool:
+  """Returns whether many elements of some rows or columns are repeated."""
+  matrix = array.reshape(-1, array.shape[-1])
+  mask = np.iinfo(f'i{array.itemsize}').max
+  for lines in (matrix, matrix.T):
+    some = lines[:: max(len(lines) // _LINES, 1)][:_LINES, :_RUN]
+    ascending = np.sort(some.view(f'i{array.itemsize}') & mask, axis=1)
+    is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] > 0)
+    if np.count_nonzero(is_repeated) > _REPEATED / (_LINES * _RUN) * some.size:
+      return True
+  return False
+
+
+def _magnitudes(array: np.ndarray) -> np.ndarray:
+  """Returns the bits of a matrix without signs, and 0 for what is not finite."""
+  matrix = array.reshape(-1, array.shape[-1]).view(f'u{array.itemsize}')
+  bits = matrix & matrix.dtype.type(np.iinfo(f'i{array.itemsize}').max)
+  infinite = np.array(np.inf, array.dtype).view(bits.dtype)
+  bits[bits >= infinite] = 0
+  return bits
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[Block]:
+  """Yields the forms of blocks, large ones first, because these have fewer scales."""
+  rows, (height, width) = math.prod(shape[:-1]), shape[-2:]
+  forms = [(rows, width), (height, width), (128, 128), (1, width), (height, 1)]
+  for length in (128, 64, 32, 16):
+    forms += [(1, length)] if width % length == 0 else []
+    forms += [(length, 1)] if height % length == 0 else []
+  yield from dict.fromkeys(forms)
+
+
+def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> str | None:
+  """Returns the first grid that fits a sample of blocks, or None."""
+  counts = [max(n // m, 1) for n, m in zip(magnitudes.shape, block, strict=True)]
+  places = [np.unique(np.linspace(0, n - 1, _BLOCKS).astype(int)) for n in counts]
+  parts = []
+  for i in places[0]:
+    for j in places[1]:
+      part = magnitudes[i * block[0] :, j * block[1] :][: block[0], : block[1]]
+      some = part.reshape(-1)[:: -(-part.size // _SAMPLE)]
+      parts.append(np.append(some, part.max()))
+  bits = _distinct(np.stack(parts))
+  bits = bits[:, bits.any(axis=0)]
+  if not bits.size:
+    return None
+  distinct = np.median(np.count_nonzero(bits, axis=0))
+  for name, grid in grids.GRIDS.items():
+    if distinct < len(grid.magnitudes):
+      fits = _bounds(bits, dtype, grid)[2]
+      if fits.mean() >= _FIT:
+        return name
+  return None
+
+
+def _rows(magnitudes: np.ndarray, block: Block) -> np.ndarray:
+  """Returns the elements of the blocks of rows of blocks, `[U, n]`; none is cut."""
+  (rows, width), (height, columns) = magnitudes.shape, block
+  shape = rows // height, height, width // columns, columns
+  return magnitudes.reshape(shape).swapaxes(1, 2).reshape(-1, height * columns)
+
+
+def _distinct(rows: np.ndarray) -> np.ndarray:
+  """Returns the distinct magnitudes of each row, and zeros: `[n, U]`.
+
+  Of more than `_MOST_DISTINCT` the greatest are taken.
+  """
+  descending = np.sort(rows, axis=1)[:, ::-1]
+  is_first = descending > 0
+  is_first[:, 1:] &= descending[:, 1:] != descending[:, :-1]
+  unit, place = np.nonzero(is_first)
+  counts = np.bincount(unit, minlength=len(rows))
+  index = np.arange(unit.size) - np.repeat(np.cumsum(counts) - counts, counts)
+  is_kept = index < _MOST_DISTINCT
+  bits = np.zeros((_MOST_DISTINCT, len(rows)), rows.dtype)
+  bits[index[is_kept], unit[is_kept]] = descending[unit, place][is_kept]
+  return bits[: max(counts.max(), 1)]
+
+
+# ---- scales --------------------------------------------------------------------------
+
+
+def _borders(bits: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the least and the greatest number that is rounded to each magnitude."""
+  wide = np.dtype(np.float32 if dtype.itemsize == 2 else np.float64)
+  numbers = lambda x: x.view(dtype).astype(wide)
+  middle = numbers(bits)
+  low = (numbers(bits - (bits > 0)) + middle) / 2
+  high = (middle + numbers(bits + 1)) / 2
+  # A number between two neighbours is rounded to the even one.
+  is_odd = (bits & 1).astype(f'i{wide.itemsize}')
+  low, high = low.view(is_odd.dtype) + is_odd, high.view(is_odd.dtype) - is_odd
+  return low.view(wide), high.view(wide)
+
+
+def _narrowed(
+  low: np.ndarray, high: np.ndarray, grid: grids.Grid, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the bounds of scales `[U]`, given those of elements `[n, U]`.
+
+  The greatest element of each block has the code `top`.
+  """
+  gaps = np.diff(grid.magnitudes)
+  gaps = np.minimum(np.append(gaps, np.inf), np.append(np.inf, gaps))
+  gaps = gaps.astype(np.float32) * _CERTAIN
+  middle = (low + high) / 2
+  relative = (high - low) / (2 * middle)
+  least, most = (x.max(axis=0) / grid.magnitudes[top] for x in (low, high))
+  count = -1
+  for _ in range(_ROUNDS):
+    scale = (least + most) / 2
+    quotients = middle / scale
+    index = grid.nearest(quotients)
+    numbers = grid.magnitudes.take(index, mode='clip')
+    spread = quotients * (relative + (most - least) / (2 * scale))
+    is_certain = (index > 0) & (spread < gaps.take(index, mode='clip'))
+    is_certain &= np.abs(quotients - numbers) <= _NEARLY * spread
+    if count == (count := np.count_nonzero(is_certain)):
+      break
+    numbers[~is_certain] = np.nan
+    least = np.fmax(least, np.fmax.reduce(low / numbers, axis=0))
+    most = np.fmin(most, np.fmin.reduce(high / numbers, axis=0))
+    is_empty = least > most
+    least, most = (np.where(is_empty, scale, x) for x in (least, most))
+  return least, most
+
+
+@np.errstate(divide='ignore', invalid='ignore', over='ignore', under='ignore')
+def _bounds(
+  bits: np.ndarray, dtype: np.dtype, grid: grids.Grid
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the bounds of scales, and whether blocks of magnitudes `[n, U]` fit them.
+
+  Blocks of zeros have the bounds 0 and infinity.
+  """
+  low, high = _borders(bits, dtype)
+  left = np.flatnonzero(bits.any(axis=0))
+  bounds = np.zeros((2, bits.shape[1]), low.dtype)
+  bounds[1] = np.inf
+  fits = np.ones(bits.shape[1], bool)
+  fits[left] = False
+  for top in grid.tops:
+    pair = _narrowed(low[:, left], high[:, left], grid, top)
+    scale = ((pair[0] + pair[1]) / 2).astype(np.float32)
+    quotients = (low[:, left] + high[:, left]) / (2 * scale)
+    numbers = grid.magnitudes.take(grid.nearest(quotients))
+    is_same = ((numbers * scale).astype(dtype).view(bits.dtype) == bits[:, left]).all(0)
+    fits[left] = is_same
+    if top == grid.tops[0]:
+      bounds[:, left] = pair
+    places = left[is_same]
+    bounds[:, places] = np.stack(pair)[:, is_same]
+    left = left[~is_same]
+    if not left.size:
+      break
+  return *bounds, fits
+
+
+def _leaf(
+  array: np.ndarray, magnitudes: np.ndarray, block: Block, name: str
+) -> leaf_lib.BlockQuantized | None:
+  """Returns the leaf of an array, given its blocks and its grid."""
+  grid = grids.GRIDS[name]
+  shape = tuple(-(-n // m) for n, m in zip(magnitudes.shape, block, strict=True))
+  whole = tuple(n * m for n, m in zip(shape, block, strict=True))
+  padded = magnitudes
+  if whole != magnitudes.shape:
+    pairs = zip(whole, magnitudes.shape, strict=True)
+    padded = np.pad(magnitudes, [(0, n - m) for n, m in pairs])
+  parts = []
+  step = max(_CHUNK // (block[0] * whole[1]), 1) * block[0]
+  for start in range(0, whole[0], step):
+    bits = _distinct(_rows(padded[start : start + step], block))
+    parts.append(_bounds(bits, array.dtype, grid)[:2])
+  least, most = np.concatenate(parts, axis=1)
+  fields = _scales(least, most, math.prod(block))
+  fields['scales'] = fields['scales'].reshape(shape)
+  signs = array.reshape(magnitudes.shape).view(magnitudes.dtype) != magnitudes
+  draft = leaf_lib.BlockQuantized(
+    codes=np.empty(array.shape, np.int8),
+    grid=name,
+    name=array.dtype.name,
+    block=block,
+    negative_zero=bool((signs & (magnitudes == 0)).any()),
+    **fields,
+  )
+  codes = draft.codes.reshape(magnitudes.shape)
+  for rows, scales in leaf_lib.row_scales(draft.numbers(), block, magnitudes.shape):
+    quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
+    index = grid.nearest(quotients).astype(np.int16)
+    negative = np.minimum(index, 128 - draft.negative_zero) + draft.negative_zero
+    codes[rows] = np.where(signs[rows], -negative, np.minimum(index, 127))
+  known = draft.materialize().view(magnitudes.dtype)
+  places = np.flatnonzero(known != array.view(magnitudes.dtype))
+  if not places.size:
+    return draft
+  if places.size > _MOST_EXCEPTIONS * array.size or array.size >> 32:
+    return None
+  gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
+  return draft.replace(gaps=gaps, exceptions=array.reshape(-1)[places])
+
+
+def _scales(least: np.ndarray, most: np.ndarray, size: int) -> dict[str, np.ndarray]:
+  """Returns the fields of scales `[U]` of few bits within bounds, for blocks of a size.
+
+  Scales within the bounds have one effect, so those of the fewest bits are taken.
+  """
+  is_used = most < np.inf
+  if not is_used.any():
+    return {'scales': np.ones(least.size, np.uint8), 'shift': 23}
+  low, high = (x.astype(np.float32) for x in (least, most))
+  outside = low < least, high > most  # by a rounding
+  low, high = (x.view(np.uint32).astype(np.int64) for x in (low, high))
+  low, high = low + outside[0], high - outside[1]
+  rounded = lambda shift: (low + (1 << shift) - 1) >> shift
+  costs = {}
+  for shift in range(24):
+    missed = np.count_nonzero(is_used & (rounded(shift) << shift > high))
+    costs[shift] = (23 - shift) * least.size + _EXCEPTION_BITS * size * missed
+  shift = min(costs, key=costs.__getitem__)
+  scales = rounded(shift)
+  fields = {'shift': shift}
+  if size <= _SMALL_BLOCK:
+    factor, codes, missed = _factor(least, most, is_used)
+    cost = 3 * least.size + _EXCEPTION_BITS * size * missed
+    if cost < costs[shift]:
+      scales, fields = codes, {'factor': factor}
+  used, counts = np.unique(scales[is_used], return_counts=True)
+  scales[~is_used] = used[counts.argmax()]
+  kind = np.min_scalar_type(int(scales.max()))
+  return fields | {'scales': scales.astype(kind)}
+
+
+@np.errstate(divide='ignore', invalid='ignore', over='ignore', under='ignore')
+def _factor(
+  least: np.ndarray, most: np.ndarray, is_used: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+  """Finds scales that are float8 numbers times a factor, which is a scale of these.
+
+  Returns the factor, the codes, and how many scales have none.
+  """
+  grid = grids.GRIDS['float8_e4m3fn']
+  low, high = least[is_used], most[is_used]
+  places = np.arange(0, low.size, max(low.size // _SCALES, 1))
+  places = np.append(places, low.argmax())
+  best = np.float32(1), np.ones(least.size, np.int64), least.size
+  for top in range(len(grid.magnitudes) - 1, 0, -1):
+    for some in (places, np.arange(low.size)):
+      pair = _narrowed(low[some, None], high[some, None], grid, top)
+      factor = np.float32((pair[0] + pair[1]) / 2)
+      codes = grid.nearest((low[some] + high[some]) / 2 / factor)
+      numbers = grid.magnitudes[codes] * factor
+      is_within = (numbers >= low[some]) & (numbers <= high[some])
+      if is_within.mean() < 0.95:
+        break
+    else:
+      whole = np.ones(least.size, np.int64)
+      whole[is_used] = np.maximum(codes, 1)
+      return np.array(factor[0]), whole, np.count_nonzero(~is_within)
+  return best

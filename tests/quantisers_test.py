@@ -1,0 +1,186 @@
+"""Tests of arrays that were quantised before, see `quantisers`."""
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import ml_dtypes
+import numpy as np
+
+import rotbits_jax
+from rotbits_jax import quantisers
+from rotbits_jax import structured
+
+BF16, F32 = ml_dtypes.bfloat16, np.float32
+
+
+def weights(rows: int = 256, columns: int = 384, seed: int = 0) -> np.ndarray:
+  """Returns normal numbers whose rows differ in size, float32."""
+  rng = np.random.default_rng(seed)
+  sizes = np.exp(rng.normal(size=(rows, 1)) / 4) / 30
+  return (rng.normal(size=(rows, columns)) * sizes).astype(F32)
+
+
+def rounded(dtype):
+  return lambda x: x.astype(dtype).astype(F32)
+
+
+def integers(most):
+  return lambda x: np.clip(np.rint(x), -most, most) + F32(0)
+
+
+def dequantised(array, block, grid, top, scale=lambda x: x):
+  """Quantises an array by the greatest magnitude of each block, and returns it."""
+  rows, columns = (m or n for m, n in zip(block, array.shape, strict=True))
+  blocks = array.reshape(array.shape[0] // rows, rows, -1, columns)
+  greatest = np.abs(blocks).max(axis=(1, 3), keepdims=True)
+  scales = scale(np.where(greatest > 0, greatest, 1) / F32(top))
+  return (grid(blocks / scales) * scales).reshape(array.shape)
+
+
+def zero_points(array):
+  """Quantises groups of 128 to 0 to 15 with an integer zero point, as GPTQ does."""
+  groups = array.reshape(-1, 128)
+  least, most = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+  scales = rounded(np.float16)((most - least) / F32(15))
+  zeros = np.rint(-least / scales)
+  codes = np.clip(np.rint(groups / scales) + zeros, 0, 15)
+  return ((codes - zeros + F32(0)) * scales).reshape(array.shape)
+
+
+def nvfp4(array):
+  unit = np.abs(array).max() / F32(448 * 6)
+  scale = lambda x: rounded(ml_dtypes.float8_e4m3fn)(x / unit) * unit
+  grid = lambda x: rounded(ml_dtypes.float4_e2m1fn)(np.clip(x, -6, 6))
+  return dequantised(array, (1, 16), grid, 6, scale)
+
+
+E4M3, E5M2 = rounded(ml_dtypes.float8_e4m3fn), rounded(ml_dtypes.float8_e5m2)
+INT8, INT4 = integers(127), integers(7)
+# The array that a quantiser makes, the grid and the block that are found, and bits.
+SCHEMES = {
+  'int8_tensor': (lambda x: dequantised(x, (0, 0), INT8, 127), 'int8', (256, 384), 7),
+  'int8_rows': (lambda x: dequantised(x, (1, 0), INT8, 127), 'int8', (1, 384), 7.6),
+  'int8_rows_bf16': (
+    lambda x: dequantised(x, (1, 0), INT8, 127, rounded(BF16)),
+    'int8',
+    (1, 384),
+    7.6,
+  ),
+  'int8_columns': (lambda x: dequantised(x, (0, 1), INT8, 127), 'int8', (256, 1), 7.6),
+  'fake_int8': (lambda x: dequantised(x, (1, 0), np.rint, 127), 'int8', (1, 384), 7.6),
+  'e4m3_tensor': (
+    lambda x: dequantised(x, (0, 0), E4M3, 448),
+    'float8_e4m3fn',
+    (256, 384),
+    6.9,
+  ),
+  'e4m3_blocks': (
+    lambda x: dequantised(x, (128, 128), E4M3, 448),
+    'float8_e4m3fn',
+    (128, 128),
+    6.9,
+  ),
+  'e5m2_rows': (
+    lambda x: dequantised(x, (1, 0), E5M2, 57344),
+    'float8_e5m2',
+    (1, 384),
+    6.3,
+  ),
+  'int4_128': (lambda x: dequantised(x, (1, 128), INT4, 7), 'int4', (1, 128), 3.7),
+  'int4_64_columns': (lambda x: dequantised(x, (64, 1), INT4, 7), 'int4', (64, 1), 3.9),
+  'int4_32_bf16': (
+    lambda x: dequantised(x, (1, 32), INT4, 7, rounded(BF16)),
+    'int4',
+    (1, 32),
+    4.2,
+  ),
+  'zero_points': (zero_points, 'int4', (1, 128), 3.9),
+  'nvfp4': (nvfp4, 'float4_e2m1fn', (1, 16), 4.5),
+}
+
+
+class FindTest(parameterized.TestCase):
+  """Codes and scales of arrays that were quantised."""
+
+  @parameterized.parameters(
+    (scheme, dtype) for scheme in SCHEMES for dtype in (BF16, np.float16, F32)
+  )
+  def test_every_bit_comes_back(self, scheme, dtype):
+    quantiser, grid, block, most = SCHEMES[scheme]
+    array = quantiser(weights()).astype(dtype)
+    leaf = quantisers.find(array)
+    self.assertIsNotNone(leaf)
+    self.assertEqual((leaf.grid, leaf.block), (grid, block))
+    self.assertTrue(structured.same_bits(leaf.materialize(), array))
+    data = rotbits_jax.encode({'x': array})
+    self.assertTrue(structured.same_bits(rotbits_jax.decode(data)['x'], array))
+    self.assertLess(8 * len(data) / array.size, most)
+
+  @parameterized.parameters(BF16, np.float16, F32)
+  def test_dense_weights_have_no_codes(self, dtype):
+    for array in weights(), weights().T, np.abs(weights()) ** 3:
+      self.assertIsNone(quantisers.find(array.astype(dtype)))
+
+  def test_exceptions(self):
+    array = SCHEMES['int4_128'][0](weights()).astype(BF16)
+    flat = array.reshape(-1)
+    flat[[0, 5, 70000]] = [np.nan, np.inf, 0.123]
+    leaf = quantisers.find(array)
+    self.assertLen(leaf.exceptions, 3)
+    self.assertTrue(structured.same_bits(leaf.materialize(), array))
+
+  def test_blocks_may_be_cut(self):
+    array = np.pad(weights(), [(0, 128), (0, 128)])
+    array = dequantised(array, (128, 128), E4M3, 448)[:300, :400].astype(BF16)
+    leaf = quantisers.find(array)
+    self.assertEqual(leaf.scales.shape, (3, 4))
+    self.assertTrue(structured.same_bits(leaf.materialize(), array))
+
+  def test_experts(self):
+    array = np.stack([SCHEMES['int4_128'][0](weights(seed=i)) for i in range(3)])
+    leaf = quantisers.find(array.astype(BF16))
+    self.assertEqual(leaf.shape, (3, 256, 384))
+    self.assertTrue(structured.same_bits(leaf.materialize(), array.astype(BF16)))
+
+
+class LeafTest(parameterized.TestCase):
+  """What `BlockQuantized` refuses."""
+
+  def test_content_that_does_not_fit(self):
+    array = SCHEMES['nvfp4'][0](weights()).astype(BF16)
+    array[0, 0] = 100
+    leaf = quantisers.find(array)
+    cls, (settings, arrays) = type(leaf), leaf.stored()
+    cls.from_stored(settings, arrays)
+    scales = arrays['scales']
+    bits = lambda x: np.full(scales.shape, np.array(x, F32).view(np.uint32))
+    no_factor = {'factor': None}
+    wrong = [
+      *({'scales': bits(x)} | no_factor for x in (0, np.nan, np.inf, -1.0)),
+      {'scales': np.where(scales == scales[0, 0], 0, scales)},
+      {'scales': np.where(scales == scales[0, 0], 127, scales)},
+      {'scales': scales.astype(np.int8)} | no_factor,
+      {'scales': scales[1:]},
+      {'scales': scales[:, :-1]},
+      {'scales': np.full_like(scales, 255), 'shift': 23} | no_factor,
+      *({'factor': np.array(x, F32)} for x in (0, np.nan, np.inf, -1.0)),
+      {'codes': np.full_like(arrays['codes'], 8)},
+      {'codes': np.full_like(arrays['codes'], -9)},
+      {'codes': arrays['codes'][0]},
+      {'gaps': np.full_like(arrays['gaps'], array.size)},
+      {'gaps': None},
+      {'exceptions': arrays['exceptions'].astype(F32)},
+      *({'block': x} for x in ((1, 0), (0, 16), (1,), (1, 32), (1, 16, 1))),
+      {'grid': 'int3'},
+      {'shift': 24},
+      {'name': 'float8_e4m3fn'},
+    ]
+    for change in wrong:
+      fields = {key: x for key, x in (arrays | change).items() if key in arrays}
+      fields = {key: x for key, x in fields.items() if x is not None}
+      others = {key: x for key, x in change.items() if key not in arrays}
+      with self.assertRaises(ValueError, msg=repr(change)):
+        cls.from_stored(settings | others, fields)
+
+
+if __name__ == '__main__':
+  absltest.main()
