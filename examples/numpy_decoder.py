@@ -241,6 +241,28 @@ def difference(leaf, s, a, tensors, base, config):
   return (b + d).view(dtype)
 
 
+def dequantised(s, a):
+  """The array of codes and scales of blocks."""
+  codes, z = np.int32(a['codes']), s.get('negative_zero', False)
+  floats = lambda name, n=128: np.arange(n, dtype='u1').view(name).astype('f4')
+  m = np.arange(129, dtype='f4')
+  if s['grid'].startswith('float'):
+    m = floats(s['grid'], 8 if s['grid'].startswith('float4') else 128)
+  if 'factor' in a:
+    scales = floats('float8_e4m3fn')[a['scales']] * a['factor']
+  else:
+    scales = (np.uint32(a['scales']) << s.get('shift', 0)).view('f4')
+  numbers = m[np.where(codes < 0, -z - codes, codes)]
+  matrix = np.where(codes < 0, -numbers, numbers)
+  matrix = matrix.reshape(-1, codes.shape[-1])
+  for axis, length in enumerate(s['block']):
+    places = np.arange(matrix.shape[axis]) // length
+    scales = scales.take(places, axis)
+  array = (matrix * scales).astype(s['name']).ravel()
+  array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
+  return array
+
+
 def subspace(s, a):
   """The basis of a segment."""
   t, (m, d) = np.float64(a['numbers']) * s['step'], a['numbers'].shape
@@ -275,6 +297,8 @@ def read_leaf(leaf, arrays, tensors, base, config):
       return arrays[''] << shift >> shift if shift else arrays['']
     case 'difference':
       array = difference(leaf, s, arrays, tensors, base, config)
+    case 'block_quantized':
+      array = dequantised(s, arrays)
     case 'basis':
       array = subspace(s, arrays)
     case 'constant':

@@ -4,9 +4,11 @@ A leaf or a transform that joins a table joins all tests that go over it.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import passes
+from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import subspaces
@@ -81,6 +83,17 @@ def leaves():
   """Returns a structured leaf of every type, by name."""
   rng = np.random.default_rng(0)
   return {name: make(0) for name, make in LEAVES.items()} | {
+    'block_quantized': quantisers.BlockQuantized(
+      codes=np.int8([[-8, -1, 0, 7], [1, 2, 3, 4]]),
+      scales=np.uint8([[90], [1]]),
+      grid='float4_e2m1fn',
+      name='bfloat16',
+      block=(1, 4),
+      negative_zero=True,
+      factor=np.float32(0.5),
+      gaps=np.uint32([2, 4]),
+      exceptions=np.array([1, 3], jnp.bfloat16),
+    ),
     'tied': structured.Tied(normal(0, 5, 3), tokens=9),
     'basis': subspaces.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
     # The mask is a byte 1, as in the target, whose arrays have ones.

@@ -15,6 +15,7 @@ from safetensors import numpy as safetensors_numpy
 import rotbits_jax
 from rotbits_jax import structured
 from tests import golden
+from tests import quantisers_test
 from tests import recipe_test
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -142,6 +143,16 @@ def test_reads_trees_with_names_of_a_model_and_empty_dicts(tmp_path):
   assert_reads_the_same(file, output)
   with safetensors.safe_open(output, 'np') as opened:
     assert sorted(json.loads(opened.metadata()['empty'])) == ['e', 'layers.0/y']
+
+
+@pytest.mark.parametrize('scheme', quantisers_test.SCHEMES)
+def test_reads_codes_and_scales(scheme, tmp_path):
+  file, output = tmp_path / 'x.rotbits', tmp_path / 'x.safetensors'
+  array = quantisers_test.SCHEMES[scheme][0](quantisers_test.weights(128, 256))
+  array = array.astype(jnp.bfloat16)
+  array[0, :2] = np.nan, 1
+  rotbits_jax.encode_to_file({'x': {'y': array}}, file)
+  assert_reads_the_same(file, output)
 
 
 @pytest.mark.parametrize('dtype', ['int2', 'int4'])
