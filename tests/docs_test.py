@@ -15,6 +15,7 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
+import word_checkpoints
 
 from benchmarks import common
 from benchmarks import demo
@@ -97,7 +98,12 @@ def test_commands(page, tmp_path):
   text = (ROOT / 'rotbits_jax' / 'data' / 'evaluation.txt').read_text('utf-8')
   (tmp_path / 'text.txt').write_text(text[:4000])
   program = f'rotbits() {{ {sys.executable} -m rotbits_jax "$@"; }}\n'
-  settings = {'CHECKPOINT': str(CHECKPOINT), 'TEXT': str(tmp_path / 'text.txt')}
+  settings = {
+    'CHECKPOINT': word_checkpoints.copy_with_tokenizer('llama-tiny-dense', tmp_path),
+    'SLICED': CHECKPOINT,
+    'TEXT': tmp_path / 'text.txt',
+  }
+  settings = {name: str(path) for name, path in settings.items()}
   subprocess.run(
     ['bash', '-euo', 'pipefail', '-c', program + blocks(page, 'bash')],
     check=True,
