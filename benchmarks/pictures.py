@@ -28,6 +28,8 @@ plt.rcParams.update(
   {'svg.hashsalt': 'rotbits', 'font.size': 9, 'figure.dpi': 90, 'savefig.dpi': 90}
 )
 _NO_DATE = {'Date': None}  # the same numbers give the same file
+# Where a legend covers no point.
+_OUTSIDE: dict[str, Any] = {'loc': 'upper left', 'bbox_to_anchor': (1, 1)}
 
 Row = dict[str, str]
 
@@ -125,9 +127,10 @@ def near_picture(model: str, file: str) -> None:
       for row, x, y in zip(points, bits, kl, strict=True):
         if not is_near:
           ax.annotate(row['format'], (x, y), (3, 2), textcoords='offset points')
-    ax.set(yscale='log', xlabel='bits per weight', ylabel='KL, nats a token')
+    ax.set(yscale='log', xlabel='bits per weight', ylabel='KL, nats per token')
+    ax.margins(x=0.1)
     ax.set_title(model)
-    ax.legend()
+    ax.legend(**_OUTSIDE)
     save(figure, file)
 
 
@@ -144,7 +147,7 @@ def time_to_weights() -> None:
         ax.plot(links, seconds, label=row['method'].strip('`'))
     ax.set(xscale='log', yscale='log', xlabel='link, MB/s', ylabel='seconds to weights')
     ax.set_title(last)
-    ax.legend()
+    ax.legend(**_OUTSIDE)
     save(figure, 'time-to-weights.svg')
 
 
