@@ -142,7 +142,9 @@ BAD_INPUT = (
   ((*ENCODE[:2], '.'), 'directory'),
   ((*ENCODE[:2], '/dev/null', '--overwrite'), 'not a regular file'),
   ((*CONFIG, '--preset=free'), '(config, preset)'),
-  ((*CONFIG, '--config.nothing=1'), 'nothing'),
+  ((*CONFIG, '--config.nothing=1'), "--config has no option 'nothing'"),
+  ((*ENCODE, '--config=published:x'), "--config: there is no 'x'"),
+  (('encode', f'{DENSE}', 'OUT', '--preset=paper'), 'needs a sliced checkpoint'),
   ((*CONFIG, '--config.tolerance=x'), 'tolerance'),
   ((*ENCODE, '--config=no_such.py'), 'no_such.py'),
   ((*ENCODE, '--preset=free', '--bits=4'), '--bits is for'),
@@ -153,6 +155,12 @@ BAD_INPUT = (
   (('encode', 'IN/truncated', 'OUT'), '.pt'),
   (('encode', 'IN/bert', 'OUT', '--preset=free'), 'bert'),
   (('verify', 'IN/missing'), 'No such file'),
+  (('decode', 'IN/tuned', 'OUT'), 'IN/tuned: w: it needs --base='),
+  (('verify', 'IN/tuned', '--base=IN/other'), 'w: IN/other is another base: '),
+  (
+    ('decode', 'IN/tuned', 'OUT', '--base=IN/bert', '--base=IN/other'),
+    'no base; leave out',
+  ),
   (('report', 'IN/empty', 'OUT'), 'not a rotbits file'),
   (('inspect', 'IN/header'), 'cut short'),
   (('decode', 'IN/cut', 'OUT'), 'cut short'),
@@ -170,6 +178,9 @@ def _damaged(tmp_path_factory, encoded):
   weights.write_bytes(weights.read_bytes()[:-5000])
   shutil.copytree(DENSE, folder / 'bert')
   (folder / 'bert' / 'config.json').write_text('{"model_type": "bert"}')
+  base = {'w': np.arange(4096, dtype=np.float16)}
+  rotbits_jax.encode_to_file({'w': base['w'] + 1}, folder / 'tuned', base=base)
+  rotbits_jax.encode_to_file({'w': base['w'] + 2}, folder / 'other')
   data = (encoded / 'free').read_bytes()
   flipped = data[:9999] + b'ab' + data[10001:]
   files = {'empty': b'', 'header': data[:100], 'cut': data[:-1], 'flipped': flipped}
@@ -194,7 +205,7 @@ def test_bad_input(rotbits, tmp_path, damaged, subtests):
     with subtests.test(args=args):
       places = [x.replace('OUT', f'{tmp_path}/out') for x in args]
       places = [x.replace('IN', str(damaged)) for x in places]
-      check_refused(rotbits, tmp_path, places, words)
+      check_refused(rotbits, tmp_path, places, words.replace('IN/', f'{damaged}/'))
 
 
 def test_files_that_exist_need_overwrite(rotbits, tmp_path, encoded):

@@ -130,7 +130,7 @@ def test_each_array_is_donated_when_it_is_replaced():
   ('change', 'words'),
   [
     (lambda old: old | {'head': old['head'] + 1}, 'other elements'),
-    (lambda old: {'x': old}, 'the base has no'),
+    (lambda old: {'x': old}, 'another base: it has no'),
     (lambda old: old | {'more': jnp.ones(3)}, 'only one of the file and'),
   ],
 )

@@ -142,7 +142,7 @@ def test_a_base_that_the_model_was_not_sliced_from():
   data = rotbits_jax.encode(model, base=dense, preset='free')
   with pytest.raises(file.ContainerError, match='other elements than that of the base'):
     rotbits_jax.decode(data, base=other)
-  with pytest.raises(file.ContainerError, match='give that model as the base'):
+  with pytest.raises(file.ContainerError, match='it needs base='):
     rotbits_jax.decode(data)
 
 

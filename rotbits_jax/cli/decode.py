@@ -37,7 +37,9 @@ _FORMAT = flags.DEFINE_enum(
 _SHARD_SIZE = flags.DEFINE_string(
   'shard_size', None, 'Most bytes of a weights file, like 2GB; default: as encoded.'
 )
-_CODE = flags.DEFINE_bool('code', False, 'transformers: write Python files of --input.')
+_CODE = flags.DEFINE_bool(
+  'code', False, 'transformers: write Python files of FILE, too.'
+)
 _DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as encoded.')
 
 

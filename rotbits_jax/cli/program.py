@@ -118,7 +118,7 @@ def _help(command: types.ModuleType, usage: str, *, is_long: bool) -> str:
     return '\n\n'.join([text, usage, *map(flags.FLAGS.module_help, modules)])
   of_module = flags.FLAGS.get_flags_for_module
   rows = [
-    f'  --{flag.name:18}{flag.help.partition(chr(10))[0].rstrip(";")}'
+    f'  --{flag.name:18}{flag.help.splitlines()[0].rstrip(";")}'
     for module in modules
     for flag in of_module(module)
   ]
@@ -133,6 +133,10 @@ def _parse() -> list[str]:
   except Exception as error:  # a config file is Python, which may raise anything
     # An error of a config file comes with its traceback.
     text = re.sub(r'Traceback.*\n(?=\S)', '', str(error), flags=re.DOTALL)
+    if isinstance(error, AttributeError):  # as ml_collections says of overrides
+      text = '--config has no option ' + text.strip('"')
+    elif isinstance(error, KeyError):
+      text = f'--config: there is no {text}'
     raise flags.Error(text or type(error).__name__) from error
   return paths
 
@@ -169,4 +173,4 @@ def _one_line(error: BaseException) -> str:
     text = f'{error.filename}: {error.strerror}'
   else:
     text = ' '.join(str(error).split()) or type(error).__name__
-  return printable(text.replace('overwrite=True', '--overwrite'))
+  return printable(re.sub(r'\b(overwrite)=True|\b(base=)', r'--\1\2', text))

@@ -87,6 +87,8 @@ class Encoder:
       for name in (*models.outer_shapes(source.config), *layers):
         if name not in source.records:
           raise ValueError(f'{name}: the model lacks it')
+      if not self.can_be_divided:
+        paper.refuse(source)
       self._context = passes.make_context(self._records)
     elif preset.keeps == 'function':
       reason = getattr(source, 'reason', None) or 'exact and near take any arrays'

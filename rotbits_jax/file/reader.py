@@ -136,10 +136,7 @@ class Reader:
         raise ValueError(f'it needs {path}, whose record needs others')
     for array in leaf.base_arrays:
       if self._base is None:
-        raise ValueError(
-          f'it is stored beside {array.path} of another model: give that model as the '
-          'base'
-        )
+        raise ValueError('it needs base=..., the model with which it was encoded')
       self._base.check(array)
 
   def names(self) -> list[str]:
@@ -479,7 +476,7 @@ def open_base(base: Any, *, plain: bool) -> base_lib.Base:
     source = Reader(source, base=(below[0] if len(below) == 1 else below) or None)
     below = []
   if below:
-    raise ValueError('a base that is no encoded file needs no base itself')
+    raise ValueError(f'{base[0]}: a checkpoint needs no base; leave out {below[0]}')
   if isinstance(source, Reader):
     if source.manifest.message is not None:
       raise ValueError('a file of the preset paper cannot be a base')

@@ -34,9 +34,7 @@ class EncodedModel(NamedTuple):
 def refuse(source: passes.Source) -> None:
   """Raises a ValueError if a model cannot be coded. It reads only shapes and dtypes."""
   if not source.config.sliced:
-    raise ValueError(
-      'a dense model has no shortcuts, so its segments cannot be rotated'
-    )
+    raise ValueError("the preset 'paper' needs a sliced checkpoint, got a dense one")
   trees = map(source.specs, source.records)
   leaves = {path: x for tree in trees for path, x in structured.flatten(tree).items()}
   for path, shape in segments.all_shapes(source.config).items():

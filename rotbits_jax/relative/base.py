@@ -9,6 +9,7 @@ as 'model.'. A base that lacks an array raises a ValueError that names it.
 from collections.abc import Callable, Collection, Mapping
 import functools
 import math
+import os
 import re
 import threading
 from typing import Any
@@ -36,11 +37,15 @@ class Base:
   Attributes:
     source: the base, a `passes.Source`.
     config: config of the model; None for plain arrays.
+    name: its path, if it has one, for errors.
   """
 
   def __init__(self, source: Any, *, plain: bool):
     """Reads names, shapes and dtypes; `plain` names may differ by a prefix."""
     self.source = source
+    inputs = getattr(source, 'inputs', [None])
+    path = getattr(source, 'path', inputs[0])
+    self.name = str(path) if isinstance(path, str | os.PathLike) else 'this'
     self.config: models.ModelConfig | None = getattr(source, 'config', None)
     self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for record in source.records:
@@ -64,7 +69,7 @@ class Base:
     """Checks that the base has some array of a model, given the paths of all."""
     if paths and not any(self.find(path) is not None for path in paths):
       first = next(iter(paths))
-      raise ValueError(f'the base has no {first}, nor any other array of the model')
+      raise ValueError(f'{self.name}: has no {first}, nor any other array of the model')
 
   def array(self, path: str) -> np.ndarray | None:
     """Returns the base's array for a path to encode beside; None if it has none.
@@ -93,12 +98,12 @@ class Base:
     """Checks that the base has the array of an entry, unread; returns its path."""
     path = self.find(wanted.path)
     if path is None:
-      raise ValueError(f'the base has no {wanted.path}, which it needs')
+      raise ValueError(f'{self.name} is another base: it has no {wanted.path}')
     _, shape, dtype = self._specs[path]
     if (shape, dtype) != (wanted.shape, wanted.dtype):
       raise ValueError(
-        f'it needs {wanted.path} of the base as {wanted.dtype} {list(wanted.shape)}, '
-        f'and that of this base is {dtype} {list(shape)}'
+        f'{self.name} is another base: its {path} is {dtype} {list(shape)}, not '
+        f'{wanted.dtype} {list(wanted.shape)}'
       )
     return path
 
@@ -107,10 +112,7 @@ class Base:
     path = self.check(wanted)
     array = host.contiguous(self._array(self._leaf(path)))
     if checksums.of_array(array) != wanted.crc32:
-      raise ValueError(
-        f'{path} of this base has other elements than that of the base beside which '
-        'the file was encoded'
-      )
+      raise ValueError(f'{self.name} is another base: its {path} has other elements')
     return array
 
   def beside(
