@@ -198,7 +198,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   )
   of_sliced = (
     'Sliced models beside their dense models, by whole commands with the peak resident '
-    'size of each process. KL is that of `verify`, in nats a token for random tokens.'
+    'size of each process. KL is that of `verify`, in nats per token for random tokens.'
   )
   parts = [about, fine_tunes(), of_sliced, sliced_models(settings)]
   yield common.Section(TITLE, '\n\n'.join(parts))

@@ -154,7 +154,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     rows = measure(checkpoint)
     elements = structured.count_elements(dict(checkpoint.model.leaves()))
     about = (
-      f'Perplexity, KL in nats a token and agreement on {TOKENS:,} tokens; calibrated '
+      f'Perplexity, KL in nats per token and agreement on {TOKENS:,} tokens; calibrated '
       f'on {CALIBRATION_TOKENS:,} others. Bits are per weight. The last column is the '
       'share of the bytes at which calibrated `near` has the same KL.'
     )

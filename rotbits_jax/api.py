@@ -195,7 +195,7 @@ def load(
 ) -> models.Model | Tree:
   """Loads the content of a file as JAX arrays, see `decode`.
 
-  Arrays with 64 bits a number stay NumPy arrays, because JAX would narrow them; with
+  Arrays of 64-bit elements stay NumPy arrays, because JAX would narrow them; with
   `sharding` they keep these bits on the devices.
 
   >>> rotbits_jax.load(rotbits_jax.encode({'w': np.ones(2)}))['w'].tolist()
