@@ -5,7 +5,7 @@
 
 Each model is encoded with each preset, decoded, verified against what was given, and
 evaluated on an excerpt of the Jargon File. KL is the divergence of the predictions from
-those of the model that was given, in nats per token. Its floor is that of the same model
+those of the given model, in nats per token. Its floor is that of the same model
 rotated at random and rounded again. Seconds include what JAX takes to compile.
 """
 
@@ -154,8 +154,8 @@ def run(settings: common.Settings, full: bool = True) -> Iterator[common.Section
   for name, folder in subjects.items():
     rows += measure(folder, name, presets, settings.output)
   about = (
-    f'Perplexity and KL, in nats per token, on {TOKENS:,} tokens of a text. The floor of '
-    'KL is the line "rotated, rounded again": the same model in other coordinates.'
+    f'Perplexity and KL, in nats per token, on {TOKENS:,} tokens of a text. The floor '
+    'of KL is the line "rotated, rounded again": the same model in other coordinates.'
   )
   parts = [about, to_table(rows)]
   if full:

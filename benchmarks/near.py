@@ -154,9 +154,9 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     rows = measure(checkpoint)
     elements = structured.count_elements(dict(checkpoint.model.leaves()))
     about = (
-      f'Perplexity, KL in nats per token and agreement on {TOKENS:,} tokens; calibrated '
-      f'on {CALIBRATION_TOKENS:,} others. Bits are per weight. The last column is the '
-      'share of the bytes at which calibrated `near` has the same KL.'
+      f'Perplexity, KL in nats per token and agreement on {TOKENS:,} tokens; '
+      f'calibrated on {CALIBRATION_TOKENS:,} others. Bits are per weight. The last '
+      'column is the share of the bytes at which calibrated `near` has the same KL.'
     )
     picture = f'![Bits per weight against KL](docs/pictures/{PICTURES[name]})'
     body = f'{about}\n\n{to_table(rows, elements)}\n\n{picture}'
