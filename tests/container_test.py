@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import tracemalloc
 from unittest import mock
 import zlib
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fuzz import containers
+import rotbits_jax
 from rotbits_jax.file import container
 
 STREAMS = {
@@ -84,6 +87,20 @@ def test_the_manifest_is_inflated_to_a_size_that_is_bounded():
   assert len(bomb) < 1 << 13
   with pytest.raises(container.ContainerError, match='manifest: it must inflate'):
     container.StreamReader(bomb).manifest()
+
+
+@pytest.mark.parametrize('value', ['[],', '{},', '"ab",'])
+def test_the_manifest_of_a_megabyte_takes_little_memory(value):
+  text = b'{"preset":[' + value.encode() * (15 * 10**6 // len(value)) + b'0]}'
+  filling = np.random.default_rng(0).bytes(978_000)
+  with mock.patch.object(container, '_MOST_RATIO', 1 << 20):
+    data = containers.pack({'x': filling}, text)
+  tracemalloc.start()
+  with pytest.raises(container.ContainerError, match='manifest'):
+    rotbits_jax.inspect(data)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 250 * len(data)
 
 
 def test_headers_that_lie_are_refused():

@@ -39,7 +39,8 @@ Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 _MOST = 10**15  # greatest size of a file in bytes, from which the room follows
 _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _LEAST_TEXT = 1 << 20  # bytes that any manifest may inflate to
-_MOST_RATIO = 64  # of the bytes of a larger one, which come from it
+_MOST_RATIO = 16  # of the bytes of a larger one to those of the file
+_LEAST_BYTES = 8  # of a manifest for each of its lists and objects, on average
 _SHOWN = 400  # characters of each end of an error's message
 
 
@@ -108,7 +109,7 @@ class StreamWriter:
   def finish(self, manifest: bytes) -> None:
     """Appends the text of the manifest, and writes the header."""
     packed = zlib_ng.compress(manifest, 9)
-    if len(manifest) > _most_text(len(packed)):
+    if len(manifest) > _most_text(8 + self._room + self._end + len(packed)):
       packed = zlib_ng.compress(manifest, 0)
     _, crc = self.append(MANIFEST, np.frombuffer(packed, np.uint8))
     header = _header(self._streams, crc)
@@ -117,7 +118,7 @@ class StreamWriter:
 
 
 def _most_text(nbytes: int) -> int:
-  """Returns the greatest length of a manifest whose stream has these bytes."""
+  """Returns the greatest length of the manifest of a file of so many bytes."""
   return max(_LEAST_TEXT, _MOST_RATIO * nbytes)
 
 
@@ -183,9 +184,12 @@ class StreamReader:
     return content
 
   def manifest(self) -> bytes:
-    """Returns the text of the manifest, see `inflated`."""
-    most = _most_text(self.sizes[MANIFEST])
-    return self.inflated(MANIFEST, self.manifest_crc32, most)
+    """Returns the text of the manifest, which takes little memory when it is parsed."""
+    text = self.inflated(MANIFEST, self.manifest_crc32, _most_text(self.size))
+    most = max(len(text), _LEAST_TEXT) // _LEAST_BYTES
+    if text.count(b'[') + text.count(b'{') > most:
+      raise ContainerError(f'{MANIFEST}: too many lists and objects for its length')
+    return text
 
   def _bytes(self, begin: int, count: int) -> tuple[np.ndarray, int]:
     """Reads a part of the file; returns it with its CRC-32."""

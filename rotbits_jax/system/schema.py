@@ -88,14 +88,13 @@ dump = msgspec.to_builtins
 def decode(cls: Any, data: bytes | str) -> Any:
   """Makes an object, or a value, from a JSON text in UTF-8 without repeated keys."""
   try:
-    value = msgspec.json.decode(data, type=cls)
     json.loads(data, object_pairs_hook=_object)  # msgspec takes the last of equal keys
-  except (msgspec.DecodeError, RecursionError) as error:
+    return msgspec.json.decode(data, type=cls)
+  except (msgspec.DecodeError, ValueError, RecursionError) as error:
     raise ValueError(f'JSON: {error}') from None
-  return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> None:
   """Refuses an object with two keys that are equal."""
   if len(dict(pairs)) < len(pairs):
-    raise ValueError('JSON: a key is repeated')
+    raise ValueError('a key is repeated')
