@@ -342,9 +342,18 @@ def main(path, output, base=None):
   needs = lambda record: any('needs' in leaf for leaf in record['leaves'])
   for record in sorted(manifest['records'], key=needs):
     arrays = read_record(record['spec'], streams[record['name']])
+    joined = {}  # leaves without arrays of their own, by dtype
     for leaf in record['leaves']:
+      if 'type_name' not in leaf and 'arrays' in leaf:
+        joined.setdefault(leaf['dtype'], []).append(leaf)
+        continue
       a = {name: next(arrays) for name in leaf.get('arrays', [''])}
       tensors[leaf['path']] = read_leaf(leaf, a, tensors, base, manifest.get('config'))
+    for leaves, numbers in zip(joined.values(), arrays, strict=True):
+      ends = np.cumsum([math.prod(leaf['shape']) for leaf in leaves])
+      for leaf, part in zip(leaves, np.split(numbers, ends[:-1]), strict=True):
+        a = {'': part.reshape(leaf['shape'])}
+        tensors[leaf['path']] = read_leaf(leaf, a, tensors, base, None)
     empty += record.get('empty', [])
   tensors = {k: x.copy() for k, x in tensors.items() if not k.startswith('subspaces.')}
   safetensors_numpy.save_file(tensors, output, {'empty': json.dumps(empty)})

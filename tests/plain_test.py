@@ -117,6 +117,18 @@ def test_files_come_back_byte_for_byte(tmp_path, name, options):
     rotbits_jax.read_tensor(path, tensor)
 
 
+def test_many_tensors_of_one_element_are_no_larger_than_their_file(tmp_path):
+  tensors = {f't.{i}': np.float32([i]) for i in range(5000)}
+  source = tmp_path / 'model.safetensors'
+  weights_files.write_safetensors(source, tensors)
+  data = rotbits_jax.encode(source)
+  assert len(data) < source.stat().st_size / 3
+  rotbits_jax.decode_to_directory(data, tmp_path / 'out')
+  assert (tmp_path / 'out' / source.name).read_bytes() == source.read_bytes()
+  records = rotbits_jax.file.Reader(data).records.values()
+  assert [len(record.stream_spec.arrays) for record in records] == [1, 1]
+
+
 def test_an_expert_is_a_record():
   with tempfile.TemporaryDirectory() as folder:
     opened = checkpoints.open_plain(_write(pathlib.Path(folder), 'experts'))

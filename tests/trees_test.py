@@ -73,6 +73,10 @@ TREES = {
   'structured': lambda: {'x': structured.Constant(np.float16(1), (3,))},
   'empty dicts': lambda: {'a': {'b': {}, 'c': np.ones(3), 'd': {'e': {}}}, 'f': {}},
   'nothing': dict,
+  'many small arrays': lambda: (
+    [arrays_of((i % 9, 2)) for i in range(13)] + [np.ones(99)] * 9,
+    [np.zeros((), jnp.bfloat16), np.zeros((4, 0), np.int8)] * 140,
+  ),
   'wide integers': lambda: {'x': np.arange(5) << 40, 'y': np.arange(5.0) + 2**-40},
   **{
     f'special {np.dtype(dtype)}': lambda dtype=dtype: {'x': special_floats(dtype)}

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -59,6 +60,7 @@ _is_other = re.compile(
 # Files that a Trainer of transformers leaves beside the weights.
 _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 _SHOWN = 8  # names listed in an error
+_MANY_RECORDS, _SMALL_RECORD = 1 << 10, 1 << 12  # a count, and elements; see `_joined`
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -141,7 +143,8 @@ class PlainFiles(Folder):
   A record is a layer: its tensors have the same number in their names, like 3 in
   'transformer.h.3.attn.weight'. So is each expert of a layer, like expert 5 in
   'model.layers.3.mlp.experts.5.up_proj.weight', because a layer may have hundreds.
-  Elsewhere weight and bias of one name are a record.
+  Elsewhere weight and bias of one name are a record. If there are more than 1,024,
+  small ones that follow each other are one, with the name of the first.
 
   `reason` says why the checkpoint is not opened as a model; None if nobody tried.
   """
@@ -155,6 +158,8 @@ class PlainFiles(Folder):
         raise errors.CheckpointError(f'{folder.path}: {text}')
       entry = tensors_lib.ExpectedTensor(name, tensor.shape, {name: tensor.shape})
       self.entries.setdefault(_record_of(name), []).append(entry)
+    if len(self.entries) > _MANY_RECORDS:
+      self.entries = _joined(self.entries)
 
 
 def _record_of(tensor: str) -> str:
@@ -164,6 +169,19 @@ def _record_of(tensor: str) -> str:
   experts = [i for i in numbers if i and words[i - 1] == 'experts']
   last = (*experts, *numbers, max(len(words) - 2, 0))[0] + 1
   return '.'.join(words[:last])
+
+
+def _joined(records: tensors_lib.Records) -> tensors_lib.Records:
+  """Returns records of which small ones that follow each other are joined."""
+  joined: tensors_lib.Records = {}
+  last, room = '', 0
+  for name, entries in records.items():
+    size = sum(math.prod(entry.shape) for entry in entries)
+    if size > room:
+      last, room = name, _SMALL_RECORD
+    joined.setdefault(last, []).extend(entries)
+    room -= size
+  return joined
 
 
 class CheckpointReader(Folder):

@@ -85,6 +85,11 @@ class Leaf(schema.Object, kw_only=True):
   crc32: schema.Crc32 | None = None
 
   @property
+  def is_joined(self) -> bool:
+    """Whether the leaf is a small array, stored with others, see `RecordEntry`."""
+    return not self.type_name and not self.arrays
+
+  @property
   def leaf_class(self) -> type[structured.Structured] | None:
     """The class of the structured leaf; None for an array, or if it is unknown."""
     return structured.TYPES.get(self.type_name)
@@ -138,10 +143,11 @@ class Leaf(schema.Object, kw_only=True):
     sources = [x for x in (self.base, self.product, self.needs) if x]
     cls, nbytes = self.leaf_class, sum(x.nbytes for x in arrays)
     if not self.type_name:
-      fields = self.stack_key, self.settings, self.arrays, self.crc32, sources
+      fields = self.stack_key, self.settings, self.crc32, sources
       array = [(x.shape, x.dtype) for x in arrays]
-      stored = [(self.shape, entries.stored_dtype(self.dtype))]
-      if fields != ((), {}, ('',), None, []) or array != stored:
+      stored = [(self.shape, entries.stored_dtype(self.dtype))] * len(self.arrays)
+      is_named = self.arrays not in ((), ('',))
+      if fields != ((), {}, None, []) or array != stored or is_named:
         raise ValueError('the array and the coder differ in the shape or the dtype')
       return
     if cls is None:
@@ -167,7 +173,10 @@ class Leaf(schema.Object, kw_only=True):
 
 
 class RecordEntry(schema.Object, kw_only=True):
-  """A part of a model that decodes on its own."""
+  """A part of a model that decodes on its own.
+
+  Leaves that are joined are one array for each dtype, after the arrays of all others.
+  """
 
   name: str
   nbytes: schema.Size
@@ -202,12 +211,27 @@ class RecordEntry(schema.Object, kw_only=True):
     arrays = iter(self.stream_spec.arrays)
     return [(leaf, [next(arrays) for _ in leaf.arrays]) for leaf in self.leaves]
 
+  @property
+  def joined(self) -> dict[str, list[Leaf]]:
+    """The leaves that are joined, by their dtype."""
+    joined: dict[str, list[Leaf]] = {}
+    for leaf in self.leaves:
+      if leaf.is_joined:
+        joined.setdefault(leaf.dtype, []).append(leaf)
+    return joined
+
   def check(self) -> None:
     """Checks that the stream can hold the leaves, before it is decoded."""
     with container.naming(self.name):
       spec = self.stream_spec
       count = sum(len(leaf.arrays) for leaf in self.leaves)
-      if (self.nbytes, count) != (spec.nbytes, len(spec.arrays)):
+      joined = [
+        ((sum(leaf.size for leaf in leaves),), entries.stored_dtype(dtype))
+        for dtype, leaves in self.joined.items()
+      ]
+      last = [(x.shape, x.dtype) for x in spec.arrays[count:]]
+      total = self.nbytes, count + len(joined)
+      if total != (spec.nbytes, len(spec.arrays)) or last != joined:
         raise ValueError('the stream and the leaves differ in bytes or arrays')
       for leaf, arrays in self.leaf_specs:
         with container.naming(leaf.path):

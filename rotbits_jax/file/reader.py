@@ -36,6 +36,7 @@ from rotbits_jax.file import sources
 from rotbits_jax.file import stacks
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
+from rotbits_jax.relative import entries as entries_lib
 from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
@@ -248,6 +249,7 @@ class Reader:
     )
     leaves, known = [], {}
     arrays: list[np.ndarray] = []
+    joined: dict[str, list[np.ndarray]] = {}
     with (
       container.naming(file.name),
       container.naming(name),
@@ -262,7 +264,10 @@ class Reader:
         if not leaf.needs:
           shapes = [leaf.shape if leaf.base is None else leaf.base.shape]
         is_expanded = leaf.is_expanded(integers)
-        if out is None or is_expanded:
+        if leaf.is_joined:
+          stored = out or [host.empty(leaf.shape, leaf.dtype)]
+          joined.setdefault(leaf.dtype, []).append(stored[0])
+        elif out is None or is_expanded:
           stored = [host.empty(x.shape, x.dtype) for x in specs]
         else:  # the coder writes them there
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
@@ -271,10 +276,16 @@ class Reader:
         if is_difference and {'differences', 'column_scales'} <= {*leaf.arrays}:
           index = leaf.arrays.index('differences')
           known[len(arrays) + index] = leaves[-1].known
-        arrays += stored
+        arrays += [] if leaf.is_joined else stored
+      joints = [host.empty((sum(x.size for x in y),), k) for k, y in joined.items()]
+      arrays += [x.view(entries_lib.stored_dtype(x.dtype.name)) for x in joints]
       decode = coders.CODERS[entry.coder].decode
       data = file.checked(name, entry.crc32)
       decode(entry.stream_spec, data, out=arrays, known=known)
+      for joint, parts in zip(joints, joined.values(), strict=True):
+        for part in parts:
+          part[...] = joint[: part.size].reshape(part.shape)
+          joint = joint[part.size :]
       return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
 
   def _needed(

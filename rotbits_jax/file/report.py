@@ -226,7 +226,7 @@ def _bits(record: manifest_lib.RecordEntry) -> Note:
 
 def _beside_base(leaf: manifest_lib.Leaf) -> Note:
   """Returns how a tensor is stored beside a base."""
-  form = (leaf.type_name if leaf.arrays else 'unchanged') or 'array'
+  form = (leaf.type_name if leaf.arrays else leaf.type_name and 'unchanged') or 'array'
   note: Note = {'tensor': leaf.path, 'form': form}
   if leaf.base is not None and leaf.base.path != leaf.path:
     note['base'] = leaf.base.path
