@@ -242,22 +242,13 @@ def difference(leaf, s, a, tensors, base, config):
 
 
 def dequantised(s, a):
-  """The array of codes and scales of blocks."""
-  codes, z = np.int32(a['codes']), s.get('negative_zero', False)
-  floats = lambda name, n=128: np.arange(n, dtype='u1').view(name).astype('f4')
-  m = np.arange(129, dtype='f4')
-  if s['grid'].startswith('float'):
-    m = floats(s['grid'], 8 if s['grid'].startswith('float4') else 128)
+  """The array of numbers and scales of blocks."""
+  scales = (np.uint32(a['scales']) << s.get('shift', 0)).view('f4')
   if 'factor' in a:
-    scales = floats('float8_e4m3fn')[a['scales']] * a['factor']
-  else:
-    scales = (np.uint32(a['scales']) << s.get('shift', 0)).view('f4')
-  numbers = m[np.where(codes < 0, -z - codes, codes)]
-  matrix = np.where(codes < 0, -numbers, numbers)
-  matrix = matrix.reshape(-1, codes.shape[-1])
+    scales = a['scales'].view('float8_e4m3fn').astype('f4') * a['factor']
+  matrix = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
   for axis, length in enumerate(s['block']):
-    places = np.arange(matrix.shape[axis]) // length
-    scales = scales.take(places, axis)
+    scales = scales.take(np.arange(matrix.shape[axis]) // length, axis)
   array = (matrix * scales).astype(s['name']).ravel()
   array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
   return array

@@ -84,12 +84,11 @@ def leaves():
   rng = np.random.default_rng(0)
   return {name: make(0) for name, make in LEAVES.items()} | {
     'block_quantized': quantisers.BlockQuantized(
-      codes=np.int8([[-8, -1, 0, 7], [1, 2, 3, 4]]),
+      numbers=np.array([[-6, -0.5, -0.0, 4], [1, 2, 3, 4]], jnp.bfloat16),
       scales=np.uint8([[90], [1]]),
       grid='float4_e2m1fn',
       name='bfloat16',
       block=(1, 4),
-      negative_zero=True,
       factor=np.float32(0.5),
       gaps=np.uint32([2, 4]),
       exceptions=np.array([1, 3], jnp.bfloat16),

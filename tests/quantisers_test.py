@@ -163,9 +163,12 @@ class LeafTest(parameterized.TestCase):
       {'scales': scales[:, :-1]},
       {'scales': np.full_like(scales, 255), 'shift': 23} | no_factor,
       *({'factor': np.array(x, F32)} for x in (0, np.nan, np.inf, -1.0)),
-      {'codes': np.full_like(arrays['codes'], 8)},
-      {'codes': np.full_like(arrays['codes'], -9)},
-      {'codes': arrays['codes'][0]},
+      *(
+        {'numbers': np.full_like(arrays['numbers'], x)} for x in (7, -8, np.nan, np.inf)
+      ),
+      {'numbers': np.full(array.shape, -7, np.int8)},
+      {'numbers': arrays['numbers'].astype(np.float16)},
+      {'numbers': arrays['numbers'][0]},
       {'gaps': np.full_like(arrays['gaps'], array.size)},
       {'gaps': None},
       {'exceptions': arrays['exceptions'].astype(F32)},

@@ -1,8 +1,4 @@
-"""Grids: the numbers that codes of quantised arrays stand for, before the scale.
-
-A code is an int8. One of at least 0 stands for the magnitude of that index; a negative
-code c stands for minus the magnitude `-c`, or `-1 - c` if codes tell -0 from 0.
-"""
+"""Grids: the numbers that quantised arrays have before they are scaled."""
 
 from typing import Literal, NamedTuple
 
@@ -40,15 +36,6 @@ class Grid(NamedTuple):
     shift = 23 - self.mantissa
     return np.minimum((bits + (1 << shift - 1)) >> shift, most).astype(np.uint8)
 
-  def values(self, negative_zero: bool) -> np.ndarray:
-    """Returns the number of each code, by the code's bits: float32 `[256]`, or NaN."""
-    codes = np.arange(256, dtype=np.uint8).view(np.int8).astype(int)
-    places = np.where(codes < 0, -int(negative_zero) - codes, codes)
-    is_code = places < len(self.magnitudes)
-    values = self.magnitudes[np.where(is_code, places, 0)]
-    values = np.where(codes < 0, -values, values)
-    return np.where(is_code, values, np.nan).astype(np.float32)
-
 
 def _floats(dtype: type, tops: tuple[int, ...]) -> Grid:
   info = ml_dtypes.finfo(dtype)
@@ -59,7 +46,7 @@ def _floats(dtype: type, tops: tuple[int, ...]) -> Grid:
 
 
 # The greatest element has the greatest code, unless the scale is a power of two or was
-# rounded. Codes of 4 bits less a zero point are up to 15.
+# rounded. Codes of 4 bits less a zero point are integers up to 15.
 GRIDS: dict[str, Grid] = {
   'float4_e2m1fn': _floats(ml_dtypes.float4_e2m1fn, (7, 6, 5, 4, 3)),
   'int4': Grid(

@@ -10,11 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from flax import struct
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from rotbits_jax.quantisers import grids
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
+from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
@@ -25,9 +27,7 @@ _E4M3 = grids.GRIDS['float8_e4m3fn'].magnitudes
 @base.register
 @struct.dataclass
 class BlockQuantized(base.Structured):
-  """An array whose elements are codes times the scale of their block.
-
-      element = number of its code * scale of its block
+  """An array whose elements are numbers of a grid times the scale of their block.
 
   The product is rounded to float32 and then to the dtype. A scale is the float32 with
   the bits `scales << shift`; with a factor, it is the factor times the float8_e4m3fn
@@ -37,13 +37,12 @@ class BlockQuantized(base.Structured):
   type_name: ClassVar[str] = 'block_quantized'
   origin: ClassVar[base.Origin] = base.Origin.FILE
 
-  codes: Annotated[Any, fields.Array(None, np.int8)]  # one an element, see `grids`
+  numbers: Annotated[Any, fields.Array(None)]  # int8 or bfloat16, of the array's shape
   scales: Annotated[Any, fields.Array('mn')]  # unsigned integers [R / r, C / c]
   grid: grids.Name = fields.static()
   name: Literal['float16', 'bfloat16', 'float32'] = fields.static()  # of the dtype
   block: tuple[fields.Length, ...] = fields.static()  # r and c
   shift: Annotated[int, schema.between(0, 23)] = fields.static(default=0)
-  negative_zero: bool = fields.static(default=False)  # whether codes tell -0 from 0
   factor: Annotated[Any, fields.Array('', np.float32, optional=True)] = None
   # How many elements are before each exception, from the one before it on.
   gaps: Annotated[Any, fields.Array('e', np.uint32, optional=True)] = None
@@ -51,7 +50,7 @@ class BlockQuantized(base.Structured):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return tuple(self.codes.shape)
+    return tuple(self.numbers.shape)
 
   @property
   def dtype(self) -> Any:
@@ -64,19 +63,17 @@ class BlockQuantized(base.Structured):
 
   def write(self, out: np.ndarray) -> None:
     """Writes the array, on the host."""
-    codes, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.codes, out))
-    numbers = grids.GRIDS[self.grid].values(self.negative_zero)
+    numbers, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.numbers, out))
     with np.errstate(over='ignore'):
-      for rows, scales in row_scales(self.numbers(), self.block, codes.shape):
-        # NumPy would check the places of the codes without a mode.
-        products = numbers.take(codes[rows].view(np.uint8), mode='clip')
+      for rows, scales in row_scales(self.float_scales(), self.block, matrix.shape):
+        products = numbers[rows].astype(np.float32)
         products *= scales
         matrix[rows] = products
     if self.gaps is not None:
       out.reshape(-1)[self._places()] = self.exceptions
 
-  def numbers(self) -> np.ndarray:
-    """Returns the scales as float32."""
+  def float_scales(self) -> np.ndarray:
+    """Returns the scales, float32."""
     if self.factor is None:
       return (self.scales.astype(np.uint32) << np.uint32(self.shift)).view(np.float32)
     return _E4M3[self.scales] * self.factor
@@ -91,7 +88,7 @@ class BlockQuantized(base.Structured):
 
   def check(self) -> None:
     shape, kind = self.shape, self.scales.dtype
-    fits = len(shape) > 1 and self.codes.size > 0 and len(self.block) == 2
+    fits = len(shape) > 1 and self.numbers.size > 0 and len(self.block) == 2
     fits = fits and min(self.block) > 0 and kind in (np.uint8, np.uint16, np.uint32)
     if fits:
       matrix = math.prod(shape[:-1]), shape[-1]
@@ -100,9 +97,8 @@ class BlockQuantized(base.Structured):
         self.exceptions is None
       )
     if fits and self.gaps is not None:
-      fits = (
-        self.exceptions.dtype == self.dtype and self._places()[-1] < self.codes.size
-      )
+      fits = self.exceptions.dtype == self.dtype
+      fits &= self._places()[-1] < self.numbers.size
     if fits and self.factor is not None:
       fits = kind == np.uint8 and int(self.scales.max()) < len(_E4M3)
     if not fits:
@@ -110,13 +106,17 @@ class BlockQuantized(base.Structured):
     if int(self.scales.max()) >= 1 << 31 - self.shift:  # the sign of a float32
       raise ValueError('the scales have too many bits')
     with np.errstate(over='ignore', invalid='ignore'):
-      numbers = self.numbers()
-    if not (numbers.min() > 0 and numbers.max() < np.inf):  # also if one is NaN
+      scales = self.float_scales()
+    if not (scales.min() > 0 and scales.max() < np.inf):  # also if one is NaN
       raise ValueError('the scales must be positive and finite')
-    numbers = grids.GRIDS[self.grid].values(self.negative_zero)
-    codes = np.array([self.codes.min(), self.codes.max()])
-    if np.isnan(numbers[codes.view(np.uint8)]).any():
-      raise ValueError(f'{self.grid} has no codes from {codes[0]} to {codes[1]}')
+    most = grids.GRIDS[self.grid].magnitudes[-1]
+    if self.numbers.dtype == np.int8:
+      fits = max(-int(self.numbers.min()), int(self.numbers.max())) <= most
+    elif fits := self.numbers.dtype == ml_dtypes.bfloat16:
+      bits = ulps.bits_of(self.numbers) & np.iinfo(np.int16).max
+      fits = bits.max() <= most.astype(ml_dtypes.bfloat16).view(np.int16)
+    if not fits:
+      raise ValueError(f'{self.grid} has no such numbers')
 
 
 def row_scales(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from rotbits_jax import structured
@@ -40,6 +41,7 @@ _EXCEPTION_BITS = 24
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _SCALES = 1 << 9  # of these that tell their factor
 _LEAF_BYTES = 200
+_SMALLER = 0.97  # share of the bytes of floats for which integers are stored
 
 Block = tuple[int, int]
 
@@ -59,6 +61,7 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   for block in _blocks(array.shape):
     if name := _grid(magnitudes, block, array.dtype):
       leaf = _leaf(array, magnitudes, block, name)
+      leaf = None if leaf is None else _as_integers(leaf)
       is_smaller = leaf is not None and nbytes(leaf) < coder.estimate([array])
       return leaf if is_smaller else None
   return None
@@ -246,29 +249,38 @@ def _leaf(
   least, most = np.concatenate(parts, axis=1)
   fields = _scales(least, most, math.prod(block))
   fields['scales'] = fields['scales'].reshape(shape)
-  signs = array.reshape(magnitudes.shape).view(magnitudes.dtype) != magnitudes
   draft = leaf_lib.BlockQuantized(
-    codes=np.empty(array.shape, np.int8),
+    numbers=host.empty(array.shape, ml_dtypes.bfloat16),
     grid=name,
     name=array.dtype.name,
     block=block,
-    negative_zero=bool((signs & (magnitudes == 0)).any()),
     **fields,
   )
-  codes = draft.codes.reshape(magnitudes.shape)
-  for rows, scales in leaf_lib.row_scales(draft.numbers(), block, magnitudes.shape):
+  floats, numbers = (x.reshape(magnitudes.shape) for x in (array, draft.numbers))
+  for rows, scales in leaf_lib.row_scales(draft.float_scales(), block, floats.shape):
     quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
-    index = grid.nearest(quotients).astype(np.int16)
-    negative = np.minimum(index, 128 - draft.negative_zero) + draft.negative_zero
-    codes[rows] = np.where(signs[rows], -negative, np.minimum(index, 127))
+    numbers[rows] = np.copysign(
+      grid.magnitudes.take(grid.nearest(quotients), mode='clip'),
+      floats[rows].astype(np.float32),
+    )
   known = draft.materialize().view(magnitudes.dtype)
   places = np.flatnonzero(known != array.view(magnitudes.dtype))
-  if not places.size:
-    return draft
   if places.size > _MOST_EXCEPTIONS * array.size or array.size >> 32:
     return None
-  gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
-  return draft.replace(gaps=gaps, exceptions=array.reshape(-1)[places])
+  if places.size:
+    gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
+    draft = draft.replace(gaps=gaps, exceptions=array.reshape(-1)[places])
+  return draft
+
+
+def _as_integers(leaf: leaf_lib.BlockQuantized) -> leaf_lib.BlockQuantized:
+  """Returns a leaf with integers, where these save more than their slower decoding."""
+  numbers = leaf.numbers
+  integers = numbers.astype(np.int8)
+  if not structured.same_bits(integers.astype(numbers.dtype), numbers):
+    return leaf
+  costs = [coder.estimate([x]) for x in (integers, numbers)]
+  return leaf.replace(numbers=integers) if costs[0] < _SMALLER * costs[1] else leaf
 
 
 def _scales(least: np.ndarray, most: np.ndarray, size: int) -> dict[str, np.ndarray]:
