@@ -29,12 +29,14 @@ class Grid(NamedTuple):
     most = len(self.magnitudes) - 1
     if self.exponent is None:
       return np.minimum(np.rint(numbers), most).astype(np.uint8)
-    # The least normal number of float32 takes the place of that of the grid, so that
-    # the high bits of a float32 are the index.
-    unit = np.float32(2.0 ** (-126 - self.exponent))
-    bits = (numbers.astype(np.float32) * unit).view(np.uint32)
-    shift = 23 - self.mantissa
-    return np.minimum((bits + (1 << shift - 1)) >> shift, most).astype(np.uint8)
+    # The high bits of a float32 count the normal numbers of the grid.
+    numbers = numbers.astype(np.float32)
+    least, shift = np.float32(2.0**self.exponent), 23 - self.mantissa
+    index = (numbers.view(np.int32) + (1 << shift - 1)) >> shift
+    index -= (int(least.view(np.int32)) >> shift) - (1 << self.mantissa)
+    subnormal = np.rint(numbers * np.float32(2.0 ** (self.mantissa - self.exponent)))
+    index = np.where(numbers < least, subnormal, index)
+    return np.minimum(index, most).astype(np.uint8)
 
 
 def _floats(dtype: type, tops: tuple[int, ...]) -> Grid:
