@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 
 from benchmarks import common
-from benchmarks import demo
 from benchmarks import formats
 import rotbits_jax
 from rotbits_jax import evaluation
@@ -37,8 +36,7 @@ WIDTHS = (8, 6, 4)
 PLAIN, CALIBRATED, GGUF, ROWS = 'near', 'near, calibrated', 'GGUF', 'rows, zstd'
 PICTURES = {
   'opt-small, sliced by 20%': 'near-opt-small.svg',
-  'SmolLM2-135M, sliced by 25%': 'near-smollm2.svg',
-  'SmolLM2-135M, dense': 'near-smollm2-dense.svg',
+  'SmolLM2-135M, dense': 'near-smollm2.svg',
 }
 """The models, and the pictures of their tables."""
 
@@ -147,8 +145,7 @@ def to_table(rows: Sequence[Row], elements: int) -> str:
 def run(settings: common.Settings) -> Iterator[common.Section]:
   folders = [common.SLICED]
   if not settings.quick:
-    sliced = demo.sliced_smollm2(settings, demo.SPARSITY)
-    folders += [sliced, common.smollm2(settings)]
+    folders.append(common.smollm2(settings))
   for name, folder in zip(PICTURES, folders, strict=False):
     checkpoint = rotbits_jax.load_checkpoint(folder)
     rows = measure(checkpoint)
