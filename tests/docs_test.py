@@ -109,7 +109,7 @@ def test_commands(page, tmp_path):
     check=True,
     cwd=tmp_path,
     env=os.environ | settings | {'PYTHONPATH': str(ROOT)},
-    timeout=300,
+    timeout=600,
   )
 
 
