@@ -125,6 +125,10 @@ _COMMAND = """# rotbits {name}
 
 `rotbits {name}` {purpose}.
 
+```text
+{usage}
+```
+
 {text}
 
 ## Flags
@@ -144,9 +148,11 @@ def _write_commands():
     command = [sys.executable, '-m', 'rotbits_jax', name, '--help']
     printed = subprocess.run(command, capture_output=True, check=True, text=True)
     text, *flags = re.split(r'\n+(?=rotbits_jax\.[\w.]+:\n)', printed.stdout.strip())
-    flags = [re.sub(r'^.*\n', '', module) for module in flags]  # without its name
+    text, usage = text.rsplit('\n\n', 1)
+    flags = '\n'.join(re.sub(r'^.*\n', '', module) for module in flags)
+    text = _as_markdown(text)
     page = _COMMAND.format(
-      name=name, purpose=purpose, text=_as_markdown(text), flags='\n'.join(flags)
+      name=name, purpose=purpose, usage=usage, text=text, flags=flags
     )
     (folder / f'{name}.md').write_text(page, 'utf-8')
 
@@ -155,7 +161,7 @@ def _as_markdown(text):
   """Makes Markdown of a help text: examples are code, and JSON has a heading."""
   paragraphs = []
   for paragraph in text.split('\n\n')[1:]:  # the first one is the purpose
-    if paragraph.startswith(('  ', 'rotbits ')):
+    if paragraph.startswith('  '):
       paragraphs.append(f'```text\n{paragraph}\n```')
     else:
       paragraph = re.sub(r'(?<![`\w])(--\w+(=[\w.]+)?)', r'`\1`', paragraph)

@@ -2,7 +2,7 @@
 
   python -m scripts.notebooks [NAME ...]
 
-NAME is one such as 02_bits_back; by default all are run. 03 takes minutes.
+NAME is one such as 02_bits_back; by default all are run.
 """
 
 import pathlib
