@@ -216,12 +216,9 @@ def difference(leaf, s, a, tensors, base, config):
     known = base[leaf['base'][0]]
   signed = np.dtype(f'i{dtype.itemsize}')
   b = np.ravel(known.astype(dtype, order='C'))[:n].view(signed)
-  b = np.pad(b, (0, n - b.size)).reshape(-1, s.get('width') or n)
+  b = np.pad(b, (0, n - b.size)).reshape(-1, s.get('width', 1))
   d, top = np.zeros_like(b), np.iinfo(signed).max
   m = finfo(dtype).nmant if 'float' in dtype.name else 0
-  if 'gaps' in a:
-    is_last = a['gaps'] < 65535
-    d[0, np.cumsum(np.int64(a['gaps']) + is_last)[is_last] - 1] = a['differences']
   if 'left' in a:
     numbers = np.float64(b.view(dtype))
     p = np.ldexp(np.float64(a['left']) @ a['right'], s.get('unit', 0))
@@ -230,11 +227,14 @@ def difference(leaf, s, a, tensors, base, config):
   if 'drift' in a:
     drift = a['drift'][b % (1 << m) >> max(m - 8, 0)].astype(signed)
     b = b + drift * (((b & top) >> m) % ((1 << finfo(dtype).nexp) - 1) > 0)
-  if 'column_scales' in a:
+  if 'differences' in a:
     e = np.maximum(np.int64(b & top) >> m, 1) if m else np.zeros(b.shape, np.int64)
-    level = np.int64(a['row_scales'])[:, None] + a['column_scales'] - 8 * e >> 1
-    read = a['differences'](np.clip(level + 24, 0, 255).ravel())
-    d = next(read).view(signed).reshape(b.shape)
+    rows, columns = (np.int64(a.get(x, 0)) for x in ('row_scales', 'column_scales'))
+    level = s.get('common_scale', 0) + rows[..., None] + columns - 8 * e >> 1
+    differs = np.unpackbits(a.get('changed', np.uint8([255])), bitorder='little') > 0
+    differs = np.resize(np.repeat(differs, 65536), n).reshape(b.shape)
+    read = a['differences'](np.clip(level + 24, 0, 255)[differs])
+    d[differs] = next(read).view(signed).ravel()
   if m:  # the sum of ordinals, of numbers without the signs of b
     ordinal = (b & top) + d
     b, d = ordinal ^ (ordinal >> 8 * b.itemsize - 1 & top) ^ (b & ~top), 0

@@ -26,6 +26,7 @@ from rotbits_jax.system import host
 
 _FLOATS = 1 << 16  # units that tell frequencies
 _INTEGERS = 1 << 20  # units of integers, because these have more tables
+_SPARSE = 4  # part of these that suffices if most integers are 0
 _LEAST_SAMPLE = 1 << 12  # units of a part
 _SMALL = 1 << 12  # numbers of parts without finer bins
 _RARE = 1 << 17  # a symbol that is rarer than one in so many is an exception
@@ -99,7 +100,10 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
     part = part._replace(numbers=part.numbers.reshape(-1, 1))
     scales = contexts_lib.known_scales(classes)
     draft = _Draft(part, layouts.Integers(part.numbers.dtype, 0), scales)
-    group = _group([draft])
+    some = part.numbers[:: -(-part.numbers.size // _LEAST_SAMPLE)]
+    large = np.count_nonzero(np.abs(some.astype(np.int64)) >= layouts.WINDOW // 2)
+    is_sparse = 4 * np.count_nonzero(some) + 1000 * large < some.size
+    group = _group([draft], _SPARSE if is_sparse else 1, is_sparse=is_sparse)
     groups.append(group._replace(contexts=group.contexts._replace(is_known=True)))
   coded = {x[:2] for group in groups for x in group.parts}
   return Plan(whole, zeros, groups, [x for x in parts if x[:2] not in coded])
@@ -190,7 +194,9 @@ def _cost(draft: _Draft) -> float:
 # ---- classes and tables --------------------------------------------------------------
 
 
-def _group(drafts: list[_Draft], fraction: int = 1) -> Group:
+def _group(
+  drafts: list[_Draft], fraction: int = 1, *, is_sparse: bool = False
+) -> Group:
   """Chooses the classes and the tables of parts of one layout by samples of them."""
   layout = drafts[0].layout
   scales, levels, octave = _classes(drafts)
@@ -202,6 +208,8 @@ def _group(drafts: list[_Draft], fraction: int = 1) -> Group:
   ]
   if isinstance(layout, layouts.Integers):
     told = _shifts(samples, layout)[: len(levels)]
+    if is_sparse:
+      told[:] = 0  # the few large ones are exceptions
     steps = -(-int(told.max()) // layouts.MOST_RAW)
     layout = dataclasses.replace(layout, raw_bits=layouts.MOST_RAW * steps)
     raw_bits = told[:, None]
@@ -221,6 +229,8 @@ def _group(drafts: list[_Draft], fraction: int = 1) -> Group:
     table_of, rows = _merged(rows[:, window], np.argsort(levels, kind='stable'))
     entries = np.stack([table_of, told], 1)
   rows = np.where(rows * _RARE < rows.sum(axis=1, keepdims=True), 0, rows)
+  if is_sparse:
+    rows = np.maximum(rows, _unseen(rows))
   frequencies = _frequencies(rows, layout)
   exception = _PLACE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = tables.PRECISION - np.log2(np.maximum(frequencies, 0.5))
@@ -324,6 +334,14 @@ def _counts(
   places = (rows[:, None] * alphabet + symbols)[is_seen]
   counts = np.bincount(places, minlength=number * alphabet)
   return counts.reshape(number, alphabet) * sample.weight
+
+
+def _unseen(counts: np.ndarray) -> np.ndarray:
+  """Returns whether symbols may occur that samples of wide tables lack, `[K, A]`."""
+  sizes = np.abs(np.arange(counts.shape[1]) - counts.shape[1] // 2)
+  widest = np.where(counts > 0, sizes, 0).max(axis=1, keepdims=True)
+  is_wide = 2 * counts.max(axis=1, keepdims=True) < counts.sum(axis=1, keepdims=True)
+  return is_wide & (sizes <= 2 * widest)
 
 
 def _merged(counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -423,7 +423,7 @@ def _stored(
       needed = list(map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
       if isinstance(leaf, difference.Difference):
-        classes = leaf.predict(*needed).classes if leaf.has_classes else None
+        classes = leaf.predict(*needed).classes
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   if not type_name:
     array = np.asarray(leaf).view(entries_lib.stored_dtype(dtype))

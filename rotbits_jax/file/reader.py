@@ -273,7 +273,7 @@ class Reader:
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
         leaves.append(_StoredLeaf(leaf, stored, out, is_expanded, needed, shapes))
         is_difference = leaf.leaf_class is difference.Difference
-        if is_difference and {'differences', 'column_scales'} <= {*leaf.arrays}:
+        if is_difference and 'differences' in leaf.arrays:
           index = leaf.arrays.index('differences')
           known[len(arrays) + index] = leaves[-1].known
         arrays += [] if leaf.is_joined else stored

@@ -5,6 +5,10 @@ column. Many fine-tunes are the base plus a product of two small matrices, or ne
 such a product is stored, where it saves more than it takes. Weight decay moves the rows
 of tokens that no text has; a drift stores that.
 
+A step of a training changes few elements by less than their ULPs, so it changes the
+bits of an element about as often as its ULP is small. The exponents of the base tell
+that alone.
+
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
 
@@ -29,15 +33,16 @@ from rotbits_jax.system import host
 _SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
 _MOST_SHARE = 0.98  # of these that a base is worth
 _MORE = 1 << 16  # and those of its differences
-_FEW = 1 << 14  # elements that tell a drift, or whether few elements changed
-_SPARSE = 1 / 40  # share of changed elements up to which gaps are shorter than classes
+_FEW = 1 << 14  # elements that tell a drift, and how
+_SPARSE = 1 / 8  # share of changed elements up to which exponents tell the classes
+_UNEVEN = 1 / 2  # squared coefficient of variation of lines up to which they do, too
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
-_LEAST = 1 << 12  # elements of an array for which classes are worth their arrays
-_LEAF_BYTES = 60  # of a leaf besides its arrays
+_LEAF_BYTES = 150  # of a leaf besides its arrays
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _WIDEST = 1 << 20  # columns
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
+_LARGEST = 16  # root of numbers of class 0 in a step; their differences are rarest
 _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 
 
@@ -81,13 +86,16 @@ def beside(
   bits = ulps.bits_of(target)
   base = difference.known_bits(array, target.shape, dtype)
   draft = difference.Difference(lengths=target.shape, name=dtype.name)
-  places = _changed(bits, base)
-  if places is not None:
-    measured = Measured(_with_few(draft, bits[places], base[places], places))
-  elif bits.size < _LEAST or dtype.itemsize > 4:
+  changed = _changed(bits, base, _width(target.shape))
+  if changed is not None and not changed.any():
+    measured = Measured(draft)
+  elif dtype.itemsize > 4:
     return None
   else:
-    measured = with_classes(draft, bits, base)
+    if changed is None:
+      measured = with_classes(draft, bits, base)
+    else:
+      measured = _with_exponents(draft, bits, base, changed)
     sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
     alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
     if measured.estimate() > _MOST_SHARE * alone * target.size / sample.size:
@@ -116,31 +124,63 @@ def beside_head(
 # ---- few differences -----------------------------------------------------------------
 
 
-def _changed(bits: np.ndarray, base: np.ndarray) -> np.ndarray | None:
-  """Returns the indices of changed elements; None if there are many."""
+def _width(shape: tuple[int, ...]) -> int:
+  """Returns the columns of an array as a matrix; 1 if these have no scales."""
+  width = shape[-1] if len(shape) > 1 else 1
+  return width if _LEAST_LINES <= width <= _WIDEST else 1
+
+
+def _changed(bits: np.ndarray, base: np.ndarray, width: int) -> np.ndarray | None:
+  """Returns whether blocks differ; None if exponents alone would not tell classes.
+
+  They do not if many elements changed, or mostly those of some rows or columns.
+  """
   some = slice(None, None, -(-bits.size // _FEW) or 1)
-  sample = bits[some] != base[some]
-  if np.count_nonzero(sample) > _SPARSE * sample.size:
+  if np.count_nonzero(bits[some] != base[some]) > _SPARSE * bits[some].size:
     return None
-  job = lambda part: np.flatnonzero(bits[part] != base[part]) + part.start
-  changed = difference.in_parts(job, bits.size, 1, pool.run)
-  return np.concatenate([np.zeros(0, np.int64), *changed])
+  differs = lambda part: (bits[part] != base[part]).any()
+  changed = np.array(difference.in_parts(differs, bits.size, 1, pool.run), bool)
+  if width == 1:
+    return changed
+  starts = np.arange(0, bits.size, width)
+  rows = np.flatnonzero(changed[starts // difference.BLOCK])
+  rows = rows[:: max(rows.size // _LINES, 1)]
+  sample = bits.reshape(-1, width)[rows] != base.reshape(-1, width)[rows]
+  for counts in (np.count_nonzero(sample, axis=axis) for axis in (0, 1)):
+    mean = counts.sum() / max(counts.size, 1)
+    if np.square(counts - mean).sum() > (mean + _UNEVEN * mean**2) * counts.size:
+      return None
+  return changed
 
 
-def _with_few(
-  draft: difference.Difference, bits: np.ndarray, base: np.ndarray, places: np.ndarray
-) -> difference.Difference:
-  """Returns the leaf of few changed elements at some places."""
-  if not places.size:
-    return draft
-  wide = ulps.differences(bits, base, draft.dtype)
-  narrow = wide.astype(np.int8)
-  gaps = np.diff(places, prepend=-1) - 1
-  ends = np.cumsum(gaps // difference.MOST_GAP + 1)
-  cut = np.full(ends[-1], difference.MOST_GAP, np.uint16)
-  cut[ends - 1] = gaps % difference.MOST_GAP
-  differences = narrow if (narrow == wide).all() else wide
-  return dataclasses.replace(draft, differences=differences, gaps=cut)
+def _with_exponents(
+  draft: difference.Difference, bits: np.ndarray, base: np.ndarray, changed: np.ndarray
+) -> Measured:
+  """Returns a leaf whose classes are exponents, given whether each block changed."""
+  if not changed.all():
+    flags = np.packbits(changed, bitorder='little')
+    draft = dataclasses.replace(draft, changed=flags)
+    bits, base = map(draft.changed_part, (bits, base))
+  differences = _differences(bits, base, draft.dtype)
+  scale = 2 * difference.LOWEST + _scale_of(_LARGEST, draft.dtype)
+  leaf = dataclasses.replace(draft, differences=differences, common_scale=int(scale))
+  return Measured(leaf, leaf.classes(base, pool.run))
+
+
+def _differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  job = lambda part: ulps.differences(bits[part], known[part], dtype)
+  return np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
+
+
+def _scale_of(roots: Any, dtype: np.dtype | None = None) -> Any:
+  """Returns scales in eighths of an octave, given roots of differences or of ratios."""
+  bias = 0
+  if dtype in ulps.MANTISSA_BITS:
+    mantissa = ulps.MANTISSA_BITS[dtype]
+    one = int(np.array(1, dtype).view(f'i{dtype.itemsize}')) >> mantissa
+    bias = 8 * (one + mantissa)
+  scales = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
+  return scales.clip(-difference.MOST_SCALE, difference.MOST_SCALE).astype(np.int16)
 
 
 # ---- differences with classes --------------------------------------------------------
@@ -153,10 +193,7 @@ def with_classes(
 
   Factors and a drift are tried, except beside a product with the head.
   """
-  dtype, lengths = draft.dtype, draft.lengths
-  width = lengths[-1] if len(lengths) > 1 else bits.size
-  if not _LEAST_LINES <= width <= _WIDEST:
-    width = bits.size
+  dtype, width = draft.dtype, _width(draft.lengths)
   leaf, expected = dataclasses.replace(draft, width=width), base
   matrix = lambda x: x.reshape(-1, width)
   is_predicted = draft.map is None and dtype in difference.ROUNDED
@@ -164,12 +201,9 @@ def with_classes(
     if fields := find(matrix(bits), matrix(expected), dtype):
       leaf = dataclasses.replace(leaf, **fields)
       expected = leaf.predicted_bits(base, pool.run)
-  rows, columns = _scales(matrix(bits), matrix(expected), dtype)
-  job = lambda part: ulps.differences(bits[part], expected[part], dtype)
-  differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
-  leaf = dataclasses.replace(
-    leaf, row_scales=rows, column_scales=columns, differences=differences
-  )
+  scales = _scales(matrix(bits), matrix(expected), dtype)
+  differences = _differences(bits, expected, dtype)
+  leaf = dataclasses.replace(leaf, differences=differences, **scales)
   return Measured(leaf, leaf.classes(expected, pool.run))
 
 
@@ -189,10 +223,8 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, An
   return {'drift': drift.astype(np.int32)}
 
 
-def _scales(
-  bits: np.ndarray, known: np.ndarray, dtype: np.dtype
-) -> tuple[np.ndarray, np.ndarray]:
-  """Measures the scales of rows and of columns of differences `[R, C]`."""
+def _scales(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
+  """Measures the scales of differences `[R, C]`; those of lines only where they pay."""
   rows, columns = bits.shape
   some_rows, some_columns = (
     slice(None, None, max(length // _LINES, 1)) for length in bits.shape
@@ -204,25 +236,23 @@ def _scales(
 
   sample = roots_of(some_rows)
   share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean()) or 1
+  scales: dict[str, Any] = {'common_scale': int(_scale_of(mean, dtype))}
   of_columns = sample.mean(axis=0, dtype=np.float64) / mean
   if rows < _LEAST_LINES:
     of_columns[:] = 1
-  means_of = lambda part: roots_of(part, some_columns).mean(axis=1, dtype=np.float64)
-  parts = difference.in_parts(means_of, rows, min(columns, 2 * _LINES))
-  of_rows, bias = np.concatenate(parts) / (of_columns[some_columns].mean() or 1), 0
-  if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
-    one = int(np.array(1, dtype).view(bits.dtype)) >> mantissa
-    bias = 8 * (one + mantissa)
-  return _kept(of_rows, bias, share * columns), _kept(of_columns, 0, share * rows)
+  if columns > 1:
+    means_of = lambda part: roots_of(part, some_columns).mean(axis=1, dtype=np.float64)
+    parts = difference.in_parts(means_of, rows, min(columns, 2 * _LINES))
+    of_rows = np.concatenate(parts) / (of_columns[some_columns].mean() or 1) / mean
+    scales['row_scales'] = _of_lines(of_rows, share * columns)
+    scales['column_scales'] = _of_lines(of_columns, share * rows)
+  return scales
 
 
-def _kept(roots: np.ndarray, bias: int, size: float) -> np.ndarray:
-  """Returns the scales of lines of a size, or one if they save less than they take."""
-  logs = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
-  logs = logs.clip(-difference.MOST_SCALE, difference.MOST_SCALE).astype(np.int16)
-  middle = float(np.median(logs))
-  far = np.clip(logs - middle, -_FAR, _FAR)
+def _of_lines(roots: np.ndarray, size: float) -> np.ndarray | None:
+  """Returns the scales of lines of a size, or None if they save less than they take."""
+  scales = _scale_of(roots)
+  far = np.clip(scales - np.median(scales), -_FAR, _FAR)
   # Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
-  if size * float(np.square(far).mean()) * math.log(2) / 64 > _SCALE_BITS:
-    return logs
-  return np.full(1, round(middle), np.int16)
+  saved = size * float(np.square(far).mean()) * math.log(2) / 64
+  return scales if saved > _SCALE_BITS else None

@@ -7,22 +7,23 @@ Invariants of a `Difference`:
   it, see `tied`. It is rounded to the dtype. Rows that it lacks are zeros, and rows
   that it has beyond those of the leaf are not used.
 * Without differences, the array is the known array.
-* With gaps, few elements differ, and the differences are theirs, int8 if all fit. A gap
-  counts the elements before the next one that differs; the greatest one, 65535, stands
-  for as many elements and none that differs.
-* With scales, all elements may differ, and each has a *class*, which both sides compute
-  from the known array. The coder keeps a frequency table and a shift for each class, so
-  that elements of one expected size share them.
+* `changed` has a bit for each block of 2^16 elements, in C order, the first one in the
+  lowest bit of a byte. Elements of blocks whose bit is 0 do not differ, and have no
+  differences. By default all have some.
+* Each difference has a *class*, which both sides compute from the known array. The
+  coder keeps a frequency table and a shift for each class, so that elements of one
+  expected size share them.
 
 Classes. The array is taken as a matrix of `width` columns. The expected size of a
-difference is the product of a scale of its row and a scale of its column. How many ULPs
-these are depends on the exponent of the known number. Logarithms of both give the level
-of an element, in quarters of an octave:
+difference is the product of a scale of its row and a scale of its column, where it has
+these, and `common_scale`. How many ULPs these are depends on the exponent of the known
+number. Logarithms of both give the level of an element, in quarters of an octave:
 
-    level = (row_scales[i] + column_scales[j] - 8 e) >> 1
+    level = (common_scale + row_scales[i] + column_scales[j] - 8 e) >> 1
     class = min(max(level - LOWEST, 0), 255)
 
-e is the biased exponent, at least 1; 0 for integers.
+e is the biased exponent, at least 1; 0 for integers. If few elements change, such as in
+a step of a training, their number of ULPs is about the probability that one does.
 
 Predictions. If there are factors, the known number b is first replaced by
 `b + (left @ right)[i, j] 2^unit`, in float64, where b is finite, rounded to float32 and
@@ -52,7 +53,7 @@ from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
 LOWEST = -24  # the level of class 0, of differences of 2^-6 ULPs and less
-MOST_GAP = (1 << 16) - 1
+BLOCK = 1 << 16  # elements with a bit of `changed`, which fit a cache
 MOST_SCALE = 8000  # so that sums of scales fit int16
 LONGEST = (1 << 31) - 1  # length of an axis
 DRIFTS = 256  # length of a drift
@@ -60,8 +61,9 @@ ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicte
 
 _MOST_CLASS = 255  # its index is a byte
 _MOST_RANK = 1 << 12
-_CHUNK = 1 << 16  # elements that are taken together, so that they fit a cache
 _PARTS = 1 << 4  # of a job
+
+_PAIRS = ('left', 'right'), ('map', 'shifts')
 
 Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
 """Runs jobs, perhaps side by side; returns their results."""
@@ -76,7 +78,7 @@ def in_parts(
   job: Callable[[slice], Any], rows: int, width: int, run: Run = in_turn
 ) -> list[Any]:
   """Runs a job for slices of rows that fit a cache; returns the results in order."""
-  step = max(_CHUNK // max(width, 1), 1)
+  step = max(BLOCK // max(width, 1), 1)
   many = step * _PARTS
 
   def parts(start: int) -> list[Any]:
@@ -113,16 +115,18 @@ class Difference(base.Structured):
   lengths: tuple[fields.Length, ...] = fields.static()  # its shape
   name: _Name = fields.static()  # of the dtype
   differences: Annotated[Any, _some('n')] = None
-  gaps: Annotated[Any, _some('g', np.uint16)] = None
-  # Of rows and columns, or one for all that are equal. None if there are no classes.
-  row_scales: Annotated[Any, _some('r', np.int16, most=MOST_SCALE)] = None
-  column_scales: Annotated[Any, _some('c', np.int16, most=MOST_SCALE)] = None
+  changed: Annotated[Any, _some('b', np.uint8)] = None
+  row_scales: Annotated[Any, _some('R', np.int16, most=MOST_SCALE)] = None
+  column_scales: Annotated[Any, _some('C', np.int16, most=MOST_SCALE)] = None
   left: Annotated[Any, _some('Rk', np.int16)] = None
   right: Annotated[Any, _some('kC', np.int16)] = None
   drift: Annotated[Any, _some('i', np.int32)] = None
   map: Annotated[Any, _some('Dd', np.int32)] = None  # see `tied.product`, as two others
   shifts: Annotated[Any, _some('D', np.int16)] = None
-  width: fields.Length = fields.static(default=0)
+  width: fields.Length = fields.static(default=1)
+  common_scale: Annotated[int, schema.between(-MOST_SCALE, MOST_SCALE)] = fields.static(
+    default=0
+  )
   unit: Annotated[int, schema.between(-900, 900)] = fields.static(default=0)
   scale: Annotated[int, schema.between(-1000, 2000)] = fields.static(default=0)
 
@@ -138,15 +142,12 @@ class Difference(base.Structured):
   def dtype(self) -> Any:
     return dtype_of(self.name)
 
-  @property
-  def has_classes(self) -> bool:
-    """Whether the differences have classes."""
-    return self.column_scales is not None
-
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     sizes = super().stored_sizes()
+    if self.differences is None:
+      return sizes
     # The coder takes their other bits from the known array's precision.
-    return [(np.dtype(np.int8), sizes[0][1]), *sizes[1:]] if self.has_classes else sizes
+    return [(np.dtype(np.int8), sizes[0][1]), *sizes[1:]]
 
   def map_arrays(self, function: Callable[[Any], Any]) -> 'Difference':
     """Returns the leaf unchanged, because it stands for bits of one dtype."""
@@ -155,12 +156,7 @@ class Difference(base.Structured):
   # ---- the array
 
   def materialize(self, *needed: Any) -> np.ndarray:
-    if self.has_classes:
-      return self.joined(self.predict(*needed))
-    bits = self._known_bits(*needed)
-    if self.differences is not None:
-      self._change_few(bits)
-    return self._array(bits)
+    return self.joined(self.predict(*needed))
 
   def _known_bits(self, known: Any) -> np.ndarray:
     """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
@@ -172,28 +168,28 @@ class Difference(base.Structured):
       raise ValueError(f'{self.name} cannot be made from {known.dtype}')
     return known_bits(np.asarray(known), self.lengths, self.dtype)
 
-  def _array(self, bits: np.ndarray) -> np.ndarray:
-    """Returns the array of some bits."""
-    return bits.view(self.dtype).reshape(self.lengths)
-
-  def _change_few(self, bits: np.ndarray) -> None:
-    """Adds the differences of few elements to the bits of the known array."""
-    is_last = self.gaps < MOST_GAP
-    ends = np.cumsum(self.gaps + is_last, dtype=np.int64)
-    places = ends[is_last] - 1
-    if places.size != self.differences.size or ends[-1] > bits.size:
-      raise ValueError(
-        f'{places.size} gaps until {ends[-1]} do not fit the differences'
-      )
-    off = self.differences.astype(bits.dtype)
-    bits[places] = ulps.moved(bits[places], off, self.dtype)
-
   # ---- the prediction
 
   def predict(self, *needed: Any, run: Run = in_turn) -> Prediction:
     """Returns the prediction for `joined`, which changes it."""
     bits = self.predicted_bits(self._known_bits(*needed), run)
-    return Prediction(bits, self.classes(bits, run))
+    if self.differences is None:
+      return Prediction(bits, np.zeros(0, np.uint8))
+    return Prediction(bits, self.classes(self.changed_part(bits), run))
+
+  def spans(self) -> list[slice]:
+    """Returns the runs of elements in blocks that have differences."""
+    size = math.prod(self.lengths)
+    if self.changed is None:
+      return [slice(0, size)]
+    flags = np.unpackbits(self.changed, bitorder='little').view(np.int8)
+    ends = BLOCK * np.flatnonzero(np.diff(flags, prepend=0, append=0))
+    return [slice(*x) for x in np.minimum(ends, size).reshape(-1, 2).tolist()]
+
+  def changed_part(self, elements: np.ndarray) -> np.ndarray:
+    """Returns the elements in blocks that have differences, of all, `[n]`."""
+    parts = [elements[span] for span in self.spans()]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
   def predicted_bits(self, known: np.ndarray, run: Run = in_turn) -> np.ndarray:
     """Returns the `bits` of the prediction for a known array; both are bits `[R C]`."""
@@ -230,15 +226,17 @@ class Difference(base.Structured):
     return bits + drift.take(drift_places(bits, mantissa)) * is_normal
 
   def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
-    """Returns the `classes` of the prediction, given its bits."""
+    """Returns the `classes` of elements whose predicted bits are given."""
     matrix = bits.reshape(-1, self.width)
     classes = np.empty(matrix.shape, np.uint8)
     mantissa = ulps.MANTISSA_BITS.get(self.dtype)
-    row_scales = np.broadcast_to(self.row_scales, len(matrix))
 
     def job(rows: slice) -> None:
-      levels = np.empty(matrix[rows].shape, np.int16)
-      np.add(row_scales[rows, None], self.column_scales, out=levels)
+      levels = np.full(matrix[rows].shape, self.common_scale, np.int16)
+      if self.row_scales is not None:
+        levels += self.row_scales[rows, None]
+      if self.column_scales is not None:
+        levels += self.column_scales
       if mantissa is not None:
         exponents = (matrix[rows] & np.iinfo(bits.dtype).max) >> mantissa
         exponents = np.maximum(exponents, 1).astype(np.int16, copy=False)
@@ -254,13 +252,17 @@ class Difference(base.Structured):
 
   def joined(self, prediction: Prediction, run: Run = in_turn) -> np.ndarray:
     """Returns the array, given the result of `predict` and the decoded differences."""
-    bits = prediction.bits
+    bits, start = prediction.bits, 0
 
-    def job(part: slice) -> None:
-      bits[part] = ulps.moved(bits[part], self.differences[part], self.dtype)
+    def job(changed: np.ndarray, differences: np.ndarray, part: slice) -> None:
+      changed[part] = ulps.moved(changed[part], differences[part], self.dtype)
 
-    in_parts(job, bits.size, 1, run)
-    return self._array(bits)
+    for span in self.spans() if self.differences is not None else ():
+      changed = bits[span]
+      differences = self.differences[start : start + changed.size]
+      in_parts(functools.partial(job, changed, differences), changed.size, 1, run)
+      start += changed.size
+    return bits.view(self.dtype).reshape(self.lengths)
 
   # ---- untrusted input
 
@@ -281,29 +283,23 @@ class Difference(base.Structured):
     size, signed = math.prod(lengths), np.dtype(f'i{dtype.itemsize}')
     rows = size // self.width if self.width else 0
     arrays = {name: array for name, _, array in fields.arrays_of(self)}
-    count = lambda name: arrays[name].size if name in arrays else 0
-    kind = lambda name: arrays[name].dtype if name in arrays else None
-    pairs = ('left', 'right'), ('map', 'shifts'), ('row_scales', 'column_scales')
-    fits = all((x in arrays) == (y in arrays) for x, y in pairs)
-    is_predicted = not arrays.keys().isdisjoint(('left', 'drift', 'map'))
-    fits &= dtype in ROUNDED or not is_predicted
+    fits = rows * self.width == size
+    fits &= all((x in arrays) == (y in arrays) for x, y in _PAIRS)
+    fits &= dtype in ROUNDED or arrays.keys().isdisjoint(('left', 'drift', 'map'))
     fits &= self.map is None or lengths[1:] == self.map.shape[1:]
-    if self.has_classes and fits:
-      fits = rows * self.width == size and dtype.itemsize <= 4 and self.gaps is None
-      fits &= count('differences') == size and kind('differences') == signed
-      fits &= self.row_scales.size in (1, rows)
-      fits &= self.column_scales.size in (1, self.width)
-      fits &= count('drift') in (0, DRIFTS)
-      if self.left is not None:
-        fits &= (len(self.left), self.right.shape[1]) == (rows, self.width)
-        fits &= len(self.right) <= _MOST_RANK
-    elif fits:
-      fits = not self.width and not is_predicted
-      fits &= ('gaps' in arrays) == ('differences' in arrays)
-      # The greatest gap stands for many elements.
-      fits &= count('gaps') <= count('differences') + size // MOST_GAP
-      fits &= count('differences') <= size
-      fits &= kind('differences') in (None, np.int8, signed)
+    fits &= self.row_scales is None or len(self.row_scales) == rows
+    fits &= self.column_scales is None or len(self.column_scales) == self.width
+    fits &= self.drift is None or len(self.drift) == DRIFTS
+    if self.left is not None and fits:
+      fits = (len(self.left), self.right.shape[1]) == (rows, self.width)
+      fits &= len(self.right) <= _MOST_RANK
+    if self.changed is not None:
+      # Classes of some blocks have no rows.
+      fits &= self.width == 1 and self.differences is not None
+      fits &= len(self.changed) == -(-size // (8 * BLOCK))
+    if self.differences is not None and fits:
+      fits = self.differences.dtype == signed and dtype.itemsize <= 4
+      fits &= len(self.differences) == sum(x.stop - x.start for x in self.spans())
     if not fits:
       raise ValueError(f'what is stored of {self.name} {lengths} does not fit together')
 
