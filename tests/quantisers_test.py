@@ -4,6 +4,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
+from safetensors import numpy as safetensors_numpy
 
 import rotbits_jax
 from rotbits_jax import quantisers
@@ -140,6 +141,41 @@ class FindTest(parameterized.TestCase):
     leaf = quantisers.find(array.astype(BF16))
     self.assertEqual(leaf.shape, (3, 256, 384))
     self.assertTrue(structured.same_bits(leaf.materialize(), array.astype(BF16)))
+
+
+def test_a_partly_quantised_checkpoint(tmp_path):
+  e4m3 = lambda seed: SCHEMES['e4m3_blocks'][0](weights(seed=seed)).astype(BF16)
+  dense = {f'{i}.attention.weight': weights(seed=i).astype(BF16) for i in range(2)}
+  tensors = dense | {f'{i}.mlp.weight': e4m3(9 + i) for i in range(2)}
+  path, output = tmp_path / 'model.safetensors', tmp_path / 'model.rotbits'
+  safetensors_numpy.save_file(tensors, path)
+  rotbits_jax.encode_to_file(path, output)
+  assert structured.same_bits(rotbits_jax.load(output), tensors)
+  notes = rotbits_jax.inspect(output).notes['quantised before']
+  assert [x['tensor'] for x in notes] == ['0.mlp.weight', '1.mlp.weight']
+  assert notes[0]['form'] == 'float8_e4m3fn, blocks of 128 x 128'
+  assert 6 < notes[0]['bits'] < 7
+
+
+def test_a_fine_tune_beside_a_quantised_base():
+  base = {'a': {'w': SCHEMES['int4_128'][0](weights()).astype(BF16)}}
+  step = weights(seed=1) / 500
+  tuned = {'a': {'w': (base['a']['w'].astype(F32) + step).astype(BF16)}}
+  other = {'a': {'w': SCHEMES['int4_128'][0](weights() + step).astype(BF16)}}
+  sizes = {}
+  for name, tree, beside in (
+    ('tuned', tuned, base),
+    ('same', base, base),
+    ('alone', other, None),
+    ('requantised', other, base),
+  ):
+    data = rotbits_jax.encode(tree, base=beside)
+    decoded = rotbits_jax.decode(data, base=beside)
+    assert structured.same_bits(decoded, tree)
+    sizes[name] = 8 * len(data) / step.size
+  assert sizes['tuned'] < 6
+  assert sizes['same'] < 0.2
+  assert max(sizes['alone'], sizes['requantised']) < 4.1
 
 
 class LeafTest(parameterized.TestCase):

@@ -8,9 +8,11 @@ import string
 import textwrap
 from typing import Any, NamedTuple
 
+import numpy as np
 import tqdm
 
 from rotbits_jax import presets
+from rotbits_jax import quantisers
 from rotbits_jax.file import container
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import manifest as manifest_lib
@@ -191,6 +193,9 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   leaves = [leaf for record in manifest.records for leaf in record.leaves]
   if any(leaf.base_arrays or leaf.product for leaf in leaves):
     notes[encode_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
+  quantised = [x for record in manifest.records for x in _quantised(record)]
+  if quantised:
+    notes['quantised before'] = quantised
   elements = sum(entry.input.elements for entry in stored)
   size = sum(entry.input.bytes for entry in stored)
   other_bytes = sum(x.nbytes for x in manifest.files.values())
@@ -222,6 +227,33 @@ def _bits(record: manifest_lib.RecordEntry) -> Note:
   bits = lambda nbytes: round(8 * nbytes / count, 2)
   sizes = {'input': bits(record.input.bytes), 'file': bits(record.nbytes)}
   return {'tensor': record.name, 'elements': count} | sizes
+
+
+def _quantised(record: manifest_lib.RecordEntry) -> list[Note]:
+  """Returns what was found of tensors that were quantised before, and their bits.
+
+  Arrays that are coded together are taken to have the same bits per element.
+  """
+  is_found = lambda leaf: leaf.leaf_class is quantisers.BlockQuantized
+  if not any(map(is_found, record.leaves)):
+    return []
+  record.check()
+  spec, notes = record.stream_spec, list[Note]()
+  sizes = np.zeros(len(spec.arrays))
+  for group, members in zip(spec.groups, spec.members[:-1], strict=True):
+    size = sum(member.size for member in members)
+    for member in members:
+      sizes[member.array] += (group.contexts + sum(group.blocks)) * member.size / size
+  for member in spec.members[-1]:
+    sizes[member.array] += member.size * member.dtype.itemsize
+  ends = np.cumsum([0, *(0 if x.is_joined else len(x.arrays) for x in record.leaves)])
+  for leaf, first, last in zip(record.leaves, ends, ends[1:], strict=False):
+    if is_found(leaf):
+      bits = 8 * sizes[first:last].sum() / max(leaf.size, 1)
+      with container.naming(leaf.path):
+        form = quantisers.form(leaf.settings, leaf.shape)
+      notes.append({'tensor': leaf.path, 'form': form, 'bits': round(bits, 1)})
+  return notes
 
 
 def _beside_base(leaf: manifest_lib.Leaf) -> Note:

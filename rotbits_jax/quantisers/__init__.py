@@ -7,7 +7,8 @@ any other array.
 """
 
 from rotbits_jax.quantisers.leaf import BlockQuantized
+from rotbits_jax.quantisers.leaf import form
 from rotbits_jax.quantisers.search import find
 from rotbits_jax.quantisers.search import nbytes
 
-__all__ = ['BlockQuantized', 'find', 'nbytes']
+__all__ = ['BlockQuantized', 'find', 'form', 'nbytes']

@@ -4,7 +4,7 @@ Shape letters: the array is taken as a matrix of R rows and C columns, its last 
 Blocks have r rows and c columns; those at the end may be cut.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -131,3 +131,19 @@ def row_scales(
     if 1 < columns < width:
       some = some.repeat(columns, axis=1)[:, :width]
     yield part, some
+
+
+def form(settings: Mapping[str, Any], shape: tuple[int, ...]) -> str:
+  """Returns in words how an array was quantised, as in 'int4, groups of 128'."""
+  grid = schema.load(grids.Name, settings.get('grid'), 'grid')
+  rows, columns = schema.load(tuple[int, int], settings.get('block'), 'block')
+  height, width = shape[-2:]
+  if rows >= height:
+    blocks = 'a scale a tensor' if columns == width else 'columns'
+  elif columns == width:
+    blocks = 'rows'
+  elif 1 in (rows, columns):
+    blocks = f'groups of {rows * columns}'
+  else:
+    blocks = f'blocks of {rows} x {columns}'
+  return f'{grid}, {blocks}'

@@ -72,7 +72,7 @@ def nbytes(leaf: leaf_lib.BlockQuantized) -> float:
   """Estimates the bytes of a leaf in a file."""
   arrays = leaf.stored()[1]
   numbers = _estimate(arrays.pop('numbers'))
-  return numbers + sum(x.nbytes for x in arrays.values()) + _LEAF_BYTES
+  return numbers + coder.estimate([*arrays.values()]) + _LEAF_BYTES
 
 
 def _estimate(array: np.ndarray) -> float:
