@@ -302,6 +302,10 @@ def read_leaf(leaf, arrays, tensors, base, config):
       array = np.pad(square, ((0, 0), (0, s['columns'] - len(square))))
     case 'trapezoidal_rows':
       array = np.vstack([*a.get('full', []), *a['lower'].T])
+      if 'pivots' in a:
+        order = np.argsort(1 - a['pivots'], stable=True)
+        last = slice(len(array) - a['lower'].shape[1], None)
+        array[last, order] = a['lower'].T
     case 'head_bases' if s.get('group'):
       bases = [gram(b.T) for b in np.split(a['below'], s['heads'])]
       array = np.vstack([x.T for b in bases for x in np.split(b, s['group'])])

@@ -1,6 +1,7 @@
 """Canonical weights of stacked layers in one call, beside the way that streams."""
 
 import functools
+import pathlib
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import rotbits_jax
+from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
@@ -19,6 +21,8 @@ from tests import devices
 from tests import random_models
 from tests import transform_checks
 
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
 FAMILIES = random_models.FAMILIES
 TOKENS = np.arange(12)[None]
 _canonicalize = jax.jit(rotbits_jax.canonicalize, static_argnums=1)
@@ -105,8 +109,8 @@ class CanonicalizeTest(parameterized.TestCase):
     logits = transform_checks.fast_logits(model, TOKENS)
     found = transform_checks.fast_logits(result, TOKENS)
     np.testing.assert_allclose(found, logits, atol=3e-5 * np.abs(logits).max())
-    for leaf in jax.tree.leaves(result.params):
-      self.assertEqual(leaf.dtype, np.float32)
+    for path, leaf in result.leaves():
+      self.assertEqual(leaf.dtype, np.float32, path)
     expected = models.layout.symmetries(model.config)
     self.assertEqual(gauges.first is not None, expected.segments or expected.stream)
     self.assertEqual(bool(gauges.segments), expected.segments)
@@ -135,6 +139,39 @@ class CanonicalizeTest(parameterized.TestCase):
     for (path, a), (_, b) in zip(found.leaves(), streamed.leaves(), strict=True):
       a, b = (np.asarray(structured.materialize(x)) for x in (a, b))
       np.testing.assert_allclose(a, b, atol=5e-5, err_msg=path)
+
+  def check_unique(self, model):
+    """The form is the same a second time, and after a random rotation."""
+    function = functools.partial(
+      rotbits_jax.canonicalize, config=model.config, tolerance=0.7 * 2**-11
+    )
+    compiled = jax.jit(function)
+    expected = _arrays(compiled(model.params)[0])
+    rotated = passes.randomly_rotated(model, key=jax.random.key(3))
+    for params in (structured.unflatten(expected), rotated.params):
+      for path, array in _arrays(compiled(params)[0]).items():
+        error = np.linalg.norm(array - expected[path])
+        self.assertLessEqual(error, 1e-5 * np.linalg.norm(array), path)
+
+  @parameterized.parameters(*FIXTURES)
+  @pytest.mark.slow
+  def test_the_form_of_a_fixture_is_unique(self, name):
+    model = checkpoints.load_checkpoint(TESTDATA / name).model
+    self.check_unique(jax.tree.map(lambda x: np.asarray(x, np.float32), model))
+
+  @parameterized.parameters('dense', 'sliced')
+  def test_columns_that_repeat_are_no_pivots(self, kind):
+    model = jax.tree.map(np.copy, _model('llama', kind))
+    layers = min(filter(models.names.stacked_layers, model.params))
+    for linear in (model.params['head'], model.params[layers]['mlp']['up']):
+      linear['kernel'][..., 1:4] = linear['kernel'][..., :1]
+    self.check_unique(model)
+    head = rotbits_jax.decode(rotbits_jax.encode(model, preset='free')).params['head']
+    is_leaf = isinstance(head['kernel'], structured.TrapezoidalRows)
+    self.assertEqual(
+      is_leaf and head['kernel'].pivots[:5].tolist(),
+      kind == 'sliced' and [1, 0, 0, 0, 1],
+    )
 
   @parameterized.parameters(*FAMILIES)
   @pytest.mark.slow

@@ -54,6 +54,9 @@ LEAVES = {
   'trapezoidal_rows_wide': lambda seed: structured.TrapezoidalRows(
     full=None, lower=lower(seed, 4, 7)
   ),
+  'trapezoidal_rows_of_pivots': lambda seed: structured.TrapezoidalRows(
+    full=None, lower=lower(seed, 8, 3), pivots=np.uint8([0, 1, 1, 0, 0, 1, 0, 0])
+  ),
   'head_columns': lambda seed: structured.HeadBases(
     below=normal(seed + 9, 4, 6), rotary=normal(seed, 7, 8), heads=2
   ),

@@ -33,6 +33,11 @@ def _orthogonal(rng, n):
   return np.linalg.qr(rng.standard_normal((n, n)))[0].astype(np.float32)
 
 
+def _repeated(rng, n, m):
+  """Returns a matrix whose first columns repeat."""
+  return _normal(rng, n, m)[:, [0, 0, 1, 1, *range(2, m - 2)]]
+
+
 # Functions, each with a function that makes its float32 arguments from a generator.
 FUNCTIONS = {
   'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
@@ -46,6 +51,7 @@ FUNCTIONS = {
   ),
   'rotate': (rotations.rotate, lambda r: (_normal(r, 6, 5), _orthogonal(r, 6))),
   'upper_rotation': (rotations.upper_rotation, lambda r: (_normal(r, 6, 8),)),
+  'upper_form': (rotations.upper_form, lambda r: (_repeated(r, 6, 9),)),
   'typical_size': (steps.typical_size, lambda r: (_normal(r, 6, 8),)),
   'quantize': (
     steps.quantize,

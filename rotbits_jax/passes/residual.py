@@ -70,10 +70,10 @@ class State(NamedTuple):
   """The coordinates of a layer."""
 
   first: Any  # R_0, float32 [d, d]
-  is_upper: bool  # whether R_0 makes the up kernel of the first layer trapezoidal
+  up_form: Any  # R_0 and the pivots of the first up kernel; None if R_0 is arbitrary
   segments: list[Any]  # R of the segments of the layer; R_0 where they share it
   polars: layer_lib.Polars = ()  # of the shortcuts, see `layer.gauge`
-  new_rows: int = 0  # how many of the last rows of the head are trapezoidal
+  head_form: Any = None  # Z of the last segment and the pivots of the head, if any
 
 
 def _advance(context: Context, state: Any, index: int, params: Params) -> State | str:
@@ -85,17 +85,17 @@ def _advance(context: Context, state: Any, index: int, params: Params) -> State 
     return state
   params = structured.expand(params)
   kernels = {path: params[path] for path in layer_lib.shortcut_paths(config)}
-  polars, free = _gauge(kernels, config), None
+  polars, free, head = _gauge(kernels, config), None, None
   if state is None:
-    upper = _first_rotation(params, polars, config)
+    form = _first_rotation(params, polars, config)
     identity = np.eye(config.segment_widths[0], dtype=np.float32)
-    first = identity if upper is None else upper
-    state = State(first, upper is not None, [first])
+    first = identity if form is None else form.rotation
+    state = State(first, form, [first])
   if config.sliced and index + 1 == config.num_layers:
-    free = _last_rotation(structured.expand(context.read(None)), polars[-1])
+    head = _last_rotation(structured.expand(context.read(None)), polars[-1])
+    free = None if head is None else head.rotation
   segments = _segments(kernels, polars, state.segments[-1], config, free=free)
-  new_rows = 0 if free is None else len(free)
-  return state._replace(segments=segments, polars=polars, new_rows=new_rows)
+  return state._replace(segments=segments, polars=polars, head_form=head)
 
 
 def _layer(
@@ -109,8 +109,8 @@ def _layer(
   shortcuts = {path: params.pop(path) for path in layer_lib.shortcut_paths(config)}
   params = rotate(params, state.segments, config)
   notes: dict[str, transform_lib.Note] = {}
-  if index == 0 and state.is_upper:
-    params[UP], notes[UP] = _with_zeros(params[UP], rows=len(state.first))
+  if index == 0 and state.up_form is not None:
+    params[UP], notes[UP] = _with_zeros(params[UP], state.up_form)
   for place, (path, kernel) in enumerate(shortcuts.items()):
     rows, columns = state.segments[place : place + 2]
     params[path], notes[path] = _shortcut(
@@ -130,8 +130,8 @@ def _outer(context: Context, state: Any, params: Params) -> transform_lib.Noted:
     leaves = {path: params.pop(path) for path in paths}
     rotated |= rotate(leaves, ends, context.config, is_outer=True)
   notes: dict[str, transform_lib.Note] = {}
-  if state.new_rows:
-    rotated[HEAD], notes[HEAD] = _with_zeros(rotated[HEAD], rows=state.new_rows)
+  if state.head_form is not None:
+    rotated[HEAD], notes[HEAD] = _with_zeros(rotated[HEAD], state.head_form)
   return rotated, notes
 
 
@@ -186,10 +186,21 @@ def _error(
   return jnp.linalg.norm(off) / jnp.maximum(jnp.linalg.norm(expected), least)
 
 
-@functools.partial(jax.jit, static_argnames='rows')
-def _with_zeros(kernel: jax.Array, *, rows: int) -> tuple[Any, transform_lib.Note]:
+def _with_zeros(
+  kernel: jax.Array, form: rotations_lib.UpperForm
+) -> tuple[Any, transform_lib.Note]:
   """Makes the last rows of a kernel upper trapezoidal; also returns a note."""
-  leaf = rotations_lib.upper_rows(kernel, rows)
+  if np.asarray(form.pivots)[: len(form.rotation)].all():  # as without pivots
+    form = form._replace(pivots=None)
+  return _with_zeros_in_form(kernel, form)
+
+
+@jax.jit
+def _with_zeros_in_form(
+  kernel: jax.Array, form: rotations_lib.UpperForm
+) -> tuple[Any, transform_lib.Note]:
+  """Returns the leaf and the note of `_with_zeros`."""
+  leaf = rotations_lib.upper_rows(kernel, form)
   norm = jnp.maximum(jnp.linalg.norm(kernel), jnp.finfo(jnp.float32).tiny)
   return leaf, {'error': jnp.linalg.norm(leaf.materialize() - kernel) / norm}
 

@@ -104,22 +104,35 @@ class IdentityMinusGram(base.Structured):
 @base.register
 @struct.dataclass
 class TrapezoidalRows(base.Structured):
-  """A kernel whose last n rows are zero below a diagonal that begins at the left."""
+  """A kernel whose last n rows are upper triangular in their pivot columns.
+
+  They are zero below a diagonal if the pivots come before the other columns. Without
+  pivots, these are the first n columns.
+  """
 
   type_name: ClassVar[str] = 'trapezoidal_rows'
   origin: ClassVar[base.Origin] = base.Origin.COPIED
 
   full: Annotated[Any, fields.Array('mc', optional=True)]  # the other rows
-  lower: Annotated[Any, fields.Array('cn', lower=True)]  # the last rows, transposed
+  # The last rows, transposed; pivots come first.
+  lower: Annotated[Any, fields.Array('cn', lower=True)]
+  pivots: Annotated[Any, fields.Array('c', np.uint8, optional=True, most=1)] = None
 
   @classmethod
-  def of(cls, kernel: Any, rows: int) -> 'TrapezoidalRows':
+  def of(cls, kernel: Any, rows: int, pivots: Any = None) -> 'TrapezoidalRows':
     """Makes the leaf of an unstacked kernel from the number n of its last rows."""
     first = len(kernel) - rows
-    return cls(kernel[:first] if first else None, kernel[first:].T)
+    lower = kernel[first:].T
+    lower = lower if pivots is None else lower[cls.order(pivots)]
+    return cls(kernel[:first] if first else None, lower, pivots)
+
+  @staticmethod
+  def order(pivots: Any) -> jax.Array:
+    """Returns the columns `[..., c]`, pivots first, given 1 for each pivot."""
+    return jnp.argsort(1 - jnp.asarray(pivots), axis=-1, stable=True)
 
   def rounded(self, function: Callable[[Any], Any]) -> 'TrapezoidalRows':
-    return self.of(function(self.materialize()), self.lower.shape[1])
+    return self.of(function(self.materialize()), self.lower.shape[1], self.pivots)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -132,10 +145,14 @@ class TrapezoidalRows(base.Structured):
 
   def materialize(self, *needed: Any) -> jax.Array:
     upper = jnp.matrix_transpose(jnp.asarray(self.lower))
+    if self.pivots is not None:
+      places = jnp.argsort(self.order(self.pivots), axis=-1)[..., None, :]
+      upper = jnp.take_along_axis(upper, places, axis=-1)
     return upper if self.full is None else jnp.concatenate([self.full, upper], axis=-2)
 
   def stack_key(self) -> tuple[str, ...]:
-    return (str(self._full),)  # layers of one shape may differ in it
+    # Layers of one shape may differ in these.
+    return str(self._full), *([] if self.pivots is None else ['pivots'])
 
 
 def _pad_columns(matrix: Any, columns: int) -> Any:

@@ -94,7 +94,7 @@ def segments(
 
 def first_rotation(
   params: Params, polars: Polars, config: models.ModelConfig
-) -> jax.Array | None:
+) -> rotations_lib.UpperForm | None:
   """Returns the R_0 that makes the up kernel of the first layer upper trapezoidal.
 
   It is None if that kernel is a structured leaf, or if the segment that it reads has
@@ -104,15 +104,17 @@ def first_rotation(
     return None
   if not config.sliced:
     params = fold_norm_scales(params, config)
-  kernel = params[UP]
+  kernel, rows = params[UP], None
   if config.sliced and not config.parallel_block:
     if polars[0] is None or len(polars[0].u) != len(kernel):
       return None
-    kernel = products.matmul(polars[0].rotation, kernel)
-  return rotations_lib.upper_rotation(kernel[:, : len(kernel)])
+    rows = polars[0].rotation
+  return rotations_lib.upper_form(kernel, rows)
 
 
-def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | None:
+def last_rotation(
+  outer: Params, polar: canonical.Polar | None
+) -> rotations_lib.UpperForm | None:
   """Returns the Z `[e - d, e - d]` that makes the last rows of the head trapezoidal.
 
   It is None if the stream does not get wider at its last shortcut, whose decomposition
@@ -121,8 +123,7 @@ def last_rotation(outer: Params, polar: canonical.Polar | None) -> jax.Array | N
   new = 0 if polar is None else len(polar.rotation) - len(polar.u)
   if polar is None or not new or not structured.is_plain(outer.get(HEAD)):
     return None
-  head = outer[HEAD][:, :new].astype(jnp.float32)
-  return rotations_lib.upper_rotation(products.matmul(polar.rotation[-new:], head))
+  return rotations_lib.upper_form(outer[HEAD], polar.rotation[-new:])
 
 
 def rotate(

@@ -29,7 +29,7 @@ Reference: SliceGPT, arXiv 2401.15024, section 3.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -41,6 +41,8 @@ from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import products
 
 _matmul = products.matmul
+
+_LEAST = 2.0**-9  # share of a column outside the span of those before it
 
 
 def rotate(
@@ -137,12 +139,73 @@ def upper_rotation(matrix: jax.Array) -> jax.Array:
   return canonical.reorthogonalize(canonical.qr(matrix)[1])
 
 
+class UpperForm(NamedTuple):
+  """A rotation that makes the pivot columns of a matrix upper triangular."""
+
+  rotation: jax.Array  # G, [d, d]
+  pivots: jax.Array  # uint8 [V], 1 for at most d columns
+
+
+def upper_form(
+  kernel: jax.Array,  # [e, V]
+  rows: jax.Array | None = None,  # [d, e]; None for the identity
+) -> UpperForm:
+  """Chooses pivots of the matrix `rows @ kernel`, and their `upper_rotation`.
+
+  The pivots are the first columns that are not nearly in the span of those before them,
+  so they determine G, and a rotated matrix has the same ones. If the matrix has a lower
+  rank than d, they are fewer, and the last rows of `G^T @ matrix` are zero.
+
+  >>> upper_form(jnp.array([[0.0, 0.0, 1.0], [2.0, 4.0, 3.0]])).pivots.tolist()
+  [1, 0, 1]
+  """
+
+  def matrix(columns: Any) -> jax.Array:
+    chosen = kernel[:, columns].astype(jnp.float32)
+    return chosen if rows is None else _matmul(rows, chosen)
+
+  count = len(kernel if rows is None else rows)
+  block = matrix(slice(count))
+  rotation = upper_rotation(block)
+  diagonal = jnp.sum(rotation[:, : block.shape[1]] * block, axis=0)
+  is_regular = (diagonal > _LEAST * jnp.linalg.norm(block, axis=0)).all()
+
+  def with_pivots() -> UpperForm:
+    pivots = _independent(matrix(slice(None)))
+    columns = structured.TrapezoidalRows.order(pivots)[:count]
+    return UpperForm(upper_rotation(matrix(columns)), pivots)
+
+  is_leading = jnp.arange(kernel.shape[1]) < count
+  leading = UpperForm(rotation, is_leading.astype(jnp.uint8))
+  return jax.lax.cond(is_regular, lambda: leading, with_pivots)
+
+
+def _independent(matrix: jax.Array) -> jax.Array:
+  """Returns 1 for columns that are not nearly combinations of earlier ones, uint8."""
+  rows, columns = matrix.shape
+
+  def add(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    j, basis, pivots = state
+    off = matrix[:, j]
+    for _ in range(2):  # the first time leaves rounding errors
+      off = off - jnp.matmul(basis @ off, basis, precision='highest')
+    size = jnp.linalg.norm(off)
+    is_new = size > _LEAST * jnp.linalg.norm(matrix[:, j])
+    vector = jnp.where(is_new, off / size, 0)
+    basis = basis.at[pivots.sum(dtype=jnp.int32)].set(vector)
+    return j + 1, basis, pivots.at[j].set(is_new.astype(jnp.uint8))
+
+  is_left = lambda state: (state[0] < columns) & (state[2].sum(dtype=jnp.int32) < rows)
+  start = jnp.int32(0), jnp.zeros((rows, rows)), jnp.zeros(columns, jnp.uint8)
+  return jax.lax.while_loop(is_left, add, start)[2]
+
+
 # ---- the canonical parameters ------------------------------------------------------
 
 
-def upper_rows(kernel: jax.Array, rows: int) -> structured.TrapezoidalRows:
-  """Returns a kernel whose last rows are set to zero below their diagonal."""
-  leaf = structured.TrapezoidalRows.of(kernel, rows)
+def upper_rows(kernel: jax.Array, form: UpperForm) -> structured.TrapezoidalRows:
+  """Returns a kernel whose last rows, which a form rotated, get exact zeros."""
+  leaf = structured.TrapezoidalRows.of(kernel, len(form.rotation), form.pivots)
   return dataclasses.replace(leaf, lower=jnp.tril(leaf.lower))
 
 

@@ -99,10 +99,8 @@ def _rotated(
   }
   first_key, *_, last_key = *stacks, *stacks
   first_layer, first_polars = _layer((stacks[first_key], polars[first_key]), 0)
-  rotation = layer_lib.first_rotation(first_layer, first_polars, config)
-  is_upper = rotation is not None
-  if rotation is None:
-    rotation = jnp.eye(widths[0], dtype=jnp.float32)
+  first = layer_lib.first_rotation(first_layer, first_polars, config)
+  rotation = jnp.eye(widths[0], dtype=jnp.float32) if first is None else first.rotation
   last_polars = _layer(polars[last_key], -1) or [None]  # none in a dense model
   free = layer_lib.last_rotation(outer, last_polars[-1])
   gauges = Gauges(rotation, {}, {}, {})
@@ -121,7 +119,8 @@ def _rotated(
     return rotated, segments[1:]
 
   for key, stack in stacks.items():
-    rotate = functools.partial(rotate_layer, z=free if key == last_key else None)
+    z = free.rotation if free is not None and key == last_key else None
+    rotate = functools.partial(rotate_layer, z=z)
     if not config.sliced:
       stacks[key], _ = jax.vmap(rotate, (0, None, 0))(stack, rotation, [])
       continue
@@ -131,11 +130,12 @@ def _rotated(
     gauges.singular_values[key] = tuple(polar.values for polar in polars[key])
     rotation = written[-1][-1]
   outer = layer_lib.rotate(outer, [gauges.first, rotation], config, is_outer=True)
-  if is_upper:
+  if first is not None:
     kernel = stacks[first_key][layer_lib.UP]
-    stacks[first_key][layer_lib.UP] = kernel.at[0].set(jnp.triu(kernel[0]))
+    upper = rotations.upper_rows(kernel[0], first).materialize()
+    stacks[first_key][layer_lib.UP] = kernel.at[0].set(upper)
   if free is not None:
-    outer[layer_lib.HEAD] = rotations.upper_rows(outer[layer_lib.HEAD], len(free))
+    outer[layer_lib.HEAD] = rotations.upper_rows(outer[layer_lib.HEAD], free)
   return stacks, outer, gauges
 
 
