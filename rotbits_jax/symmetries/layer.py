@@ -104,12 +104,12 @@ def first_rotation(
     return None
   if not config.sliced:
     params = fold_norm_scales(params, config)
-  kernel, rows = params[UP], None
+  kernel = params[UP].astype(jnp.float32)
   if config.sliced and not config.parallel_block:
     if polars[0] is None or len(polars[0].u) != len(kernel):
       return None
-    rows = polars[0].rotation
-  return rotations_lib.upper_form(kernel, rows)
+    kernel = products.matmul(polars[0].rotation, kernel)
+  return rotations_lib.upper_form(kernel)
 
 
 def last_rotation(
@@ -123,7 +123,8 @@ def last_rotation(
   new = 0 if polar is None else len(polar.rotation) - len(polar.u)
   if polar is None or not new or not structured.is_plain(outer.get(HEAD)):
     return None
-  return rotations_lib.upper_form(outer[HEAD], polar.rotation[-new:])
+  head = outer[HEAD].astype(jnp.float32)
+  return rotations_lib.upper_form(products.matmul(polar.rotation[-new:], head))
 
 
 def rotate(

@@ -146,11 +146,8 @@ class UpperForm(NamedTuple):
   pivots: jax.Array  # uint8 [V], 1 for at most d columns
 
 
-def upper_form(
-  kernel: jax.Array,  # [e, V]
-  rows: jax.Array | None = None,  # [d, e]; None for the identity
-) -> UpperForm:
-  """Chooses pivots of the matrix `rows @ kernel`, and their `upper_rotation`.
+def upper_form(matrix: jax.Array) -> UpperForm:
+  """Chooses pivots of a matrix `[d, V]`, and their `upper_rotation`.
 
   The pivots are the first columns that are not nearly in the span of those before them,
   so they determine G, and a rotated matrix has the same ones. If the matrix has a lower
@@ -159,23 +156,17 @@ def upper_form(
   >>> upper_form(jnp.array([[0.0, 0.0, 1.0], [2.0, 4.0, 3.0]])).pivots.tolist()
   [1, 0, 1]
   """
-
-  def matrix(columns: Any) -> jax.Array:
-    chosen = kernel[:, columns].astype(jnp.float32)
-    return chosen if rows is None else _matmul(rows, chosen)
-
-  count = len(kernel if rows is None else rows)
-  block = matrix(slice(count))
+  count, block = len(matrix), matrix[:, : len(matrix)]
   rotation = upper_rotation(block)
   diagonal = jnp.sum(rotation[:, : block.shape[1]] * block, axis=0)
   is_regular = (diagonal > _LEAST * jnp.linalg.norm(block, axis=0)).all()
 
   def with_pivots() -> UpperForm:
-    pivots = _independent(matrix(slice(None)))
+    pivots = _independent(matrix)
     columns = structured.TrapezoidalRows.order(pivots)[:count]
-    return UpperForm(upper_rotation(matrix(columns)), pivots)
+    return UpperForm(upper_rotation(matrix[:, columns]), pivots)
 
-  is_leading = jnp.arange(kernel.shape[1]) < count
+  is_leading = jnp.arange(matrix.shape[1]) < count
   leading = UpperForm(rotation, is_leading.astype(jnp.uint8))
   return jax.lax.cond(is_regular, lambda: leading, with_pivots)
 
@@ -186,9 +177,7 @@ def _independent(matrix: jax.Array) -> jax.Array:
 
   def add(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     j, basis, pivots = state
-    off = matrix[:, j]
-    for _ in range(2):  # the first time leaves rounding errors
-      off = off - jnp.matmul(basis @ off, basis, precision='highest')
+    off = matrix[:, j] - _matmul(_matmul(matrix[:, j], basis.T), basis)
     size = jnp.linalg.norm(off)
     is_new = size > _LEAST * jnp.linalg.norm(matrix[:, j])
     vector = jnp.where(is_new, off / size, 0)
@@ -196,8 +185,8 @@ def _independent(matrix: jax.Array) -> jax.Array:
     return j + 1, basis, pivots.at[j].set(is_new.astype(jnp.uint8))
 
   is_left = lambda state: (state[0] < columns) & (state[2].sum(dtype=jnp.int32) < rows)
-  start = jnp.int32(0), jnp.zeros((rows, rows)), jnp.zeros(columns, jnp.uint8)
-  return jax.lax.while_loop(is_left, add, start)[2]
+  nothing = jnp.zeros((rows, rows), jnp.float32), jnp.zeros(columns, jnp.uint8)
+  return jax.lax.while_loop(is_left, add, (jnp.int32(0), *nothing))[2]
 
 
 # ---- the canonical parameters ------------------------------------------------------
