@@ -18,6 +18,7 @@ import os
 from typing import Any, Literal, TypeAlias
 
 import jax
+import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax import checkpoints
@@ -206,7 +207,7 @@ def load(
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
       path and the shape of a parameter and returns one. Layers are stacked along the
       first axis, and have paths like 'layers.0:12/mlp/up/kernel'. An axis that an axis
-      of a mesh does not divide is not divided. Axes of a mesh become `Auto`.
+      of a mesh does not divide is not divided.
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
       of each array in the file, which is float32 if `near` has rounded it.
     integers: whether a matrix that the file stores as multiples of one step, as `near`
@@ -272,6 +273,7 @@ def verify(
   source: file.Readable,
   *,
   against: Path | None = None,
+  tokens: np.ndarray | None = None,
   base: Base | None = None,
   progress: bool = False,
 ) -> verification.Verification:
@@ -281,10 +283,12 @@ def verify(
   compared, one record at a time. Otherwise memory holds both models, and the divergence
   of the predictions for random tokens is measured; unless the preset is an
   approximation, it must be at most a few times the noise floor, which rounding alone
-  makes. Of plain tensors that `near` has rounded, only the other files are compared.
+  makes. With the `tokens` `[N]` of the text that a bound of `near` was measured on, the
+  figures in the file are measured again instead. Of plain tensors that `near` has
+  rounded, only the other files are compared.
   """
   reader = file.Reader(source, base=base)
-  return verification.verify(reader, against, progress=progress)
+  return verification.verify(reader, against, tokens=tokens, progress=progress)
 
 
 def _encoder(

@@ -5,10 +5,10 @@ import pathlib
 
 import pytest
 
+from benchmarks import accounting
 from configs import published
 from rotbits_jax import checkpoints
 from rotbits_jax import models
-from rotbits_jax.evaluation import accounting
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 

@@ -10,8 +10,8 @@ import pytest
 
 import rotbits_jax
 from rotbits_jax import checkpoints
-from rotbits_jax import evaluation
 from rotbits_jax import structured
+from rotbits_jax.evaluation import held_out
 from rotbits_jax.presets import steps as steps_lib
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -64,31 +64,42 @@ def test_integers_stand_for_the_same_numbers(step):
     assert_same_bits(plain, loaded)
 
 
-def divergence_of(calibration, model, tokens):
-  """Returns the mean KL of the decoded checkpoint, in the dtype of the model."""
-  data = rotbits_jax.encode(model, preset='near', **calibration.options)
-  decoded = rotbits_jax.decode(data)
-  dtype = model.params['embed']['tokens'].dtype
-  stored = structured.astype(decoded.materialize(), dtype)
-  return evaluation.evaluate(stored, tokens, reference=model).kl
+def test_tokens_are_kept_apart_from_the_calibration():
+  tokens, config = np.arange(66) % 61, load().model.config
+  used, apart = held_out.split(tokens, config, seed=1)
+  assert [x.shape for x in (*used, *apart)] == [(1, 16)] * 4
+  starts = [int(x[0, 0]) for x in (*used, *apart)]
+  assert sorted(starts) == [0, 16, 32, 48]
+  _, others = held_out.split(tokens, config, seed=4)
+  assert int(others[0][0, 0]) != starts[-1]
 
 
 @pytest.mark.parametrize(
   ('dtype', 'bound'),
   [
-    pytest.param('float16', 1e-3, marks=pytest.mark.slow),
+    ('float16', 1e-3),
     ('bfloat16', 6e-5),  # rounding to bfloat16 causes about half of it
   ],
 )
-def test_the_divergence_of_the_file_is_below_the_bound(dtype, bound):
+def test_the_divergence_on_tokens_kept_apart_is_below_the_bound(dtype, bound, tmp_path):
   model = structured.astype(load().model, jnp.dtype(dtype))
-  tokens = tokens_of(model)
+  tokens, path = tokens_of(model), tmp_path / 'model'
+  checkpoint = load()._replace(model=model)
+  rotbits_jax.save_checkpoint(checkpoint, path)
   calibration = steps_lib.calibrate(model, tokens, max_kl=bound)
   assert calibration.offsets
   assert calibration.inputs
-  kl = divergence_of(calibration, model, tokens)
-  assert kl <= bound
-  assert kl == pytest.approx(calibration.kl, rel=0.01)
+  data = rotbits_jax.encode(checkpoint, preset='near', **calibration.options)
+  recorded = rotbits_jax.inspect(data).measured
+  assert recorded == calibration.measured
+  assert recorded.tokens == 64
+  verified = rotbits_jax.verify(
+    data, against=path, tokens=np.append(tokens, 0)
+  ).measured
+  assert verified.kl <= bound
+  assert (verified.kl, verified.ear) == pytest.approx((recorded.kl, recorded.ear), 0.01)
+  with pytest.raises(ValueError, match='text is not the one'):
+    rotbits_jax.verify(data, against=path, tokens=tokens[::-1])
   # The next step that was measured is too coarse.
   assert all(
     point.kl > bound for point in calibration.curve if point.step > calibration.step

@@ -118,8 +118,8 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   if report.file_bytes >= input_bytes:
     program.warn(f'{target} is not smaller than the weights: keep those')
   comes_back = report_lib.BACK[report.keeps]
-  if calibration is not None and calibration.step is not None:
-    comes_back += f': KL {calibration.kl:.2g} nats, step 2^{calibration.step:g}'
+  if calibration is not None and calibration.measured is not None:
+    comes_back += f': {calibration.measured}, step 2^{calibration.step:g}'
   elif report.keeps == 'approximation':
     comes_back += '; measure it with rotbits evaluate'
   elif report.needs:

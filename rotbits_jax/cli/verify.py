@@ -5,21 +5,32 @@
 With --against a file of the preset `exact` must have the checkpoint's bits. One of
 `free` or `paper` must have its function: the predictions for random tokens differ from
 the checkpoint's by no more than a few times what a random rotation and rounding make.
-For `near` the difference is measured, and any is accepted. For that both models are in
-memory; everything else takes one layer at a time.
+For `near` the difference is measured, and any is accepted; with --text, on the tokens
+that `encode --max_kl` kept apart, where it must be what the file says. For that both
+models are in memory; everything else takes one layer at a time.
 
 JSON: the fields of `rotbits_jax.file.verification.Verification`.
 """
 
+from absl import flags
+import msgspec
+
 import rotbits_jax
 from rotbits_jax.cli import program
+from rotbits_jax.file import reader
 
 _BASE, _AGAINST = program.shared('base', 'against')
+_TEXT = flags.DEFINE_string('text', None, 'The text of encode --max_kl, to measure on.')
 
 
 def main(file: str) -> program.Result:
-  against = _AGAINST.value
-  verified = rotbits_jax.verify(file, against=against, base=_BASE.value, progress=True)
+  against, tokens = _AGAINST.value, None
+  if _TEXT.value is not None:
+    files = reader.Reader(file, base=_BASE.value).files()
+    tokens = program.read_tokens(_TEXT.value, files)
+  verified = rotbits_jax.verify(
+    file, against=against, tokens=tokens, base=_BASE.value, progress=True
+  )
   counts = f'{verified.tensors} tensors and {verified.files} other files'
   lines = [f'{file}: {counts} are undamaged']
   if verified.same_bits:
@@ -27,4 +38,6 @@ def main(file: str) -> program.Result:
   if verified.kl is not None:
     floor = f'noise floor {verified.kl_rerounded:.3g}'
     lines.append(f'KL divergence from {against}: {verified.kl:.3g}, {floor}')
-  return verified._asdict(), '\n'.join(lines)
+  if verified.measured is not None:
+    lines.append(f'{verified.measured}, as the file says')
+  return msgspec.to_builtins(verified._asdict()), '\n'.join(lines)

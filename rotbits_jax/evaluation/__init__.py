@@ -1,5 +1,6 @@
 """Measurement of models on a text."""
 
+from rotbits_jax.evaluation.held_out import Measured
 from rotbits_jax.evaluation.perplexity import Evaluation
 from rotbits_jax.evaluation.perplexity import agreement
 from rotbits_jax.evaluation.perplexity import evaluate
@@ -8,6 +9,7 @@ from rotbits_jax.evaluation.text import encode_text
 
 __all__ = [
   'Evaluation',
+  'Measured',
   'agreement',
   'encode_text',
   'evaluate',

@@ -135,43 +135,44 @@ def _measure(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
   return jax.lax.map(of_token, jnp.arange(len(logits[0])), batch_size=_TOKENS).T
 
 
-def mean_divergence(
+def differences(
   config: models.ModelConfig,
   reference: tuple[models.Params, Sequence[jax.Array]],
   model: tuple[models.Params, Sequence[jax.Array]],
-  lengths: Sequence[int],
-) -> float:
-  """Returns the mean of KL(reference || model) over the predictions of a text.
+) -> tuple[float, float]:
+  """Returns the means of KL(reference || model) and of EAR over windows of a text.
 
   Args:
     config: of both models.
     reference: the parameters outside the layers, and the residual stream `[1, T, d]` of
       each window after the last layer, see `transformer.streams`; `model` likewise.
-    lengths: how many tokens of each window are not padding.
   """
-  total, count = 0.0, sum(lengths) - len(lengths)
   (outer, streams), (model_outer, model_streams) = reference, model
-  for x, y, length in zip(streams, model_streams, lengths, strict=True):
-    kl = _divergences(config, (outer, x), (model_outer, y))
-    total += np.asarray(kl, np.float64)[: length - 1].sum()
-  return float(total / count)
+  measured = [
+    np.asarray(_differences(config, (outer, x), (model_outer, y)), np.float64)[:-1]
+    for x, y in zip(streams, model_streams, strict=True)
+  ]
+  kl, ear = np.concatenate(measured).mean(axis=0).tolist()
+  return kl, ear
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _divergences(
+def _differences(
   config: models.ModelConfig,
   reference: tuple[models.Params, jax.Array],
   model: tuple[models.Params, jax.Array],
 ) -> jax.Array:
-  """Returns KL(reference || model) `[T]`, given parameters and streams `[1, T, d]`."""
+  """Returns KL and EAR `[T, 2]`, given parameters and streams `[1, T, d]`."""
   # Before the loop, so that structured leaves are materialized once.
   ends = [
     (models.materialize(structured.astype(outer, jnp.float32)), x[0])
     for outer, x in (reference, model)
   ]
-  of_token = lambda i: kl_divergence(
-    *(transformer.unembed(outer, config, x[i])[1] for outer, x in ends)
-  )
+
+  def of_token(i: jax.Array) -> jax.Array:
+    logits = [transformer.unembed(outer, config, x[i])[1] for outer, x in ends]
+    return jnp.stack([kl_divergence(*logits), agreement(*logits)])
+
   with jax.default_matmul_precision('highest'):
     return jax.lax.map(of_token, jnp.arange(len(ends[0][1])), batch_size=_TOKENS)
 

@@ -13,6 +13,7 @@ import tqdm
 
 from rotbits_jax import presets
 from rotbits_jax import quantisers
+from rotbits_jax.evaluation import held_out
 from rotbits_jax.file import container
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import manifest as manifest_lib
@@ -55,6 +56,7 @@ class Report(NamedTuple):
     lines: one for each cause of a difference between the sizes.
     needs: the arrays of a base that are needed to decode the file, by their paths.
     notes: the bits per element of records, and the notes of each step, by its name.
+    measured: the loss of `near`, if a bound was given.
   """
 
   preset: str
@@ -67,6 +69,7 @@ class Report(NamedTuple):
   lines: list[ReportLine]
   needs: dict[str, entries.BaseArray]
   notes: dict[str, list[Note]]
+  measured: held_out.Measured | None = None
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
     """Returns the report as JSON values, with the notes if `verbose`."""
@@ -79,6 +82,7 @@ class Report(NamedTuple):
       'lines': [line._asdict() for line in self.lines],
       'remarks': self.remarks(),
       'base': [schema.dump(array) for array in self.needs.values()],
+      'measured': schema.dump(self.measured),
     }
     return value | {'notes': self.notes} if verbose else value
 
@@ -128,7 +132,9 @@ class Report(NamedTuple):
         'The weights are others, so adapters (LoRA) trained on the input do not fit '
         'them: merge those first, or use the preset exact.'
       )
-    if self.keeps == 'approximation':
+    if self.measured is not None:
+      remarks.append(f'The loss is {self.measured}.')
+    elif self.keeps == 'approximation':
       remarks.append(
         'Measure how much it differs with `rotbits evaluate`.'
         if self.family
@@ -218,6 +224,9 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     ],
     needs={array.path: array for leaf in leaves for array in leaf.base_arrays},
     notes=notes,
+    measured=schema.load(
+      held_out.Measured | None, manifest.options.get('measured'), 'measured'
+    ),
   )
 
 

@@ -11,12 +11,15 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.evaluation import held_out
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file.container import ContainerError
+from rotbits_jax.system import schema
 
 _TOKENS = 256  # number of tokens for which predictions are compared
 _MOST_NOISE = 10  # greatest ratio of the divergence to the noise floor
 _LEAST_LIMIT = 1e-7  # in nats; the divergence of float32 arithmetic alone
+_SPREAD = 0.05  # of a divergence that is measured again on another machine
 
 
 class Verification(NamedTuple):
@@ -28,6 +31,7 @@ class Verification(NamedTuple):
     kl: mean KL divergence from the checkpoint's predictions, in nats, or None.
     kl_rerounded: the noise floor: that of the checkpoint after a random rotation and
       rounding.
+    measured: the loss on the tokens of a text that `near --max_kl` kept apart, or None.
   """
 
   records: int
@@ -36,15 +40,20 @@ class Verification(NamedTuple):
   same_bits: bool
   kl: float | None
   kl_rerounded: float | None
+  measured: held_out.Measured | None = None
 
 
 def verify(
   reader: reader_lib.Reader,
   against: str | os.PathLike[str] | None,
   *,
+  tokens: np.ndarray | None = None,
   progress: bool = False,
 ) -> Verification:
   """Decodes everything in a file, see `api.verify`."""
+  options = reader.manifest.options
+  if tokens is not None and (against is None or 'measured' not in options):
+    raise ValueError('a text needs a checkpoint and a file with a bound of the KL')
   if against is None:
     return read_all(reader, progress=progress)
   is_plain, keeps = reader.is_plain, reader.manifest.keeps
@@ -61,7 +70,14 @@ def verify(
   if bits is not None or is_plain:
     return verified
   model: Any = reader.content(show_progress=progress)
-  kl, floor = _divergences(model, checkpoints.load_checkpoint(against).model)
+  reference = checkpoints.load_checkpoint(against).model
+  if tokens is not None:
+    record = schema.load(held_out.Measured, options['measured'], 'measured')
+    measured = record.again(model.materialize(), reference, tokens)
+    if not measured.kl <= (1 + _SPREAD) * record.kl + _LEAST_LIMIT:
+      raise ContainerError(f'{measured}, and {record} in the file')
+    return verified._replace(measured=measured)
+  kl, floor = _divergences(model, reference)
   limit = max(_MOST_NOISE * floor, _LEAST_LIMIT) if keeps == 'function' else math.inf
   if not kl <= limit:  # also if it is NaN
     raise ContainerError(

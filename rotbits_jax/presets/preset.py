@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from rotbits_jax import paper as scheme
 from rotbits_jax import passes
+from rotbits_jax.evaluation import held_out
 from rotbits_jax.system import schema
 
 Keeps = Literal['bits', 'function', 'approximation']
@@ -97,6 +98,7 @@ def near(
   offsets: Mapping[str, float] | None = None,  # octaves to add, see `passes.Rounding`
   inputs: Mapping[str, passes.Inputs] | None = None,  # see `passes.Rounding`
   tolerance: float = 0.7,  # as in `free`
+  measured: held_out.Measured | None = None,  # a record for the file
   transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
 ) -> Preset:
   """Makes the preset for nearly the same function in far fewer bytes.
@@ -118,6 +120,7 @@ def near(
       'offsets': offsets,
       'feedback': bool(inputs),
       'tolerance': tolerance,
+      **({} if measured is None else {'measured': schema.dump(measured)}),
     },
     # Rounding to the step dominates the rounding to a dtype, for which the default
     # tolerance of heads was chosen.

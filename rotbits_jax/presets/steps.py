@@ -13,6 +13,9 @@ the errors of one rounding and the sensitivities of the predictions, see
 `sensitivities`. By the same rule rows and columns of a matrix have steps of their own,
 and it is rounded with error feedback, see `symmetries.steps`.
 
+A quarter of the text is kept apart. The divergence that must keep the bound is measured
+on it, because rounding fits the text that its moments come from.
+
 The model is read layer by layer. Temporary files have the data for several uses: the
 layers after the transforms, in float32; the moments of the inputs of kernels; and
 the residual stream in front of each layer.
@@ -30,6 +33,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.evaluation import held_out
 from rotbits_jax.evaluation import perplexity
 from rotbits_jax.models import transformer
 from rotbits_jax.passes import transform as transform_lib
@@ -48,14 +52,15 @@ _EVALUATIONS = 8
 _BY_LAW = 4  # evaluations before the range is halved instead
 
 _Folder = str | os.PathLike[str] | None
-_Windows = Sequence[tuple[np.ndarray, int]]  # tokens, and how many are not padding
+_Windows = Sequence[np.ndarray]  # tokens, int32 [1, T] each
 
 
 class Point(NamedTuple):
-  """One measurement: the step, in octaves from the rms, and the mean KL in nats."""
+  """One measurement on the tokens that are kept apart."""
 
-  step: float
-  kl: float
+  step: float  # in octaves from the rms
+  kl: float  # mean, in nats
+  ear: float  # mean of the expected agreement rate
 
 
 class Calibration(NamedTuple):
@@ -66,16 +71,15 @@ class Calibration(NamedTuple):
   sensitivities: dict[str, float]  # about the KL that each causes at the step `PROBE`
   curve: tuple[Point, ...] = ()  # with a bound, all measurements, from the finest step
   step: float | None = None  # the coarsest one whose divergence is below the bound
-
-  @property
-  def kl(self) -> float:
-    """The mean divergence that was measured at the step."""
-    return next(point.kl for point in self.curve if point.step == self.step)
+  measured: held_out.Measured | None = (
+    None  # at this step, on the tokens that were kept apart
+  )
 
   @property
   def options(self) -> dict[str, Any]:
-    """The options of `near`, with the step if there is one."""
-    options = {'offsets': self.offsets, 'inputs': self.inputs, 'step': self.step}
+    """The options of `near`, with those of the bound if there is one."""
+    names = 'offsets', 'inputs', 'step', 'measured'
+    options = {name: getattr(self, name) for name in names}
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -86,26 +90,34 @@ def calibrate(
   *,
   max_kl: float | None = None,
   max_tokens: int | None = 4096,  # how many to use; None for all
+  seed: int = 0,  # chooses the tokens to keep apart
   tolerance: float = 0.7,  # see `near`
   folder: _Folder = None,  # of temporary files, in which moments of inputs remain
   progress: bool = False,
 ) -> Calibration:
   """Divides the bits among the parameters, and finds the coarsest steps for a bound.
 
-  The bound `max_kl` is that of the mean KL(model || rounded model) over the tokens, in
-  nats. Without it no steps are searched. A ValueError says that the tokens or the bound
-  do not fit, or that no measured step is fine enough.
+  The bound `max_kl` is that of the mean KL(model || rounded model), in nats, over a
+  quarter of the tokens, see `held_out`. Without it all tokens calibrate, and no steps
+  are searched. A ValueError says that the tokens or the bound do not fit, or that no
+  measured step is fine enough.
   """
   if max_kl is not None and not (math.isfinite(max_kl) and max_kl > 0):
     raise ValueError(f'max_kl must be positive and finite, got {max_kl}')
-  windows = perplexity.windows(tokens, model.config, max_tokens=max_tokens)
+  tokens, apart = np.asarray(tokens)[:max_tokens], list[np.ndarray]()
+  if max_kl is None:
+    windows = held_out.whole_windows(tokens, model.config)
+  else:
+    windows, apart = held_out.split(tokens, model.config, seed=seed)
   count = 2 if max_kl is None else 3 + _EVALUATIONS
   count *= model.config.num_layers + 1
   with progress_lib.Progress('calibrate', count, 'record', show=progress) as bar:
     rewritten = _Rewritten(model, tolerance, folder, bar)
     calibration = _calibrated(rewritten, windows)
     if max_kl is not None:
-      calibration = _searched(calibration, rewritten, windows, max_kl)
+      calibration, point = _searched(calibration, rewritten, apart, max_kl)
+      measured = held_out.Measured.of(point.kl, point.ear, tokens, apart, seed)
+      calibration = calibration._replace(measured=measured)
   return calibration
 
 
@@ -186,10 +198,9 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   counts, divergences = {}, {}
   part = lambda name: structured.unflatten(_arrays(parts[name]))
   model = _Layers(rewritten.config, part)
-  # Padding is no input of interest. Feedback fits the text that it has seen, so errors
-  # are made with one half of it, and the other half tells their cost.
-  texts = [window for window, length in windows if length == window.size]
-  halves = [half for half in (texts[::2], texts[1::2]) if half]
+  # Feedback fits the text that it has seen, so errors are made with one half of it, and
+  # the other half tells their cost.
+  halves = [half for half in (windows[::2], windows[1::2]) if half]
   measured = (sensitivities.measure(model, half, store) for half in halves)
   for seen, *unseen in zip(*measured, strict=True):
     inputs |= sensitivities.fitted([seen, *unseen], halves, store)
@@ -226,59 +237,58 @@ def _offsets(counts: dict[str, int], divergences: dict[str, float]) -> dict[str,
 
 def _searched(
   calibration: Calibration, rewritten: _Rewritten, windows: _Windows, max_kl: float
-) -> Calibration:
+) -> tuple[Calibration, Point]:
   """Adds the coarsest step that keeps the bound, and all that were measured."""
   offsets, config, bar = calibration.offsets, rewritten.config, rewritten.bar
-  lengths, model = [length for _, length in windows], rewritten.model
 
   def predicted(part: _Part) -> tuple[models.Params, list[jax.Array]]:
     """Returns the outer parameters, and the last residual stream of each window."""
     outer, last = part(None), list[jax.Array]()
     layers = _Layers(config, lambda name: part(name) if name else outer)
-    for streams in transformer.streams(layers, [window for window, _ in windows]):
+    for streams in transformer.streams(layers, windows):
       last = streams
       bar.update()
     return outer, last
 
   bar.stage('predictions')
-  source = model.rounded() if model.stored_as else model
+  source = rewritten.model
+  source = source.rounded() if source.stored_as else source
   read = lambda name: source.read(name) if name else source.outer()
   expected = predicted(lambda name: structured.unflatten(_arrays(read(name))))
   estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
-  step = _next_step({PROBE: sum(estimates)}, max_kl)
-  curve: dict[float, float] = {}
-  while step is not None and len(curve) < _EVALUATIONS:
+  step, points = _next_step([Point(PROBE, sum(estimates), 1.0)], max_kl), list[Point]()
+  while step is not None and len(points) < _EVALUATIONS:
     bar.stage(f'2^{step:g}')
     rounding = passes.Rounding(step, True, offsets, calibration.inputs)
     rounded = predicted(functools.partial(rewritten.decoded, rounding=rounding))
-    curve[step] = perplexity.mean_divergence(config, expected, rounded, lengths)
-    if not math.isfinite(curve[step]):
+    points.append(Point(step, *perplexity.differences(config, expected, rounded)))
+    if not math.isfinite(points[-1].kl):
       raise ValueError('the predictions are not finite')
     del rounded
-    step = _next_step(curve, max_kl)
+    step = _next_step(points, max_kl)
   bar.update(bar.total - bar.n)
-  points = tuple(Point(step, curve[step]) for step in sorted(curve))
-  below = [point.step for point in points if point.kl <= max_kl]
+  points.sort()
+  below = [point for point in points if point.kl <= max_kl]
   if not below:
     raise ValueError(
       f'the finest step, 2^{points[0].step:g}, has a divergence of '
       f'{points[0].kl:.3g}, above {max_kl}; a preset that keeps more is `free`'
     )
-  return calibration._replace(curve=points, step=below[-1])
+  return calibration._replace(curve=tuple(points), step=below[-1].step), below[-1]
 
 
-def _next_step(curve: dict[float, float], max_kl: float) -> float | None:
+def _next_step(points: list[Point], max_kl: float) -> float | None:
   """Returns the step to measure next; None if none is left between the bounds."""
   # The divergence is about proportional to 4^step, unless the dtype causes it.
-  fine = [step for step, kl in curve.items() if kl <= max_kl]
-  coarse = [step for step, kl in curve.items() if kl > max_kl]
+  fine = [point.step for point in points if point.kl <= max_kl]
+  coarse = [point.step for point in points if point.kl > max_kl]
   least = max(fine) + _PRECISION if fine else passes.FINEST
   most = min(coarse) - _PRECISION if coarse else 0.0
   if least > most:
     return None
-  last, kl = list(curve.items())[-1]
-  step = last + math.log2(max_kl / max(kl, 1e-12)) / 2
-  if len(curve) >= _BY_LAW:
+  last = points[-1]
+  step = last.step + math.log2(max_kl / max(last.kl, 1e-12)) / 2
+  if len(points) >= _BY_LAW:
     step = (least + most) / 2
   step = math.floor(step / _PRECISION) * _PRECISION
   return float(min(max(step, least), most))
