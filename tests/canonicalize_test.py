@@ -69,19 +69,46 @@ def _arrays(params):
   return {path: np.asarray(structured.materialize(x)) for path, x in wide.items()}
 
 
-def check_sharded():
-  """Checks a model whose layer axis is sharded over all devices."""
-  import re
-
-  model = random_models.sliced_llama([18] * 33)
-  mesh = jax.sharding.Mesh(jax.devices(), 'layers')
+def _sharded(model, mesh):
+  """Shards the layer axis over the axis `layers` of a mesh."""
 
   def put(key, tree):
     axes = ('layers',) if models.names.stacked_layers(key) else ()
     spec = jax.sharding.PartitionSpec(*axes)
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
 
-  params = {key: put(key, tree) for key, tree in model.params.items()}
+  return {key: put(key, tree) for key, tree in model.params.items()}
+
+
+def check_explicit():
+  """Checks a model whose layer axis is sharded along an `Explicit` axis."""
+  model = random_models.sliced_llama([18] * 33)
+  mesh = jax.make_mesh((8,), ('layers',))
+  assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
+  params = _sharded(model, mesh)
+  sharded = model.replace(params=params)
+  logits = transform_checks.fast_logits(model, TOKENS)
+  for function in (models.logits, jax.jit(models.logits)):
+    np.testing.assert_allclose(function(sharded, TOKENS), logits, atol=1e-4)
+  found, _ = _canonicalize(params, model.config)
+  for leaf in jax.tree.leaves(found['layers.0:16']):
+    assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
+  expected, _ = _canonicalize(model.params, model.config)
+  chex.assert_trees_all_close(jax.device_get(found), expected, atol=3e-5)
+  for preset in ('exact', 'free'):
+    data = rotbits_jax.encode(sharded, preset=preset)
+    assert data == rotbits_jax.encode(model, preset=preset)
+  like = {'layers': params['layers.0:16']['mlp']['up']['kernel']}
+  again = rotbits_jax.decode(rotbits_jax.encode(like), like=like)
+  assert again['layers'].sharding == like['layers'].sharding
+
+
+def check_sharded():
+  """Checks a model whose layer axis is sharded over all devices."""
+  import re
+
+  model = random_models.sliced_llama([18] * 33)
+  params = _sharded(model, jax.sharding.Mesh(jax.devices(), 'layers'))
   compiled = _canonicalize.lower(params, model.config).compile()
   found, _ = compiled(params)
   for leaf in jax.tree.leaves(found['layers.0:16']):
@@ -223,6 +250,10 @@ class CanonicalizeTest(parameterized.TestCase):
   @pytest.mark.daily
   def test_a_sharded_layer_axis_stays_sharded(self):
     devices.run('from tests import canonicalize_test as t; t.check_sharded()')
+
+  @pytest.mark.slow
+  def test_explicit_axes_of_a_mesh_are_taken(self):
+    devices.run('from tests import canonicalize_test as t; t.check_explicit()')
 
 
 # ---- which symmetries there are ------------------------------------------------------

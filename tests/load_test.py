@@ -54,6 +54,7 @@ def test_layers_go_where_a_sharding_says(tmp_path, kind):
     'for stack, expected in (("layers.0:1", everywhere), ("layers.1:3", spread)):\n'
     '  kernel = model.params[stack]["attention"]["query"]["kernel"]\n'
     '  assert kernel.sharding.is_equivalent_to(expected, kernel.ndim)\n'
+    '  assert kernel.sharding.mesh.axis_types == kinds\n'
     f'plain, tokens = rotbits_jax.load({path!r}), np.arange(6)[None]\n'
     'logits = jax.jit(rotbits_jax.models.logits)\n'
     'expected = logits(plain, tokens)\n'

@@ -62,7 +62,6 @@ def _sharding(
 ) -> jax.sharding.Sharding | None:
   """Returns the sharding of an array; None if it is committed to no device."""
   # An axis that the devices do not divide is whole; a vector has the first axes.
-  # `scan` refuses stacks that are divided along an `Explicit` axis.
   sharding = place(path, shape) if callable(place) else place
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return sharding
@@ -71,9 +70,8 @@ def _sharding(
     axes = names if isinstance(names, tuple) else (names,)
     devices = math.prod(sharding.mesh.shape[x] for x in axes if x is not None)
     spec.append(None if length % devices else names)
-  mesh = jax.sharding.Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
   return jax.sharding.NamedSharding(
-    mesh, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
+    sharding.mesh, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
   )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
 from rotbits_jax.models import layout
+from rotbits_jax.models import meshes
 from rotbits_jax.models import names
 
 Params = dict[str, Any]
@@ -61,7 +62,8 @@ class Model:
 
   def outer(self) -> Params:
     """Returns the parameters outside the layers."""
-    return {k: v for k, v in self.params.items() if not names.stacked_layers(k)}
+    outer = {k: v for k, v in self.params.items() if not names.stacked_layers(k)}
+    return meshes.automatic(outer)
 
   def layers(self) -> Iterator[Params]:
     """Yields the parameters of each layer in order, unstacked."""
@@ -135,6 +137,7 @@ def materialize(params: Params) -> Params:
 def unstack_layer(stack: Params, place: int) -> Params:
   """Returns a layer of a stack by its place in it."""
   unstacked = lambda x: x.layer(place) if structured.is_structured(x) else x[place]
+  stack = meshes.automatic(stack)
   return jax.tree.map(unstacked, stack, is_leaf=structured.is_structured)
 
 

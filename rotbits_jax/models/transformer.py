@@ -30,6 +30,7 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
+from rotbits_jax.models import meshes
 from rotbits_jax.models import model as model_lib
 from rotbits_jax.models import names
 
@@ -71,6 +72,7 @@ def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:
   return forward(model.params, model.config, tokens)
 
 
+@meshes.with_auto_axes
 def forward(
   params: Params,
   config: config_lib.ModelConfig,

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.models import meshes
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import layer as layer_lib
 from rotbits_jax.symmetries import products
@@ -38,6 +39,7 @@ class Gauges(NamedTuple):
   heads: dict[str, dict[str, jax.Array]]  # A of 'values' and 'keys', [N, K, h, h]
 
 
+@meshes.with_auto_axes
 def canonicalize(
   params: models.Params,  # see `models.Model`, in any floating-point dtype
   config: models.ModelConfig,

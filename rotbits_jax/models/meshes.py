@@ -1,0 +1,67 @@
+"""Arrays that are divided along `Explicit` axes of a mesh, as `jax.make_mesh` has them.
+
+`scan` and indexing refuse these where JAX would communicate. Along `Auto` axes the
+compiler chooses the communication.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+
+from rotbits_jax.models import names
+
+_SHARDED = jax.sharding.NamedSharding
+
+
+def automatic(tree: Any) -> Any:
+  """Returns a PyTree with its arrays along `Auto` axes of the same devices; no copy."""
+
+  def move(x: Any) -> Any:
+    old = _explicit(x)
+    if old is None:
+      return x
+    mesh = jax.sharding.Mesh(x.sharding.mesh.devices, old.mesh.axis_names)
+    new = _SHARDED(mesh, old.spec, memory_kind=x.sharding.memory_kind)
+    return jax.device_put(x, new)
+
+  return jax.tree.map(move, tree)
+
+
+def with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Lets a function of parameters, a config and arrays take `Explicit` axes.
+
+  In its result the stacks are divided along their layers as those of the parameters;
+  other arrays are whole.
+  """
+
+  @functools.wraps(function)
+  def call(params: Any, config: Any, *arrays: Any, **options: Any) -> Any:
+    bound = lambda params, *arrays: function(params, config, *arrays, **options)
+    places: dict[str, _SHARDED] = {}
+    for key in params:
+      for old in filter(None, map(_explicit, jax.tree.leaves(params[key]))):
+        axes = old.spec[:1] if names.stacked_layers(key) else ()
+        places.setdefault(key, _SHARDED(old.mesh, jax.P(*axes)))
+    if not places:
+      return bound(params, *arrays)
+    whole = _SHARDED(next(iter(places.values())).mesh, jax.P())
+
+    def place(path: tuple[Any, ...], x: Any) -> _SHARDED:
+      keys = (getattr(entry, 'key', None) for entry in path)
+      return next((places[key] for key in keys if key in places), whole)
+
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype)
+    result = jax.eval_shape(bound, *jax.tree.map(shape, (params, *arrays)))
+    out = jax.tree_util.tree_map_with_path(place, result)
+    return jax.sharding.auto_axes(bound, out_sharding=out)(params, *arrays)
+
+  return call
+
+
+def _explicit(x: Any) -> Any:
+  """Returns the sharding of an array or tracer along `Explicit` axes, or None."""
+  sharding = jax.typeof(x).sharding
+  is_explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+  return sharding if is_explicit else None
