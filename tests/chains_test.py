@@ -83,7 +83,8 @@ class PairsTest(parameterized.TestCase):
 
 class RefusalsTest(parameterized.TestCase):
   def test_presets_refuse_what_they_cannot_take(self):
-    preset = presets.exact(transforms=(TRANSFORMS['attention heads'],))
+    chain = passes.chain(TRANSFORMS['attention heads'])
+    preset = presets.exact()._replace(transform=chain, keeps='approximation')
     with self.assertRaisesRegex(ValueError, 'must keep the dtype float16, got float32'):
       rotbits_jax.encode(_model('dense', np.float16)[0], preset=preset)
     with self.assertRaisesRegex(ValueError, "'residual gauge' has a state"):
@@ -101,9 +102,23 @@ class RefusalsTest(parameterized.TestCase):
     transform = passes.Transform('damage', layer=layer)
     message = f'damage: layers.0/{path} has a relative error of 0.5'
     model, _ = _model('dense', np.float16)
-    for make in (presets.free, presets.near, presets.exact):
+    for make in (presets.free, presets.near):
       with self.assertRaisesRegex(ValueError, message):
         rotbits_jax.encode(model, preset=make(transforms=(transform,)))
+
+  def test_another_function_is_refused_unless_it_is_meant(self):
+    model, _ = _model('dense', np.float16)
+    path, words = 'mlp/down/kernel', 'the transforms make a different function: KL '
+
+    def free(factor):
+      layer = lambda c, s, i, params: (params | {path: params[path] * factor}, {})
+      return presets.free(transforms=(passes.Transform('times', layer=layer),))
+
+    for factor in (1.1, np.nan):
+      with self.assertRaisesRegex(ValueError, words):
+        rotbits_jax.encode(model, preset=free(factor))
+    rotbits_jax.encode(model, preset=free(1.1)._replace(keeps='approximation'))
+    rotbits_jax.encode(model, preset=free(1.0))
 
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import rotbits_jax
-from rotbits_jax import passes
 from rotbits_jax import presets
 
 BAD_OPTIONS = [
@@ -35,9 +34,6 @@ def test_options_are_json(name):
   assert json.loads(json.dumps(options)) == options
 
 
-def test_exact_with_transforms_keeps_the_function_only():
-  assert presets.exact().keeps == 'bits'
-  made = presets.exact(transforms=(passes.Transform('nothing'),))
-  assert made.keeps == 'function'
+def test_a_preset_that_keeps_the_function_needs_a_model():
   with pytest.raises(ValueError, match='needs a model'):
-    rotbits_jax.encode({'a': np.zeros(3)}, preset=made)
+    rotbits_jax.encode({'a': np.zeros(3)}, preset='free')

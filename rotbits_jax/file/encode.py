@@ -9,6 +9,7 @@ encoded without the others, so that a shard is a job of its own, see `output`.
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+import dataclasses
 import functools
 import hashlib
 import io
@@ -37,6 +38,7 @@ from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import sources
+from rotbits_jax.file import verification
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries as entries_lib
 from rotbits_jax.relative import measure
@@ -97,6 +99,9 @@ class Encoder:
       text = f'the preset {preset.name!r} needs a model of a known family; {reason}'
       raise checkpoints.UnsupportedError(text)
     self.counts = {name: self._count(name) for name in self._records.records}
+    preset = self.preset
+    if preset.keeps == 'function' and preset.transform and not preset.resumable:
+      self._check_function()
 
   def nbytes(self, records: Sequence[str]) -> int:
     """Returns the bytes of records before they are coded."""
@@ -171,6 +176,22 @@ class Encoder:
     return state
 
   # ---- checks ------------------------------------------------------------------------
+
+  def _check_function(self) -> None:
+    """Applies transforms that others wrote, and compares the predictions for tokens."""
+    source: Any = self.source
+    layers = [source.layer(i) for i in range(source.config.num_layers)]
+    model = models.from_layers(source.config, source.outer(), layers)
+    model = dataclasses.replace(model, stored_as=source.stored_as)
+    rewritten, _ = passes.run_chain(
+      self.preset.transform, model, rounding=self.preset.rounding
+    )
+    found = verification.divergences(rewritten, model.rounded())
+    if difference := verification.different(*found):
+      raise ValueError(
+        f'the transforms make {difference}; a preset for which that is meant has '
+        "keeps='approximation'"
+      )
 
   def _find_recipe(self, base: base_lib.Base) -> recipe_lib.Recipe | None:
     """Returns the model as products with the base; None if it is no slice of it."""

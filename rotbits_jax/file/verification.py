@@ -1,6 +1,5 @@
 """Verification of files: decodes everything, and compares it with a source."""
 
-import math
 import os
 from typing import Any, NamedTuple
 
@@ -77,13 +76,9 @@ def verify(
     if not measured.kl <= (1 + _SPREAD) * record.kl + _LEAST_LIMIT:
       raise ContainerError(f'{measured}, and {record} in the file')
     return verified._replace(measured=measured)
-  kl, floor = _divergences(model, reference)
-  limit = max(_MOST_NOISE * floor, _LEAST_LIMIT) if keeps == 'function' else math.inf
-  if not kl <= limit:  # also if it is NaN
-    raise ContainerError(
-      f'the decoded model computes a different function: KL {kl:.3g} (noise floor '
-      f'{floor:.3g})'
-    )
+  kl, floor = divergences(model, reference)
+  if keeps == 'function' and (difference := different(kl, floor)):
+    raise ContainerError(f'the decoded model computes {difference}')
   return verified._replace(kl=kl, kl_rerounded=floor)
 
 
@@ -119,7 +114,14 @@ def read_all(
   return Verification(records, tensors, len(files), expected is not None, None, None)
 
 
-def _divergences(model: models.Model, reference: models.Model) -> tuple[float, float]:
+def different(kl: float, floor: float) -> str:
+  """Returns how a function differs beyond the noise floor, or ''."""
+  if kl <= max(_MOST_NOISE * floor, _LEAST_LIMIT):  # not if it is NaN
+    return ''
+  return f'a different function: KL {kl:.3g} (noise floor {floor:.3g})'
+
+
+def divergences(model: models.Model, reference: models.Model) -> tuple[float, float]:
   """Returns the KL divergence for random tokens, and the noise floor."""
   from rotbits_jax import evaluation  # optax and pictures are slow to import
 

@@ -105,7 +105,7 @@ class Model:
       return {record: self.buffers}
     index = names.layer_index(record)
     if index is None:
-      return {record: self.params[record]}
+      return {record: self.outer()[record]}
     return {record: self.layer(index)}
 
   def specs(self, record: str) -> Params:

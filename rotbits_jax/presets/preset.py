@@ -25,6 +25,7 @@ class Preset(NamedTuple):
   rounding: passes.Rounding | None = passes.NEAREST
   keeps: Keeps = 'function'
   # Whether name and options determine everything else, so that a run can be continued.
+  # If not, other transforms may change the function, so it is compared for 'function'.
   resumable: bool = False
   coder: str = 'weights'  # of records, see `file.coders`; or `paper.CODER`
 
@@ -38,21 +39,19 @@ def _number(name: str, value: Any, least: float, most: float = math.inf) -> floa
   return float(value)
 
 
-def exact(*, transforms: tuple[passes.Transform, ...] = ()) -> Preset:
+def exact() -> Preset:
   """Makes the preset that keeps every bit of the input.
 
   If the embedding can be predicted from the head, it is stored as the difference from
-  the prediction, in small integers. Further transforms are applied before, and see the
-  elements in their stored dtype; with them, only the function is promised.
+  the prediction, in small integers.
   """
   return Preset(
     name='exact',
     options={},
-    # It comes last, because the embedding is predicted from the final head.
-    transform=passes.chain(*transforms, passes.retie_exactly()),
+    transform=passes.chain(passes.retie_exactly()),
     rounding=None,
-    keeps='function' if transforms else 'bits',
-    resumable=not transforms,
+    keeps='bits',
+    resumable=True,
   )
 
 
