@@ -1,18 +1,19 @@
 """Sizes of files before they are written, and the step with which a file has a size.
 
 `estimate` multiplies counts by measured bits: the coder plans some rows of a few
-tensors, rounded as the preset rounds them, and the config tells how many elements the
-preset stores. `write_within` writes files of `near` at a few steps and interpolates,
-because a file's bytes are nearly linear in the step.
+tensors, rounded as the preset rounds them. For `free` some layers are rewritten,
+because their bits depend on the coordinates. `write_within` writes files of `near` at a
+few steps and interpolates, because a file's bytes are nearly linear in the step.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import itertools
 import math
 from typing import Any
 import zlib
 
+import msgspec
 import numpy as np
 
 from rotbits_jax import models
@@ -21,14 +22,13 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.file import encode
-from rotbits_jax.passes import tied
 from rotbits_jax.relative import entries
 from rotbits_jax.system import progress as progress_lib
 
 _WITHIN = 0.01  # the most that a file of a target size has fewer bytes, relative
 _RECORDS = 3  # of one kind that are read
 _ELEMENTS = 1 << 18  # of a sample
-_ENTRY = 30  # bytes of a tensor's entry in the manifest, about
+_ENTRY = 60  # bytes of a tensor's entry in the manifest, about
 _START = -5.0
 _BITS = 7.05  # of a normal number at this step, of which each octave takes one
 _PROBES = 6  # files that are written in the search of a step
@@ -42,14 +42,13 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
   """
   config = source.config
   roundings = {'exact': None, 'near': presets.near().rounding}
-  if config is not None:
-    roundings['free'] = presets.free().rounding
-  sizes = dict.fromkeys(sorted(roundings), 0.0)
+  sizes = dict.fromkeys(roundings, 0.0)
   alike = collections.defaultdict(list)
   for record in source.records:
     specs = structured.flatten(source.specs(record)).values()
     alike[tuple((x.shape, x.dtype) for x in specs)].append(record)
-  with progress_lib.Progress('estimate', len(alike), 'group', show=progress) as bar:
+  count = len(alike) + (config is not None)
+  with progress_lib.Progress('estimate', count, 'step', show=progress) as bar:
     for records in alike.values():
       sampled = records[:: -(-len(records) // _RECORDS)]
       for record in sampled:
@@ -58,13 +57,47 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
             nbytes = _array_bytes(path, array, rounding)
             sizes[preset] += nbytes * len(records) / len(sampled)
       bar.update()
-  kept = 1.0 if config is None else 1 - _removed(source) / models.count_elements(config)
+    if config is not None:
+      sizes['free'], kept = _free(source)
+      sizes['near'] *= kept
+      bar.update()
   others = _ENTRY * len(source.tensors)
   others += sum(len(zlib.compress(x)) for x in source.files.values())
-  return {
-    preset: round(others + (size if preset == 'exact' else size * kept))
-    for preset, size in sizes.items()
-  }
+  return {preset: round(others + sizes[preset]) for preset in sorted(sizes)}
+
+
+def _free(source: Any) -> tuple[float, float]:
+  """Returns about the bytes of `free`, and the share of elements that it stores.
+
+  The first layer, the last one and one between are rewritten as the preset does it.
+  """
+  config, preset = source.config, presets.free()
+  count, chosen = config.num_layers, [*range(config.num_layers)]
+  if count > _RECORDS:
+    chosen = [0, count // 2, count - 1]
+    widths = [config.layer_widths(index) for index in chosen]
+    if any(x[-1] != y[0] for x, y in itertools.pairwise(widths)):
+      chosen = [*range(count)]
+  weights = {1: count - 2} if len(chosen) < count else {}  # layers like one
+  widths = [config.layer_widths(index) for index in chosen]
+  small = msgspec.structs.replace(
+    config,
+    num_layers=len(chosen),
+    segment_widths=(widths[0][0], *itertools.chain(*(x[1:] for x in widths))),
+  )
+  outer, names = dict[str, Any](), map(models.names.layer, chosen)
+  for name in models.outer_shapes(config):
+    outer |= source.read(name)
+  layers = [source.read(name)[name] for name in names]
+  model = models.from_layers(small, outer, layers)
+  context, nbytes, elements = passes.make_context(model), 0.0, 0
+  rewritten = passes.rewrite(context, preset.transform, rounding=preset.rounding)
+  for record in itertools.chain.from_iterable(records for records, _ in rewritten):
+    weight = weights.get(models.names.layer_index(record.name), 1)
+    leaves = structured.flatten(record.params)
+    elements += weight * sum(map(structured.count_elements, leaves.values()))
+    nbytes += weight * coder.estimate(_stored(leaves.values()))
+  return nbytes, elements / models.count_elements(config)
 
 
 def _array_bytes(path: str, array: np.ndarray, rounding: Any) -> float:
@@ -72,31 +105,18 @@ def _array_bytes(path: str, array: np.ndarray, rounding: Any) -> float:
   rows = array.reshape(-1, (array.shape[-1] if array.ndim > 1 else 1) or 1)
   sample = np.ascontiguousarray(rows[:: max(array.size // _ELEMENTS, 1)])
   leaf: Any = sample if rounding is None else encode.rounded(rounding, path, sample)
-  if structured.is_structured(leaf):
-    stored = list(leaf.stored()[1].values())
-  else:
-    stored = [leaf.view(entries.stored_dtype(array.dtype.name))]
-  return coder.estimate(stored) * len(rows) / max(len(sample), 1)
+  return coder.estimate(_stored([leaf])) * len(rows) / max(len(sample), 1)
 
 
-def _removed(source: Any) -> float:
-  """Returns how many elements of a model `free` and `near` do not store."""
-  config = source.config
-  valid, rotated = models.layout.symmetries(config), config.rotary_dim
-  queries = rotated + (config.head_dim - rotated) ** 2
-  per_head = valid.values * config.head_dim**2 + valid.queries * queries
-  removed = config.num_layers * config.num_kv_heads * per_head
-  if valid.segments:
-    hidden, width = config.hidden_size, config.segment_widths[0]
-    for before, after in itertools.pairwise(config.segment_widths):
-      rank = min(hidden - after, after) if before == after else 0
-      removed += before * after - (after * rank - rank * (rank - 1) // 2)
-    removed += width * (width - 1) // 2
-    outer = structured.flatten(source.read('embed') | source.read('head'))
-    table, head = (np.asarray(outer[k]) for k in ('embed/tokens', 'head/kernel'))
-    if tied.is_tied(table, head):
-      removed += (config.vocab_size - hidden) * width
-  return removed
+def _stored(leaves: Iterable[Any]) -> list[np.ndarray]:
+  """Returns the arrays that stand for leaves in a file."""
+  arrays: list[np.ndarray] = []
+  for leaf in leaves:
+    if structured.is_structured(leaf):
+      arrays += leaf.stored()[1].values()
+    else:
+      arrays.append(leaf.view(entries.stored_dtype(leaf.dtype.name)))
+  return arrays
 
 
 def write_within(target: int, write: Callable[[float, range], int]) -> None:
