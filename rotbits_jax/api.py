@@ -112,7 +112,7 @@ def encode_to_file(
       between exist.
     overwrite: whether an existing output may be replaced. No file of an input is.
     check: whether to decode the output before it replaces an older one, and to compare
-      it with the source if the preset keeps all bits, see `verify`.
+      it with the source: a checkpoint as `verify` does, else if the preset keeps bits.
   """
   inputs = source, base
 

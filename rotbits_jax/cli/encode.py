@@ -6,8 +6,8 @@ The checkpoint is one of Hugging Face (safetensors or pytorch_model.bin, sharded
 or of Microsoft's SliceGPT. The presets:
 
   exact  keeps every bit. The default for dense checkpoints, of any family.
-  free   keeps the function of the model up to rounding, in other weights, which LoRA
-         adapters of the input do not fit. The default for sliced checkpoints.
+  free   keeps the function of the model up to rounding; the weights change, so LoRA
+         adapters no longer fit. The default for sliced checkpoints.
   near   also rounds elements to multiples of a step, near 2^STEP times their root mean
          square. --max_kl searches the coarsest steps that keep the mean KL divergence
          on a --text below a bound; --target_size and --bits the finest step of a size.
@@ -24,9 +24,10 @@ as the base of a fine-tune; every bit comes back with the same --base:
   rotbits encode TUNED --base=BASE
   rotbits decode TUNED.rotbits TUNED-again --base=BASE
 
-The file appears when it is complete. With --shard_size a run that was killed finds its
-complete shards again, and with --distributed process i of `jax.distributed` encodes
-every n-th shard.
+The file appears when it is complete. --verify decodes it before and compares it with
+CHECKPOINT, which you may delete then if every bit comes back. With --shard_size a run
+that was killed finds its complete shards again, and with --distributed process i of
+`jax.distributed` encodes every n-th shard.
 
 JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
 that are not kept; plain_because, why the checkpoint is stored as plain tensors; curve,
@@ -57,7 +58,9 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.'
 )
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Most bytes of a shard: 2GB.')
-_VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file before it appears.')
+_VERIFY = flags.DEFINE_bool(
+  'verify', False, 'Decode the file and compare it with CHECKPOINT.'
+)
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Share the work of shards.')
 
 # Options of the preset `near`.
@@ -124,6 +127,8 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
     comes_back += '; measure it with rotbits evaluate'
   elif report.needs:
     comes_back += ', with the same --base'
+  if _VERIFY.value:
+    comes_back += f'; compared with {checkpoint}'
   sizes = input_bytes, report.file_bytes
   before, after = (tqdm.tqdm.format_sizeof(x, 'B') for x in sizes)
   share = f'{report.file_bytes / max(input_bytes, 1):.2%}'

@@ -1,8 +1,8 @@
-"""Estimates in a few seconds how small each preset would make a checkpoint.
+"""Estimates, from samples, how small each preset would make a checkpoint.
 
   rotbits estimate SmolLM2-135M
 
-Only samples are read, and nothing is written. `near` is that of its default step.
+Nothing is written. `near` is that of its default step.
 
 JSON: bytes of the weights; presets, the bytes of the file by preset; without, why free
 is not among them.
@@ -16,6 +16,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax.cli import program
 from rotbits_jax.file import estimate as estimate_lib
 
+_LEAST_GAIN = 0.99  # share of the bytes of `exact` below which `free` is worth it
 _KEPT = {
   'exact': 'every bit',
   'free': 'the function; not for LoRAs',
@@ -31,8 +32,10 @@ def main(checkpoint: str) -> program.Result:
   size = lambda count: tqdm.tqdm.format_sizeof(count, 'B')
   lines = [f'{"":13}{size(input_bytes):>8}         what comes back']
   for preset, nbytes in presets.items():
-    share = nbytes / max(input_bytes, 1)
-    lines.append(f'{preset:13}{size(nbytes):>8}{share:7.1%}  {_KEPT[preset]}')
+    share, kept = nbytes / max(input_bytes, 1), _KEPT[preset]
+    if preset == 'free' and nbytes > _LEAST_GAIN * presets['exact']:
+      kept = 'the same as exact: use that'
+    lines.append(f'{preset:13}{size(nbytes):>8}{share:7.1%}  {kept}')
   if without is not None:
     lines.append(f'no free: {without}')
   result = {'bytes': input_bytes, 'presets': presets, 'without': without}

@@ -150,6 +150,9 @@ class Encoder:
     names += [f'{manifest_lib.FILES}{name}' for name in files]
     names += [f'{manifest_lib.HEADERS}{name}' for name in headers]
     streams = container.StreamWriter(file, names)
+    # A recipe drops rounding errors later, and a shard does not know the others.
+    is_whole = self._recipe is None and len(records) == len(self.counts)
+    self._is_same = is_whole and self.preset.keeps == 'function'
     bar.stage('reading, compiling')
     message = None if self.can_be_divided else self._write_message(streams, bar)
     entries, state = self._write_records(streams, records, bar, state)
@@ -157,7 +160,7 @@ class Encoder:
       data = manifest_lib.Manifest(
         preset=self.preset.name,
         options=self.preset.options,
-        keeps=self.preset.keeps,
+        keeps='bits' if self._is_same else self.preset.keeps,
         config=self.source.config,
         stem=self._stem,
         records=tuple(entries),
@@ -298,6 +301,7 @@ class Encoder:
         while batch:
           record = batch.pop(0)  # its memory is freed when it is coded
           if record.name in names:
+            self._is_same = self._is_same and self._has_same_bits(record)
             jobs.append(start(functools.partial(self.encode_record, record, resolve)))
           del record
         ahead.append(jobs)
@@ -306,6 +310,13 @@ class Encoder:
       while ahead:
         append()
     return entries, state
+
+  def _has_same_bits(self, record: passes.Record) -> bool:
+    """Returns whether a transform and the rounding have left a record as it was."""
+    old, new = map(structured.flatten, (self.source.read(record.name), record.params))
+    return old.keys() == new.keys() and all(
+      structured.same_bits(new[path], old[path]) for path in old
+    )
 
   def encode_record(
     self, record: passes.Record, resolve: Callable[[str], Any]

@@ -28,7 +28,7 @@ from rotbits_jax.system import progress as progress_lib
 _WITHIN = 0.01  # the most that a file of a target size has fewer bytes, relative
 _RECORDS = 3  # of one kind that are read
 _ELEMENTS = 1 << 18  # of a sample
-_ENTRY = 60  # bytes of a tensor's entry in the manifest, about
+_FILE, _ENTRY = 2000, 14  # bytes of a manifest, and of a tensor's entry in it, about
 _START = -5.0
 _BITS = 7.05  # of a normal number at this step, of which each octave takes one
 _PROBES = 6  # files that are written in the search of a step
@@ -61,7 +61,7 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
       sizes['free'], kept = _free(source)
       sizes['near'] *= kept
       bar.update()
-  others = _ENTRY * len(source.tensors)
+  others = _FILE + _ENTRY * len(source.tensors)
   others += sum(len(zlib.compress(x)) for x in source.files.values())
   return {preset: round(others + sizes[preset]) for preset in sorted(sizes)}
 

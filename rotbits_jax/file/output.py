@@ -98,8 +98,8 @@ class Plan:
   def publish(self, *, check: bool = False) -> None:
     """Makes the output appear, and removes partial outputs of earlier runs.
 
-    With `check` everything is decoded before, and compared with the source if the
-    preset keeps all bits.
+    With `check` everything is decoded before, and compared with the source: see
+    `api.verify` for a checkpoint; one in memory is compared if the preset keeps bits.
     """
     encoder, staged = self._encoder, self._staging
     if self._has_index:
@@ -111,9 +111,13 @@ class Plan:
       staged /= self._target.name
     if check:
       try:
-        source = encoder.source if encoder.preset.keeps == 'bits' else None
         reader = reader_lib.Reader(staged, base=encoder.base)
-        verification.read_all(reader, source)
+        path = getattr(encoder.source, 'path', None)
+        if path is None:
+          source = encoder.source if encoder.preset.keeps == 'bits' else None
+          verification.read_all(reader, source)
+        else:
+          verification.verify(reader, path)
       except BaseException:
         shutil.rmtree(self._staging, ignore_errors=True)
         raise

@@ -26,7 +26,7 @@ class Verification(NamedTuple):
 
   Attributes:
     records, tensors, files: how many records, parameters and other files were decoded.
-    same_bits: whether all bits were compared with the checkpoint's, and are equal.
+    same_bits: True if all bits are the checkpoint's; None if they were not compared.
     kl: mean KL divergence from the checkpoint's predictions, in nats, or None.
     kl_rerounded: the noise floor: that of the checkpoint after a random rotation and
       rounding.
@@ -36,7 +36,7 @@ class Verification(NamedTuple):
   records: int
   tensors: int
   files: int
-  same_bits: bool
+  same_bits: bool | None
   kl: float | None
   kl_rerounded: float | None
   measured: held_out.Measured | None = None
@@ -111,7 +111,8 @@ def read_all(
   files, headers = reader.files(), reader.headers()
   if isinstance(expected, checkpoints.PlainFiles) and headers != expected.headers:
     raise ContainerError('the headers of the weights files differ')
-  return Verification(records, tensors, len(files), expected is not None, None, None)
+  same_bits = None if expected is None else True
+  return Verification(records, tensors, len(files), same_bits, None, None)
 
 
 def different(kl: float, floor: float) -> str:
