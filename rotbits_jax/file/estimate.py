@@ -19,6 +19,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
+from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.file import encode
@@ -102,6 +103,8 @@ def _free(source: Any) -> tuple[float, float]:
 
 def _array_bytes(path: str, array: np.ndarray, rounding: Any) -> float:
   """Returns about the bytes of an array, from some rows of it, rounded."""
+  if rounding is None and (codes := quantisers.find(array)) is not None:
+    return quantisers.nbytes(codes)
   rows = array.reshape(-1, (array.shape[-1] if array.ndim > 1 else 1) or 1)
   sample = np.ascontiguousarray(rows[:: max(array.size // _ELEMENTS, 1)])
   leaf: Any = sample if rounding is None else encode.rounded(rounding, path, sample)
