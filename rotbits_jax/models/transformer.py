@@ -18,7 +18,7 @@ Shape letters are those of `models.config`. In addition:
   N  layers of a stack                   r  coordinates of a head that RoPE rotates
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import itertools
 from typing import Any, NamedTuple, Protocol
@@ -92,7 +92,7 @@ def forward(
   Returns:
     `[B, T, V]` float32.
   """
-  stacks = _check(params, config)
+  stacks = check(params, config)
   if tokens.ndim != 2:
     raise ValueError(f'tokens must be [B, T], got {tokens.shape=}')
   with jax.default_matmul_precision(precision):
@@ -219,10 +219,14 @@ def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written
   return Written(linear(params['down'], hidden), inputs)
 
 
-def linear(params: Params, x: jax.Array) -> jax.Array:
-  """Computes `x @ kernel`, plus the bias if there is one."""
+def linear(params: Any, x: jax.Array) -> jax.Array:
+  """Computes `x @ kernel`, plus the bias if there is one; or calls a module with x."""
+  if not isinstance(params, Mapping):
+    return jnp.asarray(params(x))
   kernel = params['kernel']
-  y = kernel.apply(x) if structured.is_structured(kernel) else x @ float32(kernel)
+  # qwix, which quantises Flax modules, sees a product of this form.
+  is_leaf = structured.is_structured(kernel)
+  y = kernel.apply(x) if is_leaf else jnp.dot(x, float32(kernel))
   return y + float32(params['bias']) if 'bias' in params else y
 
 
@@ -310,7 +314,7 @@ def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
   return kept * frequencies + (1 - kept) * lowered
 
 
-def _check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
+def check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
   """Checks the paths and shapes of all parameters, and returns the stacks of layers."""
   stacks = names.stacks(params)
   if [*itertools.chain(*stacks)] != [*range(config.num_layers)]:
