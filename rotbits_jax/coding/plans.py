@@ -102,7 +102,7 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
     draft = _Draft(part, layouts.Integers(part.numbers.dtype, 0), scales)
     some = part.numbers[:: -(-part.numbers.size // _LEAST_SAMPLE)]
     large = np.count_nonzero(np.abs(some.astype(np.int64)) >= layouts.WINDOW // 2)
-    is_sparse = 4 * np.count_nonzero(some) + 1000 * large < some.size
+    is_sparse = 8 * np.count_nonzero(some) + 8000 * large < some.size
     group = _group([draft], _SPARSE if is_sparse else 1, is_sparse=is_sparse)
     groups.append(group._replace(contexts=group.contexts._replace(is_known=True)))
   coded = {x[:2] for group in groups for x in group.parts}

@@ -31,6 +31,7 @@ from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
 _SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
+_WORTH = 1 / 16  # of the bytes of an array, that differences are worth in any case
 _MOST_SHARE = 0.98  # of these that a base is worth
 _MORE = 1 << 16  # and those of its differences
 _FEW = 1 << 14  # elements that tell a drift, and how
@@ -96,10 +97,11 @@ def beside(
       measured = with_classes(draft, bits, base)
     else:
       measured = _with_exponents(draft, bits, base, changed)
-    sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
-    alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
-    if measured.estimate() > _MOST_SHARE * alone * target.size / sample.size:
-      return None
+    if (nbytes := measured.estimate()) > _WORTH * target.nbytes:
+      sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
+      alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
+      if nbytes > _MOST_SHARE * alone * target.size / sample.size:
+        return None
   nbytes = structured.count_bytes(measured.leaf)
   if entries.is_too_short(target.size, array.size, nbytes):
     return None
