@@ -128,6 +128,7 @@ setuptools.setup(
       'pre-commit>=4.0,<5',
       'pytest>=9,<10',
       'pytest-xdist>=3.6,<4',  # the suite on two cores
+      'qwix>=0.1.8,<0.2',  # quantises the Flax modules
       'ray>=2.50,<3',  # a local cluster for examples/encode_on_ray.py
       'ruff>=0.8,<1',
       'safetensors>=0.4.5,<1',  # reads what is written here

@@ -21,6 +21,13 @@ def test_orbax_checkpoint(capsys):
   assert capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of qwix
+def test_qwix_quantised(capsys):
+  pytest.importorskip('qwix')
+  runpy.run_path(str(EXAMPLES / 'qwix_quantised.py'), run_name='__main__')
+  assert capsys.readouterr().out.count('every bit comes back') == 2
+
+
 def test_generate_takes_the_most_likely_tokens(tmp_path):
   folder = TESTDATA / 'opt-small-sliced-0.2'
   text = generate.main(str(folder), 'The system', 4)

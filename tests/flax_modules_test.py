@@ -100,6 +100,30 @@ def test_init_gives_a_model_of_the_config():
   assert np.isfinite(logits_of(model, TOKENS)).all()
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of qwix
+@pytest.mark.parametrize('make', [plain, with_structured_leaves])
+def test_qwix_quantises_kernels(make):
+  qwix = pytest.importorskip('qwix')
+  model = make()
+  provider = qwix.PtqProvider([qwix.QuantizationRule(weight_qtype='int8')])
+  module = models_flax.LinenTransformer.like(model)
+  module = qwix.quantize_model(module, provider)
+  params = jax.eval_shape(module.init, jax.random.key(0), TOKENS)['params']
+  is_codes = lambda x: isinstance(x, qwix.QArray)
+  codes = [x for x in jax.tree.leaves(params, is_leaf=is_codes) if is_codes(x)]
+  kernels = [x for path, x in model.leaves() if path.endswith('/kernel')]
+  plain_kernels = [x for x in kernels if not structured.is_structured(x)]
+  stacked = sum(x.shape[0] if x.qvalue.ndim > 2 else 1 for x in codes)
+  assert stacked == len(plain_kernels)
+  assert provider.get_unused_rules() == []
+  module = models_flax.NnxTransformer(model.config, model.params)
+  module = qwix.quantize_model(module, provider, TOKENS)
+  expected = logits_of(model, TOKENS)
+  np.testing.assert_allclose(module(TOKENS), expected, atol=0.1 * np.ptp(expected))
+  codes = [x for x in jax.tree.leaves(nnx.state(module)) if x.dtype == jnp.int8]
+  assert len(codes) == len(plain_kernels)
+
+
 @pytest.mark.parametrize('train', [trained_in_linen, trained_in_nnx])
 def test_a_model_is_trained_and_stored(train):
   model = rotbits_jax.load(rotbits_jax.encode(plain(), preset='exact'))
