@@ -36,7 +36,7 @@ BENCHMARKS = {
   'paper': 'the parts of the published scheme',
   'accounting': 'sizes of sliced models, from their shapes alone',
   'damage': 'damaged and fuzzed files',
-  'pictures': 'no section: the pictures, and the table of README.md',
+  'pictures': 'no section: the pictures, and the tables of README.md',
 }
 """The modules, and what they measure: `run(settings)` yields sections."""
 
@@ -99,6 +99,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], texts: int = 1) 
     padded = [x.ljust(n) if i < texts else x.rjust(n) for i, (x, n) in pairs]
     lines.append(f'| {" | ".join(padded)} |')
   return '\n'.join(lines)
+
+
+def tables(title: str) -> list[list[dict[str, str]]]:
+  """Returns the tables of a section, each row a dict; empty if it is not there."""
+  text = (ROOT / 'RESULTS.md').read_text('utf-8')
+  section = re.search(rf'^## {re.escape(title)}\n(.*?)(?=^## |\Z)', text, re.M | re.S)
+  parsed = []
+  for lines in re.findall(r'(?:^\|.*\n)+', section[1] if section else '', re.M):
+    cells = [line.strip('|').split('|') for line in lines.splitlines()]
+    header, _, *rows = [[cell.strip() for cell in row] for row in cells]
+    parsed.append([dict(zip(header, row, strict=True)) for row in rows])
+  return parsed
 
 
 def write(path: pathlib.Path, name: str, section: Section) -> None:

@@ -1,7 +1,7 @@
-"""Measures what files of each kind of weights take: the table of README.md.
+"""Measures what files of each kind of weights take; makes the tables of README.md.
 
 Rows in bfloat16 and float16 are float32 weights, rounded. The pruned ones lack the half
-of each matrix that is smallest. Bytes are those of the tensors, and of whole files.
+of each matrix that is smallest. MB are those of the tensors, and of whole files.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,11 @@ import tempfile
 import numpy as np
 
 from benchmarks import common
+from benchmarks import speed
 import rotbits_jax
 
 TITLE = 'Bytes by kind of weights'
-HEADER = ('weights', 'model', 'bytes', 'file', 'share')
+HEADER = ('weights', 'model', 'MB', 'file MB', 'share')
 
 
 def pruned(tensors: common.Tensors) -> common.Tensors:
@@ -36,7 +37,7 @@ def rows() -> Iterator[tuple[str, str, int, int]]:
       yield f'{dtype}, half pruned', model, size, len(rotbits_jax.encode(pruned(old)))
       new = common.read_tensors(tuned, dtype)
       beside = len(rotbits_jax.encode(new, base=old))
-      yield f'{dtype}, beside its base', 'a fine-tune of it, rounded', size, beside
+      yield f'{dtype}, given its base', 'a fine-tune of it, rounded', size, beside
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder, 'x.rotbits')
     for preset in ('exact', 'free', 'near'):
@@ -46,10 +47,48 @@ def rows() -> Iterator[tuple[str, str, int, int]]:
       yield kind, 'opt-small, sliced by 20%', size, file.stat().st_size
 
 
+def megabytes(size: float) -> str:
+  """Returns a number of bytes in MB, with three digits."""
+  return f'{size / 1e6:#.3g}'.rstrip('.')
+
+
+def tables_of_readme() -> dict[str, str]:
+  """Makes the tables of README.md from those of RESULTS.md, by their markers.
+
+  The first has one model in bfloat16 by other compressors and by `exact`; the second
+  has all rows of this benchmark but that one, without the models.
+  """
+  (speeds, *_), (sizes, *_) = map(common.tables, (speed.TITLE, TITLE))
+  header = ('lossless', 'MB', 'share', 'encode s', 'decode s')
+  lines = []
+  for row in speeds:
+    if row['model'] == speeds[0]['model'] and row['method'] != 'safetensors':
+      size, share = (float(row[x].replace(',', '')) for x in ('bytes', 'share'))
+      times = (f'{float(row[x]):.2f}' for x in header[3:])
+      lines.append((row['method'], megabytes(size), f'{share:.1%}', *times))
+  kept = [name for name in HEADER if name != 'model']
+  others = [[row[name] for name in kept] for row in sizes[1:]]
+  return {
+    'peers': common.table(header, lines),
+    'sizes': common.table(kept, others),
+  }
+
+
+def write_readme() -> None:
+  """Writes the tables of README.md between their markers."""
+  path = common.ROOT / 'README.md'
+  text = path.read_text('utf-8')
+  for name, table in tables_of_readme().items():
+    start, end = f'<!-- {name}: start -->\n', f'<!-- {name}: end -->'
+    before, _, rest = text.partition(start)
+    text = f'{before}{start}{table}\n{end}{rest.partition(end)[2]}'
+  path.write_text(text, 'utf-8')
+
+
 def run(settings: common.Settings) -> Iterator[common.Section]:
   del settings
   lines = [
-    (kind, model, f'{before:,}', f'{after:,}', f'**{after / before:.1%}**')
+    (kind, model, megabytes(before), megabytes(after), f'**{after / before:.1%}**')
     for kind, model, before, after in rows()
   ]
   about = 'The preset is `exact`, unless another one is named.'

@@ -3,13 +3,12 @@
   python -m benchmarks pictures
 
 `canonical.png` and `waterfall.svg` are measured here. Every other picture is drawn from
-the tables in RESULTS.md, so that it shows what was written there. README.md gets its
-table from there, too.
+the tables in RESULTS.md, and shows what was written there. README.md gets its tables
+from there, too.
 """
 
 from collections.abc import Iterator
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -30,8 +29,6 @@ plt.rcParams.update(
 _NO_DATE = {'Date': None}  # the same numbers give the same file
 # Where a legend covers no point.
 _OUTSIDE: dict[str, Any] = {'loc': 'upper left', 'bbox_to_anchor': (1, 1)}
-
-Row = dict[str, str]
 
 
 def save(figure: Any, name: str) -> None:
@@ -98,18 +95,6 @@ def waterfall() -> None:
 # ---- from the tables of RESULTS.md ---------------------------------------------------
 
 
-def tables(title: str) -> list[list[Row]]:
-  """Returns the tables of a section, each row a dict; empty if it is not there."""
-  text = (common.ROOT / 'RESULTS.md').read_text('utf-8')
-  section = re.search(rf'^## {re.escape(title)}\n(.*?)(?=^## |\Z)', text, re.M | re.S)
-  parsed = []
-  for lines in re.findall(r'(?:^\|.*\n)+', section[1] if section else '', re.M):
-    cells = [line.strip('|').split('|') for line in lines.splitlines()]
-    header, _, *rows = [[cell.strip() for cell in row] for row in cells]
-    parsed.append([dict(zip(header, row, strict=True)) for row in rows])
-  return parsed
-
-
 def number(cell: str) -> float:
   """Returns the number in a cell."""
   return float(cell.replace(',', '').rstrip('%') or 'nan')
@@ -117,7 +102,7 @@ def number(cell: str) -> float:
 
 def near_picture(model: str, file: str) -> None:
   """Draws bits per weight against KL, for `near` and for other formats."""
-  for rows in tables(near.title(model))[:1]:
+  for rows in common.tables(near.title(model))[:1]:
     figure, ax = plt.subplots(figsize=(6.4, 4))
     for method in dict.fromkeys(row['method'] for row in rows):
       points = [row for row in rows if row['method'] == method]
@@ -136,7 +121,7 @@ def near_picture(model: str, file: str) -> None:
 
 def time_to_weights() -> None:
   """Draws the time to read a file over a link and to decode it, over the speed."""
-  for rows in tables(speed.TITLE)[:1]:
+  for rows in common.tables(speed.TITLE)[:1]:
     sliced = [row for row in rows if 'sliced' in row['model']]
     last = max(sliced, key=lambda row: number(row['bytes']))['model']
     links = np.geomspace(10, 3000, 100)
@@ -151,18 +136,6 @@ def time_to_weights() -> None:
     save(figure, 'time-to-weights.svg')
 
 
-def table_of_readme() -> None:
-  """Copies the table of `benchmarks.kinds` into README.md."""
-  results, readme = common.ROOT / 'RESULTS.md', common.ROOT / 'README.md'
-  section = results.read_text('utf-8').partition(f'## {kinds.TITLE}\n')[2]
-  lines = re.search(r'(?:^\|.*\n)+', section, re.M)
-  if lines is not None:
-    marked = r'(<!-- sizes: start -->\n).*?(<!-- sizes: end -->)'
-    text = readme.read_text('utf-8')
-    text = re.sub(marked, lambda x: x[1] + lines[0] + x[2], text, flags=re.S)
-    readme.write_text(text, 'utf-8')
-
-
 def run(settings: common.Settings) -> Iterator[common.Section]:
   """Draws all pictures; there is no section."""
   del settings
@@ -171,5 +144,5 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   for model, file in near.PICTURES.items():
     near_picture(model, file)
   time_to_weights()
-  table_of_readme()
+  kinds.write_readme()
   yield from ()

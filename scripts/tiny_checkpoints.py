@@ -6,7 +6,9 @@ It needs PyTorch and transformers, see `scripts/transformers.sh`. The weights ar
 enough that every switch of a family changes the logits.
 """
 
+import json
 import pathlib
+import string
 import sys
 from typing import Any
 
@@ -30,6 +32,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
   'qwen3-tiny-dense': ('qwen3', {'head_dim': 12}),
 }
 
+# One token for each letter and mark; the 61 of `vocab_size`.
+TOKENS = ['<unk>', '<s>', '</s>', *" \n.,'-", *string.ascii_letters]
+TOKENIZER = {
+  'version': '1.0',
+  'added_tokens': [],
+  'pre_tokenizer': {
+    'type': 'Split',
+    'pattern': {'Regex': r'[\s\S]'},
+    'behavior': 'Isolated',
+    'invert': False,
+  },
+  'model': {
+    'type': 'WordLevel',
+    'vocab': {token: index for index, token in enumerate(TOKENS)},
+    'unk_token': '<unk>',
+  },
+}
+
 
 def make(name: str, folder: pathlib.Path) -> None:
   """Saves a model and its logits."""
@@ -43,6 +63,7 @@ def make(name: str, folder: pathlib.Path) -> None:
       parameter.normal_(0, deviation).add_(parameter.ndim == 1)
   model.to(torch.bfloat16).save_pretrained(folder / name)
   (folder / name / 'model.safetensors').chmod(0o644)
+  (folder / name / 'tokenizer.json').write_text(f'{json.dumps(TOKENIZER)}\n')
   # Loaded again, because RoPE's frequencies are rounded to bfloat16 with the weights.
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder / name,

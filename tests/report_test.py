@@ -65,3 +65,15 @@ def test_command_writes_the_page(tmp_path, rotbits):
   page = (tmp_path / 'a.html').read_text('utf-8')
   assert re.search('<title>phi.rotbits: [0-9.]+MB to [0-9]+kB', page)
   assert 'Every bit comes back. Compared with the checkpoint: all' in page
+
+
+def test_the_page_of_a_tree_names_what_loads_it(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  base = {'w': np.ones((64, 64), np.float16)}
+  rotbits_jax.encode_to_file({'w': base['w'] * 2}, 'x.rotbits', base=base)
+  page = html.unescape(report.report_page('x.rotbits'))
+  assert 'rotbits decode' not in page
+  assert '--base' not in page
+  names = {'rotbits_jax': rotbits_jax, 'BASE': base}
+  exec(re.search(r"content = .*'x.rotbits'.*\)", page)[0], names)
+  np.testing.assert_array_equal(names['content']['w'], base['w'] * 2)

@@ -125,7 +125,7 @@ class Report(NamedTuple):
       size = sum(math.prod(array.shape) for array in self.needs.values())
       remarks.append(
         f'The file needs {len(self.needs)} tensors of a base, {size:,} elements, such '
-        f'as {next(iter(self.needs))}: decode it with --base and that model.'
+        f'as {next(iter(self.needs))}: decode it with that model as the base.'
       )
     if self.keeps != 'bits':
       remarks.append(
@@ -289,7 +289,8 @@ def report_page(
   path = 'FILE'
   if isinstance(source, str | os.PathLike):
     path = text.printable(os.path.basename(os.fsdecode(source)))
-  report = from_reader(reader_lib.Reader(source))
+  reader = reader_lib.Reader(source)
+  report = from_reader(reader)
   sizes = report.input_bytes, report.file_bytes
   before, after = (tqdm.tqdm.format_sizeof(x, 'B') for x in sizes)
   share = report.file_bytes / max(report.input_bytes, 1)
@@ -302,9 +303,9 @@ def report_page(
       f'(KL, random tokens); rounding alone makes {verified.kl_rerounded:.2g}.'
     )
   base, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
-  loading = f'to load it:\n  rotbits decode {path} FOLDER{base}'
-  if report.family is not None:
-    loading += f"\n  model = rotbits_jax.load('{path}'{argument})"
+  loading = f"to load it:\n  content = rotbits_jax.load('{path}'{argument})"
+  if report.family or reader.is_plain:  # no other tree has files to come back
+    loading += f'\n  rotbits decode {path} FOLDER{base}'
   return _PAGE.substitute(
     title=html.escape(f'{path}: {before} to {after}, {share:.1%}'),
     sentences=html.escape(' '.join(sentences)),
