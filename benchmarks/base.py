@@ -1,10 +1,10 @@
 """Measures a model beside its base, and a sliced model beside its dense one.
 
-The fine-tune, its base and dtypes are those of `common`. A step moves 1% of the weights
-by one unit in the last place. Beside `exact` are the methods of others: XOR with the
-base, then byte planes, then zstd (BitX of ZipLLM); zstd with the base as its dictionary
-(`zstd --patch-from`); and the places and values of the weights that changed, int32 and
-the dtype (sparse safetensors, as TRL sends weights).
+The fine-tune, its base and dtypes are those of `common`; a step is one of Adam. Beside
+`exact` are the methods of others: XOR with the base, then byte planes, then zstd (BitX
+of ZipLLM); zstd with the base as its dictionary (`zstd --patch-from`); and the places
+and values of the weights that changed, int32 and the dtype (sparse safetensors, as TRL
+sends weights). A step has XOR with zstd -1 and gaps between changed weights, too.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ import pathlib
 import tempfile
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 import zstandard
@@ -21,7 +22,9 @@ from benchmarks import demo
 import rotbits_jax
 
 TITLE = 'Beside a base'
-CHANGED = 0.01  # the share of the weights that the step changes
+RATES = 3e-7, 1e-6, 3e-6  # learning rates
+STEPS = 1, 8, 32  # after which weights are sent
+TIMED = 1e-6, 1  # rate and steps of the weights by which methods are timed
 RUNS = 3
 SLICED = {
   'llama-tiny-sliced-head-0.25': 'llama-tiny-dense',
@@ -40,16 +43,33 @@ class Row(NamedTuple):
   decode: float
 
 
-def step(tensors: common.Tensors) -> common.Tensors:
-  """Moves a share of all weights by one unit in the last place, up or down."""
-  rng = np.random.default_rng(0)
-  moved = {}
-  for name, array in tensors.items():
-    bits = array.view(f'i{array.itemsize}').copy()
-    places = rng.random(bits.shape, np.float32) < CHANGED
-    bits[places] += rng.choice([-1, 1], np.count_nonzero(places)).astype(bits.dtype)
-    moved[name] = bits.view(array.dtype)
-  return moved
+def training(masters: common.Tensors, rate: float) -> Iterator[common.Tensors]:
+  """Yields bfloat16 weights after each of `STEPS` of Adam, for gradients of noise."""
+  rng, first, second = np.random.default_rng(0), 0.9, 0.999
+  weights = {name: x.copy() for name, x in masters.items()}
+  means, squares = ({name: 0 * x for name, x in masters.items()} for _ in range(2))
+  for step in range(1, max(STEPS) + 1):
+    for name, x in weights.items():
+      gradient = rng.standard_normal(x.shape, np.float32)
+      means[name] += (1 - first) * (gradient - means[name])
+      squares[name] += (1 - second) * (gradient**2 - squares[name])
+      root = np.sqrt(squares[name] / (1 - second**step))
+      x -= rate * means[name] / (1 - first**step) / (root + 1e-8)
+    if step in STEPS:
+      yield {name: x.astype(ml_dtypes.bfloat16) for name, x in weights.items()}
+
+
+def entropy(new: common.Tensors, old: common.Tensors) -> int:
+  """Returns the bytes of the differences in ULPs, given the exponents of the base."""
+  bits = 0.0
+  for name, array in new.items():
+    off = _bits(array).astype(np.int32) - _bits(old[name])
+    pairs = (_bits(old[name]).astype(np.int64) >> 7 & 255) << 32 | off + (1 << 16)
+    for values in (pairs, -(pairs >> 32)):  # both, less the exponents alone
+      counts = np.unique(values, return_counts=True)[1]
+      sign = 1 if values is pairs else -1
+      bits += sign * (counts * np.log2(values.size / counts)).sum()
+  return round(bits / 8)
 
 
 def ours(new: common.Tensors, old: common.Tensors) -> Row:
@@ -122,6 +142,57 @@ def sparse(new: common.Tensors, old: common.Tensors) -> Row:
   return _timed('indices and values', size, encode, decode)
 
 
+def delta(new: common.Tensors, old: common.Tensors) -> Row:
+  """`delta` and `apply`, in memory."""
+  coded = rotbits_jax.delta(new, old)
+  encode, decode = (
+    lambda: rotbits_jax.delta(new, old),
+    lambda: rotbits_jax.apply(coded, old),
+  )
+  return _timed('`delta`', len(coded), encode, decode)
+
+
+def xor(new: common.Tensors, old: common.Tensors) -> Row:
+  """XOR with the base and zstd -1, as slime sends weights."""
+  encode = lambda: [
+    zstandard.compress((_bits(x) ^ _bits(old[name])).tobytes(), 1)
+    for name, x in new.items()
+  ]
+  coded = encode()
+
+  def decode() -> None:
+    for data, array in zip(coded, old.values(), strict=True):
+      _bits(array) ^ np.frombuffer(zstandard.decompress(data), f'u{array.itemsize}')
+
+  return _timed('XOR, zstd -1', sum(map(len, coded)), encode, decode)
+
+
+def gaps(new: common.Tensors, old: common.Tensors) -> Row:
+  """Gaps between changed weights and their values, zstd -1, much as PULSE."""
+
+  def encode() -> list[tuple[bytes, bytes]]:
+    coded = []
+    for name, array in new.items():
+      places = np.flatnonzero(_bits(array) != _bits(old[name]))
+      planes = np.diff(places, prepend=-1).astype(np.uint32).view(np.uint8)
+      parts = planes.reshape(-1, 4).T.tobytes(), _bits(array)[places].tobytes()
+      coded.append(tuple(zstandard.compress(x, 1) for x in parts))
+    return coded
+
+  def decode() -> None:
+    for parts, array in zip(coded, old.values(), strict=True):
+      planes, values = map(zstandard.decompress, parts)
+      steps = np.frombuffer(planes, np.uint8).reshape(4, -1).T.copy().view(np.uint32)
+      copy = _bits(array).copy()
+      copy[np.cumsum(steps[:, 0], dtype=np.int64) - 1] = np.frombuffer(
+        values, copy.dtype
+      )
+
+  coded = encode()
+  size = sum(len(x) for pair in coded for x in pair)
+  return _timed('gaps and values, zstd -1', size, encode, decode)
+
+
 def _timed(
   method: str, size: int, encode: Callable[[], Any], decode: Callable[[], Any]
 ) -> Row:
@@ -142,7 +213,6 @@ def pairs() -> Iterator[tuple[str, common.Tensors, common.Tensors]]:
     new, old = (common.read_tensors(path, dtype) for path in (tuned, base))
     yield f'fine-tune, {dtype}', new, old
   old = common.read_tensors(base, 'bfloat16')
-  yield 'a step of 1%, bfloat16', step(old), old
   yield 'an equal model, bfloat16', old, old
 
 
@@ -157,6 +227,32 @@ def fine_tunes() -> str:
       lines.append((name, row.method, f'{row.bytes:,}', share, *rates))
   header = ('model', 'method', 'bytes', 'of the model', 'encode MB/s', 'decode MB/s')
   return common.table(header, lines, texts=2)
+
+
+def steps() -> str:
+  """Returns the tables of steps of a training: bytes, and rates."""
+  masters = common.read_tensors(common.packaged_weights(common.BASE), 'float32')
+  old = {name: x.astype(ml_dtypes.bfloat16) for name, x in masters.items()}
+  size = sum(x.nbytes for x in old.values())
+  sizes, rates = [], []
+  methods = delta, gaps, xor, sparse
+  for rate in RATES:
+    for count, new in zip(STEPS, training(masters, rate), strict=True):
+      bound = entropy(new, old)
+      rows = [method(new, old) for method in methods]
+      changed = sum(np.count_nonzero(_bits(x) != _bits(old[k])) for k, x in new.items())
+      shares = (f'{row.bytes / bound:.2f}' for row in rows)
+      share = f'{2 * changed / size:.2%}'
+      sizes.append((f'{rate:g}', count, share, f'{bound:,}', *shares))
+      if (rate, count) == TIMED:
+        for row in rows:
+          speeds = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
+          rates.append((row.method, f'{row.bytes:,}', *speeds))
+  names = [row[0] for row in rates]
+  header = ['learning rate', 'steps', 'changed', 'entropy, bytes', *names]
+  tables = [common.table(header, sizes, texts=1)]
+  header = ['method', 'bytes', 'encode MB/s', 'decode MB/s']
+  return '\n\n'.join([*tables, common.table(header, rates, texts=1)])
 
 
 def sliced_models(settings: common.Settings) -> str:
@@ -200,5 +296,12 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     'Sliced models beside their dense models, by whole commands with the peak resident '
     'size of each process. KL is that of `verify`, in nats per token for random tokens.'
   )
-  parts = [about, fine_tunes(), of_sliced, sliced_models(settings)]
+  of_steps = (
+    f'{common.BASE} in bfloat16 after steps of Adam on float32, for gradients of noise.'
+    ' The entropy is that of the differences in ULPs, given the exponents of the base; '
+    'methods have multiples of it. Rates are those of the learning rate '
+    f'{TIMED[0]:g} after {TIMED[1]} step, in memory.'
+  )
+  parts = [about, fine_tunes(), of_steps, steps()]
+  parts += [of_sliced, sliced_models(settings)]
   yield common.Section(TITLE, '\n\n'.join(parts))

@@ -5,11 +5,12 @@
 After each step the trainer writes what changed since the step before, and sometimes all
 weights: an anchor, from which a sampler begins that came late or lost a step. The files
 of a folder stand for any channel: a queue, a bucket, a broadcast. Each delta carries
-checksums of the weights that it needs, so that it is applied to no others. A sampler
-that misses a step takes the next anchor.
+checksums of the weights that it needs, so a delta that was lost, repeated or reordered
+is an error. The sampler prints it, waits for the next anchor, and has the same bits.
 """
 
 import argparse
+import hashlib
 import pathlib
 import subprocess
 import sys
@@ -30,6 +31,11 @@ def initial_weights():
 
 def forward(weights, x):
   return jnp.tanh(x @ weights['hidden']) @ weights['out']
+
+
+def digest(weights):
+  leaves = map(jax.device_get, jax.tree.leaves(weights))
+  return hashlib.sha256(b''.join(x.tobytes() for x in leaves)).hexdigest()[:16]
 
 
 def publish(path, data):
@@ -62,26 +68,37 @@ def train(folder, steps, anchor_every):
     weights = new
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
     print(f'step {number}: {len(data):,} bytes for {size:,}', flush=True)
+  print(f'the trainer has step {steps}, {digest(weights)}', flush=True)
+
+
+def numbers(folder, kind):
+  return sorted(int(x.stem.split('-')[1]) for x in folder.glob(f'{kind}-*.rotbits'))
 
 
 def sample(folder, steps):
   weights, number = None, -1
   x = jax.random.normal(jax.random.key(2), (4, 256), jnp.bfloat16)
   while number < steps:
-    delta = folder / f'delta-{number + 1}.rotbits'
-    anchors = [int(x.stem.split('-')[1]) for x in folder.glob('anchor-*.rotbits')]
-    if delta.exists():
-      # The old arrays are deleted, each when its successor is there.
-      weights = rotbits_jax.apply(delta.read_bytes(), weights, donate=True)
-      number += 1
-    elif max(anchors, default=-1) > number:
-      number = max(anchors)
+    deltas = [n for n in numbers(folder, 'delta') if n > number]
+    anchors = [n for n in numbers(folder, 'anchor') if n > number]
+    if weights is not None and deltas:
+      data = (folder / f'delta-{deltas[0]}.rotbits').read_bytes()
+      try:
+        # The old arrays are deleted, each when its successor is there.
+        weights = rotbits_jax.apply(data, weights, donate=True)
+      except ValueError as error:  # a delta was lost, repeated or reordered
+        print(f'delta {deltas[0]} does not follow step {number}: {error}', flush=True)
+        weights = None
+        continue
+      number = deltas[0]
+    elif weights is None and anchors:
+      number = anchors[-1]
       weights = rotbits_jax.load(folder / f'anchor-{number}.rotbits')
     else:
       time.sleep(0.05)
       continue
     forward(weights, x).block_until_ready()
-  print(f'the sampler has the weights of step {number}', flush=True)
+  print(f'the sampler has step {number}, {digest(weights)}', flush=True)
 
 
 def main():

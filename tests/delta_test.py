@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -147,16 +148,36 @@ def test_a_wrong_base_is_refused(change, words):
 @pytest.mark.slow
 @pytest.mark.daily
 def test_two_processes(tmp_path, capsys):
-  path = ROOT / 'examples' / 'weight_sync.py'
-  run = [sys.executable, str(path), str(tmp_path), '--steps=4', '--anchor_every=3']
+  path_of_example = ROOT / 'examples' / 'weight_sync.py'
+  run = [
+    sys.executable,
+    path_of_example,
+    str(tmp_path),
+    '--steps=4',
+    '--anchor_every=3',
+  ]
   env = os.environ | {'PYTHONPATH': str(ROOT)}
   done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr
-  assert 'the sampler has the weights of step 4' in done.stdout
-  # Another sampler begins from the first anchor, lacks a delta, and waits.
-  (tmp_path / 'delta-2.rotbits').unlink()
+  (trained,) = re.findall('the trainer has (step 4, .*)', done.stdout)
+  assert f'the sampler has {trained}' in done.stdout
+  # Another sampler begins from the first anchor, and a delta does not follow.
+  deltas = [tmp_path / f'delta-{number}.rotbits' for number in (1, 2, 3, 4)]
+  content = [path.read_bytes() for path in deltas]
   anchor = tmp_path / 'anchor-3.rotbits'
-  later = anchor.rename(tmp_path / 'later')
-  with mock.patch('time.sleep', side_effect=lambda _: later.rename(anchor)):
-    runpy.run_path(str(path))['sample'](tmp_path, 4)
-  assert 'the sampler has the weights of step 4' in capsys.readouterr().out
+  for order in ((0, 2, 3), (0, 0, 1, 2, 3), (0, 2, 1, 3)):  # lost, repeated, reordered
+    for path in deltas:
+      path.unlink()
+    for path, index in zip(deltas, order, strict=False):
+      path.write_bytes(content[index])
+    later = anchor.rename(tmp_path / 'later')
+
+    def sleep(_, later=later):
+      later.rename(anchor)
+      deltas[3].write_bytes(content[3])
+
+    with mock.patch('time.sleep', side_effect=sleep):
+      runpy.run_path(str(path_of_example))['sample'](tmp_path, 4)
+    printed = capsys.readouterr().out
+    assert 'delta 2 does not follow step 1' in printed
+    assert f'the sampler has {trained}' in printed
