@@ -90,7 +90,7 @@ def encode_to_file(
   base: Base | None = None,
   shard_size: int | None = None,
   target_size: int | None = None,
-  overwrite: bool = True,
+  overwrite: bool = False,
   check: bool = False,
   progress: bool = False,
   **options: Any,
@@ -138,7 +138,7 @@ def plan_shards(
   *,
   shard_size: int,
   base: Base | None = None,
-  overwrite: bool = True,
+  overwrite: bool = False,
   **arguments: Any,
 ) -> output.Plan:
   """Plans a folder of shards, see `file.output.Plan`; the same plan in each process.

@@ -369,17 +369,18 @@ def test_which_folders_are_replaced(tmp_path):
   path = tmp_path / 'x'
   checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
   for shard_size in (None, 100_000, 300_000, None):  # in place of older weights
-    checkpoints.save_checkpoint(checkpoint, path, shard_size=shard_size)
+    options = {'shard_size': shard_size, 'overwrite': path.exists()}
+    checkpoints.save_checkpoint(checkpoint, path, **options)
     assert list(tmp_path.iterdir()) == [path]
     loaded = checkpoints.load_checkpoint(path)
     jax.tree.map(np.testing.assert_array_equal, loaded.model, checkpoint.model)
   with pytest.raises(FileExistsError, match='overwrite'):
-    checkpoints.save_checkpoint(checkpoint, path, overwrite=False)
+    checkpoints.save_checkpoint(checkpoint, path)
   for other in ('mine.py', 'mine.safetensors', 'folder/config.json'):
     (path / other).parent.mkdir(exist_ok=True)
     (path / other).write_text('mine')
     with pytest.raises(FileExistsError, match=f'{other} would be lost'):
-      checkpoints.save_checkpoint(checkpoint, path)
+      checkpoints.save_checkpoint(checkpoint, path, overwrite=True)
     assert (path / other).read_text() == 'mine'
     (path / other).unlink()
 

@@ -119,12 +119,17 @@ def test_which_folders_are_replaced(tmp_path):
   path = tmp_path / 'x'
   write(path, OTHER)
   with pytest.raises(FileExistsError, match='overwrite'):
-    write(path, overwrite=False)
-  write(path)
-  assert len(contents(path)) == 4
-  (path / 'mine').touch()
-  with pytest.raises(FileExistsError, match='mine would be lost'):
     write(path)
+  write(path, overwrite=True)
+  assert len(contents(path)) == 4
+  for name in ('mine', 'model-1-of-1.rotbits', 'copy.rotbits.index.json'):
+    (path / name).touch()
+    with pytest.raises(FileExistsError, match=f'{name} would be lost'):
+      write(path, overwrite=True)
+    (path / name).unlink()
+  (path / shards.INDEX).rename(tmp_path / 'index')  # which names the shards
+  with pytest.raises(FileExistsError, match='rotbits would be lost'):
+    write(path, overwrite=True)
   with pytest.raises(IsADirectoryError):
     write(path, shard_size=None)
   shutil.rmtree(path)
@@ -144,10 +149,11 @@ def test_no_file_of_an_input_is_replaced(tmp_path):
     (tmp_path / 'base', {'source': TREE, 'base': tmp_path / 'base'}),
   ):
     with pytest.raises((ValueError, FileExistsError)):
-      write(path, **({'source': source} | options))
+      write(path, **({'source': source, 'overwrite': True} | options))
   assert {**contents(source), **contents(tmp_path / 'base')} == kept
   write(source / 'x.rotbits', source, shard_size=None)
-  write(source / 'x.rotbits', source, shard_size=None)  # a result is no input
+  options = {'shard_size': None, 'overwrite': True}
+  write(source / 'x.rotbits', source, **options)  # a result is no input
 
 
 @pytest.mark.parametrize('replaced', ['source', 'base'])

@@ -145,7 +145,8 @@ def test_a_base_of_plain_tensors(tmp_path):
   rotbits_jax.encode_to_file(tuned, tmp_path / 'x', base=base)
   rotbits_jax.encode_to_file(base, tmp_path / 'base.rotbits')
   for path in (base, tmp_path / 'base.rotbits'):
-    rotbits_jax.decode_to_directory(tmp_path / 'x', tmp_path / 'out', base=path)
+    options = {'base': path, 'overwrite': True}
+    rotbits_jax.decode_to_directory(tmp_path / 'x', tmp_path / 'out', **options)
     assert _contents(tmp_path / 'out') == _contents(tuned)
     assert rotbits_jax.verify(tmp_path / 'x', against=tuned, base=path).same_bits
 

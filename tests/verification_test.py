@@ -90,6 +90,8 @@ def test_a_file_that_decodes_to_something_else_never_appears(tmp_path, monkeypat
   monkeypatch.setattr(encode.Encoder, 'encode_record', encode_record)
   output.write_text('the old file')
   with pytest.raises(rotbits_jax.ContainerError, match='mlp/up/kernel: differs'):
-    rotbits_jax.encode_to_file(TESTDATA / NAME, output, preset='exact', check=True)
+    rotbits_jax.encode_to_file(
+      TESTDATA / NAME, output, preset='exact', check=True, overwrite=True
+    )
   assert [path.name for path in tmp_path.iterdir()] == ['model.rotbits']
   assert output.read_text() == 'the old file'

@@ -52,7 +52,7 @@ class FolderWriter:
     weights: Mapping[str, bytes | safetensors.Specs],
     *,
     files: Mapping[str, bytes],
-    overwrite: bool = True,
+    overwrite: bool = False,
   ):
     """Plans the files, which may replace those of an older checkpoint.
 
@@ -153,7 +153,7 @@ class CheckpointWriter(FolderWriter):
     shard_size: int | None = None,
     buffers: Mapping[str, Any] | None = None,
     code: bool = False,
-    overwrite: bool = True,
+    overwrite: bool = False,
   ):
     """Plans the files.
 
@@ -246,7 +246,7 @@ def save_checkpoint(
   format: Format = 'safetensors',
   *,
   shard_size: int | None = None,
-  overwrite: bool = True,
+  overwrite: bool = False,
 ) -> None:
   """Saves a checkpoint with the tensor names, shapes and dtypes of the original.
 

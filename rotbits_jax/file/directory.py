@@ -30,14 +30,15 @@ def decode_to_directory(
   shard_size: int | None = None,
   dtype: DTypeLike | None = None,
   code: bool = False,
-  overwrite: bool = True,
+  overwrite: bool = False,
   progress: bool = False,
 ) -> None:
   """Decodes a file to a checkpoint on disk, one layer at a time.
 
   Args:
-    directory: the directory for the checkpoint. An older checkpoint in it is replaced;
-      one with other files is not, nor is one of the source or the base.
+    directory: the directory for the checkpoint. With `overwrite`, an older checkpoint
+      in it is replaced; one with other files is not, nor is one of the source or the
+      base.
     format: see `checkpoints.CheckpointWriter`. Plain tensors of no known family come
       back as they were, and take no format, shard_size or dtype.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for the

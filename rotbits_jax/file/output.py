@@ -8,7 +8,6 @@ and the settings, so a run that was killed finds the shards that it had written.
 
 from collections.abc import Iterable
 import contextlib
-import fnmatch
 import glob
 import os
 import pathlib
@@ -52,7 +51,7 @@ class Plan:
     shard_size: int | None,
     *,
     inputs: Iterable[Any] = (),
-    overwrite: bool = True,
+    overwrite: bool = False,
   ):
     """Plans the files from the sizes before coding, see `api.encode_to_file`.
 
@@ -181,9 +180,10 @@ def check_path(
   if shard_size < 1:
     raise ValueError(f'shard_size must be positive, got {shard_size}')
   folder = outputs.directory_target(path)
-  is_shard = lambda name: fnmatch.fnmatch(name, 'model-*-of-*.rotbits')
-  is_of_set = lambda name: name == shards_lib.INDEX or is_shard(name)
-  replaced = outputs.check_replaced(folder, is_of_set, overwrite=overwrite)
+  # Others may belong to an index that was renamed, or is elsewhere.
+  paths, _ = shards_lib.find(folder)
+  names = {shards_lib.INDEX, *(pathlib.Path(str(x)).name for x in paths)}
+  replaced = outputs.check_replaced(folder, names.__contains__, overwrite=overwrite)
   check_inputs(replaced, inputs)
 
 
