@@ -282,10 +282,12 @@ def verify(
   If the preset keeps all bits, those of the checkpoint at the path `against` are
   compared, one record at a time. Otherwise memory holds both models, and the divergence
   of the predictions for random tokens is measured; unless the preset is an
-  approximation, it must be at most a few times the noise floor, which rounding alone
-  makes. With the `tokens` `[N]` of the text that a bound of `near` was measured on, the
-  figures in the file are measured again instead. Of plain tensors that `near` has
-  rounded, only the other files are compared.
+  approximation, it must be at most a few times the noise floor, which random rotations
+  and rounding make. So must the errors of each tensor's canonical form, as far as
+  rounding leaves it one, and the buffers must be the same. With the `tokens` `[N]` of
+  the text that a bound of `near` was measured on, the figures in the file are measured
+  again instead. Of plain tensors that `near` has rounded, only the other files are
+  compared.
   """
   reader = file.Reader(source, base=base)
   return verification.verify(reader, against, tokens=tokens, progress=progress)

@@ -22,6 +22,8 @@ from rotbits_jax.system import host
 
 T = TypeVar('T')
 
+_OLD = 'old'  # the file that has a digest of the old PyTree
+
 
 @host.own_settings()
 def delta(new: Any, old: Any) -> bytes:
@@ -29,7 +31,7 @@ def delta(new: Any, old: Any) -> bytes:
 
   A trainer sends them to samplers after each step: most numbers in bfloat16 do not
   change in a step of reinforcement learning. They hold a checksum of every old array
-  that they need.
+  that they need, and a digest of all.
 
   >>> old = {'w': np.zeros((64, 64), np.float32)}
   >>> new = {'w': np.eye(64, dtype=np.float32)}
@@ -44,7 +46,8 @@ def delta(new: Any, old: Any) -> bytes:
   # As dicts, because a `Model` would be read as a checkpoint, by other paths.
   source, old_source = (sources.of(sources.to_dicts(tree)) for tree in (new, old))
   base = base_lib.Base(old_source, plain=False)
-  encoder = encode_lib.Encoder(source, presets.make('exact'), base=base)
+  files = {_OLD: _digest(old)}
+  encoder = encode_lib.Encoder(source, presets.make('exact'), base=base, files=files)
   return encoder.in_memory(progress=False)
 
 
@@ -82,6 +85,8 @@ def apply(
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
   reader = file.Reader(data, base=base)
+  if reader.files().get(_OLD) != _digest(params):
+    raise file.ContainerError('the delta was made from other old arrays than these')
   leaves = [(x, name) for name in reader.names() for x in reader.records[name].leaves]
   # The last record that needs each array of the base.
   uses = {array.path: name for leaf, name in leaves for array in leaf.base_arrays}
@@ -114,6 +119,13 @@ def apply(
       release(path, record)
   new |= {x: {} for entry in reader.records.values() for x in entry.empty}
   return sources.unflatten_like(params, structured.unflatten(new))
+
+
+def _digest(tree: Any) -> bytes:
+  """Returns a digest of all old arrays, because a new one may need none of them."""
+  array = lambda x: x if getattr(x, 'needs', ()) else structured.materialize(x)
+  arrays = structured.map_leaves(array, sources.to_dicts(tree))
+  return sources.fingerprint(sources.of(arrays)).encode()
 
 
 def _is_same(leaf: Any) -> bool:

@@ -10,6 +10,7 @@ import sys
 from unittest import mock
 
 import chex
+import jax
 import numpy as np
 import pytest
 import random_models
@@ -243,6 +244,16 @@ def test_bad_input(rotbits, tmp_path, damaged, subtests):
       places = [x.replace('OUT', f'{tmp_path}/out') for x in args]
       places = [x.replace('IN', str(damaged)) for x in places]
       check_refused(rotbits, tmp_path, places, words.replace('IN/', f'{damaged}/'))
+
+
+@pytest.mark.parametrize(
+  'error', [MemoryError(), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: x')]
+)
+def test_too_little_memory_is_one_line(rotbits, encoded, monkeypatch, error):
+  monkeypatch.setattr(rotbits_jax, 'inspect', mock.Mock(side_effect=error))
+  code, output, errors = rotbits('inspect', encoded / 'exact')
+  assert (code, output, errors.count('\n')) == (1, '', 1)
+  assert 'too little memory' in errors
 
 
 def test_files_that_exist_need_overwrite(rotbits, tmp_path, encoded):

@@ -122,4 +122,4 @@ def test_numbers_that_are_too_large_for_a_dtype(tmp_path):
     rotbits_jax.decode_to_directory(data, tmp_path / 'x', dtype='float16')
   assert not list(tmp_path.iterdir())
   for dtype in (None, 'float32', 'bfloat16'):
-    rotbits_jax.decode_to_directory(data, tmp_path / 'x', dtype=dtype)
+    rotbits_jax.decode_to_directory(data, tmp_path / f'{dtype}', dtype=dtype)

@@ -22,11 +22,17 @@ CHANGES = {
   *('os.chmod', 'shutil.rmtree', 'os.link', 'os.symlink'),
 }
 TREES = [{name: np.full(500, i) for name in 'abc'} for i in range(2)]
+
+
+def encode(index, out, **options):
+  rotbits_jax.encode_to_file(TREES[index], out, overwrite=True, **options)
+
+
 SCENARIOS = {
-  'file': lambda out, i: rotbits_jax.encode_to_file(TREES[i], out),
-  'shards': lambda out, i: rotbits_jax.encode_to_file(TREES[i], out, shard_size=5000),
+  'file': lambda out, i: encode(i, out),
+  'shards': lambda out, i: encode(i, out, shard_size=5000),
   'directory': lambda out, i: rotbits_jax.decode_to_directory(
-    checkpoint(), out, shard_size=200_000 * (i + 1)
+    checkpoint(), out, shard_size=200_000 * (i + 1), overwrite=True
   ),
 }
 

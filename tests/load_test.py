@@ -1,6 +1,8 @@
 """Readers side by side, shardings, and arrays that own their memory."""
 
 from concurrent import futures
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -24,6 +26,27 @@ def test_sixteen_readers_at_once(tmp_path):
   with futures.ThreadPoolExecutor(16) as pool:
     for tree in pool.map(rotbits_jax.decode, [tmp_path / 'x'] * 16):
       assert structured.same_bits(tree, TREE)
+
+
+def test_a_signalling_nan_is_converted():
+  data = rotbits_jax.encode({'x': np.uint16([0x7C01]).view(np.float16)})
+  assert np.isnan(rotbits_jax.load(data, dtype='bfloat16')['x']).all()
+
+
+def test_a_child_of_a_fork_does_not_hang():
+  program = (
+    'import os, numpy as np, rotbits_jax\n'
+    'encode = lambda: rotbits_jax.encode({"x": np.ones(9)})\n'
+    'encode()\n'
+    'if not os.fork():\n'
+    '  try:\n'
+    '    encode()\n'
+    '  except RuntimeError as error:\n'  # JAX would hang at the end of the child
+    '    os._exit(9 if "does not work after a fork" in str(error) else 1)\n'
+    'os._exit(os.waitstatus_to_exitcode(os.wait()[1]))\n'
+  )
+  child = [sys.executable, '-W', 'ignore', '-c', program]
+  assert subprocess.run(child, timeout=300).returncode == 9
 
 
 @pytest.mark.parametrize('is_path', [True, False])

@@ -68,5 +68,5 @@ def test_home_is_expanded_wherever_paths_enter(tmp_path, monkeypatch):
   rotbits_jax.encode_to_file('~/c', '~/d', base='~/a', shard_size=10**5)
   assert rotbits_jax.verify('~/d', against='~/b', base='~/a').same_bits
   with pytest.raises(ValueError, match='input'):
-    rotbits_jax.encode_to_file('~/c', '~/c/config.json')
+    rotbits_jax.encode_to_file('~/c', '~/c/config.json', overwrite=True)
   assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'c', 'd']

@@ -106,3 +106,8 @@ def test_tokens_of_a_text():
   )
   files = {'tokenizer.json': tokenizer.to_str().encode()}
   np.testing.assert_array_equal(evaluation.encode_text(files, TEXT), tokens)
+  # What makes Rust panic, which is no Exception.
+  normalizer = {'type': 'Precompiled', 'precompiled_charsmap': ''}
+  broken = json.loads(files['tokenizer.json']) | {'normalizer': normalizer}
+  with pytest.raises(ValueError, match='cannot be used'):
+    evaluation.encode_text({'tokenizer.json': json.dumps(broken).encode()}, TEXT)

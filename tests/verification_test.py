@@ -12,9 +12,11 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.file import encode
+from tests import random_models
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 NAME = 'llama-tiny-sliced-head-0.25'
+BUFFER = 'model.layers.0.self_attn.rotary_emb.inv_freq'
 
 
 @functools.cache
@@ -68,6 +70,39 @@ def test_a_file_is_compared_with_its_checkpoint():
 def test_another_model_is_named(tmp_path, preset, change, words):
   with pytest.raises(rotbits_jax.ContainerError, match=words):
     rotbits_jax.verify(encoded(preset), against=changed(tmp_path / 'x', change))
+
+
+def negated_rows(checkpoint):
+  """Negates the embeddings of tokens that the 256 random ones are not."""
+  tokens = np.random.default_rng(0).choice(np.arange(2000), 256)
+  rows = np.setdiff1d(np.arange(2000), tokens)[:9]
+  table = np.array(checkpoint.model.params['embed']['tokens'])
+  table[rows] = -table[rows]
+  checkpoint.model.params['embed']['tokens'] = table
+
+
+def another_buffer(checkpoint):
+  checkpoint.model.buffers[BUFFER] = np.ones(6, np.float32)
+
+
+@pytest.mark.parametrize(
+  ('change', 'words'),
+  [(negated_rows, 'embed/tokens: its'), (another_buffer, 'inv_freq: differs')],
+)
+def test_what_random_tokens_do_not_show_is_compared(tmp_path, change, words):
+  config = random_models.BASE | {'num_hidden_layers': 1, 'vocab_size': 2000}
+  model = random_models.random_model(config, np.float16)
+  files = {'config.json': json.dumps(config).encode()}
+  buffers = {BUFFER: np.zeros(6, np.float32)}
+  checkpoint = checkpoints.Checkpoint(model.replace(buffers=buffers), files, None)
+  checkpoints.save_checkpoint(checkpoint, tmp_path / 'x')
+  data = rotbits_jax.encode(checkpoint, preset='free')
+  verified = rotbits_jax.verify(data, against=tmp_path / 'x')
+  assert verified.compared == len(dict(model.leaves()))
+  change(checkpoint)
+  checkpoints.save_checkpoint(checkpoint, tmp_path / 'y')
+  with pytest.raises(rotbits_jax.ContainerError, match=words):
+    rotbits_jax.verify(data, against=tmp_path / 'y')
 
 
 @pytest.mark.parametrize('stream', ['layers.2', 'embed', 'files/config.json'])

@@ -28,6 +28,8 @@ from rotbits_jax.system import files
 from rotbits_jax.system import host
 from rotbits_jax.system.text import printable
 
+_EXHAUSTED = 'RESOURCE_EXHAUSTED'  # in XLA's errors of too little memory
+
 Result = tuple[dict[str, Any], str]  # the JSON object and the text of a command
 
 DTYPES = 'float32', 'bfloat16', 'float16'  # the values of the flag --dtype
@@ -75,6 +77,11 @@ def run(command: types.ModuleType) -> int:
   except (ValueError, OSError, flags.Error) as error:
     print(f'rotbits {name}: {_one_line(error)}', file=sys.stderr)
     return 2
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:  # of NumPy, and of XLA
+    if type(error) is jax.errors.JaxRuntimeError and _EXHAUSTED not in str(error):
+      raise
+    print(f'rotbits {name}: too little memory: {_one_line(error)}', file=sys.stderr)
+    return 1
   if result is not None and JSON.value:
     print(json.dumps(result[0], allow_nan=False))
   elif result is not None:

@@ -4,7 +4,8 @@
 
 With --against a file of the preset `exact` must have the checkpoint's bits. One of
 `free` or `paper` must have its function: the predictions for random tokens differ from
-the checkpoint's by no more than a few times what a random rotation and rounding make.
+the checkpoint's by no more than a few times what random rotations and rounding make,
+and so do the canonical forms of the tensors, and the buffers are the same.
 For `near` the difference is measured, and any is accepted; with --text, on the tokens
 that `encode --max_kl` kept apart, where it must be what the file says. For that both
 models are in memory; everything else takes one layer at a time.
@@ -38,6 +39,9 @@ def main(file: str) -> program.Result:
   if verified.kl is not None:
     floor = f'noise floor {verified.kl_rerounded:.3g}'
     lines.append(f'KL divergence from {against}: {verified.kl:.3g}, {floor}')
+    count = f'{verified.compared} of {verified.tensors}'
+    if verified.compared:
+      lines.append(f'canonical forms of {count} tensors are those of {against}')
   if verified.measured is not None:
     lines.append(f'{verified.measured}, as the file says')
   return msgspec.to_builtins(verified._asdict()), '\n'.join(lines)

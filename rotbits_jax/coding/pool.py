@@ -113,5 +113,18 @@ def _set() -> None:
   _local.settings = settings  # a context ends when nothing refers to it
 
 
+def _refuse(*_: Any) -> Any:
+  """Refuses a job of a child process that a fork made: it has no threads of its own."""
+  raise RuntimeError('JAX does not work after a fork; start processes by "spawn"')
+
+
+def _in_child() -> None:
+  """Lets a child refuse jobs, which would wait for ever, if its parent had threads."""
+  if _POOL._threads:
+    _POOL.submit = _refuse  # type: ignore[method-assign]
+
+
 # One more than processors, because a thread often waits for Python's lock.
 _POOL = futures.ThreadPoolExecutor(threads() + 1, 'rotbits', _set)
+if hasattr(os, 'register_at_fork'):  # not on Windows
+  os.register_at_fork(after_in_child=_in_child)

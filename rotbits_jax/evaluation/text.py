@@ -28,5 +28,7 @@ def encode_text(files: Mapping[str, bytes], text: str) -> np.ndarray:
     tokenizer.no_padding()
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     return np.array(ids, np.int32)
-  except Exception as error:  # the package raises nothing more specific
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # its Rust raises what is no Exception
     raise ValueError(f'tokenizer.json cannot be used: {error}') from error

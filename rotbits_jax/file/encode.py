@@ -189,7 +189,9 @@ class Encoder:
     rewritten, _ = passes.run_chain(
       self.preset.transform, model, rounding=self.preset.rounding
     )
-    found = verification.divergences(rewritten, model.rounded())
+    rounded_model = model.rounded()
+    draws = verification.rotated(rounded_model)
+    found = verification.divergences(rewritten, rounded_model, draws)
     if difference := verification.different(*found):
       raise ValueError(
         f'the transforms make {difference}; a preset for which that is meant has '

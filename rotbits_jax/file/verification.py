@@ -1,5 +1,8 @@
 """Verification of files: decodes everything, and compares it with a source."""
 
+from collections.abc import Sequence
+import dataclasses
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax import symmetries
 from rotbits_jax.evaluation import held_out
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file.container import ContainerError
@@ -18,6 +22,10 @@ from rotbits_jax.system import schema
 _TOKENS = 256  # number of tokens for which predictions are compared
 _MOST_NOISE = 10  # greatest ratio of the divergence to the noise floor
 _LEAST_LIMIT = 1e-7  # in nats; the divergence of float32 arithmetic alone
+_DRAWS = 3  # of random rotations, whose greatest divergence is the noise floor
+_LEAST_ERROR = 1e-5  # the relative error of float32 algebra
+_MOST_ERRORS = 5  # greatest ratio of the error of a canonical form to that of a draw
+_MOST_ERROR = 0.5  # of canonical forms that say something; negated rows have 2
 _SPREAD = 0.05  # of a divergence that is measured again on another machine
 
 
@@ -28,8 +36,10 @@ class Verification(NamedTuple):
     records, tensors, files: how many records, parameters and other files were decoded.
     same_bits: True if all bits are the checkpoint's; None if they were not compared.
     kl: mean KL divergence from the checkpoint's predictions, in nats, or None.
-    kl_rerounded: the noise floor: that of the checkpoint after a random rotation and
-      rounding.
+    kl_rerounded: the noise floor: the greatest one of the checkpoint after random
+      rotations and rounding.
+    compared: how many tensors were compared with the checkpoint's: all bits, or their
+      canonical forms, of those that rounding leaves one.
     measured: the loss on the tokens of a text that `near --max_kl` kept apart, or None.
   """
 
@@ -39,6 +49,7 @@ class Verification(NamedTuple):
   same_bits: bool | None
   kl: float | None
   kl_rerounded: float | None
+  compared: int
   measured: held_out.Measured | None = None
 
 
@@ -76,10 +87,12 @@ def verify(
     if not measured.kl <= (1 + _SPREAD) * record.kl + _LEAST_LIMIT:
       raise ContainerError(f'{measured}, and {record} in the file')
     return verified._replace(measured=measured)
-  kl, floor = divergences(model, reference)
+  draws = rotated(reference)
+  kl, floor = divergences(model, reference, draws)
   if keeps == 'function' and (difference := different(kl, floor)):
     raise ContainerError(f'the decoded model computes {difference}')
-  return verified._replace(kl=kl, kl_rerounded=floor)
+  compared = _compare_forms(model, reference, draws) if keeps == 'function' else 0
+  return verified._replace(kl=kl, kl_rerounded=floor, compared=compared)
 
 
 def read_all(
@@ -111,8 +124,8 @@ def read_all(
   files, headers = reader.files(), reader.headers()
   if isinstance(expected, checkpoints.PlainFiles) and headers != expected.headers:
     raise ContainerError('the headers of the weights files differ')
-  same_bits = None if expected is None else True
-  return Verification(records, tensors, len(files), same_bits, None, None)
+  same_bits, compared = (None, 0) if expected is None else (True, tensors)
+  return Verification(records, tensors, len(files), same_bits, None, None, compared)
 
 
 def different(kl: float, floor: float) -> str:
@@ -122,8 +135,16 @@ def different(kl: float, floor: float) -> str:
   return f'a different function: KL {kl:.3g} (noise floor {floor:.3g})'
 
 
-def divergences(model: models.Model, reference: models.Model) -> tuple[float, float]:
-  """Returns the KL divergence for random tokens, and the noise floor."""
+def rotated(reference: models.Model) -> list[models.Model]:
+  """Returns a model after random rotations and rounding."""
+  keys = map(jax.random.key, range(_DRAWS))
+  return [passes.randomly_rotated(reference, key=key) for key in keys]
+
+
+def divergences(
+  model: models.Model, reference: models.Model, draws: Sequence[models.Model]
+) -> tuple[float, float]:
+  """Returns the KL divergence for random tokens, and the noise floor of `rotated`."""
   from rotbits_jax import evaluation  # optax and pictures are slow to import
 
   table = np.asarray(structured.materialize(reference.params['embed']['tokens']))
@@ -131,9 +152,62 @@ def divergences(model: models.Model, reference: models.Model) -> tuple[float, fl
   if not usable.size:
     raise ContainerError('no token of the model has finite numbers')
   count = min(_TOKENS, reference.config.max_positions)
-  rerounded = passes.randomly_rotated(reference, key=jax.random.key(0))
   tokens = np.random.default_rng(0).choice(usable, count)
-  result: Any = evaluation.evaluate(
-    model, tokens, reference=reference, rerounded=rerounded
-  )
-  return result.kl, result.kl_rerounded
+  kl: Any = lambda model: evaluation.evaluate(model, tokens, reference=reference).kl
+  return kl(model), max(map(kl, draws))
+
+
+def _compare_forms(
+  model: models.Model, reference: models.Model, draws: Sequence[models.Model]
+) -> int:
+  """Compares buffers, and the canonical forms of parameters; returns their number.
+
+  A few tokens do not show every row of an embedding, nor a neuron that is never active.
+  """
+  for name in sorted(model.buffers.keys() | reference.buffers.keys()):
+    if not structured.same_bits(model.buffers.get(name), reference.buffers.get(name)):
+      raise ContainerError(f'{models.names.BUFFERS}/{name}: differs')
+  try:
+    expected = _forms(reference)
+  except ValueError:  # a segment is narrower than the one before it
+    return 0
+  errors = [_form_errors(expected, x) for x in (model, *draws)]
+  compared = 0
+  for path, error in errors[0].items():
+    limit = _MOST_ERRORS * max(x[path] for x in errors[1:]) + _LEAST_ERROR
+    if not limit < _MOST_ERROR:  # or it is NaN
+      continue
+    compared += 1
+    if not error <= limit:
+      raise ContainerError(
+        f'{path}: its canonical form is not that of the checkpoint: relative error '
+        f'{error:.3g}, at most {limit:.3g} by rounding'
+      )
+  return compared
+
+
+_canonicalize = jax.jit(symmetries.canonicalize, static_argnums=1)
+
+
+def _forms(model: models.Model) -> dict[str, np.ndarray]:
+  """Returns the canonical form of each parameter by path, in float32."""
+  params, _ = _canonicalize(model.materialize().params, model.config)
+  leaves = dataclasses.replace(model, params=params, buffers={}).leaves()
+  return {path: np.asarray(structured.materialize(leaf)) for path, leaf in leaves}
+
+
+def _form_errors(
+  expected: dict[str, np.ndarray], model: models.Model
+) -> dict[str, float]:
+  """Returns the greatest error of a row or a column, relative to their mean square."""
+  errors = {}
+  for path, form in _forms(model).items():
+    matrix = expected[path].reshape(-1, expected[path].shape[-1])
+    squares = [np.square(x) for x in (form.reshape(matrix.shape) - matrix, matrix)]
+    ratios = [
+      np.max(x.sum(axis), initial=0) / max(float(y.sum(axis).mean()), 1e-30)
+      for axis in (0, 1)
+      for x, y in [squares]
+    ]
+    errors[path] = math.sqrt(max(ratios))
+  return errors

@@ -172,7 +172,7 @@ def convert(array: Any, dtype: Any) -> Any:
   """
   if not _is_float(array):
     return array
-  with np.errstate(over='ignore'):
+  with np.errstate(over='ignore', invalid='ignore'):  # of a signalling NaN
     return array.astype(dtype, copy=False)
 
 
