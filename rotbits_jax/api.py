@@ -173,14 +173,15 @@ def decode(
   Args:
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
       states. Its arrays, or `jax.ShapeDtypeStruct`s, have the shapes and dtypes of the
-      file. A leaf of integers, see `load`, becomes its array.
+      file; where one is committed to a sharding, the decoded array gets it. A leaf of
+      integers, see `load`, becomes its array.
   """
   content = file.Reader(source, base=base).content(show_progress=progress)
   if like is None:
     return content
   if isinstance(content, models.Model):
     raise ValueError('the file holds a model, which has a structure: leave out `like`')
-  return sources.unflatten_like(like, content)
+  return placement.sharded_like(like, sources.unflatten_like(like, content))
 
 
 @host.own_settings()

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax.models import transformer
 from rotbits_jax.system.progress import Progress
 
@@ -137,44 +136,30 @@ def _measure(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
 
 def differences(
   config: models.ModelConfig,
-  reference: tuple[models.Params, Sequence[jax.Array]],
+  windows: Sequence[np.ndarray],  # tokens [1, T]
   model: tuple[models.Params, Sequence[jax.Array]],
+  reference: tuple[models.Params, Sequence[jax.Array]],
 ) -> tuple[float, float]:
   """Returns the means of KL(reference || model) and of EAR over windows of a text.
 
-  Args:
-    config: of both models.
-    reference: the parameters outside the layers, and the residual stream `[1, T, d]` of
-      each window after the last layer, see `transformer.streams`; `model` likewise.
+  A model is its parameters outside the layers, and the residual stream `[1, T, d]` of
+  each window after the last layer, see `transformer.streams`.
   """
-  (outer, streams), (model_outer, model_streams) = reference, model
-  measured = [
-    np.asarray(_differences(config, (outer, x), (model_outer, y)), np.float64)[:-1]
-    for x, y in zip(streams, model_streams, strict=True)
-  ]
-  kl, ear = np.concatenate(measured).mean(axis=0).tolist()
+  measured = []
+  for i, tokens in enumerate(windows):
+    logits = [_unembedded(outer, config, xs[i]) for outer, xs in (model, reference)]
+    measured.append(np.asarray(_measure(logits, tokens), np.float64)[1:])
+  kl, ear = np.concatenate(measured, axis=1).mean(axis=1).tolist()
   return kl, ear
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _differences(
-  config: models.ModelConfig,
-  reference: tuple[models.Params, jax.Array],
-  model: tuple[models.Params, jax.Array],
+@functools.partial(jax.jit, static_argnums=1)
+def _unembedded(
+  outer: models.Params, config: models.ModelConfig, x: jax.Array
 ) -> jax.Array:
-  """Returns KL and EAR `[T, 2]`, given parameters and streams `[1, T, d]`."""
-  # Before the loop, so that structured leaves are materialized once.
-  ends = [
-    (models.materialize(structured.astype(outer, jnp.float32)), x[0])
-    for outer, x in (reference, model)
-  ]
-
-  def of_token(i: jax.Array) -> jax.Array:
-    logits = [transformer.unembed(outer, config, x[i])[1] for outer, x in ends]
-    return jnp.stack([kl_divergence(*logits), agreement(*logits)])
-
+  """Returns the logits `[T - 1, V]` of a residual stream `[1, T, d]`."""
   with jax.default_matmul_precision('highest'):
-    return jax.lax.map(of_token, jnp.arange(len(ends[0][1])), batch_size=_TOKENS)
+    return transformer.unembed(outer, config, x)[1][0, :-1]
 
 
 def kl_divergence(reference: jax.Array, model: jax.Array) -> jax.Array:

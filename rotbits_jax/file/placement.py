@@ -57,6 +57,17 @@ def placed_like(old: Any, new: Any) -> Any:
   return put(new, sharding if is_committed else None)
 
 
+def sharded_like(like: Any, tree: Any) -> Any:
+  """Puts arrays where those of `like` are committed; the others remain as they are."""
+
+  def place(old: Any, new: Any) -> Any:
+    is_sharded = isinstance(getattr(old, 'sharding', None), jax.sharding.Sharding)
+    is_placed = is_sharded and getattr(old, 'committed', True)
+    return placed_like(old, new) if is_placed else new
+
+  return jax.tree.map(place, like, tree, is_leaf=structured.is_structured)
+
+
 def _sharding(
   place: Place, path: str, shape: tuple[int, ...]
 ) -> jax.sharding.Sharding | None:

@@ -1,7 +1,6 @@
 """Arrays that are divided along `Explicit` axes of a mesh, as `jax.make_mesh` has them.
 
-`scan` and indexing refuse these where JAX would communicate. Along `Auto` axes the
-compiler chooses the communication.
+`scan` and indexing refuse these. Along `Auto` axes, XLA chooses the communication.
 """
 
 from collections.abc import Callable
@@ -19,12 +18,11 @@ def automatic(tree: Any) -> Any:
   """Returns a PyTree with its arrays along `Auto` axes of the same devices; no copy."""
 
   def move(x: Any) -> Any:
-    old = _explicit(x)
-    if old is None:
+    if (sharding := _explicit(x)) is None:
       return x
-    mesh = jax.sharding.Mesh(x.sharding.mesh.devices, old.mesh.axis_names)
-    new = _SHARDED(mesh, old.spec, memory_kind=x.sharding.memory_kind)
-    return jax.device_put(x, new)
+    mesh = jax.sharding.Mesh(x.sharding.mesh.devices, sharding.mesh.axis_names)
+    memory = x.sharding.memory_kind
+    return jax.device_put(x, _SHARDED(mesh, sharding.spec, memory_kind=memory))
 
   return jax.tree.map(move, tree)
 
@@ -32,8 +30,8 @@ def automatic(tree: Any) -> Any:
 def with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
   """Lets a function of parameters, a config and arrays take `Explicit` axes.
 
-  In its result the stacks are divided along their layers as those of the parameters;
-  other arrays are whole.
+  In its result, stacks are divided along their layers as the parameters are; other
+  arrays are whole.
   """
 
   @functools.wraps(function)
@@ -46,12 +44,12 @@ def with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
         places.setdefault(key, _SHARDED(old.mesh, jax.P(*axes)))
     if not places:
       return bound(params, *arrays)
-    whole = _SHARDED(next(iter(places.values())).mesh, jax.P())
 
-    def place(path: tuple[Any, ...], x: Any) -> _SHARDED:
-      keys = (getattr(entry, 'key', None) for entry in path)
-      return next((places[key] for key in keys if key in places), whole)
+    def place(path: tuple[Any, ...], _: Any) -> _SHARDED:
+      keys = [x.key for x in path if getattr(x, 'key', None) in places]
+      return places[keys[0]] if keys else _SHARDED(mesh, jax.P())
 
+    mesh = next(iter(places.values())).mesh
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype)
     result = jax.eval_shape(bound, *jax.tree.map(shape, (params, *arrays)))
     out = jax.tree_util.tree_map_with_path(place, result)

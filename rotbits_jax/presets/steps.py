@@ -261,7 +261,9 @@ def _searched(
     bar.stage(f'2^{step:g}')
     rounding = passes.Rounding(step, True, offsets, calibration.inputs)
     rounded = predicted(functools.partial(rewritten.decoded, rounding=rounding))
-    points.append(Point(step, *perplexity.differences(config, expected, rounded)))
+    points.append(
+      Point(step, *perplexity.differences(config, windows, rounded, expected))
+    )
     if not math.isfinite(points[-1].kl):
       raise ValueError('the predictions are not finite')
     del rounded
