@@ -1,5 +1,6 @@
 """SliceGPT: fusing of norms, slicing, and the written files."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -14,6 +15,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
+from rotbits_jax import passes
 from rotbits_jax import slicing
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
@@ -145,6 +147,24 @@ def test_no_worse_than_microsofts(name):
     for x in (ours, theirs)
   )
   assert ours < 1.05 * theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sparsity', [0.15, 0.2, 0.25, 0.3, 0.4])
+@pytest.mark.parametrize('name', FIXTURES)
+def test_free_is_within_twice_the_noise_floor(name, sparsity):
+  unrounded = sliced(name, sparsity=sparsity)
+  model = dataclasses.replace(unrounded, stored_as='float16')
+  rounded = model.rounded()
+  free = lambda x: rotbits_jax.decode(rotbits_jax.encode(x, preset='free'))
+  kl = lambda x, reference: (
+    evaluation.evaluate(x, EVALUATION.reshape(-1), reference=reference).kl
+  )
+  rotated = [passes.randomly_rotated(rounded, key=jax.random.key(i)) for i in range(2)]
+  floor = np.mean([kl(x, rounded) for x in rotated])
+  assert kl(free(rounded), rounded) < 2 * floor
+  # Elements that were not rounded before: a single rounding, as in the rounded model.
+  assert kl(free(model), unrounded) < 1.5 * kl(rounded, unrounded)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@
 
 Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
 of the interval. The text decides which directions stay. FOLDER gets the output of
- Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
+Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
 other files. --encoded also writes the file of `rotbits encode --preset=free`, from the
-elements before they are rounded; --recipe the same relative to the dense model, which
+elements before they are rounded, so it differs from the .pt by the roundings of both,
+about twice the noise floor; --recipe the same relative to the dense model, which
 decoding then needs as --base. Measure what it costs with `rotbits evaluate`.
 
 JSON: the paths weights, encoded and recipe; hidden_size of the dense model; width of

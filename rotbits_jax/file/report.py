@@ -207,6 +207,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   other_bytes = sum(x.nbytes for x in manifest.files.values())
   stream_bytes = sum(nbytes for _, nbytes in manifest.streams())
   lines = [ReportLine(name, *saved) for name, saved in sums.items()]
+  loss: Any = manifest.options.get('measured')
   uncoded = size - sum(line.bytes_saved for line in lines)
   return Report(
     preset=manifest.preset,
@@ -224,9 +225,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     ],
     needs={array.path: array for leaf in leaves for array in leaf.base_arrays},
     notes=notes,
-    measured=schema.load(
-      held_out.Measured | None, manifest.options.get('measured'), 'measured'
-    ),
+    measured=loss and schema.load(held_out.Measured, loss, 'measured'),
   )
 
 
