@@ -280,7 +280,11 @@ def test_usage(rotbits):
   for name in main.COMMANDS:
     assert f'\n  {name} ' in out
   assert rotbits('--version') == (0, f'rotbits {rotbits_jax.__version__}\n', '')
-  assert rotbits('enkode')[0] == 2
+  assert rotbits('enkode') == (
+    2,
+    '',
+    "rotbits: unknown command 'enkode'; did you mean encode?\n",
+  )
 
 
 def test_help(rotbits, subtests):
@@ -323,6 +327,35 @@ def test_paths_by_position_have_defaults(rotbits, tmp_path, monkeypatch):
     'again.rotbits',
     'models',
   }
+
+
+def test_an_interrupt_in_a_callback_ends_the_command(encoded):
+  code = """
+import gc, signal, sys, time
+import rotbits_jax
+from rotbits_jax.cli import main
+
+def interrupt(*info):
+  gc.callbacks.clear()
+  signal.raise_signal(signal.SIGINT)
+
+def inspect(path):
+  gc.callbacks.append(interrupt)
+  gc.collect()
+  time.sleep(60)
+
+rotbits_jax.inspect = inspect
+sys.exit(main.main())
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code, 'inspect', encoded / 'exact'],
+    capture_output=True,
+    check=False,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    text=True,
+    timeout=50,
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (130, '', '')
 
 
 def test_a_process_of_its_own(tmp_path):

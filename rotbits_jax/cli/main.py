@@ -1,8 +1,12 @@
 """The `rotbits` program: `rotbits COMMAND PATH ... --flag=value ...`."""
 
+import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
+from typing import Any
 
 import rotbits_jax
 
@@ -30,7 +34,7 @@ Commands; `rotbits COMMAND -h` shows the flags, and --help explains them:
 {commands}
 
 Exit codes: 0 success, 2 bad input (one line on stderr, nothing written),
-1 a fault of this program."""
+130 interrupted, 1 a fault of this program."""
 
 
 def main() -> int:
@@ -44,14 +48,29 @@ def main() -> int:
     print(f'rotbits {rotbits_jax.__version__}')
     return 0
   if name not in COMMANDS:
-    names = ', '.join(COMMANDS)
-    print(f'rotbits: unknown command {name!r}; it is one of {names}', file=sys.stderr)
+    names = difflib.get_close_matches(name, COMMANDS, 1) or COMMANDS
+    text = f'unknown command {name!r}; did you mean {", ".join(names)}?'
+    print(f'rotbits: {text}', file=sys.stderr)
     return 2
   del sys.argv[1]
   # Before SciPy is imported, whose LAPACK JAX calls; see `host.small_products`.
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-  # Imports only one command, because importing all would take seconds.
-  command = importlib.import_module(f'rotbits_jax.cli.{name}')
-  program = importlib.import_module('rotbits_jax.cli.program')
-  code: int = program.run(command)
+  sys.unraisablehook = _unraisable
+  try:
+    # Imports only one command, because importing all would take seconds.
+    command = importlib.import_module(f'rotbits_jax.cli.{name}')
+    program = importlib.import_module('rotbits_jax.cli.program')
+    code: int = program.run(command)
+  except KeyboardInterrupt:
+    code = 130
   return code
+
+
+def _unraisable(error: Any) -> None:
+  """Repeats an interrupt that came in a callback, which Python would only print."""
+  if isinstance(error.exc_value, KeyboardInterrupt):
+    # After the callback.
+    arguments = threading.get_ident(), signal.SIGINT
+    threading.Timer(0.01, signal.pthread_kill, arguments).start()
+  else:
+    sys.__unraisablehook__(error)

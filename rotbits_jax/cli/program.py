@@ -72,8 +72,6 @@ def run(command: types.ModuleType) -> int:
     _keep_compiled_programs()
     with host.own_settings():
       result = command.main(*paths)
-  except KeyboardInterrupt:
-    return 130
   except (ValueError, OSError, flags.Error) as error:
     print(f'rotbits {name}: {_one_line(error)}', file=sys.stderr)
     return 2
