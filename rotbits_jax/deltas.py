@@ -118,7 +118,8 @@ def apply(
     for path in last_used[record] if donate else ():  # also without a successor
       release(path, record)
   new |= {x: {} for entry in reader.records.values() for x in entry.empty}
-  return sources.unflatten_like(params, structured.unflatten(new))
+  nested = sources.unescaped(structured.unflatten(new))
+  return sources.unflatten_like(params, nested)
 
 
 def _digest(tree: Any) -> bytes:

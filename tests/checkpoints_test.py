@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 import weights_files
 
+import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax.checkpoints import CheckpointError
 
@@ -346,6 +347,25 @@ class TestDirectory:
     blobs.rename(tmp_path / 'private')
     blobs.symlink_to('private')
     assert not checkpoints.open_plain(snapshot).files
+
+  def test_weights_without_an_index_and_the_cache_of_the_hub(self, tmp_path):
+    checkpoint = checkpoints.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+    cache = tmp_path / 'models--a--b'
+    folder = cache / 'snapshots' / '0123'
+    folder.parent.mkdir(parents=True)
+    checkpoints.save_checkpoint(checkpoint, folder, shard_size=300_000)
+    (folder / 'model.safetensors.index.json').unlink()
+    (cache / 'refs').mkdir()
+    (cache / 'refs' / 'main').write_text('0123\n')
+    for path in (folder, cache):
+      loaded = checkpoints.load_checkpoint(path)
+      jax.tree.map(np.testing.assert_array_equal, loaded.model, checkpoint.model)
+      out = tmp_path / f'from {path.name}'
+      rotbits_jax.decode_to_directory(rotbits_jax.encode(path), out)
+      contents = ({x.name: x.read_bytes() for x in y.iterdir()} for y in (folder, out))
+      assert next(contents) == next(contents)
+    with pytest.raises(rotbits_jax.ContainerError, match='load_checkpoint loads'):
+      rotbits_jax.load(folder)
 
   @pytest.mark.parametrize(
     ('removed', 'match'),

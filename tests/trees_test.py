@@ -73,6 +73,9 @@ TREES = {
   'structured': lambda: {'x': structured.Constant(np.float16(1), (3,))},
   'empty dicts': lambda: {'a': {'b': {}, 'c': np.ones(3), 'd': {'e': {}}}, 'f': {}},
   'nothing': dict,
+  'array': lambda: np.ones((2, 3)),
+  'leaf': lambda: structured.Constant(np.float16(1), (3,)),
+  'slashes': lambda: ({'a/b': {'c%2F': np.ones(2)}, 'a': {'b/c': np.zeros(1)}},),
   'many small arrays': lambda: (
     [arrays_of((i % 9, 2)) for i in range(13)] + [np.ones(99)] * 9,
     [np.zeros((), jnp.bfloat16), np.zeros((4, 0), np.int8)] * 140,
@@ -107,6 +110,30 @@ def test_a_tree_comes_back(name):
     assert structured.same_bits(rotbits_jax.load(data), tree)
     records = {key: rotbits_jax.read_record(data, key)[key] for key in tree}
     assert structured.same_bits(records, tree)
+
+
+class Network(nnx.Module):
+  def __init__(self, rngs):
+    self.linear, self.dropout = nnx.Linear(3, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+
+def test_numbers_and_typed_keys_come_back():
+  keys = jax.random.key(7), jax.random.split(jax.random.key(0, impl='rbg'), 3)
+  tree = {'keys': keys, 'numbers': [3, 2.5, True]}
+  data = rotbits_jax.encode(tree)
+  decoded = rotbits_jax.decode(data, like=tree)
+  assert repr(decoded) == repr(tree)
+  assert list(rotbits_jax.decode(data)['keys']['1']) == ['rbg']
+  state = nnx.state(Network(nnx.Rngs(0)))
+  again = rotbits_jax.decode(rotbits_jax.encode(state), like=state)
+  assert repr(again) == repr(state)
+  with pytest.raises(ValueError, match='only one of the file and'):
+    rotbits_jax.decode(data, like=tree | {'keys': keys[:1] * 2})
+
+
+def test_keys_with_slashes_are_those_of_the_dicts():
+  tree = {'mlp/~/linear_0': {'w': np.ones(2)}, '100%': np.zeros(1)}
+  assert structured.same_bits(rotbits_jax.decode(rotbits_jax.encode(tree)), tree)
 
 
 def test_keys_keep_their_order():
@@ -191,13 +218,11 @@ def test_a_model_in_the_other_byte_order():
 
 REFUSED = (
   ({'a': {'b': 'text'}}, 'a/b: expected an array'),
-  ({'a': [1.5]}, 'a/0: .* numpy.asarray'),
+  ({'a': [2**70]}, 'a/0: .* numpy.asarray'),
   ({'a': np.array(['x'])}, 'a: .* <U1.*frombuffer'),
-  ({'a': jax.random.key(0)}, 'a: .* key'),
   ({'a': np.zeros(2, np.complex64)}, 'a.*complex64'),
   ({'a': np.ma.array([1.0, 2.0], mask=[0, 1])}, 'a: .* MaskedArray'),
-  ({'a/b': np.zeros(2)}, 'without a slash'),
-  (np.zeros(2), 'at the top level'),
+  ({'': np.zeros(2)}, 'not empty'),
   (pathlib.Path('MODEL'), 'MODEL: there is no such file'),
   ({'manifest': np.zeros(2)}, 'manifest: the file has another entry'),
   ({'__metadata__': np.zeros(2)}, '__metadata__: the file has another entry'),

@@ -68,7 +68,8 @@ class Folder:
   """An opened folder, or tensors in memory, which are read a record at a time.
 
   Attributes:
-    path: the weights file, or the index of several; None for tensors in memory.
+    path: the weights file, or the index or the folder of several; None for tensors in
+      memory.
     tensors: the tensors by name.
     files: bytes of the sidecar files (configs, tokenizer, license, code) by name.
     opened: the weights files.
@@ -374,12 +375,13 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   kept whatever it says. Otherwise it must name the tensors, and is kept if the writer
   divides tensors as it says.
   """
-  listed = _find_weights(files_lib.local_path(path))
+  listed, *others = _find_weights(_snapshot(files_lib.local_path(path)))
   is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)
   if plain and is_torch:
     text = 'is not safetensors, in which any family is stored'
     raise errors.UnsupportedError(f'{listed} {text}')
-  shards: Mapping[str, Sequence[str] | None] = {listed.name: None}
+  shards: Mapping[str, Sequence[str] | None]
+  shards = dict.fromkeys(x.name for x in (listed, *others))
   index: dict[str, bytes] = {}
   if listed.suffix == '.json':
     content = tensors_lib.content(listed, safetensors.MOST_INDEX)
@@ -409,11 +411,19 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
     tensors |= of_shard
   no_sidecars = {listed, *(file.path for file in weights)}
   files, left_out = _read_sidecars(listed.parent, no_sidecars, index)
-  return Folder(listed, tensors, files, tuple(weights), headers, left_out)
+  found = listed.parent if others else listed
+  return Folder(found, tensors, files, tuple(weights), headers, left_out)
 
 
-def _find_weights(path: pathlib.Path) -> pathlib.Path:
-  """Returns the weights file of a folder, or the index if there are several."""
+def _snapshot(path: pathlib.Path) -> pathlib.Path:
+  """Returns the snapshot in the folder `models--NAME` of Hugging Face's cache."""
+  main = path / 'refs' / 'main'
+  is_cache = path.name.startswith('models--') and main.is_file()
+  return path / 'snapshots' / main.read_text().strip() if is_cache else path
+
+
+def _find_weights(path: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the weights file of a folder, or the index of several, or all of these."""
   candidates = [path]
   if path.is_dir():
     candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
@@ -430,12 +440,13 @@ def _find_weights(path: pathlib.Path) -> pathlib.Path:
     raise errors.CheckpointError(f'{path}: there is no such file or directory')
   names = errors.cut(', '.join(x.name for x in candidates)) or 'none'
   endings = ('.bin', '.pt', '.safetensors', safetensors.SUFFIX, _TORCH_INDEX)
-  if len(candidates) != 1 or not names.endswith(endings):
+  is_set = all(x.suffix == '.safetensors' for x in candidates) and candidates
+  if not (is_set or (len(candidates) == 1 and names.endswith(endings))):
     raise errors.CheckpointError(
       f'{path}: expected one file of weights, .safetensors, .pt or .bin, or the index '
       f'of several, as in *{safetensors.SUFFIX}; got {names}'
     )
-  return candidates[0]
+  return candidates
 
 
 def _read_sidecars(

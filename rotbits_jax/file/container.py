@@ -150,6 +150,9 @@ class StreamReader:
     self.name = str(getattr(source, 'name', ''))
     self.opened: files.File | None = None
     if isinstance(source, (str, os.PathLike)):
+      if os.path.isdir(source):
+        text = 'a folder without an index of shards; load_checkpoint loads checkpoints'
+        raise ContainerError(f'{source}: {text}')
       self.opened = files.File.of(source)
       self.name, self.size = str(self.opened.path), self.opened.size
     else:

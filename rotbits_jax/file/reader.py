@@ -347,7 +347,8 @@ class Reader:
     if self.is_plain:  # the tensors by name
       return flat
     empty = [x for entry in self.records.values() for x in entry.empty]
-    return structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
+    nested = structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
+    return sources.unescaped(nested)
 
   def _message(self, show_progress: bool) -> Tree:
     """Returns the parameters of a message, see `paper.decode`; else nothing."""

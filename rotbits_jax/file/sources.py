@@ -6,11 +6,11 @@ A source has records, which are read one at a time. Those of a model are those o
 
 from collections.abc import Mapping
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 from typing import Any
+from urllib import parse
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def plain(source: Any) -> passes.Source:
   """
   is_model = isinstance(source, checkpoints.CheckpointReader)
   path = source.path if is_model and not source.config.sliced else None
-  if path is None or '.safetensors' not in path.suffixes:
+  if path is None or not source.headers:
     return source
   return checkpoints.open_plain(path)
 
@@ -92,9 +92,11 @@ class TreeRecords:
 def to_dicts(tree: Any, path: str = '') -> Any:
   """Returns any PyTree, or the part at a path, as nested dicts with the same leaves.
 
-  The keys are those of dicts, the indices of sequences and the names of fields. Dicts
-  may be empty. A ValueError says that a leaf is no array, that keys cannot be told
-  apart, or that the tree is an array itself.
+  The keys are those of dicts, with '%2F' for a slash, the indices of sequences and the
+  names of fields. Dicts may be empty. A number of Python becomes an array, typed PRNG
+  keys a dict from the name of their implementation to their data, and a tree that is a
+  leaf itself has the key 'array'. A ValueError says that a leaf is no array, or that
+  keys cannot be told apart.
   """
   if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
     children = list(tree.items())  # JAX would sort the keys
@@ -103,38 +105,43 @@ def to_dicts(tree: Any, path: str = '') -> Any:
     is_structured = structured.is_structured(tree)
     if is_structured or [keys for keys, _ in pairs] == [()]:
       if not path:
-        raise ValueError('expected a dict or a sequence at the top level')
+        return {'array': to_dicts(tree, 'array')}
+      if _is_key(tree):
+        return {str(jax.random.key_impl(tree)): jax.random.key_data(tree)}
       return tree if is_structured else _array(tree, path)
-    children = [(_path_of(keys), child) for keys, child in pairs]
+    children = [(jax.tree_util.keystr(x, simple=True), child) for x, child in pairs]
   nested: Tree = {}
-  for key, child in children:
+  for name, child in children:
+    key = name.replace('%', '%25').replace('/', '%2F')
     where = f'{path}/{key}' if path else key
-    if not key or '/' in key or key in nested:
-      raise ValueError(
-        f'{where!r}: keys must be different, not empty and without a slash'
-      )
+    if not key or key in nested:
+      raise ValueError(f'{where!r}: keys must be different and not empty')
     nested[key] = to_dicts(child, where)
   return nested
 
 
-# Returns the path of a leaf, from JAX's keys of dicts, sequences and classes.
-_path_of = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
+def unescaped(tree: Any) -> Any:
+  """Returns nested dicts with the keys that `to_dicts` got."""
+  if not isinstance(tree, dict):
+    return tree
+  return {parse.unquote(key): unescaped(child) for key, child in tree.items()}
+
+
+def _is_key(leaf: Any) -> bool:
+  """Returns whether a leaf has typed PRNG keys."""
+  return jax.dtypes.issubdtype(getattr(leaf, 'dtype', None), jax.dtypes.prng_key)
 
 
 def _array(leaf: Any, path: str) -> Any:
   """Returns a leaf if it is an array that files can hold."""
+  leaf = np.asarray(leaf) if isinstance(leaf, bool | int | float) else leaf
   is_array = isinstance(leaf, (np.ndarray, np.generic, jax.Array))
   dtype = leaf.dtype if is_array else None
-  if (
-    dtype is None
-    or isinstance(leaf, np.ma.MaskedArray)
-    or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-    or dtype.kind in 'cOSUMm'
-  ):
+  if dtype is None or isinstance(leaf, np.ma.MaskedArray) or dtype.kind in 'cOSUMm':
     raise ValueError(
       f'{path}: expected an array of numbers, got {type(leaf).__name__} {dtype or ""}; '
-      'numpy.asarray, jax.random.key_data, and for text numpy.frombuffer make them. Of '
-      'a TrainState, encode the params and the opt_state'
+      'numpy.asarray, and for text numpy.frombuffer make them. Of a TrainState, encode '
+      'the params and the opt_state'
     )
   return leaf
 
@@ -145,18 +152,34 @@ def unflatten_like(like: Any, leaves: Tree) -> Any:
   A ValueError says that paths, shapes or dtypes differ. The leaves of `like` may be
   `jax.ShapeDtypeStruct`. A structured leaf for which files have an array becomes that.
   """
-  flat = structured.flatten(leaves)
-  pairs, treedef = jax.tree_util.tree_flatten_with_path(
-    like, is_leaf=structured.is_structured
-  )
-  expected = {_path_of(keys): leaf for keys, leaf in pairs}
+  flat = structured.flatten(to_dicts(leaves))
+  old, treedef = jax.tree.flatten(like, is_leaf=structured.is_structured)
+  numbered = structured.flatten(to_dicts(treedef.unflatten(range(len(old)))))
+  places = {int(index): path for path, index in numbered.items()}
+  for index, leaf in enumerate(old):
+    if _is_key(leaf):
+      places[index] += f'/{jax.random.key_impl(leaf)}'
+      old[index] = jax.eval_shape(jax.random.key_data, leaf)
+  expected = {places[index]: leaf for index, leaf in enumerate(old)}
   if wrong := sorted(expected.keys() ^ flat.keys()):
     raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
   for path, leaf in expected.items():
     of_like, of_file = (_in_file(x, path) for x in (leaf, flat[path]))
     if of_like != of_file:
       raise ValueError(f'{path}: `like` has {of_like[1:3]}, the file {of_file[1:3]}')
-  return jax.tree.unflatten(treedef, [flat[path] for path in expected])
+  given = treedef.flatten_up_to(like)
+  return treedef.unflatten(
+    [_as_in(x, flat[path]) for x, path in zip(given, expected, strict=True)]
+  )
+
+
+def _as_in(old: Any, new: Any) -> Any:
+  """Returns a leaf of a file as a number of Python or as typed keys, if it was that."""
+  if isinstance(old, bool | int | float):
+    return type(old)(new)
+  if _is_key(old):
+    return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
+  return new
 
 
 def _in_file(leaf: Any, path: str) -> tuple[Any, ...]:
