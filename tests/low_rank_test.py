@@ -5,9 +5,9 @@ import jax
 import numpy as np
 
 from rotbits_jax import structured
-from rotbits_jax.symmetries import low_rank
+from rotbits_jax.symmetries import heads
 
-_fix_pair = jax.jit(low_rank.fix_pair)
+_fix_pair = jax.jit(heads.fix_low_rank)
 
 
 def _pair(m, n, rank, dtype=np.float16, seed=0):

@@ -16,7 +16,6 @@ import pytest
 from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
-from rotbits_jax.symmetries import low_rank
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries import steps
 from tests import devices
@@ -64,7 +63,7 @@ FUNCTIONS = {
     functools.partial(heads.with_value_bias, kv_heads=2),
     lambda r: (_normal(r, 6), _normal(r, 4), _normal(r, 8, 6)),
   ),
-  'fix_pair': (low_rank.fix_pair, lambda r: (_normal(r, 8, 3), _normal(r, 3, 6))),
+  'fix_low_rank': (heads.fix_low_rank, lambda r: (_normal(r, 8, 3), _normal(r, 3, 6))),
 }
 
 

@@ -9,10 +9,9 @@ The modules, in the order of reading:
 
     rotations     the residual stream in other coordinates
     canonical     canonical forms under rotations: polar, QR, SVD
-    heads         the bases and biases of attention heads
+    heads         the bases and biases of attention heads; low-rank factors
     layer         one layer: gauge, fold norms, rotate, fix
     stacked       all layers in one call: `canonicalize` is the `vmap` of `layer`
-    low_rank      the basis between two factors
     steps         rounding to multiples of a step, also with error feedback
     products      matrix products that round equally on any number of threads
 """
@@ -23,9 +22,9 @@ from rotbits_jax.symmetries.canonical import qr as qr
 from rotbits_jax.symmetries.canonical import svd as svd
 from rotbits_jax.symmetries.heads import basis as basis
 from rotbits_jax.symmetries.heads import fix_keys as fix_keys
+from rotbits_jax.symmetries.heads import fix_low_rank as fix_low_rank
 from rotbits_jax.symmetries.heads import fix_values as fix_values
 from rotbits_jax.symmetries.layer import fold_norm_scales as fold_norm_scales
-from rotbits_jax.symmetries.low_rank import fix_pair as fix_pair
 from rotbits_jax.symmetries.rotations import rotate as rotate
 from rotbits_jax.symmetries.stacked import Gauges as Gauges
 from rotbits_jax.symmetries.stacked import canonicalize as canonicalize
