@@ -345,6 +345,7 @@ def inspect(path):
   time.sleep(60)
 
 rotbits_jax.inspect = inspect
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may ignore it
 sys.exit(main.main())
 """
   done = subprocess.run(

@@ -8,6 +8,7 @@ people; or None. Exit codes are those of `main.USAGE`.
 from collections.abc import Callable, Mapping
 import contextlib
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -122,11 +123,8 @@ def _help(command: types.ModuleType, usage: str, *, is_long: bool) -> str:
   if is_long:
     return '\n\n'.join([text, usage, *map(flags.FLAGS.module_help, modules)])
   of_module = flags.FLAGS.get_flags_for_module
-  rows = [
-    f'  --{flag.name:18}{flag.help.splitlines()[0].rstrip(";")}'
-    for module in modules
-    for flag in of_module(module)
-  ]
+  listed = itertools.chain.from_iterable(map(of_module, modules))
+  rows = [f'  --{x.name:18}{x.help.splitlines()[0].rstrip(";")}' for x in listed]
   return '\n'.join([text.partition('\n')[0], '', usage, '', *rows])
 
 
@@ -148,8 +146,10 @@ def _parse() -> list[str]:
 
 def _expanded(argument: str) -> str:
   """Expands `~` in a path or --FLAG=PATH, and NAME in --config=NAME[:ARGUMENT]."""
-  flag, path = re.fullmatch(r'(?s)(-[^=~]*=)?(.*)', argument).groups('')
-  argument = flag + os.path.expanduser(path)
+  flag, equals, value = argument.partition('=')
+  if argument.startswith('-'):
+    argument = f'{flag}{equals}{os.path.expanduser(value)}'
+  argument = os.path.expanduser(argument)
   match = re.fullmatch(r'(--?config=)(\w+)(.*)', argument)
   if match is None or not (path := config_folder() / f'{match[2]}.py').exists():
     return argument

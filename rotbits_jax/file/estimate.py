@@ -73,18 +73,19 @@ def _free(source: Any) -> tuple[float, float]:
   The first layer, the last one and one between are rewritten as the preset does it.
   """
   config, preset = source.config, presets.free()
-  count, chosen = config.num_layers, [*range(config.num_layers)]
-  if count > _RECORDS:
-    chosen = [0, count // 2, count - 1]
+  count = config.num_layers
+  for chosen in ((0, count // 2, count - 1), range(count)):
     widths = [config.layer_widths(index) for index in chosen]
-    if any(x[-1] != y[0] for x, y in itertools.pairwise(widths)):
-      chosen = [*range(count)]
-  weights = {1: count - 2} if len(chosen) < count else {}  # layers like one
-  widths = [config.layer_widths(index) for index in chosen]
+    if count > _RECORDS and all(x[-1] == y[0] for x, y in itertools.pairwise(widths)):
+      break
+  middle = models.names.layer(1)  # which stands for those that are not read
   small = msgspec.structs.replace(
     config,
     num_layers=len(chosen),
-    segment_widths=(widths[0][0], *itertools.chain(*(x[1:] for x in widths))),
+    segment_widths=(
+      *config.segment_widths[:1],
+      *itertools.chain(*(x[1:] for x in widths)),
+    ),
   )
   outer, names = dict[str, Any](), map(models.names.layer, chosen)
   for name in models.outer_shapes(config):
@@ -94,7 +95,7 @@ def _free(source: Any) -> tuple[float, float]:
   context, nbytes, elements = passes.make_context(model), 0.0, 0
   rewritten = passes.rewrite(context, preset.transform, rounding=preset.rounding)
   for record in itertools.chain.from_iterable(records for records, _ in rewritten):
-    weight = weights.get(models.names.layer_index(record.name), 1)
+    weight = 1 + (count - len(chosen)) * (record.name == middle)
     leaves = structured.flatten(record.params)
     elements += weight * sum(map(structured.count_elements, leaves.values()))
     nbytes += weight * coder.estimate(_stored(leaves.values()))
