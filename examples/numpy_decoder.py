@@ -19,10 +19,9 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 
-def read_frequencies(data, count, size, p):
-  """Frequencies `[count, 256]` of integers, or `[count, 1024]` of pairs of 32 bins."""
-  values = [1, 256] @ np.frombuffer(zlib.decompress(data), 'u1').reshape(2, -1)
-  tables = values.reshape(count, size)
+def read_frequencies(data, size, p):
+  """Frequencies `[K, 256]` of integers, or `[K, 1024]` of pairs of 32 bins."""
+  tables = ([1, 256] @ data.reshape(2, -1)).reshape(-1, size)
   if size == 256:
     return tables
   weights = (tables[:, :, None] * tables[:, None]).reshape(-1, 1024)
@@ -72,12 +71,13 @@ def read_message(data, tables, shifts, frequencies, p):
 
 def read_block(data, tables, told, frequencies, group, dtype):
   """The bits of the elements of each unit."""
-  kind, r, raised, t, *_ = group
-  count, unsigned = tables.size, f'u{dtype.itemsize}'
+  kind, r, raised, *_ = group
+  count, unsigned, t = tables.size, f'u{dtype.itemsize}', 1 + raised
   p, lanes = 12 if raised else 14, 4 if count <= 1 << 16 else 32
   pad = lambda x: np.pad(x, (0, -count % lanes), 'edge').reshape(-1, lanes)
   shifts = pad(0 * told if kind == 'floats' else told)
-  symbols, data = read_message(data, pad(tables), shifts, frequencies, p)
+  tables = pad(tables)
+  symbols, data = read_message(data, tables, shifts, frequencies, p)
   told = pad(told).reshape(-1, 1)
   bits = symbols[:, None] - (128 << told if dtype.kind == 'i' else 0)
   if kind == 'floats':
@@ -91,6 +91,7 @@ def read_block(data, tables, told, frequencies, group, dtype):
     listed = symbols == 1023
     pairs = np.unpackbits(data, count=10 * listed.sum()).reshape(-1, 10)
     symbols[listed] = pairs @ (1 << np.arange(10)[::-1])
+    whole = listed & (symbols == 1023)
     bins = np.stack(np.divmod(symbols, 32), -1)
     data, m = data[math.ceil(pairs.size / 8) :], finfo(dtype).nmant
     bits = bins + (0 if raised else told) << m - t | raw % (1 << r - 1) << m + 1 - t - r
@@ -99,46 +100,56 @@ def read_block(data, tables, told, frequencies, group, dtype):
       small = small.astype(dtype).view(unsigned)
       bits = np.where(bits >> m, bits + (told - 1 << m), small)
     bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
-  bits = bits[:count].astype(unsigned)
-  size = 3 * (data.size // (3 + bits[0].nbytes))
-  places = data[:size].reshape(-1, 3) @ [1, 1 << 8, 1 << 16]
-  bits[places] = data[size:].view(bits.dtype).reshape(-1, bits.shape[1])
-  return bits
+  else:
+    rare = np.where(frequencies > 0, frequencies, 1 << 15)[:, ::-1]
+    escapes = frequencies.shape[1] - 1 - rare.argmin(1)
+    escapes[(rare < 1 << 15).all(1) & (dtype.itemsize == 1)] = -1
+    whole = symbols >> told[:, 0] == escapes[tables.ravel()]
+  bits = bits.astype(unsigned)
+  bits[whole] = data.view(unsigned).reshape(-1, bits.shape[1])
+  return bits[:count]
 
 
-def read_group(group, tables, blocks, parts, classes=None):
+def read_group(group, tables, blocks, parts, known=None):
   """The bits of the parts of a group, one part after the other."""
-  (kind, _, raised, t, *_), inflate = group, zlib.decompressobj(-15)
-  take = io.BytesIO(inflate.decompress(tables)).read
+  kind, _, raised, *_ = group
+  take = io.BytesIO(zlib.decompress(tables, -15)).read
   numbers = lambda n: np.int64(np.frombuffer(take(n), 'u1'))
-  count, number, least = np.frombuffer(take(6), '<i2').tolist()
-  told = np.cumsum(numbers(2 * number).reshape(2, -1), 1) % 256
+  (count,) = np.frombuffer(take(2), '<u2').tolist()
   unit, size, p = (2, 32, 12 if raised else 14) if kind == 'floats' else (1, 256, 14)
-  if classes is None:
+  base = np.cumsum(np.frombuffer(take(2 if unit == 2 else 2 * count), '<i2'))
+  classes = [known]
+  if known is None:
     classes, heads = [], numbers(2 * len(parts)).reshape(-1, 2)
-    for (mode, base), part in zip(heads, parts, strict=True):
+    for (mode, least), part in zip(heads, parts, strict=True):
       rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
       shared = 1 if columns % unit else unit
-      place = np.full((rows, columns), base)
+      place = np.full((rows, columns), least)
       place += numbers(rows)[:, None] if mode & 1 else 0
       place += numbers(columns // shared).repeat(shared) if mode & 2 else 0
       classes.append(place.ravel()[::unit])
-    classes = np.concatenate(classes)
-  told = told[:, classes] if number else (classes % 4, (classes // 4 << t) + least)
-  frequencies = read_frequencies(inflate.unused_data, count, size, p)
-  ends = range(0, classes.size, math.ceil(classes.size / len(blocks)))[1:]
-  units = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
-  dtype = parts[0].dtype
-  bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in units])
-  for part in parts:
-    part_bits, bits = np.split(bits, [math.ceil(part.size / unit)])
-    yield part_bits.ravel()[: part.size].reshape(part.shape)
+  stored = np.cumsum(numbers(count)) - 1
+  frequencies = read_frequencies(numbers(-1), size, p)[stored]
+  blocks, dtype = iter(blocks), parts[0].dtype
+  read = lambda *told: read_block(next(blocks), *told, frequencies, group, dtype)
+  for part, k in zip(parts, classes, strict=True):
+    if unit == 1:
+      told = k, base[k]
+    else:
+      told = (k % 32, k // 32 + base) if raised else (k % 4, (k // 4 << 1) + base)
+    ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
+    pieces = zip(*(np.split(x, ends) for x in told), strict=True)
+    bits = np.vstack([read(*x) for x in pieces])
+    yield bits.ravel()[: part.size].reshape(part.shape)
 
 
 def parts_of(dtype, shape, crc32, groups, zeros):
   """Empty arrays of the dtypes and shapes of the parts of an array."""
   if zeros is None:
-    return [np.empty([*shape, 2], 'u4') if '64' in dtype else np.empty(shape, dtype)]
+    nbytes = np.dtype(dtype).itemsize
+    if nbytes == 8 or (nbytes > 1 and dtype[0] == 'u'):
+      return [np.empty([*shape, nbytes], 'u1')]
+    return [np.empty(shape, dtype)]
   n, negative, transposed = zeros
   matrix = math.prod(shape[:-1]), math.prod(shape[-1:])
   lines, length = matrix[::-1] if transposed else matrix
@@ -163,9 +174,9 @@ def read_record(spec, stream):
   """The arrays of a record; functions of the classes if these are known."""
   arrays, groups, take = spec['arrays'], spec['groups'], io.BytesIO(stream).read
   parts = [pair for x in arrays for pair in zip(x[3], parts_of(*x), strict=True)]
-  tables, decoded = [take(group[4]) for group in groups], {}
+  tables, decoded = [take(group[3]) for group in groups], {}
   for g, group in enumerate(groups):
-    blocks, members = [take(n) for n in group[5]], [x for i, x in parts if i == g]
+    blocks, members = [take(n) for n in group[4]], [x for i, x in parts if i == g]
     read = functools.partial(read_group, group, tables[g], blocks, members)
     decoded[g] = iter([read]) if group[0] == 'known' else read()
   stored = lambda part: np.ndarray(part.shape, part.dtype, take(part.nbytes))

@@ -82,10 +82,7 @@ def test_tables_of_pairs_are_the_same_on_every_machine():
 DIGEST = 856749762
 
 
-@pytest.mark.parametrize('position', [0, 1])
-def test_what_is_inflated_is_bounded(position):
-  layout, bomb = layouts.Floats(np.dtype(np.float16), 8), bytes(1 << 24)
-  streams = [tables.deflate(b'\4' + bytes(7)), zlib.compress(b'')]
-  streams[position] = (zlib.compress if position else tables.deflate)(bomb)
-  with pytest.raises(ValueError, match=r'too long|not a frequency'):
-    contexts.from_bytes(b''.join(streams), layout, ((1, 2),))
+def test_what_is_inflated_is_bounded():
+  layout = layouts.Floats(np.dtype(np.float16), 8)
+  with pytest.raises(ValueError, match='too long'):
+    contexts.from_bytes(tables.deflate(bytes(1 << 24)), layout, ((1, 2),))

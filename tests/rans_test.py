@@ -166,16 +166,24 @@ class TablesTest(absltest.TestCase):
   def test_bytes_round_trip(self):
     stack = np.stack([tables.quantize(COUNTS[n]) for n in ('normal', 'lone', 'skewed')])
     data = tables.to_bytes(stack)
-    np.testing.assert_array_equal(tables.from_bytes(data, 3, 256), stack)
+    data = np.frombuffer(data, np.uint8)
+    np.testing.assert_array_equal(tables.from_bytes(data, 256), stack)
+    packed = tables.deflate(bytes(9), data.tobytes())
+    unpacked = tables.inflate(packed, 9 + data.size)
+    np.testing.assert_array_equal(unpacked, np.append(np.zeros(9, np.uint8), data))
 
   def test_bad_bytes_are_refused(self):
     stack = tables.quantize(COUNTS['normal'])[None]
-    data = tables.to_bytes(stack)
-    for bad, count in ((data[:-3], 1), (b'', 1), (data, 2), (data, 0)):
+    data = np.frombuffer(tables.to_bytes(stack), np.uint8)
+    for bad, alphabet in ((data[:-3], 256), (data, 384), (data, 16)):
       with self.assertRaises(ValueError):
-        tables.from_bytes(bad, count, 256)
+        tables.from_bytes(bad, alphabet)
+    packed = tables.deflate(data.tobytes())
+    for bad in (packed[:-3], b'', packed + b'0'):
+      with self.assertRaises(ValueError):
+        tables.inflate(bad, data.size)
     with self.assertRaises(ValueError):
-      tables.from_bytes(data, 1, 16)
+      tables.inflate(packed, data.size - 1)
     stack[0, 100] += 1
     with self.assertRaisesRegex(ValueError, 'add up'):
-      tables.from_bytes(tables.to_bytes(stack), 1, 256)
+      tables.from_bytes(np.frombuffer(tables.to_bytes(stack), np.uint8), 256)

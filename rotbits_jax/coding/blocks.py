@@ -1,8 +1,8 @@
 """Blocks: up to 2^19 units that are coded on their own.
 
-A block is a `rans.Message`; then the planes; then the list of pairs of
-bins, 10 bits each, the highest first; then the exceptions: the place of each unit, 3
-bytes, and then the bits of each unit. Integers have neither planes nor the list. Unit i
+A block is a `rans.Message`; then the planes; then, for each escape in turn, the pair of
+bins, 10 bits, the highest first; then, for each escape among these, the bits of the
+unit. Integers have neither planes nor pairs, but the bits for each escape. Unit i
 is in lane i % L and row i // L of L lanes, so in each step these code L neighbouring
 units. The last row is filled up with the last unit. There are 32 lanes, which suits the
 registers of processors; or 4, which take fewer bytes, for up to 2^16 units.
@@ -41,8 +41,6 @@ CAPACITY = LANES * ROWS
 LEAST_BYTES = 2 * (2 + 3 * FEW_LANES)
 """Bytes of a block without words."""
 
-_PLACE = 3  # bytes
-
 # The stacks are no multiple of a large power of two apart, because their tops would
 # then compete for the same places in the CPU's cache.
 _APART = 96
@@ -53,16 +51,14 @@ _WIDE = {'xla_cpu_prefer_vector_width': 512}
 Fill = Callable[[np.ndarray], None]
 """A function that writes into an array."""
 
-Patch = tuple[np.ndarray, np.ndarray]
-"""The indices of numbers, ascending, and their bit patterns."""
 
+def numbers_of(numbers: int, size: int) -> int:
+  """Returns the numbers of each block of a part; the last one may have fewer.
 
-def capacity_of(units: int) -> int:
-  """Returns the units, at least 1, of each of few blocks of similar sizes.
-
-  The last one may have fewer.
+  The blocks are few and of similar sizes. The part has numbers, and a unit has `size`.
   """
-  return -(-units // -(-units // CAPACITY))
+  units = -(-numbers // size)
+  return size * -(-units // -(-units // CAPACITY))
 
 
 def _grid(count: int) -> tuple[int, int]:
@@ -98,28 +94,30 @@ def _classes(fill: Fill, count: int) -> np.ndarray:
 
 
 def encode(
-  units: Fill,
+  numbers: np.ndarray,
   classes: Fill,
-  count: int,
   layout: layouts.Layout,
   coder_tables: layouts.Tables,
 ) -> np.ndarray:
   """Encodes a block on this thread.
 
   Args:
-    units: writes the bit patterns of the numbers, unsigned integers.
+    numbers: bit patterns, unsigned integers, as many as 1 to `CAPACITY` units have. If
+      the last unit lacks a number, it has its first one twice.
     classes: writes the class of each unit, uint8 `[n]`.
-    count: n, from 1 to `CAPACITY`.
     layout: layout of the numbers.
     coder_tables: the tables.
 
   Returns:
     The block, uint8.
   """
+  count = -(-numbers.size // layout.size)
   rows, lanes = _grid(count)
   values = _scratch('units', (ROWS, lanes, layout.words), layout.word)
+  flat = values.reshape(-1).view(numbers.dtype)
+  flat[: numbers.size] = numbers
+  flat[numbers.size : count * layout.size] = numbers[-1]
   flat = values.reshape(-1, layout.words)
-  units(flat[:count].reshape(-1).view(f'u{layout.dtype.itemsize}'))
   flat[count : rows * lanes] = flat[count - 1]
   stack = ROWS * layout.pushes + _APART
   shapes: list[tuple[int, ...]] = [(lanes * stack,), (ROWS, lanes)]
@@ -135,14 +133,13 @@ def encode(
   parts = [rans.join_words(np.asarray(state), lengths, message)]
   pairs = zip(layout.pieces, planes, strict=True)
   parts += [plane[: _plane_rows(width, rows)] for (width, _), plane in pairs]
-  # The last unit is marked again where it fills the row.
-  marked = _nonzero(marks, rows * lanes)
-  marks = marks.reshape(-1)[marked]
-  listed = marks[marks & layouts.ESCAPED > 0] & layouts.ESCAPE
-  places = marked[(marks & layouts.EXCEPTION > 0) & (marked < count)]
-  bits = np.unpackbits(listed.astype('>u2').view(np.uint8)).reshape(-1, 16)
-  place_bytes = places.astype('<u4').view(np.uint8).reshape(-1, 4)[:, :_PLACE]
-  parts += [np.packbits(bits[:, 6:]), place_bytes, flat[places]]
+  # The last unit is listed again where it fills the row.
+  escaped = _nonzero(marks, rows * lanes)
+  symbols = marks.reshape(-1)[escaped] & layouts.ESCAPE
+  if isinstance(layout, layouts.Floats):
+    bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
+    parts.append(np.packbits(bits[:, 6:]))
+  parts.append(flat[escaped[symbols == layouts.ESCAPE]])
   data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
   for i, array in enumerate(out):
     _keep(f'out {i}', array)
@@ -151,18 +148,16 @@ def encode(
 
 def decode(
   data: np.ndarray,
+  numbers: np.ndarray,
   classes: Fill,
-  count: int,
   layout: layouts.Layout,
   coder_tables: layouts.Tables,
-  write: Callable[[np.ndarray, list[Patch]], None],
 ) -> None:
-  """Decodes a block on this thread: the inverse of `encode`, with its arguments.
+  """Decodes a block on this thread into `numbers`: the inverse of `encode`.
 
-  `write` takes the bit patterns of the numbers and copies them, because the array is
-  used again. Then it replaces numbers by those of the patches, in their order. If the
-  bytes are not a block of n units, a ValueError is raised.
+  If the bytes are not a block of as many numbers, a ValueError is raised.
   """
+  count = -(-numbers.size // layout.size)
   rows, lanes = _grid(count)
   state, lengths, left = rans.split_words(data[: data.size & ~1].view('<u2'), lanes)
   most, total = rows * layout.pushes, int(lengths.sum())
@@ -182,28 +177,24 @@ def decode(
     used[:], lists = lists[: used.size], lists[used.size :]
     planes.append(plane)
   places = _classes(classes, count)
-  outputs: list[Any] = [('units', (ROWS, lanes, layout.words), layout.word)]
-  if isinstance(layout, layouts.Floats):
-    outputs.append(('marks', (ROWS, lanes), np.dtype(np.uint8)))
+  outputs = [
+    ('units', (ROWS, lanes, layout.words), layout.word),
+    ('marks', (ROWS, lanes), np.dtype(np.uint8)),
+  ]
   out = tuple(_taken(*x) for x in outputs)
   arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)
   state, ends, out = _decode(out, *arguments, layout=layout)
   if np.any(np.asarray(state) != 1 << 16) or np.any(np.asarray(ends) != tops - lengths):
     raise rans.MessageError('a block has more or fewer words than its units need')
-  units = np.asarray(out[0]).reshape(-1, layout.words)
-  patches = []
-  if isinstance(layout, layouts.Floats):
-    listed = _nonzero(np.asarray(out[1]), rows * lanes)
-    told = places.reshape(-1)[listed]
-    size, words = _listed(units[listed], lists, told, layout, coder_tables)
-    patches, lists = [(listed, words)], lists[size:]
-  patches.append(_exceptions(lists, units[:count]))
-  to_numbers = lambda x: x.reshape(-1).view(f'u{layout.dtype.itemsize}')
-  numbers_of = lambda x: (x[:, None] * layout.size + np.arange(layout.size)).reshape(-1)
-  write(
-    to_numbers(units[:count]),
-    [(numbers_of(x[x < count]), to_numbers(bits[x < count])) for x, bits in patches],
-  )
+  units = np.asarray(out[0])
+  numbers[...] = units.reshape(-1).view(numbers.dtype)[: numbers.size]
+  escaped = _nonzero(np.asarray(out[1]), rows * lanes)
+  told = places.reshape(-1)[escaped].astype(np.int32)
+  _, told = layout.told(told, coder_tables.base)
+  units = _listed(units.reshape(-1, layout.words)[escaped], told, lists, layout)
+  indices = (escaped[:, None] * layout.size + np.arange(layout.size)).reshape(-1)
+  is_used = indices < numbers.size
+  numbers[indices[is_used]] = units.reshape(-1).view(numbers.dtype)[is_used]
   for (name, *_), array in zip(outputs, out, strict=True):
     _keep(name, array)
 
@@ -219,34 +210,24 @@ def _nonzero(array: np.ndarray, size: int) -> np.ndarray:
 
 
 def _listed(
-  units: np.ndarray,
-  data: np.ndarray,
-  classes: np.ndarray,
-  layout: layouts.Floats,
-  coder_tables: layouts.Tables,
-) -> tuple[int, np.ndarray]:
-  """Returns the bytes of the list of pairs, and the words of the units in it."""
-  size = -(-10 * len(units) // 8)
-  if size > data.size:
-    raise ValueError('a block has too few pairs of bins')
-  bits = np.unpackbits(data[:size], count=10 * len(units)).reshape(-1, 10)
-  pairs = (bits @ (1 << np.arange(9, -1, -1))).astype(np.uint32)
-  told = classes.astype(np.uint32)
-  told = coder_tables.classes[told] if layout.raised else told
-  words = layout.join(pairs, [*units.T], told, coder_tables.start, np)
-  return size, np.stack(words, -1)
-
-
-def _exceptions(data: np.ndarray, units: np.ndarray) -> Patch:
-  """Returns the units whose bits are in the list, and their bits."""
-  number, left = divmod(data.size, units[:1].nbytes + _PLACE)
-  places = np.zeros((number, 4), np.uint8)
-  places[:, :_PLACE] = data[: number * _PLACE].reshape(-1, _PLACE)
-  indices = places.reshape(-1).view('<u4').astype(np.int64)
-  if left or np.any(indices >= len(units)):
-    raise ValueError('the exceptions of a block do not fit it')
-  bits = np.ascontiguousarray(data[number * _PLACE :]).view(units.dtype)
-  return indices, bits.reshape(-1, units.shape[1])
+  units: np.ndarray, told: np.ndarray, data: np.ndarray, layout: layouts.Layout
+) -> np.ndarray:
+  """Returns the words of the units `[n, W]` at escapes, given the lists."""
+  is_whole = np.ones(len(units), bool)
+  if isinstance(layout, layouts.Floats):
+    size = -(-10 * len(units) // 8)
+    if size > data.size:
+      raise ValueError('a block has too few pairs of bins')
+    bits = np.unpackbits(data[:size], count=10 * len(units)).reshape(-1, 10)
+    pairs = (bits @ (1 << np.arange(9, -1, -1))).astype(np.uint32)
+    units = np.stack(layout.join(pairs, [*units.T], told, np), -1)
+    is_whole, data = pairs == layouts.ESCAPE, data[size:]
+  if data.size != np.count_nonzero(is_whole) * layout.words * units.itemsize:
+    raise ValueError('the lists of a block do not fit its escapes')
+  units[is_whole] = (
+    np.ascontiguousarray(data).view(units.dtype).reshape(-1, layout.words)
+  )
+  return units
 
 
 # ---- arrays that a thread uses again -------------------------------------------------
@@ -317,7 +298,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         shared = _sharing(width)
         row = _row(plane, place // shared).astype(jnp.uint32)
         pieces.append(row >> place % shared * (2 * width))
-      row_classes = _row(classes, t).astype(jnp.uint32)
+      row_classes = _row(classes, t).astype(jnp.int32)
       rows_of = layout.decode_step(pop, row_classes, pieces, coder_tables)
       out = tuple(_put(x, y, t) for x, y in zip(out, rows_of, strict=True))
       return state, tops, out
@@ -340,7 +321,7 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       state, sizes, parts, (words, marks, *planes) = carry
       t = rows - 1 - i
       intervals, pieces, mark = layout.encode_step(
-        _row(classes, t).astype(jnp.uint32), _row(units, t), coder_tables
+        _row(classes, t).astype(jnp.int32), _row(units, t), coder_tables
       )
       for interval in reversed(intervals):
         state, top, moved = rans.push_step(state, *interval)

@@ -4,9 +4,7 @@
 group of its own. The stream has, in this order:
 
 1.  For each group, its contexts, see `contexts.from_bytes`.
-2.  For each group, its blocks, see `blocks`. The units of a group are those of its
-    parts, one part after the other in C order. If units have two numbers, the last one
-    of a part of an odd size has its last number twice.
+2.  For each part of each group, its blocks, see `blocks`. Numbers are in C order.
 3.  The parts that are stored as they are, in C order.
 
 `specs.StreamSpec` has the numbers that are needed to read it. The decoder decides by
@@ -16,6 +14,7 @@ the number of threads.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
+import itertools
 import types
 from typing import Any, NamedTuple
 
@@ -59,17 +58,19 @@ def encode(
     ValueError: if a dtype cannot be stored.
   """
   plan = _plan(arrays, known)
-  units = [
-    _Units(x.layout, x.contexts, [y.numbers for y in x.parts]) for x in plan.groups
-  ]
-  coded = iter(pool.run(job for x in units for job in x.encode_jobs()))
+  jobs, counts = [], []
+  for group in plan.groups:
+    several = _blocks(group.layout, group.contexts, [x.numbers for x in group.parts])
+    jobs += [functools.partial(blocks.encode, *block) for block in several]
+    counts.append(len(jobs) - sum(counts))
+  coded = iter(pool.run(jobs))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
   heads, bodies, groups = [], [], []
   indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
-  for i, (group, group_units) in enumerate(zip(plan.groups, units, strict=True)):
+  for i, (group, count) in enumerate(zip(plan.groups, counts, strict=True)):
     indices |= {x[:2]: i for x in group.parts}
     heads.append(contexts_lib.to_bytes(group.contexts))
-    group_blocks = [next(coded) for _ in group_units.starts()]
+    group_blocks = [*itertools.islice(coded, count)]
     bodies += group_blocks
     layout, is_known = group.layout, group.contexts.is_known
     groups.append(
@@ -77,7 +78,6 @@ def encode(
         type_name='known' if is_known else layout.type_name,
         raw_bits=layout.raw_bits,
         raised=layout.raised,
-        top=layout.top,
         contexts=len(heads[-1]),
         blocks=tuple(x.size for x in group_blocks),
       )
@@ -163,12 +163,13 @@ def decode(
   def jobs_of(i: int, classes: np.ndarray | None = None) -> Iterator[_Job]:
     layout = spec.groups[i].layout(members[i][0].dtype)
     shapes = [x.shape for x in members[i]] if classes is None else []
-    contexts = contexts_lib.from_bytes(heads[i], layout, shapes)
     outputs = [parts[x.array][x.part] for x in members[i]]
-    if classes is not None:
-      contexts = contexts._replace(scales=(contexts_lib.known_scales(classes),))
+    known = None if classes is None else contexts_lib.known_scales(classes)
+    if known:
       outputs = [x.reshape(-1, 1) for x in outputs]
-    return _Units(layout, contexts, outputs).decode_jobs(bodies[i])
+    contexts = contexts_lib.from_bytes(heads[i], layout, shapes, known)
+    several = zip(bodies[i], _blocks(layout, contexts, outputs), strict=True)
+    return (functools.partial(blocks.decode, data, *block) for data, block in several)
 
   def finish(indices: Sequence[int]) -> None:
     pool.each(lambda i: _finish(i, spec.arrays[i], arrays[i], parts[i]), indices)
@@ -188,70 +189,20 @@ def decode(
 # ---- groups --------------------------------------------------------------------------
 
 
-class _Units(NamedTuple):
-  """The units of a group, one part after the other."""
-
-  layout: layouts.Layout
-  contexts: contexts_lib.Contexts
-  arrays: list[np.ndarray]  # the parts, contiguous
-
-  def starts(self) -> list[tuple[int, int]]:
-    """Returns the first unit of each block, and how many it has."""
-    total = sum(-(-array.size // self.layout.size) for array in self.arrays)
-    size = blocks.capacity_of(total)
-    return [(x, min(size, total - x)) for x in range(0, total, size)]
-
-  def encode_jobs(self) -> Iterator[Callable[[], np.ndarray]]:
-    """Yields a job for each block; it returns the bytes of the block."""
-    tables = self.contexts.tables(self.layout)
-    for start, count in self.starts():
-      read = functools.partial(self._read, start)
-      classes = functools.partial(self._write_classes, start)
-      yield functools.partial(blocks.encode, read, classes, count, self.layout, tables)
-
-  def decode_jobs(self, data: Sequence[np.ndarray]) -> Iterator[_Job]:
-    """Yields a job for each block, which decodes its bytes into the arrays."""
-    tables = self.contexts.tables(self.layout)
-    for (start, count), block in zip(self.starts(), data, strict=True):
-      classes = functools.partial(self._write_classes, start)
-      job = functools.partial(blocks.decode, block, classes, count, self.layout, tables)
-      yield functools.partial(job, functools.partial(self._write, start))
-
-  def _write_classes(self, start: int, out: np.ndarray) -> None:
-    """Writes the classes of the units from `start` on."""
-    for i, first, part, _ in self._spans(start, out, 1):
-      shape, size = self.arrays[i].shape, self.layout.size
-      self.contexts.scales[i].write(part, first, shape, size)
-
-  def _read(self, start: int, out: np.ndarray) -> None:
-    """Copies the bit patterns of the units from `start` on."""
-    for *_, part, bits in self._spans(start, out, self.layout.size):
-      part[: bits.size] = bits
-      part[bits.size :] = bits[-1]
-
-  def _write(self, start: int, bits: np.ndarray, patches: list[blocks.Patch]) -> None:
-    """Copies bit patterns to the units from `start` on, and then the patches."""
-    begin = 0
-    for *_, part, out in self._spans(start, bits, self.layout.size):
-      out[...] = part[: out.size]
-      for places, others in patches:
-        low, high = np.searchsorted(places, [begin, begin + out.size])
-        out[places[low:high] - begin] = others[low:high]
-      begin += part.size
-
-  def _spans(
-    self, start: int, block: np.ndarray, size: int
-  ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Yields of each part: its index, first unit, share of the block, and bits."""
-    begin, end = 0, start + block.size // size
-    for i, array in enumerate(self.arrays):
-      units = -(-array.size // self.layout.size)
-      low, high = max(start, begin), min(end, begin + units)
-      if low < high:
-        share = block[(low - start) * size : (high - start) * size]
-        numbers = slice(*((x - begin) * self.layout.size for x in (low, high)))
-        yield i, low - begin, share, sparse.bit_patterns(array)[numbers]
-      begin += units
+def _blocks(
+  layout: layouts.Layout,
+  contexts: contexts_lib.Contexts,
+  arrays: Sequence[np.ndarray],
+) -> Iterator[tuple[np.ndarray, blocks.Fill, layouts.Layout, layouts.Tables]]:
+  """Yields the arguments of `blocks.encode` for each block of contiguous parts."""
+  tables = layout.tables(contexts.frequencies, contexts.base)
+  for array, scales in zip(arrays, contexts.scales, strict=True):
+    bits, size = sparse.bit_patterns(array), layout.size
+    step = blocks.numbers_of(bits.size, size)
+    write = functools.partial(scales.write, shape=array.shape, size=size)
+    for start in range(0, bits.size, step):
+      classes = functools.partial(write, start=start // size)
+      yield bits[start : start + step], classes, layout, tables
 
 
 # ---- arrays --------------------------------------------------------------------------

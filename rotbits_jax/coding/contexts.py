@@ -11,7 +11,7 @@ two numbers has the row of its first one; two columns share a scale if C is even
 The encoder chooses the scales and the tables, and the decoder reads them. Classes that
 both know from elsewhere take no bytes.
 
-Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols, N classes.
+Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 
 CLASSES = 256
-"""The greatest N."""
+"""The number of classes that a byte can tell."""
 
 Shape = tuple[int, ...]
 
@@ -87,19 +87,20 @@ class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables."""
 
   scales: tuple[Scales, ...]  # those of each array
-  # int64 `[N, 2]`, see `layouts`: the table of each class, and its shift or minimum
-  # exponent. Floats that share no step have `[0, 2]`, and an offset.
-  entries: np.ndarray
-  start: int  # the least offset of a bin, else 0
+  base: np.ndarray  # int32 `[1]`, or the shift of each class `[K]`; see `told`
   frequencies: np.ndarray  # int64 `[K, A]`
   # Whether the classes are known from elsewhere. They are rows of an array `[R, 1]`.
   is_known: bool = False
 
-  def tables(self, layout: layouts.Layout) -> layouts.Tables:
-    """Returns the tables for the programs of the layout."""
-    classes = np.zeros(CLASSES, np.uint32)
-    classes[: len(self.entries)] = self.entries[:, 0] | self.entries[:, 1] << 8
-    return layout.tables(self.frequencies, classes, self.start)
+  def check(self, layout: layouts.Layout) -> None:
+    """Raises a ValueError if the tables are not those of the classes."""
+    count = 1 + max(x.greatest for x in self.scales)
+    needed = layout.most_tables if isinstance(layout, layouts.Floats) else count
+    if count > CLASSES or len(self.frequencies) != needed:
+      raise ValueError(f'{count} classes for {len(self.frequencies)} tables')
+    told = layout.told(np.arange(count), self.base)[1]
+    if told.max() > layout.most_told or told.min() < layout.least_told:
+      raise ValueError(f'classes cannot tell {told.min()} to {told.max()}')
 
 
 # ---- bytes ---------------------------------------------------------------------------
@@ -107,73 +108,72 @@ class Contexts(NamedTuple):
 
 def to_bytes(contexts: Contexts) -> bytes:
   """Serialises contexts; `from_bytes` describes the bytes."""
-  entries = contexts.entries
-  sizes = np.array([len(contexts.frequencies), len(entries), contexts.start])
   heads, lines = list[int](), list[bytes]()
   for base, rows, columns in () if contexts.is_known else contexts.scales:
     heads += [(rows.size > 1) + 2 * (columns.size > 1), base]
     # A scale that all lines share is part of the base.
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
-  parts = [sizes.astype('<i2'), np.diff(entries.T, prepend=0).astype(np.uint8)]
-  data = b''.join([*(x.tobytes() for x in parts), bytes(heads), *lines])
-  return tables.deflate(data) + tables.to_bytes(contexts.frequencies)
+  told = np.diff(contexts.base, prepend=0).astype('<i2')
+  is_new = np.diff(contexts.frequencies, axis=0, prepend=0).any(axis=1)
+  count = np.array(len(is_new), '<i2')
+  head = b''.join([count.tobytes(), told.tobytes(), bytes(heads), *lines])
+  frequencies = tables.to_bytes(contexts.frequencies[is_new])
+  return tables.deflate(head, is_new.tobytes() + frequencies)
 
 
 def from_bytes(
-  data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]
+  data: bytes,
+  layout: layouts.Layout,
+  shapes: Sequence[Shape],
+  known: Scales | None = None,
 ) -> Contexts:
   """Makes contexts from bytes: the inverse of `to_bytes`.
 
-  The bytes are a raw Deflate stream and stored tables, see `tables.from_bytes`. The
-  stream has K, N and the least offset, int16 each; the tables of the N classes, and
-  then what else these tell, uint8, each as the difference from the one before; and for
+  The bytes are a raw Deflate stream. It has K; the offset or minimum exponent of class
+  0, or the shift of each class, as differences from that before it, all int16; and for
   each array a mode and the base, uint8 each. The mode is 1 if rows differ, plus 2 if
-  columns differ. Then follow the scales of the rows and columns that differ, uint8.
+  columns differ. Then follow the scales of the rows and columns that differ, uint8; for
+  each table, 0 if it is that before it, and else 1; and, for all others, the low bytes
+  of their frequencies, and then the high bytes.
 
   Args:
     data: the bytes.
     layout: the layout.
     shapes: the shapes of the M arrays; none if their classes are known.
+    known: the scales of known classes.
   """
   lengths = [line_sizes(shape, layout.size) for shape in shapes]
-  most = 6 + 2 * CLASSES + sum(2 + sum(x) for x in lengths)
-  head, data = tables.inflate(data, most)
-  count, number, start = head[:6].view('<i2').tolist() if head.size >= 6 else (0, 0, 0)
-  end = 6 + 2 * number
-  position = end + 2 * len(shapes)
-  has_entries = layout.most_tables != layouts.QUARTERS
-  least, numbers = layouts.QUARTERS, range(1)
-  if has_entries:
-    least, numbers = 1, range(1, CLASSES + 1)
-  if (
-    not least <= count <= layout.most_tables
-    or number not in numbers
-    or head.size < position
-  ):
-    raise ValueError(f'the contexts of {count} tables are cut short or too many')
-  entries = np.cumsum(head[6:end].reshape(2, -1), axis=1, dtype=np.uint8)
-  layout.check_entries(entries)
-  if has_entries and entries[0].max() >= count:
-    raise ValueError(f'a class needs one of {count} tables')
-  classes = []
+  most = 4 + sum(2 + sum(x) for x in lengths)
+  most += layout.most_tables * (3 + 2 * layout.alphabet)
+  content = tables.inflate(data, most)
+  count = int.from_bytes(content[:2].tobytes(), 'little')
+  heads = 4 if isinstance(layout, layouts.Floats) else 2 + 2 * count
+  position = heads + 2 * len(shapes)
+  if content.size < position:
+    raise ValueError('the contexts are cut short')
+  told = np.cumsum(content[2:heads].view('<i2'), dtype=np.int32)
+  classes = [] if known is None else [known]
   for (mode, base), line_lengths in zip(
-    head[end:position].reshape(-1, 2).tolist(), lengths, strict=True
+    content[heads:position].reshape(-1, 2).tolist(), lengths, strict=True
   ):
-    lines = [np.zeros(1, np.uint8), np.zeros(1, np.uint8)]
-    for axis, length in enumerate(line_lengths):
-      if mode >> axis & 1:
-        lines[axis] = head[position : position + length]
-        position += length
-        if lines[axis].size != length or not length:
-          raise ValueError('the scales of the arrays are cut short')
-    scales = Scales(base, *lines)
     # A block of few units makes the classes of whole rows.
     if mode > 3 or (mode and line_lengths[1] > blocks.CAPACITY):
       raise ValueError(f'scales cannot have the mode {mode}')
-    if scales.greatest >= (number if has_entries else CLASSES):
-      raise ValueError(f'scales do not fit {number} classes')
-    classes.append(scales)
-  if head.size != position:
-    raise ValueError(f'the scales need {position} bytes, got {head.size}')
-  frequencies = tables.from_bytes(data, count, layout.alphabet)
-  return Contexts(tuple(classes), entries.T.astype(np.int64), start, frequencies)
+    lines = [np.zeros(1, np.uint8), np.zeros(1, np.uint8)]
+    for axis, length in enumerate(line_lengths):
+      if mode >> axis & 1:
+        lines[axis] = content[position : position + length]
+        position += length
+        if lines[axis].size != length or not length:
+          raise ValueError('the scales of the arrays are cut short')
+    classes.append(Scales(base, *lines))
+  is_new = content[position : position + count]
+  if count < 1 or is_new.size != count or is_new[0] != 1 or is_new.max() > 1:
+    raise ValueError(f'{is_new.size} tables of {count}')
+  frequencies = tables.from_bytes(content[position + count :], layout.alphabet)
+  if len(frequencies) != np.count_nonzero(is_new):
+    raise ValueError(f'{len(frequencies)} frequencies of {count} tables')
+  frequencies = frequencies[np.cumsum(is_new) - 1]
+  contexts = Contexts(tuple(classes), told, frequencies, known is not None)
+  contexts.check(layout)
+  return contexts

@@ -70,4 +70,5 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
   # the minimum exponent end in so many zeros, so those below must.
   least = min(least, lowest - (zeros if low else most))
   is_raised = least > useless
-  return layouts.Floats(dtype, most - zeros, is_raised), least if is_raised else 1
+  raw_bits = max(most - zeros - is_raised, 1)
+  return layouts.Floats(dtype, raw_bits, is_raised), least if is_raised else 1

@@ -7,7 +7,7 @@ byte that encoder and decoder know, tells its frequency table.
 **Floats.** A unit is two neighbours. The bits of a float, from the top, are its sign,
 its exponent and its mantissa of m bits. In trained weights only the sizes of numbers
 are predictable, so a number has a *bin*, its magnitude in half octaves (t = 1) or, if
-all numbers are within a few octaves, in quarter octaves (t = 2):
+small numbers share a step, in quarter octaves (t = 2):
 
     bits     = [ sign | exponent | mantissa ]
     bin      = [ exponent | top t bits of the mantissa ] - offset       0 <= bin < 32
@@ -17,8 +17,9 @@ Given their scale, neighbours are independent: the symbol of a unit is its two b
 its table is the product of the table of a bin with itself. The class is the scale of
 the unit in quarter octaves. The offset is `first` and the whole octaves of the scale;
 the quarter that is left tells the table, so there are four. The last pair of bins, 31
-and 31, means that the bins are found in a list behind the block; so do all pairs that
-are too rare for a table.
+and 31, is the *escape*: it means that the pair is found in a list behind the block. All
+pairs are that are too rare for a table. An escape in the list says that the bits of the
+unit are found in another list.
 
 The raw bits do not contain low bits that are zero in all numbers, because numbers that
 were widened from a shorter dtype end in zeros.
@@ -31,20 +32,21 @@ above 1 a magnitude, [ exponent | mantissa ], is *raised*, that is replaced by
     the value divided by the step            otherwise, an integer.
 
 Both lines give the same result for the exponent f, because IEEE 754 defines subnormal
-numbers in this way. Then bins are counted from the step, without an offset, and the
-table is that of the scale above the step. The class tells the table and f.
+numbers in this way. Then bins are counted from the step, without an offset. The low
+five bits of the class, the scale above the step, tell the table; the others tell f.
 
-**Integers.** A unit is a number x. Its class tells its table and how many raw bits it
-has, its *shift* s. With b = 128 for signed integers and 0 for others,
+**Integers.** A unit is a number x, signed or a byte. It has as many raw bits as its
+*shift* s tells. With b = 128 for signed integers and 0 for bytes,
 
     n = x + b 2^s        symbol = n >> s < 256         raw bits = n & (2^s - 1)
+
+Each class has a table and a shift. The escape is the symbol with the least
+frequency above 0, the last of these, and the list has the bits of its units. Integers
+of 8 bits need none if all symbols have frequencies.
 
 The raw bits of integers are coded as symbols that are uniform, of at most 16 bits each.
 Those of floats are cut into pieces, from the lowest bit on: as many of 8 bits as there
 are, then one of 4, of 2 and of 1 where they are needed. See the *planes* of `blocks`.
-
-Numbers that have no symbol are *exceptions*: any symbol is coded instead, and a list
-behind the block has their bits.
 
 Shape letters: L lanes, K tables.
 """
@@ -71,11 +73,13 @@ WINDOW = 256
 QUARTERS = 4
 """The tables of floats that share no step: a class, in quarter octaves, tells one."""
 
+LEVELS = 32
+"""The tables of floats that share a step, and the classes of each minimum exponent."""
+
 MOST_SHIFT = 24
 MOST_RAW = 16  # bits of a uniform symbol
 
-# Bits of the mark of a unit, above those of the pair of bins.
-ESCAPED, EXCEPTION = 1 << 15, 1 << 14
+ESCAPED = 1 << 15  # of the mark of a unit, beside the pair of bins
 
 Interval = tuple[jax.Array, jax.Array, int]
 """Starts and frequencies of the symbols of the lanes, and the precision."""
@@ -99,10 +103,7 @@ class Tables(NamedTuple):
   # integers.
   slots: np.ndarray
   intervals: np.ndarray  # uint32 `[K A]`, those of the A symbols of each table
-  # The entry of each class, uint32 `[256]`: the table in the low 8 bits, and above them
-  # the minimum exponent or the shift. Unused where floats share no step.
-  classes: np.ndarray
-  start: np.ndarray  # uint32, of floats the least offset
+  base: np.ndarray  # int32 `[1]` or `[256]`, see `told`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,6 @@ class Floats:
   dtype: np.dtype
   raw_bits: int  # raw bits of a number, with its sign
   raised: bool = False  # whether small numbers share a step, and magnitudes are raised
-  top: int = 1  # t, bits of the mantissa that belong to a bin
 
   type_name: ClassVar[str] = 'floats'
   alphabet: ClassVar[int] = BINS  # of a stored table
@@ -122,20 +122,16 @@ class Floats:
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
-    return (
-      self.dtype in FORMATS
-      and 1 <= self.top <= 2
-      and 1 <= self.raw_bits <= self.format.nmant + 1 - self.top
-    )
-
-  def check_entries(self, entries: np.ndarray) -> None:
-    """Raises a ValueError if classes cannot tell this: uint8 `[2, N]`."""
-    if self.raised and entries[1].min() < 2:
-      raise ValueError('a minimum exponent must be above 1')
+    return self.dtype in FORMATS and 1 <= self.raw_bits <= self._low + 1
 
   @property
   def format(self) -> ml_dtypes.finfo:
     return FORMATS[self.dtype]
+
+  @property
+  def top(self) -> int:
+    """The number t, of bits of the mantissa that belong to a bin."""
+    return 1 + self.raised
 
   @property
   def precision(self) -> int:
@@ -144,7 +140,17 @@ class Floats:
 
   @property
   def most_tables(self) -> int:
-    return 256 if self.raised else QUARTERS
+    return LEVELS if self.raised else QUARTERS
+
+  @property
+  def least_told(self) -> int:
+    """The least minimum exponent or offset."""
+    return 2 if self.raised else -(1 << 15)
+
+  @property
+  def most_told(self) -> int:
+    """The greatest minimum exponent or offset."""
+    return 255 if self.raised else 1 << 15
 
   @property
   def words(self) -> int:
@@ -176,33 +182,38 @@ class Floats:
     """Returns the words of a unit, given a field of each of its numbers."""
     return [first | second << 16] if self.words == 1 else [first, second]
 
-  def _table(
-    self, classes: jax.Array, coder_tables: Tables
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns the tables of classes, and their entries in `Tables.classes`."""
-    if not self.raised:
-      return classes & 3, classes
-    told = _get(coder_tables.classes, classes)
-    return told & 255, told
+  def told(self, classes: Any, base: Any) -> tuple[Any, Any]:
+    """Returns what int32 classes tell: tables, and offsets or minimum exponents.
 
-  def join(
-    self, symbols: Any, kept: list[Any], told: Any, start: Any, xp: Any = jnp
-  ) -> list[Any]:
+    `base` has the offset of class 0, or its minimum exponent.
+    """
+    if self.raised:
+      return classes & 31, (classes >> 5) + base[0]
+    return classes & 3, (classes >> 2 << self.top) + base[0]
+
+  def symbols(self, numbers: np.ndarray, told: np.ndarray) -> np.ndarray:
+    """Returns the bins of bit patterns, int64, in NumPy; `told` is that of `told`."""
+    form, unsigned = self.format, numbers.dtype.type
+    if self.raised:
+      numbers = raised(numbers, form, told, np)
+    tops = (numbers & unsigned((1 << form.bits - 1) - 1)) >> self._low
+    return tops.astype(np.int64) - (0 if self.raised else told)
+
+  def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
     """Makes the words of units, uint32, in JAX or NumPy.
 
     Args:
       symbols: uint32, pairs of bins.
       kept: words that have the signs and the low bits of the numbers.
-      told: uint32, the classes, or their entries in `Tables` if steps are shared.
-      start: that of `Tables`.
+      told: int32, the offsets or minimum exponents of the units.
       xp: the module, JAX or NumPy.
     """
-    offset = 0 if self.raised else (told >> 2 << self.top) + start
+    offset = 0 if self.raised else told.astype(np.uint32)
     bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
     sign = np.uint32(self._ones << self.format.bits - 1)
     words = [x << self._low | y & ~sign for x, y in zip(bins, kept, strict=True)]
     if self.raised:
-      lower = lambda x: lowered(x, self.format, told >> 8, xp)
+      lower = lambda x: lowered(x, self.format, told, xp)
       if self.words == 1:
         words = [lower(words[0] & 0xFFFF) | lower(words[0] >> 16) << 16]
       else:
@@ -216,18 +227,19 @@ class Floats:
 
     Args:
       pop: pops a symbol.
-      classes: uint32 `[L]`.
+      classes: int32 `[L]`.
       pieces: uint32 `[L]`, the pieces of each unit.
       coder_tables: the tables.
 
     Returns:
-      The words of the units, `[L, words]`. Of floats, also uint8 `[L]`: 1 if the bins
-      are in a list; then the words are those that `join` needs.
+      The words of the units, `[L, words]`; and uint8 `[L]`: 1 at escapes, where the
+      words are those that `join` needs.
     """
-    table, told = self._table(classes, coder_tables)
+    table, told = self.told(classes, coder_tables.base)
 
     def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-      entry = _get(coder_tables.slots, table << self.precision | slot)
+      place = table.astype(jnp.uint32) << self.precision | slot
+      entry = _get(coder_tables.slots, place)
       return entry, slot - (entry >> 11 & 0x7FF), (entry & 0x7FF) + 1
 
     entry = pop(lookup, self.precision)
@@ -242,7 +254,7 @@ class Floats:
       | (x & ones * np.uint32((1 << top) - 1)) << self._low - top
       for x in raw
     ]
-    words = self.join(entry >> 22, kept, told, coder_tables.start)
+    words = self.join(entry >> 22, kept, told)
     is_listed = entry >= jnp.uint32(ESCAPE << 22)
     pairs = zip(kept, words, strict=True)
     words = [jnp.where(is_listed, x, y) for x, y in pairs]
@@ -257,10 +269,8 @@ class Floats:
       The intervals in the order in which they are popped; the pieces, uint32; and the
       marks, uint16.
     """
-    table, told = self._table(classes, coder_tables)
-    offset = jnp.uint32(0)
-    if not self.raised:
-      offset = (told >> 2 << self.top) + coder_tables.start
+    table, told = self.told(classes, coder_tables.base)
+    offset = 0 if self.raised else told
     width, low, top = self.format.bits, self._low, self.raw_bits - 1
     numbers = [unit[:, 0] & 0xFFFF, unit[:, 0] >> 16]
     if self.words == 2:
@@ -268,9 +278,9 @@ class Floats:
     symbol, outside, raw = jnp.uint32(0), jnp.bool_(False), []
     for number in numbers:
       if self.raised:
-        number = raised(number, self.format, told >> 8)
+        number = raised(number, self.format, told)
       magnitude = number & ((1 << width - 1) - 1)
-      distance = ((magnitude >> low) - offset).astype(jnp.int32)
+      distance = (magnitude >> low).astype(jnp.int32) - offset
       within = jnp.clip(distance, 0, BINS - 1)
       symbol = symbol << 5 | within.astype(jnp.uint32)
       outside = outside | (within != distance)
@@ -280,19 +290,19 @@ class Floats:
     for bits, place in self.pieces:
       first, second = (x >> place & ((1 << bits) - 1) for x in raw)
       pieces.append(first | second << bits)
-    entry = _get(coder_tables.intervals, table << 10 | symbol)
+    symbol = jnp.where(outside, jnp.uint32(ESCAPE), symbol)
+    place = table.astype(jnp.uint32) << 10 | symbol
+    entry = _get(coder_tables.intervals, place)
     mark = jnp.where(entry >> 31 > 0, ESCAPED | symbol, 0)
-    mark = mark | jnp.where(outside, EXCEPTION, 0)
     interval = entry >> 11 & 0x3FFF, (entry & 0x7FF) + 1, self.precision
     return [interval], pieces, mark.astype(jnp.uint16)
 
-  def tables(self, counts: np.ndarray, classes: np.ndarray, start: int) -> Tables:
+  def tables(self, counts: np.ndarray, base: np.ndarray) -> Tables:
     """Makes the tables, or raises a ValueError if a pair of bins is too frequent.
 
     Args:
       counts: int64 `[K, 32]`, rows that add up to 2^14, of bins.
-      classes: uint32 `[256]`, the entries of classes.
-      start: the least offset.
+      base: see `told`.
     """
     frequencies = tables.of_pairs(counts, self.precision)
     starts = np.cumsum(frequencies, axis=1) - frequencies
@@ -306,17 +316,13 @@ class Floats:
     entries = ((symbols << 22) - (starts << 11) + lengths - 1).astype(np.uint32)
     slots = np.repeat(entries, lengths).reshape(len(counts), -1)
     slots += np.arange(1 << self.precision, dtype=np.uint32) << np.uint32(11)
-    return Tables(
-      _filled(slots, self.most_tables << self.precision),
-      _filled(intervals, self.most_tables * BINS * BINS),
-      classes,
-      np.array(start).astype(np.uint32),
-    )
+    intervals = intervals.astype(np.uint32)
+    return Tables(slots.reshape(-1), intervals.reshape(-1), np.int32(base))
 
 
 @dataclasses.dataclass(frozen=True)
 class Integers:
-  """The layout of integers of at most 32 bits."""
+  """The layout of bytes, and of signed integers of at most 32 bits."""
 
   dtype: np.dtype
   raw_bits: int  # at least the shift of each class, and a multiple of 16
@@ -324,7 +330,7 @@ class Integers:
   type_name: ClassVar[str] = 'integers'
   alphabet: ClassVar[int] = WINDOW
   raised: ClassVar[bool] = False
-  top: ClassVar[int] = 0
+  least_told: ClassVar[int] = 0
   size: ClassVar[int] = 1
   words: ClassVar[int] = 1
   precision: ClassVar[int] = tables.PRECISION
@@ -333,13 +339,8 @@ class Integers:
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
-    is_integer = self.dtype.kind in 'iu' and self.dtype.itemsize <= 4
+    is_integer = self.dtype.name in ('uint8', 'int8', 'int16', 'int32')
     return is_integer and self.raw_bits in (0, MOST_RAW, 2 * MOST_RAW)
-
-  def check_entries(self, entries: np.ndarray) -> None:
-    """Raises a ValueError if classes cannot tell this: uint8 `[2, N]`."""
-    if entries[1].max() > min(self.raw_bits, MOST_SHIFT):
-      raise ValueError(f'the shifts of classes must be up to {self.raw_bits}')
 
   @property
   def pushes(self) -> int:
@@ -350,9 +351,22 @@ class Integers:
     return np.dtype(f'u{self.dtype.itemsize}')
 
   @property
+  def most_told(self) -> int:
+    """The greatest shift."""
+    return min(self.raw_bits, MOST_SHIFT)
+
+  @property
   def bias(self) -> int:
     """The number b."""
     return WINDOW // 2 if self.dtype.kind == 'i' else 0
+
+  def told(self, classes: Any, base: Any) -> tuple[Any, Any]:
+    """Returns what int32 classes tell: tables, and shifts, which `base` lists."""
+    return classes, _get(base, classes)
+
+  def symbols(self, numbers: np.ndarray, told: np.ndarray) -> np.ndarray:
+    """Returns symbols, int64, in NumPy; others than 0 to 255 are not coded."""
+    return (numbers.astype(np.int64) >> told) + self.bias
 
   def _raw_sizes(self, shift: jax.Array) -> list[jax.Array]:
     """Returns the bits of each uniform symbol, that of the highest bits first."""
@@ -367,60 +381,66 @@ class Integers:
   ) -> tuple[jax.Array, ...]:
     """Decodes a number of each lane; see `Floats.decode_step`."""
     del pieces
-    told = _get(coder_tables.classes, classes)
-    table = told & 255
+    table, shift = (x.astype(jnp.uint32) for x in self.told(classes, coder_tables.base))
 
     def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
       symbol = _get(coder_tables.slots, table << self.precision | slot)
-      entry = _get(coder_tables.intervals, table << 8 | symbol)
-      return symbol.astype(jnp.uint32), *_interval(entry)
+      symbol = symbol.astype(jnp.uint32)
+      entry = _get(coder_tables.intervals, table * (WINDOW + 1) + symbol)
+      # The escape of a table is marked in the entry.
+      return symbol | entry >> 31 << 8, *_interval(entry)
 
     def uniform(size: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
       rest = MOST_RAW - size
       raw = slot >> rest
       return raw, raw << rest, jnp.uint32(1) << rest
 
-    number = pop(lookup, self.precision) - jnp.uint32(self.bias)
-    for size in self._raw_sizes(told >> 8):
+    symbol = pop(lookup, self.precision)
+    number = (symbol & 255) - jnp.uint32(self.bias)
+    for size in self._raw_sizes(shift):
       raw = pop(functools.partial(uniform, size), MOST_RAW)
       number = number << size | raw
-    return (number.astype(self.word)[:, None],)
+    return number.astype(self.word)[:, None], (symbol >> 8).astype(jnp.uint8)
 
   def encode_step(
     self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
     """Divides a number of each lane; see `Floats.encode_step`."""
     signed = unit[:, 0].view(self.dtype).astype(np.int32 if self.bias else np.uint32)
-    told = _get(coder_tables.classes, classes)
-    left = told >> 8
+    told = self.told(classes, coder_tables.base)
+    table, left = (x.astype(jnp.uint32) for x in told)
     # The shift of signed integers copies the sign.
     top = (signed >> left.astype(signed.dtype)).view(jnp.uint32) + jnp.uint32(self.bias)
-    symbol = jnp.minimum(top, WINDOW - 1)
-    entry = _get(coder_tables.intervals, (told & 255) << 8 | symbol)
+    symbol = jnp.minimum(top, WINDOW)
+    entry = _get(coder_tables.intervals, table * (WINDOW + 1) + symbol)
     intervals = [(*_interval(entry), self.precision)]
     for size in self._raw_sizes(left):
       left = left - size
       raw = signed.view(jnp.uint32) >> left & (jnp.uint32(1) << size) - jnp.uint32(1)
       rest = MOST_RAW - size
       intervals.append((raw << rest, jnp.uint32(1) << rest, MOST_RAW))
-    mark = jnp.where((symbol != top) | (entry >> 31 > 0), EXCEPTION, 0)
+    mark = jnp.where(entry >> 31 > 0, ESCAPED | ESCAPE, 0)
     return intervals, [], mark.astype(jnp.uint16)
 
-  def tables(self, frequencies: np.ndarray, classes: np.ndarray, start: int) -> Tables:
+  def tables(self, frequencies: np.ndarray, base: np.ndarray) -> Tables:
     """Makes the tables, given frequencies `[K, 256]`; see `Floats.tables`."""
     starts = np.cumsum(frequencies, axis=1) - frequencies
-    # A symbol that does not occur is an exception, coded as the most frequent one.
-    best = np.argmax(frequencies, axis=1, keepdims=True)
+    used = np.where(frequencies > 0, frequencies, 1 << 15)[:, ::-1]
+    escape = WINDOW - 1 - np.argmin(used, axis=1, keepdims=True)
     intervals = (frequencies - 1) << 14 | starts
-    other = 1 << 31 | np.take_along_axis(intervals, best, axis=1)
+    listed = 1 << 31 | np.take_along_axis(intervals, escape, axis=1)
+    is_told = (frequencies > 0) & (np.arange(WINDOW) != escape)
+    if self.dtype.itemsize == 1:
+      is_told |= (frequencies > 0).all(axis=1, keepdims=True)
+    intervals = np.where(is_told, intervals, listed)
+    intervals = np.append(intervals, listed, axis=1)  # of what has no symbol
     _, symbols = np.nonzero(frequencies)
     owners = np.repeat(symbols, frequencies[frequencies > 0])
     size = self.most_tables
     return Tables(
       _filled(owners, size << self.precision, np.uint8),
-      _filled(np.where(frequencies > 0, intervals, other), size * WINDOW),
-      classes,
-      np.array(start, np.uint32),
+      _filled(intervals, size * (WINDOW + 1)),
+      _filled(base, size, np.int32),
     )
 
 
@@ -428,6 +448,8 @@ Layout = Floats | Integers
 
 
 def _get(array: Any, index: jax.Array) -> jax.Array:
+  if isinstance(array, np.ndarray):
+    return array[index]
   return array.at[index].get(mode='promise_in_bounds')
 
 
@@ -443,19 +465,6 @@ def _filled(
   filled = np.zeros(size, dtype)
   filled[: values.size] = values.reshape(-1)
   return filled
-
-
-def bins_of(numbers: np.ndarray, layout: Floats, min_exponents: Any) -> np.ndarray:
-  """Returns the bins of bit patterns without an offset, int64.
-
-  Those of numbers that share a step are raised by their minimum exponents.
-  """
-  form, unsigned = layout.format, numbers.dtype.type
-  low = form.nmant - layout.top
-  tops = lambda x: (x & unsigned((1 << form.bits - 1) - 1)) >> low
-  if layout.raised:
-    numbers = raised(numbers, form, min_exponents, np)
-  return tops(numbers).astype(np.int64)
 
 
 # ---- numbers that share a step -------------------------------------------------------

@@ -11,7 +11,7 @@ Shape letters: n units, S numbers of a unit, N classes, K tables, A symbols.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,23 +21,24 @@ from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import scales as scales_lib
 from rotbits_jax.coding import sparse
+from rotbits_jax.coding import specs
 from rotbits_jax.coding import tables
 from rotbits_jax.system import host
 
 _FLOATS = 1 << 16  # units that tell frequencies
 _INTEGERS = 1 << 20  # units of integers, because these have more tables
-_SPARSE = 4  # part of these that suffices if most integers are 0
 _LEAST_SAMPLE = 1 << 12  # units of a part
-_SMALL = 1 << 12  # numbers of parts without finer bins
-_RARE = 1 << 17  # a symbol that is rarer than one in so many is an exception
+_RARE = 1 << 17  # a symbol that is rarer than one in so many is an escape
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
-_RAISED_CLASSES = 32  # of a part that shares a step
 _OCTAVES = 63  # from the least scale of a group to the greatest
-_BELOW = 4  # octaves from the scale of the first of them to the minimum exponent
+_BELOW = 4  # octaves from the scale of the first table to the minimum exponent
+_EXPONENTS = contexts_lib.CLASSES // layouts.LEVELS  # minimum exponents of a group
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
-_FINER_BYTES = 400  # that finer bins must save
+_LEAST_INTEGER = 125  # the biased exponent of 1/4, the scale of the class 0 of integers
 _SHIFTED = 3  # octaves of the mean size of signed integers that symbols tell
-_PLACE_BITS = 24  # of an exception, and those of the unit
+_ESCAPE_BITS = 24  # of an escape, and those of the unit
+# The share of the most frequent bin. Without a limit a pair would be too frequent.
+_MOST_SHARE = {12: 0.66, tables.PRECISION: 0.33}
 
 
 class Part(NamedTuple):
@@ -74,45 +75,88 @@ class _Draft(NamedTuple):
   scales: contexts_lib.Scales  # their base may be any integer, unless classes are known
   min_exponent: int = 0  # of floats that share a step
 
-  @property
-  def span(self) -> int:
-    """The number of classes."""
-    return self.scales.greatest - self.scales.base + 1
+
+class _Sample(NamedTuple):
+  """Units from all over a part."""
+
+  units: np.ndarray  # `[n, S]`
+  classes: np.ndarray  # int64 `[n]`
+  weight: float  # how many units of the part one of the sample stands for
 
 
 def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
   """Plans a record of arrays; of the integers of some the classes are known."""
   whole = pool.each(host.contiguous, arrays)
-  zeros, forms = [], pool.each(_divided, whole)
-  parts: list[Part] = []
-  for i, (form, numbers) in enumerate(forms):
-    zeros.append(form)
-    parts += [Part(i, j, x) for j, x in enumerate(numbers)]
-  drafts = pool.each(_draft, [x for x in parts if x.array not in known])
-  groups = pool.each(_group, _by_layout([x for x in drafts if x]))
-  groups = [x for x in map(_smaller, groups) if x]
+  classes_of = map(known.get, range(len(whole)))
+  divided = pool.each(_divided, range(len(whole)), whole, classes_of)
+  drafts = [draft for *_, several in divided for draft in several]
+  several = pool.each(_groups, _by_layout(drafts))
+  groups = [x for y in several for x in map(_smaller, y) if x]
   for i, classes in known.items():
-    (part,) = (x for x in parts if x.array == i)
-    if classes.dtype != np.uint8 or classes.size != part.numbers.size:
+    part = Part(i, 0, whole[i].reshape(-1, 1))
+    layout = layouts.Integers(part.numbers.dtype, 0)
+    if not layout.is_valid() or (classes.dtype, classes.size) != (
+      np.uint8,
+      whole[i].size,
+    ):
       raise ValueError(
-        f'{part.numbers.size} integers cannot have {classes.size} classes'
+        f'{whole[i].size} {layout.dtype} cannot have {classes.size} classes'
       )
-    part = part._replace(numbers=part.numbers.reshape(-1, 1))
-    scales = contexts_lib.known_scales(classes)
-    draft = _Draft(part, layouts.Integers(part.numbers.dtype, 0), scales)
-    some = part.numbers[:: -(-part.numbers.size // _LEAST_SAMPLE)]
-    large = np.count_nonzero(np.abs(some.astype(np.int64)) >= layouts.WINDOW // 2)
-    is_sparse = 8 * np.count_nonzero(some) + 8000 * large < some.size
-    group = _group([draft], _SPARSE if is_sparse else 1, is_sparse=is_sparse)
+    (group,) = _groups([_Draft(part, layout, contexts_lib.known_scales(classes))])
     groups.append(group._replace(contexts=group.contexts._replace(is_known=True)))
   coded = {x[:2] for group in groups for x in group.parts}
-  return Plan(whole, zeros, groups, [x for x in parts if x[:2] not in coded])
+  plain = [x for _, parts, _ in divided for x in parts if x[:2] not in coded]
+  return Plan(whole, [form for form, *_ in divided], groups, plain)
 
 
-def _divided(array: np.ndarray) -> tuple[sparse.Sparse | None, list[np.ndarray]]:
-  if array.dtype.itemsize == 8:
-    return None, [array.reshape(-1).view(np.uint32).reshape(*array.shape, 2)]
-  return (sparse.without_zeros(array) if array.size else None) or (None, [array])
+def _divided(
+  index: int, array: np.ndarray, classes: np.ndarray | None
+) -> tuple[sparse.Sparse | None, list[Part], list[_Draft]]:
+  """Returns the form of an array, its parts, and how those are coded that can be."""
+  form, numbers, floats, min_exponent = None, [array], None, 0
+  if array.size and array.dtype in layouts.FORMATS:
+    bits = sparse.bit_patterns(array)
+    floats, min_exponent = formats.of_floats(bits, array.dtype)
+    form, numbers = sparse.without_zeros(array, floats.raised) or (None, numbers)
+  elif specs.is_of_bytes(array.dtype):
+    shape = *array.shape, array.dtype.itemsize
+    numbers = [array.reshape(-1).view(np.uint8).reshape(shape)]
+  parts, drafts = [Part(index, i, x) for i, x in enumerate(numbers)], []
+  for part in parts if classes is None else ():
+    dtype, layout = part.numbers.dtype, floats
+    if layout is None or dtype != array.dtype:
+      layout = layouts.Integers(dtype, 0)
+    if not part.numbers.size or not layout.is_valid():
+      continue
+    if dtype == np.uint8:  # each byte of an element has a class
+      columns = np.arange(array.dtype.itemsize if form is None else 1, dtype=np.uint8)
+      scales = contexts_lib.Scales(0, np.zeros(1, np.uint8), columns)
+    else:
+      scales = scales_lib.measure(part.numbers)
+    if layout.raised:
+      scales = _above(scales, min_exponent - _BELOW, layouts.LEVELS)
+    elif dtype.kind == 'i':
+      scales = _above(scales, _LEAST_INTEGER, contexts_lib.CLASSES)
+    drafts.append(_Draft(part, layout, scales, min_exponent))
+  return form, parts, drafts
+
+
+def _above(scales: contexts_lib.Scales, octave: int, count: int) -> contexts_lib.Scales:
+  """Returns scales counted from an octave, in so many classes."""
+  base = scales.base - scales_lib.STEPS * octave
+  return scales_lib.within(scales._replace(base=base), 0, count - 1)
+
+
+def _by_layout(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
+  """Puts parts of one layout together whose minimum exponents a group can tell."""
+  groups: dict[layouts.Layout, list[list[_Draft]]] = {}
+  for draft in sorted(drafts, key=lambda x: x.min_exponent):
+    several = groups.setdefault(draft.layout, [[draft]])
+    if draft.min_exponent >= several[-1][0].min_exponent + _EXPONENTS:
+      several.append([draft])
+    elif draft is not several[0][0]:
+      several[-1].append(draft)
+  return [sorted(x, key=lambda y: y.part[:2]) for y in groups.values() for x in y]
 
 
 def _smaller(group: Group) -> Group | None:
@@ -127,157 +171,108 @@ def _smaller(group: Group) -> Group | None:
   return Group(group.layout, contexts, pick(group.parts), pick(group.nbytes))
 
 
-# ---- layouts and scales --------------------------------------------------------------
-
-
-def _draft(part: Part) -> _Draft | None:
-  """Chooses a layout and scales; None for numbers that have no layout."""
-  numbers, min_exponent = part.numbers, 0
-  layout: layouts.Layout = layouts.Integers(numbers.dtype, 0)
-  if numbers.size and numbers.dtype in layouts.FORMATS:
-    bits = sparse.bit_patterns(numbers)
-    layout, min_exponent = formats.of_floats(bits, numbers.dtype)
-  elif not numbers.size or not layout.is_valid():
-    return None
-  scales = _scales(numbers, layout, min_exponent)
-  draft = _Draft(part, layout, scales, min_exponent)
-  choices = [draft]
-  if scales.rows.size + scales.columns.size > 2 and layout.dtype.kind != 'u':
-    choices.append(draft._replace(scales=scales_lib.shared(scales)))
-  may_be_finer = numbers.size > _SMALL and layout.raw_bits > 1
-  if may_be_finer or len(choices) > 1:
-    costs = {_cost(x): x for x in choices}
-    draft = costs[min(costs)]
-  if may_be_finer and isinstance(layout, layouts.Floats):
-    finer = dataclasses.replace(layout, raw_bits=layout.raw_bits - 1, top=2)
-    fine = draft._replace(layout=finer)
-    draft = fine if _cost(fine) + _FINER_BYTES < min(costs) else draft
-  return draft
-
-
-def _scales(
-  array: np.ndarray, layout: layouts.Layout, min_exponent: int
-) -> contexts_lib.Scales:
-  """Measures a part. The least class of numbers that share a step is 0."""
-  if isinstance(layout, layouts.Floats):
-    scales = scales_lib.measure(array)
-    if layout.raised:
-      base = scales.base - scales_lib.STEPS * (min_exponent - _BELOW)
-      scales = scales_lib.within(scales._replace(base=base), 0, _RAISED_CLASSES - 1)
-    return scales
-  if layout.bias:
-    return scales_lib.measure(array)
-  # The low and the high bits of 64 have a class each.
-  classes = np.arange(2 if array.shape[-1:] == (2,) else 1, dtype=np.uint8)
-  return contexts_lib.Scales(0, np.zeros(1, np.uint8), classes)
-
-
-def _by_layout(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
-  """Puts parts of one layout together, those that share a step as long as they fit."""
-  groups: dict[Any, list[_Draft]] = {}
-  spans: dict[layouts.Layout, int] = {}
-  for draft in drafts:
-    span = spans.get(draft.layout, 0) + draft.span * draft.layout.raised
-    spans[draft.layout] = span
-    key = draft.layout, span // (contexts_lib.CLASSES - _RAISED_CLASSES)
-    groups.setdefault(key, []).append(draft)
-  return list(groups.values())
-
-
-def _cost(draft: _Draft) -> float:
-  """Returns about the bytes of a part with tables of its own."""
-  group = _group([draft], 16)
-  scales = sum(tables.entropy_bits(np.bincount(x)) for x in draft.scales[1:]) / 8
-  return group.nbytes[0] + np.count_nonzero(group.contexts.frequencies) + scales
-
-
 # ---- classes and tables --------------------------------------------------------------
 
 
-def _group(
-  drafts: list[_Draft], fraction: int = 1, *, is_sparse: bool = False
-) -> Group:
+def _groups(drafts: list[_Draft]) -> list[Group]:
   """Chooses the classes and the tables of parts of one layout by samples of them."""
-  layout = drafts[0].layout
-  scales, levels, octave = _classes(drafts)
-  is_float = isinstance(layout, layouts.Floats)
-  most = (_FLOATS // len(drafts) if is_float else _INTEGERS) // fraction
-  samples = [
-    _sample(*pair, max(most, _LEAST_SAMPLE))
-    for pair in zip(drafts, scales, strict=True)
-  ]
+  layout, samples = drafts[0].layout, []
+  scales, base = _classes(drafts)
+  most = _INTEGERS
+  if isinstance(layout, layouts.Floats):
+    most = max(_FLOATS // len(drafts), _LEAST_SAMPLE)
+  for draft, part_scales in zip(drafts, scales, strict=True):
+    samples.append(_sample(draft, part_scales, most))
+  is_shared = layout.most_tables == layouts.QUARTERS
+  count, seen = layout.most_tables, _SEEN if is_shared else layout.alphabet
   if isinstance(layout, layouts.Integers):
-    told = _shifts(samples, layout)[: len(levels)]
-    if is_sparse:
-      told[:] = 0  # the few large ones are exceptions
-    steps = -(-int(told.max()) // layouts.MOST_RAW)
+    count = 1 + max(x.greatest for x in scales)
+    base = _shifts(samples, count) if layout.bias else np.zeros(count, np.int32)
+    steps = -(-int(base.max()) // layouts.MOST_RAW)
     layout = dataclasses.replace(layout, raw_bits=layouts.MOST_RAW * steps)
-    raw_bits = told[:, None]
-  else:
-    told = np.repeat([x.min_exponent for x in drafts], [x.span for x in drafts])
-    raw_bits = np.array(layout.raw_bits)
-  counts = [_counts(x, layout, told, octave, len(levels)) for x in samples]
+  counts = [_counts(x, layout, base, (count, seen)) for x in samples]
+  together, apart = [*range(len(drafts))], []
+  while len(together) > 1:
+    rows = np.sum([counts[i] for i in together], axis=0)
+    saved = [_saved_apart(rows, counts[i], samples[i].weight) for i in together]
+    if max(saved) <= 8 * _GROUP_BYTES:
+      break
+    apart.append([together.pop(int(np.argmax(saved)))])
+  several = [drafts, scales, samples, counts]
+  pick = lambda chosen: [[values[i] for i in chosen] for values in several]
+  return [_group(layout, base, *pick(chosen)) for chosen in (together, *apart)]
+
+
+def _group(
+  layout: layouts.Layout,
+  base: np.ndarray,
+  drafts: list[_Draft],
+  scales: list[contexts_lib.Scales],
+  samples: list[_Sample],
+  counts: list[np.ndarray],
+) -> Group:
+  """Chooses the tables of parts, given counts of their symbols."""
   rows = np.sum(counts, axis=0)
+  if isinstance(layout, layouts.Integers):
+    count = 1 + max(x.greatest for x in scales)
+    rows, base = rows[:count], base[:count]
   # The symbols are those that occur most.
   ends = np.cumsum(np.append(0, rows.sum(axis=0)))
   first = int(np.argmax(ends[layout.alphabet :] - ends[: -layout.alphabet]))
-  window, start = slice(first, first + layout.alphabet), 0
-  if layout.most_tables == layouts.QUARTERS:
-    table_of, rows, entries = levels, rows[:, window], np.zeros((0, 2), int)
-    start = (octave << layout.top) + first - _BINS_BELOW
-  else:
-    table_of, rows = _merged(rows[:, window], np.argsort(levels, kind='stable'))
-    entries = np.stack([table_of, told], 1)
+  window = slice(first, first + layout.alphabet)
+  rows, base = rows[:, window], base + first
+  if layout.most_tables != layouts.QUARTERS:
+    rows = _merged(rows)
   rows = np.where(rows * _RARE < rows.sum(axis=1, keepdims=True), 0, rows)
-  if is_sparse:
-    rows = np.maximum(rows, _unseen(rows))
   frequencies = _frequencies(rows, layout)
-  exception = _PLACE_BITS + 8 * layout.size * layout.dtype.itemsize
+  escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = tables.PRECISION - np.log2(np.maximum(frequencies, 0.5))
-  bits = np.where(frequencies > 0, bits, exception)[table_of] + raw_bits
+  bits = np.where(frequencies > 0, bits, escape)
   nbytes = []
-  for draft, draft_counts in zip(drafts, counts, strict=True):
-    seen = draft_counts[:, window]
-    size = draft.part.numbers.size
-    numbers = max(size // layout.size, 1) * layout.size  # that are counted
-    cost = (seen * bits).sum() + max(numbers - seen.sum(), 0) * exception
-    nbytes.append(float(cost * size / numbers) / 8 + 2)
-  contexts = contexts_lib.Contexts(tuple(scales), entries, start, frequencies)
+  for draft, sample, draft_counts in zip(drafts, samples, counts, strict=True):
+    numbers, told = draft.part.numbers.size, draft_counts[: len(rows), window]
+    raw_bits = layout.raw_bits
+    if isinstance(layout, layouts.Integers):
+      raw_bits = layout.told(sample.classes, base)[1].mean()
+    share = numbers / (sample.units.size * sample.weight)
+    escaped = sample.units.size * sample.weight - told.sum()
+    cost = share * ((told * bits).sum() + max(escaped, 0) * escape)
+    nbytes.append(float(cost + numbers * raw_bits) / 8 + 2)
+  contexts = contexts_lib.Contexts(tuple(scales), base, frequencies)
   return Group(layout, contexts, [x.part for x in drafts], nbytes)
+
+
+def _saved_apart(rows: np.ndarray, own: np.ndarray, weight: float) -> float:
+  """Returns about the bits that tables of its own save a part with these counts."""
+  others = np.maximum(np.round(rows - own, 6), 0)
+  saved = _table_bits(rows) - _table_bits(others) - _table_bits(own)
+  # A sample follows tables of its own by chance.
+  return float(saved.sum() - weight * np.count_nonzero(own))
 
 
 def _classes(
   drafts: Sequence[_Draft],
-) -> tuple[list[contexts_lib.Scales], np.ndarray, int]:
-  """Returns scales from class 0 on; the levels of the classes; and the octave of 0."""
-  layout, most = drafts[0].layout, contexts_lib.CLASSES - 1
-  if layout.raised or layout.dtype.kind == 'u':
-    # The classes of the parts follow each other.
-    levels = [x.scales.base + np.arange(x.span) for x in drafts]
-    ends = itertools.accumulate(x.span for x in drafts)
-    bases = [min(end, most + 1) - x.span for x, end in zip(drafts, ends, strict=True)]
-    pairs = zip(drafts, bases, strict=True)
-    scales = [x.scales._replace(base=base) for x, base in pairs]
-    return scales, np.concatenate(levels)[: most + 1], 0
-  classes = [y for x in drafts for y in (x.scales.base, x.scales.greatest)]
-  octaves = np.array(classes) // scales_lib.STEPS
-  # A lower scale may be that of an array of zeros.
-  octave = max(int(octaves.min()), int(octaves.max()) - _OCTAVES)
-  scales = []
-  for draft in drafts:
-    base = draft.scales.base - scales_lib.STEPS * octave
-    scales.append(scales_lib.within(draft.scales._replace(base=base), 0, most))
-  has_quarters = layout.most_tables == layouts.QUARTERS
-  number = layouts.QUARTERS if has_quarters else 1 + max(x.greatest for x in scales)
-  return scales, np.arange(number), octave
-
-
-class _Sample(NamedTuple):
-  """Units from all over a part."""
-
-  units: np.ndarray  # `[n, S]`
-  classes: np.ndarray  # int64 `[n]`
-  weight: float  # how many units of the part one of the sample stands for
+) -> tuple[list[contexts_lib.Scales], np.ndarray]:
+  """Returns scales whose classes a byte tells, and what these count from."""
+  layout, scales = drafts[0].layout, [x.scales for x in drafts]
+  if isinstance(layout, layouts.Floats) and not layout.raised:
+    # A lower scale may be that of an array of zeros.
+    least, most = min(x.base for x in scales), max(x.greatest for x in scales)
+    octave = max(least // scales_lib.STEPS, most // scales_lib.STEPS - _OCTAVES)
+    scales = [_above(x, octave, contexts_lib.CLASSES) for x in scales]
+    return scales, np.array([(octave << layout.top) - _BINS_BELOW])
+  start, bases = min(x.min_exponent for x in drafts), [x.base for x in scales]
+  if layout.raised:
+    bases = [x.scales.base + layouts.LEVELS * (x.min_exponent - start) for x in drafts]
+  elif layout.dtype == np.uint8:  # the classes of the parts follow each other
+    ends = itertools.accumulate(x.greatest + 1 for x in scales)
+    last = [contexts_lib.CLASSES - 1 - x.greatest for x in scales]
+    bases = [
+      min(end - x.greatest - 1, most)
+      for end, x, most in zip(ends, scales, last, strict=True)
+    ]
+  scales = [x._replace(base=y) for x, y in zip(scales, bases, strict=True)]
+  return scales, np.array([start])
 
 
 def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
@@ -297,56 +292,43 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   return _Sample(sample, classes.astype(int).reshape(-1), len(units) / len(sample))
 
 
-def _shifts(samples: Sequence[_Sample], layout: layouts.Integers) -> np.ndarray:
-  """Returns the shift of each class, int64 `[256]`, so that few have no symbol."""
+def _shifts(samples: Sequence[_Sample], count: int) -> np.ndarray:
+  """Returns the shift of each class of signed integers, so that few have no symbol."""
   classes = np.concatenate([x.classes for x in samples])
-  sizes = np.concatenate([x.units.reshape(-1) for x in samples]).astype(np.float64)
-  most = np.zeros(contexts_lib.CLASSES)
-  if not layout.bias:
-    np.maximum.at(most, classes, sizes)
-    return np.clip(np.frexp(most)[1] - 8, 0, layouts.MOST_SHIFT)
-  counts = np.bincount(classes, minlength=most.size)
-  means = np.bincount(classes, np.abs(sizes), most.size) / np.maximum(counts, 1)
+  sizes = np.concatenate([x.units.reshape(-1) for x in samples])
+  sizes = np.abs(sizes.astype(np.int64))
+  large = np.count_nonzero(sizes >= layouts.WINDOW // 2)
+  if 8 * np.count_nonzero(sizes) + 8000 * large < sizes.size:
+    return np.zeros(count, np.int32)  # the few large ones are escapes
+  counts = np.bincount(classes, minlength=count)
+  means = np.bincount(classes, sizes, count) / np.maximum(counts, 1)
   means = np.log2(np.maximum(means, 1 / 64))
   # Four classes are an octave, about. A few great integers must not tell more.
-  octaves = np.arange(most.size) / scales_lib.STEPS
+  octaves = np.arange(count) / scales_lib.STEPS
   weights = np.where(means > 2, counts, 1e-9)  # small integers are rounded
   octaves += np.average(means - octaves, weights=weights)
   means = np.where(counts, np.clip(means, octaves - 3, octaves + 3), octaves)
-  return np.clip(np.ceil(means) - _SHIFTED, 0, layouts.MOST_SHIFT).astype(int)
+  shifts = np.ceil(means) - _SHIFTED
+  return np.clip(shifts, 0, layouts.MOST_SHIFT).astype(np.int32)
 
 
 def _counts(
-  sample: _Sample, layout: layouts.Layout, told: np.ndarray, octave: int, number: int
+  sample: _Sample,
+  layout: layouts.Layout,
+  base: np.ndarray,
+  shape: tuple[int, int],
 ) -> np.ndarray:
-  """Counts the symbols by class, or by table if a class tells one of four."""
-  rows, alphabet = sample.classes, layout.alphabet
-  if isinstance(layout, layouts.Integers):
-    symbols = sample.units.astype(np.int64) >> told[rows][:, None]
-    symbols += layout.bias
-  elif layout.raised:
-    symbols = layouts.bins_of(sample.units, layout, told[rows][:, None])
-  else:
-    symbols = layouts.bins_of(sample.units, layout, 1) + _BINS_BELOW
-    symbols -= ((rows >> 2) + octave << layout.top)[:, None]
-    rows, alphabet = rows & 3, _SEEN
-  is_seen = (symbols >= 0) & (symbols < alphabet)
-  places = (rows[:, None] * alphabet + symbols)[is_seen]
-  counts = np.bincount(places, minlength=number * alphabet)
-  return counts.reshape(number, alphabet) * sample.weight
+  """Counts the symbols of each table, of the given shape; others are left out."""
+  table_of, told = layout.told(sample.classes, base)
+  symbols = layout.symbols(sample.units, told[:, None])
+  is_seen = (symbols >= 0) & (symbols < shape[1])
+  places = (table_of[:, None] * shape[1] + symbols)[is_seen]
+  counts = np.bincount(places, minlength=shape[0] * shape[1])
+  return counts.reshape(shape) * sample.weight
 
 
-def _unseen(counts: np.ndarray) -> np.ndarray:
-  """Returns whether symbols may occur that samples of wide tables lack, `[K, A]`."""
-  sizes = np.abs(np.arange(counts.shape[1]) - counts.shape[1] // 2)
-  widest = np.where(counts > 0, sizes, 0).max(axis=1, keepdims=True)
-  is_wide = 2 * counts.max(axis=1, keepdims=True) < counts.sum(axis=1, keepdims=True)
-  return is_wide & (sizes <= 2 * widest)
-
-
-def _merged(counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Merges tables of neighbours in an order; returns that of each class, and counts."""
-  rows = counts[order]
+def _merged(rows: np.ndarray) -> np.ndarray:
+  """Gives neighbours one table, that of their sum, where this saves bytes."""
   is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
   rows, row_of = rows[is_first], np.cumsum(is_first) - 1
   while True:
@@ -355,12 +337,9 @@ def _merged(counts: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarr
     around = np.pad(saved, 1, constant_values=-1.0)
     is_joined = (saved >= 0) & (saved >= around[:-2]) & (saved > around[2:])
     if not is_joined.any():
-      break
+      return rows[row_of]
     row_of = np.cumsum(np.append(True, ~is_joined))[row_of] - 1
     rows = np.add.reduceat(rows, np.flatnonzero(np.append(True, ~is_joined)))
-  table_of = np.empty_like(row_of)
-  table_of[order] = row_of
-  return table_of, rows
 
 
 def _table_bits(counts: np.ndarray) -> np.ndarray:
@@ -368,21 +347,19 @@ def _table_bits(counts: np.ndarray) -> np.ndarray:
   whole = np.maximum(counts.sum(axis=-1, keepdims=True), 1)
   shares = np.maximum(counts / whole, 1 / tables.TOTAL)
   bits = -(counts * np.log2(shares)).sum(axis=-1)
-  return bits + 8 * np.count_nonzero(counts, axis=-1)
+  return bits + 16 * np.count_nonzero(counts, axis=-1)
 
 
 def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
-  """Returns frequencies in proportion to counts, of which pairs of bins have tables."""
+  """Returns frequencies in proportion to counts, of which programs can make tables."""
   half = np.arange(layout.alphabet) < layout.alphabet // 2
   counts = np.where(counts.any(axis=1, keepdims=True), counts, half)
-  try:
-    frequencies = tables.quantize(counts)
-    if isinstance(layout, layouts.Floats):
-      tables.of_pairs(frequencies, layout.precision)
-    return frequencies
-  except ValueError:
-    if len(counts) > 1:
-      halves = np.array_split(counts, 2)
-      return np.concatenate([_frequencies(x, layout) for x in halves])
-    # A table with a pair that is too frequent becomes flatter.
-    return _frequencies(counts + half * (1 + counts.sum() // 64), layout)
+  if isinstance(layout, layouts.Integers):
+    # If a symbol does not occur, it is the escape.
+    missing = (counts == 0) & (np.cumsum(counts[:, ::-1] == 0, axis=1)[:, ::-1] == 1)
+    return tables.quantize(np.where(missing, 1, counts))
+  shares = counts / counts.sum(axis=1, keepdims=True)
+  most, even = shares.max(axis=1, keepdims=True), half / half.sum()
+  excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even.max(), 1e-9)
+  shares += np.maximum(excess, 0) * (even - shares)
+  return tables.quantize(np.ceil(shares * 2**40))

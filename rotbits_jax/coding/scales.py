@@ -15,15 +15,20 @@ import numpy as np
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import formats
 from rotbits_jax.coding import layouts
+from rotbits_jax.coding import tables
 
 STEPS = 4
 """The number of classes for a factor of 2."""
 
 _LEAST_LINE = 16  # elements of a row or column that has a scale
-_COLUMNS, _RUNS = 1 << 9, 4  # by which rows are measured, in so many runs
-_ROWS = 1 << 9  # by which columns are measured
+_COLUMNS, _RUNS = 1 << 8, 4  # by which rows are measured, in so many runs
+_ROWS = 1 << 8  # by which columns are measured
 _CHUNK = 1 << 17  # elements that are looked at at once, so that they fit the cache
 _RANGE = 224  # of classes of an array
+
+# If the scales of normal numbers vary so little that the logarithms of all vary by q
+# times as much, a table for each scale saves 1.3 / q bits.
+_SAVED = 1.3
 
 # Logarithms are limited to this many octaves around the median. The lower ones tell
 # little of the scale, and much of chance.
@@ -36,51 +41,71 @@ def measure(array: np.ndarray) -> contexts.Scales:
   size = layouts.Floats.size if is_float else layouts.Integers.size
   count, width = contexts.matrix_shape(array.shape)
   matrix = array.reshape(count, width)
-  has_rows = width >= _LEAST_LINE and count > 1
-  has_columns = count >= _LEAST_LINE and width > 1
-  rows, columns = np.zeros(1), np.zeros(1)
-  if has_rows:
+  row_levels, rows, columns = np.zeros((3, 1))
+  if width >= _LEAST_LINE and count > 1:
     runs = formats.runs(width, _COLUMNS, _RUNS)
     some = np.concatenate([matrix[:, run] for run in runs], axis=1)
-    rows = _levels(some, np.zeros((1, 1)), 1)
-  if has_columns:
+    row_levels, noise = _levels(some, np.zeros((1, 1)), 1)
+    rows = _quantized(row_levels, noise, array.size, some.shape[1])
+  if count >= _LEAST_LINE and width > 1:
     some_rows = slice(None, None, max(count // _ROWS, 1))
-    by = (rows[some_rows] if has_rows else rows)[:, None]
-    columns = _levels(matrix[some_rows], by, 0)
-    number = contexts.line_sizes(array.shape, size)[1]
-    columns = columns.reshape(number, -1).mean(axis=1)
-  if not has_rows and not has_columns:
-    rows = _levels(matrix.reshape(1, -1)[:, :_CHUNK], np.zeros((1, 1)), 1)
-  rows, columns = (np.rint(STEPS * x).astype(int) for x in (rows, columns))
+    levels, noise = _levels(matrix[some_rows], row_levels[some_rows, None], 0)
+    levels = levels.reshape(contexts.line_sizes(array.shape, size)[1], -1).mean(axis=1)
+    columns = _quantized(levels, noise, array.size, size * min(count, _ROWS))
+  elif row_levels.size == 1:
+    some = matrix.reshape(1, -1)[:, :: max(matrix.size // _ROWS, 1)]
+    columns = np.rint(STEPS * _levels(some, np.zeros((1, 1)), 1)[0])
+  rows, columns = rows.astype(int), columns.astype(int)
   greatest = int(np.max(rows) + np.max(columns))
   return _within(rows, columns, greatest - _RANGE, greatest)
 
 
-def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> np.ndarray:
-  """Returns the levels of rows, axis 1, or of columns, axis 0, less those of `by`."""
+def _quantized(
+  levels: np.ndarray, noise: float, size: int, measured: int
+) -> np.ndarray:
+  """Returns the scales of rows or columns, or one for all if they would save nothing.
+
+  `size` numbers, whose logarithms have the variance `noise`, have these levels; each
+  was measured by `measured` numbers.
+  """
+  lines = np.rint(STEPS * levels)
+  saved = _SAVED * size * (np.var(levels) / noise - 2 / measured)
+  if saved > tables.entropy_bits(np.unique(lines, return_counts=True)[1]):
+    return lines
+  return np.rint(STEPS * levels.mean(keepdims=True))
+
+
+def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> tuple[np.ndarray, float]:
+  """Returns the levels of rows, axis 1, or of columns, axis 0, less those of `by`.
+
+  Also returns about the variance of the logarithms.
+  """
   dtype = array.dtype if array.dtype in layouts.FORMATS else np.dtype(np.float32)
   form = layouts.FORMATS[dtype]
   shift = form.bits - 16
   unit = 1 << form.nmant - shift
   # Integers, so that a file does not depend on the order of sums.
   by = np.rint(by * unit).astype(np.int16)
-  levels, step = [], max(_CHUNK // max(array.shape[axis], 1), 1)
+  levels, variances, step = [], [], max(_CHUNK // max(array.shape[axis], 1), 1)
+  ones = np.ones(array.shape[axis], np.float32)
   for start in range(0, array.shape[1 - axis], step):
     places = slice(start, start + step)
     part = array[places] if axis else array[:, places]
     bits = part.astype(dtype, copy=False).view(f'u{dtype.itemsize}')
-    logs = ((bits >> shift) & 0x7FFF).astype(np.int16) - by
-    middle = int(np.median(logs.reshape(-1)[:: max(logs.size >> 10, 1)]))
+    logs = (bits >> shift).astype(np.int16) if shift else bits.view(np.int16)
+    logs = (logs & 0x7FFF) - by
+    some = slice(None, None, max(logs.size >> 10, 1))
+    sample = logs.reshape(-1)[some]
+    middle = int(np.partition(sample, sample.size // 2)[sample.size // 2])
     limits = np.array([middle - _BELOW * unit, middle + _ABOVE * unit])
     np.clip(logs, *limits.clip(-(2**15), 2**15 - 1).astype(np.int16), out=logs)
-    levels.append(logs.mean(axis=axis) / unit)
-  return np.concatenate(levels)
-
-
-def shared(scales: contexts.Scales) -> contexts.Scales:
-  """Returns the mean scale, which all rows and columns share."""
-  mean = scales.base + scales.rows.mean() + scales.columns.mean()
-  return contexts.Scales(int(np.rint(mean)), *np.zeros((2, 1), np.uint8))
+    logs -= np.int16(middle)
+    variances.append(np.var(logs.reshape(-1)[some]))
+    # Exact: sums of at most 2^10 integers up to 2^13, in which 2^24 is the limit.
+    numbers = logs.astype(np.float32)
+    sums = (numbers @ ones if axis else ones @ numbers).astype(float)
+    levels.append((sums / ones.size + middle) / unit)
+  return np.concatenate(levels), max(float(np.mean(variances)) / unit**2, 1e-3)
 
 
 def within(scales: contexts.Scales, least: int, most: int) -> contexts.Scales:

@@ -10,7 +10,6 @@ import numpy as np
 
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import formats
-from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 from rotbits_jax.system import schema
 
@@ -67,21 +66,22 @@ def bit_patterns(array: np.ndarray) -> np.ndarray:
   return array.reshape(-1).view(f'u{array.dtype.itemsize}')
 
 
-def without_zeros(array: np.ndarray) -> tuple[Sparse, list[np.ndarray]] | None:
+def without_zeros(
+  array: np.ndarray, is_rounded: bool
+) -> tuple[Sparse, list[np.ndarray]] | None:
   """Returns the form of floats with many zeros, and its parts; None for others.
 
-  Zeros of integers are a symbol of their own.
+  `is_rounded` tells whether small numbers share a step. Zeros of integers are a symbol
+  of their own.
   """
-  if array.size < _LEAST_ELEMENTS or array.dtype not in layouts.FORMATS:
+  if array.size < _LEAST_ELEMENTS:
     return None
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
   magnitude = bits.dtype.type((1 << 8 * array.itemsize - 1) - 1)
   flat = bits.reshape(-1)
   sample = np.concatenate([flat[run] for run in formats.runs(flat.size, _SAMPLE)])
   share = 1 - np.count_nonzero(sample & magnitude) / sample.size
-  if share <= _LEAST or (
-    share <= _LEAST_ROUNDED and formats.of_floats(flat, array.dtype)[1] > 1
-  ):
+  if share <= (_LEAST_ROUNDED if is_rounded else _LEAST):
     return None
   is_set = bits & magnitude > 0
   masks = [np.packbits(x, axis=1) for x in (is_set, is_set.T)]

@@ -30,6 +30,12 @@ DTYPES = {
 }
 """The dtypes that can be stored, by name."""
 
+
+def is_of_bytes(dtype: np.dtype) -> bool:
+  """Returns whether arrays are coded as their bytes: unsigned integers, and 64 bits."""
+  return dtype.itemsize == 8 or (dtype.kind == 'u' and dtype.itemsize > 1)
+
+
 _MAX_AXES = 32
 _MAX_SIZE = 1 << 48  # elements of an array
 
@@ -78,24 +84,23 @@ class ArraySpec(schema.Row):
     """The dtype and the shape of each part."""
     if self.zeros:
       return self.zeros.parts(self.numpy_dtype, self.shape)
-    if self.numpy_dtype.itemsize == 8:  # the low and the high bits of each element
-      return [(np.dtype(np.uint32), (*self.shape, 2))]
+    if is_of_bytes(self.numpy_dtype):
+      return [(np.dtype(np.uint8), (*self.shape, self.numpy_dtype.itemsize))]
     return [(self.numpy_dtype, self.shape)]
 
 
 class GroupSpec(schema.Row):
-  """A group: parts of one layout. Their units, part after part, lie in blocks.
+  """A group: parts of one layout. The numbers of each lie in blocks.
 
-  All blocks but the last have `blocks.capacity_of` units.
+  All blocks of a part but the last have `blocks.numbers_of` numbers.
   """
 
   # 'known' are integers whose classes are known from elsewhere.
   type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
   raw_bits: schema.Size  # that of the layout
   raised: bool  # that of the layout; false for integers
-  top: schema.Size  # that of the layout; 0 for integers
   contexts: schema.Size  # number of bytes of the contexts in the stream
-  blocks: tuple[schema.Size, ...]  # number of bytes of each block
+  blocks: tuple[schema.Size, ...]  # number of bytes of each block, part after part
 
   @property
   def is_known(self) -> bool:
@@ -106,9 +111,8 @@ class GroupSpec(schema.Row):
     """Returns the layout of the group, whose parts have this dtype."""
     layout: layouts.Layout = layouts.Integers(dtype, self.raw_bits)
     if self.type_name == 'floats':
-      layout = layouts.Floats(dtype, self.raw_bits, self.raised, self.top)
-    options = layout.raised, layout.top
-    if not layout.is_valid() or options != (self.raised, self.top):
+      layout = layouts.Floats(dtype, self.raw_bits, self.raised)
+    if not layout.is_valid() or layout.raised != self.raised:
       raise ValueError(f'parts of {dtype} have no layout {self!r:.100}')
     return layout
 
@@ -140,9 +144,9 @@ class StreamSpec(schema.Object):
       if group.is_known and (len(members) > 1 or self.arrays[members[0].array].zeros):
         raise ValueError('a group of known classes must be one array')
       size = group.layout(members[0].dtype).size
-      units = sum(-(-member.size // size) for member in members)
-      if len(group.blocks) != -(-units // blocks.capacity_of(units)):
-        raise ValueError(f'{len(group.blocks)} blocks for {units} units')
+      counts = [-(-x.size // blocks.numbers_of(x.size, size)) for x in members]
+      if len(group.blocks) != sum(counts):
+        raise ValueError(f'{len(group.blocks)} blocks for {len(counts)} parts')
       if min(group.blocks) < blocks.LEAST_BYTES:
         raise ValueError(f'a block cannot have {min(group.blocks)} bytes')
       coded += sum(member.size for member in members)

@@ -95,42 +95,42 @@ def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
 
 
 def to_bytes(frequencies: np.ndarray) -> bytes:
-  """Serialises tables `[K, A]`: zlib of the low bytes, and then of the high bytes."""
-  halves = frequencies.astype('<u2').view(np.uint8).reshape(-1, 2).T
-  return zlib.compress(halves.tobytes(), 9)
+  """Serialises tables `[K, A]`: the low bytes, and then the high bytes."""
+  return frequencies.astype('<u2').view(np.uint8).reshape(-1, 2).T.tobytes()
 
 
-def from_bytes(data: bytes, count: int, alphabet: int) -> np.ndarray:
-  """Makes tables from bytes, int64 `[count, alphabet]`: the inverse of `to_bytes`."""
-  size = 2 * count * alphabet
-  content, left = inflate(data, size, zlib.MAX_WBITS)
-  if left or content.size != size:
-    raise ValueError(f'not the frequencies of {count} tables')
-  low, high = content.reshape(2, count, alphabet).astype(np.int64)
+def from_bytes(data: np.ndarray, alphabet: int) -> np.ndarray:
+  """Makes tables from bytes, uint8, int64 `[K, A]`: the inverse of `to_bytes`."""
+  if data.size % (2 * alphabet):
+    raise ValueError(f'{data.size} bytes are not tables')
+  low, high = data.reshape(2, -1, alphabet).astype(np.int64)
   frequencies = low | high << 8
   if np.any(frequencies.sum(axis=1) != TOTAL):
-    raise ValueError(f'the frequencies of {count} tables must add up to {TOTAL}')
+    raise ValueError(f'frequencies must add up to {TOTAL}')
   return frequencies
 
 
-def deflate(data: bytes) -> bytes:
-  """Returns a raw Deflate stream; `inflate` reads it."""
-  # Some scales are close to noise, where matches are chance and cost more than they
-  # save. Others repeat.
-  packed = []
-  for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
-    packer = zlib_ng.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
-    packed.append(packer.compress(data) + packer.flush())
-  return min(packed, key=len)
+def deflate(*parts: bytes) -> bytes:
+  """Returns a raw Deflate stream of parts that differ; `inflate` reads it."""
+  stream = b''
+  for i, part in enumerate(parts, 1):
+    end, packed = zlib.Z_SYNC_FLUSH if i < len(parts) else zlib.Z_FINISH, []
+    # Some scales are close to noise, where matches are chance and cost more than they
+    # save. Others repeat.
+    for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
+      packer = zlib_ng.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+      packed.append(packer.compress(part) + packer.flush(end))
+    stream += min(packed, key=len)
+  return stream
 
 
-def inflate(data: bytes, most: int, wbits: int = -15) -> tuple[np.ndarray, bytes]:
-  """Inflates a stream, which may hold `most` bytes: uint8, and the bytes after it."""
-  unpacker = zlib.decompressobj(wbits)
+def inflate(data: bytes, most: int) -> np.ndarray:
+  """Inflates a stream of at most so many bytes: uint8."""
+  unpacker = zlib.decompressobj(-15)
   try:
     content = unpacker.decompress(data, most + 1)
   except zlib.error as error:
     raise ValueError(f'not the tables of arrays: {error}') from error
-  if not unpacker.eof or len(content) > most:
+  if not unpacker.eof or unpacker.unused_data or len(content) > most:
     raise ValueError('the tables of arrays are cut short or too long')
-  return np.frombuffer(content, np.uint8), unpacker.unused_data
+  return np.frombuffer(content, np.uint8)

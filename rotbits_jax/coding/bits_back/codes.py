@@ -67,7 +67,7 @@ class RotationCode(NamedTuple):
   def pack(self, correction: Any) -> np.ndarray:
     """Returns a correction as words, uint16: its tables and a message."""
     frequencies = self.fit(correction)
-    data = tables.to_bytes(frequencies)
+    data = tables.deflate(tables.to_bytes(frequencies))
     head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
     message = self._push(rans.empty(self._lanes), jnp.asarray(frequencies), correction)
     return np.concatenate([[np.uint16(len(data))], head, rans.to_words(message)])
@@ -79,7 +79,10 @@ class RotationCode(NamedTuple):
     nbytes = int(words[0])
     start = 1 + -(-nbytes // 2)
     data = words[1:start].tobytes()[:nbytes]
-    frequencies = tables.from_bytes(data, self.num_tables, correction_lib.LEVELS)
+    halves = tables.inflate(data, 2 * self.num_tables * correction_lib.LEVELS)
+    frequencies = tables.from_bytes(halves, correction_lib.LEVELS)
+    if len(frequencies) != self.num_tables:
+      raise ValueError(f'{len(frequencies)} tables of {self.num_tables}')
     # An integer has a residue of at most 16 bits and two levels of at most 14 bits
     # each. The rest of the room is for signs.
     room = 4 * -(-self.num_integers // self._lanes) + 16
