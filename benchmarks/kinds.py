@@ -6,6 +6,7 @@ of each matrix that is smallest. MB are those of the tensors, and of whole files
 
 from collections.abc import Iterator
 import pathlib
+import re
 import tempfile
 
 import numpy as np
@@ -56,7 +57,7 @@ def tables_of_readme() -> dict[str, str]:
   """Makes the tables of README.md from those of RESULTS.md, by their markers.
 
   The first has one model in bfloat16 by other compressors and by `exact`; the second
-  has all rows of this benchmark but that one, without the models.
+  has the rows of this benchmark with a base and of sliced models.
   """
   (speeds, *_), (sizes, *_) = map(common.tables, (speed.TITLE, TITLE))
   header = ('lossless', 'MB', 'share', 'encode s', 'decode s')
@@ -67,7 +68,8 @@ def tables_of_readme() -> dict[str, str]:
       times = (f'{float(row[x]):.2f}' for x in header[3:])
       lines.append((row['method'], megabytes(size), f'{share:.1%}', *times))
   kept = [name for name in HEADER if name != 'model']
-  others = [[row[name] for name in kept] for row in sizes[1:]]
+  alone = [x for x in sizes if re.search('^sliced| base$', x['weights'])]
+  others = [[row[name] for name in kept] for row in alone]
   return {
     'peers': common.table(header, lines),
     'sizes': common.table(kept, others),
