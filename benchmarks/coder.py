@@ -186,8 +186,8 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     pop, push, taken, back = rotation(n)
     seconds = f'{1e3 * pop:.1f}', f'{1e3 * push:.1f}'
     rotations.append((n, *seconds, f'{taken:.2f}', f'{back:.2f}'))
-  messages, pops = 4 if settings.quick else 64, 2048
-  biases, noise = np.abs(haar_bias(16, messages, pops)), (messages * pops) ** -0.5
+  runs, pops = 4 if settings.quick else 64, 2048
+  biases, noise = np.abs(haar_bias(16, runs, pops)), (runs * pops) ** -0.5
   parts = [
     f'Streams of {count:,} weights, as files have them:',
     streams(count),

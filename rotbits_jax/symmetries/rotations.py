@@ -171,11 +171,14 @@ def upper_form(matrix: jax.Array) -> UpperForm:
   return jax.lax.cond(is_regular, lambda: leading, with_pivots)
 
 
+_Search = tuple[jax.Array, jax.Array, jax.Array]  # a column, the basis, the pivots
+
+
 def _independent(matrix: jax.Array) -> jax.Array:
   """Returns 1 for columns that are not nearly combinations of earlier ones, uint8."""
   rows, columns = matrix.shape
 
-  def add(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  def add(state: _Search) -> _Search:
     j, basis, pivots = state
     off = matrix[:, j] - _matmul(_matmul(matrix[:, j], basis.T), basis)
     size = jnp.linalg.norm(off)
