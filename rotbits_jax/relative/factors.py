@@ -17,10 +17,11 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
 _LEAST = 64  # rows and columns of a matrix for which factors are tried
-_RANK = 64  # the greatest that is tried
+_RANK = 56  # the greatest that is tried
 _SKETCHED = 1 << 9  # rows that tell the basis, and whether factors are worth it
 _TYPICAL = 1 << 12  # elements that tell the rounding error of the dtype
 _MORE = 8  # columns of a sketch beyond the rank
+_SMALLEST = 1e-12  # of the squares of a sketch, over the largest
 _FINER = 5  # the differences that are left, over the error of rounded factors
 _MOST = (1 << 15) - 1
 
@@ -103,7 +104,13 @@ def _basis(off: np.ndarray) -> np.ndarray:
   with np.errstate(over='ignore', invalid='ignore'):
     sketch = host.small_products(off, random_signs(off.shape[1], width))
     rows = host.small_products(off.T, sketch).astype(np.float64)
-    return np.linalg.qr(rows)[0].astype(np.float32)
+    # By the eigenvalues of a small matrix, for which BLAS takes no threads.
+    squares = host.small_products(rows.T, rows)
+    if not np.isfinite(squares).all():
+      return rows.astype(np.float32)
+    sizes, vectors = np.linalg.eigh(squares)
+    roots = np.sqrt(np.maximum(sizes, _SMALLEST * sizes[-1]) + np.finfo(float).tiny)
+    return host.small_products(rows, vectors / roots).astype(np.float32)
 
 
 @functools.lru_cache(4)

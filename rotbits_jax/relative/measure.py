@@ -36,7 +36,7 @@ _MOST_SHARE = 0.98  # of these that a base is worth
 _MORE = 1 << 16  # and those of its differences
 _FEW = 1 << 14  # elements that tell a drift, and how
 _SPARSE = 1 / 8  # share of changed elements up to which exponents tell the classes
-_UNEVEN = 1 / 2  # squared coefficient of variation of lines up to which they do, too
+_UNEVEN = 2  # squared variation of rows or columns, beyond chance, up to which they do
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAF_BYTES = 150  # of a leaf besides its arrays
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
@@ -87,7 +87,7 @@ def beside(
   bits = ulps.bits_of(target)
   base = difference.known_bits(array, target.shape, dtype)
   draft = difference.Difference(lengths=target.shape, name=dtype.name)
-  changed = _changed(bits, base, _width(target.shape))
+  changed = _changed(draft, bits, base)
   if changed is not None and not changed.any():
     measured = Measured(draft)
   elif dtype.itemsize > 4:
@@ -132,7 +132,9 @@ def _width(shape: tuple[int, ...]) -> int:
   return width if _LEAST_LINES <= width <= _WIDEST else 1
 
 
-def _changed(bits: np.ndarray, base: np.ndarray, width: int) -> np.ndarray | None:
+def _changed(
+  draft: difference.Difference, bits: np.ndarray, base: np.ndarray
+) -> np.ndarray | None:
   """Returns whether blocks differ; None if exponents alone would not tell classes.
 
   They do not if many elements changed, or mostly those of some rows or columns.
@@ -142,15 +144,18 @@ def _changed(bits: np.ndarray, base: np.ndarray, width: int) -> np.ndarray | Non
     return None
   differs = lambda part: (bits[part] != base[part]).any()
   changed = np.array(difference.in_parts(differs, bits.size, 1, pool.run), bool)
-  if width == 1:
+  if (width := _width(draft.lengths)) == 1:
     return changed
   starts = np.arange(0, bits.size, width)
   rows = np.flatnonzero(changed[starts // difference.BLOCK])
   rows = rows[:: max(rows.size // _LINES, 1)]
-  sample = bits.reshape(-1, width)[rows] != base.reshape(-1, width)[rows]
-  for counts in (np.count_nonzero(sample, axis=axis) for axis in (0, 1)):
-    mean = counts.sum() / max(counts.size, 1)
-    if np.square(counts - mean).sum() > (mean + _UNEVEN * mean**2) * counts.size:
+  target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
+  sample, classes = target != known, _by_exponent(draft).classes(known)
+  rates = np.bincount(classes, sample.reshape(-1)) / np.maximum(np.bincount(classes), 1)
+  expected = rates[classes].reshape(sample.shape)
+  for axis in (0, 1):
+    counts, means = sample.sum(axis), expected.sum(axis)
+    if np.square(counts - means).sum() > (means + _UNEVEN * means**2).sum():
       return None
   return changed
 
@@ -164,9 +169,14 @@ def _with_exponents(
     draft = dataclasses.replace(draft, changed=flags)
     bits, base = map(draft.changed_part, (bits, base))
   differences = _differences(bits, base, draft.dtype)
-  scale = 2 * difference.LOWEST + _scale_of(_LARGEST, draft.dtype)
-  leaf = dataclasses.replace(draft, differences=differences, common_scale=int(scale))
+  leaf = dataclasses.replace(_by_exponent(draft), differences=differences)
   return Measured(leaf, leaf.classes(base, pool.run))
+
+
+def _by_exponent(draft: difference.Difference) -> difference.Difference:
+  """Returns a leaf with a class for each exponent."""
+  scale = 2 * difference.LOWEST + _scale_of(_LARGEST, draft.dtype)
+  return dataclasses.replace(draft, common_scale=int(scale))
 
 
 def _differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -177,7 +187,7 @@ def _differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.nda
 def _scale_of(roots: Any, dtype: np.dtype | None = None) -> Any:
   """Returns scales in eighths of an octave, given roots of differences or of ratios."""
   bias = 0
-  if dtype in ulps.MANTISSA_BITS:
+  if dtype is not None and dtype in ulps.MANTISSA_BITS:
     mantissa = ulps.MANTISSA_BITS[dtype]
     one = int(np.array(1, dtype).view(f'i{dtype.itemsize}')) >> mantissa
     bias = 8 * (one + mantissa)
