@@ -121,7 +121,7 @@ def _refuse(*_: Any) -> Any:
 def _in_child() -> None:
   """Lets a child refuse jobs, which would wait for ever, if its parent had threads."""
   if _POOL._threads:
-    _POOL.submit = _refuse  # type: ignore[method-assign]
+    _POOL.submit = _refuse  # type: ignore[assignment, method-assign]
 
 
 # One more than processors, because a thread often waits for Python's lock.

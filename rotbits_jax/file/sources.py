@@ -153,24 +153,25 @@ def unflatten_like(like: Any, leaves: Tree) -> Any:
   `jax.ShapeDtypeStruct`. A structured leaf for which files have an array becomes that.
   """
   flat = structured.flatten(to_dicts(leaves))
-  old, treedef = jax.tree.flatten(like, is_leaf=structured.is_structured)
+  treedef: Any = jax.tree.structure(like, is_leaf=structured.is_structured)
+  old = treedef.flatten_up_to(like)
   numbered = structured.flatten(to_dicts(treedef.unflatten(range(len(old)))))
   places = {int(index): path for path, index in numbered.items()}
+  expected = {}
   for index, leaf in enumerate(old):
+    path = places[index]
     if _is_key(leaf):
-      places[index] += f'/{jax.random.key_impl(leaf)}'
-      old[index] = jax.eval_shape(jax.random.key_data, leaf)
-  expected = {places[index]: leaf for index, leaf in enumerate(old)}
+      path += f'/{jax.random.key_impl(leaf)}'
+      leaf = jax.eval_shape(jax.random.key_data, leaf)
+    expected[path] = leaf
   if wrong := sorted(expected.keys() ^ flat.keys()):
     raise ValueError(f'{wrong[0]}: only one of the file and `like` has it')
   for path, leaf in expected.items():
     of_like, of_file = (_in_file(x, path) for x in (leaf, flat[path]))
     if of_like != of_file:
       raise ValueError(f'{path}: `like` has {of_like[1:3]}, the file {of_file[1:3]}')
-  given = treedef.flatten_up_to(like)
-  return treedef.unflatten(
-    [_as_in(x, flat[path]) for x, path in zip(given, expected, strict=True)]
-  )
+  new = [_as_in(x, flat[path]) for x, path in zip(old, expected, strict=True)]
+  return treedef.unflatten(new)
 
 
 def _as_in(old: Any, new: Any) -> Any:

@@ -196,6 +196,7 @@ def _forms(model: models.Model) -> dict[str, np.ndarray]:
   return {path: np.asarray(structured.materialize(leaf)) for path, leaf in leaves}
 
 
+@np.errstate(over='ignore', invalid='ignore')  # of weights that are not finite
 def _form_errors(
   expected: dict[str, np.ndarray], model: models.Model
 ) -> dict[str, float]:
@@ -203,11 +204,7 @@ def _form_errors(
   errors = {}
   for path, form in _forms(model).items():
     matrix = expected[path].reshape(-1, expected[path].shape[-1])
-    squares = [np.square(x) for x in (form.reshape(matrix.shape) - matrix, matrix)]
-    ratios = [
-      np.max(x.sum(axis), initial=0) / max(float(y.sum(axis).mean()), 1e-30)
-      for axis in (0, 1)
-      for x, y in [squares]
-    ]
+    x, y = np.square(form.reshape(matrix.shape) - matrix), np.square(matrix)
+    ratios = [x.sum(i).max() / max(y.sum(i).mean(), 1e-30) for i in (0, 1)]
     errors[path] = math.sqrt(max(ratios))
   return errors
