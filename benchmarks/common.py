@@ -27,6 +27,7 @@ from rotbits_jax import checkpoints
 BENCHMARKS = {
   'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
   'kinds': 'bytes by kind of weights',
+  'quantised': 'bytes of weights that were quantised and dequantised',
   'base': 'a model beside its base',
   'near': '`near` beside other lossy formats',
   'speed': 'encoding and decoding, beside zstd, ZipNN, lmzip and OpenZL',
