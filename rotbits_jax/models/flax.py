@@ -58,7 +58,10 @@ class LinenTransformer(nn.Module):
       for name, count in stacks.items():
         spec_of = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         arguments = self.config, jax.tree.map(spec_of, specs[name])
-        axes = {'variable_axes': {'params': 0}, 'split_rngs': {'params': True}}
+        axes: dict[str, Any] = {
+          'variable_axes': {'params': 0},
+          'split_rngs': {'params': True},
+        }
         if count > 1:
           x = nn.scan(_Layer, **axes, length=count)(*arguments, name=name)(x)[0]
         else:  # the layer may change the width, which a scan cannot
@@ -184,7 +187,7 @@ class NnxTransformer(nnx.Module):
 class _NnxLinear(nnx.Module):
   """A linear layer: the module in which qwix looks for its kernel."""
 
-  def __init__(self, params: model_lib.Params):
+  def __init__(self, params: Mapping[str, Any]):
     self.names = tuple(params)
     for name, leaf in params.items():
       setattr(self, name, nnx.data(jax.tree.map(_variable, leaf)))

@@ -49,7 +49,7 @@ def _floats(dtype: type, tops: tuple[int, ...]) -> Grid:
 
 # The greatest element has the greatest code, unless the scale is a power of two or was
 # rounded. Codes of 4 bits less a zero point are integers up to 15.
-GRIDS: dict[str, Grid] = {
+GRIDS: dict[Name, Grid] = {
   'float4_e2m1fn': _floats(ml_dtypes.float4_e2m1fn, (7, 6, 5, 4, 3)),
   'int4': Grid(
     np.arange(16, dtype=np.float32), (7, 8, 15, *range(14, 8, -1), 6, 5, 4, 3, 2, 1)

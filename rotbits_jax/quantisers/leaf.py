@@ -113,7 +113,7 @@ class BlockQuantized(base.Structured):
     if self.numbers.dtype == np.int8:
       fits = max(-int(self.numbers.min()), int(self.numbers.max())) <= most
     elif fits := self.numbers.dtype == ml_dtypes.bfloat16:
-      bits = ulps.bits_of(self.numbers) & np.iinfo(np.int16).max
+      bits: Any = ulps.bits_of(self.numbers) & np.iinfo(np.int16).max
       fits = bits.max() <= most.astype(ml_dtypes.bfloat16).view(np.int16)
     if not fits:
       raise ValueError(f'{self.grid} has no such numbers')
@@ -135,7 +135,8 @@ def row_scales(
 
 def form(settings: Mapping[str, Any], shape: tuple[int, ...]) -> str:
   """Returns in words how an array was quantised, as in 'int4, groups of 128'."""
-  grid = schema.load(grids.Name, settings.get('grid'), 'grid')
+  name: Any = grids.Name
+  grid = schema.load(name, settings.get('grid'), 'grid')
   rows, columns = schema.load(tuple[int, int], settings.get('block'), 'block')
   height, width = shape[-2:]
   if rows >= height:

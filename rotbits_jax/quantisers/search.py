@@ -11,6 +11,7 @@ Shape letters: U blocks have n elements each, or n distinct magnitudes.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import math
 from typing import Any
 
@@ -114,7 +115,7 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[Block]:
   yield from dict.fromkeys(forms)
 
 
-def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> str | None:
+def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> grids.Name | None:
   """Returns the first grid that fits a sample of blocks, or None."""
   counts = [max(n // m, 1) for n, m in zip(magnitudes.shape, block, strict=True)]
   places = [np.unique(np.linspace(0, n - 1, _BLOCKS).astype(int)) for n in counts]
@@ -158,7 +159,7 @@ def _distinct(rows: np.ndarray) -> np.ndarray:
   is_kept = index < _MOST_DISTINCT
   bits = np.zeros((_MOST_DISTINCT, len(rows)), rows.dtype)
   bits[index[is_kept], unit[is_kept]] = descending[unit, place][is_kept]
-  return bits[: max(counts.max(), 1)]
+  return bits[: max(int(np.max(counts)), 1)]
 
 
 # ---- scales --------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def _narrowed(
   middle = (low + high) / 2
   relative = (high - low) / (2 * middle)
   least, most = (x.max(axis=0) / grid.magnitudes[top] for x in (low, high))
-  count = -1
+  count: Any = -1
   for _ in range(_ROUNDS):
     scale = (least + most) / 2
     quotients = middle / scale
@@ -203,8 +204,9 @@ def _narrowed(
     if count == (count := np.count_nonzero(is_certain)):
       break
     numbers[~is_certain] = np.nan
-    least = np.fmax(least, np.fmax.reduce(low / numbers, axis=0))
-    most = np.fmin(most, np.fmin.reduce(high / numbers, axis=0))
+    low_scales, high_scales = low / numbers, high / numbers
+    least = np.fmax(least, np.fmax.reduce(low_scales, axis=0))
+    most = np.fmin(most, np.fmin.reduce(high_scales, axis=0))
     is_empty = least > most
     least, most = (np.where(is_empty, scale, x) for x in (least, most))
   return least, most
@@ -242,7 +244,7 @@ def _bounds(
 
 
 def _leaf(
-  array: np.ndarray, magnitudes: np.ndarray, block: Block, name: str
+  array: np.ndarray, magnitudes: np.ndarray, block: Block, name: grids.Name
 ) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array, given its blocks and its grid."""
   grid = grids.GRIDS[name]
@@ -280,7 +282,7 @@ def _leaf(
     return None
   if places.size:
     gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
-    draft = draft.replace(gaps=gaps, exceptions=array.reshape(-1)[places])
+    draft = dataclasses.replace(draft, gaps=gaps, exceptions=array.reshape(-1)[places])
   return draft
 
 
@@ -291,10 +293,10 @@ def _as_integers(leaf: leaf_lib.BlockQuantized) -> leaf_lib.BlockQuantized:
   if not structured.same_bits(integers.astype(numbers.dtype), numbers):
     return leaf
   is_smaller = _estimate(integers) < _SMALLER * _estimate(numbers)
-  return leaf.replace(numbers=integers) if is_smaller else leaf
+  return dataclasses.replace(leaf, numbers=integers) if is_smaller else leaf
 
 
-def _scales(least: np.ndarray, most: np.ndarray, size: int) -> dict[str, np.ndarray]:
+def _scales(least: np.ndarray, most: np.ndarray, size: int) -> dict[str, Any]:
   """Returns the fields of scales `[U]` of few bits within bounds, for blocks of a size.
 
   Scales within the bounds have one effect, so those of the fewest bits are taken.
@@ -302,25 +304,24 @@ def _scales(least: np.ndarray, most: np.ndarray, size: int) -> dict[str, np.ndar
   is_used = most < np.inf
   if not is_used.any():
     return {'scales': np.ones(least.size, np.uint8), 'shift': 23}
-  low, high = (x.astype(np.float32) for x in (least, most))
-  outside = low < least, high > most  # by a rounding
-  low, high = (x.view(np.uint32).astype(np.int64) for x in (low, high))
-  low, high = low + outside[0], high - outside[1]
+  floats = least.astype(np.float32), most.astype(np.float32)
+  low, high = (x.view(np.uint32).astype(np.int64) for x in floats)
+  low, high = low + (floats[0] < least), high - (floats[1] > most)  # as float32 rounds
   rounded = lambda shift: (low + (1 << shift) - 1) >> shift
   costs = {}
   for shift in range(24):
-    missed = np.count_nonzero(is_used & (rounded(shift) << shift > high))
+    missed = int(np.count_nonzero(is_used & (rounded(shift) << shift > high)))
     costs[shift] = (23 - shift) * least.size + _EXCEPTION_BITS * size * missed
   shift = min(costs, key=costs.__getitem__)
   scales = rounded(shift)
-  fields = {'shift': shift}
+  fields: dict[str, Any] = {'shift': shift}
   if size <= _SMALL_BLOCK:
     factor, codes, missed = _factor(least, most, is_used)
     cost = 3 * least.size + _EXCEPTION_BITS * size * missed
     if cost < costs[shift]:
       scales, fields = codes, {'factor': factor}
   used, counts = np.unique(scales[is_used], return_counts=True)
-  scales[~is_used] = used[counts.argmax()]
+  scales[~is_used] = used[np.argmax(counts)]
   kind = np.min_scalar_type(int(scales.max()))
   return fields | {'scales': scales.astype(kind)}
 
@@ -328,7 +329,7 @@ def _scales(least: np.ndarray, most: np.ndarray, size: int) -> dict[str, np.ndar
 @np.errstate(divide='ignore', invalid='ignore', over='ignore', under='ignore')
 def _factor(
   least: np.ndarray, most: np.ndarray, is_used: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[Any, np.ndarray, int]:
   """Finds scales that are float8 numbers times a factor, which is a scale of these.
 
   Returns the factor, the codes, and how many scales have none.
@@ -337,11 +338,10 @@ def _factor(
   low, high = least[is_used], most[is_used]
   places = np.arange(0, low.size, max(low.size // _SCALES, 1))
   places = np.append(places, low.argmax())
-  best = np.float32(1), np.ones(least.size, np.int64), least.size
   for top in range(len(grid.magnitudes) - 1, 0, -1):
     for some in (places, np.arange(low.size)):
       pair = _narrowed(low[some, None], high[some, None], grid, top)
-      factor = np.float32((pair[0] + pair[1]) / 2)
+      factor = ((pair[0] + pair[1]) / 2).astype(np.float32)
       codes = grid.nearest((low[some] + high[some]) / 2 / factor)
       numbers = grid.magnitudes[codes] * factor
       is_within = (numbers >= low[some]) & (numbers <= high[some])
@@ -350,5 +350,5 @@ def _factor(
     else:
       whole = np.ones(least.size, np.int64)
       whole[is_used] = np.maximum(codes, 1)
-      return np.array(factor[0]), whole, np.count_nonzero(~is_within)
-  return best
+      return np.array(factor[0]), whole, int(np.count_nonzero(~is_within))
+  return None, least, least.size
