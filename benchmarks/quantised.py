@@ -5,7 +5,6 @@ script that makes a checkpoint of floats for a trainer. Other tools store floats
 """
 
 from collections.abc import Callable, Iterator
-import functools
 import pathlib
 import tempfile
 
@@ -94,18 +93,16 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
       tensors = {k: quantise(x).astype(ml_dtypes.bfloat16) for k, x in matrices.items()}
       safetensors_numpy.save_file(tensors, source)
       rotbits_jax.encode_to_file(source, packed, overwrite=True)
-      size, decode = packed.stat().st_size, functools.partial(rotbits_jax.load, packed)
-      speed = 2e-6 * elements / common.median_seconds(decode, 3)
       notes = rotbits_jax.inspect(packed).notes.get('quantised before', [])
-      sizes = [size]
+      sizes = [packed.stat().st_size]
       for peer in peers:
         python = str(settings.peers_python)
         common.run_peer(python, peer, 'compress', source, packed)
         sizes.append(packed.stat().st_size)
       bits = [f'{8 * x / elements:.2f}' for x in sizes]
-      cells = f'{len(notes)} of {len(tensors)}', f'{speed:,.0f}', *bits
+      cells = f'{len(notes)} of {len(tensors)}', *bits
       rows.append((name, *cells))
-  header = 'quantiser', 'tensors found', 'MB/s decoded', '`exact`', *peers
+  header = 'quantiser', 'tensors found', '`exact`', *peers
   about = (
     'Bits per weight of the matrices in the layers of all-MiniLM-L6-v2, quantised and '
     'dequantised to bfloat16; every bit comes back. Scales are float32 unless named.'
