@@ -124,7 +124,8 @@ def test_reads_a_tree_beside_a_base(tmp_path, subtests):
       base, near = as_type(base, own), as_type(near, dtype)
       file, output = tmp_path / 'x.rotbits', tmp_path / 'x.safetensors'
       safetensors_numpy.save_file(base, tmp_path / 'base.safetensors')
-      rotbits_jax.encode_to_file(near, file, base=tmp_path / 'base.safetensors')
+      options = {'base': tmp_path / 'base.safetensors', 'overwrite': True}
+      rotbits_jax.encode_to_file(near, file, **options)
       assert_reads_the_same(file, output, tmp_path / 'base.safetensors')
 
 

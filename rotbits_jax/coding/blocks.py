@@ -117,8 +117,8 @@ def encode(
   flat = values.reshape(-1).view(numbers.dtype)
   flat[: numbers.size] = numbers
   flat[numbers.size : count * layout.size] = numbers[-1]
-  flat = values.reshape(-1, layout.words)
-  flat[count : rows * lanes] = flat[count - 1]
+  units = values.reshape(-1, layout.words)
+  units[count : rows * lanes] = units[count - 1]
   stack = ROWS * layout.pushes + _APART
   shapes: list[tuple[int, ...]] = [(lanes * stack,), (ROWS, lanes)]
   outputs = [(shape, np.dtype(np.uint16)) for shape in shapes]
@@ -139,7 +139,7 @@ def encode(
   if isinstance(layout, layouts.Floats):
     bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
     parts.append(np.packbits(bits[:, 6:]))
-  parts.append(flat[escaped[symbols == layouts.ESCAPE]])
+  parts.append(units[escaped[symbols == layouts.ESCAPE]])
   data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
   for i, array in enumerate(out):
     _keep(f'out {i}', array)

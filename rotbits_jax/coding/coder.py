@@ -58,7 +58,7 @@ def encode(
     ValueError: if a dtype cannot be stored.
   """
   plan = _plan(arrays, known)
-  jobs, counts = [], []
+  jobs, counts = [], list[int]()
   for group in plan.groups:
     several = _blocks(group.layout, group.contexts, [x.numbers for x in group.parts])
     jobs += [functools.partial(blocks.encode, *block) for block in several]

@@ -1,28 +1,22 @@
 r"""Layouts: how numbers become symbols and raw bits, a *unit* at a time.
 
-The symbol of a unit is worth modelling and is coded; the raw bits are noise. A layout
-belongs to one dtype. In each step every lane codes a unit. The *class* of a unit, a
-byte that encoder and decoder know, tells its frequency table.
+The symbol of a unit is worth modelling and is coded; the raw bits are noise. The
+*class* of a unit, a byte that encoder and decoder know, tells its frequency table.
+docs/format.md has the rules; here are the reasons.
 
-**Floats.** A unit is two neighbours. The bits of a float, from the top, are its sign,
-its exponent and its mantissa of m bits. In trained weights only the sizes of numbers
-are predictable, so a number has a *bin*, its magnitude in half octaves (t = 1) or, if
-small numbers share a step, in quarter octaves (t = 2):
+**Floats.** A unit is two neighbours. In trained weights only the sizes of numbers are
+predictable, so a number has a *bin*, its magnitude in half octaves (t = 1) or, if small
+numbers share a step, in quarter octaves (t = 2). With a mantissa of m bits,
 
     bits     = [ sign | exponent | mantissa ]
     bin      = [ exponent | top t bits of the mantissa ] - offset       0 <= bin < 32
     raw bits = [ sign | low m - t bits of the mantissa ]
 
-Given their scale, neighbours are independent: the symbol of a unit is its two bins, and
-its table is the product of the table of a bin with itself. The class is the scale of
-the unit in quarter octaves. The offset is `first` and the whole octaves of the scale;
-the quarter that is left tells the table, so there are four. The last pair of bins, 31
-and 31, is the *escape*: it means that the pair is found in a list behind the block. All
-pairs are that are too rare for a table. An escape in the list says that the bits of the
-unit are found in another list.
-
-The raw bits do not contain low bits that are zero in all numbers, because numbers that
-were widened from a shorter dtype end in zeros.
+without low bits that are zero in all numbers, because numbers that were widened from a
+shorter dtype end in zeros. Given their scale, neighbours are independent: the symbol of
+a unit is its two bins, and its table is the product of the table of a bin with itself.
+The class is the scale in quarter octaves. Its whole octaves tell the offset, and the
+quarter that is left tells one of four tables.
 
 Numbers may be rounded so that all small ones share one step. The *minimum exponent* f
 is the greatest exponent whose step they all share; that of IEEE 754 itself is 1. With f
@@ -31,22 +25,16 @@ above 1 a magnitude, [ exponent | mantissa ], is *raised*, that is replaced by
     magnitude - (f - 1) 2^m                  if its exponent is at least f,
     the value divided by the step            otherwise, an integer.
 
-Both lines give the same result for the exponent f, because IEEE 754 defines subnormal
-numbers in this way. Then bins are counted from the step, without an offset. The low
-five bits of the class, the scale above the step, tell the table; the others tell f.
+Both give the same for the exponent f, because IEEE 754 defines subnormal numbers in
+this way. Then the class tells f and the scale above the step, which tells the table.
 
-**Integers.** A unit is a number x, signed or a byte. It has as many raw bits as its
-*shift* s tells. With b = 128 for signed integers and 0 for bytes,
+**Integers.** A unit is a number x, signed or a byte. Its class tells its table and how
+many raw bits it has, its *shift* s. With b = 128 for signed integers and 0 for bytes,
 
     n = x + b 2^s        symbol = n >> s < 256         raw bits = n & (2^s - 1)
 
-Each class has a table and a shift. The escape is the symbol with the least
-frequency above 0, the last of these, and the list has the bits of its units. Integers
-of 8 bits need none if all symbols have frequencies.
-
-The raw bits of integers are coded as symbols that are uniform, of at most 16 bits each.
-Those of floats are cut into pieces, from the lowest bit on: as many of 8 bits as there
-are, then one of 4, of 2 and of 1 where they are needed. See the *planes* of `blocks`.
+Units without a symbol, and pairs of bins that are too rare, are *escapes*: one symbol
+of each table says that they are in lists behind the block.
 
 Shape letters: L lanes, K tables.
 """
@@ -317,7 +305,7 @@ class Floats:
     slots = np.repeat(entries, lengths).reshape(len(counts), -1)
     slots += np.arange(1 << self.precision, dtype=np.uint32) << np.uint32(11)
     intervals = intervals.astype(np.uint32)
-    return Tables(slots.reshape(-1), intervals.reshape(-1), np.int32(base))
+    return Tables(slots.reshape(-1), intervals.reshape(-1), base.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ Shape letters: n units, S numbers of a unit, N classes, K tables, A symbols.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,9 +123,10 @@ def _divided(
     numbers = [array.reshape(-1).view(np.uint8).reshape(shape)]
   parts, drafts = [Part(index, i, x) for i, x in enumerate(numbers)], []
   for part in parts if classes is None else ():
-    dtype, layout = part.numbers.dtype, floats
-    if layout is None or dtype != array.dtype:
-      layout = layouts.Integers(dtype, 0)
+    dtype = part.numbers.dtype
+    layout: layouts.Layout = layouts.Integers(dtype, 0)
+    if floats and dtype == array.dtype:
+      layout = floats
     if not part.numbers.size or not layout.is_valid():
       continue
     if dtype == np.uint8:  # each byte of an element has a class
@@ -198,7 +199,7 @@ def _groups(drafts: list[_Draft]) -> list[Group]:
     if max(saved) <= 8 * _GROUP_BYTES:
       break
     apart.append([together.pop(int(np.argmax(saved)))])
-  several = [drafts, scales, samples, counts]
+  several: list[list[Any]] = [drafts, scales, samples, counts]
   pick = lambda chosen: [[values[i] for i in chosen] for values in several]
   return [_group(layout, base, *pick(chosen)) for chosen in (together, *apart)]
 
@@ -359,7 +360,7 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
     missing = (counts == 0) & (np.cumsum(counts[:, ::-1] == 0, axis=1)[:, ::-1] == 1)
     return tables.quantize(np.where(missing, 1, counts))
   shares = counts / counts.sum(axis=1, keepdims=True)
-  most, even = shares.max(axis=1, keepdims=True), half / half.sum()
-  excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even.max(), 1e-9)
-  shares += np.maximum(excess, 0) * (even - shares)
+  most, even = shares.max(axis=1, keepdims=True), 2 / layout.alphabet
+  excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even, 1e-9)
+  shares += np.maximum(excess, 0) * (even * half - shares)
   return tables.quantize(np.ceil(shares * 2**40))
