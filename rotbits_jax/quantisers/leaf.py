@@ -120,7 +120,7 @@ class BlockQuantized(base.Structured):
 
 
 def row_scales(
-  scales: np.ndarray, block: tuple[int, ...], shape: tuple[int, int]
+  scales: np.ndarray, block: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[slice, np.ndarray]]:
   """Yields rows of a matrix that fit the cache, and the scales of their elements."""
   (rows, width), (height, columns) = shape, block

@@ -204,9 +204,8 @@ def _narrowed(
     if count == (count := np.count_nonzero(is_certain)):
       break
     numbers[~is_certain] = np.nan
-    low_scales, high_scales = low / numbers, high / numbers
-    least = np.fmax(least, np.fmax.reduce(low_scales, axis=0))
-    most = np.fmin(most, np.fmin.reduce(high_scales, axis=0))
+    least = np.fmax(least, np.nanmax(low / numbers, axis=0, initial=0))
+    most = np.fmin(most, np.nanmin(high / numbers, axis=0, initial=np.inf))
     is_empty = least > most
     least, most = (np.where(is_empty, scale, x) for x in (least, most))
   return least, most
@@ -262,10 +261,11 @@ def _leaf(
   least, most = np.concatenate(parts, axis=1)
   fields = _scales(least, most, math.prod(block))
   fields['scales'] = fields['scales'].reshape(shape)
+  dtype_name: Any = array.dtype.name
   draft = leaf_lib.BlockQuantized(
     numbers=host.empty(array.shape, ml_dtypes.bfloat16),
     grid=name,
-    name=array.dtype.name,
+    name=dtype_name,
     block=block,
     **fields,
   )
