@@ -36,6 +36,7 @@ _MOST_SHARE = 0.98  # of these that a base is worth
 _MORE = 1 << 16  # and those of its differences
 _FEW = 1 << 14  # elements that tell a drift, and how
 _SPARSE = 1 / 8  # share of changed elements up to which exponents tell the classes
+_MANY = 1 << 17  # elements that tell how uneven rows and columns are
 _UNEVEN = 2  # squared variation of rows or columns, beyond chance, up to which they do
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAF_BYTES = 150  # of a leaf besides its arrays
@@ -148,7 +149,7 @@ def _changed(
     return changed
   starts = np.arange(0, bits.size, width)
   rows = np.flatnonzero(changed[starts // difference.BLOCK])
-  rows = rows[:: max(rows.size // _LINES, 1)]
+  rows = rows[:: max(rows.size * width // _MANY, 1)]
   target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
   sample, classes = target != known, _by_exponent(draft).classes(known)
   rates = np.bincount(classes, sample.reshape(-1)) / np.maximum(np.bincount(classes), 1)
