@@ -4,6 +4,7 @@ A trainer sends the bytes of `delta` to samplers, which `apply` them.
 """
 
 import collections
+import itertools
 from typing import Any, TypeVar
 
 import jax
@@ -70,8 +71,8 @@ def apply(
       buffers, a JAX array gets the sharding of the old one if that is committed to it,
       and a NumPy array stays one.
     donate: whether the JAX arrays of `params` may be deleted, each when it is replaced,
-      so that devices never hold both PyTrees. An array that is there twice stays. After
-      an error some may be gone.
+      so that devices never hold both PyTrees. One that is there twice stays, and no
+      other may share its buffer. After an error some may be gone.
 
   Returns:
     The new PyTree, in the containers of the old one. An array that did not change is
@@ -87,36 +88,27 @@ def apply(
   reader = file.Reader(data, base=base)
   if reader.files().get(_OLD) != _digest(params):
     raise file.ContainerError('the delta was made from other old arrays than these')
-  leaves = [(x, name) for name in reader.names() for x in reader.records[name].leaves]
-  # The last record that needs each array of the base.
-  uses = {array.path: name for leaf, name in leaves for array in leaf.base_arrays}
-  same = {leaf.path for leaf, _ in leaves if _is_same(leaf)}
-  counts = collections.Counter(_buffers(params) if donate else ())
-  last_used = collections.defaultdict(list)
-  for path, record in uses.items():
-    last_used[record].append(path)
-
-  def release(path: str, record: str) -> None:
-    """Deletes an old array, unless a later record or the new PyTree needs it."""
-    array = old.get(path)
-    is_kept = array is new.get(path) or uses.get(path, record) != record
-    # An array of several paths may stay at another one.
-    if not is_kept and all(counts[x] <= 1 for x in _buffers(array)):
-      for part in jax.tree.leaves(array):
-        if isinstance(part, jax.Array):
-          part.delete()
-
+  leaves = {name: reader.records[name].leaves for name in reader.names()}
+  same = {leaf.path for leaf in itertools.chain(*leaves.values()) if _is_same(leaf)}
+  needed = {  # by each record: its paths, and those of arrays of its bases
+    name: dict.fromkeys(
+      path for x in group for path in (x.path, *(base.path for base in x.base_arrays))
+    )
+    for name, group in leaves.items()
+  }
+  last = {path: name for name, paths in needed.items() for path in paths}
+  counts = collections.Counter(map(id, jax.tree.leaves(old)))
   for record, flat in reader.each():
-    for path, array in flat.items():
+    for path in needed[record]:
       place = sharding if path.startswith(prefix) else None
-      if path in same and place is None and path in old:
+      if path in flat and path in same and place is None and path in old:
         new[path] = old[path]
-      else:
-        new[path] = _like(old.get(path), path.removeprefix(prefix), array, place)
-      if donate:
-        release(path, record)
-    for path in last_used[record] if donate else ():  # also without a successor
-      release(path, record)
+      elif path in flat:
+        new[path] = _like(old.get(path), path.removeprefix(prefix), flat[path], place)
+      is_done = last[path] == record and old.get(path) is not new.get(path)
+      for array in jax.tree.leaves(old.get(path)) if donate and is_done else ():
+        if isinstance(array, jax.Array) and counts[id(array)] == 1:
+          array.delete()
   new |= {x: {} for entry in reader.records.values() for x in entry.empty}
   nested = sources.unescaped(structured.unflatten(new))
   return sources.unflatten_like(params, nested)
@@ -133,20 +125,6 @@ def _is_same(leaf: Any) -> bool:
   """Returns whether the array of a leaf is that of its path in the base."""
   array = entries.BaseArray(leaf.path, leaf.shape, leaf.dtype, leaf.crc32 or 0)
   return not leaf.arrays and leaf.base == array
-
-
-def _buffers(tree: Any) -> list[tuple[Any, int]]:
-  """Returns what tells the memory of JAX arrays; arrays that share it are deleted."""
-  buffers: list[tuple[Any, int]] = []
-  for leaf in jax.tree.leaves(tree):
-    if not isinstance(leaf, jax.Array) or leaf.is_deleted():
-      continue
-    try:  # devices may have addresses of their own
-      for shard in leaf.addressable_shards:
-        buffers.append((shard.device, shard.data.unsafe_buffer_pointer()))
-    except RuntimeError:  # a backend that tells no addresses
-      buffers.append((None, id(leaf)))
-  return buffers
 
 
 def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:
