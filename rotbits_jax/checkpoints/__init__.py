@@ -31,6 +31,3 @@ from rotbits_jax.checkpoints.writer import FolderWriter as FolderWriter
 from rotbits_jax.checkpoints.writer import Format as Format
 from rotbits_jax.checkpoints.writer import fitting_files as fitting_files
 from rotbits_jax.checkpoints.writer import save_checkpoint as save_checkpoint
-
-ADAPTER_CONFIG = 'adapter_config.json'
-"""Name of the file that PEFT writes beside a LoRA adapter."""

@@ -17,11 +17,9 @@ code of the model, and in Microsoft's SliceGPT after --format=slicegpt:
 trust_remote_code may run any Python file in FOLDER. So this format has no Python files
 of FILE, unless --code says that you trust its author.
 
-JSON: folder; files, their paths in it; bytes of these; sliced, whether the model is
-sliced, null for plain tensors.
+JSON: folder; sliced, whether the model is sliced, null for plain tensors.
 """
 
-import pathlib
 import typing
 
 from absl import flags
@@ -40,11 +38,13 @@ _SHARD_SIZE = flags.DEFINE_string(
 _CODE = flags.DEFINE_bool(
   'code', False, 'transformers: write Python files of FILE, too.'
 )
-_DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as encoded.')
+_DTYPE = flags.DEFINE_enum(
+  'dtype', None, ['float32', 'bfloat16', 'float16'], 'Default: as encoded.'
+)
 
 
 def main(file: str, folder: str | None = None) -> program.Result:
-  target = pathlib.Path(folder or file.removesuffix('.rotbits'))
+  target = folder or file.removesuffix('.rotbits')
   rotbits_jax.decode_to_directory(
     file,
     target,
@@ -58,14 +58,7 @@ def main(file: str, folder: str | None = None) -> program.Result:
   )
   config = rotbits_jax.file.Reader(file).config
   sliced = None if config is None else config.sliced
-  written = [path for path in target.rglob('*') if path.is_file()]
-  result = {
-    'folder': str(target),
-    'files': sorted(path.relative_to(target).as_posix() for path in written),
-    'bytes': sum(path.stat().st_size for path in written),
-    'sliced': sliced,
-  }
   text = f'wrote {target}'
   if sliced and _FORMAT.value == 'safetensors':
     text += '\nThe model is sliced; to load it in transformers: --format=transformers'
-  return result, text
+  return {'folder': target, 'sliced': sliced}, text

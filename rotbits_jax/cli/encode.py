@@ -10,7 +10,7 @@ or of Microsoft's SliceGPT. The presets:
          adapters no longer fit. The default for sliced checkpoints.
   near   also rounds elements to multiples of a step, near 2^STEP times their root mean
          square. --max_kl searches the coarsest steps that keep the mean KL divergence
-         on a --text below a bound; --target_size and --bits the finest step of a size.
+         on a --text below a bound; --target_size the finest step of a size.
   paper  rotates a sliced model at random and gets the bits of the rotations back, as in
          arXiv 2410.01309.
 
@@ -30,11 +30,9 @@ that was killed finds its complete shards again, and with --distributed process 
 `jax.distributed` encodes every n-th shard.
 
 JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
-that are not kept; plain_because, why the checkpoint is stored as plain tensors; curve,
-a list of objects with the step and the kl of the points of --max_kl.
+that are not kept; plain_because, why the checkpoint is stored as plain tensors.
 """
 
-import math
 import pathlib
 import time
 from typing import Any
@@ -67,11 +65,10 @@ _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Share the work of shards
 _STEP = flags.DEFINE_float('step', None, 'near: log2 of the step over the rms.')
 _MAX_KL = flags.DEFINE_float('max_kl', None, 'near: greatest mean KL in nats.')
 _TARGET_SIZE = flags.DEFINE_string('target_size', None, 'near: most bytes, like 90MB.')
-_BITS = flags.DEFINE_float('bits', None, 'near: most bits per element.', 0.0, 64.0)
 _TEXT = flags.DEFINE_string('text', None, 'near: a text to calibrate on.')
 _MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to use.', 2)
-_OF_NEAR = _STEP, _MAX_KL, _TARGET_SIZE, _BITS, _TEXT, _MAX_TOKENS
-flags.mark_flags_as_mutual_exclusive(['step', 'max_kl', 'target_size', 'bits'])
+_OF_NEAR = _STEP, _MAX_KL, _TARGET_SIZE, _TEXT, _MAX_TOKENS
+flags.mark_flags_as_mutual_exclusive(['step', 'max_kl', 'target_size'])
 flags.mark_flags_as_mutual_exclusive(['config', 'preset'])
 
 
@@ -105,17 +102,12 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
     'given_bytes': source.input_bytes,
     'left_out': list(source.left_out),
     'plain_because': reason,
-    'curve': calibration and [point._asdict() for point in calibration.curve],
   }
   lines = [report.to_text(verbose=True), ''] if _VERBOSE.value else []
   if source.left_out:
     lines.append(f'not kept: {", ".join(source.left_out)}')
   if reason is not None:
     lines.append(f'stored as plain tensors, because {reason}')
-  if checkpoints.ADAPTER_CONFIG in source.files and report.keeps != 'bits':
-    program.warn('the adapter in the folder does not fit the decoded weights')
-  if _BASE.value and not report.needs:
-    program.warn(f'{target} does not need the base: too little of it is alike')
   # The weights files may hold more than the tensors.
   input_bytes = min(source.input_bytes or report.input_bytes, report.input_bytes)
   if report.file_bytes >= input_bytes:
@@ -154,9 +146,6 @@ def _options(
     options['step'] = _STEP.value
   if _TARGET_SIZE.present:
     options['target_size'] = program.parse_size(_TARGET_SIZE)
-  if _BITS.value is not None:
-    elements = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    options['target_size'] = int(_BITS.value * elements / 8)
   if _TEXT.value is None:
     return options, None
   model = checkpoints.open_checkpoint(source.path)

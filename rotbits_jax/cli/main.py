@@ -1,6 +1,5 @@
 """The `rotbits` program: `rotbits COMMAND PATH ... --flag=value ...`."""
 
-import difflib
 import importlib
 import os
 import signal
@@ -48,9 +47,7 @@ def main() -> int:
     print(f'rotbits {rotbits_jax.__version__}')
     return 0
   if name not in COMMANDS:
-    names = difflib.get_close_matches(name, COMMANDS, 1) or COMMANDS
-    text = f'unknown command {name!r}; did you mean {", ".join(names)}?'
-    print(f'rotbits: {text}', file=sys.stderr)
+    print(f'rotbits: unknown command {name!r}; see rotbits --help', file=sys.stderr)
     return 2
   del sys.argv[1]
   # Before SciPy is imported, whose LAPACK JAX calls; see `host.small_products`.

@@ -8,7 +8,6 @@ people; or None. Exit codes are those of `main.USAGE`.
 from collections.abc import Callable, Mapping
 import contextlib
 import inspect
-import itertools
 import json
 import logging
 import os
@@ -32,8 +31,6 @@ from rotbits_jax.system.text import printable
 _EXHAUSTED = 'RESOURCE_EXHAUSTED'  # in XLA's errors of too little memory
 
 Result = tuple[dict[str, Any], str]  # the JSON object and the text of a command
-
-DTYPES = 'float32', 'bfloat16', 'float16'  # the values of the flag --dtype
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
@@ -61,7 +58,10 @@ def run(command: types.ModuleType) -> int:
   ]
   usage = f'rotbits {name} {" ".join(words)} [--FLAG=VALUE ...]'
   if {'--help', '-h'} & {*sys.argv}:
-    print(_help(command, usage, is_long='--help' in sys.argv))
+    text = inspect.getdoc(command) or ''
+    texts = [text if '--help' in sys.argv else text.partition('\n')[0], usage]
+    texts += map(flags.FLAGS.module_help, (command, sys.modules[__name__]))
+    print('\n\n'.join(texts))
     return 0
   try:
     paths = _parse()
@@ -117,17 +117,6 @@ def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
   return size
 
 
-def _help(command: types.ModuleType, usage: str, *, is_long: bool) -> str:
-  """Returns the flags of a command, a line each; or all that its docstring says."""
-  modules, text = (command, sys.modules[__name__]), inspect.getdoc(command) or ''
-  if is_long:
-    return '\n\n'.join([text, usage, *map(flags.FLAGS.module_help, modules)])
-  of_module = flags.FLAGS.get_flags_for_module
-  listed = itertools.chain.from_iterable(map(of_module, modules))
-  rows = [f'  --{x.name:18}{x.help.splitlines()[0].rstrip(";")}' for x in listed]
-  return '\n'.join([text.partition('\n')[0], '', usage, '', *rows])
-
-
 def _parse() -> list[str]:
   """Parses `sys.argv`, and returns the paths; all errors are flags.Error."""
   flags.FLAGS.set_gnu_getopt(True)  # flags may follow paths
@@ -136,10 +125,8 @@ def _parse() -> list[str]:
   except Exception as error:  # a config file is Python, which may raise anything
     # An error of a config file comes with its traceback.
     text = re.sub(r'Traceback.*\n(?=\S)', '', str(error), flags=re.DOTALL)
-    if isinstance(error, AttributeError):  # as ml_collections says of overrides
-      text = '--config has no option ' + text.strip('"')
-    elif isinstance(error, KeyError):
-      text = f'--config: there is no {text}'
+    if isinstance(error, AttributeError | KeyError):
+      text = '--config has no ' + text.strip('"')
     raise flags.Error(text or type(error).__name__) from error
   return paths
 

@@ -10,8 +10,8 @@ elements before they are rounded, so it differs from the .pt by the roundings of
 about twice the noise floor; --recipe the same relative to the dense model, which
 decoding then needs as --base. Measure what it costs with `rotbits evaluate`.
 
-JSON: the paths weights, encoded and recipe; hidden_size of the dense model; width of
-the first segment of the sliced model; count of the tokens that calibrated it.
+JSON: weights, their path; hidden_size of the dense model; width of the first segment of
+the sliced model; tokens, how many calibrated it.
 """
 
 import dataclasses
@@ -30,10 +30,6 @@ _SPARSITY = flags.DEFINE_float(
   'sparsity', None, 'The part of the hidden size to remove.', 0, 1, required=True
 )
 _TEXT = flags.DEFINE_string('text', None, 'A text in UTF-8.', required=True)
-_DTYPE = flags.DEFINE_enum('dtype', None, program.DTYPES, 'Default: as the model.')
-_FINAL_ORIENTATION = flags.DEFINE_enum(
-  'final_orientation', 'random', slicing.ORIENTATIONS, 'Coordinates of the stream.'
-)
 _INTERVAL = flags.DEFINE_integer('round_interval', 8, 'Widths are multiples of it.', 1)
 _SLICE_HEAD = flags.DEFINE_bool('slice_head', False, "Slice the head's input, too.")
 _SEQUENCES = flags.DEFINE_integer('sequences', 128, 'Random sequences of the text.', 1)
@@ -71,11 +67,10 @@ def main(model: str, folder: str) -> program.Result:
     sparsity=_SPARSITY.value,
     round_interval=_INTERVAL.value,
     slice_head=_SLICE_HEAD.value,
-    final_orientation=_FINAL_ORIENTATION.value,
     seed=_SEED.value,
     progress=True,
   )
-  dtype = _DTYPE.value or dense.model.params['embed']['tokens'].dtype.name
+  dtype = dense.model.params['embed']['tokens'].dtype.name
   unrounded = dataclasses.replace(unrounded, stored_as=dtype)
   checkpoint = slicing.sliced_checkpoint(dense, unrounded.rounded(), stem)
   rotbits_jax.save_checkpoint(
@@ -93,8 +88,6 @@ def main(model: str, folder: str) -> program.Result:
   width, weights = unrounded.config.segment_widths[0], f'{directory / stem}.pt'
   result = {
     'weights': weights,
-    'encoded': _ENCODED.value,
-    'recipe': _RECIPE.value,
     'hidden_size': config.hidden_size,
     'width': width,
     'tokens': int(tokens.size),

@@ -18,7 +18,6 @@ from rotbits_jax.file import container
 from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import reader as reader_lib
-from rotbits_jax.file import verification
 from rotbits_jax.relative import entries
 from rotbits_jax.system import schema
 from rotbits_jax.system import text
@@ -278,13 +277,8 @@ def _beside_base(leaf: manifest_lib.Leaf) -> Note:
 # ---- the page ------------------------------------------------------------------------
 
 
-def report_page(
-  source: container.Readable, *, verified: verification.Verification | None = None
-) -> str:
-  """Returns the report of a file as a web page, HTML, that needs no network.
-
-  If the result of `verify` against the checkpoint is given, the page tells it.
-  """
+def report_page(source: container.Readable) -> str:
+  """Returns the report of a file as a web page, HTML, that needs no network."""
   path = 'FILE'
   if isinstance(source, str | os.PathLike):
     path = text.printable(os.path.basename(os.fsdecode(source)))
@@ -293,21 +287,13 @@ def report_page(
   sizes = report.input_bytes, report.file_bytes
   before, after = (tqdm.tqdm.format_sizeof(x, 'B') for x in sizes)
   share = report.file_bytes / max(report.input_bytes, 1)
-  sentences = [f'{BACK[report.keeps].capitalize()}.']
-  if verified is not None and verified.same_bits:
-    sentences.append('Compared with the checkpoint: all bits are the same.')
-  elif verified is not None and verified.kl is not None:
-    sentences.append(
-      f'Its predictions differ from those of the checkpoint by {verified.kl:.2g} nats '
-      f'(KL, random tokens); rounding alone makes {verified.kl_rerounded:.2g}.'
-    )
   base, argument = (' --base=BASE', ', base=BASE') if report.needs else ('', '')
   loading = f"to load it:\n  content = rotbits_jax.load('{path}'{argument})"
   if report.family or reader.is_plain:  # no other tree has files to come back
     loading += f'\n  rotbits decode {path} FOLDER{base}'
   return _PAGE.substitute(
     title=html.escape(f'{path}: {before} to {after}, {share:.1%}'),
-    sentences=html.escape(' '.join(sentences)),
+    sentence=html.escape(f'{BACK[report.keeps].capitalize()}.'),
     report=html.escape(f'{report.to_text()}\n\n{loading}'),
   )
 
@@ -322,7 +308,7 @@ body { max-width: 60rem; margin: 0 auto; padding: 1rem; font: 16px/1.5 sans-seri
 pre { overflow-x: auto; padding: 12px; border: 1px solid #8a93a0; }
 </style>
 <h1>$title</h1>
-<p>$sentences</p>
+<p>$sentence</p>
 <pre>$report</pre>
 </html>
 """)

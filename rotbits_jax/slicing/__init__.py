@@ -1,13 +1,11 @@
 """SliceGPT in JAX: makes a sliced model from a dense one."""
 
 from rotbits_jax.slicing.calibration import sample_sequences
-from rotbits_jax.slicing.slicegpt import ORIENTATIONS
 from rotbits_jax.slicing.slicegpt import slice_model
 from rotbits_jax.slicing.slicegpt import sliced_checkpoint
 from rotbits_jax.slicing.slicegpt import sliced_width
 
 __all__ = [
-  'ORIENTATIONS',
   'sample_sequences',
   'slice_model',
   'sliced_checkpoint',

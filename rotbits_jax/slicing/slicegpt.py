@@ -23,8 +23,6 @@ from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
 from rotbits_jax.system.progress import Progress
 
-ORIENTATIONS = ('random', 'pca')
-
 
 def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> int:
   """Returns d, the width of a sliced segment, rounded down as SliceGPT does.
@@ -52,7 +50,6 @@ def slice_model(
   sparsity: float,
   round_interval: int = 8,
   slice_head: bool = False,
-  final_orientation: str = ORIENTATIONS[0],
   seed: int = 42,
   progress: bool = False,
 ) -> models.Model:
@@ -67,10 +64,8 @@ def slice_model(
     sparsity: the part of the hidden size that slicing removes, in [0, 1).
     round_interval: the width of a segment is rounded down to a multiple of it.
     slice_head: whether the last segment, which the head reads, is sliced, too.
-    final_orientation: 'pca' keeps the components of a segment in order, the largest
-      first. 'random' multiplies the kept components by a random rotation (Haar), so
-      that the numbers of a matrix have similar sizes. The function is the same.
-    seed: seed of the random rotations.
+    seed: of the random rotations (Haar) by which the kept components are multiplied, so
+      that the elements of a matrix have similar sizes.
     progress: whether to show the progress on stderr.
 
   Returns:
@@ -83,20 +78,13 @@ def slice_model(
   config = norm_fusion.fused(model.config)
   hidden = config.hidden_size
   width = sliced_width(hidden, sparsity, round_interval)
-  if final_orientation not in ORIENTATIONS:
-    raise ValueError(
-      f'final_orientation must be one of {ORIENTATIONS}, got {final_orientation!r}'
-    )
   tokens = _checked(tokens, config)
   segments = len(config.segment_widths)
   widths = (width,) * (segments - 1) + (width if slice_head else hidden,)
-  rng = np.random.default_rng(seed) if final_orientation == 'random' else None
-  remaining = iter(widths)
+  rng, remaining = np.random.default_rng(seed), iter(widths)
 
   def next_basis() -> calibration.PrincipalComponents:
     basis = calibration.principal_components(activations, next(remaining))
-    if rng is None:
-      return basis
     return basis._replace(kept=basis.kept @ _haar(basis.kept.shape[1], rng))
 
   dense = model.materialize()
