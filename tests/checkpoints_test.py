@@ -178,7 +178,6 @@ REFUSED = (
   ('opt', 'do_layer_norm_before', 1),
   ('opt', 'enable_bias', False),
   ('opt', '_remove_final_layer_norm', True),
-  ('opt', 'word_embed_proj_dim', 512),
   ('opt', 'activation_function', 'gelu'),
   ('llama', 'rope_interleaved', True),
   ('llama', 'hidden_act', ['silu']),
@@ -330,7 +329,7 @@ class TestDirectory:
     assert source.files['inside.txt'] == b'inside'
     (folder / 'config.json').rename(tmp_path / 'config.json')
     (folder / 'config.json').symlink_to('../config.json')
-    with pytest.raises(CheckpointError, match='other than a link that leaves the fold'):
+    with pytest.raises(CheckpointError, match=r'there is no config\.json'):
       checkpoints.open_checkpoint(folder)
 
   def test_links_of_the_cache_of_hugging_face_are_followed(self, tmp_path):

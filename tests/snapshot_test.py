@@ -36,16 +36,9 @@ def test_it_is_the_decoded_folder_and_is_made_once(tmp_path, cache):
   assert list(cache.iterdir()) == [folder]
 
 
-def test_what_changes_the_content_changes_the_folder(tmp_path):
+def test_a_sliced_model_gets_its_code(tmp_path):
   path = encoded(SLICED, tmp_path / 'x', preset='exact')
-  folders = [
-    rotbits_jax.snapshot(path),
-    rotbits_jax.snapshot(path, format='safetensors'),
-    rotbits_jax.snapshot(path, dtype='bfloat16'),
-  ]
-  assert len(set(folders)) == 3
-  assert (folders[0] / 'modeling_sliced.py').exists()
-  assert rotbits_jax.snapshot(path, format='transformers') == folders[0]
+  assert (rotbits_jax.snapshot(path) / 'modeling_sliced.py').exists()
 
 
 def test_bad_input_leaves_nothing(tmp_path, cache):

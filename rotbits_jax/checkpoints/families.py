@@ -67,8 +67,7 @@ _ATTRIBUTES: dict[str, tuple[str, Any]] = {
     'rotary_factor',
     Annotated[float, msgspec.Meta(gt=0, le=1)],
   ),
-  # These only have to fit the others.
-  'word_embed_proj_dim': ('projection', _Size | None),
+  # This one only has to fit the others.
   'layer_types': ('layer_types', tuple[Literal['full_attention'], ...] | None),
 }
 
@@ -95,7 +94,7 @@ _WITHOUT_EFFECT = frozenset([
   'temperature', 'tf_legacy_loss', 'tie_encoder_decoder', 'tokenizer_class', 'top_k',
   'top_p', 'torch_dtype', 'torchscript', 'transformers.js_config',
   'transformers_version', 'truncation_ranks', 'typical_p', 'unsloth_version',
-  'use_bfloat16', 'use_cache',
+  'use_bfloat16', 'use_cache', 'word_embed_proj_dim',
 ])  # fmt: skip
 
 # The only value of attributes in all families.
@@ -153,11 +152,9 @@ def _dense(family: Family, values: dict[str, Any]) -> models.ModelConfig:
 def _completed(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of a config, given those that attributes set."""
   heads, hidden = fields['num_heads'], fields['hidden_size']
-  types, projection = fields.pop('layer_types', None), fields.pop('projection', None)
+  types = fields.pop('layer_types', None)
   if types is not None and len(types) != fields['num_layers']:
     raise ValueError('layer_types has not as many entries as num_hidden_layers')
-  if projection not in (None, hidden):
-    raise ValueError('word_embed_proj_dim differs from hidden_size')
   if fields['head_dim'] is None and hidden % heads:
     raise ValueError('num_attention_heads does not divide hidden_size')
   head_dim = fields['head_dim'] or hidden // heads
@@ -302,7 +299,6 @@ FAMILIES: dict[str, Family] = {
       'max_position_embeddings': ...,
       'activation_function': 'relu',
       'tie_word_embeddings': True,
-      'word_embed_proj_dim': None,
     },
     only={
       'do_layer_norm_before': True,

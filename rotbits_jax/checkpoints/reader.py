@@ -305,17 +305,12 @@ def open_any(path: str | os.PathLike[str]) -> CheckpointReader | PlainFiles:
   try:
     return open_checkpoint(path)
   except errors.UnsupportedError as e:
-    return open_plain(path, reason=str(e))
+    return PlainFiles(open_folder(path, plain=True), str(e))
 
 
-def open_plain(
-  path: str | os.PathLike[str], *, reason: str | None = None
-) -> PlainFiles:
+def open_plain(path: str | os.PathLike[str]) -> PlainFiles:
   """Opens the safetensors files of a checkpoint of any family; see `PlainFiles`."""
-  try:
-    return PlainFiles(open_folder(path, plain=True), reason)
-  except errors.UnsupportedError as e:
-    raise errors.UnsupportedError(f'{reason}, and {e}' if reason else str(e)) from e
+  return PlainFiles(open_folder(path, plain=True))
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
@@ -331,8 +326,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   weights, files = folder.path, folder.files
   assert weights is not None
   if CONFIG not in files:
-    is_link = ' other than a link that leaves the folder or leads nowhere'
-    text = f'there is no {CONFIG}{is_link if CONFIG in folder.left_out else ""}'
+    text = f'there is no {CONFIG} that is not a link out of the folder'
     raise errors.UnsupportedError(f'{weights.parent}: {text}')
   slicing_jsons, stem = _slicing_jsons(files), None
   if any(name.endswith(_SHORTCUT) for name in folder.tensors):

@@ -111,7 +111,7 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   # The weights files may hold more than the tensors.
   input_bytes = min(source.input_bytes or report.input_bytes, report.input_bytes)
   if report.file_bytes >= input_bytes:
-    program.warn(f'{target} is not smaller than the weights: keep those')
+    lines.append('The file is not smaller than the weights: keep those.')
   comes_back = report_lib.BACK[report.keeps]
   if calibration is not None and calibration.measured is not None:
     comes_back += f': {calibration.measured}, step 2^{calibration.step:g}'

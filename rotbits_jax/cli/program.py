@@ -88,11 +88,6 @@ def run(command: types.ModuleType) -> int:
   return 0
 
 
-def warn(text: str) -> None:
-  """Prints a warning on stderr."""
-  print(f'warning: {printable(text)}', file=sys.stderr)
-
-
 def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
   """Reads a checkpoint, or decodes a rotbits file, which may need a base."""
   if shards.is_encoded(path):

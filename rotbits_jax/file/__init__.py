@@ -16,9 +16,7 @@ Out: reader (records to leaves, within `memory`) -> stacks (a model) ->
 placement (devices), or directory (a checkpoint), verification and report.
 """
 
-from rotbits_jax.file.container import ContainerError
-from rotbits_jax.file.container import Readable
-from rotbits_jax.file.placement import Place
-from rotbits_jax.file.reader import Reader
-
-__all__ = ['ContainerError', 'Place', 'Readable', 'Reader']
+from rotbits_jax.file.container import ContainerError as ContainerError
+from rotbits_jax.file.container import Readable as Readable
+from rotbits_jax.file.placement import Place as Place
+from rotbits_jax.file.reader import Reader as Reader

@@ -6,9 +6,7 @@ such an array as a leaf, `BlockQuantized`, from which every bit comes back; and 
 any other array.
 """
 
-from rotbits_jax.quantisers.leaf import BlockQuantized
-from rotbits_jax.quantisers.leaf import form
-from rotbits_jax.quantisers.search import find
-from rotbits_jax.quantisers.search import nbytes
-
-__all__ = ['BlockQuantized', 'find', 'form', 'nbytes']
+from rotbits_jax.quantisers.leaf import BlockQuantized as BlockQuantized
+from rotbits_jax.quantisers.leaf import form as form
+from rotbits_jax.quantisers.search import find as find
+from rotbits_jax.quantisers.search import nbytes as nbytes

@@ -18,66 +18,33 @@ array, in memory too.
 To add a leaf, write a dataclass with annotated fields, see `fields`, and `register` it.
 """
 
-from rotbits_jax.structured.base import TYPES
-from rotbits_jax.structured.base import Origin
-from rotbits_jax.structured.base import Structured
-from rotbits_jax.structured.base import floating
-from rotbits_jax.structured.base import register
-from rotbits_jax.structured.constant import Constant
-from rotbits_jax.structured.fields import Array
-from rotbits_jax.structured.fields import static
-from rotbits_jax.structured.heads import HeadBases
-from rotbits_jax.structured.low_rank import LowRank
-from rotbits_jax.structured.shortcuts import IdentityMinusGram
-from rotbits_jax.structured.shortcuts import TrapezoidalRows
-from rotbits_jax.structured.tied import Tied
-from rotbits_jax.structured.trees import astype
-from rotbits_jax.structured.trees import count_bytes
-from rotbits_jax.structured.trees import count_elements
-from rotbits_jax.structured.trees import empty_dicts
-from rotbits_jax.structured.trees import expand
-from rotbits_jax.structured.trees import flatten
-from rotbits_jax.structured.trees import is_in_files
-from rotbits_jax.structured.trees import is_plain
-from rotbits_jax.structured.trees import is_structured
-from rotbits_jax.structured.trees import map_leaves
-from rotbits_jax.structured.trees import materialize
-from rotbits_jax.structured.trees import same_bits
-from rotbits_jax.structured.trees import stack_key
-from rotbits_jax.structured.trees import stored_sizes
-from rotbits_jax.structured.trees import unflatten
-from rotbits_jax.structured.uniform import UniformlyQuantized
-from rotbits_jax.structured.uniform import line_factors
-
-__all__ = [
-  'TYPES',
-  'Array',
-  'Constant',
-  'HeadBases',
-  'IdentityMinusGram',
-  'LowRank',
-  'Origin',
-  'Structured',
-  'Tied',
-  'TrapezoidalRows',
-  'UniformlyQuantized',
-  'astype',
-  'count_bytes',
-  'count_elements',
-  'empty_dicts',
-  'expand',
-  'flatten',
-  'floating',
-  'is_in_files',
-  'is_plain',
-  'is_structured',
-  'line_factors',
-  'map_leaves',
-  'materialize',
-  'register',
-  'same_bits',
-  'stack_key',
-  'static',
-  'stored_sizes',
-  'unflatten',
-]
+from rotbits_jax.structured.base import TYPES as TYPES
+from rotbits_jax.structured.base import Origin as Origin
+from rotbits_jax.structured.base import Structured as Structured
+from rotbits_jax.structured.base import floating as floating
+from rotbits_jax.structured.base import register as register
+from rotbits_jax.structured.constant import Constant as Constant
+from rotbits_jax.structured.fields import Array as Array
+from rotbits_jax.structured.fields import static as static
+from rotbits_jax.structured.heads import HeadBases as HeadBases
+from rotbits_jax.structured.low_rank import LowRank as LowRank
+from rotbits_jax.structured.shortcuts import IdentityMinusGram as IdentityMinusGram
+from rotbits_jax.structured.shortcuts import TrapezoidalRows as TrapezoidalRows
+from rotbits_jax.structured.tied import Tied as Tied
+from rotbits_jax.structured.trees import astype as astype
+from rotbits_jax.structured.trees import count_bytes as count_bytes
+from rotbits_jax.structured.trees import count_elements as count_elements
+from rotbits_jax.structured.trees import empty_dicts as empty_dicts
+from rotbits_jax.structured.trees import expand as expand
+from rotbits_jax.structured.trees import flatten as flatten
+from rotbits_jax.structured.trees import is_in_files as is_in_files
+from rotbits_jax.structured.trees import is_plain as is_plain
+from rotbits_jax.structured.trees import is_structured as is_structured
+from rotbits_jax.structured.trees import map_leaves as map_leaves
+from rotbits_jax.structured.trees import materialize as materialize
+from rotbits_jax.structured.trees import same_bits as same_bits
+from rotbits_jax.structured.trees import stack_key as stack_key
+from rotbits_jax.structured.trees import stored_sizes as stored_sizes
+from rotbits_jax.structured.trees import unflatten as unflatten
+from rotbits_jax.structured.uniform import UniformlyQuantized as UniformlyQuantized
+from rotbits_jax.structured.uniform import line_factors as line_factors
