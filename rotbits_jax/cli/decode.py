@@ -4,18 +4,18 @@
 
 The weights get the tensor names, shapes, dtypes and shards of the checkpoint that was
 encoded; the other files (configs, tokenizer, license, model card, code) come back, too.
-FILE may be the folder of shards, or their index. Without FOLDER, FILE names it without
-its ending. A file that was encoded with --base needs the same --base. A few layers at a
-time are in memory.
+FILE may be a folder of shards, or their index. The default FOLDER is FILE without its
+ending. A file that was encoded with --base needs the same --base. Memory holds a few
+layers at a time.
 
-A sliced model loads in transformers after --format=transformers, which also writes the
-code of the model, and in Microsoft's SliceGPT after --format=slicegpt:
+To load a sliced model in transformers, decode with --format=transformers, which also
+writes the code of the model; for Microsoft's SliceGPT, use --format=slicegpt:
 
   AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
   hf_utils.load_sliced_model(NAME, FOLDER, sparsity=0.25)
 
-trust_remote_code may run any Python file in FOLDER. So this format has no Python files
-of FILE, unless --code says that you trust its author.
+trust_remote_code may run any Python file in FOLDER. So this format leaves out the Python
+files in FILE, unless --code says that you trust its author.
 
 JSON: folder; sliced, whether the model is sliced, null for plain tensors.
 """
@@ -36,7 +36,7 @@ _SHARD_SIZE = flags.DEFINE_string(
   'shard_size', None, 'Most bytes of a weights file, like 2GB; default: as encoded.'
 )
 _CODE = flags.DEFINE_bool(
-  'code', False, 'transformers: write Python files of FILE, too.'
+  'code', False, 'transformers: write the Python files in FILE, too.'
 )
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16', 'float16'], 'Default: as encoded.'

@@ -2,7 +2,7 @@
 
   rotbits estimate SmolLM2-135M
 
-Nothing is written. `near` is that of its default step.
+Nothing is written. `near` is estimated for its default step.
 
 JSON: bytes of the weights; presets, the bytes of the file by preset; without, why free
 is not among them.

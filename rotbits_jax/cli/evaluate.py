@@ -3,10 +3,10 @@
   rotbits evaluate SmolLM2-135M.rotbits --text=book.txt --against=SmolLM2-135M
 
 A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
-wrote; it needs a tokenizer.json. With --against, the mean KL divergence from its
-predictions is measured, and the expected agreement rate (EAR): the share of tokens that
-can be the same if both models draw them. The noise floor is the divergence after the
-reference is merely rotated at random and rounded to its dtype again.
+wrote; it needs a tokenizer.json. --against also measures the mean KL divergence from the
+predictions of another model, and the expected agreement rate (EAR): the share of tokens
+on which both models can agree when they sample. The noise floor is the divergence of
+that model from itself after a random rotation and rounding.
 
 JSON: the fields of `rotbits_jax.evaluation.Evaluation`.
 """

@@ -2,8 +2,8 @@
 
   rotbits inspect SmolLM2-135M.rotbits
 
-The bytes saved add up to the difference between the sizes exactly. Layers of one shape
-are one row; --verbose gives each of them a row. Only the header of the file is read;
+The bytes saved add up exactly to the difference between the sizes. Layers of one shape
+share a row; --verbose gives each its own. Only the header of the file is read;
 `rotbits verify` reads and checks the rest. In the tables of the transforms, `form` is
 the type of the leaf that stores a tensor (`array` was left as it is), and `error` its
 relative error in the Frobenius norm.

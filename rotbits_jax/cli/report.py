@@ -2,7 +2,7 @@
 
   rotbits report SmolLM2-135M.rotbits report.html
 
-Without PAGE it has the name of the file, with the ending .html. The page loads nothing
+The default PAGE is FILE with the ending .html. The page loads nothing
 from a network.
 
 JSON: page, its path, and its bytes.

@@ -3,7 +3,7 @@
   rotbits slice SmolLM2-135M SLICED --sparsity=0.25 --text=book.txt
 
 Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
-of the interval. The text decides which directions stay. FOLDER gets the output of
+of the interval. The text decides which directions remain. FOLDER gets the output of
 Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
 other files. --encoded also writes the file of `rotbits encode --preset=free`, from the
 elements before they are rounded, so it differs from the .pt by the roundings of both,
@@ -27,7 +27,7 @@ from rotbits_jax.system import outputs
 
 (_OVERWRITE,) = program.shared('overwrite')
 _SPARSITY = flags.DEFINE_float(
-  'sparsity', None, 'The part of the hidden size to remove.', 0, 1, required=True
+  'sparsity', None, 'The share of the hidden size to remove.', 0, 1, required=True
 )
 _TEXT = flags.DEFINE_string('text', None, 'A text in UTF-8.', required=True)
 _INTERVAL = flags.DEFINE_integer('round_interval', 8, 'Widths are multiples of it.', 1)
@@ -38,7 +38,7 @@ _LENGTH = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer('seed', 42, 'The seed of all that is random.', 0)
 _ENCODED = flags.DEFINE_string('encoded', None, 'A file for the sliced model.')
-_RECIPE = flags.DEFINE_string('recipe', None, 'One that needs the dense model.')
+_RECIPE = flags.DEFINE_string('recipe', None, 'A file that needs the dense model.')
 
 
 def main(model: str, folder: str) -> program.Result:

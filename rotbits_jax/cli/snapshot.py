@@ -4,7 +4,7 @@
 
 The folder is for transformers, vLLM, MaxText, Tunix and Keras; do not write into it. It
 is in ROTBITS_JAX_CACHE, or in ~/.cache/rotbits_jax, and named by the checksums of the
-file, so a second call only finds it. A sliced model gets the format `transformers`.
+file, so a second call finds it again. A sliced model gets the format `transformers`.
 
 JSON: folder.
 """
