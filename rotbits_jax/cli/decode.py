@@ -14,8 +14,8 @@ writes the code of the model; for Microsoft's SliceGPT, use --format=slicegpt:
   AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
   hf_utils.load_sliced_model(NAME, FOLDER, sparsity=0.25)
 
-trust_remote_code may run any Python file in FOLDER. So this format leaves out the Python
-files in FILE, unless --code says that you trust its author.
+trust_remote_code may run any Python file in FOLDER. So this format leaves out
+Python files in FILE, unless --code says that you trust its author.
 
 JSON: folder; sliced, whether the model is sliced, null for plain tensors.
 """

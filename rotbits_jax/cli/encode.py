@@ -2,8 +2,8 @@
 
   rotbits encode SmolLM2-135M
 
-CHECKPOINT is in the format of Hugging Face (safetensors or pytorch_model.bin, sharded or
-not) or of Microsoft's SliceGPT. The presets:
+CHECKPOINT is one of Hugging Face (safetensors or pytorch_model.bin, sharded or not) or
+of Microsoft's SliceGPT. The presets:
 
   exact  keeps every bit. The default for dense checkpoints, of any family.
   free   keeps the function of the model up to rounding; the weights change, so LoRA
