@@ -305,9 +305,6 @@ def read_leaf(leaf, arrays, tensors, base, config):
       array = subspace(s, arrays)
     case 'constant':
       array = np.full(leaf['shape'], arrays['value'])
-    case 'low_rank':
-      u = gram(a['u']) if s.get('shortened') == 'u' else a['u']
-      array = u @ (gram(a['v'].T).T if s.get('shortened') == 'v' else a['v'])
     case 'identity_minus_gram':
       square = np.eye(len(a['b'])) - a['b'] @ a['b'].T + a['c'] @ a['c'].T
       array = np.pad(square, ((0, 0), (0, s['columns'] - len(square))))

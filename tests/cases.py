@@ -63,13 +63,6 @@ LEAVES = {
   'head_rows': lambda seed: structured.HeadBases(
     below=normal(seed, 6, 12), rotary=None, heads=2, group=3
   ),
-  'low_rank': lambda seed: structured.LowRank(normal(seed, 8, 2), normal(seed, 2, 5)),
-  'low_rank_without_u': lambda seed: structured.LowRank(
-    normal(seed, 4, 2), normal(seed, 2, 8), shortened='u'
-  ),
-  'low_rank_without_v': lambda seed: structured.LowRank(
-    normal(seed, 9, 2), normal(seed, 2, 4), shortened='v'
-  ),
   'constant': lambda seed: structured.Constant.like(lower(seed, 3, 4), 1.5),
   'multiples': lambda seed: structured.UniformlyQuantized(
     integers=np.arange(-15, 15, dtype=np.int16).reshape(6, 5) * (1 + seed),

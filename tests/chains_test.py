@@ -28,7 +28,7 @@ TWO_LAYERS = {'num_hidden_layers': 2}
 
 
 def _sliced(dtype):
-  """A sliced OPT whose embedding is tied to the head, with a low-rank kernel."""
+  """A sliced OPT whose embedding is tied to the head, with a structured kernel."""
   model = random_models.sliced(
     random_models.OPT | TWO_LAYERS, [18, 18, 18, 18, 24], dtype
   )
@@ -38,9 +38,9 @@ def _sliced(dtype):
   embed = model.params['embed'] | {'tokens': table.astype(dtype)}
   layers = list(model.layers())
   for layer in layers:
-    u, v = rng.standard_normal((18, 6)), rng.standard_normal((6, 40))
-    pair = structured.LowRank((u / 5).astype(dtype), (v / 5).astype(dtype))
-    layer['mlp']['up'] = layer['mlp']['up'] | {'kernel': pair}
+    b, c = np.tril(rng.standard_normal((2, 18, 6)) / 5).astype(dtype)
+    kernel = structured.IdentityMinusGram(b, c, columns=40)
+    layer['mlp']['up'] = layer['mlp']['up'] | {'kernel': kernel}
   return models.from_layers(model.config, model.outer() | {'embed': embed}, layers)
 
 

@@ -46,9 +46,9 @@ def model():
   return rotbits_jax.load_checkpoint(checkpoints.example('llama-tiny-dense')).model
 
 
-def low_rank():
-  pair = structured.LowRank(jnp.ones((64, 2)), jnp.ones((2, 64)))
-  return {'x': pair, 'y': jnp.zeros(64)}
+def head_bases():
+  leaf = structured.HeadBases(jnp.ones((62, 2)), None, heads=1)
+  return {'x': leaf, 'y': jnp.zeros(64)}
 
 
 def integers():
@@ -75,7 +75,7 @@ TREES = {
   ),
   'placed': (lambda: jax.device_put(params(), PLACE), moved),
   'a model': (model, lambda old: old.replace(params=plus_one(old.params))),
-  'structured leaves': (low_rank, plus_one),
+  'structured leaves': (head_bases, plus_one),
   'integers': (integers, lambda old: plus_one(old)),
   'an array twice': (twice, lambda old: old | {'a': old['a'].at[0, 0].set(5)}),
   '64 bits': (

@@ -92,14 +92,6 @@ def test_modules_give_the_logits_of_the_parameters(make):
   assert merged.config == model.config
 
 
-def test_init_gives_a_model_of_the_config():
-  config = plain().config
-  params = models_flax.LinenTransformer(config).init(jax.random.key(0), TOKENS)
-  model = models.Model(params['params'], {}, config)
-  assert model.stacks == (range(1), range(1, 2))
-  assert np.isfinite(logits_of(model, TOKENS)).all()
-
-
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')  # of qwix
 @pytest.mark.parametrize('make', [plain, with_structured_leaves])
 def test_qwix_quantises_kernels(make):

@@ -16,7 +16,6 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
-from rotbits_jax.models import layout
 from rotbits_jax.models import meshes
 from rotbits_jax.models import names
 
@@ -211,25 +210,3 @@ def stack_key(layer: Params) -> tuple[Any, ...]:
     (path, *structured.stack_key(leaf))
     for path, leaf in sorted(structured.flatten(layer).items(), key=lambda x: x[0])
   )
-
-
-def stacked_shapes(
-  config: config_lib.ModelConfig, stacks: Iterable[range] | None = None
-) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every parameter of a model by path; kernels `[N, in, out]`.
-
-  Args:
-    config: sizes and switches.
-    stacks: the layers of each stack, which must have equal shapes. None for the fewest
-      stacks.
-  """
-  if stacks is None:
-    key = lambda layer: layout.layer_shapes(config, layer)
-    stacks = stack_ranges(range(config.num_layers), key)
-  shapes = structured.flatten(layout.outer_shapes(config))
-  for stack in stacks:
-    for path, shape in structured.flatten(
-      layout.layer_shapes(config, stack.start)
-    ).items():
-      shapes[f'{names.stack(stack)}/{path}'] = (len(stack), *shape)
-  return shapes

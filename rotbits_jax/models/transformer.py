@@ -30,6 +30,7 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.models import config as config_lib
+from rotbits_jax.models import layout
 from rotbits_jax.models import meshes
 from rotbits_jax.models import model as model_lib
 from rotbits_jax.models import names
@@ -319,7 +320,12 @@ def check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
   stacks = names.stacks(params)
   if [*itertools.chain(*stacks)] != [*range(config.num_layers)]:
     raise ValueError(f'the model has {config.num_layers} layers, got {stacks=}')
-  expected = model_lib.stacked_shapes(config, stacks)
+  expected = structured.flatten(layout.outer_shapes(config))
+  for stack in stacks:
+    shapes = structured.flatten(layout.layer_shapes(config, stack.start))
+    expected |= {
+      f'{names.stack(stack)}/{k}': (len(stack), *x) for k, x in shapes.items()
+    }
   got = {path: leaf.shape for path, leaf in structured.flatten(params).items()}
   for path in sorted(expected | got):
     if got.get(path) != expected.get(path):

@@ -27,7 +27,6 @@ from rotbits_jax.structured.constant import Constant as Constant
 from rotbits_jax.structured.fields import Array as Array
 from rotbits_jax.structured.fields import static as static
 from rotbits_jax.structured.heads import HeadBases as HeadBases
-from rotbits_jax.structured.low_rank import LowRank as LowRank
 from rotbits_jax.structured.shortcuts import IdentityMinusGram as IdentityMinusGram
 from rotbits_jax.structured.shortcuts import TrapezoidalRows as TrapezoidalRows
 from rotbits_jax.structured.tied import Tied as Tied

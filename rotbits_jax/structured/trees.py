@@ -33,9 +33,9 @@ def materialize(tree: Any) -> Any:
 
   `expand` takes leaves that need others, too.
 
-  >>> u, v = jnp.ones((3, 1)), jnp.ones((1, 2))
-  >>> materialize({'kernel': rotbits_jax.structured.LowRank(u, v)})['kernel'].shape
-  (3, 2)
+  >>> zeros = rotbits_jax.structured.Constant.like(jnp.ones(3), 0.0)
+  >>> materialize({'bias': zeros})['bias'].tolist()
+  [0.0, 0.0, 0.0]
   """
 
   def array(leaf: Any) -> Any:

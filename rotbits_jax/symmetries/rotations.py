@@ -46,7 +46,7 @@ _LEAST = 2.0**-9  # share of a column outside the span of those before it
 
 
 def rotate(
-  array: Any,  # [n, m] or [m], or a low-rank leaf [n, m]
+  array: Any,  # [n, m] or [m]
   rows: jax.Array | None = None,  # [n, n]
   columns: jax.Array | None = None,  # [m, m]
 ) -> Any:
