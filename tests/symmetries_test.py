@@ -254,6 +254,13 @@ class HeadsTest(parameterized.TestCase):
         if below.size:
           self.assertLess(np.linalg.norm(below, 2), 2 + 1e-5)
 
+  def test_factors_of_any_rank_keep_their_product(self):
+    for u in MATRICES.values():
+      v = _random((u.shape[1], 9))
+      below, other = jax.jit(heads.fix_low_rank)(u, v)
+      tolerance = 2e-5 * max(np.linalg.norm(u), 1e-30)
+      np.testing.assert_allclose(_spanned(below) @ other, u @ v, atol=tolerance)
+
   def test_values_and_outputs_keep_their_products(self):
     h = 3
     pair = {
