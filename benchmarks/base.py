@@ -2,15 +2,15 @@
 
 The fine-tune, its base and dtypes are those of `common`; a step is one of Adam. Beside
 `exact` are the methods of others: XOR with the base, then byte planes, then zstd (BitX
-of ZipLLM); zstd with the base as its dictionary (`zstd --patch-from`); and the places
-and values of the weights that changed, int32 and the dtype (sparse safetensors, as TRL
-sends weights). A step has XOR with zstd -1 and gaps between changed weights, too.
+of ZipLLM); and the places and values of the weights that changed, int32 and the dtype
+(sparse safetensors, as TRL sends weights). A step has XOR with zstd -1 and gaps between
+changed weights, too.
 """
 
 from collections.abc import Callable, Iterator
 import pathlib
 import tempfile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -89,116 +89,83 @@ def ours(new: common.Tensors, old: common.Tensors) -> Row:
     return Row('`exact`', file.stat().st_size, *seconds)
 
 
-def bitx(new: common.Tensors, old: common.Tensors) -> Row:
-  """XOR with the base, byte planes, zstd."""
-
-  def encode() -> list[bytes]:
-    coded = []
-    for name, array in new.items():
-      planes = (_bits(array) ^ _bits(old[name])).view(np.uint8)
-      for plane in planes.reshape(-1, array.itemsize).T:
-        coded.append(zstandard.compress(plane.tobytes(), 3))
-    return coded
-
-  coded = encode()
-  decode = lambda: [zstandard.decompress(x) for x in coded]
-  return _timed('XOR, byte planes, zstd -3', sum(map(len, coded)), encode, decode)
+# The methods of others: from the bits of a tensor and of that of the base to what is
+# stored, and back.
 
 
-def patch_from(new: common.Tensors, old: common.Tensors) -> Row:
-  """Zstd with the base as its dictionary and a window that holds both."""
-  data, known = (b''.join(x.tobytes() for x in y.values()) for y in (new, old))
-  prefix = zstandard.ZstdCompressionDict(
-    known, dict_type=zstandard.DICT_TYPE_RAWCONTENT
-  )
-  window = min((len(data) + len(known)).bit_length(), 31)
-  parameters = zstandard.ZstdCompressionParameters.from_level(
-    3, window_log=window, enable_ldm=True
-  )
-  coder = zstandard.ZstdCompressor(dict_data=prefix, compression_params=parameters)
-  decoder = zstandard.ZstdDecompressor(dict_data=prefix, max_window_size=1 << window)
-  coded = coder.compress(data)
-  encode, decode = lambda: coder.compress(data), lambda: decoder.decompress(coded)
-  return _timed('zstd -3 --patch-from', len(coded), encode, decode)
+def bitx(new: np.ndarray, old: np.ndarray) -> list[bytes]:
+  planes = (new ^ old).view(np.uint8).reshape(-1, new.itemsize).T
+  return [zstandard.compress(plane.tobytes(), 3) for plane in planes]
 
 
-def sparse(new: common.Tensors, old: common.Tensors) -> Row:
-  """Places, int32, and values of the weights that changed."""
-
-  def encode() -> list[tuple[np.ndarray, np.ndarray]]:
-    coded = []
-    for name, array in new.items():
-      (places,) = np.nonzero(_bits(array) != _bits(old[name]))
-      coded.append((places.astype(np.int32), _bits(array)[places]))
-    return coded
-
-  def decode() -> None:
-    for (places, values), array in zip(coded, old.values(), strict=True):
-      copy = _bits(array).copy()
-      copy[places] = values
-
-  coded = encode()
-  size = sum(x.nbytes for pair in coded for x in pair)
-  return _timed('indices and values', size, encode, decode)
+def of_bitx(coded: list[bytes], old: np.ndarray) -> np.ndarray:
+  planes = [np.frombuffer(zstandard.decompress(x), np.uint8) for x in coded]
+  return np.stack(planes, axis=1).view(old.dtype)[:, 0] ^ old
 
 
-def delta(new: common.Tensors, old: common.Tensors) -> Row:
-  """`delta` and `apply`, in memory."""
-  coded = rotbits_jax.delta(new, old)
-  encode, decode = (
-    lambda: rotbits_jax.delta(new, old),
-    lambda: rotbits_jax.apply(coded, old),
-  )
-  return _timed('`delta`', len(coded), encode, decode)
+def sparse(new: np.ndarray, old: np.ndarray) -> list[bytes]:
+  places = np.flatnonzero(new != old)
+  return [places.astype(np.int32).tobytes(), new[places].tobytes()]
 
 
-def xor(new: common.Tensors, old: common.Tensors) -> Row:
-  """XOR with the base and zstd -1, as slime sends weights."""
-  encode = lambda: [
-    zstandard.compress((_bits(x) ^ _bits(old[name])).tobytes(), 1)
-    for name, x in new.items()
-  ]
-  coded = encode()
-
-  def decode() -> None:
-    for data, array in zip(coded, old.values(), strict=True):
-      _bits(array) ^ np.frombuffer(zstandard.decompress(data), f'u{array.itemsize}')
-
-  return _timed('XOR, zstd -1', sum(map(len, coded)), encode, decode)
+def of_sparse(coded: list[bytes], old: np.ndarray) -> np.ndarray:
+  new = old.copy()
+  new[np.frombuffer(coded[0], np.int32)] = np.frombuffer(coded[1], old.dtype)
+  return new
 
 
-def gaps(new: common.Tensors, old: common.Tensors) -> Row:
-  """Gaps between changed weights and their values, zstd -1, much as PULSE."""
-
-  def encode() -> list[tuple[bytes, bytes]]:
-    coded = []
-    for name, array in new.items():
-      places = np.flatnonzero(_bits(array) != _bits(old[name]))
-      planes = np.diff(places, prepend=-1).astype(np.uint32).view(np.uint8)
-      parts = planes.reshape(-1, 4).T.tobytes(), _bits(array)[places].tobytes()
-      coded.append(tuple(zstandard.compress(x, 1) for x in parts))
-    return coded
-
-  def decode() -> None:
-    for parts, array in zip(coded, old.values(), strict=True):
-      planes, values = map(zstandard.decompress, parts)
-      steps = np.frombuffer(planes, np.uint8).reshape(4, -1).T.copy().view(np.uint32)
-      copy = _bits(array).copy()
-      copy[np.cumsum(steps[:, 0], dtype=np.int64) - 1] = np.frombuffer(
-        values, copy.dtype
-      )
-
-  coded = encode()
-  size = sum(len(x) for pair in coded for x in pair)
-  return _timed('gaps and values, zstd -1', size, encode, decode)
+def xor(new: np.ndarray, old: np.ndarray) -> list[bytes]:
+  return [zstandard.compress((new ^ old).tobytes(), 1)]
 
 
-def _timed(
-  method: str, size: int, encode: Callable[[], Any], decode: Callable[[], Any]
-) -> Row:
-  """Times a method in memory."""
+def of_xor(coded: list[bytes], old: np.ndarray) -> np.ndarray:
+  return old ^ np.frombuffer(zstandard.decompress(coded[0]), old.dtype)
+
+
+def gaps(new: np.ndarray, old: np.ndarray) -> list[bytes]:
+  places = np.flatnonzero(new != old)
+  planes = np.diff(places, prepend=-1).astype(np.uint32).view(np.uint8)
+  parts = planes.reshape(-1, 4).T.tobytes(), new[places].tobytes()
+  return [zstandard.compress(x, 1) for x in parts]
+
+
+def of_gaps(coded: list[bytes], old: np.ndarray) -> np.ndarray:
+  planes, values = map(zstandard.decompress, coded)
+  steps = np.frombuffer(planes, np.uint8).reshape(4, -1).T.copy().view(np.uint32)
+  new = old.copy()
+  new[np.cumsum(steps[:, 0], dtype=np.int64) - 1] = np.frombuffer(values, old.dtype)
+  return new
+
+
+METHODS: dict[str, tuple[Callable[..., list[bytes]], Callable[..., np.ndarray]]] = {
+  'XOR, byte planes, zstd -3': (bitx, of_bitx),
+  'indices and values': (sparse, of_sparse),
+  'XOR, zstd -1': (xor, of_xor),  # as slime sends weights
+  'gaps and values, zstd -1': (gaps, of_gaps),  # much as PULSE
+}
+OF_FINE_TUNES, OF_STEPS = list(METHODS)[:2], list(METHODS)[:0:-1]
+
+
+def measured(method: str, new: common.Tensors, old: common.Tensors) -> Row:
+  """Measures a method of others, or `delta`, in memory."""
+  if method == '`delta`':
+    coded = [rotbits_jax.delta(new, old)]
+    encode = lambda: rotbits_jax.delta(new, old)
+    decode = lambda: rotbits_jax.apply(coded[0], old)
+  else:
+    forward, back = METHODS[method]
+    bits = [(_bits(x), _bits(old[name])) for name, x in new.items()]
+    parts = [forward(*pair) for pair in bits]
+    coded = [x for part in parts for x in part]
+    encode = lambda: [forward(*pair) for pair in bits]
+    decode = lambda: [
+      back(part, known) for part, (_, known) in zip(parts, bits, strict=True)
+    ]
+    for found, (expected, _) in zip(decode(), bits, strict=True):
+      if not np.array_equal(found, expected):
+        raise ValueError(f'{method} gave other weights')
   seconds = (common.median_seconds(work, RUNS) for work in (encode, decode))
-  return Row(method, size, *seconds)
+  return Row(method, sum(map(len, coded)), *seconds)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -221,7 +188,7 @@ def fine_tunes() -> str:
   lines = []
   for name, new, old in pairs():
     size = sum(x.nbytes for x in new.values())
-    for row in (method(new, old) for method in (ours, bitx, patch_from, sparse)):
+    for row in (ours(new, old), *(measured(x, new, old) for x in OF_FINE_TUNES)):
       rates = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
       share = f'{row.bytes / size:.4f}'
       lines.append((name, row.method, f'{row.bytes:,}', share, *rates))
@@ -235,11 +202,10 @@ def steps() -> str:
   old = {name: x.astype(ml_dtypes.bfloat16) for name, x in masters.items()}
   size = sum(x.nbytes for x in old.values())
   sizes, rates = [], []
-  methods = delta, gaps, xor, sparse
   for rate in RATES:
     for count, new in zip(STEPS, training(masters, rate), strict=True):
       bound = entropy(new, old)
-      rows = [method(new, old) for method in methods]
+      rows = [measured(method, new, old) for method in ('`delta`', *OF_STEPS)]
       changed = sum(np.count_nonzero(_bits(x) != _bits(old[k])) for k, x in new.items())
       shares = (f'{row.bytes / bound:.2f}' for row in rows)
       share = f'{2 * changed / size:.2%}'

@@ -36,7 +36,6 @@ BENCHMARKS = {
   'canonicalize': 'canonical weights of a whole model in one call',
   'paper': 'the parts of the published scheme',
   'accounting': 'sizes of sliced models, from their shapes alone',
-  'damage': 'damaged and fuzzed files',
   'pictures': 'no section: the pictures, and the tables of README.md',
 }
 """The modules, and what they measure: `run(settings)` yields sections."""

@@ -36,29 +36,17 @@ _FULL = flags.DEFINE_bool('full', False, 'Measures SmolLM2-135M, too.')
 
 
 class Row(NamedTuple):
-  """A line of the table; a field is None if it cannot be measured.
-
-  Attributes:
-    model: the model.
-    stored: the preset, or another way to store it.
-    bytes: of the file, or of the tensors.
-    share: of the bytes of the tensors.
-    perplexity: on the text.
-    kl: from the predictions of the model that was given.
-    encode_seconds: from the folder to the file.
-    decode_seconds: from the file to arrays.
-    verified: what `rotbits_jax.verify` compared.
-  """
+  """A line of the table; a field is None if it cannot be measured."""
 
   model: str
-  stored: str
-  bytes: int | None = None
-  share: float | None = None
+  stored: str  # the preset, or another way to store it
+  bytes: int | None = None  # of the file, or of the tensors
+  share: float | None = None  # of the bytes of the tensors
   perplexity: float | None = None
-  kl: float | None = None
-  encode_seconds: float | None = None
-  decode_seconds: float | None = None
-  verified: str = ''
+  kl: float | None = None  # from the predictions of the model that was given
+  encode_seconds: float | None = None  # from the folder to the file
+  decode_seconds: float | None = None  # from the file to arrays
+  verified: str = ''  # what `rotbits_jax.verify` compared
 
 
 def sliced_smollm2(settings: common.Settings, sparsity: float) -> pathlib.Path:

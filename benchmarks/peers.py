@@ -14,7 +14,6 @@ has one thread. `exact` and `free` are this project; `free` takes a checkpoint.
 """
 
 from collections.abc import Callable
-import functools
 import json
 import os
 import pathlib
@@ -47,142 +46,115 @@ def is_bfloat16(data: bytes) -> bool:
   return 2 * dtypes.count('BF16') > len(dtypes)
 
 
-class Raw:
-  """The safetensors file without compression."""
-
-  def compress(self, source: str, output: str) -> None:
-    pathlib.Path(output).write_bytes(pathlib.Path(source).read_bytes())
-
-  def decode(self, path: str) -> Arrays:
-    return split(pathlib.Path(path).read_bytes())
+def store(data: bytes) -> bytes:
+  return data
 
 
-class Zstd:
-  """The library of zstd."""
+def zstd(data: bytes) -> bytes:
+  import zstandard
 
-  def __init__(self) -> None:
-    import zstandard
-
-    self._module = zstandard
-
-  def compress(self, source: str, output: str) -> None:
-    data = pathlib.Path(source).read_bytes()
-    packed = self._module.ZstdCompressor(level=3).compress(data)
-    pathlib.Path(output).write_bytes(packed)
-
-  def decode(self, path: str) -> Arrays:
-    data = pathlib.Path(path).read_bytes()
-    return split(self._module.ZstdDecompressor().decompress(data))
+  return zstandard.ZstdCompressor(level=3).compress(data)
 
 
-class Zipnn:
-  """ZipNN, set to the dtype of most tensors of the file."""
+def of_zstd(data: bytes) -> bytes:
+  import zstandard
 
-  def compress(self, source: str, output: str) -> None:
-    data = pathlib.Path(source).read_bytes()
-    coder = self._coder('bfloat16' if is_bfloat16(data) else 'float16')
-    pathlib.Path(output).write_bytes(coder.compress(data))
-
-  def decode(self, path: str) -> Arrays:
-    # The compressed file says which dtype it has.
-    return split(self._coder('float16').decompress(pathlib.Path(path).read_bytes()))
-
-  def _coder(self, dtype: str) -> Any:
-    import zipnn
-
-    return zipnn.ZipNN(bytearray_dtype=dtype, threads=os.cpu_count())
+  return zstandard.ZstdDecompressor().decompress(data)
 
 
-class Lmzip:
-  """lmzip, which decodes from file to file; the file is in memory."""
+def zipnn(data: bytes) -> bytes:
+  return _zipnn('bfloat16' if is_bfloat16(data) else 'float16').compress(data)
 
-  def __init__(self) -> None:
+
+def of_zipnn(data: bytes) -> bytes:
+  return _zipnn('float16').decompress(data)  # the data say which dtype they have
+
+
+def _zipnn(dtype: str) -> Any:
+  import zipnn
+
+  return zipnn.ZipNN(bytearray_dtype=dtype, threads=os.cpu_count())
+
+
+def openzl(data: bytes) -> bytes:
+  """The graph for floats. The header of the safetensors file stays as it is."""
+  from openzl import ext
+
+  compressor = ext.Compressor()
+  compressor.set_parameter(ext.CParam.FormatVersion, ext.MAX_FORMAT_VERSION)
+  coders = ext.graphs.Store, ext.graphs.Huffman, ext.graphs.Fse
+  best = ext.graphs.BruteForce([x()(compressor) for x in coders])(compressor)
+  names = ext.nodes.Float16Deconstruct, ext.nodes.BFloat16Deconstruct
+  node = names[is_bfloat16(data)]()
+  compressor.select_starting_graph(node(compressor, best, best))
+  context = ext.CCtx()
+  context.ref_compressor(compressor)
+  start = 8 + int.from_bytes(data[:8], 'little')
+  numbers = np.frombuffer(data, np.uint16, offset=start)
+  return data[:start] + context.compress([ext.Input(ext.Type.Numeric, numbers)])
+
+
+def of_openzl(data: bytes) -> np.ndarray:
+  from openzl import ext
+
+  start = 8 + int.from_bytes(data[:8], 'little')
+  (output,) = ext.DCtx().decompress(data[start:])
+  numbers = output.content.as_nparray().view(np.uint8)
+  return np.concatenate([np.frombuffer(data[:start], np.uint8), numbers])
+
+
+IN_MEMORY: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], Any]]] = {
+  'safetensors': (store, store),
+  'zstd': (zstd, of_zstd),
+  'zipnn': (zipnn, of_zipnn),
+  'openzl': (openzl, of_openzl),
+}
+
+
+def compress(name: str, source: str, output: str) -> None:
+  """Compresses a file to a file."""
+  if name == 'lmzip':
     import lmz
 
-    self._module = lmz
+    lmz.compress(source, output)
+  elif name in IN_MEMORY:
+    data = IN_MEMORY[name][0](pathlib.Path(source).read_bytes())
+    pathlib.Path(output).write_bytes(data)
+  else:
+    import rotbits_jax
 
-  def compress(self, source: str, output: str) -> None:
-    self._module.compress(source, output)
+    rotbits_jax.encode_to_file(source, output, preset=name, overwrite=True)
 
-  def decode(self, path: str) -> Arrays:
+
+def decode(name: str, path: str) -> Arrays:
+  """Returns the arrays of a file."""
+  if name == 'lmzip':  # from file to file; the file is in memory
+    import lmz
+
     shared = pathlib.Path('/dev/shm')
     folder = shared if shared.is_dir() else pathlib.Path(tempfile.gettempdir())
     output = str(folder / f'rotbits-benchmark-{os.getpid()}')
-    self._module.decompress(path, output, workers=os.cpu_count(), overwrite=True)
+    lmz.decompress(path, output, workers=os.cpu_count(), overwrite=True)
     arrays = split(np.memmap(output, np.uint8, 'r'))
     os.unlink(output)
     return arrays
+  if name in IN_MEMORY:
+    return split(IN_MEMORY[name][1](pathlib.Path(path).read_bytes()))
+  import jax
 
+  import rotbits_jax
 
-class Openzl:
-  """OpenZL's graph for floats. The header of the safetensors file stays as it is."""
-
-  def __init__(self) -> None:
-    from openzl import ext
-
-    self._module = ext
-
-  def compress(self, source: str, output: str) -> None:
-    ext, data = self._module, pathlib.Path(source).read_bytes()
-    compressor = ext.Compressor()
-    compressor.set_parameter(ext.CParam.FormatVersion, ext.MAX_FORMAT_VERSION)
-    coders = ext.graphs.Store, ext.graphs.Huffman, ext.graphs.Fse
-    best = ext.graphs.BruteForce([x()(compressor) for x in coders])(compressor)
-    names = ext.nodes.Float16Deconstruct, ext.nodes.BFloat16Deconstruct
-    node = names[is_bfloat16(data)]()
-    compressor.select_starting_graph(node(compressor, best, best))
-    context = ext.CCtx()
-    context.ref_compressor(compressor)
-    start = 8 + int.from_bytes(data[:8], 'little')
-    numbers = np.frombuffer(data, np.uint16, offset=start)
-    frame = context.compress([ext.Input(ext.Type.Numeric, numbers)])
-    pathlib.Path(output).write_bytes(data[:start] + frame)
-
-  def decode(self, path: str) -> Arrays:
-    data = pathlib.Path(path).read_bytes()
-    start = 8 + int.from_bytes(data[:8], 'little')
-    (output,) = self._module.DCtx().decompress(data[start:])
-    numbers = output.content.as_nparray().view(np.uint8)
-    return split(np.concatenate([np.frombuffer(data[:start], np.uint8), numbers]))
-
-
-class Rotbits:
-  """This project: `encode_to_file`, and `load`, which returns JAX arrays."""
-
-  def __init__(self, preset: Any) -> None:
-    self._preset = preset
-
-  def compress(self, source: str, output: str) -> None:
-    import rotbits_jax
-
-    rotbits_jax.encode_to_file(source, output, preset=self._preset, overwrite=True)
-
-  def decode(self, path: str) -> Arrays:
-    import jax
-
-    import rotbits_jax
-
-    return jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(path)))
-
-
-PEERS: dict[str, Callable[[], Any]] = {
-  'safetensors': Raw,
-  'zstd': Zstd,
-  'zipnn': Zipnn,
-  'lmzip': Lmzip,
-  'openzl': Openzl,
-  'exact': functools.partial(Rotbits, 'exact'),
-  'free': functools.partial(Rotbits, 'free'),
-}
+  return jax.block_until_ready(jax.tree.leaves(rotbits_jax.load(path)))
 
 
 def main() -> None:
   name, task, *paths = sys.argv[1:]
-  work = getattr(PEERS[name](), task)
+  tasks: dict[str, Callable[..., Any]] = {'compress': compress, 'decode': decode}
+  work = tasks[task]
   for _ in range(2):  # the second time caches are warm, and programs compiled
     arrays = None  # frees the memory of the first time
     start = time.perf_counter()
-    arrays = work(*paths)
+    arrays = work(name, *paths)
     seconds = time.perf_counter() - start
   # The system's own count has the peak of the process that started this one in it.
   status = pathlib.Path('/proc/self/status').read_text()

@@ -4,7 +4,7 @@ Every byte is flipped, every truncation made, streams are exchanged with those o
 another file or with each other, and every field of the manifest is edited, with the
 checksums that it then must have. Reading ends in a `ContainerError` that names the
 stream, or, if a field says nothing about the numbers, in the same numbers. Anything
-else is a failure. `python -m benchmarks damage` runs it.
+else is a failure. `tests/sweep_test.py` runs it.
 """
 
 import collections

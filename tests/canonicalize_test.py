@@ -1,7 +1,7 @@
 """Canonical weights of stacked layers in one call, beside the way that streams."""
 
 import functools
-import pathlib
+import re
 
 from absl.testing import absltest
 from absl.testing import parameterized
@@ -17,12 +17,11 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from tests import cases
 from tests import devices
 from tests import random_models
 from tests import transform_checks
 
-TESTDATA = pathlib.Path(__file__).parent / 'testdata'
-FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
 FAMILIES = random_models.FAMILIES
 TOKENS = np.arange(12)[None]
 _canonicalize = jax.jit(rotbits_jax.canonicalize, static_argnums=1)
@@ -69,50 +68,20 @@ def _arrays(params):
   return {path: np.asarray(structured.materialize(x)) for path, x in wide.items()}
 
 
-def _sharded(model, mesh):
-  """Shards the layer axis over the axis `layers` of a mesh."""
+def check_sharded(kind):
+  """Checks a model whose layer axis is sharded over 8 devices."""
+  model = random_models.sliced_llama([18] * 33)
+  mesh = jax.make_mesh((8,), ('layers',), axis_types=(jax.sharding.AxisType[kind],))
 
   def put(key, tree):
     axes = ('layers',) if models.names.stacked_layers(key) else ()
     spec = jax.sharding.PartitionSpec(*axes)
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
 
-  return {key: put(key, tree) for key, tree in model.params.items()}
-
-
-def check_explicit():
-  """Checks a model whose layer axis is sharded along an `Explicit` axis."""
-  model = random_models.sliced_llama([18] * 33)
-  mesh = jax.make_mesh((8,), ('layers',))
-  assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
-  params = _sharded(model, mesh)
-  sharded = model.replace(params=params)
-  logits = transform_checks.fast_logits(model, TOKENS)
-  for function in (models.logits, jax.jit(models.logits)):
-    np.testing.assert_allclose(function(sharded, TOKENS), logits, atol=1e-4)
-  found, _ = _canonicalize(params, model.config)
-  for leaf in jax.tree.leaves(found['layers.0:16']):
-    assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
-  expected, _ = _canonicalize(model.params, model.config)
-  chex.assert_trees_all_close(jax.device_get(found), expected, atol=3e-5)
-  for preset in ('exact', 'free'):
-    data = rotbits_jax.encode(sharded, preset=preset)
-    assert data == rotbits_jax.encode(model, preset=preset)
-  like = {'layers': params['layers.0:16']['mlp']['up']['kernel']}
-  again = rotbits_jax.decode(rotbits_jax.encode(like), like=like)
-  assert again['layers'].sharding == like['layers'].sharding
-
-
-def check_sharded():
-  """Checks a model whose layer axis is sharded over all devices."""
-  import re
-
-  model = random_models.sliced_llama([18] * 33)
-  params = _sharded(model, jax.sharding.Mesh(jax.devices(), 'layers'))
+  params = {key: put(key, tree) for key, tree in model.params.items()}
   compiled = _canonicalize.lower(params, model.config).compile()
   found, _ = compiled(params)
   for leaf in jax.tree.leaves(found['layers.0:16']):
-    assert len(leaf.sharding.device_set) == 8
     assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
   # Only rotations of segments are sent.
   sent = r'= \(?(\S+) (?:all-gather|all-reduce|all-to-all|collective-permute)\('
@@ -121,6 +90,16 @@ def check_sharded():
   assert all('18,18]' in shape for shape in shapes), shapes
   expected, _ = _canonicalize(model.params, model.config)
   chex.assert_trees_all_close(jax.device_get(found), expected, atol=3e-5)
+  sharded = model.replace(params=params)
+  logits = transform_checks.fast_logits(model, TOKENS)
+  for function in (models.logits, jax.jit(models.logits)):
+    np.testing.assert_allclose(function(sharded, TOKENS), logits, atol=1e-4)
+  for preset in ('exact', 'free'):
+    data = rotbits_jax.encode(sharded, preset=preset)
+    assert data == rotbits_jax.encode(model, preset=preset)
+  like = {'layers': params['layers.0:16']['mlp']['up']['kernel']}
+  again = rotbits_jax.decode(rotbits_jax.encode(like), like=like)
+  assert again['layers'].sharding == like['layers'].sharding
 
 
 class CanonicalizeTest(parameterized.TestCase):
@@ -180,10 +159,10 @@ class CanonicalizeTest(parameterized.TestCase):
         error = np.linalg.norm(array - expected[path])
         self.assertLessEqual(error, 1e-5 * np.linalg.norm(array), path)
 
-  @parameterized.parameters(*FIXTURES)
+  @parameterized.parameters(*cases.CHECKPOINTS)
   @pytest.mark.slow
   def test_the_form_of_a_fixture_is_unique(self, name):
-    model = checkpoints.load_checkpoint(TESTDATA / name).model
+    model = checkpoints.load_checkpoint(cases.TESTDATA / name).model
     self.check_unique(jax.tree.map(lambda x: np.asarray(x, np.float32), model))
 
   @parameterized.parameters('dense', 'sliced')
@@ -247,13 +226,9 @@ class CanonicalizeTest(parameterized.TestCase):
       rotbits_jax.canonicalize(model.params, model.config)
 
   @pytest.mark.slow
-  @pytest.mark.daily
-  def test_a_sharded_layer_axis_stays_sharded(self):
-    devices.run('from tests import canonicalize_test as t; t.check_sharded()')
-
-  @pytest.mark.slow
-  def test_explicit_axes_of_a_mesh_are_taken(self):
-    devices.run('from tests import canonicalize_test as t; t.check_explicit()')
+  @parameterized.parameters('Auto', 'Explicit')
+  def test_a_sharded_layer_axis_stays_sharded(self, kind):
+    devices.run(f'from tests import canonicalize_test as t; t.check_sharded({kind!r})')
 
 
 # ---- which symmetries there are ------------------------------------------------------

@@ -3,15 +3,28 @@
 A leaf or a transform that joins a table joins all tests that go over it.
 """
 
+import functools
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import checkpoints
 from rotbits_jax import passes
 from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import subspaces
+
+TESTDATA = pathlib.Path(__file__).parent / 'testdata'
+CHECKPOINTS = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
+
+
+@functools.cache
+def load(name):
+  """Loads a checkpoint of the tests."""
+  return checkpoints.load_checkpoint(TESTDATA / name)
 
 
 def transforms():

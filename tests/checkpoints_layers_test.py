@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import pathlib
 import shutil
 from unittest import mock
 
@@ -18,14 +17,13 @@ from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import CheckpointError
 from rotbits_jax.checkpoints import tensors as tensors_lib
+from tests import cases
 
-TESTDATA = pathlib.Path(__file__).parent / 'testdata'
-FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/config.json'))
 DENSE, SLICED = 'llama-tiny-dense', 'llama-tiny-sliced-head-0.25'
 
 
 def opened(name=DENSE):
-  return checkpoints.open_checkpoint(TESTDATA / name)
+  return checkpoints.open_checkpoint(cases.TESTDATA / name)
 
 
 def dtypes_of(source):
@@ -59,9 +57,9 @@ def contents(folder):
   return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize('name', FIXTURES)
+@pytest.mark.parametrize('name', cases.CHECKPOINTS)
 def test_layers_are_those_of_the_model_in_memory(name):
-  source, checkpoint = opened(name), checkpoints.load_checkpoint(TESTDATA / name)
+  source, checkpoint = opened(name), checkpoints.load_checkpoint(cases.TESTDATA / name)
   model = checkpoint.model
   assert source.config == model.config
   assert (source.files, source.stem) == checkpoint[1:]
@@ -90,7 +88,9 @@ def test_a_layer_needs_its_own_shard_only(tmp_path):
 
 @pytest.mark.parametrize('name', [DENSE, 'phi2-tiny-sliced-0.25'])
 def test_a_file_that_changes_is_not_read(tmp_path, name):
-  source = checkpoints.open_checkpoint(shutil.copytree(TESTDATA / name, tmp_path / 'x'))
+  source = checkpoints.open_checkpoint(
+    shutil.copytree(cases.TESTDATA / name, tmp_path / 'x')
+  )
   source.layer(0)
   os.utime(source.path, ns=(0, 0))
   with pytest.raises(CheckpointError, match=f'{source.path}: .* changed after it'):
@@ -98,7 +98,7 @@ def test_a_file_that_changes_is_not_read(tmp_path, name):
 
 
 def test_a_storage_is_verified_when_it_is_read_first(tmp_path):
-  folder = shutil.copytree(TESTDATA / 'phi2-tiny-sliced-0.25', tmp_path / 'x')
+  folder = shutil.copytree(cases.TESTDATA / 'phi2-tiny-sliced-0.25', tmp_path / 'x')
   (path,) = folder.glob('*.pt')
   row = weights_files.read_torch(path)['model.layers.2.mlp.fc1.weight'][5].tobytes()
   content = bytearray(path.read_bytes())
@@ -111,7 +111,7 @@ def test_a_storage_is_verified_when_it_is_read_first(tmp_path):
     source.layer(2)
 
 
-@pytest.mark.parametrize('name', FIXTURES)
+@pytest.mark.parametrize('name', cases.CHECKPOINTS)
 def test_layers_in_any_order_make_the_same_files(tmp_path, name):
   source = opened(name)
   for format in ('safetensors', 'slicegpt') if 'sliced' in name else ('safetensors',):

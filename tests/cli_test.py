@@ -291,10 +291,6 @@ def test_help(rotbits, subtests):
       for flag in re.findall(r'--(\w+)', example):
         assert re.search(rf'^  --(\[no\])?{flag}:', out, re.M)
 
-
-def test_short_help_is_a_line_and_the_flags(rotbits, subtests):
-  for command in main.COMMANDS:
-    with subtests.test(command=command):
       code, out, err = rotbits(command, '-h')
       assert (code, err) == (0, '')
       assert f'\n\nrotbits {command} ' in out
@@ -358,17 +354,3 @@ sys.exit(main.main())
     timeout=50,
   )
   assert (done.returncode, done.stdout, done.stderr) == (130, '', '')
-
-
-def test_a_process_of_its_own(tmp_path):
-  arguments = SLICED, tmp_path / 'out', '--json', '--preset=exact'
-  done = subprocess.run(
-    [sys.executable, '-m', 'rotbits_jax', 'encode', *arguments],
-    capture_output=True,
-    text=True,
-    cwd=ROOT,
-    env=os.environ,
-    check=True,
-  )
-  assert json.loads(done.stdout)['bytes']['file'] == (tmp_path / 'out').stat().st_size
-  assert [path.name for path in tmp_path.iterdir()] == ['out']

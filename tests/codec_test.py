@@ -3,7 +3,6 @@
 import functools
 import importlib.resources
 import json
-import pathlib
 import struct as struct_lib
 
 import jax
@@ -18,33 +17,25 @@ from rotbits_jax import evaluation
 from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import structured
+from tests import cases
 
-TESTDATA = pathlib.Path(__file__).parent / 'testdata'
-CHECKPOINTS = tuple(
-  sorted(path.name for path in TESTDATA.iterdir() if (path / 'config.json').exists())
-)
 TINY = 'llama-tiny-sliced-head-0.25'
 # Most of the time goes into compilation, so the other families are slow tests.
 QUICK = (TINY, 'llama-tiny-dense', 'opt-small-sliced-0.2')
 ALL = [
   pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-  for name in CHECKPOINTS
+  for name in cases.CHECKPOINTS
 ]
 
 
 @functools.cache
-def _load(name):
-  return checkpoints.load_checkpoint(TESTDATA / name)
-
-
-@functools.cache
 def _encoded(name, preset):
-  return rotbits_jax.encode(_load(name), preset=preset)
+  return rotbits_jax.encode(cases.load(name), preset=preset)
 
 
 def _tokens(name):
   """Returns tokens of a text; random ones for models that have no tokenizer."""
-  checkpoint = _load(name)
+  checkpoint = cases.load(name)
   if 'tokenizer.json' not in checkpoint.files:
     config = checkpoint.model.config
     count = 16 * min(256, config.max_positions)
@@ -78,9 +69,12 @@ def _flip(data, stream, position=5):
 @pytest.mark.parametrize('name', ALL)
 def test_exact_gives_every_tensor_back(name):
   decoded = rotbits_jax.decode_checkpoint(_encoded(name, 'exact'))
-  _assert_same_bits(decoded.model, _load(name).model)
-  assert (decoded.files, decoded.stem) == (_load(name).files, _load(name).stem)
-  tensors = [checkpoints.to_tensors(x.model) for x in (decoded, _load(name))]
+  _assert_same_bits(decoded.model, cases.load(name).model)
+  assert (decoded.files, decoded.stem) == (
+    cases.load(name).files,
+    cases.load(name).stem,
+  )
+  tensors = [checkpoints.to_tensors(x.model) for x in (decoded, cases.load(name))]
   assert list(tensors[0]) == list(tensors[1])
 
 
@@ -88,7 +82,7 @@ def test_exact_gives_every_tensor_back(name):
 def test_free_gives_the_canonical_model_back(name):
   free = presets.free()
   canonical, _ = passes.run_chain(
-    (free.transform,), _load(name).model, rounding=free.rounding
+    (free.transform,), cases.load(name).model, rounding=free.rounding
   )
   decoded = rotbits_jax.decode(_encoded(name, 'free'))
   assert decoded.config == canonical.config
@@ -100,7 +94,7 @@ def test_free_gives_the_canonical_model_back(name):
 @pytest.mark.parametrize('name', ALL)
 def test_report_adds_up_to_the_byte(name):
   for preset in ('exact', 'free'):
-    check_report(_load(name).model, _encoded(name, preset))
+    check_report(cases.load(name).model, _encoded(name, preset))
 
 
 def check_report(model, data):
@@ -116,7 +110,7 @@ def check_report(model, data):
 
 @pytest.mark.parametrize('dtype', [ml_dtypes.bfloat16, np.float32])
 def test_other_dtypes(dtype):
-  model = _cast(_load(TINY).model, dtype)
+  model = _cast(cases.load(TINY).model, dtype)
   exact, free = (
     rotbits_jax.decode(rotbits_jax.encode(model, preset=preset))
     for preset in ('exact', 'free')
@@ -132,9 +126,9 @@ def test_encoding_twice_gives_the_same_bytes(preset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize('name', CHECKPOINTS)
+@pytest.mark.parametrize('name', cases.CHECKPOINTS)
 def test_free_has_the_function_up_to_twice_the_noise(name, dtype):
-  model = _cast(_load(name).model, dtype)
+  model = _cast(cases.load(name).model, dtype)
   free = rotbits_jax.load(rotbits_jax.encode(model, preset='free'))
   noisy = [passes.randomly_rotated(model, key=jax.random.key(i)) for i in range(3)]
   same, free, *noisy = (
@@ -197,7 +191,7 @@ def test_trained_checkpoint_shrinks_as_promised():
 def test_models_of_noise_are_no_larger_than_plain_storage(preset):
   rng = np.random.default_rng(0)
   bits = lambda x: rng.integers(0, 1 << 16, x.shape).astype(np.uint16)
-  noise = jax.tree.map(lambda x: bits(x).view(np.float16), _load(TINY).model)
+  noise = jax.tree.map(lambda x: bits(x).view(np.float16), cases.load(TINY).model)
   data = rotbits_jax.encode(noise, preset=preset)
   assert len(data) < rotbits_jax.inspect(data).input_bytes + 10_000
 

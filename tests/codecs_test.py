@@ -131,12 +131,6 @@ def doubled(x, n):
   return jax.lax.fori_loop(0, n, lambda i, x: x + x[i], x)
 
 
-def test_a_loop_is_not_a_loop_of_thunks():
-  x = jnp.ones(64)
-  assert not loops_of_thunks(native.loop(doubled), x, 3)
-  np.testing.assert_array_equal(native.loop(doubled)(x, 3), doubled(x, 3))
-
-
 def test_a_coder_is_not_a_loop_of_thunks():
   rows = np.random.default_rng(0).integers(0, 1 << 16, (200, 8))
   message = rans.stacked(jnp.asarray(rows, jnp.uint16))

@@ -4,7 +4,6 @@ from concurrent import futures
 import copy
 import json
 import math
-import threading
 import tracemalloc
 from unittest import mock
 import zlib
@@ -377,21 +376,6 @@ class DamageTest(parameterized.TestCase):
     for value in (many, small):
       with self.assertRaisesRegex(ValueError, 'too many|600 blocks'):
         load(value)
-
-
-def test_a_generator_that_is_dropped_waits_for_no_job():
-  """The garbage collector drops it in any thread, also in one that starts a job."""
-  end = threading.Event()
-
-  def each():
-    with pool.record_jobs() as start:
-      start(end.wait)
-      yield
-
-  generator = each()
-  next(generator)
-  del generator
-  end.set()
 
 
 def test_golden_record():

@@ -1,7 +1,6 @@
 """Files become checkpoints again: every fixture, with every preset, in each format."""
 
 import json
-import pathlib
 
 import msgspec
 import numpy as np
@@ -12,9 +11,8 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import presets
 from rotbits_jax import structured
+from tests import cases
 
-TESTDATA = pathlib.Path(__file__).parent / 'testdata'
-FIXTURES = sorted(x.parent.name for x in TESTDATA.glob('*/config.json'))
 # Fused tensors, which bits-back coding decodes in parts; and one that is quick.
 QUICK = {('phi3-tiny-sliced-0.25', 'paper'), ('llama-tiny-sliced-head-0.25', 'free')}
 
@@ -34,7 +32,7 @@ def test_a_checkpoint_comes_back(tmp_path, name, preset):
 @pytest.mark.slow
 @pytest.mark.parametrize('preset', presets.PRESETS)
 def test_every_checkpoint_comes_back(tmp_path, preset, subtests):
-  for name in FIXTURES:
+  for name in cases.CHECKPOINTS:
     if preset != 'paper' or 'sliced' in name:
       with subtests.test(name=name):
         (tmp_path / name).mkdir()
@@ -43,8 +41,8 @@ def test_every_checkpoint_comes_back(tmp_path, preset, subtests):
 
 def check_directory(tmp_path, name, preset):
   output = tmp_path / 'x.rotbits'
-  rotbits_jax.encode_to_file(TESTDATA / name, output, preset=preset)
-  specs, bits = tensors(TESTDATA / name)
+  rotbits_jax.encode_to_file(cases.TESTDATA / name, output, preset=preset)
+  specs, bits = tensors(cases.TESTDATA / name)
   formats = ['safetensors', *(['slicegpt'] if 'sliced' in name else [])]
   written = {}
   for format in formats:
@@ -52,7 +50,7 @@ def check_directory(tmp_path, name, preset):
     found, written[format] = tensors(tmp_path / format)
     assert found == specs
     expected = rotbits_jax.load_checkpoint(tmp_path / format).model.config
-    assert expected == rotbits_jax.load_checkpoint(TESTDATA / name).model.config
+    assert expected == rotbits_jax.load_checkpoint(cases.TESTDATA / name).model.config
   assert all(x == written['safetensors'] for x in written.values())
   assert (written['safetensors'] == bits) == (preset == 'exact')
   if 'sliced' in name:  # only transformers loads it: scripts/transformers.sh does
@@ -84,7 +82,7 @@ def with_config(model, **changes):
   ],
 )
 def test_files_of_another_model_are_refused(tmp_path, name, changes, message):
-  given = rotbits_jax.load_checkpoint(TESTDATA / name)
+  given = rotbits_jax.load_checkpoint(cases.TESTDATA / name)
   other = given._replace(model=with_config(given.model, **changes))
   with pytest.raises(ValueError, match=message):
     rotbits_jax.encode(other, preset='exact')
@@ -94,7 +92,7 @@ def test_files_of_another_model_are_refused(tmp_path, name, changes, message):
 
 
 def test_the_config_names_the_dtype(tmp_path):
-  folder = TESTDATA / 'llama-tiny-dense'
+  folder = cases.TESTDATA / 'llama-tiny-dense'
   data = rotbits_jax.encode(rotbits_jax.load_checkpoint(folder))
   rotbits_jax.decode_to_directory(data, tmp_path / 'x', dtype='bfloat16')
   given, config = (
@@ -109,7 +107,7 @@ def test_the_config_names_the_dtype(tmp_path):
 
 
 def test_numbers_that_are_too_large_for_a_dtype(tmp_path):
-  checkpoint = rotbits_jax.load_checkpoint(TESTDATA / 'llama-tiny-dense')
+  checkpoint = rotbits_jax.load_checkpoint(cases.TESTDATA / 'llama-tiny-dense')
   model = structured.astype(checkpoint.model, np.float32)
   layers = list(model.layers())
   kernel = np.array(layers[1]['mlp']['up']['kernel'])

@@ -212,12 +212,6 @@ def test_links_lead_somewhere():
       assert (ROOT / target).exists(), target
 
 
-def test_every_benchmark_is_there():
-  folder = pathlib.Path(common.__file__).parent
-  for name in common.BENCHMARKS:
-    assert '\ndef run(' in (folder / f'{name}.py').read_text('utf-8')
-
-
 @pytest.mark.slow
 @pytest.mark.daily
 def test_demo_of_the_benchmarks(tmp_path):

@@ -9,15 +9,6 @@ import rotbits_jax
 from rotbits_jax.system import outputs
 
 
-def test_a_new_file_or_an_old_one_with_overwrite(tmp_path):
-  target = (tmp_path / 'x').resolve()
-  outputs.check(target, overwrite=False)
-  target.write_text('old')
-  outputs.check(target, overwrite=True)
-  with pytest.raises(FileExistsError, match='overwrite'):
-    outputs.check(target, overwrite=False)
-
-
 def fifo(folder):
   os.mkfifo(folder / 'x')
   return folder / 'x'

@@ -1,8 +1,6 @@
 """Perplexity and KL agree with float64 NumPy; texts become tokens."""
 
-import functools
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -12,19 +10,14 @@ import tokenizers
 
 from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
+from tests import cases
 
-TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 DENSE, SLICED = 'llama-tiny-dense', 'llama-tiny-sliced-head-0.25'
 TOKENS = np.random.default_rng(0).integers(69, size=100)
 TEXT = (
   'The package manager keeps a list of the files that every package installs, so '
   'that they can be removed again when the administrator no longer needs them.'
 )
-
-
-@functools.cache
-def load(name):
-  return checkpoints.load_checkpoint(TESTDATA / name)
 
 
 def log_softmax(logits):
@@ -39,8 +32,8 @@ def expected_kl(log_p, log_q):
 
 def log_probabilities(name, window):
   """Returns float64 log-probabilities at every position that predicts a token."""
-  path = TESTDATA / name
-  tensors = checkpoints.to_tensors(load(name).model)
+  path = cases.TESTDATA / name
+  tensors = checkpoints.to_tensors(cases.load(name).model)
   config = json.loads((path / 'config.json').read_text())
   slicing = [json.loads(file.read_text()) for file in path.glob('*_0.25.json')]
   windows = [TOKENS[i : i + window] for i in range(0, len(TOKENS), window)]
@@ -56,7 +49,7 @@ def log_probabilities(name, window):
   ],
 )
 def test_perplexity_and_kl_are_those_of_the_reference(window, count):
-  dense, sliced = load(DENSE).model, load(SLICED).model
+  dense, sliced = cases.load(DENSE).model, cases.load(SLICED).model
   found = evaluation.evaluate(sliced, TOKENS, reference=dense, window=window)
   log_p, log_q = (log_probabilities(name, window) for name in (DENSE, SLICED))
   targets = np.delete(TOKENS, np.arange(0, 100, window))
@@ -90,7 +83,7 @@ def test_kl_is_exact_for_small_and_large_divergences():
 
 
 def test_tokens_of_a_text():
-  checkpoint = load('opt-small-sliced-0.2')
+  checkpoint = cases.load('opt-small-sliced-0.2')
   tokens = evaluation.encode_text(checkpoint.files, TEXT)
   tokenizer = tokenizers.Tokenizer.from_str(checkpoint.files['tokenizer.json'].decode())
   assert tokens.dtype == np.int32

@@ -110,9 +110,6 @@ def test_files_come_back_byte_for_byte(tmp_path, name, options):
   rotbits_jax.decode_to_directory(path, tmp_path / 'out')
   assert _contents(tmp_path / 'out') == _contents(source)
   assert rotbits_jax.verify(path, against=source).same_bits
-  report = rotbits_jax.inspect(path)
-  saved = sum(line.bytes_saved for line in report.lines)
-  assert saved == report.input_bytes - report.file_bytes
   for tensor in checkpoints.open_plain(source).tensors:
     rotbits_jax.read_tensor(path, tensor)
 
@@ -172,18 +169,6 @@ def test_near_rounds_each_matrix_and_says_that_nothing_was_measured(tmp_path):
   assert path.stat().st_size < 3 * 64 * 96
   assert 'No divergence was measured' in ' '.join(rotbits_jax.inspect(path).remarks())
   assert not rotbits_jax.verify(path, against=tmp_path / 'in').same_bits
-
-
-def test_damage_is_found(tmp_path):
-  source = _write(tmp_path / 'in', 'one file')
-  rotbits_jax.encode_to_file(source, tmp_path / 'x')
-  data = (tmp_path / 'x').read_bytes()
-  for position in np.linspace(0, len(data) - 1, 60).astype(int):
-    damaged = bytearray(data)
-    damaged[position] ^= 1 << position % 8
-    with pytest.raises(rotbits_jax.ContainerError):
-      rotbits_jax.decode_to_directory(bytes(damaged), tmp_path / 'out')
-    assert not (tmp_path / 'out').exists()
 
 
 def test_headers_that_lie_are_refused(tmp_path):

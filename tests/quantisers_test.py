@@ -1,16 +1,17 @@
 """Tests of arrays that were quantised before, see `quantisers`."""
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
+from benchmarks import quantised
 import rotbits_jax
 from rotbits_jax import quantisers
 from rotbits_jax import structured
 
 BF16, F32 = ml_dtypes.bfloat16, np.float32
+through = quantised.through
 
 
 def weights(rows: int = 256, columns: int = 384, seed: int = 0) -> np.ndarray:
@@ -20,82 +21,36 @@ def weights(rows: int = 256, columns: int = 384, seed: int = 0) -> np.ndarray:
   return (rng.normal(size=(rows, columns)) * sizes).astype(F32)
 
 
-def rounded(dtype):
-  return lambda x: x.astype(dtype).astype(F32)
-
-
-def integers(most):
-  return lambda x: np.clip(np.rint(x), -most, most) + F32(0)
-
-
-def dequantised(array, block, grid, top, scale=lambda x: x):
-  """Quantises an array by the greatest magnitude of each block, and returns it."""
-  rows, columns = (m or n for m, n in zip(block, array.shape, strict=True))
-  blocks = array.reshape(array.shape[0] // rows, rows, -1, columns)
-  greatest = np.abs(blocks).max(axis=(1, 3), keepdims=True)
-  scales = scale(np.where(greatest > 0, greatest, 1) / F32(top))
-  return (grid(blocks / scales) * scales).reshape(array.shape)
-
-
 def zero_points(array):
   """Quantises groups of 128 to 0 to 15 with an integer zero point, as GPTQ does."""
   groups = array.reshape(-1, 128)
   least, most = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-  scales = rounded(np.float16)((most - least) / F32(15))
+  scales = quantised.rounded(np.float16)((most - least) / F32(15))
   zeros = np.rint(-least / scales)
   codes = np.clip(np.rint(groups / scales) + zeros, 0, 15)
   return ((codes - zeros + F32(0)) * scales).reshape(array.shape)
 
 
-def nvfp4(array):
-  unit = np.abs(array).max() / F32(448 * 6)
-  scale = lambda x: rounded(ml_dtypes.float8_e4m3fn)(x / unit) * unit
-  grid = lambda x: rounded(ml_dtypes.float4_e2m1fn)(np.clip(x, -6, 6))
-  return dequantised(array, (1, 16), grid, 6, scale)
-
-
-E4M3, E5M2 = rounded(ml_dtypes.float8_e4m3fn), rounded(ml_dtypes.float8_e5m2)
-INT8, INT4 = integers(127), integers(7)
-# The array that a quantiser makes, the grid and the block that are found, and bits.
+INT4, E4M3 = quantised.integers(7), quantised.rounded(ml_dtypes.float8_e4m3fn)
+BLOCKS = through((128, 128), E4M3, 448)
+INT8 = quantised.integers(127), 127
+E5M2 = quantised.rounded(ml_dtypes.float8_e5m2), 57344
+HALF = quantised.rounded(BF16)
+# A quantiser, the grid and the block that are found, and bits.
 SCHEMES = {
-  'int8_tensor': (lambda x: dequantised(x, (0, 0), INT8, 127), 'int8', (256, 384), 7),
-  'int8_rows': (lambda x: dequantised(x, (1, 0), INT8, 127), 'int8', (1, 384), 7.6),
-  'int8_rows_bf16': (
-    lambda x: dequantised(x, (1, 0), INT8, 127, rounded(BF16)),
-    'int8',
-    (1, 384),
-    7.6,
-  ),
-  'int8_columns': (lambda x: dequantised(x, (0, 1), INT8, 127), 'int8', (256, 1), 7.6),
-  'fake_int8': (lambda x: dequantised(x, (1, 0), np.rint, 127), 'int8', (1, 384), 7.6),
-  'e4m3_tensor': (
-    lambda x: dequantised(x, (0, 0), E4M3, 448),
-    'float8_e4m3fn',
-    (256, 384),
-    6.9,
-  ),
-  'e4m3_blocks': (
-    lambda x: dequantised(x, (128, 128), E4M3, 448),
-    'float8_e4m3fn',
-    (128, 128),
-    6.9,
-  ),
-  'e5m2_rows': (
-    lambda x: dequantised(x, (1, 0), E5M2, 57344),
-    'float8_e5m2',
-    (1, 384),
-    6.3,
-  ),
-  'int4_128': (lambda x: dequantised(x, (1, 128), INT4, 7), 'int4', (1, 128), 3.7),
-  'int4_64_columns': (lambda x: dequantised(x, (64, 1), INT4, 7), 'int4', (64, 1), 3.9),
-  'int4_32_bf16': (
-    lambda x: dequantised(x, (1, 32), INT4, 7, rounded(BF16)),
-    'int4',
-    (1, 32),
-    4.2,
-  ),
+  'int8_tensor': (through((0, 0), *INT8), 'int8', (256, 384), 7),
+  'int8_rows': (through((1, 0), *INT8), 'int8', (1, 384), 7.6),
+  'int8_rows_bf16': (through((1, 0), *INT8, HALF), 'int8', (1, 384), 7.6),
+  'int8_columns': (through((0, 1), *INT8), 'int8', (256, 1), 7.6),
+  'fake_int8': (through((1, 0), np.rint, 127), 'int8', (1, 384), 7.6),
+  'e4m3_tensor': (through((0, 0), E4M3, 448), 'float8_e4m3fn', (256, 384), 6.9),
+  'e4m3_blocks': (BLOCKS, 'float8_e4m3fn', (128, 128), 6.9),
+  'e5m2_rows': (through((1, 0), *E5M2), 'float8_e5m2', (1, 384), 6.3),
+  'int4_128': (through((1, 128), INT4, 7), 'int4', (1, 128), 3.7),
+  'int4_64_columns': (through((64, 1), INT4, 7), 'int4', (64, 1), 3.9),
+  'int4_32_bf16': (through((1, 32), INT4, 7, HALF), 'int4', (1, 32), 4.2),
   'zero_points': (zero_points, 'int4', (1, 128), 3.9),
-  'nvfp4': (nvfp4, 'float4_e2m1fn', (1, 16), 4.5),
+  'nvfp4': (quantised.QUANTISERS['NVFP4'], 'float4_e2m1fn', (1, 16), 4.5),
 }
 
 
@@ -131,7 +86,7 @@ class FindTest(parameterized.TestCase):
 
   def test_blocks_may_be_cut(self):
     array = np.pad(weights(), [(0, 128), (0, 128)])
-    array = dequantised(array, (128, 128), E4M3, 448)[:300, :400].astype(BF16)
+    array = BLOCKS(array)[:300, :400].astype(BF16)
     leaf = quantisers.find(array)
     self.assertEqual(leaf.scales.shape, (3, 4))
     self.assertTrue(structured.same_bits(leaf.materialize(), array))
@@ -219,7 +174,3 @@ class LeafTest(parameterized.TestCase):
       others = {key: x for key, x in change.items() if key not in arrays}
       with self.assertRaises(ValueError, msg=repr(change)):
         cls.from_stored(settings | others, fields)
-
-
-if __name__ == '__main__':
-  absltest.main()

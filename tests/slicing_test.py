@@ -17,7 +17,6 @@ from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import slicing
-from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
 from tests import random_models
 
@@ -98,18 +97,6 @@ def assert_same_logits(actual, expected, tolerance=1e-4):
 def test_fusing_norms_keeps_the_function(name):
   assert fused(name).config.sliced
   assert_same_logits(logits_of(fused(name), EVALUATION), dense_logits(name))
-
-
-def test_principal_components_are_singular_vectors():
-  rng = np.random.default_rng(3)
-  x = np.float32(rng.standard_normal((3, 50, 20)) * np.geomspace(1, 1e-3, 20))
-  rows = x.reshape(-1, 20).astype(np.float64)
-  _, values, vt = np.linalg.svd(rows)
-  basis = calibration.principal_components(x, 12)
-  for found, expected in ((basis.kept, vt[:12]), (basis.cut, vt[12:])):
-    np.testing.assert_allclose(found @ found.T, expected.T @ expected, atol=1e-9)
-  energies = np.square(rows @ basis.kept).sum(axis=0)
-  np.testing.assert_allclose(energies, values[:12] ** 2, rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rotbits_jax import structured
 from rotbits_jax.symmetries import canonical
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import rotations
@@ -168,9 +167,6 @@ MATRICES = {
 
 
 _basis = jax.jit(heads.basis)
-_fix_values = jax.jit(functools.partial(heads.fix_values, kv_heads=2))
-VALUE, VALUE_BIAS, OUT = heads.VALUES
-QUERY, QUERY_BIAS, KEY, KEY_BIAS = heads.KEYS
 
 
 class StreamTest(parameterized.TestCase):
@@ -214,30 +210,6 @@ class StreamTest(parameterized.TestCase):
     error = np.abs(np.swapaxes(got, 1, 2) @ got - np.eye(16)).max()
     self.assertLess(error, 2e-6)
 
-  @parameterized.parameters((3, 3), (3, 0), (6, 6), (2, 1), (0, 0))
-  def test_factors_are_trapezoidal_and_right(self, *columns):
-    rng = np.random.default_rng(0)
-    rotation, u = (random_models.orthogonal(rng, 6) for _ in range(2))
-    values = np.array([1.7, 1.2, 1.001, 0.9, 0.6, 0.1])
-    polar = canonical.Polar(jnp.float32(u), jnp.float32(values), jnp.eye(6))
-    factors = functools.partial(rotations.shortcut, tolerance=0.01, columns=columns)
-    leaf = jax.jit(factors)(jnp.float32(rotation), polar)
-    for factor, own, k, count in zip(
-      (leaf.b, leaf.c),
-      (np.where(values < 1, 1 - values, 0), np.where(values > 1.01, values - 1, 0)),
-      columns,
-      (3, 2),
-      strict=True,
-    ):
-      factor = np.asarray(factor)
-      self.assertEqual(factor.shape, (6, k))
-      own[np.argsort(-own)[k:]] = 0  # columns are for the values farthest from 1
-      expected = rotation.T @ (u * own) @ u.T @ rotation
-      np.testing.assert_allclose(factor @ factor.T, expected, atol=1e-6)
-      np.testing.assert_array_equal(np.triu(factor, 1), 0)
-      np.testing.assert_array_equal(factor[:, count:], 0)
-      self.assertTrue((np.diag(factor) >= 0).all())
-
 
 class HeadsTest(parameterized.TestCase):
   def test_spans_a_matrix_of_any_rank_and_is_well_conditioned(self):
@@ -260,58 +232,6 @@ class HeadsTest(parameterized.TestCase):
       below, other = jax.jit(heads.fix_low_rank)(u, v)
       tolerance = 2e-5 * max(np.linalg.norm(u), 1e-30)
       np.testing.assert_allclose(_spanned(below) @ other, u @ v, atol=tolerance)
-
-  def test_values_and_outputs_keep_their_products(self):
-    h = 3
-    pair = {
-      VALUE: _random((7, 2 * h)),
-      VALUE_BIAS: _random(2 * h, 1),
-      OUT: _random((4 * h, 5), 2),
-    }
-    fixed, gauge = _fix_values(pair)
-    fixed = structured.materialize(fixed)
-    for j in range(4):
-      at = slice(j // 2 * h, j // 2 * h + h)
-
-      def product(pair, j=j, at=at):
-        wide = jax.tree.map(np.float64, pair)
-        rows = np.concatenate([wide[VALUE], wide[VALUE_BIAS][None]])
-        return rows[:, at] @ wide[OUT][j * h : j * h + h]
-
-      np.testing.assert_allclose(product(fixed), product(pair), atol=1e-5)
-      own = gauge[j // 2] @ fixed[OUT][j * h : j * h + h]
-      np.testing.assert_allclose(own, pair[OUT][j * h : j * h + h], atol=1e-5)
-
-  @parameterized.parameters(0, 4)
-  def test_queries_and_keys_keep_the_products_that_rope_does_not_rotate(self, rotary):
-    d, groups, m = 7, 2, 3
-    h = rotary + m
-    pair = {
-      QUERY: _random((d, 2 * groups * h)),
-      QUERY_BIAS: _random(2 * groups * h, 1),
-      KEY: _random((d, groups * h), 2),
-      KEY_BIAS: _random(groups * h, 3),
-    }
-    fix = functools.partial(heads.fix_keys, kv_heads=groups, rotary=rotary)
-    fixed = structured.materialize(jax.jit(fix)(pair).params)
-
-    def products(pair, j):
-      """Returns a query and a key head where RoPE rotates, and their product else."""
-      sides = []
-      for names, i in (((QUERY, QUERY_BIAS), j), ((KEY, KEY_BIAS), j // 2)):
-        kernel, bias = (np.float64(pair[name]) for name in names)
-        rows = np.concatenate([kernel, bias[None]])
-        sides.append(rows[:, i * h : (i + 1) * h])
-      # The last row is the bias of the key. It is left out where RoPE does not rotate,
-      # because it adds the same number to all scores of a query there.
-      product = sides[0][:, rotary:] @ sides[1][:-1, rotary:].T
-      return [side[:, :rotary] for side in sides], product
-
-    for j in range(2 * groups):
-      chex.assert_trees_all_close(products(fixed, j), products(pair, j), atol=1e-4)
-    kept = np.asarray(fixed[KEY_BIAS]).reshape(groups, h)
-    self.assertTrue((kept[:, rotary:] == 0).all())
-    self.assertTrue((kept[:, :rotary] != 0).all())
 
 
 CANONICALIZERS = canonical.svd, canonical.qr

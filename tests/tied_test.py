@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from absl.testing import absltest
 from absl.testing import parameterized
 import chex
 import ml_dtypes
@@ -11,7 +10,6 @@ import numpy as np
 
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.passes import tied
 from rotbits_jax.structured import difference
 from tests import random_models
 from tests import transform_checks
@@ -145,15 +143,3 @@ class RetieExactlyTest(parameterized.TestCase):
     leaf, *_ = _exactly(table, head)
     self.assertIsInstance(leaf, difference.Difference)
     np.testing.assert_array_equal(_bits(leaf.materialize(head)), _bits(table))
-
-
-class LeastSquaresTest(absltest.TestCase):
-  def test_is_what_lapack_finds(self):
-    rng = np.random.default_rng(0)
-    a = rng.standard_normal((200, 12)) * np.exp(3 * rng.standard_normal(12))
-    a[:, 1] = a[:, 0] * (1 + 1e-3 * rng.standard_normal(200))
-    b = rng.standard_normal((200, 5))
-    expected = np.linalg.lstsq(a, b)[0]
-    np.testing.assert_allclose(
-      tied.least_squares(a.T @ a, a.T @ b), expected, rtol=1e-6
-    )

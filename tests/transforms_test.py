@@ -4,51 +4,37 @@ To add a transform to all these tests, add it to `tests.cases.transforms`.
 """
 
 import functools
-import pathlib
 
 from absl.testing import parameterized
 import jax
 import numpy as np
 import pytest
 
-from rotbits_jax import checkpoints
 from rotbits_jax import passes
 from rotbits_jax import structured
 from tests import cases
 from tests import transform_checks
 
-TESTDATA = pathlib.Path(__file__).parent / 'testdata'
 TRAINED = 'opt-small-sliced-0.2'  # larger than the others
-TINY = tuple(
-  sorted(
-    path.name
-    for path in TESTDATA.iterdir()
-    if (path / 'config.json').exists() and path.name != TRAINED
-  )
-)
+TINY = [name for name in cases.CHECKPOINTS if name != TRAINED]
 TRANSFORMS = cases.transforms()
 TRANSFORMS.pop('exactly tied embedding')
 
 
 @functools.cache
-def _load(checkpoint):
-  return checkpoints.load_checkpoint(TESTDATA / checkpoint).model
-
-
-@functools.cache
 def _applied(transform, checkpoint):
-  model, (saving,) = passes.run_chain((transform,), _load(checkpoint))
+  model, (saving,) = passes.run_chain((transform,), cases.load(checkpoint).model)
   return model, saving.notes
 
 
 @functools.cache
 def _logits(checkpoint, transform=None, *, rerounded=False):
-  model = _load(checkpoint)
+  model = cases.load(checkpoint).model
   if transform is not None:
     model, _ = _applied(transform, checkpoint)
   if rerounded:
     model = passes.randomly_rotated(model, key=jax.random.key(0))
-  tokens = np.load(TESTDATA / checkpoint / 'ref_logits.npz')['input_ids'][:, :24]
+  tokens = np.load(cases.TESTDATA / checkpoint / 'ref_logits.npz')['input_ids'][:, :24]
   return transform_checks.fast_logits(model, tokens)
 
 
@@ -74,12 +60,14 @@ class Checks(parameterized.TestCase):
   def check_shapes(self, model, checkpoint):
     """Leaves stand for arrays of the same shape and dtype."""
     kinds = lambda m: {p: (x.shape, x.dtype) for p, x in m.leaves()}
-    self.assertEqual(kinds(model.materialize()), kinds(_load(checkpoint)))
+    self.assertEqual(kinds(model.materialize()), kinds(cases.load(checkpoint).model))
 
   def check_numbers(self, model, checkpoint):
     """No more numbers are stored, and all are finite."""
     for count in (structured.count_elements, structured.count_bytes):
-      before, after = (count(dict(x.leaves())) for x in (_load(checkpoint), model))
+      before, after = (
+        count(dict(x.leaves())) for x in (cases.load(checkpoint).model, model)
+      )
       self.assertLessEqual(after, before)
     for leaf in jax.tree.leaves(model):
       self.assertTrue(np.isfinite(np.float32(leaf)).all())
