@@ -6,7 +6,6 @@ the width of every residual segment.
 """
 
 from rotbits_jax.checkpoints.errors import CheckpointError as CheckpointError
-from rotbits_jax.checkpoints.errors import UnsupportedError as UnsupportedError
 from rotbits_jax.checkpoints.families import FAMILIES as FAMILIES
 from rotbits_jax.checkpoints.families import parse_config as parse_config
 from rotbits_jax.checkpoints.families import parse_object as parse_object

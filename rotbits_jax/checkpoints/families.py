@@ -5,10 +5,8 @@ add a row to `FAMILIES`. The slicing JSON is the file in which SliceGPT keeps th
 of every residual segment.
 
 Raises:
-  UnsupportedError: if a file is no JSON, or has an infinite number or the like, see
-    `schema.decode`. Configs of families that are not known have these.
-  CheckpointError: if an attribute is missing, unknown, or has a wrong type or an
-    unsupported value.
+  CheckpointError: if a file is no JSON, or an attribute is missing, unknown, or has a
+    wrong type or an unsupported value.
 """
 
 import dataclasses
@@ -109,23 +107,14 @@ class Family:
   The modules are those of all models of the family. `models.outer_shapes` and
   `models.layer_shapes` say which of them a model with a given config has. A module may
   hold several of a model's, stacked along the first axis of its tensors.
-
-  Attributes:
-    layer_prefix: the names of a layer's tensors begin with this prefix and the index of
-      the layer.
-    outer: the paths of modules outside the layers, by their names in the checkpoint.
-    layer: those of modules in a layer.
-    attributes: the defaults of the attributes of `config.json`; `...` if there is none.
-    only: the attributes of which one value is supported.
-    fields: fields of the config that no attribute sets.
   """
 
-  layer_prefix: str = 'model.layers.'
-  outer: dict[str, str]
-  layer: dict[str, str]
-  attributes: dict[str, Any]
-  only: dict[str, Any]
-  fields: dict[str, Any]
+  layer_prefix: str = 'model.layers.'  # of names, before the index of a layer
+  outer: dict[str, str]  # paths of modules by their names in the checkpoint
+  layer: dict[str, str]  # those of modules in a layer
+  attributes: dict[str, Any]  # of `config.json`, with defaults; `...` if there is none
+  only: dict[str, Any]  # the attributes of which one value is supported
+  fields: dict[str, Any]  # of the config, which no attribute sets
 
 
 def _dense(family: Family, values: dict[str, Any]) -> models.ModelConfig:
@@ -378,11 +367,9 @@ def parse_object(
   `most` bytes are the limit, which bounds memory: the object may take 30 times as much.
   """
   if len(content) > most:
-    raise errors.UnsupportedError(f'{where}: the JSON has more than {most} bytes')
-  try:
+    raise errors.CheckpointError(f'{where}: the JSON has more than {most} bytes')
+  with errors.named(where, ValueError):
     parsed = schema.decode(Any, content)
-  except ValueError as e:
-    raise errors.UnsupportedError(f'{where}: {e}') from e
   if not isinstance(parsed, dict):
     text = errors.cut(repr(parsed))
     raise errors.CheckpointError(f'{where}: expected an object, got {text}')

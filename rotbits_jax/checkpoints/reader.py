@@ -5,12 +5,13 @@ The stem is the name that SliceGPT gives to a sliced model's weights and slicing
 `<stem>.pt` and `<stem>.json`.
 
 Raises:
-  UnsupportedError: if the files are not a checkpoint of a known family, a tensor is not
-    one of its config, or weights have dtypes that NumPy lacks.
-  CheckpointError: if a file is missing or damaged, or has changed.
+  CheckpointError: if a file is missing, damaged or has changed, if the files are not a
+    checkpoint of a known family, a tensor is not one of its config, or NumPy lacks a
+    dtype.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -65,32 +66,18 @@ _MANY_RECORDS, _SMALL_RECORD = 1 << 10, 1 << 12  # a count, and elements; see `_
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Folder:
-  """An opened folder, or tensors in memory, which are read a record at a time.
+  """An opened folder, or tensors in memory, which are read a record at a time."""
 
-  Attributes:
-    path: the weights file, or the index or the folder of several; None for tensors in
-      memory.
-    tensors: the tensors by name.
-    files: bytes of the sidecar files (configs, tokenizer, license, code) by name.
-    opened: the weights files.
-    headers: the header of each safetensors file by its name.
-    left_out: names of files and folders beside the weights that are not kept.
-    entries: the tensors of each record.
-    config: sizes and switches of the model; None for plain tensors.
-    stem: file name, without suffix, that SliceGPT gave to the weights; else None.
-    stored_as: None, because the parameters have their final dtype.
-  """
-
-  path: pathlib.Path | None
-  tensors: Mapping[str, tensors_lib.LazyTensor]
-  files: dict[str, bytes]
-  opened: tuple[files_lib.File, ...] = ()
-  headers: dict[str, bytes] = dataclasses.field(default_factory=dict)
-  left_out: tuple[str, ...] = ()
+  path: pathlib.Path | None  # of the weights, or of the index or the folder of several
+  tensors: Mapping[str, tensors_lib.LazyTensor]  # by name
+  files: dict[str, bytes]  # the sidecar files by name
+  opened: tuple[files_lib.File, ...] = ()  # the weights files
+  headers: dict[str, bytes] = dataclasses.field(default_factory=dict)  # of safetensors
+  left_out: tuple[str, ...] = ()  # files and folders beside the weights, not kept
   entries: tensors_lib.Records = dataclasses.field(default_factory=dict)
-  config: models.ModelConfig | None = None
-  stem: str | None = None
-  stored_as = None
+  config: models.ModelConfig | None = None  # None for plain tensors
+  stem: str | None = None  # of a sliced model
+  stored_as = None  # because the parameters have their final dtype
 
   @property
   def records(self) -> tuple[str, ...]:
@@ -301,11 +288,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tensors_lib.Checkpoint:
 
 
 def open_any(path: str | os.PathLike[str]) -> CheckpointReader | PlainFiles:
-  """Opens a checkpoint, as plain tensors if it is not of a known family."""
+  """Opens a checkpoint, as plain tensors if it is not one of a known family."""
   try:
     return open_checkpoint(path)
-  except errors.UnsupportedError as e:
-    return PlainFiles(open_folder(path, plain=True), str(e))
+  except errors.CheckpointError as error:
+    with contextlib.suppress(errors.CheckpointError):
+      return PlainFiles(open_folder(path, plain=True), str(error))
+    raise
 
 
 def open_plain(path: str | os.PathLike[str]) -> PlainFiles:
@@ -327,7 +316,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   assert weights is not None
   if CONFIG not in files:
     text = f'there is no {CONFIG} that is not a link out of the folder'
-    raise errors.UnsupportedError(f'{weights.parent}: {text}')
+    raise errors.CheckpointError(f'{weights.parent}: {text}')
   slicing_jsons, stem = _slicing_jsons(files), None
   if any(name.endswith(_SHORTCUT) for name in folder.tensors):
     stems = [weights.stem] if weights.suffix == '.pt' else [*slicing_jsons]
@@ -341,12 +330,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
     files={name: x for name, x in files.items() if name not in of_others},
     left_out=(*folder.left_out, *of_others),
   )
-  try:
+  with errors.named(weights):
     parsed = families.parse_object(files[CONFIG], CONFIG)
     config = families.parse_config(parsed, slicing_jsons.get(stem or ''))
     return CheckpointReader(kept, config, stem)
-  except errors.CheckpointError as e:
-    raise errors.UnsupportedError(f'{weights}: {e}') from e
 
 
 def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -373,7 +360,7 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)
   if plain and is_torch:
     text = 'is not safetensors, in which any family is stored'
-    raise errors.UnsupportedError(f'{listed} {text}')
+    raise errors.CheckpointError(f'{listed} {text}')
   shards: Mapping[str, Sequence[str] | None]
   shards = dict.fromkeys(x.name for x in (listed, *others))
   index: dict[str, bytes] = {}

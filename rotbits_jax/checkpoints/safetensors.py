@@ -4,9 +4,8 @@ A file is the length of a header (8 bytes), the header (JSON), and the tensors o
 the other. The index is a JSON file that names the file, or shard, of each tensor.
 
 Raises:
-  UnsupportedError: if a tensor has a dtype that NumPy lacks.
-  CheckpointError: if a file is missing or damaged, or if safetensors does not support a
-    dtype.
+  CheckpointError: if a file is missing or damaged, or if NumPy or safetensors does not
+    support a dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,7 +96,7 @@ def places(
     spec.check(name)
     if entry.dtype not in _DTYPES and not any_dtype:
       text = f'has the dtype {errors.cut(entry.dtype)}, which is not supported'
-      raise errors.UnsupportedError(f'{name} {text}')
+      raise errors.CheckpointError(f'{name} {text}')
     if len(header) + begin != end or spec.nbytes != stop - begin:
       raise errors.CheckpointError(f'{name} has wrong offsets')
     placed[name] = end, spec

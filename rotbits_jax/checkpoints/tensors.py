@@ -123,17 +123,13 @@ class Checkpoint(NamedTuple):
 class ExpectedTensor(NamedTuple):
   """A tensor of a checkpoint, and the parameters that it holds.
 
-  Attributes:
-    name: name of the tensor in the checkpoint; `shape` is its shape.
-    parameters: the shapes of the parameters by path. Several are stacked along the
-      tensor's first axis.
-    transposed: whether the tensor is `[out, in]` and the parameters are `[in, out]`.
+  Several parameters are stacked along the tensor's first axis.
   """
 
   name: str
   shape: tuple[int, ...]
-  parameters: dict[str, tuple[int, ...]]
-  transposed: bool = False
+  parameters: dict[str, tuple[int, ...]]  # the shapes by path
+  transposed: bool = False  # whether it is [out, in], and the parameters are [in, out]
 
   def read(self, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the parameters by path, as views of the tensor."""

@@ -9,10 +9,9 @@ A pickle is a program, so an untrusted pickle could run any code. Python's unpic
 restricted here to the operations and functions that tensors need.
 
 Raises:
-  UnsupportedError: if the state dict holds other values than tensors, such as dicts, or
-    if several tensors share most of the storages.
   CheckpointError: if a file is damaged or refers to code other than PyTorch's tensors,
-    if a tensor reaches outside its storage, or if PyTorch does not support a dtype.
+    if the state dict holds other values, such as dicts, if a tensor reaches outside its
+    storage or shares it with many, or if PyTorch does not support a dtype.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ import numpy as np
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.system import files
+from rotbits_jax.system import schema
 
 STORAGE_DTYPES = {name: dtype for dtype, _, name in tensors_lib.DTYPES if name}
 
@@ -59,7 +59,7 @@ def open_file(file: files.File) -> dict[str, tensors_lib.LazyTensor]:
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     if nbytes > _MOST_SHARED * file.size:
       text = f'the tensors overlap: {nbytes} bytes in a file of {file.size}'
-      raise errors.UnsupportedError(text)
+      raise errors.CheckpointError(text)
     return tensors
 
 
@@ -104,6 +104,9 @@ def _members(file: files.File) -> dict[str, _Member]:
   root = names[0].removesuffix(_PICKLE)
   inside = [info for info in infos if info.filename.startswith(root)]
   return {info.filename.removeprefix(root): _Member(file, info) for info in inside}
+
+
+_Sizes = tuple[schema.Size, tuple[schema.Size, ...], tuple[schema.Size, ...]]
 
 
 class _Storage(NamedTuple):
@@ -202,17 +205,12 @@ def _tensor(
   name: str, view: Any, members: Mapping[str, _Member]
 ) -> tensors_lib.LazyTensor:
   """Makes a lazy tensor of a view, after checking that it lies inside its storage."""
-  short = errors.cut(name)
-  if not isinstance(view, _View):
-    text = f'expected a tensor, got {type(view).__name__}'
-    raise errors.UnsupportedError(f'{short}: {text}')
-  storage, offset, shape, strides, flags = view
-  are_sizes = all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides))
-  if flags or not isinstance(storage, _Storage) or not are_sizes:
-    # They are not shown, because tuples of tuples may be exponentially long.
-    text = 'the offset, shape and strides are not those of a tensor'
-    raise errors.CheckpointError(f'{short}: {text}')
-  (dtype, key, size), shape = storage, tuple(shape)
+  short, is_view = errors.cut(name), isinstance(view, _View)
+  if not is_view or view.flags or not isinstance(view.storage, _Storage):
+    # The value is not shown, because tuples of tuples may be exponentially long.
+    raise errors.CheckpointError(f'{short}: expected a tensor')
+  offset, shape, strides = schema.load(_Sizes, view[1:4], short)
+  dtype, key, size = view.storage
   tensors_lib.TensorSpec(shape, dtype).check(name)
   member, count = members[f'data/{key}'], math.prod(shape)
   last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

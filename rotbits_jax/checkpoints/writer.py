@@ -158,7 +158,7 @@ class CheckpointWriter(FolderWriter):
 
     Args:
       dtypes: dtype of each parameter by its path in the model, for example
-        'layers.3/attention/query/kernel' or 'embed/tokens'.
+        'layers.3/attention/query/kernel' or 'buffers/NAME'.
       files: content of the sidecar files, by name. An index among them says how the
         tensors are divided among files, if `shard_size` is None.
       stem: name of a sliced model's `<stem>.pt` and slicing JSON.
@@ -168,8 +168,8 @@ class CheckpointWriter(FolderWriter):
       shard_size: the greatest number of bytes of tensors in a safetensors file with
         more than one tensor; None for one file.
       buffers: arrays or `TensorSpec`s of the tensors that the forward pass does not
-        use, by name; they are added like parameters, with paths like 'buffers/NAME'.
-        'transformers' leaves them out, because it computes them.
+        use, by name; they are added like parameters. 'transformers' leaves them out,
+        because it computes them.
       code: whether 'transformers' also writes the Python modules among `files`, which
         transformers may then run beside the package's. Other formats keep them.
     """
@@ -190,11 +190,8 @@ class CheckpointWriter(FolderWriter):
     buffers = buffers or {}
     entries = [*itertools.chain(*tensors_lib.entries(config, buffers).values())]
     shapes = {path: x for entry in entries for path, x in entry.parameters.items()}
-    planned = {**dtypes}
-    for name, buffer in buffers.items():
-      planned[f'{models.names.BUFFERS}/{name}'] = buffer.dtype
     self._parameters = {
-      path: tensors_lib.TensorSpec(shape, np.dtype(planned[path]))
+      path: tensors_lib.TensorSpec(shape, np.dtype(dtypes[path]))
       for path, shape in shapes.items()
     }
     if format == 'transformers':
@@ -284,14 +281,13 @@ def fitting_files(
     return files
   fields = config.__struct_fields__
   differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
-  is_untied = of_files.tied_head and differing == ['tied_head']
-  if differing and not is_untied:
+  if not differing:
+    return files
+  if differing != ['tied_head'] or config.tied_head:
     listed, text = ', '.join(names), ', '.join(differing)
     raise ValueError(
       f'{listed}: the config of the model has another {text}; change {listed}, too'
     )
-  if not is_untied:
-    return files
   flat = structured.flatten(model.outer())
   head, table = flat['head/kernel'], flat['embed/tokens']
   is_plain = structured.is_plain(head) and structured.is_plain(table)

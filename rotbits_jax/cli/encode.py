@@ -83,7 +83,7 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
     jax.distributed.initialize()
   output.check_path(target, shard_size, inputs=[checkpoint], overwrite=overwrite)
   source = checkpoints.open_any(checkpoint)
-  options, calibration = _options(source, target)
+  options = _options(source, target)
   rotbits_jax.encode_to_file(
     checkpoint,
     target,
@@ -113,8 +113,8 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   if report.file_bytes >= input_bytes:
     lines.append('The file is not smaller than the weights: keep those.')
   comes_back = report_lib.BACK[report.keeps]
-  if calibration is not None and calibration.measured is not None:
-    comes_back += f': {calibration.measured}, step 2^{calibration.step:g}'
+  if report.measured is not None:
+    comes_back += f': {report.measured}'
   elif report.keeps == 'approximation':
     comes_back += '; measure it with rotbits evaluate'
   elif report.needs:
@@ -129,9 +129,7 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   return result, '\n'.join(lines)
 
 
-def _options(
-  source: Any, target: str
-) -> tuple[dict[str, Any], steps.Calibration | None]:
+def _options(source: Any, target: str) -> dict[str, Any]:
   """Returns the options of `encode_to_file` that the flags say, for a source."""
   options: dict[str, Any] = {'preset': _PRESET.value}
   if _CONFIG.value is not None:
@@ -147,7 +145,7 @@ def _options(
   if _TARGET_SIZE.present:
     options['target_size'] = program.parse_size(_TARGET_SIZE)
   if _TEXT.value is None:
-    return options, None
+    return options
   model = checkpoints.open_checkpoint(source.path)
   calibration = steps.calibrate(
     model,
@@ -157,4 +155,4 @@ def _options(
     folder=pathlib.Path(target).resolve().parent,
     progress=True,
   )
-  return options | calibration.options, calibration
+  return options | calibration.options

@@ -98,7 +98,7 @@ class Encoder:
     elif preset.keeps == 'function':
       reason = getattr(source, 'reason', None) or 'exact and near take any arrays'
       text = f'the preset {preset.name!r} needs a model of a known family; {reason}'
-      raise checkpoints.UnsupportedError(text)
+      raise checkpoints.CheckpointError(text)
     self.counts = {name: self._count(name) for name in self._records.records}
     preset = self.preset
     if preset.keeps == 'function' and preset.transform and not preset.resumable:

@@ -56,7 +56,6 @@ Rotational Symmetries in LLMs, arXiv 2410.01309, section 3.
 """
 
 from rotbits_jax.paper.decoder import decode as decode
-from rotbits_jax.paper.encoder import EncodedModel as EncodedModel
 from rotbits_jax.paper.encoder import encode as encode
 from rotbits_jax.paper.encoder import refuse as refuse
 from rotbits_jax.paper.layout import STREAMS as STREAMS

@@ -26,22 +26,18 @@ class File(NamedTuple):
   identity: tuple[int, int, int, int]
 
   @classmethod
-  def of(cls, path: str | os.PathLike[str]) -> 'File':
-    """Records the present state of a file; an OSError if it is none."""
+  def of(cls, path: str | os.PathLike[str], descriptor: int | None = None) -> 'File':
+    """Records the present state of a file, perhaps opened; an OSError if it is none."""
     path = local_path(path)
-    return cls._in_state(path, os.stat(path))
-
-  @classmethod
-  def _in_state(cls, path: pathlib.Path, state: os.stat_result) -> 'File':
+    state = os.stat(path if descriptor is None else descriptor)
     if not stat.S_ISREG(state.st_mode):  # a pipe waits, and a device may have no end
       raise OSError(f'{path}: not a regular file')
     times = state.st_mtime_ns, state.st_ctime_ns
     return cls(path, state.st_size, (state.st_dev, state.st_ino, *times))
 
-  def check(self, state: os.stat_result | None = None) -> None:
-    """Checks that the present state, or a given one, is still that of the opening."""
-    state = os.stat(self.path) if state is None else state
-    if self != File._in_state(self.path, state):
+  def check(self, descriptor: int | None = None) -> None:
+    """Checks that the present state is still that of the opening."""
+    if self != File.of(self.path, descriptor):
       raise OSError(f'{self.path}: the file changed after it was opened')
 
   def read(self, offset: int, out: np.ndarray) -> int:
@@ -55,7 +51,7 @@ class File(NamedTuple):
       while left and (count := file.readinto(left[:_PIECE])):
         crc = zlib_ng.crc32(left[:count], crc)
         left = left[count:]
-      self.check(os.fstat(file.fileno()))
+      self.check(file.fileno())
     if left:
       raise OSError(f'{self.path}: the file ends before what is read of it')
     return crc
