@@ -6,8 +6,7 @@ The stem is the name that SliceGPT gives to a sliced model's weights and slicing
 
 Raises:
   CheckpointError: if a file is missing, damaged or has changed, if the files are not a
-    checkpoint of a known family, a tensor is not one of its config, or NumPy lacks a
-    dtype.
+    checkpoint of a known family, or a tensor is not one of its config.
 """
 
 from collections.abc import Mapping, Sequence
@@ -352,9 +351,9 @@ def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
 def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   """Opens a folder; only names, shapes, dtypes and the sidecar files are read.
 
-  If `plain`, the weights must be safetensors files, of any dtypes, and the index is
-  kept whatever it says. Otherwise it must name the tensors, and is kept if the writer
-  divides tensors as it says.
+  If `plain`, the weights must be safetensors files, and the index is kept whatever it
+  says. Otherwise it must name the tensors, and is kept if the writer divides tensors as
+  it says.
   """
   listed, *others = _find_weights(_snapshot(files_lib.local_path(path)))
   is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)
@@ -383,7 +382,7 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
       of_shard = torch_zip.open_file(file)
     else:
       headers[shard] = safetensors.read_header(file)
-      of_shard = safetensors.open_tensors(file, headers[shard], any_dtype=plain)
+      of_shard = safetensors.open_tensors(file, headers[shard])
     if names is not None and not plain and (differing := of_shard.keys() ^ {*names}):
       text = errors.cut(', '.join(sorted(differing)[:_SHOWN]))
       raise errors.CheckpointError(f'{listed}: {shard} and the index differ in {text}')

@@ -4,8 +4,8 @@ A file is the length of a header (8 bytes), the header (JSON), and the tensors o
 the other. The index is a JSON file that names the file, or shard, of each tensor.
 
 Raises:
-  CheckpointError: if a file is missing or damaged, or if NumPy or safetensors does not
-    support a dtype.
+  CheckpointError: if a file is missing or damaged, or if safetensors does not support a
+    dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ def read_header(file: files.File) -> bytes:
 
 
 def open_tensors(
-  file: files.File, header: bytes, *, any_dtype: bool = False
+  file: files.File, header: bytes
 ) -> dict[str, tensors_lib.LazyTensor]:
   """Returns the tensors of a file by name, given its header; see `places`."""
 
@@ -62,7 +62,7 @@ def open_tensors(
 
   tensors, end = {}, len(header)
   with errors.named(file.path):
-    for name, (offset, spec) in places(header, any_dtype=any_dtype).items():
+    for name, (offset, spec) in places(header).items():
       reads = functools.partial(read, offset, spec)
       tensors[name] = tensors_lib.LazyTensor(spec.shape, spec.dtype, reads)
       end += spec.nbytes
@@ -71,14 +71,11 @@ def open_tensors(
   return tensors
 
 
-def places(
-  header: bytes, *, any_dtype: bool = True
-) -> dict[str, tuple[int, tensors_lib.TensorSpec]]:
+def places(header: bytes) -> dict[str, tuple[int, tensors_lib.TensorSpec]]:
   """Returns the offset of each tensor in a file, and its shape and dtype, by name.
 
-  Args:
-    header: see `read_header`. The tensors must follow it without holes.
-    any_dtype: whether a tensor whose dtype NumPy lacks is taken as its bytes.
+  The tensors must follow the header, see `read_header`, without holes. One whose dtype
+  NumPy lacks is taken as its bytes.
   """
   if int.from_bytes(header[:8], 'little') != len(header) - 8:
     raise errors.CheckpointError('header: its length is wrong')
@@ -94,9 +91,6 @@ def places(
     if entry.dtype in _DTYPES:
       spec = tensors_lib.TensorSpec(entry.shape, _DTYPES[entry.dtype])
     spec.check(name)
-    if entry.dtype not in _DTYPES and not any_dtype:
-      text = f'has the dtype {errors.cut(entry.dtype)}, which is not supported'
-      raise errors.CheckpointError(f'{name} {text}')
     if len(header) + begin != end or spec.nbytes != stop - begin:
       raise errors.CheckpointError(f'{name} has wrong offsets')
     placed[name] = end, spec

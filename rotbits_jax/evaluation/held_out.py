@@ -12,21 +12,14 @@ from rotbits_jax.system import schema
 
 
 class Measured(schema.Object, kw_only=True):
-  """The loss of a rounded model on tokens that were kept apart.
+  """The loss of a rounded model on tokens that were kept apart."""
 
-  Attributes:
-    kl, ear: means over the predictions of these tokens, see `evaluation.Evaluation`.
-    tokens: how many tokens were kept apart.
-    text_tokens, text_sha256: of all tokens of the text, as little-endian int32.
-    seed: chose the part, see `split`.
-  """
-
-  kl: float
-  ear: float
-  tokens: schema.Size
-  text_tokens: schema.Size
-  text_sha256: str
-  seed: schema.Integer
+  kl: float  # mean over the predictions of these tokens, see `evaluation.Evaluation`
+  ear: float  # the same
+  tokens: schema.Size  # how many were kept apart
+  text_tokens: schema.Size  # how many the text has
+  text_sha256: str  # of these, as little-endian int32
+  seed: schema.Integer  # chose the part, see `split`
 
   @classmethod
   def of(

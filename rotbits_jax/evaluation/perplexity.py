@@ -50,14 +50,12 @@ def evaluate(
   32
 
   Args:
-    model: the model to measure.
     tokens: `[N]` token ids.
     reference: a model with the same vocabulary, whose predictions are compared.
     rerounded: the reference in other coordinates, rounded to the same dtype.
     max_tokens: number of tokens to use; None for all.
     window: number of tokens in a window; None for the longest sequence that the model
       was trained for, but at most 1024.
-    progress: whether to show the progress on stderr.
   """
   if rerounded is not None and reference is None:
     raise ValueError('a rerounded model needs a reference to be compared with')

@@ -8,12 +8,8 @@ import numpy as np
 def encode_text(files: Mapping[str, bytes], text: str) -> np.ndarray:
   """Converts a text to tokens, int32 `[N]`, without special tokens or truncation.
 
-  Args:
-    files: the files of a checkpoint by name, with the tokenizer.json.
-    text: the text.
+  Among the files of the checkpoint, by name, must be its `tokenizer.json`.
   """
-  if not text.strip():
-    raise ValueError('the text has no words')
   if 'tokenizer.json' not in files:
     raise ValueError('the checkpoint has no tokenizer.json, which reading text needs')
   try:

@@ -66,14 +66,9 @@ def slice_model(
     slice_head: whether the last segment, which the head reads, is sliced, too.
     seed: of the random rotations (Haar) by which the kept components are multiplied, so
       that the elements of a matrix have similar sizes.
-    progress: whether to show the progress on stderr.
 
   Returns:
     The sliced model. Its leaves are float32 NumPy arrays.
-
-  Raises:
-    ValueError: if the model is sliced, a setting is out of range, the tokens do not
-      suit the model or are fewer than D, or numbers are not finite or too large.
   """
   config = norm_fusion.fused(model.config)
   hidden = config.hidden_size
