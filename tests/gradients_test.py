@@ -11,7 +11,6 @@ from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.models import fisher
 from rotbits_jax.presets import sensitivities
 from tests import random_models
 
@@ -32,30 +31,33 @@ def gradients_of_parameters(model, tokens):
   return dataclasses.replace(model, params=jax.grad(loss)(model.params))
 
 
+def inputs_of_matrices(model, tokens):
+  parts = sensitivities.measure(model, [tokens], seed=SEED)
+  return {path: inputs for part in parts for path, inputs in part.items()}
+
+
 def test_those_of_one_token_are_factors_of_those_of_kernels():
   model, tokens = random_models.sliced_llama([18] * 7), jnp.asarray([[5]])
-  found = dict(fisher.fisher_factors(model, [tokens], seed=SEED))
+  found = inputs_of_matrices(model, tokens)
   for path, own in gradients_of_parameters(model, tokens).leaves():
     if path.startswith('layers.') and path.endswith('/kernel'):
-      factors = found[path.partition('/')[0]]
-      expected = np.square(own).sum(axis=0) / np.trace(factors.by_path()[path])
-      got = factors.squares[path]
+      expected = np.square(own).sum(axis=0) / np.trace(found[path].moments)
+      got = found[path].outputs
       np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-9, err_msg=path)
 
 
 def test_those_at_the_embedding_and_the_head():
   model = random_models.sliced_llama([18] * 7)
   tokens = jnp.asarray([[7, 1, 9, 30, 2]])
-  found = dict(fisher.fisher_factors(model, [tokens], seed=SEED))
+  found, count = inputs_of_matrices(model, tokens), tokens.size
   table = gradients_of_parameters(model, tokens).params['embed']['tokens']
   rows = np.asarray(table)[tokens[0]]
-  (met,), seen = found['embed'].moments.values(), found['embed'].squares['embed/tokens']
-  np.testing.assert_allclose(met, rows.T @ rows, rtol=1e-3, atol=1e-9)
+  met, _, seen = found['embed/tokens']
+  np.testing.assert_allclose(met, rows.T @ rows / count, rtol=1e-3, atol=1e-9)
   p = np.asarray(jax.nn.softmax(models.logits(model, tokens)))[0]
-  np.testing.assert_allclose(seen, p.sum(axis=0), rtol=1e-4)
-  squares = (p * (1 - p)).sum(axis=0)
-  got = found['head'].squares['head/kernel']
-  np.testing.assert_allclose(got, squares, rtol=1e-4)
+  np.testing.assert_allclose(seen, p.mean(axis=0), rtol=1e-4)
+  squares = (p * (1 - p)).mean(axis=0)
+  np.testing.assert_allclose(found['head/kernel'].outputs, squares, rtol=1e-4)
 
 
 def test_sensitivities_foretell_the_divergence():
@@ -65,9 +67,7 @@ def test_sensitivities_foretell_the_divergence():
   )
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, model.config.vocab_size, 256)
-  inputs = {}
-  for found in sensitivities.measure(model, [tokens[None]]):
-    inputs |= found
+  inputs = inputs_of_matrices(model, tokens[None])
   for path in ('embed/tokens', 'head/kernel', 'layers.0/mlp/down/kernel'):
     array = np.asarray(dict(model.leaves())[path])
     error = 0.02 * array.std() * rng.standard_normal(array.shape).astype(np.float32)

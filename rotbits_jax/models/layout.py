@@ -154,24 +154,8 @@ class Symmetries(NamedTuple):
   key_bias: bool = False
 
 
-# The fields that `symmetries` takes into account. A config with another field may
-# describe a function that a symmetry changes. Such a config has no symmetries until
-# somebody has checked the new field and listed it here.
-_UNDERSTOOD = frozenset([
-  'family', 'hidden_size', 'intermediate_size', 'num_layers', 'num_heads',
-  'num_kv_heads', 'head_dim', 'vocab_size', 'activation', 'gated_mlp',
-  'parallel_block', 'qkv_bias', 'out_bias', 'mlp_bias', 'head_bias', 'norm',
-  'norm_eps', 'max_positions', 'learned_positions', 'rotary_dim', 'rope_theta',
-  'rope_scaling', 'sliding_window', 'qk_norm_eps', 'tied_head', 'segment_widths',
-])  # fmt: skip
-_NORMS = ('layernorm', 'rmsnorm', 'rmsn')
-
-
 def symmetries(config: config_lib.ModelConfig) -> Symmetries:
-  """Returns the symmetries of a model; none if its config is not understood."""
-  fields = set(config.__struct_fields__)
-  if fields != _UNDERSTOOD or config.norm not in _NORMS:
-    return Symmetries()
+  """Returns the symmetries of a model."""
   normed = config.qk_norm_eps is not None
   return Symmetries(
     segments=config.sliced and not config.tied_head,

@@ -70,19 +70,14 @@ class Model:
 
   def layer(self, index: int) -> Params:
     """Returns the parameters of one layer, unstacked; an IndexError without it."""
-    return unstack_layer(*self._place(index))
-
-  def _place(self, index: int) -> tuple[Params, int]:
-    """Returns the stack of a layer, and the place of the layer in it."""
-    for stack in self.stacks:
-      if index in stack:
-        name = names.stack(stack)
-        for path, leaf in structured.flatten(self.params[name]).items():
-          if leaf.shape[:1] != (len(stack),):  # JAX would clip the index
-            raise ValueError(
-              f'{name}/{path} must have {len(stack)} layers, got {leaf.shape=}'
-            )
-        return self.params[name], index - stack.start
+    for stack in (x for x in self.stacks if index in x):
+      name = names.stack(stack)
+      for path, leaf in structured.flatten(self.params[name]).items():
+        if leaf.shape[:1] != (len(stack),):  # JAX would clip the index
+          raise ValueError(
+            f'{name}/{path} must have {len(stack)} layers, got {leaf.shape=}'
+          )
+      return unstack_layer(self.params[name], index - stack.start)
     raise IndexError(f'the model has the layers {self.stacks}, got {index}')
 
   def leaves(self) -> Iterator[tuple[str, Any]]:

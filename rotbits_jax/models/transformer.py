@@ -21,7 +21,7 @@ Shape letters are those of `models.config`. In addition:
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import itertools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -78,8 +78,6 @@ def forward(
   params: Params,
   config: config_lib.ModelConfig,
   tokens: jax.Array,
-  *,
-  precision: str = 'highest',
 ) -> jax.Array:
   """Computes the logits of a model from its parameters; an error names a wrong shape.
 
@@ -87,8 +85,6 @@ def forward(
     params: the parameters, see `Model.params`.
     config: sizes and switches.
     tokens: `[B, T]` integers. A token outside the vocabulary makes its sequence NaN.
-    precision: precision of the products with arrays, see `jax.lax.Precision`. Those
-      with structured leaves have the highest.
 
   Returns:
     `[B, T, V]` float32.
@@ -96,7 +92,7 @@ def forward(
   stacks = check(params, config)
   if tokens.ndim != 2:
     raise ValueError(f'tokens must be [B, T], got {tokens.shape=}')
-  with jax.default_matmul_precision(precision):
+  with jax.default_matmul_precision('highest'):
     x = embed(params, config, tokens)
     for stack in stacks:
       x = _apply_stack(params[names.stack(stack)], config, x, len(stack))
@@ -346,12 +342,6 @@ def _apply_stack(
   return layer(jax.tree.map(lambda leaf: leaf[0], stack), config, x).x
 
 
-def second_moments(x: jax.Array) -> jax.Array:
-  """Returns the sum of `x^T x` over all vectors x `[n]` of an array, `[n, n]`."""
-  rows = x.reshape(-1, x.shape[-1])
-  return rows.T @ rows
-
-
 def _rows(table: Any, indices: jax.Array, params: Params) -> jax.Array:
   """Returns rows of a table in float32; rows outside the table are NaN."""
   if structured.is_structured(table):
@@ -365,24 +355,12 @@ def _rows(table: Any, indices: jax.Array, params: Params) -> jax.Array:
 # ---- layer by layer ------------------------------------------------------------------
 
 
-class Layers(Protocol):
-  """A model whose layers are read one by one: a `Model`, or a checkpoint on disk."""
-
-  @property
-  def config(self) -> config_lib.ModelConfig: ...
-
-  def outer(self) -> Params:
-    """The parameters outside the layers."""
-
-  def layer(self, index: int) -> Params:
-    """The parameters of one layer, by paths within the layer."""
-
-
-def streams(model: Layers, windows: Sequence[np.ndarray]) -> Iterator[list[jax.Array]]:
+def streams(model: Any, windows: Sequence[np.ndarray]) -> Iterator[list[jax.Array]]:
   """Computes the residual stream in front of each layer, and after the last one.
 
   Args:
-    model: the model, dense or sliced; it may have structured leaves.
+    model: the model, dense or sliced; it may have structured leaves. A `Model`, a
+      checkpoint on disk, or anything with its `config`, `outer()` and `layer(index)`.
     windows: the tokens of a text, integers `[B, T]` each.
 
   Yields:

@@ -1,16 +1,27 @@
 """How much the predictions of a model depend on each of its matrices.
 
-The divergence that an error E `[in, out]` of a kernel causes is about
+The divergence that a small change of parameters causes is half its square in the Fisher
+information of the predictions, the second moments of the gradient of a token's loss if
+the token is drawn from the prediction itself. The gradient of a kernel is a sum of
+products x g^T over the inputs x and the gradients g at the outputs, so the second
+moments of both approximate it, as in K-FAC. The divergence of an error E `[in, out]` is
+about
 
     KL = sum_j g_j (E^T A E)_jj / 2
 
-with the second moments A of its inputs and the mean squares g of the gradients of the
-predictions at its outputs, see `models.fisher`. A token that is embedded is an input
-too, whose probability is that of the predictions; so a row of an embedding counts by
-this probability, and its error by the second moments of the gradient that it meets.
+with the second moments A of the inputs and the mean squares g of the gradients. A token
+that is embedded is an input too, whose probability is that of the predictions; so a row
+of an embedding counts by this probability, and its error by the second moments of the
+gradient that it meets.
 
 A head that is the embedding as well, or that a tied embedding is made of, causes both
 errors. Then the sum of both is approximated by a product of the same form.
+
+Layers are differentiated one by one, from the last to the first, and read twice. The
+residual stream in front of each layer is kept meanwhile.
+
+References:
+  Martens and Grosse, arXiv 1503.05671: K-FAC.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,54 +33,140 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.models import fisher
 from rotbits_jax.models import transformer
+
+_Means = tuple[np.ndarray, np.ndarray]  # A and g
 
 
 def measure(
-  model: transformer.Layers,
+  model: Any,  # a `models.Model`, or other layers as `transformer.streams` takes them
   windows: Sequence[np.ndarray],  # the tokens of the text, [1, T] each
-  store: Callable[[Any], Any] = np.asarray,  # see `fisher.fisher_factors`
+  store: Callable[
+    [Any], Any
+  ] = np.asarray,  # takes a residual stream; returns it to keep
+  *,
+  seed: int = 0,  # draws the tokens whose losses are differentiated
 ) -> Iterator[dict[str, passes.Inputs]]:
   """Yields A and g of every matrix of a model on a text, float32, by path.
 
   The layers come from the last to the first, then the parameters outside them. Equal
   inputs share one A.
   """
+  config, kept = model.config, {}
   count = sum(tokens.size for tokens in windows)
-  head: Any = None
-  for name, factors in fisher.fisher_factors(model, windows, store=store):
-    means = jax.tree.map(lambda x: np.asarray(x) / count, factors)
-    if name == 'head':
-      head = means
-    elif name == 'embed':
-      yield _outer(model, head, means)
-    else:
-      yield {
-        path: passes.Inputs(moments, 0, means.squares[path])
-        for path, moments in means.by_path().items()
-      }
+  mean = lambda sums: jax.tree.map(lambda x: np.asarray(x) / count, sums)
+  xs: list[jax.Array] = []
+  for i, xs in enumerate(transformer.streams(model, windows)):
+    for k, x in enumerate(xs if i < config.num_layers else ()):
+      kept[i, k] = store(x)
+  outer = jax.device_put(model.outer())
+  gradients: list[jax.Array] = []
+  total: Any = None
+  for k, x in enumerate(xs):
+    gradient, sums = _predictions(outer, config, x, jax.random.key(seed + k))
+    gradients.append(gradient)
+    total = sums if total is None else _add(total, sums)
+  del outer, xs, x
+  moments, outputs, probabilities = mean(total)
+  for i in reversed(range(config.num_layers)):
+    layer = jax.device_put(model.layer(i))
+    total = None
+    for k, gradient in enumerate(gradients):
+      gradients[k], sums = _backward(layer, config, kept[i, k], gradient)
+      total = sums if total is None else _add(total, sums)
+    del layer
+    of_inputs, squares = mean(total)
+    yield {
+      models.names.prefix(i) + path: passes.Inputs(shared, 0, squares[path])
+      for paths, shared in of_inputs.items()
+      for path in paths
+    }
+  met = mean(sum(map(_second_moments, gradients)))
+  yield _outer(model, (moments, outputs), (met, probabilities))
+
+
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
+
+
+def _second_moments(x: jax.Array) -> jax.Array:
+  """Returns the sum of `x^T x` over all vectors x `[n]` of an array, `[n, n]`."""
+  rows = x.reshape(-1, x.shape[-1])
+  return rows.T @ rows
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _predictions(
+  outer: Any, config: models.ModelConfig, x: jax.Array, key: jax.Array
+) -> tuple[jax.Array, Any]:
+  """Returns the gradient at x, and sums for the head and of the probabilities."""
+  with jax.default_matmul_precision('highest'):
+    unembed = lambda x: transformer.unembed(outer, config, x)[::-1]
+    logits, pull, normed = jax.vjp(unembed, x, has_aux=True)
+    p = jax.nn.softmax(logits)
+    drawn = jax.random.categorical(key, logits)
+    (gradient,) = pull(p - jax.nn.one_hot(drawn, p.shape[-1]))
+    moments = _second_moments(normed)
+  # The mean over all tokens that may be drawn has no noise.
+  squares = p * (1 - p)
+  return gradient, (moments, squares.sum((0, 1)), p.sum((0, 1)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _backward(
+  params: Any, config: models.ModelConfig, x: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, Any]:
+  """Returns the gradient at the input x of a layer, and sums for the layer.
+
+  These are the second moments of inputs, by the paths of the matrices that share them,
+  and the squares of the gradients at outputs by path.
+  """
+  flat = structured.flatten(params)
+  zeros = {
+    path: jnp.zeros((*x.shape[:2], leaf.shape[-1]), jnp.float32)
+    for path, leaf in flat.items()
+    if path.endswith('/kernel')
+  }
+
+  def apply(x: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+    # An array that is added to a bias of each token is added to its output.
+    biased = dict(flat)
+    for path, addend in added.items():
+      bias = f'{path.removesuffix("kernel")}bias'
+      old = structured.materialize(flat[bias]) if bias in flat else 0.0
+      biased[bias] = addend + old
+    written = transformer.layer(structured.unflatten(biased), config, x)
+    inputs = structured.flatten(written.inputs)
+    shared: dict[int, list[str]] = {}
+    for path, kernel_input in inputs.items():
+      shared.setdefault(id(kernel_input), []).append(path)
+    moments = {tuple(x): _second_moments(inputs[x[0]]) for x in shared.values()}
+    return written.x, moments
+
+  with jax.default_matmul_precision('highest'):
+    _, pull, moments = jax.vjp(apply, x, zeros, has_aux=True)
+    at_input, at_outputs = pull(gradient)
+  squares = {path: jnp.square(g).sum((0, 1)) for path, g in at_outputs.items()}
+  return at_input, (moments, squares)
 
 
 def _outer(
-  model: transformer.Layers, of_head: fisher.Factors, of_embedding: fisher.Factors
+  model: Any, of_head: _Means, of_embedding: _Means
 ) -> dict[str, passes.Inputs]:
   """Returns A and g of the head and of embeddings."""
-  (moments,), outputs = of_head.moments.values(), of_head.squares['head/kernel']
-  (gradients,) = of_embedding.moments.values()
-  tokens = of_embedding.squares['embed/tokens']
+  gradients, tokens = of_embedding
   embed, inputs = model.outer()['embed'], {}
   if model.config.tied_head:
-    inputs['embed/tokens'] = _sum((moments, outputs), (gradients, tokens), axis=1)
+    inputs['embed/tokens'] = _sum(of_head, of_embedding, axis=1)
   else:
     inputs['embed/tokens'] = passes.Inputs(gradients, 1, tokens)
-    inputs['head/kernel'] = passes.Inputs(moments, 0, outputs)
+    inputs['head/kernel'] = passes.Inputs(of_head[0], 0, of_head[1])
     if isinstance(embed['tokens'], structured.Tied):
       factor = np.asarray(embed['tokens'].map)
       through_head = factor @ gradients @ factor.T
-      inputs['head/kernel'] = _sum((moments, outputs), (through_head, tokens), axis=0)
+      inputs['head/kernel'] = _sum(of_head, (through_head, tokens), axis=0)
   if 'positions' in embed:
     count = len(embed['positions'])
     uniform = np.full(count, 1 / count, np.float32)
@@ -77,7 +174,7 @@ def _outer(
   return inputs
 
 
-def _sum(*pairs: tuple[np.ndarray, np.ndarray], axis: int) -> passes.Inputs:
+def _sum(*pairs: _Means, axis: int) -> passes.Inputs:
   """Returns the product of an A and a g that is nearly the sum of such products."""
   moments = sum(g.mean() * a for a, g in pairs)
   outputs = sum(np.trace(a) * g for a, g in pairs)

@@ -129,7 +129,7 @@ _Part = Callable[[str | None], models.Params]
 
 
 class _Layers(NamedTuple):
-  """A model that is read part by part, see `transformer.Layers`."""
+  """A model that is read part by part, see `transformer.streams`."""
 
   config: models.ModelConfig
   part: _Part
