@@ -444,7 +444,8 @@ def with_own_head(
 
   A checkpoint may store its tied head, and rewriting may change it.
   """
-  if config.sliced or config.tied_head or CONFIG not in files:
+  has_config = CONFIG in files and config.family in FAMILIES
+  if config.sliced or config.tied_head or not has_config:
     return files
   name, parsed = 'tie_word_embeddings', parse_object(files[CONFIG], CONFIG)
   is_tied = parsed.get(name, FAMILIES[config.family].attributes.get(name))

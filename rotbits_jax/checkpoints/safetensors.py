@@ -51,9 +51,7 @@ def read_header(file: files.File) -> bytes:
   return tensors_lib.read(file, 0, 8 + size)[0].tobytes()
 
 
-def open_tensors(
-  file: files.File, header: bytes
-) -> dict[str, tensors_lib.LazyTensor]:
+def open_tensors(file: files.File, header: bytes) -> dict[str, tensors_lib.LazyTensor]:
   """Returns the tensors of a file by name, given its header; see `places`."""
 
   def read(offset: int, spec: tensors_lib.TensorSpec) -> np.ndarray:

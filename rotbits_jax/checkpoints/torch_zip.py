@@ -106,7 +106,7 @@ def _members(file: files.File) -> dict[str, _Member]:
   return {info.filename.removeprefix(root): _Member(file, info) for info in inside}
 
 
-_Sizes = tuple[schema.Size, tuple[schema.Size, ...], tuple[schema.Size, ...]]
+_Sizes: Any = tuple[schema.Size, tuple[schema.Size, ...], tuple[schema.Size, ...]]
 
 
 class _Storage(NamedTuple):

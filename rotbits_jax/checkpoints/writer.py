@@ -252,7 +252,7 @@ def save_checkpoint(
     directory,
     model.config,
     dtypes={path: np.dtype(leaf.dtype) for path, leaf in leaves.items()},
-    files=fitting_files(model, files, stem),
+    files=fitting_files(model, files),
     stem=stem,
     format=format,
     shard_size=shard_size,
@@ -264,33 +264,16 @@ def save_checkpoint(
       writer.add(path, leaves.pop(path))
 
 
-def fitting_files(
-  model: models.Model, files: dict[str, bytes], stem: str | None
-) -> dict[str, bytes]:
+def fitting_files(model: models.Model, files: dict[str, bytes]) -> dict[str, bytes]:
   """Returns sidecar files that do not tie a head that differs from the embedding.
 
-  A checkpoint may store its tied head, and a training then changes both. A ValueError
-  names the fields if the model has another config than the files, of a known family.
+  A checkpoint may store its tied head, and a training then changes both.
   """
-  config = model.config
-  names = [CONFIG, f'{stem}.json'] if config.sliced else [CONFIG]
-  try:
-    parsed = [families.parse_object(files[name], name) for name in names]
-    of_files = families.parse_config(*parsed)
-  except (KeyError, errors.CheckpointError):
+  untied = families.with_own_head(files, model.config)
+  if untied is files:
     return files
-  fields = config.__struct_fields__
-  differing = [x for x in fields if getattr(of_files, x) != getattr(config, x)]
-  if not differing:
-    return files
-  if differing != ['tied_head'] or config.tied_head:
-    listed, text = ', '.join(names), ', '.join(differing)
-    raise ValueError(
-      f'{listed}: the config of the model has another {text}; change {listed}, too'
-    )
   flat = structured.flatten(model.outer())
   head, table = flat['head/kernel'], flat['embed/tokens']
   is_plain = structured.is_plain(head) and structured.is_plain(table)
-  if is_plain and structured.same_bits(np.asarray(head).T, np.asarray(table)):
-    return files
-  return families.with_own_head(files, config)
+  is_same = is_plain and structured.same_bits(np.asarray(head).T, np.asarray(table))
+  return files if is_same else untied
