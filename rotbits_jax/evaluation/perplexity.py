@@ -16,7 +16,6 @@ from rotbits_jax.system.progress import Progress
 DEFAULT_WINDOW = 1024
 
 _TOKENS = 64  # whose predictions are compared at once
-_MEASURES = 'loss', 'kl', 'ear', 'kl_rerounded'
 
 
 class Evaluation(NamedTuple):
@@ -63,30 +62,23 @@ def evaluate(
   vocabularies = {x.config.vocab_size for x in compared}
   if len(vocabularies) > 1:
     raise ValueError(f'predictions need the same vocabulary, got sizes {vocabularies}')
-  cut = windows(tokens, model.config, max_tokens=max_tokens, window=window)
+  cut = windows(np.asarray(tokens)[:max_tokens], model.config, window=window)
   # Buffers are left out, because JAX does not support every dtype that they may have.
   on_device = [jax.device_put(dataclasses.replace(x, buffers={})) for x in compared]
-  totals = np.zeros(len(_MEASURES))
+  totals: Any = 0.0
   tracked = Progress('evaluate', len(cut), 'window', show=progress, units=cut)
   for padded, length in tracked:
     logits = [_predictions(x, padded) for x in on_device]
     measured = np.asarray(_measure(logits, padded), np.float64)
-    totals[: len(measured)] += measured[:, : length - 1].sum(axis=1)
+    totals += measured[:, : length - 1].sum(axis=1)
   count = sum(length - 1 for _, length in cut)
-  means: dict[str, Any] = dict(zip(_MEASURES, (totals / count).tolist(), strict=True))
-  if reference is None:
-    means |= {'kl': None, 'ear': None}
-  if rerounded is None:
-    means['kl_rerounded'] = None
-  return Evaluation(float(np.exp(means.pop('loss'))), count, **means)
+  loss, *others = (totals / count).tolist()
+  kl, ear, kl_rerounded = (*others, None, None, None)[:3]
+  return Evaluation(float(np.exp(loss)), count, kl, kl_rerounded, ear)
 
 
 def windows(
-  tokens: np.ndarray,
-  config: models.ModelConfig,
-  *,
-  max_tokens: int | None = None,
-  window: int | None = None,
+  tokens: np.ndarray, config: models.ModelConfig, *, window: int | None = None
 ) -> list[tuple[np.ndarray, int]]:
   """Cuts tokens into windows, int32 `[1, window]`, see `evaluate`.
 
@@ -99,8 +91,6 @@ def windows(
     raise ValueError(f'tokens must be [N] integers, got {tokens.dtype} {tokens.shape}')
   if window < 2:
     raise ValueError(f'a window must have at least 2 tokens, got {window=}')
-  if max_tokens is not None:
-    tokens = tokens[: max(max_tokens, 0)]
   if len(tokens) < 2:
     raise ValueError(f'at least 2 tokens are needed, got {len(tokens)}')
   config.check_tokens(tokens)
@@ -118,7 +108,7 @@ def _predictions(model: models.Model, tokens: jax.Array) -> jax.Array:
 
 @jax.jit
 def _measure(logits: list[jax.Array], tokens: jax.Array) -> jax.Array:
-  """Returns `_MEASURES`, as far as there are models for them: `[K, T - 1]`."""
+  """Returns loss, KL, EAR and KL of the third model, if there is one: `[K, T - 1]`."""
 
   def of_token(i: jax.Array) -> jax.Array:
     model, *others = (x[i] for x in logits)
