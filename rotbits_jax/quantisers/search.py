@@ -63,7 +63,6 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   for block in _blocks(array.shape):
     if name := _grid(magnitudes, block, array.dtype):
       leaf = _leaf(array, magnitudes, block, name)
-      leaf = None if leaf is None else _as_integers(leaf)
       is_smaller = leaf is not None and nbytes(leaf) < _estimate(array)
       return leaf if is_smaller else None
   return None
@@ -150,16 +149,12 @@ def _distinct(rows: np.ndarray) -> np.ndarray:
 
   Of more than `_MOST_DISTINCT` the greatest are taken.
   """
-  descending = np.sort(rows, axis=1)[:, ::-1]
-  is_first = descending > 0
-  is_first[:, 1:] &= descending[:, 1:] != descending[:, :-1]
-  unit, place = np.nonzero(is_first)
-  counts = np.bincount(unit, minlength=len(rows))
-  index = np.arange(unit.size) - np.repeat(np.cumsum(counts) - counts, counts)
-  is_kept = index < _MOST_DISTINCT
-  bits = np.zeros((_MOST_DISTINCT, len(rows)), rows.dtype)
-  bits[index[is_kept], unit[is_kept]] = descending[unit, place][is_kept]
-  return bits[: max(int(np.max(counts)), 1)]
+  rows = np.sort(rows, axis=1)
+  rows[:, :-1] *= rows[:, 1:] != rows[:, :-1]
+  rows.sort(axis=1)
+  count = int(np.count_nonzero(rows, axis=1).max())
+  greatest = rows[:, ::-1][:, : min(max(count, 1), _MOST_DISTINCT)]
+  return np.ascontiguousarray(greatest.T)
 
 
 # ---- scales --------------------------------------------------------------------------
@@ -226,16 +221,14 @@ def _bounds(
   fits = np.ones(bits.shape[1], bool)
   fits[left] = False
   for top in grid.tops:
-    pair = _narrowed(low[:, left], high[:, left], grid, top)
-    scale = ((pair[0] + pair[1]) / 2).astype(np.float32)
+    pair = np.stack(_narrowed(low[:, left], high[:, left], grid, top))
+    scale = pair.mean(axis=0).astype(np.float32)
     quotients = (low[:, left] + high[:, left]) / (2 * scale)
     numbers = grid.magnitudes.take(grid.nearest(quotients))
     is_same = ((numbers * scale).astype(dtype).view(bits.dtype) == bits[:, left]).all(0)
+    is_taken = is_same | (top == grid.tops[0])
+    bounds[:, left[is_taken]] = pair[:, is_taken]
     fits[left] = is_same
-    if top == grid.tops[0]:
-      bounds[:, left] = pair
-    places = left[is_same]
-    bounds[:, places] = np.stack(pair)[:, is_same]
     left = left[~is_same]
     if not left.size:
       break
@@ -247,15 +240,12 @@ def _leaf(
 ) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array, given its blocks and its grid."""
   grid = grids.GRIDS[name]
-  shape = tuple(-(-n // m) for n, m in zip(magnitudes.shape, block, strict=True))
-  whole = tuple(n * m for n, m in zip(shape, block, strict=True))
-  padded = magnitudes
-  if whole != magnitudes.shape:
-    pairs = zip(whole, magnitudes.shape, strict=True)
-    padded = np.pad(magnitudes, [(0, n - m) for n, m in pairs])
+  paddings = [-n % m for n, m in zip(magnitudes.shape, block, strict=True)]
+  padded = np.pad(magnitudes, [(0, n) for n in paddings])
+  shape = tuple(n // m for n, m in zip(padded.shape, block, strict=True))
   parts = []
-  step = max(_CHUNK // (block[0] * whole[1]), 1) * block[0]
-  for start in range(0, whole[0], step):
+  step = max(_CHUNK // (block[0] * padded.shape[1]), 1) * block[0]
+  for start in range(0, len(padded), step):
     bits = _distinct(_rows(padded[start : start + step], block))
     parts.append(_bounds(bits, array.dtype, grid)[:2])
   least, most = np.concatenate(parts, axis=1)
@@ -283,7 +273,7 @@ def _leaf(
   if places.size:
     gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
     draft = dataclasses.replace(draft, gaps=gaps, exceptions=array.reshape(-1)[places])
-  return draft
+  return _as_integers(draft)
 
 
 def _as_integers(leaf: leaf_lib.BlockQuantized) -> leaf_lib.BlockQuantized:
