@@ -65,7 +65,7 @@ _ATTRIBUTES: dict[str, tuple[str, Any]] = {
     'rotary_factor',
     Annotated[float, msgspec.Meta(gt=0, le=1)],
   ),
-  # This one only has to fit the others.
+  # This one has only one value.
   'layer_types': ('layer_types', tuple[Literal['full_attention'], ...] | None),
 }
 
@@ -141,11 +141,7 @@ def _dense(family: Family, values: dict[str, Any]) -> models.ModelConfig:
 def _completed(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of a config, given those that attributes set."""
   heads, hidden = fields['num_heads'], fields['hidden_size']
-  types = fields.pop('layer_types', None)
-  if types is not None and len(types) != fields['num_layers']:
-    raise ValueError('layer_types has not as many entries as num_hidden_layers')
-  if fields['head_dim'] is None and hidden % heads:
-    raise ValueError('num_attention_heads does not divide hidden_size')
+  fields.pop('layer_types', None)
   head_dim = fields['head_dim'] or hidden // heads
   positions = fields['max_positions'] or 2048
   if fields['activation'] == 'gelu_pytorch_tanh':  # two names of one function

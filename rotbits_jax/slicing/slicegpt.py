@@ -11,9 +11,7 @@ Reference: SliceGPT, arXiv 2401.15024, section 3.3 and algorithm 1.
 """
 
 import json
-from typing import Any
 
-import jax
 import numpy as np
 
 from rotbits_jax import checkpoints
@@ -21,6 +19,7 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.slicing import calibration
 from rotbits_jax.slicing import norm_fusion
+from rotbits_jax.symmetries import rotations
 from rotbits_jax.system.progress import Progress
 
 
@@ -111,17 +110,13 @@ def slice_layer(
   """Slices the segments of a fused layer, given V_s `[D, d]` of each; float64."""
   flat, sliced = structured.flatten(layer), {}
   for path, axes in models.layout.layer_axes(config).items():
-    first: Any = axes[0]
-    last: Any = axes[-1]
-    if '_shortcut' in path:
-      sliced[path] = bases[first].T @ bases[last]
-      continue
-    array = flat[path]
-    if len(axes) == 2 and isinstance(first, int):
-      array = bases[first].T @ array
-    if isinstance(last, int):
-      array = array @ bases[last]
-    sliced[path] = array
+    read, written = (None if x is None else bases[x] for x in rotations.sides(axes))
+    if read is not None and written is not None:  # a shortcut
+      sliced[path] = read.T @ written
+    elif read is not None:
+      sliced[path] = read.T @ flat[path]
+    else:
+      sliced[path] = flat[path] if written is None else flat[path] @ written
   return structured.unflatten(sliced)
 
 
@@ -161,13 +156,10 @@ def _haar(n: int, rng: np.random.Generator) -> np.ndarray:
 
 def _float32(tree: models.Params, where: str) -> models.Params:
   """Rounds the arrays of a tree to float32; a ValueError if a number is too large."""
-
-  def rounded(path: Any, array: np.ndarray) -> np.ndarray:
+  rounded = {}
+  for path, array in structured.flatten(tree).items():
     with np.errstate(over='ignore'):  # the error below names the parameter
-      result = array.astype(np.float32)
-    if not np.isfinite(result).all():
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
-      raise ValueError(f'{where}/{name} has numbers that float32 cannot hold')
-    return result
-
-  return jax.tree_util.tree_map_with_path(rounded, tree)
+      rounded[path] = array.astype(np.float32)
+    if not np.isfinite(rounded[path]).all():
+      raise ValueError(f'{where}/{path} has numbers that float32 cannot hold')
+  return structured.unflatten(rounded)
