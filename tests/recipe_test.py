@@ -140,7 +140,7 @@ def test_a_base_that_the_model_was_not_sliced_from():
   data = rotbits_jax.encode(phi2, base=dense, preset='exact')  # of other segments
   assert structured.same_bits(rotbits_jax.decode(data, base=dense).params, phi2.params)
   data = rotbits_jax.encode(model, base=dense, preset='free')
-  with pytest.raises(file.ContainerError, match='other elements than that of the base'):
+  with pytest.raises(file.ContainerError, match='other elements'):
     rotbits_jax.decode(data, base=other)
   with pytest.raises(file.ContainerError, match='it needs base='):
     rotbits_jax.decode(data)
