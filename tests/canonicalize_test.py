@@ -224,8 +224,8 @@ class CanonicalizeTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, 'do not get narrower'):
       rotbits_jax.canonicalize(model.params, model.config)
 
-  @pytest.mark.slow
   @parameterized.parameters('Auto', 'Explicit')
+  @pytest.mark.slow
   def test_a_sharded_layer_axis_stays_sharded(self, kind):
     devices.run(f'from tests import canonicalize_test as t; t.check_sharded({kind!r})')
 
