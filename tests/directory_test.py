@@ -2,7 +2,6 @@
 
 import json
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -61,34 +60,6 @@ def check_directory(tmp_path, name, preset):
     assert others <= opened.keys()
     assert all((opened[x].shape, opened[x].dtype) == specs[x] for x in others)
     assert list(folder.glob('modeling_*.py'))
-
-
-def with_config(model, **changes):
-  """Returns the first layers of a model, with another config."""
-  config = msgspec.structs.replace(model.config, **changes)
-  layers = [model.layer(i) for i in range(config.num_layers)]
-  return models.from_layers(config, model.outer(), layers)
-
-
-@pytest.mark.parametrize(
-  ('name', 'changes', 'message'),
-  [
-    ('llama-tiny-dense', {'rope_theta': 1e6}, '^config.json: .* another rope_theta; '),
-    (
-      'llama-tiny-sliced-head-0.25',
-      {'num_layers': 1, 'segment_widths': (96,) * 3},
-      '^config.json, Llama-2-tiny_0.25.json: .* another num_layers, segment_widths; ',
-    ),
-  ],
-)
-def test_files_of_another_model_are_refused(tmp_path, name, changes, message):
-  given = rotbits_jax.load_checkpoint(cases.TESTDATA / name)
-  other = given._replace(model=with_config(given.model, **changes))
-  with pytest.raises(ValueError, match=message):
-    rotbits_jax.encode(other, preset='exact')
-  with pytest.raises(ValueError, match=message):
-    rotbits_jax.save_checkpoint(other, tmp_path / 'x')
-  assert not list(tmp_path.iterdir())
 
 
 def test_the_config_names_the_dtype(tmp_path):
