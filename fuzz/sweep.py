@@ -130,7 +130,7 @@ def numbers(data: rotbits_jax.file.Readable) -> dict[str, tuple[str, bytes]]:
   if isinstance(decoded, models.Model):
     layers = {f'layers.{i}': layer for i, layer in enumerate(decoded.layers())}
     decoded = decoded.outer() | layers
-  for path, leaf in structured.flatten(models.materialize(decoded)).items():
+  for path, leaf in structured.expand(structured.flatten(decoded)).items():
     array = np.asarray(leaf)
     content[path] = f'{array.dtype} {array.shape}', array.tobytes()
   return content

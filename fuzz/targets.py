@@ -23,6 +23,7 @@ from rotbits_jax import structured
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.file import report as report_lib
+from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
 from rotbits_jax.system import files
 
@@ -66,7 +67,7 @@ def _is_small(leaf: Any) -> bool:
   """Returns whether a leaf can be materialized here."""
   if not structured.is_structured(leaf) or leaf.needs:
     return False
-  is_known = leaf.origin is structured.Origin.KNOWN
+  is_known = isinstance(leaf, difference.Difference)
   return not is_known and math.prod(leaf.shape) <= _SMALL
 
 

@@ -126,8 +126,8 @@ def check_sliced(name: str, preset: str) -> str:
 def our_logits(file: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
   """Returns the logits of our forward pass on the weights that a folder has."""
   model = rotbits_jax.decode(file)
-  layers = [*map(models.materialize, model.layers())]
-  same = models.from_layers(model.config, models.materialize(model.outer()), layers)
+  arrays = model.materialize()
+  same = models.from_layers(model.config, arrays.outer(), [*arrays.layers()])
   return np.asarray(models.logits(same, tokens))
 
 

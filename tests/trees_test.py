@@ -167,7 +167,7 @@ def check_structured(name, leaf):
       rotbits_jax.encode({'a': {'b': leaf}})
     return
   decoded = rotbits_jax.decode(rotbits_jax.encode({'a': {'b': leaf}}))
-  if leaf.origin.is_in_files:
+  if leaf.is_in_files:
     leaf = np.asarray(leaf.materialize())
   else:
     with pytest.raises(ValueError, match=r'^a/b: it cannot be stored: '):

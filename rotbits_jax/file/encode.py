@@ -458,7 +458,7 @@ def _stored(
   elif structured.is_structured(leaf):
     if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
       raise ValueError(f'leaf type {leaf.type_name!r} cannot store all of this value')
-    if leaf.origin.is_in_files:
+    if leaf.is_in_files:
       needed = list(map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
       if isinstance(leaf, difference.Difference):

@@ -29,6 +29,7 @@ from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import products
+from rotbits_jax.structured import difference
 from rotbits_jax.structured import subspaces
 from rotbits_jax.system import schema
 
@@ -155,11 +156,11 @@ class Leaf(schema.Object, kw_only=True):
         f'the leaf type {self.type_name!r:.100} is not known: import the module that '
         'registers it'
       )
-    is_known = cls.origin is structured.Origin.KNOWN
+    is_known = issubclass(cls, difference.Difference)
     is_of_layer = models.names.layer_index(self.path) is not None
     if (
       len(set(self.arrays)) < len(self.arrays)
-      or cls.origin.is_in_files != (self.crc32 is not None)
+      or cls.is_in_files != (self.crc32 is not None)
       or (len(sources) != 1 if is_known else self.base or self.product)
       or (is_of_layer and self.needs and not is_known)  # a stack has no needs
     ):

@@ -188,6 +188,6 @@ def _in_file(leaf: Any, path: str) -> tuple[Any, ...]:
   if not structured.is_structured(leaf):
     is_spec = isinstance(leaf, jax.ShapeDtypeStruct)
     leaf = leaf if is_spec else _array(leaf, path)
-  elif leaf.origin.is_in_files or isinstance(leaf, structured.UniformlyQuantized):
+  elif leaf.is_in_files or isinstance(leaf, structured.UniformlyQuantized):
     leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
   return structured.stack_key(leaf)

@@ -14,7 +14,6 @@ from rotbits_jax.models.layout import record_shapes as record_shapes
 from rotbits_jax.models.model import Model as Model
 from rotbits_jax.models.model import Params as Params
 from rotbits_jax.models.model import from_layers as from_layers
-from rotbits_jax.models.model import materialize as materialize
 from rotbits_jax.models.model import stack_key as stack_key
 from rotbits_jax.models.model import stack_layers as stack_layers
 from rotbits_jax.models.model import stack_ranges as stack_ranges

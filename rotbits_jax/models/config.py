@@ -39,18 +39,13 @@ class RopeScaling(schema.Object, kw_only=True):
   divides a frequency that makes fewer than `low_freq_factor` turns by `factor`, and
   keeps a frequency that makes more than `high_freq_factor`. Between the two bounds it
   interpolates linearly in the number of turns.
-
-  Attributes:
-    factor: divisor of the frequencies.
-    low_freq_factor, high_freq_factor: bounds of 'llama3', in turns.
-    original_positions: number of tokens within which 'llama3' counts the turns.
   """
 
   type_name: Literal['linear', 'llama3']
   factor: Positive
-  low_freq_factor: float = 0.0
+  low_freq_factor: float = 0.0  # in turns
   high_freq_factor: float = 0.0
-  original_positions: Count = 0
+  original_positions: Count = 0  # of 'llama3'
 
   def __post_init__(self) -> None:
     low, high = self.low_freq_factor, self.high_freq_factor
@@ -66,67 +61,37 @@ class ModelConfig(schema.Object, kw_only=True):
 
   A switch stands for one thing that a family does otherwise, so that another family is
   another combination of them.
-
-  Attributes:
-    family: key of `checkpoints.FAMILIES`, whose row names the tensors.
-    hidden_size: D; RMSN divides by D in narrower segments, too.
-    intermediate_size: F.
-    num_layers: L.
-    num_heads: H.
-    num_kv_heads: K; H is a multiple of it.
-    head_dim: h.
-    vocab_size: V.
-    activation: activation function of the MLP.
-    gated_mlp: whether the MLP is `down(act(gate(x)) * up(x))` and not
-      `down(act(up(x)))`.
-    parallel_block: whether attention and MLP run side by side: they read the same
-      input and share one shortcut.
-    qkv_bias: whether query, key and value have biases.
-    out_bias: whether the attention's output projection has a bias.
-    mlp_bias: whether the MLP's projections have biases.
-    head_bias: whether the head has a bias.
-    norm: 'layernorm', 'rmsnorm', or 'rmsn' for SliceGPT's norm without parameters.
-    norm_eps: number that the norm adds to the mean square or to the variance.
-    max_positions: length of the longest sequence that the model was trained for.
-    learned_positions: rows of the position table, including the 2 unused rows at its
-      start; 0 where positions are rotary.
-    rotary_dim: how many leading coordinates of a head RoPE rotates; 0 for no RoPE.
-    rope_theta: base of RoPE's wavelengths.
-    rope_scaling: how RoPE's frequencies are lowered; None if they are not.
-    sliding_window: how many tokens a token attends to, itself included; None for all.
-    qk_norm_eps: number that the RMSNorm of every query and key adds to the mean square;
-      None if queries and keys have no norm.
-    tied_head: whether the head is the transposed embedding and is not stored.
-    segment_widths: width of each residual segment, `[S + 1]`; S is 2L, or L with
-      parallel blocks.
   """
 
-  family: str
-  hidden_size: Count
-  intermediate_size: Count
-  num_layers: Count
-  num_heads: Count
-  num_kv_heads: Count
-  head_dim: Count
-  vocab_size: Count
-  activation: Activation
-  gated_mlp: bool = False
+  family: str  # key of `checkpoints.FAMILIES`, whose row names the tensors
+  hidden_size: Count  # D; RMSN divides by D in narrower segments, too
+  intermediate_size: Count  # F
+  num_layers: Count  # L
+  num_heads: Count  # H, a multiple of K
+  num_kv_heads: Count  # K
+  head_dim: Count  # h
+  vocab_size: Count  # V
+  activation: Activation  # of the MLP
+  gated_mlp: bool = False  # whether it is `down(act(gate(x)) * up(x))`
+  # Whether attention and MLP read the same input and share one shortcut.
   parallel_block: bool = False
-  qkv_bias: bool = False
-  out_bias: bool = False
-  mlp_bias: bool = False
+  qkv_bias: bool = False  # whether query, key and value have biases
+  out_bias: bool = False  # of the attention's output projection
+  mlp_bias: bool = False  # of its projections
   head_bias: bool = False
-  norm: Norm
-  norm_eps: float
-  max_positions: Count
+  norm: Norm  # 'rmsn' is SliceGPT's norm without parameters
+  norm_eps: float  # is added to the mean square or to the variance
+  max_positions: Count  # length of the longest sequence of the training
+  # Rows of the position table, with 2 unused ones at its start; 0 without a table.
   learned_positions: Count = 0
-  rotary_dim: Count = 0
-  rope_theta: Positive = 10000.0
+  rotary_dim: Count = 0  # leading coordinates of a head that RoPE rotates
+  rope_theta: Positive = 10000.0  # base of RoPE's wavelengths
   rope_scaling: RopeScaling | None = None
-  sliding_window: Count | None = None
+  sliding_window: Count | None = None  # tokens that a token attends to; None for all
+  # Is added to the mean square of queries and keys by their RMSNorm; None for no norm.
   qk_norm_eps: float | None = None
-  tied_head: bool = False
-  segment_widths: tuple[Count, ...]
+  tied_head: bool = False  # whether the head is the transposed embedding
+  segment_widths: tuple[Count, ...]  # [S + 1]; S is 2L, or L with parallel blocks
 
   def __post_init__(self) -> None:
     expected = self.segments_per_layer * self.num_layers + 1

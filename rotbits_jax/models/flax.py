@@ -43,15 +43,10 @@ def _logits(
 
 
 class LinenTransformer(nn.Module):
-  """A dense or sliced transformer, whose `init` returns zeros.
-
-  Attributes:
-    config: sizes and switches.
-    specs: shape and dtype of each parameter, nested like `Model.params`.
-  """
+  """A dense or sliced transformer, whose `init` returns zeros."""
 
   config: config_lib.ModelConfig
-  specs: Any
+  specs: Any  # shape and dtype of each parameter, nested like `Model.params`
 
   @classmethod
   def like(cls, model: model_lib.Model) -> 'LinenTransformer':

@@ -134,24 +134,17 @@ def _shapes(
 
 
 class Symmetries(NamedTuple):
-  """The symmetries of a model: which changes of coordinates keep its function.
+  """The symmetries of a model: which changes of coordinates keep its function."""
 
-  Attributes:
-    segments: whether each segment of the residual stream has a rotation of its own.
-    stream: whether one rotation acts on all segments at once. The scales of the norms
-      must first be folded into the kernels that read the norms.
-    values: whether GL(h) acts between value and output of every key-value head.
-    queries: whether GL acts between query and key of every key-value head, on the
-      coordinates that RoPE does not rotate in the layer. On each plane that RoPE
-      rotates, a complex factor acts. False if queries and keys are normed.
-    key_bias: whether the key bias changes no output; true where there is no RoPE.
-  """
-
-  segments: bool = False
+  segments: bool = False  # a rotation of each segment of the residual stream
+  # One rotation of all segments, if the scales of norms are first folded into the
+  # kernels that read the norms.
   stream: bool = False
-  values: bool = False
+  values: bool = False  # GL(h) between value and output of every key-value head
+  # GL between query and key of every key-value head, on the coordinates that RoPE does
+  # not rotate. (On each plane that it rotates, a complex factor acts.)
   queries: bool = False
-  key_bias: bool = False
+  key_bias: bool = False  # whether the key bias changes no output
 
 
 def symmetries(config: config_lib.ModelConfig) -> Symmetries:

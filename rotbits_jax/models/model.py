@@ -30,19 +30,12 @@ class Model:
   and `layers.I:J` for each stack of the N layers I to J - 1, whose parameters have the
   same shapes, dtypes and types. Kernels of a stack are `[N, in, out]`. A leaf is an
   array or a structured leaf.
-
-  Attributes:
-    params: the parameters.
-    buffers: tensors of the checkpoint that the forward pass does not use, by their
-      names in the checkpoint.
-    config: sizes and switches.
-    stored_as: name of the dtype to which the float32 parameters are still to be
-      rounded; None if they have their final dtype.
   """
 
   params: Params
-  buffers: dict[str, Any]
+  buffers: dict[str, Any]  # tensors that the forward pass does not use, by name
   config: config_lib.ModelConfig = struct.field(pytree_node=False)
+  # Dtype to which float32 parameters are still to be rounded; None if they have it.
   stored_as: str | None = struct.field(pytree_node=False, default=None)
 
   def __repr__(self) -> str:
@@ -118,14 +111,9 @@ class Model:
     return dataclasses.replace(self, params=params, stored_as=None)
 
   def materialize(self) -> 'Model':
-    """Replaces structured leaves by their arrays, see the function `materialize`."""
-    return dataclasses.replace(self, params=materialize(self.params))
-
-
-def materialize(params: Params) -> Params:
-  """Replaces structured leaves by arrays, see `structured.expand`."""
-  flat = structured.expand(structured.flatten(params))
-  return structured.unflatten(flat)
+    """Replaces structured leaves by their arrays, see `structured.expand`."""
+    params = structured.expand(structured.flatten(self.params))
+    return dataclasses.replace(self, params=structured.unflatten(params))
 
 
 def unstack_layer(stack: Params, place: int) -> Params:

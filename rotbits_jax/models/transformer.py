@@ -47,15 +47,10 @@ POSITION_OFFSET = 2  # OPT's position table begins with two unused rows
 
 
 class Written(NamedTuple):
-  """The results of a layer or a sublayer.
-
-  Attributes:
-    x: the residual stream after a layer, or the update that a sublayer adds to it.
-    inputs: the input of each linear layer, in the place of its kernel.
-  """
+  """The residual stream after a layer, or the update that a sublayer adds to it."""
 
   x: jax.Array  # [B, T, d] float32
-  inputs: Params  # leaves [B, T, in] float32
+  inputs: Params  # of linear layers, [B, T, in] float32 in the places of their kernels
 
 
 def logits(model: model_lib.Model, tokens: jax.Array) -> jax.Array:

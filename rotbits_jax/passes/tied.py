@@ -71,8 +71,8 @@ def _retie(
 ) -> transform_lib.Noted:
   """Puts a leaf in the place of the embedding, if the function makes one."""
   table, kernel = params[_EMBED], params.get(_HEAD)
-  is_summed = getattr(kernel, 'origin', None) == structured.Origin.SUMMED
-  if not structured.is_plain(table) or kernel is None or is_summed:
+  is_exact = getattr(kernel, 'is_exact', True)
+  if not structured.is_plain(table) or kernel is None or not is_exact:
     return params, {}
   kernel = structured.astype(kernel, context.dtype_of(_HEAD))
   table, head = np.asarray(table), np.asarray(structured.materialize(kernel))

@@ -71,9 +71,7 @@ class Calibration(NamedTuple):
   sensitivities: dict[str, float]  # about the KL that each causes at the step `PROBE`
   curve: tuple[Point, ...] = ()  # with a bound, all measurements, from the finest step
   step: float | None = None  # the coarsest one whose divergence is below the bound
-  measured: held_out.Measured | None = (
-    None  # at this step, on the tokens that were kept apart
-  )
+  measured: held_out.Measured | None = None  # at this step, on tokens kept apart
 
   @property
   def options(self) -> dict[str, Any]:

@@ -9,20 +9,13 @@ Name = Literal['int8', 'int4', 'float8_e4m3fn', 'float8_e5m2', 'float4_e2m1fn']
 
 
 class Grid(NamedTuple):
-  """The magnitudes of a dtype.
+  """The magnitudes of a dtype."""
 
-  Attributes:
-    magnitudes: float32, ascending from 0.
-    tops: indices of magnitudes that the greatest element of a block may have, the
-      likeliest ones first.
-    exponent: log2 of the least normal number of floats; None for integers.
-    mantissa: bits of the mantissa of floats.
-  """
-
-  magnitudes: np.ndarray
+  magnitudes: np.ndarray  # float32, ascending from 0
+  # Indices of those that the greatest element of a block may have, likely ones first.
   tops: tuple[int, ...]
-  exponent: int | None = None
-  mantissa: int = 0
+  exponent: int | None = None  # log2 of the least normal number; None for integers
+  mantissa: int = 0  # bits of the mantissa of floats
 
   def nearest(self, numbers: np.ndarray) -> np.ndarray:
     """Returns the indices of the magnitudes next to numbers that are not negative."""

@@ -35,7 +35,8 @@ class BlockQuantized(base.Structured):
   """
 
   type_name: ClassVar[str] = 'block_quantized'
-  origin: ClassVar[base.Origin] = base.Origin.FILE
+  is_exact: ClassVar[bool] = True
+  is_in_files: ClassVar[bool] = True
 
   numbers: Annotated[Any, fields.Array(None)]  # int8 or bfloat16, of the array's shape
   scales: Annotated[Any, fields.Array('mn')]  # unsigned integers [R / r, C / c]
@@ -81,10 +82,6 @@ class BlockQuantized(base.Structured):
   def _places(self) -> np.ndarray:
     """Returns the places of the exceptions."""
     return np.cumsum(self.gaps, dtype=np.int64) + np.arange(self.gaps.size)
-
-  def map_arrays(self, function: Any) -> 'BlockQuantized':
-    """Returns the leaf unchanged, because it stands for bits of one dtype."""
-    return self
 
   def check(self) -> None:
     numbers, scales, shape = self.numbers, self.scales, self.shape

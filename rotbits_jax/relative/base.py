@@ -78,7 +78,7 @@ class Base:
     """
     path_in_base = self.find(path)
     leaf = None if path_in_base is None else self._leaf(path_in_base)
-    if leaf is None or getattr(leaf, 'origin', None) is structured.Origin.SUMMED:
+    if leaf is None or not getattr(leaf, 'is_exact', True):
       return None
     return self._array(leaf)
 

@@ -19,7 +19,6 @@ To add a leaf, write a dataclass with annotated fields, see `fields`, and `regis
 """
 
 from rotbits_jax.structured.base import TYPES as TYPES
-from rotbits_jax.structured.base import Origin as Origin
 from rotbits_jax.structured.base import Structured as Structured
 from rotbits_jax.structured.base import floating as floating
 from rotbits_jax.structured.base import register as register

@@ -7,7 +7,6 @@ a ValueError.
 
 import abc
 from collections.abc import Callable
-import enum
 from typing import Any, ClassVar, Self
 
 import jax
@@ -16,31 +15,6 @@ import numpy as np
 
 from rotbits_jax.structured import fields
 from rotbits_jax.system import host
-
-
-class Origin(enum.Enum):
-  """Where the array of a leaf comes from, and when it takes the place of the leaf.
-
-  Attributes:
-    SUMMED: The leaf is a parameter of the model. `materialize` sums products in
-      float32, so the last bits of the array depend on the machine.
-    COPIED: The leaf is a parameter of the model. Each machine computes the same bits.
-    FILE: Only files hold the leaf. The reader puts the array in its place, and each
-      machine computes the same bits.
-    KNOWN: Like `FILE`, but the array is computed from another one that the reader
-      knows: an array of a base, a product of such arrays, or a parameter that `needs`
-      names.
-  """
-
-  SUMMED = enum.auto()
-  COPIED = enum.auto()
-  FILE = enum.auto()
-  KNOWN = enum.auto()
-
-  @property
-  def is_in_files(self) -> bool:
-    """Whether only files hold such leaves."""
-    return self in (Origin.FILE, Origin.KNOWN)
 
 
 class Structured(abc.ABC):
@@ -53,12 +27,16 @@ class Structured(abc.ABC):
   Attributes:
     type_name: name of the class in the file format.
     needs: paths of the parameters that `materialize` takes, as in 'head/kernel'.
-    origin: where the array comes from, and when it takes the place of the leaf.
+    is_exact: whether each machine computes the same bits of the array. Else sums of
+      products in float32 depend on the machine.
+    is_in_files: whether only files hold the leaf. The reader puts the array in its
+      place, which each machine computes alike.
   """
 
   type_name: ClassVar[str]
   needs: ClassVar[tuple[str, ...]] = ()
-  origin: ClassVar[Origin] = Origin.SUMMED
+  is_exact: ClassVar[bool] = False
+  is_in_files: ClassVar[bool] = False
 
   # ---- the array that the leaf stands for
 
@@ -115,8 +93,10 @@ class Structured(abc.ABC):
   def map_arrays(self, function: Callable[[Any], Any]) -> Self:
     """Applies a function to each array of floating-point numbers, such as a rounding.
 
-    A leaf whose numbers must not change overrides this method.
+    A leaf that is in files only does not change, because it stands for given bits.
     """
+    if self.is_in_files:
+      return self
     return jax.tree.map(lambda x: function(x) if _is_float(x) else x, self)
 
   def rounded(self, function: Callable[[Any], Any]) -> Self:

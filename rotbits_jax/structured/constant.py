@@ -26,18 +26,13 @@ class Constant(base.Structured):
   >>> leaf = Constant.like(jnp.zeros(3), 1.0)
   >>> leaf.materialize().tolist()
   [1.0, 1.0, 1.0]
-
-  Attributes:
-    value: `[...]`, the value. It is an array, because a stacked leaf has one value a
-      layer.
-    tail: shape of the array `[..., *tail]`, without the layer axis.
   """
 
   type_name: ClassVar[str] = 'constant'
-  origin: ClassVar[base.Origin] = base.Origin.COPIED
+  is_exact: ClassVar[bool] = True
 
-  value: Annotated[Any, fields.Array('')]
-  tail: tuple[fields.Length, ...] = fields.static()
+  value: Annotated[Any, fields.Array('')]  # [...], because a stack has one a layer
+  tail: tuple[fields.Length, ...] = fields.static()  # shape without the layer axis
 
   @classmethod
   def like(cls, array: Any, value: float) -> 'Constant':

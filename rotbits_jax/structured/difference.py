@@ -110,7 +110,8 @@ class Difference(base.Structured):
   """
 
   type_name: ClassVar[str] = 'difference'
-  origin: ClassVar[base.Origin] = base.Origin.KNOWN
+  is_exact: ClassVar[bool] = True
+  is_in_files: ClassVar[bool] = True
 
   lengths: tuple[fields.Length, ...] = fields.static()  # its shape
   name: _Name = fields.static()  # of the dtype
@@ -148,10 +149,6 @@ class Difference(base.Structured):
       return sizes
     # The coder takes their other bits from the known array's precision.
     return [(np.dtype(np.int8), sizes[0][1]), *sizes[1:]]
-
-  def map_arrays(self, function: Callable[[Any], Any]) -> 'Difference':
-    """Returns the leaf unchanged, because it stands for bits of one dtype."""
-    return self
 
   # ---- the array
 

@@ -111,7 +111,7 @@ class TrapezoidalRows(base.Structured):
   """
 
   type_name: ClassVar[str] = 'trapezoidal_rows'
-  origin: ClassVar[base.Origin] = base.Origin.COPIED
+  is_exact: ClassVar[bool] = True
 
   full: Annotated[Any, fields.Array('mc', optional=True)]  # the other rows
   # The last rows, transposed; pivots come first.

@@ -37,19 +37,15 @@ _NEWTON = 5  # steps, after which 3^-32 of the first error is left
 @base.register
 @struct.dataclass
 class Basis(base.Structured):
-  """A basis, whose array is int32 in units of 2^-25; see the module.
-
-  Attributes:
-    numbers: the basis, or A if there is a mask.
-    step: the unit of the numbers, itself in units of 2^-25.
-    mask: a bit for each of D rows, low bits first: whether the row is in J.
-  """
+  """A basis, whose array is int32 in units of 2^-25; see the module."""
 
   type_name: ClassVar[str] = 'basis'
-  origin: ClassVar[base.Origin] = base.Origin.FILE
+  is_exact: ClassVar[bool] = True
+  is_in_files: ClassVar[bool] = True
 
-  numbers: Annotated[Any, fields.Array('ad', np.int32)]
-  step: Annotated[int, schema.between(1, _ONE)] = fields.static()
+  numbers: Annotated[Any, fields.Array('ad', np.int32)]  # A if there is a mask
+  step: Annotated[int, schema.between(1, _ONE)] = fields.static()  # in the same units
+  # A bit for each of D rows, low bits first: whether the row is in J.
   mask: Annotated[Any, fields.Array('m', np.uint8, optional=True)] = None
 
   @classmethod

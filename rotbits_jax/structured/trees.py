@@ -18,7 +18,7 @@ def is_structured(leaf: Any) -> bool:
 
 def is_in_files(leaf: Any) -> bool:
   """Returns whether a leaf stands for an array in files only."""
-  return is_structured(leaf) and leaf.origin.is_in_files
+  return is_structured(leaf) and leaf.is_in_files
 
 
 def is_plain(leaf: Any) -> bool:
@@ -42,7 +42,7 @@ def materialize(tree: Any) -> Any:
     if not is_structured(leaf):
       return leaf
     # Bits of leaves that stand for arrays in files do not depend on a compiler.
-    return leaf.materialize() if leaf.origin.is_in_files else _materialize(leaf)
+    return leaf.materialize() if leaf.is_in_files else _materialize(leaf)
 
   return jax.tree.map(array, tree, is_leaf=is_structured)
 

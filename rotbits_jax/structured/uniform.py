@@ -34,7 +34,7 @@ class UniformlyQuantized(base.Structured):
   """
 
   type_name: ClassVar[str] = 'uniformly_quantized'
-  origin: ClassVar[base.Origin] = base.Origin.COPIED
+  is_exact: ClassVar[bool] = True
 
   integers: Annotated[Any, fields.Array(None, np.int16)]  # [R, C] with exponents
   step: Annotated[Any, fields.Array('', np.float32)]
