@@ -173,15 +173,17 @@ def decode(
   Args:
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
       states. Its arrays, or `jax.ShapeDtypeStruct`s, have the shapes and dtypes of the
-      file; where one is committed to a sharding, the decoded array gets it. A leaf of
-      integers, see `load`, becomes its array.
+      file; where one is a JAX array, the decoded one is, too, with its sharding if that
+      is committed. A leaf of integers, see `load`, becomes its array.
   """
   content = file.Reader(source, base=base).content(show_progress=progress)
   if like is None:
     return content
   if isinstance(content, models.Model):
     raise ValueError('the file holds a model, which has a structure: leave out `like`')
-  return placement.sharded_like(like, sources.unflatten_like(like, content))
+  tree = sources.unflatten_like(like, content)
+  is_leaf = structured.is_structured
+  return jax.tree.map(placement.placed_like, like, tree, is_leaf=is_leaf)
 
 
 @host.own_settings()

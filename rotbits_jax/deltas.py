@@ -98,7 +98,7 @@ def apply(
   }
   last = {path: name for name, paths in needed.items() for path in paths}
   counts = collections.Counter(map(id, jax.tree.leaves(old)))
-  for record, flat in reader.each():
+  for record, flat in reader.each(integers=True):
     for path in needed[record]:
       place = sharding if path.startswith(prefix) else None
       if path in flat and path in same and place is None and path in old:

@@ -87,7 +87,7 @@ def another_buffer(checkpoint):
 
 @pytest.mark.parametrize(
   ('change', 'words'),
-  [(negated_rows, 'embed/tokens: its'), (another_buffer, 'inv_freq: differs')],
+  [(negated_rows, 'embed/tokens: its'), (another_buffer, 'buffers: differ')],
 )
 def test_what_random_tokens_do_not_show_is_compared(tmp_path, change, words):
   config = random_models.BASE | {'num_hidden_layers': 1, 'vocab_size': 2000}

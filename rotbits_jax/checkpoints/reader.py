@@ -34,7 +34,10 @@ from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints.families import CONFIG
+from rotbits_jax.coding import pool
 from rotbits_jax.system import files as files_lib
+from rotbits_jax.system import host
+from rotbits_jax.system import progress
 from rotbits_jax.system import schema
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
@@ -207,15 +210,33 @@ class CheckpointReader(Folder):
     record = models.names.BUFFERS
     return dict(self.read(record)[record]) if record in self.records else {}
 
-  def load(self) -> tensors_lib.Checkpoint:
-    """Reads the whole checkpoint into memory, as NumPy arrays."""
-    params = self.outer()
-    specs = map(self.specs, map(models.names.layer, range(self.config.num_layers)))
-    keys = [models.stack_key(*layer.values()) for layer in specs]
-    for layers in models.stack_ranges(range(len(keys)), keys.__getitem__):
-      stack = models.stack_layers(map(self.layer, layers), len(layers))
-      params[models.names.stack(layers)] = stack
-    model = models.Model(params, self.buffers, self.config)
+  def load(
+    self, layers: range | None = None, *, show_progress: bool = False
+  ) -> tensors_lib.Checkpoint:
+    """Reads the checkpoint, or some of its layers, into memory, as NumPy arrays."""
+    layers = range(self.config.num_layers) if layers is None else layers
+    name = models.names.layer
+    specs = {i: self.specs(name(i))[name(i)] for i in layers}
+    params: models.Params = {}
+    rows: dict[str, np.ndarray] = {}
+    for run in models.stack_ranges(layers, lambda i: models.stack_key(specs[i])):
+      for path, spec in structured.flatten(specs[run.start]).items():
+        stack = host.empty((len(run), *spec.shape), spec.dtype)
+        params[f'{models.names.stack(run)}/{path}'] = stack
+        rows |= {f'{name(i)}/{path}': stack[i - run.start, ...] for i in run}
+
+    def copy(record: str) -> None:
+      for path, array in structured.flatten(self.read(record)).items():
+        contiguous = host.contiguous(array)
+        if path in rows:
+          rows[path][...] = contiguous
+        else:
+          params[path] = contiguous
+        bar.update(array.nbytes)
+
+    with progress.Progress('decode', self.nbytes, 'B', show=show_progress) as bar:
+      pool.each(copy, [*models.outer_shapes(self.config), *map(name, layers)])
+    model = models.Model(structured.unflatten(params), self.buffers, self.config)
     return tensors_lib.Checkpoint(model, dict(self.files), self.stem)
 
 

@@ -78,8 +78,8 @@ class Encoder:
     self.can_be_divided = preset.coder != paper.CODER
     if self.can_be_divided and preset.coder not in coders.CODERS:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
-    if preset.rounding is None and isinstance(source, models.Model):
-      source = source.rounded()  # other presets round at the end
+    if isinstance(source, models.Model) and (preset.rounding is None or base):
+      source = source.rounded()  # others are rounded when they are rewritten
     self.source, self.preset, self.base = source, preset, base
     self._inputs = [source, *([] if base is None else [base.source])]
     self._files, self._stem = dict(files or {}), stem
@@ -245,38 +245,29 @@ class Encoder:
     self, names: Sequence[str], state: Any
   ) -> Iterator[tuple[list[passes.Record], Any]]:
     """Yields records, also others than those in `names`, and the state after them."""
-    others, order = list(names), list(self.counts)
-    if self._context is not None:
-      layers = [i for x in names if (i := models.names.layer_index(x)) is not None]
+    is_rewritten = self._context is not None and self._recipe is None
+    rewritten = [x for x in names if is_rewritten and x != models.names.BUFFERS]
+    if rewritten:
+      layers = [i for x in rewritten if (i := models.names.layer_index(x)) is not None]
       end = self._context.config.num_layers
-      outer_shapes = models.outer_shapes(self._context.config)
-      is_basis = lambda name: models.names.subspace_index(name) is not None
-      others = [x for x in names if is_basis(x) or x == models.names.BUFFERS]
       for batch, reached in passes.rewrite(
         self._context,
         self.preset.transform,
         rounding=self.preset.rounding,
         layers=range(layers[0], layers[-1] + 1) if layers else range(end, end),
         state=state,
-        outer=any(x in outer_shapes for x in names),
+        outer=len(layers) < len(rewritten),
       ):
-        state, last = reached, order.index(batch[-1].name)
-        before = [name for name in others if order.index(name) < last]
-        others = others[len(before) :]
-        batch[:0] = map(self._record, before)
+        state = reached
         yield batch, state
-    for name in others:
-      yield [self._record(name)], state
-
-  def _record(self, name: str) -> passes.Record:
-    """Returns a record that no transform rewrites."""
-    params, rounding = self._records.read(name), self.preset.rounding
-    if self._context is None and rounding is not None:
-      flat: dict[str, Any] = {path: {} for path in structured.empty_dicts(params)}
-      for path, leaf in structured.flatten(params).items():
-        flat[path] = rounded(rounding, path, leaf)
-      params = structured.unflatten(flat)
-    return passes.Record(name, params, [])
+    for name in names[len(rewritten) :]:  # buffers are the last record
+      params, rounding = self._records.read(name), self.preset.rounding
+      if self._context is None and rounding is not None:
+        flat: dict[str, Any] = {path: {} for path in structured.empty_dicts(params)}
+        for path, leaf in structured.flatten(params).items():
+          flat[path] = rounded(rounding, path, leaf)
+        params = structured.unflatten(flat)
+      yield [passes.Record(name, params, [])], state
 
   def _write_records(
     self,

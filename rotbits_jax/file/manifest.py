@@ -10,6 +10,7 @@ The preset `paper` stores one message in place of records.
 record is decoded. Both raise a ValueError that names the record or the parameter.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import functools
 import json
@@ -213,23 +214,19 @@ class RecordEntry(schema.Object, kw_only=True):
     return [(leaf, [next(arrays) for _ in leaf.arrays]) for leaf in self.leaves]
 
   @property
-  def joined(self) -> dict[str, list[Leaf]]:
-    """The leaves that are joined, by their dtype."""
-    joined: dict[str, list[Leaf]] = {}
+  def joined(self) -> Mapping[str, int]:
+    """The number of elements of leaves that are joined, by their dtype."""
+    sizes = collections.Counter[str]()
     for leaf in self.leaves:
-      if leaf.is_joined:
-        joined.setdefault(leaf.dtype, []).append(leaf)
-    return joined
+      sizes.update({leaf.dtype: leaf.size} if leaf.is_joined else {})
+    return sizes
 
   def check(self) -> None:
     """Checks that the stream can hold the leaves, before it is decoded."""
     with container.naming(self.name):
       spec = self.stream_spec
       count = sum(len(leaf.arrays) for leaf in self.leaves)
-      joined = [
-        ((sum(leaf.size for leaf in leaves),), entries.stored_dtype(dtype))
-        for dtype, leaves in self.joined.items()
-      ]
+      joined = [((n,), entries.stored_dtype(x)) for x, n in self.joined.items()]
       last = [(x.shape, x.dtype) for x in spec.arrays[count:]]
       total = self.nbytes, count + len(joined)
       if total != (spec.nbytes, len(spec.arrays)) or last != joined:

@@ -140,8 +140,7 @@ class Plan:
     process, processes = 0, 1
     if self._has_index and accepted is None:
       process, processes = jax.process_index(), jax.process_count()
-    shards = [*self.shards.values()][process::processes]
-    size = sum(map(self._encoder.nbytes, shards))
+    size = sum(map(self._encoder.nbytes, [*self.shards.values()][process::processes]))
     with (
       # Half a file is of no use.
       contextlib.nullcontext() if self._has_index else outputs.fresh(self._staging),

@@ -40,39 +40,27 @@ def put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
 
 
 def placed_like(old: Any, new: Any) -> Any:
-  """Returns an array, or a structured leaf, where an old one is.
+  """Returns an array, or a structured leaf, where the old one, a JAX array, is.
 
-  Beside a NumPy array or None, new arrays remain where they are.
+  Beside anything else, new arrays remain where they are.
   """
   if structured.is_structured(new):
     return jax.tree.map(placed_like, old, new)
   if structured.is_structured(old):  # the file has its array
     old = next((x for x in jax.tree.leaves(old) if x.shape == new.shape), new)
-  if old is None or isinstance(old, np.ndarray | np.generic):
-    return new
   sharding = getattr(old, 'sharding', None)
+  if sharding is None:
+    return new
   # `jax.eval_shape` on a mesh with explicit axes names no devices.
   is_abstract = isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh)
   is_committed = getattr(old, 'committed', True) and not is_abstract
   return put(new, sharding if is_committed else None)
 
 
-def sharded_like(like: Any, tree: Any) -> Any:
-  """Puts arrays where those of `like` are committed; the others remain as they are."""
-
-  def place(old: Any, new: Any) -> Any:
-    is_sharded = isinstance(getattr(old, 'sharding', None), jax.sharding.Sharding)
-    is_placed = is_sharded and getattr(old, 'committed', True)
-    return placed_like(old, new) if is_placed else new
-
-  return jax.tree.map(place, like, tree, is_leaf=structured.is_structured)
-
-
 def _sharding(
   place: Place, path: str, shape: tuple[int, ...]
 ) -> jax.sharding.Sharding | None:
-  """Returns the sharding of an array; None if it is committed to no device."""
-  # An axis that the devices do not divide is whole; a vector has the first axes.
+  """Returns the sharding of an array, whose axes are whole if devices do not divide."""
   sharding = place(path, shape) if callable(place) else place
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return sharding

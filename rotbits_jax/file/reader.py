@@ -191,35 +191,37 @@ class Reader:
     return self.decode(self._holders[path])[path]
 
   def each(
-    self, *, as_arrays: bool = False, show_progress: bool = False
+    self,
+    names: Sequence[str] | None = None,
+    *,
+    show_progress: bool = False,
+    **options: Any,
   ) -> Iterator[tuple[str, Tree]]:
-    """Yields the name of each record and its leaves by path, see `names`.
+    """Yields the name of each record and its leaves by path, with options of `decode`.
 
-    Structured leaves stay, or come `as_arrays`. Leaves may share the base's memory.
+    One record is decoded while the caller works on the one before it. If names are
+    given, all of these are started at once.
     """
-    for name, params in self._message(show_progress).items():
+    message = self._message(show_progress) if names is None else {}
+    for name, params in message.items():
       yield name, structured.flatten({name: params})
-    names = self.names()
-    sizes = {name: self.entry(name).input.bytes for name in names}
+    order = self.names() if names is None else names
+    sizes = {name: self.entry(name).input.bytes for name in order}
     needed = {path for leaf in self._leaves.values() for path in leaf.needs}
     held = {self._holders.get(path) for path in needed}
     jobs: dict[str, Any] = {}
-    decode = functools.partial(
-      self.decode, integers=not as_arrays, as_arrays=as_arrays, shared=True
-    )
-    total = sum(sizes.values())
+    decode, total = functools.partial(self.decode, **options), sum(sizes.values())
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
       pool.record_jobs() as start,
     ):
-      for i, name in enumerate(names):
-        # One record is decoded while the caller works on the one before it.
-        for other in names[i : i + (1 if sizes[name] >= memory.LARGE else 2)]:
-          if other not in jobs:
-            jobs[other] = start(functools.partial(decode, other, jobs))
+      for i, name in enumerate(order):
+        ahead = i + (1 if sizes[name] >= memory.LARGE else 2)
+        for other in order[len(jobs) : ahead if names is None else None]:
+          jobs[other] = start(functools.partial(decode, other, jobs))
         yield name, jobs[name].result()
         if name not in held:
-          del jobs[name]
+          jobs[name] = None
         bar.update(sizes[name])
 
   def decode(
@@ -227,10 +229,9 @@ class Reader:
     name: str,
     started: Mapping[str, 'futures.Future[Tree]'] = types.MappingProxyType({}),
     *,
-    rows: stacks.Rows | None = None,
+    rows: stacks.Rows = types.MappingProxyType({}),
     integers: bool = False,
     as_arrays: bool = False,
-    shared: bool = False,
   ) -> Tree:
     """Decodes a record to NumPy arrays and structured leaves.
 
@@ -240,7 +241,6 @@ class Reader:
       rows: where to decode leaves to; others get new memory.
       integers: whether multiples of one step stay integers.
       as_arrays: whether the leaves are materialized.
-      shared: whether arrays may share the memory of the base, and have any strides.
     """
     entry, file = self.entry(name), self._homes[name]
     # For several leaves that need one record.
@@ -249,43 +249,37 @@ class Reader:
     )
     leaves, known = [], {}
     arrays: list[np.ndarray] = []
-    joined: dict[str, list[np.ndarray]] = {}
     with (
       container.naming(file.name),
       container.naming(name),
       memory.bounded(name, entry.memory_bytes),
     ):
+      left = {
+        dtype: host.empty((size,), entries_lib.stored_dtype(dtype))
+        for dtype, size in entry.joined.items()
+      }
+      joined = [*left.values()]
       for leaf, specs in entry.leaf_specs:
-        out = (rows or {}).get(entry.inner(leaf.path))
-        if out is None and leaf.base is not None and not shared:
-          out = [host.empty(leaf.shape, leaf.dtype)]
-        needed = functools.partial(self._needed, leaf, others)
-        shapes = [self._leaves[x].shape for x in leaf.needs if x in self._leaves]
-        if not leaf.needs:
-          shapes = [leaf.shape if leaf.base is None else leaf.base.shape]
+        out = rows.get(leaf.path)
         is_expanded = leaf.is_expanded(integers)
         if leaf.is_joined:
-          stored = out or [host.empty(leaf.shape, leaf.dtype)]
-          joined.setdefault(leaf.dtype, []).append(stored[0])
+          first, left[leaf.dtype] = np.split(left[leaf.dtype], [leaf.size])
+          stored = [first.reshape(leaf.shape)]
         elif out is None or is_expanded:
           stored = [host.empty(x.shape, x.dtype) for x in specs]
         else:  # the coder writes them there
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
+        needed = functools.partial(self._needed, leaf, others)
+        shapes = [self._leaves[x].shape for x in leaf.needs if x in self._leaves]
+        if not leaf.needs:
+          shapes = [leaf.shape if leaf.base is None else leaf.base.shape]
         leaves.append(_StoredLeaf(leaf, stored, out, is_expanded, needed, shapes))
-        is_difference = leaf.leaf_class is difference.Difference
-        if is_difference and 'differences' in leaf.arrays:
-          index = leaf.arrays.index('differences')
-          known[len(arrays) + index] = leaves[-1].known
+        if 'differences' in leaf.arrays:
+          known[len(arrays) + leaf.arrays.index('differences')] = leaves[-1].known
         arrays += [] if leaf.is_joined else stored
-      joints = [host.empty((sum(x.size for x in y),), k) for k, y in joined.items()]
-      arrays += [x.view(entries_lib.stored_dtype(x.dtype.name)) for x in joints]
       decode = coders.CODERS[entry.coder].decode
       data = file.checked(name, entry.crc32)
-      decode(entry.stream_spec, data, out=arrays, known=known)
-      for joint, parts in zip(joints, joined.values(), strict=True):
-        for part in parts:
-          part[...] = joint[: part.size].reshape(part.shape)
-          joint = joint[part.size :]
+      decode(entry.stream_spec, data, out=[*arrays, *joined], known=known)
       return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
 
   def _needed(
@@ -323,26 +317,30 @@ class Reader:
     Arrays are NumPy arrays. Plain tensors of a known family become a model only if
     `as_model`.
     """
-    source: Any = self.plain_model() if as_model else None
-    buffers = {} if source is None else source.buffers
+    source = self.plain_model() if as_model else None
     config = self.config if source is None else source.config
     count = 0 if config is None else config.num_layers
     layers = range(count) if layers is None else layers
     if not 0 <= layers.start <= layers.stop <= count or layers.step != 1:
       raise ValueError(f'the file has {count} layers, got {layers}')
-    outer = list(self.records) if config is None else list(models.outer_shapes(config))
-    if self.manifest.message is not None:
-      source = sources.TreeRecords(self._message(show_progress))
-      show_progress = False
     if source is not None:
-      flat = stacks.read_arrays(source, outer, layers, show_progress=show_progress)
-    else:
-      flat = stacks.read(
-        self, outer, layers, integers=integers, show_progress=show_progress
-      )
+      nbytes = sum(leaf.nbytes for leaf in self._leaves.values())
+      with memory.bounded('the whole content', nbytes):
+        return source.load(layers, show_progress=show_progress).model
+    buffers = {}
+    if config is not None and models.names.BUFFERS in self.records:
+      buffers = self.read(models.names.BUFFERS)[models.names.BUFFERS]
+    if config is not None and self.manifest.message is not None:
+      params = self._message(show_progress)
+      rows = [params.pop(models.names.layer(i)) for i in range(count)]
+      if layers != range(count):
+        raise ValueError('a file of the preset paper decodes whole, with all layers')
+      return models.from_layers(config, params, rows, buffers)
+    outer = list(self.records) if config is None else list(models.outer_shapes(config))
+    flat = stacks.read(
+      self, outer, layers, integers=integers, show_progress=show_progress
+    )
     if config is not None:
-      if models.names.BUFFERS in self.records and not self.is_plain:
-        buffers = self.read(models.names.BUFFERS)[models.names.BUFFERS]
       return models.Model(structured.unflatten(flat), buffers, config)
     if self.is_plain:  # the tensors by name
       return flat
@@ -448,16 +446,16 @@ class _StoredLeaf:
   def value(self, *, as_arrays: bool) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""
     entry = self.entry
-    if not entry.type_name:
-      return self.arrays[0].view(np.dtype(entry.dtype))
     with container.naming(entry.path):
-      if not self.is_expanded and not as_arrays:
+      if not entry.type_name:
+        array = self.arrays[0].view(np.dtype(entry.dtype))
+      elif not self.is_expanded and not as_arrays:
         return self._leaf
-      if not self.is_expanded:
+      elif not self.is_expanded:
         needed = self.needed()
         leaf = self._leaf.materialize(*needed) if needed else self._leaf
         return jax.device_get(structured.materialize(leaf))
-      if hasattr(self._leaf, 'write'):
+      elif hasattr(self._leaf, 'write'):
         array = self.out[0] if self.out else host.empty(entry.shape, entry.dtype)
         self._leaf.write(array)
       elif self.prediction is None:
@@ -466,7 +464,7 @@ class _StoredLeaf:
         array = self._leaf.joined(self.prediction, run=pool.run)
       if entry.crc32 is not None and checksums.of_array(array) != entry.crc32:
         raise ValueError('decoded elements differ from the encoded ones')
-    if self.out is None or array is self.out[0]:
+    if self.out is None or np.may_share_memory(array, self.out[0]):
       return array
     self.out[0][...] = host.contiguous(array)
     return self.out[0]

@@ -198,8 +198,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   leaves = [leaf for record in manifest.records for leaf in record.leaves]
   if any(leaf.base_arrays or leaf.product for leaf in leaves):
     notes[encode_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
-  quantised = [x for record in manifest.records for x in _quantised(record)]
-  if quantised:
+  if quantised := [x for record in manifest.records for x in _quantised(record)]:
     notes['quantised before'] = quantised
   elements = sum(entry.input.elements for entry in stored)
   size = sum(entry.input.bytes for entry in stored)
@@ -237,41 +236,36 @@ def _bits(record: manifest_lib.RecordEntry) -> Note:
 
 
 def _quantised(record: manifest_lib.RecordEntry) -> list[Note]:
-  """Returns what was found of tensors that were quantised before, and their bits.
-
-  Arrays that are coded together are taken to have the same bits per element.
-  """
+  """Returns what was found of tensors that were quantised before, and their bits."""
   is_found = lambda leaf: leaf.leaf_class is quantisers.BlockQuantized
   if not any(map(is_found, record.leaves)):
     return []
   record.check()
   spec, notes = record.stream_spec, list[Note]()
   sizes = np.zeros(len(spec.arrays))
-  for group, members in zip(spec.groups, spec.members[:-1], strict=True):
-    size = sum(member.size for member in members)
-    for member in members:
-      sizes[member.array] += (group.contexts + sum(group.blocks)) * member.size / size
   for member in spec.members[-1]:
     sizes[member.array] += member.size * member.dtype.itemsize
-  ends = np.cumsum([0, *(0 if x.is_joined else len(x.arrays) for x in record.leaves)])
-  for leaf, first, last in zip(record.leaves, ends, ends[1:], strict=False):
+  for group, members in zip(spec.groups, spec.members[:-1], strict=True):
+    # As if arrays that are coded together had the same bits per element.
+    share = (group.contexts + sum(group.blocks)) / sum(x.size for x in members)
+    for member in members:
+      sizes[member.array] += share * member.size
+  nbytes = iter(sizes)
+  for leaf in record.leaves:
+    stored = sum(next(nbytes) for _ in leaf.arrays)
     if is_found(leaf):
-      bits = 8 * sizes[first:last].sum() / max(leaf.size, 1)
       with container.naming(leaf.path):
         form = quantisers.form(leaf.settings, leaf.shape)
-      notes.append({'tensor': leaf.path, 'form': form, 'bits': round(bits, 1)})
+      bits = round(8 * stored / max(leaf.size, 1), 1)
+      notes.append({'tensor': leaf.path, 'form': form, 'bits': bits})
   return notes
 
 
 def _beside_base(leaf: manifest_lib.Leaf) -> Note:
   """Returns how a tensor is stored beside a base."""
-  form = (leaf.type_name if leaf.arrays else leaf.type_name and 'unchanged') or 'array'
-  note: Note = {'tensor': leaf.path, 'form': form}
-  if leaf.base is not None and leaf.base.path != leaf.path:
-    note['base'] = leaf.base.path
-  if leaf.product is not None:
-    note['product'] = leaf.product.kind
-  return note
+  form = 'unchanged' if leaf.type_name and not leaf.arrays else leaf.type_name
+  product = {} if leaf.product is None else {'product': leaf.product.kind}
+  return {'tensor': leaf.path, 'form': form or 'array'} | product
 
 
 # ---- the page ------------------------------------------------------------------------
@@ -293,8 +287,9 @@ def report_page(source: container.Readable) -> str:
     loading += f'\n  rotbits decode {path} FOLDER{base}'
   return _PAGE.substitute(
     title=html.escape(f'{path}: {before} to {after}, {share:.1%}'),
-    sentence=html.escape(f'{BACK[report.keeps].capitalize()}.'),
-    report=html.escape(f'{report.to_text()}\n\n{loading}'),
+    text=html.escape(
+      f'{BACK[report.keeps].capitalize()}.\n\n{report.to_text()}\n\n{loading}'
+    ),
   )
 
 
@@ -302,13 +297,8 @@ _PAGE = string.Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
-<style>
-:root { color-scheme: light dark; }
-body { max-width: 60rem; margin: 0 auto; padding: 1rem; font: 16px/1.5 sans-serif; }
-pre { overflow-x: auto; padding: 12px; border: 1px solid #8a93a0; }
-</style>
+<style>:root { color-scheme: light dark; } pre { overflow-x: auto; }</style>
 <h1>$title</h1>
-<p>$sentence</p>
-<pre>$report</pre>
+<pre>$text</pre>
 </html>
 """)

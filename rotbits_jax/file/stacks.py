@@ -1,28 +1,19 @@
-"""Reads the records of a model; layers are decoded straight into their stacks.
-
-Plain tensors whose names are those of a known family are a model, too. Those of a layer
-are decoded together, and copied into the rows of the stacks: files have the kernels of
-most families transposed.
-"""
+"""Reads the records of a model; layers are decoded straight into their stacks."""
 
 import collections
 from collections.abc import Mapping, Sequence
-from concurrent import futures
-import functools
 from typing import Any
 
 import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import pool
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.system import host
-from rotbits_jax.system import progress
 
 Rows = Mapping[str, list[np.ndarray]]
-"""Arrays to decode the leaves of a record into, by their paths within it."""
+"""Arrays to decode leaves into, by their paths."""
 
 
 def read(
@@ -33,50 +24,35 @@ def read(
   integers: bool = False,
   show_progress: bool = False,
 ) -> dict[str, Any]:
-  """Returns the leaves of a model by path, with stacked layers; see `api.load`.
-
-  Records outside the layers that need others start last: nothing waits for them.
-  """
-  entries = {name: reader.entry(name) for name in outer}
-  entries = dict(sorted(entries.items(), key=lambda item: item[1].needs_others))
+  """Returns the leaves of a model by path, with stacked layers; see `api.load`."""
+  # Records that need others start last: nothing waits for them.
+  names = sorted(outer, key=lambda name: reader.entry(name).needs_others)
+  nbytes = sum(reader.entry(name).memory_bytes for name in names)
   of_layers = {i: reader.entry(models.names.layer(i)) for i in layers}
   runs = models.stack_ranges(layers, lambda i: of_layers[i].stack_key(integers))
-  nbytes = sum(entry.memory_bytes for entry in entries.values())
   # Where ranks differ, a stack has room for the greatest one in each layer.
   nbytes += sum(len(run) * max(of_layers[i].memory_bytes for i in run) for run in runs)
-  total = sum(x.input.bytes for x in (*entries.values(), *of_layers.values()))
   flat: dict[str, Any] = {}
-  with (
-    memory.bounded('the whole content', nbytes),
-    progress.Progress('decode', total, 'B', show=show_progress) as bar,
-    pool.record_jobs() as start,
-  ):
-    jobs: dict[str, futures.Future[dict[str, Any]]] = {}
-    decode = functools.partial(reader.decode, started=jobs, integers=integers)
-    for name in entries:
-      jobs[name] = start(functools.partial(decode, name))
-    stacks = []
+  leaves: dict[str, Any] = {}
+  rows: dict[str, list[np.ndarray]] = {}
+  with memory.bounded('the whole content', nbytes):
     for run in runs:
-      arrays, started = _stack([of_layers[i] for i in run], integers), []
-      for i, layer in enumerate(map(models.names.layer, run)):
-        rows = {path: [x[i, ...] for x in stack] for path, stack in arrays.items()}
-        started.append(start(functools.partial(decode, layer, rows=rows)))
-      stacks.append((run, arrays, started))
-    for name, entry in entries.items():
-      for path, leaf in jobs[name].result().items():
-        is_array = isinstance(leaf, np.ndarray)
-        flat[path] = host.contiguous(leaf) if is_array else leaf
-      bar.update(entry.input.bytes)
-    for run, arrays, started in stacks:
-      leaves = collections.defaultdict(list)
-      for i, job in zip(run, started, strict=True):
-        for path, leaf in job.result().items():
-          leaves[of_layers[i].inner(path)].append(leaf)
-        bar.update(of_layers[i].input.bytes)
-      for path, (leaf, *others) in leaves.items():
-        is_array = not structured.is_structured(leaf)
-        stack = arrays[path][0] if is_array else type(leaf).stack([leaf, *others])
-        flat[f'{models.names.stack(run)}/{path}'] = stack
+      for path, stack in _stack([of_layers[i] for i in run], integers).items():
+        flat[f'{models.names.stack(run)}/{path}'] = stack[0]
+        for place, name in enumerate(map(models.names.layer, run)):
+          rows[f'{name}/{path}'] = [x[place, ...] for x in stack]
+    names += map(models.names.layer, layers)
+    options = {'rows': rows, 'integers': integers, 'show_progress': show_progress}
+    for _, decoded in reader.each(names, **options):
+      leaves |= decoded
+    for run in runs:
+      first = models.names.layer(run.start)
+      for path in (x.path.removeprefix(first) for x in of_layers[run.start].leaves):
+        of_run = [leaves.pop(f'{models.names.layer(i)}{path}') for i in run]
+        if structured.is_structured(of_run[0]):
+          flat[models.names.stack(run) + path] = type(of_run[0]).stack(of_run)
+  for path, leaf in leaves.items():
+    flat[path] = host.contiguous(leaf) if isinstance(leaf, np.ndarray) else leaf
   return flat
 
 
@@ -95,39 +71,3 @@ def _stack(
     if all(shapes == first for shapes in others):
       arrays[path] = [host.empty((len(entries), *x), y) for x, y in first]
   return arrays
-
-
-def read_arrays(
-  source: Any, outer: Sequence[str], layers: range, *, show_progress: bool = False
-) -> dict[str, Any]:
-  """Returns the leaves of a model, a `passes.Source` of arrays, as `read` does."""
-  specs = lambda name: structured.flatten(source.specs(name))
-  names = [*outer, *map(models.names.layer, layers)]
-  total = sum(structured.count_bytes(x) for name in names for x in specs(name).values())
-  key = lambda i: models.stack_key(*source.specs(models.names.layer(i)).values())
-  runs = models.stack_ranges(layers, key)
-  flat: dict[str, Any] = {}
-  rows: dict[str, np.ndarray] = {}
-
-  def copy(name: str) -> None:
-    for path, array in structured.flatten(source.read(name)).items():
-      contiguous = host.contiguous(array)
-      if path in rows:
-        rows[path][...] = contiguous
-      else:
-        flat[path] = contiguous
-      bar.update(contiguous.nbytes)
-
-  with (
-    memory.bounded('the whole content', total),
-    progress.Progress('decode', total, 'B', show=show_progress) as bar,
-  ):
-    for run in runs:
-      first = models.names.layer(run.start)
-      for path, spec in specs(first).items():
-        inner, stack = path.removeprefix(first), models.names.stack(run)
-        array = host.empty((len(run), *spec.shape), spec.dtype)
-        flat[stack + inner] = array
-        rows |= {models.names.layer(i) + inner: array[i - run.start, ...] for i in run}
-    pool.each(copy, names)
-  return flat

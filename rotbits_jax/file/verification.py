@@ -106,7 +106,7 @@ def read_all(
   A ContainerError says that its bits are not those of the expected source, if any.
   """
   records = tensors = 0
-  for name, flat in reader.each(show_progress=progress):
+  for name, flat in reader.each(integers=True, show_progress=progress):
     records += 1
     tensors += len(flat)
     if expected is None:
@@ -164,21 +164,19 @@ def _compare_forms(
 
   A few tokens do not show every row of an embedding, nor a neuron that is never active.
   """
-  for name in sorted(model.buffers.keys() | reference.buffers.keys()):
-    if not structured.same_bits(model.buffers.get(name), reference.buffers.get(name)):
-      raise ContainerError(f'{models.names.BUFFERS}/{name}: differs')
+  if not structured.same_bits(dict(model.buffers), dict(reference.buffers)):
+    raise ContainerError(f'{models.names.BUFFERS}: differ from the checkpoint')
   try:
     expected = _forms(reference)
   except ValueError:  # a segment is narrower than the one before it
     return 0
   errors = [_form_errors(expected, x) for x in (model, *draws)]
   compared = 0
-  for path, error in errors[0].items():
-    limit = _MOST_ERRORS * max(x[path] for x in errors[1:]) + _LEAST_ERROR
-    if not limit < _MOST_ERROR:  # or it is NaN
-      continue
-    compared += 1
-    if not error <= limit:
+  for path in expected:
+    error, *of_draws = (x[path] for x in errors)
+    limit = _MOST_ERRORS * max(of_draws) + _LEAST_ERROR
+    compared += limit < _MOST_ERROR  # it may be NaN
+    if limit < _MOST_ERROR and not error <= limit:
       raise ContainerError(
         f'{path}: its canonical form is not that of the checkpoint: relative error '
         f'{error:.3g}, at most {limit:.3g} by rounding'
@@ -192,7 +190,7 @@ _canonicalize = jax.jit(symmetries.canonicalize, static_argnums=1)
 def _forms(model: models.Model) -> dict[str, np.ndarray]:
   """Returns the canonical form of each parameter by path, in float32."""
   params, _ = _canonicalize(model.materialize().params, model.config)
-  leaves = dataclasses.replace(model, params=params, buffers={}).leaves()
+  leaves = dataclasses.replace(model, params=params).leaves()
   return {path: np.asarray(structured.materialize(leaf)) for path, leaf in leaves}
 
 
@@ -203,8 +201,9 @@ def _form_errors(
   """Returns the greatest error of a row or a column, relative to their mean square."""
   errors = {}
   for path, form in _forms(model).items():
-    matrix = expected[path].reshape(-1, expected[path].shape[-1])
-    x, y = np.square(form.reshape(matrix.shape) - matrix), np.square(matrix)
+    x, y = (
+      np.square(np.atleast_2d(z)) for z in (form - expected[path], expected[path])
+    )
     ratios = [x.sum(i).max() / max(y.sum(i).mean(), 1e-30) for i in (0, 1)]
     errors[path] = math.sqrt(max(ratios))
   return errors

@@ -113,7 +113,8 @@ class Recipe:
       rows, columns = (None if x is None else x.rotation for x in segments)
       product = np.asarray(array, np.float32)
       product = product if rows is None else np.float32(rows.T) @ product
-      rotated[path] = product if columns is None else product @ np.float32(columns)
+      product = product if columns is None else product @ np.float32(columns)
+      rotated[path] = structured.astype(product, self._context.dtype_of(path))
     return structured.unflatten(rotated)
 
   # ---- the segments
