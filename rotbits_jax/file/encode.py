@@ -9,7 +9,6 @@ encoded without the others, so that a shard is a job of its own, see `output`.
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-import dataclasses
 import functools
 import hashlib
 import io
@@ -183,17 +182,16 @@ class Encoder:
 
   def _check_function(self) -> None:
     """Applies transforms that others wrote, and compares the predictions for tokens."""
-    source: Any = self.source
-    layers = [source.layer(i) for i in range(source.config.num_layers)]
-    model = models.from_layers(source.config, source.outer(), layers)
-    model = dataclasses.replace(model, stored_as=source.stored_as)
+    model: Any = self.source
+    model = model if isinstance(model, models.Model) else model.load().model
     rewritten, _ = passes.run_chain(
       self.preset.transform, model, rounding=self.preset.rounding
     )
-    rounded_model = model.rounded()
-    draws = verification.rotated(rounded_model)
-    found = verification.divergences(rewritten, rounded_model, draws)
-    if difference := verification.different(*found):
+    model = model.rounded()
+    divergences = verification.divergences(
+      rewritten, model, verification.rotated(model)
+    )
+    if difference := verification.different(*divergences):
       raise ValueError(
         f'the transforms make {difference}; a preset for which that is meant has '
         "keeps='approximation'"
@@ -439,6 +437,13 @@ def _find_codes(params: dict[str, Any], beside: dict[str, measure.Measured]) -> 
       beside.pop(path, None)
 
 
+def stored(leaf: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Returns the settings and the arrays that stand for an array or a leaf in a file."""
+  if structured.is_structured(leaf):
+    return leaf.stored()
+  return {}, {'': np.asarray(leaf).view(entries_lib.stored_dtype(leaf.dtype.name))}
+
+
 def _stored(
   path: str, leaf: Any, beside: measure.Measured | None, resolve: Callable[[str], Any]
 ) -> tuple[manifest_lib.Leaf, list[np.ndarray], np.ndarray | None]:
@@ -455,10 +460,7 @@ def _stored(
       if isinstance(leaf, difference.Difference):
         classes = leaf.predict(*needed).classes
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
-  if not type_name:
-    array = np.asarray(leaf).view(entries_lib.stored_dtype(dtype))
-    return manifest_lib.Leaf(path=path, shape=shape, dtype=dtype), [array], None
-  settings, arrays = leaf.stored()
+  settings, arrays = stored(leaf)
   entry = manifest_lib.Leaf(
     path=path,
     shape=shape,
@@ -467,7 +469,7 @@ def _stored(
     stack_key=stack_key,
     settings=settings,
     arrays=tuple(arrays),
-    needs=leaf.needs,
+    needs=getattr(leaf, 'needs', ()),
     base=known if isinstance(known, entries_lib.BaseArray) else None,
     product=known if isinstance(known, products.Product) else None,
     crc32=crc32,

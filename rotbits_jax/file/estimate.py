@@ -7,7 +7,7 @@ few steps and interpolates, because a file's bytes are nearly linear in the step
 """
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import itertools
 import math
 from typing import Any
@@ -23,7 +23,6 @@ from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.file import encode
-from rotbits_jax.relative import entries
 from rotbits_jax.system import progress as progress_lib
 
 _WITHIN = 0.01  # the most that a file of a target size has fewer bytes, relative
@@ -98,7 +97,8 @@ def _free(source: Any) -> tuple[float, float]:
     weight = 1 + (count - len(chosen)) * (record.name == middle)
     leaves = structured.flatten(record.params)
     elements += weight * sum(map(structured.count_elements, leaves.values()))
-    nbytes += weight * coder.estimate(_stored(leaves.values()))
+    arrays = [x for leaf in leaves.values() for x in encode.stored(leaf)[1].values()]
+    nbytes += weight * coder.estimate(arrays)
   return nbytes, elements / models.count_elements(config)
 
 
@@ -109,18 +109,9 @@ def _array_bytes(path: str, array: np.ndarray, rounding: Any) -> float:
   rows = array.reshape(-1, (array.shape[-1] if array.ndim > 1 else 1) or 1)
   sample = np.ascontiguousarray(rows[:: max(array.size // _ELEMENTS, 1)])
   leaf: Any = sample if rounding is None else encode.rounded(rounding, path, sample)
-  return coder.estimate(_stored([leaf])) * len(rows) / max(len(sample), 1)
-
-
-def _stored(leaves: Iterable[Any]) -> list[np.ndarray]:
-  """Returns the arrays that stand for leaves in a file."""
-  arrays: list[np.ndarray] = []
-  for leaf in leaves:
-    if structured.is_structured(leaf):
-      arrays += leaf.stored()[1].values()
-    else:
-      arrays.append(leaf.view(entries.stored_dtype(leaf.dtype.name)))
-  return arrays
+  return (
+    coder.estimate([*encode.stored(leaf)[1].values()]) * len(rows) / max(len(sample), 1)
+  )
 
 
 def write_within(target: int, write: Callable[[float, range], int]) -> None:

@@ -189,9 +189,8 @@ def check_path(
 def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None:
   """Checks, before the work, that no file of an input is replaced.
 
-  The files of a checkpoint are those in its folder, but for results of earlier runs:
-  encoded files and pages. Inputs are paths of checkpoints and encoded files, opened
-  ones, with their bases, or lists of inputs; those in memory are ignored.
+  The files of a checkpoint are those in its folder, except encoded ones. Inputs are
+  paths, opened files with their bases, or lists of these; others are ignored.
   """
   for path in _input_paths([*inputs]):
     real, is_encoded = path.resolve(), shards_lib.is_encoded(path)
@@ -200,8 +199,8 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
     if real.is_dir() or real.name == shards_lib.INDEX or not is_encoded:
       files |= {x.resolve() for x in folder.iterdir()}
     for target in filter(os.path.exists, targets):
-      is_result = target.suffix == '.html' or shards_lib.is_encoded(target)
-      if target.resolve() in files and (is_encoded or not is_result):
+      is_result = not is_encoded and shards_lib.is_encoded(target)
+      if target.resolve() in files and not is_result:
         raise ValueError(f'{target}: it is a file of an input, {path}')
 
 

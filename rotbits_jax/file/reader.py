@@ -375,12 +375,9 @@ class Reader:
     if not self.is_plain:
       return None
     # Each thread reads one record at a time.
-    decoded = functools.lru_cache(pool.threads() + 1)(self.decode)
-
-    def read(path: str) -> np.ndarray:
-      leaf = decoded(self._holders[path])[path]
-      return np.asarray(structured.materialize(leaf))
-
+    decode = functools.partial(self.decode, as_arrays=True)
+    decoded = functools.lru_cache(pool.threads() + 1)(decode)
+    read = lambda path: decoded(self._holders[path])[path]
     tensors = {
       path: checkpoints.LazyTensor(
         leaf.shape, np.dtype(leaf.dtype), functools.partial(read, path)
