@@ -12,8 +12,8 @@ In: sources (models, opened checkpoints and PyTrees) -> encode (rewrites records
 codes them) -> output (a file, or a folder of shards, that appears at once).
 `estimate` tells sizes before.
 
-Out: reader (records to leaves, within `memory`) -> stacks (a model) ->
-placement (devices), or directory (a checkpoint), verification and report.
+Out: reader (records to leaves and models, within `memory`) -> placement (devices), or
+directory (a checkpoint), verification and report.
 """
 
 from rotbits_jax.file.container import ContainerError as ContainerError

@@ -461,6 +461,9 @@ def _stored(
         classes = leaf.predict(*needed).classes
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored(leaf)
+  if not type_name:
+    entry = manifest_lib.Leaf(path=path, shape=shape, dtype=dtype)
+    return entry, [*arrays.values()], None
   entry = manifest_lib.Leaf(
     path=path,
     shape=shape,
@@ -469,7 +472,7 @@ def _stored(
     stack_key=stack_key,
     settings=settings,
     arrays=tuple(arrays),
-    needs=getattr(leaf, 'needs', ()),
+    needs=leaf.needs,
     base=known if isinstance(known, entries_lib.BaseArray) else None,
     product=known if isinstance(known, products.Product) else None,
     crc32=crc32,

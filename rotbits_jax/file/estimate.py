@@ -69,32 +69,23 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
 def _free(source: Any) -> tuple[float, float]:
   """Returns about the bytes of `free`, and the share of elements that it stores.
 
-  The first layer, the last one and one between are rewritten as the preset does it.
+  The first layers are rewritten as the preset does it; the second one stands for those
+  that are not read.
   """
   config, preset = source.config, presets.free()
-  count = config.num_layers
-  for chosen in ((0, count // 2, count - 1), range(count)):
-    widths = [config.layer_widths(index) for index in chosen]
-    if count > _RECORDS and all(x[-1] == y[0] for x, y in itertools.pairwise(widths)):
-      break
-  middle = models.names.layer(1)  # which stands for those that are not read
+  count = chosen = config.num_layers
+  widths, step = config.segment_widths, config.segments_per_layer
+  if count > _RECORDS and widths[_RECORDS * step] == widths[-1]:
+    chosen = _RECORDS
   small = msgspec.structs.replace(
-    config,
-    num_layers=len(chosen),
-    segment_widths=(
-      *config.segment_widths[:1],
-      *itertools.chain(*(x[1:] for x in widths)),
-    ),
+    config, num_layers=chosen, segment_widths=widths[: chosen * step + 1]
   )
-  outer, names = dict[str, Any](), map(models.names.layer, chosen)
-  for name in models.outer_shapes(config):
-    outer |= source.read(name)
-  layers = [source.read(name)[name] for name in names]
-  model = models.from_layers(small, outer, layers)
+  layers = [source.layer(index) for index in range(chosen)]
+  model = models.from_layers(small, source.outer(), layers)
   context, nbytes, elements = passes.make_context(model), 0.0, 0
   rewritten = passes.rewrite(context, preset.transform, rounding=preset.rounding)
   for record in itertools.chain.from_iterable(records for records, _ in rewritten):
-    weight = 1 + (count - len(chosen)) * (record.name == middle)
+    weight = 1 + (count - chosen) * (record.name == models.names.layer(1))
     leaves = structured.flatten(record.params)
     elements += weight * sum(map(structured.count_elements, leaves.values()))
     arrays = [x for leaf in leaves.values() for x in encode.stored(leaf)[1].values()]
@@ -109,9 +100,8 @@ def _array_bytes(path: str, array: np.ndarray, rounding: Any) -> float:
   rows = array.reshape(-1, (array.shape[-1] if array.ndim > 1 else 1) or 1)
   sample = np.ascontiguousarray(rows[:: max(array.size // _ELEMENTS, 1)])
   leaf: Any = sample if rounding is None else encode.rounded(rounding, path, sample)
-  return (
-    coder.estimate([*encode.stored(leaf)[1].values()]) * len(rows) / max(len(sample), 1)
-  )
+  nbytes = coder.estimate([*encode.stored(leaf)[1].values()])
+  return nbytes * len(rows) / max(len(sample), 1)
 
 
 def write_within(target: int, write: Callable[[float, range], int]) -> None:

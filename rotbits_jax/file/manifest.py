@@ -295,12 +295,10 @@ class Manifest(schema.Object, kw_only=True):
     for file in files:
       with container.naming(file.name), container.naming(container.MANIFEST):
         manifests.append(schema.decode(cls, file.manifest()))
-    fields = {
-      name: {key: value for x in manifests for key, value in getattr(x, name).items()}
-      for name in ('files', 'headers', 'dtypes')
-    }
-    records = tuple(record for x in manifests for record in x.records)
-    manifest = msgspec.structs.replace(manifests[0], records=records, **fields)
+    manifest = msgspec.structs.replace(
+      manifests[-1],  # which has the files and the headers
+      records=tuple(record for x in manifests for record in x.records),
+    )
     with container.naming(files[0].name):
       manifest.check()
       is_tree = manifest.config is None and not manifest.headers
@@ -317,7 +315,7 @@ class Manifest(schema.Object, kw_only=True):
   def check(self) -> None:
     """Checks that records, other files and the config belong together."""
     names = [name for name, _ in self.streams()]
-    paths = [leaf.path for record in self.records for leaf in record.leaves]
+    paths = [path for record in self.records for path in record.paths]
     if len(set(names)) < len(names) or len(set(paths)) < len(paths):
       raise ValueError('two streams or two leaves have the same name')
     if self.stem is not None and not schema.is_relative_path(self.stem, levels=1):

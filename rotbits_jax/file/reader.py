@@ -9,6 +9,7 @@ that is decoded. Several records decode side by side: one stream is read while t
 blocks of another are decoded. A damaged or incomplete file raises `ContainerError`.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 import dataclasses
@@ -33,7 +34,6 @@ from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import shards
 from rotbits_jax.file import sources
-from rotbits_jax.file import stacks
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries as entries_lib
@@ -47,6 +47,7 @@ _MOST_BASES = 8  # of subspaces that are held, because several parameters need o
 _MOST_USES = 16  # of arrays by leaves that are small beside them
 
 Tree = dict[str, Any]
+Rows = Mapping[str, list[np.ndarray]]  # arrays to decode leaves into, by path
 
 
 class Reader:
@@ -85,19 +86,9 @@ class Reader:
     self.entry = functools.cache(self._checked_entry)
     self._tensor = functools.lru_cache(_MOST_BASES)(self.tensor)
     self._check_uses()
-    if index is not None:
-      self._check_index(index)
-
-  def _check_index(self, index: shards.ShardIndex) -> None:
-    """Checks that the index of the shards names each record and its shard."""
-    base_name = lambda file: os.path.basename(file.name)
-    for file in self._files:
-      if index.metadata.manifest_crc32[base_name(file)] != file.manifest_crc32:
-        raise ContainerError(f'{file.name}: the index names another shard of this name')
-    homes = {name: base_name(self._homes[name]) for name in self.records}
-    if wrong := homes.items() ^ index.weight_map.items():
-      name, _ = min(wrong)
-      raise ContainerError(f'{name}: the index and the shards differ in this record')
+    homes = {name: self._homes[name] for name in self.records}
+    if index is not None and index != shards.index_of(self._files, homes):
+      raise ContainerError(f'{shards.INDEX} is not that of these shards')
 
   def _check_uses(self) -> None:
     """Checks that small leaves do not need large arrays over and over."""
@@ -161,9 +152,7 @@ class Reader:
 
   def fingerprint(self) -> str:
     """Returns a digest of the content: of all checksums in the manifests."""
-    digest = hashlib.sha256()
-    for file in self._files:
-      digest.update(file.manifest())
+    digest = hashlib.sha256(b''.join(file.manifest() for file in self._files))
     if self._base is not None:
       digest.update(sources.fingerprint(self._base.source).encode())
     return digest.hexdigest()
@@ -229,18 +218,14 @@ class Reader:
     name: str,
     started: Mapping[str, 'futures.Future[Tree]'] = types.MappingProxyType({}),
     *,
-    rows: stacks.Rows = types.MappingProxyType({}),
+    rows: Rows = types.MappingProxyType({}),
     integers: bool = False,
     as_arrays: bool = False,
   ) -> Tree:
     """Decodes a record to NumPy arrays and structured leaves.
 
-    Args:
-      name: name of the record.
-      started: records that are being decoded, for leaves that need others.
-      rows: where to decode leaves to; others get new memory.
-      integers: whether multiples of one step stay integers.
-      as_arrays: whether the leaves are materialized.
+    Leaves may need records that are `started`. They are decoded to the `rows` of their
+    paths, or get new memory. With `integers`, multiples of one step stay integers.
     """
     entry, file = self.entry(name), self._homes[name]
     # For several leaves that need one record.
@@ -254,10 +239,8 @@ class Reader:
       container.naming(name),
       memory.bounded(name, entry.memory_bytes),
     ):
-      left = {
-        dtype: host.empty((size,), entries_lib.stored_dtype(dtype))
-        for dtype, size in entry.joined.items()
-      }
+      new = lambda dtype, size: host.empty((size,), entries_lib.stored_dtype(dtype))
+      left = {dtype: new(dtype, size) for dtype, size in entry.joined.items()}
       joined = [*left.values()]
       for leaf, specs in entry.leaf_specs:
         out = rows.get(leaf.path)
@@ -337,9 +320,7 @@ class Reader:
         raise ValueError('a file of the preset paper decodes whole, with all layers')
       return models.from_layers(config, params, rows, buffers)
     outer = list(self.records) if config is None else list(models.outer_shapes(config))
-    flat = stacks.read(
-      self, outer, layers, integers=integers, show_progress=show_progress
-    )
+    flat = self._read(outer, layers, integers, show_progress)
     if config is not None:
       return models.Model(structured.unflatten(flat), buffers, config)
     if self.is_plain:  # the tensors by name
@@ -347,6 +328,42 @@ class Reader:
     empty = [x for entry in self.records.values() for x in entry.empty]
     nested = structured.unflatten([*flat.items(), *((x, {}) for x in empty)])
     return sources.unescaped(nested)
+
+  def _read(
+    self, outer: Sequence[str], layers: range, integers: bool, show_progress: bool
+  ) -> dict[str, Any]:
+    """Returns leaves by path; layers are decoded straight into their stacks."""
+    # Records that need others start last: nothing waits for them.
+    names = sorted(outer, key=lambda name: self.entry(name).needs_others)
+    nbytes = sum(self.entry(name).memory_bytes for name in names)
+    of_layers = {i: self.entry(models.names.layer(i)) for i in layers}
+    runs = models.stack_ranges(layers, lambda i: of_layers[i].stack_key(integers))
+    # Where ranks differ, a stack has room for the greatest one in each layer.
+    most = lambda run: max(of_layers[i].memory_bytes for i in run)
+    nbytes += sum(len(run) * most(run) for run in runs)
+    flat: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
+    rows: dict[str, list[np.ndarray]] = {}
+    with memory.bounded('the whole content', nbytes):
+      for run in runs:
+        for path, stack in _stack([of_layers[i] for i in run], integers).items():
+          flat[f'{models.names.stack(run)}/{path}'] = stack[0]
+          for place, name in enumerate(map(models.names.layer, run)):
+            rows[f'{name}/{path}'] = [x[place, ...] for x in stack]
+      names += map(models.names.layer, layers)
+      for _, decoded in self.each(
+        names, rows=rows, integers=integers, show_progress=show_progress
+      ):
+        leaves |= decoded
+      for run in runs:
+        first = models.names.layer(run.start)
+        for path in (x.path.removeprefix(first) for x in of_layers[run.start].leaves):
+          of_run = [leaves.pop(f'{models.names.layer(i)}{path}') for i in run]
+          if structured.is_structured(of_run[0]):
+            flat[models.names.stack(run) + path] = type(of_run[0]).stack(of_run)
+    for path, leaf in leaves.items():
+      flat[path] = host.contiguous(leaf) if isinstance(leaf, np.ndarray) else leaf
+    return flat
 
   def _message(self, show_progress: bool) -> Tree:
     """Returns the parameters of a message, see `paper.decode`; else nothing."""
@@ -465,6 +482,23 @@ class _StoredLeaf:
       return array
     self.out[0][...] = host.contiguous(array)
     return self.out[0]
+
+
+def _stack(
+  entries: Sequence[manifest_lib.RecordEntry], integers: bool
+) -> dict[str, list[np.ndarray]]:
+  """Makes the arrays of a stack, by path, of leaves whose layers have equal shapes."""
+  arrays: dict[str, list[np.ndarray]] = {}
+  stored = collections.defaultdict(list)
+  for entry in entries:
+    for leaf, specs in entry.leaf_specs:
+      is_array = not leaf.type_name or leaf.is_expanded(integers)
+      shapes = [(x.shape, x.dtype) for x in ([leaf] if is_array else specs)]
+      stored[entry.inner(leaf.path)].append(shapes)
+  for path, (first, *others) in stored.items():
+    if all(shapes == first for shapes in others):
+      arrays[path] = [host.empty((len(entries), *x), y) for x, y in first]
+  return arrays
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:

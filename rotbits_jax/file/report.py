@@ -135,10 +135,8 @@ class Report(NamedTuple):
       remarks.append(f'The loss is {self.measured}.')
     elif self.keeps == 'approximation':
       remarks.append(
-        'Measure how much it differs with `rotbits evaluate`.'
-        if self.family
-        else 'No divergence was measured, because the tensors are of no known family: '
-        'compare the predictions with those of the input, on your text.'
+        'No divergence was measured: compare its predictions with those of the input, '
+        'with `rotbits evaluate` if the family is known.'
       )
     return remarks
 

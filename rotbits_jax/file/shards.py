@@ -5,7 +5,7 @@ record, and holds the checksum of each shard's manifest, so that shards of diffe
 runs are not taken for one model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 import os
 import pathlib
@@ -44,14 +44,25 @@ class ShardIndex(schema.Object):
 
 def write_index(folder: pathlib.Path, shards: Mapping[str, tuple[str, ...]]) -> None:
   """Writes the index of a folder, given the records of each shard by its name."""
-  readers = {name: container.StreamReader(folder / name) for name in shards}
-  metadata = Metadata(
-    total_size=sum(reader.size for reader in readers.values()),
-    manifest_crc32={name: x.manifest_crc32 for name, x in readers.items()},
-  )
-  places = {record: name for name, records in shards.items() for record in records}
-  index = ShardIndex(metadata=metadata, weight_map=places)
+  files = {name: container.StreamReader(folder / name) for name in shards}
+  homes = {
+    record: files[name] for name, records in shards.items() for record in records
+  }
+  index = index_of(list(files.values()), homes)
   (folder / INDEX).write_text(f'{json.dumps(schema.dump(index), indent=2)}\n')
+
+
+def index_of(
+  files: Sequence[container.StreamReader], homes: Mapping[str, container.StreamReader]
+) -> ShardIndex:
+  """Returns the index of shards, given the one of each record."""
+  name_of = lambda file: os.path.basename(file.name)
+  metadata = Metadata(
+    total_size=sum(file.size for file in files),
+    manifest_crc32={name_of(file): file.manifest_crc32 for file in files},
+  )
+  weight_map = {name: name_of(file) for name, file in homes.items()}
+  return ShardIndex(metadata=metadata, weight_map=weight_map)
 
 
 def find(
