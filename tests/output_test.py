@@ -187,10 +187,10 @@ WRONG_INDEXES = (
   (lambda x: x['weight_map'].pop('a'), 'is not that of these shards'),
   (lambda x: x['weight_map'].update(e=x['weight_map']['a']), 'is not that of'),
   (lambda x: x['weight_map'].update(a=x['weight_map']['c']), 'is not that of'),
-  (lambda x: x['weight_map'].update(a='../x'), 'not the name of a shard'),
+  (lambda x: x['weight_map'].update(a='../x'), 'is not that of'),
   (lambda x: x['metadata'].pop('manifest_crc32'), 'manifest_crc32'),
   (lambda x: x.update(more=1), 'more'),
-  (lambda x: x['metadata']['manifest_crc32'].popitem(), 'not the name of a shard'),
+  (lambda x: x['metadata']['manifest_crc32'].popitem(), 'is not that of'),
 )
 
 

@@ -112,9 +112,8 @@ class Plan:
       try:
         reader = reader_lib.Reader(staged, base=encoder.base)
         path = getattr(encoder.source, 'path', None)
-        if path is None:
-          source = encoder.source if encoder.preset.keeps == 'bits' else None
-          verification.read_all(reader, source)
+        if path is None and encoder.preset.keeps == 'bits':
+          verification.read_all(reader, encoder.source)
         else:
           verification.verify(reader, path)
       except BaseException:
