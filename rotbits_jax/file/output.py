@@ -40,8 +40,7 @@ class Plan:
       plan.encode(index)  # here, or in another process that has made the same plan
     plan.publish()
 
-  Attributes:
-    shards: the records of each file, by its name.
+  `shards` has the records of each file, by its name.
   """
 
   def __init__(

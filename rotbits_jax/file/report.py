@@ -46,29 +46,19 @@ class ReportLine(NamedTuple):
 
 
 class Report(NamedTuple):
-  """The content of a file in figures.
-
-  Attributes:
-    preset, keeps, family: as in the manifest; None for the family of plain tensors.
-    input_elements, input_bytes: those of the tensors of the input.
-    stored_elements, file_bytes: those of the file.
-    lines: one for each cause of a difference between the sizes.
-    needs: the arrays of a base that are needed to decode the file, by their paths.
-    notes: the bits per element of records, and the notes of each step, by its name.
-    measured: the loss of `near`, if a bound was given.
-  """
+  """The content of a file in figures."""
 
   preset: str
   keeps: presets.Keeps
-  family: str | None
-  input_elements: int
+  family: str | None  # None for plain tensors
+  input_elements: int  # of the tensors of the input
   stored_elements: int
-  input_bytes: int
+  input_bytes: int  # of the tensors of the input
   file_bytes: int
-  lines: list[ReportLine]
-  needs: dict[str, entries.BaseArray]
-  notes: dict[str, list[Note]]
-  measured: held_out.Measured | None = None
+  lines: list[ReportLine]  # one for each cause of a difference between the sizes
+  needs: dict[str, entries.BaseArray]  # arrays of a base, by path, to decode the file
+  notes: dict[str, list[Note]]  # bits per element, and of each step by its name
+  measured: held_out.Measured | None = None  # if `near` was given a bound
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
     """Returns the report as JSON values, with the notes if `verbose`."""

@@ -30,27 +30,16 @@ _SPREAD = 0.05  # of a divergence that is measured again on another machine
 
 
 class Verification(NamedTuple):
-  """The result of `verify`.
-
-  Attributes:
-    records, tensors, files: how many records, parameters and other files were decoded.
-    same_bits: True if all bits are the checkpoint's; None if they were not compared.
-    kl: mean KL divergence from the checkpoint's predictions, in nats, or None.
-    kl_rerounded: the noise floor: the greatest one of the checkpoint after random
-      rotations and rounding.
-    compared: how many tensors were compared with the checkpoint's: all bits, or their
-      canonical forms, of those that rounding leaves one.
-    measured: the loss on the tokens of a text that `near --max_kl` kept apart, or None.
-  """
+  """The result of `verify`: counts of what was decoded, and of what was compared."""
 
   records: int
   tensors: int
-  files: int
-  same_bits: bool | None
-  kl: float | None
-  kl_rerounded: float | None
-  compared: int
-  measured: held_out.Measured | None = None
+  files: int  # besides the weights
+  same_bits: bool | None  # True if all are the checkpoint's; None if not compared
+  kl: float | None  # mean divergence from the checkpoint's predictions, in nats
+  kl_rerounded: float | None  # the noise floor: the greatest of random rotations
+  compared: int  # tensors by all bits, or by canonical forms that rounding leaves
+  measured: held_out.Measured | None = None  # on the tokens that `near` kept apart
 
 
 def verify(
