@@ -130,17 +130,17 @@ def read_group(group, tables, blocks, parts, known=None):
       classes.append(place.ravel()[::unit])
   stored = np.cumsum(numbers(count)) - 1
   frequencies = read_frequencies(numbers(-1), size, p)[stored]
-  blocks, dtype = iter(blocks), parts[0].dtype
-  read = lambda *told: read_block(next(blocks), *told, frequencies, group, dtype)
-  for part, k in zip(parts, classes, strict=True):
-    if unit == 1:
-      told = k, base[k]
-    else:
-      told = (k % 32, k // 32 + base) if raised else (k % 4, (k // 4 << 1) + base)
-    ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
-    pieces = zip(*(np.split(x, ends) for x in told), strict=True)
-    bits = np.vstack([read(*x) for x in pieces])
-    yield bits.ravel()[: part.size].reshape(part.shape)
+  k, dtype = np.concatenate(classes), parts[0].dtype
+  if unit == 1:
+    told = k, base[k]
+  else:
+    told = (k % 32, k // 32 + base) if raised else (k % 4, (k // 4 << 1) + base)
+  ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
+  pieces = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
+  bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
+  ends = np.cumsum([math.ceil(part.size / unit) for part in parts])[:-1]
+  for part, numbers in zip(parts, np.split(bits, ends), strict=True):
+    yield numbers.ravel()[: part.size].reshape(part.shape)
 
 
 def parts_of(dtype, shape, crc32, groups, zeros):

@@ -17,8 +17,10 @@ number of units.
 Shape letters: n units of W words, L lanes, T rows.
 """
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Sequence
 import functools
+import itertools
 import threading
 from typing import Any
 
@@ -48,17 +50,24 @@ _APART = 96
 # Where the CPU has registers of 512 bits, they save a tenth of the time.
 _WIDE = {'xla_cpu_prefer_vector_width': 512}
 
-Fill = Callable[[np.ndarray], None]
-"""A function that writes into an array."""
+Span = tuple[np.ndarray, Callable[[np.ndarray], None]]
+"""Bit patterns, and a function that writes the class of each unit into an array."""
 
 
-def numbers_of(numbers: int, size: int) -> int:
-  """Returns the numbers of each block of a part; the last one may have fewer.
+def divide(units: Sequence[int]) -> list[list[tuple[int, int, int]]]:
+  """Divides parts of so many units into few blocks of similar sizes.
 
-  The blocks are few and of similar sizes. The part has numbers, and a unit has `size`.
+  A block is a list of the parts, the first units and the numbers of units that it has.
   """
-  units = -(-numbers // size)
-  return size * -(-units // -(-units // CAPACITY))
+  ends = np.cumsum(units).tolist()
+  size = -(-ends[-1] // -(-ends[-1] // CAPACITY))
+  blocks: list[list[tuple[int, int, int]]] = [[] for _ in range(0, ends[-1], size)]
+  cuts = sorted({*ends, *range(0, ends[-1], size)})
+  for start, end in itertools.pairwise(cuts):
+    part = bisect.bisect(ends, start)
+    first = start - ends[part] + units[part]
+    blocks[start // size].append((part, first, end - start))
+  return blocks
 
 
 def _grid(count: int) -> tuple[int, int]:
@@ -83,48 +92,50 @@ def _plane(width: int, lanes: int) -> tuple[tuple[int, ...], np.dtype]:
   return (_plane_rows(width, ROWS), lanes), dtype
 
 
-def _classes(fill: Fill, count: int) -> np.ndarray:
+def _ends(spans: Sequence[Span], size: int) -> list[int]:
+  """Returns the ends of spans, in units of so many numbers, behind a 0."""
+  counts = (-(-numbers.size // size) for numbers, _ in spans)
+  return [*itertools.accumulate(counts, initial=0)]
+
+
+def _classes(spans: Sequence[Span], ends: Sequence[int]) -> np.ndarray:
   """Returns the classes of the units of a block: uint8 `[ROWS, L]`."""
+  count = ends[-1]
   rows, lanes = _grid(count)
   classes = _scratch('classes', (ROWS, lanes), np.uint8)
   flat = classes.reshape(-1)
-  fill(flat[:count])
+  for (_, fill), (start, end) in zip(spans, itertools.pairwise(ends), strict=True):
+    fill(flat[start:end])
   flat[count : rows * lanes] = flat[count - 1]
   return classes
 
 
 def encode(
-  numbers: np.ndarray,
-  classes: Fill,
-  layout: layouts.Layout,
-  coder_tables: layouts.Tables,
+  spans: Sequence[Span], layout: layouts.Layout, coder_tables: layouts.Tables
 ) -> np.ndarray:
-  """Encodes a block on this thread.
+  """Encodes a block on this thread, and returns its bytes, uint8.
 
   Args:
-    numbers: bit patterns, unsigned integers, as many as 1 to `CAPACITY` units have. If
-      the last unit lacks a number, it has its first one twice.
-    classes: writes the class of each unit, uint8 `[n]`.
+    spans: runs of numbers, 1 to `CAPACITY` units in all. If the last unit of one lacks
+      a number, it has its first one twice.
     layout: layout of the numbers.
     coder_tables: the tables.
-
-  Returns:
-    The block, uint8.
   """
-  count = -(-numbers.size // layout.size)
+  ends = _ends(spans, layout.size)
+  count = ends[-1]
   rows, lanes = _grid(count)
   values = _scratch('units', (ROWS, lanes, layout.words), layout.word)
-  flat = values.reshape(-1).view(numbers.dtype)
-  flat[: numbers.size] = numbers
-  flat[numbers.size : count * layout.size] = numbers[-1]
   units = values.reshape(-1, layout.words)
+  for (numbers, _), (start, end) in zip(spans, itertools.pairwise(ends), strict=True):
+    flat = units[start:end].reshape(-1).view(numbers.dtype)
+    flat[: numbers.size], flat[numbers.size :] = numbers, numbers[-1]
   units[count : rows * lanes] = units[count - 1]
   stack = ROWS * layout.pushes + _APART
   shapes: list[tuple[int, ...]] = [(lanes * stack,), (ROWS, lanes)]
   outputs = [(shape, np.dtype(np.uint16)) for shape in shapes]
   outputs += [_plane(width, lanes) for width, _ in layout.pieces]
   out = tuple(_taken(f'out {i}', *x) for i, x in enumerate(outputs))
-  arguments = values, _classes(classes, count), coder_tables, np.int32(rows)
+  arguments = values, _classes(spans, ends), coder_tables, np.int32(rows)
   state, lengths, out = _encode(out, *arguments, layout=layout)
   words, marks, *planes = map(np.asarray, out)
   lengths = np.asarray(lengths).astype(np.int64)
@@ -148,16 +159,16 @@ def encode(
 
 def decode(
   data: np.ndarray,
-  numbers: np.ndarray,
-  classes: Fill,
+  spans: Sequence[Span],
   layout: layouts.Layout,
   coder_tables: layouts.Tables,
 ) -> None:
-  """Decodes a block on this thread into `numbers`: the inverse of `encode`.
+  """Decodes a block on this thread into `spans`: the inverse of `encode`.
 
   If the bytes are not a block of as many numbers, a ValueError is raised.
   """
-  count = -(-numbers.size // layout.size)
+  ends = _ends(spans, layout.size)
+  count = ends[-1]
   rows, lanes = _grid(count)
   state, lengths, left = rans.split_words(data[: data.size & ~1].view('<u2'), lanes)
   most, total = rows * layout.pushes, int(lengths.sum())
@@ -176,25 +187,30 @@ def decode(
       raise ValueError(f'a block of {data.size} bytes has too few raw bits')
     used[:], lists = lists[: used.size], lists[used.size :]
     planes.append(plane)
-  places = _classes(classes, count)
+  places = _classes(spans, ends)
   outputs = [
     ('units', (ROWS, lanes, layout.words), layout.word),
     ('marks', (ROWS, lanes), np.dtype(np.uint8)),
   ]
   out = tuple(_taken(*x) for x in outputs)
   arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)
-  state, ends, out = _decode(out, *arguments, layout=layout)
-  if np.any(np.asarray(state) != 1 << 16) or np.any(np.asarray(ends) != tops - lengths):
+  state, bottoms, out = _decode(out, *arguments, layout=layout)
+  if np.any(np.asarray(state) != 1 << 16) or np.any(
+    np.asarray(bottoms) != tops - lengths
+  ):
     raise rans.MessageError('a block has more or fewer words than its units need')
-  units = np.asarray(out[0])
-  numbers[...] = units.reshape(-1).view(numbers.dtype)[: numbers.size]
+  units = np.asarray(out[0]).reshape(-1, layout.words)
   escaped = _nonzero(np.asarray(out[1]), rows * lanes)
   told = places.reshape(-1)[escaped].astype(np.int32)
   _, told = layout.told(told, coder_tables.base)
-  units = _listed(units.reshape(-1, layout.words)[escaped], told, lists, layout)
-  indices = (escaped[:, None] * layout.size + np.arange(layout.size)).reshape(-1)
-  is_used = indices < numbers.size
-  numbers[indices[is_used]] = units.reshape(-1).view(numbers.dtype)[is_used]
+  listed = _listed(units[escaped], told, lists, layout)
+  for (numbers, _), (start, end) in zip(spans, itertools.pairwise(ends), strict=True):
+    numbers[...] = units[start:end].reshape(-1).view(numbers.dtype)[: numbers.size]
+    few = slice(*np.searchsorted(escaped, [start, end]))
+    indices = (escaped[few, None] - start) * layout.size + np.arange(layout.size)
+    is_used = indices.reshape(-1) < numbers.size
+    values = listed[few].reshape(-1).view(numbers.dtype)
+    numbers[indices.reshape(-1)[is_used]] = values[is_used]
   for (name, *_), array in zip(outputs, out, strict=True):
     _keep(name, array)
 

@@ -4,7 +4,7 @@
 group of its own. The stream has, in this order:
 
 1.  For each group, its contexts, see `contexts.from_bytes`.
-2.  For each part of each group, its blocks, see `blocks`. Numbers are in C order.
+2.  For each group, its blocks, see `blocks`: the units of one part after the other.
 3.  The parts that are stored as they are, in C order.
 
 `specs.StreamSpec` has the numbers that are needed to read it. The decoder decides by
@@ -193,16 +193,20 @@ def _blocks(
   layout: layouts.Layout,
   contexts: contexts_lib.Contexts,
   arrays: Sequence[np.ndarray],
-) -> Iterator[tuple[np.ndarray, blocks.Fill, layouts.Layout, layouts.Tables]]:
+) -> Iterator[tuple[list[blocks.Span], layouts.Layout, layouts.Tables]]:
   """Yields the arguments of `blocks.encode` for each block of contiguous parts."""
-  tables = layout.tables(contexts.frequencies, contexts.base)
+  tables, size = layout.tables(contexts.frequencies, contexts.base), layout.size
+  parts = []
   for array, scales in zip(arrays, contexts.scales, strict=True):
-    bits, size = sparse.bit_patterns(array), layout.size
-    step = blocks.numbers_of(bits.size, size)
     write = functools.partial(scales.write, shape=array.shape, size=size)
-    for start in range(0, bits.size, step):
-      classes = functools.partial(write, start=start // size)
-      yield bits[start : start + step], classes, layout, tables
+    parts.append((sparse.bit_patterns(array), write))
+  for block in blocks.divide([-(-bits.size // size) for bits, _ in parts]):
+    spans: list[blocks.Span] = []
+    for part, start, count in block:
+      bits, write = parts[part]
+      numbers = bits[start * size : (start + count) * size]
+      spans.append((numbers, functools.partial(write, start=start)))
+    yield spans, layout, tables
 
 
 # ---- arrays --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Shape letters: n units, S numbers of a unit, N classes, K tables, A symbols.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -90,8 +90,7 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
   classes_of = map(known.get, range(len(whole)))
   divided = pool.each(_divided, range(len(whole)), whole, classes_of)
   drafts = [draft for *_, several in divided for draft in several]
-  several = pool.each(_groups, _by_layout(drafts))
-  groups = [x for y in several for x in map(_smaller, y) if x]
+  groups = [x for x in map(_smaller, pool.each(_group, _by_layout(drafts))) if x]
   for i, classes in known.items():
     part = Part(i, 0, whole[i].reshape(-1, 1))
     layout = layouts.Integers(part.numbers.dtype, 0)
@@ -102,7 +101,7 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
       raise ValueError(
         f'{whole[i].size} {layout.dtype} cannot have {classes.size} classes'
       )
-    (group,) = _groups([_Draft(part, layout, contexts_lib.known_scales(classes))])
+    group = _group([_Draft(part, layout, contexts_lib.known_scales(classes))])
     groups.append(group._replace(contexts=group.contexts._replace(is_known=True)))
   coded = {x[:2] for group in groups for x in group.parts}
   plain = [x for _, parts, _ in divided for x in parts if x[:2] not in coded]
@@ -179,7 +178,7 @@ def _smaller(group: Group) -> Group | None:
 # ---- classes and tables --------------------------------------------------------------
 
 
-def _groups(drafts: list[_Draft]) -> list[Group]:
+def _group(drafts: list[_Draft]) -> Group:
   """Chooses the classes and the tables of parts of one layout by samples of them."""
   layout, samples = drafts[0].layout, []
   scales, base = _classes(drafts)
@@ -196,31 +195,7 @@ def _groups(drafts: list[_Draft]) -> list[Group]:
     steps = -(-int(base.max()) // layouts.MOST_RAW)
     layout = dataclasses.replace(layout, raw_bits=layouts.MOST_RAW * steps)
   counts = [_counts(x, layout, base, (count, seen)) for x in samples]
-  together, apart = [*range(len(drafts))], []
-  while len(together) > 1:
-    rows = np.sum([counts[i] for i in together], axis=0)
-    saved = [_saved_apart(rows, counts[i], samples[i].weight) for i in together]
-    if max(saved) <= 8 * _GROUP_BYTES:
-      break
-    apart.append([together.pop(int(np.argmax(saved)))])
-  several: list[list[Any]] = [drafts, scales, samples, counts]
-  pick = lambda chosen: [[values[i] for i in chosen] for values in several]
-  return [_group(layout, base, *pick(chosen)) for chosen in (together, *apart)]
-
-
-def _group(
-  layout: layouts.Layout,
-  base: np.ndarray,
-  drafts: list[_Draft],
-  scales: list[contexts_lib.Scales],
-  samples: list[_Sample],
-  counts: list[np.ndarray],
-) -> Group:
-  """Chooses the tables of parts, given counts of their symbols."""
   rows = np.sum(counts, axis=0)
-  if isinstance(layout, layouts.Integers):
-    count = 1 + max(x.greatest for x in scales)
-    rows, base = rows[:count], base[:count]
   # The symbols are those that occur most.
   ends = np.cumsum(np.append(0, rows.sum(axis=0)))
   first = int(np.argmax(ends[layout.alphabet :] - ends[: -layout.alphabet]))
@@ -245,14 +220,6 @@ def _group(
     nbytes.append(float(cost + numbers * raw_bits) / 8 + 2)
   contexts = contexts_lib.Contexts(tuple(scales), base, frequencies)
   return Group(layout, contexts, [x.part for x in drafts], nbytes)
-
-
-def _saved_apart(rows: np.ndarray, own: np.ndarray, weight: float) -> float:
-  """Returns about the bits that tables of its own save a part with these counts."""
-  others = np.maximum(np.round(rows - own, 6), 0)
-  saved = _table_bits(rows) - _table_bits(others) - _table_bits(own)
-  # A sample follows tables of its own by chance.
-  return float(saved.sum() - weight * np.count_nonzero(own))
 
 
 def _classes(

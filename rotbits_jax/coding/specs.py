@@ -90,17 +90,14 @@ class ArraySpec(schema.Row):
 
 
 class GroupSpec(schema.Row):
-  """A group: parts of one layout. The numbers of each lie in blocks.
-
-  All blocks of a part but the last have `blocks.numbers_of` numbers.
-  """
+  """A group: parts of one layout. Its units lie in blocks, see `blocks.divide`."""
 
   # 'known' are integers whose classes are known from elsewhere.
   type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
   raw_bits: schema.Size  # that of the layout
   raised: bool  # that of the layout; false for integers
   contexts: schema.Size  # number of bytes of the contexts in the stream
-  blocks: tuple[schema.Size, ...]  # number of bytes of each block, part after part
+  blocks: tuple[schema.Size, ...]  # number of bytes of each block
 
   @property
   def is_known(self) -> bool:
@@ -144,9 +141,9 @@ class StreamSpec(schema.Object):
       if group.is_known and (len(members) > 1 or self.arrays[members[0].array].zeros):
         raise ValueError('a group of known classes must be one array')
       size = group.layout(members[0].dtype).size
-      counts = [-(-x.size // blocks.numbers_of(x.size, size)) for x in members]
-      if len(group.blocks) != sum(counts):
-        raise ValueError(f'{len(group.blocks)} blocks for {len(counts)} parts')
+      units = sum(-(-x.size // size) for x in members)
+      if not units or len(group.blocks) != -(-units // blocks.CAPACITY):
+        raise ValueError(f'{len(group.blocks)} blocks for {units} units')
       if min(group.blocks) < blocks.LEAST_BYTES:
         raise ValueError(f'a block cannot have {min(group.blocks)} bytes')
       coded += sum(member.size for member in members)
