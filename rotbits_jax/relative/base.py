@@ -32,20 +32,16 @@ _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
 class Base:
-  """The arrays of a base, by path, a record at a time.
-
-  Attributes:
-    source: the base, a `passes.Source`.
-    config: config of the model; None for plain arrays.
-    name: its path, if it has one, for errors.
-  """
+  """The arrays of a base, a `passes.Source`, by path, a record at a time."""
 
   def __init__(self, source: Any, *, plain: bool):
     """Reads names, shapes and dtypes; `plain` names may differ by a prefix."""
     self.source = source
     inputs = getattr(source, 'inputs', [None])
     path = getattr(source, 'path', inputs[0])
-    self.name = str(path) if isinstance(path, str | os.PathLike) else 'this'
+    self.name = (
+      str(path) if isinstance(path, str | os.PathLike) else 'this'
+    )  # in errors
     self.config: models.ModelConfig | None = getattr(source, 'config', None)
     self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for record in source.records:

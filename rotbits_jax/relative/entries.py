@@ -44,19 +44,12 @@ Dtype = Annotated[str, schema.one_of([*specs.DTYPES, *_STORED_AS])]
 
 
 class BaseArray(schema.Row):
-  """An array of another model or PyTree that a leaf needs, see `base`.
+  """An array of another model or PyTree that a leaf needs, see `base`."""
 
-  Attributes:
-    path: its path there.
-    shape: its shape.
-    dtype: its dtype.
-    crc32: CRC-32 of its bytes in C order.
-  """
-
-  path: schema.Path
+  path: schema.Path  # there
   shape: Shape
   dtype: Dtype
-  crc32: schema.Crc32
+  crc32: schema.Crc32  # of its bytes in C order
 
   def __post_init__(self) -> None:
     check_shape(self.shape)

@@ -34,24 +34,16 @@ class Product(schema.Object):
   """How a tensor of a sliced model is made of tensors of its base.
 
   It is an entry of the manifest.
-
-  Attributes:
-    kind: see the module.
-    segments: the segments of the sliced model whose bases are needed.
-    transposed: whether the kernel is the transpose of the tensor of the base, which is
-      the embedding of a model with a tied head.
-    centred: whether the mean is subtracted from each row of the tensor of 'writes'.
-    rounded: whether tensors of the base are rounded to the dtype, and again after they
-      are scaled or centred. SliceGPT does so.
-    arrays: the tensors of the base.
   """
 
-  kind: Literal['reads', 'writes', 'shortcut', 'bias']
-  segments: tuple[models.config.Count, ...] = ()
-  transposed: bool = False
-  centred: bool = False
+  kind: Literal['reads', 'writes', 'shortcut', 'bias']  # see the module
+  segments: tuple[models.config.Count, ...] = ()  # whose bases are needed
+  transposed: bool = False  # whether the kernel is the transposed tied embedding
+  centred: bool = False  # whether the mean is subtracted from each row of 'writes'
+  # Whether tensors of the base are rounded to the dtype, and again after they are
+  # scaled or centred. SliceGPT does so.
   rounded: bool = False
-  arrays: tuple[entries.BaseArray, ...] = ()
+  arrays: tuple[entries.BaseArray, ...] = ()  # of the base
 
   def vectors(
     self, dense: Sequence[np.ndarray], dtype: np.dtype
