@@ -31,7 +31,6 @@ from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import quantisers
 from rotbits_jax import structured
-from rotbits_jax.coding import coder
 from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
@@ -427,12 +426,9 @@ def _find_codes(params: dict[str, Any], beside: dict[str, measure.Measured]) -> 
     if measured is not None and measured.classes is None:
       continue  # few elements differ from the base
     codes = quantisers.find(leaf)
-    if codes is not None and measured is not None:
-      arrays = measured.leaf.stored()[1]
-      known = {list(arrays).index('differences'): measured.classes}
-      if coder.estimate([*arrays.values()], known) < quantisers.nbytes(codes):
-        continue
-    if codes is not None:
+    if codes is None:
+      continue
+    if measured is None or measured.estimate() >= quantisers.nbytes(codes):
       params[path] = codes
       beside.pop(path, None)
 

@@ -1,13 +1,9 @@
 """Chooses how an array is stored beside a known one, see `structured.difference`.
 
 A fine-tune differs from its base by numbers whose sizes depend on the row and the
-column. Many fine-tunes are the base plus a product of two small matrices, or nearly so:
-such a product is stored, where it saves more than it takes. Weight decay moves the rows
-of tokens that no text has; a drift stores that.
-
-A step of a training changes few elements by less than their ULPs, so it changes the
-bits of an element about as often as its ULP is small. The exponents of the base tell
-that alone.
+column. Factors and a drift are stored where they save more than they take. A step of a
+training changes the bits of an element about as often as its ULP is small, which the
+exponents of the base tell alone.
 
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
@@ -30,16 +26,14 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
-_SAMPLE = 1 << 15  # elements by which the bytes of an array alone are estimated
-_WORTH = 1 / 16  # of the bytes of an array, that differences are worth in any case
-_MOST_SHARE = 0.98  # of these that a base is worth
-_MORE = 1 << 16  # and those of its differences
+_SAMPLE = 1 << 16  # elements that tell whether a base is worth it
+_LEAF_BYTES = 150  # of a leaf besides its arrays
+_MOST_SHARE = 0.98  # of the bytes of an array alone, up to which a base is worth it
 _FEW = 1 << 14  # elements that tell a drift, and how
 _SPARSE = 1 / 8  # share of changed elements up to which exponents tell the classes
 _MANY = 1 << 17  # elements that tell how uneven rows and columns are
 _UNEVEN = 2  # squared variation of rows or columns, beyond chance, up to which they do
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
-_LEAF_BYTES = 150  # of a leaf besides its arrays
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _WIDEST = 1 << 20  # columns
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
@@ -57,20 +51,10 @@ class Measured(NamedTuple):
   crc32: int = 0  # of the array that the leaf stands for
 
   def estimate(self) -> float:
-    """Estimates the bytes of the leaf from some of its differences."""
-    arrays, bits = self.leaf.stored()[1], 0.0
-    if self.classes is not None:
-      differences = arrays.pop('differences')
-      some = slice(None, None, max(differences.size // _MORE, 1))
-      # The entropy of the octave, given the class, and the bits below the highest one.
-      octaves = np.frexp(np.abs(differences[some].astype(np.float64)))[1]
-      places = self.classes[some].astype(int) * 64 + octaves
-      counts = np.bincount(places, minlength=256 * 64).reshape(256, 64)
-      whole = counts.sum(axis=1, keepdims=True)
-      entropy = (counts * np.log2(np.maximum(whole, 1) / np.maximum(counts, 1))).sum()
-      bits = (entropy + octaves.sum()) * differences.size / octaves.size
-    # Scales and factors take about a byte of two each.
-    return bits / 8 + sum(x.nbytes for x in arrays.values()) / 2 + _LEAF_BYTES
+    """Estimates the bytes of the arrays of a leaf with differences."""
+    arrays = self.leaf.stored()[1]
+    known = {list(arrays).index('differences'): self.classes}
+    return coder.estimate([*arrays.values()], known)
 
 
 def beside(
@@ -93,16 +77,17 @@ def beside(
     measured = Measured(draft)
   elif dtype.itemsize > 4:
     return None
+  elif changed is not None:
+    measured = _with_exponents(draft, bits, base, changed)
   else:
-    if changed is None:
-      measured = with_classes(draft, bits, base)
-    else:
-      measured = _with_exponents(draft, bits, base, changed)
-    if (nbytes := measured.estimate()) > _WORTH * target.nbytes:
-      sample = target.reshape(-1)[:: -(-target.size // _SAMPLE)]
-      alone = coder.estimate([sample.view(entries.stored_dtype(dtype.name))])
-      if nbytes > _MOST_SHARE * alone * target.size / sample.size:
-        return None
+    measured = with_classes(draft, bits, base)
+    # Scales and factors are there only where they save more than they take.
+    some = slice(None, None, -(-target.size // _SAMPLE))
+    alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
+    known_classes = {0: measured.classes[some]}
+    nbytes = coder.estimate([measured.leaf.differences[some]], known_classes)
+    if nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
+      return None
   nbytes = structured.count_bytes(measured.leaf)
   if entries.is_too_short(target.size, array.size, nbytes):
     return None
@@ -165,13 +150,22 @@ def _with_exponents(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray, changed: np.ndarray
 ) -> Measured:
   """Returns a leaf whose classes are exponents, given whether each block changed."""
+  leaf = _by_exponent(draft)
   if not changed.all():
     flags = np.packbits(changed, bitorder='little')
-    draft = dataclasses.replace(draft, changed=flags)
-    bits, base = map(draft.changed_part, (bits, base))
-  differences = _differences(bits, base, draft.dtype)
-  leaf = dataclasses.replace(_by_exponent(draft), differences=differences)
-  return Measured(leaf, leaf.classes(base, pool.run))
+    leaf = dataclasses.replace(leaf, changed=flags)
+    bits, base = map(leaf.changed_part, (bits, base))
+  return _measured(leaf, bits, base)
+
+
+def _measured(
+  leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
+) -> Measured:
+  """Returns a leaf with its differences, and their classes."""
+  job = lambda part: ulps.differences(bits[part], known[part], leaf.dtype)
+  differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
+  leaf = dataclasses.replace(leaf, differences=differences)
+  return Measured(leaf, leaf.classes(known, pool.run))
 
 
 def _by_exponent(draft: difference.Difference) -> difference.Difference:
@@ -180,18 +174,11 @@ def _by_exponent(draft: difference.Difference) -> difference.Difference:
   return dataclasses.replace(draft, common_scale=int(scale))
 
 
-def _differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  job = lambda part: ulps.differences(bits[part], known[part], dtype)
-  return np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
-
-
 def _scale_of(roots: Any, dtype: np.dtype | None = None) -> Any:
   """Returns scales in eighths of an octave, given roots of differences or of ratios."""
-  bias = 0
-  if dtype is not None and dtype in ulps.MANTISSA_BITS:
-    mantissa = ulps.MANTISSA_BITS[dtype]
-    one = int(np.array(1, dtype).view(f'i{dtype.itemsize}')) >> mantissa
-    bias = 8 * (one + mantissa)
+  bias, mantissa = 0, ulps.MANTISSA_BITS.get(dtype)
+  if mantissa is not None:
+    bias = 8 * ((int(ulps.bits_of(np.array(1, dtype))[0]) >> mantissa) + mantissa)
   scales = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
   return scales.clip(-difference.MOST_SCALE, difference.MOST_SCALE).astype(np.int16)
 
@@ -215,9 +202,7 @@ def with_classes(
       leaf = dataclasses.replace(leaf, **fields)
       expected = leaf.predicted_bits(base, pool.run)
   scales = _scales(matrix(bits), matrix(expected), dtype)
-  differences = _differences(bits, expected, dtype)
-  leaf = dataclasses.replace(leaf, differences=differences, **scales)
-  return Measured(leaf, leaf.classes(expected, pool.run))
+  return _measured(dataclasses.replace(leaf, **scales), bits, expected)
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:

@@ -1,35 +1,17 @@
 """The leaf for a known array plus differences from it, in files only.
 
-Invariants of a `Difference`:
+The known array is an array of a base, or a product of arrays of a base, which the
+reader passes to `materialize`; or, if there is a map, the product of the head with it,
+see `tied`. It is rounded to the dtype, and cut or filled with zeros in the first axis.
+`docs/format_leaves.md` has the rules of predictions and differences.
 
-* The known array is an array of a base, or a product of arrays of a base, which the
-  reader passes to `materialize`; or, if there is a map, the product of the head with
-  it, see `tied`. It is rounded to the dtype. Rows that it lacks are zeros, and rows
-  that it has beyond those of the leaf are not used.
-* Without differences, the array is the known array.
-* `changed` has a bit for each block of 2^16 elements, in C order, the first one in the
-  lowest bit of a byte. Elements of blocks whose bit is 0 do not differ, and have no
-  differences. By default all have some.
-* Each difference has a *class*, which both sides compute from the known array. The
-  coder keeps a frequency table and a shift for each class, so that elements of one
-  expected size share them.
+Each difference has a *class*, which both sides compute from the known array: from the
+exponent of the known number, and the scales of its row and its column. The coder keeps
+a frequency table for each class. If few elements change, such as in a step of a
+training, the size of a difference in ULPs is about the probability that there is one.
 
-Classes. The array is taken as a matrix of `width` columns. The expected size of a
-difference is the product of a scale of its row and a scale of its column, where it has
-these, and `common_scale`. How many ULPs these are depends on the exponent of the known
-number. Logarithms of both give the level of an element, in quarters of an octave:
-
-    level = (common_scale + row_scales[i] + column_scales[j] - 8 e) >> 1
-    class = min(max(level - LOWEST, 0), 255)
-
-e is the biased exponent, at least 1; 0 for integers. If few elements change, such as in
-a step of a training, their number of ULPs is about the probability that one does.
-
-Predictions. If there are factors, the known number b is first replaced by
-`b + (left @ right)[i, j] 2^unit`, in float64, where b is finite, rounded to float32 and
-then to the dtype. If there is a drift, each normal number then moves away from zero by
-the ULPs that the drift has for the top 8 bits of its mantissa. Weight decay makes one:
-it moves all numbers of an octave by as many ULPs, or by few others.
+Factors predict the update of a merged adapter. A drift predicts weight decay, which
+moves all numbers of an octave by as many ULPs, or by few others.
 
 Everything here is exact: integers, and sums of floats that are rounded once. Shape
 letters: R rows, C columns. What does not fit raises a ValueError.
@@ -61,7 +43,6 @@ ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicte
 
 _MOST_CLASS = 255  # its index is a byte
 _MOST_RANK = 1 << 12
-_PARTS = 1 << 4  # of a job
 
 _PAIRS = ('left', 'right'), ('map', 'shifts')
 
@@ -79,14 +60,8 @@ def in_parts(
 ) -> list[Any]:
   """Runs a job for slices of rows that fit a cache; returns the results in order."""
   step = max(BLOCK // max(width, 1), 1)
-  many = step * _PARTS
-
-  def parts(start: int) -> list[Any]:
-    end = min(start + many, rows)
-    return [job(slice(i, min(i + step, end))) for i in range(start, end, step)]
-
-  results = run([functools.partial(parts, i) for i in range(0, rows, many)])
-  return [result for several in results for result in several]
+  parts = (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+  return run([functools.partial(job, part) for part in parts])
 
 
 class Prediction(NamedTuple):
@@ -196,31 +171,27 @@ class Difference(base.Structured):
     bits = np.empty_like(matrix)
 
     def job(rows: slice) -> None:
-      bits[rows] = self._drifted(self._with_factors(matrix[rows], rows))
+      bits[rows] = self._predicted(matrix[rows], rows)
 
     in_parts(job, *matrix.shape, run)
     return bits.reshape(-1)
 
-  def _with_factors(self, bits: np.ndarray, rows: slice) -> np.ndarray:
-    """Returns the bits of rows plus their part of the product of the factors."""
-    if self.left is None:
-      return bits
-    left, right = self.left[rows].astype(np.float64), self.right.astype(np.float64)
-    with np.errstate(all='ignore'):
-      numbers = bits.view(self.dtype).astype(np.float64)
-      numbers += np.ldexp(host.small_products(left, right), self.unit)
-      near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
-    return np.where(ulps.is_finite(bits, self.dtype), near, bits)
-
-  def _drifted(self, bits: np.ndarray) -> np.ndarray:
-    """Returns the bits of normal numbers moved by the drift."""
-    if self.drift is None:
-      return bits
-    mantissa = ulps.MANTISSA_BITS[self.dtype]
-    is_normal = bits & np.iinfo(bits.dtype).max >= 1 << mantissa
-    is_normal &= ulps.is_finite(bits, self.dtype)
-    drift = self.drift.astype(bits.dtype)
-    return bits + drift.take(drift_places(bits, mantissa)) * is_normal
+  def _predicted(self, bits: np.ndarray, rows: slice) -> np.ndarray:
+    """Returns the bits of rows, with their part of the factors and then the drift."""
+    if self.left is not None:
+      left, right = self.left[rows].astype(np.float64), self.right.astype(np.float64)
+      with np.errstate(all='ignore'):
+        numbers = bits.view(self.dtype).astype(np.float64)
+        numbers += np.ldexp(host.small_products(left, right), self.unit)
+        near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
+      bits = np.where(ulps.is_finite(bits, self.dtype), near, bits)
+    if self.drift is not None:
+      mantissa = ulps.MANTISSA_BITS[self.dtype]
+      is_normal = bits & np.iinfo(bits.dtype).max >= 1 << mantissa
+      is_normal &= ulps.is_finite(bits, self.dtype)
+      drift = self.drift.astype(bits.dtype)
+      bits = bits + drift.take(drift_places(bits, mantissa)) * is_normal
+    return bits
 
   def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
     """Returns the `classes` of elements whose predicted bits are given."""
@@ -272,33 +243,26 @@ class Difference(base.Structured):
         raise ValueError(f'an array of {self.lengths} cannot be made from {shapes}')
 
   def check(self) -> None:
-    dtype, lengths = self.dtype, self.lengths
-    if dtype.itemsize > 8 or dtype.kind in 'cOSUMm':
-      raise ValueError(f'arrays of {self.name!r:.40} are not stored beside a base')
-    if len(lengths) > 32 or math.prod(n for n in lengths if n) > 1 << 48:
-      raise ValueError(f'an array of {lengths!r:.80} is too large')
-    size, signed = math.prod(lengths), np.dtype(f'i{dtype.itemsize}')
-    rows = size // self.width if self.width else 0
-    arrays = {name: array for name, _, array in fields.arrays_of(self)}
-    fits = rows * self.width == size
-    fits &= all((x in arrays) == (y in arrays) for x, y in _PAIRS)
-    fits &= dtype in ROUNDED or arrays.keys().isdisjoint(('left', 'drift', 'map'))
+    dtype, lengths, size = self.dtype, self.lengths, math.prod(self.lengths)
+    rows, names, axes = size // max(self.width, 1), set[str](), dict[str, int]()
+    for name, form, array in fields.arrays_of(self):
+      names.add(name)
+      axes |= zip(form.axes or '', array.shape, strict=True)
+    blocks = -(-size // (8 * BLOCK))
+    expected = {'R': rows, 'C': self.width, 'i': DRIFTS, 'b': blocks}
+    fits = rows * self.width == size and axes.get('k', 0) <= _MOST_RANK
+    fits &= all(axes.get(axis, length) == length for axis, length in expected.items())
+    fits &= all((x in names) == (y in names) for x, y in _PAIRS)
+    fits &= dtype in ROUNDED or names.isdisjoint(('left', 'drift', 'map'))
     fits &= self.map is None or lengths[1:] == self.map.shape[1:]
-    fits &= self.row_scales is None or len(self.row_scales) == rows
-    fits &= self.column_scales is None or len(self.column_scales) == self.width
-    fits &= self.drift is None or len(self.drift) == DRIFTS
-    if self.left is not None and fits:
-      fits = (len(self.left), self.right.shape[1]) == (rows, self.width)
-      fits &= len(self.right) <= _MOST_RANK
-    if self.changed is not None:
-      # Classes of some blocks have no rows.
-      fits &= self.width == 1 and self.differences is not None
-      fits &= len(self.changed) == -(-size // (8 * BLOCK))
+    # Classes of some blocks have no rows.
+    fits &= self.changed is None or (self.width == 1 and self.differences is not None)
     if self.differences is not None and fits:
-      fits = self.differences.dtype == signed and dtype.itemsize <= 4
+      form = self.differences.dtype.kind, self.differences.itemsize
+      fits = form == ('i', dtype.itemsize) and dtype.itemsize <= 4
       fits &= len(self.differences) == sum(x.stop - x.start for x in self.spans())
     if not fits:
-      raise ValueError(f'what is stored of {self.name} {lengths} does not fit together')
+      raise ValueError(f'what is stored of {self.name} {lengths!r:.80} does not fit')
 
 
 # ---- known arrays --------------------------------------------------------------------

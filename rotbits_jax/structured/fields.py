@@ -197,9 +197,7 @@ def join_lower(corner: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 # ---- arrays of float32 multiples of one step -----------------------------------------
 
-# An integer has 15 bits, and a step 3, so the product has 18 of the 24 of float32.
-_MOST_INTEGER, _LOW_BITS = 1 << 15, 0x3F
-
+_MOST_INTEGER = 1 << 15
 _LEAST = 1 << 8  # elements of an array whose step is worth its place in a file
 
 
@@ -210,15 +208,12 @@ def divided(array: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
   """
   if array.dtype != np.float32 or array.size < _LEAST:
     return None
-  bits = np.ascontiguousarray(array).reshape(-1).view(np.uint32)
-  sample = bits[:: max(bits.size >> 12, 1)]
-  if np.bitwise_or.reduce(sample) & _LOW_BITS:  # type: ignore[call-overload]
-    return None
   sizes = np.abs(array)
   step = sizes.min(initial=np.inf, where=sizes > 0)
   # Comparisons with NaN are false.
   if not sizes.max() < _MOST_INTEGER * step or np.isinf(step):
     return None
   integers = np.rint(array / step).astype(np.int16)
-  products = (integers * step).reshape(-1).view(np.uint32)
-  return (integers, np.asarray(step)) if np.array_equal(products, bits) else None
+  products = (integers * step).view(np.uint32)
+  is_same = np.array_equal(products, array.view(np.uint32))
+  return (integers, np.asarray(step)) if is_same else None
