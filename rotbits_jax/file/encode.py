@@ -259,7 +259,9 @@ class Encoder:
         yield batch, state
     for name in names[len(rewritten) :]:  # buffers are the last record
       params, rounding = self._records.read(name), self.preset.rounding
-      if self._context is None and rounding is not None:
+      if self._recipe is not None:
+        params = jax.device_get(params)  # which sorts keys, as those of other records
+      elif self._context is None and rounding is not None:
         flat: dict[str, Any] = {path: {} for path in structured.empty_dicts(params)}
         for path, leaf in structured.flatten(params).items():
           flat[path] = rounded(rounding, path, leaf)

@@ -124,8 +124,6 @@ def write_within(target: int, write: Callable[[float, range], int]) -> None:
   fitting = [step for step, size in sizes.items() if size <= target]
   least, most = min(sizes.values()), max(sizes.values())
   if not fitting or (most < target and min(sizes) <= passes.FINEST):
-    raise ValueError(
-      f'near has steps from 2^{passes.FINEST:g} to 2^{passes.COARSEST:g}, and wrote '
-      f'files of {least:,} to {most:,} bytes, none of about {target:,}'
-    )
+    text = f'files of {least:,} to {most:,} bytes, none of about {target:,}'
+    raise ValueError(f'near has steps from 2^{passes.FINEST:g} on, and wrote {text}')
   write(min(fitting), range(target + 1))

@@ -78,26 +78,20 @@ class Report(NamedTuple):
   def to_text(self, *, verbose: bool = False) -> str:
     """Returns the report as tables and remarks for people.
 
-    Bars lead from the tensors to the file; each begins where the one before it ended.
     Unless `verbose`, notes that say the same of one parameter in each layer are a row.
     """
     family = f'family {self.family}' if self.family else 'plain tensors'
     lines = [f'preset {self.preset}, {family}', f'{"":24}{"elements":>16}{"bytes":>18}']
-    rows = [('tensors', '', self.input_elements, self.input_bytes, 0)]
-    left = self.input_bytes
+    rows = [('tensors', '', self.input_elements, self.input_bytes)]
     for name, elements, saved in self.lines:
-      left -= saved
       if saved or elements:
-        sign = '-' if saved >= 0 else '+'
-        begin = max(min(left, left + saved), 0)  # a stranger's file may save too much
-        rows.append((f'  {name}', sign, -elements, abs(saved), begin))
-    rows.append(('file', '', self.stored_elements, self.file_bytes, 0))
-    longest = max(1, *(begin + nbytes for *_, nbytes, begin in rows))
-    for name, sign, elements, nbytes, begin in rows:
+        rows.append((f'  {name}', '-' if saved >= 0 else '+', -elements, abs(saved)))
+    rows.append(('file', '', self.stored_elements, self.file_bytes))
+    longest = max(1, *(nbytes for *_, nbytes in rows))
+    for name, sign, elements, nbytes in rows:
       count = f'{elements:{"+" if sign else ""},}' if elements else ''
       share = f'{sign}{nbytes / max(self.input_bytes, 1):.2%}'
-      first, last = (round(_BAR * x / longest) for x in (begin, begin + nbytes))
-      bar = ' ' * first + (sign or '#') * max(last - first, 1)
+      bar = (sign or '#') * max(round(_BAR * nbytes / longest), 1)
       line = f'{name:24}{count:>16}{f"{sign}{nbytes:,}":>18} {share:>8}  {bar}'
       lines.append(text.printable(line))
     texts = ['\n'.join(lines)]

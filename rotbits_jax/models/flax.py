@@ -136,7 +136,8 @@ class NnxTransformer(nnx.Module):
 
     def layers(x: jax.Array) -> jax.Array:
       for stack in names.stacks(self.parts):
-        for layer in self.parts[names.stack(stack)]:
+        of_stack: Any = self.parts[names.stack(stack)]
+        for layer in of_stack:
           x = transformer.layer(layer.part(), self.config, x).x
       return x
 

@@ -320,8 +320,8 @@ def check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
   got = {path: leaf.shape for path, leaf in structured.flatten(params).items()}
   for path in sorted(expected | got):
     if got.get(path) != expected.get(path):
-      shapes = f'{expected.get(path)}, got {got.get(path)}'
-      raise ValueError(f'the parameter {path} must have the shape {shapes}')
+      text = f'must have the shape {expected.get(path)}, got {got.get(path)}'
+      raise ValueError(f'the parameter {path} {text}')
   return stacks
 
 
