@@ -39,9 +39,7 @@ class Base:
     self.source = source
     inputs = getattr(source, 'inputs', [None])
     path = getattr(source, 'path', inputs[0])
-    self.name = (
-      str(path) if isinstance(path, str | os.PathLike) else 'this'
-    )  # in errors
+    self.name = str(path) if isinstance(path, str | os.PathLike) else 'this'
     self.config: models.ModelConfig | None = getattr(source, 'config', None)
     self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for record in source.records:
