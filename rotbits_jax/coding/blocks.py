@@ -1,15 +1,10 @@
 """Blocks: up to 2^19 units that are coded on their own.
 
-A block is a `rans.Message`; then the planes; then, for each escape in turn, the pair of
-bins, 10 bits, the highest first; then, for each escape among these, the bits of the
-unit. Integers have neither planes nor pairs, but the bits for each escape. Unit i
-is in lane i % L and row i // L of L lanes, so in each step these code L neighbouring
-units. The last row is filled up with the last unit. There are 32 lanes, which suits the
-registers of processors; or 4, which take fewer bytes, for up to 2^16 units.
-
-A plane has the pieces of one kind, rows of L units. A unit's part of it is the piece
-of its first number, in the lower bits, and that of its second. Rows of less than a byte
-a unit share bytes, the first row being in the lowest bits.
+A block is a `rans.Message`; then the planes of raw bits; then the lists of escapes; see
+docs/format.md. Unit i is in lane i % L and row i // L of L lanes, so in each step these
+code L neighbouring units. The last row is filled up with the last unit. There are 32
+lanes, which suits the registers of processors; or 4, which take fewer bytes, for up to
+2^16 units.
 
 All blocks of a layout share the programs that encode and decode, which do not know the
 number of units.

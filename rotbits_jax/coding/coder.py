@@ -58,19 +58,18 @@ def encode(
     ValueError: if a dtype cannot be stored.
   """
   plan = _plan(arrays, known)
-  jobs, counts = [], list[int]()
+  jobs = []
   for group in plan.groups:
     several = _blocks(group.layout, group.contexts, [x.numbers for x in group.parts])
-    jobs += [functools.partial(blocks.encode, *block) for block in several]
-    counts.append(len(jobs) - sum(counts))
-  coded = iter(pool.run(jobs))
+    jobs.append([functools.partial(blocks.encode, *block) for block in several])
+  coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
   heads, bodies, groups = [], [], []
   indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
-  for i, (group, count) in enumerate(zip(plan.groups, counts, strict=True)):
+  for i, (group, group_jobs) in enumerate(zip(plan.groups, jobs, strict=True)):
     indices |= {x[:2]: i for x in group.parts}
     heads.append(contexts_lib.to_bytes(group.contexts))
-    group_blocks = [*itertools.islice(coded, count)]
+    group_blocks = [*itertools.islice(coded, len(group_jobs))]
     bodies += group_blocks
     layout, is_known = group.layout, group.contexts.is_known
     groups.append(

@@ -92,22 +92,12 @@ class Contexts(NamedTuple):
   # Whether the classes are known from elsewhere. They are rows of an array `[R, 1]`.
   is_known: bool = False
 
-  def check(self, layout: layouts.Layout) -> None:
-    """Raises a ValueError if the tables are not those of the classes."""
-    count = 1 + max(x.greatest for x in self.scales)
-    needed = layout.most_tables if isinstance(layout, layouts.Floats) else count
-    if count > CLASSES or len(self.frequencies) != needed:
-      raise ValueError(f'{count} classes for {len(self.frequencies)} tables')
-    told = layout.told(np.arange(count), self.base)[1]
-    if told.max() > layout.most_told or told.min() < layout.least_told:
-      raise ValueError(f'classes cannot tell {told.min()} to {told.max()}')
-
 
 # ---- bytes ---------------------------------------------------------------------------
 
 
 def to_bytes(contexts: Contexts) -> bytes:
-  """Serialises contexts; `from_bytes` describes the bytes."""
+  """Serialises contexts; docs/format.md describes the bytes."""
   heads, lines = list[int](), list[bytes]()
   for base, rows, columns in () if contexts.is_known else contexts.scales:
     heads += [(rows.size > 1) + 2 * (columns.size > 1), base]
@@ -118,7 +108,7 @@ def to_bytes(contexts: Contexts) -> bytes:
   count = np.array(len(is_new), '<i2')
   head = b''.join([count.tobytes(), told.tobytes(), bytes(heads), *lines])
   frequencies = tables.to_bytes(contexts.frequencies[is_new])
-  return tables.deflate(head, is_new.tobytes() + frequencies)
+  return tables.deflate(head + is_new.tobytes() + frequencies)
 
 
 def from_bytes(
@@ -128,13 +118,6 @@ def from_bytes(
   known: Scales | None = None,
 ) -> Contexts:
   """Makes contexts from bytes: the inverse of `to_bytes`.
-
-  The bytes are a raw Deflate stream. It has K; the offset or minimum exponent of class
-  0, or the shift of each class, as differences from that before it, all int16; and for
-  each array a mode and the base, uint8 each. The mode is 1 if rows differ, plus 2 if
-  columns differ. Then follow the scales of the rows and columns that differ, uint8; for
-  each table, 0 if it is that before it, and else 1; and, for all others, the low bytes
-  of their frequencies, and then the high bytes.
 
   Args:
     data: the bytes.
@@ -174,6 +157,11 @@ def from_bytes(
   if len(frequencies) != np.count_nonzero(is_new):
     raise ValueError(f'{len(frequencies)} frequencies of {count} tables')
   frequencies = frequencies[np.cumsum(is_new) - 1]
-  contexts = Contexts(tuple(classes), told, frequencies, known is not None)
-  contexts.check(layout)
-  return contexts
+  greatest = max(x.greatest for x in classes)
+  least = layout.most_tables - 1 if isinstance(layout, layouts.Floats) else greatest
+  if greatest >= CLASSES or not least < count <= layout.most_tables:
+    raise ValueError(f'{greatest + 1} classes for {count} tables')
+  values, (low, high) = layout.told(np.arange(greatest + 1), told)[1], layout.limits
+  if values.min() < low or values.max() > high:
+    raise ValueError(f'classes cannot tell {values.min()} to {values.max()}')
+  return Contexts(tuple(classes), told, frequencies, known is not None)

@@ -5,33 +5,21 @@ The symbol of a unit is worth modelling and is coded; the raw bits are noise. Th
 docs/format.md has the rules; here are the reasons.
 
 **Floats.** A unit is two neighbours. In trained weights only the sizes of numbers are
-predictable, so a number has a *bin*, its magnitude in half octaves (t = 1) or, if small
-numbers share a step, in quarter octaves (t = 2). With a mantissa of m bits,
-
-    bits     = [ sign | exponent | mantissa ]
-    bin      = [ exponent | top t bits of the mantissa ] - offset       0 <= bin < 32
-    raw bits = [ sign | low m - t bits of the mantissa ]
-
-without low bits that are zero in all numbers, because numbers that were widened from a
-shorter dtype end in zeros. Given their scale, neighbours are independent: the symbol of
-a unit is its two bins, and its table is the product of the table of a bin with itself.
-The class is the scale in quarter octaves. Its whole octaves tell the offset, and the
-quarter that is left tells one of four tables.
+predictable, so a number has a *bin*, its magnitude in half octaves or, if small numbers
+share a step, in quarter octaves. Given their scale, neighbours are independent: the
+symbol of a unit is its two bins, and its table is the product of the table of a bin
+with itself. The class is the scale in quarter octaves. Its whole octaves tell the
+*offset*, the bin that counts as 0, and the quarter that is left tells one of four
+tables. Low bits that are zero in all numbers are not stored, because numbers that were
+widened from a shorter dtype end in zeros.
 
 Numbers may be rounded so that all small ones share one step. The *minimum exponent* f
 is the greatest exponent whose step they all share; that of IEEE 754 itself is 1. With f
-above 1 a magnitude, [ exponent | mantissa ], is *raised*, that is replaced by
+above 1 magnitudes are *raised*: they count steps below f, as IEEE 754 defines subnormal
+numbers. Then the class tells f and the scale above the step, which tells the table.
 
-    magnitude - (f - 1) 2^m                  if its exponent is at least f,
-    the value divided by the step            otherwise, an integer.
-
-Both give the same for the exponent f, because IEEE 754 defines subnormal numbers in
-this way. Then the class tells f and the scale above the step, which tells the table.
-
-**Integers.** A unit is a number x, signed or a byte. Its class tells its table and how
-many raw bits it has, its *shift* s. With b = 128 for signed integers and 0 for bytes,
-
-    n = x + b 2^s        symbol = n >> s < 256         raw bits = n & (2^s - 1)
+**Integers.** A unit is a number, signed or a byte. Its class tells its table and how
+many raw bits it has, its *shift*.
 
 Units without a symbol, and pairs of bins that are too rare, are *escapes*: one symbol
 of each table says that they are in lists behind the block.
@@ -131,14 +119,9 @@ class Floats:
     return LEVELS if self.raised else QUARTERS
 
   @property
-  def least_told(self) -> int:
-    """The least minimum exponent or offset."""
-    return 2 if self.raised else -(1 << 15)
-
-  @property
-  def most_told(self) -> int:
-    """The greatest minimum exponent or offset."""
-    return 255 if self.raised else 1 << 15
+  def limits(self) -> tuple[int, int]:
+    """The least and the greatest minimum exponent or offset."""
+    return (2, 255) if self.raised else (-(1 << 15), 1 << 15)
 
   @property
   def words(self) -> int:
@@ -318,7 +301,6 @@ class Integers:
   type_name: ClassVar[str] = 'integers'
   alphabet: ClassVar[int] = WINDOW
   raised: ClassVar[bool] = False
-  least_told: ClassVar[int] = 0
   size: ClassVar[int] = 1
   words: ClassVar[int] = 1
   precision: ClassVar[int] = tables.PRECISION
@@ -339,9 +321,9 @@ class Integers:
     return np.dtype(f'u{self.dtype.itemsize}')
 
   @property
-  def most_told(self) -> int:
-    """The greatest shift."""
-    return min(self.raw_bits, MOST_SHIFT)
+  def limits(self) -> tuple[int, int]:
+    """The least and the greatest shift."""
+    return 0, min(self.raw_bits, MOST_SHIFT)
 
   @property
   def bias(self) -> int:

@@ -167,11 +167,7 @@ def _smaller(group: Group) -> Group | None:
   if saved < len(contexts_lib.to_bytes(group.contexts)) + _GROUP_BYTES:
     return None
   pick = lambda values: [values[i] for i in kept]
-  scales, (_, base, frequencies, is_known) = pick(group.contexts.scales), group.contexts
-  if isinstance(group.layout, layouts.Integers):  # each class has a table
-    count = 1 + max(x.greatest for x in scales)
-    base, frequencies = base[:count], frequencies[:count]
-  contexts = contexts_lib.Contexts(tuple(scales), base, frequencies, is_known)
+  contexts = group.contexts._replace(scales=tuple(pick(group.contexts.scales)))
   return Group(group.layout, contexts, pick(group.parts), pick(group.nbytes))
 
 

@@ -249,7 +249,7 @@ def content_bits(message: Message) -> float:
 
 
 def to_words(message: Message) -> np.ndarray:
-  """Serialises a message into uint16 words; `split_words` describes them."""
+  """Serialises a message into uint16 words; docs/format.md describes them."""
   check(message)
   size, stacks = np.asarray(message.size), np.asarray(message.words)
   used = np.arange(stacks.shape[1]) < size[:, None]
@@ -286,14 +286,7 @@ def join_words(state: np.ndarray, size: np.ndarray, stacks: np.ndarray) -> np.nd
 def split_words(
   words: np.ndarray, lanes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Finds the parts of a serialised message in its words.
-
-  The words are, in this order:
-
-  * the least size of a lane's stack, 2 words, the low half first;
-  * the low halves of the states, N words, then their high halves, N words;
-  * the size of each stack minus the least size, N words;
-  * the stacks, lane after lane, each from its bottom.
+  """Finds the parts of a serialised message in its words, see docs/format.md.
 
   Args:
     words: uint16.

@@ -27,11 +27,8 @@ class Sparse(schema.Row):
   """An array without its zeros.
 
   The parts are a mask; the signs of the zeros, if one is -0; and the elements that are
-  not zero, as rows `[n // 128, 128]` and a last row `[n % 128]`. Signs and elements are
-  in the order of the matrix or of its transpose. A byte of the mask holds eight
-  successive elements of a line of the matrix or of its transpose, the first one in the
-  highest bit, which is set if the element is not zero. So the coder sees patterns, such
-  as two zeros in every four. The signs are bits in bytes, too, `[ceil(z / 8)]`.
+  not zero, as rows. A byte of the mask holds eight successive elements of a line, so
+  the coder sees patterns, such as two zeros in every four.
   """
 
   values: schema.Size  # n

@@ -110,18 +110,15 @@ def from_bytes(data: np.ndarray, alphabet: int) -> np.ndarray:
   return frequencies
 
 
-def deflate(*parts: bytes) -> bytes:
-  """Returns a raw Deflate stream of parts that differ; `inflate` reads it."""
-  stream = b''
-  for i, part in enumerate(parts, 1):
-    end, packed = zlib.Z_SYNC_FLUSH if i < len(parts) else zlib.Z_FINISH, []
-    # Some scales are close to noise, where matches are chance and cost more than they
-    # save. Others repeat.
-    for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
-      packer = zlib_ng.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
-      packed.append(packer.compress(part) + packer.flush(end))
-    stream += min(packed, key=len)
-  return stream
+def deflate(data: bytes) -> bytes:
+  """Returns a raw Deflate stream, which `inflate` reads."""
+  packed = []
+  # Some scales are close to noise, where matches are chance and cost more than they
+  # save. Others repeat.
+  for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
+    packer = zlib_ng.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+    packed.append(packer.compress(data) + packer.flush())
+  return min(packed, key=len)
 
 
 def inflate(data: bytes, most: int) -> np.ndarray:
