@@ -124,11 +124,12 @@ class NnxTransformer(nnx.Module):
 
   def __init__(self, config: config_lib.ModelConfig, params: model_lib.Params):
     self.config = config
-    self.parts = nnx.data({})
+    parts: dict[str, Any] = {}
     stacks = {names.stack(x): x for x in transformer.check(params, config)}
     for key, x in params.items():
       layers = (model_lib.unstack_layer(x, i) for i in range(len(stacks.get(key, ()))))
-      self.parts[key] = [_Nnx(layer) for layer in layers] or _Nnx(x)
+      parts[key] = [_Nnx(layer) for layer in layers] or _Nnx(x)
+    self.parts = nnx.data(parts)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Maps `[B, T]` tokens to `[B, T, V]` float32 logits."""

@@ -64,14 +64,3 @@ def stacks(keys: Iterable[str]) -> tuple[range, ...]:
   """Returns the layers of each stack among the keys of a model, in order."""
   stacked = filter(None, map(stacked_layers, keys))
   return tuple(sorted(stacked, key=lambda layers: layers.start))
-
-
-def pattern(path: str) -> str:
-  """Returns a path with '*' for the layer or the stack of layers.
-
-  Parameters of equal patterns have the same role, like 'layers.*/mlp/up/kernel'.
-  """
-  name, _, inner = path.partition('/')
-  if layer_index(name) is None and stacked_layers(name) is None:
-    return path
-  return f'layers.*/{inner}'

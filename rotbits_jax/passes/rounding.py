@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.symmetries import steps
 from rotbits_jax.system import host
@@ -62,7 +61,7 @@ class Rounding(NamedTuple):
   # the dtype has at the rms. None rounds to the nearest numbers of the dtype.
   step: float | None = None
   uniform: bool = False  # whether multiples are stored, and not numbers of the dtype
-  offsets: Mapping[str, float] = _NOTHING  # to add, by path or `names.pattern`
+  offsets: Mapping[str, float] = _NOTHING  # to add, by path
   inputs: Mapping[str, Inputs] = _NOTHING  # of matrices with a uniform step, by path
   dtype: Any = None  # of weights that have no step; None for that of each parameter
 
@@ -71,9 +70,7 @@ class Rounding(NamedTuple):
     if self.step is None:
       return None
     if self.uniform:
-      pattern = models.names.pattern(path)
-      offset = self.offsets.get(path, self.offsets.get(pattern, 0.0))
-      return max(self.step + offset, FINEST)
+      return max(self.step + self.offsets.get(path, 0.0), FINEST)
     # No layer averages the errors of the head. On OPT in bfloat16 they are most of the
     # divergence that a common step adds (measured).
     mantissa = jnp.finfo(dtype).nmant

@@ -168,7 +168,8 @@ class _Rewritten:
     """Rounds a part; returns arrays by path, and the paths that have steps."""
     params = transform_lib.widened(self.parts[name])
     params, notes, _ = transform_lib.round_params(rounding, params, self.context)
-    return _arrays(structured.unflatten(params)), {note['tensor'] for note in notes}
+    arrays = transform_lib.widened(structured.unflatten(params))
+    return arrays, {note['tensor'] for note in notes}
 
   def decoded(self, name: str | None, rounding: passes.Rounding) -> models.Params:
     """Rounds a part, also to the dtypes of the checkpoint as `decode` does."""
@@ -176,13 +177,6 @@ class _Rewritten:
     for path, leaf in arrays.items():
       arrays[path] = structured.astype(leaf, self.context.dtype_of(path))
     return structured.unflatten(structured.astype(arrays, np.float32))
-
-
-def _arrays(params: models.Params) -> dict[str, Any]:
-  """Returns parameters in float32 on the device, by path, for one program."""
-  plain = lambda x: structured.materialize(x) if structured.is_in_files(x) else x
-  arrays = jax.tree.map(plain, params, is_leaf=structured.is_structured)
-  return transform_lib.widened(arrays)
 
 
 # ---- the divergence of each parameter ----------------------------------------------
@@ -194,7 +188,7 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   parts, store = rewritten.parts, rewritten.store
   inputs: dict[str, passes.Inputs] = {}
   counts, divergences = {}, {}
-  part = lambda name: structured.unflatten(_arrays(parts[name]))
+  part = lambda name: structured.unflatten(transform_lib.widened(parts[name]))
   model = _Layers(rewritten.config, part)
   # Feedback fits the text that it has seen, so errors are made with one half of it, and
   # the other half tells their cost.
@@ -206,7 +200,8 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
     name = None if index is None else models.names.layer(index)
     fitted = sensitivities.fitted([seen], halves[:1])
     rounding = passes.Rounding(PROBE, uniform=True, inputs=fitted)
-    exact, (rounded, stepped) = _arrays(parts[name]), rewritten.rounded(name, rounding)
+    exact = transform_lib.widened(parts[name])
+    rounded, stepped = rewritten.rounded(name, rounding)
     for path, matrix_inputs in (unseen or [seen])[0].items():
       if path in stepped:
         counts[path] = structured.count_elements(rounded[path])
@@ -252,7 +247,9 @@ def _searched(
   source = rewritten.model
   source = source.rounded() if source.stored_as else source
   read = lambda name: source.read(name) if name else source.outer()
-  expected = predicted(lambda name: structured.unflatten(_arrays(read(name))))
+  expected = predicted(
+    lambda name: structured.unflatten(transform_lib.widened(read(name)))
+  )
   estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
   step, points = _next_step([Point(PROBE, sum(estimates), 1.0)], max_kl), list[Point]()
   while step is not None and len(points) < _EVALUATIONS:

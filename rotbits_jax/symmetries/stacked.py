@@ -51,16 +51,14 @@ def canonicalize(
   It fixes the residual gauge, folds the scales of RMSNorms, writes shortcuts as
   `I - B B^T + C C^T`, moves the value biases into the output biases, and fixes the
   gauges of attention heads. The function of the model does not change. Structured
-  leaves are materialized first. A sliced model must not get
-  narrower from segment to segment. The tolerance is 0.7 roundoffs of the dtype of the
-  shortcuts by default, as in `passes.remove_residual_gauge`.
+  leaves are materialized first. A sliced model must not get narrower from segment to
+  segment. The tolerance is 0.7 roundoffs of the dtype of the shortcuts by default, as
+  in `passes.remove_residual_gauge`.
 
   Returns the parameters, float32, in the stacks of the input, and the gauges. In B and
   C, columns that are not needed are zero and come last; `Model.layer` cuts them.
   """
-  layers = {key: models.names.stacked_layers(key) for key in params}
-  ranges = {key: x for key, x in layers.items() if x is not None}
-  keys = sorted(ranges, key=lambda key: ranges[key].start)
+  keys = [models.names.stack(layers) for layers in models.names.stacks(params)]
   stacks = {key: _widened(params[key]) for key in keys}
   outer = _widened({key: x for key, x in params.items() if key not in stacks})
   valid, gauges = models.layout.symmetries(config), Gauges(None, {}, {}, {})
