@@ -106,7 +106,7 @@ def leaves():
     'basis': subspaces.Basis(rng.integers(-90, 90, (6, 4)).astype(np.int32), 1 << 17),
     # The mask is a byte 1, as in the target, whose arrays have ones.
     'subspace': subspaces.Basis.of(
-      0.2 * normal(0, 7, 1).astype(np.float64), 1 << 10, np.arange(8) == 0
+      0.2 * normal(0, 7, 1).astype(np.float64), 2.0**-15, np.arange(8) == 0
     ),
   }
 

@@ -26,7 +26,7 @@ def pair(dtype='bfloat16', shape=(200, 96), *, scale=0.01, seed=0):
   rows = np.exp(rng.normal(size=(*shape[:-1], 1)))
   columns = np.exp(rng.normal(size=shape[-1:]))
   target = base + scale * rng.normal(size=shape) * rows * columns
-  dtype = difference.dtype_of(dtype)
+  dtype = np.dtype(dtype)
   if dtype.kind in 'iu':
     base, target = 50 + 9 * base, 50 + 9 * target
   return target.astype(dtype), base.astype(dtype)
@@ -131,7 +131,7 @@ def assert_comes_back(measured, target, *needed):
 @pytest.mark.parametrize('case', CASES)
 def test_an_array_beside_its_base(case, dtype):
   make, names, share = CASES[case]
-  target, base = make(difference.dtype_of(dtype).name)
+  target, base = make(np.dtype(dtype).name)
   measured = beside(target, base)
   assert names <= measured.leaf.stored()[1].keys()
   alone = coder.encode([target]).data.size
@@ -153,7 +153,7 @@ def test_any_dtype_and_shape(subtests):
 def test_numbers_of_other_sizes(dtype):
   target, base = np.random.default_rng(0).integers(0, 2, (2, 72, 80))
   target[9:] = base[9:]
-  target, base = (x.astype(difference.dtype_of(dtype)) for x in (target, base))
+  target, base = (x.astype(np.dtype(dtype)) for x in (target, base))
   measured = measure.beside(target, base)
   if measured is not None:
     assert_comes_back(measured, target, base)
@@ -173,7 +173,7 @@ def test_another_number_of_rows(rows):
 def test_the_base_is_rounded_first():
   base = np.random.default_rng(0).normal(size=(40, 50))
   for dtype in FLOATS:
-    target = base.astype(difference.dtype_of(dtype))
+    target = base.astype(np.dtype(dtype))
     assert not beside(target, base).leaf.stored()[1]
   assert measure.beside(base, base.astype(np.float32)) is None
   assert measure.beside(base.astype(np.int32), base.astype(np.float32)) is None
@@ -193,7 +193,7 @@ def embedding(dtype, tokens=512, rank=24, width=18):
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 def test_an_embedding_beside_its_head(dtype):
-  table, head, map, exponents = embedding(difference.dtype_of(dtype))
+  table, head, map, exponents = embedding(np.dtype(dtype))
   table[3:7] = np.array([[np.inf], [-1e4], [1e-7], [-0.0]]).astype(table.dtype)
   measured = measure.beside_head(table, head, map, exponents)
   nbytes = assert_comes_back(measured, table, head)

@@ -1,9 +1,9 @@
 """The base of a file: arrays that it needs and does not hold.
 
 A `structured.difference` is made from one array of another model, which the receiver
-has: the base of a fine-tune, or an earlier step of one run. Arrays are found by their
-paths. Tensors of unknown families are also found if their names differ by a prefix such
-as 'model.'. A base that lacks an array raises a ValueError that names it.
+has. Arrays are found by their paths. Tensors of unknown families are also found if
+their names differ by a prefix such as 'model.'. A base that lacks an array raises a
+ValueError that names it.
 """
 
 from collections.abc import Callable, Collection, Mapping

@@ -1,11 +1,8 @@
 """Finds the subspaces of a sliced model beside its base, see `products`.
 
-The tensors that read or write segment s are products with its basis V_s. So V_s is a
-least-squares solution, for which the kernels of two sublayers are enough, and the
-rounding errors of all numbers of these average. The nearest matrix with orthonormal
-columns is taken then.
-
-Shape letters are those of `products`. Everything is computed in float64.
+The tensors that read or write segment s are products with its basis V_s, which is a
+least-squares solution in float64: that of the kernels of two sublayers, made
+orthonormal. Shape letters are those of `products`.
 """
 
 from collections.abc import Sequence
@@ -21,7 +18,6 @@ from rotbits_jax.structured import subspaces
 _SAMPLE = 1 << 9  # vectors of a tensor by which its error is measured
 _MOST_ERROR = 2  # roundoffs; SliceGPT's tensors have errors of up to 1
 _SAME = 0.9  # how far squares of singular values may be from 1
-
 
 Tensor = tuple[products.Product, list[np.ndarray], np.ndarray]
 """A product that reads or writes a segment, its tensors of the base, and the result."""
@@ -79,7 +75,7 @@ def orthonormal(matrix: np.ndarray) -> np.ndarray | None:
 
 def as_basis(basis: np.ndarray, roundoff: float) -> subspaces.Basis:
   """Returns the leaf of a basis, whose error is a small part of the roundoff."""
-  return subspaces.Basis.of(basis, _step(roundoff / 4.7 / math.sqrt(len(basis))))
+  return subspaces.Basis.of(basis, roundoff / 4.7 / math.sqrt(len(basis)))
 
 
 def as_subspace(basis: np.ndarray, roundoff: float) -> subspaces.Basis:
@@ -104,9 +100,4 @@ def as_subspace(basis: np.ndarray, roundoff: float) -> subspaces.Basis:
   tangent = np.linalg.solve(np.eye(width) + upper, lower.T).T
   # Errors grow relative to tensors, whose vectors lie beside the subspace, too.
   share = math.sqrt(12 / max(hidden - width, 1) * width / hidden) / 6.75
-  return subspaces.Basis.of(tangent, _step(roundoff * share), rows)
-
-
-def _step(size: float) -> int:
-  """Returns a step of about a size, in units of 2^-25."""
-  return int(np.clip(size * 2.0**subspaces.UNIT, 1, 1 << subspaces.UNIT))
+  return subspaces.Basis.of(tangent, roundoff * share, rows)

@@ -67,10 +67,10 @@ def beside(
   The result is None if the array takes fewer bytes alone, or cannot be stored so.
   """
   target, dtype = host.contiguous(target), target.dtype
-  if not difference.fits(target.shape, dtype, array.shape, array.dtype):
+  base = difference.known_bits(array, target.shape, dtype)
+  if base is None:
     return None
   bits = ulps.bits_of(target)
-  base = difference.known_bits(array, target.shape, dtype)
   draft = difference.Difference(lengths=target.shape, name=dtype.name)
   changed = _changed(draft, bits, base)
   if changed is not None and not changed.any():

@@ -8,10 +8,9 @@ They take tensors of the base in this order, and bases V_s, see `subspaces`:
     bias       offset @ kernel + bias     of a linear layer that reads a LayerNorm:
                                            `[D, n]`, `[D]`, and `[n]` if there is one
 
-Products must have the same bits on every machine. Therefore they are sums of integers,
-which float64 adds exactly in any order, see `structured.exact`. Vectors of the dense
-model are rounded to integers of so many bits that their norms are below 2^26. Arrays
-that do not fit together, and numbers that are not finite, raise a ValueError.
+Products are sums of integers, see `structured.exact`: vectors of the dense model are
+rounded to integers of so many bits that their norms are below 2^26. Arrays that do not
+fit together, and numbers that are not finite, raise a ValueError.
 
 Shape letters: D hidden size, d width of a segment, n any other length.
 """

@@ -2,11 +2,10 @@
 
 `products` has the mathematics, and `fit` finds the bases. The basis of a segment is a
 record of its own, before the layer that writes the segment, so that a layer is read
-without the layers before it. With a preset that keeps all bits, bases are those of the
-checkpoint, and a tensor is its difference from a product. Else the residual stream is
-rotated to the bases that subspaces tell, and a tensor that follows its product is that
-product. Where it cannot be rotated, as `passes.residual` says, bases are those of the
-checkpoint, too.
+without the layers before it. If all bits are kept, or the residual stream cannot be
+rotated, bases are those of the checkpoint, and a tensor is its difference from a
+product. Else it is rotated to the bases that subspaces tell, and a tensor that follows
+its product is that product.
 """
 
 from collections.abc import Callable, Mapping
@@ -144,14 +143,13 @@ class Recipe:
     basis, error = first if index == 0 else self._fit(index, is_rounded)
     if basis is None or error > _UNRELATED:
       return None
-    if not self._rotates:
-      leaf = fit.as_basis(basis, roundoff)
-      return _Segment(leaf, leaf.materialize(), None)
-    leaf = fit.as_subspace(basis, roundoff)
-    numbers = leaf.materialize()
-    # The two have the same subspace, up to rounding.
-    rotation = fit.orthonormal(basis.T @ np.ldexp(numbers, -subspaces.UNIT))
-    return None if rotation is None else _Segment(leaf, numbers, rotation)
+    leaf = (fit.as_subspace if self._rotates else fit.as_basis)(basis, roundoff)
+    numbers, rotation = leaf.materialize(), None
+    if self._rotates:  # the two have the same subspace, up to rounding
+      rotation = fit.orthonormal(basis.T @ np.ldexp(numbers, -subspaces.UNIT))
+      if rotation is None:
+        return None
+    return _Segment(leaf, numbers, rotation)
 
   def _fit(self, segment: int, is_rounded: bool) -> fit.Fit:
     """Finds the basis of a segment from the tensors that read or write it."""

@@ -23,7 +23,6 @@ import math
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 from flax import struct
-import ml_dtypes
 import msgspec
 import numpy as np
 
@@ -116,7 +115,7 @@ class Difference(base.Structured):
 
   @property
   def dtype(self) -> Any:
-    return dtype_of(self.name)
+    return np.dtype(self.name)
 
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     sizes = super().stored_sizes()
@@ -132,13 +131,15 @@ class Difference(base.Structured):
 
   def _known_bits(self, known: Any) -> np.ndarray:
     """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
-    self.check_needed(known.shape)
     if self.map is not None:
+      self.check_needed(known.shape)
       known = np.asarray(known)
       known = tied.product(known, self.map, self.shifts, self.scale, self.dtype)
-    if not fits(self.lengths, self.dtype, known.shape, known.dtype):
-      raise ValueError(f'{self.name} cannot be made from {known.dtype}')
-    return known_bits(np.asarray(known), self.lengths, self.dtype)
+    bits = known_bits(np.asarray(known), self.lengths, self.dtype)
+    if bits is None:
+      form = f'{known.dtype} {known.shape}'
+      raise ValueError(f'{self.name} {self.lengths} cannot be made from {form}')
+    return bits
 
   # ---- the prediction
 
@@ -237,10 +238,6 @@ class Difference(base.Structured):
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
     if self.map is not None:
       tied.Tied(self.map, self.lengths[0]).check_needed(*shapes)
-      return
-    for shape in shapes:
-      if not _fits_shape(self.lengths, shape):
-        raise ValueError(f'an array of {self.lengths} cannot be made from {shapes}')
 
   def check(self) -> None:
     dtype, lengths, size = self.dtype, self.lengths, math.prod(self.lengths)
@@ -268,33 +265,18 @@ class Difference(base.Structured):
 # ---- known arrays --------------------------------------------------------------------
 
 
-def fits(
-  lengths: tuple[int, ...], dtype: Any, known_shape: tuple[int, ...], known_dtype: Any
-) -> bool:
-  """Returns whether an array can be stored beside a known one."""
-  dtype, known_dtype = np.dtype(dtype), np.dtype(known_dtype)
-  if not _fits_shape(lengths, known_shape) or dtype.itemsize > 8:
-    return False
-  is_rounded = dtype in ROUNDED and known_dtype in (*ROUNDED, np.float64)
-  return max(lengths, default=0) <= LONGEST and (dtype == known_dtype or is_rounded)
-
-
-def _fits_shape(lengths: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-  return len(lengths) == len(shape) and lengths[1:] == shape[1:]
-
-
-def dtype_of(name: str) -> np.dtype:
-  """Returns the dtype of a name."""
-  try:
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
-  except TypeError:
-    raise ValueError(f'{name!r:.40} is not the name of a dtype') from None
-
-
 def known_bits(
   known: np.ndarray, lengths: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-  """Returns a copy of a known array: rounded, cut or filled with zeros, its bits."""
+) -> np.ndarray | None:
+  """Returns a copy of a known array: rounded, cut or filled with zeros, its bits.
+
+  The result is None if an array of this shape and dtype cannot be stored beside it.
+  """
+  is_rounded = dtype in ROUNDED and known.dtype in (*ROUNDED, np.float64)
+  is_same = len(lengths) == known.ndim and lengths[1:] == known.shape[1:]
+  is_same &= dtype.itemsize <= 8 and max(lengths, default=0) <= LONGEST
+  if not is_same or not (dtype == known.dtype or is_rounded):
+    return None
   size = math.prod(lengths)
   bits = np.zeros(size, f'i{dtype.itemsize}')
   flat = host.contiguous(known).reshape(-1)[:size]

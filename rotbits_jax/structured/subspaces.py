@@ -1,8 +1,6 @@
 r"""Leaves for bases of the subspaces of a sliced model, in files only.
 
-SliceGPT makes every tensor of a sliced model from one of the dense model and from bases
-V_s `[D, d]` of subspaces, whose columns are orthonormal; see `relative.products`. So
-beside the dense model it is enough to store the bases: as multiples of a step; or, if
+A basis V `[D, d]`, see `relative.products`, is stored as multiples of a step; or, if
 the subspace alone matters, as d (D - d) numbers. Then the basis is the one of which d
 rows J are a symmetric matrix M with eigenvalues of at least 0. With the other rows S,
 it is a Cayley transform of a matrix A `[D - d, d]` with singular values of at most 1:
@@ -10,8 +8,7 @@ it is a Cayley transform of a matrix A `[D - d, d]` with singular values of at m
       S = 2 (I + A A^T)^-1 A,    M = I - A^T S
 
 Products, and the steps of Newton's iteration for the inverse, are sums of integers,
-which float64 adds exactly in any order, see `exact`. Numbers of bases are multiples of
-2^-25. What does not fit raises a ValueError.
+see `exact`. What does not fit raises a ValueError.
 
 Shape letters: D hidden size, d width of a segment.
 """
@@ -49,10 +46,13 @@ class Basis(base.Structured):
   mask: Annotated[Any, fields.Array('m', np.uint8, optional=True)] = None
 
   @classmethod
-  def of(cls, matrix: np.ndarray, step: int, rows: np.ndarray | None = None) -> 'Basis':
+  def of(
+    cls, matrix: np.ndarray, step: float, rows: np.ndarray | None = None
+  ) -> 'Basis':
     """Makes the leaf of a basis; or of A and of bools `[D]`: whether a row is in J."""
+    unit = int(np.clip(step * _ONE, 1, _ONE))
     mask = None if rows is None else np.packbits(rows, bitorder='little')
-    return cls(_int32(np.rint(matrix * (_ONE / step))), step, mask)
+    return cls(_int32(np.rint(matrix * (_ONE / unit))), unit, mask)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -80,12 +80,12 @@ class Basis(base.Structured):
 
   def check(self) -> None:
     size, width = self.shape
-    if self.mask is None:
-      return
-    if self.mask.size != -(-size // 8) or self._is_upper().sum() != width:
-      raise ValueError(f'a basis of {self.shape} must have {width} rows of M')
-    if is_narrow(self.shape):
-      raise ValueError(f'a basis of {self.shape} is too narrow to be a subspace')
+    if self.mask is not None and (
+      is_narrow(self.shape)
+      or self.mask.size != -(-size // 8)
+      or self._is_upper().sum() != width
+    ):
+      raise ValueError(f'a subspace of {self.shape} must have {width} rows of M')
 
 
 def is_narrow(shape: tuple[int, ...]) -> bool:
