@@ -114,11 +114,8 @@ class Base:
   ) -> dict[str, measure.Measured]:
     """Returns how to store the arrays that take fewer bytes beside the base, by path.
 
-    An embedding that is predicted from the head counts as an array, too.
-
-    Args:
-      params: leaves by path.
-      resolve: returns the parameters that leaves need.
+    An embedding that is predicted from the head counts as an array, too; `resolve`
+    returns the parameters that leaves need.
     """
     jobs = {}
     for path, leaf in params.items():

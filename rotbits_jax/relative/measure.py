@@ -78,7 +78,11 @@ def beside(
   elif dtype.itemsize > 4:
     return None
   elif changed is not None:
-    measured = _with_exponents(draft, bits, base, changed)
+    leaf = _by_exponent(draft)
+    if not changed.all():
+      flags = np.packbits(changed, bitorder='little')
+      leaf = dataclasses.replace(leaf, changed=flags)
+    measured = _measured(leaf, *map(leaf.changed_part, (bits, base)))
   else:
     measured = with_classes(draft, bits, base)
     # Scales and factors are there only where they save more than they take.
@@ -144,18 +148,6 @@ def _changed(
     if np.square(counts - means).sum() > (means + _UNEVEN * means**2).sum():
       return None
   return changed
-
-
-def _with_exponents(
-  draft: difference.Difference, bits: np.ndarray, base: np.ndarray, changed: np.ndarray
-) -> Measured:
-  """Returns a leaf whose classes are exponents, given whether each block changed."""
-  leaf = _by_exponent(draft)
-  if not changed.all():
-    flags = np.packbits(changed, bitorder='little')
-    leaf = dataclasses.replace(leaf, changed=flags)
-    bits, base = map(leaf.changed_part, (bits, base))
-  return _measured(leaf, bits, base)
 
 
 def _measured(

@@ -73,11 +73,9 @@ class Recipe:
     self.records: tuple[str, ...] = ()
     for record in source.records:
       index = models.names.layer_index(record)
-      if index is not None:
-        # The first layer has the segment of the embedding, too.
-        written = self._ends(index)[min(index, 1) :]
-        self.records += tuple(map(models.names.subspace, written))
-      self.records += (record,)
+      # The first layer has the segment of the embedding, too.
+      written = () if index is None else self._ends(index)[min(index, 1) :]
+      self.records += *map(models.names.subspace, written), record
 
   @functools.cached_property
   def is_related(self) -> bool:

@@ -50,13 +50,11 @@ def _explain_part(target: np.ndarray, product: np.ndarray, limit: float) -> bool
 
 
 def _are_independent(errors: np.ndarray) -> bool:
-  """Returns whether errors `[R, C]` of any sizes are independent of each other.
+  """Returns whether errors E `[R, C]` of any sizes are independent of each other.
 
-  If they are, and have the mean 0, the sum of the fourth powers of the singular values
-  of the matrix E is, on average, that of the squares of `sum_j E_ij^2` for all i and of
-  `sum_i E_ij^2` for all j, less that of `E_ij^4`. A change in few directions adds the
-  fourth powers of its own singular values. The first sum is `|E^T E|^2`, estimated with
-  random signs (Hutchinson).
+  Then `|E^T E|^2` is on average the sum of the squares of `sum_j E_ij^2` for all i and
+  of `sum_i E_ij^2` for all j, less that of `E_ij^4`. A change in few directions adds to
+  it. It is estimated with random signs (Hutchinson).
   """
   tall = errors if len(errors) >= errors.shape[1] else errors.T
   squares = np.square(tall)
