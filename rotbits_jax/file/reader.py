@@ -254,8 +254,6 @@ class Reader:
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
         needed = functools.partial(self._needed, leaf, others)
         shapes = [self._leaves[x].shape for x in leaf.needs if x in self._leaves]
-        if not leaf.needs:
-          shapes = [leaf.shape if leaf.base is None else leaf.base.shape]
         leaves.append(_StoredLeaf(leaf, stored, out, is_expanded, needed, shapes))
         if 'differences' in leaf.arrays:
           known[len(arrays) + leaf.arrays.index('differences')] = leaves[-1].known
