@@ -57,7 +57,7 @@ def encode(
   Raises:
     ValueError: if a dtype cannot be stored.
   """
-  plan = _plan(arrays, known)
+  plan = plans.make(arrays, known)
   jobs = []
   for group in plan.groups:
     several = _blocks(group.layout, group.contexts, [x.numbers for x in group.parts])
@@ -103,16 +103,9 @@ def estimate(
   arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray] = _NONE
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
-  plan = _plan(arrays, known)
+  plan = plans.make(arrays, known)
   coded = sum(sum(group.nbytes) for group in plan.groups)
   return coded + sum(x.numbers.nbytes for x in plan.plain)
-
-
-def _plan(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> plans.Plan:
-  for array in arrays:
-    if np.asarray(array).dtype.name not in specs.DTYPES:
-      raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
-  return plans.make([*map(np.asarray, arrays)], known)
 
 
 def decode(

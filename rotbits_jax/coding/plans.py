@@ -86,7 +86,10 @@ class _Sample(NamedTuple):
 
 def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
   """Plans a record of arrays; of the integers of some the classes are known."""
-  whole = pool.each(host.contiguous, arrays)
+  for array in arrays:
+    if np.asarray(array).dtype.name not in specs.DTYPES:
+      raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
+  whole = pool.each(host.contiguous, map(np.asarray, arrays))
   classes_of = map(known.get, range(len(whole)))
   divided = pool.each(_divided, range(len(whole)), whole, classes_of)
   drafts = [draft for *_, several in divided for draft in several]
@@ -94,13 +97,6 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
   for i, classes in known.items():
     part = Part(i, 0, whole[i].reshape(-1, 1))
     layout = layouts.Integers(part.numbers.dtype, 0)
-    if not layout.is_valid() or (classes.dtype, classes.size) != (
-      np.uint8,
-      whole[i].size,
-    ):
-      raise ValueError(
-        f'{whole[i].size} {layout.dtype} cannot have {classes.size} classes'
-      )
     group = _group([_Draft(part, layout, contexts_lib.known_scales(classes))])
     groups.append(group._replace(contexts=group.contexts._replace(is_known=True)))
   coded = {x[:2] for group in groups for x in group.parts}
