@@ -242,13 +242,14 @@ class Encoder:
     self, names: Sequence[str], state: Any
   ) -> Iterator[tuple[list[passes.Record], Any]]:
     """Yields records, also others than those in `names`, and the state after them."""
-    is_rewritten = self._context is not None and self._recipe is None
+    context: Any = self._context
+    is_rewritten = context is not None and self._recipe is None
     rewritten = [x for x in names if is_rewritten and x != models.names.BUFFERS]
     if rewritten:
       layers = [i for x in rewritten if (i := models.names.layer_index(x)) is not None]
-      end = self._context.config.num_layers
+      end = context.config.num_layers
       for batch, reached in passes.rewrite(
-        self._context,
+        context,
         self.preset.transform,
         rounding=self.preset.rounding,
         layers=range(layers[0], layers[-1] + 1) if layers else range(end, end),
