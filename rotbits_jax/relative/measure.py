@@ -52,6 +52,7 @@ class Measured(NamedTuple):
 
   def estimate(self) -> float:
     """Estimates the bytes of the arrays of a leaf with differences."""
+    assert self.classes is not None
     arrays = self.leaf.stored()[1]
     known = {list(arrays).index('differences'): self.classes}
     return coder.estimate([*arrays.values()], known)
@@ -88,8 +89,9 @@ def beside(
     # Scales and factors are there only where they save more than they take.
     some = slice(None, None, -(-target.size // _SAMPLE))
     alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
-    known_classes = {0: measured.classes[some]}
-    nbytes = coder.estimate([measured.leaf.differences[some]], known_classes)
+    assert measured.classes is not None
+    differences, classes = measured.leaf.differences[some], measured.classes[some]
+    nbytes = coder.estimate([differences], {0: classes})
     if nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)

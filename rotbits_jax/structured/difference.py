@@ -255,8 +255,9 @@ class Difference(base.Structured):
     # Classes of some blocks have no rows.
     fits &= self.changed is None or (self.width == 1 and self.differences is not None)
     if self.differences is not None and fits:
-      form = self.differences.dtype.kind, self.differences.itemsize
-      fits = form == ('i', dtype.itemsize) and dtype.itemsize <= 4
+      coded = self.differences.dtype
+      fits = (coded.kind, coded.itemsize) == ('i', dtype.itemsize)
+      fits &= dtype.itemsize <= 4
       fits &= len(self.differences) == sum(x.stop - x.start for x in self.spans())
     if not fits:
       raise ValueError(f'what is stored of {self.name} {lengths!r:.80} does not fit')
