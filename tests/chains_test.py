@@ -271,15 +271,14 @@ class ChainTest(parameterized.TestCase):
 
 
 class RewriteTest(parameterized.TestCase):
-  @parameterized.product(name=tuple(SOURCES), how=('state', 'skip'))
-  def test_a_run_that_begins_at_a_layer_gives_the_same_bits(self, name, how):
+  @parameterized.parameters(*SOURCES)
+  def test_a_run_that_begins_at_a_layer_gives_the_same_bits(self, name):
     context, transform, yielded = _whole(name)
     count = context.config.num_layers
     self.assertLen(yielded, count + 1)
-    for k in sorted({0, 1, count // 2, count - 1, count}):
-      state = None
-      if how == 'state' and k:
-        state = yielded[k - 1][1]
+    starts = sorted({0, 1, count // 2, count - 1, count})
+    for k, with_state in itertools.product(starts, (True, False)):
+      state = yielded[k - 1][1] if with_state and k else None
       rest = passes.rewrite(context, transform, layers=range(k, count), state=state)
       for (records, _), (expected, _) in zip(rest, yielded[k:], strict=True):
         transform_checks.assert_same_records(records, expected)

@@ -127,10 +127,14 @@ def assert_comes_back(measured, target, *needed):
   return encoded.data.size
 
 
-@pytest.mark.parametrize('dtype', FLOATS)
 @pytest.mark.parametrize('case', CASES)
-def test_an_array_beside_its_base(case, dtype):
-  make, names, share = CASES[case]
+def test_an_array_beside_its_base(case, subtests):
+  for dtype in FLOATS:
+    with subtests.test(dtype=dtype):
+      check_beside(dtype, *CASES[case])
+
+
+def check_beside(dtype, make, names, share):
   target, base = make(np.dtype(dtype).name)
   measured = beside(target, base)
   assert names <= measured.leaf.stored()[1].keys()

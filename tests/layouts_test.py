@@ -33,11 +33,13 @@ def rounded(bits, form, least):
   return np.where(below > form.nmant, sign, bits >> below << below).astype(bits.dtype)
 
 
-@pytest.mark.parametrize(
-  ('dtype', 'least'), [*itertools.product(FLOATS, [1, 2, 9, 25])]
-)
-def test_small_numbers_count_steps(dtype, least):
-  dtype = np.dtype(dtype)
+def test_small_numbers_count_steps(subtests):
+  for dtype, least in itertools.product(map(np.dtype, FLOATS), [1, 2, 9, 25]):
+    with subtests.test(dtype=dtype, least=least):
+      check_raised(dtype, least)
+
+
+def check_raised(dtype, least):
   form = layouts.FORMATS[dtype]
   bias = (1 << form.nexp - 1) - 1
   bits = rounded(patterns(dtype), form, least)
