@@ -10,7 +10,6 @@ Shape letters: n units, S numbers of a unit, N classes, K tables, A symbols.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -229,12 +228,9 @@ def _classes(
   if layout.raised:
     bases = [x.scales.base + layouts.LEVELS * (x.min_exponent - start) for x in drafts]
   elif layout.dtype == np.uint8:  # the classes of the parts follow each other
-    ends = itertools.accumulate(x.greatest + 1 for x in scales)
-    last = [contexts_lib.CLASSES - 1 - x.greatest for x in scales]
-    bases = [
-      min(end - x.greatest - 1, most)
-      for end, x, most in zip(ends, scales, last, strict=True)
-    ]
+    counts = np.array([x.greatest + 1 for x in scales])
+    starts = np.minimum(np.cumsum(counts), contexts_lib.CLASSES) - counts
+    bases = starts.tolist()
   scales = [x._replace(base=y) for x, y in zip(scales, bases, strict=True)]
   return scales, np.array([start])
 

@@ -112,13 +112,7 @@ def from_bytes(data: np.ndarray, alphabet: int) -> np.ndarray:
 
 def deflate(data: bytes) -> bytes:
   """Returns a raw Deflate stream, which `inflate` reads."""
-  packed = []
-  # Some scales are close to noise, where matches are chance and cost more than they
-  # save. Others repeat.
-  for strategy in (zlib.Z_RLE, zlib.Z_DEFAULT_STRATEGY):
-    packer = zlib_ng.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
-    packed.append(packer.compress(data) + packer.flush())
-  return min(packed, key=len)
+  return zlib_ng.compress(data, 9, -15)
 
 
 def inflate(data: bytes, most: int) -> np.ndarray:
