@@ -38,6 +38,7 @@ BUFFERS = re.compile(
 
 _Size = Annotated[int, schema.between(1, (1 << 31) - 3)]
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
 _Activation = Literal['relu', 'gelu_new', 'gelu_pytorch_tanh', 'silu']
 
 # The attributes that set a field of `models.ModelConfig`, and the supported values.
@@ -61,39 +62,34 @@ _ATTRIBUTES: dict[str, tuple[str, Any]] = {
   'sliding_window': ('sliding_window', _Size | None),
   'rope_theta': ('rope_theta', _Positive),
   'rope_scaling': ('rope_scaling', dict[str, Any] | None),
-  'partial_rotary_factor': (
-    'rotary_factor',
-    Annotated[float, msgspec.Meta(gt=0, le=1)],
-  ),
+  'partial_rotary_factor': ('rotary_factor', _Fraction),
   # This one has only one value.
   'layer_types': ('layer_types', tuple[Literal['full_attention'], ...] | None),
 }
 
 # Attributes that do not affect the function of a trained model, or only in a family
 # that has them among its `attributes`.
-_WITHOUT_EFFECT = frozenset([
-  '_attn_implementation', '_attn_implementation_autoset',
-  '_attn_implementation_internal', '_commit_hash', '_flash_attn_2_enabled',
-  '_name_or_path', 'activation_dropout', 'architectures', 'attention_dropout',
-  'auto_map', 'bad_words_ids', 'begin_suppress_tokens', 'bos_token_id',
-  'chunk_size_feed_forward', 'decoder_start_token_id', 'diversity_penalty',
-  'do_sample', 'dropout', 'dtype', 'early_stopping', 'embd_pdrop',
-  'encoder_no_repeat_ngram_size', 'eos_token_id', 'exponential_decay_length_penalty',
-  'finetuning_task', 'forced_bos_token_id', 'forced_eos_token_id',
-  'gradient_checkpointing', 'id2label', 'init_std', 'initializer_range', 'is_decoder',
-  'is_llama_config', 'label2id', 'layerdrop', 'length_penalty', 'max_length',
-  'max_sequence_length', 'max_window_layers', 'min_length', 'no_repeat_ngram_size',
-  'num_beam_groups', 'num_beams', 'num_return_sequences',
-  'original_max_position_embeddings', 'output_attentions', 'output_hidden_states',
-  'output_projection', 'output_scores',
-  'pad_token_id', 'prefix', 'pretraining_tp', 'problem_type', 'remove_invalid_values',
-  'repetition_penalty', 'resid_pdrop', 'return_dict', 'return_dict_in_generate',
-  'sep_token_id', 'sliding_window', 'suppress_tokens', 'task_specific_params',
-  'temperature', 'tf_legacy_loss', 'tie_encoder_decoder', 'tokenizer_class', 'top_k',
-  'top_p', 'torch_dtype', 'torchscript', 'transformers.js_config',
-  'transformers_version', 'truncation_ranks', 'typical_p', 'unsloth_version',
-  'use_bfloat16', 'use_cache', 'word_embed_proj_dim',
-])  # fmt: skip
+_WITHOUT_EFFECT = frozenset(
+  """
+  _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+  _commit_hash _flash_attn_2_enabled _name_or_path activation_dropout architectures
+  attention_dropout auto_map bad_words_ids begin_suppress_tokens bos_token_id
+  chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dropout
+  dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+  exponential_decay_length_penalty finetuning_task forced_bos_token_id
+  forced_eos_token_id gradient_checkpointing id2label init_std initializer_range
+  is_decoder is_llama_config label2id layerdrop length_penalty max_length
+  max_sequence_length max_window_layers min_length no_repeat_ngram_size
+  num_beam_groups num_beams num_return_sequences original_max_position_embeddings
+  output_attentions output_hidden_states output_projection output_scores pad_token_id
+  prefix pretraining_tp problem_type remove_invalid_values repetition_penalty
+  resid_pdrop return_dict return_dict_in_generate sep_token_id sliding_window
+  suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+  tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+  transformers_version truncation_ranks typical_p unsloth_version use_bfloat16
+  use_cache word_embed_proj_dim
+  """.split()
+)
 
 # The only value of attributes in all families.
 _ONLY: dict[str, Any] = {'cross_attention_hidden_size': None, 'pruned_heads': {}}

@@ -198,11 +198,7 @@ class CheckpointReader(Folder):
 
   def outer(self) -> models.Params:
     """Reads the parameters outside the layers, see `read`."""
-    params: models.Params = {}
-    for record in self.records:
-      if record != models.names.BUFFERS and models.names.layer_index(record) is None:
-        params |= self.read(record)
-    return params
+    return {name: self.read(name)[name] for name in models.outer_shapes(self.config)}
 
   @functools.cached_property
   def buffers(self) -> dict[str, np.ndarray]:

@@ -176,15 +176,6 @@ def outer_entries(config: models.ModelConfig) -> Records:
   return records
 
 
-# The parameters of a module: the key of each, and the suffix of its tensor.
-_PARAMETERS = {
-  '': '.weight',
-  '/kernel': '.weight',
-  '/scale': '.weight',
-  '/bias': '.bias',
-}
-
-
 def _entries(
   modules: dict[str, str], shapes: models.Params, prefix: str, path_prefix: str
 ) -> list[ExpectedTensor]:
@@ -192,7 +183,8 @@ def _entries(
   flat, tensors = structured.flatten(shapes), []
   for module, module_paths in modules.items():
     is_shortcut = module.endswith('_shortcut')
-    for key, suffix in _PARAMETERS.items():
+    for key in ('', '/kernel', '/scale', '/bias'):
+      suffix = '.bias' if key == '/bias' else '.weight'
       paths = [f'{path}{key}' for path in module_paths.split()]
       if paths[0] in flat:
         name = f'{prefix}{module}{families.SHORTCUT_SUFFIX if is_shortcut else suffix}'
