@@ -3,6 +3,10 @@
 A checkpoint is a directory with weights (named tensors), a `config.json` and tokenizer
 files. The checkpoint of a sliced model also has a slicing JSON, in which SliceGPT keeps
 the width of every residual segment.
+
+Raises:
+  CheckpointError: in all modules, if a file is missing, damaged, unsupported or has
+    changed after it was opened, or if a tensor is not one of its config.
 """
 
 from rotbits_jax.checkpoints.errors import CheckpointError as CheckpointError

@@ -3,10 +3,6 @@
 A family is the set of models with one `model_type` in `config.json`. To add a family,
 add a row to `FAMILIES`. The slicing JSON is the file in which SliceGPT keeps the width
 of every residual segment.
-
-Raises:
-  CheckpointError: if a file is no JSON, or an attribute is missing, unknown, or has a
-    wrong type or an unsupported value.
 """
 
 import dataclasses
@@ -69,27 +65,28 @@ _ATTRIBUTES: dict[str, tuple[str, Any]] = {
 
 # Attributes that do not affect the function of a trained model, or only in a family
 # that has them among its `attributes`.
-_WITHOUT_EFFECT = frozenset(
-  """
-  _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-  _commit_hash _flash_attn_2_enabled _name_or_path activation_dropout architectures
-  attention_dropout auto_map bad_words_ids begin_suppress_tokens bos_token_id
-  chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dropout
-  dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
-  exponential_decay_length_penalty finetuning_task forced_bos_token_id
-  forced_eos_token_id gradient_checkpointing id2label init_std initializer_range
-  is_decoder is_llama_config label2id layerdrop length_penalty max_length
-  max_sequence_length max_window_layers min_length no_repeat_ngram_size
-  num_beam_groups num_beams num_return_sequences original_max_position_embeddings
-  output_attentions output_hidden_states output_projection output_scores pad_token_id
-  prefix pretraining_tp problem_type remove_invalid_values repetition_penalty
-  resid_pdrop return_dict return_dict_in_generate sep_token_id sliding_window
-  suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-  tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-  transformers_version truncation_ranks typical_p unsloth_version use_bfloat16
-  use_cache word_embed_proj_dim
-  """.split()
-)
+_WITHOUT_EFFECT = frozenset([
+  '_attn_implementation', '_attn_implementation_autoset',
+  '_attn_implementation_internal', '_commit_hash', '_flash_attn_2_enabled',
+  '_name_or_path', 'activation_dropout', 'architectures', 'attention_dropout',
+  'auto_map', 'bad_words_ids', 'begin_suppress_tokens', 'bos_token_id',
+  'chunk_size_feed_forward', 'decoder_start_token_id', 'diversity_penalty',
+  'do_sample', 'dropout', 'dtype', 'early_stopping', 'embd_pdrop',
+  'encoder_no_repeat_ngram_size', 'eos_token_id', 'exponential_decay_length_penalty',
+  'finetuning_task', 'forced_bos_token_id', 'forced_eos_token_id',
+  'gradient_checkpointing', 'id2label', 'init_std', 'initializer_range', 'is_decoder',
+  'is_llama_config', 'label2id', 'layerdrop', 'length_penalty', 'max_length',
+  'max_sequence_length', 'max_window_layers', 'min_length', 'no_repeat_ngram_size',
+  'num_beam_groups', 'num_beams', 'num_return_sequences',
+  'original_max_position_embeddings', 'output_attentions', 'output_hidden_states',
+  'output_projection', 'output_scores', 'pad_token_id', 'prefix', 'pretraining_tp',
+  'problem_type', 'remove_invalid_values', 'repetition_penalty', 'resid_pdrop',
+  'return_dict', 'return_dict_in_generate', 'sep_token_id', 'sliding_window',
+  'suppress_tokens', 'task_specific_params', 'temperature', 'tf_legacy_loss',
+  'tie_encoder_decoder', 'tokenizer_class', 'top_k', 'top_p', 'torch_dtype',
+  'torchscript', 'transformers.js_config', 'transformers_version', 'truncation_ranks',
+  'typical_p', 'unsloth_version', 'use_bfloat16', 'use_cache', 'word_embed_proj_dim',
+])  # fmt: skip
 
 # The only value of attributes in all families.
 _ONLY: dict[str, Any] = {'cross_attention_hidden_size': None, 'pruned_heads': {}}
@@ -131,11 +128,6 @@ def _dense(family: Family, values: dict[str, Any]) -> models.ModelConfig:
       fields[field] = default
   if unknown := left.keys() - _WITHOUT_EFFECT:
     raise ValueError(f'there is no attribute {errors.cut(min(unknown))}')
-  return models.ModelConfig(**_completed(family, fields))
-
-
-def _completed(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
-  """Returns the fields of a config, given those that attributes set."""
   heads, hidden = fields['num_heads'], fields['hidden_size']
   fields.pop('layer_types', None)
   head_dim = fields['head_dim'] or hidden // heads
@@ -158,7 +150,7 @@ def _completed(family: Family, fields: dict[str, Any]) -> dict[str, Any]:
   fields['num_kv_heads'] = fields.get('num_kv_heads') or heads
   fields['segment_widths'] = (hidden,) * (segments + 1)
   fields.setdefault('out_bias', fields.get('qkv_bias', False))
-  return fields
+  return models.ModelConfig(**fields)
 
 
 def _rope_scaling(settings: dict[str, Any]) -> models.RopeScaling | None:

@@ -3,10 +3,6 @@
 The sidecar files are the files beside the weights: configs, tokenizer files and others.
 The stem is the name that SliceGPT gives to a sliced model's weights and slicing JSON,
 `<stem>.pt` and `<stem>.json`.
-
-Raises:
-  CheckpointError: if a file is missing, damaged or has changed, if the files are not a
-    checkpoint of a known family, or a tensor is not one of its config.
 """
 
 from collections.abc import Mapping, Sequence

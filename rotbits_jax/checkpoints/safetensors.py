@@ -2,10 +2,6 @@
 
 A file is the length of a header (8 bytes), the header (JSON), and the tensors one after
 the other. The index is a JSON file that names the file, or shard, of each tensor.
-
-Raises:
-  CheckpointError: if a file is missing or damaged, or if safetensors does not support a
-    dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -114,22 +110,15 @@ def header(specs: Specs) -> bytes:
   return struct.pack('<Q', len(encoded)) + encoded
 
 
-class _Index(schema.Object):
-  """The content of an index: the file name of the shard of each tensor."""
-
-  weight_map: dict[str, str]
-  metadata: Any = None
-
-
 def parse_index(content: bytes) -> tuple[dict[str, Sequence[str]], Any]:
   """Parses an index: the names of the tensors in each shard, and the metadata."""
   value = families.parse_object(content, 'index', most=MOST_INDEX)
   with errors.named('index', ValueError):
-    index = schema.load(_Index, value)
-    shards: dict[str, Any] = {x: [] for x in sorted({*index.weight_map.values()})}
-  for tensor, name in index.weight_map.items():
+    weight_map = schema.load(dict[str, str], value.get('weight_map'), 'weight_map')
+  shards: dict[str, Any] = {name: [] for name in sorted({*weight_map.values()})}
+  for tensor, name in weight_map.items():
     shards[name].append(tensor)
-  return shards, index.metadata
+  return shards, value.get('metadata')
 
 
 def divided(

@@ -1,9 +1,6 @@
 """The tensors of a checkpoint: read when they are needed, and named as a family does.
 
 Files are read into memory, not mapped: a map of a file that shrinks ends the process.
-
-Raises:
-  CheckpointError: if there is no such file, or if it changed after it was opened.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

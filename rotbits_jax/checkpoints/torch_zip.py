@@ -7,11 +7,6 @@ it is a view of a storage: an offset, a shape and strides.
 
 A pickle is a program, so an untrusted pickle could run any code. Python's unpickler is
 restricted here to the operations and functions that tensors need.
-
-Raises:
-  CheckpointError: if a file is damaged or refers to code other than PyTorch's tensors,
-    if the state dict holds other values, such as dicts, if a tensor reaches outside its
-    storage or shares it with many, or if PyTorch does not support a dtype.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ The files are written to a hidden folder beside the target, which takes the plac
 target when all are complete, see `outputs.move`. After an exception it is removed.
 
 Raises:
-  CheckpointError: if a required file is missing, if a name is not that of a file, or if
-    the format does not support the dtype of a tensor.
   ValueError: if arguments do not suit each other or the model.
   OSError: if the directory cannot be written or must not be replaced.
 """

@@ -50,7 +50,7 @@ from rotbits_jax.file import output
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
 
-_BASE, _OVERWRITE, _VERBOSE = program.shared('base', 'overwrite', 'verbose')
+_BASE, _OVERWRITE = program.shared('base', 'overwrite')
 _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to remove.')
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.'
@@ -103,7 +103,7 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
     'left_out': list(source.left_out),
     'plain_because': reason,
   }
-  lines = [report.to_text(verbose=True), ''] if _VERBOSE.value else []
+  lines = []
   if source.left_out:
     lines.append(f'not kept: {", ".join(source.left_out)}')
   if reason is not None:

@@ -12,10 +12,12 @@ JSON: preset, keeps, family, elements and bytes of input and file, lines (each w
 elements_saved and bytes_saved), remarks, base; with --verbose notes for each transform.
 """
 
+from absl import flags
+
 import rotbits_jax
 from rotbits_jax.cli import program
 
-(_VERBOSE,) = program.shared('verbose')
+_VERBOSE = flags.DEFINE_bool('verbose', False, 'Give each layer a row, and notes.')
 
 
 def main(file: str) -> program.Result:

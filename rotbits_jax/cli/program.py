@@ -39,7 +39,6 @@ _SHARED: dict[str, tuple[Callable[..., Any], Any, str]] = {
   'base': (flags.DEFINE_multi_string, None, 'The base; repeat it for bases of it.'),
   'against': (flags.DEFINE_string, None, 'A model to compare with.'),
   'overwrite': (flags.DEFINE_bool, False, 'Replace existing files.'),
-  'verbose': (flags.DEFINE_bool, False, 'Print more.'),
 }
 
 
