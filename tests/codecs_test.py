@@ -71,7 +71,7 @@ CODECS = {
     haar.correction_codec(4, 3, jnp.asarray(np.stack([LEVELS, LEVELS, SIGNS]))),
     frame(4, 3),
   ),
-  'eigen': (eigen.codec(6), jnp.asarray(RNG.integers(0, 1 << 16, 21), jnp.uint16)),
+  'eigen': (eigen.codec(21), jnp.asarray(RNG.integers(0, 1 << 16, 21), jnp.uint16)),
   'corrections of eigenvectors': (
     eigen.correction_codec(4, jnp.asarray(np.stack([LEVELS] * 2))),
     eigen.EigenCorrection(

@@ -82,7 +82,7 @@ class EigenTest(parameterized.TestCase):
     self.assertGreater((error > 0).mean(), 0.01 if threshold > 1e-5 else 0)
 
   def test_message_comes_back(self):
-    codec = eigen.codec(N)
+    codec = eigen.codec(N * (N + 1) // 2)
     message = jax.jit(codec.push)(rans.empty(8), _weights(N))  # initial bits
     rest, patterns = jax.jit(codec.pop)(message)
     np.testing.assert_array_equal(patterns, _weights(N))

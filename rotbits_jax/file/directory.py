@@ -110,7 +110,8 @@ def _dtypes_on_disk(
   """Returns the dtype that each parameter gets on disk, by its path."""
   dtypes = {path: np.dtype(spec.dtype) for path, spec in specs.items()}
   if manifest.message is not None:
-    dtypes |= manifest.message.layout.dtypes()
+    arrays = manifest.message.layout.arrays
+    dtypes |= {path: jnp.dtype(array.dtype) for path, array in arrays.items()}
   for path, stored in dtypes.items():
     if stored == np.float32:  # which `near` stores in place of others
       name = manifest.dtypes.get(path, manifest.dtypes.get('', 'float32'))

@@ -36,20 +36,18 @@ The frame is sampled by one of two codes: `haar` is exactly uniform, and `symmet
 takes eigenvectors of a matrix of numbers, as published. A segment is not sampled if its
 rotation cannot be recovered, or if that gains nothing.
 
-**Exactness.** The decoder recovers a rotation by a factorisation in float32, and
-another LAPACK or a GPU has other rounding errors. Therefore the encoder factorises the
-matrix a second time, after a change as large as the backward error of a factorisation,
-and the margins of `bits_back.correction` cover the difference. A machine beyond the
-margin decodes other elements; a digest of each array notices that, and the file is
-refused there.
+**Exactness.** The decoder recovers a rotation by a factorisation in float32, whose
+rounding errors differ between machines. Therefore the encoder factorises the matrix a
+second time, after a change as large as the backward error of a factorisation, and the
+margins of `bits_back.correction` cover the difference. Beyond the margin a machine
+decodes other elements, and their digests differ.
 
 **The streams** are stacks of uint16 words. `message` holds the arrays in the order in
 which they were pushed; if they are entropy coded, those of a segment are one stream of
-`coding.coder`. To sample a rotation, the encoder pops words, makes a rANS message of
-them, and pushes the rest of that message as a block. The decoder pushes the integers of
-the recovered rotation onto the rest, and so gets back the words. `corrections` has a
-block for each sampled segment. It is apart from the message, from whose words the next
-rotation is sampled, and in which a threshold leaves errors.
+`coding.coder`. To sample a rotation, the encoder makes a rANS message of popped words,
+and pushes the rest of that message as a block. `corrections` has a block for each
+sampled segment. It is apart from the words from which the next rotation is sampled,
+because a threshold leaves errors in these.
 
 Reference: J. He, G. Flamich, J. M. Hernandez-Lobato, Getting Free Bits Back from
 Rotational Symmetries in LLMs, arXiv 2410.01309, section 3.

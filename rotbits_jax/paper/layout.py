@@ -10,7 +10,6 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax.numpy as jnp
 import msgspec
-import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding import specs
@@ -101,10 +100,6 @@ class MessageLayout(schema.Object):
   arrays: dict[str, Stored]  # dtype and digest of each parameter, by path
   # With entropy coding, of the first columns, and then of the arrays of each segment.
   coders: tuple[specs.StreamSpec, ...] = ()
-
-  def dtypes(self) -> dict[str, np.dtype]:
-    """Returns the dtype of each parameter, by path."""
-    return {path: jnp.dtype(x.dtype) for path, x in self.arrays.items()}
 
   def record_bytes(self, config: models.ModelConfig) -> dict[str, int]:
     """Returns the bytes of each record; a ValueError for another config."""

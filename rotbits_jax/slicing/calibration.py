@@ -37,19 +37,13 @@ class PrincipalComponents(NamedTuple):
 
 
 def sample_sequences(
-  tokens: np.ndarray, *, sequences: int, length: int, seed: int
+  tokens: np.ndarray,  # [N] token ids of the text
+  *,
+  sequences: int,  # S, which is smaller if the text has no room for them
+  length: int,  # T, which is smaller if the text has fewer tokens
+  seed: int,
 ) -> np.ndarray:
-  """Draws sequences from a text: one at a random place in each of S equal parts.
-
-  Args:
-    tokens: `[N]` token ids of the text.
-    sequences: the number of sequences. S is smaller if the text has no room for them.
-    length: the number of tokens in a sequence. T is N if the text has fewer tokens.
-    seed: seed of the draw.
-
-  Returns:
-    `[S, T]`, sequences that do not overlap, in the order of the text.
-  """
+  """Draws sequences `[S, T]`: one at a random place in each of S equal parts."""
   if sequences < 1 or length < 1 or len(tokens) < 1:
     raise ValueError(
       f'calibration needs at least 1 sequence of at least 1 token, got {sequences=} '
@@ -75,31 +69,19 @@ def embed(
 
 
 def advance(
-  activations: np.ndarray,
-  sublayers: models.Params,
-  basis: PrincipalComponents,
-  config: models.ModelConfig,
+  activations: np.ndarray,  # X_s, float32 [S, T, D]; overwritten by X_{s+1}
+  sublayers: models.Params,  # fused, between the two segments, by name
+  basis: PrincipalComponents,  # of segment s
+  config: models.ModelConfig,  # of the fused model
 ) -> None:
-  """Replaces the activations of a segment by those of the next segment.
-
-  Args:
-    activations: X_s, float32 `[S, T, D]`; overwritten by X_{s+1}.
-    sublayers: parameters of the fused sublayers between the two segments, by name.
-    basis: principal components of segment s.
-    config: config of the fused model.
-  """
+  """Replaces the activations of a segment by those of the next segment."""
   params, cut = _device_float32((sublayers, basis.cut))
   for i, sequence in enumerate(activations):
     activations[i] = _advance(params, cut, sequence, config=config)
 
 
 def principal_components(activations: np.ndarray, width: int) -> PrincipalComponents:
-  """Returns the principal components of a segment, the largest of the kept ones first.
-
-  Args:
-    activations: float32 `[S, T, D]`, which must be finite.
-    width: d, the number of components to keep.
-  """
+  """Returns the components of activations `[S, T, D]`, the largest kept one first."""
   hidden = activations.shape[-1]
   gram = np.zeros((hidden, hidden))
   for sequence in activations:

@@ -44,30 +44,19 @@ def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> 
 
 def slice_model(
   model: models.Model,
-  tokens: np.ndarray,
+  tokens: np.ndarray,  # [S, T] token ids, see `sample_sequences`
   *,
-  sparsity: float,
-  round_interval: int = 8,
-  slice_head: bool = False,
-  seed: int = 42,
+  sparsity: float,  # the part of the hidden size that slicing removes, in [0, 1)
+  round_interval: int = 8,  # the width of a segment is rounded down to a multiple
+  slice_head: bool = False,  # whether to slice the segment that the head reads, too
+  seed: int = 42,  # of the random rotations
   progress: bool = False,
 ) -> models.Model:
-  """Slices a dense model.
+  """Slices a dense model; the leaves of the result are float32 NumPy arrays.
 
-  Besides the given and the returned model, memory holds the activations of one segment,
-  float32 `[S, T, D]`, and in float64 one layer, the embeddings or the head.
-
-  Args:
-    model: a dense model.
-    tokens: `[S, T]` token ids, the calibration text; see `sample_sequences`.
-    sparsity: the part of the hidden size that slicing removes, in [0, 1).
-    round_interval: the width of a segment is rounded down to a multiple of it.
-    slice_head: whether the last segment, which the head reads, is sliced, too.
-    seed: of the random rotations (Haar) by which the kept components are multiplied, so
-      that the elements of a matrix have similar sizes.
-
-  Returns:
-    The sliced model. Its leaves are float32 NumPy arrays.
+  The kept components are multiplied by random rotations (Haar), so the elements of a
+  matrix have similar sizes. Besides both models, memory holds the activations of one
+  segment, float32 `[S, T, D]`, and in float64 one layer, the embeddings or the head.
   """
   config = norm_fusion.fused(model.config)
   hidden = config.hidden_size

@@ -3,28 +3,16 @@ r"""The gauges of attention heads: a change of basis within every head.
 Two kernels share the h coordinates of a head, and they can change together:
 
     value, output:  W_v -> W_v A,  W_o -> A^-1 W_o          A in GL(h)
-    query, key:     W_q -> W_q A,  W_k -> W_k A^-T          A in GL(h), without RoPE
+    query, key:     W_q -> W_q A,  W_k -> W_k A^-T          A in GL(m), m = h - r
 
 GL(h) is the group of invertible matrices `[h, h]`. RoPE rotates the first r coordinates
-of a query or key in planes, and on these A must be the identity here. (Complex factors
-commute with RoPE, too, but they are 0.004% of the weights.) On the other m = h - r
-coordinates A is in GL(m). All query heads that read the same key-value head share its
-A.
+of a query or key, on which A is the identity. All query heads that read the same
+key-value head share its A.
 
 To fix the gauge, the output kernel (transposed) or the key kernel is replaced by a
-basis of its column space, see `structured.heads`. The kernel is this basis times A^T,
-and its partner is multiplied by A. This saves h^2 or m^2 weights for each key-value
-head. No matrix is inverted that can be singular, so heads may have any rank.
-
-**Biases.** Biases change with their kernels, and two of them are redundant. The bias of
-the keys adds `q . b_k` to all scores of a query, and the softmax ignores a number that
-is added to all scores; so it is zero in the coordinates that RoPE does not rotate. The
-attention weights of a query sum to 1, so the bias of the values adds the same vector to
-the output at every token, and the bias of the output can include it:
-
-    (weights @ (x W_v + b_v)) W_o + b_o = (weights @ x W_v) W_o + (b_v W_o + b_o)
-
-Here b_v is repeated for every query head that reads it.
+basis of its column space, see `structured.heads`, and its partner is multiplied by A.
+No matrix is inverted that can be singular, so heads may have any rank. Biases change
+with their kernels. Those of keys and values are redundant, see `docs/mathematics.md`.
 
 Shape letters are those of `models.config`; d is the width of the segment that a kernel
 reads or writes, and G = H / K. G query heads that share a key-value head form a group.
@@ -55,21 +43,14 @@ KEYS = (QUERY, QUERY_BIAS, KEY, KEY_BIAS)
 """The parameters that share the gauge of keys; the biases may be missing."""
 
 
-class BasisAndFactor(NamedTuple):
-  """A matrix `[n, h]` as a basis and a factor: `[I - B^T B / 4; B] @ factor`."""
+def basis(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Splits a matrix: returns B `[n - h, h]` and a factor `[h, h]`.
 
-  below: jax.Array  # B, [n - h, h]
-  factor: jax.Array  # [h, h]
+  The matrix, float32 `[n, h]`, n >= h, of any rank, is `[I - B^T B / 4; B] @ factor`,
+  see `structured.heads`. Let Q = [C; D] be an orthonormal basis of its column space. A
+  polar decomposition makes C symmetric and positive semidefinite, `B = 2 D (I + C)^-1`.
 
-
-def basis(matrix: jax.Array) -> BasisAndFactor:
-  """Returns the basis of a column space that `structured.heads` describes.
-
-  Let Q = [C; D] be an orthonormal basis of the column space. A polar decomposition
-  makes C symmetric and positive semidefinite. Then `B = 2 D (I + C)^-1`. The matrix is
-  float32 `[n, h]`, n >= h, of any rank.
-
-  >>> float(abs(basis(jnp.array([[0.0], [1.0]])).below[0, 0]))
+  >>> float(abs(basis(jnp.array([[0.0], [1.0]]))[0][0, 0]))
   2.0
   """
   chex.assert_rank(matrix, 2)
@@ -78,7 +59,7 @@ def basis(matrix: jax.Array) -> BasisAndFactor:
   u, cosines, vt = jnp.linalg.svd(q[:h])
   inverse = _matmul(vt.T / (1 + cosines), u.T)
   factor = _matmul(u * (1 + cosines) / 2, _matmul(vt, r))
-  return BasisAndFactor(2 * _matmul(q[h:], inverse), factor)
+  return 2 * _matmul(q[h:], inverse), factor
 
 
 def fix_low_rank(
@@ -97,8 +78,8 @@ def fix_low_rank(
   Reference: Zhao et al., PIFA, arXiv 2501.19090, section 3: the redundant numbers.
   """
   chex.assert_shape(v, (u.shape[1], None))
-  fixed = basis(u.astype(jnp.float32))
-  return fixed.below, _matmul(fixed.factor, v.astype(jnp.float32))
+  below, factor = basis(u.astype(jnp.float32))
+  return below, _matmul(factor, v.astype(jnp.float32))
 
 
 def with_value_bias(
@@ -108,11 +89,7 @@ def with_value_bias(
   *,
   kv_heads: int,
 ) -> jax.Array:
-  """Returns the output bias that includes the value bias: `b_o + b_v W_o`, `[d]`.
-
-  >>> with_value_bias(jnp.zeros(2), jnp.ones(2), jnp.eye(2), kv_heads=1).tolist()
-  [1.0, 1.0]
-  """
+  """Returns the output bias that includes the value bias: `b_o + b_v W_o`, `[d]`."""
   chex.assert_shape([value_bias, kernel], [(None,), (None, len(out_bias))])
   # H / K consecutive query heads read the same value head.
   groups = kernel.shape[0] // value_bias.shape[0]

@@ -174,17 +174,12 @@ def fold_norm_scales(
     sublayer, is_reader = path.split('/')[0], isinstance(path_axes[0], int)
     if path in params and len(path_axes) == 2 and is_reader:
       norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
-      scale = params[f'{norm}/scale']
-      folded[path] = _scale_rows(params[path], scale)
+      kernel, scale = params[path], params[f'{norm}/scale']
+      chex.assert_shape(scale, (kernel.shape[-2],))
+      product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
+      folded[path] = product.astype(kernel.dtype)
       folded[f'{norm}/scale'] = structured.Constant.like(scale, 1.0)
   return folded
-
-
-def _scale_rows(kernel: Any, scale: jax.Array) -> Any:
-  """Returns `diag(scale) @ kernel`, computed in float32, in the kernel's dtype."""
-  chex.assert_shape(scale, (kernel.shape[-2],))
-  product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
-  return product.astype(kernel.dtype)
 
 
 # ---- attention heads ---------------------------------------------------------------

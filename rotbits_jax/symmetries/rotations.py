@@ -7,19 +7,16 @@ The residual stream of a sliced model is
 x_s is segment s of the residual stream, and M_s is the shortcut past sublayer s. In a
 dense model, M_s is the identity and is not stored.
 
-Let R_s be an orthogonal matrix for each segment. The map x_s -> x_s R_s changes no
-output if three kinds of parameters change with it. A kernel that writes segment s is
-multiplied by R_s from the right. A kernel that reads segment s is multiplied by R_s^T
-from the left. A shortcut becomes R_s^T M_s R_{s+1}. `models.layout` says which axis of
-a parameter belongs to which segment.
+The map x_s -> x_s R_s with orthogonal R_s changes no output if a kernel that writes
+segment s is multiplied by R_s from the right, a kernel that reads it by R_s^T from the
+left, and a shortcut becomes R_s^T M_s R_{s+1}. `models.layout` says which axis of a
+parameter belongs to which segment.
 
 **Polar gauge.** Let M_s = [P_s 0] O_s, with P_s symmetric and positive semidefinite,
 and O_s orthogonal. With R_{s+1} = O_s^T diag(R_s, Z), every shortcut becomes symmetric.
-Z rotates the dimensions by which segment s + 1 is wider. R_0 and Z are free.
-
-**Low rank.** In SliceGPT's models a shortcut is a block of an orthogonal matrix.
-Therefore most of its singular values are 1, and P = I - B B^T, where B has few columns.
-Values above 1 add C C^T.
+Z rotates the dimensions by which segment s + 1 is wider. R_0 and Z are free. Shortcuts
+are I - B B^T with few columns in B, see `docs/mathematics.md`. Singular values above 1
+add C C^T.
 
 In this file d is the width of a segment, and e >= d is the width of the next segment.
 Rotations include reflections. They are float32, and orthogonal up to its rounding.
@@ -100,13 +97,7 @@ def next_rotation(
   rotation: jax.Array,  # R_s, [d, d]
   free: jax.Array | None = None,  # Z, [e - d, e - d]; None for the identity
 ) -> jax.Array:
-  """Returns R_{s+1} = O_s^T diag(R_s, Z), `[e, e]`.
-
-  >>> shortcut = jnp.array([[0.0, 2.0], [1.0, 0.0]])
-  >>> step = canonical.polar(shortcut).rotation
-  >>> np.rint(shortcut @ next_rotation(step, jnp.eye(2))).tolist()
-  [[2.0, 0.0], [0.0, 1.0]]
-  """
+  """Returns R_{s+1} = O_s^T diag(R_s, Z), `[e, e]`."""
   chex.assert_rank([step, rotation], 2)
   if len(step) > len(rotation):
     if free is None:
@@ -131,10 +122,6 @@ def upper_rotation(matrix: jax.Array) -> jax.Array:
   """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal, for `[d, V]`.
 
   The diagonal of the product is not negative.
-
-  >>> matrix = jnp.array([[0.0, 1.0], [2.0, 3.0]])
-  >>> np.rint(upper_rotation(matrix).T @ matrix).tolist()
-  [[2.0, 3.0], [0.0, 1.0]]
   """
   return canonical.reorthogonalize(canonical.qr(matrix)[1])
 

@@ -119,27 +119,16 @@ def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
   Its mantissa is short, so that few multiples need float32.
   """
   target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
-  return structured.line_factors(quarters(target))
+  return structured.line_factors(_quarters(target))
 
 
-def quarters(log2: jax.Array) -> jax.Array:
+def _quarters(log2: jax.Array) -> jax.Array:
   """Returns 4 q + i of the numbers (4 + i) 2^(q - 2), i < 4, closest to given ones."""
   q = jnp.floor(log2)
   # In the middle between two of these in log2 are the roots of 4 * 5, 5 * 6, ...
   middles = jnp.log2(jnp.sqrt(jnp.float32([20, 30, 42, 56])) / 4)
   i = ((log2 - q)[..., None] > middles).sum(axis=-1)
   return 4 * q.astype(jnp.int32) + i
-
-
-def exponents(log2: jax.Array, most: float) -> jax.Array:
-  """Returns exponents of rows or columns whose sizes have these logarithms, int8.
-
-  The logarithms are centred and cut at the greatest magnitude. Those that are not
-  finite count as the mean.
-  """
-  known = jnp.isfinite(log2)
-  centred = jnp.where(known, log2 - jnp.mean(log2, where=known), 0)
-  return quarters(jnp.clip(centred, -most, most)).astype(jnp.int8)
 
 
 def multiples(array: jax.Array, step: jax.Array) -> jax.Array:
@@ -216,7 +205,11 @@ def quantize(
 def _exponents(counts: jax.Array) -> jax.Array:
   """Returns exponents for steps in proportion to `counts^(-1/2)`, int8."""
   damped = jnp.maximum(counts, 0) + _LEAST_COUNT * jnp.mean(counts)
-  return exponents(-jnp.log2(damped) / 2, _MOST_OCTAVES)
+  log2 = -jnp.log2(damped) / 2
+  is_known = jnp.isfinite(log2)  # others count as the mean
+  centred = jnp.where(is_known, log2 - jnp.mean(log2, where=is_known), 0)
+  limited = jnp.clip(centred, -_MOST_OCTAVES, _MOST_OCTAVES)
+  return _quarters(limited).astype(jnp.int8)
 
 
 def _factors(moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -2,10 +2,9 @@
 
 If a choice does not matter, such as the rotation of a residual stream, the encoder
 makes it by popping bits from the message. The decoder finds out the choice and pushes
-the same bits back. So the choice costs no bits. In the terms of latent variable models,
-the rotated weights z are an element of an orbit, and the weights x are its canonical
-element: the likelihood p(x | z) is 1, and the posterior q(z | x) is uniform on the
-orbit. The modules, in the order of reading:
+the same bits back, so the choice costs no bits; see `docs/mathematics.md`. In the terms
+of latent variable models, the likelihood of the weights is 1, given their rotation, and
+the posterior of the rotation is uniform. The modules, in the order of reading:
 
     haar          rotations under the Haar measure, the uniform distribution
     eigen         rotations as eigenvectors of popped numbers, as published

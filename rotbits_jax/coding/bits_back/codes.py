@@ -126,9 +126,10 @@ def haar_code(n: int, k: int) -> RotationCode:
 @functools.lru_cache
 def eigen_code(n: int, threshold: float | None) -> RotationCode:
   """Returns the published code of rotations of n dimensions; see `eigen`."""
+  size = n * (n + 1) // 2
   return RotationCode(
-    n * (n + 1) // 2,
-    functools.partial(eigen.codec, n),
+    size,
+    functools.partial(eigen.codec, size),
     functools.partial(eigen.rotation, n),
     jax.jit(functools.partial(eigen.correct, threshold=threshold)),
     eigen.recover,

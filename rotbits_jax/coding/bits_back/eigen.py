@@ -62,13 +62,8 @@ class EigenCorrection(NamedTuple):
   numbers: correction_lib.Correction  # a row of the triangle is a group
 
 
-def codec(n: int) -> codecs.Codec:
-  """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[S]`."""
-  return _raw(n * (n + 1) // 2)
-
-
-def _raw(size: int) -> codecs.Codec:
-  """Returns the codec of uint16 `[size]` with uniform entries."""
+def codec(size: int) -> codecs.Codec:
+  """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[size]`."""
   return codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32), jnp.uint16)
 
 
@@ -145,8 +140,8 @@ def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
   """
   bitcast = jax.lax.bitcast_convert_type
   spectra = codecs.serial(
-    _raw(n),
-    _raw(2),
+    codec(n),
+    codec(2),
     split=lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
     join=lambda entries: Spectrum(bitcast(entries[1], jnp.float32), entries[0]),
   )

@@ -28,10 +28,6 @@ bits of a cell, its bin, are coded with an integer table for each v; the low 10 
 uniform. Even steps of t sqrt(v) suit the errors of a recovered rotation, because these
 are about equal everywhere. Even steps of probability would cost 0.7 bits more.
 
-Popped rotations are only nearly uniform. The bits of a rANS state are not quite, so in
-O(16) the mean of an entry is off by up to 1.2% of the entry's standard deviation
-(`python -m benchmarks coder`). The rate is not touched: the same bits are pushed back.
-
 **Recovery.** The decoder has a frame Q_hat near Q and a `FrameCorrection`, which makes
 every cell exact (see `correction`). It reads the columns from left to right. Before it
 reads a column, it applies the exact reflections of all columns before that one, so
