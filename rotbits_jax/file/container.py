@@ -135,20 +135,12 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
 
 
 class StreamReader:
-  """Reads the streams of a container.
-
-  Attributes:
-    name: path of the file; may be empty.
-    size: length of the file in bytes.
-    sizes: length of each stream by its name, in the order of the file.
-    manifest_crc32: CRC-32 of the stream `manifest`.
-    opened: the file on disk; None for bytes.
-  """
+  """Reads the streams of a container; `sizes` has their lengths in the file's order."""
 
   def __init__(self, source: Readable):
     """Reads the header."""
     self.name = str(getattr(source, 'name', ''))
-    self.opened: files.File | None = None
+    self.opened: files.File | None = None  # on disk
     if isinstance(source, (str, os.PathLike)):
       if os.path.isdir(source):
         text = 'a folder without an index of shards; load_checkpoint loads checkpoints'
@@ -173,10 +165,7 @@ class StreamReader:
     return data
 
   def inflated(self, name: str, crc32: int, most: int) -> bytes:
-    """Inflates a stream of the format of zlib to at most so many bytes.
-
-    Nothing else in a file is inflated, so this is the bound for all of it.
-    """
+    """Inflates a stream of the format of zlib to at most so many bytes."""
     unpacker = zlib.decompressobj()
     try:
       content = unpacker.decompress(self.checked(name, crc32), most + 1)

@@ -137,8 +137,7 @@ class Encoder:
     """Writes records, which follow each other, to an empty file.
 
     If the state of the transform before them is not given, the layers before them are
-    gone through. The result is the state after them. An OSError says that a file of the
-    source or of the base has changed since it was opened.
+    gone through. The result is the state after them.
     """
     is_last = records[-1:] == tuple(self.counts)[-1:]
     files, headers = (self._files, self._headers) if is_last else ({}, {})
@@ -213,7 +212,9 @@ class Encoder:
         'dense model that a sliced one was sliced from'
       )
     specs = map(self.source.specs, self.source.records)
-    base.check_shares([path for record in specs for path in structured.flatten(record)])
+    paths = [path for record in specs for path in structured.flatten(record)]
+    if paths and not any(map(base.find, paths)):
+      raise ValueError(f'{base.name}: has no {paths[0]}, nor any other array of it')
     return None
 
   # ---- records -----------------------------------------------------------------------
@@ -315,10 +316,7 @@ class Encoder:
   def encode_record(
     self, record: passes.Record, resolve: Callable[[str], Any]
   ) -> tuple[manifest_lib.RecordEntry, np.ndarray]:
-    """Returns the entry of a record, without the checksum of its stream; the stream.
-
-    A ValueError names a parameter that cannot be stored.
-    """
+    """Returns the entry of a record, without the checksum of its stream; the stream."""
     leaves: list[manifest_lib.Leaf] = []
     arrays: list[np.ndarray] = []
     known: dict[int, np.ndarray] = {}
@@ -429,9 +427,9 @@ def _find_codes(params: dict[str, Any], beside: dict[str, measure.Measured]) -> 
     if measured is not None and measured.classes is None:
       continue  # few elements differ from the base
     codes = quantisers.find(leaf)
-    if codes is None:
-      continue
-    if measured is None or measured.estimate() >= quantisers.nbytes(codes):
+    if codes is not None and (
+      measured is None or measured.estimate() >= quantisers.nbytes(codes)
+    ):
       params[path] = codes
       beside.pop(path, None)
 

@@ -67,11 +67,7 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
 
 
 def _free(source: Any) -> tuple[float, float]:
-  """Returns about the bytes of `free`, and the share of elements that it stores.
-
-  The first layers are rewritten as the preset does it; the second one stands for those
-  that are not read.
-  """
+  """Returns about the bytes of `free`, and the share of elements that it stores."""
   config, preset = source.config, presets.free()
   count = chosen = config.num_layers
   widths, step = config.segment_widths, config.segments_per_layer
@@ -85,6 +81,7 @@ def _free(source: Any) -> tuple[float, float]:
   context, nbytes, elements = passes.make_context(model), 0.0, 0
   rewritten = passes.rewrite(context, preset.transform, rounding=preset.rounding)
   for record in itertools.chain.from_iterable(records for records, _ in rewritten):
+    # The second layer stands for those that are not read.
     weight = 1 + (count - chosen) * (record.name == models.names.layer(1))
     leaves = structured.flatten(record.params)
     elements += weight * sum(map(structured.count_elements, leaves.values()))

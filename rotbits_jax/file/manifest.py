@@ -114,10 +114,7 @@ class Leaf(schema.Object, kw_only=True):
     return leaf
 
   def is_expanded(self, integers: bool = False) -> bool:
-    """Returns whether the reader puts the array in the place of the structured leaf.
-
-    With `integers`, multiples of one step stay integers.
-    """
+    """Returns whether the reader puts the array in the place of the structured leaf."""
     multiples = structured.UniformlyQuantized.type_name
     is_multiples = self.type_name == multiples and 'row_exponents' not in self.arrays
     return self.crc32 is not None or (is_multiples and not integers)
@@ -247,17 +244,13 @@ class RecordEntry(schema.Object, kw_only=True):
     )
     return max(stored, sum(leaf.nbytes for leaf in self.leaves)) + inverses
 
-  def inner(self, path: str) -> str:
-    """Returns the path of a leaf within the record."""
-    return path.removeprefix(f'{self.name}/')
-
   def stack_key(self, integers: bool) -> tuple[Any, ...]:
     """Returns a key that layers share if they can be stacked, see `is_expanded`."""
     keys = []
     for leaf in self.leaves:
       type_name = '' if leaf.is_expanded(integers) else leaf.type_name
       array = leaf.shape, leaf.dtype, leaf.stack_key
-      keys.append((self.inner(leaf.path), type_name, *array))
+      keys.append((leaf.path.removeprefix(self.name), type_name, *array))
     return tuple(sorted(keys))
 
 

@@ -52,10 +52,7 @@ class Plan:
     inputs: Iterable[Any] = (),
     overwrite: bool = False,
   ):
-    """Plans the files from the sizes before coding, see `api.encode_to_file`.
-
-    `inputs` are the source and the base, see `check_inputs`.
-    """
+    """Plans the files from the sizes before coding; for `inputs` see `check_inputs`."""
     check_path(path, shard_size, inputs=inputs, overwrite=overwrite)
     self._encoder, self._target = encoder, files_lib.local_path(path).resolve()
     self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
@@ -94,11 +91,7 @@ class Plan:
       path.unlink(missing_ok=True)
 
   def publish(self, *, check: bool = False) -> None:
-    """Makes the output appear, and removes partial outputs of earlier runs.
-
-    With `check` everything is decoded before, and compared with the source: see
-    `api.verify` for a checkpoint; one in memory is compared if the preset keeps bits.
-    """
+    """Makes the output appear, and removes partial outputs of earlier runs."""
     encoder, staged = self._encoder, self._staging
     if self._has_index:
       shards_lib.write_index(staged, self.shards)
@@ -126,14 +119,10 @@ class Plan:
   def write(
     self, *, check: bool = False, progress: bool = False, accepted: range | None = None
   ) -> int:
-    """Encodes all files and publishes them, if their bytes are `accepted`.
+    """Encodes all files and publishes them, if the size is `accepted`; returns it.
 
-    Process i of `jax.distributed` encodes every n-th shard of n processes, which see
-    one file system. The first one publishes the set when all shards are there, and the
-    others wait for that. Where sizes are tried, only the first one calls this method.
-
-    Returns:
-      The bytes of all files.
+    All processes of `jax.distributed` see one file system. The first one publishes the
+    set when all shards are there, and the others wait for that.
     """
     process, processes = 0, 1
     if self._has_index and accepted is None:

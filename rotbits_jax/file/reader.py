@@ -53,23 +53,15 @@ Rows = Mapping[str, list[np.ndarray]]  # arrays to decode leaves into, by path
 class Reader:
   """An encoded file, or all shards of one, as a `passes.Source`.
 
-  No file stays open between two streams.
-
-  Attributes:
-    manifest: what all files hold, see `manifest.Manifest`.
-    config: config of the model; None for a PyTree and for plain tensors.
-    is_plain: whether the records are the tensors of weights files of any family.
-    records: the entries of all records by name; `entry` checks one before it is used.
-    size: size of all files in bytes.
-    inputs: the source and the base, as they were given.
-    opened: the files on disk that it reads, with those of the base.
+  `config` is None for a PyTree and for plain tensors; `is_plain` tells the latter. No
+  file stays open between two streams.
   """
 
   stored_as = None  # the arrays are rounded already
 
   def __init__(self, source: container.Readable, base: Any = None):
     """Reads and checks the manifests; see `shards.find` and `open_base`."""
-    self.inputs = source, base
+    self.inputs = source, base  # as they were given
     paths, index = shards.find(source)
     self._files = [container.StreamReader(path) for path in paths]
     self._homes = {name: file for file in self._files for name in file.sizes}
@@ -492,7 +484,7 @@ def _stack(
     for leaf, specs in entry.leaf_specs:
       is_array = not leaf.type_name or leaf.is_expanded(integers)
       shapes = [(x.shape, x.dtype) for x in ([leaf] if is_array else specs)]
-      stored[entry.inner(leaf.path)].append(shapes)
+      stored[leaf.path.removeprefix(f'{entry.name}/')].append(shapes)
   for path, (first, *others) in stored.items():
     if all(shapes == first for shapes in others):
       arrays[path] = [host.empty((len(entries), *x), y) for x, y in first]

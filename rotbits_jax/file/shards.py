@@ -66,10 +66,7 @@ def index_of(
 def find(
   source: container.Readable,
 ) -> tuple[list[container.Readable], ShardIndex | None]:
-  """Returns the files of a source, and their index if they are shards, in its order.
-
-  The source is a file, or the folder of shards, or their index.
-  """
+  """Returns a file, or the shards of a folder or an index with the index."""
   if not isinstance(source, (str, os.PathLike)):
     return [source], None
   path = files.local_path(source)

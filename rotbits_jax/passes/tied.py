@@ -85,12 +85,6 @@ def _retie(
   return params, {_EMBED: note}
 
 
-def is_tied(table: np.ndarray, head: np.ndarray) -> bool:
-  """Returns whether an embedding `[V, d]` is about `head^T` `[V, D]` times a matrix."""
-  is_long = len(table) > 4 * len(head)
-  return is_long and _error_of_unseen_tokens(table, head) <= _UNTIED
-
-
 def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
   """Returns the median relative error of some tokens with the T of others, or 0."""
   rank = len(head)

@@ -17,9 +17,6 @@ gradient that it meets.
 A head that is the embedding as well, or that a tied embedding is made of, causes both
 errors. Then the sum of both is approximated by a product of the same form.
 
-Layers are differentiated one by one, from the last to the first, and read twice. The
-residual stream in front of each layer is kept meanwhile.
-
 References:
   Martens and Grosse, arXiv 1503.05671: K-FAC.
 """
@@ -44,9 +41,7 @@ _Means = tuple[np.ndarray, np.ndarray]  # A and g
 def measure(
   model: Any,  # a `models.Model`, or other layers as `transformer.streams` takes them
   windows: Sequence[np.ndarray],  # the tokens of the text, [1, T] each
-  store: Callable[
-    [Any], Any
-  ] = np.asarray,  # takes a residual stream; returns it to keep
+  store: Callable[[Any], Any] = np.asarray,  # keeps the residual stream of a layer
   *,
   seed: int = 0,  # draws the tokens whose losses are differentiated
 ) -> Iterator[dict[str, passes.Inputs]]:
@@ -118,11 +113,7 @@ def _predictions(
 def _backward(
   params: Any, config: models.ModelConfig, x: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array, Any]:
-  """Returns the gradient at the input x of a layer, and sums for the layer.
-
-  These are the second moments of inputs, by the paths of the matrices that share them,
-  and the squares of the gradients at outputs by path.
-  """
+  """Returns the gradient at the input x, and sums of moments and of squares by path."""
   flat = structured.flatten(params)
   zeros = {
     path: jnp.zeros((*x.shape[:2], leaf.shape[-1]), jnp.float32)

@@ -15,16 +15,13 @@ and it is rounded with error feedback, see `symmetries.steps`.
 
 A quarter of the text is kept apart. The divergence that must keep the bound is measured
 on it, because rounding fits the text that its moments come from.
-
-The model is read layer by layer. Temporary files have the data for several uses: the
-layers after the transforms, in float32; the moments of the inputs of kernels; and
-the residual stream in front of each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 import os
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -126,19 +123,14 @@ _Part = Callable[[str | None], models.Params]
 """Returns a layer by the name of its record, or for None the parameters outside."""
 
 
-class _Layers(NamedTuple):
-  """A model that is read part by part, see `transformer.streams`."""
-
-  config: models.ModelConfig
-  part: _Part
-
-  def layer(self, index: int) -> models.Params:
-    name = models.names.layer(index)
-    layer: models.Params = self.part(name)[name]
-    return layer
-
-  def outer(self) -> models.Params:
-    return self.part(None)
+def _layers(config: models.ModelConfig, part: _Part) -> Any:
+  """Returns a model that is read part by part, see `transformer.streams`."""
+  layer = lambda name: part(name)[name]
+  return types.SimpleNamespace(
+    config=config,
+    layer=lambda index: layer(models.names.layer(index)),
+    outer=lambda: part(None),
+  )
 
 
 class _Rewritten:
@@ -189,7 +181,7 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   inputs: dict[str, passes.Inputs] = {}
   counts, divergences = {}, {}
   part = lambda name: structured.unflatten(transform_lib.widened(parts[name]))
-  model = _Layers(rewritten.config, part)
+  model = _layers(rewritten.config, part)
   # Feedback fits the text that it has seen, so errors are made with one half of it, and
   # the other half tells their cost.
   halves = [half for half in (windows[::2], windows[1::2]) if half]
@@ -237,7 +229,7 @@ def _searched(
   def predicted(part: _Part) -> tuple[models.Params, list[jax.Array]]:
     """Returns the outer parameters, and the last residual stream of each window."""
     outer, last = part(None), list[jax.Array]()
-    layers = _Layers(config, lambda name: part(name) if name else outer)
+    layers = _layers(config, lambda name: part(name) if name else outer)
     for streams in transformer.streams(layers, windows):
       last = streams
       bar.update()

@@ -6,7 +6,7 @@ their names differ by a prefix such as 'model.'. A base that lacks an array rais
 ValueError that names it.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 import functools
 import math
 import os
@@ -58,12 +58,6 @@ class Base:
       return path
     paths = self._short.get(_short(path), ())
     return paths[0] if len(paths) == 1 else None
-
-  def check_shares(self, paths: Collection[str]) -> None:
-    """Checks that the base has some array of a model, given the paths of all."""
-    if paths and not any(self.find(path) is not None for path in paths):
-      first = next(iter(paths))
-      raise ValueError(f'{self.name}: has no {first}, nor any other array of the model')
 
   def array(self, path: str) -> np.ndarray | None:
     """Returns the base's array for a path to encode beside; None if it has none.

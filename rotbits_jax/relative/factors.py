@@ -27,11 +27,10 @@ _MOST = (1 << 15) - 1
 
 
 def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
-  """Finds factors for the bits `[R, C]` of an array and of its base.
+  """Finds fields of `structured.difference` for the bits `[R, C]` of two arrays.
 
-  Returns:
-    `left`, int16 `[R, k]`, `right`, int16 `[k, C]`, and `unit`, see
-    `structured.difference`; nothing if no factors save more than they take.
+  They are `left`, int16 `[R, k]`, `right`, int16 `[k, C]`, and `unit`; or nothing if no
+  factors save more than they take.
   """
   if min(bits.shape) < _LEAST:
     return {}

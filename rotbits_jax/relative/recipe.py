@@ -49,12 +49,7 @@ class _Segment(NamedTuple):
 
 
 class Recipe:
-  """A sliced model as a source of `passes.rewrite`, beside its base.
-
-  Attributes:
-    config, stored_as: of the sliced model.
-    records: those of the model, and those of the bases.
-  """
+  """A sliced model beside its base as a `passes.Source`, with records of the bases."""
 
   def __init__(self, source: Any, base: base_lib.Base, *, keeps_bits: bool):
     """Takes a model that suits the base; `keeps_bits` keeps the checkpoint's bases."""
@@ -209,10 +204,7 @@ class Recipe:
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
   ) -> dict[str, measure.Measured]:
-    """Finds the arrays that take fewer bytes beside products or the base.
-
-    See `base.Base.beside`; the leaves are as they are stored without a base.
-    """
+    """Finds the arrays that take fewer bytes beside products or the base."""
     stored, others = dict[str, measure.Measured](), dict[str, Any]()
     for path, leaf in params.items():
       is_array = not structured.is_structured(leaf)
