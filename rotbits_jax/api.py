@@ -2,8 +2,7 @@
 
 Functions that read a file take its path, its bytes, or an open binary file as `source`.
 `decode` and `load` hold the whole model in memory; `encode_to_file` and `verify` hold a
-few layers. Arguments that several functions
-share are described in `encode`; `progress` says whether to show it on stderr.
+few layers. `encode` describes shared arguments; `progress` is shown on stderr.
 
 Raises:
   ContainerError: if a file is not of this format or is damaged, or if its base is
@@ -280,17 +279,15 @@ def verify(
   base: Base | None = None,
   progress: bool = False,
 ) -> verification.Verification:
-  """Decodes everything in a file, and compares it with a checkpoint.
+  """Decodes everything in a file, and compares it with the checkpoint at a path.
 
-  If the preset keeps all bits, those of the checkpoint at the path `against` are
-  compared, one record at a time. Otherwise memory holds both models, and the divergence
-  of the predictions for random tokens is measured; unless the preset is an
-  approximation, it must be at most a few times the noise floor, which random rotations
-  and rounding make. So must the errors of each tensor's canonical form, as far as
-  rounding leaves it one, and the buffers must be the same. With the `tokens` `[N]` of
-  the text that a bound of `near` was measured on, the figures in the file are measured
-  again instead. Of plain tensors that `near` has rounded, only the other files are
-  compared.
+  If the preset keeps all bits, they are compared, one record at a time. Otherwise
+  memory holds both models. The divergence of the predictions for random tokens, and the
+  errors of each tensor's canonical form, must be at most a few times the noise floor,
+  which random rotations and rounding make; an approximation is only measured. With the
+  `tokens` `[N]` of the text that a bound of `near` was measured on, the figures in the
+  file are measured again. Of plain tensors that `near` has rounded, only the other
+  files are compared.
   """
   reader = file.Reader(source, base=base)
   return verification.verify(reader, against, tokens=tokens, progress=progress)

@@ -9,6 +9,7 @@ A pickle is a program, so an untrusted pickle could run any code. Python's unpic
 restricted here to the operations and functions that tensors need.
 """
 
+import collections
 from collections.abc import Iterable, Iterator, Mapping
 import io
 import math
@@ -40,17 +41,13 @@ _DAMAGE = (  # errors of a file that is damaged
 
 
 def open_file(file: files.File) -> dict[str, tensors_lib.LazyTensor]:
-  """Opens a file that `torch.save(state_dict)` wrote. No storage is read.
+  """Opens a file of `torch.save(state_dict)`: its tensors by name, with its strides.
 
-  Returns:
-    The tensors by name, in the order of the file, with the strides of the file. The
-    checksum of a storage is verified when it is first read.
+  A storage is read, and its checksum verified, when it is needed.
   """
   with errors.named(file.path, *_DAMAGE):
     members = _members(file)
-    tensors = {
-      name: _tensor(name, view, members) for name, view in _state(members).items()
-    }
+    tensors = {name: _tensor(name, x, members) for name, x in _state(members).items()}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     if nbytes > _MOST_SHARED * file.size:
       text = f'the tensors overlap: {nbytes} bytes in a file of {file.size}'
@@ -110,12 +107,8 @@ class _Storage(NamedTuple):
   size: int  # in elements
 
 
-class _View(NamedTuple):
-  storage: Any
-  offset: Any
-  shape: Any
-  strides: Any
-  flags: Any  # say that the tensor is negated or conjugated
+# The flags say that the tensor is negated or conjugated.
+_View = collections.namedtuple('_View', 'storage offset shape strides flags')
 
 
 class _StateDict(dict[str, Any]):

@@ -3,12 +3,10 @@
   rotbits verify SmolLM2-135M.rotbits --against=SmolLM2-135M
 
 With --against a file of the preset `exact` must have the checkpoint's bits. One of
-`free` or `paper` must have its function: the predictions for random tokens differ from
-the checkpoint's by no more than a few times what random rotations and rounding make,
-and so do the canonical forms of the tensors, and the buffers are the same.
-For `near` the difference is measured, and any is accepted; with --text, on the tokens
-that `encode --max_kl` kept apart, where it must be what the file says. For that both
-models are in memory; everything else takes one layer at a time.
+`free` or `paper` must have its function: predictions for random tokens, and canonical
+forms of the tensors, differ by at most a few times what random rotations and rounding
+make. For `near` the difference is measured; with --text, on the tokens that
+`encode --max_kl` kept apart, where it must be what the file says.
 
 JSON: the fields of `rotbits_jax.file.verification.Verification`.
 """

@@ -29,19 +29,19 @@ def own_settings() -> Iterator[None]:
   Functions are always compiled, because the loops of the coder would take hours
   without; weights may have NaNs; and NumPy arrays go to programs as they are.
   """
-  with contextlib.ExitStack() as stack:
-    for setting in (
-      jax.enable_x64(False),
-      jax.numpy_rank_promotion('allow'),
-      jax.numpy_dtype_promotion('standard'),
-      jax.transfer_guard('allow'),
-      jax.debug_nans(False),
-      jax.debug_infs(False),
-      jax.disable_jit(False),
-    ):
-      stack.enter_context(setting)
-    if not jax.sharding.get_abstract_mesh().empty:  # it would be in the types of arrays
-      stack.enter_context(jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())))
+  is_without_mesh = jax.sharding.get_abstract_mesh().empty
+  no_mesh = jax.sharding.Mesh(np.empty((), object), ())
+  with (
+    jax.enable_x64(False),
+    jax.numpy_rank_promotion('allow'),
+    jax.numpy_dtype_promotion('standard'),
+    jax.transfer_guard('allow'),
+    jax.debug_nans(False),
+    jax.debug_infs(False),
+    jax.disable_jit(False),
+    # The types of arrays have the mesh.
+    contextlib.nullcontext() if is_without_mesh else jax.set_mesh(no_mesh),
+  ):
     yield
 
 
@@ -61,8 +61,7 @@ def small_products(
     for part in (slice(half), slice(half, None)):
       small_products(left[part], right, out[part])
   elif columns >= inner:
-    for part in (slice(half), slice(half, None)):
-      small_products(left, right[:, part], out[:, part])
+    small_products(right.T, left.T, out.T)
   else:
     small_products(left[:, :half], right[:half], out)
     out += small_products(left[:, half:], right[half:])
