@@ -18,13 +18,10 @@ from rotbits_jax.symmetries import layer as layer_lib
 def remove_head_gauges(*, tolerance: float | None = None) -> transform_lib.Transform:
   """Makes the transform that removes biases of heads and fixes their bases.
 
-  The biases of key and value become zero: that of the key if there is no RoPE, and that
-  of the value if the output projection has a bias that can include it. Then the gauge
-  between value and output is fixed, and the one between query and key, unless RoPE
-  rotates all coordinates of a head or queries and keys are normed. A pair of kernels
-  stays if the rounding error of its product would grow by more than the tolerance. By
-  default it is 3 in models whose residual stream is rotated, because there the other
-  parameters make most of the error; else it is 1.
+  The page on the mathematics tells which a model has. A pair of kernels stays if the
+  rounding error of its product would grow by more than the tolerance. By default it is
+  3 in models whose residual stream is rotated, because there the other parameters make
+  most of the error; else it is 1.
   """
   layer = functools.partial(_fix_heads, tolerance=tolerance)
   return transform_lib.Transform('attention heads', layer=layer)

@@ -14,10 +14,7 @@ form puts both means along one axis.
 A shortcut that narrows the stream becomes lower trapezoidal, by an LQ factorisation. A
 P_s whose low-rank form is not accurate remains an array, too.
 
-Dense models with RMSNorm have no shortcuts. After the scales of the norms have been
-folded into the kernels that read them, all segments share one rotation, which is free.
-If the head is the embedding, nothing can be rotated, because the scale of the last norm
-stands between the two.
+The page on the mathematics has the proofs, and the gauge of dense models with RMSNorm.
 """
 
 import functools
@@ -242,8 +239,7 @@ def randomly_rotated(model: models.Model, *, key: jax.Array) -> models.Model:
   """Rotates a model at random and rounds it again to its dtypes.
 
   Transforms should not change the function much more than this does, by rounding only.
-  The rotations are uniform under the Haar measure. Every segment of the residual stream
-  gets its own in a sliced model, and the same one in a dense model with RMSNorm. Else
+  The rotations are uniform under the Haar measure. Where the residual stream has none,
   heads are rotated: values, and queries and keys in coordinates without RoPE.
   """
   return transform_lib.run_chain((random_rotation(key=key),), model)[0]

@@ -10,9 +10,8 @@ only for large numbers:
 
 Here rms is the typical size of the array's numbers, see `symmetries.steps`. If the
 mantissa has m bits and log2_step is -m, 2^q is the step of the dtype at the rms, and
-the numbers below 2 rms share it. They take about one bit less. The greatest error in
-the array does not change, and the mean square grows by less than a factor of 2. An
-array does not change if all its numbers are those of the dtype already.
+the numbers below 2 rms share it. The greatest error in the array does not change, and
+the mean square grows by less than a factor of 2.
 
 The preset `near` rounds to coarser steps, the nearest ones of 4, 5, 6, 7 times a power
 of two, and stores the multiples as integers, see `structured.UniformlyQuantized`. With

@@ -1,18 +1,11 @@
 """Stores an embedding in terms of the head that slicing separated from it.
 
-In a tied model, the head is the transposed embedding. Slicing makes two matrices of it,
-because the first and the last segment of the residual stream get coordinates of their
-own; `models.config` defines segments. If the last segment keeps all D dimensions, the
-embedding remains a linear image of the head,
-
-    embed = head^T @ T,    T [D, d],
-
-up to the rounding of both matrices, for an embedding `[V, d]` and a head `[D, V]` of V
-tokens. T is found by least squares, in float64 and on the host, because the normal
-equations square the condition number. The rounding error of a token's row is
-proportional to the norm of the row, so rows are weighted by the inverse of their norm.
-This also limits the influence of the few tokens that do not fit. A fit to a sample of
-the tokens shows first, at little cost, whether the embedding was ever tied.
+Up to rounding, the embedding `[V, d]` of V tokens is head^T @ T with a T `[D, d]`, see
+the page on the mathematics. T is found by least squares, in float64 and on the host,
+because the normal equations square the condition number. The rounding error of a
+token's row is proportional to the norm of the row, so rows are weighted by the inverse
+of their norm. This also limits the influence of the few tokens that do not fit. A fit
+to a sample of the tokens shows first whether the embedding was ever tied.
 """
 
 from collections.abc import Callable
@@ -53,11 +46,7 @@ def retie_embedding() -> transform_lib.Transform:
 
 
 def retie_exactly() -> transform_lib.Transform:
-  """Makes the transform that stores T and the residuals of the embedding.
-
-  No bit is lost. It changes embeddings in float16 and bfloat16 only, and only if that
-  takes fewer bits.
-  """
+  """Makes the transform that stores T and residuals, if they take fewer bits; exact."""
   outer = functools.partial(_retie, _exact_leaf)
   return transform_lib.Transform('exactly tied embedding', outer=outer)
 

@@ -1,18 +1,13 @@
 """How much the predictions of a model depend on each of its matrices.
 
-The divergence that a small change of parameters causes is half its square in the Fisher
-information of the predictions, the second moments of the gradient of a token's loss if
-the token is drawn from the prediction itself. The gradient of a kernel is a sum of
-products x g^T over the inputs x and the gradients g at the outputs, so the second
-moments of both approximate it, as in K-FAC. The divergence of an error E `[in, out]` is
-about
+The divergence of an error E `[in, out]` of a kernel is about
 
     KL = sum_j g_j (E^T A E)_jj / 2
 
-with the second moments A of the inputs and the mean squares g of the gradients. A token
-that is embedded is an input too, whose probability is that of the predictions; so a row
-of an embedding counts by this probability, and its error by the second moments of the
-gradient that it meets.
+with the second moments A of the inputs and the mean squares g of the gradients at the
+outputs, for tokens that are drawn from the predictions. A row of an embedding counts by
+the probability of its token, and its error by the second moments of the gradient that
+it meets. The page on `near` has the derivation, as in K-FAC.
 
 A head that is the embedding as well, or that a tied embedding is made of, causes both
 errors. Then the sum of both is approximated by a product of the same form.
@@ -179,9 +174,8 @@ def fitted(
 ) -> dict[str, passes.Inputs]:
   """Returns A and g for rounding, given those on each of several texts.
 
-  A `[n, n]` of T tokens tells little about directions that these hardly have, and
-  feedback would put the errors there. Therefore (n / T)^2 times the mean of the
-  diagonal of A is added to it: as much as the mean if there are n tokens.
+  For what T tokens do not tell of A `[n, n]`, (n / T)^2 times the mean of its diagonal
+  is added to that.
   """
   counts = [sum(tokens.size for tokens in text) for text in windows]
   total = sum(counts)

@@ -2,19 +2,10 @@
 
     model -> transforms of `near`, float32 -> steps -> divergence on a text
 
-The divergence grows with the square of the steps. So the bits that a bound allows are
-divided among the parameters as reverse water-filling does: if a matrix of n numbers
-causes the divergence k 4^s at the step s, the least bytes have
-
-    s = log2(n / k) / 2 + constant
-
-and each matrix causes a divergence in proportion to its numbers. Each k follows from
-the errors of one rounding and the sensitivities of the predictions, see
-`sensitivities`. By the same rule rows and columns of a matrix have steps of their own,
-and it is rounded with error feedback, see `symmetries.steps`.
-
-A quarter of the text is kept apart. The divergence that must keep the bound is measured
-on it, because rounding fits the text that its moments come from.
+If a matrix of n numbers causes the divergence k 4^s at the step s, the least bytes have
+s = log2(n / k) / 2 + constant; the page on `near` has the proof. Each k follows from
+the errors of one rounding and from `sensitivities`. By the same rule rows and columns
+of a matrix have steps of their own, see `symmetries.steps`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,6 @@
-"""Finds the subspaces of a sliced model beside its base, see `products`.
+"""Finds the subspaces of a sliced model beside its base, by least squares in float64.
 
-The tensors that read or write segment s are products with its basis V_s, which is a
-least-squares solution in float64: that of the kernels of two sublayers, made
-orthonormal. Shape letters are those of `products`.
+The page on the mathematics has the equations; shape letters are those of `products`.
 """
 
 from collections.abc import Sequence
