@@ -96,19 +96,16 @@ def encode_to_file(
 ) -> None:
   """Encodes a checkpoint to a file, or to shards, a few layers at a time.
 
-  The file appears when it is complete, and so does the folder of shards. A run that was
-  killed finds the whole shards of an earlier one with the same source and settings.
-  Process i of n of `jax.distributed` writes every n-th shard; the first one searches a
-  `target_size` alone.
+  The file, or the folder of shards, appears when it is complete. A run that was killed
+  finds the whole shards of an earlier one with the same source and settings. Process i
+  of n of `jax.distributed` writes every n-th shard; the first searches a `target_size`.
 
   Args:
-    path: path of the file, or of the folder of shards, which also gets their index in
-      Hugging Face's format.
+    path: path of the file, or of the folder of shards with their index.
     shard_size: greatest size of the records of a shard before they are coded, in bytes;
       a larger record has a shard to itself. None for one file.
     target_size: the greatest number of bytes of the output, in place of the option
-      `step` of 'near', given by its name. It has at least 99% of them, where steps
-      between exist.
+      `step` of 'near'. It has at least 99% of them, where steps between exist.
     overwrite: whether an existing output may be replaced. No file of an input is.
     check: whether to decode the output before it replaces an older one, and to compare
       it with the source: a checkpoint as `verify` does, else if the preset keeps bits.
@@ -207,14 +204,12 @@ def load(
   Args:
     layers: the layers to load; all by default. Other layers are not read.
     sharding: a `jax.sharding.Sharding` for all arrays, or a function that takes the
-      path and the shape of a parameter and returns one. Layers are stacked along the
-      first axis, and have paths like 'layers.0:12/mlp/up/kernel'. An axis that an axis
-      of a mesh does not divide is not divided.
+      path and the shape of a parameter, such as 'layers.0:12/mlp/up/kernel' of stacked
+      layers, and returns one. An axis that an axis of a mesh does not divide is whole.
     dtype: dtype for all floating-point elements, rounded to nearest; None for the dtype
       of each array in the file, which is float32 if `near` has rounded it.
-    integers: whether a matrix that the file stores as multiples of one step, as `near`
-      does, stays integers with a step, see `structured.UniformlyQuantized`. It takes
-      half of the memory of float32, for the same elements.
+    integers: whether a matrix that `near` has rounded stays a
+      `structured.UniformlyQuantized`, in half of the memory of float32.
   """
   wanted = None if dtype is None else structured.floating(dtype)
   content = file.Reader(source, base=base).content(

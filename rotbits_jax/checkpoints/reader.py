@@ -126,11 +126,10 @@ class Folder:
 class PlainFiles(Folder):
   """The safetensors files of a checkpoint of any family.
 
-  A record is a layer: its tensors have the same number in their names, like 3 in
-  'transformer.h.3.attn.weight'. So is each expert of a layer, like expert 5 in
-  'model.layers.3.mlp.experts.5.up_proj.weight', because a layer may have hundreds.
-  Elsewhere weight and bias of one name are a record. If there are more than 1,024,
-  small ones that follow each other are one, with the name of the first.
+  A record is a layer, like 'transformer.h.3', or an expert of one, like
+  'model.layers.3.mlp.experts.5', because a layer may have hundreds. Elsewhere weight
+  and bias of one name are a record. If there are more than 1,024, small ones that
+  follow each other are one, with the name of the first.
 
   `reason` says why the checkpoint is not opened as a model; None if nobody tried.
   """
@@ -317,11 +316,9 @@ def open_plain(path: str | os.PathLike[str]) -> PlainFiles:
 def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 
-  Three types of directories are supported: Hugging Face's (`model.safetensors`,
-  `pytorch_model.bin`, or shards and their index), SliceGPT's (`<name>_<sparsity>.pt`
-  and `.json`), and the directories of `save_checkpoint`. Weights with shortcuts are
-  taken as a sliced model. If a directory has several weights files or indices, `path`
-  is that of one.
+  Directories are Hugging Face's (`model.safetensors`, `pytorch_model.bin`, or shards
+  and their index), SliceGPT's (`<name>_<sparsity>.pt` and `.json`), or those of
+  `save_checkpoint`. If one has several weights files or indices, `path` is that of one.
   """
   folder = open_folder(path, plain=False)
   weights, files = folder.path, folder.files
@@ -364,9 +361,8 @@ def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
 def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   """Opens a folder; only names, shapes, dtypes and the sidecar files are read.
 
-  If `plain`, the weights must be safetensors files, and the index is kept whatever it
-  says. Otherwise it must name the tensors, and is kept if the writer divides tensors as
-  it says.
+  If `plain`, the weights must be safetensors files, and any index is kept. Otherwise it
+  must name the tensors, and is kept if the writer divides tensors as it says.
   """
   listed, *others = _find_weights(_snapshot(files_lib.local_path(path)))
   is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)

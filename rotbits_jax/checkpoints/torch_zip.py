@@ -1,9 +1,8 @@
 """PyTorch's zip files of tensors, read and written without PyTorch.
 
-`torch.save` writes an uncompressed zip file. Its members are `<stem>/data.pkl` and the
-storages `<stem>/data/<number>`. A storage is the bytes of one or more tensors.
-`data.pkl` is a pickle of the state dict, which has the tensors by name. Each tensor in
-it is a view of a storage: an offset, a shape and strides.
+`torch.save` writes an uncompressed zip file. Its members are the storages
+`<stem>/data/<number>`, which are bytes of tensors, and `<stem>/data.pkl`, a pickle of
+the state dict. Its tensors are views of storages: an offset, a shape and strides.
 
 A pickle is a program, so an untrusted pickle could run any code. Python's unpickler is
 restricted here to the operations and functions that tensors need.

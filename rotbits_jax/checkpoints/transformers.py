@@ -1,12 +1,8 @@
 """Sliced models as transformers loads them: a folder of weights, config and code.
 
-transformers has no sliced models. A folder may bring the code of its model, though, and
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` runs it. The code
-is `remote_code/modeling_sliced.py`. The package copies this file and never imports it,
-because it needs PyTorch.
-
-The tensors have the names that transformers gives them, and a shortcut is a linear
-layer, like `attn_shortcut.weight`, `[out, in]`.
+A folder may bring the code of its model, which `trust_remote_code=True` runs. It is
+`remote_code/modeling_sliced.py`, which needs PyTorch, so the package never imports it.
+A shortcut is a linear layer, like `attn_shortcut.weight`, `[out, in]`.
 """
 
 from collections.abc import Mapping
@@ -53,9 +49,8 @@ def sidecars(
 ) -> dict[str, bytes]:
   """Returns the files beside the weights, with another config and the code.
 
-  `files` has the `config.json` of the model before slicing. Its own code, which
-  `trust_remote_code` would run, is kept only if `code`. The model gets the dtype when
-  it is loaded.
+  `files` has the `config.json` of the model before slicing. Its own code is kept only
+  if `code`. The model gets the dtype when it is loaded.
   """
   dense = families.older_rope(families.parse_object(files[CONFIG], CONFIG))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too

@@ -157,19 +157,16 @@ class CheckpointWriter(FolderWriter):
     Args:
       dtypes: dtype of each parameter by its path in the model, for example
         'layers.3/attention/query/kernel' or 'buffers/NAME'.
-      files: content of the sidecar files, by name. An index among them says how the
-        tensors are divided among files, if `shard_size` is None.
+      files: content of the sidecar files, by name. An index among them divides the
+        tensors among files, if `shard_size` is None.
       stem: name of a sliced model's `<stem>.pt` and slicing JSON.
-      format: 'safetensors' writes `model.safetensors`. Only for a sliced model,
-        'slicegpt' writes `<stem>.pt` as SliceGPT does, and 'transformers' writes
-        `model.safetensors` and the code that transformers needs.
+      format: Only for a sliced model, 'slicegpt' writes `<stem>.pt`, and 'transformers'
+        the code that transformers needs.
       shard_size: the greatest number of bytes of tensors in a safetensors file with
         more than one tensor; None for one file.
       buffers: arrays or `TensorSpec`s of the tensors that the forward pass does not
-        use, by name; they are added like parameters. 'transformers' leaves them out,
-        because it computes them.
-      code: whether 'transformers' also writes the Python modules among `files`, which
-        transformers may then run beside the package's. Other formats keep them.
+        use, by name. 'transformers' computes them, so it leaves them out.
+      code: whether 'transformers' keeps Python modules among `files`, as others do.
     """
     formats = typing.get_args(Format)
     if format not in formats:

@@ -2,20 +2,18 @@
 
   rotbits decode SmolLM2-135M.rotbits SmolLM2-again
 
-The weights get the tensor names, shapes, dtypes and shards of the checkpoint that was
-encoded; the other files (configs, tokenizer, license, model card, code) come back, too.
-FILE may be a folder of shards, or their index. The default FOLDER is FILE without its
-ending. A file that was encoded with --base needs the same --base. Memory holds a few
-layers at a time.
+The tensors get their names, shapes, dtypes and shards; the other files (configs,
+tokenizer, license, model card, code) come back, too. FILE may be a folder of shards, or
+their index. The default FOLDER is FILE without its ending. A file that was encoded with
+--base needs the same --base. Memory holds a few layers at a time.
 
-To load a sliced model in transformers, decode with --format=transformers, which also
-writes the code of the model; for Microsoft's SliceGPT, use --format=slicegpt:
+A sliced model loads in Microsoft's SliceGPT with --format=slicegpt, and in transformers
+with --format=transformers, which also writes the code of the model:
 
   AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-  hf_utils.load_sliced_model(NAME, FOLDER, sparsity=0.25)
 
-trust_remote_code may run any Python file in FOLDER. So this format leaves out
-Python files in FILE, unless --code says that you trust its author.
+This may run any Python file in FOLDER. So Python files in FILE are left out, unless
+--code says that you trust its author.
 
 JSON: folder; sliced, whether the model is sliced, null for plain tensors.
 """

@@ -6,28 +6,22 @@ CHECKPOINT is one of Hugging Face (safetensors or pytorch_model.bin, sharded or 
 of Microsoft's SliceGPT. The presets:
 
   exact  keeps every bit. The default for dense checkpoints, of any family.
-  free   keeps the function of the model up to rounding; the weights change, so LoRA
-         adapters no longer fit. The default for sliced checkpoints.
-  near   also rounds elements to multiples of a step, about 2^STEP times their root mean
-         square. --max_kl finds the coarsest steps that keep the mean KL divergence on a
-         part of --text below a bound; --target_size finds the finest step for a size.
-  paper  rotates a sliced model at random and gets the bits of the rotations back, as in
-         arXiv 2410.01309.
+  free   keeps the function up to rounding; LoRA adapters no longer fit. The default for
+         sliced checkpoints.
+  near   also rounds elements to multiples of about 2^STEP times their root mean square.
+         --max_kl finds the coarsest steps for a bound of the mean KL divergence on a
+         part of --text, --target_size the finest step for a size.
+  paper  gets the bits of random rotations of a sliced model back, arXiv 2410.01309.
 
 --config sets a preset and its options, by a name in the folder configs or by a path:
 
   rotbits encode SmolLM2-135M --config=free --config.tolerance=1.0
 
 With --base the file holds only the differences from a model that the receiver has, such
-as the base of a fine-tune; every bit comes back with the same --base:
-
-  rotbits encode TUNED --base=BASE
-  rotbits decode TUNED.rotbits TUNED-again --base=BASE
-
-The file appears when it is complete. --verify first decodes it and compares it with
-CHECKPOINT, which you may then delete if every bit comes back. With --shard_size, a run
-that was killed continues after its complete shards. With --distributed, process i of
-`jax.distributed` encodes every n-th shard.
+as the base of a fine-tune; `rotbits decode` needs the same --base. With --verify the
+file appears only after it was decoded and compared with CHECKPOINT. With --shard_size,
+a run that was killed continues after its complete shards. With --distributed, process i
+of `jax.distributed` encodes every n-th shard.
 
 JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
 that are not kept; plain_because, why the checkpoint is stored as plain tensors.

@@ -4,9 +4,9 @@
 
 A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
 wrote; it needs a tokenizer.json. --against also measures the mean KL divergence from
-the predictions of another model, and the expected agreement rate (EAR): the share of
-tokens on which both models can agree when they sample. The noise floor is the
-divergence of that model from itself after a random rotation and rounding.
+another model, and the expected agreement rate (EAR): the share of tokens on which both
+can agree when they sample. The noise floor is the divergence of that model from itself
+after a random rotation and rounding.
 
 JSON: the fields of `rotbits_jax.evaluation.Evaluation`.
 """

@@ -2,11 +2,10 @@
 
   rotbits inspect SmolLM2-135M.rotbits
 
-The bytes saved add up exactly to the difference between the sizes. Layers of one shape
-share a row; --verbose gives each its own. Only the header of the file is read;
-`rotbits verify` reads and checks the rest. In the tables of the transforms, `form` is
-the type of the leaf that stores a tensor (`array` was left as it is), and `error` its
-relative error in the Frobenius norm.
+The bytes saved add up exactly to the difference between the sizes. Only the header of
+the file is read. In the tables of the transforms, `form` is the type of the leaf that
+stores a tensor (`array` was left as it is), and `error` its relative error in the
+Frobenius norm.
 
 JSON: preset, keeps, family, elements and bytes of input and file, lines (each with its
 elements_saved and bytes_saved), remarks, base; with --verbose notes for each transform.

@@ -2,13 +2,11 @@
 
   rotbits slice SmolLM2-135M SLICED --sparsity=0.25 --text=book.txt
 
-Every width of the residual stream shrinks by the sparsity, rounded down to a multiple
-of the interval. The text decides which directions remain. FOLDER gets the output of
-Microsoft's run_slicegpt.py: <name>_<sparsity>.pt, its .json, and the dense model's
-other files. --encoded also writes the file of `rotbits encode --preset=free`, from the
-elements before they are rounded, so it differs from the .pt by the roundings of both,
-about twice the noise floor; --recipe the same relative to the dense model, which
-decoding then needs as --base. Measure what it costs with `rotbits evaluate`.
+Every width of the residual stream shrinks by the sparsity. The text decides which
+directions remain. FOLDER gets the output of Microsoft's run_slicegpt.py:
+<name>_<sparsity>.pt, its .json, and the dense model's other files. --encoded writes the
+file of `rotbits encode --preset=free`, too, from the elements before they are rounded;
+--recipe the same relative to the dense model, which decoding then needs as --base.
 
 JSON: weights, their path; hidden_size of the dense model; width of the first segment of
 the sliced model; tokens, how many calibrated it.

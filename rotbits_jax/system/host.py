@@ -26,8 +26,8 @@ def device() -> jax.Device | None:
 def own_settings() -> Iterator[None]:
   """Gives JAX the settings that this package is written for, in this thread.
 
-  Functions are always compiled, because the loops of the coder would take hours
-  without; weights may have NaNs; and NumPy arrays go to programs as they are.
+  Functions are compiled, because loops of the coder would take hours without. Weights
+  may have NaNs.
   """
   is_without_mesh = jax.sharding.get_abstract_mesh().empty
   no_mesh = jax.sharding.Mesh(np.empty((), object), ())

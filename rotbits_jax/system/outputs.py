@@ -1,10 +1,9 @@
 """Safe writing of results: a result appears complete, or the old one stays.
 
-    target = pathlib.Path(path).resolve()
-    outputs.check(target, overwrite=False)         # before the work
+    outputs.check(target, overwrite=False)  # before the work
     with outputs.fresh(outputs.staging(target)) as folder:
-      ...                                          # writes folder / name
-      outputs.move(folder / name, target)          # syncs, then renames
+      ...  # writes folder / name
+      outputs.move(folder / name, target)  # syncs, then renames
 
 The next run removes the staging folder of one that was killed.
 """

@@ -8,10 +8,9 @@ import tqdm
 
 
 class Progress(tqdm.tqdm):
-  """A progress bar of a task with `total` units; units of the name 'B' are bytes.
+  """A progress bar of a task with `total` units, which it yields if they are given.
 
-  It yields the units, if they are given. In a pipe or a log, which keep each state on a
-  line of its own, it is shown once a minute.
+  In a pipe or a log, which keep each state on a line, it is shown once a minute.
   """
 
   def __init__(
