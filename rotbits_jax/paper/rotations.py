@@ -24,11 +24,11 @@ _BACKWARD_ERROR = 4 * 2.0**-24
 _NOISE = 0  # seed of the change of a matrix
 
 
-def can_rotate(segment: segments.SegmentParameters, leaving: segments.Arrays) -> bool:
-  """Tells whether every rotated element will be within the range of its dtype.
-
-  Among them are those of the shortcut that leads out of the segment.
-  """
+def can_rotate(
+  segment: segments.SegmentParameters,
+  leaving: segments.Arrays,  # the shortcut that leads out of the segment
+) -> bool:
+  """Tells whether every rotated element will be within the range of its dtype."""
   axes = ((0,), segment.readers), ((-1,), segment.writers), ((0, 1), segment.shortcut)
   return all(
     rotations.largest_rotated(x, mixed) < 0.99 * float(jnp.finfo(x.dtype).max)
@@ -76,13 +76,9 @@ def recovered(
   arrays: segments.Arrays,  # the stored parameters, by path
   canonicalizer: str,
   *,
-  disturb: bool = False,
+  disturb: bool = False,  # whether to make the errors of another machine
 ) -> jax.Array:
-  """Recovers the sampled frame, float32 `[n, k]`, from the parameters of a segment.
-
-  It is inexact. `disturb` recovers it as another machine may, whose factorisation has
-  other errors.
-  """
+  """Recovers the sampled frame, float32 `[n, k]`, inexactly, from stored parameters."""
   if frame.from_shortcut:
     (shortcut,) = (arrays[path] for path in shapes.shortcut)
     return _shortcut_frame(_disturbed(np.asarray(shortcut, np.float32), disturb))
@@ -112,11 +108,7 @@ def _shortcut_frame(shortcut: jax.Array) -> jax.Array:
 
 @jax.jit
 def chained(shortcut: jax.Array, before: jax.Array | None, q: jax.Array) -> jax.Array:
-  """Returns the rotation of a segment whose frame q is recovered from its shortcut.
-
-  It is `O^T (T + I) Z`, where T is the rotation of the segment before, and q is the
-  transpose of Z's first rows.
-  """
+  """Returns `O^T (T + I) Z`, see `paper`; q is the transpose of Z's first rows."""
   n, k = q.shape
   before = jnp.eye(k, dtype=jnp.float32) if before is None else before
   rest, _ = jnp.linalg.qr(q, mode='complete')
@@ -127,11 +119,7 @@ def chained(shortcut: jax.Array, before: jax.Array | None, q: jax.Array) -> jax.
 
 @jax.jit
 def counter_rotated(neutral: jax.Array, q: jax.Array) -> jax.Array:
-  """Returns the rotation of a segment whose frame q is recovered from its readers.
-
-  It is `C (I + Q)^T`, where C is the canonical rotation of the readers, and I + Q is
-  block diagonal.
-  """
+  """Returns `C (I + Q)^T`, see `paper`; C is the readers' canonical rotation."""
   kept = jnp.eye(len(neutral) - len(q), dtype=jnp.float32)
   whole = jax.scipy.linalg.block_diag(kept, q)
   return canonical.reorthogonalize(_matmul(neutral, whole.T))

@@ -71,5 +71,5 @@ def _fix_pair(
   pair: Params, config: models.ModelConfig, *, dtype: np.dtype
 ) -> tuple[Params, dict[str, jax.Array]]:
   """Fixes the gauge of a pair, and measures the errors of rounding."""
-  fixed = layer_lib.fix_pair(pair, config).params
+  fixed, _ = layer_lib.fix_pair(pair, config)
   return fixed, heads.rounding_errors(pair, fixed, config.num_kv_heads, dtype)

@@ -112,10 +112,7 @@ def slice_layer(
 def sliced_checkpoint(
   dense: checkpoints.Checkpoint, model: models.Model, stem: str
 ) -> checkpoints.Checkpoint:
-  """Returns the checkpoint that SliceGPT saves, with a slicing JSON beside the weights.
-
-  SliceGPT names the weights and the slicing JSON `<name>_<sparsity>`, which is `stem`.
-  """
+  """Returns the checkpoint that SliceGPT saves; its stem is `<name>_<sparsity>`."""
   widths = json.dumps(checkpoints.slicing_json(model.config)).encode()
   return checkpoints.Checkpoint(model, dense.files | {f'{stem}.json': widths}, stem)
 

@@ -5,10 +5,8 @@ reference:
 
     W = Q W_ref,    Q orthogonal,    with canonicalize(R W) = (W_ref, R Q)
 
-for every orthogonal R, as far as W determines Q. In bits-back coding the encoder
-chooses a rotation R and stores W' = R W_ref, rounded. The decoder canonicalizes W' and
-obtains R up to an error. Let e be the relative rounding error of W', and s_i the
-singular values. The error of the rotation is about
+for every orthogonal R, as far as W determines Q. Let e be the relative rounding error
+of W, and s_i the singular values. The error of the rotation is about
 
     svd    e / (s_i - s_j): singular vectors mix if their values are close
     qr     e times the condition number of the leading columns

@@ -20,7 +20,7 @@ reads or writes, and G = H / K. G query heads that share a key-value head form a
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -112,20 +112,16 @@ def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
   return {path: rotate(path, x) for path, x in params.items()}
 
 
-class Fixed(NamedTuple):
-  """Parameters with their gauge fixed."""
-
-  params: models.Params  # by path; one kernel is a structured leaf
-  gauge: jax.Array  # A, [K, h, h], or [K, m, m] for queries and keys
-
-
-def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
+def fix_values(
+  params: models.Params, *, kv_heads: int
+) -> tuple[models.Params, jax.Array]:
   """Fixes the gauge between value and output; W_o becomes a `structured.HeadBases`.
 
-  The parameters are `VALUES`: arrays, and W_o has at least h columns.
+  The parameters are `VALUES`: arrays, and W_o has at least h columns. It also returns
+  A, `[K, h, h]`.
 
   >>> params = {VALUE: jnp.eye(2), OUT: jnp.arange(8.0).reshape(2, 4)}
-  >>> fixed = fix_values(params, kv_heads=1).params
+  >>> fixed, _ = fix_values(params, kv_heads=1)
   >>> structured.count_elements(params), structured.count_elements(fixed)
   (12, 8)
   >>> product = fixed[VALUE] @ fixed[OUT].materialize()
@@ -145,14 +141,17 @@ def fix_values(params: models.Params, *, kv_heads: int) -> Fixed:
     heads=kv_heads,
     group=params[OUT].shape[0] // (kv_heads * h),
   )
-  return Fixed(fixed, gauge)
+  return fixed, gauge
 
 
-def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
+def fix_keys(
+  params: models.Params, *, kv_heads: int, rotary: int
+) -> tuple[models.Params, jax.Array]:
   """Fixes the gauge between query and key in the coordinates that RoPE does not rotate.
 
   W_k becomes a `structured.HeadBases`; its bias is zero in these coordinates. The
-  parameters are `KEYS`: arrays, and W_k has at least m rows. `rotary` is r < h.
+  parameters are `KEYS`: arrays, and W_k has at least m rows. `rotary` is r < h. It also
+  returns A, `[K, m, m]`.
   """
   d, h = params[KEY].shape[0], params[KEY].shape[1] // kv_heads
   heads = _stacked_heads(params[KEY], kv_heads, h)
@@ -170,7 +169,7 @@ def fix_keys(params: models.Params, *, kv_heads: int, rotary: int) -> Fixed:
   if KEY_BIAS in params:
     bias = params[KEY_BIAS].astype(jnp.float32).reshape(kv_heads, h)
     fixed[KEY_BIAS] = bias.at[:, rotary:].set(0).reshape(-1)
-  return Fixed(fixed, gauge)
+  return fixed, gauge
 
 
 def _multiply(array: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -196,17 +195,14 @@ Sides = tuple[jax.Array, jax.Array]
 def _sides(params: models.Params, kv_heads: int) -> Sides:
   """Returns the two kernels of a pair, `VALUES` or `KEYS`. Biases are further rows."""
   params = structured.materialize(params)
-
-  def with_bias(kernel: str, bias: str) -> jax.Array:
-    rows = [params[kernel]] + ([params[bias][None]] if bias in params else [])
-    return jnp.concatenate(rows)
-
+  with_bias = lambda *paths: jnp.concatenate(
+    [jnp.atleast_2d(params[path]) for path in paths if path in params]
+  )
   if OUT in params:
     left, right = with_bias(VALUE, VALUE_BIAS), params[OUT].T
-    h = left.shape[1] // kv_heads
   else:
     left, right = with_bias(QUERY, QUERY_BIAS), with_bias(KEY, KEY_BIAS)
-    h = right.shape[1] // kv_heads
+  h = min(left.shape[1], right.shape[1]) // kv_heads
   return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
 
 

@@ -51,10 +51,7 @@ def gauge(
   *,
   polar: Callable[[jax.Array], canonical.Polar] = canonical.polar,
 ) -> list[canonical.Polar | None]:
-  """Returns the polar decompositions of the shortcuts of a layer.
-
-  It is None for a shortcut that narrows the stream.
-  """
+  """Returns the polar decompositions of the shortcuts; None for one that narrows."""
   kernels = [params[path] for path in shortcut_paths(config)]
   is_wide = [x.shape[0] <= x.shape[1] for x in kernels]
   if len(kernels) == 2 and kernels[0].shape == kernels[1].shape and all(is_wide):
@@ -225,8 +222,8 @@ def head_pair(
   return pair if min(kernel.shape) >= config.head_dim else {}
 
 
-def fix_pair(pair: Params, config: models.ModelConfig) -> heads.Fixed:
-  """Fixes the gauge of the heads of a `head_pair`."""
+def fix_pair(pair: Params, config: models.ModelConfig) -> tuple[Params, jax.Array]:
+  """Fixes the gauge of the heads of a `head_pair`; returns it and A."""
   count = config.num_kv_heads
   if heads.OUT in pair:
     return heads.fix_values(pair, kv_heads=count)
@@ -236,13 +233,10 @@ def fix_pair(pair: Params, config: models.ModelConfig) -> heads.Fixed:
 def fix(
   params: Params, config: models.ModelConfig
 ) -> tuple[Params, dict[str, jax.Array]]:
-  """Removes biases and fixes the gauges of the heads of a layer.
-
-  It also returns A by 'values' and 'keys', see `heads.Fixed`.
-  """
+  """Removes biases and fixes heads; also returns their A by 'values' and 'keys'."""
   params, gauges = params | without_biases(params, config), {}
   for name, paths in (('values', heads.VALUES), ('keys', heads.KEYS)):
     if pair := head_pair(params, config, paths=paths):
-      fixed = fix_pair(pair, config)
-      params, gauges[name] = params | fixed.params, fixed.gauge
+      fixed, gauges[name] = fix_pair(pair, config)
+      params |= fixed
   return params, gauges

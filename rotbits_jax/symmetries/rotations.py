@@ -119,10 +119,7 @@ def running_rotations(
 
 
 def upper_rotation(matrix: jax.Array) -> jax.Array:
-  """Returns the rotation G that makes `G^T @ matrix` upper trapezoidal, for `[d, V]`.
-
-  The diagonal of the product is not negative.
-  """
+  """Returns the rotation G with `G^T @ matrix` upper trapezoidal, diagonal >= 0."""
   return canonical.reorthogonalize(canonical.qr(matrix)[1])
 
 
@@ -130,7 +127,7 @@ class UpperForm(NamedTuple):
   """A rotation that makes the pivot columns of a matrix upper triangular."""
 
   rotation: jax.Array  # G, [d, d]
-  pivots: Any  # uint8 [V], 1 for at most d columns; None for the first ones
+  pivots: jax.Array  # uint8 [V], 1 for at most d columns
 
 
 def upper_form(matrix: jax.Array) -> UpperForm:

@@ -124,7 +124,11 @@ def _rotated(
     if not config.sliced:
       stacks[key], _ = jax.vmap(rotate, (0, None, 0))(stack, rotation, [])
       continue
-    read = _running_rotations(polars[key], rotation)
+    read, steps = rotation[None], [polar.rotation for polar in polars[key]]
+    if len(steps[0]) > 1:  # only a stack of one layer can get wider
+      whole = functools.reduce(jax.vmap(products.matmul), steps)
+      after = rotations.running_rotations(whole, rotation)
+      read = jnp.concatenate([read, after[:-1]])
     stacks[key], written = jax.vmap(rotate)(stack, read, polars[key])
     gauges.segments[key] = tuple(written)
     gauges.singular_values[key] = tuple(polar.values for polar in polars[key])
@@ -142,13 +146,3 @@ def _rotated(
 def _layer(stack: Any, index: int) -> Any:
   """Returns one layer of a stack of arrays."""
   return jax.tree.map(lambda x: x[index], stack)
-
-
-def _running_rotations(polars: list[canonical.Polar], first: jax.Array) -> jax.Array:
-  """Returns R of the segments that the layers of a stack read, `[N, d, d]`."""
-  steps = [polar.rotation for polar in polars]
-  if len(steps[0]) == 1:  # only such a stack can get wider
-    return first[None]
-  whole = steps[0] if len(steps) == 1 else jax.vmap(products.matmul)(*steps)
-  written = rotations.running_rotations(whole, first)
-  return jnp.concatenate([first[None], written[:-1]])

@@ -1,8 +1,7 @@
 """Two codes of rotations behind one interface.
 
 To sample a rotation is to pop integers from a message and to compute the rotation from
-them. Later the integers are recovered from the rotation and pushed back. They are the
-latent of bits-back coding. A frame is a matrix of k orthonormal columns; see `haar`.
+them. Later the integers are recovered from the rotation and pushed back.
 
 Shape letters: `[n, k]` the shape of the frame, S integers of a frame.
 """

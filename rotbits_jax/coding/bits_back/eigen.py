@@ -52,13 +52,9 @@ class Spectrum(NamedTuple):
 
 
 class EigenCorrection(NamedTuple):
-  """The data that the decoder needs besides the eigenvectors.
+  """The data that the decoder needs besides the eigenvectors."""
 
-  The eigenvalues are stored here and not pushed onto the message, because the next
-  rotation would be sampled from them.
-  """
-
-  spectrum: Spectrum
+  spectrum: Spectrum  # not in the message, from which the next rotation is sampled
   numbers: correction_lib.Correction  # a row of the triangle is a group
 
 
@@ -87,12 +83,9 @@ def correct(
   other: jax.Array,  # Q_hat as another machine may recover it
   patterns: jax.Array,  # uint16 [S]
   spectrum: Spectrum,  # that `rotation` returned
-  threshold: float | None = None,  # the greatest error that a number may keep
+  threshold: float | None = None,  # the greatest error of a number; None for exact
 ) -> EigenCorrection:
-  """Returns the correction with which `recover` finds the patterns.
-
-  Without a threshold, it finds all of them.
-  """
+  """Returns the correction with which `recover` finds the patterns."""
   n, ordinals = len(recovered), ordinal(patterns)
   matrix, row, column = _product(recovered, spectrum), *places(n)
   estimates = matrix[row, column]
@@ -117,10 +110,7 @@ def correct(
 
 
 def recover(recovered: jax.Array, correction: EigenCorrection) -> jax.Array:
-  """Returns the patterns, uint16 `[S]`, from which a rotation was computed.
-
-  With a threshold, the numbers of some patterns differ by up to the threshold.
-  """
+  """Returns the patterns, uint16 `[S]`; their numbers may differ by the threshold."""
   spectrum, (base, extra, residue) = correction
   row, column = places(len(recovered))
   positions = position(_product(recovered, spectrum)[row, column])
@@ -134,10 +124,7 @@ def fit(correction: EigenCorrection) -> np.ndarray:
 
 
 def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections, given the tables of `fit`.
-
-  An eigenvalue takes 16 bits, and their scale 32 bits.
-  """
+  """Returns the codec of corrections, given the tables of `fit`."""
   bitcast = jax.lax.bitcast_convert_type
   spectra = codecs.serial(
     codec(n),

@@ -104,10 +104,7 @@ def correct(
   other: jax.Array,  # Q_hat as another machine may recover it
   cells: jax.Array,  # uint16 [S]
 ) -> FrameCorrection:
-  """Returns the correction with which `recover` finds the cells.
-
-  Its margins cover the difference of the recovered frames.
-  """
+  """Returns the correction with which `recover` finds the cells from either frame."""
   n, k = recovered.shape
   _, column = places(n, k)
   # The least margin covers the decoder's own float32 arithmetic, whose errors grow as
