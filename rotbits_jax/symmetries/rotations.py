@@ -127,7 +127,7 @@ class UpperForm(NamedTuple):
   """A rotation that makes the pivot columns of a matrix upper triangular."""
 
   rotation: jax.Array  # G, [d, d]
-  pivots: jax.Array  # uint8 [V], 1 for at most d columns
+  pivots: Any  # uint8 [V], 1 for at most d columns; None for the first ones
 
 
 def upper_form(matrix: jax.Array) -> UpperForm:
