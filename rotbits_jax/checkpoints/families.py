@@ -18,7 +18,6 @@ from rotbits_jax.checkpoints import errors
 from rotbits_jax.system import schema
 
 CONFIG = 'config.json'
-SLICING_KEY = 'embedding_dimensions'  # distinguishes a slicing JSON from other files
 
 _MOST_CONFIG = 1 << 20  # bytes; configs have a few thousand
 _MOST_LAYERS = 1 << 12  # because a config is read before tensors bound their number
@@ -172,9 +171,8 @@ def _rope_scaling(settings: dict[str, Any]) -> models.RopeScaling | None:
 def older_rope(values: dict[str, Any]) -> dict[str, Any]:
   """Returns attributes with the settings of RoPE where transformers 4 reads them.
 
-  transformers 5 gathers all settings in `rope_parameters`. Earlier versions have those
-  of the scaling in `rope_scaling` and the others beside it. Versions differ in which of
-  two they take, so two must be the same, or a `CheckpointError` is raised.
+  transformers 5 gathers all settings in `rope_parameters`. Versions differ in which of
+  two values they take, so two must be the same.
   """
   places = ('rope_parameters', 'rope_scaling')
   scaling, *others = [values[x] for x in places if values.get(x)] or [None]

@@ -172,8 +172,8 @@ def _joined(records: tensors_lib.Records) -> tensors_lib.Records:
 class CheckpointReader(Folder):
   """A checkpoint of a known family, whose tensors are the parameters of a model.
 
-  `models.names` has the names of its records. The config of a checkpoint that stores
-  its tied head says that the head is not tied.
+  `models.names` has the names of its records. If the checkpoint stores its tied head,
+  it must equal the embedding, and `config` says that the head is not tied.
   """
 
   config: models.ModelConfig
@@ -234,11 +234,7 @@ class CheckpointReader(Folder):
 def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
 ) -> models.Model:
-  """Makes a model, of NumPy arrays, from the tensors of a checkpoint by name.
-
-  If the config says that the head is tied, but there is a tensor for the head, it must
-  equal the embedding; the model's config then says that the head is not tied.
-  """
+  """Makes a model, of NumPy arrays, from the tensors of a checkpoint by name."""
   lazy = {
     name: tensors_lib.LazyTensor(x.shape, x.dtype, functools.partial(np.asarray, x))
     for name, x in tensors.items()
@@ -347,7 +343,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
 
 def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
   """Returns the slicing JSONs among the sidecar files, by their stems."""
-  key, parsed = families.SLICING_KEY, {}
+  key, parsed = 'embedding_dimensions', {}
   for name, content in files.items():
     has_key = f'"{key}"'.encode() in content and content.lstrip().startswith(b'{')
     if has_key and name.endswith('.json') and '/' not in name:

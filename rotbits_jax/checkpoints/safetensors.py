@@ -54,15 +54,15 @@ def open_tensors(file: files.File, header: bytes) -> dict[str, tensors_lib.LazyT
     content, _ = tensors_lib.read(file, offset, spec.nbytes)
     return content.view(spec.dtype).reshape(spec.shape)
 
-  tensors, end = {}, len(header)
   with errors.named(file.path):
-    for name, (offset, spec) in places(header).items():
-      reads = functools.partial(read, offset, spec)
-      tensors[name] = tensors_lib.LazyTensor(spec.shape, spec.dtype, reads)
-      end += spec.nbytes
-    if end != file.size:
+    placed = places(header)
+    if len(header) + sum(spec.nbytes for _, spec in placed.values()) != file.size:
       raise errors.CheckpointError('the tensors do not fill the file')
-  return tensors
+  make = tensors_lib.LazyTensor
+  return {
+    name: make(spec.shape, spec.dtype, functools.partial(read, offset, spec))
+    for name, (offset, spec) in placed.items()
+  }
 
 
 def places(header: bytes) -> dict[str, tuple[int, tensors_lib.TensorSpec]]:
@@ -126,9 +126,8 @@ def divided(
 ) -> tuple[dict[str, Specs], bytes | None]:
   """Divides tensors among files as an older index says, or as Hugging Face does.
 
-  Returns the tensors of each file by its name, and the new index of several files. At
-  most `shard_size` bytes are in a file with more than one tensor; it is None for the
-  files of the index, or one.
+  Returns the tensors of each file by its name, and the new index of several files.
+  Without a `shard_size`, see `CheckpointWriter`, these are the files of the index.
   """
   sizes = {name: spec.nbytes for name, spec in specs.items()}
   names: Mapping[str, Sequence[str]] = {}

@@ -38,10 +38,7 @@ _OLDER_WEIGHTS = 'model*.safetensors*'  # that new weights replace
 
 
 class FolderWriter:
-  """Writes weights files and the files beside them. Tensors come in any order.
-
-  `specs` has the shapes and dtypes of the tensors by name.
-  """
+  """Writes weights files, with tensors that come in any order, and other files."""
 
   def __init__(
     self,
@@ -58,7 +55,7 @@ class FolderWriter:
     """
     self._path, self._weights = path, weights
     self._files, self._overwrite = files, overwrite
-    self.specs: dict[str, tensors_lib.TensorSpec] = {}
+    self.specs: dict[str, tensors_lib.TensorSpec] = {}  # of the tensors by name
     self._places: dict[str, tuple[str, int]] = {}  # name of the file, and offset in it
     for name in (*weights, *files):
       if not schema.is_relative_path(name):
@@ -160,8 +157,8 @@ class CheckpointWriter(FolderWriter):
       files: content of the sidecar files, by name. An index among them divides the
         tensors among files, if `shard_size` is None.
       stem: name of a sliced model's `<stem>.pt` and slicing JSON.
-      format: Only for a sliced model, 'slicegpt' writes `<stem>.pt`, and 'transformers'
-        the code that transformers needs.
+      format: 'slicegpt' writes `<stem>.pt`, and 'transformers' the code that it needs;
+        both are for sliced models.
       shard_size: the greatest number of bytes of tensors in a safetensors file with
         more than one tensor; None for one file.
       buffers: arrays or `TensorSpec`s of the tensors that the forward pass does not

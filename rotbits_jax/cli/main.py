@@ -64,9 +64,8 @@ def main() -> int:
 
 
 def _unraisable(error: Any) -> None:
-  """Repeats an interrupt that came in a callback, which Python would only print."""
+  """Repeats an interrupt after a callback in which Python would only print it."""
   if isinstance(error.exc_value, KeyboardInterrupt):
-    # After the callback.
     arguments = threading.get_ident(), signal.SIGINT
     threading.Timer(0.01, signal.pthread_kill, arguments).start()
   else:

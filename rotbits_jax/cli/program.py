@@ -1,8 +1,7 @@
 """Shared parts of the commands: running one, its errors, reading a model.
 
 A command is a module with a docstring, which is its help; flags; and `main`, which
-takes its paths and returns its output: the JSON object of --json, and the text for
-people; or None. Exit codes are those of `main.USAGE`.
+takes its paths and returns a `Result` or None. Exit codes are those of `main.USAGE`.
 """
 
 from collections.abc import Callable, Mapping

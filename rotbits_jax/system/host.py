@@ -39,7 +39,7 @@ def own_settings() -> Iterator[None]:
     jax.debug_nans(False),
     jax.debug_infs(False),
     jax.disable_jit(False),
-    # The types of arrays have the mesh.
+    # A mesh would be part of the types of arrays.
     contextlib.nullcontext() if is_without_mesh else jax.set_mesh(no_mesh),
   ):
     yield
