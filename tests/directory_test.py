@@ -86,7 +86,7 @@ def test_numbers_that_are_too_large_for_a_dtype(tmp_path):
   layers[1]['mlp']['up']['kernel'] = kernel
   model = models.from_layers(model.config, model.outer(), layers)
   data = rotbits_jax.encode(checkpoint._replace(model=model), preset='exact')
-  words = r'layers\.1/mlp/up/kernel: .* too large for float16; .* --dtype=float32'
+  words = r'layers\.1/mlp/up/kernel: too large for float16; .* --dtype=float32'
   with pytest.raises(ValueError, match=words):
     rotbits_jax.decode_to_directory(data, tmp_path / 'x', dtype='float16')
   assert not list(tmp_path.iterdir())

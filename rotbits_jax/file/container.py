@@ -1,15 +1,7 @@
 """The container: a valid safetensors file whose tensors are streams of bytes.
 
-    8 bytes, little-endian: length of the header
-    header, JSON, padded with spaces:
-        {"__metadata__": {"format": "rotbits", "version": "1",
-                          "manifest_crc32": "..."},
-         "<stream>": {"dtype": "U8", "shape": [n], "data_offsets": [begin, end]}, ...}
-    the streams, one after the other
-
-The stream `manifest` is the JSON object that the module `manifest` describes, deflated.
-It has the length and the CRC-32 of every other stream. The header is written last, into
-room that is reserved at the start. A damaged file raises `ContainerError`.
+The page on the format describes it. The header is written last, into room that is
+reserved at the start. A damaged file raises `ContainerError`.
 """
 
 import collections
@@ -207,10 +199,8 @@ class StreamReader:
       metadata = schema.load(_Metadata, values.pop(_METADATA, None), _METADATA)
       entries = schema.load(dict[str, _Entry], values)
     if metadata.version != str(VERSION):
-      raise ContainerError(
-        f'the file has version {metadata.version} of the format, '
-        f'but this program reads version {VERSION}'
-      )
+      text = f'version {metadata.version} of the format, not version {VERSION}'
+      raise ContainerError(f'the file has {text}')
     sizes, begins, end = {}, {}, 0
     for name, entry in entries.items():
       sizes[name], begins[name] = entry.shape[0], 8 + length + end

@@ -128,7 +128,5 @@ def _converted(path: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return array
   converted: np.ndarray = structured.astype(array, dtype)
   if not np.array_equal(np.isfinite(array), np.isfinite(converted)):
-    raise ValueError(
-      f'{path}: its numbers are too large for {dtype.name}; decode with --dtype=float32'
-    )
+    raise ValueError(f'{path}: too large for {dtype.name}; decode with --dtype=float32')
   return converted

@@ -190,10 +190,7 @@ class Encoder:
       rewritten, model, verification.rotated(model)
     )
     if difference := verification.different(*divergences):
-      raise ValueError(
-        f'the transforms make {difference}; a preset for which that is meant has '
-        "keeps='approximation'"
-      )
+      raise ValueError(f"the transforms make {difference}; see keeps='approximation'")
 
   def _find_recipe(self, base: base_lib.Base) -> recipe_lib.Recipe | None:
     """Returns the model as products with the base; None if it is no slice of it."""

@@ -104,8 +104,8 @@ def _array_bytes(path: str, array: np.ndarray, rounding: Any) -> float:
 def write_within(target: int, write: Callable[[float, range], int]) -> None:
   """Writes the largest file of `near` that is found within a size in bytes.
 
-  It has at least 99% of the size, where steps between exist. `write` takes a step and
-  the sizes to accept; it lets a file of such a size appear, and returns its size.
+  `write` takes a step and the sizes to accept; it lets a file of such a size appear,
+  and returns its size.
   """
   accepted = range(math.ceil((1 - _WITHIN) * target), target + 1)
   aim, sizes, step = (1 - _WITHIN / 2) * target, dict[float, int](), _START

@@ -1,11 +1,5 @@
 """The manifest: describes the content of a file; `docs/format.md` has all fields.
 
-A file is a list of *records*, which decode on their own: each layer, and for the other
-parameters one for each first key of their paths. A record is one stream of the
-container. It consists of *leaves*, arrays or structured leaves, and each is stored as
-one or more arrays. Paths are those of the whole model, like 'layers.3/mlp/up/kernel'.
-The preset `paper` stores one message in place of records.
-
 `Manifest.check` is called once, when a file is opened; `RecordEntry.check` before a
 record is decoded. Both raise a ValueError that names the record or the parameter.
 """
@@ -48,7 +42,6 @@ MOST_FILES = 1 << 28
 
 Shape = tuple[int, ...]
 _Setting = schema.Scalar | tuple[schema.Scalar, ...]
-_Settings = dict[str, _Setting]
 
 
 class Stream(schema.Row):
@@ -79,7 +72,7 @@ class Leaf(schema.Object, kw_only=True):
   dtype: entries.Dtype
   type_name: str = ''
   stack_key: tuple[str, ...] = ()
-  settings: _Settings = msgspec.field(default_factory=dict)
+  settings: dict[str, _Setting] = msgspec.field(default_factory=dict)
   arrays: tuple[str, ...] = ('',)
   needs: tuple[schema.Path, ...] = ()
   base: entries.BaseArray | None = None

@@ -40,10 +40,7 @@ def put(array: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
 
 
 def placed_like(old: Any, new: Any) -> Any:
-  """Returns an array, or a structured leaf, where the old one, a JAX array, is.
-
-  Beside anything else, new arrays remain where they are.
-  """
+  """Returns an array, or a structured leaf, where the old one is, if a JAX array."""
   if structured.is_structured(new):
     return jax.tree.map(placed_like, old, new)
   if structured.is_structured(old):  # the file has its array

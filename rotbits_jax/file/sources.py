@@ -59,8 +59,7 @@ def _native(tree: Any) -> Any:
 def fingerprint(source: Any) -> str:
   """Returns a digest: of the state of files on disk, or of all arrays in memory."""
   if hasattr(source, 'fingerprint'):
-    digest: str = source.fingerprint()
-    return digest
+    return str(source.fingerprint())
   arrays = [
     (path, array.dtype.name, array.shape, checksums.of_array(array))
     for record in source.records
@@ -147,11 +146,7 @@ def _array(leaf: Any, path: str) -> Any:
 
 
 def unflatten_like(like: Any, leaves: Tree) -> Any:
-  """Returns a PyTree with the structure of another and the leaves of `to_dicts`.
-
-  A ValueError says that paths, shapes or dtypes differ. The leaves of `like` may be
-  `jax.ShapeDtypeStruct`. A structured leaf for which files have an array becomes that.
-  """
+  """Returns a PyTree with the structure of another and the leaves of `to_dicts`."""
   flat = structured.flatten(to_dicts(leaves))
   treedef: Any = jax.tree.structure(like, is_leaf=structured.is_structured)
   old = treedef.flatten_up_to(like)

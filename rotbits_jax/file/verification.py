@@ -166,10 +166,8 @@ def _compare_forms(
     limit = _MOST_ERRORS * max(of_draws) + _LEAST_ERROR
     compared += limit < _MOST_ERROR  # it may be NaN
     if limit < _MOST_ERROR and not error <= limit:
-      raise ContainerError(
-        f'{path}: its canonical form is not that of the checkpoint: relative error '
-        f'{error:.3g}, at most {limit:.3g} by rounding'
-      )
+      text = f'its canonical form has a relative error of {error:.3g} > {limit:.3g}'
+      raise ContainerError(f'{path}: {text}')
   return compared
 
 

@@ -144,9 +144,7 @@ def chain(*transforms: Transform | Chain) -> Chain:
     flat += (item,) if isinstance(item, Transform) else item
   for index, transform in enumerate(flat):
     if index and transform.advance is not None:
-      raise ValueError(
-        f'{transform.name!r} has a state: it must be the first of a chain'
-      )
+      raise ValueError(f'{transform.name!r} has a state: it must be the first one')
   return flat
 
 

@@ -89,10 +89,8 @@ class Base:
       raise ValueError(f'{self.name} is another base: it has no {wanted.path}')
     _, shape, dtype = self._specs[path]
     if (shape, dtype) != (wanted.shape, wanted.dtype):
-      raise ValueError(
-        f'{self.name} is another base: its {path} is {dtype} {list(shape)}, not '
-        f'{wanted.dtype} {list(wanted.shape)}'
-      )
+      text = f'{dtype} {list(shape)}, not {wanted.dtype} {list(wanted.shape)}'
+      raise ValueError(f'{self.name} is another base: its {path} is {text}')
     return path
 
   def get(self, wanted: entries.BaseArray) -> np.ndarray:
