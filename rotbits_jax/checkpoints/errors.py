@@ -19,11 +19,12 @@ def cut(text: str) -> str:
 @contextlib.contextmanager
 def named(path: str | os.PathLike[str], *types: type[Exception]) -> Iterator[None]:
   """Turns errors about a file into a `CheckpointError` that begins with its path."""
+  turned: tuple[type[Exception], ...] = (OSError, *types)
   try:
     yield
   except CheckpointError as e:
     is_named = str(e).startswith(f'{path}: ')
     raise e if is_named else type(e)(f'{path}: {e}') from e
-  except (OSError, *types) as e:
+  except turned as e:
     text = (isinstance(e, OSError) and e.strerror) or cut(str(e) or repr(e))
     raise CheckpointError(f'{path}: {text}') from e
