@@ -204,10 +204,8 @@ class Encoder:
         self.preset = preset._replace(transform=passes.chain(), rounding=rounding)
         return recipe
     if not (is_exact and self.can_be_divided):
-      raise ValueError(
-        f'the preset {preset.name!r} takes no such base: exact takes any, and free the '
-        'dense model that a sliced one was sliced from'
-      )
+      text = "exact takes any, and free a sliced model's dense one"
+      raise ValueError(f'the preset {preset.name!r} takes no such base: {text}')
     specs = map(self.source.specs, self.source.records)
     paths = [path for record in specs for path in structured.flatten(record)]
     if paths and not any(map(base.find, paths)):

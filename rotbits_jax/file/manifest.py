@@ -143,10 +143,7 @@ class Leaf(schema.Object, kw_only=True):
         raise ValueError('the array and the coder differ in the shape or the dtype')
       return
     if cls is None:
-      raise ValueError(
-        f'the leaf type {self.type_name!r:.100} is not known: import the module that '
-        'registers it'
-      )
+      raise ValueError(f'unknown leaf type {self.type_name!r:.100}: import its module')
     is_known = issubclass(cls, difference.Difference)
     is_of_layer = models.names.layer_index(self.path) is not None
     if (

@@ -139,8 +139,7 @@ def _array(leaf: Any, path: str) -> Any:
   if dtype is None or isinstance(leaf, np.ma.MaskedArray) or dtype.kind in 'cOSUMm':
     raise ValueError(
       f'{path}: expected an array of numbers, got {type(leaf).__name__} {dtype or ""}; '
-      'numpy.asarray, and for text numpy.frombuffer make them. Of a TrainState, encode '
-      'the params and the opt_state'
+      'numpy.asarray, and for text numpy.frombuffer make them'
     )
   return leaf
 

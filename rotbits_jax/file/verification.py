@@ -90,10 +90,7 @@ def read_all(
   *,
   progress: bool = False,
 ) -> Verification:
-  """Decodes everything in a file, one record at a time, and counts it.
-
-  A ContainerError says that its bits are not those of the expected source, if any.
-  """
+  """Decodes everything in a file, counts it, and compares its bits with a source."""
   records = tensors = 0
   for name, flat in reader.each(integers=True, show_progress=progress):
     records += 1
