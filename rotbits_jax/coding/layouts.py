@@ -54,6 +54,7 @@ LEVELS = 32
 
 MOST_SHIFT = 24
 MOST_RAW = 16  # bits of a uniform symbol
+_FEW_TABLES = 16  # of integers; larger arrays of tables take time to fill
 
 ESCAPED = 1 << 15  # of the mark of a unit, beside the pair of bins
 
@@ -351,7 +352,7 @@ class Integers:
   ) -> tuple[jax.Array, ...]:
     """Decodes a number of each lane; see `Floats.decode_step`."""
     del pieces
-    table, shift = (x.astype(jnp.uint32) for x in self.told(classes, coder_tables.base))
+    table, shift = _unpacked(classes, coder_tables)
 
     def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
       symbol = _get(coder_tables.slots, table << self.precision | slot)
@@ -377,8 +378,7 @@ class Integers:
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
     """Divides a number of each lane; see `Floats.encode_step`."""
     signed = unit[:, 0].view(self.dtype).astype(np.int32 if self.bias else np.uint32)
-    told = self.told(classes, coder_tables.base)
-    table, left = (x.astype(jnp.uint32) for x in told)
+    table, left = _unpacked(classes, coder_tables)
     # The shift of signed integers copies the sign.
     top = (signed >> left.astype(signed.dtype)).view(jnp.uint32) + jnp.uint32(self.bias)
     symbol = jnp.minimum(top, WINDOW)
@@ -394,6 +394,10 @@ class Integers:
 
   def tables(self, frequencies: np.ndarray, base: np.ndarray) -> Tables:
     """Makes the tables, given frequencies `[K, 256]`; see `Floats.tables`."""
+    # Neighbours that have the same table share it, because a table is large.
+    is_first = np.append(True, (frequencies[1:] != frequencies[:-1]).any(axis=1))
+    packed = base[: len(frequencies)].astype(np.int64) << 8 | np.cumsum(is_first) - 1
+    frequencies = frequencies[is_first]
     starts = np.cumsum(frequencies, axis=1) - frequencies
     used = np.where(frequencies > 0, frequencies, 1 << 15)[:, ::-1]
     escape = WINDOW - 1 - np.argmin(used, axis=1, keepdims=True)
@@ -406,11 +410,11 @@ class Integers:
     intervals = np.append(intervals, listed, axis=1)  # of what has no symbol
     _, symbols = np.nonzero(frequencies)
     owners = np.repeat(symbols, frequencies[frequencies > 0])
-    size = self.most_tables
+    size = _FEW_TABLES if len(frequencies) <= _FEW_TABLES else self.most_tables
     return Tables(
       _filled(owners, size << self.precision, np.uint8),
       _filled(intervals, size * (WINDOW + 1)),
-      _filled(base, size, np.int32),
+      _filled(packed, self.most_tables, np.int32),
     )
 
 
@@ -421,6 +425,12 @@ def _get(array: Any, index: jax.Array) -> jax.Array:
   if isinstance(array, np.ndarray):
     return array[index]
   return array.at[index].get(mode='promise_in_bounds')
+
+
+def _unpacked(classes: jax.Array, coder_tables: Tables) -> tuple[jax.Array, jax.Array]:
+  """Returns the tables and the shifts of classes of integers, uint32."""
+  packed = _get(coder_tables.base, classes).astype(jnp.uint32)
+  return packed & 255, packed >> 8
 
 
 def _interval(entry: jax.Array) -> tuple[jax.Array, jax.Array]:
