@@ -32,7 +32,7 @@ for version in 3.11 3.13; do
     rotbits encode "$example" x.rotbits --config=free
     rotbits verify x.rotbits --against="$example"
     snapshot=$(rotbits snapshot x.rotbits)
-    [[ -f $snapshot/modeling_sliced_phi.py ]]
+    [[ -f $snapshot/modeling_sliced.py ]]
     if [[ $version == 3.11 ]]; then
       python -m pip install --quiet --disable-pip-version-check ipykernel nbclient matplotlib
       cp "$root"/colabs/0[1246]_*.ipynb .
