@@ -134,7 +134,7 @@ def test_a_base_that_the_model_was_not_sliced_from():
   dense, model = opt_pair()
   flipped = jax.tree.map(lambda x: x[..., ::-1].copy(), dense.params)
   other = dataclasses.replace(dense, params=flipped)
-  with pytest.raises(ValueError, match='a sliced one was sliced from'):
+  with pytest.raises(ValueError, match='takes no such base'):
     rotbits_jax.encode(model, base=other, preset='free')
   phi2 = rotbits_jax.load_checkpoint(TESTDATA / 'phi2-tiny-sliced-0.25').model
   data = rotbits_jax.encode(phi2, base=dense, preset='exact')  # of other segments
