@@ -396,7 +396,7 @@ class Integers:
     """Makes the tables, given frequencies `[K, 256]`; see `Floats.tables`."""
     # Neighbours that have the same table share it, because a table is large.
     is_first = np.append(True, (frequencies[1:] != frequencies[:-1]).any(axis=1))
-    packed = base[: len(frequencies)].astype(np.int64) << 8 | np.cumsum(is_first) - 1
+    packed = base.astype(np.int64) << 8 | np.cumsum(is_first) - 1
     frequencies = frequencies[is_first]
     starts = np.cumsum(frequencies, axis=1) - frequencies
     used = np.where(frequencies > 0, frequencies, 1 << 15)[:, ::-1]
