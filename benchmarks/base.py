@@ -1,10 +1,9 @@
 """Measures a model beside its base, and a sliced model beside its dense one.
 
-The fine-tune, its base and dtypes are those of `common`; a step is one of Adam. Beside
-`exact` are the methods of others: XOR with the base, then byte planes, then zstd (BitX
-of ZipLLM); and the places and values of the weights that changed, int32 and the dtype
-(sparse safetensors, as TRL sends weights). A step has XOR with zstd -1 and gaps between
-changed weights, too.
+The fine-tune and its base are those of `common`; a step is one of Adam. Other methods
+for a fine-tune are XOR with the base, then byte planes, then zstd (BitX of ZipLLM). For
+a step they are XOR with zstd -1; gaps between changed weights, and their values; and
+the places and values, int32 and the dtype (sparse safetensors, as TRL sends weights).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ import safetensors.numpy
 import zstandard
 
 from benchmarks import common
-from benchmarks import demo
 import rotbits_jax
 
 TITLE = 'Beside a base'
@@ -139,15 +137,17 @@ def of_gaps(coded: list[bytes], old: np.ndarray) -> np.ndarray:
 
 METHODS: dict[str, tuple[Callable[..., list[bytes]], Callable[..., np.ndarray]]] = {
   'XOR, byte planes, zstd -3': (bitx, of_bitx),
-  'indices and values': (sparse, of_sparse),
-  'XOR, zstd -1': (xor, of_xor),  # as slime sends weights
   'gaps and values, zstd -1': (gaps, of_gaps),  # much as PULSE
+  'XOR, zstd -1': (xor, of_xor),  # as slime sends weights
+  'indices and values': (sparse, of_sparse),
 }
-OF_FINE_TUNES, OF_STEPS = list(METHODS)[:2], list(METHODS)[:0:-1]
+OF_FINE_TUNES, *OF_STEPS = METHODS
 
 
-def measured(method: str, new: common.Tensors, old: common.Tensors) -> Row:
-  """Measures a method of others, or `delta`, in memory."""
+def measured(
+  method: str, new: common.Tensors, old: common.Tensors, timed: bool = True
+) -> Row:
+  """Measures a method of others, or `delta`, in memory; seconds if it is timed."""
   if method == '`delta`':
     coded = [rotbits_jax.delta(new, old)]
     encode = lambda: rotbits_jax.delta(new, old)
@@ -164,7 +164,8 @@ def measured(method: str, new: common.Tensors, old: common.Tensors) -> Row:
     for found, (expected, _) in zip(decode(), bits, strict=True):
       if not np.array_equal(found, expected):
         raise ValueError(f'{method} gave other weights')
-  seconds = (common.median_seconds(work, RUNS) for work in (encode, decode))
+  works = encode, decode
+  seconds = [common.median_seconds(x, RUNS) if timed else np.nan for x in works]
   return Row(method, sum(map(len, coded)), *seconds)
 
 
@@ -173,22 +174,15 @@ def _bits(array: np.ndarray) -> np.ndarray:
   return array.reshape(-1).view(f'u{array.itemsize}')
 
 
-def pairs() -> Iterator[tuple[str, common.Tensors, common.Tensors]]:
-  """Yields what to store: the name, the model, and its base."""
-  base, tuned = map(common.packaged_weights, (common.BASE, common.TUNED))
-  for dtype in ('bfloat16', 'float16', 'float32'):
-    new, old = (common.read_tensors(path, dtype) for path in (tuned, base))
-    yield f'fine-tune, {dtype}', new, old
-  old = common.read_tensors(base, 'bfloat16')
-  yield 'an equal model, bfloat16', old, old
-
-
 def fine_tunes() -> str:
   """Returns the table of fine-tunes."""
+  base, tuned = map(common.packaged_weights, (common.BASE, common.TUNED))
+  subjects = [(f'fine-tune, {x}', x, tuned) for x in ('bfloat16', 'float16', 'float32')]
   lines = []
-  for name, new, old in pairs():
+  for name, dtype, path in (*subjects, ('an equal model, bfloat16', 'bfloat16', base)):
+    new, old = (common.read_tensors(x, dtype) for x in (path, base))
     size = sum(x.nbytes for x in new.values())
-    for row in (ours(new, old), *(measured(x, new, old) for x in OF_FINE_TUNES)):
+    for row in (ours(new, old), measured(OF_FINE_TUNES, new, old)):
       rates = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
       share = f'{row.bytes / size:.4f}'
       lines.append((name, row.method, f'{row.bytes:,}', share, *rates))
@@ -205,12 +199,13 @@ def steps() -> str:
   for rate in RATES:
     for count, new in zip(STEPS, training(masters, rate), strict=True):
       bound = entropy(new, old)
-      rows = [measured(method, new, old) for method in ('`delta`', *OF_STEPS)]
+      timed = (rate, count) == TIMED
+      rows = [measured(x, new, old, timed) for x in ('`delta`', *OF_STEPS)]
       changed = sum(np.count_nonzero(_bits(x) != _bits(old[k])) for k, x in new.items())
       shares = (f'{row.bytes / bound:.2f}' for row in rows)
       share = f'{2 * changed / size:.2%}'
       sizes.append((f'{rate:g}', count, share, f'{bound:,}', *shares))
-      if (rate, count) == TIMED:
+      if timed:
         for row in rows:
           speeds = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
           rates.append((row.method, f'{row.bytes:,}', *speeds))
@@ -221,14 +216,11 @@ def steps() -> str:
   return '\n\n'.join([*tables, common.table(header, rates, texts=1)])
 
 
-def sliced_models(settings: common.Settings) -> str:
+def sliced_models() -> str:
   """Returns the table of sliced models beside their dense models."""
-  subjects = {common.TESTDATA / x: common.TESTDATA / y for x, y in SLICED.items()}
-  if not settings.quick:
-    sliced = demo.sliced_smollm2(settings, demo.SPARSITY)
-    subjects[sliced] = common.smollm2(settings)
   lines = []
-  for path, dense in subjects.items():
+  for name, dense_name in SLICED.items():
+    path, dense = common.TESTDATA / name, common.TESTDATA / dense_name
     for preset in ('exact', 'free'):
       with tempfile.TemporaryDirectory() as folder:
         file, again = pathlib.Path(folder, 'x.rotbits'), pathlib.Path(folder, 'again')
@@ -241,7 +233,7 @@ def sliced_models(settings: common.Settings) -> str:
       divergences = checked.kl, checked.kl_rerounded
       lines.append(
         (
-          *(path.name, f'`{preset}`', f'{report.file_bytes:,}'),
+          *(name, f'`{preset}`', f'{report.file_bytes:,}'),
           f'{report.file_bytes / report.input_bytes:.4f}',
           *(None if x is None else f'{x:.2g}' for x in divergences),
           *(f'{x:.2f}' for cost in (encode, decode) for x in cost),
@@ -253,6 +245,7 @@ def sliced_models(settings: common.Settings) -> str:
 
 
 def run(settings: common.Settings) -> Iterator[common.Section]:
+  del settings
   about = (
     f'{common.TUNED} beside {common.BASE}. Rates are megabytes of the model a second, '
     f'the median of {RUNS} runs, from file to file for `exact` and in memory for the '
@@ -269,5 +262,5 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     f'{TIMED[0]:g} after {TIMED[1]} step, in memory.'
   )
   parts = [about, fine_tunes(), of_steps, steps()]
-  parts += [of_sliced, sliced_models(settings)]
+  parts += [of_sliced, sliced_models()]
   yield common.Section(TITLE, '\n\n'.join(parts))

@@ -39,6 +39,7 @@ BENCHMARKS = {
   'pictures': 'no section: the pictures, and the tables of README.md',
 }
 """The modules, and what they measure: `run(settings)` yields sections."""
+WITH_PEERS = {'speed', 'quantised'}  # they need `Settings.peers_python`
 
 ROOT = pathlib.Path(__file__).parents[1]
 TESTDATA = ROOT / 'tests' / 'testdata'
@@ -61,7 +62,7 @@ class Settings(NamedTuple):
   """The flags of the runner.
 
   Attributes:
-    quick: whether to measure the small subjects only.
+    quick: whether to leave out SmolLM2, and to measure smaller subjects.
     peers_python: a Python with the packages of the peers; None for no peers.
     output: the folder for models that take long to make, and for encoded files.
   """
@@ -131,14 +132,25 @@ def write(path: pathlib.Path, name: str, section: Section) -> None:
 @functools.cache
 def machine() -> str:
   """Returns the commit, the machine and the version of JAX."""
-  git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--exclude=*']
-  commit = subprocess.run(git, stdout=subprocess.PIPE, text=True, check=False).stdout
+  commit = _git('rev-parse', '--short', 'HEAD').strip()
   info = pathlib.Path('/proc/cpuinfo')
   model = re.search(r'model name\s*: (.*)', info.read_text()) if info.exists() else None
   processor = model[1] if model else platform.machine()
   device = jax.devices()[0].device_kind
   where = f'{os.cpu_count()} cores of {processor}, {device}, jax {jax.__version__}'
-  return f'commit {commit.strip()}, {where}' if commit else where
+  return f'commit {commit}, {where}' if commit else where
+
+
+def uncommitted() -> str:
+  """Returns the lines of `git status`, but of what `--results` writes."""
+  written = ('RESULTS.md', 'README.md', PICTURES.relative_to(ROOT))
+  return _git('status', '--porcelain', '.', *(f':!{path}' for path in written))
+
+
+def _git(*args: str) -> str:
+  """Returns what git prints; nothing if this is not a clone."""
+  command = ['git', '-C', str(ROOT), *args]
+  return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
 
 
 # ---- models --------------------------------------------------------------------------

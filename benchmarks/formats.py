@@ -29,7 +29,7 @@ _PART = 1024  # blocks that are searched at once, in one shape, so they compile 
 
 
 class Stored(NamedTuple):
-  """A model whose numbers were rounded, and the bytes that it takes."""
+  """A model whose weights were rounded, and the bytes that it takes."""
 
   model: models.Model
   bytes: int
@@ -98,22 +98,16 @@ def in_blocks(model: models.Model, name: str) -> Stored:
   return stored(model, rounded)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _scaled(x: jax.Array, most: int) -> jax.Array:
-  """Rounds 16 numbers at a time to multiples of a scale, as Q3_K and Q6_K do.
-
-  Args:
-    x: `[N, 256]`.
-    most: integers are in [-most - 1, most]. Scales are integers times a half, too.
-  """
-  scales = 127 if most == 31 else 31
+@jax.jit
+def _scaled(x: jax.Array) -> jax.Array:
+  """Rounds blocks of 16 to multiples of a scale, as Q6_K does, given `[N, 256]`."""
   shape, x = x.shape, x.reshape(len(x), -1, 16)
   places = jnp.abs(x).argmax(-1, keepdims=True)
   greatest = jnp.take_along_axis(x, places, -1)
   best, scale = jnp.full(greatest.shape, jnp.inf), jnp.zeros_like(greatest)
-  nearest = lambda x: jnp.clip(jnp.rint(x), -most - 1, most)
+  nearest = lambda x: jnp.clip(jnp.rint(x), -32, 31)
   for shift in np.linspace(-0.12, 0.12, 13).tolist():
-    q = nearest(_ratio(x, greatest) * (-(most + 1) * (1 + shift)))
+    q = nearest(_ratio(x, greatest) * (-32 * (1 + shift)))
     dot, square = (x * q).sum(-1, keepdims=True), (q * q).sum(-1, keepdims=True)
     candidate = _ratio(dot, square)
     error = -candidate * dot  # besides the squares of x
@@ -122,8 +116,8 @@ def _scaled(x: jax.Array, most: int) -> jax.Array:
     scale = jnp.where(is_better, candidate, scale)
   # The greatest scale is the least integer, which is one farther from 0.
   greatest = jnp.take_along_axis(scale, jnp.abs(scale).argmax(1, keepdims=True), 1)
-  unit = _half(greatest / -(scales + 1))
-  scale = unit * jnp.clip(jnp.rint(_ratio(scale, unit)), -scales - 1, scales)
+  unit = _half(greatest / -128)
+  scale = unit * jnp.clip(jnp.rint(_ratio(scale, unit)), -128, 127)
   return (scale * nearest(_ratio(x, scale))).reshape(shape)
 
 
@@ -174,9 +168,8 @@ def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 _SEARCHED: dict[str, Callable[[np.ndarray], jax.Array]] = {
-  'Q6_K': lambda x: _scaled(x, 31),
+  'Q6_K': _scaled,
   'Q5_K': lambda x: _shifted(x, 31),
   'Q4_K': lambda x: _shifted(x, 15),
-  'Q3_K': lambda x: _scaled(x, 3),
 }
 """Quantisers that the package `gguf` lacks: blocks to their rounded numbers."""

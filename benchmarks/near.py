@@ -4,7 +4,7 @@ The same code measures all ways to store the same matrices, on the same text:
 
   near              one step for all matrices, rounded with error feedback
   near, calibrated  a step for each matrix, row and column, by the Fisher information
-  GGUF              blocks of 32 or 256 numbers with scales of their own
+  GGUF              blocks of 32 or 256 weights with scales of their own
   rows, zstd        integers with one scale for each output, compressed by zstd
 
 Bytes are those of the whole file for `near`, without a tokenizer, and of the numbers
@@ -29,10 +29,10 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.presets import steps as steps_lib
 
-TOKENS, CALIBRATION_TOKENS = 2048, 4096
-STEPS = (-5, -4, -3, -2)
-BLOCKS = ('Q8_0', 'Q6_K', 'Q5_K', 'Q4_K', 'Q3_K')
-WIDTHS = (8, 6, 4)
+TOKENS, CALIBRATION_TOKENS = 1024, 2048
+STEPS = (-5, -3, -1)
+BLOCKS = ('Q8_0', 'Q6_K', 'Q5_K', 'Q4_K')
+WIDTHS = (8, 4)
 PLAIN, CALIBRATED, GGUF, ROWS = 'near', 'near, calibrated', 'GGUF', 'rows, zstd'
 PICTURES = {
   'opt-small, sliced by 20%': 'near-opt-small.svg',
@@ -83,13 +83,9 @@ def stored_by_near(
 def measure(checkpoint: rotbits_jax.Checkpoint) -> list[Row]:
   """Measures each way to store a model."""
   model = checkpoint.model
-  tokens, calibration = (
-    evaluation.encode_text(checkpoint.files, common.read_data(name))[:count]
-    for name, count in (
-      ('evaluation.txt', TOKENS),
-      ('calibration.txt', CALIBRATION_TOKENS),
-    )
-  )
+  read = lambda name: evaluation.encode_text(checkpoint.files, common.read_data(name))
+  tokens = read('evaluation.txt')[:TOKENS]
+  calibration = read('calibration.txt')[:CALIBRATION_TOKENS]
   calibrated = steps_lib.calibrate(model, calibration, progress=True)
   model = jax.device_put(model)
   ways: list[tuple[str, str, Callable[[], formats.Stored]]] = []

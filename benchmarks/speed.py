@@ -16,7 +16,6 @@ import numpy as np
 import safetensors.numpy
 
 from benchmarks import common
-from benchmarks import demo
 from benchmarks import synthetic
 import rotbits_jax
 
@@ -47,15 +46,12 @@ def subjects(settings: common.Settings, work: pathlib.Path) -> Iterator[Subject]
   if not settings.quick:
     folder = common.smollm2(settings)
     (path,) = folder.glob('*.safetensors')
-    yield Subject('SmolLM2-135M, bfloat16', path, folder)
-    folder = demo.sliced_smollm2(settings, demo.SPARSITY)
-    yield Subject('SmolLM2-135M, sliced, float16', *_plain(folder, work))
-  sizes = [(512, 5), (1024, 12)] + ([] if settings.quick else [(2048, 36)])
-  for width, layers in sizes:
-    folder = work / f'{width}x{layers}'
-    synthetic.write(folder, synthetic.llama(width, layers))
-    name = f'random sliced Llama, {width} x {layers} layers'
-    yield Subject(name, *_plain(folder, work))
+    yield Subject('SmolLM2-135M, bfloat16', path)
+  width, layers = (512, 5) if settings.quick else (1024, 12)
+  folder = work / f'{width}x{layers}'
+  synthetic.write(folder, synthetic.llama(width, layers))
+  name = f'random sliced Llama, {width} x {layers} layers'
+  yield Subject(name, *_plain(folder, work))
 
 
 def _plain(
