@@ -82,7 +82,7 @@ def test_kl_is_exact_for_small_and_large_divergences():
     )
 
 
-def test_tokens_of_a_text():
+def test_tokens_of_a_text(capfd):
   checkpoint = cases.load('opt-small-sliced-0.2')
   tokens = evaluation.encode_text(checkpoint.files, TEXT)
   tokenizer = tokenizers.Tokenizer.from_str(checkpoint.files['tokenizer.json'].decode())
@@ -104,3 +104,4 @@ def test_tokens_of_a_text():
   broken = json.loads(files['tokenizer.json']) | {'normalizer': normalizer}
   with pytest.raises(ValueError, match='cannot be used'):
     evaluation.encode_text({'tokenizer.json': json.dumps(broken).encode()}, TEXT)
+  assert capfd.readouterr().err == ''

@@ -53,20 +53,23 @@ def main() -> int:
   # Before SciPy is imported, whose LAPACK JAX calls; see `host.small_products`.
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   sys.unraisablehook = _unraisable
+  handler = signal.getsignal(signal.SIGINT)
+  if handler is signal.default_int_handler:
+    # Modules of jaxlib turn an interrupt of their import into an error.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  # Imports only one command, because importing all would take seconds.
+  command = importlib.import_module(f'rotbits_jax.cli.{name}')
+  program = importlib.import_module('rotbits_jax.cli.program')
+  signal.signal(signal.SIGINT, handler)
   try:
-    # Imports only one command, because importing all would take seconds.
-    command = importlib.import_module(f'rotbits_jax.cli.{name}')
-    program = importlib.import_module('rotbits_jax.cli.program')
-    code: int = program.run(command)
+    return program.run(command)
   except KeyboardInterrupt:
-    code = 130
-  return code
+    return 130
 
 
 def _unraisable(error: Any) -> None:
   """Repeats an interrupt after a callback in which Python would only print it."""
   if isinstance(error.exc_value, KeyboardInterrupt):
-    arguments = threading.get_ident(), signal.SIGINT
-    threading.Timer(0.01, signal.pthread_kill, arguments).start()
+    threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
   else:
     sys.__unraisablehook__(error)

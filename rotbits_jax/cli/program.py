@@ -27,8 +27,6 @@ from rotbits_jax.system import files
 from rotbits_jax.system import host
 from rotbits_jax.system.text import printable
 
-_EXHAUSTED = 'RESOURCE_EXHAUSTED'  # in XLA's errors of too little memory
-
 Result = tuple[dict[str, Any], str]  # the JSON object and the text of a command
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
@@ -75,7 +73,7 @@ def run(command: types.ModuleType) -> int:
     print(f'rotbits {name}: {_one_line(error)}', file=sys.stderr)
     return 2
   except (MemoryError, jax.errors.JaxRuntimeError) as error:  # of NumPy, and of XLA
-    if type(error) is jax.errors.JaxRuntimeError and _EXHAUSTED not in str(error):
+    if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     print(f'rotbits {name}: too little memory: {_one_line(error)}', file=sys.stderr)
     return 1

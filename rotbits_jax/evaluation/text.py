@@ -1,6 +1,8 @@
 """Conversion of text to tokens with the tokenizer of a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import os
 
 import numpy as np
 
@@ -19,12 +21,26 @@ def encode_text(files: Mapping[str, bytes], text: str) -> np.ndarray:
       'reading text needs the package tokenizers: pip install "rotbits_jax[text]"'
     ) from error
   try:
-    tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    with _no_stderr():  # where a panic of Rust prints, and then raises no Exception
+      tokenizer = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
+      tokenizer.no_truncation()
+      tokenizer.no_padding()
+      ids = tokenizer.encode(text, add_special_tokens=False).ids
     return np.array(ids, np.int32)
-  except (KeyboardInterrupt, SystemExit):
+  except KeyboardInterrupt:
     raise
-  except BaseException as error:  # its Rust raises what is no Exception
+  except BaseException as error:
     raise ValueError(f'tokenizer.json cannot be used: {error}') from error
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+  """Drops what is written to stderr by any code, not only Python's."""
+  stderr = os.dup(2)
+  with open(os.devnull, 'wb') as nowhere:
+    os.dup2(nowhere.fileno(), 2)
+  try:
+    yield
+  finally:
+    os.dup2(stderr, 2)
+    os.close(stderr)
