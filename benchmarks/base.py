@@ -1,4 +1,4 @@
-"""Measures a model beside its base, and a sliced model beside its dense one.
+"""Measures a model given its base, and a sliced model given its dense one.
 
 The fine-tune and its base are those of `common`; a step is one of Adam. Other methods
 for a fine-tune are XOR with the base, then byte planes, then zstd (BitX of ZipLLM). For
@@ -19,7 +19,7 @@ import zstandard
 from benchmarks import common
 import rotbits_jax
 
-TITLE = 'Beside a base'
+TITLE = 'Relative to a base'
 RATES = 3e-7, 1e-6, 3e-6  # learning rates
 STEPS = 1, 8, 32  # after which weights are sent
 TIMED = 1e-6, 1  # rate and steps of the weights by which methods are timed
@@ -71,7 +71,7 @@ def entropy(new: common.Tensors, old: common.Tensors) -> int:
 
 
 def ours(new: common.Tensors, old: common.Tensors) -> Row:
-  """Encodes a file of safetensors beside another, and decodes it, from file to file."""
+  """Encodes a safetensors file given another, and decodes it, from file to file."""
   with tempfile.TemporaryDirectory() as folder:
     paths = [pathlib.Path(folder, name, 'model.safetensors') for name in ('new', 'old')]
     for path, tensors in zip(paths, (new, old), strict=True):
@@ -217,7 +217,7 @@ def steps() -> str:
 
 
 def sliced_models() -> str:
-  """Returns the table of sliced models beside their dense models."""
+  """Returns the table of sliced models, given their dense models."""
   lines = []
   for name, dense_name in SLICED.items():
     path, dense = common.TESTDATA / name, common.TESTDATA / dense_name
@@ -247,19 +247,19 @@ def sliced_models() -> str:
 def run(settings: common.Settings) -> Iterator[common.Section]:
   del settings
   about = (
-    f'{common.TUNED} beside {common.BASE}. Rates are megabytes of the model a second, '
-    f'the median of {RUNS} runs, from file to file for `exact` and in memory for the '
-    'others.'
+    f'{common.TUNED}, given {common.BASE}. Rates are megabytes of the model per '
+    f'second, the median of {RUNS} runs, from file to file for `exact` and in memory '
+    'for the others.'
   )
   of_sliced = (
-    'Sliced models beside their dense models, by whole commands with the peak resident '
-    'size of each process. KL is that of `verify`, in nats per token for random tokens.'
+    'Sliced models, given their dense models, by whole commands with the peak resident '
+    'size of each process. `verify` measures KL, in nats per token, on random tokens.'
   )
   of_steps = (
     f'{common.BASE} in bfloat16 after steps of Adam on float32, for gradients of noise.'
     ' The entropy is that of the differences in ULPs, given the exponents of the base; '
-    'methods have multiples of it. Rates are those of the learning rate '
-    f'{TIMED[0]:g} after {TIMED[1]} step, in memory.'
+    'the columns of methods have multiples of it. Rates are measured in memory, at the '
+    f'learning rate {TIMED[0]:g} after {TIMED[1]} step.'
   )
   parts = [about, fine_tunes(), of_steps, steps()]
   parts += [of_sliced, sliced_models()]

@@ -1,4 +1,4 @@
-"""Times canonical weights in one call beside the encoder's way, layer by layer.
+"""Times canonical weights in one call, and the encoder's way, layer by layer.
 
 The model is a sliced Llama of random weights. *One call* is `jax.jit(canonicalize)` on
 the stacked layers. *Layer by layer* is a chain of `passes`, which also rounds the

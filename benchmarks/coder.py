@@ -192,7 +192,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   parts = [
     f'Streams of {count:,} weights, as files have them:',
     streams(count),
-    f'Messages of {count:,} symbols with one table, beside constriction:',
+    f'Messages of {count:,} symbols with one table, and by constriction:',
     messages(count),
     'Rotations in n dimensions by bits-back, and the bits per parameter that they take '
     'and that come back:',

@@ -26,11 +26,11 @@ from rotbits_jax import checkpoints
 
 BENCHMARKS = {
   'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
-  'kinds': 'bytes by kind of weights',
+  'kinds': 'bytes by type of weights',
   'quantised': 'bytes of weights that were quantised and dequantised',
-  'base': 'a model beside its base',
-  'near': '`near` beside other lossy formats',
-  'speed': 'encoding and decoding, beside zstd, ZipNN, lmzip and OpenZL',
+  'base': 'a model given its base',
+  'near': '`near` and other lossy formats',
+  'speed': 'encoding and decoding, and zstd, ZipNN, lmzip and OpenZL',
   'large': 'time and memory for the shape of Llama-2-7B',
   'coder': 'the entropy coder, and rotations by bits-back',
   'canonicalize': 'canonical weights of a whole model in one call',
@@ -236,7 +236,7 @@ _PEAK_UNIT = 1 if sys.platform == 'darwin' else 1024  # bytes in one of `ru_maxr
 
 
 def run(*args: object) -> Cost:
-  """Runs Python with these arguments in a process of its own, until it ends."""
+  """Runs Python with these arguments in a new process, until it ends."""
   arguments = list(map(str, args))
   start = time.perf_counter()
   command = [sys.executable, '-S', '-c', _START, sys.executable, *arguments]

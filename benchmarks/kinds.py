@@ -1,7 +1,7 @@
-"""Measures what files of each kind of weights take; makes the tables of README.md.
+"""Measures what files of each type of weights take; makes the tables of README.md.
 
 Rows in bfloat16 and float16 are float32 weights, rounded. The pruned ones lack the half
-of each matrix that is smallest. MB are those of the tensors, and of whole files.
+of each matrix that is smallest. MB are of the tensors, and of whole files.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from benchmarks import common
 from benchmarks import speed
 import rotbits_jax
 
-TITLE = 'Bytes by kind of weights'
+TITLE = 'Bytes by type of weights'
 HEADER = ('weights', 'model', 'MB', 'file MB', 'share')
 
 

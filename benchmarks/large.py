@@ -1,6 +1,6 @@
 """Measures time and memory for a checkpoint of the shape of Llama-2-7B, sliced by 25%.
 
-`rotbits encode`, `decode` and `rotbits_jax.load` run in processes of their own, and
+`rotbits encode`, `decode` and `rotbits_jax.load` each run in a new process, and
 seconds include imports and compilation. The resident size includes the pages of mapped
 files. Weights are random, so the ratio is that of the gauge and the coder alone.
 """
@@ -50,7 +50,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   for task in ('encode', 'decode', 'load'):
     header += [f'{task} s', 'GB']
   about = (
-    'Sliced by 25%, with random weights in float16. Each command is a process of its '
-    'own, and GB are its peak resident size.'
+    'Sliced by 25%, with random weights in float16. Each command is a new process, and '
+    'GB are its peak resident size.'
   )
   yield common.Section(TITLE, f'{about}\n\n{common.table(header, rows, texts=2)}')

@@ -1,4 +1,4 @@
-"""Measures `near` beside other lossy formats: bytes, perplexity, KL and agreement.
+"""Compares `near` with other lossy formats: bytes, perplexity, KL and agreement.
 
 The same code measures all ways to store the same matrices, on the same text:
 
@@ -7,8 +7,8 @@ The same code measures all ways to store the same matrices, on the same text:
   GGUF              blocks of 32 or 256 weights with scales of their own
   rows, zstd        integers with one scale for each output, compressed by zstd
 
-Bytes are those of the whole file for `near`, without a tokenizer, and of the numbers
-alone for the others; `benchmarks.formats` says how these are made.
+For `near`, bytes are those of the whole file, without a tokenizer; for other formats,
+of codes and scales alone. `benchmarks.formats` says how these are made.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 def title(model: str) -> str:
   """Returns the title of a section."""
-  return f'`near` beside other formats: {model}'
+  return f'`near` and other formats: {model}'
 
 
 def stored_by_near(
@@ -123,7 +123,7 @@ def bytes_at(rows: Sequence[Row], kl: float) -> float | None:
 
 
 def to_table(rows: Sequence[Row], elements: int) -> str:
-  """Formats the rows. Bits are those of the bytes for each weight of the model."""
+  """Formats the rows, with bits per weight of the model."""
   lines = []
   for row in rows:
     near = None if 'near' in row.method else bytes_at(rows, row.kl)

@@ -1,4 +1,4 @@
-"""Times this project or another compressor in a process of its own.
+"""Times this project or another compressor in a new process.
 
   python benchmarks/peers.py NAME compress FILE OUTPUT
   python benchmarks/peers.py NAME decode FILE

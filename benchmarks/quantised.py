@@ -1,4 +1,4 @@
-"""Bytes of bfloat16 matrices that were quantised and dequantised, beside other tools.
+"""Bytes of bfloat16 matrices that were quantised and dequantised, by several tools.
 
 The weights of all-MiniLM-L6-v2 go through each quantiser and back to bfloat16, as by a
 script that makes a checkpoint of floats for a trainer. Other tools store floats.

@@ -1,9 +1,9 @@
-"""Times encoding and decoding beside other compressors, over the size of a model.
+"""Times encoding and decoding by this project and by other compressors.
 
-Every task is a process of its own that does its work twice; the second time is taken,
-with caches warm and programs compiled (`benchmarks.peers`). Files are in the page
-cache. Decoding is from the file to arrays in memory. A peer must return the tensors of
-the safetensors file, bit for bit.
+Every task is a process that does its work twice; the second time is taken, with caches
+warm and programs compiled (`benchmarks.peers`). Files are in the page cache. Decoding
+is from the file to arrays in memory. A peer must return the tensors of the safetensors
+file, bit for bit.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from benchmarks import common
 from benchmarks import synthetic
 import rotbits_jax
 
-TITLE = 'Speed and memory, beside other compressors'
+TITLE = 'Speed and memory, and other compressors'
 OTHERS = ('safetensors', 'zstd', 'zipnn', 'lmzip', 'openzl')
 OURS = ('exact', 'free')
 
@@ -110,8 +110,8 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     header += [f'{task} s', 'MB/s', 'GB']
   about = (
     'The second of two times in a process of its own, from a file to a file and from a '
-    'file to arrays; GB are the peak resident size of the process. Random weights have '
-    'nothing to find besides their distribution and their symmetries.'
+    'file to arrays; GB are the peak resident size of the process. In random weights a '
+    'coder finds nothing but their distribution and their symmetries.'
   )
   picture = (
     '![Time to weights over the speed of a link](docs/pictures/time-to-weights.svg)'

@@ -2,8 +2,7 @@
 
   rotbits report SmolLM2-135M.rotbits report.html
 
-The default PAGE is FILE with the ending .html. The page loads nothing
-from a network.
+The default PAGE is FILE with the ending .html. The page loads nothing from a network.
 
 JSON: page, its path, and its bytes.
 """

@@ -5,7 +5,7 @@
 Every width of the residual stream shrinks by the sparsity. The text decides which
 directions remain. FOLDER gets the output of Microsoft's run_slicegpt.py:
 <name>_<sparsity>.pt, its .json, and the dense model's other files. --encoded writes the
-file of `rotbits encode --preset=free`, too, from the elements before they are rounded;
+file of `rotbits encode --preset=free`, too, from the weights before they are rounded;
 --recipe the same relative to the dense model, which decoding then needs as --base.
 
 JSON: weights, their path; hidden_size of the dense model; width of the first segment of
@@ -35,8 +35,8 @@ _LENGTH = flags.DEFINE_integer(
   'sequence_length', None, 'Tokens in a sequence; default: all positions, to 2048.', 1
 )
 _SEED = flags.DEFINE_integer('seed', 42, 'The seed of all that is random.', 0)
-_ENCODED = flags.DEFINE_string('encoded', None, 'A file for the sliced model.')
-_RECIPE = flags.DEFINE_string('recipe', None, 'A file that needs the dense model.')
+_ENCODED = flags.DEFINE_string('encoded', None, 'A file for the encoded model.')
+_RECIPE = flags.DEFINE_string('recipe', None, 'A file for it, given the dense model.')
 
 
 def main(model: str, folder: str) -> program.Result:
