@@ -77,7 +77,7 @@ TREES = {
   'a note that is none': (notes(3), r'records\[0\].savings\[0\]'),
   **{
     f'a file {name!r:.9}': (renamed(name), 'not the name of a file')
-    for name in ('../x', '/x', 'x/../../y', '\x1b', 'x\\y', 'x' * 300)
+    for name in ('../x', '/x', 'x/../y', '\x1b', 'x\\y', 'x' * 300, '.git/config')
   },
 }
 
