@@ -45,5 +45,5 @@ build/tools/bin/cyclonedx-py environment "$venv" --output-file "build/sbom-$whic
 "$venv/bin/python" -m sphinx -W -q -b dummy -D nb_execution_mode=off \
   -D suppress_warnings=myst-nb.lexer,myst.xref_missing,ref.python docs build/site
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-xdist
-tests=(tests/{golden,native,codec}_test.py)
+tests=(tests/{golden,codecs,codec}_test.py)
 exec "$venv/bin/python" -m pytest "${@:-${tests[@]}}" -m ''
