@@ -62,25 +62,26 @@ def read_message(data, tables, shifts, frequencies, p):
     pop(p, starts[table, symbol], frequencies[table, symbol])
     while shift.any():
       size = np.minimum(shift, 16)
-      value = x % (1 << 16) >> 16 - size
-      pop(16, value << 16 - size, 1 << 16 - size)
-      symbol, shift = symbol << size | value, shift - size
+      raw = x % (1 << 16) >> 16 - size
+      pop(16, raw << 16 - size, 1 << 16 - size)
+      symbol, shift = symbol << size | raw, shift - size
     symbols[i] = symbol
   return symbols.ravel(), np.frombuffer(data, 'u1', -1, end)
 
 
 def read_block(data, tables, told, frequencies, group, dtype):
   """The bits of the elements of each unit."""
-  kind, r, raised, *_ = group
+  kind, r, *_ = group
+  is_float, raised = kind in ('floats', 'raised'), kind == 'raised'
   count, unsigned, t = tables.size, f'u{dtype.itemsize}', 1 + raised
-  p, lanes = 12 if raised else 14, 4 if count <= 1 << 16 else 32
+  p, lanes = 14 if kind == 'floats' else 12, 4 if count <= 1 << 16 else 32
   pad = lambda x: np.pad(x, (0, -count % lanes), 'edge').reshape(-1, lanes)
-  shifts = pad(0 * told if kind == 'floats' else told)
+  shifts = pad(0 * told if is_float else told)
   tables = pad(tables)
   symbols, data = read_message(data, tables, shifts, frequencies, p)
   told = pad(told).reshape(-1, 1)
-  bits = symbols[:, None] - (128 << told if dtype.kind == 'i' else 0)
-  if kind == 'floats':
+  bits = symbols[:, None] - ((128 if dtype.kind == 'i' else 30) << told)
+  if is_float:
     planes = []
     for b in [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
       size = math.ceil(symbols.size // lanes * b / 4) * lanes
@@ -101,10 +102,7 @@ def read_block(data, tables, told, frequencies, group, dtype):
       bits = np.where(bits >> m, bits + (told - 1 << m), small)
     bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
   else:
-    rare = np.where(frequencies > 0, frequencies, 1 << 15)[:, ::-1]
-    escapes = frequencies.shape[1] - 1 - rare.argmin(1)
-    escapes[(rare < 1 << 15).all(1) & (dtype.itemsize == 1)] = -1
-    whole = symbols >> told[:, 0] == escapes[tables.ravel()]
+    whole = symbols >> told[:, 0] == 255
   bits = bits.astype(unsigned)
   bits[whole] = data.view(unsigned).reshape(-1, bits.shape[1])
   return bits[:count]
@@ -112,11 +110,11 @@ def read_block(data, tables, told, frequencies, group, dtype):
 
 def read_group(group, tables, blocks, parts, known=None):
   """The bits of the parts of a group, one part after the other."""
-  kind, _, raised, *_ = group
+  kind, *_ = group
   take = io.BytesIO(zlib.decompress(tables, -15)).read
   numbers = lambda n: np.int64(np.frombuffer(take(n), 'u1'))
   (count,) = np.frombuffer(take(2), '<u2').tolist()
-  unit, size, p = (2, 32, 12 if raised else 14) if kind == 'floats' else (1, 256, 14)
+  unit, size = (2, 32) if kind in ('floats', 'raised') else (1, 256)
   base = np.cumsum(np.frombuffer(take(2 if unit == 2 else 2 * count), '<i2'))
   classes = [known]
   if known is None:
@@ -129,12 +127,14 @@ def read_group(group, tables, blocks, parts, known=None):
       place += numbers(columns // shared).repeat(shared) if mode & 2 else 0
       classes.append(place.ravel()[::unit])
   stored = np.cumsum(numbers(count)) - 1
+  p = 14 if kind == 'floats' else 12
   frequencies = read_frequencies(numbers(-1), size, p)[stored]
   k, dtype = np.concatenate(classes), parts[0].dtype
   if unit == 1:
     told = k, base[k]
   else:
-    told = (k % 32, k // 32 + base) if raised else (k % 4, (k // 4 << 1) + base)
+    told = k % 32, k // 32 + base
+    told = told if kind == 'raised' else (k % 4, (k // 4 << 1) + base)
   ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
   pieces = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
@@ -174,9 +174,9 @@ def read_record(spec, stream):
   """The arrays of a record; functions of the classes if these are known."""
   arrays, groups, take = spec['arrays'], spec['groups'], io.BytesIO(stream).read
   parts = [pair for x in arrays for pair in zip(x[3], parts_of(*x), strict=True)]
-  tables, decoded = [take(group[3]) for group in groups], {}
+  tables, decoded = [take(group[2]) for group in groups], {}
   for g, group in enumerate(groups):
-    blocks, members = [take(n) for n in group[4]], [x for i, x in parts if i == g]
+    blocks, members = [take(n) for n in group[3]], [x for i, x in parts if i == g]
     read = functools.partial(read_group, group, tables[g], blocks, members)
     decoded[g] = iter([read]) if group[0] == 'known' else read()
   stored = lambda part: np.ndarray(part.shape, part.dtype, take(part.nbytes))

@@ -141,11 +141,7 @@ def encode(
   parts += [plane[: _plane_rows(width, rows)] for (width, _), plane in pairs]
   # The last unit is listed again where it fills the row.
   escaped = _nonzero(marks, rows * lanes)
-  symbols = marks.reshape(-1)[escaped] & layouts.ESCAPE
-  if isinstance(layout, layouts.Floats):
-    bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
-    parts.append(np.packbits(bits[:, 6:]))
-  parts.append(units[escaped[symbols == layouts.ESCAPE]])
+  parts += layout.lists(marks.reshape(-1)[escaped] - layouts.MARKED, units[escaped])
   data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
   for i, array in enumerate(out):
     _keep(f'out {i}', array)
@@ -182,13 +178,13 @@ def decode(
       raise ValueError(f'a block of {data.size} bytes has too few raw bits')
     used[:], lists = lists[: used.size], lists[used.size :]
     planes.append(plane)
-  places = _classes(spans, ends)
+  classes = _classes(spans, ends)
   outputs = [
     ('units', (ROWS, lanes, layout.words), layout.word),
     ('marks', (ROWS, lanes), np.dtype(np.uint8)),
   ]
   out = tuple(_taken(*x) for x in outputs)
-  arguments = state, tops, words, places, tuple(planes), coder_tables, np.int32(rows)
+  arguments = state, tops, words, classes, tuple(planes), coder_tables, np.int32(rows)
   state, bottoms, out = _decode(out, *arguments, layout=layout)
   if np.any(np.asarray(state) != 1 << 16) or np.any(
     np.asarray(bottoms) != tops - lengths
@@ -196,9 +192,8 @@ def decode(
     raise rans.MessageError('a block has more or fewer words than its units need')
   units = np.asarray(out[0]).reshape(-1, layout.words)
   escaped = _nonzero(np.asarray(out[1]), rows * lanes)
-  told = places.reshape(-1)[escaped].astype(np.int32)
-  _, told = layout.told(told, coder_tables.base)
-  listed = _listed(units[escaped], told, lists, layout)
+  few_classes = classes.reshape(-1)[escaped].astype(np.int32)
+  listed = layout.listed(lists, units[escaped], few_classes, coder_tables.told)
   for (numbers, _), (start, end) in zip(spans, itertools.pairwise(ends), strict=True):
     numbers[...] = units[start:end].reshape(-1).view(numbers.dtype)[: numbers.size]
     few = slice(*np.searchsorted(escaped, [start, end]))
@@ -218,27 +213,6 @@ def _nonzero(array: np.ndarray, size: int) -> np.ndarray:
   rows, columns = np.nonzero(several[some].view(array.dtype).reshape(-1, each))
   places = some[rows] * each + columns
   return places[places < size]
-
-
-def _listed(
-  units: np.ndarray, told: np.ndarray, data: np.ndarray, layout: layouts.Layout
-) -> np.ndarray:
-  """Returns the words of the units `[n, W]` at escapes, given the lists."""
-  is_whole = np.ones(len(units), bool)
-  if isinstance(layout, layouts.Floats):
-    size = -(-10 * len(units) // 8)
-    if size > data.size:
-      raise ValueError('a block has too few pairs of bins')
-    bits = np.unpackbits(data[:size], count=10 * len(units)).reshape(-1, 10)
-    pairs = (bits @ (1 << np.arange(9, -1, -1))).astype(np.uint32)
-    units = np.stack(layout.join(pairs, [*units.T], told, np), -1)
-    is_whole, data = pairs == layouts.ESCAPE, data[size:]
-  if data.size != np.count_nonzero(is_whole) * layout.words * units.itemsize:
-    raise ValueError('the lists of a block do not fit its escapes')
-  units[is_whole] = (
-    np.ascontiguousarray(data).view(units.dtype).reshape(-1, layout.words)
-  )
-  return units
 
 
 # ---- arrays that a thread uses again -------------------------------------------------

@@ -76,7 +76,6 @@ def encode(
       specs.GroupSpec(
         type_name='known' if is_known else layout.type_name,
         raw_bits=layout.raw_bits,
-        raised=layout.raised,
         contexts=len(heads[-1]),
         blocks=tuple(x.size for x in group_blocks),
       )
@@ -187,7 +186,7 @@ def _blocks(
   arrays: Sequence[np.ndarray],
 ) -> Iterator[tuple[list[blocks.Span], layouts.Layout, layouts.Tables]]:
   """Yields the arguments of `blocks.encode` for each block of contiguous parts."""
-  tables, size = layout.tables(contexts.frequencies, contexts.base), layout.size
+  tables, size = layout.tables(*contexts[1:4]), layout.size
   parts = []
   for array, scales in zip(arrays, contexts.scales, strict=True):
     write = functools.partial(scales.write, shape=array.shape, size=size)

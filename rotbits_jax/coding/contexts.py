@@ -87,7 +87,8 @@ class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables."""
 
   scales: tuple[Scales, ...]  # those of each array
-  base: np.ndarray  # int32 `[1]`, or the shift of each class `[K]`; see `told`
+  base: np.ndarray  # int32: of floats `[1]`, see `told`; or the shift of each class
+  table_of: np.ndarray  # int64, the table of each class, as `told` counts classes
   frequencies: np.ndarray  # int64 `[K, A]`
   # Whether the classes are known from elsewhere. They are rows of an array `[R, 1]`.
   is_known: bool = False
@@ -99,16 +100,15 @@ class Contexts(NamedTuple):
 def to_bytes(contexts: Contexts) -> bytes:
   """Serialises contexts; docs/format.md describes the bytes."""
   heads, lines = list[int](), list[bytes]()
-  for base, rows, columns in () if contexts.is_known else contexts.scales:
-    heads += [(rows.size > 1) + 2 * (columns.size > 1), base]
+  for first, rows, columns in () if contexts.is_known else contexts.scales:
+    heads += [(rows.size > 1) + 2 * (columns.size > 1), first]
     # A scale that all lines share is part of the base.
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
-  told = np.diff(contexts.base, prepend=0).astype('<i2')
-  is_new = np.diff(contexts.frequencies, axis=0, prepend=0).any(axis=1)
-  count = np.array(len(is_new), '<i2')
-  head = b''.join([count.tobytes(), told.tobytes(), bytes(heads), *lines])
-  frequencies = tables.to_bytes(contexts.frequencies[is_new])
-  return tables.deflate(head + is_new.tobytes() + frequencies)
+  count = np.array(len(contexts.table_of), '<i2')
+  base = np.diff(contexts.base, prepend=0).astype('<i2')
+  is_new = np.diff(contexts.table_of, prepend=-1).astype(np.uint8)
+  head = [count.tobytes(), base.tobytes(), bytes(heads), *lines, is_new.tobytes()]
+  return tables.deflate(b''.join(head) + tables.to_bytes(contexts.frequencies))
 
 
 def from_bytes(
@@ -128,40 +128,36 @@ def from_bytes(
   lengths = [line_sizes(shape, layout.size) for shape in shapes]
   most = 4 + sum(2 + sum(x) for x in lengths)
   most += layout.most_tables * (3 + 2 * layout.alphabet)
-  content = tables.inflate(data, most)
-  count = int.from_bytes(content[:2].tobytes(), 'little')
-  heads = 4 if isinstance(layout, layouts.Floats) else 2 + 2 * count
-  position = heads + 2 * len(shapes)
-  if content.size < position:
-    raise ValueError('the contexts are cut short')
-  told = np.cumsum(content[2:heads].view('<i2'), dtype=np.int32)
-  classes = [] if known is None else [known]
-  for (mode, base), line_lengths in zip(
-    content[heads:position].reshape(-1, 2).tolist(), lengths, strict=True
-  ):
+  content, position = tables.inflate(data, most), 0
+
+  def take(size: int) -> np.ndarray:
+    nonlocal position
+    position += size
+    if position > content.size:
+      raise ValueError('the tables of arrays are cut short')
+    return content[position - size : position]
+
+  count = int(take(2).view('<u2')[0])
+  offsets = take(2 if isinstance(layout, layouts.Floats) else 2 * count).view('<i2')
+  scales = [] if known is None else [known]
+  heads = take(2 * len(shapes)).reshape(-1, 2).tolist()
+  for (mode, base), line_lengths in zip(heads, lengths, strict=True):
     # A block of few units makes the classes of whole rows.
     if mode > 3 or (mode and line_lengths[1] > blocks.CAPACITY):
       raise ValueError(f'scales cannot have the mode {mode}')
-    lines = [np.zeros(1, np.uint8), np.zeros(1, np.uint8)]
-    for axis, length in enumerate(line_lengths):
-      if mode >> axis & 1:
-        lines[axis] = content[position : position + length]
-        position += length
-        if lines[axis].size != length or not length:
-          raise ValueError('the scales of the arrays are cut short')
-    classes.append(Scales(base, *lines))
-  is_new = content[position : position + count]
-  if count < 1 or is_new.size != count or is_new[0] != 1 or is_new.max() > 1:
-    raise ValueError(f'{is_new.size} tables of {count}')
-  frequencies = tables.from_bytes(content[position + count :], layout.alphabet)
-  if len(frequencies) != np.count_nonzero(is_new):
-    raise ValueError(f'{len(frequencies)} frequencies of {count} tables')
-  frequencies = frequencies[np.cumsum(is_new) - 1]
-  greatest = max(x.greatest for x in classes)
+    pairs = enumerate(line_lengths)
+    lines = [take(n) if mode >> i & 1 else np.zeros(1, np.uint8) for i, n in pairs]
+    scales.append(Scales(base, *lines))
+  is_new = take(count)
+  frequencies = tables.from_bytes(
+    content[position:], layout.alphabet, layout.stored_precision
+  )
+  greatest = max(x.greatest for x in scales)
   least = layout.most_tables - 1 if isinstance(layout, layouts.Floats) else greatest
   if greatest >= CLASSES or not least < count <= layout.most_tables:
     raise ValueError(f'{greatest + 1} classes for {count} tables')
-  values, (low, high) = layout.told(np.arange(greatest + 1), told)[1], layout.limits
-  if values.min() < low or values.max() > high:
-    raise ValueError(f'classes cannot tell {values.min()} to {values.max()}')
-  return Contexts(tuple(classes), told, frequencies, known is not None)
+  if is_new[0] != 1 or is_new.max() > 1 or is_new.sum() != len(frequencies):
+    raise ValueError(f'{len(frequencies)} frequencies of {count} tables')
+  base = np.cumsum(offsets, dtype=np.int32)
+  table_of = np.cumsum(is_new, dtype=np.int64) - 1
+  return Contexts(tuple(scales), base, table_of, frequencies, known is not None)

@@ -18,18 +18,18 @@ is the greatest exponent whose step they all share; that of IEEE 754 itself is 1
 above 1 magnitudes are *raised*: they count steps below f, as IEEE 754 defines subnormal
 numbers. Then the class tells f and the scale above the step, which tells the table.
 
-**Integers.** A unit is a number, signed or a byte. Its class tells its table and how
-many raw bits it has, its *shift*.
+**Integers.** A unit is a number. Its class tells its table and how many raw bits it
+has, its *shift*.
 
-Units without a symbol, and pairs of bins that are too rare, are *escapes*: one symbol
-of each table says that they are in lists behind the block.
+The last symbol of a table is the *escape*: units without a symbol, and pairs of bins
+that are too rare, are in lists behind the block. One lookup gives the symbol of a slot
+and its interval.
 
-Shape letters: L lanes, K tables.
+Shape letters: n units, L lanes, K tables.
 """
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -39,12 +39,12 @@ import numpy as np
 
 from rotbits_jax.coding import tables
 
-BINS = 32
-ESCAPE = BINS * BINS - 1
-"""The symbol of a pair of bins that is in a list."""
+FORMATS = {
+  np.dtype(x): ml_dtypes.finfo(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32)
+}
+"""The dtypes of `Floats`, with the bits of their exponents and mantissas."""
 
-WINDOW = 256
-"""The number of symbols of integers."""
+BINS = 32
 
 QUARTERS = 4
 """The tables of floats that share no step: a class, in quarter octaves, tells one."""
@@ -53,10 +53,13 @@ LEVELS = 32
 """The tables of floats that share a step, and the classes of each minimum exponent."""
 
 MOST_SHIFT = 24
-MOST_RAW = 16  # bits of a uniform symbol
-_FEW_TABLES = 16  # of integers; larger arrays of tables take time to fill
+RAW = 16
+"""The bits of a uniform symbol."""
 
-ESCAPED = 1 << 15  # of the mark of a unit, beside the pair of bins
+MARKED = 1 << 15
+"""The bit of the mark of a unit that is in a list, above its symbol."""
+
+_FEW_TABLES = 16  # of integers; larger arrays of tables take time to fill
 
 Interval = tuple[jax.Array, jax.Array, int]
 """Starts and frequencies of the symbols of the lanes, and the precision."""
@@ -67,20 +70,16 @@ Pop = Callable[[Callable[[jax.Array], tuple[jax.Array, ...]], int], jax.Array]
 It pops one symbol from each lane and returns the entries."""
 
 
-FORMATS = {
-  np.dtype(x): ml_dtypes.finfo(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32)
-}
-"""The dtypes of `Floats`, with the bits of their exponents and mantissas."""
-
-
 class Tables(NamedTuple):
-  """The frequency tables of a layout, for its programs."""
+  """The frequency tables of a layout, for its programs. A symbol has b bits."""
 
-  # The entry of each slot of a table: `[K 2^precision]`, uint32 of floats, uint8 of
-  # integers.
+  # uint32 `[K 2^precision]`, of each slot: its symbol; and in (32 - b) // 2 bits each
+  # its distance from the start of the symbol, and the frequency less 1.
   slots: np.ndarray
-  intervals: np.ndarray  # uint32 `[K A]`, those of the A symbols of each table
-  base: np.ndarray  # int32 `[1]` or `[256]`, see `told`
+  # uint32 `[K 2^b]`, of each symbol: whether units are listed, in the highest bit; the
+  # start; in 12 bits the frequency less 1. Those of the escape if units are listed.
+  intervals: np.ndarray
+  told: np.ndarray  # int32, see `Layout.told`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +90,16 @@ class Floats:
   raw_bits: int  # raw bits of a number, with its sign
   raised: bool = False  # whether small numbers share a step, and magnitudes are raised
 
-  type_name: ClassVar[str] = 'floats'
   alphabet: ClassVar[int] = BINS  # of a stored table
+  stored_precision: ClassVar[int] = tables.PRECISION  # of a stored table
+  symbol_bits: ClassVar[int] = 10
   size: ClassVar[int] = 2  # numbers of a unit
   pushes: ClassVar[int] = 1  # of a unit
   word: ClassVar[np.dtype] = np.dtype(np.uint32)  # units are words of this dtype
+
+  @property
+  def type_name(self) -> str:
+    return 'raised' if self.raised else 'floats'
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
@@ -118,11 +122,6 @@ class Floats:
   @property
   def most_tables(self) -> int:
     return LEVELS if self.raised else QUARTERS
-
-  @property
-  def limits(self) -> tuple[int, int]:
-    """The least and the greatest minimum exponent or offset."""
-    return (2, 255) if self.raised else (-(1 << 15), 1 << 15)
 
   @property
   def words(self) -> int:
@@ -164,12 +163,17 @@ class Floats:
     return classes & 3, (classes >> 2 << self.top) + base[0]
 
   def symbols(self, numbers: np.ndarray, told: np.ndarray) -> np.ndarray:
-    """Returns the bins of bit patterns, int64, in NumPy; `told` is that of `told`."""
-    form, unsigned = self.format, numbers.dtype.type
-    if self.raised:
-      numbers = raised(numbers, form, told, np)
-    tops = (numbers & unsigned((1 << form.bits - 1) - 1)) >> self._low
-    return tops.astype(np.int64) - (0 if self.raised else told)
+    """Returns the bins of bit patterns, in NumPy; those below 32 are coded."""
+    return self._split(numbers, told, np)[0]
+
+  def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Divides bit patterns into bins, int32 of any value, and raw bits."""
+    width, low = self.format.bits, self._low
+    number = raised(number, self.format, told, xp) if self.raised else number
+    magnitude = number & number.dtype.type((1 << width - 1) - 1)
+    bins = (magnitude >> low).astype(np.int32) - (0 if self.raised else told)
+    tail, top = magnitude & ((1 << low) - 1), self.raw_bits - 1
+    return bins, tail >> low - top | number >> width - 1 << top
 
   def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
     """Makes the words of units, uint32, in JAX or NumPy.
@@ -207,15 +211,9 @@ class Floats:
       The words of the units, `[L, words]`; and uint8 `[L]`: 1 at escapes, where the
       words are those that `join` needs.
     """
-    table, told = self.told(classes, coder_tables.base)
-
-    def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-      place = table.astype(jnp.uint32) << self.precision | slot
-      entry = _get(coder_tables.slots, place)
-      return entry, slot - (entry >> 11 & 0x7FF), (entry & 0x7FF) + 1
-
-    entry = pop(lookup, self.precision)
-    raw = [jnp.zeros_like(entry)] * self.words
+    table, told = self.told(classes, coder_tables.told)
+    symbol, is_listed = _popped(pop, table, coder_tables, self)
+    raw = [jnp.zeros_like(symbol)] * self.words
     for (width, place), piece in zip(self.pieces, pieces, strict=True):
       mask = (1 << width) - 1
       fields = self._packed(piece & mask, piece >> width & mask)
@@ -226,9 +224,7 @@ class Floats:
       | (x & ones * np.uint32((1 << top) - 1)) << self._low - top
       for x in raw
     ]
-    words = self.join(entry >> 22, kept, told)
-    is_listed = entry >= jnp.uint32(ESCAPE << 22)
-    pairs = zip(kept, words, strict=True)
+    pairs = zip(kept, self.join(symbol, kept, told), strict=True)
     words = [jnp.where(is_listed, x, y) for x, y in pairs]
     return jnp.stack(words, -1), is_listed.astype(jnp.uint8)
 
@@ -239,57 +235,51 @@ class Floats:
 
     Returns:
       The intervals in the order in which they are popped; the pieces, uint32; and the
-      marks, uint16.
+      marks, uint16: that of a unit in a list is its symbol and `MARKED`.
     """
-    table, told = self.told(classes, coder_tables.base)
-    offset = 0 if self.raised else told
-    width, low, top = self.format.bits, self._low, self.raw_bits - 1
+    table, told = self.told(classes, coder_tables.told)
     numbers = [unit[:, 0] & 0xFFFF, unit[:, 0] >> 16]
     if self.words == 2:
       numbers = [unit[:, 0], unit[:, 1]]
-    symbol, outside, raw = jnp.uint32(0), jnp.bool_(False), []
-    for number in numbers:
-      if self.raised:
-        number = raised(number, self.format, told)
-      magnitude = number & ((1 << width - 1) - 1)
-      distance = (magnitude >> low).astype(jnp.int32) - offset
-      within = jnp.clip(distance, 0, BINS - 1)
-      symbol = symbol << 5 | within.astype(jnp.uint32)
-      outside = outside | (within != distance)
-      tail = magnitude & ((1 << low) - 1)
-      raw.append(tail >> low - top | number >> width - 1 << top)
+    (first, first_raw), (second, second_raw) = (self._split(x, told) for x in numbers)
     pieces = []
     for bits, place in self.pieces:
-      first, second = (x >> place & ((1 << bits) - 1) for x in raw)
-      pieces.append(first | second << bits)
-    symbol = jnp.where(outside, jnp.uint32(ESCAPE), symbol)
-    place = table.astype(jnp.uint32) << 10 | symbol
-    entry = _get(coder_tables.intervals, place)
-    mark = jnp.where(entry >> 31 > 0, ESCAPED | symbol, 0)
-    interval = entry >> 11 & 0x3FFF, (entry & 0x7FF) + 1, self.precision
-    return [interval], pieces, mark.astype(jnp.uint16)
+      low, high = (x >> place & ((1 << bits) - 1) for x in (first_raw, second_raw))
+      pieces.append(low | high << bits)
+    bins = (first | second).astype(jnp.uint32)
+    symbol = jnp.where(bins < BINS, first << 5 | second, 1023).astype(jnp.uint32)
+    interval, mark = _pushed(symbol, table, coder_tables, self)
+    return [interval], pieces, mark
 
-  def tables(self, counts: np.ndarray, base: np.ndarray) -> Tables:
+  def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
+    """Returns the lists of units at escapes: their symbols, and others whole."""
+    bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
+    return [np.packbits(bits[:, 6:]), units[symbols == 1023]]
+
+  def listed(
+    self, data: np.ndarray, units: np.ndarray, classes: np.ndarray, base: np.ndarray
+  ) -> np.ndarray:
+    """Returns the units at escapes, given their lists and their decoded words."""
+    bits = np.unpackbits(data, count=10 * len(units)).reshape(-1, 10)
+    symbols = (bits @ (1 << np.arange(9, -1, -1))).astype(np.uint32)
+    told = self.told(classes, base)[1]
+    joined = np.stack(self.join(symbols, [*units.T], told, np), -1)
+    is_whole = symbols == 1023
+    joined[is_whole] = _whole(data[-(-bits.size // 8) :], units[is_whole])
+    return joined
+
+  def tables(
+    self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
+  ) -> Tables:
     """Makes the tables, or raises a ValueError if a pair of bins is too frequent.
 
     Args:
-      counts: int64 `[K, 32]`, rows that add up to 2^14, of bins.
       base: see `told`.
+      table_of: for each table of `told`, its row in `counts`.
+      counts: int64 `[K, 32]`, rows that add up to 2^14, of bins.
     """
-    frequencies = tables.of_pairs(counts, self.precision)
-    starts = np.cumsum(frequencies, axis=1) - frequencies
-    intervals = starts << 11 | frequencies - 1
-    listed = 1 << 31 | intervals[:, ESCAPE:]
-    intervals = np.where(frequencies > 0, intervals, listed)
-    intervals[:, ESCAPE:] = listed
-    # A slot has its symbol, its distance from the start, and the frequency less 1.
-    used, symbols = np.nonzero(frequencies)
-    lengths, starts = frequencies[used, symbols], starts[used, symbols]
-    entries = ((symbols << 22) - (starts << 11) + lengths - 1).astype(np.uint32)
-    slots = np.repeat(entries, lengths).reshape(len(counts), -1)
-    slots += np.arange(1 << self.precision, dtype=np.uint32) << np.uint32(11)
-    intervals = intervals.astype(np.uint32)
-    return Tables(slots.reshape(-1), intervals.reshape(-1), base.astype(np.int32))
+    pairs = tables.of_pairs(counts, self.precision)[table_of]
+    return _tables(pairs, base, len(pairs), self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,51 +290,55 @@ class Integers:
   raw_bits: int  # at least the shift of each class, and a multiple of 16
 
   type_name: ClassVar[str] = 'integers'
-  alphabet: ClassVar[int] = WINDOW
   raised: ClassVar[bool] = False
+  alphabet: ClassVar[int] = 256
+  stored_precision: ClassVar[int] = 12
+  precision: ClassVar[int] = 12
+  symbol_bits: ClassVar[int] = 8
   size: ClassVar[int] = 1
   words: ClassVar[int] = 1
-  precision: ClassVar[int] = tables.PRECISION
   most_tables: ClassVar[int] = 256
   pieces: ClassVar[tuple[tuple[int, int], ...]] = ()
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
     is_integer = self.dtype.name in ('uint8', 'int8', 'int16', 'int32')
-    return is_integer and self.raw_bits in (0, MOST_RAW, 2 * MOST_RAW)
+    return is_integer and self.raw_bits in (0, RAW, 2 * RAW)
 
   @property
   def pushes(self) -> int:
-    return 1 + self.raw_bits // MOST_RAW
+    return 1 + self.raw_bits // RAW
 
   @property
   def word(self) -> np.dtype:
     return np.dtype(f'u{self.dtype.itemsize}')
 
   @property
-  def limits(self) -> tuple[int, int]:
-    """The least and the greatest shift."""
-    return 0, min(self.raw_bits, MOST_SHIFT)
-
-  @property
   def bias(self) -> int:
-    """The number b."""
-    return WINDOW // 2 if self.dtype.kind == 'i' else 0
+    """The symbol of 0. Of bytes 225 is the escape, which is rare in masks and codes."""
+    return 30 if self.dtype == np.uint8 else 128
 
-  def told(self, classes: Any, base: Any) -> tuple[Any, Any]:
-    """Returns what int32 classes tell: tables, and shifts, which `base` lists."""
-    return classes, _get(base, classes)
+  def told(self, classes: Any, packed: Any) -> tuple[Any, Any]:
+    """Returns what int32 classes tell: tables and shifts, which `packed` lists."""
+    entry = packed[classes]
+    if not isinstance(packed, np.ndarray):
+      entry = packed.at[classes].get(mode='promise_in_bounds')
+    return entry & 255, entry >> 8
 
   def symbols(self, numbers: np.ndarray, told: np.ndarray) -> np.ndarray:
-    """Returns symbols, int64, in NumPy; others than 0 to 255 are not coded."""
-    return (numbers.astype(np.int64) >> told) + self.bias
+    """Returns symbols, in NumPy."""
+    symbols = (numbers.astype(np.int64) >> told) + self.bias
+    if self.dtype.itemsize == 1:
+      return symbols & 255
+    return np.where(symbols == symbols & 255, symbols, 255)
 
-  def _raw_sizes(self, shift: jax.Array) -> list[jax.Array]:
-    """Returns the bits of each uniform symbol, that of the highest bits first."""
-    sizes = []
+  def _raw_sizes(self, shift: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns the bits of each uniform symbol, from the highest, and those below."""
+    left, sizes = shift.astype(jnp.uint32), []
     for _ in range(1, self.pushes):
-      sizes.append(jnp.minimum(shift, MOST_RAW))
-      shift = shift - sizes[-1]
+      size = jnp.minimum(left, RAW)
+      left = left - size
+      sizes.append((size, left))
     return sizes
 
   def decode_step(
@@ -352,99 +346,122 @@ class Integers:
   ) -> tuple[jax.Array, ...]:
     """Decodes a number of each lane; see `Floats.decode_step`."""
     del pieces
-    table, shift = _unpacked(classes, coder_tables)
-
-    def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-      symbol = _get(coder_tables.slots, table << self.precision | slot)
-      symbol = symbol.astype(jnp.uint32)
-      entry = _get(coder_tables.intervals, table * (WINDOW + 1) + symbol)
-      # The escape of a table is marked in the entry.
-      return symbol | entry >> 31 << 8, *_interval(entry)
-
-    def uniform(size: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
-      rest = MOST_RAW - size
-      raw = slot >> rest
-      return raw, raw << rest, jnp.uint32(1) << rest
-
-    symbol = pop(lookup, self.precision)
-    number = (symbol & 255) - jnp.uint32(self.bias)
-    for size in self._raw_sizes(shift):
-      raw = pop(functools.partial(uniform, size), MOST_RAW)
-      number = number << size | raw
-    return number.astype(self.word)[:, None], (symbol >> 8).astype(jnp.uint8)
+    table, shift = self.told(classes, coder_tables.told)
+    symbol, is_listed = _popped(pop, table, coder_tables, self)
+    number, one = symbol - jnp.uint32(self.bias), jnp.uint32(1)
+    for size, _ in self._raw_sizes(shift):
+      rest = RAW - size
+      uniform = lambda slot, r=rest: (slot >> r, slot >> r << r, one << r)
+      number = number << size | pop(uniform, RAW)
+    return number.astype(self.word)[:, None], is_listed.astype(jnp.uint8)
 
   def encode_step(
     self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
     """Divides a number of each lane; see `Floats.encode_step`."""
-    signed = unit[:, 0].view(self.dtype).astype(np.int32 if self.bias else np.uint32)
-    table, left = _unpacked(classes, coder_tables)
+    table, shift = self.told(classes, coder_tables.told)
+    signed = unit[:, 0].view(f'i{self.dtype.itemsize}').astype(jnp.int32)
     # The shift of signed integers copies the sign.
-    top = (signed >> left.astype(signed.dtype)).view(jnp.uint32) + jnp.uint32(self.bias)
-    symbol = jnp.minimum(top, WINDOW)
-    entry = _get(coder_tables.intervals, table * (WINDOW + 1) + symbol)
-    intervals = [(*_interval(entry), self.precision)]
-    for size in self._raw_sizes(left):
-      left = left - size
-      raw = signed.view(jnp.uint32) >> left & (jnp.uint32(1) << size) - jnp.uint32(1)
-      rest = MOST_RAW - size
-      intervals.append((raw << rest, jnp.uint32(1) << rest, MOST_RAW))
-    mark = jnp.where(entry >> 31 > 0, ESCAPED | ESCAPE, 0)
-    return intervals, [], mark.astype(jnp.uint16)
+    symbol = ((signed >> shift) + self.bias).view(jnp.uint32)
+    symbol = symbol & 255 if self.dtype.itemsize == 1 else jnp.minimum(symbol, 255)
+    interval, mark = _pushed(symbol, table, coder_tables, self)
+    intervals, one = [interval], jnp.uint32(1)
+    for size, left in self._raw_sizes(shift):
+      raw, rest = signed.view(jnp.uint32) >> left & (one << size) - one, RAW - size
+      intervals.append((raw << rest, one << rest, RAW))
+    return intervals, [], mark
 
-  def tables(self, frequencies: np.ndarray, base: np.ndarray) -> Tables:
-    """Makes the tables, given frequencies `[K, 256]`; see `Floats.tables`."""
-    # Neighbours that have the same table share it, because a table is large.
-    is_first = np.append(True, (frequencies[1:] != frequencies[:-1]).any(axis=1))
-    packed = base.astype(np.int64) << 8 | np.cumsum(is_first) - 1
-    frequencies = frequencies[is_first]
-    starts = np.cumsum(frequencies, axis=1) - frequencies
-    used = np.where(frequencies > 0, frequencies, 1 << 15)[:, ::-1]
-    escape = WINDOW - 1 - np.argmin(used, axis=1, keepdims=True)
-    intervals = (frequencies - 1) << 14 | starts
-    listed = 1 << 31 | np.take_along_axis(intervals, escape, axis=1)
-    is_told = (frequencies > 0) & (np.arange(WINDOW) != escape)
-    if self.dtype.itemsize == 1:
-      is_told |= (frequencies > 0).all(axis=1, keepdims=True)
-    intervals = np.where(is_told, intervals, listed)
-    intervals = np.append(intervals, listed, axis=1)  # of what has no symbol
-    _, symbols = np.nonzero(frequencies)
-    owners = np.repeat(symbols, frequencies[frequencies > 0])
-    size = _FEW_TABLES if len(frequencies) <= _FEW_TABLES else self.most_tables
-    return Tables(
-      _filled(owners, size << self.precision, np.uint8),
-      _filled(intervals, size * (WINDOW + 1)),
-      _filled(packed, self.most_tables, np.int32),
-    )
+  def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
+    """Returns the list of units at escapes."""
+    return [units]
+
+  def listed(
+    self, data: np.ndarray, units: np.ndarray, classes: np.ndarray, base: np.ndarray
+  ) -> np.ndarray:
+    """Returns the units at escapes, given their list."""
+    return _whole(data, units)
+
+  def tables(
+    self, base: np.ndarray, table_of: np.ndarray, frequencies: np.ndarray
+  ) -> Tables:
+    """Makes the tables, given shifts and tables of classes, and `[K, 256]`."""
+    if base.min() < 0 or base.max() > min(self.raw_bits, MOST_SHIFT):
+      raise ValueError(f'shifts cannot be from {base.min()} to {base.max()}')
+    told = _filled(base << 8 | table_of, self.most_tables)
+    few = len(frequencies) <= _FEW_TABLES
+    return _tables(frequencies, told, _FEW_TABLES if few else self.most_tables, self)
 
 
 Layout = Floats | Integers
 
 
-def _get(array: Any, index: jax.Array) -> jax.Array:
-  if isinstance(array, np.ndarray):
-    return array[index]
-  return array.at[index].get(mode='promise_in_bounds')
+# ---- symbols -------------------------------------------------------------------------
 
 
-def _unpacked(classes: jax.Array, coder_tables: Tables) -> tuple[jax.Array, jax.Array]:
-  """Returns the tables and the shifts of classes of integers, uint32."""
-  packed = _get(coder_tables.base, classes).astype(jnp.uint32)
-  return packed & 255, packed >> 8
+def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Array:
+  """Returns elements of tables of 2^width entries each."""
+  place = table.astype(jnp.uint32) << width | index
+  return array.at[place].get(mode='promise_in_bounds')
 
 
-def _interval(entry: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Unpacks the start and the frequency of integers."""
-  return entry & 0x3FFF, (entry >> 14 & 0x3FFF) + 1
+def _popped(
+  pop: Pop, table: jax.Array, coder_tables: Tables, layout: Layout
+) -> tuple[jax.Array, jax.Array]:
+  """Pops symbols, uint32; returns them, and whether each is the escape."""
+  field = (32 - layout.symbol_bits) // 2
+  mask = (1 << field) - 1
+
+  def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
+    entry = _get(coder_tables.slots, table, layout.precision, slot)
+    return entry, slot - (entry >> field & mask), (entry & mask) + 1
+
+  symbol = pop(lookup, layout.precision) >> 2 * field
+  return symbol, symbol == (1 << layout.symbol_bits) - 1
 
 
-def _filled(
-  values: np.ndarray, size: int, dtype: type[np.generic] = np.uint32
-) -> np.ndarray:
+def _pushed(
+  symbol: jax.Array, table: jax.Array, coder_tables: Tables, layout: Layout
+) -> tuple[Interval, jax.Array]:
+  """Returns the intervals of symbols, uint32, and the marks of their units."""
+  entry = _get(coder_tables.intervals, table, layout.symbol_bits, symbol)
+  mark = jnp.where(entry >> 31 > 0, MARKED | symbol, 0).astype(jnp.uint16)
+  return (entry >> 12 & 0x3FFF, (entry & 0xFFF) + 1, layout.precision), mark
+
+
+def _tables(
+  frequencies: np.ndarray, told: np.ndarray, count: int, layout: Layout
+) -> Tables:
+  """Makes the arrays of so many tables, the first of which have these frequencies."""
+  starts = np.cumsum(frequencies, axis=1) - frequencies
+  intervals = starts << 12 | frequencies - 1
+  escape = 1 << 31 | intervals[:, -1:]
+  intervals = np.where(frequencies > 0, intervals, escape)
+  intervals[:, -1:] = escape
+  used, symbols = np.nonzero(frequencies)
+  lengths, starts = frequencies[used, symbols], starts[used, symbols]
+  field = (32 - layout.symbol_bits) // 2
+  entries = (symbols << 2 * field) - (starts << field) + lengths - 1
+  slots = np.repeat(entries.astype(np.uint32), lengths).reshape(len(frequencies), -1)
+  slots += np.arange(1 << layout.precision, dtype=np.uint32) << np.uint32(field)
+  return Tables(
+    _filled(slots, count << layout.precision),
+    _filled(intervals.astype(np.uint32), count << layout.symbol_bits),
+    told.astype(np.int32),
+  )
+
+
+def _filled(values: np.ndarray, size: int) -> np.ndarray:
   """Returns values, flat, and zeros behind them."""
-  filled = np.zeros(size, dtype)
+  filled = np.zeros(size, values.dtype)
   filled[: values.size] = values.reshape(-1)
   return filled
+
+
+def _whole(data: np.ndarray, units: np.ndarray) -> np.ndarray:
+  """Returns the units of a list, uint8, which are as many as the given ones."""
+  if data.size != units.nbytes:
+    raise ValueError('the lists of a block do not fit its escapes')
+  return np.ascontiguousarray(data).view(units.dtype).reshape(units.shape)
 
 
 # ---- numbers that share a step -------------------------------------------------------

@@ -27,7 +27,6 @@ from rotbits_jax.system import host
 _FLOATS = 1 << 16  # units that tell frequencies
 _INTEGERS = 1 << 20  # units of integers, because these have more tables
 _LEAST_SAMPLE = 1 << 12  # units of a part
-_RARE = 1 << 17  # a symbol that is rarer than one in so many is an escape
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
@@ -171,45 +170,41 @@ def _smaller(group: Group) -> Group | None:
 
 def _group(drafts: list[_Draft]) -> Group:
   """Chooses the classes and the tables of parts of one layout by samples of them."""
-  layout, samples = drafts[0].layout, []
+  layout = drafts[0].layout
   scales, base = _classes(drafts)
-  most = _INTEGERS
+  count, seen, told = layout.most_tables, layout.alphabet, base
   if isinstance(layout, layouts.Floats):
     most = max(_FLOATS // len(drafts), _LEAST_SAMPLE)
-  for draft, part_scales in zip(drafts, scales, strict=True):
-    samples.append(_sample(draft, part_scales, most))
-  is_shared = layout.most_tables == layouts.QUARTERS
-  count, seen = layout.most_tables, _SEEN if is_shared else layout.alphabet
+    seen = seen if layout.raised else _SEEN
+  else:
+    count, most = 1 + max(x.greatest for x in scales), _INTEGERS
+  samples = [_sample(*x, most) for x in zip(drafts, scales, strict=True)]
   if isinstance(layout, layouts.Integers):
-    count = 1 + max(x.greatest for x in scales)
-    base = _shifts(samples, count) if layout.bias else np.zeros(count, np.int32)
-    steps = -(-int(base.max()) // layouts.MOST_RAW)
-    layout = dataclasses.replace(layout, raw_bits=layouts.MOST_RAW * steps)
-  counts = [_counts(x, layout, base, (count, seen)) for x in samples]
+    base = _shifts(samples, layout, count)
+    layout = dataclasses.replace(layout, raw_bits=-(-int(base.max()) // 16) * 16)
+    told = base << 8 | np.arange(count)
+  counts = [_counts(x, layout, told, (count, seen)) for x in samples]
   rows = np.sum(counts, axis=0)
-  # The symbols are those that occur most.
+  # The bins are those that occur most.
   ends = np.cumsum(np.append(0, rows.sum(axis=0)))
   first = int(np.argmax(ends[layout.alphabet :] - ends[: -layout.alphabet]))
   window = slice(first, first + layout.alphabet)
-  rows, base = rows[:, window], base + first
-  if layout.most_tables != layouts.QUARTERS:
-    rows = _merged(rows)
-  rows = np.where(rows * _RARE < rows.sum(axis=1, keepdims=True), 0, rows)
+  rows, table_of = _merged(rows[:, window])
   frequencies = _frequencies(rows, layout)
   escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
-  bits = tables.PRECISION - np.log2(np.maximum(frequencies, 0.5))
-  bits = np.where(frequencies > 0, bits, escape)
+  bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
+  bits = np.where(frequencies > 0, bits, escape)[table_of]
   nbytes = []
   for draft, sample, draft_counts in zip(drafts, samples, counts, strict=True):
-    numbers, told = draft.part.numbers.size, draft_counts[: len(rows), window]
+    numbers, coded = draft.part.numbers.size, draft_counts[:, window]
     raw_bits = layout.raw_bits
     if isinstance(layout, layouts.Integers):
-      raw_bits = layout.told(sample.classes, base)[1].mean()
+      raw_bits = base[sample.classes].mean()
     share = numbers / (sample.units.size * sample.weight)
-    escaped = sample.units.size * sample.weight - told.sum()
-    cost = share * ((told * bits).sum() + max(escaped, 0) * escape)
+    escaped = sample.units.size * sample.weight - coded.sum()
+    cost = share * ((coded * bits).sum() + max(escaped, 0) * escape)
     nbytes.append(float(cost + numbers * raw_bits) / 8 + 2)
-  contexts = contexts_lib.Contexts(tuple(scales), base, frequencies)
+  contexts = contexts_lib.Contexts(tuple(scales), base + first, table_of, frequencies)
   return Group(layout, contexts, [x.part for x in drafts], nbytes)
 
 
@@ -252,13 +247,16 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   return _Sample(sample, classes.astype(int).reshape(-1), len(units) / len(sample))
 
 
-def _shifts(samples: Sequence[_Sample], count: int) -> np.ndarray:
-  """Returns the shift of each class of signed integers, so that few have no symbol."""
+def _shifts(
+  samples: Sequence[_Sample], layout: layouts.Integers, count: int
+) -> np.ndarray:
+  """Returns the shift of each class, so that few integers have no symbol."""
   classes = np.concatenate([x.classes for x in samples])
   sizes = np.concatenate([x.units.reshape(-1) for x in samples])
   sizes = np.abs(sizes.astype(np.int64))
-  large = np.count_nonzero(sizes >= layouts.WINDOW // 2)
-  if 8 * np.count_nonzero(sizes) + 8000 * large < sizes.size:
+  large = np.count_nonzero(sizes > 126)
+  is_sparse = 8 * np.count_nonzero(sizes) + 8000 * large < sizes.size
+  if is_sparse or layout.dtype == np.uint8:
     return np.zeros(count, np.int32)  # the few large ones are escapes
   counts = np.bincount(classes, minlength=count)
   means = np.bincount(classes, sizes, count) / np.maximum(counts, 1)
@@ -287,18 +285,18 @@ def _counts(
   return counts.reshape(shape) * sample.weight
 
 
-def _merged(rows: np.ndarray) -> np.ndarray:
-  """Gives neighbours one table, that of their sum, where this saves bytes."""
+def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Joins neighbours where this saves bytes; returns the sums, and that of each row."""
   is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
-  rows, row_of = rows[is_first], np.cumsum(is_first) - 1
+  rows, table_of = rows[is_first], np.cumsum(is_first) - 1
   while True:
     bits = _table_bits(rows)
     saved = bits[:-1] + bits[1:] - _table_bits(rows[:-1] + rows[1:])
     around = np.pad(saved, 1, constant_values=-1.0)
     is_joined = (saved >= 0) & (saved >= around[:-2]) & (saved > around[2:])
     if not is_joined.any():
-      return rows[row_of]
-    row_of = np.cumsum(np.append(True, ~is_joined))[row_of] - 1
+      return rows, table_of
+    table_of = np.cumsum(np.append(True, ~is_joined))[table_of] - 1
     rows = np.add.reduceat(rows, np.flatnonzero(np.append(True, ~is_joined)))
 
 
@@ -314,10 +312,14 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   """Returns frequencies in proportion to counts, of which programs can make tables."""
   half = np.arange(layout.alphabet) < layout.alphabet // 2
   counts = np.where(counts.any(axis=1, keepdims=True), counts, half)
+  # Rarer symbols are escapes.
+  least = counts.sum(axis=1, keepdims=True) / (8 << layout.stored_precision)
   if isinstance(layout, layouts.Integers):
-    # If a symbol does not occur, it is the escape.
-    missing = (counts == 0) & (np.cumsum(counts[:, ::-1] == 0, axis=1)[:, ::-1] == 1)
-    return tables.quantize(np.where(missing, 1, counts))
+    escaped = np.where(counts < least, counts, 0).sum(axis=1)
+    counts = np.where(counts < least, 0, counts)
+    counts[:, -1] += escaped + 1
+    return tables.quantize(np.ceil(counts), layout.stored_precision)
+  counts = np.where(counts < least, 0, counts)
   shares = counts / counts.sum(axis=1, keepdims=True)
   most, even = shares.max(axis=1, keepdims=True), 2 / layout.alphabet
   excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even, 1e-9)

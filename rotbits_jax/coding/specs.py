@@ -92,10 +92,9 @@ class ArraySpec(schema.Row):
 class GroupSpec(schema.Row):
   """A group: parts of one layout. Its units lie in blocks, see `blocks.divide`."""
 
-  # 'known' are integers whose classes are known from elsewhere.
-  type_name: Annotated[str, schema.one_of(('floats', 'integers', 'known'))]
+  # The type of the layout; 'known' are integers whose classes are known from elsewhere.
+  type_name: Annotated[str, schema.one_of(('floats', 'raised', 'integers', 'known'))]
   raw_bits: schema.Size  # that of the layout
-  raised: bool  # that of the layout; false for integers
   contexts: schema.Size  # number of bytes of the contexts in the stream
   blocks: tuple[schema.Size, ...]  # number of bytes of each block
 
@@ -107,9 +106,9 @@ class GroupSpec(schema.Row):
   def layout(self, dtype: np.dtype) -> layouts.Layout:
     """Returns the layout of the group, whose parts have this dtype."""
     layout: layouts.Layout = layouts.Integers(dtype, self.raw_bits)
-    if self.type_name == 'floats':
-      layout = layouts.Floats(dtype, self.raw_bits, self.raised)
-    if not layout.is_valid() or layout.raised != self.raised:
+    if self.type_name in ('floats', 'raised'):
+      layout = layouts.Floats(dtype, self.raw_bits, self.type_name == 'raised')
+    if not layout.is_valid():
       raise ValueError(f'parts of {dtype} have no layout {self!r:.100}')
     return layout
 

@@ -1,9 +1,9 @@
 """Integer frequency tables: the probabilities with which the coder codes symbols.
 
 A table gives every symbol of an alphabet an integer frequency. The frequencies add up
-to 2^14, and the probability of a symbol is its frequency / 2^14. The interval of a
-symbol is as long as its frequency, and the intervals of all symbols divide [0, 2^14) in
-the order of the symbols. A slot is an integer in [0, 2^14).
+to 2^precision, and a symbol has the probability frequency / 2^precision. The intervals
+of all symbols divide [0, 2^precision) in the order of the symbols, and are as long as
+their frequencies. A slot is an integer in [0, 2^precision).
 
 The encoder makes tables from counts and stores them, so the decoder never recomputes
 one. All code runs on the host and uses NumPy integers only. What cannot make tables
@@ -11,7 +11,7 @@ raises a ValueError.
 
 Tables with a larger sum follow the counts more closely, but rANS loses more bits the
 nearer the sum comes to its smallest state, 2^16. On real weights both lose 0.01% of the
-entropy with a sum of 2^14.
+entropy with a precision of 14.
 
 Shape letters: K tables, A symbols in the alphabet.
 """
@@ -28,29 +28,30 @@ MOST_PAIR = 1 << 11
 """The greatest frequency of a pair."""
 
 
-def quantize(counts: np.ndarray) -> np.ndarray:
+def quantize(counts: np.ndarray, precision: int = PRECISION) -> np.ndarray:
   """Returns frequencies in proportion to counts.
 
   Args:
-    counts: integers `[..., A]`. In each row at least one count and at most 2^13
-      counts are positive, and the counts add up to less than 2^48.
+    counts: integers `[..., A]`. In each row at least one count and at most half of
+      2^precision counts are positive, and the counts add up to less than 2^48.
+    precision: at most 14.
 
   Returns:
-    int64 `[..., A]` whose rows add up to 2^14. A frequency is at least 1 where
+    int64 `[..., A]` whose rows add up to 2^precision. A frequency is at least 1 where
     the count is positive, and 0 elsewhere.
   """
-  counts = np.asarray(counts, np.int64)
+  counts, total = np.asarray(counts, np.int64), 1 << precision
   present = (counts > 0).sum(axis=-1, keepdims=True)
-  if not np.all((present > 0) & (present <= TOTAL // 2)):
+  if not np.all((present > 0) & (present <= total // 2)):
     raise ValueError(
-      f'a frequency table needs 1 to {TOTAL // 2} symbols with a positive count, '
+      f'a frequency table needs 1 to {total // 2} symbols with a positive count, '
       f'got {np.min(present)} to {np.max(present)}'
     )
   # Smaller counts are raised to this one. It gets a slot even if all are raised.
-  least = counts.sum(axis=-1, keepdims=True) // (TOTAL - present) + 1
+  least = counts.sum(axis=-1, keepdims=True) // (total - present) + 1
   ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
   whole = ends[..., -1:]
-  return np.diff((ends * TOTAL + whole // 2) // whole, prepend=0, axis=-1)
+  return np.diff((ends * total + whole // 2) // whole, prepend=0, axis=-1)
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -99,14 +100,16 @@ def to_bytes(frequencies: np.ndarray) -> bytes:
   return frequencies.astype('<u2').view(np.uint8).reshape(-1, 2).T.tobytes()
 
 
-def from_bytes(data: np.ndarray, alphabet: int) -> np.ndarray:
+def from_bytes(
+  data: np.ndarray, alphabet: int, precision: int = PRECISION
+) -> np.ndarray:
   """Makes tables from bytes, uint8, int64 `[K, A]`: the inverse of `to_bytes`."""
   if data.size % (2 * alphabet):
     raise ValueError(f'{data.size} bytes are not tables')
   low, high = data.reshape(2, -1, alphabet).astype(np.int64)
   frequencies = low | high << 8
-  if np.any(frequencies.sum(axis=1) != TOTAL):
-    raise ValueError(f'frequencies must add up to {TOTAL}')
+  if np.any(frequencies.sum(axis=1) != 1 << precision):
+    raise ValueError(f'frequencies must add up to {1 << precision}')
   return frequencies
 
 
