@@ -102,6 +102,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], texts: int = 1) 
   return '\n'.join(lines)
 
 
+def megabytes(size: float) -> str:
+  """Returns a number of bytes in MB, with three digits."""
+  return f'{size / 1e6:#.3g}'.rstrip('.')
+
+
 def tables(title: str) -> list[list[dict[str, str]]]:
   """Returns the tables of a section, each row a dict; empty if it is not there."""
   text = (ROOT / 'RESULTS.md').read_text('utf-8')

@@ -36,9 +36,8 @@ _FULL = flags.DEFINE_bool('full', False, 'Measures SmolLM2-135M, too.')
 
 
 class Row(NamedTuple):
-  """A line of the table; a field is None if it cannot be measured."""
+  """A line of a table; a field is None if it cannot be measured."""
 
-  model: str
   stored: str  # the preset, or another way to store it
   bytes: int | None = None  # of the file, or of the tensors
   share: float | None = None  # of the bytes of the tensors
@@ -70,14 +69,14 @@ def sliced_smollm2(settings: common.Settings, sparsity: float) -> pathlib.Path:
 
 
 def measure(
-  folder: pathlib.Path, name: str, presets: Iterable[Any], output: pathlib.Path
+  folder: pathlib.Path, presets: Iterable[Any], output: pathlib.Path
 ) -> Iterator[Row]:
   """Encodes a model with some presets, decodes, verifies and evaluates it."""
   checkpoint = rotbits_jax.load_checkpoint(folder)
   model = checkpoint.model
   tensors = structured.count_bytes(dict(model.leaves()))
   compared = {'tensors': model}
-  stored = {'tensors': Row(name, 'tensors', tensors, 1.0)}
+  stored = {'tensors': Row('tensors', tensors, 1.0)}
   for preset in presets:
     file = output / f'{folder.name}-{preset}.rotbits'
     start = time.perf_counter()
@@ -89,14 +88,14 @@ def measure(
     decoded = time.perf_counter()
     checked = rotbits_jax.verify(file, against=folder, progress=True)
     stored[preset] = Row(
-      *(name, f'`{preset}`', file.stat().st_size, file.stat().st_size / tensors),
+      *(f'`{preset}`', file.stat().st_size, file.stat().st_size / tensors),
       encode_seconds=encoded - start,
       decode_seconds=decoded - encoded,
       verified='every bit' if checked.same_bits else 'function',
     )
   rerounded = 'rotated, rounded again'
   compared[rerounded] = passes.randomly_rotated(model, key=jax.random.key(0))
-  stored[rerounded] = Row(name, rerounded)
+  stored[rerounded] = Row(rerounded)
   text = evaluation.encode_text(checkpoint.files, common.read_data('evaluation.txt'))
   measured: dict[str, evaluation.Evaluation] = {}
   for key, row in stored.items():
@@ -109,24 +108,21 @@ def measure(
     yield row._replace(perplexity=measures.perplexity, kl=measures.kl)
 
 
-def to_table(rows: list[Row]) -> str:
-  """Formats the rows."""
+def to_table(model: str, rows: Iterable[Row]) -> str:
+  """Formats the rows of a model, whose name is the first of the header."""
   cell = lambda value, form: None if value is None else format(value, form)
+  sizes = 'bytes', 'share', 'perplexity', 'KL'
   return common.table(
-    [
-      *('model', 'stored as', 'bytes', 'of the tensors', 'perplexity', 'KL'),
-      *('encode s', 'decode s', 'verified'),
-    ],
+    [model, *sizes, 'encode s', 'decode s', 'verified'],
     [
       (
-        *(row.model, row.stored, cell(row.bytes, ','), cell(row.share, '.1%')),
+        *(row.stored, cell(row.bytes, ','), cell(row.share, '.1%')),
         *(cell(row.perplexity, '.3f'), cell(row.kl, '.2g')),
         *(cell(row.encode_seconds, '.1f'), cell(row.decode_seconds, '.1f')),
         row.verified,
       )
       for row in rows
     ],
-    texts=2,
   )
 
 
@@ -139,18 +135,19 @@ def run(settings: common.Settings, full: bool = True) -> Iterator[common.Section
     subjects['SmolLM2-135M, dense'] = common.smollm2(settings), ('exact', 'near')
     folder = sliced_smollm2(settings, SPARSITY)
     subjects['SmolLM2-135M, sliced by 25%'] = folder, presets
-  rows: list[Row] = []
-  for name, (folder, presets) in subjects.items():
-    rows += measure(folder, name, presets, settings.output)
+  tables = [
+    to_table(name, measure(folder, presets, settings.output))
+    for name, (folder, presets) in subjects.items()
+  ]
   about = (
     f'Perplexity and KL, in nats per token, on {TOKENS:,} tokens of a text. The floor '
-    'of KL is the line "rotated, rounded again": the same model in other coordinates.'
+    'of KL is the row "rotated, rounded again": the same model in other coordinates.'
   )
-  parts = [about, to_table(rows)]
+  parts = [about, *tables]
   if len(subjects) > 1:
     parts.append(
       'The sliced SmolLM2 is of no use as a model: slicing unties its head from its '
-      'embedding, and they are a fifth of so small a model. The table compares bytes '
+      'embedding, and they are a fifth of so small a model. Its table compares bytes '
       'for one and the same function.'
     )
   yield common.Section(TITLE, '\n\n'.join(parts))

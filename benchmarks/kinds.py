@@ -48,11 +48,6 @@ def rows() -> Iterator[tuple[str, str, int, int]]:
       yield kind, 'opt-small, sliced by 20%', size, file.stat().st_size
 
 
-def megabytes(size: float) -> str:
-  """Returns a number of bytes in MB, with three digits."""
-  return f'{size / 1e6:#.3g}'.rstrip('.')
-
-
 def tables_of_readme() -> dict[str, str]:
   """Makes the tables of README.md from those of RESULTS.md, by their markers.
 
@@ -61,12 +56,12 @@ def tables_of_readme() -> dict[str, str]:
   """
   (speeds, *_), (sizes, *_) = map(common.tables, (speed.TITLE, TITLE))
   header = ('lossless', 'MB', 'share', 'encode s', 'decode s')
-  lines = []
+  model, lines = next(iter(speeds[0])), []
   for row in speeds:
-    if row['model'] == speeds[0]['model'] and row['method'] != 'safetensors':
+    if row[model] != 'safetensors':
       size, share = (float(row[x].replace(',', '')) for x in ('bytes', 'share'))
       times = (f'{float(row[x]):.2f}' for x in header[3:])
-      lines.append((row['method'], megabytes(size), f'{share:.1%}', *times))
+      lines.append((row[model], common.megabytes(size), f'{share:.1%}', *times))
   kept = [name for name in HEADER if name != 'model']
   alone = [x for x in sizes if re.search('^sliced| base$', x['weights'])]
   others = [[row[name] for name in kept] for row in alone]
@@ -90,8 +85,8 @@ def write_readme() -> None:
 def run(settings: common.Settings) -> Iterator[common.Section]:
   del settings
   lines = [
-    (kind, model, megabytes(before), megabytes(after), f'**{after / before:.1%}**')
-    for kind, model, before, after in rows()
+    (kind, model, *map(common.megabytes, sizes), f'**{sizes[1] / sizes[0]:.1%}**')
+    for kind, model, *sizes in rows()
   ]
   about = 'The preset is `exact`, unless another one is named.'
   body = f'{about}\n\n{common.table(HEADER, lines, texts=2)}'

@@ -121,17 +121,15 @@ def near_picture(model: str, file: str) -> None:
 
 def time_to_weights() -> None:
   """Draws the time to read a file over a link and to decode it, over the speed."""
-  for rows in common.tables(speed.TITLE)[:1]:
-    sliced = [row for row in rows if 'sliced' in row['model']]
-    last = max(sliced, key=lambda row: number(row['bytes']))['model']
+  for rows in common.tables(speed.TITLE)[-1:]:
+    model = next(iter(rows[0]))
     links = np.geomspace(10, 3000, 100)
     figure, ax = plt.subplots(figsize=(6.4, 4))
     for row in rows:
-      if row['model'] == last:
-        seconds = number(row['bytes']) / links / 1e6 + number(row['decode s'])
-        ax.plot(links, seconds, label=row['method'].strip('`'))
+      seconds = number(row['bytes']) / links / 1e6 + number(row['decode s'])
+      ax.plot(links, seconds, label=row[model].strip('`'))
     ax.set(xscale='log', yscale='log', xlabel='link, MB/s', ylabel='seconds to weights')
-    ax.set_title(last)
+    ax.set_title(model)
     ax.legend(**_OUTSIDE)
     save(figure, 'time-to-weights.svg')
 

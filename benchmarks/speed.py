@@ -73,8 +73,8 @@ def _saved(tensors: common.Tensors, path: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def measure(subject: Subject, settings: common.Settings, work: pathlib.Path) -> list:
-  """Returns the rows of a model."""
+def measure(subject: Subject, settings: common.Settings, work: pathlib.Path) -> str:
+  """Returns the table of a model, whose name is the first of the header."""
   size, expected, rows = subject.tensors.stat().st_size, None, []
   packed = work / 'packed'
   others = OTHERS if settings.peers_python else ()
@@ -93,21 +93,18 @@ def measure(subject: Subject, settings: common.Settings, work: pathlib.Path) -> 
       costs += [f'{seconds:.3f}', f'{size / seconds / 1e6:,.0f}', f'{peak / 1e9:.2f}']
     coded = packed.stat().st_size
     label = f'`{name}`' if name in ours else name
-    cells = f'{coded:,}', f'{coded / size:.4f}', *costs
-    rows.append((subject.name, label, *cells))
+    rows.append((label, f'{coded:,}', f'{coded / size:.4f}', *costs))
     packed.unlink()
-  return rows
+  header = [subject.name, 'bytes', 'share']
+  for task in ('encode', 'decode'):
+    header += [f'{task} s', 'MB/s', 'GB']
+  return common.table(header, rows)
 
 
 def run(settings: common.Settings) -> Iterator[common.Section]:
-  rows = []
   with tempfile.TemporaryDirectory() as folder:
     work = pathlib.Path(folder)
-    for subject in subjects(settings, work):
-      rows += measure(subject, settings, work)
-  header = ['model', 'method', 'bytes', 'share']
-  for task in ('encode', 'decode'):
-    header += [f'{task} s', 'MB/s', 'GB']
+    tables = [measure(x, settings, work) for x in subjects(settings, work)]
   about = (
     'The second of two times in a process of its own, from a file to a file and from a '
     'file to arrays; GB are the peak resident size of the process. In random weights a '
@@ -116,5 +113,4 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   picture = (
     '![Time to weights over the speed of a link](docs/pictures/time-to-weights.svg)'
   )
-  body = f'{about}\n\n{common.table(header, rows, texts=2)}\n\n{picture}'
-  yield common.Section(TITLE, body)
+  yield common.Section(TITLE, '\n\n'.join([about, *tables, picture]))

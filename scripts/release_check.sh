@@ -35,7 +35,7 @@ for version in 3.11 3.13; do
     [[ -f $snapshot/modeling_sliced.py ]]
     if [[ $version == 3.11 ]]; then
       python -m pip install --quiet --disable-pip-version-check ipykernel nbclient matplotlib
-      cp "$root"/colabs/0[1246]_*.ipynb .
+      cp "$root"/colabs/0[12346]_*.ipynb .
       jupyter execute 0*.ipynb
     fi
   )

@@ -115,18 +115,22 @@ def test_commands(page, tmp_path):
 
 
 def test_notebooks_have_outputs():
+  installs = set()
   for path in NOTEBOOKS:
     cells = nbformat.read(path, as_version=4).cells
+    installs.add(cells[1].source)
     outputs = [output for cell in cells for output in cell.get('outputs', [])]
     assert outputs, path
     names = {x.get('name', x.output_type) for x in outputs}
     assert names.isdisjoint({'error', 'stderr'}), path
+  assert len(installs) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_without_warnings(path, monkeypatch):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
+  monkeypatch.setenv('QUICK', '1')
   notebook = nbformat.read(path, as_version=4)
   resources = {'metadata': {'path': str(path.parent)}}
   nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
