@@ -2,7 +2,7 @@
 # Makes an environment, then encodes, decodes and verifies a small model that is in the
 # repository, and prints one table.
 #   bash demo.sh            under two minutes on two cores, from nothing
-#   bash demo.sh --full     SmolLM2-135M too, dense and sliced: seven minutes more
+#   bash demo.sh --full     SmolLM2-135M too, dense and sliced: five minutes more
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/venv.sh

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 from sphinx.search.en import SearchEnglish
 
@@ -149,7 +150,7 @@ def _write_commands():
     printed = subprocess.run(command, capture_output=True, check=True, text=True)
     text, *flags = re.split(r'\n+(?=rotbits_jax\.[\w.]+:\n)', printed.stdout.strip())
     text, usage = text.rsplit('\n\n', 1)
-    flags = '\n'.join(re.sub(r'^.*\n', '', module) for module in flags)
+    flags = textwrap.dedent('\n'.join(re.sub(r'^.*\n', '', x) for x in flags))
     text = _as_markdown(text)
     page = _COMMAND.format(
       name=name, purpose=purpose, usage=usage, text=text, flags=flags
@@ -162,12 +163,14 @@ def _as_markdown(text):
   paragraphs = []
   for paragraph in text.split('\n\n')[1:]:  # the first one is the purpose
     if paragraph.startswith('  '):
-      paragraphs.append(f'```text\n{paragraph}\n```')
+      paragraphs.append(f'```text\n{textwrap.dedent(paragraph)}\n```')
     else:
       paragraph = re.sub(r'(?<![`\w])(--\w+(=[\w.]+)?)', r'`\1`', paragraph)
       words = re.split(r'(`[^`]*`)', paragraph)
       words[::2] = [re.sub(r'([<>*_])', r'\\\1', word) for word in words[::2]]
-      paragraphs.append(re.sub(r'^JSON: ', '## JSON\n\n', ''.join(words)))
+      text = ''.join(words)
+      json = '## JSON\n\n`--json` prints one object: '
+      paragraphs.append(re.sub(r'^JSON: ', json, text))
   return '\n\n'.join(paragraphs)
 
 
@@ -248,8 +251,10 @@ def _public_lines(app, what, name, obj, options, lines):
 
 
 def _skip(app, what, name, obj, skip, options):
-  """Leaves say of methods that all of them have only what the base class says."""
+  """Leaves out methods of all leaves, and fields that only the class describes."""
   del app, what, options
+  if (getattr(obj, '__doc__', None) or '').startswith('Alias for field number'):
+    return True
   obj = getattr(obj, 'fget', obj)
   home = getattr(obj, '__module__', None) or ''
   owner, _, method = getattr(obj, '__qualname__', '').partition('.')
