@@ -18,6 +18,8 @@ from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
+PAIRS = 'floats', 'raised', 'codes'
+
 
 def read_frequencies(data, size, p):
   """Frequencies `[K, 256]` of integers, or `[K, 1024]` of pairs of 32 bins."""
@@ -72,17 +74,17 @@ def read_message(data, tables, shifts, frequencies, p):
 def read_block(data, tables, told, frequencies, group, dtype):
   """The bits of the elements of each unit."""
   kind, r, *_ = group
-  is_float, raised = kind in ('floats', 'raised'), kind == 'raised'
+  is_pair, raised = kind in PAIRS, kind == 'raised'
   count, unsigned, t = tables.size, f'u{dtype.itemsize}', 1 + raised
   p, lanes = 14 if kind == 'floats' else 12, 4 if count <= 1 << 16 else 32
   pad = lambda x: np.pad(x, (0, -count % lanes), 'edge').reshape(-1, lanes)
-  shifts = pad(0 * told if is_float else told)
+  shifts = pad(0 * told if is_pair else told)
   tables = pad(tables)
   symbols, data = read_message(data, tables, shifts, frequencies, p)
   told = pad(told).reshape(-1, 1)
   bits = symbols[:, None] - ((128 if dtype.kind == 'i' else 30) << told)
-  if is_float:
-    planes = []
+  if is_pair:
+    planes = [np.zeros((symbols.size, 2, 0), 'u1')]
     for b in [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
       size = math.ceil(symbols.size // lanes * b / 4) * lanes
       plane, data = np.unpackbits(data[:size], bitorder='little'), data[size:]
@@ -94,15 +96,19 @@ def read_block(data, tables, told, frequencies, group, dtype):
     symbols[listed] = pairs @ (1 << np.arange(10)[::-1])
     whole = listed & (symbols == 1023)
     bins = np.stack(np.divmod(symbols, 32), -1)
-    data, m = data[math.ceil(pairs.size / 8) :], finfo(dtype).nmant
+    data = data[math.ceil(pairs.size / 8) :]
+  else:
+    whole = symbols >> told[:, 0] == 255
+  if kind == 'codes':
+    bits = bins + told << r | raw
+  elif is_pair:
+    m = finfo(dtype).nmant
     bits = bins + (0 if raised else told) << m - t | raw % (1 << r - 1) << m + 1 - t - r
     if raised:  # small numbers share a step
       small = np.ldexp(bits % (1 << m) * 1.0, told - 1 + finfo(dtype).minexp - m)
       small = small.astype(dtype).view(unsigned)
       bits = np.where(bits >> m, bits + (told - 1 << m), small)
     bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
-  else:
-    whole = symbols >> told[:, 0] == 255
   bits = bits.astype(unsigned)
   bits[whole] = data.view(unsigned).reshape(-1, bits.shape[1])
   return bits[:count]
@@ -114,7 +120,7 @@ def read_group(group, tables, blocks, parts, known=None):
   take = io.BytesIO(zlib.decompress(tables, -15)).read
   numbers = lambda n: np.int64(np.frombuffer(take(n), 'u1'))
   (count,) = np.frombuffer(take(2), '<u2').tolist()
-  unit, size = (2, 32) if kind in ('floats', 'raised') else (1, 256)
+  unit, size = (2, 32) if kind in PAIRS else (1, 256)
   base = np.cumsum(np.frombuffer(take(2 if unit == 2 else 2 * count), '<i2'))
   classes = [known]
   if known is None:
@@ -134,7 +140,7 @@ def read_group(group, tables, blocks, parts, known=None):
     told = k, base[k]
   else:
     told = k % 32, k // 32 + base
-    told = told if kind == 'raised' else (k % 4, (k // 4 << 1) + base)
+    told = told if kind != 'floats' else (k % 4, (k // 4 << 1) + base)
   ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
   pieces = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])

@@ -8,6 +8,9 @@ from rotbits_jax.coding import layouts
 _MOST_BELOW = 6
 _MOST_ABOVE = 2
 
+_TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no bin
+_MOST_SHARE = 0.6  # of the most frequent bin, because pairs of it have a limit
+
 _SAMPLE = 1 << 12  # elements that tell the scale
 _CHUNK = 1 << 14  # elements that are looked at at once, so that they fit the cache
 
@@ -19,6 +22,18 @@ def runs(size: int, most: int, count: int = 32) -> list[slice]:
   length = most // count
   starts = np.linspace(0, size - length, count).astype(int).tolist()
   return [slice(start, start + length) for start in starts]
+
+
+def of_integers(numbers: np.ndarray) -> layouts.Layout:
+  """Chooses the layout of integers, `[n]`, by their range."""
+  if numbers.dtype == np.int8:
+    several = np.concatenate([numbers[run] for run in runs(numbers.size, _CHUNK)])
+    least, most = np.quantile(several, _TAILS).astype(int).tolist()
+    raw_bits = ((most - least) // layouts.BINS).bit_length()
+    counts = np.unique_counts(several >> raw_bits).counts
+    if counts.max() < _MOST_SHARE * several.size:
+      return layouts.Codes(numbers.dtype, raw_bits)
+  return layouts.Integers(numbers.dtype, 0)
 
 
 def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:

@@ -18,6 +18,9 @@ is the greatest exponent whose step they all share; that of IEEE 754 itself is 1
 above 1 magnitudes are *raised*: they count steps below f, as IEEE 754 defines subnormal
 numbers. Then the class tells f and the scale above the step, which tells the table.
 
+**Codes.** Two int8 are a unit, too, without signs: a bin has 2^r neighbouring integers,
+which r raw bits tell, and the offset is that of the bins. The class tells the table.
+
 **Integers.** A unit is a number. Its class tells its table and how many raw bits it
 has, its *shift*.
 
@@ -95,7 +98,6 @@ class Floats:
   symbol_bits: ClassVar[int] = 10
   size: ClassVar[int] = 2  # numbers of a unit
   pushes: ClassVar[int] = 1  # of a unit
-  word: ClassVar[np.dtype] = np.dtype(np.uint32)  # units are words of this dtype
 
   @property
   def type_name(self) -> str:
@@ -108,6 +110,11 @@ class Floats:
   @property
   def format(self) -> ml_dtypes.finfo:
     return FORMATS[self.dtype]
+
+  @property
+  def width(self) -> int:
+    """The bits of a number."""
+    return 8 * self.dtype.itemsize
 
   @property
   def top(self) -> int:
@@ -125,8 +132,13 @@ class Floats:
 
   @property
   def words(self) -> int:
-    """The words of a unit: one has two numbers of 16 bits, or one of 32 bits."""
-    return self.format.bits // 16
+    """The words of a unit: one has two numbers, or one of 32 bits."""
+    return max(self.width // 16, 1)
+
+  @property
+  def word(self) -> np.dtype:
+    """The dtype of these words."""
+    return np.dtype(np.uint16 if self.width == 8 else np.uint32)
 
   @property
   def pieces(self) -> tuple[tuple[int, int], ...]:
@@ -151,14 +163,14 @@ class Floats:
 
   def _packed(self, first: Any, second: Any) -> list[Any]:
     """Returns the words of a unit, given a field of each of its numbers."""
-    return [first | second << 16] if self.words == 1 else [first, second]
+    return [first | second << self.width] if self.words == 1 else [first, second]
 
   def told(self, classes: Any, base: Any) -> tuple[Any, Any]:
     """Returns what int32 classes tell: tables, and offsets or minimum exponents.
 
     `base` has the offset of class 0, or its minimum exponent.
     """
-    if self.raised:
+    if self.most_tables == LEVELS:
       return classes & 31, (classes >> 5) + base[0]
     return classes & 3, (classes >> 2 << self.top) + base[0]
 
@@ -168,15 +180,21 @@ class Floats:
 
   def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Divides bit patterns into bins, int32 of any value, and raw bits."""
-    width, low = self.format.bits, self._low
+    width, low = self.width, self._low
     number = raised(number, self.format, told, xp) if self.raised else number
     magnitude = number & number.dtype.type((1 << width - 1) - 1)
     bins = (magnitude >> low).astype(np.int32) - (0 if self.raised else told)
     tail, top = magnitude & ((1 << low) - 1), self.raw_bits - 1
     return bins, tail >> low - top | number >> width - 1 << top
 
+  def _kept(self, raw: jax.Array) -> jax.Array:
+    """Returns words that have raw bits in their places."""
+    top, ones = self.raw_bits - 1, np.uint32(self._ones)
+    tail = raw & ones * np.uint32((1 << top) - 1)
+    return (raw >> top & ones) << self.width - 1 | tail << self._low - top
+
   def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
-    """Makes the words of units, uint32, in JAX or NumPy.
+    """Makes the words of units in JAX or NumPy.
 
     Args:
       symbols: uint32, pairs of bins.
@@ -186,7 +204,7 @@ class Floats:
     """
     offset = 0 if self.raised else told.astype(np.uint32)
     bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
-    sign = np.uint32(self._ones << self.format.bits - 1)
+    sign = np.uint32(self._ones << self.width - 1)
     words = [x << self._low | y & ~sign for x, y in zip(bins, kept, strict=True)]
     if self.raised:
       lower = lambda x: lowered(x, self.format, told, xp)
@@ -218,15 +236,10 @@ class Floats:
       mask = (1 << width) - 1
       fields = self._packed(piece & mask, piece >> width & mask)
       raw = [x | y << place for x, y in zip(raw, fields, strict=True)]
-    top, ones = self.raw_bits - 1, np.uint32(self._ones)
-    kept = [
-      (x >> top & ones) << self.format.bits - 1
-      | (x & ones * np.uint32((1 << top) - 1)) << self._low - top
-      for x in raw
-    ]
+    kept = [self._kept(x) for x in raw]
     pairs = zip(kept, self.join(symbol, kept, told), strict=True)
     words = [jnp.where(is_listed, x, y) for x, y in pairs]
-    return jnp.stack(words, -1), is_listed.astype(jnp.uint8)
+    return jnp.stack(words, -1).astype(self.word), is_listed.astype(jnp.uint8)
 
   def encode_step(
     self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
@@ -238,9 +251,9 @@ class Floats:
       marks, uint16: that of a unit in a list is its symbol and `MARKED`.
     """
     table, told = self.told(classes, coder_tables.told)
-    numbers = [unit[:, 0] & 0xFFFF, unit[:, 0] >> 16]
-    if self.words == 2:
-      numbers = [unit[:, 0], unit[:, 1]]
+    numbers = [*unit.astype(jnp.uint32).T]
+    if self.words == 1:
+      numbers = [numbers[0] & ((1 << self.width) - 1), numbers[0] >> self.width]
     (first, first_raw), (second, second_raw) = (self._split(x, told) for x in numbers)
     pieces = []
     for bits, place in self.pieces:
@@ -280,6 +293,33 @@ class Floats:
     """
     pairs = tables.of_pairs(counts, self.precision)[table_of]
     return _tables(pairs, base, len(pairs), self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes(Floats):
+  """The layout of int8 in pairs."""
+
+  type_name: ClassVar[str] = 'codes'
+  precision: ClassVar[int] = 12
+  most_tables: ClassVar[int] = LEVELS
+
+  def is_valid(self) -> bool:
+    """Returns whether there is such a layout."""
+    return self.dtype == np.int8 and self.raw_bits <= 3
+
+  def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Divides integers into bins and raw bits; see `Floats`."""
+    signed = number.astype(np.uint8).view(np.int8).astype(np.int32)
+    return (signed >> self.raw_bits) - told, number & ((1 << self.raw_bits) - 1)
+
+  def _kept(self, raw: jax.Array) -> jax.Array:
+    return raw
+
+  def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
+    """Makes the words of units; see `Floats.join`."""
+    offset, mask = told.astype(np.uint32), (1 << 8 - self.raw_bits) - 1
+    bins = self._packed((symbols >> 5) + offset & mask, (symbols & 31) + offset & mask)
+    return [(bins[0] << self.raw_bits | kept[0]).astype(self.word)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,7 +432,7 @@ class Integers:
     return _tables(frequencies, told, _FEW_TABLES if few else self.most_tables, self)
 
 
-Layout = Floats | Integers
+Layout = Floats | Codes | Integers
 
 
 # ---- symbols -------------------------------------------------------------------------

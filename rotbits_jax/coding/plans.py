@@ -35,6 +35,8 @@ _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window 
 _LEAST_INTEGER = 125  # the biased exponent of 1/4, the scale of the class 0 of integers
 _SHIFTED = 3  # octaves of the mean size of signed integers that symbols tell
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
+_OCTAVE = 126  # of the scale of integers of the standard deviation 1, about
+_MOST_LOSS = 0.02  # bits
 # The share of the most frequent bin. Without a limit a pair would be too frequent.
 _MOST_SHARE = {12: 0.66, tables.PRECISION: 0.33}
 
@@ -122,17 +124,30 @@ def _divided(
       layout = floats
     if not part.numbers.size or not layout.is_valid():
       continue
+    if dtype.kind == 'i':
+      layout = formats.of_integers(part.numbers.reshape(-1))
     if dtype == np.uint8:  # each byte of an element has a class
       columns = np.arange(array.dtype.itemsize if form is None else 1, dtype=np.uint8)
       scales = contexts_lib.Scales(0, np.zeros(1, np.uint8), columns)
     else:
-      scales = scales_lib.measure(part.numbers)
+      scales = scales_lib.measure(part.numbers, layout.size)
+      if isinstance(layout, layouts.Codes) and _bin_loss(layout, scales) > _MOST_LOSS:
+        layout = layouts.Integers(dtype, 0)
+        scales = scales_lib.measure(part.numbers, layout.size)
     if layout.raised:
       scales = _above(scales, min_exponent - _BELOW, layouts.LEVELS)
     elif dtype.kind == 'i':
-      scales = _above(scales, _LEAST_INTEGER, contexts_lib.CLASSES)
+      scales = _above(scales, _LEAST_INTEGER, layout.most_tables)
     drafts.append(_Draft(part, layout, scales, min_exponent))
   return form, parts, drafts
+
+
+def _bin_loss(layout: layouts.Codes, scales: contexts_lib.Scales) -> float:
+  """Returns about the bits of a number that are lost because raw bits are noise."""
+  # A bin of the width w loses 0.06 w^2 / s^2 bits for the standard deviation s.
+  octaves = [np.asarray(x, float) / scales_lib.STEPS for x in scales]
+  base = octaves[0] - _OCTAVE - layout.raw_bits
+  return float(0.06 * np.prod([np.mean(0.25**x) for x in (base, *octaves[1:])]))
 
 
 def _above(scales: contexts_lib.Scales, octave: int, count: int) -> contexts_lib.Scales:
@@ -213,6 +228,8 @@ def _classes(
 ) -> tuple[list[contexts_lib.Scales], np.ndarray]:
   """Returns scales whose classes a byte tells, and what these count from."""
   layout, scales = drafts[0].layout, [x.scales for x in drafts]
+  if isinstance(layout, layouts.Codes):
+    return scales, np.array([-_SEEN // 2])
   if isinstance(layout, layouts.Floats) and not layout.raised:
     # A lower scale may be that of an array of zeros.
     least, most = min(x.base for x in scales), max(x.greatest for x in scales)

@@ -35,10 +35,11 @@ _SAVED = 1.3
 _BELOW, _ABOVE = 3, 8
 
 
-def measure(array: np.ndarray) -> contexts.Scales:
-  """Measures the rows of floats or integers, and then the columns of what is left."""
-  is_float = array.dtype in layouts.FORMATS
-  size = layouts.Floats.size if is_float else layouts.Integers.size
+def measure(array: np.ndarray, size: int) -> contexts.Scales:
+  """Measures the rows of floats or integers, and then the columns of what is left.
+
+  Units have `size` numbers.
+  """
   count, width = contexts.matrix_shape(array.shape)
   matrix = array.reshape(count, width)
   row_levels, rows, columns = np.zeros((3, 1))

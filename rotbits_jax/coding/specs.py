@@ -89,11 +89,14 @@ class ArraySpec(schema.Row):
     return [(self.numpy_dtype, self.shape)]
 
 
+_TYPES = 'floats', 'raised', 'codes', 'integers', 'known'
+
+
 class GroupSpec(schema.Row):
   """A group: parts of one layout. Its units lie in blocks, see `blocks.divide`."""
 
   # The type of the layout; 'known' are integers whose classes are known from elsewhere.
-  type_name: Annotated[str, schema.one_of(('floats', 'raised', 'integers', 'known'))]
+  type_name: Annotated[str, schema.one_of(_TYPES)]
   raw_bits: schema.Size  # that of the layout
   contexts: schema.Size  # number of bytes of the contexts in the stream
   blocks: tuple[schema.Size, ...]  # number of bytes of each block
@@ -108,6 +111,8 @@ class GroupSpec(schema.Row):
     layout: layouts.Layout = layouts.Integers(dtype, self.raw_bits)
     if self.type_name in ('floats', 'raised'):
       layout = layouts.Floats(dtype, self.raw_bits, self.type_name == 'raised')
+    elif self.type_name == 'codes':
+      layout = layouts.Codes(dtype, self.raw_bits)
     if not layout.is_valid():
       raise ValueError(f'parts of {dtype} have no layout {self!r:.100}')
     return layout
