@@ -51,7 +51,7 @@ def cases(data: bytes, other: bytes) -> Iterator[Case]:
   their_streams, _ = containers.unpack(other)
   for name, stream in streams.items():
     if their_streams[name] != stream:
-      # The streams of one message are read together, so that any may be named.
+      # The streams of one message are read together, so any may be named.
       named = '' if manifest.get('message') else name
       changed = streams | {name: their_streams[name]}
       yield from _exchanges(changed, manifest, name, named)

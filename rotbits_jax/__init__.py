@@ -17,7 +17,7 @@ Data flows through the modules in one direction:
     passes        transforms that leave fewer elements to store
     coding        codes arrays as bytes
     presets       combinations of transforms and a way to code
-    relative      arrays beside those of a base
+    relative      arrays relative to those of a base
     file          the encoded file
     evaluation    perplexity and KL divergence of models
 """
@@ -25,7 +25,7 @@ Data flows through the modules in one direction:
 import importlib
 from typing import Any
 
-# Names are imported when they are first used, so that `symmetries` and
+# Names are imported when they are first used, so `symmetries` and
 # `coding.bits_back` load without the rest.
 _NAMES = {
   'api': 'decode decode_checkpoint encode encode_to_file inspect load plan_shards '

@@ -75,7 +75,7 @@ def encode(
     base: a model or PyTree that differs little, such as the base of a fine-tune. Arrays
       at its paths are not stored again, and whoever decodes the file passes it, too. It
       needs the preset 'exact', which is then the default; or 'free', for a sliced model
-      beside its dense one, of which both find the subspaces that slicing kept.
+      whose base is its dense model: both sides find the subspaces that slicing kept.
   """
   return _encoder(source, base, preset, **options).in_memory(progress=progress)
 

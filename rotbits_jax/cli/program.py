@@ -142,7 +142,7 @@ def config_folder() -> pathlib.Path:
 
 
 def _keep_compiled_programs() -> None:
-  """Lets JAX keep compiled programs, so that a command starts with earlier ones'."""
+  """Lets JAX keep compiled programs, so a command starts with earlier ones'."""
   if jax.config.jax_compilation_cache_dir is None:
     with contextlib.suppress(OSError):
       files.cache_folder().mkdir(parents=True, exist_ok=True)

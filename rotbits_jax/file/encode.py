@@ -3,7 +3,7 @@
     source -> transforms of the preset -> records -> container
 
 Records are rewritten while those before them are coded. A range of records can be
-encoded without the others, so that a shard is a job of its own, see `output`.
+encoded without the others, so a shard is a job of its own, see `output`.
 """
 
 import collections

@@ -1,7 +1,7 @@
 """Shards: a model in a folder of several files, with their index.
 
 The index is a JSON file in the format of Hugging Face. It names the shard of each
-record, and holds the checksum of each shard's manifest, so that shards of different
+record, and holds the checksum of each shard's manifest, so shards of different
 runs are not taken for one model.
 """
 

@@ -59,7 +59,7 @@ class RopeScaling(schema.Object, kw_only=True):
 class ModelConfig(schema.Object, kw_only=True):
   """Sizes and switches of one dense or sliced decoder-only transformer.
 
-  A switch stands for one thing that a family does otherwise, so that another family is
+  A switch stands for one thing that a family does otherwise, so another family is
   another combination of them.
   """
 

@@ -33,7 +33,7 @@ class SegmentParameters(NamedTuple):
   def all(self) -> dict[str, Any]:
     """The parameters of this segment in the order in which they are pushed.
 
-    The kernels come last, so that rotations are sampled from their elements, as
+    The kernels come last, so rotations are sampled from their elements, as
     published. The elements of a shortcut are far greater, so a threshold would leave
     greater errors in the elements around them.
     """

@@ -34,7 +34,7 @@ class WordStack:
     return np.concatenate(popped[::-1])
 
   def push_block(self, words: np.ndarray) -> None:
-    """Pushes words and then their number, so that `pop_block` needs no argument."""
+    """Pushes words and then their number, so `pop_block` needs no argument."""
     self.push(words)
     self.push(np.array([words.size & 0xFFFF, words.size >> 16], np.uint16))
 

@@ -130,7 +130,7 @@ def round_leaf(
     is_small = moments is None and array.size < _SMALL_ARRAY
     rounded, effect = _round(
       _row(array) if is_small else array,
-      np.float32(log2_step),  # of one type, so that one program serves all
+      np.float32(log2_step),  # of one type, so one program serves all
       moments,
       outputs,
       dtype=dtype,

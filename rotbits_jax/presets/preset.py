@@ -24,7 +24,7 @@ class Preset(NamedTuple):
   # After the transforms; None if they see elements in their stored dtype and keep them.
   rounding: passes.Rounding | None = passes.NEAREST
   keeps: Keeps = 'function'
-  # Whether name and options determine everything else, so that a run can be continued.
+  # Whether name and options determine everything else, so a run can be continued.
   # If not, other transforms may change the function, so it is compared for 'function'.
   resumable: bool = False
   coder: str = 'weights'  # of records, see `file.coders`; or `paper.CODER`
@@ -103,7 +103,7 @@ def near(
   """Makes the preset for nearly the same function in far fewer bytes.
 
   It fixes every gauge as `free` does. Then it rounds the elements of each array to
-  multiples of one step, so that an element costs few bits. `presets.steps.calibrate`
+  multiples of one step, so an element costs few bits. `presets.steps.calibrate`
   finds offsets and inputs.
 
   >>> near(step=-4).keeps

@@ -102,7 +102,7 @@ class Structured(abc.ABC):
   def rounded(self, function: Callable[[Any], Any]) -> Self:
     """Applies a rounding whose step depends on the numbers, to an unstacked leaf.
 
-    A leaf whose arrays are parts of one matrix overrides it, so that they get one step.
+    A leaf whose arrays are parts of one matrix overrides it, so they get one step.
     """
     return self.map_arrays(function)
 

@@ -26,7 +26,7 @@ def bits_of(array: np.ndarray) -> np.ndarray:
 def differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns the differences of elements from known ones, both given by their bits.
 
-  Those of floats are in ULPs and count away from zero, so that a weight that decays has
+  Those of floats are in ULPs and count away from zero, so a weight that decays has
   the same ones on both sides of zero.
   """
   if dtype.kind in 'iub':

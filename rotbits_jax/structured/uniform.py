@@ -17,7 +17,7 @@ from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
 
 _CHUNK = 1 << 16  # elements that fit the cache
-_MOST_OCTAVES = 60  # of a step with lines, so that every element is a normal float32
+_MOST_OCTAVES = 60  # of a step with lines, so every element is a normal float32
 
 _exponents = functools.partial(fields.Array, dtype=np.int8, optional=True, most=64)
 
@@ -30,7 +30,7 @@ class UniformlyQuantized(base.Structured):
       element = integer * step * factor of its row * factor of its column
 
   The factor of a line is (4 + i) 2^(q - 2) for its exponent e = 4 q + i, i < 4. Every
-  product is exact in float32, so that the leaf stands for the array bit for bit.
+  product is exact in float32, so the leaf stands for the array bit for bit.
   """
 
   type_name: ClassVar[str] = 'uniformly_quantized'

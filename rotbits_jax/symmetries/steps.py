@@ -45,7 +45,7 @@ from rotbits_jax.symmetries import products
 
 _PIECE = 1 << 18  # elements that are measured together
 _BLOCK = 128  # number of rows that are updated together
-_DAMPING = 0.01  # of the mean moment, so that no pivot is close to 0
+_DAMPING = 0.01  # of the mean moment, so no pivot is close to 0
 _ROUNDS = 8  # of removing outliers
 _LEAST_COUNT = 0.01  # of the mean, because sensitivities are measured on little text
 _MOST_OCTAVES = 3  # of a line's step from that of its matrix
@@ -99,7 +99,7 @@ def typical_size(array: jax.Array) -> jax.Array:
 def _fold(
   array: jax.Array, function: Callable[[Any, jax.Array], Any], start: Any
 ) -> Any:
-  """Folds a function over magnitudes of pieces of an array, so that XLA copies none."""
+  """Folds a function over magnitudes of pieces of an array, so XLA copies none."""
   flat = array.reshape(-1)
   size = min(flat.size, _PIECE)
 
@@ -116,7 +116,7 @@ def _fold(
 def quarter_step(rms: jax.Array, log2_step: jax.Array) -> jax.Array:
   """Returns the number (4 + i) 2^(q - 2), i < 4, closest to `rms 2^log2_step`.
 
-  Its mantissa is short, so that few multiples need float32.
+  Its mantissa is short, so few multiples need float32.
   """
   target = jnp.clip(jnp.log2(rms) + log2_step, -120.0, 110.0)
   return structured.line_factors(_quarters(target))
