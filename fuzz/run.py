@@ -50,8 +50,8 @@ def _fuzz_here(name: str) -> None:
     from fuzz import targets
   warnings.simplefilter('ignore')
   target = targets.TARGETS[name]
-  targets.accept_checksums()
   inputs = list(target.seeds())
+  targets.accept_checksums()
 
   def run(data: bytes) -> None:
     with contextlib.suppress(target.expected):

@@ -22,6 +22,8 @@ from rotbits_jax import models
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import torch_zip
+from rotbits_jax.coding import specs
+from rotbits_jax.file import manifest
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
@@ -65,10 +67,9 @@ def _read_container(data: bytes) -> None:
 
 def _is_small(leaf: Any) -> bool:
   """Returns whether a leaf can be materialized here."""
-  if not structured.is_structured(leaf) or leaf.needs:
+  if not structured.is_structured(leaf) or isinstance(leaf, difference.Difference):
     return False
-  is_known = isinstance(leaf, difference.Difference)
-  return not is_known and math.prod(leaf.shape) <= _SMALL
+  return not leaf.needs and math.prod(leaf.shape) <= _SMALL
 
 
 def _read_leaf(data: bytes) -> None:
@@ -76,20 +77,20 @@ def _read_leaf(data: bytes) -> None:
   try:
     value = json.loads(data)
     settings, arrays = value['settings'], value['arrays']
-    shapes = [shape for _, shape, *_ in arrays.values()]
-    if not all(type(n) is int for shape in shapes for n in shape):
-      raise ValueError('no shapes')
-    if sum(map(math.prod, shapes)) > _SMALL or not isinstance(settings, dict):
-      raise ValueError('no leaf')
-    named = {
-      name: np.broadcast_to(np.array([*elements, 1][0], dtype), shape).copy()
-      for name, (dtype, shape, *elements) in arrays.items()
-    }
-    cls = structured.TYPES[value['type']]
+    named = {}
+    for name, (dtype, shape, *elements) in arrays.items():
+      if not all(type(n) is int for n in shape) or math.prod(shape) > _SMALL:
+        raise ValueError('no array')
+      element = np.array([*elements, 1][0], specs.DTYPES[dtype])
+      named[name] = np.broadcast_to(element, shape).copy()
+    cls, settings = structured.TYPES[value['type']], dict(settings)
   except Exception as error:  # no leaf: the manifest's own checks come before this
     raise ValueError(str(error)) from error
-  leaf = cls.from_stored(settings, named)
-  structured.stack_key(leaf)
+  try:
+    leaf = cls.from_stored(settings, named)
+    structured.stack_key(leaf)
+  except manifest.UNTRUSTED as error:  # as a reader of the manifest does
+    raise ValueError(str(error)) from error
   if _is_small(leaf):
     assert np.asarray(leaf.materialize()).shape == leaf.shape
     shapes_of = lambda stored: {name: x.shape for name, x in stored.items()}
