@@ -29,8 +29,7 @@ stack that is divided into lanes, which are coded side by side. In the order of 
     layouts      divides elements into symbols and raw bits
     blocks       codes up to 2^20 elements
     contexts     the classes of elements and the tables of arrays
-    formats      chooses the layouts of floats
-    scales       measures rows and columns
+    statistics   chooses layouts of floats, and measures rows and columns
     sparse       arrays without their zeros
     plans        chooses how each array is stored
     specs        describes a stream

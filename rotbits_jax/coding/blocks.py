@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import functools
 import itertools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,23 +45,32 @@ _APART = 96
 # Where the CPU has registers of 512 bits, they save a tenth of the time.
 _WIDE = {'xla_cpu_prefer_vector_width': 512}
 
-Span = tuple[np.ndarray, Callable[[np.ndarray], None]]
-"""Bit patterns, and a function that writes the class of each unit into an array."""
+
+class Span(NamedTuple):
+  """Units of a block that follow each other in a part."""
+
+  place: slice  # of the units in the block
+  numbers: np.ndarray  # bit patterns; one may be missing in the last unit
+  write_classes: Callable[[np.ndarray], None]  # into uint8 `[n]`
 
 
-def divide(units: Sequence[int]) -> list[list[tuple[int, int, int]]]:
-  """Divides parts of so many units into few blocks of similar sizes.
+Part = tuple[np.ndarray, Callable[..., None]]
+"""Bit patterns; and a function that writes the classes of units, from unit `start`."""
 
-  A block is a list of the parts, the first units and the numbers of units that it has.
-  """
-  ends = np.cumsum(units).tolist()
-  size = -(-ends[-1] // -(-ends[-1] // CAPACITY))
-  blocks: list[list[tuple[int, int, int]]] = [[] for _ in range(0, ends[-1], size)]
-  cuts = sorted({*ends, *range(0, ends[-1], size)})
-  for start, end in itertools.pairwise(cuts):
-    part = bisect.bisect(ends, start)
-    first = start - ends[part] + units[part]
-    blocks[start // size].append((part, first, end - start))
+
+def divide(parts: Sequence[Part], size: int) -> list[list[Span]]:
+  """Divides units of so many numbers into few blocks of similar sizes."""
+  counts = [-(-numbers.size // size) for numbers, _ in parts]
+  ends = np.cumsum(counts).tolist()
+  length = -(-ends[-1] // -(-ends[-1] // CAPACITY))
+  starts = range(0, ends[-1], length)
+  blocks: list[list[Span]] = [[] for _ in starts]
+  for start, end in itertools.pairwise(sorted({*ends, *starts})):
+    part, block = bisect.bisect(ends, start), start // length
+    first, (numbers, write) = start - ends[part] + counts[part], parts[part]
+    numbers = numbers[first * size : (first + end - start) * size]
+    place = slice(start - block * length, end - block * length)
+    blocks[block].append(Span(place, numbers, functools.partial(write, start=first)))
   return blocks
 
 
@@ -87,20 +96,13 @@ def _plane(width: int, lanes: int) -> tuple[tuple[int, ...], np.dtype]:
   return (_plane_rows(width, ROWS), lanes), dtype
 
 
-def _ends(spans: Sequence[Span], size: int) -> list[int]:
-  """Returns the ends of spans, in units of so many numbers, behind a 0."""
-  counts = (-(-numbers.size // size) for numbers, _ in spans)
-  return [*itertools.accumulate(counts, initial=0)]
-
-
-def _classes(spans: Sequence[Span], ends: Sequence[int]) -> np.ndarray:
+def _classes(spans: Sequence[Span], count: int) -> np.ndarray:
   """Returns the classes of the units of a block: uint8 `[ROWS, L]`."""
-  count = ends[-1]
   rows, lanes = _grid(count)
   classes = _scratch('classes', (ROWS, lanes), np.uint8)
   flat = classes.reshape(-1)
-  for (_, fill), (start, end) in zip(spans, itertools.pairwise(ends), strict=True):
-    fill(flat[start:end])
+  for span in spans:
+    span.write_classes(flat[span.place])
   flat[count : rows * lanes] = flat[count - 1]
   return classes
 
@@ -108,29 +110,25 @@ def _classes(spans: Sequence[Span], ends: Sequence[int]) -> np.ndarray:
 def encode(
   spans: Sequence[Span], layout: layouts.Layout, coder_tables: layouts.Tables
 ) -> np.ndarray:
-  """Encodes a block on this thread, and returns its bytes, uint8.
+  """Encodes a block, 1 to `CAPACITY` units, on this thread; returns its bytes, uint8.
 
-  Args:
-    spans: runs of numbers, 1 to `CAPACITY` units in all. If the last unit of one lacks
-      a number, it has its first one twice.
-    layout: layout of the numbers.
-    coder_tables: the tables.
+  A unit that lacks a number has its first one twice.
   """
-  ends = _ends(spans, layout.size)
-  count = ends[-1]
+  count = spans[-1].place.stop
   rows, lanes = _grid(count)
   values = _scratch('units', (ROWS, lanes, layout.words), layout.word)
   units = values.reshape(-1, layout.words)
-  for (numbers, _), (start, end) in zip(spans, itertools.pairwise(ends), strict=True):
-    flat = units[start:end].reshape(-1).view(numbers.dtype)
-    flat[: numbers.size], flat[numbers.size :] = numbers, numbers[-1]
+  for span in spans:
+    flat = units[span.place].reshape(-1).view(span.numbers.dtype)
+    flat[: span.numbers.size] = span.numbers
+    flat[span.numbers.size :] = span.numbers[-1]
   units[count : rows * lanes] = units[count - 1]
   stack = ROWS * layout.pushes + _APART
   shapes: list[tuple[int, ...]] = [(lanes * stack,), (ROWS, lanes)]
   outputs = [(shape, np.dtype(np.uint16)) for shape in shapes]
   outputs += [_plane(width, lanes) for width, _ in layout.pieces]
   out = tuple(_taken(f'out {i}', *x) for i, x in enumerate(outputs))
-  arguments = values, _classes(spans, ends), coder_tables, np.int32(rows)
+  arguments = values, _classes(spans, count), coder_tables, np.int32(rows)
   state, lengths, out = _encode(out, *arguments, layout=layout)
   words, marks, *planes = map(np.asarray, out)
   lengths = np.asarray(lengths).astype(np.int64)
@@ -158,8 +156,7 @@ def decode(
 
   If the bytes are not a block of as many numbers, a ValueError is raised.
   """
-  ends = _ends(spans, layout.size)
-  count = ends[-1]
+  count = spans[-1].place.stop
   rows, lanes = _grid(count)
   state, lengths, left = rans.split_words(data[: data.size & ~1].view('<u2'), lanes)
   most, total = rows * layout.pushes, int(lengths.sum())
@@ -178,7 +175,7 @@ def decode(
       raise ValueError(f'a block of {data.size} bytes has too few raw bits')
     used[:], lists = lists[: used.size], lists[used.size :]
     planes.append(plane)
-  classes = _classes(spans, ends)
+  classes = _classes(spans, count)
   outputs = [
     ('units', (ROWS, lanes, layout.words), layout.word),
     ('marks', (ROWS, lanes), np.dtype(np.uint8)),
@@ -186,18 +183,17 @@ def decode(
   out = tuple(_taken(*x) for x in outputs)
   arguments = state, tops, words, classes, tuple(planes), coder_tables, np.int32(rows)
   state, bottoms, out = _decode(out, *arguments, layout=layout)
-  if np.any(np.asarray(state) != 1 << 16) or np.any(
-    np.asarray(bottoms) != tops - lengths
-  ):
+  is_end = (np.asarray(state) == 1 << 16) & (np.asarray(bottoms) == tops - lengths)
+  if not is_end.all():
     raise rans.MessageError('a block has more or fewer words than its units need')
   units = np.asarray(out[0]).reshape(-1, layout.words)
   escaped = _nonzero(np.asarray(out[1]), rows * lanes)
   few_classes = classes.reshape(-1)[escaped].astype(np.int32)
   listed = layout.listed(lists, units[escaped], few_classes, coder_tables.told)
-  for (numbers, _), (start, end) in zip(spans, itertools.pairwise(ends), strict=True):
-    numbers[...] = units[start:end].reshape(-1).view(numbers.dtype)[: numbers.size]
-    few = slice(*np.searchsorted(escaped, [start, end]))
-    indices = (escaped[few, None] - start) * layout.size + np.arange(layout.size)
+  for place, numbers, _ in spans:
+    numbers[...] = units[place].reshape(-1).view(numbers.dtype)[: numbers.size]
+    few = slice(*np.searchsorted(escaped, [place.start, place.stop]))
+    indices = (escaped[few, None] - place.start) * layout.size + np.arange(layout.size)
     is_used = indices.reshape(-1) < numbers.size
     values = listed[few].reshape(-1).view(numbers.dtype)
     numbers[indices.reshape(-1)[is_used]] = values[is_used]

@@ -88,7 +88,7 @@ def uniform(sizes: jax.Array, dtype: DTypeLike = jnp.uint32) -> Codec:
     start = (symbol << _SLOT_BITS) // size
     return jnp.where(symbol == size, jnp.uint32(1 << _SLOT_BITS), start)
 
-  def interval(symbol: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def interval(symbol: jax.Array, size: jax.Array) -> rans.Pair:
     start = start_of(symbol, size)
     return start, start_of(symbol + 1, size) - start
 
@@ -108,7 +108,6 @@ def categorical(
   """Returns the codec of symbols from a small alphabet, each under one of K tables.
 
   `pop` searches the tables by bisection, so it needs no list of slots for each table.
-  For few tables and many symbols `coding.blocks` is faster.
 
   Args:
     contexts: unsigned integers, the index of each symbol's table. A symbol of the index
@@ -130,7 +129,7 @@ def categorical(
   starts = jnp.asarray(starts.reshape(-1))
   take = lambda index: starts.at[index].get(mode='promise_in_bounds')
 
-  def interval(symbol: jax.Array, context: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def interval(symbol: jax.Array, context: jax.Array) -> rans.Pair:
     index = context * width + symbol
     start = take(index)
     return start, take(index + 1) - start
@@ -148,7 +147,7 @@ def categorical(
 def _dealt(
   contexts: jax.Array,
   void: int,
-  interval: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+  interval: Callable[[jax.Array, jax.Array], rans.Pair],
   owner: Callable[[jax.Array, jax.Array], jax.Array],
   precision: int,
   dtype: DTypeLike,

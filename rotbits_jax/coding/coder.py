@@ -30,8 +30,6 @@ from rotbits_jax.coding import specs
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
-_Job = Callable[[], None]
-
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
 
 
@@ -58,28 +56,27 @@ def encode(
     ValueError: if a dtype cannot be stored.
   """
   plan = plans.make(arrays, known)
-  jobs = []
-  for group in plan.groups:
-    several = _blocks(group.layout, group.contexts, [x.numbers for x in group.parts])
-    jobs.append([functools.partial(blocks.encode, *block) for block in several])
+  jobs = [
+    [functools.partial(blocks.encode, *x) for x in _blocks(*group[:2], group.numbers)]
+    for group in plan.groups
+  ]
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
-  heads, bodies, groups = [], [], []
-  indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
-  for i, (group, group_jobs) in enumerate(zip(plan.groups, jobs, strict=True)):
-    indices |= {x[:2]: i for x in group.parts}
-    heads.append(contexts_lib.to_bytes(group.contexts))
-    group_blocks = [*itertools.islice(coded, len(group_jobs))]
-    bodies += group_blocks
-    layout, is_known = group.layout, group.contexts.is_known
-    groups.append(
-      specs.GroupSpec(
-        type_name='known' if is_known else layout.type_name,
-        raw_bits=layout.raw_bits,
-        contexts=len(heads[-1]),
-        blocks=tuple(x.size for x in group_blocks),
-      )
+  heads = [contexts_lib.to_bytes(group.contexts) for group in plan.groups]
+  bodies = [[next(coded) for _ in several] for several in jobs]
+  groups = tuple(
+    specs.GroupSpec(
+      type_name='known' if group.contexts.is_known else group.layout.type_name,
+      raw_bits=group.layout.raw_bits,
+      contexts=len(head),
+      blocks=tuple(x.size for x in body),
     )
+    for group, head, body in zip(plan.groups, heads, bodies, strict=True)
+  )
+  # The group of each part, and None for a part that is stored as it is.
+  indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
+  for i, group in enumerate(plan.groups):
+    indices |= {x[:2]: i for x in group.parts}
   entries = tuple(
     specs.ArraySpec(
       dtype=array.dtype.name,
@@ -92,10 +89,11 @@ def encode(
       zip(plan.arrays, checksums, plan.zeros, strict=True)
     )
   )
-  spec = specs.StreamSpec(arrays=entries, groups=tuple(groups))
-  stream = [np.frombuffer(b''.join(heads), np.uint8), *bodies]
+  stream = [np.frombuffer(b''.join(heads), np.uint8), *itertools.chain(*bodies)]
   stream += [x.numbers.reshape(-1).view(np.uint8) for x in plan.plain]
-  return Encoded(spec, np.concatenate(stream))
+  return Encoded(
+    specs.StreamSpec(arrays=entries, groups=groups), np.concatenate(stream)
+  )
 
 
 def estimate(
@@ -142,38 +140,34 @@ def decode(
   parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   ends = np.cumsum(sizes).tolist()
   pieces = iter(stream[end - n : end] for end, n in zip(ends, sizes, strict=True))
-  *members, plain = spec.members
   heads = [next(pieces).tobytes() for _ in spec.groups]
   bodies = [[next(pieces) for _ in group.blocks] for group in spec.groups]
-  groups_known = {
-    members[i][0].array: i for i, group in enumerate(spec.groups) if group.is_known
-  }
-  if groups_known.keys() != known.keys():
-    raise ValueError(f'the arrays {[*groups_known]} have known classes, got {[*known]}')
+  *members, plain = (
+    [(x.array, parts[x.array][x.part]) for x in several] for several in spec.members
+  )
+  pool.each(np.copyto, (x.reshape(-1).view(np.uint8) for _, x in plain), pieces)
+  is_known = [group.is_known for group in spec.groups]
+  late = [members[i][0][0] for i, x in enumerate(is_known) if x]
+  if {*late} != known.keys():
+    raise ValueError(f'the arrays {late} have known classes, got {[*known]}')
 
-  def jobs_of(i: int, classes: np.ndarray | None = None) -> Iterator[_Job]:
-    layout = spec.groups[i].layout(members[i][0].dtype)
-    shapes = [x.shape for x in members[i]] if classes is None else []
-    outputs = [parts[x.array][x.part] for x in members[i]]
-    known = None if classes is None else contexts_lib.known_scales(classes)
-    if known:
+  def decode_group(i: int) -> None:
+    outputs, scales = [x for _, x in members[i]], None
+    layout = spec.groups[i].layout(outputs[0].dtype)
+    if is_known[i]:
+      scales = contexts_lib.known_scales(known[members[i][0][0]]())
       outputs = [x.reshape(-1, 1) for x in outputs]
-    contexts = contexts_lib.from_bytes(heads[i], layout, shapes, known)
+    shapes = [x.shape for x in outputs]
+    contexts = contexts_lib.from_bytes(heads[i], layout, shapes, scales)
     several = zip(bodies[i], _blocks(layout, contexts, outputs), strict=True)
-    return (functools.partial(blocks.decode, data, *block) for data, block in several)
+    pool.run(functools.partial(blocks.decode, data, *block) for data, block in several)
 
-  def finish(indices: Sequence[int]) -> None:
-    pool.each(lambda i: _finish(i, spec.arrays[i], arrays[i], parts[i]), indices)
-
-  outputs = [parts[x.array][x.part].reshape(-1).view(np.uint8) for x in plain]
-  pool.each(np.copyto, outputs, pieces)
-  for i, group in enumerate(spec.groups):
-    if not group.is_known:
-      pool.run(jobs_of(i))
-  finish([i for i in range(len(arrays)) if i not in groups_known])
-  for i, place in groups_known.items():
-    pool.run(jobs_of(place, known[i]()))
-  finish([*groups_known])
+  for is_late in (False, True):
+    for i in range(len(members)):
+      if is_known[i] == is_late:
+        decode_group(i)
+    ready = [i for i in range(len(arrays)) if (i in late) == is_late]
+    pool.each(lambda i: _finish(i, spec.arrays[i], arrays[i], parts[i]), ready)
   return arrays
 
 
@@ -186,17 +180,11 @@ def _blocks(
   arrays: Sequence[np.ndarray],
 ) -> Iterator[tuple[list[blocks.Span], layouts.Layout, layouts.Tables]]:
   """Yields the arguments of `blocks.encode` for each block of contiguous parts."""
-  tables, size = layout.tables(*contexts[1:4]), layout.size
-  parts = []
+  tables, parts = layout.tables(*contexts[1:4]), list[blocks.Part]()
   for array, scales in zip(arrays, contexts.scales, strict=True):
-    write = functools.partial(scales.write, shape=array.shape, size=size)
+    write = functools.partial(scales.write, shape=array.shape, size=layout.size)
     parts.append((sparse.bit_patterns(array), write))
-  for block in blocks.divide([-(-bits.size // size) for bits, _ in parts]):
-    spans: list[blocks.Span] = []
-    for part, start, count in block:
-      bits, write = parts[part]
-      numbers = bits[start * size : (start + count) * size]
-      spans.append((numbers, functools.partial(write, start=start)))
+  for spans in blocks.divide(parts, layout.size):
     yield spans, layout, tables
 
 

@@ -122,9 +122,10 @@ def from_bytes(
   Args:
     data: the bytes.
     layout: the layout.
-    shapes: the shapes of the M arrays; none if their classes are known.
+    shapes: the shapes of the M arrays.
     known: the scales of known classes.
   """
+  shapes = [] if known else shapes
   lengths = [line_sizes(shape, layout.size) for shape in shapes]
   most = 4 + sum(2 + sum(x) for x in lengths)
   most += layout.most_tables * (3 + 2 * layout.alphabet)

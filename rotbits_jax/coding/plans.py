@@ -15,12 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rotbits_jax.coding import contexts as contexts_lib
-from rotbits_jax.coding import formats
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
-from rotbits_jax.coding import scales as scales_lib
 from rotbits_jax.coding import sparse
 from rotbits_jax.coding import specs
+from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
 from rotbits_jax.system import host
 
@@ -57,6 +56,10 @@ class Group(NamedTuple):
   parts: list[Part]
   nbytes: list[float]  # about how many bytes each part takes
 
+  @property
+  def numbers(self) -> list[np.ndarray]:
+    return [x.numbers for x in self.parts]
+
 
 class Plan(NamedTuple):
   """How the arrays of a record are stored."""
@@ -72,7 +75,7 @@ class _Draft(NamedTuple):
 
   part: Part
   layout: layouts.Layout
-  scales: contexts_lib.Scales  # their base may be any integer, unless classes are known
+  lines: statistics.Lines
   min_exponent: int = 0  # of floats that share a step
 
 
@@ -97,8 +100,9 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
   for i, classes in known.items():
     part = Part(i, 0, whole[i].reshape(-1, 1))
     layout = layouts.Integers(part.numbers.dtype, 0)
-    group = _group([_Draft(part, layout, contexts_lib.known_scales(classes))])
-    groups.append(group._replace(contexts=group.contexts._replace(is_known=True)))
+    lines = np.zeros(1, int), np.zeros(1, int)
+    scales = contexts_lib.known_scales(classes)
+    groups.append(_group([_Draft(part, layout, lines)], scales))
   coded = {x[:2] for group in groups for x in group.parts}
   plain = [x for _, parts, _ in divided for x in parts if x[:2] not in coded]
   return Plan(whole, [form for form, *_ in divided], groups, plain)
@@ -111,7 +115,7 @@ def _divided(
   form, numbers, floats, min_exponent = None, [array], None, 0
   if array.size and array.dtype in layouts.FORMATS:
     bits = sparse.bit_patterns(array)
-    floats, min_exponent = formats.of_floats(bits, array.dtype)
+    floats, min_exponent = statistics.of_floats(bits, array.dtype)
     form, numbers = sparse.without_zeros(array, floats.raised) or (None, numbers)
   elif specs.is_of_bytes(array.dtype):
     shape = *array.shape, array.dtype.itemsize
@@ -125,35 +129,24 @@ def _divided(
     if not part.numbers.size or not layout.is_valid():
       continue
     if dtype.kind == 'i':
-      layout = formats.of_integers(part.numbers.reshape(-1))
+      layout = statistics.of_integers(part.numbers.reshape(-1))
     if dtype == np.uint8:  # each byte of an element has a class
-      columns = np.arange(array.dtype.itemsize if form is None else 1, dtype=np.uint8)
-      scales = contexts_lib.Scales(0, np.zeros(1, np.uint8), columns)
+      lines = np.zeros(1, int), np.arange(array.dtype.itemsize if form is None else 1)
     else:
-      scales = scales_lib.measure(part.numbers, layout.size)
-      if isinstance(layout, layouts.Codes) and _bin_loss(layout, scales) > _MOST_LOSS:
+      lines = statistics.measure(part.numbers, layout.size)
+      if isinstance(layout, layouts.Codes) and _bin_loss(layout, lines) > _MOST_LOSS:
         layout = layouts.Integers(dtype, 0)
-        scales = scales_lib.measure(part.numbers, layout.size)
-    if layout.raised:
-      scales = _above(scales, min_exponent - _BELOW, layouts.LEVELS)
-    elif dtype.kind == 'i':
-      scales = _above(scales, _LEAST_INTEGER, layout.most_tables)
-    drafts.append(_Draft(part, layout, scales, min_exponent))
+        lines = statistics.measure(part.numbers, layout.size)
+    drafts.append(_Draft(part, layout, lines, min_exponent))
   return form, parts, drafts
 
 
-def _bin_loss(layout: layouts.Codes, scales: contexts_lib.Scales) -> float:
+def _bin_loss(layout: layouts.Codes, lines: statistics.Lines) -> float:
   """Returns about the bits of a number that are lost because raw bits are noise."""
   # A bin of the width w loses 0.06 w^2 / s^2 bits for the standard deviation s.
-  octaves = [np.asarray(x, float) / scales_lib.STEPS for x in scales]
-  base = octaves[0] - _OCTAVE - layout.raw_bits
-  return float(0.06 * np.prod([np.mean(0.25**x) for x in (base, *octaves[1:])]))
-
-
-def _above(scales: contexts_lib.Scales, octave: int, count: int) -> contexts_lib.Scales:
-  """Returns scales counted from an octave, in so many classes."""
-  base = scales.base - scales_lib.STEPS * octave
-  return scales_lib.within(scales._replace(base=base), 0, count - 1)
+  rows, columns = (x / statistics.STEPS for x in lines)
+  rows = rows - _OCTAVE - layout.raw_bits
+  return float(0.06 * np.mean(0.25**rows) * np.mean(0.25**columns))
 
 
 def _by_layout(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
@@ -183,10 +176,10 @@ def _smaller(group: Group) -> Group | None:
 # ---- classes and tables --------------------------------------------------------------
 
 
-def _group(drafts: list[_Draft]) -> Group:
+def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Group:
   """Chooses the classes and the tables of parts of one layout by samples of them."""
   layout = drafts[0].layout
-  scales, base = _classes(drafts)
+  scales, base = _classes(drafts) if known is None else ([known], np.zeros(1, int))
   count, seen, told = layout.most_tables, layout.alphabet, base
   if isinstance(layout, layouts.Floats):
     most = max(_FLOATS // len(drafts), _LEAST_SAMPLE)
@@ -219,7 +212,9 @@ def _group(drafts: list[_Draft]) -> Group:
     escaped = sample.units.size * sample.weight - coded.sum()
     cost = share * ((coded * bits).sum() + max(escaped, 0) * escape)
     nbytes.append(float(cost + numbers * raw_bits) / 8 + 2)
-  contexts = contexts_lib.Contexts(tuple(scales), base + first, table_of, frequencies)
+  contexts = contexts_lib.Contexts(
+    tuple(scales), base + first, table_of, frequencies, known is not None
+  )
   return Group(layout, contexts, [x.part for x in drafts], nbytes)
 
 
@@ -227,24 +222,30 @@ def _classes(
   drafts: Sequence[_Draft],
 ) -> tuple[list[contexts_lib.Scales], np.ndarray]:
   """Returns scales whose classes a byte tells, and what these count from."""
-  layout, scales = drafts[0].layout, [x.scales for x in drafts]
+  layout, classes = drafts[0].layout, contexts_lib.CLASSES
+  if layout.raised:
+    start, scales = min(x.min_exponent for x in drafts), []
+    for draft in drafts:
+      octave, exponent = draft.min_exponent - _BELOW, draft.min_exponent - start
+      several = statistics.within(draft.lines, octave, layouts.LEVELS)
+      scales.append(several._replace(base=several.base + layouts.LEVELS * exponent))
+    return scales, np.array([start])
+  if isinstance(layout, layouts.Floats) and layout.dtype in layouts.FORMATS:
+    least = min(int(rows.min() + columns.min()) for _, _, (rows, columns), _ in drafts)
+    most = max(int(rows.max() + columns.max()) for _, _, (rows, columns), _ in drafts)
+    # A lower scale may be that of an array of zeros.
+    octave = max(least // statistics.STEPS, most // statistics.STEPS - _OCTAVES)
+    scales = [statistics.within(x.lines, octave, classes) for x in drafts]
+    return scales, np.array([(octave << layout.top) - _BINS_BELOW])
+  octave = 0 if layout.dtype == np.uint8 else _LEAST_INTEGER
+  scales = [statistics.within(x.lines, octave, layout.most_tables) for x in drafts]
   if isinstance(layout, layouts.Codes):
     return scales, np.array([-_SEEN // 2])
-  if isinstance(layout, layouts.Floats) and not layout.raised:
-    # A lower scale may be that of an array of zeros.
-    least, most = min(x.base for x in scales), max(x.greatest for x in scales)
-    octave = max(least // scales_lib.STEPS, most // scales_lib.STEPS - _OCTAVES)
-    scales = [_above(x, octave, contexts_lib.CLASSES) for x in scales]
-    return scales, np.array([(octave << layout.top) - _BINS_BELOW])
-  start, bases = min(x.min_exponent for x in drafts), [x.base for x in scales]
-  if layout.raised:
-    bases = [x.scales.base + layouts.LEVELS * (x.min_exponent - start) for x in drafts]
-  elif layout.dtype == np.uint8:  # the classes of the parts follow each other
+  if layout.dtype == np.uint8:  # the classes of the parts follow each other
     counts = np.array([x.greatest + 1 for x in scales])
-    starts = np.minimum(np.cumsum(counts), contexts_lib.CLASSES) - counts
-    bases = starts.tolist()
-  scales = [x._replace(base=y) for x, y in zip(scales, bases, strict=True)]
-  return scales, np.array([start])
+    starts = np.minimum(np.cumsum(counts), classes) - counts
+    scales = [x._replace(base=y) for x, y in zip(scales, starts.tolist(), strict=True)]
+  return scales, np.zeros(1, int)
 
 
 def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
@@ -256,7 +257,7 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   # A last number without a pair is left out.
   flat = flat[: flat.size // size * size] if flat.size >= size else flat.repeat(size)
   units = flat.reshape(-1, size)
-  runs = formats.runs(len(units), most)
+  runs = statistics.runs(len(units), most)
   classes = np.empty((len(runs), runs[0].stop), np.uint8)
   for row, run in zip(classes, runs, strict=True):
     scales.write(row, run.start, numbers.shape, size)
@@ -279,7 +280,7 @@ def _shifts(
   means = np.bincount(classes, sizes, count) / np.maximum(counts, 1)
   means = np.log2(np.maximum(means, 1 / 64))
   # Four classes are an octave, about. A few great integers must not tell more.
-  octaves = np.arange(count) / scales_lib.STEPS
+  octaves = np.arange(count) / statistics.STEPS
   weights = np.where(means > 2, counts, 1e-9)  # small integers are rounded
   octaves += np.average(means - octaves, weights=weights)
   means = np.where(counts, np.clip(means, octaves - 3, octaves + 3), octaves)

@@ -27,13 +27,15 @@ References:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.system import native
+
+Pair = tuple[jax.Array, jax.Array]
 
 
 class Message(NamedTuple):
@@ -66,11 +68,10 @@ def push_step(
     start: uint32 `[N]`, the start of each symbol's interval.
     frequency: uint32 `[N]`, the length of each interval, at least 1. A frequency of
       2^precision with start 0 does not change the lane.
-    precision: the intervals divide [0, 2^precision); from 10 to 16.
+    precision: from 10 to 16.
 
-  Returns:
-    The new states, uint32 `[N]`; the low words of the old states, uint16 `[N]`; and
-    whether each low word moves to its stack, bool `[N]`.
+  Returns the new states, uint32; the low words of the old states, uint16; and whether
+  each low word moves to its stack, bool.
   """
   word = state.astype(jnp.uint16)
   moved = (state >> 16) >= (frequency << (16 - precision))
@@ -85,7 +86,7 @@ def pop_step(
   start: jax.Array,
   frequency: jax.Array,
   precision: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> Pair:
   """Pops a symbol from each state: the inverse of `push_step`.
 
   `word`, uint16 `[N]`, is on top of each stack, and the interval is that which contains
@@ -101,7 +102,7 @@ def slot(state: jax.Array, precision: int) -> jax.Array:
   return state & jnp.uint32((1 << precision) - 1)
 
 
-def _divmod(dividend: jax.Array, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _divmod(dividend: jax.Array, divisor: jax.Array) -> Pair:
   """Computes the exact `divmod` of uint32 for quotients below 2^22, divisors to 2^16.
 
   A float32 quotient below 2^22 is wrong by at most one, however the device rounds. The
@@ -159,19 +160,16 @@ def push_all(
   if not count:  # XLA aborts at a native function without elements
     return message
 
-  def loop(
-    state: jax.Array, starts: jax.Array, frequencies: jax.Array
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    def step(
-      state: jax.Array, interval: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  def loop(state: jax.Array, intervals: Pair) -> tuple[jax.Array, Pair]:
+    def step(state: jax.Array, interval: Pair) -> tuple[jax.Array, Pair]:
       state, word, moved = push_step(state, *interval, precision)
       return state, (word, moved)
 
-    return jax.lax.scan(step, state, (starts[::-1], frequencies[::-1]))
+    return jax.lax.scan(step, state, intervals, reverse=True)
 
-  state, (words, moved) = native.loop(loop)(message.state, starts, frequencies)
+  state, (words, moved) = native.loop(loop)(message.state, (starts, frequencies))
   stacks = jnp.pad(message.words, ((0, 0), (0, count)))
+  words, moved = words[::-1], moved[::-1]  # in the order of pushes
   sizes = message.size[None] + jnp.cumsum(moved, axis=0, dtype=jnp.int32)
   # A word that does not move is put beyond the stack, and dropped.
   place = jnp.where(moved, sizes - 1, stacks.shape[1])
@@ -184,33 +182,23 @@ def pop_all(
   message: Message,
   contexts: jax.Array,
   owner: Callable[[jax.Array, jax.Array], jax.Array],
-  interval: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+  interval: Callable[[jax.Array, jax.Array], Pair],
   precision: int,
 ) -> tuple[Message, jax.Array]:
-  """Pops T symbols from each lane: the inverse of `push_all`.
+  """Pops T symbols from each lane, `[T, N]`: the inverse of `push_all`.
 
-  Args:
-    message: the message.
-    contexts: `[T, N]`, operands of the functions, such as the table of each symbol.
-    owner: takes slots and contexts `[N]`; returns the symbols that own the slots.
-    interval: takes symbols and contexts `[N]`; returns the starts and the frequencies.
-    precision: as in `push_step`.
-
-  Returns:
-    The message without the symbols, and the symbols, `[T, N]`.
+  `owner` takes slots and a row of contexts, such as the tables of the symbols, and
+  returns the symbols that own the slots. `interval` takes symbols and such a row, and
+  returns the starts and the frequencies.
   """
   room = message.words.shape[1]
   if not len(contexts):
     return message, contexts
 
-  def loop(
-    state: jax.Array, size: jax.Array, words: jax.Array, contexts: jax.Array
-  ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    first = jnp.arange(size.size, dtype=jnp.int32) * room
+  def loop(carry: Pair, words: jax.Array, contexts: jax.Array) -> Any:
+    first = jnp.arange(message.lanes, dtype=jnp.int32) * room
 
-    def step(
-      carry: tuple[jax.Array, jax.Array], context: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def step(carry: Pair, context: jax.Array) -> tuple[Pair, jax.Array]:
       state, size = carry
       symbol = owner(slot(state, precision), context)
       # If a stack is empty, any word is taken, and the message has run dry.
@@ -219,11 +207,11 @@ def pop_all(
       state, taken = pop_step(state, word, *interval(symbol, context), precision)
       return (state, size - taken.astype(jnp.int32)), symbol
 
-    return jax.lax.scan(step, (state, size), contexts)
+    return jax.lax.scan(step, carry, contexts)
 
-  (state, size), symbols = native.loop(loop)(
-    message.state, message.size, message.words.reshape(-1), contexts
-  )
+  carry = message.state, message.size
+  carry, symbols = native.loop(loop)(carry, message.words.reshape(-1), contexts)
+  state, size = carry
   lowest = jnp.minimum(message.lowest, size)
   return Message(state, message.words, size, lowest), symbols
 
@@ -286,15 +274,10 @@ def join_words(state: np.ndarray, size: np.ndarray, stacks: np.ndarray) -> np.nd
 def split_words(
   words: np.ndarray, lanes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Finds the parts of a serialised message in its words, see docs/format.md.
+  """Finds the parts of a serialised message in its words, uint16.
 
-  Args:
-    words: uint16.
-    lanes: N.
-
-  Returns:
-    The states, uint32 `[N]`; the sizes, int64 `[N]`; and the other words, which begin
-    with the stacks.
+  Returns the states, uint32 `[N]`; the sizes, int64 `[N]`; and the other words, which
+  begin with the stacks.
   """
   start = 2 + 3 * lanes  # where the stacks begin
   if words.size < start or not words[2 + lanes : 2 + 2 * lanes].all():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rotbits_jax.coding import contexts
-from rotbits_jax.coding import formats
+from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
 from rotbits_jax.system import schema
 
@@ -76,7 +76,7 @@ def without_zeros(
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
   magnitude = bits.dtype.type((1 << 8 * array.itemsize - 1) - 1)
   flat = bits.reshape(-1)
-  sample = np.concatenate([flat[run] for run in formats.runs(flat.size, _SAMPLE)])
+  sample = np.concatenate([flat[run] for run in statistics.runs(flat.size, _SAMPLE)])
   share = 1 - np.count_nonzero(sample & magnitude) / sample.size
   if share <= (_LEAST_ROUNDED if is_rounded else _LEAST):
     return None

@@ -1,0 +1,200 @@
+"""What the elements of an array tell: the layout of floats, and scales.
+
+The *level* of numbers is the mean logarithm of their magnitudes, in octaves. The bits
+of a float are a good approximation of it, biased as its exponent is. The level of a
+column is that of its elements divided by the scales of their rows. Rows and columns are
+measured by a part of their elements. Only the size of a file depends on what is chosen
+here.
+
+Shape letters: R rows, C columns.
+"""
+
+import numpy as np
+
+from rotbits_jax.coding import contexts
+from rotbits_jax.coding import layouts
+from rotbits_jax.coding import tables
+
+STEPS = 4
+"""The number of classes for a factor of 2."""
+
+_LEAST_LINE = 16  # elements of a row or column that has a scale
+_COLUMNS, _RUNS = 1 << 8, 4  # by which rows are measured, in so many runs
+_ROWS = 1 << 8  # by which columns are measured
+_CHUNK = 1 << 17  # elements that are looked at at once, so that they fit the cache
+
+Lines = tuple[np.ndarray, np.ndarray]
+"""The scales of rows and of columns, or one for all: integers of any size."""
+
+# If the scales of normal numbers vary so little that the logarithms of all vary by q
+# times as much, a table for each scale saves 1.3 / q bits.
+_SAVED = 1.3
+
+# Logarithms are limited to this many octaves around the median. The lower ones tell
+# little of the scale, and much of chance.
+_BELOW, _ABOVE = 3, 8
+
+# A minimum exponent that is further below the scale saves less than 0.03 bits.
+_MOST_BELOW = 6
+_MOST_ABOVE = 2
+
+_TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no bin
+_MOST_SHARE = 0.6  # of the most frequent bin, because pairs of it have a limit
+
+_SAMPLE = 1 << 12  # elements that tell the scale
+_FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the cache
+
+
+def runs(size: int, most: int, count: int = 32) -> list[slice]:
+  """Returns the places of a sample: all elements, or runs that have about `most`."""
+  if size <= most:
+    return [slice(0, size)]
+  length = most // count
+  starts = np.linspace(0, size - length, count).astype(int).tolist()
+  return [slice(start, start + length) for start in starts]
+
+
+def of_integers(numbers: np.ndarray) -> layouts.Layout:
+  """Chooses the layout of integers, `[n]`, by their range."""
+  if numbers.dtype == np.int8:
+    several = np.concatenate([numbers[run] for run in runs(numbers.size, _FLOATS)])
+    least, most = np.quantile(several, _TAILS).astype(int).tolist()
+    raw_bits = ((most - least) // layouts.BINS).bit_length()
+    counts = np.bincount((several >> raw_bits).view(np.uint8))
+    if counts.max() < _MOST_SHARE * several.size:
+      return layouts.Codes(numbers.dtype, raw_bits)
+  return layouts.Integers(numbers.dtype, 0)
+
+
+def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
+  """Chooses the layout of floats `[n]` by the bits that they use, given the patterns.
+
+  Returns the layout, without low bits that are zero in all elements; and the highest
+  minimum exponent that these allow, 1 if small ones share no step.
+  """
+  form = layouts.FORMATS[dtype]
+  most, unsigned = form.nmant, bits.dtype.type
+  mask = unsigned((1 << form.bits - 1) - 1)
+  sample = np.concatenate([bits[run] for run in runs(bits.size, _SAMPLE)]) & mask
+  exponents = np.maximum(sample[sample > 0] >> most, 1)
+  if not exponents.size:
+    exponents = np.ones(1)
+  # For a normal distribution the mean of log2 |x| is 0.92 less than log2 of the
+  # standard deviation, and the exponent is on average 0.5 less than log2.
+  scale = int(exponents.mean() + 1.42)
+  useless = max(scale - _MOST_BELOW, 1)
+  # With a higher one too few symbols would be left for the elements below it. NaN must
+  # stay above it.
+  least = min(scale + _MOST_ABOVE, (1 << form.nexp) - 2)
+  used, lowest = 0, 1 << 30
+  for start in range(0, bits.size, _FLOATS):
+    magnitude = bits[start : start + _FLOATS] & mask
+    magnitude = magnitude[magnitude > 0]
+    if not magnitude.size:
+      continue
+    exponent = magnitude >> most
+    significand = magnitude & unsigned((1 << most) - 1)
+    significand |= (exponent > 0).astype(bits.dtype) << most
+    # A float32 holds a power of two exactly, and its bits tell the exponent.
+    lowest_bit = (significand & -significand).astype(np.float32).view(np.int32) >> 23
+    exponent = np.maximum(exponent, 1).astype(np.int32)
+    lowest = min(lowest, int((exponent + lowest_bit).min()) - 127)
+    used |= int(np.bitwise_or.reduce(magnitude))  # type: ignore[call-overload]
+    if used & 1 and lowest <= useless:
+      break
+  if not used:
+    return layouts.Floats(dtype, 1), 1
+  low = used & ((1 << most - 1) - 1)
+  zeros = (low & -low).bit_length() - 1 if low else most - 1
+  # All elements are multiples of the step of the minimum exponent `lowest`. Those above
+  # the minimum exponent end in so many zeros, so those below must.
+  least = min(least, lowest - (zeros if low else most))
+  is_raised = least > useless
+  raw_bits = max(most - zeros - is_raised, 1)
+  return layouts.Floats(dtype, raw_bits, is_raised), least if is_raised else 1
+
+
+def measure(array: np.ndarray, size: int) -> Lines:
+  """Measures the rows of floats or integers, and then the columns of what is left.
+
+  Units have `size` numbers.
+  """
+  count, width = contexts.matrix_shape(array.shape)
+  matrix = array.reshape(count, width)
+  row_levels, rows, columns = np.zeros((3, 1))
+  if width >= _LEAST_LINE and count > 1:
+    places = runs(width, _COLUMNS, _RUNS)
+    some = np.concatenate([matrix[:, run] for run in places], axis=1)
+    row_levels, noise = _levels(some, np.zeros((1, 1)), 1)
+    rows = _quantized(row_levels, noise, array.size, some.shape[1])
+  if count >= _LEAST_LINE and width > 1:
+    some_rows = slice(None, None, max(count // _ROWS, 1))
+    levels, noise = _levels(matrix[some_rows], row_levels[some_rows, None], 0)
+    levels = levels.reshape(contexts.line_sizes(array.shape, size)[1], -1).mean(axis=1)
+    columns = _quantized(levels, noise, array.size, size * min(count, _ROWS))
+  elif row_levels.size == 1:
+    some = matrix.reshape(1, -1)[:, :: max(matrix.size // _ROWS, 1)]
+    columns = np.rint(STEPS * _levels(some, np.zeros((1, 1)), 1)[0])
+  return rows.astype(int), columns.astype(int)
+
+
+def within(lines: Lines, octave: int, count: int) -> contexts.Scales:
+  """Returns scales in so many classes, the first of which is that of an octave."""
+  rows, columns = lines
+  greatest, most = int(rows.max() + columns.max()) - STEPS * octave, count - 1
+  top = min(max(greatest, 0), most)
+  rows, columns = rows.max() - rows, columns.max() - columns
+  # Columns have the room that rows leave, but half of it at least.
+  rows = np.minimum(rows, max(top // 2, top - int(columns.max())))
+  columns = np.minimum(columns, top - int(rows.max()))
+  base = top - int(rows.max() + columns.max())
+  both = [(x.max() - x).astype(np.uint8) for x in (rows, columns)]
+  return contexts.Scales(base, *(x if x.any() else x[:1] for x in both))
+
+
+def _quantized(
+  levels: np.ndarray, noise: float, size: int, measured: int
+) -> np.ndarray:
+  """Returns the scales of rows or columns, or one for all if they would save nothing.
+
+  `size` numbers, whose logarithms have the variance `noise`, have these levels; each
+  was measured by `measured` numbers.
+  """
+  lines = np.rint(STEPS * levels)
+  saved = _SAVED * size * (np.var(levels) / noise - 2 / measured)
+  if saved > tables.entropy_bits(np.unique(lines, return_counts=True)[1]):
+    return lines
+  return np.rint(STEPS * levels.mean(keepdims=True))
+
+
+def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> tuple[np.ndarray, float]:
+  """Returns the levels of rows, axis 1, or of columns, axis 0, less those of `by`.
+
+  Also returns about the variance of the logarithms.
+  """
+  dtype = array.dtype if array.dtype in layouts.FORMATS else np.dtype(np.float32)
+  form = layouts.FORMATS[dtype]
+  shift = form.bits - 16
+  unit = 1 << form.nmant - shift
+  # Integers, so that a file does not depend on the order of sums.
+  by = np.rint(by * unit).astype(np.int16)
+  levels, variances, step = [], [], max(_CHUNK // max(array.shape[axis], 1), 1)
+  ones = np.ones(array.shape[axis], np.float32)
+  for start in range(0, array.shape[1 - axis], step):
+    places = slice(start, start + step)
+    part = array[places] if axis else array[:, places]
+    bits = part.astype(dtype, copy=False).view(f'u{dtype.itemsize}')
+    logs = (bits >> shift).astype(np.int16) if shift else bits.view(np.int16)
+    logs = (logs & 0x7FFF) - by
+    some = slice(None, None, max(logs.size >> 10, 1))
+    sample = logs.reshape(-1)[some]
+    middle = int(np.partition(sample, sample.size // 2)[sample.size // 2])
+    limits = np.array([middle - _BELOW * unit, middle + _ABOVE * unit])
+    np.clip(logs, *limits.clip(-(2**15), 2**15 - 1).astype(np.int16), out=logs)
+    logs -= np.int16(middle)
+    variances.append(np.var(logs.reshape(-1)[some]))
+    # Exact: sums of at most 2^10 integers up to 2^13, in which 2^24 is the limit.
+    numbers = logs.astype(np.float32)
+    sums = (numbers @ ones if axis else ones @ numbers).astype(float)
+    levels.append((sums / ones.size + middle) / unit)
+  return np.concatenate(levels), max(float(np.mean(variances)) / unit**2, 1e-3)
