@@ -186,7 +186,7 @@ def fine_tunes() -> str:
       rates = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
       share = f'{row.bytes / size:.4f}'
       lines.append((name, row.method, f'{row.bytes:,}', share, *rates))
-  header = ('model', 'method', 'bytes', 'of the model', 'encode MB/s', 'decode MB/s')
+  header = ('model', 'method', 'bytes', 'share', 'encode MB/s', 'decode MB/s')
   return common.table(header, lines, texts=2)
 
 
@@ -233,13 +233,13 @@ def sliced_models() -> str:
       divergences = checked.kl, checked.kl_rerounded
       lines.append(
         (
-          *(name, f'`{preset}`', f'{report.file_bytes:,}'),
+          *(name.split('-')[0], f'`{preset}`', f'{report.file_bytes:,}'),
           f'{report.file_bytes / report.input_bytes:.4f}',
           *(None if x is None else f'{x:.2g}' for x in divergences),
           *(f'{x:.2f}' for cost in (encode, decode) for x in cost),
         )
       )
-  header = ('model', 'preset', 'bytes', 'of the tensors', 'KL', 'floor')
+  header = ('model', 'preset', 'bytes', 'share', 'KL', 'floor')
   costs = ('encode s', 'GB', 'decode s', 'GB')
   return common.table([*header, *costs], lines, texts=2)
 
@@ -252,8 +252,9 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     'for the others.'
   )
   of_sliced = (
-    'Sliced models, given their dense models, by whole commands with the peak resident '
-    'size of each process. `verify` measures KL, in nats per token, on random tokens.'
+    'Tiny models of tests/testdata, sliced by 25%, given their dense models, by whole '
+    'commands with the peak resident size of each process. `verify` measures KL, in nats '
+    'per token, on random tokens.'
   )
   of_steps = (
     f'{common.BASE} in bfloat16 after steps of Adam on float32, for gradients of noise.'
