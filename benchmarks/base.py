@@ -253,8 +253,8 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   )
   of_sliced = (
     'Tiny models of tests/testdata, sliced by 25%, given their dense models, by whole '
-    'commands with the peak resident size of each process. `verify` measures KL, in nats '
-    'per token, on random tokens.'
+    'commands with the peak resident size of each process. `verify` measures KL, in '
+    'nats per token, on random tokens.'
   )
   of_steps = (
     f'{common.BASE} in bfloat16 after steps of Adam on float32, for gradients of noise.'
