@@ -12,7 +12,7 @@ integers only. Blocks are coded side by side in threads, and the bytes do not de
 the number of threads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 import itertools
 import types
@@ -30,6 +30,11 @@ from rotbits_jax.coding import specs
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
+Known = Callable[[np.ndarray], Iterator[np.ndarray]]
+"""Yields the classes, uint8, of one section of an array after another.
+
+Its argument is the flat array, of which the sections before are decoded."""
+
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
 
 
@@ -41,25 +46,32 @@ class Encoded(NamedTuple):
 
 
 def encode(
-  arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray] = _NONE
+  arrays: Sequence[np.ndarray], known: Mapping[int, Sequence[np.ndarray]] = _NONE
 ) -> Encoded:
   """Encodes arrays as one record.
 
   Args:
     arrays: arrays of dtypes in `specs.DTYPES`, with any strides.
     known: the classes of the elements of some arrays, uint8 in C order, by the indices
-      of the arrays. The decoder must know them. Elements of one class should be of
-      similar size, and those of the fourth class above twice as large. The arrays are
-      of integers of at most 32 bits, and have elements.
+      of the arrays, in sections: the decoder must know those of a section from the
+      sections before. Elements of one class should be of similar size, and those of the
+      fourth class above twice as large. The arrays are of integers of at most 32 bits,
+      and have elements.
 
   Raises:
     ValueError: if a dtype cannot be stored.
   """
   plan = plans.make(arrays, known)
-  jobs = [
-    [functools.partial(blocks.encode, *x) for x in _blocks(*group[:2], group.numbers)]
-    for group in plan.groups
-  ]
+  jobs = []
+  for group in plan.groups:
+    layout, contexts = group.layout, group.contexts
+    tables = layout.tables(*contexts[1:4])
+    sections: Iterable[Any] = [(contexts.scales, group.numbers)]
+    if contexts.is_known:
+      array, classes = group.numbers[0].reshape(-1), known[group.parts[0].array]
+      sections = _sections(classes, array, len(contexts.table_of))
+    several = itertools.chain(*(_blocks(layout, tables, *x) for x in sections))
+    jobs.append([functools.partial(blocks.encode, *block) for block in several])
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
   heads = [contexts_lib.to_bytes(group.contexts) for group in plan.groups]
@@ -97,7 +109,7 @@ def encode(
 
 
 def estimate(
-  arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray] = _NONE
+  arrays: Sequence[np.ndarray], known: Mapping[int, Sequence[np.ndarray]] = _NONE
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
   plan = plans.make(arrays, known)
@@ -110,7 +122,7 @@ def decode(
   data: np.ndarray | memoryview,
   *,
   out: Sequence[np.ndarray] | None = None,
-  known: Mapping[int, Callable[[], np.ndarray]] = _NONE,
+  known: Mapping[int, Known] = _NONE,
 ) -> list[np.ndarray]:
   """Decodes a record: the inverse of `encode`.
 
@@ -119,7 +131,7 @@ def decode(
     data: uint8 `[spec.nbytes]`, the stream; it may be a memory map.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
-    known: for the arrays of known classes, by their indices, functions that return
+    known: for the arrays of known classes, by their indices, functions that yield
       these classes. They are called when all other arrays are decoded.
 
   Returns:
@@ -152,15 +164,21 @@ def decode(
     raise ValueError(f'the arrays {late} have known classes, got {[*known]}')
 
   def decode_group(i: int) -> None:
-    outputs, scales = [x for _, x in members[i]], None
+    outputs, coded = [x for _, x in members[i]], iter(bodies[i])
     layout = spec.groups[i].layout(outputs[0].dtype)
+    shapes = None if is_known[i] else [x.shape for x in outputs]
+    contexts = contexts_lib.from_bytes(heads[i], layout, shapes)
+    tables = layout.tables(*contexts[1:4])
+    sections: Iterable[Any] = [(contexts.scales, outputs)]
     if is_known[i]:
-      scales = contexts_lib.known_scales(known[members[i][0][0]]())
-      outputs = [x.reshape(-1, 1) for x in outputs]
-    shapes = [x.shape for x in outputs]
-    contexts = contexts_lib.from_bytes(heads[i], layout, shapes, scales)
-    several = zip(bodies[i], _blocks(layout, contexts, outputs), strict=True)
-    pool.run(functools.partial(blocks.decode, data, *block) for data, block in several)
+      array, classes_of = outputs[0].reshape(-1), known[members[i][0][0]]
+      sections = _sections(classes_of(array), array, len(contexts.table_of))
+    for section in sections:
+      several = [*_blocks(layout, tables, *section)]
+      taken = zip(itertools.islice(coded, len(several)), several, strict=True)
+      pool.run(functools.partial(blocks.decode, data, *block) for data, block in taken)
+    if next(coded, None) is not None:
+      raise ValueError('a group has more blocks than elements')
 
   for is_late in (False, True):
     for i in range(len(members)):
@@ -174,14 +192,30 @@ def decode(
 # ---- groups --------------------------------------------------------------------------
 
 
+def _sections(
+  sections: Iterable[np.ndarray], array: np.ndarray, count: int
+) -> Iterator[tuple[list[contexts_lib.Scales], list[np.ndarray]]]:
+  """Yields the classes and the elements of sections, given the number of tables."""
+  end = 0
+  for classes in sections:
+    start, end = end, end + classes.size
+    if end > array.size or classes.max(initial=0) >= count:
+      raise ValueError(f'{array.size} elements have other classes, of {count} tables')
+    if classes.size:
+      yield [contexts_lib.known_scales(classes)], [array[start:end, None]]
+  if end != array.size:
+    raise ValueError(f'{array.size} elements have classes for {end}')
+
+
 def _blocks(
   layout: layouts.Layout,
-  contexts: contexts_lib.Contexts,
+  tables: layouts.Tables,
+  scales_of: Sequence[contexts_lib.Scales],
   arrays: Sequence[np.ndarray],
 ) -> Iterator[tuple[list[blocks.Span], layouts.Layout, layouts.Tables]]:
   """Yields the arguments of `blocks.encode` for each block of contiguous parts."""
-  tables, parts = layout.tables(*contexts[1:4]), list[blocks.Part]()
-  for array, scales in zip(arrays, contexts.scales, strict=True):
+  parts: list[blocks.Part] = []
+  for array, scales in zip(arrays, scales_of, strict=True):
     write = functools.partial(scales.write, shape=array.shape, size=layout.size)
     parts.append((sparse.bit_patterns(array), write))
   for spans in blocks.divide(parts, layout.size):

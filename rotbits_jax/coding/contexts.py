@@ -114,19 +114,16 @@ def to_bytes(contexts: Contexts) -> bytes:
 def from_bytes(
   data: bytes,
   layout: layouts.Layout,
-  shapes: Sequence[Shape],
-  known: Scales | None = None,
+  shapes: Sequence[Shape] | None,
 ) -> Contexts:
   """Makes contexts from bytes: the inverse of `to_bytes`.
 
   Args:
     data: the bytes.
     layout: the layout.
-    shapes: the shapes of the M arrays.
-    known: the scales of known classes.
+    shapes: the shapes of the M arrays; None if their classes are known.
   """
-  shapes = [] if known else shapes
-  lengths = [line_sizes(shape, layout.size) for shape in shapes]
+  lengths = [line_sizes(shape, layout.size) for shape in shapes or ()]
   most = 4 + sum(2 + sum(x) for x in lengths)
   most += layout.most_tables * (3 + 2 * layout.alphabet)
   content, position = tables.inflate(data, most), 0
@@ -140,8 +137,8 @@ def from_bytes(
 
   count = int(take(2).view('<u2')[0])
   offsets = take(2 if isinstance(layout, layouts.Floats) else 2 * count).view('<i2')
-  scales = [] if known is None else [known]
-  heads = take(2 * len(shapes)).reshape(-1, 2).tolist()
+  scales = []
+  heads = take(2 * len(lengths)).reshape(-1, 2).tolist()
   for (mode, base), line_lengths in zip(heads, lengths, strict=True):
     # A block of few units makes the classes of whole rows.
     if mode > 3 or (mode and line_lengths[1] > blocks.CAPACITY):
@@ -153,7 +150,7 @@ def from_bytes(
   frequencies = tables.from_bytes(
     content[position:], layout.alphabet, layout.stored_precision
   )
-  greatest = max(x.greatest for x in scales)
+  greatest = max((x.greatest for x in scales), default=max(count - 1, 0))
   least = layout.most_tables - 1 if isinstance(layout, layouts.Floats) else greatest
   if greatest >= CLASSES or not least < count <= layout.most_tables:
     raise ValueError(f'{greatest + 1} classes for {count} tables')
@@ -161,4 +158,4 @@ def from_bytes(
     raise ValueError(f'{len(frequencies)} frequencies of {count} tables')
   base = np.cumsum(offsets, dtype=np.int32)
   table_of = np.cumsum(is_new, dtype=np.int64) - 1
-  return Contexts(tuple(scales), base, table_of, frequencies, known is not None)
+  return Contexts(tuple(scales), base, table_of, frequencies, shapes is None)

@@ -87,21 +87,23 @@ class _Sample(NamedTuple):
   weight: float  # how many units of the part one of the sample stands for
 
 
-def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
+def make(
+  arrays: Sequence[np.ndarray], known: Mapping[int, Sequence[np.ndarray]]
+) -> Plan:
   """Plans a record of arrays; of the integers of some the classes are known."""
   for array in arrays:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   whole = pool.each(host.contiguous, map(np.asarray, arrays))
-  classes_of = map(known.get, range(len(whole)))
-  divided = pool.each(_divided, range(len(whole)), whole, classes_of)
+  is_known = [i in known for i in range(len(whole))]
+  divided = pool.each(_divided, range(len(whole)), whole, is_known)
   drafts = [draft for *_, several in divided for draft in several]
   groups = [x for x in map(_smaller, pool.each(_group, _by_layout(drafts))) if x]
   for i, classes in known.items():
     part = Part(i, 0, whole[i].reshape(-1, 1))
     layout = layouts.Integers(part.numbers.dtype, 0)
     lines = np.zeros(1, int), np.zeros(1, int)
-    scales = contexts_lib.known_scales(classes)
+    scales = contexts_lib.known_scales(np.concatenate(classes))
     groups.append(_group([_Draft(part, layout, lines)], scales))
   coded = {x[:2] for group in groups for x in group.parts}
   plain = [x for _, parts, _ in divided for x in parts if x[:2] not in coded]
@@ -109,7 +111,7 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, np.ndarray]) -> Plan:
 
 
 def _divided(
-  index: int, array: np.ndarray, classes: np.ndarray | None
+  index: int, array: np.ndarray, is_known: bool
 ) -> tuple[sparse.Sparse | None, list[Part], list[_Draft]]:
   """Returns the form of an array, its parts, and how those are coded that can be."""
   form, numbers, floats, min_exponent = None, [array], None, 0
@@ -121,7 +123,7 @@ def _divided(
     shape = *array.shape, array.dtype.itemsize
     numbers = [array.reshape(-1).view(np.uint8).reshape(shape)]
   parts, drafts = [Part(index, i, x) for i, x in enumerate(numbers)], []
-  for part in parts if classes is None else ():
+  for part in () if is_known else parts:
     dtype = part.numbers.dtype
     layout: layouts.Layout = layouts.Integers(dtype, 0)
     if floats and dtype == array.dtype:
@@ -273,8 +275,8 @@ def _shifts(
   sizes = np.concatenate([x.units.reshape(-1) for x in samples])
   sizes = np.abs(sizes.astype(np.int64))
   large = np.count_nonzero(sizes > 126)
-  is_sparse = 8 * np.count_nonzero(sizes) + 8000 * large < sizes.size
-  if is_sparse or layout.dtype == np.uint8:
+  is_small = 8 * np.count_nonzero(sizes > 2) + 8000 * large < sizes.size
+  if is_small or layout.dtype == np.uint8:
     return np.zeros(count, np.int32)  # the few large ones are escapes
   counts = np.bincount(classes, minlength=count)
   means = np.bincount(classes, sizes, count) / np.maximum(counts, 1)

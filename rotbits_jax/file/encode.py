@@ -314,7 +314,7 @@ class Encoder:
     """Returns the entry of a record, without the checksum of its stream; the stream."""
     leaves: list[manifest_lib.Leaf] = []
     arrays: list[np.ndarray] = []
-    known: dict[int, np.ndarray] = {}
+    known: dict[int, list[np.ndarray]] = {}
     params, base = structured.flatten(record.params), self._recipe or self.base
     beside = {} if base is None else base.beside(params, resolve)
     if self.preset.rounding is None:
@@ -438,7 +438,7 @@ def stored(leaf: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _stored(
   path: str, leaf: Any, beside: measure.Measured | None, resolve: Callable[[str], Any]
-) -> tuple[manifest_lib.Leaf, list[np.ndarray], np.ndarray | None]:
+) -> tuple[manifest_lib.Leaf, list[np.ndarray], list[np.ndarray] | None]:
   """Returns the entry of a parameter, the arrays that store it, and their classes."""
   known = crc32 = classes = None
   if beside is not None:
@@ -450,7 +450,8 @@ def _stored(
       needed = list(map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
       if isinstance(leaf, difference.Difference):
-        classes = leaf.predict(*needed).classes
+        changed = leaf.predict(*needed).changed
+        classes = [*leaf.classes(changed, leaf.differences)]
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored(leaf)
   if not type_name:

@@ -21,6 +21,7 @@ from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors
 from rotbits_jax.relative import products
 from rotbits_jax.structured import difference
+from rotbits_jax.structured import groups
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
 from rotbits_jax.system import checksums
@@ -38,7 +39,9 @@ _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kep
 _WIDEST = 1 << 20  # columns
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
-_LARGEST = 16  # root of numbers of class 0 in a step; their differences are rarest
+_LEAST_SPARSE = 1 << 12  # elements
+_LEAST_COUNT = 32  # elements that tell how often those of an exponent change
+_SURE = 2  # octaves from a change in two up to one that is sure
 _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 
 
@@ -46,7 +49,8 @@ class Measured(NamedTuple):
   """How to store an array beside a known one."""
 
   leaf: difference.Difference
-  classes: np.ndarray | None = None  # uint8, of the differences; None if they have none
+  # Those of sections of the differences, see `coder.encode`; None if they have none.
+  classes: list[np.ndarray] | None = None
   known: entries.BaseArray | products.Product | None = None
   crc32: int = 0  # of the array that the leaf stands for
 
@@ -79,19 +83,19 @@ def beside(
   elif dtype.itemsize > 4:
     return None
   elif changed is not None:
-    leaf = _by_exponent(draft)
+    leaf = draft
     if not changed.all():
       flags = np.packbits(changed, bitorder='little')
       leaf = dataclasses.replace(leaf, changed=flags)
-    measured = _measured(leaf, *map(leaf.changed_part, (bits, base)))
+    measured = _sparse(leaf, *map(leaf.changed_part, (bits, base)))
   else:
     measured = with_classes(draft, bits, base)
     # Scales and factors are there only where they save more than they take.
     some = slice(None, None, -(-target.size // _SAMPLE))
     alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
     assert measured.classes is not None
-    differences, classes = measured.leaf.differences[some], measured.classes[some]
-    nbytes = coder.estimate([differences], {0: classes})
+    differences, (classes,) = measured.leaf.differences[some], measured.classes
+    nbytes = coder.estimate([differences], {0: [classes[some]]})
     if nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)
@@ -132,7 +136,8 @@ def _changed(
   They do not if many elements changed, or mostly those of some rows or columns.
   """
   some = slice(None, None, -(-bits.size // _FEW) or 1)
-  if np.count_nonzero(bits[some] != base[some]) > _SPARSE * bits[some].size:
+  changes = np.count_nonzero(bits[some] != base[some])
+  if changes > _SPARSE * bits[some].size or (changes and bits.size < _LEAST_SPARSE):
     return None
   differs = lambda part: (bits[part] != base[part]).any()
   changed = np.array(difference.in_parts(differs, bits.size, 1, pool.run), bool)
@@ -142,9 +147,10 @@ def _changed(
   rows = np.flatnonzero(changed[starts // difference.BLOCK])
   rows = rows[:: max(rows.size * width // _MANY, 1)]
   target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
-  sample, classes = target != known, _by_exponent(draft).classes(known)
-  rates = np.bincount(classes, sample.reshape(-1)) / np.maximum(np.bincount(classes), 1)
-  expected = rates[classes].reshape(sample.shape)
+  sample, classes = target != known, groups.exponents(known, draft.dtype)
+  flat = classes.reshape(-1)
+  rates = np.bincount(flat, sample.reshape(-1)) / np.maximum(np.bincount(flat), 1)
+  expected = rates[classes]
   for axis in (0, 1):
     counts, means = sample.sum(axis), expected.sum(axis)
     if np.square(counts - means).sum() > (means + _UNEVEN * means**2).sum():
@@ -159,13 +165,22 @@ def _measured(
   job = lambda part: ulps.differences(bits[part], known[part], leaf.dtype)
   differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
   leaf = dataclasses.replace(leaf, differences=differences)
-  return Measured(leaf, leaf.classes(known, pool.run))
+  return Measured(leaf, [*leaf.classes(known, differences, pool.run)])
 
 
-def _by_exponent(draft: difference.Difference) -> difference.Difference:
-  """Returns a leaf with a class for each exponent."""
-  scale = 2 * difference.LOWEST + _scale_of(_LARGEST, draft.dtype)
-  return dataclasses.replace(draft, common_scale=int(scale))
+def _sparse(
+  leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
+) -> Measured:
+  """Returns a leaf with few differences, and their classes."""
+  some = slice(None, None, -(-bits.size // _SAMPLE))
+  exponents = groups.exponents(known[some], leaf.dtype)
+  counts = np.bincount(exponents)
+  changes = np.bincount(exponents, bits[some] != known[some])
+  is_frequent = (counts >= _LEAST_COUNT) & (2 * changes >= counts)
+  exponent = max(int(np.flatnonzero(is_frequent).max(initial=0)) - _SURE, 1)
+  differences, classes = groups.encode(bits, known, leaf.dtype, exponent)
+  fields = {'frequent_exponent': exponent, 'differences': differences}
+  return Measured(dataclasses.replace(leaf, **fields), classes)
 
 
 def _scale_of(roots: Any, dtype: np.dtype | None = None) -> Any:
