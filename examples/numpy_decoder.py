@@ -290,6 +290,9 @@ def dequantised(s, a):
   if 'factor' in a:
     scales = a['scales'].view('float8_e4m3fn').astype('f4') * a['factor']
   matrix = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
+  if s['grid'] in ('int4', 'float4_e2m1fn'):
+    matrix[matrix == -16] = -0.0
+    matrix /= 1 if s['grid'] == 'int4' else 2
   for axis, length in enumerate(s['block']):
     scales = scales.take(np.arange(matrix.shape[axis]) // length, axis)
   array = (matrix * scales).astype(s['name']).ravel()

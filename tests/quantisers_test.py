@@ -50,6 +50,7 @@ SCHEMES = {
   'int4_64_columns': (through((64, 1), INT4, 7), 'int4', (64, 1), 3.9),
   'int4_32_bf16': (through((1, 32), INT4, 7, HALF), 'int4', (1, 32), 4.2),
   'zero_points': (zero_points, 'int4', (1, 128), 3.9),
+  'mxfp4': (quantised.QUANTISERS['MXFP4'], 'float4_e2m1fn', (1, 32), 4.2),
   'nvfp4': (quantised.QUANTISERS['NVFP4'], 'float4_e2m1fn', (1, 16), 4.5),
 }
 
@@ -154,10 +155,9 @@ class LeafTest(parameterized.TestCase):
       {'scales': scales[:, :-1]},
       {'scales': np.full_like(scales, 255), 'shift': 23} | no_factor,
       *({'factor': np.array(x, F32)} for x in (0, np.nan, np.inf, -1.0)),
-      *(
-        {'numbers': np.full_like(arrays['numbers'], x)} for x in (7, -8, np.nan, np.inf)
-      ),
-      {'numbers': np.full(array.shape, -7, np.int8)},
+      *({'numbers': np.full_like(arrays['numbers'], x)} for x in (16, -17)),
+      {'numbers': arrays['numbers'].astype(BF16)},
+      {'grid': 'float8_e4m3fn'},
       {'numbers': arrays['numbers'].astype(np.float16)},
       {'numbers': arrays['numbers'][0]},
       {'gaps': np.full_like(arrays['gaps'], array.size)},

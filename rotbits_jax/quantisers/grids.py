@@ -8,12 +8,16 @@ import numpy as np
 Name = Literal['int8', 'int4', 'float8_e4m3fn', 'float8_e5m2', 'float4_e2m1fn']
 
 
+NEGATIVE_ZERO = -16
+
+
 class Grid(NamedTuple):
   """The magnitudes of a dtype."""
 
   magnitudes: np.ndarray  # float32, ascending from 0
   # Indices of those that the greatest element of a block may have, likely ones first.
   tops: tuple[int, ...]
+  unit: float | None = None  # of a grid of 4 bits: int8 counts units, and -16 is -0
   exponent: int | None = None  # log2 of the least normal number; None for integers
   mantissa: int = 0  # bits of the mantissa of floats
 
@@ -31,21 +35,31 @@ class Grid(NamedTuple):
     index = np.where(numbers < least, subnormal, index)
     return np.minimum(index, most).astype(np.uint8)
 
+  def table(self, dtype: np.dtype) -> np.ndarray:
+    """Returns the stored number of each magnitude, and then that of its negative."""
+    numbers = np.append(self.magnitudes, -self.magnitudes)
+    if self.unit:
+      numbers /= self.unit
+      numbers[len(self.magnitudes)] = NEGATIVE_ZERO
+    return np.clip(numbers, -128, 127).astype(dtype) if dtype == np.int8 else numbers
 
-def _floats(dtype: type, tops: tuple[int, ...]) -> Grid:
+
+def _floats(dtype: type, tops: tuple[int, ...], unit: float | None = None) -> Grid:
   info = ml_dtypes.finfo(dtype)
   bits = np.arange(1 << info.bits - 1, dtype=np.uint8)
   magnitudes = bits.view(dtype).astype(np.float32)
   magnitudes = magnitudes[np.isfinite(magnitudes)]
-  return Grid(magnitudes, tops, int(info.minexp), info.nmant)
+  return Grid(magnitudes, tops, unit, int(info.minexp), info.nmant)
 
 
 # The greatest element has the greatest code, unless the scale is a power of two or was
 # rounded. Codes of 4 bits less a zero point are integers up to 15.
 GRIDS: dict[Name, Grid] = {
-  'float4_e2m1fn': _floats(ml_dtypes.float4_e2m1fn, (7, 6, 5, 4, 3)),
+  'float4_e2m1fn': _floats(ml_dtypes.float4_e2m1fn, (7, 6, 5, 4, 3), 0.5),
   'int4': Grid(
-    np.arange(16, dtype=np.float32), (7, 8, 15, *range(14, 8, -1), 6, 5, 4, 3, 2, 1)
+    np.arange(16, dtype=np.float32),
+    (7, 8, 15, *range(14, 8, -1), 6, 5, 4, 3, 2, 1),
+    1.0,
   ),
   'float8_e5m2': _floats(ml_dtypes.float8_e5m2, (123, 122, 121, 120)),
   'float8_e4m3fn': _floats(ml_dtypes.float8_e4m3fn, (126, *range(125, 118, -1))),

@@ -5,6 +5,7 @@ Blocks have r rows and c columns; those at the end may be cut.
 """
 
 from collections.abc import Iterator, Mapping
+import functools
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,11 +17,10 @@ import numpy as np
 from rotbits_jax.quantisers import grids
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
-from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
-_CHUNK = 1 << 15  # elements that are taken together, so that they fit the cache
+_CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
 _E4M3 = grids.GRIDS['float8_e4m3fn'].magnitudes
 
 
@@ -29,9 +29,10 @@ _E4M3 = grids.GRIDS['float8_e4m3fn'].magnitudes
 class BlockQuantized(base.Structured):
   """An array whose elements are numbers of a grid times the scale of their block.
 
-  The product is rounded to float32 and then to the dtype. A scale is the float32 with
-  the bits `scales << shift`; with a factor, it is the factor times the float8_e4m3fn
-  with the bits `scales`. Exceptions replace a few elements.
+  The product is rounded to float32 and then to the dtype. An int8 counts units of the
+  grid; of grids of 4 bits, -16 is -0. A scale is the float32 with the bits
+  `scales << shift`; with a factor, it is the factor times the float8_e4m3fn with the
+  bits `scales`. Exceptions replace a few elements.
   """
 
   type_name: ClassVar[str] = 'block_quantized'
@@ -65,16 +66,26 @@ class BlockQuantized(base.Structured):
   def write(self, out: np.ndarray) -> None:
     """Writes the array, on the host."""
     numbers, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.numbers, out))
+    unit, is_zero = grids.GRIDS[self.grid].unit, None
+    floats = self.float_scales * np.float32(unit or 1)
     with np.errstate(over='ignore'):
-      for rows, scales in row_scales(self.float_scales(), self.block, matrix.shape):
-        products = numbers[rows].astype(np.float32)
+      for rows, scales in row_scales(floats, self.block, matrix.shape):
+        part = numbers[rows]
+        if unit:
+          is_zero = part == grids.NEGATIVE_ZERO
+          part = part * ~is_zero
+        products = part.astype(np.float32)
         products *= scales
         matrix[rows] = products
+        if is_zero is not None:  # masks are slow
+          bits = matrix[rows].view(f'u{out.itemsize}')
+          bits |= is_zero.astype(bits.dtype) << 8 * out.itemsize - 1
     if self.gaps is not None:
       out.reshape(-1)[self._places()] = self.exceptions
 
+  @functools.cached_property
   def float_scales(self) -> np.ndarray:
-    """Returns the scales, float32."""
+    """The scales, float32."""
     if self.factor is None:
       return (self.scales.astype(np.uint32) << np.uint32(self.shift)).view(np.float32)
     return _E4M3[self.scales] * self.factor
@@ -97,14 +108,17 @@ class BlockQuantized(base.Structured):
       fits = scales.max() < len(_E4M3)
     if fits:
       with np.errstate(over='ignore', invalid='ignore'):
-        floats = self.float_scales()
+        floats = self.float_scales
       fits = floats.min() > 0 and floats.max() < np.inf  # false if one is NaN
-    most = grids.GRIDS[self.grid].magnitudes[-1]
+    grid = grids.GRIDS[self.grid]
     if fits and numbers.dtype == np.int8:
-      fits = max(-int(numbers.min()), int(numbers.max())) <= most
-    elif fits := fits and numbers.dtype == ml_dtypes.bfloat16:
-      bits: Any = ulps.bits_of(numbers) & np.iinfo(np.int16).max
-      fits = bits.max() <= most.astype(ml_dtypes.bfloat16).view(np.int16)
+      is_small = grid.unit and numbers.min() >= -16 and numbers.max() <= 15
+      fits = is_small or self.grid == 'int8'
+    elif fits := fits and numbers.dtype == ml_dtypes.bfloat16 and not grid.unit:
+      # The greatest bits of positive numbers, and those of negative ones.
+      bits = max(int(numbers.view(x).max()) & 0x7FFF for x in (np.int16, np.uint16))
+      most = grid.magnitudes[-1:].astype(ml_dtypes.bfloat16)
+      fits = bits <= int(most.view(np.int16)[0])
     if not fits:
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 

@@ -10,7 +10,7 @@ array is computed from codes and scales, and elements with other bits are except
 Shape letters: U blocks have n elements each, or n distinct magnitudes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -43,7 +43,6 @@ _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _SCALES = 1 << 9  # of these that tell their factor
 _LEAF_BYTES = 200
 _ESTIMATED = 1 << 17  # elements
-_SMALLER = 0.97  # share of the bytes of floats for which integers are stored
 
 Block = tuple[int, int]
 
@@ -59,13 +58,15 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   if array.size < _LEAST or not _repeats(array):
     return None
   array = host.contiguous(array)
-  magnitudes = _magnitudes(array)
-  for block in _blocks(array.shape):
-    if name := _grid(magnitudes, block, array.dtype):
-      leaf = _leaf(array, magnitudes, block, name)
-      is_smaller = leaf is not None and nbytes(leaf) < _estimate(array)
-      return leaf if is_smaller else None
-  return None
+  magnitudes, names, blocks = _magnitudes(array), [*grids.GRIDS], _blocks(array.shape)
+  # Of float4 with powers of two for scales, large blocks are float8.
+  found = []
+  for block in blocks:
+    if name := _grid(magnitudes, block, array.dtype, names):
+      found, names = [*found, (block, name)], names[: names.index(name) + 1]
+  leaves = (_leaf(array, magnitudes, *x) for x in found if x[1] == names[-1])
+  leaf = next(filter(None, leaves), None)
+  return leaf if leaf and nbytes(leaf) < _estimate(array) else None
 
 
 def nbytes(leaf: leaf_lib.BlockQuantized) -> float:
@@ -114,7 +115,9 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[Block]:
   yield from dict.fromkeys(forms)
 
 
-def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> grids.Name | None:
+def _grid(
+  magnitudes: np.ndarray, block: Block, dtype: np.dtype, names: Sequence[grids.Name]
+) -> grids.Name | None:
   """Returns the first grid that fits a sample of blocks, or None."""
   counts = [max(n // m, 1) for n, m in zip(magnitudes.shape, block, strict=True)]
   places = [np.unique(np.linspace(0, n - 1, _BLOCKS).astype(int)) for n in counts]
@@ -129,7 +132,8 @@ def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> grids.Name |
   if not bits.size:
     return None
   distinct = np.median(np.count_nonzero(bits, axis=0))
-  for name, grid in grids.GRIDS.items():
+  for name in names:
+    grid = grids.GRIDS[name]
     if distinct < len(grid.magnitudes):
       fits = _bounds(bits, dtype, grid)[2]
       if fits.mean() >= _FIT:
@@ -252,20 +256,23 @@ def _leaf(
   fields = _scales(least, most, math.prod(block))
   fields['scales'] = fields['scales'].reshape(shape)
   dtype_name: Any = array.dtype.name
+  is_negative = np.signbit(array).reshape(magnitudes.shape)
+  has_zeros = name == 'int8' and bool((is_negative & (magnitudes == 0)).any())
+  is_int8 = bool(grid.unit) or (name == 'int8' and not has_zeros)
   draft = leaf_lib.BlockQuantized(
-    numbers=host.empty(array.shape, ml_dtypes.bfloat16),
+    numbers=host.empty(array.shape, np.int8 if is_int8 else ml_dtypes.bfloat16),
     grid=name,
     name=dtype_name,
     block=block,
     **fields,
   )
-  floats, numbers = (x.reshape(magnitudes.shape) for x in (array, draft.numbers))
-  for rows, scales in leaf_lib.row_scales(draft.float_scales(), block, floats.shape):
+  numbers = draft.numbers.reshape(magnitudes.shape)
+  table, count = grid.table(numbers.dtype), len(grid.magnitudes)
+  for rows, scales in leaf_lib.row_scales(draft.float_scales, block, numbers.shape):
     quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
-    numbers[rows] = np.copysign(
-      grid.magnitudes.take(grid.nearest(quotients), mode='clip'),
-      floats[rows].astype(np.float32),
-    )
+    index = grid.nearest(quotients).astype(np.int16)
+    index += count * is_negative[rows]
+    numbers[rows] = table.take(index, mode='clip')
   known = draft.materialize().view(magnitudes.dtype)
   places = np.flatnonzero(known != array.view(magnitudes.dtype))
   if places.size > _MOST_EXCEPTIONS * array.size or array.size >> 32:
@@ -273,17 +280,7 @@ def _leaf(
   if places.size:
     gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
     draft = dataclasses.replace(draft, gaps=gaps, exceptions=array.reshape(-1)[places])
-  return _as_integers(draft)
-
-
-def _as_integers(leaf: leaf_lib.BlockQuantized) -> leaf_lib.BlockQuantized:
-  """Returns a leaf with integers, where these save more than their slower decoding."""
-  numbers = leaf.numbers
-  integers = numbers.astype(np.int8)
-  if not structured.same_bits(integers.astype(numbers.dtype), numbers):
-    return leaf
-  is_smaller = _estimate(integers) < _SMALLER * _estimate(numbers)
-  return dataclasses.replace(leaf, numbers=integers) if is_smaller else leaf
+  return draft
 
 
 def _scales(least: np.ndarray, most: np.ndarray, size: int) -> dict[str, Any]:
