@@ -128,7 +128,7 @@ def to_table(model: str, rows: Iterable[Row]) -> str:
 
 def run(settings: common.Settings, full: bool = True) -> Iterator[common.Section]:
   settings.output.mkdir(parents=True, exist_ok=True)
-  presets = 'exact', 'free', 'near'
+  presets: tuple[str, ...] = ('exact', 'free', 'near')
   subjects = {'opt-small, sliced by 20%': (common.SLICED, presets)}
   if full and not settings.quick:
     # Its head is tied, so `free` would find as much as `exact`.

@@ -31,7 +31,7 @@ _FORMAT = flags.DEFINE_enum(
   'format', 'safetensors', typing.get_args(checkpoints.Format), 'Format of the weights.'
 )
 _SHARD_SIZE = flags.DEFINE_string(
-  'shard_size', None, 'Most bytes of a weights file, like 2GB; default: as encoded.'
+  'shard_size', None, 'Size of a weights file, like 2GB; default: as encoded.'
 )
 _CODE = flags.DEFINE_bool(
   'code', False, 'transformers: write the Python files in FILE, too.'

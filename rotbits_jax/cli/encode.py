@@ -49,7 +49,7 @@ _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to remo
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A preset with its options: a name or a file.'
 )
-_SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Most bytes of a shard, as 2GB.')
+_SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Size of a shard, like 2GB.')
 _VERIFY = flags.DEFINE_bool(
   'verify', False, 'Decode the file and compare it with CHECKPOINT.'
 )
