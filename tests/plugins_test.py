@@ -65,7 +65,7 @@ def encode(arrays, known):
 def decode(spec, data, *, out, known):
   del known
   size = sum(array.nbytes for array in out)
-  left = zlib.decompressobj().decompress(data.tobytes(), size)
+  left = zlib.decompressobj().decompress(data[0 : spec.nbytes], size)
   for array, entry in zip(out, spec.arrays, strict=True):
     part, left = left[: array.nbytes], left[array.nbytes :]
     array[...] = np.frombuffer(part, array.dtype).reshape(array.shape)

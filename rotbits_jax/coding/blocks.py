@@ -25,6 +25,7 @@ import numpy as np
 
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import rans
+from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 from rotbits_jax.system import native
 
@@ -151,10 +152,11 @@ def decode(
   spans: Sequence[Span],
   layout: layouts.Layout,
   coder_tables: layouts.Tables,
-) -> None:
+) -> list[tuple[int, int]]:
   """Decodes a block on this thread into `spans`: the inverse of `encode`.
 
-  If the bytes are not a block of as many numbers, a ValueError is raised.
+  It returns the CRC-32 and the size of the bytes of each, which are in the cache. If
+  the data is not a block of as many numbers, a ValueError is raised.
   """
   count = spans[-1].place.stop
   rows, lanes = _grid(count)
@@ -190,6 +192,7 @@ def decode(
   escaped = _nonzero(np.asarray(out[1]), rows * lanes)
   few_classes = classes.reshape(-1)[escaped].astype(np.int32)
   listed = layout.listed(lists, units[escaped], few_classes, coder_tables.told)
+  checksums = []
   for place, numbers, _ in spans:
     numbers[...] = units[place].reshape(-1).view(numbers.dtype)[: numbers.size]
     few = slice(*np.searchsorted(escaped, [place.start, place.stop]))
@@ -197,8 +200,10 @@ def decode(
     is_used = indices.reshape(-1) < numbers.size
     values = listed[few].reshape(-1).view(numbers.dtype)
     numbers[indices.reshape(-1)[is_used]] = values[is_used]
+    checksums.append((checksums_lib.of_array(numbers), numbers.nbytes))
   for (name, *_), array in zip(outputs, out, strict=True):
     _keep(name, array)
+  return checksums
 
 
 def _nonzero(array: np.ndarray, size: int) -> np.ndarray:

@@ -119,7 +119,7 @@ def estimate(
 
 def decode(
   spec: specs.StreamSpec,
-  data: np.ndarray | memoryview,
+  data: Any,
   *,
   out: Sequence[np.ndarray] | None = None,
   known: Mapping[int, Known] = _NONE,
@@ -128,7 +128,8 @@ def decode(
 
   Args:
     spec: the spec of the record.
-    data: uint8 `[spec.nbytes]`, the stream; it may be a memory map.
+    data: uint8 `[spec.nbytes]`, the stream: an array, or what has its dtype, its shape
+      and its slices. Of what is coded, each thread takes one block at a time.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
     known: for the arrays of known classes, by their indices, functions that yield
@@ -141,23 +142,22 @@ def decode(
     ValueError: if the stream does not fit the spec, or if the checksum of an array
       differs from the spec's.
   """
-  # A view as a plain array, because a memory map is slow to slice.
-  stream, sizes = np.asarray(data).view(np.ndarray), spec.sizes
-  if stream.dtype != np.uint8 or stream.shape != (spec.nbytes,):
+  if data.dtype != np.uint8 or data.shape != (spec.nbytes,):
     raise ValueError(
-      f'the stream must be uint8 [{spec.nbytes}], got {stream.dtype} '
-      f'{list(stream.shape)}'
+      f'the stream must be uint8 [{spec.nbytes}], got {data.dtype} {list(data.shape)}'
     )
   arrays = _outputs(spec, out)
   parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
-  ends = np.cumsum(sizes).tolist()
-  pieces = iter(stream[end - n : end] for end, n in zip(ends, sizes, strict=True))
-  heads = [next(pieces).tobytes() for _ in spec.groups]
+  ends = itertools.accumulate(spec.sizes, initial=0)
+  pieces = itertools.starmap(slice, itertools.pairwise(ends))
+  heads = [data[next(pieces)].tobytes() for _ in spec.groups]
   bodies = [[next(pieces) for _ in group.blocks] for group in spec.groups]
   *members, plain = (
     [(x.array, parts[x.array][x.part]) for x in several] for several in spec.members
   )
-  pool.each(np.copyto, (x.reshape(-1).view(np.uint8) for _, x in plain), pieces)
+  outputs = [x.reshape(-1).view(np.uint8) for _, x in plain]
+  pool.each(lambda output, piece: np.copyto(output, data[piece]), outputs, pieces)
+  checksums: dict[int, int] = {}  # of arrays that are coded whole
   is_known = [group.is_known for group in spec.groups]
   late = [members[i][0][0] for i, x in enumerate(is_known) if x]
   if {*late} != known.keys():
@@ -173,19 +173,39 @@ def decode(
     if is_known[i]:
       array, classes_of = outputs[0].reshape(-1), known[members[i][0][0]]
       sections = _sections(classes_of(array), array, len(contexts.table_of))
+    decode = lambda piece, block: blocks.decode(data[piece], *block)
+    checked: list[tuple[int, int]] = []  # of each span
     for section in sections:
       several = [*_blocks(layout, tables, *section)]
       taken = zip(itertools.islice(coded, len(several)), several, strict=True)
-      pool.run(functools.partial(blocks.decode, data, *block) for data, block in taken)
+      checked += itertools.chain(
+        *pool.run(functools.partial(decode, *x) for x in taken)
+      )
     if next(coded, None) is not None:
       raise ValueError('a group has more blocks than elements')
+    spans = iter(checked)
+    for array, output in members[i]:
+      of_part, left = [], output.nbytes
+      while left:
+        of_part.append(next(spans))
+        left -= of_part[-1][1]
+      if not spec.arrays[array].zeros:
+        checksums[array] = checksums_lib.joined(of_part)
+
+  def finish(i: int) -> None:
+    if spec.arrays[i].zeros:
+      spec.arrays[i].zeros.join(parts[i], arrays[i])
+    if i not in checksums:
+      checksums[i] = checksums_lib.of_array(arrays[i])
+    if checksums[i] != spec.arrays[i].crc32:
+      raise ValueError(f'array {i} of the record is damaged: its checksum differs')
 
   for is_late in (False, True):
     for i in range(len(members)):
       if is_known[i] == is_late:
         decode_group(i)
     ready = [i for i in range(len(arrays)) if (i in late) == is_late]
-    pool.each(lambda i: _finish(i, spec.arrays[i], arrays[i], parts[i]), ready)
+    pool.each(finish, ready)
   return arrays
 
 
@@ -244,13 +264,3 @@ def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
     return [host.empty(shape, dtype) for dtype, shape in spec.parts]
   ((dtype, shape),) = spec.parts
   return [array.reshape(-1).view(dtype).reshape(shape)]
-
-
-def _finish(
-  index: int, spec: specs.ArraySpec, array: np.ndarray, parts: list[np.ndarray]
-) -> None:
-  """Makes an array of its parts, and checks it."""
-  if spec.zeros:
-    spec.zeros.join(parts, array)
-  if checksums_lib.of_array(array) != spec.crc32:
-    raise ValueError(f'array {index} of the record is damaged: its checksum differs')

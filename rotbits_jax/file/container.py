@@ -5,18 +5,19 @@ reserved at the start. A damaged file raises `ContainerError`.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import json
 import os
 import struct
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 import zlib
 
 import msgspec
 import numpy as np
 from zlib_ng import zlib_ng
 
+from rotbits_jax.system import checksums
 from rotbits_jax.system import files
 from rotbits_jax.system import schema
 
@@ -126,6 +127,29 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
   return text + b' ' * (-len(text) % 8)
 
 
+class Stream(NamedTuple):
+  """A stream whose slices, uint8, are read from the file; then `check` checks them.
+
+  Each byte is in one slice. Threads may take slices, so memory holds only these.
+  """
+
+  name: str
+  shape: tuple[int]  # its length in bytes
+  dtype: np.dtype
+  read: Callable[[int, int], tuple[np.ndarray, int]]  # from an offset, so many bytes
+  pieces: dict[int, tuple[int, int]]  # checksums and sizes of slices, by their starts
+
+  def __getitem__(self, part: slice) -> np.ndarray:
+    data, crc = self.read(part.start, part.stop - part.start)
+    self.pieces[part.start] = crc, data.size
+    return data
+
+  def check(self, crc32: int) -> None:
+    """Compares the checksum."""
+    if checksums.joined(self.pieces[x] for x in sorted(self.pieces)) != crc32:
+      raise ContainerError(f'{self.name}: the stream is damaged: its checksum differs')
+
+
 class StreamReader:
   """Reads the streams of a container; `sizes` has their lengths in the file's order."""
 
@@ -149,11 +173,16 @@ class StreamReader:
     with naming(self.name):
       self.sizes, self._begins, self.manifest_crc32 = self._read_header()
 
+  def stream(self, name: str) -> Stream:
+    """Returns a stream to be read in parts."""
+    read = lambda start, count: self._bytes(self._begins[name] + start, count)
+    return Stream(name, (self.sizes[name],), np.dtype(np.uint8), read, {})
+
   def checked(self, name: str, crc32: int) -> np.ndarray:
     """Returns a stream, uint8 `[n]`, which must have this checksum."""
-    data, crc = self._bytes(self._begins[name], self.sizes[name])
-    if crc != crc32:
-      raise ContainerError(f'{name}: the stream is damaged: its checksum differs')
+    stream = self.stream(name)
+    data = stream[0 : self.sizes[name]]
+    stream.check(crc32)
     return data
 
   def inflated(self, name: str, crc32: int, most: int) -> bytes:

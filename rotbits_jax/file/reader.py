@@ -250,9 +250,9 @@ class Reader:
         if 'differences' in leaf.arrays:
           known[len(arrays) + leaf.arrays.index('differences')] = leaves[-1].known
         arrays += [] if leaf.is_joined else stored
-      decode = coders.CODERS[entry.coder].decode
-      data = file.checked(name, entry.crc32)
-      decode(entry.stream_spec, data, out=[*arrays, *joined], known=known)
+      decode, stream = coders.CODERS[entry.coder].decode, file.stream(name)
+      decode(entry.stream_spec, stream, out=[*arrays, *joined], known=known)
+      stream.check(entry.crc32)
       return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
 
   def _needed(
