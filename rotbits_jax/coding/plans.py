@@ -132,8 +132,11 @@ def _divided(
       continue
     if dtype.kind == 'i':
       layout = statistics.of_integers(part.numbers.reshape(-1))
-    if dtype == np.uint8:  # each byte of an element has a class
-      lines = np.zeros(1, int), np.arange(array.dtype.itemsize if form is None else 1)
+    if form and part.part == 0:
+      lines = statistics.densities(part.numbers)
+    elif dtype == np.uint8:  # each byte of an element has a class
+      columns = np.arange(array.dtype.itemsize if form is None else 1)
+      lines = np.zeros(1, int), statistics.DENSITIES + columns
     else:
       lines = statistics.measure(part.numbers, layout.size)
       if isinstance(layout, layouts.Codes) and _bin_loss(layout, lines) > _MOST_LOSS:
@@ -243,10 +246,13 @@ def _classes(
   scales = [statistics.within(x.lines, octave, layout.most_tables) for x in drafts]
   if isinstance(layout, layouts.Codes):
     return scales, np.array([-_SEEN // 2])
-  if layout.dtype == np.uint8:  # the classes of the parts follow each other
-    counts = np.array([x.greatest + 1 for x in scales])
-    starts = np.minimum(np.cumsum(counts), classes) - counts
-    scales = [x._replace(base=y) for x, y in zip(scales, starts.tolist(), strict=True)]
+  if layout.dtype == np.uint8:  # masks share classes; those of others follow each other
+    bases = np.array([x.base for x in scales])
+    counts = np.array([x.greatest + 1 for x in scales]) - bases
+    counts = np.where(bases < statistics.DENSITIES, 0, counts)
+    ends = np.minimum(statistics.DENSITIES + np.cumsum(counts), classes)
+    starts = np.where(counts > 0, ends - counts, bases).tolist()
+    scales = [x._replace(base=y) for x, y in zip(scales, starts, strict=True)]
   return scales, np.zeros(1, int)
 
 

@@ -82,7 +82,7 @@ def without_zeros(
     return None
   is_set = bits & magnitude > 0
   masks = [np.packbits(x, axis=1) for x in (is_set, is_set.T)]
-  costs = [tables.entropy_bits(np.bincount(x.reshape(-1))) for x in masks]
+  costs = [_cost(x) for x in masks]
   transposed = costs[1] < costs[0]
   ordered, is_set = (bits.T, is_set.T) if transposed else (bits, is_set)
   values, negative = ordered[is_set], ordered[~is_set] > 0
@@ -91,3 +91,11 @@ def without_zeros(
   form = Sparse(values.size, bool(negative.any()), transposed)
   signs = np.packbits(negative[: negative.size if form.negative else 0])
   return form, [masks[transposed], signs, *(x.view(array.dtype) for x in rows)]
+
+
+def _cost(mask: np.ndarray) -> float:
+  """Returns about the bits of a mask, whose rows have scales."""
+  levels, _ = statistics.densities(mask)
+  counts = np.bincount((levels[:, None] << 8 | mask).reshape(-1), minlength=1 << 13)
+  lines = tables.entropy_bits(np.bincount(levels))
+  return tables.entropy_bits(counts.reshape(-1, 256)) + lines

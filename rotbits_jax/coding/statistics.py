@@ -18,6 +18,9 @@ from rotbits_jax.coding import tables
 STEPS = 4
 """The number of classes for a factor of 2."""
 
+DENSITIES = 32
+"""The number of scales of the rows of masks."""
+
 _LEAST_LINE = 16  # elements of a row or column that has a scale
 _COLUMNS, _RUNS = 1 << 8, 4  # by which rows are measured, in so many runs
 _ROWS = 1 << 8  # by which columns are measured
@@ -60,8 +63,8 @@ def of_integers(numbers: np.ndarray) -> layouts.Layout:
     several = np.concatenate([numbers[run] for run in runs(numbers.size, _FLOATS)])
     least, most = np.quantile(several, _TAILS).astype(int).tolist()
     raw_bits = ((most - least) // layouts.BINS).bit_length()
-    counts = np.bincount((several >> raw_bits).view(np.uint8))
-    if counts.max() < _MOST_SHARE * several.size:
+    counts = np.bincount((several >> raw_bits).view(np.uint8).astype(int))
+    if np.max(counts) < _MOST_SHARE * several.size:
       return layouts.Codes(numbers.dtype, raw_bits)
   return layouts.Integers(numbers.dtype, 0)
 
@@ -150,6 +153,15 @@ def within(lines: Lines, octave: int, count: int) -> contexts.Scales:
   base = top - int(rows.max() + columns.max())
   both = [(x.max() - x).astype(np.uint8) for x in (rows, columns)]
   return contexts.Scales(base, *(x if x.any() else x[:1] for x in both))
+
+
+def densities(mask: np.ndarray) -> Lines:
+  """Returns scales of the rows of a mask, bits `[R, C]`: half octaves of the odds."""
+  ones = np.bitwise_count(mask).sum(axis=1, dtype=float) + 0.5
+  odds = 2 * np.log2(ones / (8 * mask.shape[1] + 1 - ones))
+  return np.rint(odds).astype(int).clip(1 - DENSITIES // 2, DENSITIES // 2 - 1) + (
+    DENSITIES // 2
+  ), np.zeros(1, int)
 
 
 def _quantized(

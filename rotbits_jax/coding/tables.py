@@ -55,9 +55,9 @@ def quantize(counts: np.ndarray, precision: int = PRECISION) -> np.ndarray:
 
 
 def entropy_bits(counts: np.ndarray) -> float:
-  """Returns the order-0 entropy of all counted symbols, in bits."""
-  counts = counts[counts > 0].astype(np.float64)
-  return float(-(counts * np.log2(counts / counts.sum())).sum())
+  """Returns the order-0 entropy of counted symbols, in bits: the sum of all tables."""
+  shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+  return float(-(counts * np.log2(np.where(counts > 0, shares, 1))).sum())
 
 
 def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
