@@ -15,6 +15,7 @@ import numpy as np
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import layouts
+from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
 from rotbits_jax.coding import tables
@@ -56,10 +57,16 @@ def dump(spec):
   return json.loads(json.dumps(schema.dump(spec)))
 
 
+def with_classes(arrays, known):
+  """Encodes arrays, of some of which the decoder knows the classes."""
+  groups = {i: plans.of_known(arrays[i], classes) for i, classes in known.items()}
+  return coder.encode(arrays, groups)
+
+
 def round_trip(arrays, known=None):
   """Encodes and decodes arrays, and returns the length of the stream."""
   known = known or {}
-  encoded = coder.encode(arrays, known)
+  encoded = with_classes(arrays, known)
   assert load(dump(encoded.spec)) == encoded.spec
   assert encoded.data.shape == (encoded.spec.nbytes,)
   later = {i: lambda _, x=x: iter(x) for i, x in known.items()}
@@ -209,7 +216,7 @@ class RecordsTest(parameterized.TestCase):
       self.assertLess(size, 1.003 * ideal + 1500)
     both = [normal((70, 90), np.float16), array, array[:9].astype(np.int8)]
     sections, few = np.split(known, [700, 700, 2000]), lambda _: iter([known[:9]])
-    encoded = coder.encode(both, {1: sections, 2: [known[:9]]})
+    encoded = with_classes(both, {1: sections, 2: [known[:9]]})
     seen = []
 
     def later(section):
@@ -283,7 +290,7 @@ class DamageTest(parameterized.TestCase):
       pruned(0.8, np.float32, (90, 60)),
       array,
     ]
-    encoded = coder.encode(cls.arrays, {6: cls.known})
+    encoded = with_classes(cls.arrays, {6: cls.known})
     assert [len(x.parts) for x in encoded.spec.arrays] == [1, 1, 1, 1, 1, 4, 1]
     cls.value, cls.data = dump(encoded.spec), encoded.data
     cls.expected = [x.tobytes() for x in cls.arrays]
@@ -391,7 +398,7 @@ def test_golden_record():
   given[2] = given[2].astype(np.float32)
   known = (i % 3).astype(np.uint8)
   given.append(((i * i % 101 - 50) * (i % 3 * 20)).astype(np.int16))
-  encoded = coder.encode(given, {3: [known]})
+  encoded = with_classes(given, {3: [known]})
   spec = json.dumps(dump(encoded.spec), separators=(',', ':'))
   assert zlib.crc32(encoded.data) == GOLDEN[0], zlib.crc32(encoded.data)
   assert zlib.crc32(spec.encode()) == GOLDEN[1], zlib.crc32(spec.encode())

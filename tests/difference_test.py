@@ -104,8 +104,8 @@ def assert_comes_back(measured, target, *needed):
   """Codes a leaf as a file does; returns the bytes."""
   leaf = measured.leaf
   settings, arrays = leaf.stored()
-  places = [] if measured.classes is None else [[*arrays].index('differences')]
-  encoded = coder.encode([*arrays.values()], dict.fromkeys(places, measured.classes))
+  places = [] if measured.group is None else [[*arrays].index('differences')]
+  encoded = coder.encode([*arrays.values()], dict.fromkeys(places, measured.group))
   memory = [np.empty(x.shape, x.dtype) for x in arrays.values()]
   made = []
 

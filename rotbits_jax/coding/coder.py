@@ -46,17 +46,14 @@ class Encoded(NamedTuple):
 
 
 def encode(
-  arrays: Sequence[np.ndarray], known: Mapping[int, Sequence[np.ndarray]] = _NONE
+  arrays: Sequence[np.ndarray], known: Mapping[int, plans.Group] = _NONE
 ) -> Encoded:
   """Encodes arrays as one record.
 
   Args:
     arrays: arrays of dtypes in `specs.DTYPES`, with any strides.
-    known: the classes of the elements of some arrays, uint8 in C order, by the indices
-      of the arrays, in sections: the decoder must know those of a section from the
-      sections before. Elements of one class should be of similar size, and those of the
-      fourth class above twice as large. The arrays are of integers of at most 32 bits,
-      and have elements.
+    known: plans of arrays whose classes both sides know, by the indices of the arrays,
+      see `plans.of_known`.
 
   Raises:
     ValueError: if a dtype cannot be stored.
@@ -68,7 +65,7 @@ def encode(
     tables = layout.tables(*contexts[1:4])
     sections: Iterable[Any] = [(contexts.scales, group.numbers)]
     if contexts.is_known:
-      array, classes = group.numbers[0].reshape(-1), known[group.parts[0].array]
+      array, classes = group.numbers[0].reshape(-1), group.sections
       sections = _sections(classes, array, len(contexts.table_of))
     several = itertools.chain(*(_blocks(layout, tables, *x) for x in sections))
     jobs.append([functools.partial(blocks.encode, *block) for block in several])
@@ -108,11 +105,9 @@ def encode(
   )
 
 
-def estimate(
-  arrays: Sequence[np.ndarray], known: Mapping[int, Sequence[np.ndarray]] = _NONE
-) -> float:
+def estimate(arrays: Sequence[np.ndarray]) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
-  plan = plans.make(arrays, known)
+  plan = plans.make(arrays, _NONE)
   coded = sum(sum(group.nbytes) for group in plan.groups)
   return coded + sum(x.numbers.nbytes for x in plan.plain)
 

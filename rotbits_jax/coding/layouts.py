@@ -367,10 +367,8 @@ class Integers:
 
   def symbols(self, numbers: np.ndarray, told: np.ndarray) -> np.ndarray:
     """Returns symbols, in NumPy."""
-    symbols = (numbers.astype(np.int64) >> told) + self.bias
-    if self.dtype.itemsize == 1:
-      return symbols & 255
-    return np.where(symbols == symbols & 255, symbols, 255)
+    moved = (numbers >> told.astype(numbers.dtype)).view(self.word)
+    return np.minimum(moved + self.word.type(self.bias), 255)
 
   def _raw_sizes(self, shift: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """Returns the bits of each uniform symbol, from the highest, and those below."""

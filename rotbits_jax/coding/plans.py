@@ -25,7 +25,9 @@ from rotbits_jax.system import host
 
 _FLOATS = 1 << 16  # units that tell frequencies
 _INTEGERS = 1 << 20  # units of integers, because these have more tables
+_SIZES = 1 << 18  # integers that tell shifts
 _LEAST_SAMPLE = 1 << 12  # units of a part
+_CHUNK = 1 << 16  # units that are counted at once, so that they fit the cache
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
@@ -55,6 +57,7 @@ class Group(NamedTuple):
   contexts: contexts_lib.Contexts  # the classes of each part, and the tables
   parts: list[Part]
   nbytes: list[float]  # about how many bytes each part takes
+  sections: Sequence[np.ndarray] = ()  # known classes, see `of_known`
 
   @property
   def numbers(self) -> list[np.ndarray]:
@@ -83,14 +86,12 @@ class _Sample(NamedTuple):
   """Units from all over a part."""
 
   units: np.ndarray  # `[n, S]`
-  classes: np.ndarray  # int64 `[n]`
+  classes: np.ndarray  # uint8 `[n]`
   weight: float  # how many units of the part one of the sample stands for
 
 
-def make(
-  arrays: Sequence[np.ndarray], known: Mapping[int, Sequence[np.ndarray]]
-) -> Plan:
-  """Plans a record of arrays; of the integers of some the classes are known."""
+def make(arrays: Sequence[np.ndarray], known: Mapping[int, Group]) -> Plan:
+  """Plans a record of arrays, of which some are groups of known classes."""
   for array in arrays:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
@@ -99,15 +100,27 @@ def make(
   divided = pool.each(_divided, range(len(whole)), whole, is_known)
   drafts = [draft for *_, several in divided for draft in several]
   groups = [x for x in map(_smaller, pool.each(_group, _by_layout(drafts))) if x]
-  for i, classes in known.items():
-    part = Part(i, 0, whole[i].reshape(-1, 1))
-    layout = layouts.Integers(part.numbers.dtype, 0)
-    lines = np.zeros(1, int), np.zeros(1, int)
-    scales = contexts_lib.known_scales(np.concatenate(classes))
-    groups.append(_group([_Draft(part, layout, lines)], scales))
+  for i, group in known.items():
+    groups.append(group._replace(parts=[group.parts[0]._replace(array=i)]))
   coded = {x[:2] for group in groups for x in group.parts}
   plain = [x for _, parts, _ in divided for x in parts if x[:2] not in coded]
   return Plan(whole, [form for form, *_ in divided], groups, plain)
+
+
+def of_known(numbers: np.ndarray, sections: Sequence[np.ndarray]) -> Group:
+  """Plans an array whose classes both sides know.
+
+  Args:
+    numbers: integers of at most 32 bits, at least one.
+    sections: their classes in C order, uint8: the decoder must know those of a section
+      from the sections before. Integers of one class should be of similar size, and
+      those of the fourth class above twice as large.
+  """
+  part = Part(0, 0, numbers.reshape(-1, 1))
+  lines = np.zeros(1, int), np.zeros(1, int)
+  draft = _Draft(part, layouts.Integers(numbers.dtype, 0), lines)
+  scales = contexts_lib.known_scales(np.concatenate(sections))
+  return _group([draft], scales)._replace(sections=sections)
 
 
 def _divided(
@@ -212,7 +225,7 @@ def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Gr
     numbers, coded = draft.part.numbers.size, draft_counts[:, window]
     raw_bits = layout.raw_bits
     if isinstance(layout, layouts.Integers):
-      raw_bits = base[sample.classes].mean()
+      raw_bits = base[sample.classes].mean() if base.any() else 0
     share = numbers / (sample.units.size * sample.weight)
     escaped = sample.units.size * sample.weight - coded.sum()
     cost = share * ((coded * bits).sum() + max(escaped, 0) * escape)
@@ -270,16 +283,16 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   for row, run in zip(classes, runs, strict=True):
     scales.write(row, run.start, numbers.shape, size)
   sample = np.concatenate([units[run] for run in runs])
-  return _Sample(sample, classes.astype(int).reshape(-1), len(units) / len(sample))
+  return _Sample(sample, classes.reshape(-1), len(units) / len(sample))
 
 
 def _shifts(
   samples: Sequence[_Sample], layout: layouts.Integers, count: int
 ) -> np.ndarray:
   """Returns the shift of each class, so that few integers have no symbol."""
-  classes = np.concatenate([x.classes for x in samples])
-  sizes = np.concatenate([x.units.reshape(-1) for x in samples])
-  sizes = np.abs(sizes.astype(np.int64))
+  step = max(sum(len(x.units) for x in samples) // _SIZES, 1)
+  classes = np.concatenate([x.classes[::step] for x in samples])
+  sizes = np.abs(np.concatenate([x.units[::step, 0] for x in samples]).astype(float))
   large = np.count_nonzero(sizes > 126)
   is_small = 8 * np.count_nonzero(sizes > 2) + 8000 * large < sizes.size
   if is_small or layout.dtype == np.uint8:
@@ -303,21 +316,26 @@ def _counts(
   shape: tuple[int, int],
 ) -> np.ndarray:
   """Counts the symbols of each table, of the given shape; others are left out."""
-  table_of, told = layout.told(sample.classes, base)
-  symbols = layout.symbols(sample.units, told[:, None])
-  is_seen = (symbols >= 0) & (symbols < shape[1])
-  places = (table_of[:, None] * shape[1] + symbols)[is_seen]
-  counts = np.bincount(places, minlength=shape[0] * shape[1])
-  return counts.reshape(shape) * sample.weight
+  (count, seen), width = shape, shape[1] + 1  # the last is of others
+  counts = np.zeros(count * width, int)
+  for start in range(0, len(sample.units), _CHUNK):
+    some = slice(start, start + _CHUNK)
+    table_of, told = layout.told(sample.classes[some].astype(int), base)
+    symbols = layout.symbols(sample.units[some], told[:, None]).astype(np.uint32)
+    places = table_of[:, None] * width + np.minimum(symbols, np.uint32(seen))
+    counts += np.bincount(places.reshape(-1), minlength=counts.size)
+  return counts.reshape(count, width)[:, :seen] * sample.weight
 
 
 def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Joins neighbours where this saves bytes; returns the sums, and that of each row."""
   is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
   rows, table_of = rows[is_first], np.cumsum(is_first) - 1
+  some = rows.any(axis=0)
   while True:
-    bits = _table_bits(rows)
-    saved = bits[:-1] + bits[1:] - _table_bits(rows[:-1] + rows[1:])
+    used = rows[:, some]
+    bits = _table_bits(used)
+    saved = bits[:-1] + bits[1:] - _table_bits(used[:-1] + used[1:])
     around = np.pad(saved, 1, constant_values=-1.0)
     is_joined = (saved >= 0) & (saved >= around[:-2]) & (saved > around[2:])
     if not is_joined.any():

@@ -31,6 +31,7 @@ from rotbits_jax import passes
 from rotbits_jax import presets
 from rotbits_jax import quantisers
 from rotbits_jax import structured
+from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
@@ -314,7 +315,7 @@ class Encoder:
     """Returns the entry of a record, without the checksum of its stream; the stream."""
     leaves: list[manifest_lib.Leaf] = []
     arrays: list[np.ndarray] = []
-    known: dict[int, list[np.ndarray]] = {}
+    known: dict[int, plans.Group] = {}
     params, base = structured.flatten(record.params), self._recipe or self.base
     beside = {} if base is None else base.beside(params, resolve)
     if self.preset.rounding is None:
@@ -324,7 +325,7 @@ class Encoder:
     joined: dict[str, list[np.ndarray]] = {}
     for path, leaf in params.items():
       try:
-        entry, stored, classes = _stored(path, leaf, beside.get(path), resolve)
+        entry, stored, group = _stored(path, leaf, beside.get(path), resolve)
         schema.load(manifest_lib.Leaf, schema.dump(entry))
         path.encode()  # text of files is UTF-8
       # A leaf that is stacked, or should be, raises any of these.
@@ -333,8 +334,8 @@ class Encoder:
       if joins and not entry.type_name and entry.size <= _SMALL:
         entry = msgspec.structs.replace(entry, arrays=())
         joined.setdefault(entry.dtype, []).append(stored.pop().reshape(-1))
-      if classes is not None:
-        known[len(arrays) + entry.arrays.index('differences')] = classes
+      if group is not None:
+        known[len(arrays) + entry.arrays.index('differences')] = group
       leaves.append(entry)
       arrays += [host.contiguous(np.asarray(array)) for array in stored]
     arrays += map(np.concatenate, joined.values())
@@ -419,7 +420,7 @@ def _find_codes(params: dict[str, Any], beside: dict[str, measure.Measured]) -> 
   """Replaces arrays that were quantised before by their codes, if these are smaller."""
   for path, leaf in params.items():
     measured = beside.get(path)
-    if measured is not None and measured.classes is None:
+    if measured is not None and measured.group is None:
       continue  # few elements differ from the base
     codes = quantisers.find(leaf)
     if codes is not None and (
@@ -438,11 +439,11 @@ def stored(leaf: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _stored(
   path: str, leaf: Any, beside: measure.Measured | None, resolve: Callable[[str], Any]
-) -> tuple[manifest_lib.Leaf, list[np.ndarray], list[np.ndarray] | None]:
-  """Returns the entry of a parameter, the arrays that store it, and their classes."""
-  known = crc32 = classes = None
+) -> tuple[manifest_lib.Leaf, list[np.ndarray], plans.Group | None]:
+  """Returns the entry of a parameter, its arrays, and the plan of its differences."""
+  known = crc32 = group = None
   if beside is not None:
-    leaf, classes, known, crc32 = beside
+    leaf, group, known, crc32 = beside
   elif structured.is_structured(leaf):
     if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
       raise ValueError(f'leaf type {leaf.type_name!r} cannot store all of this value')
@@ -450,8 +451,8 @@ def _stored(
       needed = list(map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
       if isinstance(leaf, difference.Difference):
-        changed = leaf.predict(*needed).changed
-        classes = [*leaf.classes(changed, leaf.differences)]
+        changed, differences = leaf.predict(*needed).changed, leaf.differences
+        group = plans.of_known(differences, [*leaf.classes(changed, differences)])
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored(leaf)
   if not type_name:
@@ -470,7 +471,7 @@ def _stored(
     product=known if isinstance(known, products.Product) else None,
     crc32=crc32,
   )
-  return entry, [*arrays.values()], classes
+  return entry, [*arrays.values()], group
 
 
 def _saving(

@@ -16,6 +16,7 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
+from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors
@@ -27,7 +28,7 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
-_SAMPLE = 1 << 16  # elements that tell whether a base is worth it
+_SAMPLE = 1 << 14  # elements that tell whether a base is worth it
 _LEAF_BYTES = 150  # of a leaf besides its arrays
 _MOST_SHARE = 0.98  # of the bytes of an array alone, up to which a base is worth it
 _FEW = 1 << 14  # elements that tell a drift, and how
@@ -49,17 +50,15 @@ class Measured(NamedTuple):
   """How to store an array beside a known one."""
 
   leaf: difference.Difference
-  # Those of sections of the differences, see `coder.encode`; None if they have none.
-  classes: list[np.ndarray] | None = None
+  group: plans.Group | None = None  # of the differences; None if there are none
   known: entries.BaseArray | products.Product | None = None
   crc32: int = 0  # of the array that the leaf stands for
 
   def estimate(self) -> float:
     """Estimates the bytes of the arrays of a leaf with differences."""
-    assert self.classes is not None
-    arrays = self.leaf.stored()[1]
-    known = {list(arrays).index('differences'): self.classes}
-    return coder.estimate([*arrays.values()], known)
+    assert self.group is not None
+    arrays = self.leaf.replace(differences=None).stored()[1]
+    return sum(self.group.nbytes) + coder.estimate([*arrays.values()])
 
 
 def beside(
@@ -93,9 +92,9 @@ def beside(
     # Scales and factors are there only where they save more than they take.
     some = slice(None, None, -(-target.size // _SAMPLE))
     alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
-    assert measured.classes is not None
-    differences, (classes,) = measured.leaf.differences[some], measured.classes
-    nbytes = coder.estimate([differences], {0: [classes[some]]})
+    assert measured.group is not None
+    share = alone.size / target.size
+    nbytes = share * sum(measured.group.nbytes)
     if nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)
@@ -165,7 +164,8 @@ def _measured(
   job = lambda part: ulps.differences(bits[part], known[part], leaf.dtype)
   differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
   leaf = dataclasses.replace(leaf, differences=differences)
-  return Measured(leaf, [*leaf.classes(known, differences, pool.run)])
+  classes = [*leaf.classes(known, differences, pool.run)]
+  return Measured(leaf, plans.of_known(differences, classes))
 
 
 def _sparse(
@@ -180,7 +180,8 @@ def _sparse(
   exponent = max(int(np.flatnonzero(is_frequent).max(initial=0)) - _SURE, 1)
   differences, classes = groups.encode(bits, known, leaf.dtype, exponent)
   fields = {'frequent_exponent': exponent, 'differences': differences}
-  return Measured(dataclasses.replace(leaf, **fields), classes)
+  group = plans.of_known(differences, classes)
+  return Measured(dataclasses.replace(leaf, **fields), group)
 
 
 def _scale_of(roots: Any, dtype: np.dtype | None = None) -> Any:
