@@ -244,12 +244,26 @@ def sparse(b, f, m, read):
   return d
 
 
+def beside_head(head, map, scale):
+  """The product of a head and a map, of integers of 16 bits in two bytes."""
+  powers, high, low = [], [], []
+  for x in (np.float32(head), np.float32(map)):
+    e = np.frexp(abs(x).max(0) * np.float32(1 + 2**-7))[1]
+    powers.append(15 - np.maximum(e, -35))
+    y = np.rint(np.ldexp(np.float64(x), powers[-1]))
+    high.append(np.floor((y + 128) / 256))
+    low.append(y - 256 * high[-1])
+  sums = 256 * (high[0].T @ high[1]) + high[0].T @ low[1] + low[0].T @ high[1]
+  sums += np.floor((low[0].T @ low[1] + 128) / 256)
+  sums = np.float32(sums.astype(np.int64).astype(np.int32))
+  return np.ldexp(sums, 8 - powers[0][:, None] - powers[1] - scale)
+
+
 def difference(leaf, s, a, tensors, base, config):
   """An array that differs little from a known one."""
   dtype, n = np.dtype(leaf['dtype']), math.prod(leaf['shape'])
   if 'map' in a:
-    h = np.rint(np.ldexp(np.float64(tensors['head/kernel']), a['shifts'][:, None]))
-    known = np.float32(np.ldexp(h.T @ np.float64(a['map']), -s.get('scale', 0)))
+    known = beside_head(tensors['head/kernel'], a['map'], s.get('scale', 0))
   elif 'product' in leaf:
     known = product(leaf['product'], tensors, base, dtype, config['hidden_size'])
   else:

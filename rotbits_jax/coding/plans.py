@@ -294,9 +294,9 @@ def _shifts(
   classes = np.concatenate([x.classes[::step] for x in samples])
   sizes = np.abs(np.concatenate([x.units[::step, 0] for x in samples]).astype(float))
   large = np.count_nonzero(sizes > 126)
-  is_small = 8 * np.count_nonzero(sizes > 2) + 8000 * large < sizes.size
-  if is_small or layout.dtype == np.uint8:
-    return np.zeros(count, np.int32)  # the few large ones are escapes
+  if 1000 * large < sizes.size or layout.dtype == np.uint8:
+    # The few large ones are escapes. Raw bits would double the time of all others.
+    return np.zeros(count, np.int32)
   counts = np.bincount(classes, minlength=count)
   means = np.bincount(classes, sizes, count) / np.maximum(counts, 1)
   means = np.log2(np.maximum(means, 1 / 64))

@@ -10,6 +10,7 @@ to a sample of the tokens shows first whether the embedding was ever tied.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +31,6 @@ _UNTIED = 0.1  # relative error of an embedding that was never tied; usually abo
 _MOST_ERROR = 1.5
 
 _EXACT_DTYPES = np.dtype(np.float16), np.dtype(jnp.bfloat16)
-_MOST_INTEGER = (1 << 23) - 1  # of a rounded T
 
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 
@@ -129,17 +129,16 @@ def _exact_leaf(
     gram, moments = gram - odd_gram, moments - odd_moments
     matrix = least_squares(gram, moments)
     errors = deviations(table, head, matrix) * weights
-  # Rounding row k of T to multiples of s_k adds sum_k mean_i(head[k, i]^2) s_k^2 / 12
-  # to the variance v of the deviations. It is best if all terms of this sum are equal.
-  # The best sum is v D / (V - D), because finer steps then cost as many bits in the
-  # D d integers as they save in the V d residuals.
+  # Rounding T to multiples of s adds sum_k mean_i(head[k, i]^2) s^2 / 12 to the
+  # variance v of the deviations. The best sum is v D / (V - D), because finer steps
+  # then cost as many bits in the D d integers as they save in the V d residuals.
   variance = (np.mean(errors[~odd] ** 2) + unit**2 / 12) / table.shape[1]
-  squares = np.maximum(np.diag(gram) / tokens, 0)
-  squares = np.where(squares > 0, squares, 1)
-  exponents = np.rint(0.5 * np.log2(squares * (tokens - rank) / (12 * variance)))
-  integers = np.rint(np.ldexp(matrix, exponents.astype(np.int32)[:, None]))
-  integers = np.clip(integers, -_MOST_INTEGER, _MOST_INTEGER).astype(np.int32)
-  exact = measure.beside_head(table, head, integers, exponents.astype(np.int32))
+  square = np.trace(gram) / tokens or 1
+  scale = np.log2(square * (tokens - rank) / (12 * variance * rank)) / 2
+  most = 15 - math.frexp(1.0001 * np.abs(matrix).max(initial=0))[1]  # for int16
+  scale = int(np.clip(np.rint(scale), -64, min(most, 64)))
+  integers = np.rint(np.ldexp(matrix, scale)).astype(np.int16)
+  exact = measure.beside_head(table, head, integers, scale)
   if exact.estimate() >= coder.estimate([table]):
     return None, {}
   return exact.leaf, {}

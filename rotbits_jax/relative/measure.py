@@ -106,14 +106,13 @@ def beside(
 def beside_head(
   table: np.ndarray,  # the embedding [V, d], float16 or bfloat16
   head: np.ndarray,  # [D, V], finite
-  map: np.ndarray,  # int32 [D, d], below 2^23 in absolute value
-  exponents: np.ndarray,  # integers [D]; row k of T is 2^-exponents[k] map[k]
+  map: np.ndarray,  # int16 [D, d]
+  scale: int,  # T is 2^-scale map
 ) -> Measured:
   """Returns how to store an embedding beside its product with the head."""
-  scale, shifts = tied.scale_of(head, map, exponents)
-  product = tied.product(head, map, shifts, scale, table.dtype)
+  product = tied.product(head, map, scale, table.dtype, pool.run)
   draft = difference.Difference(
-    lengths=table.shape, name=table.dtype.name, map=map, shifts=shifts, scale=scale
+    lengths=table.shape, name=table.dtype.name, map=map, scale=scale
   )
   return with_classes(draft, ulps.bits_of(table), ulps.bits_of(product))
 

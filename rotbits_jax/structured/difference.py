@@ -45,8 +45,6 @@ ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicte
 _MOST_CLASS = 255  # its index is a byte
 _MOST_RANK = 1 << 12
 
-_PAIRS = ('left', 'right'), ('map', 'shifts')
-
 Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
 """Runs jobs, perhaps side by side; returns their results."""
 
@@ -99,8 +97,7 @@ class Difference(base.Structured):
   left: Annotated[Any, _some('Rk', np.int16)] = None
   right: Annotated[Any, _some('kC', np.int16)] = None
   drift: Annotated[Any, _some('i', np.int32)] = None
-  map: Annotated[Any, _some('Dd', np.int32)] = None  # see `tied.product`, as two others
-  shifts: Annotated[Any, _some('D', np.int16)] = None
+  map: Annotated[Any, _some('Dd', np.int16)] = None  # see `tied.product`
   width: fields.Length = fields.static(default=1)
   # That of the greatest weight in `groups`, which has the rules if this is positive.
   frequent_exponent: Annotated[int, schema.between(0, 255)] = fields.static(default=0)
@@ -108,7 +105,7 @@ class Difference(base.Structured):
     default=0
   )
   unit: Annotated[int, schema.between(-900, 900)] = fields.static(default=0)
-  scale: Annotated[int, schema.between(-1000, 2000)] = fields.static(default=0)
+  scale: Annotated[int, schema.between(-64, 64)] = fields.static(default=0)  # of `map`
 
   @property
   def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -137,12 +134,12 @@ class Difference(base.Structured):
       collections.deque(self.classes(prediction.changed, self.differences), 0)
     return self.joined(prediction)
 
-  def _known_bits(self, known: Any) -> np.ndarray:
+  def _known_bits(self, known: Any, run: Run = in_turn) -> np.ndarray:
     """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
     if self.map is not None:
       self.check_needed(known.shape)
       known = np.asarray(known)
-      known = tied.product(known, self.map, self.shifts, self.scale, self.dtype)
+      known = tied.product(known, self.map, self.scale, self.dtype, run)
     bits = known_bits(np.asarray(known), self.lengths, self.dtype)
     if bits is None:
       form = f'{known.dtype} {known.shape}'
@@ -153,7 +150,7 @@ class Difference(base.Structured):
 
   def predict(self, *needed: Any, run: Run = in_turn) -> Prediction:
     """Returns the prediction for `joined`, which changes it."""
-    bits = self.predicted_bits(self._known_bits(*needed), run)
+    bits = self.predicted_bits(self._known_bits(*needed, run=run), run)
     return Prediction(
       bits, bits if self.differences is None else self.changed_part(bits)
     )
@@ -269,7 +266,7 @@ class Difference(base.Structured):
     expected = {'R': rows, 'C': self.width, 'i': DRIFTS, 'b': blocks}
     fits = rows * self.width == size and axes.get('k', 0) <= _MOST_RANK
     fits &= all(axes.get(axis, length) == length for axis, length in expected.items())
-    fits &= all((x in names) == (y in names) for x, y in _PAIRS)
+    fits &= ('left' in names) == ('right' in names)
     fits &= dtype in ROUNDED or names.isdisjoint(('left', 'drift', 'map'))
     fits &= self.map is None or lengths[1:] == self.map.shape[1:]
     exponent, is_sparse = self.frequent_exponent, self.frequent_exponent > 0
