@@ -49,7 +49,7 @@ class Spec(schema.Object):
 
 class Encoded(NamedTuple):
   spec: Spec
-  data: np.ndarray
+  pieces: list[np.ndarray]
 
 
 def encode(arrays, known):
@@ -59,7 +59,8 @@ def encode(arrays, known):
     Array(shape=x.shape, dtype=x.dtype.name, crc32=checksums.of_array(x))
     for x in arrays
   )
-  return Encoded(Spec(nbytes=len(data), arrays=entries), np.frombuffer(data, np.uint8))
+  pieces = [np.frombuffer(data, np.uint8)]
+  return Encoded(Spec(nbytes=len(data), arrays=entries), pieces)
 
 
 def decode(spec, data, *, out, known):

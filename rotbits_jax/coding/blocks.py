@@ -134,8 +134,7 @@ def encode(
   words, marks, *planes = map(np.asarray, out)
   lengths = np.asarray(lengths).astype(np.int64)
   stacks = zip(words.reshape(lanes, stack), lengths.tolist(), strict=True)
-  message = np.concatenate([row[:n] for row, n in stacks])
-  parts = [rans.join_words(np.asarray(state), lengths, message)]
+  parts = [rans.head_words(np.asarray(state), lengths), *(x[:n] for x, n in stacks)]
   pairs = zip(layout.pieces, planes, strict=True)
   parts += [plane[: _plane_rows(width, rows)] for (width, _), plane in pairs]
   # The last unit is listed again where it fills the row.
@@ -210,7 +209,7 @@ def _nonzero(array: np.ndarray, size: int) -> np.ndarray:
   """Returns the places of the few elements that are not 0, among the first `size`."""
   each = 8 // array.itemsize
   several = array.reshape(-1).view(np.uint64)[: -(-size // each)]
-  (some,) = np.nonzero(several)
+  some = np.flatnonzero(several != 0)  # of booleans, because that is faster
   rows, columns = np.nonzero(several[some].view(array.dtype).reshape(-1, each))
   places = some[rows] * each + columns
   return places[places < size]

@@ -42,7 +42,12 @@ class Encoded(NamedTuple):
   """An encoded record."""
 
   spec: specs.StreamSpec  # the description of the stream
-  data: np.ndarray  # uint8 `[spec.nbytes]`, the stream
+  pieces: list[np.ndarray]  # uint8, the stream
+
+  @property
+  def data(self) -> np.ndarray:
+    """The stream: uint8 `[spec.nbytes]`."""
+    return np.concatenate(self.pieces)
 
 
 def encode(
@@ -98,11 +103,9 @@ def encode(
       zip(plan.arrays, checksums, plan.zeros, strict=True)
     )
   )
-  stream = [np.frombuffer(b''.join(heads), np.uint8), *itertools.chain(*bodies)]
-  stream += [x.numbers.reshape(-1).view(np.uint8) for x in plan.plain]
-  return Encoded(
-    specs.StreamSpec(arrays=entries, groups=groups), np.concatenate(stream)
-  )
+  pieces = [np.frombuffer(b''.join(heads), np.uint8), *itertools.chain(*bodies)]
+  pieces += [x.numbers.reshape(-1).view(np.uint8) for x in plan.plain]
+  return Encoded(specs.StreamSpec(arrays=entries, groups=groups), pieces)
 
 
 def estimate(arrays: Sequence[np.ndarray]) -> float:

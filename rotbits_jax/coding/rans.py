@@ -241,7 +241,7 @@ def to_words(message: Message) -> np.ndarray:
   check(message)
   size, stacks = np.asarray(message.size), np.asarray(message.words)
   used = np.arange(stacks.shape[1]) < size[:, None]
-  return join_words(np.asarray(message.state), size, stacks[used])
+  return np.concatenate([head_words(np.asarray(message.state), size), stacks[used]])
 
 
 def from_words(words: np.ndarray, lanes: int, room: int) -> Message:
@@ -261,14 +261,14 @@ def from_words(words: np.ndarray, lanes: int, room: int) -> Message:
   return Message(jnp.asarray(state), jnp.asarray(rows), size32, size32)
 
 
-def join_words(state: np.ndarray, size: np.ndarray, stacks: np.ndarray) -> np.ndarray:
-  """Serialises the parts of a message: the inverse of `split_words`."""
+def head_words(state: np.ndarray, size: np.ndarray) -> np.ndarray:
+  """Returns the words before the stacks of a message, see `split_words`."""
   base = int(size.min()) if size.size else 0
   excess = size - base
   if excess.max(initial=0) > 0xFFFF:
     raise MessageError('the sizes of the lanes differ by 2^16 or more words')
   parts = np.array([base & 0xFFFF, base >> 16]), state & 0xFFFF, state >> 16, excess
-  return np.concatenate([*(x.astype(np.uint16) for x in parts), stacks])
+  return np.concatenate([x.astype(np.uint16) for x in parts])
 
 
 def split_words(

@@ -20,8 +20,8 @@ class RecordCoder(NamedTuple):
 
   The spec of a stream is a `schema.Object`. Like `specs.StreamSpec` it has `nbytes` and
   `arrays`, each with its `shape`, `dtype` (a name) and `nbytes`. The functions are as
-  `coder.encode`, whose result has `spec` and `data`, and `coder.decode`, which raises a
-  ValueError if the stream or an array is damaged.
+  `coder.encode`, whose result has `spec` and `pieces`, and `coder.decode`, which raises
+  a ValueError if the stream or an array is damaged.
   """
 
   spec: type[Any]

@@ -91,13 +91,16 @@ class StreamWriter:
     self._end = 0
     file.write(bytes(8 + self._room))
 
-  def append(self, name: str, data: Any) -> tuple[int, int]:
-    """Writes a stream, given as a buffer; returns its length and its CRC-32."""
-    view = memoryview(np.ascontiguousarray(data)).cast('B')
-    self._file.write(view)
-    self._streams[name] = self._end, self._end + view.nbytes
-    self._end += view.nbytes
-    return view.nbytes, zlib_ng.crc32(view)
+  def append(self, name: str, *pieces: Any) -> tuple[int, int]:
+    """Writes a stream, given as buffers; returns its length and its CRC-32."""
+    start, crc = self._end, 0
+    for piece in pieces:
+      view = memoryview(np.ascontiguousarray(piece)).cast('B')
+      self._file.write(view)
+      self._end += view.nbytes
+      crc = zlib_ng.crc32(view, crc)
+    self._streams[name] = start, self._end
+    return self._end - start, crc
 
   def finish(self, manifest: bytes) -> None:
     """Appends the text of the manifest, and writes the header."""

@@ -280,8 +280,8 @@ class Encoder:
     def append() -> None:
       bar.stage('encoding')
       for job in ahead.popleft():
-        entry, data = job.result()
-        _, crc32 = streams.append(entry.name, data)
+        entry, pieces = job.result()
+        _, crc32 = streams.append(entry.name, *pieces)
         entries.append(msgspec.structs.replace(entry, crc32=crc32))
         bar.update(entry.input.bytes)
 
@@ -311,7 +311,7 @@ class Encoder:
 
   def encode_record(
     self, record: passes.Record, resolve: Callable[[str], Any]
-  ) -> tuple[manifest_lib.RecordEntry, np.ndarray]:
+  ) -> tuple[manifest_lib.RecordEntry, list[np.ndarray]]:
     """Returns the entry of a record, without the checksum of its stream; the stream."""
     leaves: list[manifest_lib.Leaf] = []
     arrays: list[np.ndarray] = []
@@ -351,7 +351,7 @@ class Encoder:
       savings=tuple(savings),
       empty=tuple(structured.empty_dicts(record.params)),
     )
-    return entry_of_record, encoded.data
+    return entry_of_record, encoded.pieces
 
   def _resolver(self, batch: Sequence[passes.Record]) -> Callable[[str], Any]:
     """Returns the function that finds the parameters that leaves of a batch need."""
