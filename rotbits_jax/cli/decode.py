@@ -2,7 +2,7 @@
 
   rotbits decode SmolLM2-135M.rotbits SmolLM2-again
 
-The tensors get their names, shapes, dtypes and shards; the other files (configs,
+Tensors keep their names, shapes, dtypes and shards, and the other files (configs,
 tokenizer, license, model card, code) come back, too. FILE may be a folder of shards, or
 their index. The default FOLDER is FILE without its ending. A file that was encoded with
 --base needs the same --base. Memory holds a few layers at a time.

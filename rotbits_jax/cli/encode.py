@@ -2,8 +2,8 @@
 
   rotbits encode SmolLM2-135M
 
-CHECKPOINT is one of Hugging Face (safetensors or pytorch_model.bin, sharded or not) or
-of Microsoft's SliceGPT. The presets:
+CHECKPOINT has the format of Hugging Face (safetensors or pytorch_model.bin, sharded or
+not) or that of Microsoft's SliceGPT. The presets:
 
   exact  keeps every bit. The default for dense checkpoints, of any family.
   free   keeps the function up to rounding; LoRA adapters no longer fit. The default for

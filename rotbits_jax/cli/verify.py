@@ -2,11 +2,11 @@
 
   rotbits verify SmolLM2-135M.rotbits --against=SmolLM2-135M
 
-With --against a file of the preset `exact` must have the checkpoint's bits. One of
-`free` or `paper` must have its function: predictions for random tokens, and canonical
-forms of the tensors, differ by at most a few times what random rotations and rounding
-make. For `near` the difference is measured; with --text, on the tokens that
-`encode --max_kl` kept apart, where it must be what the file says.
+With --against, a file of `exact` must have the checkpoint's bits. A file of `free` or
+`paper` must compute its function: predictions for random tokens, and canonical forms of
+the tensors, differ by at most a few times what random rotations and rounding cause. For
+`near` the difference is measured; with --text, on the tokens that `encode --max_kl`
+kept apart, where it must be what the file says.
 
 JSON: the fields of `rotbits_jax.file.verification.Verification`.
 """
