@@ -179,7 +179,7 @@ def decode(
   classes = _classes(spans, count)
   outputs = [
     ('units', (ROWS, lanes, layout.words), layout.word),
-    ('marks', (ROWS, lanes), np.dtype(np.uint8)),
+    ('marks', (ROWS, lanes), np.dtype(bool)),
   ]
   out = tuple(_taken(*x) for x in outputs)
   arguments = state, tops, words, classes, tuple(planes), coder_tables, np.int32(rows)
@@ -206,13 +206,8 @@ def decode(
 
 
 def _nonzero(array: np.ndarray, size: int) -> np.ndarray:
-  """Returns the places of the few elements that are not 0, among the first `size`."""
-  each = 8 // array.itemsize
-  several = array.reshape(-1).view(np.uint64)[: -(-size // each)]
-  some = np.flatnonzero(several != 0)  # of booleans, because that is faster
-  rows, columns = np.nonzero(several[some].view(array.dtype).reshape(-1, each))
-  places = some[rows] * each + columns
-  return places[places < size]
+  """Returns the places of elements that are not 0, among the first `size`."""
+  return np.flatnonzero(array.reshape(-1)[:size].astype(bool, copy=False))
 
 
 # ---- arrays that a thread uses again -------------------------------------------------

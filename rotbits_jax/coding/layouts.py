@@ -226,8 +226,8 @@ class Floats:
       coder_tables: the tables.
 
     Returns:
-      The words of the units, `[L, words]`; and uint8 `[L]`: 1 at escapes, where the
-      words are those that `join` needs.
+      The words of the units, `[L, words]`; and bool `[L]`: whether each is an escape,
+      whose words are those that `join` needs.
     """
     table, told = self.told(classes, coder_tables.told)
     symbol, is_listed = _popped(pop, table, coder_tables, self)
@@ -239,7 +239,7 @@ class Floats:
     kept = [self._kept(x) for x in raw]
     pairs = zip(kept, self.join(symbol, kept, told), strict=True)
     words = [jnp.where(is_listed, x, y) for x, y in pairs]
-    return jnp.stack(words, -1).astype(self.word), is_listed.astype(jnp.uint8)
+    return jnp.stack(words, -1).astype(self.word), is_listed
 
   def encode_step(
     self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
@@ -391,7 +391,7 @@ class Integers:
       rest = RAW - size
       uniform = lambda slot, r=rest: (slot >> r, slot >> r << r, one << r)
       number = number << size | pop(uniform, RAW)
-    return number.astype(self.word)[:, None], is_listed.astype(jnp.uint8)
+    return number.astype(self.word)[:, None], is_listed
 
   def encode_step(
     self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
