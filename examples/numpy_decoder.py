@@ -307,9 +307,9 @@ def dequantised(s, a):
   if s['grid'] in ('int4', 'float4_e2m1fn'):
     matrix[matrix == -16] = -0.0
     matrix /= 1 if s['grid'] == 'int4' else 2
-  for axis, length in enumerate(s['block']):
-    scales = scales.take(np.arange(matrix.shape[axis]) // length, axis)
-  array = (matrix * scales).astype(s['name']).ravel()
+  places = [np.arange(n) // m for n, m in zip(matrix.shape, s['block'], strict=True)]
+  minima = a.get('minima', np.full(scales.shape, -0.0, 'f4'))[np.ix_(*places)]
+  array = (matrix * scales[np.ix_(*places)] + minima).astype(s['name']).ravel()
   array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
   return array
 

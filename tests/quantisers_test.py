@@ -31,6 +31,15 @@ def zero_points(array):
   return ((codes - zeros + F32(0)) * scales).reshape(array.shape)
 
 
+def minima(array):
+  """Quantises groups of 64 to 0 to 15 above their minimum, as MLX does."""
+  groups = array.reshape(-1, 64)
+  least, most = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+  scales, least = HALF((most - least) / F32(15)), HALF(least)
+  codes = np.clip(np.rint((groups - least) / scales), 0, 15)
+  return (codes * scales + least).reshape(array.shape)
+
+
 INT4, E4M3 = quantised.integers(7), quantised.rounded(ml_dtypes.float8_e4m3fn)
 BLOCKS = through((128, 128), E4M3, 448)
 INT8 = quantised.integers(127), 127
@@ -50,6 +59,7 @@ SCHEMES = {
   'int4_64_columns': (through((64, 1), INT4, 7), 'int4', (64, 1), 3.9),
   'int4_32_bf16': (through((1, 32), INT4, 7, HALF), 'int4', (1, 32), 4.2),
   'zero_points': (zero_points, 'int4', (1, 128), 3.9),
+  'minima': (minima, 'int4', (1, 64), 4.4),
   'mxfp4': (quantised.QUANTISERS['MXFP4'], 'float4_e2m1fn', (1, 32), 4.2),
   'nvfp4': (quantised.QUANTISERS['NVFP4'], 'float4_e2m1fn', (1, 16), 4.5),
 }
@@ -166,11 +176,14 @@ class LeafTest(parameterized.TestCase):
       *({'block': x} for x in ((1, 0), (0, 16), (1,), (1, 32), (1, 16, 1))),
       {'grid': 'int3'},
       {'shift': 24},
+      {'minima': np.full(scales.shape, np.inf, F32)},
+      {'minima': np.zeros_like(scales[1:], F32)},
       {'name': 'float8_e4m3fn'},
     ]
     for change in wrong:
-      fields = {key: x for key, x in (arrays | change).items() if key in arrays}
+      names = {*arrays, 'minima'}
+      fields = {key: x for key, x in (arrays | change).items() if key in names}
       fields = {key: x for key, x in fields.items() if x is not None}
-      others = {key: x for key, x in change.items() if key not in arrays}
+      others = {key: x for key, x in change.items() if key not in names}
       with self.assertRaises(ValueError, msg=repr(change)):
         cls.from_stored(settings | others, fields)

@@ -32,7 +32,8 @@ class BlockQuantized(base.Structured):
   The product is rounded to float32 and then to the dtype. An int8 counts units of the
   grid; of grids of 4 bits, -16 is -0. A scale is the float32 with the bits
   `scales << shift`; with a factor, it is the factor times the float8_e4m3fn with the
-  bits `scales`. Exceptions replace a few elements.
+  bits `scales`. The minimum of the block, if there is one, is added to the float32
+  product, and the sum is rounded, too. Exceptions replace a few elements.
   """
 
   type_name: ClassVar[str] = 'block_quantized'
@@ -46,6 +47,7 @@ class BlockQuantized(base.Structured):
   block: tuple[fields.Length, ...] = fields.static()  # r and c
   shift: Annotated[int, schema.between(0, 23)] = fields.static(default=0)
   factor: Annotated[Any, fields.Array('', np.float32, optional=True)] = None
+  minima: Annotated[Any, fields.Array('mn', np.float32, optional=True)] = None
   # How many elements are before each exception, from the one before it on.
   gaps: Annotated[Any, fields.Array('e', np.uint32, optional=True)] = None
   exceptions: Annotated[Any, fields.Array('e', optional=True)] = None
@@ -76,6 +78,8 @@ class BlockQuantized(base.Structured):
           part = part * ~is_zero
         products = part.astype(np.float32)
         products *= scales
+        if self.minima is not None:
+          products += _of_rows(self.minima, rows, self.block, matrix.shape[1])
         matrix[rows] = products
         if is_zero is not None:  # masks are slow
           bits = matrix[rows].view(f'u{out.itemsize}')
@@ -110,6 +114,8 @@ class BlockQuantized(base.Structured):
       with np.errstate(over='ignore', invalid='ignore'):
         floats = self.float_scales
       fits = floats.min() > 0 and floats.max() < np.inf  # false if one is NaN
+    if fits and self.minima is not None:
+      fits = bool(np.isfinite(self.minima).all())
     grid = grids.GRIDS[self.grid]
     if fits and numbers.dtype == np.int8:
       is_small = grid.unit and numbers.min() >= -16 and numbers.max() <= 15
@@ -127,14 +133,21 @@ def row_scales(
   scales: np.ndarray, block: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[slice, np.ndarray]]:
   """Yields rows of a matrix that fit the cache, and the scales of their elements."""
-  (rows, width), (height, columns) = shape, block
+  rows, width = shape
   step = max(_CHUNK // width, 1)
   for start in range(0, rows, step):
     part = slice(start, min(start + step, rows))
-    some = scales[np.arange(part.start, part.stop) // height]
-    if 1 < columns < width:
-      some = some.repeat(columns, axis=1)[:, :width]
-    yield part, some
+    yield part, _of_rows(scales, part, block, width)
+
+
+def _of_rows(
+  scales: np.ndarray, rows: slice, block: tuple[int, ...], width: int
+) -> np.ndarray:
+  """Returns the scales of the elements of rows, or one for all columns."""
+  some = scales[np.arange(rows.start, rows.stop) // block[0]]
+  if 1 < block[1] < width:
+    some = some.repeat(block[1], axis=1)[:, :width]
+  return some
 
 
 def form(settings: Mapping[str, Any], shape: tuple[int, ...]) -> str:

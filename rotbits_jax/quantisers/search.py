@@ -7,6 +7,10 @@ element over the greatest code, narrows the bounds by the elements whose codes a
 certain, and repeats. All blocks of an array go through it together. In the end the
 array is computed from codes and scales, and elements with other bits are exceptions.
 
+Groups of 4 bits may have a minimum m, too: v = round(q s + m), q from 0 to 15, as in
+Q4_1 of GGUF. Their least and greatest element tell q. Two elements whose codes differ
+by k bound k s by the differences of their borders; given s, each element bounds m.
+
 Shape letters: U blocks have n elements each, or n distinct magnitudes.
 """
 
@@ -31,6 +35,7 @@ _LINES, _RUN = 4, 128  # rows or columns, and elements of each, that show repeti
 _REPEATED = 80  # of these elements that repeat another one; of dense ones about 45
 _SAMPLE = 1 << 14  # elements of a block that tell its grid
 _MOST_DISTINCT = 144  # magnitudes of a block; no grid has so many
+_LENGTHS = 128, 64, 32, 16  # of groups
 _BLOCKS = 5  # rows and columns of blocks of a sample
 _FIT = 0.75  # share of the blocks of a sample that have scales
 _ROUNDS = 6
@@ -40,6 +45,8 @@ _CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
 _MOST_EXCEPTIONS = 1 / 64
 _EXCEPTION_BITS = 24
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
+_CODES = 16  # of groups with minima
+_GROUPS = 64  # that tell whether groups have minima
 _SCALES = 1 << 9  # of these that tell their factor
 _LEAF_BYTES = 200
 _ESTIMATED = 1 << 17  # elements
@@ -65,7 +72,7 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
     if name := _grid(magnitudes, block, array.dtype, names):
       found, names = [*found, (block, name)], names[: names.index(name) + 1]
   leaves = (_leaf(array, magnitudes, *x) for x in found if x[1] == names[-1])
-  leaf = next(filter(None, leaves), None)
+  leaf = next(filter(None, leaves), None) if found else _with_minima(array)
   return leaf if leaf and nbytes(leaf) < _estimate(array) else None
 
 
@@ -109,7 +116,7 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[Block]:
   """Yields the forms of blocks, large ones first, because these have fewer scales."""
   rows, (height, width) = math.prod(shape[:-1]), shape[-2:]
   forms = [(rows, width), (height, width), (128, 128), (1, width), (height, 1)]
-  for length in (128, 64, 32, 16):
+  for length in _LENGTHS:
     forms += [(1, length)] if width % length == 0 else []
     forms += [(length, 1)] if height % length == 0 else []
   yield from dict.fromkeys(forms)
@@ -273,8 +280,14 @@ def _leaf(
     index = grid.nearest(quotients).astype(np.int16)
     index += count * is_negative[rows]
     numbers[rows] = table.take(index, mode='clip')
-  known = draft.materialize().view(magnitudes.dtype)
-  places = np.flatnonzero(known != array.view(magnitudes.dtype))
+  return _with_exceptions(draft, array)
+
+
+def _with_exceptions(
+  draft: leaf_lib.BlockQuantized, array: np.ndarray
+) -> leaf_lib.BlockQuantized | None:
+  """Adds the elements that a leaf does not give back; None if these are many."""
+  places = np.flatnonzero(ulps.bits_of(draft.materialize()) != ulps.bits_of(array))
   if places.size > _MOST_EXCEPTIONS * array.size or array.size >> 32:
     return None
   if places.size:
@@ -339,3 +352,71 @@ def _factor(
       whole[is_used] = np.maximum(codes, 1)
       return np.array(factor[0]), whole, int(np.count_nonzero(~is_within))
   return None, least, least.size
+
+
+# ---- minima --------------------------------------------------------------------------
+
+
+def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
+  """Returns the leaf of an array whose groups have minima, or None."""
+  matrix = array.reshape(-1, array.shape[-1])
+  for length in _LENGTHS:
+    if matrix.shape[1] % length == 0:
+      groups = matrix.reshape(-1, length)
+      least, most, *_ = _code_bounds(groups[:: -(-len(groups) // _GROUPS)])
+      if np.mean(least <= most) >= _FIT:
+        return _affine_leaf(array, groups)
+  return None
+
+
+@np.errstate(divide='ignore', invalid='ignore', over='ignore')
+def _code_bounds(groups: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Returns bounds of the scales of groups `[U, n]`, codes, and borders of codes.
+
+  The borders, `[U, 16]`, of codes that a group does not have are infinite.
+  """
+  low, high = _borders(_magnitudes(groups), groups.dtype)
+  is_negative = np.signbit(groups)
+  low, high = np.where(is_negative, -high, low), np.where(is_negative, -low, high)
+  middle = (low + high) / 2
+  from_least = middle - middle.min(axis=1, keepdims=True)
+  codes = np.rint(from_least * ((_CODES - 1) / from_least.max(axis=1, keepdims=True)))
+  codes = np.nan_to_num(codes).astype(np.int8)
+  lows = np.full((len(groups), _CODES), -np.inf, low.dtype)
+  highs = -lows
+  np.put_along_axis(lows, codes.astype(int), low, axis=1)
+  np.put_along_axis(highs, codes.astype(int), high, axis=1)
+  least, most = np.zeros(len(groups)), np.full(len(groups), np.inf)
+  for k in range(1, _CODES):
+    least = np.fmax(least, (lows[:, k:] - highs[:, :-k]).max(axis=1) / k)
+    most = np.fmin(most, (highs[:, k:] - lows[:, :-k]).min(axis=1) / k)
+  return least, most, codes, lows, highs
+
+
+def _affine_leaf(
+  array: np.ndarray, groups: np.ndarray
+) -> leaf_lib.BlockQuantized | None:
+  """Returns the leaf of an array, given its groups `[U, n]`."""
+  least, most, codes, lows, highs = _code_bounds(groups)
+  fields = _scales(least, np.maximum(least, most), groups.shape[1])
+  shape = math.prod(array.shape[:-1]), array.shape[-1] // groups.shape[1]
+  fields['scales'] = fields['scales'].reshape(shape)
+  dtype_name: Any = array.dtype.name
+  draft = leaf_lib.BlockQuantized(
+    numbers=codes.reshape(array.shape),
+    grid='int4',
+    name=dtype_name,
+    block=(1, groups.shape[1]),
+    **fields,
+  )
+  products = draft.float_scales.reshape(-1, 1) * np.arange(_CODES, dtype=np.float32)
+  low, high = (lows - products).max(axis=1), (highs - products).min(axis=1)
+  bits = ((low + high) / 2).astype(np.float32).view(np.int32)
+  costs = {}
+  for shift in range(24):
+    minima = ((bits + (1 << shift >> 1)) >> shift << shift).view(np.float32)
+    missed = np.count_nonzero((low > minima) | (minima > high))
+    costs[missed * _EXCEPTION_BITS * 8 - shift * minima.size] = minima
+  minima = costs[min(costs)]
+  draft = dataclasses.replace(draft, minima=minima.reshape(shape))
+  return _with_exceptions(draft, array)
