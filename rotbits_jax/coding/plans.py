@@ -36,8 +36,7 @@ _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window 
 _LEAST_INTEGER = 125  # the biased exponent of 1/4, the scale of the class 0 of integers
 _SHIFTED = 3  # octaves of the mean size of signed integers that symbols tell
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
-_OCTAVE = 126  # of the scale of integers of the standard deviation 1, about
-_MOST_LOSS = 0.02  # bits
+_MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 # The share of the most frequent bin. Without a limit a pair would be too frequent.
 _MOST_SHARE = {12: 0.66, tables.PRECISION: 0.33}
 
@@ -152,19 +151,13 @@ def _divided(
       lines = np.zeros(1, int), statistics.DENSITIES + columns
     else:
       lines = statistics.measure(part.numbers, layout.size)
-      if isinstance(layout, layouts.Codes) and _bin_loss(layout, lines) > _MOST_LOSS:
+      # Bins that are right for some lines are too wide for others.
+      spread = np.std(lines[0]) + np.std(lines[1])
+      if layout.raw_bits and dtype == np.int8 and spread > _MOST_SPREAD:
         layout = layouts.Integers(dtype, 0)
         lines = statistics.measure(part.numbers, layout.size)
     drafts.append(_Draft(part, layout, lines, min_exponent))
   return form, parts, drafts
-
-
-def _bin_loss(layout: layouts.Codes, lines: statistics.Lines) -> float:
-  """Returns about the bits of a number that are lost because raw bits are noise."""
-  # A bin of the width w loses 0.06 w^2 / s^2 bits for the standard deviation s.
-  rows, columns = (x / statistics.STEPS for x in lines)
-  rows = rows - _OCTAVE - layout.raw_bits
-  return float(0.06 * np.mean(0.25**rows) * np.mean(0.25**columns))
 
 
 def _by_layout(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
