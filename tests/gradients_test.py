@@ -11,6 +11,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import evaluation
 from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.models import fisher
 from rotbits_jax.presets import sensitivities
 from tests import random_models
 
@@ -82,5 +83,5 @@ def test_sensitivities_foretell_the_divergence():
       layers[index] = structured.unflatten(flat)
     changed = models.from_layers(model.config, outer, layers)
     measured = evaluation.evaluate(changed, tokens, reference=model)
-    expected = sensitivities.divergence(error, 0 * error, *inputs[path])
+    expected = fisher.divergence(error, 0 * error, *inputs[path])
     assert 0.6 < measured.kl / expected < 1.7, path

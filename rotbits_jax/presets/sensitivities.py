@@ -4,20 +4,15 @@ The divergence of an error E `[in, out]` of a kernel is about
 
     KL = sum_j g_j (E^T A E)_jj / 2
 
-with the second moments A of the inputs and the mean squares g of the gradients at the
-outputs, for tokens that are drawn from the predictions. A row of an embedding counts by
-the probability of its token, and its error by the second moments of the gradient that
-it meets. The page on `near` has the derivation, as in K-FAC.
+with the factors A and g of the Fisher information, see `models.fisher`. A row of an
+embedding counts by the probability of its token, and its error by the second moments of
+the gradient that it meets. The page on `near` has the derivation.
 
 A head that is the embedding as well, or that a tied embedding is made of, causes both
 errors. Then the sum of both is approximated by a product of the same form.
-
-References:
-  Martens and Grosse, arXiv 1503.05671: K-FAC.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import functools
 import operator
 from typing import Any
 
@@ -28,6 +23,7 @@ import numpy as np
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.models import fisher
 from rotbits_jax.models import transformer
 
 _Means = tuple[np.ndarray, np.ndarray]  # A and g
@@ -56,7 +52,7 @@ def measure(
   gradients: list[jax.Array] = []
   total: Any = None
   for k, x in enumerate(xs):
-    gradient, sums = _predictions(outer, config, x, jax.random.key(seed + k))
+    gradient, sums = fisher.of_predictions(outer, config, x, jax.random.key(seed + k))
     gradients.append(gradient)
     total = sums if total is None else _add(total, sums)
   del outer, xs, x
@@ -65,7 +61,7 @@ def measure(
     layer = jax.device_put(model.layer(i))
     total = None
     for k, gradient in enumerate(gradients):
-      gradients[k], sums = _backward(layer, config, kept[i, k], gradient)
+      gradients[k], sums = fisher.of_layer(layer, config, kept[i, k], gradient)
       total = sums if total is None else _add(total, sums)
     del layer
     of_inputs, squares = mean(total)
@@ -74,68 +70,11 @@ def measure(
       for paths, shared in of_inputs.items()
       for path in paths
     }
-  met = mean(sum(map(_second_moments, gradients)))
+  met = mean(sum(map(fisher.second_moments, gradients)))
   yield _outer(model, (moments, outputs), (met, probabilities))
 
 
 _add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
-
-
-def _second_moments(x: jax.Array) -> jax.Array:
-  """Returns the sum of `x^T x` over all vectors x `[n]` of an array, `[n, n]`."""
-  rows = x.reshape(-1, x.shape[-1])
-  return rows.T @ rows
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _predictions(
-  outer: Any, config: models.ModelConfig, x: jax.Array, key: jax.Array
-) -> tuple[jax.Array, Any]:
-  """Returns the gradient at x, and sums for the head and of the probabilities."""
-  with jax.default_matmul_precision('highest'):
-    unembed = lambda x: transformer.unembed(outer, config, x)[::-1]
-    logits, pull, normed = jax.vjp(unembed, x, has_aux=True)
-    p = jax.nn.softmax(logits)
-    drawn = jax.random.categorical(key, logits)
-    (gradient,) = pull(p - jax.nn.one_hot(drawn, p.shape[-1]))
-    moments = _second_moments(normed)
-  # The mean over all tokens that may be drawn has no noise.
-  squares = p * (1 - p)
-  return gradient, (moments, squares.sum((0, 1)), p.sum((0, 1)))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _backward(
-  params: Any, config: models.ModelConfig, x: jax.Array, gradient: jax.Array
-) -> tuple[jax.Array, Any]:
-  """Returns the gradient at the input x, and sums of moments and of squares by path."""
-  flat = structured.flatten(params)
-  zeros = {
-    path: jnp.zeros((*x.shape[:2], leaf.shape[-1]), jnp.float32)
-    for path, leaf in flat.items()
-    if path.endswith('/kernel')
-  }
-
-  def apply(x: jax.Array, added: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-    # An array that is added to a bias of each token is added to its output.
-    biased = dict(flat)
-    for path, addend in added.items():
-      bias = f'{path.removesuffix("kernel")}bias'
-      old = structured.materialize(flat[bias]) if bias in flat else 0.0
-      biased[bias] = addend + old
-    written = transformer.layer(structured.unflatten(biased), config, x)
-    inputs = structured.flatten(written.inputs)
-    shared: dict[int, list[str]] = {}
-    for path, kernel_input in inputs.items():
-      shared.setdefault(id(kernel_input), []).append(path)
-    moments = {tuple(x): _second_moments(inputs[x[0]]) for x in shared.values()}
-    return written.x, moments
-
-  with jax.default_matmul_precision('highest'):
-    _, pull, moments = jax.vjp(apply, x, zeros, has_aux=True)
-    at_input, at_outputs = pull(gradient)
-  squares = {path: jnp.square(g).sum((0, 1)) for path, g in at_outputs.items()}
-  return at_input, (moments, squares)
 
 
 def _outer(
@@ -194,20 +133,3 @@ def fitted(
     outputs = mean(x.outputs for x in of_texts)
     inputs[path] = first._replace(moments=shared[id(first.moments)], outputs=outputs)
   return inputs
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def divergence(
-  exact: Any,  # a matrix or a leaf, [in, out]; [out, in] if the axis is 1
-  rounded: Any,
-  moments: jax.Array,  # A
-  axis: int,  # of the inputs
-  outputs: jax.Array,  # g
-) -> jax.Array:
-  """Returns about the divergence in nats that rounding a matrix causes."""
-  exact, rounded = structured.materialize((exact, rounded))
-  # Tokens that no text has may have other numbers, which are kept.
-  error = jnp.where(jnp.isfinite(exact), exact - rounded, 0)
-  error = error if axis == 0 else error.T
-  product = jnp.matmul(moments, error, precision='highest')
-  return outputs @ (error * product).sum(axis=0) / 2

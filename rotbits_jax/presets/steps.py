@@ -23,6 +23,7 @@ from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.evaluation import held_out
 from rotbits_jax.evaluation import perplexity
+from rotbits_jax.models import fisher
 from rotbits_jax.models import transformer
 from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.presets import sensitivities
@@ -189,7 +190,7 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
       if path in stepped:
         counts[path] = structured.count_elements(rounded[path])
         leaves = exact[path], rounded[path]
-        divergences[path] = float(sensitivities.divergence(*leaves, *matrix_inputs))
+        divergences[path] = float(fisher.divergence(*leaves, *matrix_inputs))
     rewritten.bar.update()
   return Calibration(_offsets(counts, divergences), inputs, divergences)
 
