@@ -67,31 +67,22 @@ def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
 
 
 def product(
-  head: np.ndarray,
-  map: np.ndarray,
-  scale: int,
-  dtype: np.dtype,
-  run: Callable[[Iterable[Callable[[], Any]]], Any],
+  head: np.ndarray,  # [D, V]
+  map: np.ndarray,  # int16 [D, d]
+  scale: int,  # from -64 to 64
+  dtype: np.dtype,  # of P, at most 16 bits
+  run: Callable[[Iterable[Callable[[], Any]]], Any],  # see `difference.Run`
 ) -> np.ndarray:
   """Returns the product P = `2^-scale head^T @ map`, `[V, d]`, rounded.
 
-  Every column of both matrices is rounded to integers of 16 bits, `h` and `t` times a
-  power of two. An integer is 256 times its *high byte* plus its *low byte*:
+  Each column of both matrices becomes integers of 16 bits, h and t, of a high byte and
+  a low one, because processors multiply bytes many times as fast as float64:
 
       h t / 256 = 256 h1 t1 + h1 t0 + h0 t1 + h0 t0 / 256
-
-  because processors multiply bytes many times as fast as float64.
 
   All machines compute the same bits. Sums of int32 do not depend on their order, even
   if they overflow. Floats are multiplied by powers of two, without subnormal numbers,
   and are rounded to integers, to float32 and to the dtype, as IEEE 754 defines it.
-
-  Args:
-    head: `[D, V]`.
-    map: int16 `[D, d]`.
-    scale: from -64 to 64.
-    dtype: that of P, at most 16 bits.
-    run: runs the jobs of blocks of tokens, see `difference.Run`.
   """
   table = host.empty((head.shape[1], map.shape[1]), dtype)
   high, low, exponents = _bytes(map.astype(np.float32))
@@ -131,16 +122,9 @@ def _bytes(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=4)
 def _product(
-  columns: jax.Array,
-  high: jax.Array,
-  low: jax.Array,
-  exponents: jax.Array,
-  dtype: np.dtype,
+  columns: jax.Array, high: jax.Array, low: jax.Array, exponents: jax.Array, dtype: Any
 ) -> jax.Array:
-  """Returns P of some columns of the head, transposed: `[d, n]`.
-
-  It takes the bytes of the map `[d, D]`, and exponents `[d, 1]`.
-  """
+  """Returns P^T `[d, n]` of columns of the head, given bytes of the map, transposed."""
   times = functools.partial(jnp.matmul, preferred_element_type=jnp.int32)
   head_high, head_low, head_exponents = _bytes(columns.astype(jnp.float32))
   middle = times(low, head_high) + times(high, head_low)
