@@ -68,20 +68,19 @@ class BlockQuantized(base.Structured):
   def write(self, out: np.ndarray) -> None:
     """Writes the array, on the host."""
     numbers, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.numbers, out))
-    unit, is_zero = grids.GRIDS[self.grid].unit, None
+    unit = grids.GRIDS[self.grid].unit
     floats = self.float_scales * np.float32(unit or 1)
     with np.errstate(over='ignore'):
       for rows, scales in row_scales(floats, self.block, matrix.shape):
         part = numbers[rows]
-        if unit:
-          is_zero = part == grids.NEGATIVE_ZERO
-          part = part * ~is_zero
-        products = part.astype(np.float32)
+        is_zero = part == grids.NEGATIVE_ZERO if unit else np.zeros(1, bool)
+        has_zeros = is_zero.any()
+        products = (part * ~is_zero if has_zeros else part).astype(np.float32)
         products *= scales
         if self.minima is not None:
           products += _of_rows(self.minima, rows, self.block, matrix.shape[1])
         matrix[rows] = products
-        if is_zero is not None:  # masks are slow
+        if has_zeros:  # masks are slow
           bits = matrix[rows].view(f'u{out.itemsize}')
           bits |= is_zero.astype(bits.dtype) << 8 * out.itemsize - 1
     if self.gaps is not None:
