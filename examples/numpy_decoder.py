@@ -64,8 +64,8 @@ def read_message(data, tables, shifts, frequencies, p):
     pop(p, starts[table, symbol], frequencies[table, symbol])
     while shift.any():
       size = np.minimum(shift, 16)
-      raw = x % (1 << 16) >> 16 - size
-      pop(16, raw << 16 - size, 1 << 16 - size)
+      raw = x % (1 << size)
+      pop(size, raw, 1)
       symbol, shift = symbol << size | raw, shift - size
     symbols[i] = symbol
   return symbols.ravel(), np.frombuffer(data, 'u1', -1, end)

@@ -264,10 +264,9 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       state, tops, out = carry
       place = t.astype(jnp.uint32)
 
-      def pop(lookup: Callable[..., Any], precision: int) -> jax.Array:
+      def pop(lookup: Callable[..., Any], precision: Any) -> jax.Array:
         nonlocal state, tops
-        slot = state & jnp.uint32((1 << precision) - 1)
-        entry, start, frequency = lookup(slot)
+        entry, start, frequency = lookup(rans.slot(state, precision))
         word = words.at[tops].get(mode='promise_in_bounds')
         state, taken = rans.pop_step(state, word, start, frequency, precision)
         tops = tops - taken.astype(jnp.uint32)

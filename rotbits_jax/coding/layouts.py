@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 
 FORMATS = {
@@ -57,17 +58,17 @@ LEVELS = 32
 
 MOST_SHIFT = 24
 RAW = 16
-"""The bits of a uniform symbol."""
+"""The raw bits that are pushed at once."""
 
 MARKED = 1 << 15
 """The bit of the mark of a unit that is in a list, above its symbol."""
 
 _FEW_TABLES = 16  # of integers; larger arrays of tables take time to fill
 
-Interval = tuple[jax.Array, jax.Array, int]
+Interval = tuple[jax.Array, jax.Array | int, jax.Array | int]
 """Starts and frequencies of the symbols of the lanes, and the precision."""
 
-Pop = Callable[[Callable[[jax.Array], tuple[jax.Array, ...]], int], jax.Array]
+Pop = Callable[[Callable[[jax.Array], tuple[Any, ...]], Any], jax.Array]
 """Takes a function from slots to entries, starts and frequencies, and the precision.
 
 It pops one symbol from each lane and returns the entries."""
@@ -371,7 +372,7 @@ class Integers:
     return np.minimum(moved + self.word.type(self.bias), 255)
 
   def _raw_sizes(self, shift: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Returns the bits of each uniform symbol, from the highest, and those below."""
+    """Returns the sizes of pieces of raw bits, from the highest, and of the rest."""
     left, sizes = shift.astype(jnp.uint32), []
     for _ in range(1, self.pushes):
       size = jnp.minimum(left, RAW)
@@ -386,11 +387,9 @@ class Integers:
     del pieces
     table, shift = self.told(classes, coder_tables.told)
     symbol, is_listed = _popped(pop, table, coder_tables, self)
-    number, one = symbol - jnp.uint32(self.bias), jnp.uint32(1)
+    number = symbol - jnp.uint32(self.bias)
     for size, _ in self._raw_sizes(shift):
-      rest = RAW - size
-      uniform = lambda slot, r=rest: (slot >> r, slot >> r << r, one << r)
-      number = number << size | pop(uniform, RAW)
+      number = number << size | pop(lambda slot: (slot, slot, 1), size)
     return number.astype(self.word)[:, None], is_listed
 
   def encode_step(
@@ -403,10 +402,9 @@ class Integers:
     symbol = ((signed >> shift) + self.bias).view(jnp.uint32)
     symbol = symbol & 255 if self.dtype.itemsize == 1 else jnp.minimum(symbol, 255)
     interval, mark = _pushed(symbol, table, coder_tables, self)
-    intervals, one = [interval], jnp.uint32(1)
+    intervals = [interval]
     for size, left in self._raw_sizes(shift):
-      raw, rest = signed.view(jnp.uint32) >> left & (one << size) - one, RAW - size
-      intervals.append((raw << rest, one << rest, RAW))
+      intervals.append((rans.slot(signed.view(jnp.uint32) >> left, size), 1, size))
     return intervals, [], mark
 
   def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:

@@ -59,7 +59,10 @@ class MessageError(ValueError):
 
 
 def push_step(
-  state: jax.Array, start: jax.Array, frequency: jax.Array, precision: int
+  state: jax.Array,
+  start: jax.Array,
+  frequency: jax.Array | int,
+  precision: jax.Array | int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Pushes a symbol onto each state.
 
@@ -67,15 +70,17 @@ def push_step(
     state: uint32 `[N]`.
     start: uint32 `[N]`, the start of each symbol's interval.
     frequency: uint32 `[N]`, the length of each interval, at least 1. A frequency of
-      2^precision with start 0 does not change the lane.
-    precision: from 10 to 16.
+      2^precision with start 0 does not change the lane. The number 1 is for raw bits.
+    precision: from 10 to 16; of raw bits uint32 `[N]`, from 0 to 16.
 
   Returns the new states, uint32; the low words of the old states, uint16; and whether
   each low word moves to its stack, bool.
   """
   word = state.astype(jnp.uint16)
-  moved = (state >> 16) >= (frequency << (16 - precision))
+  moved = (state >> 16) >= (jnp.uint32(frequency) << (16 - precision))
   state = jnp.where(moved, state >> 16, state)
+  if isinstance(frequency, int):
+    return (state << precision) + start, word, moved
   quotient, remainder = _divmod(state, frequency)
   return (quotient << precision) + remainder + start, word, moved
 
@@ -84,8 +89,8 @@ def pop_step(
   state: jax.Array,
   word: jax.Array,
   start: jax.Array,
-  frequency: jax.Array,
-  precision: int,
+  frequency: jax.Array | int,
+  precision: jax.Array | int,
 ) -> Pair:
   """Pops a symbol from each state: the inverse of `push_step`.
 
@@ -97,9 +102,9 @@ def pop_step(
   return jnp.where(taken, state << 16 | word.astype(jnp.uint32), state), taken
 
 
-def slot(state: jax.Array, precision: int) -> jax.Array:
+def slot(state: jax.Array, precision: jax.Array | int) -> jax.Array:
   """Returns the slot of each state, its low bits, which tells the symbol on top."""
-  return state & jnp.uint32((1 << precision) - 1)
+  return state & ((jnp.uint32(1) << precision) - jnp.uint32(1))
 
 
 def _divmod(dividend: jax.Array, divisor: jax.Array) -> Pair:
