@@ -8,7 +8,6 @@ Arrays of a fine-tune, of a later step of a training, or of a sliced model are s
     measure          chooses how differences are stored
     factors          a product of two matrices that predicts differences
     products         tensors of a sliced model as products with its dense base
-    fit              the bases of its subspaces
     recipe           the sliced model as a source of encoding
     rounding_errors  tells rounding errors from changes that are as small
 """

@@ -113,6 +113,15 @@ class Product(schema.Object):
     return numbers.astype(np.float64)
 
 
+def equations(
+  product: Product, dense: Sequence[np.ndarray], target: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields blocks of vectors, `[n, D]`, and of a tensor, `[n, d]`; see `slicing.fit`."""
+  target = np.atleast_2d(target.T if product.kind == 'reads' else target)
+  for block, rows in product.vectors(dense, target.dtype):
+    yield rows, target[block].astype(np.float64)
+
+
 def _times(rows: np.ndarray, basis: np.ndarray, unit: int = UNIT) -> np.ndarray:
   """Returns `rows @ basis` for a basis in units of 2^-unit, float64 `[n, d]`."""
   if rows.shape[1] != len(basis):

@@ -1,8 +1,8 @@
 """A sliced model beside its dense base: products with the bases of its subspaces.
 
-`products` has the mathematics, and `fit` finds the bases. The basis of a segment is a
-record of its own, before the layer that writes the segment, so that a layer is read
-without the layers before it. If all bits are kept, or the residual stream cannot be
+`products` has the mathematics, and `slicing.fit` finds the bases. The basis of a
+segment is a record of its own, before the layer that writes the segment, so a layer is
+read without those before it. If all bits are kept, or the residual stream cannot be
 rotated, bases are those of the checkpoint, and a tensor is its difference from a
 product. Else it is rotated to the bases that subspaces tell, and a tensor that follows
 its product is that product.
@@ -22,12 +22,14 @@ from rotbits_jax import structured
 from rotbits_jax.passes import residual
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries
-from rotbits_jax.relative import fit
 from rotbits_jax.relative import measure
 from rotbits_jax.relative import products
 from rotbits_jax.relative import rounding_errors
-from rotbits_jax.structured import subspaces
+from rotbits_jax.slicing import fit
+from rotbits_jax.structured.subspaces import UNIT
+from rotbits_jax.structured.subspaces import Basis
 from rotbits_jax.symmetries import rotations
+from rotbits_jax.symmetries import subspaces
 from rotbits_jax.system import host
 
 _MOST_SEGMENTS = 8  # that are held; two layers at a time need five
@@ -43,7 +45,7 @@ _SHORTCUT = 0.7
 class _Segment(NamedTuple):
   """The basis of a segment of the sliced model."""
 
-  leaf: subspaces.Basis
+  leaf: Basis
   numbers: np.ndarray  # the array of the leaf
   rotation: np.ndarray | None  # of the segment, float64 [d, d]; None for none
 
@@ -136,10 +138,10 @@ class Recipe:
     basis, error = first if index == 0 else self._fit(index, is_rounded)
     if basis is None or error > _UNRELATED:
       return None
-    leaf = (fit.as_subspace if self._rotates else fit.as_basis)(basis, roundoff)
+    leaf = subspaces.leaf_of(basis, roundoff, keeps_basis=not self._rotates)
     numbers, rotation = leaf.materialize(), None
     if self._rotates:  # the two have the same subspace, up to rounding
-      rotation = fit.orthonormal(basis.T @ np.ldexp(numbers, -subspaces.UNIT))
+      rotation = subspaces.orthonormal(basis.T @ np.ldexp(numbers, -UNIT))
       if rotation is None:
         return None
     return _Segment(leaf, numbers, rotation)
@@ -149,12 +151,13 @@ class Recipe:
     layers = [i for i in range(self.config.num_layers) if segment in self._ends(i)]
     records = [*map(models.names.layer, layers)]
     records += ['embed'] * (segment == 0) + ['head'] * (segment == self._ends(None)[-1])
-    tensors: list[fit.Tensor] = []
+    tensors: list[fit.Equations] = []
     for path, leaf in (x for name in records for x in self._flat(name).items()):
       if segment in self._sides(path) and not structured.is_structured(leaf):
         product, dense = self._product(path, is_rounded)
         if product is not None and product.kind != 'shortcut':
-          tensors.append((product, dense, np.asarray(leaf)))
+          terms = product, dense, np.asarray(leaf)
+          tensors.append(functools.partial(products.equations, *terms))
     shape = self.config.hidden_size, self.config.segment_widths[segment]
     return fit.fit(tensors, shape, self._context.roundoff)
 

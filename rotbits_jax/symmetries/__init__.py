@@ -13,6 +13,7 @@ The modules, in the order of reading:
     layer         one layer: gauge, fold norms, rotate, fix
     stacked       all layers in one call: `canonicalize` is the `vmap` of `layer`
     steps         rounding to multiples of a step, also with error feedback
+    subspaces     orthonormal bases, and those of which few numbers are free
     products      matrix products that round equally on any number of threads
 """
 
