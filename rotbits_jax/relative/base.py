@@ -6,6 +6,7 @@ their names differ by a prefix such as 'model.'. A base that lacks an array rais
 ValueError that names it.
 """
 
+import collections
 from collections.abc import Callable, Mapping
 import functools
 import math
@@ -45,9 +46,8 @@ class Base:
     for record in source.records:
       for path, leaf in structured.flatten(source.specs(record)).items():
         self._specs[path] = record, tuple(leaf.shape), np.dtype(leaf.dtype).name
-    self._short: dict[str, list[str]] = {}
-    for path in self._specs if plain else ():
-      self._short.setdefault(_short(path), []).append(path)
+    counts = collections.Counter(map(_short, self._specs if plain else ()))
+    self._short = {_short(x): x for x in self._specs if counts[_short(x)] == 1}
     self._lock = threading.RLock()
     read = lambda record: structured.flatten(source.read(record))
     self._record = functools.lru_cache(_MOST_RECORDS)(read)
@@ -56,19 +56,16 @@ class Base:
     """Returns the path of the base's array for a path; None if it has none."""
     if path in self._specs:
       return path
-    paths = self._short.get(_short(path), ())
-    return paths[0] if len(paths) == 1 else None
+    return self._short.get(_short(path))
 
   def array(self, path: str) -> np.ndarray | None:
     """Returns the base's array for a path to encode beside; None if it has none.
 
     Arrays that each machine sums by itself are none, because their bits may differ.
     """
-    path_in_base = self.find(path)
-    leaf = None if path_in_base is None else self._leaf(path_in_base)
-    if leaf is None or not getattr(leaf, 'is_exact', True):
-      return None
-    return self._array(leaf)
+    place = self.find(path)
+    leaf = None if place is None else self._leaf(place)
+    return self._array(leaf) if getattr(leaf, 'is_exact', leaf is not None) else None
 
   def _leaf(self, path: str) -> Any:
     if path not in self._specs:
@@ -109,26 +106,24 @@ class Base:
     An embedding that is predicted from the head counts as an array, too; `resolve`
     returns the parameters that leaves need.
     """
+
+    def job(path: str, leaf: Any, known: np.ndarray) -> measure.Measured | None:
+      known = host.contiguous(known)
+      entry = entries.BaseArray.of(str(self.find(path)), known)
+      return measure.beside(np.asarray(leaf), known, entry)
+
     jobs = {}
     for path, leaf in params.items():
-      is_predicted = isinstance(leaf, difference.Difference)
-      is_array = is_predicted or not structured.is_structured(leaf)
+      if isinstance(leaf, difference.Difference):
+        leaf = leaf.materialize(*map(resolve, leaf.needs))
       # The base is read here, because an encoded file takes jobs of its own.
-      known = self.array(path) if is_array else None
+      known = None if structured.is_structured(leaf) else self.array(path)
       if known is not None:
-        array = leaf.materialize(*map(resolve, leaf.needs)) if is_predicted else leaf
-        name = str(self.find(path))
-        jobs[path] = functools.partial(_beside, np.asarray(array), known, name)
+        jobs[path] = functools.partial(job, path, leaf, known)
     is_large = lambda path: math.prod(params[path].shape) > _LARGE
     stored = {path: jobs.pop(path)() for path in [*filter(is_large, jobs)]}
     stored |= zip(jobs, pool.run(jobs.values()), strict=True)
     return {path: measured for path, measured in stored.items() if measured is not None}
-
-
-def _beside(target: np.ndarray, base: np.ndarray, path: str) -> measure.Measured | None:
-  """Returns how to store an array beside that of a path in the base."""
-  base = host.contiguous(base)
-  return measure.beside(target, base, entries.BaseArray.of(path, base))
 
 
 def _short(path: str) -> str:

@@ -21,11 +21,12 @@ _RANK = 56  # the greatest that is tried
 _SKETCHED = 1 << 9  # rows that tell the basis, and whether factors are worth it
 _TYPICAL = 1 << 12  # elements that tell the rounding error of the dtype
 _MORE = 8  # columns of a sketch beyond the rank
-_SMALLEST = 1e-12  # of the squares of a sketch, over the largest
+_SMALLEST = 1e-12  # of the squares of a sketch, over all
 _FINER = 5  # the differences that are left, over the error of rounded factors
 _MOST = (1 << 15) - 1
 
 
+@np.errstate(all='ignore')
 def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   """Finds fields of `structured.difference` for the bits `[R, C]` of two arrays.
 
@@ -34,36 +35,32 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   """
   if min(bits.shape) < _LEAST:
     return {}
-  with np.errstate(all='ignore'):
-    typical = _widened(base.reshape(-1)[:: -(-base.size // _TYPICAL)], dtype)
+  typical = _widened(base.reshape(-1)[:: -(-base.size // _TYPICAL)], dtype)
   # The rounding error of the dtype, at most numbers.
   least = float(np.median(np.abs(typical))) * 2.0 ** -(ulps.MANTISSA_BITS[dtype] + 2)
   some = slice(None, None, -(-len(bits) // _SKETCHED))
   off = floats(bits[some], base[some], dtype)
   # Half of the rows give the basis, and the others tell whether it saves anything.
   basis = _basis(off[::2])
-  if _product(*_projected(off[1::2], basis), basis, least, len(bits)) is None:
+
+  @np.errstate(all='ignore')  # in any thread
+  def projected(off: np.ndarray) -> tuple[np.ndarray, float]:
+    return host.small_products(off, basis), float(np.einsum('rc,rc', off, off))
+
+  if _product(*projected(off[1::2]), basis, least, len(bits)) is None:
     return {}
-  job = lambda rows: _projected(floats(bits[rows], base[rows], dtype), basis)
+  job = lambda rows: projected(floats(bits[rows], base[rows], dtype))
   parts = difference.in_parts(job, len(bits), bits.shape[1], pool.run)
   tall, totals = zip(*parts, strict=True)
   product = _product(np.concatenate(tall), sum(totals), basis, least, len(bits))
   if product is None:
     return {}
-  left, right, step = product
+  *factors, step = product
   exponent = math.floor(math.log2(step))
-  rounded = lambda x: np.rint(np.ldexp(x, -exponent)).astype(np.int16)
-  return {'left': rounded(left), 'right': rounded(right), 'unit': 2 * exponent}
+  rounded = (np.rint(np.ldexp(x, -exponent)).astype(np.int16) for x in factors)
+  return {**dict(zip(('left', 'right'), rounded, strict=True)), 'unit': 2 * exponent}
 
 
-@np.errstate(over='ignore', invalid='ignore')
-def _projected(off: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, float]:
-  """Returns rows of differences times a basis, and the sum of all squares of these."""
-  total = float(np.einsum('rc,rc->r', off, off).sum(dtype=np.float64))
-  return host.small_products(off, basis), total
-
-
-@np.errstate(over='ignore', divide='ignore', invalid='ignore')
 def _product(
   tall: np.ndarray,  # r rows of differences times the basis, [r, k]
   total: float,  # the sum of the squares of these rows
@@ -100,16 +97,15 @@ def _product(
 def _basis(off: np.ndarray) -> np.ndarray:
   """Returns an orthonormal basis `[C, k]` of most of the rows of differences."""
   width = min(_RANK + _MORE, min(off.shape) // 2)
-  with np.errstate(over='ignore', invalid='ignore'):
-    sketch = host.small_products(off, random_signs(off.shape[1], width))
-    rows = host.small_products(off.T, sketch).astype(np.float64)
-    # By the eigenvalues of a small matrix, for which BLAS takes no threads.
-    squares = host.small_products(rows.T, rows)
-    if not np.isfinite(squares).all():
-      return rows.astype(np.float32)
-    sizes, vectors = np.linalg.eigh(squares)
-    roots = np.sqrt(np.maximum(sizes, _SMALLEST * sizes[-1]) + np.finfo(float).tiny)
-    return host.small_products(rows, vectors / roots).astype(np.float32)
+  sketch = host.small_products(off, random_signs(off.shape[1], width))
+  rows = host.small_products(off.T, sketch).astype(np.float64)
+  squares = host.small_products(rows.T, rows)
+  least = np.finfo(float).tiny + _SMALLEST * np.trace(squares)
+  if not np.isfinite(least):
+    return rows.astype(np.float32)
+  # By Cholesky, because a QR of the rows takes several times as long.
+  lower = np.linalg.cholesky(squares + least * np.eye(width))
+  return host.small_products(rows, np.linalg.inv(lower).T).astype(np.float32)
 
 
 @functools.lru_cache(4)
@@ -119,15 +115,15 @@ def random_signs(rows: int, columns: int) -> np.ndarray:
   return (2 * signs - 1).astype(np.float32)
 
 
+@np.errstate(all='ignore')
 def floats(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns the differences, float32; 0 for those not finite."""
-  with np.errstate(all='ignore'):
-    if dtype not in ulps.MANTISSA_BITS:
-      return (bits - known).astype(np.float32)
-    off = _widened(bits, dtype)
-    off -= _widened(known, dtype)
-    if not np.isfinite([off.max(initial=0), off.min(initial=0)]).all():
-      off[~np.isfinite(off)] = 0
+  if dtype not in ulps.MANTISSA_BITS:
+    return (bits - known).astype(np.float32)
+  off = _widened(bits, dtype)
+  off -= _widened(known, dtype)
+  if not np.isfinite([off.max(initial=0), off.min(initial=0)]).all():
+    off[~np.isfinite(off)] = 0
   return off
 
 

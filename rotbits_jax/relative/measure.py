@@ -8,7 +8,6 @@ exponents of the base tell alone.
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ _LEAF_BYTES = 150  # of a leaf besides its arrays
 _MOST_SHARE = 0.98  # of the bytes of an array alone, up to which a base is worth it
 _FEW = 1 << 14  # elements that tell a drift, and how
 _SPARSE = 1 / 8  # share of changed elements up to which exponents tell the classes
-_MANY = 1 << 17  # elements that tell how uneven rows and columns are
+_MANY = 1 << 15  # elements that tell how uneven rows and columns are
 _UNEVEN = 2  # squared variation of rows or columns, beyond chance, up to which they do
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
@@ -82,10 +81,8 @@ def beside(
   elif dtype.itemsize > 4:
     return None
   elif changed is not None:
-    leaf = draft
-    if not changed.all():
-      flags = np.packbits(changed, bitorder='little')
-      leaf = dataclasses.replace(leaf, changed=flags)
+    flags = None if changed.all() else np.packbits(changed, bitorder='little')
+    leaf = draft.replace(changed=flags)
     measured = _sparse(leaf, *map(leaf.changed_part, (bits, base)))
   else:
     measured = with_classes(draft, bits, base)
@@ -93,8 +90,7 @@ def beside(
     some = slice(None, None, -(-target.size // _SAMPLE))
     alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
     assert measured.group is not None
-    share = alone.size / target.size
-    nbytes = share * sum(measured.group.nbytes)
+    nbytes = sum(measured.group.nbytes) * alone.size / target.size
     if nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)
@@ -139,32 +135,16 @@ def _changed(
     return None
   differs = lambda part: (bits[part] != base[part]).any()
   changed = np.array(difference.in_parts(differs, bits.size, 1, pool.run), bool)
-  if (width := _width(draft.lengths)) == 1:
+  if (width := _width(draft.lengths)) == 1 or not changed.any():
     return changed
   starts = np.arange(0, bits.size, width)
   rows = np.flatnonzero(changed[starts // difference.BLOCK])
   rows = rows[:: max(rows.size * width // _MANY, 1)]
   target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
-  sample, classes = target != known, groups.exponents(known, draft.dtype)
-  flat = classes.reshape(-1)
-  rates = np.bincount(flat, sample.reshape(-1)) / np.maximum(np.bincount(flat), 1)
-  expected = rates[classes]
-  for axis in (0, 1):
-    counts, means = sample.sum(axis), expected.sum(axis)
-    if np.square(counts - means).sum() > (means + _UNEVEN * means**2).sum():
+  for counts in ((target != known).sum(axis) for axis in (0, 1)):
+    if np.var(counts) > np.mean(counts) + _UNEVEN * np.mean(counts) ** 2:
       return None
   return changed
-
-
-def _measured(
-  leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
-) -> Measured:
-  """Returns a leaf with its differences, and their classes."""
-  job = lambda part: ulps.differences(bits[part], known[part], leaf.dtype)
-  differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
-  leaf = dataclasses.replace(leaf, differences=differences)
-  classes = [*leaf.classes(known, differences, pool.run)]
-  return Measured(leaf, plans.of_known(differences, classes))
 
 
 def _sparse(
@@ -178,9 +158,8 @@ def _sparse(
   is_frequent = (counts >= _LEAST_COUNT) & (2 * changes >= counts)
   exponent = max(int(np.flatnonzero(is_frequent).max(initial=0)) - _SURE, 1)
   differences, classes = groups.encode(bits, known, leaf.dtype, exponent)
-  fields = {'frequent_exponent': exponent, 'differences': differences}
-  group = plans.of_known(differences, classes)
-  return Measured(dataclasses.replace(leaf, **fields), group)
+  leaf = leaf.replace(frequent_exponent=exponent, differences=differences)
+  return Measured(leaf, plans.of_known(differences, classes))
 
 
 def _scale_of(roots: Any, dtype: np.dtype | None = None) -> Any:
@@ -203,15 +182,19 @@ def with_classes(
   Factors and a drift are tried, except beside a product with the head.
   """
   dtype, width = draft.dtype, _width(draft.lengths)
-  leaf, expected = dataclasses.replace(draft, width=width), base
+  leaf, expected = draft.replace(width=width), base
   matrix = lambda x: x.reshape(-1, width)
   is_predicted = draft.map is None and dtype in difference.ROUNDED
   for find in (factors.find, _drift) if is_predicted else ():
     if fields := find(matrix(bits), matrix(expected), dtype):
-      leaf = dataclasses.replace(leaf, **fields)
+      leaf = leaf.replace(**fields)
       expected = leaf.predicted_bits(base, pool.run)
   scales = _scales(matrix(bits), matrix(expected), dtype)
-  return _measured(dataclasses.replace(leaf, **scales), bits, expected)
+  job = lambda part: ulps.differences(bits[part], expected[part], dtype)
+  differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
+  leaf = leaf.replace(differences=differences, **scales)
+  classes = [*leaf.classes(expected, differences, pool.run)]
+  return Measured(leaf, plans.of_known(differences, classes))
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:

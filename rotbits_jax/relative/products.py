@@ -116,7 +116,7 @@ class Product(schema.Object):
 def equations(
   product: Product, dense: Sequence[np.ndarray], target: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields blocks of vectors, `[n, D]`, and of a tensor, `[n, d]`; see `slicing.fit`."""
+  """Yields blocks of vectors `[n, D]` and of a tensor `[n, d]`, see `slicing.fit`."""
   target = np.atleast_2d(target.T if product.kind == 'reads' else target)
   for block, rows in product.vectors(dense, target.dtype):
     yield rows, target[block].astype(np.float64)
