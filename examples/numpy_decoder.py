@@ -41,20 +41,17 @@ def read_frequencies(data, size, p):
 
 def read_message(data, tables, shifts, frequencies, p):
   """The symbols with the raw bits of integers, and the bytes behind the message."""
-  lanes = tables.shape[1]
-  head = [('least', '<u4'), ('x', '<u2', (2, lanes)), ('sizes', '<u2', lanes)]
-  head = np.dtype(head)
-  least, (low, high), sizes = np.frombuffer(data, head, 1)[0]
-  x, tops = low + (np.int64(high) << 16), np.cumsum(np.int64(sizes) + least)
-  end = head.itemsize + 2 * tops[-1]
-  # One word more, because lanes without words look at it, too.
-  stack = np.frombuffer(data[:end] + bytes(2), '<u2', -1, head.itemsize)
+  words, start = np.frombuffer(data, '<u2', len(data) // 2), 2 + 3 * tables.shape[1]
+  low, high, sizes = np.int64(words[2:start]).reshape(3, -1)
+  tops = start + np.cumsum(sizes + (words[:2] @ [1, 1 << 16]))
+  x, end = low + (high << 16), tops[-1]
+  words = np.append(words, 0)  # lanes without words look at the next one, too
 
   def pop(p, start, frequency):
     nonlocal x, tops
     x = frequency * (x >> p) + x % (1 << p) - start
     tops = tops - (x < 1 << 16)
-    x = np.where(x < 1 << 16, x << 16 | stack[tops], x)
+    x = np.where(x < 1 << 16, x << 16 | words[tops], x)
 
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
   starts = np.cumsum(frequencies, 1) - frequencies
@@ -68,7 +65,7 @@ def read_message(data, tables, shifts, frequencies, p):
       pop(size, raw, 1)
       symbol, shift = symbol << size | raw, shift - size
     symbols[i] = symbol
-  return symbols.ravel(), np.frombuffer(data, 'u1', -1, end)
+  return symbols.ravel(), np.frombuffer(data, 'u1', -1, 2 * end)
 
 
 def read_block(data, tables, told, frequencies, group, dtype):
@@ -136,11 +133,8 @@ def read_group(group, tables, blocks, parts, known=None):
   p = 14 if kind == 'floats' else 12
   frequencies = read_frequencies(numbers(-1), size, p)[stored]
   k, dtype = np.concatenate(classes), parts[0].dtype
-  if unit == 1:
-    told = k, base[k]
-  else:
-    told = k % 32, k // 32 + base
-    told = told if kind != 'floats' else (k % 4, (k // 4 << 1) + base)
+  levels, step = (4, 2) if kind == 'floats' else (32, 1)
+  told = (k, base[k]) if unit == 1 else (k % levels, k // levels * step + base)
   ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
   # Sections of known classes take their blocks in turn.
   pieces = zip(*(np.split(x, ends) for x in told), blocks, strict=False)
@@ -393,19 +387,16 @@ def main(path, output, base=None):
   # Records with leaves that need others come last.
   needs = lambda record: any('needs' in leaf for leaf in record['leaves'])
   for record in sorted(manifest['records'], key=needs):
-    arrays = read_record(record['spec'], streams[record['name']])
-    joined = {}  # leaves without arrays of their own, by dtype
-    for leaf in record['leaves']:
-      if 'type_name' not in leaf and 'arrays' in leaf:
-        joined.setdefault(leaf['dtype'], []).append(leaf)
-        continue
+    arrays, joined = read_record(record['spec'], streams[record['name']]), {}
+    # Leaves without arrays of their own are last, together.
+    is_joined = lambda leaf: 'arrays' in leaf and 'type_name' not in leaf
+    for leaf in sorted(record['leaves'], key=is_joined):
       a = {name: next(arrays) for name in leaf.get('arrays', [''])}
+      if is_joined(leaf):
+        dtype, size = leaf['dtype'], math.prod(leaf['shape'])
+        left = joined[dtype] if dtype in joined else next(arrays)
+        a, joined[dtype] = {'': left[:size].reshape(leaf['shape'])}, left[size:]
       tensors[leaf['path']] = read_leaf(leaf, a, tensors, base, manifest.get('config'))
-    for leaves, numbers in zip(joined.values(), arrays, strict=True):
-      ends = np.cumsum([math.prod(leaf['shape']) for leaf in leaves])
-      for leaf, part in zip(leaves, np.split(numbers, ends[:-1]), strict=True):
-        a = {'': part.reshape(leaf['shape'])}
-        tensors[leaf['path']] = read_leaf(leaf, a, tensors, base, None)
     empty += record.get('empty', [])
   tensors = {k: x.copy() for k, x in tensors.items() if not k.startswith('subspaces.')}
   safetensors_numpy.save_file(tensors, output, {'empty': json.dumps(empty)})

@@ -67,7 +67,7 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   array = host.contiguous(array)
   magnitudes, names, blocks = _magnitudes(array), [*grids.GRIDS], _blocks(array.shape)
   # Of float4 with powers of two for scales, large blocks are float8.
-  found = []
+  found: list[tuple[Block, grids.Name]] = []
   for block in blocks:
     if name := _grid(magnitudes, block, array.dtype, names):
       found, names = [*found, (block, name)], names[: names.index(name) + 1]
