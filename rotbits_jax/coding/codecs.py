@@ -75,12 +75,8 @@ def uniform(sizes: jax.Array, dtype: DTypeLike = jnp.uint32) -> Codec:
   """Returns the codec of integers that are uniform on `[0, size)`.
 
   The interval of the integer u begins at floor(2^16 u / size). If the size is a power
-  of two, all probabilities are equal; otherwise they are within 2^-16 of 1 / size.
-
-  Args:
-    sizes: unsigned integers from 1 to 2^16, the size for each integer. An integer of
-      size 1 costs no bits.
-    dtype: the dtype of the integers, which have the shape of `sizes`.
+  of two, all probabilities are equal; otherwise they are within 2^-16 of 1 / size. The
+  sizes are unsigned integers from 1 to 2^16, one for each integer.
   """
 
   def start_of(symbol: jax.Array, size: jax.Array) -> jax.Array:
@@ -107,14 +103,10 @@ def categorical(
 ) -> Codec:
   """Returns the codec of symbols from a small alphabet, each under one of K tables.
 
-  `pop` searches the tables by bisection, so it needs no list of slots for each table.
-
-  Args:
-    contexts: unsigned integers, the index of each symbol's table. A symbol of the index
-      K is always 0, and costs no bits.
-    frequencies: unsigned integers `[K, A]`, K tables for A symbols. Each row adds up to
-      `tables.TOTAL`. Pushing a symbol whose frequency is 0 corrupts the message.
-    dtype: the dtype of the symbols, which have the shape of `contexts`.
+  `contexts` has the index of each symbol's table; a symbol of the index K is always 0,
+  and costs no bits. Each row of the frequencies `[K, A]` adds up to `tables.TOTAL`.
+  Pushing a symbol whose frequency is 0 corrupts the message. `pop` searches the tables
+  by bisection, so it needs no list of slots for each table.
   """
   count, alphabet = frequencies.shape
   depth = (alphabet - 1).bit_length()

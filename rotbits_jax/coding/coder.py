@@ -182,17 +182,18 @@ def decode(
     if next(coded, None) is not None:
       raise ValueError('a group has more blocks than elements')
     spans = iter(checked)
-    for array, output in members[i]:
+    for index, output in members[i]:
       of_part, left = [], output.nbytes
       while left:
         of_part.append(next(spans))
         left -= of_part[-1][1]
-      if not spec.arrays[array].zeros:
-        checksums[array] = checksums_lib.joined(of_part)
+      if not spec.arrays[index].zeros:
+        checksums[index] = checksums_lib.joined(of_part)
 
   def finish(i: int) -> None:
-    if spec.arrays[i].zeros:
-      spec.arrays[i].zeros.join(parts[i], arrays[i])
+    zeros = spec.arrays[i].zeros
+    if zeros:
+      zeros.join(parts[i], arrays[i])
     if i not in checksums:
       checksums[i] = checksums_lib.of_array(arrays[i])
     if checksums[i] != spec.arrays[i].crc32:

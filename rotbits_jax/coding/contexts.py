@@ -54,13 +54,9 @@ class Scales(NamedTuple):
     return self.base + int(self.rows.max()) + int(self.columns.max())
 
   def write(self, out: np.ndarray, start: int, shape: Shape, size: int) -> None:
-    """Writes the classes, uint8 `[n]`, of units from `start` on in C order.
+    """Writes the classes of units from `start` on in C order into uint8 `[n]`.
 
-    Args:
-      out: where to write them.
-      start: the first unit, counted within the array.
-      shape: shape of the array.
-      size: numbers of a unit.
+    The array has the shape, and a unit so many numbers.
     """
     if self.rows.size == self.columns.size == 1:
       out[:] = self.base + int(self.rows[0]) + int(self.columns[0])
@@ -112,16 +108,11 @@ def to_bytes(contexts: Contexts) -> bytes:
 
 
 def from_bytes(
-  data: bytes,
-  layout: layouts.Layout,
-  shapes: Sequence[Shape] | None,
+  data: bytes, layout: layouts.Layout, shapes: Sequence[Shape] | None
 ) -> Contexts:
   """Makes contexts from bytes: the inverse of `to_bytes`.
 
-  Args:
-    data: the bytes.
-    layout: the layout.
-    shapes: the shapes of the M arrays; None if their classes are known.
+  `shapes` are those of the M arrays; None if their classes are known.
   """
   lengths = [line_sizes(shape, layout.size) for shape in shapes or ()]
   most = 4 + sum(2 + sum(x) for x in lengths)

@@ -69,9 +69,8 @@ Interval = tuple[jax.Array, jax.Array | int, jax.Array | int]
 """Starts and frequencies of the symbols of the lanes, and the precision."""
 
 Pop = Callable[[Callable[[jax.Array], tuple[Any, ...]], Any], jax.Array]
-"""Takes a function from slots to entries, starts and frequencies, and the precision.
-
-It pops one symbol from each lane and returns the entries."""
+"""Pops a symbol from each lane and returns its entry, given a function from slots to
+entries, starts and frequencies; and the precision."""
 
 
 class Tables(NamedTuple):
@@ -195,13 +194,9 @@ class Floats:
     return (raw >> top & ones) << self.width - 1 | tail << self._low - top
 
   def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
-    """Makes the words of units in JAX or NumPy.
+    """Makes the words of units of symbols, uint32, and of what `told` returned, int32.
 
-    Args:
-      symbols: uint32, pairs of bins.
-      kept: words that have the signs and the low bits of the numbers.
-      told: int32, the offsets or minimum exponents of the units.
-      xp: the module, JAX or NumPy.
+    `kept` are words that have the signs and the low bits. `xp` is JAX or NumPy.
     """
     offset = 0 if self.raised else told.astype(np.uint32)
     bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
@@ -220,15 +215,9 @@ class Floats:
   ) -> tuple[jax.Array, ...]:
     """Decodes a unit of each lane, in a program.
 
-    Args:
-      pop: pops a symbol.
-      classes: int32 `[L]`.
-      pieces: uint32 `[L]`, the pieces of each unit.
-      coder_tables: the tables.
-
-    Returns:
-      The words of the units, `[L, words]`; and bool `[L]`: whether each is an escape,
-      whose words are those that `join` needs.
+    Classes are int32 `[L]`, and pieces of raw bits uint32 `[L]`. Returns the words of
+    the units, `[L, words]`; and whether each is an escape, whose words are those that
+    `join` needs.
     """
     table, told = self.told(classes, coder_tables.told)
     symbol, is_listed = _popped(pop, table, coder_tables, self)
@@ -247,9 +236,8 @@ class Floats:
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
     """Divides a unit of each lane, `[L, words]`, in a program.
 
-    Returns:
-      The intervals in the order in which they are popped; the pieces, uint32; and the
-      marks, uint16: that of a unit in a list is its symbol and `MARKED`.
+    Returns the intervals in the order in which they are popped; the pieces, uint32; and
+    the marks, uint16: that of a unit in a list is its symbol and `MARKED`.
     """
     table, told = self.told(classes, coder_tables.told)
     numbers = [*unit.astype(jnp.uint32).T]
@@ -287,10 +275,8 @@ class Floats:
   ) -> Tables:
     """Makes the tables, or raises a ValueError if a pair of bins is too frequent.
 
-    Args:
-      base: see `told`.
-      table_of: for each table of `told`, its row in `counts`.
-      counts: int64 `[K, 32]`, rows that add up to 2^14, of bins.
+    `counts`, int64 `[K, 32]`, are of bins. `table_of` has, for each table that `told`
+    returns, its row.
     """
     pairs = tables.of_pairs(counts, self.precision)[table_of]
     return _tables(pairs, base, len(pairs), self)
@@ -506,12 +492,8 @@ def _whole(data: np.ndarray, units: np.ndarray) -> np.ndarray:
 def raised(bits: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp) -> Any:
   """Replaces the magnitudes in bit patterns by those of a minimum exponent.
 
-  Args:
-    bits: unsigned integers at least as wide as the numbers. Numbers with a lower
-      exponent must be multiples of the step of the minimum exponent.
-    form: format of the dtype.
-    min_exponent: f, an integer of at least 1; it may be traced. 1 changes nothing.
-    xp: the module, JAX or NumPy.
+  Numbers with a lower exponent must be multiples of its step. The minimum exponent 1
+  changes nothing. `xp` is the module, JAX or NumPy.
   """
   unsigned, top = bits.dtype.type, form.nmant
   magnitude = bits & unsigned((1 << form.bits - 1) - 1)

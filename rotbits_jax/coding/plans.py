@@ -229,9 +229,7 @@ def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Gr
   return Group(layout, contexts, [x.part for x in drafts], nbytes)
 
 
-def _classes(
-  drafts: Sequence[_Draft],
-) -> tuple[list[contexts_lib.Scales], np.ndarray]:
+def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarray]:
   """Returns scales whose classes a byte tells, and what these count from."""
   layout, classes = drafts[0].layout, contexts_lib.CLASSES
   if layout.raised:
@@ -279,9 +277,7 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   return _Sample(sample, classes.reshape(-1), len(units) / len(sample))
 
 
-def _shifts(
-  samples: Sequence[_Sample], layout: layouts.Integers, count: int
-) -> np.ndarray:
+def _shifts(samples: list[_Sample], layout: layouts.Integers, count: int) -> np.ndarray:
   """Returns the shift of each class, so that few integers have no symbol."""
   step = max(sum(len(x.units) for x in samples) // _SIZES, 1)
   classes = np.concatenate([x.classes[::step] for x in samples])
@@ -303,10 +299,7 @@ def _shifts(
 
 
 def _counts(
-  sample: _Sample,
-  layout: layouts.Layout,
-  base: np.ndarray,
-  shape: tuple[int, int],
+  sample: _Sample, layout: layouts.Layout, base: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
   """Counts the symbols of each table, of the given shape; others are left out."""
   (count, seen), width = shape, shape[1] + 1  # the last is of others
@@ -325,10 +318,12 @@ def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
   rows, table_of = rows[is_first], np.cumsum(is_first) - 1
   some = rows.any(axis=0)
+  # A symbol of a table takes 16 bits, about.
+  cost = lambda x: tables.entropy_bits(x) + 16 * np.count_nonzero(x, axis=-1)
   while True:
     used = rows[:, some]
-    bits = _table_bits(used)
-    saved = bits[:-1] + bits[1:] - _table_bits(used[:-1] + used[1:])
+    bits = cost(used)
+    saved = bits[:-1] + bits[1:] - cost(used[:-1] + used[1:])
     around = np.pad(saved, 1, constant_values=-1.0)
     is_joined = (saved >= 0) & (saved >= around[:-2]) & (saved > around[2:])
     if not is_joined.any():
@@ -337,26 +332,16 @@ def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.add.reduceat(rows, np.flatnonzero(np.append(True, ~is_joined)))
 
 
-def _table_bits(counts: np.ndarray) -> np.ndarray:
-  """Returns about the bits of symbols and of their tables: `[...]`."""
-  whole = np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-  shares = np.maximum(counts / whole, 1 / tables.TOTAL)
-  bits = -(counts * np.log2(shares)).sum(axis=-1)
-  return bits + 16 * np.count_nonzero(counts, axis=-1)
-
-
 def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   """Returns frequencies in proportion to counts, of which programs can make tables."""
   half = np.arange(layout.alphabet) < layout.alphabet // 2
   counts = np.where(counts.any(axis=1, keepdims=True), counts, half)
   # Rarer symbols are escapes.
-  least = counts.sum(axis=1, keepdims=True) / (8 << layout.stored_precision)
+  whole = counts.sum(axis=1)
+  counts = np.where(counts * (8 << layout.stored_precision) < whole[:, None], 0, counts)
   if isinstance(layout, layouts.Integers):
-    escaped = np.where(counts < least, counts, 0).sum(axis=1)
-    counts = np.where(counts < least, 0, counts)
-    counts[:, -1] += escaped + 1
+    counts[:, -1] += whole - counts.sum(axis=1) + 1
     return tables.quantize(np.ceil(counts), layout.stored_precision)
-  counts = np.where(counts < least, 0, counts)
   shares = counts / counts.sum(axis=1, keepdims=True)
   most, even = shares.max(axis=1, keepdims=True), 2 / layout.alphabet
   excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even, 1e-9)

@@ -2,9 +2,8 @@
 
 A thread of the pool that calls `run` does the jobs itself, and those that have nothing
 else to do help it. So a call ends even if no other thread is free, and while there are
-enough records, each has one thread. A job of `record_jobs` may call `run` and wait for
-earlier jobs of `record_jobs`. The JAX programs of `run` run on the CPU, because their
-data is in its memory.
+enough records, each has one thread. The JAX programs of `run` run on the CPU, because
+their data is in its memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator

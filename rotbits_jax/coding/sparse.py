@@ -64,13 +64,9 @@ def bit_patterns(array: np.ndarray) -> np.ndarray:
 
 
 def without_zeros(
-  array: np.ndarray, is_rounded: bool
+  array: np.ndarray, shares_step: bool
 ) -> tuple[Sparse, list[np.ndarray]] | None:
-  """Returns the form of floats with many zeros, and its parts; None for others.
-
-  `is_rounded` tells whether small numbers share a step. Zeros of integers are a symbol
-  of their own.
-  """
+  """Returns the form of floats with many zeros, and its parts; None for others."""
   if array.size < _LEAST_ELEMENTS:
     return None
   bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
@@ -78,7 +74,7 @@ def without_zeros(
   flat = bits.reshape(-1)
   sample = np.concatenate([flat[run] for run in statistics.runs(flat.size, _SAMPLE)])
   share = 1 - np.count_nonzero(sample & magnitude) / sample.size
-  if share <= (_LEAST_ROUNDED if is_rounded else _LEAST):
+  if share <= (_LEAST_ROUNDED if shares_step else _LEAST):
     return None
   is_set = bits & magnitude > 0
   masks = [np.packbits(x, axis=1) for x in (is_set, is_set.T)]
@@ -98,4 +94,4 @@ def _cost(mask: np.ndarray) -> float:
   levels, _ = statistics.densities(mask)
   counts = np.bincount((levels[:, None] << 8 | mask).reshape(-1), minlength=1 << 13)
   lines = tables.entropy_bits(np.bincount(levels))
-  return tables.entropy_bits(counts.reshape(-1, 256)) + lines
+  return float(tables.entropy_bits(counts.reshape(-1, 256)).sum() + lines)

@@ -159,9 +159,8 @@ def densities(mask: np.ndarray) -> Lines:
   """Returns scales of the rows of a mask, bits `[R, C]`: half octaves of the odds."""
   ones = np.bitwise_count(mask).sum(axis=1, dtype=float) + 0.5
   odds = 2 * np.log2(ones / (8 * mask.shape[1] + 1 - ones))
-  return np.rint(odds).astype(int).clip(1 - DENSITIES // 2, DENSITIES // 2 - 1) + (
-    DENSITIES // 2
-  ), np.zeros(1, int)
+  rows = np.rint(odds).astype(int) + DENSITIES // 2
+  return rows.clip(0, DENSITIES - 1), np.zeros(1, int)
 
 
 def _quantized(

@@ -29,24 +29,16 @@ MOST_PAIR = 1 << 11
 
 
 def quantize(counts: np.ndarray, precision: int = PRECISION) -> np.ndarray:
-  """Returns frequencies in proportion to counts.
+  """Returns frequencies in proportion to counts: int64 `[..., A]`.
 
-  Args:
-    counts: integers `[..., A]`. In each row at least one count and at most half of
-      2^precision counts are positive, and the counts add up to less than 2^48.
-    precision: at most 14.
-
-  Returns:
-    int64 `[..., A]` whose rows add up to 2^precision. A frequency is at least 1 where
-    the count is positive, and 0 elsewhere.
+  A frequency is at least 1 where the count is positive, and 0 elsewhere. In each row at
+  least one count and at most half of 2^precision counts are positive, and the counts
+  add up to less than 2^48.
   """
   counts, total = np.asarray(counts, np.int64), 1 << precision
   present = (counts > 0).sum(axis=-1, keepdims=True)
   if not np.all((present > 0) & (present <= total // 2)):
-    raise ValueError(
-      f'a frequency table needs 1 to {total // 2} symbols with a positive count, '
-      f'got {np.min(present)} to {np.max(present)}'
-    )
+    raise ValueError(f'expected 1 to {total // 2} symbols that occur, got {present}')
   # Smaller counts are raised to this one. It gets a slot even if all are raised.
   least = counts.sum(axis=-1, keepdims=True) // (total - present) + 1
   ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
@@ -54,10 +46,10 @@ def quantize(counts: np.ndarray, precision: int = PRECISION) -> np.ndarray:
   return np.diff((ends * total + whole // 2) // whole, prepend=0, axis=-1)
 
 
-def entropy_bits(counts: np.ndarray) -> float:
-  """Returns the order-0 entropy of counted symbols, in bits: the sum of all tables."""
+def entropy_bits(counts: np.ndarray) -> np.ndarray:
+  """Returns the order-0 entropy of counted symbols `[..., A]`, in bits: `[...]`."""
   shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-  return float(-(counts * np.log2(np.where(counts > 0, shares, 1))).sum())
+  return -(counts * np.log2(np.where(counts > 0, shares, 1))).sum(axis=-1)
 
 
 def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
@@ -65,14 +57,8 @@ def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
 
   The weight of a pair is the product of the two counts. Its frequency is in proportion
   to the weight, rounded; the last pair stands for all pairs whose frequency would be 0.
-  Frequencies of 8 and more share what rounding the others leaves over.
-
-  Args:
-    counts: int64 `[K, A]`, rows that add up to 2^14.
-    precision: at most 14.
-
-  Returns:
-    int64 `[K, A^2]`, rows that add up to 2^precision, of at most 2^11 each.
+  Frequencies of 8 and more share what rounding the others leaves over. Of counts, int64
+  `[K, A]`, whose rows add up to 2^14, it makes int64 `[K, A^2]` of at most 2^11 each.
   """
   drop = 2 * PRECISION - precision
   weights = (counts[:, :, None] * counts[:, None]).reshape(len(counts), -1)
