@@ -137,16 +137,17 @@ def test_no_worse_than_microsofts(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', FIXTURES)
-def test_free_is_within_twice_the_noise_floor(name, subtests):
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('name', [*FIXTURES, 'qwen3-tiny-dense'])
+def test_free_is_within_twice_the_noise_floor(name, dtype, subtests):
   for sparsity in (0.15, 0.2, 0.25, 0.3, 0.4):
     with subtests.test(sparsity=sparsity):
-      check_noise(name, sparsity)
+      check_noise(name, sparsity, dtype)
 
 
-def check_noise(name, sparsity):
+def check_noise(name, sparsity, dtype):
   unrounded = sliced(name, sparsity=sparsity)
-  model = dataclasses.replace(unrounded, stored_as='float16')
+  model = dataclasses.replace(unrounded, stored_as=dtype)
   rounded = model.rounded()
   free = lambda x: rotbits_jax.decode(rotbits_jax.encode(x, preset='free'))
   kl = lambda x, reference: (
