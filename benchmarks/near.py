@@ -109,29 +109,31 @@ def measure(checkpoint: rotbits_jax.Checkpoint) -> list[Row]:
   return rows
 
 
-def bytes_at(rows: Sequence[Row], kl: float) -> float | None:
-  """Returns the bytes of calibrated `near` at a divergence; None outside its range.
+def share_of_near(rows: Sequence[Row], other: Row) -> str | None:
+  """Returns the share of the bytes at which calibrated `near` has the same KL.
 
-  Bytes are interpolated linearly in log KL.
+  Bytes are interpolated linearly in log KL. Where the coarsest step has a lower KL, its
+  bytes are a bound; where the finest has a higher one, the share is None.
   """
   curve = sorted((row.kl, row.bytes) for row in rows if row.method == CALIBRATED)
   for (low, more), (high, less) in itertools.pairwise(curve):
-    if low <= kl <= high:
-      share = math.log(kl / low) / math.log(high / low)
-      return more + share * (less - more)
-  return None
+    if low <= other.kl <= high:
+      part = math.log(other.kl / low) / math.log(high / low)
+      return f'{(more + part * (less - more)) / other.bytes:.3f}'
+  highest, least = curve[-1]
+  return f'< {least / other.bytes:.3f}' if other.kl > highest else None
 
 
 def to_table(rows: Sequence[Row], elements: int) -> str:
   """Formats the rows, with bits per weight of the model."""
   lines = []
   for row in rows:
-    near = None if 'near' in row.method else bytes_at(rows, row.kl)
+    share = None if 'near' in row.method else share_of_near(rows, row)
     lines.append(
       (
         *(row.method, row.format, f'{row.bytes:,}', f'{8 * row.bytes / elements:.3f}'),
         *(f'{row.perplexity:.3f}', f'{row.kl:.2e}', f'{row.agreement:.2%}'),
-        None if near is None else f'{near / row.bytes:.3f}',
+        share,
       )
     )
   header = ['method', 'format', 'bytes', 'bits', 'perplexity', 'KL', 'agreement']
@@ -149,7 +151,8 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     about = (
       f'Perplexity, KL in nats per token and agreement on {TOKENS:,} tokens; '
       f'calibrated on {CALIBRATION_TOKENS:,} others. Bits are per weight. The last '
-      'column is the share of the bytes at which calibrated `near` has the same KL.'
+      'column is the share of the bytes at which calibrated `near` has the same KL, or '
+      'a lower one where it begins with <.'
     )
     picture = f'![Bits per weight against KL](docs/pictures/{PICTURES[name]})'
     body = f'{about}\n\n{to_table(rows, elements)}\n\n{picture}'
