@@ -233,6 +233,7 @@ def sparse(b, f, m, read):
     ratio = np.clip(steps(x, 2) - steps(y, 2), -10, 10)
     symbols = read(50 + 21 * np.clip(steps(x + y, 1) - 13, 0, 7) + ratio)
     nodes = np.hstack([nodes[::2, symbols != 1], nodes[1::2, symbols != 0]])
+    nodes = nodes[:, np.argsort(nodes[0] % groups >> 14, stable=True)]
   d, places = np.zeros_like(b), np.append(nodes[0], np.arange(16 * groups, b.size))
   d[places] = read(208 + np.clip(23 + f - e[places], 0, 47))
   return d

@@ -16,6 +16,8 @@ Shape letters: G groups, m that change, h nodes of each.
 """
 
 from collections.abc import Iterator
+import itertools
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +27,7 @@ SIZE = 16  # elements of a group
 
 _OCTAVES = 19  # of weights; their sums have 24 bits
 
-_CHUNK = 1 << 12  # groups that are looked at at once, so that they fit the cache
+CHUNK = 1 << 14  # columns that follow each other in a section, so that they fit a cache
 _RATIO = 10  # half octaves from an even ratio up to which classes differ
 _LEAST, _LEVELS = 13, 8  # octaves of sums of nodes that classes tell
 _NODES = 40  # the first class of nodes; those of groups are below
@@ -60,30 +62,27 @@ def encode(
     exponent: the exponent from which the weights of elements fall.
   """
   new, old = _matrix(bits), _matrix(known)
-  changes, weights = np.empty((2, new.shape[1]), np.uint8)
-  for some in _chunks(new):
-    changes[some] = np.bitwise_or.reduce(new[:, some] ^ old[:, some]) != 0
-    weights[some] = _group_classes(old[:, some], dtype, exponent)
-  active = np.flatnonzero(changes)
-  new, old = (x.take(active, 1) for x in (new, old))
-  flags = [new != old]
-  while len(flags[-1]) > 1:
-    flags.append(np.logical_or(*np.split(flags[-1], 2)))
-  sections, classes = [changes], [weights]
-  nodes = np.arange(active.size)
-  for halves, sums in zip(flags[-2::-1], _sums(old, dtype, exponent), strict=True):
-    classes.append(_node_classes(sums, nodes))
-    first, second = halves.reshape(2, -1).view(np.int8)
-    sections.append(first.take(nodes) + 2 * second.take(nodes) - 1)
-    nodes = _halved(nodes, first.size, sections[-1])
-  tail = slice(bits.size - bits.size % SIZE, None)
-  new, old = (
-    np.append(x.reshape(-1).take(nodes), y[tail])
-    for x, y in ((new, bits), (old, known))
-  )
-  sections.append(ulps.differences(new, old, dtype))
-  classes.append(_difference_classes(old, dtype, exponent))
-  return np.concatenate(sections, dtype=bits.dtype, casting='unsafe'), classes
+  sections, classes, places = [[] for _ in range(5)], [[] for _ in range(5)], []
+  for columns in _chunks(old):
+    flags = [new[:, columns] != old[:, columns]]
+    while len(flags[-1]) > 1:
+      flags.append(np.logical_or(*_halves(flags[-1])))
+    *sums, weights = _sums(old[:, columns], dtype, exponent)
+    sections[0].append(flags.pop()[0].view(np.int8))
+    classes[0].append(_group_classes(weights))
+    nodes = np.flatnonzero(sections[0][-1])
+    for i in range(1, 5):
+      classes[i].append(_node_classes(sums[-i], nodes))
+      first, second = flags[-i].reshape(2, -1).view(np.int8)
+      sections[i].append(first.take(nodes) + 2 * second.take(nodes) - 1)
+      nodes = _halved(nodes, first.size, sections[i][-1])
+    places.append(_places(nodes, columns, old.shape[1]))
+  places = np.concatenate([*places, np.arange(old.size, bits.size)])
+  several = bits.take(places), known.take(places)
+  differences = ulps.differences(*several, dtype)
+  coded = np.concatenate([*itertools.chain(*sections), differences], dtype=bits.dtype)
+  all_classes = [np.concatenate(x) for x in classes]
+  return coded, [*all_classes, _difference_classes(several[1], dtype, exponent)]
 
 
 def decode(
@@ -98,20 +97,27 @@ def decode(
     exponent: as `encode` takes it.
   """
   matrix = _matrix(bits)
-  weights = np.empty(matrix.shape[1], np.uint8)
-  for some in _chunks(matrix):
-    weights[some] = _group_classes(matrix[:, some], dtype, exponent)
-  yield weights
-  end = weights.size
-  active = np.flatnonzero(coded[:end])
-  nodes = np.arange(active.size)
-  for sums in _sums(matrix.take(active, 1), dtype, exponent):
-    yield _node_classes(sums, nodes)
-    start, end = end, end + nodes.size
-    nodes = _halved(nodes, sums.size // 2, coded[start:end])
-  rows, columns = np.divmod(nodes, max(active.size, 1))
-  tail = np.arange(matrix.size, bits.size)
-  places = np.append(rows * weights.size + active.take(columns), tail)
+  sums_of = lambda columns: _sums(matrix[:, columns], dtype, exponent)
+  chunks = [*_chunks(matrix)]
+  yield np.concatenate([_group_classes(sums_of(x)[-1]) for x in chunks])
+  end = matrix.shape[1]
+  columns_of = [x.start + np.flatnonzero(coded[x]) for x in chunks]
+  sums = [sums_of(x) for x in columns_of]
+  nodes = [np.arange(x.size) for x in columns_of]
+  for i in range(2, 6):
+    yield np.concatenate(
+      [_node_classes(x[-i], y) for x, y in zip(sums, nodes, strict=True)]
+    )
+    ends = end + np.cumsum([x.size for x in nodes])
+    symbols = np.split(coded[end : ends[-1]], ends[:-1] - end)
+    nodes = [
+      _halved(x, y[-i].size // 2, z)
+      for x, y, z in zip(nodes, sums, symbols, strict=True)
+    ]
+    end = ends[-1]
+  several = zip(nodes, columns_of, strict=True)
+  places = [_places(x, y, matrix.shape[1]) for x, y in several]
+  places = np.concatenate([*places, np.arange(matrix.size, bits.size)])
   if end + places.size != coded.size:
     raise ValueError(f'{coded.size} symbols and differences, not {end + places.size}')
   changed = bits.take(places)
@@ -125,8 +131,22 @@ def _matrix(elements: np.ndarray) -> np.ndarray:
 
 
 def _chunks(matrix: np.ndarray) -> Iterator[slice]:
-  """Yields slices of columns."""
-  return (slice(i, i + _CHUNK) for i in range(0, matrix.shape[1], _CHUNK))
+  """Yields slices of columns; one if there are none."""
+  count = matrix.shape[1]
+  return (slice(i, min(i + CHUNK, count)) for i in range(0, max(count, 1), CHUNK))
+
+
+def _halves(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns both halves of rows, faster than `np.split`."""
+  return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+
+
+def _places(nodes: np.ndarray, columns: Any, count: int) -> np.ndarray:
+  """Returns the places, in `[16, count]`, of nodes `[16, m]` of columns `[m]`."""
+  if isinstance(columns, slice):
+    columns = np.arange(columns.start, columns.stop)
+  rows, some = np.divmod(nodes, max(columns.size, 1))
+  return rows * count + columns.take(some)
 
 
 def _halved(nodes: np.ndarray, count: int, symbols: np.ndarray) -> np.ndarray:
@@ -158,12 +178,12 @@ def _weights(bits: np.ndarray, dtype: np.dtype, exponent: int) -> np.ndarray:
   return weights.view(np.float32)
 
 
-def _sums(bits: np.ndarray, dtype: np.dtype, exponent: int) -> Iterator[np.ndarray]:
-  """Yields the sums of weights of 2, 4, 8 and 16 nodes of groups `[16, m]`."""
+def _sums(bits: np.ndarray, dtype: np.dtype, exponent: int) -> list[np.ndarray]:
+  """Returns the weights of elements `[16, m]`, and of 8, 4, 2 and 1 nodes."""
   sums = [_weights(bits, dtype, exponent)]
-  while len(sums[-1]) > 2:
-    sums.append(np.add(*np.split(sums[-1], 2)))
-  yield from reversed(sums)
+  while len(sums[-1]) > 1:
+    sums.append(np.add(*_halves(sums[-1])))
+  return sums
 
 
 def _octaves(sums: np.ndarray, steps: int) -> np.ndarray:
@@ -174,9 +194,9 @@ def _octaves(sums: np.ndarray, steps: int) -> np.ndarray:
 # ---- classes -------------------------------------------------------------------------
 
 
-def _group_classes(bits: np.ndarray, dtype: np.dtype, exponent: int) -> np.ndarray:
-  """Returns the classes of groups `[16, m]`."""
-  return _octaves(_weights(bits, dtype, exponent).sum(axis=0), 2) - 8
+def _group_classes(weights: np.ndarray) -> np.ndarray:
+  """Returns the classes of groups, given their weights `[1, m]`: uint8 `[m]`."""
+  return (_octaves(weights[0], 2) - 8).astype(np.uint8)
 
 
 def _node_classes(sums: np.ndarray, nodes: np.ndarray) -> np.ndarray:
