@@ -7,7 +7,6 @@ import numpy as np
 
 Name = Literal['int8', 'int4', 'float8_e4m3fn', 'float8_e5m2', 'float4_e2m1fn']
 
-
 NEGATIVE_ZERO = -16
 
 
@@ -18,22 +17,14 @@ class Grid(NamedTuple):
   # Indices of those that the greatest element of a block may have, likely ones first.
   tops: tuple[int, ...]
   unit: float | None = None  # of a grid of 4 bits: int8 counts units, and -16 is -0
-  exponent: int | None = None  # log2 of the least normal number; None for integers
-  mantissa: int = 0  # bits of the mantissa of floats
 
   def nearest(self, numbers: np.ndarray) -> np.ndarray:
     """Returns the indices of the magnitudes next to numbers that are not negative."""
-    most = len(self.magnitudes) - 1
-    if self.exponent is None:
+    magnitudes, most = self.magnitudes, len(self.magnitudes) - 1
+    if magnitudes[most] == most:  # integers
       return np.minimum(np.rint(numbers), most).astype(np.uint8)
-    # The high bits of a float32 count the normal numbers of the grid.
-    numbers = numbers.astype(np.float32)
-    least, shift = np.float32(2.0**self.exponent), 23 - self.mantissa
-    index = (numbers.view(np.int32) + (1 << shift - 1)) >> shift
-    index -= (int(least.view(np.int32)) >> shift) - (1 << self.mantissa)
-    subnormal = np.rint(numbers * np.float32(2.0 ** (self.mantissa - self.exponent)))
-    index = np.where(numbers < least, subnormal, index)
-    return np.minimum(index, most).astype(np.uint8)
+    borders = (magnitudes[1:] + magnitudes[:-1]) / 2
+    return np.searchsorted(borders, numbers.astype(np.float32)).astype(np.uint8)
 
   def table(self, dtype: np.dtype) -> np.ndarray:
     """Returns the stored number of each magnitude, and then that of its negative."""
@@ -45,11 +36,9 @@ class Grid(NamedTuple):
 
 
 def _floats(dtype: type, tops: tuple[int, ...], unit: float | None = None) -> Grid:
-  info = ml_dtypes.finfo(dtype)
-  bits = np.arange(1 << info.bits - 1, dtype=np.uint8)
+  bits = np.arange(1 << ml_dtypes.finfo(dtype).bits - 1, dtype=np.uint8)
   magnitudes = bits.view(dtype).astype(np.float32)
-  magnitudes = magnitudes[np.isfinite(magnitudes)]
-  return Grid(magnitudes, tops, unit, int(info.minexp), info.nmant)
+  return Grid(magnitudes[np.isfinite(magnitudes)], tops, unit)
 
 
 # The greatest element has the greatest code, unless the scale is a power of two or was

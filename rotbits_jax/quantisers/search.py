@@ -46,7 +46,6 @@ _MOST_EXCEPTIONS = 1 / 64
 _EXCEPTION_BITS = 24
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _CODES = 16  # of groups with minima
-_GROUPS = 64  # that tell whether groups have minima
 _SCALES = 1 << 9  # of these that tell their factor
 _LEAF_BYTES = 200
 _ESTIMATED = 1 << 17  # elements
@@ -253,27 +252,16 @@ def _leaf(
   grid = grids.GRIDS[name]
   paddings = [-n % m for n, m in zip(magnitudes.shape, block, strict=True)]
   padded = np.pad(magnitudes, [(0, n) for n in paddings])
-  shape = tuple(n // m for n, m in zip(padded.shape, block, strict=True))
   parts = []
   step = max(_CHUNK // (block[0] * padded.shape[1]), 1) * block[0]
   for start in range(0, len(padded), step):
     bits = _distinct(_rows(padded[start : start + step], block))
     parts.append(_bounds(bits, array.dtype, grid)[:2])
-  least, most = np.concatenate(parts, axis=1)
-  fields = _scales(least, most, math.prod(block))
-  fields['scales'] = fields['scales'].reshape(shape)
-  dtype_name: Any = array.dtype.name
   is_negative = np.signbit(array).reshape(magnitudes.shape)
   has_zeros = name == 'int8' and bool((is_negative & (magnitudes == 0)).any())
   is_int8 = bool(grid.unit) or (name == 'int8' and not has_zeros)
-  draft = leaf_lib.BlockQuantized(
-    numbers=host.empty(array.shape, np.int8 if is_int8 else ml_dtypes.bfloat16),
-    grid=name,
-    name=dtype_name,
-    block=block,
-    **fields,
-  )
-  numbers = draft.numbers.reshape(magnitudes.shape)
+  numbers = host.empty(magnitudes.shape, np.int8 if is_int8 else ml_dtypes.bfloat16)
+  draft = _draft(array, numbers, name, block, np.concatenate(parts, axis=1))
   table, count = grid.table(numbers.dtype), len(grid.magnitudes)
   for rows, scales in leaf_lib.row_scales(draft.float_scales, block, numbers.shape):
     quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
@@ -296,34 +284,52 @@ def _with_exceptions(
   return draft
 
 
-def _scales(least: np.ndarray, most: np.ndarray, size: int) -> dict[str, Any]:
-  """Returns the fields of scales `[U]` of few bits within bounds, for blocks of a size.
+def _draft(
+  array: np.ndarray,
+  numbers: np.ndarray,
+  grid: Any,
+  block: Block,
+  bounds: Sequence[np.ndarray],
+) -> leaf_lib.BlockQuantized:
+  """Returns a leaf with scales of few bits, all of which have one effect in bounds."""
+  least, most = bounds
+  is_used, size = most < np.inf, math.prod(block)
+  scales, shift, bits = _fewest_bits(least, most, _EXCEPTION_BITS * size)
+  codes, factor = scales.view(np.uint32) >> np.uint32(shift), None
+  if size <= _SMALL_BLOCK and is_used.any():
+    found, quantised, missed = _factor(least, most, is_used)
+    if 3 * least.size + _EXCEPTION_BITS * size * missed < bits:
+      codes, factor, shift = quantised, found, 0
+  used, counts = np.unique(codes[is_used] if is_used.any() else 1, return_counts=True)
+  codes[~is_used] = used[np.argmax(counts)]
+  matrix = math.prod(array.shape[:-1]), array.shape[-1]
+  shape = [-(-n // m) for n, m in zip(matrix, block, strict=True)]
+  return leaf_lib.BlockQuantized(
+    numbers=numbers.reshape(array.shape),
+    scales=codes.astype(np.min_scalar_type(int(codes.max()))).reshape(shape),
+    grid=grid,
+    name=array.dtype.name,  # type: ignore[arg-type]
+    block=block,
+    shift=shift,
+    factor=factor,
+  )
 
-  Scales within the bounds have one effect, so those of the fewest bits are taken.
+
+def _fewest_bits(
+  low: np.ndarray, high: np.ndarray, cost: int
+) -> tuple[np.ndarray, int, float]:
+  """Returns float32 in bounds `[U]`, how many low bits are 0, and about the bits.
+
+  A number that is not within its bounds costs so many bits.
   """
-  is_used = most < np.inf
-  if not is_used.any():
-    return {'scales': np.ones(least.size, np.uint8), 'shift': 23}
-  floats = least.astype(np.float32), most.astype(np.float32)
-  low, high = (x.view(np.uint32).astype(np.int64) for x in floats)
-  low, high = low + (floats[0] < least), high - (floats[1] > most)  # as float32 rounds
-  rounded = lambda shift: (low + (1 << shift) - 1) >> shift
-  costs = {}
+  sides = [x.astype(np.float32).view(np.uint32).astype(np.int64) for x in (low, high)]
+  middle, found = sum(sides) >> 1, {}
   for shift in range(24):
-    missed = int(np.count_nonzero(is_used & (rounded(shift) << shift > high)))
-    costs[shift] = (23 - shift) * least.size + _EXCEPTION_BITS * size * missed
-  shift = min(costs, key=costs.__getitem__)
-  scales = rounded(shift)
-  fields: dict[str, Any] = {'shift': shift}
-  if size <= _SMALL_BLOCK:
-    factor, codes, missed = _factor(least, most, is_used)
-    cost = 3 * least.size + _EXCEPTION_BITS * size * missed
-    if cost < costs[shift]:
-      scales, fields = codes, {'factor': factor}
-  used, counts = np.unique(scales[is_used], return_counts=True)
-  scales[~is_used] = used[np.argmax(counts)]
-  kind = np.min_scalar_type(int(scales.max()))
-  return fields | {'scales': scales.astype(kind)}
+    bits = (middle + (1 << shift >> 1)) >> shift << shift
+    numbers = bits.astype(np.uint32).view(np.float32)
+    missed = int(np.count_nonzero((numbers < low) | (numbers > high)))
+    found[cost * missed + (23 - shift) * low.size] = numbers, shift
+  return *found[min(found)], min(found)
 
 
 @np.errstate(divide='ignore', invalid='ignore', over='ignore', under='ignore')
@@ -359,13 +365,17 @@ def _factor(
 
 def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array whose groups have minima, or None."""
-  matrix = array.reshape(-1, array.shape[-1])
   for length in _LENGTHS:
-    if matrix.shape[1] % length == 0:
-      groups = matrix.reshape(-1, length)
-      least, most, *_ = _code_bounds(groups[:: -(-len(groups) // _GROUPS)])
-      if np.mean(least <= most) >= _FIT:
-        return _affine_leaf(array, groups)
+    if array.shape[-1] % length:
+      continue
+    bounds, codes, lows, highs = _code_bounds(array.reshape(-1, length))
+    if np.mean(bounds[0] <= bounds[1]) >= _FIT:
+      draft = _draft(array, codes, 'int4', (1, length), bounds)
+      products = draft.float_scales.reshape(-1, 1) * np.arange(_CODES, dtype=np.float32)
+      low, high = (lows - products).max(axis=1), (highs - products).min(axis=1)
+      minima, *_ = _fewest_bits(low, high, _EXCEPTION_BITS * _CODES // 2)
+      minima = minima.reshape(draft.scales.shape)
+      return _with_exceptions(dataclasses.replace(draft, minima=minima), array)
   return None
 
 
@@ -390,33 +400,4 @@ def _code_bounds(groups: np.ndarray) -> tuple[np.ndarray, ...]:
   for k in range(1, _CODES):
     least = np.fmax(least, (lows[:, k:] - highs[:, :-k]).max(axis=1) / k)
     most = np.fmin(most, (highs[:, k:] - lows[:, :-k]).min(axis=1) / k)
-  return least, most, codes, lows, highs
-
-
-def _affine_leaf(
-  array: np.ndarray, groups: np.ndarray
-) -> leaf_lib.BlockQuantized | None:
-  """Returns the leaf of an array, given its groups `[U, n]`."""
-  least, most, codes, lows, highs = _code_bounds(groups)
-  fields = _scales(least, np.maximum(least, most), groups.shape[1])
-  shape = math.prod(array.shape[:-1]), array.shape[-1] // groups.shape[1]
-  fields['scales'] = fields['scales'].reshape(shape)
-  dtype_name: Any = array.dtype.name
-  draft = leaf_lib.BlockQuantized(
-    numbers=codes.reshape(array.shape),
-    grid='int4',
-    name=dtype_name,
-    block=(1, groups.shape[1]),
-    **fields,
-  )
-  products = draft.float_scales.reshape(-1, 1) * np.arange(_CODES, dtype=np.float32)
-  low, high = (lows - products).max(axis=1), (highs - products).min(axis=1)
-  bits = ((low + high) / 2).astype(np.float32).view(np.int32)
-  costs = {}
-  for shift in range(24):
-    minima = ((bits + (1 << shift >> 1)) >> shift << shift).view(np.float32)
-    missed = np.count_nonzero((low > minima) | (minima > high))
-    costs[missed * _EXCEPTION_BITS * 8 - shift * minima.size] = minima
-  minima = costs[min(costs)]
-  draft = dataclasses.replace(draft, minima=minima.reshape(shape))
-  return _with_exceptions(draft, array)
+  return np.stack([least, most]), codes, lows, highs
