@@ -134,7 +134,7 @@ class Difference(base.Structured):
       collections.deque(self.classes(prediction.changed, self.differences), 0)
     return self.joined(prediction)
 
-  def _known_bits(self, known: Any, run: Run = in_turn) -> np.ndarray:
+  def _known_bits(self, known: Any, *, run: Run) -> np.ndarray:
     """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
     if self.map is not None:
       self.check_needed(known.shape)
