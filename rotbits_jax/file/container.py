@@ -5,12 +5,12 @@ reserved at the start. A damaged file raises `ContainerError`.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import json
 import os
 import struct
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
+from typing import Annotated, Any, BinaryIO, Literal
 import zlib
 
 import msgspec
@@ -130,26 +130,27 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
   return text + b' ' * (-len(text) % 8)
 
 
-class Stream(NamedTuple):
+class Stream:
   """A stream whose slices, uint8, are read from the file; then `check` checks them.
 
   Each byte is in one slice. Threads may take slices, so memory holds only these.
   """
 
-  name: str
-  shape: tuple[int]  # its length in bytes
-  dtype: np.dtype
-  read: Callable[[int, int], tuple[np.ndarray, int]]  # from an offset, so many bytes
-  pieces: dict[int, tuple[int, int]]  # checksums and sizes of slices, by their starts
+  dtype = np.dtype(np.uint8)
+
+  def __init__(self, file: 'StreamReader', name: str):
+    self.name, self.shape = name, (file.sizes[name],)
+    self._file, self._begin = file, file.begins[name]
+    self._pieces: dict[int, tuple[int, int]] = {}  # checksums and sizes, by starts
 
   def __getitem__(self, part: slice) -> np.ndarray:
-    data, crc = self.read(part.start, part.stop - part.start)
-    self.pieces[part.start] = crc, data.size
+    data, crc = self._file.read(self._begin + part.start, part.stop - part.start)
+    self._pieces[part.start] = crc, data.size
     return data
 
   def check(self, crc32: int) -> None:
     """Compares the checksum."""
-    if checksums.joined(self.pieces[x] for x in sorted(self.pieces)) != crc32:
+    if checksums.joined(self._pieces[x] for x in sorted(self._pieces)) != crc32:
       raise ContainerError(f'{self.name}: the stream is damaged: its checksum differs')
 
 
@@ -174,16 +175,11 @@ class StreamReader:
       self._content = np.frombuffer(memoryview(data).cast('B'), np.uint8)
       self.size = self._content.size
     with naming(self.name):
-      self.sizes, self._begins, self.manifest_crc32 = self._read_header()
-
-  def stream(self, name: str) -> Stream:
-    """Returns a stream to be read in parts."""
-    read = lambda start, count: self._bytes(self._begins[name] + start, count)
-    return Stream(name, (self.sizes[name],), np.dtype(np.uint8), read, {})
+      self.sizes, self.begins, self.manifest_crc32 = self._read_header()
 
   def checked(self, name: str, crc32: int) -> np.ndarray:
     """Returns a stream, uint8 `[n]`, which must have this checksum."""
-    stream = self.stream(name)
+    stream = Stream(self, name)
     data = stream[0 : self.sizes[name]]
     stream.check(crc32)
     return data
@@ -207,7 +203,7 @@ class StreamReader:
       raise ContainerError(f'{MANIFEST}: too many lists and objects for its length')
     return text
 
-  def _bytes(self, begin: int, count: int) -> tuple[np.ndarray, int]:
+  def read(self, begin: int, count: int) -> tuple[np.ndarray, int]:
     """Reads a part of the file; returns it with its CRC-32."""
     if self.opened is None:
       part = self._content[begin : begin + count]
@@ -222,10 +218,10 @@ class StreamReader:
     """Returns where streams begin and their sizes, by name, and a checksum."""
     if self.size < 8:
       raise ContainerError('not a rotbits file: it has fewer than 8 bytes')
-    (length,) = struct.unpack('<Q', self._bytes(0, 8)[0])
+    (length,) = struct.unpack('<Q', self.read(0, 8)[0])
     if length > min(self.size - 8, _MOST_HEADER):
       raise ContainerError('not a rotbits file, or cut short within its header')
-    header = self._bytes(8, length)[0].tobytes()
+    header = self.read(8, length)[0].tobytes()
     with naming('not a rotbits file, or its header is damaged'):
       values = schema.decode(dict[str, Any], header)
       metadata = schema.load(_Metadata, values.pop(_METADATA, None), _METADATA)

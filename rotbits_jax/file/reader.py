@@ -250,7 +250,7 @@ class Reader:
         if 'differences' in leaf.arrays:
           known[len(arrays) + leaf.arrays.index('differences')] = leaves[-1].known
         arrays += [] if leaf.is_joined else stored
-      decode, stream = coders.CODERS[entry.coder].decode, file.stream(name)
+      decode, stream = coders.CODERS[entry.coder].decode, container.Stream(file, name)
       decode(entry.stream_spec, stream, out=[*arrays, *joined], known=known)
       stream.check(entry.crc32)
       return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
