@@ -100,13 +100,14 @@ def streams(count: int) -> str:
     numbers = rng.standard_normal((count // width, width), np.float32)
     array = (numbers * np.exp2(octaves - 5)).astype(dtype)
     encoded, out = coder.encode([array]), [np.empty_like(array)]
-    decode = lambda: coder.decode(encoded.spec, encoded.data, out=out)  # noqa: B023
-    encode = lambda: coder.encode([array]).data  # noqa: B023
+    spec, data = encoded.spec, encoded.data
+    decode = lambda: coder.decode(spec, data, out=out)  # noqa: B023
+    encode = lambda: coder.encode([array]).pieces  # noqa: B023
     seconds = [common.median_seconds(work, RUNS) for work in (encode, decode)]
     if out[0].tobytes() != array.tobytes():
       raise ValueError('the decoded weights differ')
     rates = (f'{array.nbytes / x / 1e6:,.0f}' for x in seconds)
-    share = encoded.data.size / array.nbytes
+    share = data.size / array.nbytes
     rows.append((np.dtype(dtype).name, *rates, f'{share:.4f}'))
   header = ('weights', 'encode MB/s', 'decode MB/s', 'bytes per byte')
   return common.table(header, rows)
