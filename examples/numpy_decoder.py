@@ -154,11 +154,10 @@ def parts_of(dtype, shape, crc32, groups, zeros):
     if nbytes == 8 or (nbytes > 1 and dtype[0] == 'u'):
       return [np.empty([*shape, nbytes], 'u1')]
     return [np.empty(shape, dtype)]
-  n, negative, transposed = zeros
-  matrix = math.prod(shape[:-1]), math.prod(shape[-1:])
-  lines, length = matrix[::-1] if transposed else matrix
-  signs = math.ceil((lines * length - n) / 8) if negative else 0
-  masks = [np.empty([lines, math.ceil(length / 8)], 'u1'), np.empty(signs, 'u1')]
+  n, negative = zeros
+  rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
+  signs = math.ceil((rows * columns - n) / 8) if negative else 0
+  masks = [np.empty([rows, math.ceil(columns / 8)], 'u1'), np.empty(signs, 'u1')]
   return [*masks, np.empty([n // 128, 128], dtype), np.empty(n % 128, dtype)]
 
 
@@ -171,7 +170,7 @@ def joined(shape, zeros, mask, signs, *rows):
   if zeros[1]:
     negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
     ordered[~is_set] = negative.astype(ordered.dtype) << 8 * ordered.itemsize - 1
-  return np.copy(ordered.T if zeros[2] else ordered, 'C')
+  return ordered
 
 
 def read_record(spec, stream):

@@ -10,7 +10,6 @@ import numpy as np
 
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import statistics
-from rotbits_jax.coding import tables
 from rotbits_jax.system import schema
 
 Parts = list[tuple[np.dtype, tuple[int, ...]]]
@@ -33,22 +32,20 @@ class Sparse(schema.Row):
 
   values: schema.Size  # n
   negative: bool  # whether a zero is -0
-  transposed: bool  # whether the order is that of the transpose
 
   def parts(self, dtype: np.dtype, shape: tuple[int, ...]) -> Parts:
     """Returns the dtype and the shape of each part of an array."""
-    lines, length = contexts.matrix_shape(shape)[:: -1 if self.transposed else 1]
-    rows = (self.values // _WIDTH, _WIDTH), (self.values % _WIDTH,)
-    signs = -(-(lines * length - self.values) // 8) if self.negative else 0
-    masks = [(np.dtype(np.uint8), x) for x in ((lines, -(-length // 8)), (signs,))]
-    return masks + [(dtype, row) for row in rows]
+    rows, columns = contexts.matrix_shape(shape)
+    signs = -(-(rows * columns - self.values) // 8) if self.negative else 0
+    masks = [(np.dtype(np.uint8), x) for x in ((rows, -(-columns // 8)), (signs,))]
+    whole, left = divmod(self.values, _WIDTH)
+    return masks + [(dtype, x) for x in ((whole, _WIDTH), (left,))]
 
   def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
     """Makes an array of its parts, which may be damaged."""
     mask, signs, *rows = parts
     bits = bit_patterns(out).reshape(contexts.matrix_shape(out.shape))
     bits[...] = 0
-    bits = bits.T if self.transposed else bits
     is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]).view(bool)
     if np.count_nonzero(is_set) != self.values:
       raise ValueError(f'the mask does not have {self.values} elements')
@@ -77,21 +74,10 @@ def without_zeros(
   if share <= (_LEAST_ROUNDED if shares_step else _LEAST):
     return None
   is_set = bits & magnitude > 0
-  masks = [np.packbits(x, axis=1) for x in (is_set, is_set.T)]
-  costs = [_cost(x) for x in masks]
-  transposed = costs[1] < costs[0]
-  ordered, is_set = (bits.T, is_set.T) if transposed else (bits, is_set)
-  values, negative = ordered[is_set], ordered[~is_set] > 0
+  values, negative = bits[is_set], bits[~is_set] > 0
   whole = values.size - values.size % _WIDTH
   rows = values[:whole].reshape(-1, _WIDTH), values[whole:]
-  form = Sparse(values.size, bool(negative.any()), transposed)
+  form = Sparse(values.size, bool(negative.any()))
   signs = np.packbits(negative[: negative.size if form.negative else 0])
-  return form, [masks[transposed], signs, *(x.view(array.dtype) for x in rows)]
-
-
-def _cost(mask: np.ndarray) -> float:
-  """Returns about the bits of a mask, whose rows have scales."""
-  levels, _ = statistics.densities(mask)
-  counts = np.bincount((levels[:, None] << 8 | mask).reshape(-1), minlength=1 << 13)
-  lines = tables.entropy_bits(np.bincount(levels))
-  return float(tables.entropy_bits(counts.reshape(-1, 256)).sum() + lines)
+  mask = np.packbits(is_set, axis=1)
+  return form, [mask, signs, *(x.view(array.dtype) for x in rows)]
