@@ -4,7 +4,7 @@ Shape letters: the array is taken as a matrix of R rows and C columns, its last 
 Blocks have r rows and c columns; those at the end may be cut.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import functools
 import math
 from typing import Annotated, Any, ClassVar, Literal
@@ -69,16 +69,16 @@ class BlockQuantized(base.Structured):
     """Writes the array, on the host."""
     numbers, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.numbers, out))
     unit = grids.GRIDS[self.grid].unit
-    floats = self.float_scales * np.float32(unit or 1)
+    scales = self.float_scales * np.float32(unit or 1)
     with np.errstate(over='ignore'):
-      for rows, scales in row_scales(floats, self.block, matrix.shape):
+      for rows in chunks(matrix):
         part = numbers[rows]
         is_zero = part == grids.NEGATIVE_ZERO if unit else np.zeros(1, bool)
         has_zeros = is_zero.any()
         products = (part * ~is_zero if has_zeros else part).astype(np.float32)
-        products *= scales
+        products *= of_elements(scales, rows, self.block, matrix.shape)
         if self.minima is not None:
-          products += _of_rows(self.minima, rows, self.block, matrix.shape[1])
+          products += of_elements(self.minima, rows, self.block, matrix.shape)
         matrix[rows] = products
         if has_zeros:  # masks are slow
           bits = matrix[rows].view(f'u{out.itemsize}')
@@ -128,24 +128,19 @@ class BlockQuantized(base.Structured):
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 
 
-def row_scales(
-  scales: np.ndarray, block: tuple[int, ...], shape: tuple[int, ...]
-) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yields rows of a matrix that fit the cache, and the scales of their elements."""
-  rows, width = shape
-  step = max(_CHUNK // width, 1)
-  for start in range(0, rows, step):
-    part = slice(start, min(start + step, rows))
-    yield part, _of_rows(scales, part, block, width)
+def chunks(matrix: np.ndarray) -> list[slice]:
+  """Returns runs of rows that fit the cache."""
+  step = max(_CHUNK // matrix.shape[1], 1)
+  return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
-def _of_rows(
-  scales: np.ndarray, rows: slice, block: tuple[int, ...], width: int
+def of_elements(
+  scales: np.ndarray, rows: slice, block: tuple[int, ...], shape: tuple[int, ...]
 ) -> np.ndarray:
   """Returns the scales of the elements of rows, or one for all columns."""
-  some = scales[np.arange(rows.start, rows.stop) // block[0]]
-  if 1 < block[1] < width:
-    some = some.repeat(block[1], axis=1)[:, :width]
+  some = scales[np.arange(shape[0])[rows] // block[0]]
+  if 1 < block[1] < shape[1]:
+    some = some.repeat(block[1], axis=1)[:, : shape[1]]
   return some
 
 

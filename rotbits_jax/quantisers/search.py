@@ -70,7 +70,8 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   for block in blocks:
     if name := _grid(magnitudes, block, array.dtype, names):
       found, names = [*found, (block, name)], names[: names.index(name) + 1]
-  leaves = (_leaf(array, magnitudes, *x) for x in found if x[1] == names[-1])
+  found.sort(key=lambda x: [*grids.GRIDS].index(x[1]))
+  leaves = (_leaf(array, magnitudes, *x) for x in found)
   leaf = next(filter(None, leaves), None) if found else _with_minima(array)
   return leaf if leaf and nbytes(leaf) < _estimate(array) else None
 
@@ -263,7 +264,8 @@ def _leaf(
   numbers = host.empty(magnitudes.shape, np.int8 if is_int8 else ml_dtypes.bfloat16)
   draft = _draft(array, numbers, name, block, np.concatenate(parts, axis=1))
   table, count = grid.table(numbers.dtype), len(grid.magnitudes)
-  for rows, scales in leaf_lib.row_scales(draft.float_scales, block, numbers.shape):
+  for rows in leaf_lib.chunks(numbers):
+    scales = leaf_lib.of_elements(draft.float_scales, rows, block, numbers.shape)
     quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
     index = grid.nearest(quotients).astype(np.int16)
     index += count * is_negative[rows]
@@ -344,16 +346,13 @@ def _factor(
   low, high = least[is_used], most[is_used]
   places = np.arange(0, low.size, max(low.size // _SCALES, 1))
   places = np.append(places, low.argmax())
-  for top in range(len(grid.magnitudes) - 1, 0, -1):
-    for some in (places, np.arange(low.size)):
-      pair = _narrowed(low[some, None], high[some, None], grid, top)
-      factor = ((pair[0] + pair[1]) / 2).astype(np.float32)
-      codes = grid.nearest((low[some] + high[some]) / 2 / factor)
-      numbers = grid.magnitudes[codes] * factor
-      is_within = (numbers >= low[some]) & (numbers <= high[some])
-      if is_within.mean() < 0.95:
-        break
-    else:
+  for top in grid.tops:
+    pair = _narrowed(low[places, None], high[places, None], grid, top)
+    factor = ((pair[0] + pair[1]) / 2).astype(np.float32)
+    codes = grid.nearest((low + high) / 2 / factor)
+    numbers = grid.magnitudes[codes] * factor
+    is_within = (numbers >= low) & (numbers <= high)
+    if is_within.mean() >= 0.95:
       whole = np.ones(least.size, np.int64)
       whole[is_used] = np.maximum(codes, 1)
       return np.array(factor[0]), whole, int(np.count_nonzero(~is_within))
