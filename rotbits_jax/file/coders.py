@@ -25,7 +25,7 @@ class RecordCoder(NamedTuple):
   """
 
   spec: type[Any]
-  encode: Callable[[Sequence[np.ndarray], Mapping[int, Sequence[np.ndarray]]], Any]
+  encode: Callable[[Sequence[np.ndarray], Mapping[int, Any]], Any]
   decode: Callable[..., Any]
 
 

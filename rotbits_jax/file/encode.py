@@ -224,7 +224,7 @@ class Encoder:
     nbytes += structured.count_bytes([specs[x] for x in specs if x not in dtypes])
     if self._context is not None and models.names.subspace_index(name) is None:
       shapes = {path: tuple(leaf.shape) for path, leaf in specs.items()}
-      manifest_lib.check_shapes(name, shapes, self._context.config)
+      models.check_shapes(self._context.config, name, shapes)
     return manifest_lib.Counts(sum(counts.values()), nbytes)
 
   def _dtypes(self) -> dict[str, str]:
@@ -292,7 +292,11 @@ class Encoder:
         while batch:
           record = batch.pop(0)  # its memory is freed when it is coded
           if record.name in names:
-            self._is_same = self._is_same and self._has_same_bits(record)
+            if self._is_same:
+              self._is_same = structured.same_bits(
+                structured.flatten(self.source.read(record.name)),
+                structured.flatten(record.params),
+              )
             jobs.append(start(functools.partial(self.encode_record, record, resolve)))
           del record
         ahead.append(jobs)
@@ -301,13 +305,6 @@ class Encoder:
       while ahead:
         append()
     return entries, state
-
-  def _has_same_bits(self, record: passes.Record) -> bool:
-    """Returns whether a transform and the rounding have left a record as it was."""
-    old, new = map(structured.flatten, (self.source.read(record.name), record.params))
-    return old.keys() == new.keys() and all(
-      structured.same_bits(new[path], old[path]) for path in old
-    )
 
   def encode_record(
     self, record: passes.Record, resolve: Callable[[str], Any]

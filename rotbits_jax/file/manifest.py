@@ -329,7 +329,7 @@ class Manifest(schema.Object, kw_only=True):
       return
     if record.empty:
       raise ValueError('a model has no empty dicts')
-    check_shapes(name, {leaf.path: leaf.shape for leaf in leaves}, config)
+    models.check_shapes(config, name, {leaf.path: leaf.shape for leaf in leaves})
     is_basis = models.names.subspace_index(name) is not None
     for leaf in leaves:
       if (leaf.leaf_class is subspaces.Basis) != is_basis:
@@ -354,25 +354,3 @@ class Manifest(schema.Object, kw_only=True):
     for record in manifest.records:
       record.check()
     return data
-
-
-def check_shapes(
-  record: str, shapes: Mapping[str, Shape], config: models.ModelConfig
-) -> None:
-  """Checks the shapes, by path, of the parameters of a record of a model."""
-  segment = models.names.subspace_index(record)
-  if record == models.names.BUFFERS:
-    if wrong := [x for x in shapes if x.split('/')[:-1] != [record]]:
-      raise ValueError(f'{wrong[0]}: not the path of a buffer')
-    return
-  if segment is None:
-    expected = structured.flatten({record: models.record_shapes(config, record)})
-  else:
-    widths = config.segment_widths[segment : segment + 1]
-    expected = {models.names.basis(segment): (config.hidden_size, x) for x in widths}
-  if not expected:
-    raise ValueError(f'{record}: a model with this config has no such record')
-  is_identity = segment is not None and not shapes  # which has no basis
-  if shapes != expected and not is_identity:
-    path, shape = min(set(shapes.items()) ^ set(expected.items()))
-    raise ValueError(f'{path}: the config implies another shape, got {shape=}')

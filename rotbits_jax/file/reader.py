@@ -139,8 +139,7 @@ class Reader:
   def specs(self, record: str) -> Tree:
     """Returns the shapes and dtypes of a record, without reading it."""
     spec = lambda leaf: checkpoints.TensorSpec(leaf.shape, np.dtype(leaf.dtype))
-    leaves = self.records[record].leaves
-    return structured.unflatten({leaf.path: spec(leaf) for leaf in leaves})
+    return structured.unflatten((x.path, spec(x)) for x in self.records[record].leaves)
 
   def fingerprint(self) -> str:
     """Returns a digest of the content: of all checksums in the manifests."""
@@ -365,12 +364,10 @@ class Reader:
       size = sum(message.layout.record_bytes(config).values())
       rotation = 16 * max(config.segment_widths) ** 2  # with its integers
       with memory.bounded('the message', 2 * size + rotation):
-        words = {}
-        for name, stream in message.streams.items():
-          data = self._homes[name].checked(name, stream.crc32)
-          if data.size % 2:
-            raise ValueError(f'{name}: an odd number of bytes')
-          words[name] = data.view('<u2').copy()
+        words = {
+          name: self._homes[name].checked(name, stream.crc32).view('<u2').copy()
+          for name, stream in message.streams.items()
+        }
         return structured.unflatten(
           paper.decode(options, message.layout, words, config, progress=show_progress)
         )

@@ -7,6 +7,7 @@ from rotbits_jax.models import layout as layout
 from rotbits_jax.models import names as names
 from rotbits_jax.models.config import ModelConfig as ModelConfig
 from rotbits_jax.models.config import RopeScaling as RopeScaling
+from rotbits_jax.models.layout import check_shapes as check_shapes
 from rotbits_jax.models.layout import count_elements as count_elements
 from rotbits_jax.models.layout import layer_shapes as layer_shapes
 from rotbits_jax.models.layout import outer_shapes as outer_shapes

@@ -7,6 +7,7 @@ A parameter's path is its keys joined by '/', as in 'attention/query/kernel'. Ke
 are `[in, out]`. Shape letters are those of `models.config`.
 """
 
+from collections.abc import Mapping
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -104,6 +105,28 @@ def record_shapes(config: config_lib.ModelConfig, record: str) -> dict[str, Any]
     shapes: dict[str, Any] = outer_shapes(config).get(record, {})
     return shapes
   return layer_shapes(config, index) if index < config.num_layers else {}
+
+
+def check_shapes(
+  config: config_lib.ModelConfig, record: str, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Checks the shapes, by path, of the parameters of a record; a ValueError if not."""
+  segment = names.subspace_index(record)
+  if record == names.BUFFERS:
+    if wrong := [x for x in shapes if x.split('/')[:-1] != [record]]:
+      raise ValueError(f'{wrong[0]}: not the path of a buffer')
+    return
+  if segment is None:
+    expected = structured.flatten({record: record_shapes(config, record)})
+  else:
+    widths = config.segment_widths[segment : segment + 1]
+    expected = {names.basis(segment): (config.hidden_size, x) for x in widths}
+  if not expected:
+    raise ValueError(f'{record}: a model with this config has no such record')
+  is_identity = segment is not None and not shapes  # which has no basis
+  if shapes != expected and not is_identity:
+    path, shape = min(set(shapes.items()) ^ set(expected.items()))
+    raise ValueError(f'{path}: the config implies another shape, got {shape=}')
 
 
 def count_elements(config: config_lib.ModelConfig) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 import os
+import tempfile
 import types
 from typing import Any, NamedTuple
 
@@ -29,7 +30,6 @@ from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.preset import near
 from rotbits_jax.system import host
-from rotbits_jax.system import outputs
 from rotbits_jax.system import progress as progress_lib
 
 PROBE = -5.0
@@ -125,6 +125,17 @@ def _layers(config: models.ModelConfig, part: _Part) -> Any:
   )
 
 
+def _mapped(array: Any, folder: _Folder) -> np.ndarray:
+  """Returns an array as a read-only map of a temporary file, not to hold it."""
+  array = np.asarray(array, order='C')
+  if not array.size:
+    return array
+  with tempfile.TemporaryFile(dir=folder) as file:
+    file.write(array.reshape(-1).view(np.uint8))
+    file.flush()
+    return np.asarray(np.memmap(file, array.dtype, 'r', shape=array.shape))
+
+
 class _Rewritten:
   """A model after the transforms of `near`, float32, in a temporary file."""
 
@@ -133,7 +144,7 @@ class _Rewritten:
   ):
     self.model, self.config, self.bar = model, model.config, bar
     self.context = passes.make_context(model)
-    self.store = functools.partial(outputs.mapped, folder=folder)
+    self.store = functools.partial(_mapped, folder=folder)
     self.parts: dict[str | None, models.Params] = {}
     transform = near(tolerance=tolerance).transform
     bar.stage('compiling, removing gauges')

@@ -14,10 +14,6 @@ import errno
 import os
 import pathlib
 import shutil
-import tempfile
-from typing import Any
-
-import numpy as np
 
 from rotbits_jax.system import files as files_lib
 
@@ -104,14 +100,3 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
     older.rename(target)
     raise
   shutil.rmtree(older, ignore_errors=True)
-
-
-def mapped(array: Any, folder: Path | None = None) -> np.ndarray:
-  """Returns an array as a read-only map of a temporary file, not to hold it."""
-  array = np.asarray(array, order='C')
-  if not array.size:
-    return array
-  with tempfile.TemporaryFile(dir=folder) as file:
-    file.write(array.reshape(-1).view(np.uint8))
-    file.flush()
-    return np.asarray(np.memmap(file, array.dtype, 'r', shape=array.shape))
