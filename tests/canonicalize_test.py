@@ -226,6 +226,7 @@ class CanonicalizeTest(parameterized.TestCase):
 
   @parameterized.parameters('Auto', 'Explicit')
   @pytest.mark.slow
+  @pytest.mark.daily
   def test_a_sharded_layer_axis_stays_sharded(self, kind):
     devices.run(f'from tests import canonicalize_test as t; t.check_sharded({kind!r})')
 

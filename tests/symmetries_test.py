@@ -112,6 +112,7 @@ class CompositionTest(absltest.TestCase):
         check_sharded(name)
 
   @pytest.mark.slow
+  @pytest.mark.daily
   def test_a_model_that_is_divided_over_devices_is_encoded(self):
     devices.run(
       'import jax, numpy as np, rotbits_jax\n'

@@ -89,7 +89,8 @@ def _advance(context: Context, state: Any, index: int, params: Params) -> State 
     first = identity if form is None else form.rotation
     state = State(first, form, [first])
   if config.sliced and index + 1 == config.num_layers:
-    head = _last_rotation(structured.expand(context.read(None)), polars[-1])
+    outer = jax.device_put(context.read(None), jax.local_devices()[0])
+    head = _last_rotation(structured.expand(outer), polars[-1])
     free = None if head is None else head.rotation
   segments = _segments(kernels, polars, state.segments[-1], config, free=free)
   return state._replace(segments=segments, polars=polars, head_form=head)
