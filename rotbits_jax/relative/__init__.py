@@ -1,7 +1,6 @@
 """Arrays beside those of a base: another model, which the receiver of a file has.
 
-Arrays of a fine-tune, of a later step of a training, or of a sliced model are stored as
-`structured.difference`: a known array plus differences.
+They are stored as `structured.difference`: a known array plus differences.
 
     entries          entries of the manifest: which array of the base a leaf needs
     base             finds the arrays of a base, and stores arrays beside them

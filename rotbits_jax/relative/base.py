@@ -1,9 +1,7 @@
 """The base of a file: arrays that it needs and does not hold.
 
-A `structured.difference` is made from one array of another model, which the receiver
-has. Arrays are found by their paths. Tensors of unknown families are also found if
-their names differ by a prefix such as 'model.'. A base that lacks an array raises a
-ValueError that names it.
+Arrays are found by their paths; tensors of unknown families also if their names differ
+by a prefix such as 'model.'. A base that lacks an array raises a ValueError.
 """
 
 import collections
@@ -108,7 +106,6 @@ class Base:
     """
 
     def job(path: str, leaf: Any, known: np.ndarray) -> measure.Measured | None:
-      known = host.contiguous(known)
       entry = entries.BaseArray.of(str(self.find(path)), known)
       return measure.beside(np.asarray(leaf), known, entry)
 
@@ -119,7 +116,7 @@ class Base:
       # The base is read here, because an encoded file takes jobs of its own.
       known = None if structured.is_structured(leaf) else self.array(path)
       if known is not None:
-        jobs[path] = functools.partial(job, path, leaf, known)
+        jobs[path] = functools.partial(job, path, leaf, host.contiguous(known))
     is_large = lambda path: math.prod(params[path].shape) > _LARGE
     stored = {path: jobs.pop(path)() for path in [*filter(is_large, jobs)]}
     stored |= zip(jobs, pool.run(jobs.values()), strict=True)

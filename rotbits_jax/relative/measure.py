@@ -94,9 +94,8 @@ def beside(
     if nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)
-  if entries.is_too_short(target.size, array.size, nbytes):
-    return None
-  return measured._replace(known=known, crc32=checksums.of_array(target))
+  measured = measured._replace(known=known, crc32=checksums.of_array(target))
+  return None if entries.is_too_short(target.size, array.size, nbytes) else measured
 
 
 def beside_head(
@@ -226,7 +225,7 @@ def _scales(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, A
 
   sample = roots_of(some_rows)
   share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean()) or 1
-  scales: dict[str, Any] = {'common_scale': int(_scale_of(mean, dtype))}
+  scales = {'common_scale': int(_scale_of(mean, dtype))}
   of_columns = sample.mean(axis=0, dtype=np.float64) / mean
   if rows < _LEAST_LINES:
     of_columns[:] = 1
@@ -234,15 +233,11 @@ def _scales(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, A
     means_of = lambda part: roots_of(part, some_columns).mean(axis=1, dtype=np.float64)
     parts = difference.in_parts(means_of, rows, min(columns, 2 * _LINES))
     of_rows = np.concatenate(parts) / (of_columns[some_columns].mean() or 1) / mean
-    scales['row_scales'] = _of_lines(of_rows, share * columns)
-    scales['column_scales'] = _of_lines(of_columns, share * rows)
+    lines = ('row_scales', of_rows, columns), ('column_scales', of_columns, rows)
+    for name, roots, size in lines:
+      of_lines = _scale_of(roots)
+      far = np.clip(of_lines - np.median(of_lines), -_FAR, _FAR)
+      # Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
+      saved = share * size * float(np.square(far).mean()) * math.log(2) / 64
+      scales[name] = of_lines if saved > _SCALE_BITS else None
   return scales
-
-
-def _of_lines(roots: np.ndarray, size: float) -> np.ndarray | None:
-  """Returns the scales of lines of a size, or None if they save less than they take."""
-  scales = _scale_of(roots)
-  far = np.clip(scales - np.median(scales), -_FAR, _FAR)
-  # Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
-  saved = size * float(np.square(far).mean()) * math.log(2) / 64
-  return scales if saved > _SCALE_BITS else None

@@ -24,6 +24,7 @@ from rotbits_jax import models
 from rotbits_jax.relative import entries
 from rotbits_jax.structured import exact
 from rotbits_jax.structured.subspaces import UNIT
+from rotbits_jax.symmetries import products
 from rotbits_jax.system import schema
 
 _BLOCK = 1 << 22  # numbers of a tensor that are taken together
@@ -46,7 +47,7 @@ class Product(schema.Object):
 
   def vectors(
     self, dense: Sequence[np.ndarray], dtype: np.dtype
-  ) -> Iterator[tuple[slice, np.ndarray]]:
+  ) -> Iterator[np.ndarray]:
     """Yields blocks of the n vectors that a basis is multiplied with, float64 `[., D]`.
 
     It takes the tensors of the base, and the dtype of that of the sliced model.
@@ -56,17 +57,16 @@ class Product(schema.Object):
       matrix = matrix.T
     step = max(_BLOCK // max(matrix.shape[1], 1), 1)
     for start in range(0, len(matrix), step):
-      block = slice(start, start + step)
-      rows = self._rounded(matrix[block], dtype)
+      rows = self._rounded(matrix[start : start + step], dtype)
       if self.kind == 'reads':
         rows = self._rounded(rows * self._rounded(dense[1], dtype), dtype)
       elif self.centred:
         # A sum of integers, because a mean of floats may depend on the machine.
         width = rows.shape[1]
-        integers, powers = _integers(rows, 52 - (width - 1).bit_length())
+        integers, powers = products.integers(rows, 52 - (width - 1).bit_length())
         integers -= integers.sum(axis=1, keepdims=True) / width
         rows = self._rounded(np.ldexp(integers, -powers), dtype)
-      yield block, rows
+      yield rows
 
   def tensor(
     self,
@@ -87,9 +87,9 @@ class Product(schema.Object):
       elif self.kind == 'bias':
         product = self._bias(dense, dtype)
       else:
-        vectors = (rows for _, rows in self.vectors(dense, dtype))
-        blocks = [exact.rounded(_times(rows, bases[0]), dtype) for rows in vectors]
-        product = np.concatenate(blocks)
+        times = lambda rows: products.times(rows, bases[0], UNIT)
+        blocks = (times(rows) for rows in self.vectors(dense, dtype))
+        product = np.concatenate([exact.rounded(block, dtype) for block in blocks])
         if self.kind == 'reads':
           product = np.ascontiguousarray(product.T)
         elif dense[0].ndim == 1:
@@ -103,9 +103,10 @@ class Product(schema.Object):
   def _bias(self, dense: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """Returns the bias of a linear layer that reads a LayerNorm."""
     offset, *biases = (self._rounded(x, dtype) for x in dense[1:])
-    integers, powers = _integers(offset[None], _integer_bits(offset.size))
-    blocks = [_times(rows, integers.T, 0) for _, rows in self.vectors(dense, dtype)]
-    return sum(biases, np.ldexp(np.concatenate(blocks), -powers)[:, 0])
+    integers, powers = products.integers(offset[None])
+    times = lambda rows: products.times(rows, integers.T, 0)
+    numbers = np.concatenate([times(rows) for rows in self.vectors(dense, dtype)])
+    return sum(biases, np.ldexp(numbers, -powers)[:, 0])
 
   def _rounded(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Returns an array in float64, rounded to a dtype if the slicer did so."""
@@ -118,27 +119,7 @@ def equations(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields blocks of vectors `[n, D]` and of a tensor `[n, d]`, see `slicing.fit`."""
   target = np.atleast_2d(target.T if product.kind == 'reads' else target)
-  for block, rows in product.vectors(dense, target.dtype):
-    yield rows, target[block].astype(np.float64)
-
-
-def _times(rows: np.ndarray, basis: np.ndarray, unit: int = UNIT) -> np.ndarray:
-  """Returns `rows @ basis` for a basis in units of 2^-unit, float64 `[n, d]`."""
-  if rows.shape[1] != len(basis):
-    raise ValueError(f'a basis of {basis.shape} cannot take rows of {rows.shape[1]}')
-  integers, powers = _integers(rows, _integer_bits(rows.shape[1]))
-  return np.ldexp(exact.product(integers, basis.astype(np.float64)), -powers - unit)
-
-
-def _integer_bits(size: int) -> int:
-  """Returns the bits of integers for which the norm of so many is at most 2^26."""
-  return 26 - (size.bit_length() + 1) // 2
-
-
-def _integers(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns rows times powers of two as integers of so many bits, and the exponents."""
-  most = np.abs(rows).max(axis=1, initial=0, keepdims=True)
-  if not np.isfinite(most).all():
-    raise ValueError('a tensor of the base has numbers that are not finite')
-  powers = bits - np.frexp(most)[1].astype(np.int32)
-  return np.rint(np.ldexp(rows, powers)), powers
+  start = 0
+  for rows in product.vectors(dense, target.dtype):
+    yield rows, target[start : start + len(rows)].astype(np.float64)
+    start += len(rows)
