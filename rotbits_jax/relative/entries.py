@@ -62,8 +62,8 @@ class BaseArray(schema.Row):
 
 
 def is_too_short(size: int, base_size: int, nbytes: int) -> bool:
-  """Returns whether so few stored bytes cannot stand for an array of a size.
+  """Returns whether so few bytes cannot stand for an array, which is allocated first.
 
-  The base gives some elements. The reader allocates the array before it has the bytes.
+  The base gives some of its elements.
   """
   return size - base_size > 8 * nbytes

@@ -1,8 +1,7 @@
 """Finds a product of two small matrices that predicts differences from a base.
 
-Many fine-tunes are the base plus such a product, or nearly so. A few rows tell whether
-there is one: half of them a basis, and the others whether it saves anything. Shape
-letters: R rows, C columns, k the rank, r some rows.
+Many fine-tunes are the base plus such a product, or nearly so. Shape letters: R rows, C
+columns, k the rank, r some rows.
 """
 
 import functools
@@ -55,10 +54,9 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   product = _product(np.concatenate(tall), sum(totals), basis, least, len(bits))
   if product is None:
     return {}
-  *factors, step = product
-  exponent = math.floor(math.log2(step))
-  rounded = (np.rint(np.ldexp(x, -exponent)).astype(np.int16) for x in factors)
-  return {**dict(zip(('left', 'right'), rounded, strict=True)), 'unit': 2 * exponent}
+  exponent = math.floor(math.log2(product[2]))
+  left, right = (np.rint(np.ldexp(x, -exponent)).astype(np.int16) for x in product[:2])
+  return {'left': left, 'right': right, 'unit': 2 * exponent}
 
 
 def _product(

@@ -1,9 +1,7 @@
 """Chooses how an array is stored beside a known one, see `structured.difference`.
 
 A fine-tune differs from its base by numbers whose sizes depend on the row and the
-column. Factors and a drift are stored where they save more than they take. A step of a
-training changes the bits of an element about as often as its ULP is small, which the
-exponents of the base tell alone.
+column; a step of a training, by few ULPs where these are small, see `groups`.
 
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
@@ -27,16 +25,14 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
-_SAMPLE = 1 << 14  # elements that tell whether a base is worth it
+_SAMPLE = 1 << 14  # elements that tell most choices
 _LEAF_BYTES = 150  # of a leaf besides its arrays
 _MOST_SHARE = 0.98  # of the bytes of an array alone, up to which a base is worth it
-_FEW = 1 << 14  # elements that tell a drift, and how
 _SPARSE = 1 / 8  # share of changed elements up to which exponents tell the classes
 _MANY = 1 << 15  # elements that tell how uneven rows and columns are
 _UNEVEN = 2  # squared variation of rows or columns, beyond chance, up to which they do
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
-_WIDEST = 1 << 20  # columns
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
 _LEAST_SPARSE = 1 << 12  # elements
@@ -118,7 +114,7 @@ def beside_head(
 def _width(shape: tuple[int, ...]) -> int:
   """Returns the columns of an array as a matrix; 1 if these have no scales."""
   width = shape[-1] if len(shape) > 1 else 1
-  return width if _LEAST_LINES <= width <= _WIDEST else 1
+  return width if width >= _LEAST_LINES else 1
 
 
 def _changed(
@@ -128,7 +124,7 @@ def _changed(
 
   They do not if many elements changed, or mostly those of some rows or columns.
   """
-  some = slice(None, None, -(-bits.size // _FEW) or 1)
+  some = slice(None, None, -(-bits.size // _SAMPLE) or 1)
   changes = np.count_nonzero(bits[some] != base[some])
   if changes > _SPARSE * bits[some].size or (changes and bits.size < _LEAST_SPARSE):
     return None
@@ -149,7 +145,7 @@ def _changed(
 def _sparse(
   leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
 ) -> Measured:
-  """Returns a leaf with few differences, and their classes."""
+  """Returns a leaf with few differences."""
   some = slice(None, None, -(-bits.size // _SAMPLE))
   exponents = groups.exponents(known[some], leaf.dtype)
   counts = np.bincount(exponents)
@@ -198,7 +194,10 @@ def with_classes(
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   """Finds the `drift` of elements `[R, C]`; nothing if it saves little."""
-  mantissa, some = ulps.MANTISSA_BITS[dtype], slice(None, None, -(-bits.size // _FEW))
+  mantissa, some = (
+    ulps.MANTISSA_BITS[dtype],
+    slice(None, None, -(-bits.size // _SAMPLE)),
+  )
   bits, known = (x.reshape(-1)[some] for x in (bits, known))
   off = ulps.differences(bits, known, dtype).astype(np.int64)
   places = difference.drift_places(known, mantissa)

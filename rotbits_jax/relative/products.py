@@ -113,13 +113,11 @@ class Product(schema.Object):
     numbers = exact.rounded(array, dtype) if self.rounded else np.asarray(array)
     return numbers.astype(np.float64)
 
-
-def equations(
-  product: Product, dense: Sequence[np.ndarray], target: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields blocks of vectors `[n, D]` and of a tensor `[n, d]`, see `slicing.fit`."""
-  target = np.atleast_2d(target.T if product.kind == 'reads' else target)
-  start = 0
-  for rows in product.vectors(dense, target.dtype):
-    yield rows, target[start : start + len(rows)].astype(np.float64)
-    start += len(rows)
+  def equations(
+    self, dense: Sequence[np.ndarray], target: np.ndarray
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields blocks of vectors `[n, D]` and of a tensor `[n, d]`, see `slicing.fit`."""
+    left = np.atleast_2d(target.T if self.kind == 'reads' else target)
+    for rows in self.vectors(dense, target.dtype):
+      yield rows, left[: len(rows)].astype(np.float64)
+      left = left[len(rows) :]

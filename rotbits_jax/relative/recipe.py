@@ -103,9 +103,8 @@ class Recipe:
     rotated = {}
     for path, array in self._flat(record).items():
       segments = [None if i is None else self.segment(i) for i in self._sides(path)]
-      # By NumPy, which compiles no program.
       rows, columns = (None if x is None else x.rotation for x in segments)
-      product = np.asarray(array, np.float32)
+      product = np.asarray(array, np.float32)  # by NumPy, which compiles no program
       product = product if rows is None else np.float32(rows.T) @ product
       product = product if columns is None else product @ np.float32(columns)
       rotated[path] = structured.astype(product, self._context.dtype_of(path))
@@ -156,8 +155,8 @@ class Recipe:
       if segment in self._sides(path) and not structured.is_structured(leaf):
         product, dense = self._product(path, is_rounded)
         if product is not None and product.kind != 'shortcut':
-          terms = product, dense, np.asarray(leaf)
-          tensors.append(functools.partial(products.equations, *terms))
+          target = np.asarray(leaf)
+          tensors.append(functools.partial(product.equations, dense, target))
     shape = self.config.hidden_size, self.config.segment_widths[segment]
     return fit.fit(tensors, shape, self._context.roundoff)
 
@@ -192,9 +191,8 @@ class Recipe:
     arrays = [x for x in map(self._array, paths) if x is not None]
     if len(arrays) < len(paths):
       return None, []
-    known = tuple(entry for _, entry in arrays)
-    product = products.Product(**facts, rounded=is_rounded, arrays=known)
-    return product, [array for array, _ in arrays]
+    numbers, known = map(tuple, zip(*arrays, strict=True))
+    return products.Product(**facts, rounded=is_rounded, arrays=known), [*numbers]
 
   def _array_of_base(self, path: str) -> tuple[np.ndarray, entries.BaseArray] | None:
     """Returns a finite array of the base and its entry in the manifest; or None."""
@@ -207,7 +205,7 @@ class Recipe:
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
   ) -> dict[str, measure.Measured]:
-    """Finds the arrays that take fewer bytes beside products or the base."""
+    """Returns how to store arrays beside products or the base, if that saves bytes."""
     stored, others = dict[str, measure.Measured](), dict[str, Any]()
     for path, leaf in params.items():
       is_array = not structured.is_structured(leaf)
