@@ -6,6 +6,7 @@ column; a step of a training, by few ULPs where these are small, see `groups`.
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Measured(NamedTuple):
   def estimate(self) -> float:
     """Estimates the bytes of the arrays of a leaf with differences."""
     assert self.group is not None
-    arrays = self.leaf.replace(differences=None).stored()[1]
+    arrays = dataclasses.replace(self.leaf, differences=None).stored()[1]
     return sum(self.group.nbytes) + coder.estimate([*arrays.values()])
 
 
@@ -78,7 +79,7 @@ def beside(
     return None
   elif changed is not None:
     flags = None if changed.all() else np.packbits(changed, bitorder='little')
-    leaf = draft.replace(changed=flags)
+    leaf = dataclasses.replace(draft, changed=flags)
     measured = _sparse(leaf, *map(leaf.changed_part, (bits, base)))
   else:
     measured = with_classes(draft, bits, base)
@@ -151,9 +152,9 @@ def _sparse(
   counts = np.bincount(exponents)
   changes = np.bincount(exponents, bits[some] != known[some])
   is_frequent = (counts >= _LEAST_COUNT) & (2 * changes >= counts)
-  exponent = max(int(np.flatnonzero(is_frequent).max(initial=0)) - _SURE, 1)
+  exponent = max(int(np.max(np.flatnonzero(is_frequent), initial=0)) - _SURE, 1)
   differences, classes = groups.encode(bits, known, leaf.dtype, exponent)
-  leaf = leaf.replace(frequent_exponent=exponent, differences=differences)
+  leaf = dataclasses.replace(leaf, frequent_exponent=exponent, differences=differences)
   return Measured(leaf, plans.of_known(differences, classes))
 
 
@@ -177,17 +178,17 @@ def with_classes(
   Factors and a drift are tried, except beside a product with the head.
   """
   dtype, width = draft.dtype, _width(draft.lengths)
-  leaf, expected = draft.replace(width=width), base
+  leaf, expected = dataclasses.replace(draft, width=width), base
   matrix = lambda x: x.reshape(-1, width)
   is_predicted = draft.map is None and dtype in difference.ROUNDED
   for find in (factors.find, _drift) if is_predicted else ():
     if fields := find(matrix(bits), matrix(expected), dtype):
-      leaf = leaf.replace(**fields)
+      leaf = dataclasses.replace(leaf, **fields)
       expected = leaf.predicted_bits(base, pool.run)
   scales = _scales(matrix(bits), matrix(expected), dtype)
   job = lambda part: ulps.differences(bits[part], expected[part], dtype)
   differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
-  leaf = leaf.replace(differences=differences, **scales)
+  leaf = dataclasses.replace(leaf, differences=differences, **scales)
   classes = [*leaf.classes(expected, differences, pool.run)]
   return Measured(leaf, plans.of_known(differences, classes))
 
@@ -224,7 +225,7 @@ def _scales(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, A
 
   sample = roots_of(some_rows)
   share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean()) or 1
-  scales = {'common_scale': int(_scale_of(mean, dtype))}
+  scales: dict[str, Any] = {'common_scale': int(_scale_of(mean, dtype))}
   of_columns = sample.mean(axis=0, dtype=np.float64) / mean
   if rows < _LEAST_LINES:
     of_columns[:] = 1
