@@ -14,7 +14,6 @@ by k bound k s by the differences of their borders; given s, each element bounds
 Shape letters: U blocks have n elements each, or n distinct magnitudes.
 """
 
-from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -64,13 +63,10 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   if array.size < _LEAST or not _repeats(array):
     return None
   array = host.contiguous(array)
-  magnitudes, names, blocks = _magnitudes(array), [*grids.GRIDS], _blocks(array.shape)
+  magnitudes = _magnitudes(array)
+  grid_of = {x: _grid(magnitudes, x, array.dtype) for x in _blocks(array.shape)}
   # Of float4 with powers of two for scales, large blocks are float8.
-  found: list[tuple[Block, grids.Name]] = []
-  for block in blocks:
-    if name := _grid(magnitudes, block, array.dtype, names):
-      found, names = [*found, (block, name)], names[: names.index(name) + 1]
-  found.sort(key=lambda x: [*grids.GRIDS].index(x[1]))
+  found = [(x, name) for name in grids.GRIDS for x in grid_of if grid_of[x] == name]
   leaves = (_leaf(array, magnitudes, *x) for x in found)
   leaf = next(filter(None, leaves), None) if found else _with_minima(array)
   return leaf if leaf and nbytes(leaf) < _estimate(array) else None
@@ -112,19 +108,17 @@ def _magnitudes(array: np.ndarray) -> np.ndarray:
   return bits
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[Block]:
-  """Yields the forms of blocks, large ones first, because these have fewer scales."""
+def _blocks(shape: tuple[int, ...]) -> list[Block]:
+  """Returns the forms of blocks, large ones first, because these have fewer scales."""
   rows, (height, width) = math.prod(shape[:-1]), shape[-2:]
   forms = [(rows, width), (height, width), (128, 128), (1, width), (height, 1)]
   for length in _LENGTHS:
     forms += [(1, length)] if width % length == 0 else []
     forms += [(length, 1)] if height % length == 0 else []
-  yield from dict.fromkeys(forms)
+  return forms
 
 
-def _grid(
-  magnitudes: np.ndarray, block: Block, dtype: np.dtype, names: Sequence[grids.Name]
-) -> grids.Name | None:
+def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> grids.Name | None:
   """Returns the first grid that fits a sample of blocks, or None."""
   counts = [max(n // m, 1) for n, m in zip(magnitudes.shape, block, strict=True)]
   places = [np.unique(np.linspace(0, n - 1, _BLOCKS).astype(int)) for n in counts]
@@ -139,12 +133,10 @@ def _grid(
   if not bits.size:
     return None
   distinct = np.median(np.count_nonzero(bits, axis=0))
-  for name in names:
-    grid = grids.GRIDS[name]
-    if distinct < len(grid.magnitudes):
-      fits = _bounds(bits, dtype, grid)[2]
-      if fits.mean() >= _FIT:
-        return name
+  for name, grid in grids.GRIDS.items():
+    can_fit = distinct < len(grid.magnitudes)
+    if can_fit and _bounds(bits, dtype, grid)[2].mean() >= _FIT:
+      return name
   return None
 
 
@@ -287,17 +279,14 @@ def _with_exceptions(
 
 
 def _draft(
-  array: np.ndarray,
-  numbers: np.ndarray,
-  grid: Any,
-  block: Block,
-  bounds: Sequence[np.ndarray],
+  array: np.ndarray, numbers: np.ndarray, grid: Any, block: Block, bounds: np.ndarray
 ) -> leaf_lib.BlockQuantized:
   """Returns a leaf with scales of few bits, all of which have one effect in bounds."""
   least, most = bounds
   is_used, size = most < np.inf, math.prod(block)
   scales, shift, bits = _fewest_bits(least, most, _EXCEPTION_BITS * size)
-  codes, factor = scales.view(np.uint32) >> np.uint32(shift), None
+  codes: Any = scales.view(np.uint32) >> np.uint32(shift)
+  factor = None
   if size <= _SMALL_BLOCK and is_used.any():
     found, quantised, missed = _factor(least, most, is_used)
     if 3 * least.size + _EXCEPTION_BITS * size * missed < bits:
@@ -325,7 +314,7 @@ def _fewest_bits(
   A number that is not within its bounds costs so many bits.
   """
   sides = [x.astype(np.float32).view(np.uint32).astype(np.int64) for x in (low, high)]
-  middle, found = sum(sides) >> 1, {}
+  middle, found = (sides[0] + sides[1]) >> 1, {}
   for shift in range(24):
     bits = (middle + (1 << shift >> 1)) >> shift << shift
     numbers = bits.astype(np.uint32).view(np.float32)
