@@ -306,5 +306,5 @@ def _encoder(
   content = source if isinstance(source, checkpoints.Checkpoint) else opened
   files, stem = getattr(content, 'files', {}), getattr(content, 'stem', None)
   if isinstance(opened, models.Model):
-    files = checkpoints.fitting_files(opened, dict(files))
+    files = checkpoints.with_own_head(dict(files), opened.config)
   return encode_lib.Encoder(opened, made, base=opened_base, files=files, stem=stem)

@@ -32,5 +32,4 @@ from rotbits_jax.checkpoints.tensors import to_tensors as to_tensors
 from rotbits_jax.checkpoints.writer import CheckpointWriter as CheckpointWriter
 from rotbits_jax.checkpoints.writer import FolderWriter as FolderWriter
 from rotbits_jax.checkpoints.writer import Format as Format
-from rotbits_jax.checkpoints.writer import fitting_files as fitting_files
 from rotbits_jax.checkpoints.writer import save_checkpoint as save_checkpoint

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from rotbits_jax import models
-from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
 from rotbits_jax.checkpoints import safetensors
@@ -244,7 +243,7 @@ def save_checkpoint(
     directory,
     model.config,
     dtypes={path: np.dtype(leaf.dtype) for path, leaf in leaves.items()},
-    files=fitting_files(model, files),
+    files=families.with_own_head(files, model.config),
     stem=stem,
     format=format,
     shard_size=shard_size,
@@ -254,18 +253,3 @@ def save_checkpoint(
   with writer.open():
     for path in list(leaves):
       writer.add(path, leaves.pop(path))
-
-
-def fitting_files(model: models.Model, files: dict[str, bytes]) -> dict[str, bytes]:
-  """Returns sidecar files that do not tie a head that differs from the embedding.
-
-  A checkpoint may store its tied head, and a training then changes both.
-  """
-  untied = families.with_own_head(files, model.config)
-  if untied is files:
-    return files
-  flat = structured.flatten(model.outer())
-  head, table = flat['head/kernel'], flat['embed/tokens']
-  is_plain = structured.is_plain(head) and structured.is_plain(table)
-  is_same = is_plain and structured.same_bits(np.asarray(head).T, np.asarray(table))
-  return files if is_same else untied

@@ -28,13 +28,10 @@ _SPARSITY = flags.DEFINE_float(
   'sparsity', None, 'The share of the hidden size to remove.', 0, 1, required=True
 )
 _TEXT = flags.DEFINE_string('text', None, 'A text in UTF-8.', required=True)
-_INTERVAL = flags.DEFINE_integer('round_interval', 8, 'Widths are multiples of it.', 1)
 _SLICE_HEAD = flags.DEFINE_bool('slice_head', False, "Slice the head's input, too.")
-_SEQUENCES = flags.DEFINE_integer('sequences', 128, 'Random sequences of the text.', 1)
 _LENGTH = flags.DEFINE_integer(
   'sequence_length', None, 'Tokens in a sequence; default: all positions, to 2048.', 1
 )
-_SEED = flags.DEFINE_integer('seed', 42, 'The seed of all that is random.', 0)
 _ENCODED = flags.DEFINE_string('encoded', None, 'A file for the encoded model.')
 _RECIPE = flags.DEFINE_string('recipe', None, 'A file for it, given the dense model.')
 
@@ -55,17 +52,15 @@ def main(model: str, folder: str) -> program.Result:
   config = dense.model.config
   tokens = slicing.sample_sequences(
     program.read_tokens(_TEXT.value, dense.files),
-    sequences=_SEQUENCES.value,
+    sequences=128,  # as many as SliceGPT takes
     length=_LENGTH.value or min(config.max_positions, 2048),  # as SliceGPT does
-    seed=_SEED.value,
+    seed=42,
   )
   unrounded = slicing.slice_model(
     dense.model,
     tokens,
     sparsity=_SPARSITY.value,
-    round_interval=_INTERVAL.value,
     slice_head=_SLICE_HEAD.value,
-    seed=_SEED.value,
     progress=True,
   )
   dtype = dense.model.params['embed']['tokens'].dtype.name

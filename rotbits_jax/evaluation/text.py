@@ -36,11 +36,9 @@ def encode_text(files: Mapping[str, bytes], text: str) -> np.ndarray:
 @contextlib.contextmanager
 def _no_stderr() -> Iterator[None]:
   """Drops what is written to stderr by any code, not only Python's."""
-  stderr = os.dup(2)
-  with open(os.devnull, 'wb') as nowhere:
+  with open(os.devnull, 'wb') as nowhere, open(os.dup(2), 'wb') as stderr:
     os.dup2(nowhere.fileno(), 2)
-  try:
-    yield
-  finally:
-    os.dup2(stderr, 2)
-    os.close(stderr)
+    try:
+      yield
+    finally:
+      os.dup2(stderr.fileno(), 2)
