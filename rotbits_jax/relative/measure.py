@@ -36,8 +36,8 @@ _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
-_LEAST_SPARSE = 1 << 12  # elements
-_LEAST_COUNT = 32  # elements that tell how often those of an exponent change
+_LEAST_TREES = 1 << 22  # elements; of fewer, trees take more bytes
+_LARGEST = 16  # root of numbers of class 0 in a step; their differences are rarest
 _SURE = 2  # octaves from a change in two up to one that is sure
 _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 
@@ -126,8 +126,7 @@ def _changed(
   They do not if many elements changed, or mostly those of some rows or columns.
   """
   some = slice(None, None, -(-bits.size // _SAMPLE) or 1)
-  changes = np.count_nonzero(bits[some] != base[some])
-  if changes > _SPARSE * bits[some].size or (changes and bits.size < _LEAST_SPARSE):
+  if np.count_nonzero(bits[some] != base[some]) > _SPARSE * bits[some].size:
     return None
   differs = lambda part: (bits[part] != base[part]).any()
   changed = np.array(difference.in_parts(differs, bits.size, 1, pool.run), bool)
@@ -137,8 +136,12 @@ def _changed(
   rows = np.flatnonzero(changed[starts // difference.BLOCK])
   rows = rows[:: max(rows.size * width // _MANY, 1)]
   target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
-  for counts in ((target != known).sum(axis) for axis in (0, 1)):
-    if np.var(counts) > np.mean(counts) + _UNEVEN * np.mean(counts) ** 2:
+  sample, exponents = target != known, groups.exponents(known, draft.dtype)
+  flat = exponents.reshape(-1)
+  rates = np.bincount(flat, sample.reshape(-1)) / np.maximum(np.bincount(flat), 1)
+  for axis in (0, 1):
+    counts, means = sample.sum(axis), rates[exponents].sum(axis)
+    if np.square(counts - means).sum() > (means + _UNEVEN * means**2).sum():
       return None
   return changed
 
@@ -146,13 +149,19 @@ def _changed(
 def _sparse(
   leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
 ) -> Measured:
-  """Returns a leaf with few differences."""
+  """Returns a leaf with few differences, and their classes."""
+  if bits.size < _LEAST_TREES:
+    scale = 2 * difference.LOWEST + _scale_of(_LARGEST, leaf.dtype)
+    leaf = dataclasses.replace(leaf, common_scale=int(scale))
+    return _measured(leaf, bits, known)
   some = slice(None, None, -(-bits.size // _SAMPLE))
   exponents = groups.exponents(known[some], leaf.dtype)
   counts = np.bincount(exponents)
   changes = np.bincount(exponents, bits[some] != known[some])
-  is_frequent = (counts >= _LEAST_COUNT) & (2 * changes >= counts)
-  exponent = max(int(np.max(np.flatnonzero(is_frequent), initial=0)) - _SURE, 1)
+  # In each octave above, half as many change: where every second one would.
+  half = np.arange(counts.size) + np.log2(np.maximum(2 * changes, 1) / (counts + 1))
+  half = np.average(half, weights=changes) if changes.any() else np.argmax(counts) - 14
+  exponent = max(int(half) - _SURE, 1)
   differences, classes = groups.encode(bits, known, leaf.dtype, exponent)
   leaf = dataclasses.replace(leaf, frequent_exponent=exponent, differences=differences)
   return Measured(leaf, plans.of_known(differences, classes))
@@ -186,10 +195,17 @@ def with_classes(
       leaf = dataclasses.replace(leaf, **fields)
       expected = leaf.predicted_bits(base, pool.run)
   scales = _scales(matrix(bits), matrix(expected), dtype)
-  job = lambda part: ulps.differences(bits[part], expected[part], dtype)
+  return _measured(dataclasses.replace(leaf, **scales), bits, expected)
+
+
+def _measured(
+  leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
+) -> Measured:
+  """Returns a leaf with all differences, and their group."""
+  job = lambda part: ulps.differences(bits[part], known[part], leaf.dtype)
   differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
-  leaf = dataclasses.replace(leaf, differences=differences, **scales)
-  classes = [*leaf.classes(expected, differences, pool.run)]
+  leaf = dataclasses.replace(leaf, differences=differences)
+  classes = [*leaf.classes(known, differences, pool.run)]
   return Measured(leaf, plans.of_known(differences, classes))
 
 

@@ -241,10 +241,10 @@ class Difference(base.Structured):
     (bits, changed), start = prediction, 0
 
     def job(part: slice) -> None:
-      bits[part] = ulps.moved(bits[part], self.differences[part], self.dtype)
+      changed[part] = ulps.moved(changed[part], self.differences[part], self.dtype)
 
     if self.differences is not None and not self.frequent_exponent:
-      in_parts(job, bits.size, 1, run)
+      in_parts(job, changed.size, 1, run)
     for span in self.spans() if self.changed is not None else ():
       bits[span] = changed[start : start + span.stop - span.start]
       start += span.stop - span.start
@@ -270,7 +270,9 @@ class Difference(base.Structured):
     fits &= dtype in ROUNDED or names.isdisjoint(('left', 'drift', 'map'))
     fits &= self.map is None or lengths[1:] == self.map.shape[1:]
     exponent, is_sparse = self.frequent_exponent, self.frequent_exponent > 0
-    fits &= names <= {'differences', 'changed'} if is_sparse else self.changed is None
+    # Classes of some blocks have no rows.
+    fits &= self.changed is None or (self.width == 1 and 'differences' in names)
+    fits &= not is_sparse or names <= {'differences', 'changed'}
     if is_sparse and fits:
       fits = 'differences' in names and exponent <= groups.most_exponent(dtype)
     if self.differences is not None and fits:
