@@ -138,7 +138,7 @@ def encode(
   pairs = zip(layout.pieces, planes, strict=True)
   parts += [plane[: _plane_rows(width, rows)] for (width, _), plane in pairs]
   # The last unit is listed again where it fills the row.
-  escaped = _nonzero(marks, rows * lanes)
+  escaped = np.flatnonzero(marks.reshape(-1)[: rows * lanes] > 0)
   parts += layout.lists(marks.reshape(-1)[escaped] - layouts.MARKED, units[escaped])
   data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
   for i, array in enumerate(out):
@@ -188,7 +188,7 @@ def decode(
   if not is_end.all():
     raise rans.MessageError('a block has more or fewer words than its units need')
   units = np.asarray(out[0]).reshape(-1, layout.words)
-  escaped = _nonzero(np.asarray(out[1]), rows * lanes)
+  escaped = np.flatnonzero(np.asarray(out[1]).reshape(-1)[: rows * lanes])
   few_classes = classes.reshape(-1)[escaped].astype(np.int32)
   listed = layout.listed(lists, units[escaped], few_classes, coder_tables.told)
   checksums = []
@@ -203,11 +203,6 @@ def decode(
   for (name, *_), array in zip(outputs, out, strict=True):
     _keep(name, array)
   return checksums
-
-
-def _nonzero(array: np.ndarray, size: int) -> np.ndarray:
-  """Returns the places of elements that are not 0, among the first `size`."""
-  return np.flatnonzero(array.reshape(-1)[:size].astype(bool, copy=False))
 
 
 # ---- arrays that a thread uses again -------------------------------------------------

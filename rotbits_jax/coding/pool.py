@@ -112,15 +112,14 @@ def _set() -> None:
   _local.settings = settings  # a context ends when nothing refers to it
 
 
-def _refuse(*_: Any) -> Any:
-  """Refuses a job of a child process that a fork made: it has no threads of its own."""
-  raise RuntimeError('JAX does not work after a fork; start processes by "spawn"')
-
-
 def _in_child() -> None:
-  """Lets a child refuse jobs, which would wait for ever, if its parent had threads."""
+  """Lets the child of a fork refuse jobs, for which it has no threads."""
+
+  def refuse(*_: Any) -> Any:
+    raise RuntimeError('JAX does not work after a fork; start processes by "spawn"')
+
   if _POOL._threads:
-    _POOL.submit = _refuse  # type: ignore[assignment, method-assign]
+    _POOL.submit = refuse  # type: ignore[assignment, method-assign]
 
 
 # One more than processors, because a thread often waits for Python's lock.

@@ -103,7 +103,6 @@ class GroupSpec(schema.Row):
 
   @property
   def is_known(self) -> bool:
-    """Whether the classes of numbers are known from elsewhere."""
     return self.type_name == 'known'
 
   def layout(self, dtype: np.dtype) -> layouts.Layout:
