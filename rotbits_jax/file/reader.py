@@ -5,8 +5,9 @@
     model = reader.content()           # layers stacked
 
 The manifest is checked when the file is opened, and what it says of a record before
-that is decoded. Several records decode side by side: one stream is read while the
-blocks of another are decoded. A damaged or incomplete file raises `ContainerError`.
+that is decoded. Several records decode side by side, each a block at a time: a thread
+reads it, decodes it and adds it to the checksums. A damaged or incomplete file raises
+`ContainerError`.
 """
 
 import collections
@@ -264,8 +265,7 @@ class Reader:
         raise ValueError(f'it needs {path}, which is missing')
       array = structured.materialize(others(self._holders[path])[path])
       needed.append(jax.device_get(array))
-    if leaf.base is not None:
-      assert self._base is not None
+    if leaf.base is not None and self._base is not None:
       needed.append(self._base.get(leaf.base))
     if (product := leaf.product) is not None:
       arrays = [self._base.get(array) for array in product.arrays if self._base]
