@@ -62,7 +62,9 @@ def encode(
     exponent: the exponent from which the weights of elements fall.
   """
   new, old = _matrix(bits), _matrix(known)
-  sections, classes, places = [[] for _ in range(5)], [[] for _ in range(5)], []
+  sections: list[list[np.ndarray]] = [[] for _ in range(5)]
+  classes: list[list[np.ndarray]] = [[] for _ in range(5)]
+  places = [np.arange(old.size, bits.size)]  # the tail, which comes last
   for columns in _chunks(old):
     flags = [new[:, columns] != old[:, columns]]
     while len(flags[-1]) > 1:
@@ -76,13 +78,12 @@ def encode(
       first, second = flags[-i].reshape(2, -1).view(np.int8)
       sections[i].append(first.take(nodes) + 2 * second.take(nodes) - 1)
       nodes = _halved(nodes, first.size, sections[i][-1])
-    places.append(_places(nodes, columns, old.shape[1]))
-  places = np.concatenate([*places, np.arange(old.size, bits.size)])
-  several = bits.take(places), known.take(places)
-  differences = ulps.differences(*several, dtype)
+    places.insert(-1, _places(nodes, columns, old.shape[1]))
+  elements, known_elements = (x.take(np.concatenate(places)) for x in (bits, known))
+  differences = ulps.differences(elements, known_elements, dtype)
   coded = np.concatenate([*itertools.chain(*sections), differences], dtype=bits.dtype)
   all_classes = [np.concatenate(x) for x in classes]
-  return coded, [*all_classes, _difference_classes(several[1], dtype, exponent)]
+  return coded, [*all_classes, _difference_classes(known_elements, dtype, exponent)]
 
 
 def decode(
@@ -116,8 +117,8 @@ def decode(
     ]
     end = ends[-1]
   several = zip(nodes, columns_of, strict=True)
-  places = [_places(x, y, matrix.shape[1]) for x, y in several]
-  places = np.concatenate([*places, np.arange(matrix.size, bits.size)])
+  parts = [_places(x, y, matrix.shape[1]) for x, y in several]
+  places = np.concatenate([*parts, np.arange(matrix.size, bits.size)])
   if end + places.size != coded.size:
     raise ValueError(f'{coded.size} symbols and differences, not {end + places.size}')
   changed = bits.take(places)
