@@ -284,9 +284,13 @@ def test_hostile_settings_and_arrays_are_refused(subtests):
   assert damaged == HOSTILE_ARRAYS.keys()
 
 
-def test_sections_of_other_lengths_are_refused(subtests):
+def test_sections_of_other_lengths_are_refused(subtests, monkeypatch):
+  monkeypatch.setattr(measure, '_LEAST_TREES', 0)
   target, base = step('float16')
-  leaf = beside(target, base).leaf
+  measured = beside(target, base)
+  leaf = measured.leaf
+  assert leaf.frequent_exponent
+  assert_comes_back(measured, target, base)
   for count in (25000, 26000, leaf.differences.size - 1):
     with subtests.test(count=count), pytest.raises(ValueError):  # noqa: PT011
       leaf.replace(differences=leaf.differences[:count]).materialize(base)
