@@ -270,8 +270,7 @@ class Reader:
     if (product := leaf.product) is not None:
       arrays = [self._base.get(array) for array in product.arrays if self._base]
       bases = [self._tensor(models.names.basis(x)) for x in product.segments]
-      dtype = np.dtype(leaf.dtype)
-      needed.append(product.tensor(arrays, bases, leaf.shape, dtype))
+      needed.append(product.tensor(arrays, bases, leaf.shape, np.dtype(leaf.dtype)))
     return needed
 
   # ---- the whole content -------------------------------------------------------------
@@ -414,10 +413,9 @@ class Reader:
       stream_name = f'{prefix}{name}'
       file = self._homes[stream_name]
       with container.naming(file.name):
-        content = file.inflated(stream_name, stream.crc32, stream.size)
-        if len(content) != stream.size:
+        contents[name] = file.inflated(stream_name, stream.crc32, stream.size)
+        if len(contents[name]) != stream.size:
           raise ContainerError(f'{stream_name}: it must inflate to {stream.size}')
-      contents[name] = content
     return contents
 
 
