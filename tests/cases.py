@@ -93,7 +93,7 @@ def leaves():
   rng = np.random.default_rng(0)
   return {name: make(0) for name, make in LEAVES.items()} | {
     'block_quantized': quantisers.BlockQuantized(
-      numbers=np.array([[-6, -0.5, -0.0, 4], [1, 2, 3, 4]], jnp.bfloat16),
+      numbers=np.int8([[-12, -1, -16, 8], [2, 4, 6, 8]]),
       scales=np.uint8([[90], [1]]),
       grid='float4_e2m1fn',
       name='bfloat16',
