@@ -7,7 +7,6 @@ by a prefix such as 'model.'. A base that lacks an array raises a ValueError.
 import collections
 from collections.abc import Callable, Mapping
 import functools
-import math
 import os
 import re
 import threading
@@ -18,7 +17,6 @@ import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.coding import pool
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import difference
@@ -26,7 +24,6 @@ from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
 _WRAPPERS = re.compile(r'((base_model|model|module|transformer|_orig_mod)\.)+')
-_LARGE = 1 << 22  # elements of an array that is measured alone, because memory is short
 _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 
 
@@ -36,8 +33,7 @@ class Base:
   def __init__(self, source: Any, *, plain: bool):
     """Reads names, shapes and dtypes; `plain` names may differ by a prefix."""
     self.source = source
-    inputs = getattr(source, 'inputs', [None])
-    path = getattr(source, 'path', inputs[0])
+    path = getattr(source, 'path', getattr(source, 'inputs', [None])[0])
     self.name = str(path) if isinstance(path, str | os.PathLike) else 'this'
     self.config: models.ModelConfig | None = getattr(source, 'config', None)
     self._specs: dict[str, tuple[str, tuple[int, ...], str]] = {}
@@ -52,9 +48,7 @@ class Base:
 
   def find(self, path: str) -> str | None:
     """Returns the path of the base's array for a path; None if it has none."""
-    if path in self._specs:
-      return path
-    return self._short.get(_short(path))
+    return path if path in self._specs else self._short.get(_short(path))
 
   def array(self, path: str) -> np.ndarray | None:
     """Returns the base's array for a path to encode beside; None if it has none.
@@ -84,8 +78,8 @@ class Base:
       raise ValueError(f'{self.name} is another base: it has no {wanted.path}')
     _, shape, dtype = self._specs[path]
     if (shape, dtype) != (wanted.shape, wanted.dtype):
-      text = f'{dtype} {list(shape)}, not {wanted.dtype} {list(wanted.shape)}'
-      raise ValueError(f'{self.name} is another base: its {path} is {text}')
+      text = f'is {dtype} {list(shape)}, not {wanted.dtype} {list(wanted.shape)}'
+      raise ValueError(f'{self.name} is another base: its {path} {text}')
     return path
 
   def get(self, wanted: entries.BaseArray) -> np.ndarray:
@@ -104,22 +98,15 @@ class Base:
     An embedding that is predicted from the head counts as an array, too; `resolve`
     returns the parameters that leaves need.
     """
-
-    def job(path: str, leaf: Any, known: np.ndarray) -> measure.Measured | None:
-      entry = entries.BaseArray.of(str(self.find(path)), known)
-      return measure.beside(np.asarray(leaf), known, entry)
-
-    jobs = {}
+    stored = {}
     for path, leaf in params.items():
       if isinstance(leaf, difference.Difference):
         leaf = leaf.materialize(*map(resolve, leaf.needs))
-      # The base is read here, because an encoded file takes jobs of its own.
-      known = None if structured.is_structured(leaf) else self.array(path)
-      if known is not None:
-        jobs[path] = functools.partial(job, path, leaf, host.contiguous(known))
-    is_large = lambda path: math.prod(params[path].shape) > _LARGE
-    stored = {path: jobs.pop(path)() for path in [*filter(is_large, jobs)]}
-    stored |= zip(jobs, pool.run(jobs.values()), strict=True)
+      array = None if structured.is_structured(leaf) else self.array(path)
+      if array is not None:
+        known = host.contiguous(array)
+        entry = entries.BaseArray.of(str(self.find(path)), known)
+        stored[path] = measure.beside(np.asarray(leaf), known, entry)
     return {path: measured for path, measured in stored.items() if measured is not None}
 
 

@@ -40,7 +40,6 @@ Shape = Annotated[tuple[schema.Size, ...], msgspec.Meta(max_length=32)]
 """The shape of an array, see `check_shape`."""
 
 Dtype = Annotated[str, schema.one_of([*specs.DTYPES, *_STORED_AS])]
-"""The name of a dtype."""
 
 
 class BaseArray(schema.Row):

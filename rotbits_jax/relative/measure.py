@@ -132,8 +132,7 @@ def _changed(
   changed = np.array(difference.in_parts(differs, bits.size, 1, pool.run), bool)
   if (width := _width(draft.lengths)) == 1 or not changed.any():
     return changed
-  starts = np.arange(0, bits.size, width)
-  rows = np.flatnonzero(changed[starts // difference.BLOCK])
+  rows = np.flatnonzero(changed[np.arange(0, bits.size, width) // difference.BLOCK])
   rows = rows[:: max(rows.size * width // _MANY, 1)]
   target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
   sample, exponents = target != known, groups.exponents(known, draft.dtype)

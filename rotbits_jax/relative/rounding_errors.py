@@ -3,8 +3,6 @@
 A tensor of a sliced model is a product made of its base, see `recipe`, up to rounding
 errors, which need not be stored. These are small, and independent of each other. What a
 training adds may be as small, but few directions have most of it, or few rows.
-
-Shape letters: R rows and C columns.
 """
 
 import numpy as np
@@ -29,13 +27,13 @@ def explain(target: np.ndarray, product: np.ndarray, limit: float) -> bool:
   target, product = map(np.atleast_2d, (target, product))
   step = max(_PART // max(target.shape[1], 1), 1)
   parts = (slice(i, i + step) for i in range(0, len(target), step))
-  wide = lambda x: x.astype(np.float64)
-  return all(_explain_part(wide(target[x]), wide(product[x]), limit) for x in parts)
+  return all(_explain_part(target[x], product[x], limit) for x in parts)
 
 
 @np.errstate(invalid='ignore', over='ignore')
 def _explain_part(target: np.ndarray, product: np.ndarray, limit: float) -> bool:
-  """Does it for some rows, float64 `[R, C]`."""
+  """Does it for some rows `[R, C]`."""
+  target, product = target.astype(np.float64), product.astype(np.float64)
   errors, squares = np.square(target - product), np.square(target)
   if not errors.sum() <= limit**2 * squares.sum() < np.inf:
     return False
