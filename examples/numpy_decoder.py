@@ -136,12 +136,8 @@ def read_group(group, tables, blocks, parts, known=None):
   levels, step = (4, 2) if kind == 'floats' else (32, 1)
   told = (k, base[k]) if unit == 1 else (k % levels, k // levels * step + base)
   ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
-  # Sections of known classes take their blocks in turn.
-  pieces = zip(*(np.split(x, ends) for x in told), blocks, strict=False)
-  bits = [read_block(data, *x, frequencies, group, dtype) for *x, data in pieces]
-  bits = np.vstack(bits)
-  if known is not None:
-    parts = [bits]
+  pieces = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
+  bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
   ends = np.cumsum([math.ceil(part.size / unit) for part in parts])[:-1]
   for part, numbers in zip(parts, np.split(bits, ends), strict=True):
     yield numbers.ravel()[: part.size].reshape(part.shape)
@@ -179,8 +175,7 @@ def read_record(spec, stream):
   parts = [pair for x in arrays for pair in zip(x[3], parts_of(*x), strict=True)]
   tables, decoded = [take(group[2]) for group in groups], {}
   for g, group in enumerate(groups):
-    blocks = iter([take(n) for n in group[3]])
-    members = [x for i, x in parts if i == g]
+    blocks, members = [take(n) for n in group[3]], [x for i, x in parts if i == g]
     read = functools.partial(read_group, group, tables[g], blocks, members)
     decoded[g] = iter([read]) if group[0] == 'known' else read()
   stored = lambda part: np.ndarray(part.shape, part.dtype, take(part.nbytes))
@@ -217,25 +212,6 @@ def product(p, tensors, base, dtype, hidden):
   x = np.ldexp(np.rint(np.ldexp(x, n)) @ bases[0], -n - unit)
   x = x[:, 0] + sum(others[1:]) if kind == 'bias' else x
   return np.float32(x.T if kind == 'reads' else x)
-
-
-def sparse(b, f, m, read):
-  """The differences from b, of which few are not 0; `read` takes classes."""
-  groups = b.size // 16
-  e = np.maximum(np.int64(b & np.iinfo(b.dtype).max) >> m, 1) if m else 1 + 0 * b
-  w = np.float32(1 << np.clip(19 + f - e, 0, 19) if m else e)
-  steps = lambda x, k: (x.view('i4') >> 24 - k) - (127 << k - 1)
-  nodes = np.arange(16 * groups).reshape(16, groups)
-  nodes = nodes[:, read(steps(w[nodes].sum(0), 2) - 8) > 0]
-  while len(nodes) > 1:
-    x, y = w[nodes[::2]].sum(0), w[nodes[1::2]].sum(0)
-    ratio = np.clip(steps(x, 2) - steps(y, 2), -10, 10)
-    symbols = read(50 + 21 * np.clip(steps(x + y, 1) - 13, 0, 7) + ratio)
-    nodes = np.hstack([nodes[::2, symbols != 1], nodes[1::2, symbols != 0]])
-    nodes = nodes[:, np.argsort(nodes[0] % groups >> 14, stable=True)]
-  d, places = np.zeros_like(b), np.append(nodes[0], np.arange(16 * groups, b.size))
-  d[places] = read(208 + np.clip(23 + f - e[places], 0, 47))
-  return d
 
 
 def beside_head(head, map, scale):
@@ -281,11 +257,8 @@ def difference(leaf, s, a, tensors, base, config):
     level = s.get('common_scale', 0) + rows[..., None] + columns - 8 * e >> 1
     differs = np.unpackbits(a.get('changed', np.uint8([255])), bitorder='little') > 0
     differs = np.resize(np.repeat(differs, 65536), n).reshape(b.shape)
-    read = lambda x: next(a['differences'](x)).view(signed).ravel() if x.size else x
-    if f := s.get('frequent_exponent'):
-      d[differs] = sparse(b[differs], f, m, read)
-    else:
-      d[differs] = read(np.clip(level + 24, 0, 255)[differs])
+    read = a['differences'](np.clip(level + 24, 0, 255)[differs])
+    d[differs] = next(read).view(signed).ravel()
   if m:  # the sum of ordinals, of numbers without the signs of b
     ordinal = (b & top) + d
     b, d = ordinal ^ (ordinal >> 8 * b.itemsize - 1 & top) ^ (b & ~top), 0

@@ -109,10 +109,10 @@ def assert_comes_back(measured, target, *needed):
   memory = [np.empty(x.shape, x.dtype) for x in arrays.values()]
   made = []
 
-  def known(differences):
+  def known():
     again = type(leaf).from_stored(settings, dict(zip(arrays, memory, strict=True)))
     made.append((again, again.predict(*needed)))
-    return again.classes(made[0][1].changed, differences)
+    return made[0][1].classes
 
   known_later = dict.fromkeys(places, known)
   coder.decode(encoded.spec, encoded.data, out=memory, known=known_later)
@@ -238,7 +238,7 @@ def test_another_head_gives_other_elements():
 # ---- hostile leaves ------------------------------------------------------------------
 
 HOSTILE_SETTINGS = (
-  *({'lengths': x} for x in ([20, 97], [1 << 30] * 5, [2] * 40)),
+  *({'lengths': x} for x in ([200, 97], [1 << 30] * 5, [2] * 40)),
   *({'name': x} for x in ('object', 'no such dtype', '(01,2)f4', 'float64', 'U3')),
   *({'width': x} for x in (95, 0, 200 * 97)),
   {'common_scale': 9000},
@@ -246,10 +246,10 @@ HOSTILE_SETTINGS = (
   {'scale': 4000},
 )
 HOSTILE_ARRAYS = {
-  'differences': (lambda x: x[:9], lambda x: x.astype(np.int32)),
+  'differences': (lambda x: x[:-1], lambda x: x.astype(np.int32)),
   'row_scales': (lambda x: x[:-1], lambda x: x * 0 + 9000),
   'column_scales': (lambda x: x[:2], lambda x: x.astype(np.int8)),
-  'changed': (lambda x: x[:-1], lambda x: 255 + 0 * x),
+  'changed': (lambda x: x[:-1], lambda x: ~x),
   'left': (lambda x: x[:-1],),
   'right': (lambda x: x[:, 1:],),
   'drift': (lambda x: x[:-1],),
@@ -282,18 +282,6 @@ def test_hostile_settings_and_arrays_are_refused(subtests):
         with subtests.test(lacks=name), pytest.raises(ValueError):  # noqa: PT011
           type(leaf).from_stored(settings, rest)
   assert damaged == HOSTILE_ARRAYS.keys()
-
-
-def test_sections_of_other_lengths_are_refused(subtests, monkeypatch):
-  monkeypatch.setattr(measure, '_LEAST_TREES', 0)
-  target, base = step('float16')
-  measured = beside(target, base)
-  leaf = measured.leaf
-  assert leaf.frequent_exponent
-  assert_comes_back(measured, target, base)
-  for count in (25000, 26000, leaf.differences.size - 1):
-    with subtests.test(count=count), pytest.raises(ValueError):  # noqa: PT011
-      leaf.replace(differences=leaf.differences[:count]).materialize(base)
 
 
 def test_another_base_is_refused_or_gives_other_elements():

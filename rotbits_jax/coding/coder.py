@@ -12,7 +12,7 @@ integers only. Blocks are coded side by side in threads, and the bytes do not de
 the number of threads.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import itertools
 import types
@@ -30,10 +30,8 @@ from rotbits_jax.coding import specs
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
-Known = Callable[[np.ndarray], Iterator[np.ndarray]]
-"""Yields the classes, uint8, of one section of an array after another.
-
-Its argument is the flat array, of which the sections before are decoded."""
+Known = Callable[[], np.ndarray]
+"""Returns the classes of an array's elements, uint8 `[n]`."""
 
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
 
@@ -68,11 +66,7 @@ def encode(
   for group in plan.groups:
     layout, contexts = group.layout, group.contexts
     tables = layout.tables(*contexts[1:4])
-    sections: Iterable[Any] = [(contexts.scales, group.numbers)]
-    if contexts.is_known:
-      array, classes = group.numbers[0].reshape(-1), group.sections
-      sections = _sections(classes, array, len(contexts.table_of))
-    several = itertools.chain(*(_blocks(layout, tables, *x) for x in sections))
+    several = _blocks(layout, tables, contexts.scales, group.numbers)
     jobs.append([functools.partial(blocks.encode, *block) for block in several])
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
@@ -130,7 +124,7 @@ def decode(
       and its slices. Of what is coded, each thread takes one block at a time.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
-    known: for the arrays of known classes, by their indices, functions that yield
+    known: for the arrays of known classes, by their indices, functions that return
       these classes. They are called when all other arrays are decoded.
 
   Returns:
@@ -162,26 +156,23 @@ def decode(
     raise ValueError(f'the arrays {late} have known classes, got {[*known]}')
 
   def decode_group(i: int) -> None:
-    outputs, coded = [x for _, x in members[i]], iter(bodies[i])
+    outputs = [x for _, x in members[i]]
     layout = spec.groups[i].layout(outputs[0].dtype)
     shapes = None if is_known[i] else [x.shape for x in outputs]
     contexts = contexts_lib.from_bytes(heads[i], layout, shapes)
-    tables = layout.tables(*contexts[1:4])
-    sections: Iterable[Any] = [(contexts.scales, outputs)]
+    scales = contexts.scales
     if is_known[i]:
-      array, classes_of = outputs[0].reshape(-1), known[members[i][0][0]]
-      sections = _sections(classes_of(array), array, len(contexts.table_of))
+      classes, count = known[members[i][0][0]](), len(contexts.table_of)
+      if classes.size != outputs[0].size or classes.max() >= count:
+        raise ValueError(f'{outputs[0].size} elements have other classes')
+      outputs = [outputs[0].reshape(-1, 1)]
+      scales = (contexts_lib.known_scales(classes),)
+    tables = layout.tables(*contexts[1:4])
+    several = _blocks(layout, tables, scales, outputs)
     decode = lambda piece, block: blocks.decode(data[piece], *block)
-    checked: list[tuple[int, int]] = []  # of each span
-    for section in sections:
-      several = [*_blocks(layout, tables, *section)]
-      taken = zip(itertools.islice(coded, len(several)), several, strict=True)
-      checked += itertools.chain(
-        *pool.run(functools.partial(decode, *x) for x in taken)
-      )
-    if next(coded, None) is not None:
-      raise ValueError('a group has more blocks than elements')
-    spans = iter(checked)
+    pairs = zip(bodies[i], several, strict=True)
+    checked = pool.run(functools.partial(decode, *x) for x in pairs)
+    spans = itertools.chain(*checked)  # sizes and checksums
     for index, output in members[i]:
       of_part, left = [], output.nbytes
       while left:
@@ -209,21 +200,6 @@ def decode(
 
 
 # ---- groups --------------------------------------------------------------------------
-
-
-def _sections(
-  sections: Iterable[np.ndarray], array: np.ndarray, count: int
-) -> Iterator[tuple[list[contexts_lib.Scales], list[np.ndarray]]]:
-  """Yields the classes and the elements of sections, given the number of tables."""
-  end = 0
-  for classes in sections:
-    start, end = end, end + classes.size
-    if end > array.size or classes.max(initial=0) >= count:
-      raise ValueError(f'{array.size} elements have other classes, of {count} tables')
-    if classes.size:
-      yield [contexts_lib.known_scales(classes)], [array[start:end, None]]
-  if end != array.size:
-    raise ValueError(f'{array.size} elements have classes for {end}')
 
 
 def _blocks(

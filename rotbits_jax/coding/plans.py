@@ -56,7 +56,6 @@ class Group(NamedTuple):
   contexts: contexts_lib.Contexts  # the classes of each part, and the tables
   parts: list[Part]
   nbytes: list[float]  # about how many bytes each part takes
-  sections: Sequence[np.ndarray] = ()  # known classes, see `of_known`
 
   @property
   def numbers(self) -> list[np.ndarray]:
@@ -106,20 +105,18 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Group]) -> Plan:
   return Plan(whole, [form for form, *_ in divided], groups, plain)
 
 
-def of_known(numbers: np.ndarray, sections: Sequence[np.ndarray]) -> Group:
+def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
   """Plans an array whose classes both sides know.
 
   Args:
     numbers: integers of at most 32 bits, at least one.
-    sections: their classes in C order, uint8: the decoder must know those of a section
-      from the sections before. Integers of one class should be of similar size, and
-      those of the fourth class above twice as large.
+    classes: uint8 `[n]`, in C order. Integers of one class should be of similar size,
+      and those of the fourth class above twice as large.
   """
   part = Part(0, 0, numbers.reshape(-1, 1))
   lines = np.zeros(1, int), np.zeros(1, int)
   draft = _Draft(part, layouts.Integers(numbers.dtype, 0), lines)
-  scales = contexts_lib.known_scales(np.concatenate(sections))
-  return _group([draft], scales)._replace(sections=sections)
+  return _group([draft], contexts_lib.known_scales(classes))
 
 
 def _divided(

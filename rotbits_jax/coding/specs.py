@@ -145,10 +145,7 @@ class StreamSpec(schema.Object):
         raise ValueError('a group of known classes must be one array')
       size = group.layout(members[0].dtype).size
       units = sum(-(-x.size // size) for x in members)
-      least = -(-units // blocks.CAPACITY)
-      # Classes that are known from elsewhere may divide an array into sections.
-      most = units if group.is_known else least
-      if not units or not least <= len(group.blocks) <= most:
+      if not units or len(group.blocks) != -(-units // blocks.CAPACITY):
         raise ValueError(f'{len(group.blocks)} blocks for {units} units')
       if min(group.blocks) < blocks.LEAST_BYTES:
         raise ValueError(f'a block cannot have {min(group.blocks)} bytes')

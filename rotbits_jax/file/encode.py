@@ -448,8 +448,7 @@ def _stored(
       needed = list(map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
       if isinstance(leaf, difference.Difference):
-        changed, differences = leaf.predict(*needed).changed, leaf.differences
-        group = plans.of_known(differences, [*leaf.classes(changed, differences)])
+        group = plans.of_known(leaf.differences, leaf.predict(*needed).classes)
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored(leaf)
   if not type_name:

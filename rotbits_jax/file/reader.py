@@ -436,12 +436,11 @@ class _StoredLeaf:
     """The leaf; of differences with classes, these may not be decoded yet."""
     return self.entry.make(self.arrays, self.shapes)
 
-  def known(self, differences: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the classes of the differences, which the coder must know."""
+  def known(self) -> np.ndarray:
+    """Returns the classes of the differences, which the coder must know."""
     with container.naming(self.entry.path):
       self.prediction = self._leaf.predict(*self.needed(), run=pool.run)
-      changed = self.prediction.changed
-      yield from self._leaf.classes(changed, differences, pool.run)
+    return self.prediction.classes
 
   def value(self, *, as_arrays: bool) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""

@@ -1,7 +1,7 @@
 """Chooses how an array is stored beside a known one, see `structured.difference`.
 
 A fine-tune differs from its base by numbers whose sizes depend on the row and the
-column; a step of a training, by few ULPs where these are small, see `groups`.
+column; a step of a training, by few ULPs where these are small.
 
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
@@ -20,7 +20,6 @@ from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors
 from rotbits_jax.relative import products
 from rotbits_jax.structured import difference
-from rotbits_jax.structured import groups
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
 from rotbits_jax.system import checksums
@@ -36,9 +35,7 @@ _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
-_LEAST_TREES = 1 << 22  # elements; of fewer, trees take more bytes
 _LARGEST = 16  # root of numbers of class 0 in a step; their differences are rarest
-_SURE = 2  # octaves from a change in two up to one that is sure
 _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 
 
@@ -79,8 +76,9 @@ def beside(
     return None
   elif changed is not None:
     flags = None if changed.all() else np.packbits(changed, bitorder='little')
-    leaf = dataclasses.replace(draft, changed=flags)
-    measured = _sparse(leaf, *map(leaf.changed_part, (bits, base)))
+    scale = 2 * difference.LOWEST + _scale_of(_LARGEST, dtype)
+    leaf = dataclasses.replace(draft, changed=flags, common_scale=int(scale))
+    measured = _measured(leaf, *map(leaf.changed_part, (bits, base)))
   else:
     measured = with_classes(draft, bits, base)
     # Scales and factors are there only where they save more than they take.
@@ -135,7 +133,7 @@ def _changed(
   rows = np.flatnonzero(changed[np.arange(0, bits.size, width) // difference.BLOCK])
   rows = rows[:: max(rows.size * width // _MANY, 1)]
   target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
-  sample, exponents = target != known, groups.exponents(known, draft.dtype)
+  sample, exponents = target != known, ulps.exponents(known, draft.dtype)
   flat = exponents.reshape(-1)
   rates = np.bincount(flat, sample.reshape(-1)) / np.maximum(np.bincount(flat), 1)
   for axis in (0, 1):
@@ -143,27 +141,6 @@ def _changed(
     if np.square(counts - means).sum() > (means + _UNEVEN * means**2).sum():
       return None
   return changed
-
-
-def _sparse(
-  leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
-) -> Measured:
-  """Returns a leaf with few differences, and their classes."""
-  if bits.size < _LEAST_TREES:
-    scale = 2 * difference.LOWEST + _scale_of(_LARGEST, leaf.dtype)
-    leaf = dataclasses.replace(leaf, common_scale=int(scale))
-    return _measured(leaf, bits, known)
-  some = slice(None, None, -(-bits.size // _SAMPLE))
-  exponents = groups.exponents(known[some], leaf.dtype)
-  counts = np.bincount(exponents)
-  changes = np.bincount(exponents, bits[some] != known[some])
-  # In each octave above, half as many change: where every second one would.
-  half = np.arange(counts.size) + np.log2(np.maximum(2 * changes, 1) / (counts + 1))
-  half = np.average(half, weights=changes) if changes.any() else np.argmax(counts) - 14
-  exponent = max(int(half) - _SURE, 1)
-  differences, classes = groups.encode(bits, known, leaf.dtype, exponent)
-  leaf = dataclasses.replace(leaf, frequent_exponent=exponent, differences=differences)
-  return Measured(leaf, plans.of_known(differences, classes))
 
 
 def _scale_of(roots: Any, dtype: np.dtype | None = None) -> Any:
@@ -204,8 +181,7 @@ def _measured(
   job = lambda part: ulps.differences(bits[part], known[part], leaf.dtype)
   differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
   leaf = dataclasses.replace(leaf, differences=differences)
-  classes = [*leaf.classes(known, differences, pool.run)]
-  return Measured(leaf, plans.of_known(differences, classes))
+  return Measured(leaf, plans.of_known(differences, leaf.classes(known, pool.run)))
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:

@@ -8,7 +8,7 @@ see `tied`. It is rounded to the dtype, and cut or filled with zeros in the firs
 Each difference has a *class*, which both sides compute from the known array: from the
 exponent of the known number, and the scales of its row and its column. The coder keeps
 a frequency table for each class. If few elements change, such as in a step of a
-training, `groups` has the rules.
+training, the size of a difference in ULPs is about the probability that there is one.
 
 Factors predict the update of a merged adapter. A drift predicts weight decay, which
 moves all numbers of an octave by as many ULPs, or by few others.
@@ -17,8 +17,7 @@ Everything here is exact: integers, and sums of floats that are rounded once. Sh
 letters: R rows, C columns. What does not fit raises a ValueError.
 """
 
-import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 import functools
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -29,7 +28,6 @@ import numpy as np
 
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
-from rotbits_jax.structured import groups
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
@@ -67,8 +65,7 @@ class Prediction(NamedTuple):
   """What both sides know before the differences are coded."""
 
   bits: np.ndarray  # signed integers [R C], of the elements without differences
-  # The bits of the elements in blocks that have differences.
-  changed: np.ndarray
+  classes: np.ndarray  # uint8, of each element in blocks that have differences
 
 
 # NumPy evaluates a part of other texts, such as '(1,2)f4'.
@@ -99,8 +96,6 @@ class Difference(base.Structured):
   drift: Annotated[Any, _some('i', np.int32)] = None
   map: Annotated[Any, _some('Dd', np.int16)] = None  # see `tied.product`
   width: fields.Length = fields.static(default=1)
-  # That of the greatest weight in `groups`, which has the rules if this is positive.
-  frequent_exponent: Annotated[int, schema.between(0, 255)] = fields.static(default=0)
   common_scale: Annotated[int, schema.between(-MOST_SCALE, MOST_SCALE)] = fields.static(
     default=0
   )
@@ -129,10 +124,7 @@ class Difference(base.Structured):
   # ---- the array
 
   def materialize(self, *needed: Any) -> np.ndarray:
-    prediction = self.predict(*needed)
-    if self.frequent_exponent:
-      collections.deque(self.classes(prediction.changed, self.differences), 0)
-    return self.joined(prediction)
+    return self.joined(self.predict(*needed))
 
   def _known_bits(self, known: Any, *, run: Run) -> np.ndarray:
     """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
@@ -151,9 +143,9 @@ class Difference(base.Structured):
   def predict(self, *needed: Any, run: Run = in_turn) -> Prediction:
     """Returns the prediction for `joined`, which changes it."""
     bits = self.predicted_bits(self._known_bits(*needed, run=run), run)
-    return Prediction(
-      bits, bits if self.differences is None else self.changed_part(bits)
-    )
+    if self.differences is None:
+      return Prediction(bits, np.zeros(0, np.uint8))
+    return Prediction(bits, self.classes(self.changed_part(bits), run))
 
   def spans(self) -> list[slice]:
     """Returns the runs of elements in blocks that have differences."""
@@ -199,23 +191,10 @@ class Difference(base.Structured):
       bits = bits + drift.take(drift_places(bits, mantissa)) * is_normal
     return bits
 
-  def classes(
-    self, bits: np.ndarray, differences: np.ndarray, run: Run = in_turn
-  ) -> Iterator[np.ndarray]:
-    """Yields the classes of sections of the differences, given those before.
-
-    `bits` are the predicted ones of elements in blocks that have differences. If these
-    are sparse, they become those of the elements when the generator ends.
-    """
-    if self.frequent_exponent:
-      return groups.decode(bits, differences, self.dtype, self.frequent_exponent)
-    return iter([self._classes(bits, run)])
-
-  def _classes(self, bits: np.ndarray, run: Run) -> np.ndarray:
-    """Returns the classes of elements by their scales."""
+  def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
+    """Returns the `classes` of elements whose predicted bits are given."""
     matrix = bits.reshape(-1, self.width)
     classes = np.empty(matrix.shape, np.uint8)
-    mantissa = ulps.MANTISSA_BITS.get(self.dtype)
 
     def job(rows: slice) -> None:
       levels = np.full(matrix[rows].shape, self.common_scale, np.int16)
@@ -223,11 +202,9 @@ class Difference(base.Structured):
         levels += self.row_scales[rows, None]
       if self.column_scales is not None:
         levels += self.column_scales
-      if mantissa is not None:
-        exponents = (matrix[rows] & np.iinfo(bits.dtype).max) >> mantissa
-        exponents = np.maximum(exponents, 1).astype(np.int16, copy=False)
-        exponents *= 8
-        levels -= exponents
+      exponents = ulps.exponents(matrix[rows], self.dtype)
+      exponents *= 8
+      levels -= exponents
       levels >>= 1
       levels -= LOWEST
       np.clip(levels, 0, _MOST_CLASS, out=levels)
@@ -238,16 +215,16 @@ class Difference(base.Structured):
 
   def joined(self, prediction: Prediction, run: Run = in_turn) -> np.ndarray:
     """Returns the array, given the result of `predict` and the decoded differences."""
-    (bits, changed), start = prediction, 0
+    bits, start = prediction.bits, 0
 
-    def job(part: slice) -> None:
-      changed[part] = ulps.moved(changed[part], self.differences[part], self.dtype)
+    def job(changed: np.ndarray, differences: np.ndarray, part: slice) -> None:
+      changed[part] = ulps.moved(changed[part], differences[part], self.dtype)
 
-    if self.differences is not None and not self.frequent_exponent:
-      in_parts(job, changed.size, 1, run)
-    for span in self.spans() if self.changed is not None else ():
-      bits[span] = changed[start : start + span.stop - span.start]
-      start += span.stop - span.start
+    for span in self.spans() if self.differences is not None else ():
+      changed = bits[span]
+      differences = self.differences[start : start + changed.size]
+      in_parts(functools.partial(job, changed, differences), changed.size, 1, run)
+      start += changed.size
     return bits.view(self.dtype).reshape(self.lengths)
 
   # ---- untrusted input
@@ -269,19 +246,13 @@ class Difference(base.Structured):
     fits &= ('left' in names) == ('right' in names)
     fits &= dtype in ROUNDED or names.isdisjoint(('left', 'drift', 'map'))
     fits &= self.map is None or lengths[1:] == self.map.shape[1:]
-    exponent, is_sparse = self.frequent_exponent, self.frequent_exponent > 0
     # Classes of some blocks have no rows.
     fits &= self.changed is None or (self.width == 1 and 'differences' in names)
-    fits &= not is_sparse or names <= {'differences', 'changed'}
-    if is_sparse and fits:
-      fits = 'differences' in names and exponent <= groups.most_exponent(dtype)
     if self.differences is not None and fits:
-      coded, count = self.differences, sum(x.stop - x.start for x in self.spans())
+      coded = self.differences
       fits = (coded.dtype.kind, coded.itemsize) == ('i', dtype.itemsize)
       fits &= dtype.itemsize <= 4
-      # A tree has fewer than twice as many nodes as elements.
-      most, least = (2 * count, count // groups.SIZE) if is_sparse else (count, count)
-      fits &= least <= coded.size <= most
+      fits &= coded.size == sum(x.stop - x.start for x in self.spans())
     if not fits:
       raise ValueError(f'what is stored of {self.name} {lengths!r:.80} does not fit')
 

@@ -49,6 +49,15 @@ def is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
   return bits & np.iinfo(bits.dtype).max < infinite
 
 
+def exponents(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns the exponents in the bits of floats, at least 1, int16; 0 for others."""
+  mantissa = MANTISSA_BITS.get(dtype)
+  if mantissa is None:
+    return np.zeros(bits.shape, np.int16)
+  magnitudes = bits & np.iinfo(bits.dtype).max
+  return np.maximum(magnitudes >> mantissa, 1).astype(np.int16, copy=False)
+
+
 def _flipped(bits: np.ndarray) -> np.ndarray:
   """Returns integers, all bits but the sign of negative ones flipped."""
   # NumPy shifts slowly, and `where` branches.
