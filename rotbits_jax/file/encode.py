@@ -198,7 +198,7 @@ class Encoder:
     # The transforms would choose other coordinates, and are left out with a recipe.
     preset, is_exact = self.preset, self.preset.keeps == 'bits'
     takes = preset.resumable and (is_exact or preset.name == 'free')
-    if takes and recipe_lib.suits(self.source, base):
+    if takes and (config := self.source.config) and config.is_sliced_from(base.config):
       recipe = recipe_lib.Recipe(self.source, base, keeps_bits=is_exact)
       if recipe.is_related:
         rounding = None if is_exact else passes.NEAREST

@@ -148,6 +148,15 @@ class ModelConfig(schema.Object, kw_only=True):
       segment_widths=widths,
     )
 
+  def is_sliced_from(self, dense: 'ModelConfig | None') -> bool:
+    """Returns whether a model of this config may be one of a dense config, sliced."""
+    if dense is None or dense.sliced or not self.sliced:
+      return False
+    try:
+      return dense.sliced_to(self.segment_widths) == self
+    except ValueError:  # another number of segments
+      return False
+
   def layer_widths(self, layer: int) -> tuple[int, ...]:
     """Widths of a layer's segments: `(in, out)` if parallel, or `(in, middle, out)`."""
     step = self.segments_per_layer

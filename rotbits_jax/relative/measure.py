@@ -59,10 +59,7 @@ def beside(
   array: np.ndarray,
   known: entries.BaseArray | products.Product | None = None,
 ) -> Measured | None:
-  """Returns how to store an array beside a known one, of an entry of the manifest.
-
-  The result is None if the array takes fewer bytes alone, or cannot be stored so.
-  """
+  """Returns how to store an array beside a known one; None if better alone."""
   target, dtype = host.contiguous(target), target.dtype
   base = difference.known_bits(array, target.shape, dtype)
   if base is None:
@@ -119,10 +116,7 @@ def _width(shape: tuple[int, ...]) -> int:
 def _changed(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray
 ) -> np.ndarray | None:
-  """Returns whether blocks differ; None if exponents alone would not tell classes.
-
-  They do not if many elements changed, or mostly those of some rows or columns.
-  """
+  """Returns whether blocks differ; None if many elements do, or mostly some rows'."""
   some = slice(None, None, -(-bits.size // _SAMPLE) or 1)
   if np.count_nonzero(bits[some] != base[some]) > _SPARSE * bits[some].size:
     return None

@@ -1,11 +1,10 @@
 """A sliced model beside its dense base: products with the bases of its subspaces.
 
-`products` has the mathematics, and `slicing.fit` finds the bases. The basis of a
-segment is a record of its own, before the layer that writes the segment, so a layer is
-read without those before it. If all bits are kept, or the residual stream cannot be
-rotated, bases are those of the checkpoint, and a tensor is its difference from a
-product. Else it is rotated to the bases that subspaces tell, and a tensor that follows
-its product is that product.
+The basis of a segment is a record of its own, before the layer that writes the segment,
+so a layer is read without those before it. If all bits are kept, or the residual stream
+cannot be rotated, bases are those of the checkpoint, and a tensor is its difference
+from a product. Else the model is rotated to the bases that subspaces tell, and a tensor
+that follows its product is that product.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +53,7 @@ class Recipe:
   """A sliced model beside its base as a `passes.Source`, with records of the bases."""
 
   def __init__(self, source: Any, base: base_lib.Base, *, keeps_bits: bool):
-    """Takes a model that suits the base; `keeps_bits` keeps the checkpoint's bases."""
+    """Takes a model sliced from the base; `keeps_bits` keeps the checkpoint's bases."""
     self.config: models.ModelConfig = source.config
     self.stored_as: str | None = source.stored_as
     if not keeps_bits and isinstance(source, models.Model):
@@ -234,14 +233,3 @@ class Recipe:
     if self._rotates and rounding_errors.explain(*vectors, limit):
       target = tensor
     return measure.beside(target, tensor, product)
-
-
-def suits(source: Any, base: base_lib.Base) -> bool:
-  """Returns whether a model may be sliced from a base, by their configs."""
-  sliced, dense = source.config, base.config
-  if sliced is None or dense is None or not sliced.sliced or dense.sliced:
-    return False
-  try:
-    return bool(dense.sliced_to(sliced.segment_widths) == sliced)
-  except ValueError:  # another number of segments
-    return False
