@@ -351,6 +351,7 @@ def _factor(
 # ---- minima --------------------------------------------------------------------------
 
 
+@np.errstate(invalid='ignore', over='ignore')
 def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array whose groups have minima, or None."""
   for length in _LENGTHS:
