@@ -317,16 +317,19 @@ def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   some = rows.any(axis=0)
   # A symbol of a table takes 16 bits, about.
   cost = lambda x: tables.entropy_bits(x) + 16 * np.count_nonzero(x, axis=-1)
+  bits = cost(rows[:, some])
   while True:
     used = rows[:, some]
-    bits = cost(used)
-    saved = bits[:-1] + bits[1:] - cost(used[:-1] + used[1:])
+    joined = cost(used[:-1] + used[1:])
+    saved = bits[:-1] + bits[1:] - joined
     around = np.pad(saved, 1, constant_values=-1.0)
     is_joined = (saved >= 0) & (saved >= around[:-2]) & (saved > around[2:])
     if not is_joined.any():
       return rows, table_of
     table_of = np.cumsum(np.append(True, ~is_joined))[table_of] - 1
-    rows = np.add.reduceat(rows, np.flatnonzero(np.append(True, ~is_joined)))
+    starts = np.flatnonzero(np.append(True, ~is_joined))
+    bits[:-1] = np.where(is_joined, joined, bits[:-1])
+    bits, rows = bits[starts], np.add.reduceat(rows, starts)
 
 
 def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
