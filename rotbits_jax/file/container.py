@@ -141,11 +141,12 @@ class Stream:
   def __init__(self, file: 'StreamReader', name: str):
     self.name, self.shape = name, (file.sizes[name],)
     self._file, self._begin = file, file.begins[name]
-    self._pieces: dict[int, tuple[int, int]] = {}  # checksums and sizes, by starts
+    # Checksums and sizes by starts and ends, because empty slices share a start.
+    self._pieces: dict[tuple[int, int], tuple[int, int]] = {}
 
   def __getitem__(self, part: slice) -> np.ndarray:
     data, crc = self._file.read(self._begin + part.start, part.stop - part.start)
-    self._pieces[part.start] = crc, data.size
+    self._pieces[part.start, part.stop] = crc, data.size
     return data
 
   def check(self, crc32: int) -> None:
