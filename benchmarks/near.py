@@ -36,7 +36,7 @@ WIDTHS = (8, 4)
 PLAIN, CALIBRATED, GGUF, ROWS = 'near', 'near, calibrated', 'GGUF', 'rows, zstd'
 PICTURES = {
   'opt-small, sliced by 20%': 'near-opt-small.svg',
-  'SmolLM2-135M, dense': 'near-smollm2.svg',
+  'SmolLM2-135M, once Q4_1': 'near-smollm2.svg',
 }
 """The models, and the pictures of their tables."""
 

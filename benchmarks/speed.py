@@ -46,7 +46,7 @@ def subjects(settings: common.Settings, work: pathlib.Path) -> Iterator[Subject]
   if not settings.quick:
     folder = common.smollm2(settings)
     (path,) = folder.glob('*.safetensors')
-    yield Subject('SmolLM2-135M, bfloat16', path)
+    yield Subject('SmolLM2-135M, bfloat16, once Q4_1', path)
   width, layers = (512, 5) if settings.quick else (1024, 12)
   folder = work / f'{width}x{layers}'
   synthetic.write(folder, synthetic.llama(width, layers))

@@ -45,7 +45,7 @@ _MOST_EXCEPTIONS = 1 / 64
 _EXCEPTION_BITS = 24
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _CODES = 16  # of groups with minima
-_SCALES = 1 << 9  # of these that tell their factor
+_SCALES = 1 << 9  # that tell their factor, and groups that tell their length
 _LEAF_BYTES = 200
 _ESTIMATED = 1 << 17  # elements
 
@@ -357,8 +357,10 @@ def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   for length in _LENGTHS:
     if array.shape[-1] % length:
       continue
-    bounds, codes, lows, highs = _code_bounds(array.reshape(-1, length))
-    if np.mean(bounds[0] <= bounds[1]) >= _FIT:
+    groups = array.reshape(-1, length)
+    (least, most), *_ = _code_bounds(groups[:: max(len(groups) // _SCALES, 1)])
+    if np.mean(least <= most) >= _FIT:
+      bounds, codes, lows, highs = _code_bounds(groups)
       draft = _draft(array, codes, 'int4', (1, length), bounds)
       products = draft.float_scales.reshape(-1, 1) * np.arange(_CODES, dtype=np.float32)
       low, high = (lows - products).max(axis=1), (highs - products).min(axis=1)
