@@ -25,7 +25,7 @@ def pruned(tensors: common.Tensors) -> common.Tensors:
   return {name: half(x) if x.ndim > 1 else x for name, x in tensors.items()}
 
 
-def rows() -> Iterator[tuple[str, str, int, int]]:
+def rows(settings: common.Settings) -> Iterator[tuple[str, str, int, int]]:
   """Yields the kind, the model, and bytes before and after."""
   base, tuned = map(common.packaged_weights, (common.BASE, common.TUNED))
   name = 'all-MiniLM-L6-v2'
@@ -39,20 +39,28 @@ def rows() -> Iterator[tuple[str, str, int, int]]:
       new = common.read_tensors(tuned, dtype)
       beside = len(rotbits_jax.encode(new, base=old))
       yield f'{dtype}, given its base', 'a fine-tune of it, rounded', size, beside
-  with tempfile.TemporaryDirectory() as folder:
-    file = pathlib.Path(folder, 'x.rotbits')
-    for preset in ('exact', 'free', 'near'):
-      rotbits_jax.encode_to_file(common.SLICED, file, preset=preset, overwrite=True)
+  with tempfile.TemporaryDirectory() as work:
+    file = pathlib.Path(work, 'x.rotbits')
+    name = 'opt-small, sliced by 20%'
+    subjects = [
+      (f'sliced, float16, `{preset}`', name, common.SLICED, preset)
+      for preset in ('exact', 'free', 'near')
+    ]
+    if not settings.quick:
+      folder = common.smollm2(settings)
+      once = 'bfloat16, once quantised', 'SmolLM2-135M, once Q4_1'
+      subjects.insert(0, (*once, folder, 'exact'))
+    for weights, model, path, preset in subjects:
+      rotbits_jax.encode_to_file(path, file, preset=preset, overwrite=True)
       size = rotbits_jax.inspect(file).input_bytes
-      kind = f'sliced, float16, `{preset}`'
-      yield kind, 'opt-small, sliced by 20%', size, file.stat().st_size
+      yield weights, model, size, file.stat().st_size
 
 
 def tables_of_readme() -> dict[str, str]:
   """Makes the tables of README.md from those of RESULTS.md, by their markers.
 
   The first has one model in bfloat16 by other compressors and by `exact`; the second
-  has the rows of this benchmark with a base and of sliced models.
+  has the rows of this benchmark with a base, of quantised and of sliced models.
   """
   (speeds, *_), (sizes, *_) = map(common.tables, (speed.TITLE, TITLE))
   header = ('lossless', 'MB', 'share', 'encode s', 'decode s')
@@ -63,7 +71,7 @@ def tables_of_readme() -> dict[str, str]:
       times = (f'{float(row[x]):.2f}' for x in header[3:])
       lines.append((row[model], common.megabytes(size), f'{share:.1%}', *times))
   kept = [name for name in HEADER if name != 'model']
-  alone = [x for x in sizes if re.search('^sliced| base$', x['weights'])]
+  alone = [x for x in sizes if re.search('^sliced| base$| quantised$', x['weights'])]
   others = [[row[name] for name in kept] for row in alone]
   return {
     'peers': common.table(header, lines),
@@ -83,10 +91,9 @@ def write_readme() -> None:
 
 
 def run(settings: common.Settings) -> Iterator[common.Section]:
-  del settings
   lines = [
     (kind, model, *map(common.megabytes, sizes), f'**{sizes[1] / sizes[0]:.1%}**')
-    for kind, model, *sizes in rows()
+    for kind, model, *sizes in rows(settings)
   ]
   about = 'The preset is `exact`, unless another one is named.'
   body = f'{about}\n\n{common.table(HEADER, lines, texts=2)}'
