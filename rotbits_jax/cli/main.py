@@ -53,14 +53,14 @@ def main() -> int:
   # Before SciPy is imported, whose LAPACK JAX calls; see `host.small_products`.
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   sys.unraisablehook = _unraisable
-  handler = signal.getsignal(signal.SIGINT)
-  if handler is signal.default_int_handler:
-    # Modules of jaxlib turn an interrupt of their import into an error.
+  is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  if is_default:  # modules of jaxlib turn an interrupt of their import into an error
     signal.signal(signal.SIGINT, signal.SIG_DFL)
   # Imports only one command, because importing all would take seconds.
   command = importlib.import_module(f'rotbits_jax.cli.{name}')
   program = importlib.import_module('rotbits_jax.cli.program')
-  signal.signal(signal.SIGINT, handler)
+  if is_default:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     return program.run(command)
   except KeyboardInterrupt:

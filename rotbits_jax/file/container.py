@@ -141,17 +141,16 @@ class Stream:
   def __init__(self, file: 'StreamReader', name: str):
     self.name, self.shape = name, (file.sizes[name],)
     self._file, self._begin = file, file.begins[name]
-    # Checksums and sizes by starts and ends, because empty slices share a start.
-    self._pieces: dict[tuple[int, int], tuple[int, int]] = {}
+    self._pieces: list[tuple[int, tuple[int, int]]] = []  # starts; CRC-32s and sizes
 
   def __getitem__(self, part: slice) -> np.ndarray:
     data, crc = self._file.read(self._begin + part.start, part.stop - part.start)
-    self._pieces[part.start, part.stop] = crc, data.size
+    self._pieces.append((part.start, (crc, data.size)))
     return data
 
   def check(self, crc32: int) -> None:
     """Compares the checksum."""
-    if checksums.joined(self._pieces[x] for x in sorted(self._pieces)) != crc32:
+    if checksums.joined(piece for _, piece in sorted(self._pieces)) != crc32:
       raise ContainerError(f'{self.name}: the stream is damaged: its checksum differs')
 
 

@@ -187,11 +187,10 @@ class Encoder:
       self.preset.transform, model, rounding=self.preset.rounding
     )
     model = model.rounded()
-    divergences = verification.divergences(
-      rewritten, model, verification.rotated(model)
-    )
-    if difference := verification.different(*divergences):
-      raise ValueError(f"the transforms make {difference}; see keeps='approximation'")
+    draws = verification.rotated(model)
+    divergences = verification.divergences(rewritten, model, draws)
+    if text := verification.different(*divergences):
+      raise ValueError(f"the transforms make {text}; see keeps='approximation'")
 
   def _find_recipe(self, base: base_lib.Base) -> recipe_lib.Recipe | None:
     """Returns the model as products with the base; None if it is no slice of it."""
@@ -445,10 +444,13 @@ def _stored(
     if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
       raise ValueError(f'leaf type {leaf.type_name!r} cannot store all of this value')
     if leaf.is_in_files:
-      needed = list(map(resolve, leaf.needs))
-      crc32 = checksums.of_array(jax.device_get(leaf.materialize(*needed)))
       if isinstance(leaf, difference.Difference):
-        group = plans.of_known(leaf.differences, leaf.predict(*needed).classes)
+        prediction = leaf.predict(*map(resolve, leaf.needs))
+        group = plans.of_known(leaf.differences, prediction.classes)
+        array = leaf.joined(prediction)
+      else:
+        array = leaf.materialize(*map(resolve, leaf.needs))
+      crc32 = checksums.of_array(jax.device_get(array))
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored(leaf)
   if not type_name:
