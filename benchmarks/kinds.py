@@ -63,7 +63,7 @@ def tables_of_readme() -> dict[str, str]:
   has the rows of this benchmark with a base, of quantised and of sliced models.
   """
   (speeds, *_), (sizes, *_) = map(common.tables, (speed.TITLE, TITLE))
-  header = ('lossless', 'MB', 'share', 'encode s', 'decode s')
+  header = ('tool', 'MB', 'share', 'encode s', 'decode s')
   model, lines = next(iter(speeds[0])), []
   for row in speeds:
     if row[model] != 'safetensors':
