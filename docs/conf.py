@@ -148,12 +148,13 @@ def _write_commands():
   for name, purpose in main.COMMANDS.items():
     command = [sys.executable, '-m', 'rotbits_jax', name, '--help']
     printed = subprocess.run(command, capture_output=True, check=True, text=True)
-    text, *flags = re.split(r'\n+(?=rotbits_jax\.[\w.]+:\n)', printed.stdout.strip())
-    text, usage = text.rsplit('\n\n', 1)
-    flags = textwrap.dedent('\n'.join(re.sub(r'^.*\n', '', x) for x in flags))
-    text = _as_markdown(text)
+    text, usage, flags = printed.stdout.rstrip().rsplit('\n\n', 2)
     page = _COMMAND.format(
-      name=name, purpose=purpose, usage=usage, text=text, flags=flags
+      name=name,
+      purpose=purpose,
+      usage=usage,
+      text=_as_markdown(text),
+      flags=textwrap.dedent(flags),
     )
     (folder / f'{name}.md').write_text(page, 'utf-8')
 

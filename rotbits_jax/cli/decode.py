@@ -12,8 +12,8 @@ with --format=transformers, which also writes the code of the model:
 
   AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-This may run any Python file in FOLDER. So Python files in FILE are left out, unless
---code says that you trust its author.
+This runs Python files in FOLDER. So with that format, Python files in FILE are left out
+unless --code says that you trust its author.
 
 JSON: folder; sliced, whether the model is sliced, null for plain tensors.
 """
@@ -30,12 +30,8 @@ _BASE, _OVERWRITE = program.shared('base', 'overwrite')
 _FORMAT = flags.DEFINE_enum(
   'format', 'safetensors', typing.get_args(checkpoints.Format), 'Format of the weights.'
 )
-_SHARD_SIZE = flags.DEFINE_string(
-  'shard_size', None, 'Size of a weights file, like 2GB; default: as encoded.'
-)
-_CODE = flags.DEFINE_bool(
-  'code', False, 'transformers: write the Python files in FILE, too.'
-)
+_SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Size of a file, like 2GB.')
+_CODE = flags.DEFINE_bool('code', False, 'Write the Python files of FILE.')
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16', 'float16'], 'Default: as encoded.'
 )

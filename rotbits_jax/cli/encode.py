@@ -2,18 +2,18 @@
 
   rotbits encode SmolLM2-135M
 
-CHECKPOINT has the format of Hugging Face (safetensors or pytorch_model.bin, sharded or
-not) or that of Microsoft's SliceGPT. The presets:
+CHECKPOINT is a folder or a file of weights (safetensors or pytorch_model.bin), or what
+Microsoft's SliceGPT writes. The presets:
 
   exact  keeps every bit. The default for dense checkpoints, of any family.
   free   keeps the function up to rounding; LoRA adapters no longer fit. The default for
          sliced checkpoints.
-  near   also rounds elements to multiples of about 2^STEP times their root mean square.
-         --max_kl finds the coarsest steps for a bound of the mean KL divergence on a
-         part of --text, --target_size the finest step for a size.
-  paper  gets the bits of random rotations of a sliced model back, arXiv 2410.01309.
+  near   rounds weights to multiples of about 2^STEP times their root mean square.
+         --max_kl finds the coarsest steps for a bound on the mean KL divergence, which
+         a part of --text measures; --target_size finds the finest steps for a size.
+  paper  rotates a sliced model at random and gets the bits back, arXiv 2410.01309.
 
---config sets a preset and its options, by a name in the folder configs or by a path:
+--config takes a preset and options from a file, by its name in configs/ or its path:
 
   rotbits encode SmolLM2-135M --config=free --config.tolerance=1.0
 
@@ -21,7 +21,7 @@ With --base the file holds only the differences from a model that the receiver h
 as the base of a fine-tune; `rotbits decode` needs the same --base. With --verify the
 file appears only after it was decoded and compared with CHECKPOINT. With --shard_size,
 a run that was killed continues after its complete shards. With --distributed, process i
-of `jax.distributed` encodes every n-th shard.
+of n in `jax.distributed` encodes every n-th shard.
 
 JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
 that are not kept; plain_because, why the checkpoint is stored as plain tensors.
@@ -45,22 +45,18 @@ from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
 
 _BASE, _OVERWRITE = program.shared('base', 'overwrite')
-_PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to remove.')
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A preset with its options: a name or a file.'
-)
+_PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to keep.')
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A preset, with options.')
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Size of a shard, like 2GB.')
-_VERIFY = flags.DEFINE_bool(
-  'verify', False, 'Decode the file and compare it with CHECKPOINT.'
-)
-_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Share the work of shards.')
+_VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file, and compare it.')
+_DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Divide shards among hosts.')
 
 # Options of the preset `near`.
-_STEP = flags.DEFINE_float('step', None, 'near: log2 of the step over the rms.')
-_MAX_KL = flags.DEFINE_float('max_kl', None, 'near: greatest mean KL in nats.')
-_TARGET_SIZE = flags.DEFINE_string('target_size', None, 'near: most bytes, like 90MB.')
+_STEP = flags.DEFINE_float('step', None, 'near: log2 of step / rms, like -5.')
+_MAX_KL = flags.DEFINE_float('max_kl', None, 'near: bound of the mean KL in nats.')
+_TARGET_SIZE = flags.DEFINE_string('target_size', None, 'near: a size, like 90MB.')
 _TEXT = flags.DEFINE_string('text', None, 'near: a text to calibrate on.')
-_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of it to use.', 2)
+_MAX_TOKENS = flags.DEFINE_integer('max_tokens', 4096, 'near: tokens of TEXT.', 2)
 _OF_NEAR = _STEP, _MAX_KL, _TARGET_SIZE, _TEXT, _MAX_TOKENS
 flags.mark_flags_as_mutual_exclusive(['step', 'max_kl', 'target_size'])
 flags.mark_flags_as_mutual_exclusive(['config', 'preset'])

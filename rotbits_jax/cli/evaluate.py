@@ -2,10 +2,10 @@
 
   rotbits evaluate SmolLM2-135M.rotbits --text=book.txt --against=SmolLM2-135M
 
-A model is a checkpoint's directory, its weights file, or a file that `rotbits encode`
-wrote; it needs a tokenizer.json. --against also measures the mean KL divergence from
-another model, and the expected agreement rate (EAR): the share of tokens on which both
-can agree when they sample. The noise floor is the divergence of that model from itself
+A model is a checkpoint's folder, its weights file, or a file of `rotbits encode`, and
+needs a tokenizer.json. --against also measures the mean KL divergence from another
+model, and the expected agreement rate (EAR): the share of tokens on which both can
+agree when they sample. The noise floor is the divergence of the other model from itself
 after a random rotation and rounding.
 
 JSON: the fields of `rotbits_jax.evaluation.Evaluation`.

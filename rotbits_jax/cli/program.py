@@ -33,7 +33,7 @@ JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 # Flags of several commands: the function that defines each, its default and purpose.
 _SHARED: dict[str, tuple[Callable[..., Any], Any, str]] = {
-  'base': (flags.DEFINE_multi_string, None, 'The base; repeat it for bases of it.'),
+  'base': (flags.DEFINE_multi_string, None, 'A base; repeat it for its own base.'),
   'against': (flags.DEFINE_string, None, 'A model to compare with.'),
   'overwrite': (flags.DEFINE_bool, False, 'Replace existing files.'),
 }
@@ -55,9 +55,8 @@ def run(command: types.ModuleType) -> int:
   usage = f'rotbits {name} {" ".join(words)} [--FLAG=VALUE ...]'
   if {'--help', '-h'} & {*sys.argv}:
     text = inspect.getdoc(command) or ''
-    texts = [text if '--help' in sys.argv else text.partition('\n')[0], usage]
-    texts += map(flags.FLAGS.module_help, (command, sys.modules[__name__]))
-    print('\n\n'.join(texts))
+    text = text if '--help' in sys.argv else text.partition('\n')[0]
+    print(text, usage, _flags_help(command.__name__, __name__), sep='\n\n')
     return 0
   try:
     paths = _parse()
@@ -106,6 +105,17 @@ def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
   if not size:
     raise ValueError(f'--{flag.name} must be a size like 2GB, got {flag.value!r}')
   return size
+
+
+def _flags_help(*modules: str) -> str:
+  """Returns a line for each flag that the modules define."""
+  lines = []
+  for flag in (x for y in modules for x in flags.FLAGS.get_flags_for_module(y)):
+    name = flag.name if flag.boolean else f'{flag.name}={flag.name.upper()}'
+    text = flag.help.partition(';\n')[0]  # absl adds a line about repetition
+    default = f' (default: {flag.default})' if flag.default else ''
+    lines.append(f'  --{name:<23} {text}{default}')
+  return '\n'.join(sorted(lines))
 
 
 def _parse() -> list[str]:

@@ -27,13 +27,13 @@ from rotbits_jax.system import outputs
 _SPARSITY = flags.DEFINE_float(
   'sparsity', None, 'The share of the hidden size to remove.', 0, 1, required=True
 )
-_TEXT = flags.DEFINE_string('text', None, 'A text in UTF-8.', required=True)
+_TEXT = flags.DEFINE_string('text', None, 'A text to calibrate on.', required=True)
 _SLICE_HEAD = flags.DEFINE_bool('slice_head', False, "Slice the head's input, too.")
 _LENGTH = flags.DEFINE_integer(
   'sequence_length', None, 'Tokens in a sequence; default: all positions, to 2048.', 1
 )
-_ENCODED = flags.DEFINE_string('encoded', None, 'A file for the encoded model.')
-_RECIPE = flags.DEFINE_string('recipe', None, 'A file for it, given the dense model.')
+_ENCODED = flags.DEFINE_string('encoded', None, 'Write a file of `free`, too.')
+_RECIPE = flags.DEFINE_string('recipe', None, 'The same, given the dense model.')
 
 
 def main(model: str, folder: str) -> program.Result:

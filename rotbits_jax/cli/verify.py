@@ -2,9 +2,9 @@
 
   rotbits verify SmolLM2-135M.rotbits --against=SmolLM2-135M
 
-With --against, a file of `exact` must have the checkpoint's bits. A file of `free` or
-`paper` must compute its function: predictions for random tokens, and canonical forms of
-the tensors, differ by at most a few times what random rotations and rounding cause. For
+With --against, a file of `exact` must have the bits of the checkpoint. A file of `free`
+or `paper` must compute its function: predictions for random tokens, and canonical forms
+of tensors, may differ by a few times what random rotations and rounding cause. For
 `near` the difference is measured; with --text, on the tokens that `encode --max_kl`
 kept apart, where it must be what the file says.
 
@@ -19,7 +19,7 @@ from rotbits_jax.cli import program
 from rotbits_jax.file import reader
 
 _BASE, _AGAINST = program.shared('base', 'against')
-_TEXT = flags.DEFINE_string('text', None, 'The text of encode --max_kl, to measure on.')
+_TEXT = flags.DEFINE_string('text', None, 'The text of `encode --max_kl`.')
 
 
 def main(file: str) -> program.Result:
