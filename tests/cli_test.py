@@ -107,6 +107,10 @@ def test_estimates_are_close_to_the_files(rotbits, encoded):
   for preset in ('exact', 'free', 'near'):
     size = (encoded / preset).stat().st_size
     assert abs(result['presets'][preset] / size - 1) < 0.02, preset
+  tied = TESTDATA / 'opt-small-sliced-0.2'  # `exact` finds its embedding in its head
+  size = len(rotbits_jax.encode(tied, preset='exact'))
+  estimated = json_of(rotbits, 'estimate', tied)['presets']['exact']
+  assert abs(estimated / size - 1) < 0.02
 
 
 def test_free_of_a_dense_model_is_estimated_and_told_as_it_is(rotbits, tmp_path):

@@ -1,7 +1,11 @@
 """The preset `near`: uniform steps, the bound of the divergence, and its files."""
 
 import functools
+import io
 import pathlib
+import re
+import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ import pytest
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.evaluation import held_out
 from rotbits_jax.presets import steps as steps_lib
@@ -72,6 +77,16 @@ def test_tokens_are_kept_apart_from_the_calibration():
   assert sorted(starts) == [0, 16, 32, 48]
   _, others = held_out.split(tokens, config, seed=4)
   assert int(others[0][0, 0]) != starts[-1]
+
+
+def test_a_search_shows_progress_before_its_first_layer(monkeypatch):
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  monkeypatch.setattr(sys, 'stderr', terminal)
+  monkeypatch.setattr(passes, 'rewrite', mock.Mock(side_effect=KeyboardInterrupt))
+  with pytest.raises(KeyboardInterrupt):
+    steps_lib.calibrate(load().model, np.arange(64), max_kl=1e-3, progress=True)
+  assert re.search('calibrate: +0%.* records.*removing gauges', terminal.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import html
 import pathlib
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -60,8 +61,16 @@ def test_notes_that_a_stranger_wrote(note):
 def test_command_writes_the_page(tmp_path, rotbits):
   source, path = TESTDATA / 'phi2-tiny-sliced-0.25', tmp_path / 'phi.rotbits'
   rotbits_jax.encode_to_file(source, path, preset='exact')
-  assert rotbits('report', path, tmp_path / 'a.html')[0] == 0
+  command = 'report', path, tmp_path / 'a.html'
+  assert rotbits(*command)[0] == 0
   page = (tmp_path / 'a.html').read_text('utf-8')
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as if disks were full
+  try:
+    assert rotbits(*command, '--overwrite')[0] == 2
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert (tmp_path / 'a.html').read_text('utf-8') == page
   assert re.search('<title>phi.rotbits: [0-9.]+MB to [0-9]+kB', page)
   assert 'Every bit comes back.' in page
 

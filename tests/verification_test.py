@@ -12,6 +12,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
 from rotbits_jax.file import encode
+from rotbits_jax.file import verification
 from tests import random_models
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -58,6 +59,10 @@ def test_a_file_is_compared_with_its_checkpoint():
   assert exact.same_bits
   assert not free.same_bits
   assert free.kl < 10 * free.kl_rerounded
+  reference = checkpoints.load_checkpoint(TESTDATA / NAME).model
+  floor_of = lambda draw: verification.divergences(reference, reference, [draw])[1]
+  floors = [*map(floor_of, verification.rotated(reference))]
+  assert free.kl_rerounded == max(floors) > min(floors)
 
 
 @pytest.mark.parametrize(

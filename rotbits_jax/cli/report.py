@@ -12,6 +12,7 @@ import pathlib
 from rotbits_jax.cli import program
 from rotbits_jax.file import output
 from rotbits_jax.file import report as report_lib
+from rotbits_jax.system import outputs
 
 (_OVERWRITE,) = program.shared('overwrite')
 
@@ -19,5 +20,7 @@ from rotbits_jax.file import report as report_lib
 def main(file: str, page: str | None = None) -> program.Result:
   target = pathlib.Path(page or f'{file.removesuffix(".rotbits")}.html').resolve()
   output.check_path(target, None, inputs=[file], overwrite=_OVERWRITE.value)
-  target.write_text(report_lib.report_page(file), encoding='utf-8')
+  with outputs.fresh(outputs.staging(target)) as folder:
+    (folder / target.name).write_text(report_lib.report_page(file), encoding='utf-8')
+    outputs.move(folder / target.name, target)
   return {'page': str(target), 'bytes': target.stat().st_size}, f'wrote {target}'

@@ -1,9 +1,10 @@
 """Sizes of files before they are written, and the step with which a file has a size.
 
 `estimate` multiplies counts by measured bits: the coder plans some rows of a few
-tensors, rounded as the preset rounds them. For `free` some layers are rewritten,
-because their bits depend on the coordinates. `write_within` writes files of `near` at a
-few steps and interpolates, because a file's bytes are nearly linear in the step.
+tensors, rounded as the preset rounds them. For `free`, whose bits depend on the
+coordinates, and for `exact` of sliced models some layers are rewritten. `write_within`
+writes files of `near` at a few steps and interpolates, because their bytes are nearly
+linear in the step.
 """
 
 import collections
@@ -58,18 +59,20 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
             sizes[preset] += nbytes * len(records) / len(sampled)
       bar.update()
     if config is not None:
-      sizes['free'], kept = _free(source)
+      sizes['free'], kept = _rewritten(source, presets.free())
       sizes['near'] *= kept
+      if config.sliced:  # an embedding in terms of its head
+        sizes['exact'], _ = _rewritten(source, presets.exact())
       bar.update()
   others = _FILE + _ENTRY * len(source.tensors)
   others += sum(len(zlib.compress(x)) for x in source.files.values())
   return {preset: round(others + sizes[preset]) for preset in sorted(sizes)}
 
 
-def _free(source: Any) -> tuple[float, float]:
-  """Returns about the bytes of `free`, and the share of elements that it stores."""
-  config, preset = source.config, presets.free()
-  count = chosen = config.num_layers
+def _rewritten(source: Any, preset: presets.Preset) -> tuple[float, float]:
+  """Returns about the bytes of a preset, and the share of elements that it stores."""
+  config, count = source.config, source.config.num_layers
+  chosen = count
   widths, step = config.segment_widths, config.segments_per_layer
   if count > _RECORDS and widths[_RECORDS * step] == widths[-1]:
     chosen = _RECORDS
