@@ -282,7 +282,9 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   return native.loop(loop)(*arguments)
 
 
-@functools.partial(jax.jit, static_argnames='layout', donate_argnums=0)
+@functools.partial(
+  jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=_WIDE
+)
 def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """Encodes rows of units; returns the states, the lengths of stacks and the arrays."""
 

@@ -23,7 +23,7 @@ DENSITIES = 32
 
 _LEAST_LINE = 16  # elements of a row or column that has a scale
 _COLUMNS, _RUNS = 1 << 8, 4  # by which rows are measured, in so many runs
-_ROWS = 1 << 8  # by which columns are measured
+_ROWS = 1 << 7  # by which columns are measured
 _CHUNK = 1 << 17  # elements that are looked at at once, so that they fit the cache
 
 Lines = tuple[np.ndarray, np.ndarray]
@@ -48,7 +48,7 @@ _SAMPLE = 1 << 12  # elements that tell the scale
 _FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the cache
 
 
-def runs(size: int, most: int, count: int = 32) -> list[slice]:
+def runs(size: int, most: int, count: int = 16) -> list[slice]:
   """Returns the places of a sample: all elements, or runs that have about `most`."""
   if size <= most:
     return [slice(0, size)]
@@ -136,7 +136,7 @@ def measure(array: np.ndarray, size: int) -> Lines:
     levels = levels.reshape(contexts.line_sizes(array.shape, size)[1], -1).mean(axis=1)
     columns = _quantized(levels, noise, array.size, size * min(count, _ROWS))
   elif row_levels.size == 1:
-    some = matrix.reshape(1, -1)[:, :: max(matrix.size // _ROWS, 1)]
+    some = matrix.reshape(1, -1)[:, :: max(matrix.size // _ROWS, 1)].copy()
     columns = np.rint(STEPS * _levels(some, np.zeros((1, 1)), 1)[0])
   return rows.astype(int), columns.astype(int)
 
@@ -184,9 +184,8 @@ def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> tuple[np.ndarray, f
   Also returns about the variance of the logarithms.
   """
   dtype = array.dtype if array.dtype in layouts.FORMATS else np.dtype(np.float32)
-  form = layouts.FORMATS[dtype]
-  shift = form.bits - 16
-  unit = 1 << form.nmant - shift
+  form, halves = layouts.FORMATS[dtype], dtype.itemsize // 2
+  unit = 1 << form.nmant + 16 - form.bits
   # Integers, so that a file does not depend on the order of sums.
   by = np.rint(by * unit).astype(np.int16)
   levels, variances, step = [], [], max(_CHUNK // max(array.shape[axis], 1), 1)
@@ -194,18 +193,17 @@ def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> tuple[np.ndarray, f
   for start in range(0, array.shape[1 - axis], step):
     places = slice(start, start + step)
     part = array[places] if axis else array[:, places]
-    bits = part.astype(dtype, copy=False).view(f'u{dtype.itemsize}')
-    logs = (bits >> shift).astype(np.int16) if shift else bits.view(np.int16)
-    logs = (logs & 0x7FFF) - by
-    some = slice(None, None, max(logs.size >> 10, 1))
-    sample = logs.reshape(-1)[some]
+    part = part.astype(dtype, copy=False)
+    logs = part.view(np.int16)[:, halves - 1 :: halves] & np.int16(0x7FFF)
+    logs -= by
+    sample = logs.reshape(-1)[:: max(logs.size >> 10, 1)]
     middle = int(np.partition(sample, sample.size // 2)[sample.size // 2])
     limits = np.array([middle - _BELOW * unit, middle + _ABOVE * unit])
-    np.clip(logs, *limits.clip(-(2**15), 2**15 - 1).astype(np.int16), out=logs)
-    logs -= np.int16(middle)
-    variances.append(np.var(logs.reshape(-1)[some]))
-    # Exact: sums of at most 2^10 integers up to 2^13, in which 2^24 is the limit.
+    limits = limits.clip(-(2**15), 2**15 - 1).astype(np.int16)
+    np.clip(logs, *limits, out=logs)
+    variances.append(np.var(sample))  # clipped
+    # Exact: sums of at most 2^9 integers up to 2^15, in which 2^24 is the limit.
     numbers = logs.astype(np.float32)
     sums = (numbers @ ones if axis else ones @ numbers).astype(float)
-    levels.append((sums / ones.size + middle) / unit)
+    levels.append(sums / (ones.size * unit))
   return np.concatenate(levels), max(float(np.mean(variances)) / unit**2, 1e-3)

@@ -12,6 +12,10 @@ import numpy as np
 _ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
 _SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 
+# After a program frees an array of this size, the C library of Linux keeps what is
+# freed for the next arrays. The system's pages cost more time than the work on them.
+np.empty(31 << 20, np.uint8)
+
 
 @functools.cache
 def device() -> jax.Device | None:
