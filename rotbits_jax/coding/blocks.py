@@ -39,6 +39,9 @@ CAPACITY = LANES * ROWS
 LEAST_BYTES = 2 * (2 + 3 * FEW_LANES)
 """Bytes of a block without words."""
 
+# Bytes of a thread's buffer: a unit has up to 6 of words, 6 of planes and 10 of lists.
+_BUFFER = 24 * CAPACITY
+
 # The stacks are no multiple of a large power of two apart, because their tops would
 # then compete for the same places in the CPU's cache.
 _APART = 96
@@ -89,6 +92,11 @@ def _sharing(width: int) -> int:
 def _plane_rows(width: int, rows: int) -> int:
   """Returns the rows of bytes of a plane of pieces of so many bits."""
   return -(-rows // _sharing(width))
+
+
+def _plane_bytes(width: int, rows: int, lanes: int) -> int:
+  """Returns the bytes of a plane of pieces of so many bits."""
+  return _plane_rows(width, rows) * lanes * (2 if width == 8 else 1)
 
 
 def _plane(width: int, lanes: int) -> tuple[tuple[int, ...], np.dtype]:
@@ -147,61 +155,68 @@ def encode(
 
 
 def decode(
-  data: np.ndarray,
+  read: Callable[[np.ndarray], None],
+  nbytes: int,
   spans: Sequence[Span],
   layout: layouts.Layout,
   coder_tables: layouts.Tables,
 ) -> list[tuple[int, int]]:
   """Decodes a block on this thread into `spans`: the inverse of `encode`.
 
-  It returns the CRC-32 and the size of the bytes of each, which are in the cache. If
-  the data is not a block of as many numbers, a ValueError is raised.
+  `read` fills an array with the bytes of the block, which are used where they lie. It
+  returns the CRC-32 and the size of the bytes of each span, which are in the cache. If
+  the bytes are not a block of as many numbers, a ValueError is raised.
   """
   count = spans[-1].place.stop
   rows, lanes = _grid(count)
-  state, lengths, left = rans.split_words(data[: data.size & ~1].view('<u2'), lanes)
-  most, total = rows * layout.pushes, int(lengths.sum())
-  if int(lengths.max()) > most or total > left.size:
-    raise ValueError('a lane of a block has more words than units')
-  # A lane whose words run out reads those of others, at most `most` below its own.
+  # A lane whose words run out reads those of others, at most so many below its own.
   below = ROWS * layout.pushes
-  words = _scratch('words', (below + lanes * below,), np.uint16)
-  words[below : below + total] = left[:total]
-  tops = (below - 1 + np.cumsum(lengths)).astype(np.uint32)
-  lists, planes = data[(data.size & ~1) - 2 * (left.size - total) :], []
-  for i, (width, _) in enumerate(layout.pieces):
-    plane = _scratch(f'plane {i}', *_plane(width, lanes))
-    used = plane[: _plane_rows(width, rows)].reshape(-1).view(np.uint8)
-    if lists.size < used.size:
-      raise ValueError(f'a block of {data.size} bytes has too few raw bits')
-    used[:], lists = lists[: used.size], lists[used.size :]
-    planes.append(plane)
+  buffer = _scratch('block', (_BUFFER,), np.uint8)
+  data = buffer[2 * below :][:nbytes]
+  if data.size < nbytes:
+    raise ValueError(f'a block of {count} units cannot have {nbytes} bytes')
+  read(data)
+  state, lengths, left = rans.split_words(data[: nbytes & ~1].view('<u2'), lanes)
+  total = int(lengths.sum())
+  if int(lengths.max()) > rows * layout.pushes or total > left.size:
+    raise ValueError('a lane of a block has more words than units')
+  first = below + nbytes // 2 - left.size
+  tops = first - 1 + np.cumsum(lengths)
+  ends = [2 * (first + total)]
+  for width, _ in layout.pieces:
+    ends.append(ends[-1] + _plane_bytes(width, rows, lanes))
+  lists = buffer[ends[-1] : 2 * below + nbytes]
+  if ends[-1] > 2 * below + nbytes:
+    raise ValueError(f'a block of {nbytes} bytes has too few raw bits')
+  places = np.concatenate([state, tops, ends]).astype(np.uint32)
   classes = _classes(spans, count)
-  outputs = [
-    ('units', (ROWS, lanes, layout.words), layout.word),
-    ('marks', (ROWS, lanes), np.dtype(bool)),
-  ]
-  out = tuple(_taken(*x) for x in outputs)
-  arguments = state, tops, words, classes, tuple(planes), coder_tables, np.int32(rows)
-  state, bottoms, out = _decode(out, *arguments, layout=layout)
-  is_end = (np.asarray(state) == 1 << 16) & (np.asarray(bottoms) == tops - lengths)
-  if not is_end.all():
+  out = (
+    _taken('units', (ROWS, lanes, layout.words), layout.word),
+    _taken('marks', (ROWS, lanes), np.dtype(bool)),
+  )
+  arguments = places, np.int32(rows), buffer.view(np.uint16), buffer, classes
+  end, out = _decode(out, *arguments, coder_tables, layout=layout)
+  state, bottoms = np.asarray(end)
+  if (state != 1 << 16).any() or (bottoms != tops - lengths).any():
     raise rans.MessageError('a block has more or fewer words than its units need')
-  units = np.asarray(out[0]).reshape(-1, layout.words)
-  escaped = np.flatnonzero(np.asarray(out[1]).reshape(-1)[: rows * lanes])
+  units, marks = (np.asarray(x).reshape(ROWS * lanes, -1) for x in out)
+  escaped = np.flatnonzero(marks[: rows * lanes])
   few_classes = classes.reshape(-1)[escaped].astype(np.int32)
   listed = layout.listed(lists, units[escaped], few_classes, coder_tables.told)
   checksums = []
   for place, numbers, _ in spans:
-    numbers[...] = units[place].reshape(-1).view(numbers.dtype)[: numbers.size]
     few = slice(*np.searchsorted(escaped, [place.start, place.stop]))
-    indices = (escaped[few, None] - place.start) * layout.size + np.arange(layout.size)
-    is_used = indices.reshape(-1) < numbers.size
-    values = listed[few].reshape(-1).view(numbers.dtype)
-    numbers[indices.reshape(-1)[is_used]] = values[is_used]
+    whole, missing = numbers, -numbers.size % layout.size
+    if missing:  # in the last unit
+      whole = np.empty(numbers.size + missing, numbers.dtype)
+    of_units = whole.view(layout.word).reshape(-1, layout.words)
+    of_units[...] = units[place]
+    of_units[escaped[few] - place.start] = listed[few]
+    if missing:
+      numbers[...] = whole[:-missing]
     checksums.append((checksums_lib.of_array(numbers), numbers.nbytes))
-  for (name, *_), array in zip(outputs, out, strict=True):
-    _keep(name, array)
+  _keep('units', out[0])
+  _keep('marks', out[1])
   return checksums
 
 
@@ -218,7 +233,6 @@ def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> np.nd
   key = name, shape, np.dtype(dtype)
   if key not in arrays:
     arrays[key] = host.empty(shape, dtype)
-    arrays[key][...] = 0
   return arrays[key]
 
 
@@ -250,10 +264,15 @@ def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:
   jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=_WIDE
 )
 def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
-  """Decodes rows of units; returns the states, the places of words, and the arrays."""
+  """Decodes rows of units; returns the states with the places of words, and `out`.
+
+  Places are those of the words of each lane, and of each plane in bytes.
+  """
 
   def loop(*operands: Any) -> Any:
-    out, state, tops, words, classes, planes, coder_tables, rows = operands
+    out, places, rows, words, buffer, classes, coder_tables = operands
+    lanes = classes.shape[1]
+    state, tops, planes = jnp.split(places, [lanes, 2 * lanes])
 
     def step(t: jax.Array, carry: Any) -> Any:
       state, tops, out = carry
@@ -268,16 +287,19 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         return entry
 
       pieces = []
-      for (width, _), plane in zip(layout.pieces, planes, strict=True):
+      for i, (width, _) in enumerate(layout.pieces):
         shared = _sharing(width)
-        row = _row(plane, place // shared).astype(jnp.uint32)
+        data, at = (words, planes[i] >> 1) if width == 8 else (buffer, planes[i])
+        at += place // shared * lanes
+        row = jax.lax.dynamic_slice_in_dim(data, at, lanes).astype(jnp.uint32)
         pieces.append(row >> place % shared * (2 * width))
       row_classes = _row(classes, t).astype(jnp.int32)
       rows_of = layout.decode_step(pop, row_classes, pieces, coder_tables)
       out = tuple(_put(x, y, t) for x, y in zip(out, rows_of, strict=True))
       return state, tops, out
 
-    return jax.lax.fori_loop(0, rows, step, (state, tops, out))
+    state, tops, out = jax.lax.fori_loop(0, rows, step, (state, tops, out))
+    return jnp.stack([state, tops]), out
 
   return native.loop(loop)(*arguments)
 

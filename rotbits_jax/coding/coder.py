@@ -18,6 +18,7 @@ import itertools
 import types
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rotbits_jax.coding import blocks
@@ -120,8 +121,8 @@ def decode(
 
   Args:
     spec: the spec of the record.
-    data: uint8 `[spec.nbytes]`, the stream: an array, or what has its dtype, its shape
-      and its slices. Of what is coded, each thread takes one block at a time.
+    data: uint8 `[spec.nbytes]`, the stream: an array, or what has its dtype and shape,
+      and `read(start, out)`. Of what is coded, each thread reads one block at a time.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
     known: for the arrays of known classes, by their indices, functions that return
@@ -140,15 +141,18 @@ def decode(
     )
   arrays = _outputs(spec, out)
   parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
-  ends = itertools.accumulate(spec.sizes, initial=0)
-  pieces = itertools.starmap(slice, itertools.pairwise(ends))
-  heads = [data[next(pieces)].tobytes() for _ in spec.groups]
-  bodies = [[next(pieces) for _ in group.blocks] for group in spec.groups]
+  fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
+  read = getattr(data, 'read', fill)
+  starts = itertools.accumulate(spec.sizes, initial=0)
+  heads = [np.empty(group.contexts, np.uint8) for group in spec.groups]
+  for head in heads:
+    read(next(starts), head)
+  bodies = [[(next(starts), x) for x in group.blocks] for group in spec.groups]
   *members, plain = (
     [(x.array, parts[x.array][x.part]) for x in several] for several in spec.members
   )
   outputs = [x.reshape(-1).view(np.uint8) for _, x in plain]
-  pool.each(lambda output, piece: np.copyto(output, data[piece]), outputs, pieces)
+  pool.run(functools.partial(read, next(starts), output) for output in outputs)
   checksums: dict[int, int] = {}  # of arrays that are coded whole
   is_known = [group.is_known for group in spec.groups]
   late = [members[i][0][0] for i, x in enumerate(is_known) if x]
@@ -159,7 +163,7 @@ def decode(
     outputs = [x for _, x in members[i]]
     layout = spec.groups[i].layout(outputs[0].dtype)
     shapes = None if is_known[i] else [x.shape for x in outputs]
-    contexts = contexts_lib.from_bytes(heads[i], layout, shapes)
+    contexts = contexts_lib.from_bytes(heads[i].tobytes(), layout, shapes)
     scales = contexts.scales
     if is_known[i]:
       classes, count = known[members[i][0][0]](), len(contexts.table_of)
@@ -168,10 +172,13 @@ def decode(
       outputs = [outputs[0].reshape(-1, 1)]
       scales = (contexts_lib.known_scales(classes),)
     tables = layout.tables(*contexts[1:4])
+    # Each block would copy them to the device.
+    tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))
     several = _blocks(layout, tables, scales, outputs)
-    decode = lambda piece, block: blocks.decode(data[piece], *block)
-    pairs = zip(bodies[i], several, strict=True)
-    checked = pool.run(functools.partial(decode, *x) for x in pairs)
+    checked = pool.run(
+      functools.partial(blocks.decode, functools.partial(read, start), nbytes, *block)
+      for (start, nbytes), block in zip(bodies[i], several, strict=True)
+    )
     spans = itertools.chain(*checked)  # sizes and checksums
     for index, output in members[i]:
       of_part, left = [], output.nbytes

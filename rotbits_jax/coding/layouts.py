@@ -33,6 +33,7 @@ Shape letters: n units, L lanes, K tables.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -140,7 +141,7 @@ class Floats:
     """The dtype of these words."""
     return np.dtype(np.uint16 if self.width == 8 else np.uint32)
 
-  @property
+  @functools.cached_property
   def pieces(self) -> tuple[tuple[int, int], ...]:
     """The width and the lowest bit of each piece of the raw bits of a number."""
     low = self.raw_bits & ~7
@@ -262,12 +263,13 @@ class Floats:
     self, data: np.ndarray, units: np.ndarray, classes: np.ndarray, base: np.ndarray
   ) -> np.ndarray:
     """Returns the units at escapes, given their lists and their decoded words."""
-    bits = np.unpackbits(data, count=10 * len(units)).reshape(-1, 10)
-    symbols = (bits @ (1 << np.arange(9, -1, -1))).astype(np.uint32)
+    bits = np.zeros((len(units), 16), np.uint8)
+    bits[:, 6:] = np.unpackbits(data, count=10 * len(units)).reshape(-1, 10)
+    symbols = np.packbits(bits).view('>u2').astype(np.uint32)
     told = self.told(classes, base)[1]
     joined = np.stack(self.join(symbols, [*units.T], told, np), -1)
     is_whole = symbols == 1023
-    joined[is_whole] = _whole(data[-(-bits.size // 8) :], units[is_whole])
+    joined[is_whole] = _whole(data[-(-10 * len(units) // 8) :], units[is_whole])
     return joined
 
   def tables(
@@ -518,7 +520,8 @@ def lowered(
   wide = magnitude.astype(np.float32).view(np.int32)
   below = least - np.int32(127 + top)
   normal = ((wide >> (23 - top)) + (below << top)).view(np.uint32)
-  subnormal = magnitude << xp.clip(least - 1, 0, width - 1).astype(np.uint32)
+  shift = xp.minimum(xp.maximum(least, 1) - 1, width - 1)
+  subnormal = magnitude << shift.astype(np.uint32)
   small = xp.where((wide >> 23) + below >= 1, normal, subnormal)
   small = xp.where(magnitude > 0, small, np.uint32(0))
   large = magnitude + ((least - 1) << top).astype(np.uint32)

@@ -131,9 +131,9 @@ def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
 
 
 class Stream:
-  """A stream whose slices, uint8, are read from the file; then `check` checks them.
+  """A stream whose parts, uint8, are read from the file; then `check` checks them.
 
-  Each byte is in one slice. Threads may take slices, so memory holds only these.
+  Each byte is in one part. Threads may read parts, so memory holds only these.
   """
 
   dtype = np.dtype(np.uint8)
@@ -143,9 +143,14 @@ class Stream:
     self._file, self._begin = file, file.begins[name]
     self._pieces: list[tuple[int, tuple[int, int]]] = []  # starts; CRC-32s and sizes
 
+  def read(self, start: int, out: np.ndarray) -> None:
+    """Fills uint8 `[n]` with the bytes from `start` on."""
+    crc = self._file.read(self._begin + start, out)
+    self._pieces.append((start, (crc, out.size)))
+
   def __getitem__(self, part: slice) -> np.ndarray:
-    data, crc = self._file.read(self._begin + part.start, part.stop - part.start)
-    self._pieces.append((part.start, (crc, data.size)))
+    data = np.empty(part.stop - part.start, np.uint8)
+    self.read(part.start, data)
     return data
 
   def check(self, crc32: int) -> None:
@@ -203,14 +208,13 @@ class StreamReader:
       raise ContainerError(f'{MANIFEST}: too many lists and objects for its length')
     return text
 
-  def read(self, begin: int, count: int) -> tuple[np.ndarray, int]:
-    """Reads a part of the file; returns it with its CRC-32."""
+  def read(self, begin: int, out: np.ndarray) -> int:
+    """Fills uint8 `[n]` with a part of the file; returns its CRC-32."""
     if self.opened is None:
-      part = self._content[begin : begin + count]
-      return part, zlib_ng.crc32(part)
-    data = np.empty(count, np.uint8)
+      out[...] = self._content[begin : begin + out.size]
+      return zlib_ng.crc32(out)
     try:
-      return data, self.opened.read(begin, data)
+      return self.opened.read(begin, out)
     except OSError as error:
       raise ContainerError(str(error)) from error
 
@@ -218,12 +222,13 @@ class StreamReader:
     """Returns where streams begin and their sizes, by name, and a checksum."""
     if self.size < 8:
       raise ContainerError('not a rotbits file: it has fewer than 8 bytes')
-    (length,) = struct.unpack('<Q', self.read(0, 8)[0])
+    self.read(0, start := np.empty(8, np.uint8))
+    (length,) = struct.unpack('<Q', start)
     if length > min(self.size - 8, _MOST_HEADER):
       raise ContainerError('not a rotbits file, or cut short within its header')
-    header = self.read(8, length)[0].tobytes()
+    self.read(8, header := np.empty(length, np.uint8))
     with naming('not a rotbits file, or its header is damaged'):
-      values = schema.decode(dict[str, Any], header)
+      values = schema.decode(dict[str, Any], header.tobytes())
       metadata = schema.load(_Metadata, values.pop(_METADATA, None), _METADATA)
       entries = schema.load(dict[str, _Entry], values)
     if metadata.version != str(VERSION):

@@ -37,7 +37,7 @@ class File(NamedTuple):
 
   def check(self, descriptor: int | None = None) -> None:
     """Checks that the present state is still that of the opening."""
-    if self != File.of(self.path, descriptor):
+    if self[1:] != File.of(self.path, descriptor)[1:]:
       raise OSError(f'{self.path}: the file changed after it was opened')
 
   def read(self, offset: int, out: np.ndarray) -> int:
