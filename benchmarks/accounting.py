@@ -113,6 +113,6 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
       rows.append((name, f'{sparsity:.0%}', *cells))
   about = (
     'Fewer elements than the dense model with an untied head, without coding. The '
-    'ideal scheme loses none of the bits of a rotation.'
+    'ideal scheme loses no bits of a rotation; the last columns add up, as in `free`.'
   )
   yield common.Section(TITLE, f'{about}\n\n{common.table(HEADER, rows)}')

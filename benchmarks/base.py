@@ -185,8 +185,8 @@ def fine_tunes() -> str:
     for row in (ours(new, old), measured(OF_FINE_TUNES, new, old)):
       rates = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
       share = f'{row.bytes / size:.4f}'
-      lines.append((name, row.method, f'{row.bytes:,}', share, *rates))
-  header = ('model', 'method', 'bytes', 'share', 'encode MB/s', 'decode MB/s')
+      lines.append((name, row.method, common.megabytes(row.bytes), share, *rates))
+  header = ('model', 'method', 'MB', 'share', 'encode MB/s', 'decode MB/s')
   return common.table(header, lines, texts=2)
 
 
@@ -204,15 +204,15 @@ def steps() -> str:
       changed = sum(np.count_nonzero(_bits(x) != _bits(old[k])) for k, x in new.items())
       shares = (f'{row.bytes / bound:.2f}' for row in rows)
       share = f'{2 * changed / size:.2%}'
-      sizes.append((f'{rate:g}', count, share, f'{bound:,}', *shares))
+      sizes.append((f'{rate:g}', count, share, common.megabytes(bound), *shares))
       if timed:
         for row in rows:
           speeds = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
-          rates.append((row.method, f'{row.bytes:,}', *speeds))
+          rates.append((row.method, common.megabytes(row.bytes), *speeds))
   names = [row[0] for row in rates]
-  header = ['learning rate', 'steps', 'changed', 'entropy, bytes', *names]
+  header = ['learning rate', 'steps', 'changed', 'entropy, MB', *names]
   tables = [common.table(header, sizes, texts=1)]
-  header = ['method', 'bytes', 'encode MB/s', 'decode MB/s']
+  header = ['method', 'MB', 'encode MB/s', 'decode MB/s']
   return '\n\n'.join([*tables, common.table(header, rates, texts=1)])
 
 
@@ -233,13 +233,13 @@ def sliced_models() -> str:
       divergences = checked.kl, checked.kl_rerounded
       lines.append(
         (
-          *(name.split('-')[0], f'`{preset}`', f'{report.file_bytes:,}'),
+          *(name.split('-')[0], f'`{preset}`', common.megabytes(report.file_bytes)),
           f'{report.file_bytes / report.input_bytes:.4f}',
           *(None if x is None else f'{x:.2g}' for x in divergences),
           *(f'{x:.2f}' for cost in (encode, decode) for x in cost),
         )
       )
-  header = ('model', 'preset', 'bytes', 'share', 'KL', 'floor')
+  header = ('model', 'preset', 'MB', 'share', 'KL', 'floor')
   costs = ('encode s', 'GB', 'decode s', 'GB')
   return common.table([*header, *costs], lines, texts=2)
 
@@ -247,20 +247,20 @@ def sliced_models() -> str:
 def run(settings: common.Settings) -> Iterator[common.Section]:
   del settings
   about = (
-    f'{common.TUNED}, given {common.BASE}. Rates are megabytes of the model per '
-    f'second, the median of {RUNS} runs, from file to file for `exact` and in memory '
-    'for the others.'
+    f'The fine-tune {common.TUNED}, relative to its base {common.BASE}. Rates are MB '
+    f'of its tensors per second, the median of {RUNS} runs: from file to file for '
+    '`exact`, in memory for XOR.'
   )
   of_sliced = (
-    'Tiny models of tests/testdata, sliced by 25%, given their dense models, by whole '
-    'commands with the peak resident size of each process. `verify` measures KL, in '
-    'nats per token, on random tokens.'
+    'Tiny models of tests/testdata, sliced by 25%, relative to their dense models. '
+    'Times and peak resident memory (GB) are of whole commands. KL, in nats per token '
+    'on random tokens, and its noise floor are those that `rotbits verify` prints.'
   )
   of_steps = (
-    f'{common.BASE} in bfloat16 after steps of Adam on float32, for gradients of noise.'
-    ' The entropy is that of the differences in ULPs, given the exponents of the base; '
-    'the columns of methods have multiples of it. Rates are measured in memory, at the '
-    f'learning rate {TIMED[0]:g} after {TIMED[1]} step.'
+    f'{common.BASE} in bfloat16, relative to itself before some steps of Adam, which '
+    'have float32 masters and random gradients. The entropy is that of the differences '
+    'in ULPs, given the exponents of the base; a method takes the stated multiple of '
+    f'it. The second table has rates in memory, at {TIMED[0]:g} after {TIMED[1]} step.'
   )
   parts = [about, fine_tunes(), of_steps, steps()]
   parts += [of_sliced, sliced_models()]

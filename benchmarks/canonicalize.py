@@ -45,8 +45,8 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     first = time.perf_counter() - start
     rows.append((name, f'{first:.2f}', f'{common.median_seconds(way, RUNS):.2f}'))
   about = (
-    f'A sliced Llama of random weights, {LAYERS} layers of width {WIDTH}. The first '
-    'run compiles.'
+    '`jit(canonicalize)`, and the chain of `passes` of the encoder, on a sliced Llama '
+    f'of random weights: {LAYERS} layers of width {WIDTH}. The first run compiles.'
   )
   table = common.table(('', 'first run, s', 'later runs, s'), rows)
   yield common.Section(TITLE, f'{about}\n\n{table}')

@@ -191,15 +191,15 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   runs, pops = 64, 2048
   biases, noise = np.abs(haar_bias(16, runs, pops)), (runs * pops) ** -0.5
   parts = [
-    f'Streams of {count:,} weights, as files have them:',
+    f'Records of {count:,} normally distributed weights, coded as in a file:',
     streams(count),
-    f'Messages of {count:,} symbols with one table, and by constriction:',
+    f'Messages of {count:,} symbols with one table, by lanes, and by constriction:',
     messages(count),
-    'Rotations in n dimensions by bits-back, and the bits per parameter that they take '
-    'and that come back:',
+    'Rotations in n dimensions by bits-back, with the bits per parameter that are '
+    'popped and those that come back:',
     common.table(('n', 'pop ms', 'push ms', 'taken', 'back'), rotations, texts=0),
-    'The mean of an entry of popped rotations in O(16), relative to the standard '
-    f'deviation: {np.sqrt(np.mean(biases**2)):.2%} in the root mean square, '
-    f'{biases.max():.2%} at most, where {noise:.2%} is the noise of the measurement.',
+    'Means of the entries of popped rotations in O(16), which should be 0, relative to '
+    f'their standard deviation: {np.sqrt(np.mean(biases**2)):.2%} in the root mean '
+    f'square, {biases.max():.2%} at most; measurement noise is {noise:.2%}.',
   ]
   yield common.Section(TITLE, '\n\n'.join(parts))

@@ -103,8 +103,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], texts: int = 1) 
 
 
 def megabytes(size: float) -> str:
-  """Returns a number of bytes in MB, with three digits."""
-  return f'{size / 1e6:#.3g}'.rstrip('.')
+  """Returns a number of bytes in MB, with three digits or more."""
+  return f'{size / 1e6:#.3g}'.rstrip('.') if size < 9e8 else f'{size / 1e6:,.0f}'
 
 
 def tables(title: str) -> list[list[dict[str, str]]]:

@@ -111,12 +111,13 @@ def measure(
 def to_table(model: str, rows: Iterable[Row]) -> str:
   """Formats the rows of a model, whose name is the first of the header."""
   cell = lambda value, form: None if value is None else format(value, form)
-  sizes = 'bytes', 'share', 'perplexity', 'KL'
+  sizes = 'MB', 'share', 'perplexity', 'KL'
   return common.table(
     [model, *sizes, 'encode s', 'decode s', 'verified'],
     [
       (
-        *(row.stored, cell(row.bytes, ','), cell(row.share, '.1%')),
+        *(row.stored, row.bytes and common.megabytes(row.bytes)),
+        cell(row.share, '.1%'),
         *(cell(row.perplexity, '.3f'), cell(row.kl, '.2g')),
         *(cell(row.encode_seconds, '.1f'), cell(row.decode_seconds, '.1f')),
         row.verified,
@@ -140,20 +141,19 @@ def run(settings: common.Settings, full: bool = True) -> Iterator[common.Section
     for name, (folder, presets) in subjects.items()
   ]
   about = (
-    f'Perplexity and KL, in nats per token, on {TOKENS:,} tokens of a text. The floor '
-    'of KL is the row "rotated, rounded again": the same model in other coordinates.'
+    f'Perplexity, and KL divergence from the given model in nats per token, on '
+    f'{TOKENS:,} tokens of a text. The noise floor of KL is the row "rotated, rounded '
+    'again": the given model in other coordinates. Times include compilation.'
   )
   parts = [about, *tables]
   if len(subjects) > 1:
     parts.append(
-      'SmolLM2-135M comes from a GGUF file with 96.6 MB of tensors, of Q4_1 and, for '
-      'the embedding, Q8_0. `exact` finds their codes again; `near` rounds the weights '
-      'without them.'
+      'SmolLM2-135M comes from a GGUF file whose tensors take 96.6 MB, in Q4_1 and, '
+      'for the embedding, Q8_0. `exact` finds these codes again; `near` ignores them.'
     )
     parts.append(
-      'The sliced SmolLM2 is of no use as a model: slicing unties its head from its '
-      'embedding, and they are a fifth of so small a model. Its table compares bytes '
-      'for one and the same function.'
+      'Slicing damages so small a model, as its perplexity shows. The last table only '
+      'compares ways to store the result.'
     )
   yield common.Section(TITLE, '\n\n'.join(parts))
 

@@ -67,9 +67,8 @@ def tables_of_readme() -> dict[str, str]:
   model, lines = next(iter(speeds[0])), []
   for row in speeds:
     if row[model] != 'safetensors':
-      size, share = (float(row[x].replace(',', '')) for x in ('bytes', 'share'))
       times = (f'{float(row[x]):.2f}' for x in header[3:])
-      lines.append((row[model], common.megabytes(size), f'{share:.1%}', *times))
+      lines.append((row[model], row['MB'], f'{float(row["share"]):.1%}', *times))
   kept = [name for name in HEADER if name != 'model']
   alone = [x for x in sizes if re.search('^sliced| base$| quantised$', x['weights'])]
   others = [[row[name] for name in kept] for row in alone]
@@ -95,6 +94,6 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     (kind, model, *map(common.megabytes, sizes), f'**{sizes[1] / sizes[0]:.1%}**')
     for kind, model, *sizes in rows(settings)
   ]
-  about = 'The preset is `exact`, unless another one is named.'
+  about = 'Files of `exact`, unless a row names a preset. Pruned weights are zero.'
   body = f'{about}\n\n{common.table(HEADER, lines, texts=2)}'
   yield common.Section(TITLE, body)

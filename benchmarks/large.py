@@ -34,7 +34,7 @@ def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> tuple:
   costs.append(common.run('-c', LOAD, file))
   size = file.stat().st_size
   file.unlink()
-  cells = [f'{source.nbytes:,}', f'{size:,}', f'{size / source.nbytes:.4f}']
+  cells = [*map(common.megabytes, (source.nbytes, size)), f'{size / source.nbytes:.4f}']
   for cost in costs:
     cells += [f'{cost.seconds:.1f}', f'{cost.peak:.2f}']
   return (source.config.num_layers, f'`{preset}`', *cells)
@@ -46,11 +46,11 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     shape = published.MODELS['llama-2-7b'] | {'num_hidden_layers': LAYERS}
     synthetic.write(work / 'llama', shape)
     rows = [measure(work / 'llama', preset, work) for preset in ('exact', 'free')]
-  header = ['layers', 'preset', 'tensors', 'file', 'share']
+  header = ['layers', 'preset', 'MB', 'file MB', 'share']
   for task in ('encode', 'decode', 'load'):
     header += [f'{task} s', 'GB']
   about = (
-    'Sliced by 25%, with random weights in float16. Each command is a new process, and '
-    'GB are its peak resident size.'
+    'Fewer layers, sliced by 25%, with random weights in float16. Each command is a '
+    'new process: times include compilation, and GB are its peak resident memory.'
   )
   yield common.Section(TITLE, f'{about}\n\n{common.table(header, rows, texts=2)}')

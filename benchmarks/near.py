@@ -131,12 +131,13 @@ def to_table(rows: Sequence[Row], elements: int) -> str:
     share = None if 'near' in row.method else share_of_near(rows, row)
     lines.append(
       (
-        *(row.method, row.format, f'{row.bytes:,}', f'{8 * row.bytes / elements:.3f}'),
+        *(row.method, row.format, common.megabytes(row.bytes)),
+        f'{8 * row.bytes / elements:.3f}',
         *(f'{row.perplexity:.3f}', f'{row.kl:.2e}', f'{row.agreement:.2%}'),
         share,
       )
     )
-  header = ['method', 'format', 'bytes', 'bits', 'perplexity', 'KL', 'agreement']
+  header = ['method', 'format', 'MB', 'bits', 'perplexity', 'KL', 'agreement']
   return common.table([*header, '`near` takes'], lines, texts=2)
 
 
@@ -149,10 +150,10 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     rows = measure(checkpoint)
     elements = structured.count_elements(dict(checkpoint.model.leaves()))
     about = (
-      f'Perplexity, KL in nats per token and agreement on {TOKENS:,} tokens; '
+      f'Perplexity, KL in nats per token and agreement on {TOKENS:,} tokens; steps are '
       f'calibrated on {CALIBRATION_TOKENS:,} others. Bits are per weight. The last '
-      'column is the share of the bytes at which calibrated `near` has the same KL, or '
-      'a lower one where it begins with <.'
+      'column is the size of calibrated `near` at the same KL, relative to the row; '
+      'with <, even the coarsest step has a lower KL.'
     )
     picture = f'![Bits per weight against KL](docs/pictures/{PICTURES[name]})'
     body = f'{about}\n\n{to_table(rows, elements)}\n\n{picture}'

@@ -28,7 +28,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
   'polar factor, the default': {},
   'the same, entropy coded': {'entropy': True},
 }
-"""The options of the preset `paper` that are compared, each beside the last."""
+"""The options of the preset `paper` that are compared, each with the last."""
 
 
 def schemes() -> str:
@@ -51,19 +51,19 @@ def schemes() -> str:
       report = rotbits_jax.inspect(file)
       net = sum(note.get('net', 0) for note in report.notes['rotations'])
       reduction = f'{1 - report.file_bytes / report.input_bytes:.2%}'
-      size, back = f'{report.file_bytes:,}', f'{net / parameters:.2f}'
+      size, back = common.megabytes(report.file_bytes), f'{net / parameters:.2f}'
       measured = evaluation.evaluate(decoded, text, reference=model, max_tokens=TOKENS)
       costs = (f'{x:.1f}' for x in seconds)
       rows.append((name, size, reduction, back, *costs, f'{measured.kl:.2g}'))
-  header = ('scheme', 'bytes', 'reduction', 'bits back', 'encode s', 'decode s', 'KL')
+  header = ('scheme', 'MB', 'reduction', 'bits back', 'encode s', 'decode s', 'KL')
   return common.table(header, rows)
 
 
 def run(settings: common.Settings) -> Iterator[common.Section]:
   del settings
   about = (
-    'The preset `paper` on opt-small, sliced by 20%: parts of the published scheme, '
-    'exchanged one after the other. Bits back are net, for each of the d(d-1)/2 '
-    'parameters of a rotation.'
+    'The preset `paper` on opt-small, sliced by 20%. Each row changes one part of the '
+    'scheme of the row above. Bits back are net, for each of the d(d-1)/2 parameters '
+    'of a rotation.'
   )
   yield common.Section(TITLE, f'{about}\n\n{schemes()}')

@@ -126,7 +126,7 @@ def time_to_weights() -> None:
     links = np.geomspace(10, 3000, 100)
     figure, ax = plt.subplots(figsize=(6.4, 4))
     for row in rows:
-      seconds = number(row['bytes']) / links / 1e6 + number(row['decode s'])
+      seconds = number(row['MB']) / links + number(row['decode s'])
       ax.plot(links, seconds, label=row[model].strip('`'))
     ax.set(xscale='log', yscale='log', xlabel='link, MB/s', ylabel='seconds to weights')
     ax.set_title(model)

@@ -102,9 +102,9 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
       bits = [f'{8 * x / elements:.2f}' for x in sizes]
       cells = f'{len(notes)} of {len(tensors)}', *bits
       rows.append((name, *cells))
-  header = 'quantiser', 'tensors found', '`exact`', *peers
+  header = 'quantiser', 'codes found', '`exact`', *peers
   about = (
     'Bits per weight of the matrices in the layers of all-MiniLM-L6-v2, quantised and '
-    'dequantised to bfloat16; every bit comes back. Scales are float32 unless named.'
+    'dequantised to bfloat16, without loss. Scales are float32 unless named.'
   )
   yield common.Section(TITLE, f'{about}\n\n{common.table(header, rows)}')

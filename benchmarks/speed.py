@@ -93,9 +93,9 @@ def measure(subject: Subject, settings: common.Settings, work: pathlib.Path) -> 
       costs += [f'{seconds:.3f}', f'{size / seconds / 1e6:,.0f}', f'{peak / 1e9:.2f}']
     coded = packed.stat().st_size
     label = f'`{name}`' if name in ours else name
-    rows.append((label, f'{coded:,}', f'{coded / size:.4f}', *costs))
+    rows.append((label, common.megabytes(coded), f'{coded / size:.4f}', *costs))
     packed.unlink()
-  header = [subject.name, 'bytes', 'share']
+  header = [subject.name, 'MB', 'share']
   for task in ('encode', 'decode'):
     header += [f'{task} s', 'MB/s', 'GB']
   return common.table(header, rows)
@@ -106,9 +106,9 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     work = pathlib.Path(folder)
     tables = [measure(x, settings, work) for x in subjects(settings, work)]
   about = (
-    'The second of two times in a process of its own, from a file to a file and from a '
-    'file to arrays; GB are the peak resident size of the process. In random weights a '
-    'coder finds nothing but their distribution and their symmetries.'
+    'Each task is a process that does its work twice; the second time counts. Encoding '
+    'is from file to file, decoding from a file to arrays. GB are the peak resident '
+    'memory. Random weights have no structure but their distribution and symmetries.'
   )
   picture = (
     '![Time to weights over the speed of a link](docs/pictures/time-to-weights.svg)'
