@@ -36,6 +36,7 @@ _SAMPLE = 1 << 14  # elements of a block that tell its grid
 _MOST_DISTINCT = 144  # magnitudes of a block; no grid has so many
 _LENGTHS = 128, 64, 32, 16  # of groups
 _BLOCKS = 5  # rows and columns of blocks of a sample
+_FEW = 16  # of its magnitudes, with which most other grids do not agree
 _FIT = 0.75  # share of the blocks of a sample that have scales
 _ROUNDS = 6
 _CERTAIN = 0.45  # of a step of a grid
@@ -133,11 +134,26 @@ def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> grids.Name |
   if not bits.size:
     return None
   distinct = np.median(np.count_nonzero(bits, axis=0))
+  some = _borders(bits[:: -(-len(bits) // _FEW)], dtype)
   for name, grid in grids.GRIDS.items():
-    can_fit = distinct < len(grid.magnitudes)
+    can_fit = distinct < len(grid.magnitudes) and _may_fit(*some, grid) >= _FIT
     if can_fit and _bounds(bits, dtype, grid)[2].mean() >= _FIT:
       return name
   return None
+
+
+@np.errstate(divide='ignore', invalid='ignore', over='ignore')
+def _may_fit(low: np.ndarray, high: np.ndarray, grid: grids.Grid) -> float:
+  """Returns the share of blocks that a grid may fit, given borders `[n, U]` of a few.
+
+  The first row has the greatest elements. Each may have any of the likely codes.
+  """
+  middle, relative = (low + high) / 2, (high - low) / (high + low)
+  tops = grid.magnitudes[[*grid.tops], None, None]
+  quotients = middle / middle[0] * tops
+  errors = np.abs(quotients - grid.magnitudes[grid.nearest(quotients)])
+  is_wrong = errors > _NEARLY * quotients * (relative + relative[0])
+  return float(np.mean(~is_wrong.any(axis=1).all(axis=0)))
 
 
 def _rows(magnitudes: np.ndarray, block: Block) -> np.ndarray:
