@@ -1,5 +1,6 @@
 """Grids: the numbers that quantised arrays have before they are scaled."""
 
+import functools
 from typing import Literal, NamedTuple
 
 import ml_dtypes
@@ -20,11 +21,13 @@ class Grid(NamedTuple):
 
   def nearest(self, numbers: np.ndarray) -> np.ndarray:
     """Returns the indices of the magnitudes next to numbers that are not negative."""
-    magnitudes, most = self.magnitudes, len(self.magnitudes) - 1
-    if magnitudes[most] == most:  # integers
+    most = len(self.magnitudes) - 1
+    if self.magnitudes[most] == most:  # integers
       return np.minimum(np.rint(numbers), most).astype(np.uint8)
-    borders = (magnitudes[1:] + magnitudes[:-1]) / 2
-    return np.searchsorted(borders, numbers.astype(np.float32)).astype(np.uint8)
+    # A number of 16 bits is the least one of those that begin with its bits, and a
+    # border between two magnitudes is such a number.
+    high = numbers.astype(np.float32).view(np.uint32) >> np.uint32(16)
+    return _nearest(self.magnitudes.tobytes()).take(high, mode='clip')
 
   def table(self, dtype: np.dtype) -> np.ndarray:
     """Returns the stored number of each magnitude, and then that of its negative."""
@@ -33,6 +36,15 @@ class Grid(NamedTuple):
       numbers /= self.unit
       numbers[len(self.magnitudes)] = NEGATIVE_ZERO
     return np.clip(numbers, -128, 127).astype(dtype) if dtype == np.int8 else numbers
+
+
+@functools.cache
+def _nearest(magnitudes: bytes) -> np.ndarray:
+  """Returns the index of the magnitude next to float32 that begin with 16 bits."""
+  floats = np.frombuffer(magnitudes, np.float32)
+  numbers = (np.arange(1 << 15, dtype=np.uint32) << np.uint32(16)).view(np.float32)
+  borders = (floats[1:] + floats[:-1]) / 2
+  return np.searchsorted(borders, numbers, side='right').astype(np.uint8)
 
 
 def _floats(dtype: type, tops: tuple[int, ...], unit: float | None = None) -> Grid:

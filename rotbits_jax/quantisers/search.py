@@ -14,6 +14,7 @@ by k bound k s by the differences of their borders; given s, each element bounds
 Shape letters: U blocks have n elements each, or n distinct magnitudes.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import math
 from typing import Any
@@ -48,7 +49,7 @@ _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _CODES = 16  # of groups with minima
 _SCALES = 1 << 9  # that tell their factor, and groups that tell their length
 _LEAF_BYTES = 200
-_ESTIMATED = 1 << 17  # elements
+_ESTIMATED = 1 << 15  # elements
 
 Block = tuple[int, int]
 
@@ -65,24 +66,19 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
     return None
   array = host.contiguous(array)
   magnitudes = _magnitudes(array)
-  grid_of = {x: _grid(magnitudes, x, array.dtype) for x in _blocks(array.shape)}
-  # Of float4 with powers of two for scales, large blocks are float8.
-  found = [(x, name) for name in grids.GRIDS for x in grid_of if grid_of[x] == name]
-  leaves = (_leaf(array, magnitudes, *x) for x in found)
-  leaf = next(filter(None, leaves), None) if found else _with_minima(array)
+  leaves = (_leaf(array, magnitudes, *x) for x in _candidates(array, magnitudes))
+  leaf = next(filter(None, leaves), None) or _with_minima(array)
   return leaf if leaf and nbytes(leaf) < _estimate(array) else None
 
 
 def nbytes(leaf: leaf_lib.BlockQuantized) -> float:
   """Estimates the bytes of a leaf in a file."""
-  arrays = leaf.stored()[1]
-  numbers = _estimate(arrays.pop('numbers'))
-  return numbers + coder.estimate([*arrays.values()]) + _LEAF_BYTES
+  return sum(map(_estimate, leaf.stored()[1].values())) + _LEAF_BYTES
 
 
 def _estimate(array: np.ndarray) -> float:
   """Estimates the bytes of an array from some of its rows."""
-  rows = array.reshape(-1, array.shape[-1])
+  rows = np.atleast_2d(array).reshape(-1, *array.shape[-1:])
   sample = np.ascontiguousarray(rows[:: -(-array.size // _ESTIMATED)])
   return coder.estimate([sample]) * len(rows) / len(sample)
 
@@ -119,8 +115,31 @@ def _blocks(shape: tuple[int, ...]) -> list[Block]:
   return forms
 
 
-def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> grids.Name | None:
-  """Returns the first grid that fits a sample of blocks, or None."""
+def _candidates(
+  array: np.ndarray, magnitudes: np.ndarray
+) -> Iterator[tuple[Block, grids.Name]]:
+  """Yields forms of blocks with grids that fit samples of them, the likely one first.
+
+  It has the grid of the fewest magnitudes, and the largest blocks of this grid: large
+  blocks of float4 whose scales are powers of two are float8.
+  """
+  forms = _blocks(array.shape)
+  while forms:
+    names, found = [*grids.GRIDS], None
+    for i, block in enumerate(forms):
+      name = _grid(magnitudes, block, array.dtype, names)
+      if name is not None:
+        names, found = names[: names.index(name)], (i, block, name)
+    if found is None:
+      return
+    yield found[1:]
+    forms = forms[found[0] + 1 :]
+
+
+def _grid(
+  magnitudes: np.ndarray, block: Block, dtype: np.dtype, names: list[grids.Name]
+) -> grids.Name | None:
+  """Returns the first of the grids that fits a sample of blocks, or None."""
   counts = [max(n // m, 1) for n, m in zip(magnitudes.shape, block, strict=True)]
   places = [np.unique(np.linspace(0, n - 1, _BLOCKS).astype(int)) for n in counts]
   parts = []
@@ -135,7 +154,8 @@ def _grid(magnitudes: np.ndarray, block: Block, dtype: np.dtype) -> grids.Name |
     return None
   distinct = np.median(np.count_nonzero(bits, axis=0))
   some = _borders(bits[:: -(-len(bits) // _FEW)], dtype)
-  for name, grid in grids.GRIDS.items():
+  for name in names:
+    grid = grids.GRIDS[name]
     can_fit = distinct < len(grid.magnitudes) and _may_fit(*some, grid) >= _FIT
     if can_fit and _bounds(bits, dtype, grid)[2].mean() >= _FIT:
       return name
