@@ -15,9 +15,10 @@ Data flows through the modules in one direction:
     structured    leaves that stand for arrays and store fewer elements
     symmetries    pure functions that fix the gauges of weights
     passes        transforms that leave fewer elements to store
-    coding        codes arrays as bytes
-    presets       combinations of transforms and a way to code
-    relative      arrays relative to those of a base
+    coding        turns arrays into bytes
+    presets       combinations of transforms and a coder
+    quantisers    finds the codes of weights that were quantised before
+    relative      stores arrays relative to those of a base
     file          the encoded file
     evaluation    perplexity and KL divergence of models
 """

@@ -59,7 +59,7 @@ def encode(
   progress: bool = False,
   **options: Any,
 ) -> bytes:
-  """Stores a model, or any PyTree of arrays, in few bytes; see `file`.
+  """Encodes a model, or any PyTree of arrays, as the bytes of a file.
 
   >>> data = rotbits_jax.encode({'weights': np.ones((64, 64), np.float16)})
   >>> rotbits_jax.decode(data)['weights'].shape
@@ -72,10 +72,10 @@ def encode(
       of safetensors files as plain tensors, so these files come back byte for byte.
     preset: the name of a factory in `presets`, which gets the options, or a preset that
       it made. The default is 'free' for a sliced model and 'exact' for everything else.
-    base: a model or PyTree that differs little, such as the base of a fine-tune. Arrays
-      at its paths are not stored again, and whoever decodes the file passes it, too. It
-      needs the preset 'exact', which is then the default; or 'free', for a sliced model
-      whose base is its dense model: both sides find the subspaces that slicing kept.
+    base: a model or PyTree that differs little, such as the base of a fine-tune. Only
+      the differences from its arrays are stored, and decoding needs it, too. The preset
+      is then 'exact', the default; or 'free', for a sliced model whose base is its
+      dense model: then the subspaces that slicing kept are stored.
   """
   return _encoder(source, base, preset, **options).in_memory(progress=progress)
 
@@ -104,11 +104,11 @@ def encode_to_file(
     path: path of the file, or of the folder of shards with their index.
     shard_size: greatest size of the records of a shard before they are coded, in bytes;
       a larger record has a shard to itself. None for one file.
-    target_size: the greatest number of bytes of the output, in place of the option
-      `step` of 'near'. It has at least 99% of them, where steps between exist.
+    target_size: a bound on the bytes of the output, for which the option `step` of
+      'near' is searched. The output has at least 99% of them, if steps between exist.
     overwrite: whether an existing output may be replaced. No file of an input is.
-    check: whether to decode the output before it replaces an older one, and to compare
-      it with the source: a checkpoint as `verify` does, else if the preset keeps bits.
+    check: whether to decode the output and compare it with the source before it gets
+      its name: a checkpoint as in `verify`, others if the preset keeps bits.
   """
   inputs = source, base
 
@@ -154,7 +154,7 @@ def decode(
   base: Base | None = None,
   progress: bool = False,
 ) -> Any:
-  """Returns the model, or the PyTree, in a file, as NumPy arrays.
+  """Returns the model or the PyTree in a file, as NumPy arrays.
 
   >>> data = rotbits_jax.encode({'layers': [np.zeros(3), np.ones(2)]})
   >>> rotbits_jax.decode(data)
@@ -162,9 +162,9 @@ def decode(
   >>> rotbits_jax.decode(data, like={'layers': [np.zeros(3), np.zeros(2)]})
   {'layers': [array([0., 0., 0.]), array([1., 1.])]}
 
-  The structured leaves of a `Model` stay structured. Without `like`, a PyTree is nested
-  dicts whose keys are keys of dicts, indices and names of fields, and plain tensors are
-  by their names.
+  The structured leaves of a `Model` stay structured. Without `like`, a PyTree comes as
+  nested dicts, whose keys are those of dicts, indices and names of fields; plain
+  tensors come as a dict by name.
 
   Args:
     like: a PyTree whose structure the PyTree in the file gets: lists, tuples, Optax
@@ -230,7 +230,7 @@ def load(
 def decode_checkpoint(
   source: file.Readable, *, base: Base | None = None, progress: bool = False
 ) -> checkpoints.Checkpoint:
-  """Decodes the model in a file with its sidecar files and its stem; see `decode`."""
+  """Decodes the model of a file as a checkpoint, with its other files; see `decode`."""
   reader = file.Reader(source, base=base)
   model = reader.content(as_model=True, show_progress=progress)
   if not isinstance(model, models.Model):

@@ -1,16 +1,13 @@
-"""Presets: ways to rewrite and code a model. Each preset has options of its own.
+"""Presets: ways to rewrite and code a model.
 
-free    keeps the function of the model up to rounding, and removes redundant elements
 exact   keeps every bit of the input
-near    removes the same elements as `free`, and rounds the others more coarsely, so
-        that the function changes a little and the file is much smaller
-paper   keeps the function up to rounding, and saves bits by rotating the model, as
-        published
+free    removes redundant elements, and keeps the function of the model up to rounding
+near    as `free`, but rounds the other elements to coarse steps: the function changes a
+        little, and the file is much smaller
+paper   rotates the model, and gets the bits of the rotations back, as published
 
-A ValueError says that a name or an option is unknown, or that a value is out of range.
-
-Another preset is added by a function that makes a `Preset`:
-`presets.PRESETS['mine'] = my_package.mine`.
+Unknown names and options, and values out of range, raise a ValueError. A new preset is
+a function that makes a `Preset`: `presets.PRESETS['mine'] = my_package.mine`.
 """
 
 from collections.abc import Callable

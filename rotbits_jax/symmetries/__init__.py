@@ -1,9 +1,10 @@
 """Pure functions of the symmetries of a transformer's weights.
 
 A symmetry is a change of the weights that does not change the function of the model. A
-gauge is one choice among the weights that a symmetry connects. These functions take and
-return arrays, work under `jit` and `vmap`, and do not wait for the device. `passes`
-applies them to models that do not fit the device, and `canonicalize` to one that does.
+*gauge* is the choice of one of the weights that a symmetry connects; to *fix* it is to
+choose by a rule, so that all of them become the same. These functions take and return
+arrays, work under `jit` and `vmap`, and do not wait for the device. `canonicalize`
+fixes a whole model on the device, and `passes` one that does not fit there.
 
 The modules, in the order of reading:
 
@@ -13,8 +14,8 @@ The modules, in the order of reading:
     layer         one layer: gauge, fold norms, rotate, fix
     stacked       all layers in one call: `canonicalize` is the `vmap` of `layer`
     steps         rounding to multiples of a step, also with error feedback
-    subspaces     orthonormal bases, and those of which few numbers are free
-    products      matrix products that round equally on any number of threads
+    subspaces     orthonormal bases of subspaces, and the few parameters of one
+    products      matrix products whose rounding does not depend on threads
 """
 
 from rotbits_jax.symmetries.canonical import Polar as Polar
