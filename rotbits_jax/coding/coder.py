@@ -65,9 +65,8 @@ def encode(
   plan = plans.make(arrays, known)
   jobs = []
   for group in plan.groups:
-    layout, contexts = group.layout, group.contexts
-    tables = layout.tables(*contexts[1:4])
-    several = _blocks(layout, tables, contexts.scales, group.numbers)
+    tables = group.layout.tables(*group.contexts[1:])
+    several = _blocks(group.layout, tables, group.scales, group.parts)
     jobs.append([functools.partial(blocks.encode, *block) for block in several])
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
@@ -75,31 +74,27 @@ def encode(
   bodies = [[next(coded) for _ in several] for several in jobs]
   groups = tuple(
     specs.GroupSpec(
-      type_name='known' if group.contexts.is_known else group.layout.type_name,
+      type_name=group.layout.type_name if group.contexts.scales else 'known',
       raw_bits=group.layout.raw_bits,
       contexts=len(head),
       blocks=tuple(x.size for x in body),
     )
     for group, head, body in zip(plan.groups, heads, bodies, strict=True)
   )
-  # The group of each part, and None for a part that is stored as it is.
-  indices: dict[tuple[int, int], int | None] = {x[:2]: None for x in plan.plain}
-  for i, group in enumerate(plan.groups):
-    indices |= {x[:2]: i for x in group.parts}
+  group_of = {place: i for i, group in enumerate(plan.groups) for place in group.places}
+  indices = map(group_of.get, itertools.count())
   entries = tuple(
     specs.ArraySpec(
       dtype=array.dtype.name,
       shape=array.shape,
       crc32=crc32,
-      groups=tuple(indices[x] for x in sorted(indices) if x[0] == i),
+      groups=tuple(itertools.islice(indices, sparse.PARTS if zeros else 1)),
       zeros=zeros,
     )
-    for i, (array, crc32, zeros) in enumerate(
-      zip(plan.arrays, checksums, plan.zeros, strict=True)
-    )
+    for array, crc32, zeros in zip(plan.arrays, checksums, plan.zeros, strict=True)
   )
   pieces = [np.frombuffer(b''.join(heads), np.uint8), *itertools.chain(*bodies)]
-  pieces += [x.numbers.reshape(-1).view(np.uint8) for x in plan.plain]
+  pieces += [x.reshape(-1).view(np.uint8) for x in plan.plain]
   return Encoded(specs.StreamSpec(arrays=entries, groups=groups), pieces)
 
 
@@ -107,7 +102,7 @@ def estimate(arrays: Sequence[np.ndarray]) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
   plan = plans.make(arrays, _NONE)
   coded = sum(sum(group.nbytes) for group in plan.groups)
-  return coded + sum(x.numbers.nbytes for x in plan.plain)
+  return coded + sum(x.nbytes for x in plan.plain)
 
 
 def decode(
@@ -140,7 +135,8 @@ def decode(
       f'the stream must be uint8 [{spec.nbytes}], got {data.dtype} {list(data.shape)}'
     )
   arrays = _outputs(spec, out)
-  parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
+  parts_of = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
+  parts = [*itertools.chain(*parts_of)]
   fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
   read = getattr(data, 'read', fill)
   starts = itertools.accumulate(spec.sizes, initial=0)
@@ -149,7 +145,7 @@ def decode(
     read(next(starts), head)
   bodies = [[(next(starts), x) for x in group.blocks] for group in spec.groups]
   *members, plain = (
-    [(x.array, parts[x.array][x.part]) for x in several] for several in spec.members
+    [(x.array, parts[x.place]) for x in several] for several in spec.members
   )
   outputs = [x.reshape(-1).view(np.uint8) for _, x in plain]
   pool.run(functools.partial(read, next(starts), output) for output in outputs)
@@ -162,16 +158,16 @@ def decode(
   def decode_group(i: int) -> None:
     outputs = [x for _, x in members[i]]
     layout = spec.groups[i].layout(outputs[0].dtype)
-    shapes = None if is_known[i] else [x.shape for x in outputs]
+    shapes = [x.shape for x in outputs if not is_known[i]]
     contexts = contexts_lib.from_bytes(heads[i].tobytes(), layout, shapes)
     scales = contexts.scales
     if is_known[i]:
-      classes, count = known[members[i][0][0]](), len(contexts.table_of)
-      if classes.size != outputs[0].size or classes.max() >= count:
+      classes = known[members[i][0][0]]()
+      if classes.size != outputs[0].size:
         raise ValueError(f'{outputs[0].size} elements have other classes')
       outputs = [outputs[0].reshape(-1, 1)]
       scales = (contexts_lib.known_scales(classes),)
-    tables = layout.tables(*contexts[1:4])
+    tables = layout.tables(*contexts[1:])
     # Each block would copy them to the device.
     tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))
     several = _blocks(layout, tables, scales, outputs)
@@ -191,7 +187,7 @@ def decode(
   def finish(i: int) -> None:
     zeros = spec.arrays[i].zeros
     if zeros:
-      zeros.join(parts[i], arrays[i])
+      zeros.join(parts_of[i], arrays[i])
     if i not in checksums:
       checksums[i] = checksums_lib.of_array(arrays[i])
     if checksums[i] != spec.arrays[i].crc32:

@@ -20,18 +20,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax.coding import blocks
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 
 CLASSES = 256
 """The number of classes that a byte can tell."""
 
+_ROW = 128  # elements of a row of an array of one axis
+_WIDEST = 1 << 19  # columns that may have scales: a block makes the classes of rows
+
 Shape = tuple[int, ...]
 
 
 def matrix_shape(shape: Shape) -> tuple[int, int]:
-  """Returns R and C of an array: the product of all axes but the last; the last."""
+  """Returns R and C of an array; one of a single axis has rows of 128 elements."""
+  if len(shape) == 1:
+    return -(-shape[0] // _ROW), _ROW
   return math.prod(shape[:-1]), math.prod(shape[-1:])
 
 
@@ -44,7 +48,7 @@ def line_sizes(shape: Shape, size: int) -> tuple[int, int]:
 class Scales(NamedTuple):
   """The scales of the rows and columns of an array."""
 
-  base: int  # the class to which they are added; from 0 to 255 in a file
+  base: int  # the class to which they are added, modulo 256
   rows: np.ndarray  # uint8 `[R]`, or `[1]` if all rows have the same
   columns: np.ndarray  # the same for columns, see `line_sizes`
 
@@ -59,7 +63,7 @@ class Scales(NamedTuple):
     The array has the shape, and a unit so many numbers.
     """
     if self.rows.size == self.columns.size == 1:
-      out[:] = self.base + int(self.rows[0]) + int(self.columns[0])
+      out[:] = self.greatest & 255
       return
     width = line_sizes(shape, size)[1]
     step = size if matrix_shape(shape)[1] % size else 1  # from a unit to the next one
@@ -82,12 +86,10 @@ def known_scales(classes: np.ndarray) -> Scales:
 class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables."""
 
-  scales: tuple[Scales, ...]  # those of each array
-  base: np.ndarray  # int32: of floats `[1]`, see `told`; or the shift of each class
-  table_of: np.ndarray  # int64, the table of each class, as `told` counts classes
+  scales: tuple[Scales, ...]  # those of each array; none if classes are known
+  base: np.ndarray  # int, the least offset or minimum exponent; or each class's shift
+  table_of: np.ndarray  # int64, the row of each table of the layout
   frequencies: np.ndarray  # int64 `[K, A]`
-  # Whether the classes are known from elsewhere. They are rows of an array `[R, 1]`.
-  is_known: bool = False
 
 
 # ---- bytes ---------------------------------------------------------------------------
@@ -96,27 +98,26 @@ class Contexts(NamedTuple):
 def to_bytes(contexts: Contexts) -> bytes:
   """Serialises contexts; docs/format.md describes the bytes."""
   heads, lines = list[int](), list[bytes]()
-  for first, rows, columns in () if contexts.is_known else contexts.scales:
+  for first, rows, columns in contexts.scales:
     heads += [(rows.size > 1) + 2 * (columns.size > 1), first]
     # A scale that all lines share is part of the base.
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
-  count = np.array(len(contexts.table_of), '<i2')
-  base = np.diff(contexts.base, prepend=0).astype('<i2')
-  is_new = np.diff(contexts.table_of, prepend=-1).astype(np.uint8)
-  head = [count.tobytes(), base.tobytes(), bytes(heads), *lines, is_new.tobytes()]
-  return tables.deflate(b''.join(head) + tables.to_bytes(contexts.frequencies))
+  base = np.diff(contexts.base, prepend=0).astype('<i2').tobytes()
+  is_new = np.diff(contexts.table_of, prepend=-1).astype(np.uint8).tobytes()
+  head = b''.join([base, bytes(heads), *lines, is_new])
+  return tables.deflate(head + tables.to_bytes(contexts.frequencies))
 
 
 def from_bytes(
-  data: bytes, layout: layouts.Layout, shapes: Sequence[Shape] | None
+  data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]
 ) -> Contexts:
   """Makes contexts from bytes: the inverse of `to_bytes`.
 
-  `shapes` are those of the M arrays; None if their classes are known.
+  `shapes` are those of the M arrays whose classes are not known from elsewhere.
   """
-  lengths = [line_sizes(shape, layout.size) for shape in shapes or ()]
-  most = 4 + sum(2 + sum(x) for x in lengths)
-  most += layout.most_tables * (3 + 2 * layout.alphabet)
+  lengths = [line_sizes(shape, layout.size) for shape in shapes]
+  most = 2 * layout.bases + sum(2 + sum(x) for x in lengths)
+  most += layout.most_tables * (1 + 2 * layout.alphabet)
   content, position = tables.inflate(data, most), 0
 
   def take(size: int) -> np.ndarray:
@@ -126,27 +127,17 @@ def from_bytes(
       raise ValueError('the tables of arrays are cut short')
     return content[position - size : position]
 
-  count = int(take(2).view('<u2')[0])
-  offsets = take(2 if isinstance(layout, layouts.Floats) else 2 * count).view('<i2')
-  scales = []
+  base, scales = np.cumsum(take(2 * layout.bases).view('<i2'), dtype=np.int32), []
   heads = take(2 * len(lengths)).reshape(-1, 2).tolist()
-  for (mode, base), line_lengths in zip(heads, lengths, strict=True):
-    # A block of few units makes the classes of whole rows.
-    if mode > 3 or (mode and line_lengths[1] > blocks.CAPACITY):
+  for (mode, first), line_lengths in zip(heads, lengths, strict=True):
+    if mode > 3 or (mode and line_lengths[1] > _WIDEST):
       raise ValueError(f'scales cannot have the mode {mode}')
     pairs = enumerate(line_lengths)
     lines = [take(n) if mode >> i & 1 else np.zeros(1, np.uint8) for i, n in pairs]
-    scales.append(Scales(base, *lines))
-  is_new = take(count)
-  frequencies = tables.from_bytes(
-    content[position:], layout.alphabet, layout.stored_precision
-  )
-  greatest = max((x.greatest for x in scales), default=max(count - 1, 0))
-  least = layout.most_tables - 1 if isinstance(layout, layouts.Floats) else greatest
-  if greatest >= CLASSES or not least < count <= layout.most_tables:
-    raise ValueError(f'{greatest + 1} classes for {count} tables')
+    scales.append(Scales(first, *lines))
+  is_new = take(layout.most_tables)
+  frequencies = tables.from_bytes(content[position:], layout.alphabet)
   if is_new[0] != 1 or is_new.max() > 1 or is_new.sum() != len(frequencies):
-    raise ValueError(f'{len(frequencies)} frequencies of {count} tables')
-  base = np.cumsum(offsets, dtype=np.int32)
+    raise ValueError(f'{is_new.sum()} tables, got {len(frequencies)}')
   table_of = np.cumsum(is_new, dtype=np.int64) - 1
-  return Contexts(tuple(scales), base, table_of, frequencies, shapes is None)
+  return Contexts(tuple(scales), base, table_of, frequencies)

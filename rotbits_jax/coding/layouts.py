@@ -57,9 +57,8 @@ QUARTERS = 4
 LEVELS = 32
 """The tables of floats that share a step, and the classes of each minimum exponent."""
 
-MOST_SHIFT = 24
-RAW = 16
-"""The raw bits that are pushed at once."""
+RAW, MOST_RAW = 16, 24
+"""The raw bits of integers that are pushed at once, and in all."""
 
 MARKED = 1 << 15
 """The bit of the mark of a unit that is in a list, above its symbol."""
@@ -98,6 +97,7 @@ class Floats:
   stored_precision: ClassVar[int] = tables.PRECISION  # of a stored table
   symbol_bits: ClassVar[int] = 10
   size: ClassVar[int] = 2  # numbers of a unit
+  bases: ClassVar[int] = 1  # integers from which `told` counts
   pushes: ClassVar[int] = 1  # of a unit
 
   @property
@@ -275,13 +275,10 @@ class Floats:
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
   ) -> Tables:
-    """Makes the tables, or raises a ValueError if a pair of bins is too frequent.
-
-    `counts`, int64 `[K, 32]`, are of bins. `table_of` has, for each table that `told`
-    returns, its row.
-    """
-    pairs = tables.of_pairs(counts, self.precision)[table_of]
-    return _tables(pairs, base, len(pairs), self)
+    """Makes the tables, given counts of bins `[K, 32]`, and the row of each table."""
+    slots, intervals = _entries(tables.of_pairs(counts, self.precision), self)
+    rows = slots[table_of].reshape(-1), intervals[table_of].reshape(-1)
+    return Tables(*rows, base.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,15 +313,16 @@ class Integers:
   """The layout of bytes, and of signed integers of at most 32 bits."""
 
   dtype: np.dtype
-  raw_bits: int  # at least the shift of each class, and a multiple of 16
+  raw_bits: int  # the greatest shift
 
   type_name: ClassVar[str] = 'integers'
   raised: ClassVar[bool] = False
-  alphabet: ClassVar[int] = 256
+  alphabet: ClassVar[int] = 255  # of a stored table, which does not have the escape
   stored_precision: ClassVar[int] = 12
   precision: ClassVar[int] = 12
   symbol_bits: ClassVar[int] = 8
   size: ClassVar[int] = 1
+  bases: ClassVar[int] = 256
   words: ClassVar[int] = 1
   most_tables: ClassVar[int] = 256
   pieces: ClassVar[tuple[tuple[int, int], ...]] = ()
@@ -332,11 +330,11 @@ class Integers:
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
     is_integer = self.dtype.name in ('uint8', 'int8', 'int16', 'int32')
-    return is_integer and self.raw_bits in (0, RAW, 2 * RAW)
+    return is_integer and self.raw_bits in (0, RAW, MOST_RAW)
 
   @property
   def pushes(self) -> int:
-    return 1 + self.raw_bits // RAW
+    return 1 + -(-self.raw_bits // RAW)
 
   @property
   def word(self) -> np.dtype:
@@ -346,6 +344,11 @@ class Integers:
   def bias(self) -> int:
     """The symbol of 0. Of bytes 225 is the escape, which is rare in masks and codes."""
     return 30 if self.dtype == np.uint8 else 128
+
+  def packed(self, base: np.ndarray, table_of: np.ndarray) -> np.ndarray:
+    """Returns what each class tells, given its shift and its table."""
+    shifts = base.clip(0, self.raw_bits)
+    return (shifts << 8 | table_of).astype(np.int32)
 
   def told(self, classes: Any, packed: Any) -> tuple[Any, Any]:
     """Returns what int32 classes tell: tables and shifts, which `packed` lists."""
@@ -408,12 +411,14 @@ class Integers:
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, frequencies: np.ndarray
   ) -> Tables:
-    """Makes the tables, given shifts and tables of classes, and `[K, 256]`."""
-    if base.min() < 0 or base.max() > min(self.raw_bits, MOST_SHIFT):
-      raise ValueError(f'shifts cannot be from {base.min()} to {base.max()}')
-    told = _filled(base << 8 | table_of, self.most_tables)
+    """Makes the tables, given frequencies `[K, 255]`; see `Floats.tables`."""
     few = len(frequencies) <= _FEW_TABLES
-    return _tables(frequencies, told, _FEW_TABLES if few else self.most_tables, self)
+    count = _FEW_TABLES if few else self.most_tables
+    filled = []
+    for entries in _entries(frequencies, self):
+      filled.append(np.zeros((count, entries.shape[1]), np.uint32))
+      filled[-1][: len(entries)] = entries
+    return Tables(*(x.reshape(-1) for x in filled), self.packed(base, table_of))
 
 
 Layout = Floats | Codes | Integers
@@ -452,10 +457,16 @@ def _pushed(
   return (entry >> 12 & 0x3FFF, (entry & 0xFFF) + 1, layout.precision), mark
 
 
-def _tables(
-  frequencies: np.ndarray, told: np.ndarray, count: int, layout: Layout
-) -> Tables:
-  """Makes the arrays of so many tables, the first of which have these frequencies."""
+def _entries(frequencies: np.ndarray, layout: Layout) -> tuple[np.ndarray, ...]:
+  """Returns the rows of slots and of intervals, see `Tables`, of all but the escape.
+
+  Raises a ValueError if no slot is left to the escape, or if a symbol has too many.
+  """
+  field = (32 - layout.symbol_bits) // 2
+  left = (1 << layout.precision) - frequencies.sum(axis=1, keepdims=True)
+  frequencies = np.concatenate([frequencies, left], axis=1)
+  if left.min() < 1 or frequencies.max() > 1 << field:
+    raise ValueError(f'a symbol has more than {1 << field} slots, or the escape none')
   starts = np.cumsum(frequencies, axis=1) - frequencies
   intervals = starts << 12 | frequencies - 1
   escape = 1 << 31 | intervals[:, -1:]
@@ -463,22 +474,10 @@ def _tables(
   intervals[:, -1:] = escape
   used, symbols = np.nonzero(frequencies)
   lengths, starts = frequencies[used, symbols], starts[used, symbols]
-  field = (32 - layout.symbol_bits) // 2
   entries = (symbols << 2 * field) - (starts << field) + lengths - 1
   slots = np.repeat(entries.astype(np.uint32), lengths).reshape(len(frequencies), -1)
   slots += np.arange(1 << layout.precision, dtype=np.uint32) << np.uint32(field)
-  return Tables(
-    _filled(slots, count << layout.precision),
-    _filled(intervals.astype(np.uint32), count << layout.symbol_bits),
-    told.astype(np.int32),
-  )
-
-
-def _filled(values: np.ndarray, size: int) -> np.ndarray:
-  """Returns values, flat, and zeros behind them."""
-  filled = np.zeros(size, values.dtype)
-  filled[: values.size] = values.reshape(-1)
-  return filled
+  return slots, intervals.astype(np.uint32)
 
 
 def _whole(data: np.ndarray, units: np.ndarray) -> np.ndarray:

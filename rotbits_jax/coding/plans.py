@@ -10,7 +10,8 @@ Shape letters: n units, S numbers of a unit, N classes, K tables, A symbols.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from rotbits_jax.system import host
 
 _FLOATS = 1 << 16  # units that tell frequencies
 _INTEGERS = 1 << 20  # units of integers, because these have more tables
-_SIZES = 1 << 18  # integers that tell shifts
+_SIZES = 1 << 18  # integers that tell raw bits
 _LEAST_SAMPLE = 1 << 12  # units of a part
 _CHUNK = 1 << 16  # units that are counted at once, so that they fit the cache
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
@@ -34,32 +35,23 @@ _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
 _EXPONENTS = contexts_lib.CLASSES // layouts.LEVELS  # minimum exponents of a group
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
 _LEAST_INTEGER = 125  # the biased exponent of 1/4, the scale of the class 0 of integers
-_SHIFTED = 3  # octaves of the mean size of signed integers that symbols tell
+_SYMBOL_OCTAVES = 3  # of the mean size of signed integers, that symbols tell
+_ROUNDS = 3  # by which the sum of frequencies of pairs becomes right
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
 _MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 # The share of the most frequent bin. Without a limit a pair would be too frequent.
 _MOST_SHARE = {12: 0.66, tables.PRECISION: 0.33}
 
 
-class Part(NamedTuple):
-  """A part of an array."""
-
-  array: int  # index of the array in the record
-  part: int  # index of the part in the array
-  numbers: np.ndarray  # the part, contiguous
-
-
 class Group(NamedTuple):
   """Parts of one layout, coded together."""
 
   layout: layouts.Layout
-  contexts: contexts_lib.Contexts  # the classes of each part, and the tables
-  parts: list[Part]
+  contexts: contexts_lib.Contexts  # without scales if classes are known from elsewhere
+  scales: list[contexts_lib.Scales]  # of each part
+  parts: list[np.ndarray]  # contiguous
+  places: list[int]  # those of the parts in the record
   nbytes: list[float]  # about how many bytes each part takes
-
-  @property
-  def numbers(self) -> list[np.ndarray]:
-    return [x.numbers for x in self.parts]
 
 
 class Plan(NamedTuple):
@@ -67,17 +59,24 @@ class Plan(NamedTuple):
 
   arrays: list[np.ndarray]  # the arrays in C order
   zeros: list[sparse.Sparse | None]  # of arrays that are stored without their zeros
-  groups: list[Group]  # the groups of parts that are coded
-  plain: list[Part]  # the parts that are stored as they are
+  parts: list[np.ndarray]  # those of one array after the other
+  groups: list[Group]  # the parts that are coded
+
+  @property
+  def plain(self) -> list[np.ndarray]:
+    """The parts that are stored as they are."""
+    coded = {place for group in self.groups for place in group.places}
+    return [x for i, x in enumerate(self.parts) if i not in coded]
 
 
 class _Draft(NamedTuple):
   """How a part is coded."""
 
-  part: Part
+  numbers: np.ndarray
   layout: layouts.Layout
   lines: statistics.Lines
   min_exponent: int = 0  # of floats that share a step
+  place: int = 0  # that of the part in the record
 
 
 class _Sample(NamedTuple):
@@ -94,15 +93,15 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Group]) -> Plan:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   whole = pool.each(host.contiguous, map(np.asarray, arrays))
-  is_known = [i in known for i in range(len(whole))]
-  divided = pool.each(_divided, range(len(whole)), whole, is_known)
-  drafts = [draft for *_, several in divided for draft in several]
+  divided = pool.each(_divided, whole, [i in known for i in range(len(whole))])
+  parts, drafts, last = list[np.ndarray](), list[_Draft](), list[Group]()
+  for i, (_, numbers, of_parts) in enumerate(divided):
+    drafts += [draft._replace(place=len(parts) + j) for j, draft in of_parts.items()]
+    if i in known:
+      last.append(known[i]._replace(places=[len(parts)]))
+    parts += numbers
   groups = [x for x in map(_smaller, pool.each(_group, _by_layout(drafts))) if x]
-  for i, group in known.items():
-    groups.append(group._replace(parts=[group.parts[0]._replace(array=i)]))
-  coded = {x[:2] for group in groups for x in group.parts}
-  plain = [x for _, parts, _ in divided for x in parts if x[:2] not in coded]
-  return Plan(whole, [form for form, *_ in divided], groups, plain)
+  return Plan(whole, [form for form, *_ in divided], parts, groups + last)
 
 
 def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
@@ -113,47 +112,46 @@ def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
     classes: uint8 `[n]`, in C order. Integers of one class should be of similar size,
       and those of the fourth class above twice as large.
   """
-  part = Part(0, 0, numbers.reshape(-1, 1))
   lines = np.zeros(1, int), np.zeros(1, int)
-  draft = _Draft(part, layouts.Integers(numbers.dtype, 0), lines)
-  return _group([draft], contexts_lib.known_scales(classes))
+  draft = _Draft(numbers.reshape(-1, 1), layouts.Integers(numbers.dtype, 0), lines)
+  group = _group([draft], contexts_lib.known_scales(classes))
+  return group._replace(contexts=group.contexts._replace(scales=()))
 
 
 def _divided(
-  index: int, array: np.ndarray, is_known: bool
-) -> tuple[sparse.Sparse | None, list[Part], list[_Draft]]:
+  array: np.ndarray, is_known: bool
+) -> tuple[sparse.Sparse | None, list[np.ndarray], dict[int, _Draft]]:
   """Returns the form of an array, its parts, and how those are coded that can be."""
-  form, numbers, floats, min_exponent = None, [array], None, 0
+  form, parts, floats, min_exponent = None, [array], None, 0
   if array.size and array.dtype in layouts.FORMATS:
     bits = sparse.bit_patterns(array)
     floats, min_exponent = statistics.of_floats(bits, array.dtype)
-    form, numbers = sparse.without_zeros(array, floats.raised) or (None, numbers)
+    form, parts = sparse.without_zeros(array, floats.raised) or (None, parts)
   elif specs.is_of_bytes(array.dtype):
-    shape = *array.shape, array.dtype.itemsize
-    numbers = [array.reshape(-1).view(np.uint8).reshape(shape)]
-  parts, drafts = [Part(index, i, x) for i, x in enumerate(numbers)], []
-  for part in () if is_known else parts:
-    dtype = part.numbers.dtype
+    parts = [array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize)]
+  drafts: dict[int, _Draft] = {}
+  for i, numbers in enumerate(() if is_known else parts):
+    dtype = numbers.dtype
     layout: layouts.Layout = layouts.Integers(dtype, 0)
     if floats and dtype == array.dtype:
       layout = floats
-    if not part.numbers.size or not layout.is_valid():
+    if not numbers.size or not layout.is_valid():
       continue
     if dtype.kind == 'i':
-      layout = statistics.of_integers(part.numbers.reshape(-1))
-    if form and part.part == 0:
-      lines = statistics.densities(part.numbers)
+      layout = statistics.of_integers(numbers.reshape(-1))
+    if form and i == 0:
+      lines = statistics.densities(numbers)
     elif dtype == np.uint8:  # each byte of an element has a class
-      columns = np.arange(array.dtype.itemsize if form is None else 1)
+      columns = np.arange(array.itemsize if form is None else 1)
       lines = np.zeros(1, int), statistics.DENSITIES + columns
     else:
-      lines = statistics.measure(part.numbers, layout.size)
+      lines = statistics.measure(numbers, layout.size)
       # Bins that are right for some lines are too wide for others.
       spread = np.std(lines[0]) + np.std(lines[1])
       if layout.raw_bits and dtype == np.int8 and spread > _MOST_SPREAD:
         layout = layouts.Integers(dtype, 0)
-        lines = statistics.measure(part.numbers, layout.size)
-    drafts.append(_Draft(part, layout, lines, min_exponent))
+        lines = statistics.measure(numbers, layout.size)
+    drafts[i] = _Draft(numbers, layout, lines, min_exponent)
   return form, parts, drafts
 
 
@@ -166,19 +164,19 @@ def _by_layout(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
       several.append([draft])
     elif draft is not several[0][0]:
       several[-1].append(draft)
-  return [sorted(x, key=lambda y: y.part[:2]) for y in groups.values() for x in y]
+  return [sorted(x, key=lambda y: y.place) for y in groups.values() for x in y]
 
 
 def _smaller(group: Group) -> Group | None:
   """Returns the group without parts that coding does not make smaller."""
-  plain = [x.numbers.nbytes for x in group.parts]
-  kept = [i for i, nbytes in enumerate(group.nbytes) if nbytes < plain[i]]
-  saved = sum(plain[i] - group.nbytes[i] for i in kept)
-  if saved < len(contexts_lib.to_bytes(group.contexts)) + _GROUP_BYTES:
+  saved = [x.nbytes - y for x, y in zip(group.parts, group.nbytes, strict=True)]
+  kept = [i for i, nbytes in enumerate(saved) if nbytes > 0]
+  head = len(contexts_lib.to_bytes(group.contexts)) + _GROUP_BYTES
+  if sum(saved[i] for i in kept) < head:
     return None
-  pick = lambda values: [values[i] for i in kept]
-  contexts = group.contexts._replace(scales=tuple(pick(group.contexts.scales)))
-  return Group(group.layout, contexts, pick(group.parts), pick(group.nbytes))
+  scales, *others = ([x[i] for i in kept] for x in group[2:])
+  contexts = group.contexts._replace(scales=tuple(scales))
+  return Group(group.layout, contexts, scales, *others)
 
 
 # ---- classes and tables --------------------------------------------------------------
@@ -188,42 +186,45 @@ def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Gr
   """Chooses the classes and the tables of parts of one layout by samples of them."""
   layout = drafts[0].layout
   scales, base = _classes(drafts) if known is None else ([known], np.zeros(1, int))
-  count, seen, told = layout.most_tables, layout.alphabet, base
+  several, seen, told = len(drafts), layout.alphabet, base
+  most = _INTEGERS
   if isinstance(layout, layouts.Floats):
-    most = max(_FLOATS // len(drafts), _LEAST_SAMPLE)
+    most = max(_FLOATS // several, _LEAST_SAMPLE)
     seen = seen if layout.raised else _SEEN
-  else:
-    count, most = 1 + max(x.greatest for x in scales), _INTEGERS
   samples = [_sample(*x, most) for x in zip(drafts, scales, strict=True)]
   if isinstance(layout, layouts.Integers):
-    base = _shifts(samples, layout, count)
-    layout = dataclasses.replace(layout, raw_bits=-(-int(base.max()) // 16) * 16)
-    told = base << 8 | np.arange(count)
-  counts = [_counts(x, layout, told, (count, seen)) for x in samples]
+    base = _shifts(samples, layout)
+    raw_bits = min(-(-int(base.max()) // layouts.RAW) * layouts.RAW, layouts.MOST_RAW)
+    layout = dataclasses.replace(layout, raw_bits=raw_bits)
+    told = layout.packed(base, np.arange(layout.most_tables))
+  counts = [_counts(x, layout, told, seen) for x in samples]
   rows = np.sum(counts, axis=0)
-  # The bins are those that occur most.
-  ends = np.cumsum(np.append(0, rows.sum(axis=0)))
+  # The symbols are those that occur most; others are escapes.
+  ends = np.cumsum(np.append(0, rows[:, :-1].sum(axis=0)))
   first = int(np.argmax(ends[layout.alphabet :] - ends[: -layout.alphabet]))
   window = slice(first, first + layout.alphabet)
-  rows, table_of = _merged(rows[:, window])
+
+  def divided(rows: np.ndarray) -> np.ndarray:
+    coded = rows[:, window]
+    return np.append(coded, (rows.sum(axis=1) - coded.sum(axis=1))[:, None], axis=1)
+
+  rows, table_of = _merged(divided(rows))
   frequencies = _frequencies(rows, layout)
-  escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
-  bits = np.where(frequencies > 0, bits, escape)[table_of]
+  escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
+  bits = np.where(frequencies > 0, bits, escape)
+  bits = np.append(bits, np.full((len(bits), 1), escape), axis=1)
   nbytes = []
-  for draft, sample, draft_counts in zip(drafts, samples, counts, strict=True):
-    numbers, coded = draft.part.numbers.size, draft_counts[:, window]
-    raw_bits = layout.raw_bits
+  for draft, sample, of_draft in zip(drafts, samples, counts, strict=True):
+    raw_bits: Any = layout.raw_bits
     if isinstance(layout, layouts.Integers):
-      raw_bits = base[sample.classes].mean() if base.any() else 0
-    share = numbers / (sample.units.size * sample.weight)
-    escaped = sample.units.size * sample.weight - coded.sum()
-    cost = share * ((coded * bits).sum() + max(escaped, 0) * escape)
-    nbytes.append(float(cost + numbers * raw_bits) / 8 + 2)
-  contexts = contexts_lib.Contexts(
-    tuple(scales), base + first, table_of, frequencies, known is not None
-  )
-  return Group(layout, contexts, [x.part for x in drafts], nbytes)
+      raw_bits = np.mean(told[sample.classes] >> 8)
+    share = draft.numbers.size / of_draft.sum()
+    cost = share * (divided(of_draft) * bits[table_of]).sum()
+    nbytes.append(float(cost + draft.numbers.size * raw_bits) / 8 + 2)
+  contexts = contexts_lib.Contexts(tuple(scales), base + first, table_of, frequencies)
+  parts, places = [x.numbers for x in drafts], [x.place for x in drafts]
+  return Group(layout, contexts, scales, parts, places, nbytes)
 
 
 def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarray]:
@@ -237,8 +238,8 @@ def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarra
       scales.append(several._replace(base=several.base + layouts.LEVELS * exponent))
     return scales, np.array([start])
   if isinstance(layout, layouts.Floats) and layout.dtype in layouts.FORMATS:
-    least = min(int(rows.min() + columns.min()) for _, _, (rows, columns), _ in drafts)
-    most = max(int(rows.max() + columns.max()) for _, _, (rows, columns), _ in drafts)
+    least = min(int(rows.min() + columns.min()) for _, _, (rows, columns), *_ in drafts)
+    most = max(int(rows.max() + columns.max()) for _, _, (rows, columns), *_ in drafts)
     # A lower scale may be that of an array of zeros.
     octave = max(least // statistics.STEPS, most // statistics.STEPS - _OCTAVES)
     scales = [statistics.within(x.lines, octave, classes) for x in drafts]
@@ -259,7 +260,7 @@ def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarra
 
 def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   """Takes about `most` of the units of a part."""
-  numbers, size = draft.part.numbers, draft.layout.size
+  numbers, size = draft.numbers, draft.layout.size
   flat = numbers.reshape(-1)
   if isinstance(draft.layout, layouts.Floats):
     flat = sparse.bit_patterns(numbers)
@@ -274,40 +275,36 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   return _Sample(sample, classes.reshape(-1), len(units) / len(sample))
 
 
-def _shifts(samples: list[_Sample], layout: layouts.Integers, count: int) -> np.ndarray:
+def _shifts(samples: list[_Sample], layout: layouts.Integers) -> np.ndarray:
   """Returns the shift of each class, so that few integers have no symbol."""
-  step = max(sum(len(x.units) for x in samples) // _SIZES, 1)
+  step, count = max(sum(len(x.units) for x in samples) // _SIZES, 1), layout.most_tables
   classes = np.concatenate([x.classes[::step] for x in samples])
   sizes = np.abs(np.concatenate([x.units[::step, 0] for x in samples]).astype(float))
   large = np.count_nonzero(sizes > 126)
   if 1000 * large < sizes.size or layout.dtype == np.uint8:
     # The few large ones are escapes. Raw bits would double the time of all others.
-    return np.zeros(count, np.int32)
+    return np.zeros(count, int)
   counts = np.bincount(classes, minlength=count)
-  means = np.bincount(classes, sizes, count) / np.maximum(counts, 1)
-  means = np.log2(np.maximum(means, 1 / 64))
-  # Four classes are an octave, about. A few great integers must not tell more.
-  octaves = np.arange(count) / statistics.STEPS
-  weights = np.where(means > 2, counts, 1e-9)  # small integers are rounded
-  octaves += np.average(means - octaves, weights=weights)
-  means = np.where(counts, np.clip(means, octaves - 3, octaves + 3), octaves)
-  shifts = np.ceil(means) - _SHIFTED
-  return np.clip(shifts, 0, layouts.MOST_SHIFT).astype(np.int32)
+  seen = np.flatnonzero(counts)
+  # Roots, because a few great integers must not tell more.
+  roots = np.bincount(classes, np.sqrt(sizes))[seen] / counts[seen]
+  octaves = np.interp(np.arange(count), seen, 2 * np.log2(roots + 1e-9))
+  return np.ceil(octaves - _SYMBOL_OCTAVES).clip(0, layouts.MOST_RAW).astype(int)
 
 
 def _counts(
-  sample: _Sample, layout: layouts.Layout, base: np.ndarray, shape: tuple[int, int]
+  sample: _Sample, layout: layouts.Layout, told: np.ndarray, seen: int
 ) -> np.ndarray:
-  """Counts the symbols of each table, of the given shape; others are left out."""
-  (count, seen), width = shape, shape[1] + 1  # the last is of others
-  counts = np.zeros(count * width, int)
+  """Counts the first `seen` symbols of each table, and behind them the others."""
+  width = seen + 1
+  counts = np.zeros(layout.most_tables * width, int)
   for start in range(0, len(sample.units), _CHUNK):
     some = slice(start, start + _CHUNK)
-    table_of, told = layout.told(sample.classes[some].astype(int), base)
-    symbols = layout.symbols(sample.units[some], told[:, None]).astype(np.uint32)
+    table_of, of_units = layout.told(sample.classes[some].astype(int), told)
+    symbols = layout.symbols(sample.units[some], of_units[:, None]).astype(np.uint32)
     places = table_of[:, None] * width + np.minimum(symbols, np.uint32(seen))
     counts += np.bincount(places.reshape(-1), minlength=counts.size)
-  return counts.reshape(count, width)[:, :seen] * sample.weight
+  return counts.reshape(-1, width) * sample.weight
 
 
 def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -333,17 +330,29 @@ def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
-  """Returns frequencies in proportion to counts, of which programs can make tables."""
-  half = np.arange(layout.alphabet) < layout.alphabet // 2
-  counts = np.where(counts.any(axis=1, keepdims=True), counts, half)
-  # Rarer symbols are escapes.
-  whole = counts.sum(axis=1)
-  counts = np.where(counts * (8 << layout.stored_precision) < whole[:, None], 0, counts)
+  """Returns frequencies in proportion to counts, which end with those of escapes."""
   if isinstance(layout, layouts.Integers):
-    counts[:, -1] += whole - counts.sum(axis=1) + 1
-    return tables.quantize(np.ceil(counts), layout.stored_precision)
-  shares = counts / counts.sum(axis=1, keepdims=True)
+    whole = counts.sum(axis=1, keepdims=True)
+    is_rare = counts * (8 << layout.precision) < whole
+    counts = np.where(is_rare, 0, np.ceil(counts))
+    counts[:, -1:] += np.ceil(whole - counts.sum(axis=1, keepdims=True)).clip(1)
+    return tables.quantize(counts, layout.precision)[:, :-1]
+  half = np.arange(layout.alphabet) < layout.alphabet // 2
+  coded, total = counts[:, :-1], 1 << layout.precision
+  shares = np.where(coded.any(axis=1, keepdims=True), coded, half)
+  shares = shares / shares.sum(axis=1, keepdims=True)
   most, even = shares.max(axis=1, keepdims=True), 2 / layout.alphabet
   excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even, 1e-9)
   shares += np.maximum(excess, 0) * (even * half - shares)
-  return tables.quantize(np.ceil(shares * 2**40))
+  weights = (shares[:, :, None] * shares[:, None]).reshape(len(shares), -1)[:, :-1]
+  size = np.full((len(shares), 1), float(tables.TOTAL))
+  for i in itertools.count():
+    frequencies = np.rint(shares * size).astype(np.int64)
+    pairs = tables.of_pairs(frequencies, layout.precision)
+    used = pairs.sum(axis=1, keepdims=True)
+    if i >= _ROUNDS and (used < total).all():
+      break
+    # Rounding should leave to the escape the slots of the pairs that have none.
+    slots = total * np.where(pairs > 0, weights, 0).sum(axis=1, keepdims=True)
+    size *= np.sqrt(np.minimum(slots, total - 1 - i) / used)
+  return frequencies

@@ -5,17 +5,19 @@ elements are not zero and z of whose elements are.
 """
 
 from collections.abc import Sequence
+import math
 
 import numpy as np
 
-from rotbits_jax.coding import contexts
 from rotbits_jax.coding import statistics
 from rotbits_jax.system import schema
 
 Parts = list[tuple[np.dtype, tuple[int, ...]]]
 """The dtypes and shapes of the arrays as which an array is coded."""
 
-_WIDTH = 128  # of the rows in which elements are stored, because rows have scales
+PARTS = 3
+"""The number of these arrays: the mask, the signs and the values."""
+
 _LEAST_ELEMENTS = 1 << 12  # masks of fewer cost more than they save
 # Fewer zeros are exceptions, or, where numbers were rounded to a step, like others.
 _LEAST, _LEAST_ROUNDED = 1 / 1024, 1 / 32
@@ -26,8 +28,8 @@ class Sparse(schema.Row):
   """An array without its zeros.
 
   The parts are a mask; the signs of the zeros, if one is -0; and the elements that are
-  not zero, as rows. A byte of the mask holds eight successive elements of a line, so
-  the coder sees patterns, such as two zeros in every four.
+  not zero. A byte of the mask holds eight successive elements of a row, so the coder
+  sees patterns, such as two zeros in every four.
   """
 
   values: schema.Size  # n
@@ -35,21 +37,20 @@ class Sparse(schema.Row):
 
   def parts(self, dtype: np.dtype, shape: tuple[int, ...]) -> Parts:
     """Returns the dtype and the shape of each part of an array."""
-    rows, columns = contexts.matrix_shape(shape)
-    signs = -(-(rows * columns - self.values) // 8) if self.negative else 0
-    masks = [(np.dtype(np.uint8), x) for x in ((rows, -(-columns // 8)), (signs,))]
-    whole, left = divmod(self.values, _WIDTH)
-    return masks + [(dtype, x) for x in ((whole, _WIDTH), (left,))]
+    signs = -(-(math.prod(shape) - self.values) // 8) if self.negative else 0
+    mask = math.prod(shape[:-1]), -(-math.prod(shape[-1:]) // 8)
+    uint8 = np.dtype(np.uint8)
+    return [(uint8, mask), (uint8, (signs,)), (dtype, (self.values,))]
 
   def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
     """Makes an array of its parts, which may be damaged."""
-    mask, signs, *rows = parts
-    bits = bit_patterns(out).reshape(contexts.matrix_shape(out.shape))
+    mask, signs, values = parts
+    bits = bit_patterns(out).reshape(len(mask), -1)
     bits[...] = 0
     is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]).view(bool)
     if np.count_nonzero(is_set) != self.values:
       raise ValueError(f'the mask does not have {self.values} elements')
-    bits[is_set] = np.concatenate([bit_patterns(x) for x in rows])
+    bits[is_set] = bit_patterns(values)
     if self.negative:
       negative = np.unpackbits(signs, count=bits.size - self.values)
       bits[~is_set] = negative.astype(bits.dtype) << 8 * bits.itemsize - 1
@@ -66,7 +67,7 @@ def without_zeros(
   """Returns the form of floats with many zeros, and its parts; None for others."""
   if array.size < _LEAST_ELEMENTS:
     return None
-  bits = bit_patterns(array).reshape(contexts.matrix_shape(array.shape))
+  bits = bit_patterns(array).reshape(-1, array.shape[-1])
   magnitude = bits.dtype.type((1 << 8 * array.itemsize - 1) - 1)
   flat = bits.reshape(-1)
   sample = np.concatenate([flat[run] for run in statistics.runs(flat.size, _SAMPLE)])
@@ -75,9 +76,7 @@ def without_zeros(
     return None
   is_set = bits & magnitude > 0
   values, negative = bits[is_set], bits[~is_set] > 0
-  whole = values.size - values.size % _WIDTH
-  rows = values[:whole].reshape(-1, _WIDTH), values[whole:]
   form = Sparse(values.size, bool(negative.any()))
   signs = np.packbits(negative[: negative.size if form.negative else 0])
   mask = np.packbits(is_set, axis=1)
-  return form, [mask, signs, *(x.view(array.dtype) for x in rows)]
+  return form, [mask, signs, values.view(array.dtype)]

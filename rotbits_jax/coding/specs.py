@@ -9,6 +9,7 @@ Raises a ValueError for values that are not a spec.
 """
 
 import functools
+import itertools
 import math
 from typing import Annotated, NamedTuple
 
@@ -85,7 +86,7 @@ class ArraySpec(schema.Row):
     if self.zeros:
       return self.zeros.parts(self.numpy_dtype, self.shape)
     if is_of_bytes(self.numpy_dtype):
-      return [(np.dtype(np.uint8), (*self.shape, self.numpy_dtype.itemsize))]
+      return [(np.dtype(np.uint8), (self.size, self.numpy_dtype.itemsize))]
     return [(self.numpy_dtype, self.shape)]
 
 
@@ -117,11 +118,11 @@ class GroupSpec(schema.Row):
     return layout
 
 
-class Member(NamedTuple):
+class Part(NamedTuple):
   """A part of an array."""
 
+  place: int  # among the parts of all arrays
   array: int  # index of the array
-  part: int  # index of the part in its array
   dtype: np.dtype
   shape: tuple[int, ...]
 
@@ -154,15 +155,15 @@ class StreamSpec(schema.Object):
       raise ValueError(f'{len(self.groups)} groups are too many for {coded} elements')
 
   @functools.cached_property
-  def members(self) -> list[list[Member]]:
+  def members(self) -> list[list[Part]]:
     """The parts of each group, and last those that are stored as they are."""
-    members: list[list[Member]] = [[] for _ in range(len(self.groups) + 1)]
+    members: list[list[Part]] = [[] for _ in range(len(self.groups) + 1)]
+    place = itertools.count()
     for i, array in enumerate(self.arrays):
-      pairs = zip(array.groups, array.parts, strict=True)
-      for j, (group, (dtype, shape)) in enumerate(pairs):
+      for group, part in zip(array.groups, array.parts, strict=True):
         if group is not None and group >= len(self.groups):
           raise ValueError(f'a part of group {group} of {len(self.groups)}')
-        members[-1 if group is None else group].append(Member(i, j, dtype, shape))
+        members[-1 if group is None else group].append(Part(next(place), i, *part))
     return members
 
   @functools.cached_property

@@ -123,7 +123,8 @@ def measure(array: np.ndarray, size: int) -> Lines:
   Units have `size` numbers.
   """
   count, width = contexts.matrix_shape(array.shape)
-  matrix = array.reshape(count, width)
+  is_whole = array.size == count * width  # else the last row begins anew
+  matrix = array.reshape(count, width) if is_whole else np.resize(array, (count, width))
   row_levels, rows, columns = np.zeros((3, 1))
   if width >= _LEAST_LINE and count > 1:
     places = runs(width, _COLUMNS, _RUNS)

@@ -24,9 +24,6 @@ from zlib_ng import zlib_ng
 PRECISION = 14
 TOTAL = 1 << PRECISION
 
-MOST_PAIR = 1 << 11
-"""The greatest frequency of a pair."""
-
 
 def quantize(counts: np.ndarray, precision: int = PRECISION) -> np.ndarray:
   """Returns frequencies in proportion to counts: int64 `[..., A]`.
@@ -55,30 +52,12 @@ def entropy_bits(counts: np.ndarray) -> np.ndarray:
 def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
   """Returns the frequencies of pairs of independent symbols that have one table.
 
-  The weight of a pair is the product of the two counts. Its frequency is in proportion
-  to the weight, rounded; the last pair stands for all pairs whose frequency would be 0.
-  Frequencies of 8 and more share what rounding the others leaves over. Of counts, int64
-  `[K, A]`, whose rows add up to 2^14, it makes int64 `[K, A^2]` of at most 2^11 each.
+  Each is the product of two counts, int64 `[K, A]` of about 2^14 in all, rounded to a
+  share of 2^precision: int64 `[K, A^2 - 1]`, all pairs but the last.
   """
   drop = 2 * PRECISION - precision
   weights = (counts[:, :, None] * counts[:, None]).reshape(len(counts), -1)
-  scaled = lambda x: (x + (1 << drop - 1)) >> drop
-  frequencies = scaled(weights)
-  frequencies[:, -1] = 0
-  rare = np.where(frequencies == 0, weights, 0).sum(axis=1)
-  frequencies[:, -1] = np.maximum(scaled(rare), 1)
-  large = frequencies >= 8
-  large[:, -1] = False
-  left = (1 << precision) - np.where(large, 0, frequencies).sum(axis=1, keepdims=True)
-  ends = np.cumsum(np.where(large, weights, 0), axis=1)
-  whole = np.maximum(ends[:, -1:], 1)
-  shared = np.diff((ends * left + whole // 2) // whole, prepend=0, axis=1)
-  frequencies = np.where(large, shared, frequencies)
-  if np.any(frequencies.sum(axis=1) != 1 << precision) or np.any(
-    (frequencies < 0) | (frequencies > MOST_PAIR)
-  ):
-    raise ValueError(f'the frequency of a pair must be from 0 to {MOST_PAIR}')
-  return frequencies
+  return (weights[:, :-1] + (1 << drop - 1)) >> drop
 
 
 def to_bytes(frequencies: np.ndarray) -> bytes:
@@ -86,17 +65,12 @@ def to_bytes(frequencies: np.ndarray) -> bytes:
   return frequencies.astype('<u2').view(np.uint8).reshape(-1, 2).T.tobytes()
 
 
-def from_bytes(
-  data: np.ndarray, alphabet: int, precision: int = PRECISION
-) -> np.ndarray:
+def from_bytes(data: np.ndarray, alphabet: int) -> np.ndarray:
   """Makes tables from bytes, uint8, int64 `[K, A]`: the inverse of `to_bytes`."""
   if data.size % (2 * alphabet):
     raise ValueError(f'{data.size} bytes are not tables')
   low, high = data.reshape(2, -1, alphabet).astype(np.int64)
-  frequencies = low | high << 8
-  if np.any(frequencies.sum(axis=1) != 1 << precision):
-    raise ValueError(f'frequencies must add up to {1 << precision}')
-  return frequencies
+  return low | high << 8
 
 
 def deflate(data: bytes) -> bytes:

@@ -80,8 +80,8 @@ class RotationCode(NamedTuple):
     data = words[1:start].tobytes()[:nbytes]
     halves = tables.inflate(data, 2 * self.num_tables * correction_lib.LEVELS)
     frequencies = tables.from_bytes(halves, correction_lib.LEVELS)
-    if len(frequencies) != self.num_tables:
-      raise ValueError(f'{len(frequencies)} tables of {self.num_tables}')
+    if frequencies.sum(axis=1).tolist() != [tables.TOTAL] * self.num_tables:
+      raise ValueError(f'not {self.num_tables} tables, got {frequencies!r:.80}')
     # An integer has a residue of at most 16 bits and two levels of at most 14 bits
     # each. The rest of the room is for signs.
     room = 4 * -(-self.num_integers // self._lanes) + 16
