@@ -107,7 +107,7 @@ def test_an_embedding_that_is_predicted_from_its_head():
   for base, form, share in ((model, 'unchanged', 0.2), (other, 'difference', 0.9)):
     data = rotbits_jax.encode(model, preset='exact', base=base)
     assert len(data) < share * len(alone)
-    notes = rotbits_jax.inspect(data).notes['beside a base']
+    notes = rotbits_jax.inspect(data).notes['relative to a base']
     assert {'tensor': 'embed/tokens', 'form': form} in notes
     found = rotbits_jax.decode(data, base=base)
     assert structured.same_bits(found.params, model.params)

@@ -55,7 +55,7 @@ def stream_bytes(data):
 
 def forms(data):
   """How each parameter is stored, by path."""
-  notes = rotbits_jax.inspect(data).notes[encode.BESIDE]
+  notes = rotbits_jax.inspect(data).notes[encode.RELATIVE]
   return {note['tensor']: (note['form'], note.get('product')) for note in notes}
 
 

@@ -52,7 +52,7 @@ from rotbits_jax.system import schema
 
 _SMALL, _MANY = 64, 256  # elements of arrays that are joined in a record of so many
 
-BESIDE = 'beside a base'
+RELATIVE = 'relative to a base'
 """The name of the saving of a base."""
 
 
@@ -482,4 +482,4 @@ def _saving(
   leaves += [x for path, x in params.items() if is_basis(path)]
   count, size = structured.count_elements, structured.count_bytes
   elements, nbytes = count(arrays) - count(leaves), size(arrays) - size(leaves)
-  return passes.Saving(BESIDE, elements, nbytes, ())
+  return passes.Saving(RELATIVE, elements, nbytes, ())

@@ -179,7 +179,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     notes = {'bits per element': list(map(_bits, counted))} | notes
   leaves = [leaf for record in manifest.records for leaf in record.leaves]
   if any(leaf.base_arrays or leaf.product for leaf in leaves):
-    notes[encode_lib.BESIDE] = [_beside_base(leaf) for leaf in leaves]
+    notes[encode_lib.RELATIVE] = [_relative_form(leaf) for leaf in leaves]
   if quantised := [x for record in manifest.records for x in _quantised(record)]:
     notes['quantised before'] = quantised
   elements = sum(entry.input.elements for entry in stored)
@@ -243,8 +243,8 @@ def _quantised(record: manifest_lib.RecordEntry) -> list[Note]:
   return notes
 
 
-def _beside_base(leaf: manifest_lib.Leaf) -> Note:
-  """Returns how a tensor is stored beside a base."""
+def _relative_form(leaf: manifest_lib.Leaf) -> Note:
+  """Returns how a tensor is stored relative to a base."""
   form = 'unchanged' if leaf.type_name and not leaf.arrays else leaf.type_name
   product = {} if leaf.product is None else {'product': leaf.product.kind}
   return {'tensor': leaf.path, 'form': form or 'array'} | product
