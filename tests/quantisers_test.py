@@ -60,6 +60,7 @@ SCHEMES = {
   'int4_32_bf16': (through((1, 32), INT4, 7, HALF), 'int4', (1, 32), 4.2),
   'zero_points': (zero_points, 'int4', (1, 128), 3.9),
   'minima': (minima, 'int4', (1, 64), 4.4),
+  'minima_columns': (lambda x: minima(x.T).T, 'int4', (64, 1), 4.4),
   'mxfp4': (quantised.QUANTISERS['MXFP4'], 'float4_e2m1fn', (1, 32), 4.2),
   'nvfp4': (quantised.QUANTISERS['NVFP4'], 'float4_e2m1fn', (1, 16), 4.5),
 }

@@ -33,10 +33,10 @@ _DTYPES = tuple(ulps.MANTISSA_BITS)[:3]
 _LEAST = 1 << 12  # elements of an array
 _LINES, _RUN = 4, 128  # rows or columns, and elements of each, that show repetitions
 _REPEATED = 80  # of these elements that repeat another one; of dense ones about 45
-_SAMPLE = 1 << 14  # elements of a block that tell its grid
+_SAMPLE = 1 << 12  # elements of a block that tell its grid
 _MOST_DISTINCT = 144  # magnitudes of a block; no grid has so many
 _LENGTHS = 128, 64, 32, 16  # of groups
-_BLOCKS = 5  # rows and columns of blocks of a sample
+_BLOCKS = 4  # rows and columns of blocks of a sample
 _FEW = 16  # of its magnitudes, with which most other grids do not agree
 _FIT = 0.75  # share of the blocks of a sample that have scales
 _ROUNDS = 6
@@ -390,41 +390,52 @@ def _factor(
 @np.errstate(invalid='ignore', over='ignore')
 def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array whose groups have minima, or None."""
-  for length in _LENGTHS:
-    if array.shape[-1] % length:
+  forms = [x for x in _blocks(array.shape) if 1 in x and max(x) in _LENGTHS]
+  for rows, columns in forms:
+    shape = -1, rows, array.shape[-1] // columns, columns
+    blocks = array.reshape(shape).transpose(1, 3, 0, 2)
+    few = max(math.prod(blocks.shape[2:]) // _SCALES, 1)
+    (least, most), *_ = _code_bounds(blocks[:, :, ::few])
+    if np.mean(least <= most) < _FIT:
       continue
-    groups = array.reshape(-1, length)
-    (least, most), *_ = _code_bounds(groups[:: max(len(groups) // _SCALES, 1)])
-    if np.mean(least <= most) >= _FIT:
-      bounds, codes, lows, highs = _code_bounds(groups)
-      draft = _draft(array, codes, 'int4', (1, length), bounds)
-      products = draft.float_scales.reshape(-1, 1) * np.arange(_CODES, dtype=np.float32)
-      low, high = (lows - products).max(axis=1), (highs - products).min(axis=1)
-      minima, *_ = _fewest_bits(low, high, _EXCEPTION_BITS * _CODES // 2)
-      minima = minima.reshape(draft.scales.shape)
-      return _with_exceptions(dataclasses.replace(draft, minima=minima), array)
+    step = max(_CHUNK // blocks[:, :, 0].size, 1)
+    starts = range(0, blocks.shape[2], step)
+    parts = [_code_bounds(blocks[:, :, x : x + step]) for x in starts]
+    whole = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+    bounds, codes, lows, highs = whole
+    numbers = codes.reshape(blocks.shape).transpose(2, 0, 3, 1).reshape(array.shape)
+    draft = _draft(array, numbers, 'int4', (rows, columns), bounds)
+    products = np.arange(_CODES, dtype=np.float32)[:, None] * draft.float_scales.ravel()
+    low, high = (lows - products).max(axis=0), (highs - products).min(axis=0)
+    minima, *_ = _fewest_bits(low, high, _EXCEPTION_BITS * _CODES // 2)
+    minima = minima.reshape(draft.scales.shape)
+    return _with_exceptions(dataclasses.replace(draft, minima=minima), array)
   return None
 
 
 @np.errstate(divide='ignore', invalid='ignore', over='ignore')
-def _code_bounds(groups: np.ndarray) -> tuple[np.ndarray, ...]:
-  """Returns bounds of the scales of groups `[U, n]`, codes, and borders of codes.
+def _code_bounds(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+  """Returns bounds of the scales of blocks, codes, and borders of codes.
 
-  The borders, `[U, 16]`, of codes that a group does not have are infinite.
+  Blocks are `[rows, columns, ...]`; U are taken as `[n, U]`. The borders, `[16, U]`, of
+  codes that a block does not have are infinite.
   """
-  low, high = _borders(_magnitudes(groups), groups.dtype)
-  is_negative = np.signbit(groups)
-  low, high = np.where(is_negative, -high, low), np.where(is_negative, -low, high)
-  middle = (low + high) / 2
-  from_least = middle - middle.min(axis=1, keepdims=True)
-  codes = np.rint(from_least * ((_CODES - 1) / from_least.max(axis=1, keepdims=True)))
-  codes = np.nan_to_num(codes).astype(np.int8)
-  lows = np.full((len(groups), _CODES), -np.inf, low.dtype)
-  highs = -lows
-  np.put_along_axis(lows, codes.astype(int), low, axis=1)
-  np.put_along_axis(highs, codes.astype(int), high, axis=1)
-  least, most = np.zeros(len(groups)), np.full(len(groups), np.inf)
+  groups = blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
+  numbers = groups.astype(np.float32)
+  numbers[~np.isfinite(numbers)] = 0
+  numbers -= numbers.min(axis=0)
+  numbers *= (_CODES - 1) / numbers.max(axis=0)
+  codes = np.rint(np.nan_to_num(numbers, copy=False)).astype(np.intp)
+  # One element of each code; this NaN stands for none.
+  missing = np.uint64(-1 % (1 << 64)).astype(f'u{groups.itemsize}')
+  found = np.full((_CODES, groups.shape[1]), missing)
+  found[codes, np.arange(groups.shape[1])] = groups.view(found.dtype)
+  low, high = _borders(_magnitudes(found.view(groups.dtype)), groups.dtype)
+  is_negative, is_missing = found >> 8 * found.itemsize - 1 > 0, found == missing
+  lows, highs = np.where(is_negative, -high, low), np.where(is_negative, -low, high)
+  lows[is_missing], highs[is_missing] = -np.inf, np.inf
+  least, most = np.zeros(groups.shape[1]), np.full(groups.shape[1], np.inf)
   for k in range(1, _CODES):
-    least = np.fmax(least, (lows[:, k:] - highs[:, :-k]).max(axis=1) / k)
-    most = np.fmin(most, (highs[:, k:] - lows[:, :-k]).min(axis=1) / k)
-  return np.stack([least, most]), codes, lows, highs
+    least = np.maximum(least, (lows[k:] - highs[:-k]).max(axis=0) / k)
+    most = np.minimum(most, (highs[k:] - lows[:-k]).min(axis=0) / k)
+  return np.stack([least, most]), codes.astype(np.int8), lows, highs
