@@ -43,7 +43,7 @@ def _fix_heads(
   changed = jax.device_get(_without_biases(params, config))
   for bias in (x for x in (heads.KEY_BIAS, heads.VALUE_BIAS) if x in changed):
     out = heads.OUT_BIAS if bias == heads.VALUE_BIAS else bias
-    # Zeros must not hide a number that is not finite, nor make one.
+    # Zeros must not hide an element that is not finite, nor make one.
     moved = np.asarray(params[bias] if out == bias else changed[out])
     if np.isfinite(structured.astype(moved, context.dtype_of(out))).all():
       params |= {path: changed[path] for path in (bias, out)}

@@ -1,17 +1,17 @@
-"""The rounding of float32 numbers to the stored dtype, once, after all transforms.
+"""The rounding of float32 weights to the stored dtype, once, after all transforms.
 
-A floating-point dtype has finer steps for small numbers than for large ones. This
+A floating-point dtype has finer steps for small elements than for large ones. This
 precision has little effect on the function of a model, because the errors of the large
-numbers of the same array are larger. Therefore all numbers of an array are rounded to
-multiples of one step 2^q, and then to the nearest number of the dtype, which is coarser
-only for large numbers:
+elements of the same array are larger. So all elements of an array are rounded to
+multiples of one step 2^q, and then to the nearest value of the dtype, which is coarser
+only for large elements:
 
     q = floor(log2(rms) + log2_step)
 
-Here rms is the typical size of the array's numbers, see `symmetries.steps`. If the
-mantissa has m bits and log2_step is -m, 2^q is the step of the dtype at the rms, and
-the numbers below 2 rms share it. The greatest error in the array does not change, and
-the mean square grows by less than a factor of 2.
+Here rms is the typical size of the elements, see `symmetries.steps`. If the mantissa
+has m bits and log2_step is -m, 2^q is the step of the dtype at the rms, and elements
+below 2 rms share it. The greatest error in the array does not change, and the mean
+square of the errors grows by less than a factor of 2.
 
 The preset `near` rounds to coarser steps, the nearest ones of 4, 5, 6, 7 times a power
 of two, and stores the multiples as integers, see `structured.UniformlyQuantized`. With

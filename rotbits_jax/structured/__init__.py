@@ -1,9 +1,9 @@
-"""Structured leaves: parameters that store fewer numbers than they have entries.
+"""Structured leaves: parameters that store fewer elements than they have.
 
 A structured leaf takes the place of an array in a PyTree. It is a small `flax.struct`
 dataclass whose arrays are ordinary PyTree leaves, so it works under `jit`, `vmap` and
-`scan`. `materialize` computes the array that the leaf stands for, `stored` returns the
-numbers that the file keeps, and `from_stored` makes the leaf from these numbers.
+`scan`. `materialize` computes the array that the leaf stands for, `stored` returns what
+the file keeps, settings and arrays, and `from_stored` makes the leaf from these.
 
 Some leaves need other parameters to be materialized, see `Structured.needs`. For
 example, an embedding may be stored as a small matrix that is multiplied by the head.

@@ -1,7 +1,7 @@
 """The base class of structured leaves.
 
 A leaf of a PyTree is an array or a structured leaf. A structured leaf stands for an
-array but stores fewer numbers; `structured` gives an overview. What does not fit raises
+array but stores fewer elements; `structured` gives an overview. What does not fit raises
 a ValueError.
 """
 

@@ -6,12 +6,12 @@ see `tied`. It is rounded to the dtype, and cut or filled with zeros in the firs
 `docs/format_leaves.md` has the rules of predictions and differences.
 
 Each difference has a *class*, which both sides compute from the known array: from the
-exponent of the known number, and the scales of its row and its column. The coder keeps
+exponent of the known element, and the scales of its row and its column. The coder keeps
 a frequency table for each class. If few elements change, such as in a step of a
 training, the size of a difference in ULPs is about the probability that there is one.
 
 Factors predict the update of a merged adapter. A drift predicts weight decay, which
-moves all numbers of an octave by as many ULPs, or by few others.
+moves all elements of an octave by as many ULPs, or by few others.
 
 Everything here is exact: integers, and sums of floats that are rounded once. Shape
 letters: R rows, C columns. What does not fit raises a ValueError.

@@ -178,7 +178,7 @@ def split_lower(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
 def join_lower(corner: np.ndarray, below: np.ndarray) -> np.ndarray:
   """Makes a lower trapezoidal matrix: the inverse of `split_lower`.
 
-  Few numbers of untrusted input must not ask for much memory. So the matrix must not be
+  Few elements of untrusted input must not ask for much memory. So the matrix must not be
   far larger than its parts.
   """
   n, (rows, columns) = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape

@@ -8,7 +8,7 @@ any basis of this space can take the place of the matrix. This leaf uses the bas
     [I - B^T B / 4]        B `[n - m, m]`,
     [      B      ]
 
-and stores B only, which saves m^2 numbers for each head.
+and stores B only, which saves m^2 elements per head.
 
 Every subspace has such a basis. The singular values of B are `2 tan(t / 2)`, where t
 are the angles between the subspace and the first m coordinates. They are at most 2, and

@@ -78,12 +78,12 @@ def astype(tree: Any, dtype: Any) -> Any:
 
 
 def count_elements(tree: Any) -> int:
-  """Returns how many numbers a PyTree of unstacked leaves stores."""
+  """Returns how many elements a PyTree of unstacked leaves stores."""
   return sum(size for _, size in stored_sizes(tree))
 
 
 def count_bytes(tree: Any) -> int:
-  """Returns how many bytes these numbers take before they are coded."""
+  """Returns how many bytes these elements take before they are coded."""
   return sum(dtype.itemsize * size for dtype, size in stored_sizes(tree))
 
 

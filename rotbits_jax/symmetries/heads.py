@@ -68,14 +68,14 @@ def fix_low_rank(
 ) -> tuple[jax.Array, jax.Array]:
   """Fixes the gauge GL(r) of two factors: returns B `[m - r, r]` and V `[r, n]`.
 
-  Then `u @ v = [I - B^T B / 4; B] @ V`, with r^2 numbers fewer. The product may have a
+  Then `u @ v = [I - B^T B / 4; B] @ V`, with r^2 elements fewer. The product may have a
   lower rank than r. Compression by a singular value decomposition makes such factors.
 
   >>> u = jax.random.normal(jax.random.key(0), (32, 16))
   >>> [x.shape for x in fix_low_rank(u, u.T)]
   [(16, 16), (16, 32)]
 
-  Reference: Zhao et al., PIFA, arXiv 2501.19090, section 3: the redundant numbers.
+  Reference: Zhao et al., PIFA, arXiv 2501.19090, section 3: the redundant elements.
   """
   chex.assert_shape(v, (u.shape[1], None))
   below, factor = basis(u.astype(jnp.float32))

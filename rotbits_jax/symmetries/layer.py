@@ -153,8 +153,8 @@ def fold_norm_scales(
 ) -> Params:
   """Moves the scales of RMSNorms into the kernels that read them, in their old dtypes.
 
-  A scale multiplies the numbers of a segment one by one, and a rotation does not
-  commute with that. The scales become leaves of one number, 1. The parameters are those
+  A scale multiplies the coordinates of a segment, and does not commute with a
+  rotation. The scales become constant leaves of value 1. The parameters are those
   of a layer of a dense model, or outside the layers; a ValueError for other norms.
 
   >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')

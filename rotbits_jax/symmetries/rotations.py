@@ -76,8 +76,8 @@ def largest_rotated(
 ) -> float:
   """Returns a bound of the magnitudes that rotations of some axes can make.
 
-  Rotations keep the norms of what they mix. The bound is NaN or infinite if a number is
-  not finite, unless only finite ones count. It is computed on the host.
+  Rotations keep the norms of what they mix. The bound is NaN or infinite if an element
+  is not finite, unless only finite ones count. It is computed on the host.
   """
   # Without their sign, bits are in order, and NumPy is slow in half precision.
   unsigned = f'u{array.itemsize}'

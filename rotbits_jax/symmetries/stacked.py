@@ -4,8 +4,8 @@ r"""Canonical weights of a whole model in one call: the functions of `layer`, ma
 
 The layers are stacked `[N, ...]`, so there is no loop over them. The rotations are the
 running product R_{s+1} = O_s^T R_s, an associative scan over the layers; all else is
-independent per layer. Nothing waits for the host: choices of a rank that depend on
-numbers are masks. If the layer axis is sharded over devices, only the scan
+independent per layer. Nothing waits for the host: ranks that depend on weights
+become masks. If the layer axis is sharded over devices, only the scan
 communicates.
 
 `passes` makes the same canonical form layer by layer, rounds it to the dtype of the

@@ -1,7 +1,7 @@
 r"""Rounding to multiples of a step, also with error feedback.
 
-The step of an array is a fraction of its typical size, the root of the mean square of
-its numbers, see `typical_size`.
+The step of an array is a fraction of its typical size, the root mean square of its
+elements, see `typical_size`.
 
 **Error feedback.** A kernel W `[n, m]` is applied to inputs x as `x W`. Let Q be the
 rounded kernel, and `E = W - Q`. The mean square of the error `x E` of the outputs is
@@ -54,11 +54,11 @@ _matmul = products.matmul
 
 
 def typical_size(array: jax.Array) -> jax.Array:
-  """Returns the rms of the numbers of a float32 array, without zeros and outliers.
+  """Returns the rms of the elements of a float32 array, without zeros and outliers.
 
-  Structure makes zeros. If the rms is more than twice the mean magnitude, a few numbers
-  make most of the squares: those above 8 mean magnitudes are outliers. They are removed
-  until there are none. Of normal numbers, the rms is 1.25 mean magnitudes.
+  Structure makes zeros. If the rms is more than twice the mean magnitude, a few
+  elements make most of the squares: those above 8 mean magnitudes are outliers. They are removed
+  until there are none. In a normal distribution, the rms is 1.25 mean magnitudes.
 
   >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])))
   1
@@ -143,7 +143,7 @@ def round_to_power_of_two(
 ) -> tuple[jax.Array, jax.Array]:
   """Rounds an array to multiples of 2^floor(log2(rms) + log2_step), and to its dtype.
 
-  It also returns the step; 0 if all numbers are those of the dtype already.
+  It also returns the step; 0 if all elements are in the dtype already.
   """
   q, nearest = jnp.floor(jnp.log2(rms) + log2_step), array.astype(dtype)
   # The dtype has no finer step, and the inverse of 2^q must be a float32.

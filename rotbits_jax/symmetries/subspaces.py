@@ -27,7 +27,7 @@ def leaf_of(
   """Returns the leaf of a basis `[D, d]`, or of its subspace if that is not too narrow.
 
   Its error is a small part of the roundoff. The rows J are chosen so that M is not
-  singular: the error of A, and its numbers, are smaller then.
+  singular: the error of A, and its entries, are smaller then.
   """
   from scipy import linalg  # slow to import
 
