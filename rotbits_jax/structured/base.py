@@ -1,8 +1,8 @@
 """The base class of structured leaves.
 
 A leaf of a PyTree is an array or a structured leaf. A structured leaf stands for an
-array but stores fewer elements; `structured` gives an overview. What does not fit raises
-a ValueError.
+array but stores fewer elements; `structured` gives an overview. What does not fit
+raises a ValueError.
 """
 
 import abc

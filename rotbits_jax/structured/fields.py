@@ -178,8 +178,8 @@ def split_lower(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
 def join_lower(corner: np.ndarray, below: np.ndarray) -> np.ndarray:
   """Makes a lower trapezoidal matrix: the inverse of `split_lower`.
 
-  Few elements of untrusted input must not ask for much memory. So the matrix must not be
-  far larger than its parts.
+  Few elements of untrusted input must not ask for much memory. So the matrix must not
+  be far larger than its parts.
   """
   n, (rows, columns) = (math.isqrt(8 * corner.size + 1) - 1) // 2, below.shape
   fits = n == columns or (n < columns and not rows)
