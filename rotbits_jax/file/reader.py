@@ -242,6 +242,9 @@ class Reader:
           stored = [first.reshape(leaf.shape)]
         elif out is None or is_expanded:
           stored = [host.empty(x.shape, x.dtype) for x in specs]
+          if is_expanded and hasattr(leaf.leaf_class, 'write'):
+            out = out or [host.empty(leaf.shape, leaf.dtype)]
+            stored[0] = _end(out[0], stored[0])
         else:  # the coder writes them there
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
         needed = functools.partial(self._needed, leaf, others)
@@ -455,7 +458,7 @@ class _StoredLeaf:
         leaf = self._leaf.materialize(*needed) if needed else self._leaf
         return jax.device_get(structured.materialize(leaf))
       elif hasattr(self._leaf, 'write'):
-        array = self.out[0] if self.out else host.empty(entry.shape, entry.dtype)
+        array = self.out[0]
         self._leaf.write(array)
       elif self.prediction is None:
         array = np.asarray(self._leaf.materialize(*self.needed()))
@@ -467,6 +470,17 @@ class _StoredLeaf:
       return array
     self.out[0][...] = host.contiguous(array)
     return self.out[0]
+
+
+def _end(array: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+  """Returns the end of an array as memory for the numbers of a leaf that writes it.
+
+  The leaf reads a number before it writes the element, from the first one on.
+  """
+  if numbers.shape != array.shape or numbers.itemsize > array.itemsize:
+    return numbers
+  end = array.reshape(-1).view(numbers.dtype)[-max(numbers.size, 1) :]
+  return end.reshape(numbers.shape)
 
 
 def _stack(

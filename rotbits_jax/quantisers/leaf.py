@@ -21,6 +21,7 @@ from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
+_LEAST = 2.0**-125  # scale, so that half of it is normal
 _E4M3 = grids.GRIDS['float8_e4m3fn'].magnitudes
 
 
@@ -66,23 +67,19 @@ class BlockQuantized(base.Structured):
     return array
 
   def write(self, out: np.ndarray) -> None:
-    """Writes the array, on the host."""
+    """Writes the array, on the host; the numbers may be in the last bytes of `out`."""
     numbers, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.numbers, out))
     unit = grids.GRIDS[self.grid].unit
     scales = self.float_scales * np.float32(unit or 1)
     with np.errstate(over='ignore'):
       for rows in chunks(matrix):
-        part = numbers[rows]
-        is_zero = part == grids.NEGATIVE_ZERO if unit else np.zeros(1, bool)
-        has_zeros = is_zero.any()
-        products = (part * ~is_zero if has_zeros else part).astype(np.float32)
+        products = numbers[rows].astype(np.float32)
+        if unit and (is_zero := numbers[rows] == grids.NEGATIVE_ZERO).any():
+          products *= ~is_zero  # the product of a negative number and 0 is -0
         products *= of_elements(scales, rows, self.block, matrix.shape)
         if self.minima is not None:
           products += of_elements(self.minima, rows, self.block, matrix.shape)
         matrix[rows] = products
-        if has_zeros:  # masks are slow
-          bits = matrix[rows].view(f'u{out.itemsize}')
-          bits |= is_zero.astype(bits.dtype) << 8 * out.itemsize - 1
     if self.gaps is not None:
       out.reshape(-1)[self._places()] = self.exceptions
 
@@ -112,7 +109,7 @@ class BlockQuantized(base.Structured):
     if fits:
       with np.errstate(over='ignore', invalid='ignore'):
         floats = self.float_scales
-      fits = floats.min() > 0 and floats.max() < np.inf  # false if one is NaN
+      fits = floats.min() >= _LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
       fits = bool(np.isfinite(self.minima).all())
     grid = grids.GRIDS[self.grid]
