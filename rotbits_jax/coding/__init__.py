@@ -14,19 +14,20 @@ own, such as the arrays of one layer. Its *stream* is the bytes that stand for i
     True
 
 The bits of an element are divided into a *symbol*, which is worth modelling, and *raw
-bits*, which are noise. A *layout* is the rule of this division for one dtype. Floats
-are coded in pairs: two neighbours share one symbol. A frequency table says how probable
-each symbol is. The *class* of an element says which table codes it; encoder and decoder
-both compute it, from the scales of the element's row and column, or from an array that
-both know. Symbols are pushed onto a *message*, a stack of several lanes that are coded
-side by side. In the order of reading:
+bits*, which are noise. A *layout* is the rule of this division for one dtype. A *unit*
+is what has one symbol: an integer, or a pair of neighbouring floats. A frequency table
+says how probable each symbol is. The *class* of a unit says which table codes it; both
+sides compute it, from the scales of its row and column, or from an array that they
+know. Arrays of one layout form a *group*, which shares tables, and its units are cut
+into *blocks*. In a block, symbols are pushed onto a *message*, a stack of several lanes
+that are coded side by side. In the order of reading:
 
     rans         the entropy coder: pushes symbols onto a message and pops them
     tables       integer frequency tables
     codecs       pairs of functions (push, pop), and how they combine
     bits_back/   bits-back coding: rotations that cost no bits
     layouts      divides elements into symbols and raw bits
-    blocks       codes up to 2^20 elements in one message
+    blocks       codes up to 2^19 units in one message
     contexts     the classes of elements and the tables of arrays
     statistics   chooses layouts of floats, and measures rows and columns
     sparse       stores arrays without their zeros
