@@ -1,15 +1,15 @@
 """The contexts of a group: the classes of its units and the frequency tables.
 
 All arrays of a group have one layout, see `layouts`. The rows and columns of an array
-have *scales*, in steps of a quarter octave: the class of a unit is the sum of a base
-and those of its row and its column. A rotated matrix is nearly normally distributed,
-and so are trained weights; their standard deviation depends on the row, on the column,
-or on both as a product. So few tables serve many arrays. An array is taken as a matrix:
-its last axis is that of columns, and all others together are that of rows. A unit of
-two numbers has the row of its first one; two columns share a scale if C is even.
+have *scales*, in steps of a quarter octave; the class of a unit is a base plus the
+scales of its row and its column. Trained weights are nearly normally distributed, and
+their standard deviation depends on the row, on the column, or on a product of both. So
+few tables serve many arrays. An array is taken as a matrix, whose columns are along the
+last axis and whose rows are along all others. A pair is in the row of its first
+element; two columns share a scale if C is even.
 
 The encoder chooses the scales and the tables, and the decoder reads them. Classes that
-both know from elsewhere take no bytes.
+follow from an array that both know take no bytes.
 
 Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols.
 """

@@ -1,11 +1,11 @@
-"""Plans: chooses how each array of a record is stored.
+"""Plans: how each array of a record is stored, as the encoder chooses.
 
 An array is coded as it is or as several parts, see `sparse`. Parts of one layout form a
 group, which shares frequency tables. A part that coding does not make smaller is stored
 as it is. Scales, shifts and frequencies follow from samples: they only decide how many
-bytes the numbers take.
+bytes the elements take.
 
-Shape letters: n units, S numbers of a unit, N classes, K tables, A symbols.
+Shape letters: n units, S elements of a unit, N classes, K tables, A symbols.
 """
 
 from collections.abc import Mapping, Sequence

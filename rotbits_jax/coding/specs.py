@@ -1,4 +1,4 @@
-"""Specs: describe a stream, so that it can be read. They are stored as JSON.
+"""Specs: what a decoder must know of a stream. They are stored as JSON.
 
 The JSON is untrusted input; `system.schema` reads it. The memory for the arrays of a
 valid spec is bounded: for an array that is stored as it is by the length of the stream,

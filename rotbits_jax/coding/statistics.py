@@ -1,10 +1,9 @@
-"""What the elements of an array tell: the layout of floats, and scales.
+"""Statistics of arrays: the layout of floats, and the scales of rows and columns.
 
-The *level* of numbers is the mean logarithm of their magnitudes, in octaves. The bits
-of a float are a good approximation of it, biased as its exponent is. The level of a
-column is that of its elements divided by the scales of their rows. Rows and columns are
-measured by a part of their elements. Only the size of a file depends on what is chosen
-here.
+The *level* of elements is the mean of their log2 magnitudes, in octaves. The bits of a
+float approximate it well, with the bias of its exponent. The level of a column is that
+of its elements divided by the scales of their rows. A sample of each row and column is
+measured. What is chosen here affects only the size of a file.
 
 Shape letters: R rows, C columns.
 """
