@@ -88,7 +88,7 @@ def read_block(data, tables, told, frequencies, group, dtype):
   else:
     whole = symbols >> told[:, 0] == 255
   if kind == 'codes':
-    bits = bins + told << r | raw
+    bits = (bins + told << r | raw) ^ 128
   elif is_pair:
     m = finfo(dtype).nmant
     bits = bins + (0 if raised else told) << m - t | raw % (1 << r - 1) << m + 1 - t - r

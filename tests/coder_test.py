@@ -86,7 +86,7 @@ def modelled(values):
   form = layouts.FORMATS[values.dtype]
   bits = values.reshape(-1).view(f'u{values.itemsize}')
   return (
-    entropy(layouts.Floats(values.dtype, 1).symbols(bits, 0))
+    entropy(layouts.Pairs(values.dtype, 1).symbols(bits, 0))
     + values.size * form.nmant / 8
   )
 

@@ -71,12 +71,12 @@ def test_tables_without_an_escape_or_with_a_frequent_symbol_are_refused():
   zeros = np.zeros(256, int)
   for counts in (np.eye(1, 32, dtype=int) << 14, np.full((1, 32), 600)):
     with pytest.raises(ValueError, match='slots'):
-      layouts.Floats(np.dtype(np.float16), 8).tables(zeros[:1], zeros[:4], counts)
+      layouts.Pairs(np.dtype(np.float16), 8).tables(zeros[:1], zeros[:4], counts)
   with pytest.raises(ValueError, match='slots'):
     layouts.Integers(np.dtype(np.int8), 0).tables(zeros, zeros, np.full((1, 255), 17))
 
 
 def test_what_is_inflated_is_bounded():
-  layout = layouts.Floats(np.dtype(np.float16), 8)
+  layout = layouts.Pairs(np.dtype(np.float16), 8)
   with pytest.raises(ValueError, match='too long'):
     contexts.from_bytes(tables.deflate(bytes(1 << 24)), layout, ((1, 2),))

@@ -4,7 +4,7 @@ The symbol of a unit is worth modelling and is coded; the raw bits are noise. Th
 *class* of a unit, a byte that encoder and decoder know, tells its frequency table.
 docs/format.md has the rules; here are the reasons.
 
-**Floats.** A unit is two neighbours. In trained weights only the sizes of numbers are
+**Pairs.** A unit is two neighbours. In trained weights only the sizes of numbers are
 predictable, so a number has a *bin*, its magnitude in half octaves or, if small numbers
 share a step, in quarter octaves. Given their scale, neighbours are independent: the
 symbol of a unit is its two bins, and its table is the product of the table of a bin
@@ -18,8 +18,9 @@ is the greatest exponent whose step they all share; that of IEEE 754 itself is 1
 above 1 magnitudes are *raised*: they count steps below f, as IEEE 754 defines subnormal
 numbers. Then the class tells f and the scale above the step, which tells the table.
 
-**Codes.** Two int8 are a unit, too, without signs: a bin has 2^r neighbouring integers,
-which r raw bits tell, and the offset is that of the bins. The class tells the table.
+Two int8 are a pair, too. They have no signs: with the highest bit flipped, they are in
+the order of their bit patterns. A bin has 2^r neighbouring integers, which r raw bits
+tell.
 
 **Integers.** A unit is a number. Its class tells its table and how many raw bits it
 has, its *shift*.
@@ -47,7 +48,7 @@ from rotbits_jax.coding import tables
 FORMATS = {
   np.dtype(x): ml_dtypes.finfo(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32)
 }
-"""The dtypes of `Floats`, with the bits of their exponents and mantissas."""
+"""The dtypes of floats, with the bits of their exponents and mantissas."""
 
 BINS = 32
 
@@ -86,12 +87,12 @@ class Tables(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Floats:
-  """The layout of floats."""
+class Pairs:
+  """The layout of pairs of floats, and of int8 codes."""
 
   dtype: np.dtype
-  raw_bits: int  # raw bits of a number, with its sign
-  raised: bool = False  # whether small numbers share a step, and magnitudes are raised
+  raw_bits: int  # raw bits of a number, with the sign of a float
+  type_name: str = 'floats'  # or 'raised', if small floats share a step; or 'codes'
 
   alphabet: ClassVar[int] = BINS  # of a stored table
   stored_precision: ClassVar[int] = tables.PRECISION  # of a stored table
@@ -100,13 +101,15 @@ class Floats:
   bases: ClassVar[int] = 1  # integers from which `told` counts
   pushes: ClassVar[int] = 1  # of a unit
 
-  @property
-  def type_name(self) -> str:
-    return 'raised' if self.raised else 'floats'
-
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
+    if self.type_name == 'codes':
+      return self.dtype == np.int8 and self.raw_bits <= 3
     return self.dtype in FORMATS and 1 <= self.raw_bits <= self._low + 1
+
+  @property
+  def raised(self) -> bool:
+    return self.type_name == 'raised'
 
   @property
   def format(self) -> ml_dtypes.finfo:
@@ -124,12 +127,12 @@ class Floats:
 
   @property
   def precision(self) -> int:
-    # There are many tables where steps are shared, and the cache is small.
-    return 12 if self.raised else tables.PRECISION
+    # The others have many tables, and the cache is small.
+    return tables.PRECISION if self.type_name == 'floats' else 12
 
   @property
   def most_tables(self) -> int:
-    return LEVELS if self.raised else QUARTERS
+    return QUARTERS if self.type_name == 'floats' else LEVELS
 
   @property
   def words(self) -> int:
@@ -155,12 +158,17 @@ class Floats:
   @property
   def _ones(self) -> int:
     """A one in the lowest bit of each number of a word."""
-    return 0x10001 if self.words == 1 else 1
+    return 1 | 1 << self.width if self.words == 1 else 1
+
+  @property
+  def _sign(self) -> int:
+    """The number of sign bits of a number."""
+    return 0 if self.type_name == 'codes' else 1
 
   @property
   def _low(self) -> int:
     """The number of bits below the bin."""
-    return self.format.nmant - self.top
+    return self.format.nmant - self.top if self._sign else self.raw_bits
 
   def _packed(self, first: Any, second: Any) -> list[Any]:
     """Returns the words of a unit, given a field of each of its numbers."""
@@ -181,15 +189,18 @@ class Floats:
 
   def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Divides bit patterns into bins, int32 of any value, and raw bits."""
-    width, low = self.width, self._low
+    width, low, top = self.width, self._low, self.raw_bits - self._sign
     number = raised(number, self.format, told, xp) if self.raised else number
-    magnitude = number & number.dtype.type((1 << width - 1) - 1)
+    number = number if self._sign else number ^ number.dtype.type(128)
+    magnitude = number & number.dtype.type((1 << width - self._sign) - 1)
     bins = (magnitude >> low).astype(np.int32) - (0 if self.raised else told)
-    tail, top = magnitude & ((1 << low) - 1), self.raw_bits - 1
-    return bins, tail >> low - top | number >> width - 1 << top
+    raw = (magnitude & ((1 << low) - 1)) >> low - top
+    return bins, raw | number >> width - 1 << top if self._sign else raw
 
   def _kept(self, raw: jax.Array) -> jax.Array:
     """Returns words that have raw bits in their places."""
+    if not self._sign:
+      return raw
     top, ones = self.raw_bits - 1, np.uint32(self._ones)
     tail = raw & ones * np.uint32((1 << top) - 1)
     return (raw >> top & ones) << self.width - 1 | tail << self._low - top
@@ -201,15 +212,17 @@ class Floats:
     """
     offset = 0 if self.raised else told.astype(np.uint32)
     bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
-    sign = np.uint32(self._ones << self.width - 1)
-    words = [x << self._low | y & ~sign for x, y in zip(bins, kept, strict=True)]
+    highest = np.uint32(self._ones << self.width - 1)
+    if not self._sign:
+      return [((bins[0] << self._low | kept[0]) ^ highest).astype(self.word)]
+    words = [x << self._low | y & ~highest for x, y in zip(bins, kept, strict=True)]
     if self.raised:
       lower = lambda x: lowered(x, self.format, told, xp)
       if self.words == 1:
         words = [lower(words[0] & 0xFFFF) | lower(words[0] >> 16) << 16]
       else:
         words = [lower(x) for x in words]
-    return [y & sign | x for x, y in zip(words, kept, strict=True)]
+    return [y & highest | x for x, y in zip(words, kept, strict=True)]
 
   def decode_step(
     self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
@@ -282,33 +295,6 @@ class Floats:
 
 
 @dataclasses.dataclass(frozen=True)
-class Codes(Floats):
-  """The layout of int8 in pairs."""
-
-  type_name: ClassVar[str] = 'codes'
-  precision: ClassVar[int] = 12
-  most_tables: ClassVar[int] = LEVELS
-
-  def is_valid(self) -> bool:
-    """Returns whether there is such a layout."""
-    return self.dtype == np.int8 and self.raw_bits <= 3
-
-  def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
-    """Divides integers into bins and raw bits; see `Floats`."""
-    signed = number.astype(np.uint8).view(np.int8).astype(np.int32)
-    return (signed >> self.raw_bits) - told, number & ((1 << self.raw_bits) - 1)
-
-  def _kept(self, raw: jax.Array) -> jax.Array:
-    return raw
-
-  def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
-    """Makes the words of units; see `Floats.join`."""
-    offset, mask = told.astype(np.uint32), (1 << 8 - self.raw_bits) - 1
-    bins = self._packed((symbols >> 5) + offset & mask, (symbols & 31) + offset & mask)
-    return [(bins[0] << self.raw_bits | kept[0]).astype(self.word)]
-
-
-@dataclasses.dataclass(frozen=True)
 class Integers:
   """The layout of bytes, and of signed integers of at most 32 bits."""
 
@@ -374,7 +360,7 @@ class Integers:
   def decode_step(
     self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
   ) -> tuple[jax.Array, ...]:
-    """Decodes a number of each lane; see `Floats.decode_step`."""
+    """Decodes a number of each lane; see `Pairs.decode_step`."""
     del pieces
     table, shift = self.told(classes, coder_tables.told)
     symbol, is_listed = _popped(pop, table, coder_tables, self)
@@ -386,7 +372,7 @@ class Integers:
   def encode_step(
     self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
-    """Divides a number of each lane; see `Floats.encode_step`."""
+    """Divides a number of each lane; see `Pairs.encode_step`."""
     table, shift = self.told(classes, coder_tables.told)
     signed = unit[:, 0].view(f'i{self.dtype.itemsize}').astype(jnp.int32)
     # The shift of signed integers copies the sign.
@@ -411,7 +397,7 @@ class Integers:
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, frequencies: np.ndarray
   ) -> Tables:
-    """Makes the tables, given frequencies `[K, 255]`; see `Floats.tables`."""
+    """Makes the tables, given frequencies `[K, 255]`; see `Pairs.tables`."""
     few = len(frequencies) <= _FEW_TABLES
     count = _FEW_TABLES if few else self.most_tables
     filled = []
@@ -421,7 +407,7 @@ class Integers:
     return Tables(*(x.reshape(-1) for x in filled), self.packed(base, table_of))
 
 
-Layout = Floats | Codes | Integers
+Layout = Pairs | Integers
 
 
 # ---- symbols -------------------------------------------------------------------------

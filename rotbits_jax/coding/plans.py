@@ -188,7 +188,7 @@ def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Gr
   scales, base = _classes(drafts) if known is None else ([known], np.zeros(1, int))
   several, seen, told = len(drafts), layout.alphabet, base
   most = _INTEGERS
-  if isinstance(layout, layouts.Floats):
+  if isinstance(layout, layouts.Pairs):
     most = max(_FLOATS // several, _LEAST_SAMPLE)
     seen = seen if layout.raised else _SEEN
   samples = [_sample(*x, most) for x in zip(drafts, scales, strict=True)]
@@ -237,7 +237,7 @@ def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarra
       several = statistics.within(draft.lines, octave, layouts.LEVELS)
       scales.append(several._replace(base=several.base + layouts.LEVELS * exponent))
     return scales, np.array([start])
-  if isinstance(layout, layouts.Floats) and layout.dtype in layouts.FORMATS:
+  if layout.type_name == 'floats':
     least = min(int(rows.min() + columns.min()) for _, _, (rows, columns), *_ in drafts)
     most = max(int(rows.max() + columns.max()) for _, _, (rows, columns), *_ in drafts)
     # A lower scale may be that of an array of zeros.
@@ -246,8 +246,9 @@ def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarra
     return scales, np.array([(octave << layout.top) - _BINS_BELOW])
   octave = 0 if layout.dtype == np.uint8 else _LEAST_INTEGER
   scales = [statistics.within(x.lines, octave, layout.most_tables) for x in drafts]
-  if isinstance(layout, layouts.Codes):
-    return scales, np.array([-_SEEN // 2])
+  if layout.type_name == 'codes':
+    # Bins count from -128, and the window is among those around 0.
+    return scales, np.array([(128 >> layout.raw_bits) - _SEEN // 2])
   if layout.dtype == np.uint8:  # masks share classes; those of others follow each other
     bases = np.array([x.base for x in scales])
     counts = np.array([x.greatest + 1 for x in scales]) - bases
@@ -262,7 +263,7 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   """Takes about `most` of the units of a part."""
   numbers, size = draft.numbers, draft.layout.size
   flat = numbers.reshape(-1)
-  if isinstance(draft.layout, layouts.Floats):
+  if isinstance(draft.layout, layouts.Pairs):
     flat = sparse.bit_patterns(numbers)
   # A last number without a pair is left out.
   flat = flat[: flat.size // size * size] if flat.size >= size else flat.repeat(size)

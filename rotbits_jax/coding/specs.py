@@ -90,7 +90,8 @@ class ArraySpec(schema.Row):
     return [(self.numpy_dtype, self.shape)]
 
 
-_TYPES = 'floats', 'raised', 'codes', 'integers', 'known'
+_PAIRS = 'floats', 'raised', 'codes'
+_TYPES = (*_PAIRS, 'integers', 'known')
 
 
 class GroupSpec(schema.Row):
@@ -108,11 +109,11 @@ class GroupSpec(schema.Row):
 
   def layout(self, dtype: np.dtype) -> layouts.Layout:
     """Returns the layout of the group, whose parts have this dtype."""
-    layout: layouts.Layout = layouts.Integers(dtype, self.raw_bits)
-    if self.type_name in ('floats', 'raised'):
-      layout = layouts.Floats(dtype, self.raw_bits, self.type_name == 'raised')
-    elif self.type_name == 'codes':
-      layout = layouts.Codes(dtype, self.raw_bits)
+    layout: layouts.Layout
+    if self.type_name in _PAIRS:
+      layout = layouts.Pairs(dtype, self.raw_bits, self.type_name)
+    else:
+      layout = layouts.Integers(dtype, self.raw_bits)
     if not layout.is_valid():
       raise ValueError(f'parts of {dtype} have no layout {self!r:.100}')
     return layout

@@ -64,11 +64,11 @@ def of_integers(numbers: np.ndarray) -> layouts.Layout:
     raw_bits = ((most - least) // layouts.BINS).bit_length()
     counts = np.bincount((several >> raw_bits).view(np.uint8).astype(int))
     if np.max(counts) < _MOST_SHARE * several.size:
-      return layouts.Codes(numbers.dtype, raw_bits)
+      return layouts.Pairs(numbers.dtype, raw_bits, 'codes')
   return layouts.Integers(numbers.dtype, 0)
 
 
-def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
+def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   """Chooses the layout of floats `[n]` by the bits that they use, given the patterns.
 
   Returns the layout, without low bits that are zero in all elements; and the highest
@@ -105,7 +105,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
     if used & 1 and lowest <= useless:
       break
   if not used:
-    return layouts.Floats(dtype, 1), 1
+    return layouts.Pairs(dtype, 1), 1
   low = used & ((1 << most - 1) - 1)
   zeros = (low & -low).bit_length() - 1 if low else most - 1
   # All elements are multiples of the step of the minimum exponent `lowest`. Those above
@@ -113,7 +113,9 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Floats, int]:
   least = min(least, lowest - (zeros if low else most))
   is_raised = least > useless
   raw_bits = max(most - zeros - is_raised, 1)
-  return layouts.Floats(dtype, raw_bits, is_raised), least if is_raised else 1
+  if not is_raised:
+    return layouts.Pairs(dtype, raw_bits), 1
+  return layouts.Pairs(dtype, raw_bits, 'raised'), least
 
 
 def measure(array: np.ndarray, size: int) -> Lines:
