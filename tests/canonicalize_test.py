@@ -68,7 +68,7 @@ def _arrays(params):
 
 
 def check_sharded(kind):
-  """Checks a model whose layer axis is sharded over 8 devices."""
+  """Checks a model whose layer axis, or the last one, is sharded over 8 devices."""
   model = random_models.sliced_llama([18] * 33)
   mesh = jax.make_mesh((8,), ('layers',), axis_types=(jax.sharding.AxisType[kind],))
 
@@ -88,6 +88,14 @@ def check_sharded(kind):
   assert shapes
   assert all('18,18]' in shape for shape in shapes), shapes
   expected, _ = _canonicalize(model.params, model.config)
+  chex.assert_trees_all_close(jax.device_get(found), expected, atol=3e-5)
+
+  def divided(x):
+    axes = [None] * (x.ndim - 1) + ['layers'] * (x.shape[-1] % 8 == 0)
+    spec = jax.sharding.PartitionSpec(*axes)
+    return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+
+  found, _ = _canonicalize(jax.tree.map(divided, model.params), model.config)
   chex.assert_trees_all_close(jax.device_get(found), expected, atol=3e-5)
   sharded = model.replace(params=params)
   logits = transform_checks.fast_logits(model, TOKENS)

@@ -44,9 +44,9 @@ def changed(name, path, change):
   layers = [structured.flatten(layer) for layer in model.layers()]
   params = outer if path in outer else layers[1]
   leaf = params[path]
-  array = np.array(leaf.u if structured.is_structured(leaf) else leaf)
+  array = np.array(leaf.b if structured.is_structured(leaf) else leaf)
   change(array)
-  params[path] = leaf.replace(u=array) if structured.is_structured(leaf) else array
+  params[path] = leaf.replace(b=array) if structured.is_structured(leaf) else array
   layers = [structured.unflatten(layer) for layer in layers]
   return models.from_layers(model.config, structured.unflatten(outer), layers)
 

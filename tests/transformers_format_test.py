@@ -67,7 +67,8 @@ def test_files(name, tmp_path):
   # transformers 5 has another name for the dtype of the dense model, and prefers it.
   newer = json.dumps(json.loads(source.files['config.json']) | {'dtype': 'bfloat16'})
   files = source.files | {'config.json': newer.encode()}
-  code = dict.fromkeys(['x.py', 'custom_generate/generate.PY'], b'harm()')
+  names = 'x.py', 'custom_generate/generate.PY', 'adapter_config.json'
+  code = dict.fromkeys(names, b'harm()')
   newer = source._replace(files=files | code)
   checkpoints.save_checkpoint(newer, tmp_path / 'out', 'transformers')
   tensors, config = read(tmp_path / 'out')

@@ -17,7 +17,9 @@ from rotbits_jax.checkpoints.families import CONFIG
 
 _MODELING = 'modeling_sliced'
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
-_PYTHON = '.py', '.pyc', '.so', '.pyd'  # endings of modules that Python imports
+# Endings of modules that Python imports, and of a file that names the base of an
+# adapter: if PEFT is installed, transformers runs the code of that base.
+_HARMFUL = '.py', '.pyc', '.so', '.pyd', 'adapter_config.json'
 
 # The part of transformers' class names that stands for a family, and its tokenizer.
 _CLASSES = {
@@ -49,8 +51,8 @@ def sidecars(
 ) -> dict[str, bytes]:
   """Returns the files beside the weights, with another config and the code.
 
-  `files` has the `config.json` of the model before slicing. Its own code is kept only
-  if `code`. The model gets the dtype when it is loaded.
+  `files` has the `config.json` of the model before slicing. What may run code is kept
+  only if `code`. The model gets the dtype when it is loaded.
   """
   dense = families.older_rope(families.parse_object(files[CONFIG], CONFIG))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
@@ -72,7 +74,7 @@ def sidecars(
   # `AutoTokenizer` knows the tokenizer of a dense model by the model's type, and of a
   # type that it does not know by the class that the config names.
   config_json = families.to_json({'tokenizer_class': tokenizer} | dense | changes)
-  is_kept = lambda name: code or not name.lower().endswith(_PYTHON)
+  is_kept = lambda name: code or not name.lower().endswith(_HARMFUL)
   kept = {name: content for name, content in files.items() if is_kept(name)}
   modeling = (_CODE / f'{_MODELING}.py').read_bytes()
   return {**kept, CONFIG: config_json, f'{_MODELING}.py': modeling}

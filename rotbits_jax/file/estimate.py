@@ -1,10 +1,9 @@
 """Sizes of files before they are written, and the step with which a file has a size.
 
 `estimate` multiplies counts by measured bits: the coder plans some rows of a few
-tensors, rounded as the preset rounds them. For `free`, whose bits depend on the
-coordinates, and for `exact` of sliced models some layers are rewritten. `write_within`
-writes files of `near` at a few steps and interpolates, because their bytes are nearly
-linear in the step.
+tensors, rounded as the preset rounds them. Some layers are rewritten for `free`, and
+for `exact` of sliced models. `write_within` writes files of `near` at a few steps and
+interpolates, because a file's bytes are nearly linear in the step.
 """
 
 import collections
@@ -71,16 +70,14 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
 
 def _rewritten(source: Any, preset: presets.Preset) -> tuple[float, float]:
   """Returns about the bytes of a preset, and the share of elements that it stores."""
-  config, count = source.config, source.config.num_layers
-  chosen = count
-  widths, step = config.segment_widths, config.segments_per_layer
-  if count > _RECORDS and widths[_RECORDS * step] == widths[-1]:
-    chosen = _RECORDS
+  config, widths = source.config, source.config.segment_widths
+  count, step = config.num_layers, config.segments_per_layer
+  is_even = count > _RECORDS and widths[_RECORDS * step] == widths[-1]
+  chosen = _RECORDS if is_even else count
   small = msgspec.structs.replace(
     config, num_layers=chosen, segment_widths=widths[: chosen * step + 1]
   )
-  layers = [source.layer(index) for index in range(chosen)]
-  model = models.from_layers(small, source.outer(), layers)
+  model = source.load(range(chosen)).model.replace(config=small)
   context, nbytes, elements = passes.make_context(model), 0.0, 0
   rewritten = passes.rewrite(context, preset.transform, rounding=preset.rounding)
   for record in itertools.chain.from_iterable(records for records, _ in rewritten):
