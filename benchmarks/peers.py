@@ -3,10 +3,12 @@
   python benchmarks/peers.py NAME compress FILE OUTPUT
   python benchmarks/peers.py NAME decode FILE
 
-FILE is a safetensors file, or what `compress` made of one. The work is done twice. The
-program prints the seconds of the second time, the peak of memory in bytes, and for
-`decode` a checksum of all arrays. It imports nothing of this project at its top,
-because it must run in a Python that has only the packages of the peers.
+FILE is a safetensors file, or what `compress` made of one. After a first time, which
+compiles, the work is done for three seconds, at least once: a virtual machine may take
+longer to get memory from its host than to decode. The program prints the least seconds,
+the peak of memory in bytes, and for `decode` a checksum of all arrays. It imports
+nothing of this project at its top, because it must run in a Python that has only the
+packages of the peers.
 
 `zstd` is the library at level 3. ZipNN and lmzip run with one thread for each CPU.
 OpenZL separates exponents, and takes the best of its entropy coders for each stream; it
@@ -151,18 +153,19 @@ def main() -> None:
   name, task, *paths = sys.argv[1:]
   tasks: dict[str, Callable[..., Any]] = {'compress': compress, 'decode': decode}
   work = tasks[task]
-  for _ in range(2):  # the second time caches are warm, and programs compiled
-    arrays = None  # frees the memory of the first time
+  seconds = []
+  while len(seconds) < 2 or sum(seconds[1:]) < 3:
+    arrays = None  # frees the memory of the time before
     start = time.perf_counter()
     arrays = work(name, *paths)
-    seconds = time.perf_counter() - start
+    seconds.append(time.perf_counter() - start)
   # The system's own count has the peak of the process that started this one in it.
   status = pathlib.Path('/proc/self/status').read_text()
   peak = 1024 * int(status.split('VmHWM:')[1].split()[0])
   checksum = 0
   for array in arrays or []:
     checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, checksum)
-  print(json.dumps([seconds, peak, checksum]))
+  print(json.dumps([min(seconds[1:]), peak, checksum]))
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 """Times encoding and decoding by this project and by other compressors.
 
-Every task is a process that does its work twice; the second time is taken, with caches
-warm and programs compiled (`benchmarks.peers`). Files are in the page cache. Decoding
-is from the file to arrays in memory. A peer must return the tensors of the safetensors
-file, bit for bit.
+Every task is a process that does its work several times, and the least time is taken,
+with caches warm and programs compiled (`benchmarks.peers`). Files are in the page
+cache. Decoding is from the file to arrays in memory. A peer must return the tensors of
+the safetensors file, bit for bit.
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     work = pathlib.Path(folder)
     tables = [measure(x, settings, work) for x in subjects(settings, work)]
   about = (
-    'Each task is a process that does its work twice; the second time counts. Encoding '
+    'Each task is a process of its own; the least time after the first counts. Encoding '
     'is from file to file, decoding from a file to arrays. GB are the peak resident '
     'memory. Random weights have no structure but their distribution and symmetries.'
   )
