@@ -106,9 +106,9 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     work = pathlib.Path(folder)
     tables = [measure(x, settings, work) for x in subjects(settings, work)]
   about = (
-    'Each task is a process of its own; the least time after the first counts. Encoding '
-    'is from file to file, decoding from a file to arrays. GB are the peak resident '
-    'memory. Random weights have no structure but their distribution and symmetries.'
+    'Each task is a process; its least time after the first counts. Encoding is from '
+    'file to file, decoding from a file to arrays. GB are the peak resident memory. '
+    'Random weights have no structure but their distribution and symmetries.'
   )
   picture = (
     '![Time to weights over the speed of a link](docs/pictures/time-to-weights.svg)'
