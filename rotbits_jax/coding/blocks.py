@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import rans
 from rotbits_jax.system import checksums as checksums_lib
@@ -56,25 +57,26 @@ class Span(NamedTuple):
   place: slice  # of the units in the block
   numbers: np.ndarray  # bit patterns; one may be missing in the last unit
   write_classes: Callable[[np.ndarray], None]  # into uint8 `[n]`
+  part: int  # index of the part
 
 
-Part = tuple[np.ndarray, Callable[..., None]]
-"""Bit patterns; and a function that writes the classes of units, from unit `start`."""
-
-
-def divide(parts: Sequence[Part], size: int) -> list[list[Span]]:
-  """Divides units of so many numbers into few blocks of similar sizes."""
-  counts = [-(-numbers.size // size) for numbers, _ in parts]
+def divide(
+  parts: Sequence[np.ndarray], scales: Sequence[contexts.Scales], size: int
+) -> list[list[Span]]:
+  """Divides contiguous parts, in units of `size` numbers, into few blocks alike."""
+  counts = [-(-part.size // size) for part in parts]
   ends = np.cumsum(counts).tolist()
   length = -(-ends[-1] // -(-ends[-1] // CAPACITY))
   starts = range(0, ends[-1], length)
   blocks: list[list[Span]] = [[] for _ in starts]
   for start, end in itertools.pairwise(sorted({*ends, *starts})):
-    part, block = bisect.bisect(ends, start), start // length
-    first, (numbers, write) = start - ends[part] + counts[part], parts[part]
-    numbers = numbers[first * size : (first + end - start) * size]
+    i, block = bisect.bisect(ends, start), start // length
+    first, shape = start - ends[i] + counts[i], parts[i].shape
+    bits = parts[i].reshape(-1).view(f'u{parts[i].itemsize}')
+    numbers = bits[first * size : (first + end - start) * size]
+    write = functools.partial(scales[i].write, start=first, shape=shape, size=size)
     place = slice(start - block * length, end - block * length)
-    blocks[block].append(Span(place, numbers, functools.partial(write, start=first)))
+    blocks[block].append(Span(place, numbers, write, i))
   return blocks
 
 
@@ -89,20 +91,9 @@ def _sharing(width: int) -> int:
   return max(4 // width, 1)
 
 
-def _plane_rows(width: int, rows: int) -> int:
-  """Returns the rows of bytes of a plane of pieces of so many bits."""
-  return -(-rows // _sharing(width))
-
-
 def _plane_bytes(width: int, rows: int, lanes: int) -> int:
   """Returns the bytes of a plane of pieces of so many bits."""
-  return _plane_rows(width, rows) * lanes * (2 if width == 8 else 1)
-
-
-def _plane(width: int, lanes: int) -> tuple[tuple[int, ...], np.dtype]:
-  """Returns the greatest shape of a plane of pieces of so many bits, and its dtype."""
-  dtype = np.dtype(np.uint16 if width == 8 else np.uint8)
-  return (_plane_rows(width, ROWS), lanes), dtype
+  return -(-rows * width // 4) * lanes
 
 
 def _classes(spans: Sequence[Span], count: int) -> np.ndarray:
@@ -133,24 +124,30 @@ def encode(
     flat[span.numbers.size :] = span.numbers[-1]
   units[count : rows * lanes] = units[count - 1]
   stack = ROWS * layout.pushes + _APART
-  shapes: list[tuple[int, ...]] = [(lanes * stack,), (ROWS, lanes)]
-  outputs = [(shape, np.dtype(np.uint16)) for shape in shapes]
-  outputs += [_plane(width, lanes) for width, _ in layout.pieces]
-  out = tuple(_taken(f'out {i}', *x) for i, x in enumerate(outputs))
+  out = [
+    _taken('words', (lanes * stack,), np.uint16),
+    _taken('escapes', (ROWS, lanes), np.uint16),
+  ]
+  for i, (width, _) in enumerate(layout.pieces):
+    dtype = np.uint16 if width == 8 else np.uint8
+    out.append(_taken(f'plane {i}', (ROWS // _sharing(width), lanes), dtype))
   arguments = values, _classes(spans, count), coder_tables, np.int32(rows)
-  state, lengths, out = _encode(out, *arguments, layout=layout)
+  state, lengths, out = _encode(tuple(out), *arguments, layout=layout)
   words, marks, *planes = map(np.asarray, out)
   lengths = np.asarray(lengths).astype(np.int64)
   stacks = zip(words.reshape(lanes, stack), lengths.tolist(), strict=True)
   parts = [rans.head_words(np.asarray(state), lengths), *(x[:n] for x, n in stacks)]
-  pairs = zip(layout.pieces, planes, strict=True)
-  parts += [plane[: _plane_rows(width, rows)] for (width, _), plane in pairs]
+  for (width, _), plane in zip(layout.pieces, planes, strict=True):
+    flat = plane.reshape(-1).view(np.uint8)
+    parts.append(flat[: _plane_bytes(width, rows, lanes)])
   # The last unit is listed again where it fills the row.
   escaped = np.flatnonzero(marks.reshape(-1)[: rows * lanes] > 0)
   parts += layout.lists(marks.reshape(-1)[escaped] - layouts.MARKED, units[escaped])
   data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
-  for i, array in enumerate(out):
-    _keep(f'out {i}', array)
+  _keep('words', out[0])
+  _keep('escapes', out[1])
+  for i, array in enumerate(out[2:]):
+    _keep(f'plane {i}', array)
   return data
 
 
@@ -160,12 +157,14 @@ def decode(
   spans: Sequence[Span],
   layout: layouts.Layout,
   coder_tables: layouts.Tables,
-) -> list[tuple[int, int]]:
+) -> list[tuple[int, tuple[int, int]]]:
   """Decodes a block on this thread into `spans`: the inverse of `encode`.
 
-  `read` fills an array with the bytes of the block, which are used where they lie. It
-  returns the CRC-32 and the size of the bytes of each span, which are in the cache. If
-  the bytes are not a block of as many numbers, a ValueError is raised.
+  `read` fills an array with the bytes of the block, which are used where they lie. If
+  they are not a block of as many numbers, a ValueError is raised.
+
+  Returns for each span the part, and the CRC-32 and the size of the decoded bytes,
+  which are in the cache.
   """
   count = spans[-1].place.stop
   rows, lanes = _grid(count)
@@ -204,7 +203,7 @@ def decode(
   few_classes = classes.reshape(-1)[escaped].astype(np.int32)
   listed = layout.listed(lists, units[escaped], few_classes, coder_tables.told)
   checksums = []
-  for place, numbers, _ in spans:
+  for place, numbers, _, part in spans:
     few = slice(*np.searchsorted(escaped, [place.start, place.stop]))
     whole, missing = numbers, -numbers.size % layout.size
     if missing:  # in the last unit
@@ -214,7 +213,7 @@ def decode(
     of_units[escaped[few] - place.start] = listed[few]
     if missing:
       numbers[...] = whole[:-missing]
-    checksums.append((checksums_lib.of_array(numbers), numbers.nbytes))
+    checksums.append((part, (checksums_lib.of_array(numbers), numbers.nbytes)))
   _keep('units', out[0])
   _keep('marks', out[1])
   return checksums

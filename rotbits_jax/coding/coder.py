@@ -12,7 +12,7 @@ integers only. Blocks are coded side by side in threads, and the bytes do not de
 the number of threads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
 import types
@@ -23,7 +23,6 @@ import numpy as np
 
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import contexts as contexts_lib
-from rotbits_jax.coding import layouts
 from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import sparse
@@ -33,6 +32,9 @@ from rotbits_jax.system import host
 
 Known = Callable[[], np.ndarray]
 """Returns the classes of an array's elements, uint8 `[n]`."""
+
+_Read = Callable[[int, np.ndarray], Any]
+"""Fills an array with the bytes of a stream from a place on."""
 
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
 
@@ -66,8 +68,9 @@ def encode(
   jobs = []
   for group in plan.groups:
     tables = group.layout.tables(*group.contexts[1:])
-    several = _blocks(group.layout, tables, group.scales, group.parts)
-    jobs.append([functools.partial(blocks.encode, *block) for block in several])
+    several = blocks.divide(group.parts, group.scales, group.layout.size)
+    encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
+    jobs.append([functools.partial(encode, spans) for spans in several])
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
   heads = [contexts_lib.to_bytes(group.contexts) for group in plan.groups]
@@ -138,86 +141,72 @@ def decode(
   parts_of = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   parts = [*itertools.chain(*parts_of)]
   fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
-  read = getattr(data, 'read', fill)
+  read: _Read = getattr(data, 'read', fill)
   starts = itertools.accumulate(spec.sizes, initial=0)
   heads = [np.empty(group.contexts, np.uint8) for group in spec.groups]
   for head in heads:
     read(next(starts), head)
   bodies = [[(next(starts), x) for x in group.blocks] for group in spec.groups]
-  *members, plain = (
-    [(x.array, parts[x.place]) for x in several] for several in spec.members
-  )
-  outputs = [x.reshape(-1).view(np.uint8) for _, x in plain]
+  *members, plain = spec.members
+  outputs = [parts[x.place].reshape(-1).view(np.uint8) for x in plain]
   pool.run(functools.partial(read, next(starts), output) for output in outputs)
-  checksums: dict[int, int] = {}  # of arrays that are coded whole
   is_known = [group.is_known for group in spec.groups]
-  late = [members[i][0][0] for i, x in enumerate(is_known) if x]
+  late = [x[0].array for x, is_late in zip(members, is_known, strict=True) if is_late]
   if {*late} != known.keys():
     raise ValueError(f'the arrays {late} have known classes, got {[*known]}')
-
-  def decode_group(i: int) -> None:
-    outputs = [x for _, x in members[i]]
-    layout = spec.groups[i].layout(outputs[0].dtype)
-    shapes = [x.shape for x in outputs if not is_known[i]]
-    contexts = contexts_lib.from_bytes(heads[i].tobytes(), layout, shapes)
-    scales = contexts.scales
-    if is_known[i]:
-      classes = known[members[i][0][0]]()
-      if classes.size != outputs[0].size:
-        raise ValueError(f'{outputs[0].size} elements have other classes')
-      outputs = [outputs[0].reshape(-1, 1)]
-      scales = (contexts_lib.known_scales(classes),)
-    tables = layout.tables(*contexts[1:])
-    # Each block would copy them to the device.
-    tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))
-    several = _blocks(layout, tables, scales, outputs)
-    checked = pool.run(
-      functools.partial(blocks.decode, functools.partial(read, start), nbytes, *block)
-      for (start, nbytes), block in zip(bodies[i], several, strict=True)
-    )
-    spans = itertools.chain(*checked)  # sizes and checksums
-    for index, output in members[i]:
-      of_part, left = [], output.nbytes
-      while left:
-        of_part.append(next(spans))
-        left -= of_part[-1][1]
-      if not spec.arrays[index].zeros:
-        checksums[index] = checksums_lib.joined(of_part)
+  checksums: dict[int, int] = {}
 
   def finish(i: int) -> None:
     zeros = spec.arrays[i].zeros
     if zeros:
       zeros.join(parts_of[i], arrays[i])
-    if i not in checksums:
-      checksums[i] = checksums_lib.of_array(arrays[i])
-    if checksums[i] != spec.arrays[i].crc32:
+    checksum = None if zeros else checksums.get(i)
+    if checksum is None:
+      checksum = checksums_lib.of_array(arrays[i])
+    if checksum != spec.arrays[i].crc32:
       raise ValueError(f'array {i} of the record is damaged: its checksum differs')
 
   for is_late in (False, True):
-    for i in range(len(members)):
-      if is_known[i] == is_late:
-        decode_group(i)
-    ready = [i for i in range(len(arrays)) if (i in late) == is_late]
-    pool.each(finish, ready)
+    for i, group in enumerate(spec.groups):
+      if group.is_known == is_late:
+        classes = known[members[i][0].array]() if is_late else None
+        several = [parts[x.place] for x in members[i]]
+        of_parts = _decode_group(group, heads[i], bodies[i], several, read, classes)
+        checksums |= zip([x.array for x in members[i]], of_parts, strict=True)
+    pool.each(finish, [i for i in range(len(arrays)) if (i in late) == is_late])
   return arrays
 
 
-# ---- groups --------------------------------------------------------------------------
-
-
-def _blocks(
-  layout: layouts.Layout,
-  tables: layouts.Tables,
-  scales_of: Sequence[contexts_lib.Scales],
-  arrays: Sequence[np.ndarray],
-) -> Iterator[tuple[list[blocks.Span], layouts.Layout, layouts.Tables]]:
-  """Yields the arguments of `blocks.encode` for each block of contiguous parts."""
-  parts: list[blocks.Part] = []
-  for array, scales in zip(arrays, scales_of, strict=True):
-    write = functools.partial(scales.write, shape=array.shape, size=layout.size)
-    parts.append((sparse.bit_patterns(array), write))
-  for spans in blocks.divide(parts, layout.size):
-    yield spans, layout, tables
+def _decode_group(
+  group: specs.GroupSpec,
+  head: np.ndarray,
+  body: Sequence[tuple[int, int]],  # where blocks begin in the stream, and their sizes
+  parts: Sequence[np.ndarray],
+  read: _Read,
+  classes: np.ndarray | None,
+) -> list[int]:
+  """Decodes the parts of a group; returns their checksums."""
+  layout = group.layout(parts[0].dtype)
+  shapes = [x.shape for x in parts if classes is None]
+  contexts = contexts_lib.from_bytes(head.tobytes(), layout, shapes)
+  scales: Sequence[contexts_lib.Scales] = contexts.scales
+  if classes is not None:
+    if classes.size != parts[0].size:
+      raise ValueError(f'{parts[0].size} elements have {classes.size} classes')
+    parts, scales = [parts[0].reshape(-1, 1)], [contexts_lib.known_scales(classes)]
+  tables = layout.tables(*contexts[1:])
+  # Each block would copy them to the device.
+  tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))
+  decode = lambda start, *others: blocks.decode(functools.partial(read, start), *others)
+  several = blocks.divide(parts, scales, layout.size)
+  jobs = [
+    functools.partial(decode, *block, spans, layout, tables)
+    for block, spans in zip(body, several, strict=True)
+  ]
+  checksums: list[list[tuple[int, int]]] = [[] for _ in parts]
+  for part, checksum in itertools.chain(*pool.run(jobs)):
+    checksums[part].append(checksum)
+  return [*map(checksums_lib.joined, checksums)]
 
 
 # ---- arrays --------------------------------------------------------------------------
