@@ -239,8 +239,10 @@ def _taken(name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> jax.Arr
   """Takes this thread's array of this name, shape and dtype, to donate it."""
   arrays = _local.__dict__.setdefault('arrays', {})
   array: jax.Array | None = arrays.pop((name, shape, np.dtype(dtype)), None)
-  # A program that makes zeros would have to be compiled.
-  return jax.device_put(np.zeros(shape, dtype)) if array is None else array
+  if array is None:  # a program that makes zeros would have to be compiled
+    # On a device like the tables, and so what the program returns: it compiles once.
+    array = jax.device_put(np.zeros(shape, dtype), host.device())
+  return array
 
 
 def _keep(name: str, array: jax.Array) -> None:
