@@ -231,18 +231,26 @@ def _escaped(line):
   return line[:start] + ''.join(parts)
 
 
+_MODULES = re.compile(r'~?\b(jax|flax|numpy|rotbits_jax)\.(_src\.)?(\w+\.)*(?=[A-Z])')
+_LIMITS = re.compile(
+  r"""~?(?:typing\.)?Annotated\[((?:[^\[\]]|\[[^\[\]]*\])+?),
+  \s msgspec\.Meta\((?:[^()']|'[^']*')*\)\]""",
+  re.VERBOSE,
+)
+
+
+def _public(text):
+  """Names types as users import them, without the limits of what a file may hold."""
+  while text and (found := _LIMITS.search(text)):
+    text = f'{text[: found.start()]}{found[1]}{text[found.end() :]}'
+  name = lambda found: '' if found[1] == 'rotbits_jax' else f'{found[1]}.'
+  return text and _MODULES.sub(name, text)
+
+
 def _public_types(app, what, name, obj, options, signature, returns):
-  """Names types as users import them: no private module is in a signature."""
+  """No private module is in a signature."""
   del app, what, name, obj, options
-  public = lambda text: (
-    text
-    and re.sub(
-      r'~?\b(jax|flax|numpy|rotbits_jax)\.(_src\.)?(\w+\.)*(?=[A-Z])',
-      lambda found: '' if found[1] == 'rotbits_jax' else f'{found[1]}.',
-      text,
-    )
-  )
-  return public(signature), public(returns)
+  return _public(signature), _public(returns)
 
 
 def _public_lines(app, what, name, obj, options, lines):
