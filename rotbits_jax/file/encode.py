@@ -57,7 +57,7 @@ RELATIVE = 'relative to a base'
 
 
 class Encoder:
-  """Encodes a source with a preset, beside a base or None.
+  """Encodes a source with a preset, relative to a base or alone.
 
   `counts` has the elements and bytes of each record before it is rewritten, by its
   name, in the order of the file. Records may be divided among several files unless they

@@ -501,7 +501,7 @@ def _stack(
 
 
 def open_base(base: Any, *, plain: bool) -> base_lib.Base:
-  """Opens the base beside which a file is encoded or decoded, see `api.Base`.
+  """Opens the base of a file that is encoded or decoded, see `api.Base`.
 
   A checkpoint at a path is opened as plain tensors if `plain`, as for a PyTree.
   """

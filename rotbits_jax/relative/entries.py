@@ -1,4 +1,4 @@
-"""Entries of the manifest: the array of a base beside which a leaf is stored."""
+"""Entries of the manifest: the array of a base relative to which a leaf is stored."""
 
 import math
 from typing import Annotated

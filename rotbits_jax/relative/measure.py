@@ -1,4 +1,4 @@
-"""Chooses how an array is stored beside a known one, see `structured.difference`.
+"""Chooses how an array is stored relative to a known one, see `structured.difference`.
 
 A fine-tune differs from its base by numbers whose sizes depend on the row and the
 column; a step of a training, by few ULPs where these are small.
@@ -40,7 +40,7 @@ _FAR = 24  # eighths of an octave from which scales of lines are equally wrong
 
 
 class Measured(NamedTuple):
-  """How to store an array beside a known one."""
+  """How to store an array relative to a known one."""
 
   leaf: difference.Difference
   group: plans.Group | None = None  # of the differences; None if there are none

@@ -1,4 +1,4 @@
-"""A sliced model beside its dense base: products with the bases of its subspaces.
+"""A sliced model relative to its dense base: products with the bases of its subspaces.
 
 The basis of a segment is a record of its own, before the layer that writes the segment,
 so a layer is read without those before it. If all bits are kept, or the residual stream
@@ -50,7 +50,7 @@ class _Segment(NamedTuple):
 
 
 class Recipe:
-  """A sliced model beside its base as a `passes.Source`, with records of the bases."""
+  """A sliced model given its base, as a `passes.Source` with records of the bases."""
 
   def __init__(self, source: Any, base: base_lib.Base, *, keeps_bits: bool):
     """Takes a model sliced from the base; `keeps_bits` keeps the checkpoint's bases."""

@@ -1,4 +1,4 @@
-"""Finds the subspaces of a sliced model beside its base, by least squares in float64.
+"""Finds the subspaces of a sliced model, given its base, by least squares in float64.
 
 The page on the mathematics has the equations. Shape letters: D hidden size, d width of
 a segment, n vectors of a tensor.
