@@ -8,6 +8,7 @@ files. Weights are random, so the ratio is that of the gauge and the coder alone
 from collections.abc import Iterator
 import pathlib
 import shutil
+import sys
 import tempfile
 
 from benchmarks import common
@@ -32,12 +33,13 @@ def measure(checkpoint: pathlib.Path, preset: str, work: pathlib.Path) -> tuple:
   costs.append(common.run(*rotbits, 'decode', file, decoded))
   shutil.rmtree(decoded)
   costs.append(common.run('-c', LOAD, file))
+  warm, *_ = common.run_peer(sys.executable, preset, 'decode', file)
   size = file.stat().st_size
   file.unlink()
   cells = [*map(common.megabytes, (source.nbytes, size)), f'{size / source.nbytes:.4f}']
   for cost in costs:
     cells += [f'{cost.seconds:.1f}', f'{cost.peak:.2f}']
-  return (source.config.num_layers, f'`{preset}`', *cells)
+  return (source.config.num_layers, f'`{preset}`', *cells, f'{warm:.2f}')
 
 
 def run(settings: common.Settings) -> Iterator[common.Section]:
@@ -47,10 +49,10 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     synthetic.write(work / 'llama', shape)
     rows = [measure(work / 'llama', preset, work) for preset in ('exact', 'free')]
   header = ['layers', 'preset', 'MB', 'file MB', 'share']
-  for task in ('encode', 'decode', 'load'):
-    header += [f'{task} s', 'GB']
+  header += ['encode s', 'GB', 'decode s', 'GB', 'load s', 'GB', 'warm load s']
   about = (
     'Fewer layers, sliced by 25%, with random weights in float16. Each command is a '
-    'new process: times include compilation, and GB are its peak resident memory.'
+    'new process: times include compilation, and GB are its peak resident memory. A '
+    'warm load is a later one of a process, with memory that it had before.'
   )
   yield common.Section(TITLE, f'{about}\n\n{common.table(header, rows, texts=2)}')

@@ -4,11 +4,10 @@
   python benchmarks/peers.py NAME decode FILE
 
 FILE is a safetensors file, or what `compress` made of one. After a first time, which
-compiles, the work is done for three seconds, at least once: a virtual machine may take
-longer to get memory from its host than to decode. The program prints the least seconds,
-the peak of memory in bytes, and for `decode` a checksum of all arrays. It imports
-nothing of this project at its top, because it must run in a Python that has only the
-packages of the peers.
+compiles and gets memory from the system, the work is done for three seconds, at least
+once. The program prints the least seconds, the peak of memory in bytes, and for
+`decode` a checksum of all arrays. It imports nothing of this project at its top,
+because it must run in a Python that has only the packages of the peers.
 
 `zstd` is the library at level 3. ZipNN and lmzip run with one thread for each CPU.
 OpenZL separates exponents, and takes the best of its entropy coders for each stream; it
@@ -46,10 +45,6 @@ def is_bfloat16(data: bytes) -> bool:
   header.pop('__metadata__', None)
   dtypes = [entry['dtype'] for entry in header.values()]
   return 2 * dtypes.count('BF16') > len(dtypes)
-
-
-def store(data: bytes) -> bytes:
-  return data
 
 
 def zstd(data: bytes) -> bytes:
@@ -106,7 +101,7 @@ def of_openzl(data: bytes) -> np.ndarray:
 
 
 IN_MEMORY: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], Any]]] = {
-  'safetensors': (store, store),
+  'safetensors': (bytes, bytes),
   'zstd': (zstd, of_zstd),
   'zipnn': (zipnn, of_zipnn),
   'openzl': (openzl, of_openzl),
@@ -151,8 +146,7 @@ def decode(name: str, path: str) -> Arrays:
 
 def main() -> None:
   name, task, *paths = sys.argv[1:]
-  tasks: dict[str, Callable[..., Any]] = {'compress': compress, 'decode': decode}
-  work = tasks[task]
+  work: Callable[..., Any] = compress if task == 'compress' else decode
   seconds = []
   while len(seconds) < 2 or sum(seconds[1:]) < 3:
     arrays = None  # frees the memory of the time before
