@@ -12,8 +12,7 @@ with --format=transformers, which also writes the code of the model:
 
   AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-This runs Python files in FOLDER. So with that format, Python files in FILE are left out
-unless --code says that you trust its author.
+This runs Python files in FOLDER, so those of FILE are left out, unless --code is given.
 
 JSON: folder; sliced, whether the model is sliced, null for plain tensors.
 """

@@ -2,8 +2,7 @@
 
   rotbits encode SmolLM2-135M
 
-CHECKPOINT is a folder or a file of weights (safetensors or pytorch_model.bin), or what
-Microsoft's SliceGPT writes. The presets:
+CHECKPOINT is a folder or a file of weights, also as SliceGPT writes them. The presets:
 
   exact  keeps every bit. The default for dense checkpoints, of any family.
   free   keeps the function up to rounding; LoRA adapters no longer fit. The default for

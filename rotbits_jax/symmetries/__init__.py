@@ -1,10 +1,9 @@
 """Pure functions of the symmetries of a transformer's weights.
 
 A symmetry is a change of the weights that does not change the function of the model. A
-*gauge* is the choice of one of the weights that a symmetry connects; to *fix* it is to
-choose by a rule, so that all of them become the same. These functions take and return
-arrays, work under `jit` and `vmap`, and do not wait for the device. `canonicalize`
-fixes a whole model on the device, and `passes` one that does not fit there.
+*gauge* is a choice among the weights that a symmetry connects, and a rule *fixes* it.
+These functions take and return arrays, work under `jit` and `vmap`, and do not wait for
+the device. `passes` applies them to models that are larger than it.
 
 The modules, in the order of reading:
 

@@ -57,9 +57,8 @@ def typical_size(array: jax.Array) -> jax.Array:
   """Returns the rms of the elements of a float32 array, without zeros and outliers.
 
   Structure makes zeros. If the rms is more than twice the mean magnitude, a few
-  elements make most of the squares: those above 8 mean magnitudes are outliers. They
-  are removed until there are none. (Normally distributed elements have an rms of 1.25
-  mean magnitudes.)
+  elements make most of the squares: those above 8 mean magnitudes are outliers, and are
+  removed until there are none. The rms of a normal distribution is 1.25 of them.
 
   >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])))
   1
