@@ -28,8 +28,8 @@ _INDEX = re.compile(r'(?<=\.)[0-9]+')  # of a layer
 
 BACK: dict[presets.Keeps, str] = {
   'bits': 'every bit comes back',
-  'function': 'the same function comes back, up to rounding, in other weights',
-  'approximation': 'nearly the same function comes back, in other weights',
+  'function': 'the same function comes back, up to rounding, in different weights',
+  'approximation': 'nearly the same function comes back, in different weights',
 }
 """How a decoded file compares with its source, by the guarantee of its preset."""
 
@@ -112,8 +112,8 @@ class Report(NamedTuple):
       )
     if self.keeps != 'bits':
       remarks.append(
-        'The weights are others, so adapters (LoRA) trained on the input do not fit '
-        'them: merge those first, or use the preset exact.'
+        'The weights differ, so LoRA adapters trained on the input no longer fit: '
+        'merge them first, or use the preset exact.'
       )
     if self.measured is not None:
       remarks.append(f'The loss is {self.measured}.')

@@ -58,7 +58,7 @@ def typical_size(array: jax.Array) -> jax.Array:
 
   Structure makes zeros. If the rms is more than twice the mean magnitude, a few
   elements make most of the squares: those above 8 mean magnitudes are outliers, and are
-  removed until there are none. The rms of a normal distribution is 1.25 of them.
+  removed until there are none. (In a normal distribution, rms / mean is 1.25.)
 
   >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])))
   1
