@@ -112,7 +112,7 @@ def encode(
 ) -> np.ndarray:
   """Encodes a block, 1 to `CAPACITY` units, on this thread; returns its bytes, uint8.
 
-  A unit that lacks a number has its first one twice.
+  A unit that lacks an element has its first one twice.
   """
   count = spans[-1].place.stop
   rows, lanes = _grid(count)

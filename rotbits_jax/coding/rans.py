@@ -70,7 +70,7 @@ def push_step(
     state: uint32 `[N]`.
     start: uint32 `[N]`, the start of each symbol's interval.
     frequency: uint32 `[N]`, the length of each interval, at least 1. A frequency of
-      2^precision with start 0 does not change the lane. The number 1 is for raw bits.
+      2^precision with start 0 does not change the lane. It is 1 for raw bits.
     precision: from 10 to 16; of raw bits uint32 `[N]`, from 0 to 16.
 
   Returns the new states, uint32; the low words of the old states, uint16; and whether

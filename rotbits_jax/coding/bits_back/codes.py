@@ -51,7 +51,7 @@ class RotationCode(NamedTuple):
   def sample(
     self, message: rans.Message
   ) -> tuple[rans.Message, jax.Array, jax.Array, Any]:
-    """Pops integers; returns the rest of the message, them, frame and spectrum."""
+    """Pops integers; returns the message, the integers, the frame and the spectrum."""
     message, integers = self.codec().pop(message)
     return message, integers, *self.rotation(integers)
 
@@ -59,7 +59,7 @@ class RotationCode(NamedTuple):
   def restore(
     self, message: rans.Message, recovered: jax.Array, correction: Any
   ) -> tuple[rans.Message, jax.Array]:
-    """Recovers the integers; returns the message with them on top, and them."""
+    """Recovers the integers; returns the message with them pushed, and the integers."""
     integers = self.recover(recovered, correction)
     return self.codec().push(message, integers), integers
 
