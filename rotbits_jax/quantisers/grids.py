@@ -54,7 +54,8 @@ def _floats(dtype: type, tops: tuple[int, ...], unit: float | None = None) -> Gr
 
 
 # The greatest element has the greatest code, unless the scale is a power of two or was
-# rounded. Codes of 4 bits less a zero point are integers up to 15.
+# rounded. Codes of 4 bits less a zero point are integers up to 15. Codes of 6 bits are
+# int8, too.
 GRIDS: dict[Name, Grid] = {
   'float4_e2m1fn': _floats(ml_dtypes.float4_e2m1fn, (7, 6, 5, 4, 3), 0.5),
   'int4': Grid(
@@ -64,6 +65,8 @@ GRIDS: dict[Name, Grid] = {
   ),
   'float8_e5m2': _floats(ml_dtypes.float8_e5m2, (123, 122, 121, 120)),
   'float8_e4m3fn': _floats(ml_dtypes.float8_e4m3fn, (126, *range(125, 118, -1))),
-  'int8': Grid(np.arange(129, dtype=np.float32), (127, 128, 126, 125)),
+  'int8': Grid(
+    np.arange(129, dtype=np.float32), (127, 128, 126, 125, 31, 32, 63)
+  ),  # or 6 bits
 }
 """The grids by name, those of the fewest magnitudes first."""

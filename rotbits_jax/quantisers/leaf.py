@@ -21,7 +21,7 @@ from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
-_LEAST = 2.0**-125  # scale, so that half of it is normal
+LEAST = 2.0**-125  # scale, so that half of it is normal
 _E4M3 = grids.GRIDS['float8_e4m3fn'].magnitudes
 
 
@@ -109,7 +109,7 @@ class BlockQuantized(base.Structured):
     if fits:
       with np.errstate(over='ignore', invalid='ignore'):
         floats = self.float_scales
-      fits = floats.min() >= _LEAST and floats.max() < np.inf  # false if one is NaN
+      fits = floats.min() >= LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
       fits = bool(np.isfinite(self.minima).all())
     grid = grids.GRIDS[self.grid]

@@ -7,15 +7,18 @@ element over the greatest code, narrows the bounds by the elements whose codes a
 certain, and repeats. All blocks of an array go through it together. In the end the
 array is computed from codes and scales, and elements with other bits are exceptions.
 
-Groups of 4 bits may have a minimum m, too: v = round(q s + m), q from 0 to 15, as in
-Q4_1 of GGUF. Their least and greatest element tell q. Two elements whose codes differ
-by k bound k s by the differences of their borders; given s, each element bounds m.
+Groups may have a minimum m, too: v = round(q s + m), q from 0 to 15, as in Q4_1 of
+GGUF, or to 7, 31 or 63. Their least and greatest element tell q. Two elements whose
+codes differ by k bound k s by the differences of their borders; given s, each element
+bounds m.
 
 Shape letters: U blocks have n elements each, or n distinct magnitudes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
+import functools
+import itertools
 import math
 from typing import Any
 
@@ -32,7 +35,8 @@ from rotbits_jax.system import host
 _DTYPES = tuple(ulps.MANTISSA_BITS)[:3]
 _LEAST = 1 << 12  # elements of an array
 _LINES, _RUN = 4, 128  # rows or columns, and elements of each, that show repetitions
-_REPEATED = 80  # of these elements that repeat another one; of dense ones about 45
+# The share of these that repeat another one: of dense bfloat16 about 0.09.
+_REPEATED = {7: 0.16, 10: 0.06, 23: 0.06}
 _SAMPLE = 1 << 12  # elements of a block that tell its grid
 _MOST_DISTINCT = 144  # magnitudes of a block; no grid has so many
 _LENGTHS = 128, 64, 32, 16  # of groups
@@ -46,7 +50,7 @@ _CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
 _MOST_EXCEPTIONS = 1 / 64
 _EXCEPTION_BITS = 24
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
-_CODES = 16  # of groups with minima
+_CODES = 16, 8, 32, 64  # of groups with minima
 _SCALES = 1 << 9  # that tell their factor, and groups that tell their length
 _LEAF_BYTES = 200
 _ESTIMATED = 1 << 15  # elements
@@ -90,8 +94,10 @@ def _repeats(array: np.ndarray) -> bool:
   for lines in (matrix, matrix.T):
     some = lines[:: max(len(lines) // _LINES, 1)][:_LINES, :_RUN]
     ascending = np.sort(some.view(f'i{array.itemsize}') & mask, axis=1)
-    is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] > 0)
-    if np.count_nonzero(is_repeated) > _REPEATED / (_LINES * _RUN) * some.size:
+    is_used = ascending[:, 1:] > 0
+    is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & is_used
+    share = _REPEATED[ulps.MANTISSA_BITS[array.dtype]]
+    if np.count_nonzero(is_repeated) > share * np.count_nonzero(is_used):
       return True
   return False
 
@@ -123,23 +129,27 @@ def _candidates(
   It has the grid of the fewest magnitudes, and the largest blocks of this grid: large
   blocks of float4 whose scales are powers of two are float8.
   """
-  forms = _blocks(array.shape)
-  while forms:
-    names, found = [*grids.GRIDS], None
-    for i, block in enumerate(forms):
-      name = _grid(magnitudes, block, array.dtype, names)
+  grid_of = functools.cache(functools.partial(_grid, magnitudes, array.dtype))
+  left = dict.fromkeys(_blocks(array.shape), tuple(grids.GRIDS))
+  likely: Any = True
+  while likely:
+    names, likely = tuple(grids.GRIDS), None
+    for block, others in left.items():
+      name = grid_of(block, tuple(x for x in others if x in names))
       if name is not None:
-        names, found = names[: names.index(name)], (i, block, name)
-    if found is None:
-      return
-    yield found[1:]
-    forms = forms[found[0] + 1 :]
+        names, likely = names[: names.index(name)], (block, name)
+    if likely:
+      yield likely
+      block, name = likely
+      left[block] = left[block][left[block].index(name) + 1 :]
 
 
 def _grid(
-  magnitudes: np.ndarray, block: Block, dtype: np.dtype, names: list[grids.Name]
+  magnitudes: np.ndarray, dtype: np.dtype, block: Block, names: Sequence[grids.Name]
 ) -> grids.Name | None:
   """Returns the first of the grids that fits a sample of blocks, or None."""
+  if not names:
+    return None
   counts = [max(n // m, 1) for n, m in zip(magnitudes.shape, block, strict=True)]
   places = [np.unique(np.linspace(0, n - 1, _BLOCKS).astype(int)) for n in counts]
   parts = []
@@ -305,6 +315,8 @@ def _with_exceptions(
   draft: leaf_lib.BlockQuantized, array: np.ndarray
 ) -> leaf_lib.BlockQuantized | None:
   """Adds the elements that a leaf does not give back; None if these are many."""
+  if draft.float_scales.min() < leaf_lib.LEAST:
+    return None
   places = np.flatnonzero(ulps.bits_of(draft.materialize()) != ulps.bits_of(array))
   if places.size > _MOST_EXCEPTIONS * array.size or array.size >> 32:
     return None
@@ -391,51 +403,52 @@ def _factor(
 def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array whose groups have minima, or None."""
   forms = [x for x in _blocks(array.shape) if 1 in x and max(x) in _LENGTHS]
-  for rows, columns in forms:
+  for count, (rows, columns) in itertools.product(_CODES, forms):
     shape = -1, rows, array.shape[-1] // columns, columns
     blocks = array.reshape(shape).transpose(1, 3, 0, 2)
     few = max(math.prod(blocks.shape[2:]) // _SCALES, 1)
-    (least, most), *_ = _code_bounds(blocks[:, :, ::few])
+    (least, most), *_ = _code_bounds(blocks[:, :, ::few], count)
     if np.mean(least <= most) < _FIT:
       continue
     step = max(_CHUNK // blocks[:, :, 0].size, 1)
     starts = range(0, blocks.shape[2], step)
-    parts = [_code_bounds(blocks[:, :, x : x + step]) for x in starts]
+    parts = [_code_bounds(blocks[:, :, x : x + step], count) for x in starts]
     whole = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
     bounds, codes, lows, highs = whole
     numbers = codes.reshape(blocks.shape).transpose(2, 0, 3, 1).reshape(array.shape)
-    draft = _draft(array, numbers, 'int4', (rows, columns), bounds)
-    products = np.arange(_CODES, dtype=np.float32)[:, None] * draft.float_scales.ravel()
+    grid = 'int4' if count <= 16 else 'int8'
+    draft = _draft(array, numbers, grid, (rows, columns), bounds)
+    products = np.arange(count, dtype=np.float32)[:, None] * draft.float_scales.ravel()
     low, high = (lows - products).max(axis=0), (highs - products).min(axis=0)
-    minima, *_ = _fewest_bits(low, high, _EXCEPTION_BITS * _CODES // 2)
+    minima, *_ = _fewest_bits(low, high, _EXCEPTION_BITS * count // 2)
     minima = minima.reshape(draft.scales.shape)
     return _with_exceptions(dataclasses.replace(draft, minima=minima), array)
   return None
 
 
 @np.errstate(divide='ignore', invalid='ignore', over='ignore')
-def _code_bounds(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+def _code_bounds(blocks: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
   """Returns bounds of the scales of blocks, codes, and borders of codes.
 
-  Blocks are `[rows, columns, ...]`; U are taken as `[n, U]`. The borders, `[16, U]`, of
-  codes that a block does not have are infinite.
+  Blocks are `[rows, columns, ...]`; U are taken as `[n, U]`. The borders, `[count, U]`,
+  of codes that a block does not have are infinite.
   """
   groups = blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
   numbers = groups.astype(np.float32)
   numbers[~np.isfinite(numbers)] = 0
   numbers -= numbers.min(axis=0)
-  numbers *= (_CODES - 1) / numbers.max(axis=0)
+  numbers *= (count - 1) / numbers.max(axis=0)
   codes = np.rint(np.nan_to_num(numbers, copy=False)).astype(np.intp)
   # One element of each code; this NaN stands for none.
   missing = np.uint64(-1 % (1 << 64)).astype(f'u{groups.itemsize}')
-  found = np.full((_CODES, groups.shape[1]), missing)
+  found = np.full((count, groups.shape[1]), missing)
   found[codes, np.arange(groups.shape[1])] = groups.view(found.dtype)
   low, high = _borders(_magnitudes(found.view(groups.dtype)), groups.dtype)
   is_negative, is_missing = found >> 8 * found.itemsize - 1 > 0, found == missing
   lows, highs = np.where(is_negative, -high, low), np.where(is_negative, -low, high)
   lows[is_missing], highs[is_missing] = -np.inf, np.inf
   least, most = np.zeros(groups.shape[1]), np.full(groups.shape[1], np.inf)
-  for k in range(1, _CODES):
+  for k in range(1, count):
     least = np.maximum(least, (lows[k:] - highs[:-k]).max(axis=0) / k)
     most = np.minimum(most, (highs[k:] - lows[:-k]).min(axis=0) / k)
   return np.stack([least, most]), codes.astype(np.int8), lows, highs
