@@ -1,6 +1,7 @@
 """Snapshots: files that are decoded once, to folders that other programs load."""
 
 from collections.abc import Sequence
+import hashlib
 import pathlib
 import tempfile
 
@@ -9,6 +10,7 @@ from rotbits_jax import api
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.file import directory
+from rotbits_jax.file import shards
 from rotbits_jax.system import files
 from rotbits_jax.system import host
 from rotbits_jax.system import outputs
@@ -25,15 +27,19 @@ def snapshot(
 
       AutoModel.from_pretrained(rotbits_jax.snapshot('model.rotbits'))
 
-  The folder is named by a digest of the checksums in the file, and appears when it is
-  complete; do not write into it. It is in `snapshots` of the folder that the variable
-  ROTBITS_JAX_CACHE names, or of `rotbits_jax` in XDG_CACHE_HOME or in ~/.cache. A
-  sliced model gets the format 'transformers', see `decode_to_directory`.
+  The folder is named by a digest of the file, whose own checksums can be forged. It
+  appears when it is complete; do not write into it. It is in `snapshots` of the folder
+  that the variable ROTBITS_JAX_CACHE names, or of `rotbits_jax` in XDG_CACHE_HOME or in
+  ~/.cache. A sliced model gets the format 'transformers', see `decode_to_directory`.
   """
   reader = file.Reader(path, base=base)
   reader.names()  # checks the records before the cache is asked
   sliced = reader.config is not None and reader.config.sliced
-  name = f'{reader.fingerprint()}-{rotbits_jax.__version__}'
+  digest = hashlib.sha256(reader.fingerprint().encode())
+  for shard in map(str, shards.find(path)[0]):
+    with open(shard, 'rb') as content:
+      digest.update(hashlib.file_digest(content, 'sha256').digest())
+  name = f'{digest.hexdigest()}-{rotbits_jax.__version__}'
   folder = files.cache_folder() / 'snapshots' / name
   if not folder.is_dir():
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -51,3 +51,7 @@ def test_bad_input_leaves_nothing(tmp_path, cache):
     with pytest.raises(rotbits_jax.ContainerError):
       rotbits_jax.snapshot(file)
   assert list(cache.iterdir()) == []
+  good = rotbits_jax.snapshot(encoded(DENSE, tmp_path / 'good'))
+  with pytest.raises(rotbits_jax.ContainerError):  # its manifest is that of `good`
+    rotbits_jax.snapshot(path)
+  assert list(cache.iterdir()) == [good]

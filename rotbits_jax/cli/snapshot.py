@@ -3,8 +3,8 @@
   vllm serve "$(rotbits snapshot SmolLM2-135M.rotbits)"
 
 The folder is for transformers, vLLM, MaxText, Tunix and Keras; do not write into it. It
-is in ROTBITS_JAX_CACHE, or in ~/.cache/rotbits_jax, and named by the checksums of the
-file, so a second call finds it again. A sliced model gets the format `transformers`.
+is in ROTBITS_JAX_CACHE, or in ~/.cache/rotbits_jax, and named by a digest of the file,
+so a second call finds it again. A sliced model gets the format `transformers`.
 
 JSON: folder.
 """
