@@ -322,6 +322,20 @@ def test_paths_by_position_have_defaults(rotbits, tmp_path, monkeypatch):
   assert names == {'again', 'again.rotbits', 'models'}
 
 
+def test_a_reader_of_the_output_may_stop(encoded):
+  reading, writing = os.pipe()
+  os.close(reading)
+  with os.fdopen(writing) as pipe:
+    done = subprocess.run(
+      [sys.executable, '-m', 'rotbits_jax', 'inspect', encoded / 'exact'],
+      check=False,
+      cwd=ROOT,
+      stdout=pipe,
+      stderr=subprocess.PIPE,
+    )
+  assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b'')
+
+
 @pytest.mark.parametrize('place', ['callback', 'import'])
 def test_an_interrupt_prints_nothing(encoded, place):
   code = """

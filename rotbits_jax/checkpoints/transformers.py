@@ -17,8 +17,7 @@ from rotbits_jax.checkpoints.families import CONFIG
 
 _MODELING = 'modeling_sliced'
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
-# Endings of modules that Python imports, and of a file that names the base of an
-# adapter: if PEFT is installed, transformers runs the code of that base.
+# Endings of modules, and of a file that names a model whose code PEFT makes run.
 _HARMFUL = '.py', '.pyc', '.so', '.pyd', 'adapter_config.json'
 
 # The part of transformers' class names that stands for a family, and its tokenizer.

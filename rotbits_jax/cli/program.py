@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import types
 from typing import Any
@@ -68,6 +69,11 @@ def run(command: types.ModuleType) -> int:
     _keep_compiled_programs()
     with host.own_settings():
       result = command.main(*paths)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may stop
+    if result is not None and JSON.value:
+      print(json.dumps(result[0], allow_nan=False), flush=True)
+    elif result is not None:
+      print('\n'.join(map(printable, result[1].split('\n'))), flush=True)
   except (ValueError, OSError, flags.Error) as error:
     print(f'rotbits {name}: {_one_line(error)}', file=sys.stderr)
     return 2
@@ -76,10 +82,6 @@ def run(command: types.ModuleType) -> int:
       raise
     print(f'rotbits {name}: too little memory: {_one_line(error)}', file=sys.stderr)
     return 1
-  if result is not None and JSON.value:
-    print(json.dumps(result[0], allow_nan=False))
-  elif result is not None:
-    print('\n'.join(map(printable, result[1].split('\n'))))
   return 0
 
 
@@ -134,10 +136,8 @@ def _parse() -> list[str]:
 
 def _expanded(argument: str) -> str:
   """Expands `~` in a path or --FLAG=PATH, and NAME in --config=NAME[:ARGUMENT]."""
-  flag, equals, value = argument.partition('=')
-  if argument.startswith('-'):
-    argument = f'{flag}{equals}{os.path.expanduser(value)}'
-  argument = os.path.expanduser(argument)
+  parts = argument.partition('=') if argument.startswith('-') else (argument,)
+  argument = ''.join(map(os.path.expanduser, parts))
   match = re.fullmatch(r'(--?config=)(\w+)(.*)', argument)
   if match is None or not (path := config_folder() / f'{match[2]}.py').exists():
     return argument
