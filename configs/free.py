@@ -3,7 +3,7 @@
   rotbits encode CHECKPOINT --config=free
 
 `tolerance`: how far from 1 a singular value may be that counts as 1, in roundoffs.
-`floor`: octaves by which the step of small numbers is coarser. A field is overridden by
+`floor`: octaves by which the step of small elements is coarser. To override a field:
 `--config.floor=-1.0`.
 """
 

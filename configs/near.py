@@ -1,4 +1,4 @@
-"""Nearly the same function in far fewer bytes: numbers are rounded to coarse steps.
+"""Nearly the same function in far fewer bytes: weights are rounded to coarse steps.
 
   rotbits encode CHECKPOINT --config=near
 

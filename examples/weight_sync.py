@@ -3,7 +3,7 @@
   python examples/weight_sync.py FOLDER [--steps=20] [--anchor_every=8]
 
 After each step the trainer writes what changed since the step before, and sometimes all
-weights: an anchor, from which a sampler begins that came late or lost a step. The files
+weights: an anchor, for samplers that come late or lose a step. The files
 of a folder stand for any channel: a queue, a bucket, a broadcast. Each delta carries
 checksums of the weights that it needs, so a delta that was lost, repeated or reordered
 is an error. The sampler prints it, waits for the next anchor, and has the same bits.

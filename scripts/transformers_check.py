@@ -10,7 +10,7 @@ Sliced: Microsoft's checkpoints in tests/testdata are decoded in the format
 `transformers`. Logits must be those of our forward pass, and Microsoft's; tokens with
 the cache those without; a saved copy must load, and all parameters have gradients.
 
-It stands beside the suite because it needs PyTorch.
+It is not in the suite because it needs PyTorch.
 """
 
 import pathlib

@@ -32,9 +32,9 @@ frame, is sampled (see `symmetries.canonical`):
   vectors. The first segment is recovered as by `qr`, and so is a segment that is
   narrower than the one before it.
 
-The frame is sampled by one of two codes: `haar` is exactly uniform, and `symmetric_eig`
-takes eigenvectors of a matrix of numbers, as published. A segment is not sampled if its
-rotation cannot be recovered, or if that gains nothing.
+The frame is sampled by one of two codes: `haar`, under the Haar measure, and
+`symmetric_eig`, as eigenvectors of a symmetric matrix, as published. A segment is not
+sampled if its rotation cannot be recovered, or if that gains nothing.
 
 **Exactness.** The decoder recovers a rotation by a factorisation in float32, whose
 rounding errors differ between machines. Therefore the encoder factorises the matrix a

@@ -1,4 +1,4 @@
-"""The quantiser inside: codes and scales of arrays that were quantised before.
+"""Finds the codes and scales of arrays that were quantised before.
 
 Many bfloat16 and float16 files were int8, float8, int4 or float4 numbers once, and were
 dequantised because a trainer needs floats. `find` returns the codes and the scales of
