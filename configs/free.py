@@ -11,4 +11,4 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict({'preset': 'free', 'tolerance': 0.7, 'floor': 0.0})
+  return ml_collections.ConfigDict({'preset': 'free', 'tolerance': 0.8, 'floor': 0.0})

@@ -9,4 +9,4 @@ import ml_collections
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict({'preset': 'near', 'step': -5.0, 'tolerance': 0.7})
+  return ml_collections.ConfigDict({'preset': 'near', 'step': -5.0, 'tolerance': 0.8})

@@ -16,6 +16,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.symmetries import rotations
 from tests import cases
 from tests import devices
 from tests import random_models
@@ -156,7 +157,7 @@ class CanonicalizeTest(parameterized.TestCase):
   def check_unique(self, model):
     """The form is the same a second time, and after a random rotation."""
     function = functools.partial(
-      rotbits_jax.canonicalize, config=model.config, tolerance=0.7 * 2**-11
+      rotbits_jax.canonicalize, config=model.config, tolerance=0.8 * 2**-11
     )
     compiled = jax.jit(function)
     expected = _arrays(compiled(model.params)[0])
@@ -211,7 +212,7 @@ class CanonicalizeTest(parameterized.TestCase):
     narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), model)
     wide = jax.tree.map(lambda x: np.asarray(x, np.float32), narrow)
     found, gauges = _canonicalize(narrow.params, model.config)
-    tolerance = 0.7 * 2**-8
+    tolerance = 0.8 * 2**-8
     function = functools.partial(rotbits_jax.canonicalize, tolerance=tolerance)
     expected, _ = jax.jit(function, static_argnums=1)(wide.params, model.config)
     chex.assert_trees_all_close(found, expected, atol=3e-5)
@@ -224,8 +225,8 @@ class CanonicalizeTest(parameterized.TestCase):
         strict=True,
       ):
         leaf = layer[name]['kernel']
-        self.assertEqual(leaf.b.shape[1], (values[i] < 1 - tolerance).sum())
-        self.assertEqual(leaf.c.shape[1], (values[i] > 1 + tolerance).sum())
+        counts = rotations.ranks(values[i], tolerance)
+        self.assertEqual((leaf.b.shape[1], leaf.c.shape[1]), counts)
 
   def test_segments_that_get_narrower_are_refused(self):
     model = random_models.sliced_llama([18, 18, 16, 16, 24])

@@ -17,7 +17,6 @@ from rotbits_jax.file import encode
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import products
 from rotbits_jax.structured import subspaces
-from rotbits_jax.symmetries import subspaces as bases
 from tests import random_models
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
@@ -192,7 +191,7 @@ def test_parts_and_shards(tmp_path):
 def test_a_subspace_is_made_of_integers():
   rng = np.random.default_rng(0)
   basis = random_models.orthogonal(rng, 11)[:, :8]
-  leaf = bases.leaf_of(basis, 2.0**-11, keeps_basis=False)
+  leaf = subspaces.Basis.near(basis, 2.0**-11, keeps_basis=False)
   found = leaf.materialize()
   one = 1 << 25
   np.testing.assert_allclose(found.T @ (found / one**2), np.eye(8), atol=1e-6)
@@ -236,7 +235,7 @@ def test_records_that_are_no_bases_are_refused():
   streams, manifest = containers.unpack(encoded)
   numbers = np.random.default_rng(0).integers(0, 99, (48, WIDTHS[1]), np.int32)
   tree = {'subspaces.1': {'basis': numbers}}
-  leaf = bases.leaf_of(np.eye(96)[:, :72], 2.0**-11, keeps_basis=False)
+  leaf = subspaces.Basis.near(np.eye(96)[:, :72], 2.0**-11, keeps_basis=False)
   for name in ('subspaces.1', 'a'):
     with pytest.raises(ValueError, match='a basis needs'):
       rotbits_jax.encode({name: {'basis': leaf}})
@@ -259,7 +258,7 @@ def test_records_that_are_no_bases_are_refused():
 
 def test_a_basis_must_have_as_many_rows_as_it_says():
   basis = random_models.orthogonal(np.random.default_rng(0), 11)[:, :8]
-  leaf = bases.leaf_of(basis, 2.0**-11, keeps_basis=False)
+  leaf = subspaces.Basis.near(basis, 2.0**-11, keeps_basis=False)
   settings, arrays = leaf.stored()
   wrong = arrays | {'mask': np.full(2, 255, np.uint8)}
   with pytest.raises(ValueError, match='must have 8 rows'):

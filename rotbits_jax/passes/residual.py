@@ -47,10 +47,10 @@ _MOST_ERROR = 2.0
 _PROBES = 64  # vectors by which an error is measured
 
 
-def remove_residual_gauge(*, tolerance: float = 0.7) -> transform_lib.Transform:
+def remove_residual_gauge(*, tolerance: float = 0.8) -> transform_lib.Transform:
   """Makes the transform that fixes the rotations of the residual stream.
 
-  A singular value of a shortcut counts as 1 if it differs from 1 by at most the
+  A singular value of a shortcut counts as 1 if it differs from 1 by at most about the
   tolerance times `Context.roundoff`. In SliceGPT's shortcuts, those that should be 1
   spread by 0.9 roundoffs. With 1.5 all of them count as 1, which changes the model as
   much as other coordinates do.
@@ -149,10 +149,9 @@ def _shortcut(
   measure = functools.partial(_error, dtype=context.dtype)
   sides, unit = (kernel, rows, columns), context.roundoff
   if polar is not None:
-    off = np.asarray(polar.values).astype(np.float64) - 1
-    counts = [int(np.sum(x > tolerance * unit)) for x in (-off, off)]
-    grain = max(off.size // 32, 16)  # few programs are compiled then
-    padded = tuple(min(-(-count // grain) * grain, off.size) for count in counts)
+    counts = [int(x) for x in _ranks(polar.values, tolerance * unit)]
+    grain = max(len(rows) // 32, 16)  # few programs are compiled then
+    padded = tuple(min(-(-count // grain) * grain, len(rows)) for count in counts)
     leaf = _low_rank(rows, polar, tolerance=tolerance * unit, columns=padded)
     leaf = leaf.replace(b=leaf.b[:, : counts[0]], c=leaf.c[:, : counts[1]])
     error = measure(leaf, *sides, probes)
@@ -304,5 +303,6 @@ _last_rotation = jax.jit(layer_lib.last_rotation)
 _rotate_array = jax.jit(rotations_lib.rotate)
 # Each array is rotated by a program of its own, which serves all arrays of its shape.
 rotate = functools.partial(layer_lib.rotate, function=_rotate_array)
+_ranks = jax.jit(rotations_lib.ranks)
 _low_rank = jax.jit(rotations_lib.shortcut, static_argnames=('tolerance', 'columns'))
 _rotate_heads = jax.jit(heads.rotate_heads)

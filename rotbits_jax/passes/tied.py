@@ -22,6 +22,9 @@ from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.passes.transform import Context
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import tied
+from rotbits_jax.symmetries.least_squares import normal_equations
+from rotbits_jax.symmetries.least_squares import row_weights
+from rotbits_jax.symmetries.least_squares import solution
 
 _UNTIED = 0.1  # relative error of an embedding that was never tied; usually about 1
 
@@ -85,7 +88,7 @@ def _error_of_unseen_tokens(table: np.ndarray, head: np.ndarray) -> float:
   chosen = np.random.default_rng(0).permutation(used)[: 3 * rank]
   seen, unseen = np.sort(chosen[: 2 * rank]), np.sort(chosen[2 * rank :])
   weights = row_weights(norms)
-  matrix = least_squares(*normal_equations(few[seen], head[:, seen], weights[seen]))
+  matrix = solution(*normal_equations(few[seen], head[:, seen], weights[seen]))
   off = deviations(few[unseen], head[:, unseen], matrix)
   return float(np.median(off * weights[unseen]))
 
@@ -95,7 +98,7 @@ def _rounded_leaf(
 ) -> tuple[structured.Tied | None, dict[str, Any]]:
   """Returns T, if it makes a small error when it is rounded; and the errors."""
   norms = row_norms(table)
-  matrix = least_squares(*normal_equations(table, head, row_weights(norms)))
+  matrix = solution(*normal_equations(table, head, row_weights(norms)))
   dtype = context.dtype_of(_EMBED)
   off = deviations(table, head, structured.astype(matrix, dtype))
   # Rounding errors do not get smaller below the least normal number.
@@ -119,7 +122,7 @@ def _exact_leaf(
   rank, tokens = head.shape
   weights, unit = row_weights(row_norms(table)), float(jnp.finfo(table.dtype).eps) / 2
   gram, moments = normal_equations(table, head, weights)
-  matrix = least_squares(gram, moments)
+  matrix = solution(gram, moments)
   errors = deviations(table, head, matrix) * weights
   odd = errors > 8 * max(float(np.median(errors)), unit)
   if odd.any():
@@ -127,7 +130,7 @@ def _exact_leaf(
     # exceptions. They must not influence T.
     odd_gram, odd_moments = normal_equations(table[odd], head[:, odd], weights[odd])
     gram, moments = gram - odd_gram, moments - odd_moments
-    matrix = least_squares(gram, moments)
+    matrix = solution(gram, moments)
     errors = deviations(table, head, matrix) * weights
   # Rounding T to multiples of s adds sum_k mean_i(head[k, i]^2) s^2 / 12 to the
   # variance v of the deviations. The best sum is v D / (V - D), because finer steps
@@ -144,36 +147,7 @@ def _exact_leaf(
   return exact.leaf, {}
 
 
-# ---- least squares -----------------------------------------------------------------
-
-
-def normal_equations(
-  table: np.ndarray, head: np.ndarray, weights: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the normal equations `gram @ T = moments` of tokens with weights `[V]`.
-
-  gram = head @ W @ head^T `[D, D]` and moments = head @ W @ embed `[D, d]`, float64,
-  with W the diagonal of squared weights.
-  """
-  gram = np.zeros((len(head), len(head)))
-  moments = np.zeros((len(head), table.shape[1]))
-  for block in tied.token_blocks(head):
-    columns = head[:, block].astype(np.float64) * weights[block]
-    gram += columns @ columns.T
-    moments += columns @ (table[block].astype(np.float64) * weights[block, None])
-  return gram, moments
-
-
-def least_squares(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
-  """Returns T, float64 `[D, d]`, nearly zero in the null space of a singular `gram`."""
-  diagonal = np.diag(gram)
-  scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))[:, None]
-  # The added diagonal makes the matrix regular in float64. One step of refinement
-  # removes the bias that it causes.
-  regular = gram * scale * scale.T + 1e-10 * np.eye(len(gram))
-  first = scale * np.linalg.solve(regular, scale * moments)
-  left = moments - gram @ first
-  return first + scale * np.linalg.solve(regular, scale * left)
+# ---- rows of an embedding ------------------------------------------------------------
 
 
 def deviations(table: np.ndarray, head: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -189,12 +163,3 @@ def row_norms(table: np.ndarray) -> np.ndarray:
   """Returns the norms of the rows of an embedding, float64 `[V]`."""
   blocks = (table[block] for block in tied.token_blocks(table.T))
   return np.concatenate([np.linalg.norm(x.astype(np.float64), axis=1) for x in blocks])
-
-
-def row_weights(norms: np.ndarray) -> np.ndarray:
-  """Returns the weights of rows with these norms, `[V]`: their inverses.
-
-  Norms below the median of the nonzero norms count as the median.
-  """
-  used = norms[norms > 0]
-  return 1 / np.maximum(norms, np.median(used) if used.size else 1)

@@ -78,7 +78,7 @@ def calibrate(
   max_kl: float | None = None,
   max_tokens: int | None = 4096,  # how many to use; None for all
   seed: int = 0,  # chooses the tokens to keep apart
-  tolerance: float = 0.7,  # see `near`
+  tolerance: float = 0.8,  # see `near`
   folder: _Folder = None,  # of temporary files, in which moments of inputs remain
   progress: bool = False,
 ) -> Calibration:

@@ -24,7 +24,6 @@ from rotbits_jax import models
 from rotbits_jax.relative import entries
 from rotbits_jax.structured import exact
 from rotbits_jax.structured.subspaces import UNIT
-from rotbits_jax.symmetries import products
 from rotbits_jax.system import schema
 
 _BLOCK = 1 << 22  # numbers of a tensor that are taken together
@@ -63,7 +62,7 @@ class Product(schema.Object):
       elif self.centred:
         # A sum of integers, because a mean of floats may depend on the machine.
         width = rows.shape[1]
-        integers, powers = products.integers(rows, 52 - (width - 1).bit_length())
+        integers, powers = exact.integers(rows, 52 - (width - 1).bit_length())
         integers -= integers.sum(axis=1, keepdims=True) / width
         rows = self._rounded(np.ldexp(integers, -powers), dtype)
       yield rows
@@ -87,7 +86,7 @@ class Product(schema.Object):
       elif self.kind == 'bias':
         product = self._bias(dense, dtype)
       else:
-        times = lambda rows: products.times(rows, bases[0], UNIT)
+        times = lambda rows: exact.times(rows, bases[0], UNIT)
         blocks = (times(rows) for rows in self.vectors(dense, dtype))
         product = np.concatenate([exact.rounded(block, dtype) for block in blocks])
         if self.kind == 'reads':
@@ -103,8 +102,8 @@ class Product(schema.Object):
   def _bias(self, dense: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """Returns the bias of a linear layer that reads a LayerNorm."""
     offset, *biases = (self._rounded(x, dtype) for x in dense[1:])
-    integers, powers = products.integers(offset[None])
-    times = lambda rows: products.times(rows, integers.T, 0)
+    integers, powers = exact.integers(offset[None])
+    times = lambda rows: exact.times(rows, integers.T, 0)
     numbers = np.concatenate([times(rows) for rows in self.vectors(dense, dtype)])
     return sum(biases, np.ldexp(numbers, -powers)[:, 0])
 

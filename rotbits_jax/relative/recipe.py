@@ -27,8 +27,8 @@ from rotbits_jax.relative import rounding_errors
 from rotbits_jax.slicing import fit
 from rotbits_jax.structured.subspaces import UNIT
 from rotbits_jax.structured.subspaces import Basis
+from rotbits_jax.symmetries import least_squares
 from rotbits_jax.symmetries import rotations
-from rotbits_jax.symmetries import subspaces
 from rotbits_jax.system import host
 
 _MOST_SEGMENTS = 8  # that are held; two layers at a time need five
@@ -136,10 +136,10 @@ class Recipe:
     basis, error = first if index == 0 else self._fit(index, is_rounded)
     if basis is None or error > _UNRELATED:
       return None
-    leaf = subspaces.leaf_of(basis, roundoff, keeps_basis=not self._rotates)
+    leaf = Basis.near(basis, roundoff, keeps_basis=not self._rotates)
     numbers, rotation = leaf.materialize(), None
     if self._rotates:  # the two have the same subspace, up to rounding
-      rotation = subspaces.orthonormal(basis.T @ np.ldexp(numbers, -UNIT))
+      rotation = least_squares.orthonormal(basis.T @ np.ldexp(numbers, -UNIT))
       if rotation is None:
         return None
     return _Segment(leaf, numbers, rotation)

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rotbits_jax.passes import tied
-from rotbits_jax.symmetries import subspaces
+from rotbits_jax.symmetries import least_squares
 
 _SAMPLE = 1 << 9  # vectors of a tensor by which its error is measured
 _MOST_ERROR = 2  # roundoffs; SliceGPT's tensors have errors of up to 1
@@ -41,15 +40,15 @@ def fit(tensors: Sequence[Equations], shape: tuple[int, int], roundoff: float) -
     for rows, wanted in equations():
       is_finite = np.isfinite(rows).all(axis=1) & np.isfinite(wanted).all(axis=1)
       rows, wanted = rows[is_finite], wanted[is_finite]
-      weights = tied.row_weights(np.linalg.norm(wanted, axis=1))
-      terms = tied.normal_equations(wanted, rows.T, weights)
+      weights = least_squares.row_weights(np.linalg.norm(wanted, axis=1))
+      terms = least_squares.normal_equations(wanted, rows.T, weights)
       gram += terms[0]
       moments += terms[1]
       few = slice(None, None, max(len(rows) // _SAMPLE, 1))
       some.append((rows[few] * weights[few, None], wanted[few] * weights[few, None]))
     samples.append([np.concatenate(x) for x in zip(*some, strict=True)])
-  solution = tied.least_squares(gram, moments)
-  basis = subspaces.orthonormal(solution)
+  solution = least_squares.solution(gram, moments)
+  basis = least_squares.orthonormal(solution)
   nearest, norm = solution if basis is None else basis, np.linalg.norm
   errors = [float(norm(x @ nearest - y) / (norm(y) or 1)) for x, y in samples]
   error = max(errors, default=math.inf)

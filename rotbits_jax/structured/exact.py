@@ -21,6 +21,29 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   return left @ right
 
 
+def times(rows: np.ndarray, basis: np.ndarray, unit: int) -> np.ndarray:
+  """Returns `rows @ basis`, `[n, d]`, for integers of a basis in units of 2^-unit."""
+  if rows.shape[1] != len(basis):
+    raise ValueError(f'a basis of {basis.shape} cannot take rows of {rows.shape[1]}')
+  numbers, powers = integers(rows)
+  return np.ldexp(product(numbers, basis.astype(np.float64)), -powers - unit)
+
+
+def integers(
+  rows: np.ndarray, bits: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns rows `[n, D]` times powers of two as integers of so many bits, and powers.
+
+  By default, their norms are at most 2^26. Numbers must be finite.
+  """
+  most = np.abs(rows).max(axis=1, initial=0, keepdims=True)
+  if not np.isfinite(most).all():
+    raise ValueError('a product needs finite numbers, got some that are not finite')
+  bits = 26 - (rows.shape[1].bit_length() + 1) // 2 if bits is None else bits
+  powers = bits - np.frexp(most)[1].astype(np.int32)
+  return np.rint(np.ldexp(rows, powers)), powers
+
+
 def rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns an array in another dtype; numbers too large for it become infinite."""
   with np.errstate(over='ignore'):

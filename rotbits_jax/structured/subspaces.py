@@ -13,6 +13,7 @@ see `exact`. What does not fit raises a ValueError.
 Shape letters: D hidden size, d width of a segment.
 """
 
+import math
 from typing import Annotated, Any, ClassVar
 
 from flax import struct
@@ -53,6 +54,31 @@ class Basis(base.Structured):
     unit = int(np.clip(step * _ONE, 1, _ONE))
     mask = None if rows is None else np.packbits(rows, bitorder='little')
     return cls(_int32(np.rint(matrix * (_ONE / unit))), unit, mask)
+
+  @classmethod
+  def near(cls, basis: np.ndarray, roundoff: float, *, keeps_basis: bool) -> 'Basis':
+    """Makes the leaf of a basis `[D, d]`, or of its subspace if that is not too narrow.
+
+    Its error is a small part of the roundoff. The rows J are chosen so that M is not
+    singular: the error of A, and its entries, are smaller then.
+    """
+    from scipy import linalg  # slow to import
+
+    hidden, width = basis.shape
+    if keeps_basis or is_narrow(basis.shape):
+      return cls.of(basis, roundoff / 4.7 / math.sqrt(hidden))
+    order = linalg.qr(basis.T, mode='r', pivoting=True)[1]
+    rows = np.zeros(hidden, bool)
+    rows[order[:width]] = True
+    # The polar factor of these rows; `eigh` is several times faster than an SVD.
+    squares, vectors = np.linalg.eigh(basis[rows] @ basis[rows].T)
+    sizes = np.sqrt(np.maximum(squares, 1e-12))
+    upper = (vectors * sizes) @ vectors.T
+    lower = basis[~rows] @ basis[rows].T @ ((vectors / sizes) @ vectors.T)
+    tangent = np.linalg.solve(np.eye(width) + upper, lower.T).T
+    # Errors grow relative to tensors, whose vectors lie beside the subspace, too.
+    share = math.sqrt(12 / max(hidden - width, 1) * width / hidden) / 6.75
+    return cls.of(tangent, roundoff * share, rows)
 
   @property
   def shape(self) -> tuple[int, ...]:

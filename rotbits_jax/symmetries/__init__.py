@@ -13,7 +13,7 @@ The modules, in the order of reading:
     layer         one layer: gauge, fold norms, rotate, fix
     stacked       all layers in one call: `canonicalize` is the `vmap` of `layer`
     steps         rounding to multiples of a step, also with error feedback
-    subspaces     orthonormal bases of subspaces, and the few parameters of one
+    least_squares linear images and orthonormal bases, on the host
     products      matrix products whose rounding does not depend on threads
 """
 

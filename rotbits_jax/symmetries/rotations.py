@@ -40,6 +40,7 @@ from rotbits_jax.symmetries import products
 _matmul = products.matmul
 
 _LEAST = 2.0**-9  # share of a column outside the span of those before it
+_GRAIN = 8  # columns of B and C
 
 
 def rotate(
@@ -185,6 +186,21 @@ def upper_rows(kernel: jax.Array, form: UpperForm) -> structured.TrapezoidalRows
   return dataclasses.replace(leaf, lower=jnp.tril(leaf.lower))
 
 
+def ranks(values: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
+  """Returns how many singular values below and above 1 do not count as 1, int32.
+
+  They are those that differ from 1 by more than the tolerance, and others to make a
+  multiple of 8, because a rounding error of a value at the tolerance then rarely
+  matters. A difference below a quarter of the tolerance never does.
+  """
+
+  def count(sizes: jax.Array) -> jax.Array:
+    most = jnp.sum(sizes > tolerance / 4)
+    return jnp.minimum(-(-jnp.sum(sizes > tolerance) // _GRAIN) * _GRAIN, most)
+
+  return count(1 - values), count(values - 1)
+
+
 def shortcut(
   rotation: jax.Array,  # R, [d, d]
   polar: canonical.Polar,
@@ -194,20 +210,20 @@ def shortcut(
 ) -> structured.IdentityMinusGram:
   """Returns a shortcut between rotated segments: R^T P R = I - B B^T + C C^T.
 
-  A singular value counts as 1 within the tolerance. With more values below 1 (above 1)
+  `ranks` tells which singular values count as 1. With more values below 1 (above 1)
   than B (C) has columns, those closest to 1 count as 1. B and C are lower trapezoidal;
   columns that are not needed are zero and come last.
   """
   chex.assert_equal_shape([rotation, polar.u])
   # The values descend: those above 1 are the first, those below 1 are the last.
-  excess = polar.values - 1
+  excess, (below, above) = polar.values - 1, ranks(polar.values, tolerance)
 
-  def factor(vectors: jax.Array, sizes: jax.Array, count: int) -> jax.Array:
-    weights = jnp.where(sizes[:count] > tolerance, sizes[:count], 0)
+  def factor(vectors: jax.Array, sizes: jax.Array, rank: Any, count: int) -> jax.Array:
+    weights = jnp.where(jnp.arange(count) < rank, sizes[:count], 0)
     square_root = _matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights))
     # Any rotation of the columns keeps B B^T, and this one makes B lower trapezoidal.
     return jnp.tril(canonical.qr(square_root.T)[0].T)
 
-  b = factor(polar.u[:, ::-1], -excess[::-1], columns[0])
-  c = factor(polar.u, excess, columns[1])
+  b = factor(polar.u[:, ::-1], -excess[::-1], below, columns[0])
+  c = factor(polar.u, excess, above, columns[1])
   return structured.IdentityMinusGram(b, c, columns=len(polar.rotation))

@@ -52,7 +52,7 @@ def canonicalize(
   `I - B B^T + C C^T`, moves the value biases into the output biases, and fixes the
   gauges of attention heads. The function of the model does not change. Structured
   leaves are materialized first. A sliced model must not get narrower from segment to
-  segment. The tolerance is 0.7 roundoffs of the dtype of the shortcuts by default, as
+  segment. The tolerance is 0.8 roundoffs of the dtype of the shortcuts by default, as
   in `passes.remove_residual_gauge`.
 
   Returns the parameters, float32, in the stacks of the input, and the gauges. In B and
@@ -64,7 +64,7 @@ def canonicalize(
   valid, gauges = models.layout.symmetries(config), Gauges(None, {}, {}, {})
   if tolerance is None:
     like = params[keys[0]].get('attention_shortcut', {'kernel': jnp.float32(0)})
-    tolerance = 0.7 * max(float(jnp.finfo(like['kernel'].dtype).eps) / 2, 2.0**-19)
+    tolerance = 0.8 * max(float(jnp.finfo(like['kernel'].dtype).eps) / 2, 2.0**-19)
   if valid.segments or valid.stream:
     stacks, outer, gauges = _rotated(stacks, outer, config, tolerance)
   for key, stack in stacks.items():
