@@ -1,15 +1,14 @@
-"""Encoding and decoding of a record: a list of arrays that decodes on its own.
+"""Encodes and decodes a record: a list of arrays that decodes on its own.
 
-**The stream.** The parts of one layout form a *group*. An array of known classes is a
-group of its own. The stream has, in this order:
+The parts of one layout form a *group*. An array of known classes is a group alone. The
+stream of a record has, in this order:
 
 1.  For each group, its contexts, see `contexts.from_bytes`.
 2.  For each group, its blocks, see `blocks`: the units of one part after the other.
 3.  The parts that are stored as they are, in C order.
 
-`specs.StreamSpec` has the numbers that are needed to read it. The decoder decides by
-integers only. Blocks are coded side by side in threads, and the bytes do not depend on
-the number of threads.
+`specs.StreamSpec` says where they are. The decoder decides by integers only. Blocks are
+coded side by side in threads, and the bytes do not depend on the number of threads.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,32 +1,32 @@
-r"""Layouts: how numbers become symbols and raw bits, a *unit* at a time.
+r"""Layouts: how elements become symbols and raw bits, a *unit* at a time.
 
 The symbol of a unit is worth modelling and is coded; the raw bits are noise. The
-*class* of a unit, a byte that encoder and decoder know, tells its frequency table.
+*class* of a unit, a byte that encoder and decoder know, selects its frequency table.
 docs/format.md has the rules; here are the reasons.
 
-**Pairs.** A unit is two neighbours. In trained weights only the sizes of numbers are
-predictable, so a number has a *bin*, its magnitude in half octaves or, if small numbers
-share a step, in quarter octaves. Given their scale, neighbours are independent: the
-symbol of a unit is its two bins, and its table is the product of the table of a bin
-with itself. The class is the scale in quarter octaves. Its whole octaves tell the
-*offset*, the bin that counts as 0, and the quarter that is left tells one of four
-tables. Low bits that are zero in all numbers are not stored, because numbers that were
-widened from a shorter dtype end in zeros.
+**Pairs.** A unit is two neighbours. Only the sizes of trained weights are predictable,
+so an element has a *bin*: its magnitude in half octaves or, if small elements share a
+step, in quarter octaves. Given their scale, neighbours are independent: the symbol of a
+unit is its two bins, and its table is the product of the table of a bin with itself.
+The class is the scale in quarter octaves. Its whole octaves give the *offset*, the bin
+that counts as 0, and the remaining quarter selects one of four tables. Low bits that
+are zero in all elements are not stored; elements that were widened from a shorter dtype
+end in zeros.
 
-Numbers may be rounded so that all small ones share one step. The *minimum exponent* f
-is the greatest exponent whose step they all share; that of IEEE 754 itself is 1. With f
+Arrays may be rounded so that all small elements share one step. The *minimum exponent*
+f is the greatest exponent whose step they share; that of IEEE 754 itself is 1. With f
 above 1 magnitudes are *raised*: they count steps below f, as IEEE 754 defines subnormal
-numbers. Then the class tells f and the scale above the step, which tells the table.
+numbers. The class then gives f, and the scale above the step, which selects the table.
 
 Two int8 are a pair, too. They have no signs: with the highest bit flipped, they are in
 the order of their bit patterns. A bin has 2^r neighbouring integers, which r raw bits
-tell.
+distinguish.
 
-**Integers.** A unit is a number. Its class tells its table and how many raw bits it
-has, its *shift*.
+**Integers.** A unit is one integer. Its class selects its table and its *shift*, the
+number of its raw bits.
 
 The last symbol of a table is the *escape*: units without a symbol, and pairs of bins
-that are too rare, are in lists behind the block. One lookup gives the symbol of a slot
+that are too rare, are in lists after the block. One lookup gives the symbol of a slot
 and its interval.
 
 Shape letters: n units, L lanes, K tables.
