@@ -48,6 +48,8 @@ _CERTAIN = 0.45  # of a step of a grid
 _NEARLY = 1.01  # because errors of two quotients multiply, and float32 rounds them
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
 _MOST_EXCEPTIONS = 1 / 64
+_FEW_EXCEPTIONS = 1 / 1024  # with more, the elements may have another form
+_MOST_TRIED = 8  # forms
 _EXCEPTION_BITS = 24
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _CODES = 16, 8, 32, 64  # of groups with minima
@@ -70,8 +72,14 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
     return None
   array = host.contiguous(array)
   magnitudes = _magnitudes(array)
-  leaves = (_leaf(array, magnitudes, *x) for x in _candidates(array, magnitudes))
-  leaf = next(filter(None, leaves), None) or _with_minima(array)
+  leaf = None
+  for block, grid in _candidates(array, magnitudes):
+    found = _leaf(array, magnitudes, block, grid)
+    if found and (leaf is None or nbytes(found) < nbytes(leaf)):
+      leaf = found
+    if leaf and (leaf.gaps is None or leaf.gaps.size < _FEW_EXCEPTIONS * array.size):
+      break
+  leaf = leaf or _with_minima(array)
   return leaf if leaf and nbytes(leaf) < _estimate(array) else None
 
 
@@ -124,24 +132,26 @@ def _blocks(shape: tuple[int, ...]) -> list[Block]:
 def _candidates(
   array: np.ndarray, magnitudes: np.ndarray
 ) -> Iterator[tuple[Block, grids.Name]]:
-  """Yields forms of blocks with grids that fit samples of them, the likely one first.
+  """Yields forms of blocks with grids that fit samples of them, likely ones first.
 
-  It has the grid of the fewest magnitudes, and the largest blocks of this grid: large
-  blocks of float4 whose scales are powers of two are float8.
+  These are the grid of the fewest magnitudes, in its largest blocks, because large
+  blocks of float4 whose scales are powers of two are float8; and the largest blocks,
+  because few small ones may fit a grid by chance.
   """
   grid_of = functools.cache(functools.partial(_grid, magnitudes, array.dtype))
   left = dict.fromkeys(_blocks(array.shape), tuple(grids.GRIDS))
-  likely: Any = True
-  while likely:
-    names, likely = tuple(grids.GRIDS), None
+  for i in range(_MOST_TRIED):
+    names, found = tuple(grids.GRIDS), []
     for block, others in left.items():
       name = grid_of(block, tuple(x for x in others if x in names))
       if name is not None:
-        names, likely = names[: names.index(name)], (block, name)
-    if likely:
-      yield likely
-      block, name = likely
-      left[block] = left[block][left[block].index(name) + 1 :]
+        names = names[: names.index(name)]
+        found.append((block, name))
+    if not found:
+      return
+    block, name = found[-1 if i % 2 == 0 else 0]
+    yield block, name
+    left[block] = left[block][left[block].index(name) + 1 :]
 
 
 def _grid(
