@@ -48,6 +48,7 @@ _CERTAIN = 0.45  # of a step of a grid
 _NEARLY = 1.01  # because errors of two quotients multiply, and float32 rounds them
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
 _MOST_EXCEPTIONS = 1 / 64
+_ENOUGH = 0.9  # of the bytes of the array; else it may have another form, too
 _FEW_EXCEPTIONS = 1 / 1024  # with more, the elements may have another form
 _MOST_TRIED = 8  # forms
 _EXCEPTION_BITS = 24
@@ -72,15 +73,21 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
     return None
   array = host.contiguous(array)
   magnitudes = _magnitudes(array)
-  leaf = None
+  leaf, least = None, _estimate(array)
+  enough = _ENOUGH * least
   for block, grid in _candidates(array, magnitudes):
     found = _leaf(array, magnitudes, block, grid)
-    if found and (leaf is None or nbytes(found) < nbytes(leaf)):
-      leaf = found
-    if leaf and (leaf.gaps is None or leaf.gaps.size < _FEW_EXCEPTIONS * array.size):
-      break
-  leaf = leaf or _with_minima(array)
-  return leaf if leaf and nbytes(leaf) < _estimate(array) else None
+    if found and (size := nbytes(found)) < least:
+      leaf, least = found, size
+    if (
+      least < enough
+      and found
+      and (found.gaps is None or found.gaps.size < _FEW_EXCEPTIONS * array.size)
+    ):
+      return leaf
+  if leaf is None and (found := _with_minima(array)) and nbytes(found) < least:
+    return found
+  return leaf
 
 
 def nbytes(leaf: leaf_lib.BlockQuantized) -> float:
