@@ -43,12 +43,13 @@ def test_round_trip():
     reader.checked('empty', 1)
 
 
-def test_slices_of_a_stream_make_its_checksum_in_any_order():
+def test_parts_of_a_stream_make_its_checksum_in_any_order():
   reader = container.StreamReader(packed())
   for ends in ((0, 9, 0, 0, 9, 13), (9, 13, 0, 9, 0, 0), (0, 0, 0, 13)):
     stream = container.Stream(reader, 'layers.0')
-    for part in map(slice, ends[::2], ends[1::2]):
-      assert stream[part].size == part.stop - part.start
+    for start, stop in zip(ends[::2], ends[1::2], strict=True):
+      stream.read(start, part := np.empty(stop - start, np.uint8))
+      np.testing.assert_array_equal(part, STREAMS['layers.0'][start:stop])
     stream.check(zlib.crc32(STREAMS['layers.0']))
   with pytest.raises(container.ContainerError, match='the stream is damaged'):
     stream.check(0)

@@ -66,7 +66,8 @@ def encode(arrays, known):
 def decode(spec, data, *, out, known):
   del known
   size = sum(array.nbytes for array in out)
-  left = zlib.decompressobj().decompress(data[0 : spec.nbytes], size)
+  data.read(0, packed := np.empty(spec.nbytes, np.uint8))
+  left = zlib.decompressobj().decompress(packed, size)
   for array, entry in zip(out, spec.arrays, strict=True):
     part, left = left[: array.nbytes], left[array.nbytes :]
     array[...] = np.frombuffer(part, array.dtype).reshape(array.shape)

@@ -148,11 +148,6 @@ class Stream:
     crc = self._file.read(self._begin + start, out)
     self._pieces.append((start, (crc, out.size)))
 
-  def __getitem__(self, part: slice) -> np.ndarray:
-    data = np.empty(part.stop - part.start, np.uint8)
-    self.read(part.start, data)
-    return data
-
   def check(self, crc32: int) -> None:
     """Compares the checksum."""
     if checksums.joined(piece for _, piece in sorted(self._pieces)) != crc32:
@@ -185,7 +180,7 @@ class StreamReader:
   def checked(self, name: str, crc32: int) -> np.ndarray:
     """Returns a stream, uint8 `[n]`, which must have this checksum."""
     stream = Stream(self, name)
-    data = stream[0 : self.sizes[name]]
+    stream.read(0, data := np.empty(stream.shape, np.uint8))
     stream.check(crc32)
     return data
 

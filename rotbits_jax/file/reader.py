@@ -39,6 +39,7 @@ from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.relative import entries as entries_lib
 from rotbits_jax.structured import difference
+from rotbits_jax.structured import uniform
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
@@ -244,7 +245,7 @@ class Reader:
           stored = [host.empty(x.shape, x.dtype) for x in specs]
           if is_expanded and hasattr(leaf.leaf_class, 'write'):
             out = out or [host.empty(leaf.shape, leaf.dtype)]
-            stored[0] = _end(out[0], stored[0])
+            stored[0] = uniform.end_of(out[0], stored[0])
         else:  # the coder writes them there
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
         needed = functools.partial(self._needed, leaf, others)
@@ -470,17 +471,6 @@ class _StoredLeaf:
       return array
     self.out[0][...] = host.contiguous(array)
     return self.out[0]
-
-
-def _end(array: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-  """Returns the end of an array as memory for the numbers of a leaf that writes it.
-
-  The leaf reads a number before it writes the element, from the first one on.
-  """
-  if numbers.shape != array.shape or numbers.itemsize > array.itemsize:
-    return numbers
-  end = array.reshape(-1).view(numbers.dtype)[-max(numbers.size, 1) :]
-  return end.reshape(numbers.shape)
 
 
 def _stack(

@@ -89,6 +89,17 @@ class UniformlyQuantized(base.Structured):
       raise ValueError(f'{self.step!r} is no step')
 
 
+def end_of(array: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+  """Returns the end of an array as memory for the numbers of a leaf that writes it.
+
+  The leaf reads a number before it writes the element, from the first one on.
+  """
+  if numbers.shape != array.shape or numbers.itemsize > array.itemsize:
+    return numbers
+  end = array.reshape(-1).view(numbers.dtype)[-max(numbers.size, 1) :]
+  return end.reshape(numbers.shape)
+
+
 def line_factors(exponents: Any) -> jax.Array:
   """Returns the factors of lines, float32, for integer exponents of the same shape.
 
