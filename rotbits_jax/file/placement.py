@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from rotbits_jax import structured
-
-T = TypeVar('T')
 
 Place = (
   jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -18,7 +16,7 @@ Place = (
 None for an array that is committed to no device."""
 
 
-def placed(tree: T, place: Place) -> T:
+def placed(tree: Any, place: Place) -> Any:
   """Puts nested dicts on devices; the arrays of a leaf have the sharding of its path.
 
   Every process has the whole arrays, of which its devices get their parts.

@@ -43,9 +43,7 @@ class ShardIndex(schema.Object):
 def write_index(folder: pathlib.Path, shards: Mapping[str, tuple[str, ...]]) -> None:
   """Writes the index of a folder, given the records of each shard by its name."""
   files = {name: container.StreamReader(folder / name) for name in shards}
-  homes = {
-    record: files[name] for name, records in shards.items() for record in records
-  }
+  homes = {x: files[name] for name, records in shards.items() for x in records}
   index = index_of(list(files.values()), homes)
   (folder / INDEX).write_text(f'{json.dumps(schema.dump(index), indent=2)}\n')
 
