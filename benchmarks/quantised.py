@@ -18,7 +18,7 @@ import rotbits_jax
 TITLE = 'Weights that were quantised before'
 PEERS = 'zstd', 'zipnn', 'lmzip'
 
-F32, E4M3 = np.float32, ml_dtypes.float8_e4m3fn
+F32, E4M3, E2M1 = np.float32, ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -29,10 +29,6 @@ def rounded(dtype: type) -> Function:
 
 def integers(most: int) -> Function:
   return lambda x: np.clip(np.rint(x), -most, most) + F32(0)  # without -0
-
-
-def floats4(x: np.ndarray) -> np.ndarray:
-  return rounded(ml_dtypes.float4_e2m1fn)(np.clip(x, -6, 6))
 
 
 def through(
@@ -60,10 +56,16 @@ def two_scales(scales: np.ndarray) -> np.ndarray:
   return rounded(E4M3)(scales / factor) * factor
 
 
-def powers(scales: np.ndarray) -> np.ndarray:
-  return np.exp2(np.floor(np.log2(scales))).astype(F32)
+def q4_1(array: np.ndarray) -> np.ndarray:
+  """Quantises groups of 32 to 0 to 15 above a minimum, as GGUF's Q4_1 does."""
+  groups = array.reshape(-1, 32)
+  least, most = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+  scales, least = map(rounded(np.float16), ((most - least) / F32(15), least))
+  codes = np.clip(np.rint((groups - least) / scales), 0, 15)
+  return (codes * scales + least).reshape(array.shape)
 
 
+FLOATS4 = lambda x: rounded(E2M1)(np.clip(x, -6, 6))
 QUANTISERS: dict[str, Function] = {
   'int8, rows': through((1, 0), integers(127), 127),
   'float8_e4m3fn, blocks of 128 x 128': through((128, 128), rounded(E4M3), 448),
@@ -72,15 +74,15 @@ QUANTISERS: dict[str, Function] = {
   'int4, groups of 32, bfloat16 scales': through(
     (1, 32), integers(7), 7, rounded(ml_dtypes.bfloat16)
   ),
-  'NVFP4': through((1, 16), floats4, 6, two_scales),
-  'MXFP4': through((1, 32), floats4, 4, powers),
+  'Q4_1, groups of 32, float16 scales and minima': q4_1,
+  'NVFP4': through((1, 16), FLOATS4, 6, two_scales),
+  'MXFP4': through((1, 32), FLOATS4, 4, lambda x: np.exp2(np.floor(np.log2(x)))),
   'none': lambda array: array,
 }
 
 
 def run(settings: common.Settings) -> Iterator[common.Section]:
-  path = common.packaged_weights(common.BASE)
-  weights = common.read_tensors(path, 'float32')
+  weights = common.read_tensors(common.packaged_weights(common.BASE), 'float32')
   matrices = {k: x for k, x in weights.items() if x.ndim == 2 and 'layer.' in k}
   elements = sum(x.size for x in matrices.values())
   peers = PEERS if settings.peers_python else ()
@@ -100,8 +102,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
         common.run_peer(python, peer, 'compress', source, packed)
         sizes.append(packed.stat().st_size)
       bits = [f'{8 * x / elements:.2f}' for x in sizes]
-      cells = f'{len(notes)} of {len(tensors)}', *bits
-      rows.append((name, *cells))
+      rows.append((name, f'{len(notes)} of {len(tensors)}', *bits))
   header = 'quantiser', 'codes found', '`exact`', *peers
   about = (
     'Bits per weight of the matrices in the layers of all-MiniLM-L6-v2, quantised and '
