@@ -30,7 +30,6 @@ that are coded side by side. In the order of reading:
     blocks       codes up to 2^19 units in one message
     contexts     the classes of elements and the tables of arrays
     statistics   chooses layouts of floats, and measures rows and columns
-    sparse       stores arrays without their zeros
     plans        chooses how each array is stored
     specs        describes a stream, for the decoder
     coder        codes a record: the way through all of these

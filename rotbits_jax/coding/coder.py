@@ -24,7 +24,6 @@ from rotbits_jax.coding import blocks
 from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
-from rotbits_jax.coding import sparse
 from rotbits_jax.coding import specs
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
@@ -90,7 +89,7 @@ def encode(
       dtype=array.dtype.name,
       shape=array.shape,
       crc32=crc32,
-      groups=tuple(itertools.islice(indices, sparse.PARTS if zeros else 1)),
+      groups=tuple(itertools.islice(indices, 3 if zeros else 1)),
       zeros=zeros,
     )
     for array, crc32, zeros in zip(plan.arrays, checksums, plan.zeros, strict=True)
@@ -136,7 +135,9 @@ def decode(
     raise ValueError(
       f'the stream must be uint8 [{spec.nbytes}], got {data.dtype} {list(data.shape)}'
     )
-  arrays = _outputs(spec, out)
+  if out is None:
+    out = [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays]
+  arrays = list(out)
   parts_of = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   parts = [*itertools.chain(*parts_of)]
   fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
@@ -209,19 +210,6 @@ def _decode_group(
 
 
 # ---- arrays --------------------------------------------------------------------------
-
-
-def _outputs(
-  spec: specs.StreamSpec, out: Sequence[np.ndarray] | None
-) -> list[np.ndarray]:
-  """Returns the given arrays if they fit the spec; makes new ones if `out` is None."""
-  if out is None:
-    return [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays]
-  expected = [(x.dtype, x.shape, True, True) for x in spec.arrays]
-  flags = lambda x: (x.flags.c_contiguous, x.flags.writeable)
-  if expected != [(x.dtype.name, x.shape, *flags(x)) for x in out]:
-    raise ValueError('the arrays to decode into are not those of the record')
-  return list(out)
 
 
 def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
 """Plans: how each array of a record is stored, as the encoder chooses.
 
-An array is coded as it is or as several parts, see `sparse`. Parts of one layout form a
+An array is coded as it is or as several parts, see `specs`. Parts of one layout form a
 group, which shares frequency tables. A part that coding does not make smaller is stored
 as it is. Scales, shifts and frequencies follow from samples: they only decide how many
 bytes the elements take.
@@ -18,7 +18,6 @@ import numpy as np
 from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
-from rotbits_jax.coding import sparse
 from rotbits_jax.coding import specs
 from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
@@ -58,7 +57,7 @@ class Plan(NamedTuple):
   """How the arrays of a record are stored."""
 
   arrays: list[np.ndarray]  # the arrays in C order
-  zeros: list[sparse.Sparse | None]  # of arrays that are stored without their zeros
+  zeros: list[specs.Zeros | None]  # of arrays that are stored without their zeros
   parts: list[np.ndarray]  # those of one array after the other
   groups: list[Group]  # the parts that are coded
 
@@ -120,13 +119,14 @@ def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
 
 def _divided(
   array: np.ndarray, is_known: bool
-) -> tuple[sparse.Sparse | None, list[np.ndarray], dict[int, _Draft]]:
+) -> tuple[specs.Zeros | None, list[np.ndarray], dict[int, _Draft]]:
   """Returns the form of an array, its parts, and how those are coded that can be."""
   form, parts, floats, min_exponent = None, [array], None, 0
   if array.size and array.dtype in layouts.FORMATS:
-    bits = sparse.bit_patterns(array)
+    bits = array.reshape(-1).view(f'u{array.itemsize}')
     floats, min_exponent = statistics.of_floats(bits, array.dtype)
-    form, parts = sparse.without_zeros(array, floats.raised) or (None, parts)
+    if statistics.has_zeros(bits, floats.raised):
+      form, parts = _without_zeros(bits.reshape(-1, array.shape[-1]), array.dtype)
   elif specs.is_of_bytes(array.dtype):
     parts = [array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize)]
   drafts: dict[int, _Draft] = {}
@@ -139,32 +139,35 @@ def _divided(
       continue
     if dtype.kind == 'i':
       layout = statistics.of_integers(numbers.reshape(-1))
-    if form and i == 0:
-      lines = statistics.densities(numbers)
-    elif dtype == np.uint8:  # each byte of an element has a class
-      columns = np.arange(array.itemsize if form is None else 1)
-      lines = np.zeros(1, int), statistics.DENSITIES + columns
-    else:
+    lines = statistics.measure(numbers, layout.size)
+    # Bins that are right for some lines are too wide for others.
+    spread = np.std(lines[0]) + np.std(lines[1])
+    if layout.raw_bits and dtype == np.int8 and spread > _MOST_SPREAD:
+      layout = layouts.Integers(dtype, 0)
       lines = statistics.measure(numbers, layout.size)
-      # Bins that are right for some lines are too wide for others.
-      spread = np.std(lines[0]) + np.std(lines[1])
-      if layout.raw_bits and dtype == np.int8 and spread > _MOST_SPREAD:
-        layout = layouts.Integers(dtype, 0)
-        lines = statistics.measure(numbers, layout.size)
     drafts[i] = _Draft(numbers, layout, lines, min_exponent)
   return form, parts, drafts
 
 
+def _without_zeros(
+  bits: np.ndarray, dtype: np.dtype
+) -> tuple[specs.Zeros, list[np.ndarray]]:
+  """Returns the form of floats with many zeros, given their rows, and its parts."""
+  is_set = bits << 1 > 0
+  values, negative = bits[is_set], bits[~is_set] > 0
+  form = specs.Zeros(values.size, bool(negative.any()))
+  signs = np.packbits(negative[: negative.size if form.negative else 0])
+  return form, [np.packbits(is_set, axis=1), signs, values.view(dtype)]
+
+
 def _by_layout(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
   """Puts parts of one layout together whose minimum exponents a group can tell."""
-  groups: dict[layouts.Layout, list[list[_Draft]]] = {}
-  for draft in sorted(drafts, key=lambda x: x.min_exponent):
-    several = groups.setdefault(draft.layout, [[draft]])
-    if draft.min_exponent >= several[-1][0].min_exponent + _EXPONENTS:
-      several.append([draft])
-    elif draft is not several[0][0]:
-      several[-1].append(draft)
-  return [sorted(x, key=lambda y: y.place) for y in groups.values() for x in y]
+  groups: dict[tuple[layouts.Layout, int], list[_Draft]] = {}
+  least = min((x.min_exponent for x in drafts if x.layout.raised), default=0)
+  for draft in drafts:
+    exponents = (draft.min_exponent - least) // _EXPONENTS
+    groups.setdefault((draft.layout, exponents), []).append(draft)
+  return [*groups.values()]
 
 
 def _smaller(group: Group) -> Group | None:
@@ -244,18 +247,11 @@ def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarra
     octave = max(least // statistics.STEPS, most // statistics.STEPS - _OCTAVES)
     scales = [statistics.within(x.lines, octave, classes) for x in drafts]
     return scales, np.array([(octave << layout.top) - _BINS_BELOW])
-  octave = 0 if layout.dtype == np.uint8 else _LEAST_INTEGER
-  scales = [statistics.within(x.lines, octave, layout.most_tables) for x in drafts]
+  most = layout.most_tables
+  scales = [statistics.within(x.lines, _LEAST_INTEGER, most) for x in drafts]
   if layout.type_name == 'codes':
     # Bins count from -128, and the window is among those around 0.
     return scales, np.array([(128 >> layout.raw_bits) - _SEEN // 2])
-  if layout.dtype == np.uint8:  # masks share classes; those of others follow each other
-    bases = np.array([x.base for x in scales])
-    counts = np.array([x.greatest + 1 for x in scales]) - bases
-    counts = np.where(bases < statistics.DENSITIES, 0, counts)
-    ends = np.minimum(statistics.DENSITIES + np.cumsum(counts), classes)
-    starts = np.where(counts > 0, ends - counts, bases).tolist()
-    scales = [x._replace(base=y) for x, y in zip(scales, starts, strict=True)]
   return scales, np.zeros(1, int)
 
 
@@ -264,7 +260,7 @@ def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
   numbers, size = draft.numbers, draft.layout.size
   flat = numbers.reshape(-1)
   if isinstance(draft.layout, layouts.Pairs):
-    flat = sparse.bit_patterns(numbers)
+    flat = flat.view(f'u{numbers.itemsize}')
   # A last number without a pair is left out.
   flat = flat[: flat.size // size * size] if flat.size >= size else flat.repeat(size)
   units = flat.reshape(-1, size)

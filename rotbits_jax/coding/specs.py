@@ -8,6 +8,7 @@ elements.
 Raises a ValueError for values that are not a spec.
 """
 
+from collections.abc import Sequence
 import functools
 import itertools
 import math
@@ -18,7 +19,6 @@ import numpy as np
 
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import layouts
-from rotbits_jax.coding import sparse
 from rotbits_jax.system import schema
 
 DTYPES = {
@@ -30,6 +30,10 @@ DTYPES = {
   )
 }
 """The dtypes that can be stored, by name."""
+
+
+Parts = list[tuple[np.dtype, tuple[int, ...]]]
+"""The dtypes and shapes of the arrays as which an array is coded."""
 
 
 def is_of_bytes(dtype: np.dtype) -> bool:
@@ -45,6 +49,39 @@ _MAX_GROUPS = 16  # of few elements
 _ELEMENTS_PER_GROUP = 1 << 17
 
 
+class Zeros(schema.Row):
+  """An array without its zeros, n elements, is stored as three parts.
+
+  They are a mask; the signs of the zeros, if one is -0; and the elements that are not
+  zero. A byte of the mask holds eight successive elements of a row, so the coder sees
+  patterns, such as two zeros in every four.
+  """
+
+  values: schema.Size  # n
+  negative: bool  # whether a zero is -0
+
+  def parts(self, dtype: np.dtype, shape: tuple[int, ...]) -> Parts:
+    """Returns the dtype and the shape of each part of an array."""
+    signs = -(-(math.prod(shape) - self.values) // 8) if self.negative else 0
+    mask = math.prod(shape[:-1]), -(-math.prod(shape[-1:]) // 8)
+    uint8 = np.dtype(np.uint8)
+    return [(uint8, mask), (uint8, (signs,)), (dtype, (self.values,))]
+
+  def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """Makes an array of its parts, which may be damaged."""
+    mask, signs, values = parts
+    unsigned = np.dtype(f'u{out.itemsize}')
+    bits = out.view(unsigned).reshape(len(mask), -1)
+    bits[...] = 0
+    is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]).view(bool)
+    if np.count_nonzero(is_set) != self.values:
+      raise ValueError(f'the mask does not have {self.values} elements')
+    bits[is_set] = values.view(unsigned)
+    if self.negative:
+      negative = np.unpackbits(signs, count=bits.size - self.values)
+      bits[~is_set] = negative.astype(unsigned) << 8 * out.itemsize - 1
+
+
 class ArraySpec(schema.Row):
   """An array of a stream."""
 
@@ -54,7 +91,7 @@ class ArraySpec(schema.Row):
   # For each part, the index of its group; None if the part is stored as it is. An array
   # is its only part, unless it is stored without zeros.
   groups: tuple[schema.Size | None, ...]
-  zeros: sparse.Sparse | None  # where they are, if it is stored without them
+  zeros: Zeros | None  # where they are, if it is stored without them
 
   def __post_init__(self) -> None:
     sizes = [size for size in self.shape if size]
@@ -81,7 +118,7 @@ class ArraySpec(schema.Row):
     return self.size * self.numpy_dtype.itemsize
 
   @property
-  def parts(self) -> sparse.Parts:
+  def parts(self) -> Parts:
     """The dtype and the shape of each part."""
     if self.zeros:
       return self.zeros.parts(self.numpy_dtype, self.shape)

@@ -17,9 +17,6 @@ from rotbits_jax.coding import tables
 STEPS = 4
 """The number of classes for a factor of 2."""
 
-DENSITIES = 32
-"""The number of scales of the rows of masks."""
-
 _LEAST_LINE = 16  # elements of a row or column that has a scale
 _COLUMNS, _RUNS = 1 << 8, 4  # by which rows are measured, in so many runs
 _ROWS = 1 << 7  # by which columns are measured
@@ -47,6 +44,12 @@ _SAMPLE = 1 << 12  # elements that tell the scale
 _FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the cache
 
 
+# Masks of fewer elements cost more than they save. Fewer zeros are exceptions or, where
+# numbers were rounded to a step, like others.
+_LEAST_MASK = 1 << 12
+_LEAST_ZEROS, _LEAST_ROUNDED = 1 / 1024, 1 / 32
+
+
 def runs(size: int, most: int, count: int = 16) -> list[slice]:
   """Returns the places of a sample: all elements, or runs that have about `most`."""
   if size <= most:
@@ -54,6 +57,15 @@ def runs(size: int, most: int, count: int = 16) -> list[slice]:
   length = most // count
   starts = np.linspace(0, size - length, count).astype(int).tolist()
   return [slice(start, start + length) for start in starts]
+
+
+def has_zeros(bits: np.ndarray, shares_step: bool) -> bool:
+  """Returns whether floats `[n]`, given the patterns, have zeros that a mask is for."""
+  magnitude = bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
+  sample = np.concatenate([bits[run] for run in runs(bits.size, _FLOATS)])
+  share = 1 - np.count_nonzero(sample & magnitude) / sample.size
+  least = _LEAST_ROUNDED if shares_step else _LEAST_ZEROS
+  return bits.size >= _LEAST_MASK and share > least
 
 
 def of_integers(numbers: np.ndarray) -> layouts.Layout:
@@ -155,14 +167,6 @@ def within(lines: Lines, octave: int, count: int) -> contexts.Scales:
   base = top - int(rows.max() + columns.max())
   both = [(x.max() - x).astype(np.uint8) for x in (rows, columns)]
   return contexts.Scales(base, *(x if x.any() else x[:1] for x in both))
-
-
-def densities(mask: np.ndarray) -> Lines:
-  """Returns scales of the rows of a mask, bits `[R, C]`: half octaves of the odds."""
-  ones = np.bitwise_count(mask).sum(axis=1, dtype=float) + 0.5
-  odds = 2 * np.log2(ones / (8 * mask.shape[1] + 1 - ones))
-  rows = np.rint(odds).astype(int) + DENSITIES // 2
-  return rows.clip(0, DENSITIES - 1), np.zeros(1, int)
 
 
 def _quantized(
