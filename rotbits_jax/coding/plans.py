@@ -139,12 +139,17 @@ def _divided(
       continue
     if dtype.kind == 'i':
       layout = statistics.of_integers(numbers.reshape(-1))
-    lines = statistics.measure(numbers, layout.size)
-    # Bins that are right for some lines are too wide for others.
-    spread = np.std(lines[0]) + np.std(lines[1])
-    if layout.raw_bits and dtype == np.int8 and spread > _MOST_SPREAD:
-      layout = layouts.Integers(dtype, 0)
+    if form and i == 0:
+      lines = statistics.densities(numbers)
+    elif dtype == np.uint8:  # each byte of an element has a class
+      lines = np.zeros(1, int), np.arange(1 if form else array.itemsize)
+    else:
       lines = statistics.measure(numbers, layout.size)
+      # Bins that are right for some lines are too wide for others.
+      spread = np.std(lines[0]) + np.std(lines[1])
+      if layout.raw_bits and dtype == np.int8 and spread > _MOST_SPREAD:
+        layout = layouts.Integers(dtype, 0)
+        lines = statistics.measure(numbers, layout.size)
     drafts[i] = _Draft(numbers, layout, lines, min_exponent)
   return form, parts, drafts
 
@@ -247,11 +252,18 @@ def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarra
     octave = max(least // statistics.STEPS, most // statistics.STEPS - _OCTAVES)
     scales = [statistics.within(x.lines, octave, classes) for x in drafts]
     return scales, np.array([(octave << layout.top) - _BINS_BELOW])
-  most = layout.most_tables
-  scales = [statistics.within(x.lines, _LEAST_INTEGER, most) for x in drafts]
+  octave = 0 if layout.dtype == np.uint8 else _LEAST_INTEGER
+  scales = [statistics.within(x.lines, octave, layout.most_tables) for x in drafts]
   if layout.type_name == 'codes':
     # Bins count from -128, and the window is among those around 0.
     return scales, np.array([(128 >> layout.raw_bits) - _SEEN // 2])
+  if layout.dtype == np.uint8:  # masks share classes; those of others follow each other
+    first = statistics.DENSITIES
+    for i, draft in enumerate(drafts):
+      if draft.lines[0].size == 1:
+        count = draft.lines[1].size
+        scales[i] = scales[i]._replace(base=min(first, classes - count))
+        first += count
   return scales, np.zeros(1, int)
 
 

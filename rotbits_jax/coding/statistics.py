@@ -17,6 +17,9 @@ from rotbits_jax.coding import tables
 STEPS = 4
 """The number of classes for a factor of 2."""
 
+DENSITIES = 32
+"""The number of scales of the rows of masks."""
+
 _LEAST_LINE = 16  # elements of a row or column that has a scale
 _COLUMNS, _RUNS = 1 << 8, 4  # by which rows are measured, in so many runs
 _ROWS = 1 << 7  # by which columns are measured
@@ -167,6 +170,14 @@ def within(lines: Lines, octave: int, count: int) -> contexts.Scales:
   base = top - int(rows.max() + columns.max())
   both = [(x.max() - x).astype(np.uint8) for x in (rows, columns)]
   return contexts.Scales(base, *(x if x.any() else x[:1] for x in both))
+
+
+def densities(mask: np.ndarray) -> Lines:
+  """Returns scales of the rows of a mask, bits `[R, C]`: half octaves of the odds."""
+  ones = np.bitwise_count(mask).sum(axis=1, dtype=float) + 0.5
+  odds = 2 * np.log2(ones / (8 * mask.shape[1] + 1 - ones))
+  rows = np.rint(odds).astype(int) + DENSITIES // 2
+  return rows.clip(0, DENSITIES - 1), np.zeros(1, int)
 
 
 def _quantized(
