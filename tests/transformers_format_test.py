@@ -65,7 +65,8 @@ def test_code_of_the_file_is_written_only_on_request(tmp_path):
 def test_files(name, tmp_path):
   source = checkpoints.load_checkpoint(TESTDATA / name)
   # transformers 5 has another name for the dtype of the dense model, and prefers it.
-  newer = json.dumps(json.loads(source.files['config.json']) | {'dtype': 'bfloat16'})
+  added = {'dtype': 'bfloat16', '_attn_implementation': 'a/b', 'custom_pipelines': {}}
+  newer = json.dumps(json.loads(source.files['config.json']) | added)
   files = source.files | {'config.json': newer.encode()}
   names = 'x.py', 'custom_generate/generate.PY', 'adapter_config.json'
   code = dict.fromkeys(names, b'harm()')

@@ -19,6 +19,8 @@ _MODELING = 'modeling_sliced'
 _CODE = importlib.resources.files('rotbits_jax.checkpoints') / 'remote_code'
 # Endings of modules, and of a file that names a model whose code PEFT makes run.
 _HARMFUL = '.py', '.pyc', '.so', '.pyd', 'adapter_config.json'
+# Attributes of a config that make code of the Hub run.
+_RUNNING = 'custom_pipelines', '_attn_implementation', '_attn_implementation_internal'
 
 # The part of transformers' class names that stands for a family, and its tokenizer.
 _CLASSES = {
@@ -55,7 +57,8 @@ def sidecars(
   """
   dense = families.older_rope(families.parse_object(files[CONFIG], CONFIG))
   dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
-  dense.pop('custom_pipelines', None)  # which may run code from anywhere
+  for name in _RUNNING:
+    dense.pop(name, None)
   class_name, tokenizer = _CLASSES[config.family]
   sliced = f'Sliced{class_name}'
   changes = {
