@@ -24,7 +24,7 @@ from rotbits_jax.coding import tables
 from rotbits_jax.system import host
 
 _FLOATS = 1 << 16  # units that tell frequencies
-_INTEGERS = 1 << 20  # units of integers, because these have more tables
+_INTEGERS = 1 << 18  # units of integers, because these have more tables
 _SIZES = 1 << 18  # integers that tell raw bits
 _LEAST_SAMPLE = 1 << 12  # units of a part
 _CHUNK = 1 << 16  # units that are counted at once, so that they fit the cache
@@ -222,13 +222,13 @@ def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Gr
   escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = np.where(frequencies > 0, bits, escape)
   bits = np.append(bits, np.full((len(bits), 1), escape), axis=1)
-  nbytes = []
+  nbytes, is_used = [], np.sum(counts, axis=(0, 2)) > 0
   for draft, sample, of_draft in zip(drafts, samples, counts, strict=True):
     raw_bits: Any = layout.raw_bits
-    if isinstance(layout, layouts.Integers):
+    if raw_bits and isinstance(layout, layouts.Integers):
       raw_bits = np.mean(told[sample.classes] >> 8)
     share = draft.numbers.size / of_draft.sum()
-    cost = share * (divided(of_draft) * bits[table_of]).sum()
+    cost = share * (divided(of_draft[is_used]) * bits[table_of[is_used]]).sum()
     nbytes.append(float(cost + draft.numbers.size * raw_bits) / 8 + 2)
   contexts = contexts_lib.Contexts(tuple(scales), base + first, table_of, frequencies)
   parts, places = [x.numbers for x in drafts], [x.place for x in drafts]

@@ -45,8 +45,8 @@ def quantize(counts: np.ndarray, precision: int = PRECISION) -> np.ndarray:
 
 def entropy_bits(counts: np.ndarray) -> np.ndarray:
   """Returns the order-0 entropy of counted symbols `[..., A]`, in bits: `[...]`."""
-  shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-  return -(counts * np.log2(np.where(counts > 0, shares, 1))).sum(axis=-1)
+  bits = lambda x: x * np.log2(np.maximum(x, 1))
+  return bits(counts.sum(axis=-1)) - bits(counts).sum(axis=-1)
 
 
 def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
