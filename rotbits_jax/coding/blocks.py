@@ -51,6 +51,9 @@ _APART = 96
 _WIDE = {'xla_cpu_prefer_vector_width': 512}
 
 
+_Shape = tuple[tuple[int, ...], Any]  # of an array, with its dtype
+
+
 class Span(NamedTuple):
   """Units of a block that follow each other in a part."""
 
@@ -124,31 +127,22 @@ def encode(
     flat[span.numbers.size :] = span.numbers[-1]
   units[count : rows * lanes] = units[count - 1]
   stack = ROWS * layout.pushes + _APART
-  out = [
-    _taken('words', (lanes * stack,), np.uint16),
-    _taken('escapes', (ROWS, lanes), np.uint16),
-  ]
-  for i, (width, _) in enumerate(layout.pieces):
+  shapes: list[_Shape] = [((lanes * stack,), np.uint16), ((ROWS, lanes), np.uint16)]
+  for width, _ in layout.pieces:
     dtype = np.uint16 if width == 8 else np.uint8
-    out.append(_taken(f'plane {i}', (ROWS // _sharing(width), lanes), dtype))
+    shapes.append(((ROWS // _sharing(width), lanes), dtype))
   arguments = values, _classes(spans, count), coder_tables, np.int32(rows)
-  state, lengths, out = _encode(tuple(out), *arguments, layout=layout)
-  words, marks, *planes = map(np.asarray, out)
-  lengths = np.asarray(lengths).astype(np.int64)
+  (state, lengths), (words, marks, *planes) = _run(_encode, shapes, layout, *arguments)
+  lengths = lengths.astype(np.int64)
   stacks = zip(words.reshape(lanes, stack), lengths.tolist(), strict=True)
-  parts = [rans.head_words(np.asarray(state), lengths), *(x[:n] for x, n in stacks)]
+  parts = [rans.head_words(state, lengths), *(x[:n] for x, n in stacks)]
   for (width, _), plane in zip(layout.pieces, planes, strict=True):
     flat = plane.reshape(-1).view(np.uint8)
     parts.append(flat[: _plane_bytes(width, rows, lanes)])
   # The last unit is listed again where it fills the row.
   escaped = np.flatnonzero(marks.reshape(-1)[: rows * lanes] > 0)
   parts += layout.lists(marks.reshape(-1)[escaped] - layouts.MARKED, units[escaped])
-  data = np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
-  _keep('words', out[0])
-  _keep('escapes', out[1])
-  for i, array in enumerate(out[2:]):
-    _keep(f'plane {i}', array)
-  return data
+  return np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
 
 
 def decode(
@@ -189,16 +183,12 @@ def decode(
     raise ValueError(f'a block of {nbytes} bytes has too few raw bits')
   places = np.concatenate([state, tops, ends]).astype(np.uint32)
   classes = _classes(spans, count)
-  out = (
-    _taken('units', (ROWS, lanes, layout.words), layout.word),
-    _taken('marks', (ROWS, lanes), np.dtype(bool)),
-  )
+  shapes = [((ROWS, lanes, layout.words), layout.word), ((ROWS, lanes), bool)]
   arguments = places, np.int32(rows), buffer.view(np.uint16), buffer, classes
-  end, out = _decode(out, *arguments, coder_tables, layout=layout)
-  state, bottoms = np.asarray(end)
+  (state, bottoms), out = _run(_decode, shapes, layout, *arguments, coder_tables)
   if (state != 1 << 16).any() or (bottoms != tops - lengths).any():
     raise rans.MessageError('a block has more or fewer words than its units need')
-  units, marks = (np.asarray(x).reshape(ROWS * lanes, -1) for x in out)
+  units, marks = (x.reshape(ROWS * lanes, -1) for x in out)
   escaped = np.flatnonzero(marks[: rows * lanes])
   few_classes = classes.reshape(-1)[escaped].astype(np.int32)
   listed = layout.listed(lists, units[escaped], few_classes, coder_tables.told)
@@ -214,8 +204,6 @@ def decode(
     if missing:
       numbers[...] = whole[:-missing]
     checksums.append((part, (checksums_lib.of_array(numbers), numbers.nbytes)))
-  _keep('units', out[0])
-  _keep('marks', out[1])
   return checksums
 
 
@@ -235,19 +223,21 @@ def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> np.nd
   return arrays[key]
 
 
-def _taken(name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> jax.Array:
-  """Takes this thread's array of this name, shape and dtype, to donate it."""
-  arrays = _local.__dict__.setdefault('arrays', {})
-  array: jax.Array | None = arrays.pop((name, shape, np.dtype(dtype)), None)
-  if array is None:  # a program that makes zeros would have to be compiled
+def _run(
+  program: Any, shapes: Sequence[_Shape], layout: layouts.Layout, *arguments: Any
+) -> tuple[np.ndarray, list[np.ndarray]]:
+  """Runs a program that fills arrays of these shapes and dtypes.
+
+  Returns its first result and the arrays, which this thread's next call overwrites.
+  """
+  donated = _local.__dict__.setdefault('donated', {})
+  key = program, *shapes
+  out = donated.pop(key, None)
+  if out is None:  # a program that makes zeros would have to be compiled
     # On a device like the tables, and so what the program returns: it compiles once.
-    array = jax.device_put(np.zeros(shape, dtype), host.device())
-  return array
-
-
-def _keep(name: str, array: jax.Array) -> None:
-  """Keeps an array for `_taken`."""
-  _local.arrays[name, array.shape, array.dtype] = array
+    out = tuple(jax.device_put(np.zeros(*x), host.device()) for x in shapes)
+  result, donated[key] = program(out, *arguments, layout=layout)
+  return np.asarray(result), [np.asarray(x) for x in donated[key]]
 
 
 # ---- programs ------------------------------------------------------------------------
@@ -309,7 +299,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=_WIDE
 )
 def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
-  """Encodes rows of units; returns the states, the lengths of stacks and the arrays."""
+  """Encodes rows of units; returns the states with the lengths of stacks, and `out`."""
 
   def loop(out: Any, units: Any, classes: Any, coder_tables: Any, rows: Any) -> Any:
     lanes = classes.shape[1]
@@ -342,6 +332,6 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
     nothing = jnp.zeros(lanes, jnp.uint32)
     carry = state, nothing, [nothing] * len(layout.pieces), out
     state, sizes, _, out = jax.lax.fori_loop(0, rows, step, carry)
-    return state, sizes, out
+    return jnp.stack([state, sizes]), out
 
   return native.loop(loop)(*arguments)

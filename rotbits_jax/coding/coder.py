@@ -193,7 +193,8 @@ def _decode_group(
   if classes is not None:
     if classes.size != parts[0].size:
       raise ValueError(f'{parts[0].size} elements have {classes.size} classes')
-    parts, scales = [parts[0].reshape(-1, 1)], [contexts_lib.known_scales(classes)]
+    parts = [parts[0].reshape(-1, 1)]
+    scales = [contexts_lib.Scales(0, classes, np.zeros(1, np.uint8))]
   tables = layout.tables(*contexts[1:])
   # Each block would copy them to the device.
   tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))

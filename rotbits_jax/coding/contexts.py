@@ -78,11 +78,6 @@ class Scales(NamedTuple):
     out[:] = grid.reshape(-1)[first - low * width :: step][: out.size]
 
 
-def known_scales(classes: np.ndarray) -> Scales:
-  """Returns classes that are known from elsewhere, as those of the rows `[R, 1]`."""
-  return Scales(0, classes.reshape(-1), np.zeros(1, np.uint8))
-
-
 class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables."""
 

@@ -399,12 +399,11 @@ class Integers:
   ) -> Tables:
     """Makes the tables, given frequencies `[K, 255]`; see `Pairs.tables`."""
     few = len(frequencies) <= _FEW_TABLES
-    count = _FEW_TABLES if few else self.most_tables
-    filled = []
-    for entries in _entries(frequencies, self):
-      filled.append(np.zeros((count, entries.shape[1]), np.uint32))
-      filled[-1][: len(entries)] = entries
-    return Tables(*(x.reshape(-1) for x in filled), self.packed(base, table_of))
+    missing = (_FEW_TABLES if few else self.most_tables) - len(frequencies)
+    slots, intervals = (
+      np.pad(x, ((0, missing), (0, 0))).reshape(-1) for x in _entries(frequencies, self)
+    )
+    return Tables(slots, intervals, self.packed(base, table_of))
 
 
 Layout = Pairs | Integers

@@ -113,7 +113,7 @@ def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
   """
   lines = np.zeros(1, int), np.zeros(1, int)
   draft = _Draft(numbers.reshape(-1, 1), layouts.Integers(numbers.dtype, 0), lines)
-  group = _group([draft], contexts_lib.known_scales(classes))
+  group = _group([draft], contexts_lib.Scales(0, classes, np.zeros(1, np.uint8)))
   return group._replace(contexts=group.contexts._replace(scales=()))
 
 
