@@ -31,12 +31,12 @@ def zero_points(array):
   return ((codes - zeros + F32(0)) * scales).reshape(array.shape)
 
 
-def minima(array):
-  """Quantises groups of 64 to 0 to 15 above their minimum, as MLX does."""
-  groups = array.reshape(-1, 64)
-  least, most = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
-  scales, least = HALF((most - least) / F32(15)), HALF(least)
-  codes = np.clip(np.rint((groups - least) / scales), 0, 15)
+def minima(array, bits=4):
+  """Quantises groups of 64 to codes above their minimum, as MLX does."""
+  groups, most = array.reshape(-1, 64), (1 << bits) - 1
+  least, greatest = groups.min(1, keepdims=True), groups.max(1, keepdims=True)
+  scales, least = HALF((greatest - least) / F32(most)), HALF(least)
+  codes = np.clip(np.rint((groups - least) / scales), 0, most)
   return (codes * scales + least).reshape(array.shape)
 
 
@@ -58,8 +58,12 @@ SCHEMES = {
   'int4_128': (through((1, 128), INT4, 7), 'int4', (1, 128), 3.7),
   'int4_64_columns': (through((64, 1), INT4, 7), 'int4', (64, 1), 3.9),
   'int4_32_bf16': (through((1, 32), INT4, 7, HALF), 'int4', (1, 32), 4.2),
+  'int4_rows': (through((1, 0), INT4, 7), 'int4', (1, 384), 3.5),
+  'int6_64': (through((1, 64), quantised.integers(31), 31), 'int8', (1, 64), 6.3),
   'zero_points': (zero_points, 'int4', (1, 128), 3.9),
   'minima': (minima, 'int4', (1, 64), 4.4),
+  'minima_3': (lambda x: minima(x, 3), 'int4', (1, 64), 3.4),
+  'minima_5_columns': (lambda x: minima(x.T, 5).T, 'int8', (64, 1), 5.6),
   'minima_columns': (lambda x: minima(x.T).T, 'int4', (64, 1), 4.4),
   'mxfp4': (quantised.QUANTISERS['MXFP4'], 'float4_e2m1fn', (1, 32), 4.2),
   'nvfp4': (quantised.QUANTISERS['NVFP4'], 'float4_e2m1fn', (1, 16), 4.5),
@@ -111,16 +115,17 @@ class FindTest(parameterized.TestCase):
 
 
 def test_a_partly_quantised_checkpoint(tmp_path):
-  e4m3 = lambda seed: SCHEMES['e4m3_blocks'][0](weights(seed=seed)).astype(BF16)
-  dense = {f'{i}.attention.weight': weights(seed=i).astype(BF16) for i in range(2)}
-  tensors = dense | {f'{i}.mlp.weight': e4m3(9 + i) for i in range(2)}
+  tensors = {f'{i}.attention.weight': weights(seed=i).astype(BF16) for i in range(2)}
+  for i, scheme in enumerate(['e4m3_blocks', 'minima']):
+    tensors[f'{i}.mlp.weight'] = SCHEMES[scheme][0](weights(seed=9)).astype(BF16)
   path, output = tmp_path / 'model.safetensors', tmp_path / 'model.rotbits'
   safetensors_numpy.save_file(tensors, path)
   rotbits_jax.encode_to_file(path, output)
   assert structured.same_bits(rotbits_jax.load(output), tensors)
   notes = rotbits_jax.inspect(output).notes['quantised before']
   assert [x['tensor'] for x in notes] == ['0.mlp.weight', '1.mlp.weight']
-  assert notes[0]['form'] == 'float8_e4m3fn, blocks of 128 x 128'
+  forms = 'float8_e4m3fn, blocks of 128 x 128', 'int4, groups of 64, with minima'
+  assert tuple(x['form'] for x in notes) == forms
   assert 6 < notes[0]['bits'] < 7
 
 

@@ -237,7 +237,7 @@ def _quantised(record: manifest_lib.RecordEntry) -> list[Note]:
     stored = sum(next(nbytes) for _ in leaf.arrays)
     if is_found(leaf):
       with container.naming(leaf.path):
-        form = quantisers.form(leaf.settings, leaf.shape)
+        form = quantisers.form(leaf.settings, leaf.shape, leaf.arrays)
       bits = round(8 * stored / max(leaf.size, 1), 1)
       notes.append({'tensor': leaf.path, 'form': form, 'bits': bits})
   return notes

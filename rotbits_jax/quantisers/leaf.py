@@ -4,7 +4,7 @@ Shape letters: the array is taken as a matrix of R rows and C columns, its last 
 Blocks have r rows and c columns; those at the end may be cut.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 import math
 from typing import Annotated, Any, ClassVar, Literal
@@ -141,8 +141,13 @@ def of_elements(
   return some
 
 
-def form(settings: Mapping[str, Any], shape: tuple[int, ...]) -> str:
-  """Returns in words how an array was quantised, as in 'int4, groups of 128'."""
+def form(
+  settings: Mapping[str, Any], shape: tuple[int, ...], names: Sequence[str]
+) -> str:
+  """Returns in words how an array was quantised, as in 'int4, groups of 128'.
+
+  It takes the settings in the manifest, the shape of the array and `names` of arrays.
+  """
   name: Any = grids.Name
   grid = schema.load(name, settings.get('grid'), 'grid')
   rows, columns = schema.load(tuple[int, int], settings.get('block'), 'block')
@@ -155,4 +160,4 @@ def form(settings: Mapping[str, Any], shape: tuple[int, ...]) -> str:
     blocks = f'groups of {rows * columns}'
   else:
     blocks = f'blocks of {rows} x {columns}'
-  return f'{grid}, {blocks}'
+  return f'{grid}, {blocks}' + (', with minima' if 'minima' in names else '')
