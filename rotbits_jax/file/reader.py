@@ -458,7 +458,7 @@ class _StoredLeaf:
         needed = self.needed()
         leaf = self._leaf.materialize(*needed) if needed else self._leaf
         return jax.device_get(structured.materialize(leaf))
-      elif hasattr(self._leaf, 'write'):
+      elif self.out and hasattr(self._leaf, 'write'):
         array = self.out[0]
         self._leaf.write(array)
       elif self.prediction is None:
