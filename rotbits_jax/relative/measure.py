@@ -172,8 +172,12 @@ def _measured(
   leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
 ) -> Measured:
   """Returns a leaf with all differences, and their group."""
-  job = lambda part: ulps.differences(bits[part], known[part], leaf.dtype)
-  differences = np.concatenate(difference.in_parts(job, bits.size, 1, pool.run))
+  differences = np.empty_like(bits)
+
+  def job(part: slice) -> None:
+    differences[part] = ulps.differences(bits[part], known[part], leaf.dtype)
+
+  difference.in_parts(job, bits.size, 1, pool.run)
   leaf = dataclasses.replace(leaf, differences=differences)
   return Measured(leaf, plans.of_known(differences, leaf.classes(known, pool.run)))
 

@@ -136,7 +136,7 @@ class Difference(base.Structured):
     if bits is None:
       form = f'{known.dtype} {known.shape}'
       raise ValueError(f'{self.name} {self.lengths} cannot be made from {form}')
-    return bits
+    return bits.copy()
 
   # ---- the prediction
 
@@ -263,7 +263,7 @@ class Difference(base.Structured):
 def known_bits(
   known: np.ndarray, lengths: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray | None:
-  """Returns a copy of a known array: rounded, cut or filled with zeros, its bits.
+  """Returns the bits of a known array, rounded, cut or filled with zeros.
 
   The result is None if an array of this shape and dtype cannot be stored beside it.
   """
@@ -273,11 +273,10 @@ def known_bits(
   if not is_same or not (dtype == known.dtype or is_rounded):
     return None
   size = math.prod(lengths)
-  bits = np.zeros(size, f'i{dtype.itemsize}')
   flat = host.contiguous(known).reshape(-1)[:size]
   with np.errstate(over='ignore', invalid='ignore'):
-    bits[: flat.size] = ulps.bits_of(flat.astype(dtype, copy=False))
-  return bits
+    bits = ulps.bits_of(flat.astype(dtype, copy=False))
+  return np.pad(bits, (0, size - bits.size)) if bits.size < size else bits
 
 
 def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
