@@ -16,11 +16,10 @@ CHECKPOINT is a folder or a file of weights, also as SliceGPT writes them. The p
 
   rotbits encode SmolLM2-135M --config=free --config.tolerance=1.0
 
-With --base the file holds only the differences from a model that the receiver has, such
-as the base of a fine-tune; `rotbits decode` needs the same --base. With --verify the
-file appears only after it was decoded and compared with CHECKPOINT. With --shard_size,
-a run that was killed continues after its complete shards. With --distributed, process i
-of n in `jax.distributed` encodes every n-th shard.
+With --base the file holds only the differences from a model that the receiver has;
+`rotbits decode` needs the same --base. With --verify the file appears only after it was
+decoded and compared. With --shard_size, a run that was killed continues after its
+complete shards; with --distributed, process i of n encodes every n-th shard.
 
 JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
 that are not kept; plain_because, why the checkpoint is stored as plain tensors.
