@@ -343,10 +343,10 @@ class Integers:
       entry = packed.at[classes].get(mode='promise_in_bounds')
     return entry & 255, entry >> 8
 
-  def symbols(self, numbers: np.ndarray, told: np.ndarray) -> np.ndarray:
-    """Returns symbols, in NumPy."""
-    moved = (numbers >> told.astype(numbers.dtype)).view(self.word)
-    return np.minimum(moved + self.word.type(self.bias), 255)
+  def symbols(self, numbers: Any, told: Any) -> Any:
+    """Returns symbols, uint32; a shift of signed integers copies the sign."""
+    symbols = ((numbers.astype(np.int32) >> told) + self.bias).view(np.uint32)
+    return symbols & 255 if self.dtype.itemsize == 1 else symbols.clip(max=255)
 
   def _raw_sizes(self, shift: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """Returns the sizes of pieces of raw bits, from the highest, and of the rest."""
@@ -375,9 +375,7 @@ class Integers:
     """Divides a number of each lane; see `Pairs.encode_step`."""
     table, shift = self.told(classes, coder_tables.told)
     signed = unit[:, 0].view(f'i{self.dtype.itemsize}').astype(jnp.int32)
-    # The shift of signed integers copies the sign.
-    symbol = ((signed >> shift) + self.bias).view(jnp.uint32)
-    symbol = symbol & 255 if self.dtype.itemsize == 1 else jnp.minimum(symbol, 255)
+    symbol = self.symbols(signed, shift)
     interval, mark = _pushed(symbol, table, coder_tables, self)
     intervals = [interval]
     for size, left in self._raw_sizes(shift):
