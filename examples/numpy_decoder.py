@@ -21,15 +21,6 @@ from safetensors import numpy as safetensors_numpy
 PAIRS = 'floats', 'raised', 'codes'
 
 
-def read_frequencies(data, size, p):
-  """Frequencies of integers, or of pairs of 32 bins; the escape has the rest."""
-  tables = ([1, 256] @ data.reshape(2, -1)).reshape(-1, size)
-  if size == 32:
-    tables = (tables[:, :, None] * tables[:, None]).reshape(-1, 1024)[:, :-1]
-    tables = tables + (1 << 27 - p) >> 28 - p
-  return np.append(tables, (1 << p) - tables.sum(1, keepdims=True), 1)
-
-
 def read_message(data, tables, shifts, frequencies, p):
   """The symbols with the raw bits of integers, and the bytes behind the message."""
   words, start = np.frombuffer(data, '<u2', len(data) // 2), 2 + 3 * tables.shape[1]
@@ -124,7 +115,12 @@ def read_group(group, tables, blocks, parts, known=None):
       classes.append(place.ravel()[: part.size : unit] % 256)
   stored = np.cumsum(numbers(count)) - 1
   p = 14 if kind == 'floats' else 12
-  frequencies = read_frequencies(numbers(-1), size, p)[stored]
+  frequencies = ([1, 256] @ numbers(-1).reshape(2, -1)).reshape(-1, size)[stored]
+  if unit == 2:  # of bins
+    frequencies = (frequencies[:, :, None] * frequencies[:, None]).reshape(count, -1)
+    frequencies = frequencies[:, :-1] + (1 << 27 - p) >> 28 - p
+  escape = (1 << p) - frequencies.sum(1, keepdims=True)
+  frequencies = np.append(frequencies, escape, 1)
   k, dtype = np.concatenate(classes), parts[0].dtype
   told = (k, base[k]) if unit == 1 else (k % levels, k // levels * step + base)
   ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
@@ -135,34 +131,20 @@ def read_group(group, tables, blocks, parts, known=None):
     yield numbers.ravel()[: part.size].reshape(part.shape)
 
 
-def parts_of(dtype, shape, crc32, groups, zeros):
-  """Empty arrays of the dtypes and shapes of the parts of an array."""
-  if zeros is None:
-    nbytes = np.dtype(dtype).itemsize
-    if nbytes == 8 or (nbytes > 1 and dtype[0] == 'u'):
-      return [np.empty([math.prod(shape), nbytes], 'u1')]
-    return [np.empty(shape, dtype)]
-  n, negative = zeros
-  mask = math.prod(shape[:-1]), math.ceil(math.prod(shape[-1:]) / 8)
-  signs = math.ceil((math.prod(shape) - n) / 8) if negative else 0
-  return [np.empty(mask, 'u1'), np.empty(signs, 'u1'), np.empty(n, dtype)]
-
-
-def joined(shape, zeros, mask, signs, values):
-  """The bits of an array with a mask of zeros."""
-  ordered = np.zeros((len(mask), math.prod(shape) // len(mask)), values.dtype)
-  is_set = np.unpackbits(mask, axis=1, count=ordered.shape[1]) > 0
-  ordered[is_set] = values
-  if zeros[1]:
-    negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
-    ordered[~is_set] = negative.astype(ordered.dtype) << 8 * ordered.itemsize - 1
-  return ordered
-
-
 def read_record(spec, stream):
   """The arrays of a record; functions of the classes if these are known."""
   arrays, groups, take = spec['arrays'], spec['groups'], io.BytesIO(stream).read
-  parts = [pair for x in arrays for pair in zip(x[3], parts_of(*x), strict=True)]
+  parts = []  # with their groups
+  for name, shape, _, of_parts, zeros in arrays:
+    dtype, n = np.dtype(name), math.prod(shape)
+    forms = [(shape, dtype)]
+    if zeros:
+      mask = math.prod(shape[:-1]), math.ceil(math.prod(shape[-1:]) / 8)
+      signs = math.ceil((n - zeros[0]) / 8) if zeros[1] else 0
+      forms = [(mask, 'u1'), (signs, 'u1'), (zeros[0], dtype)]
+    elif dtype.itemsize == 8 or (dtype.itemsize > 1 and dtype.kind == 'u'):
+      forms = [((n, dtype.itemsize), 'u1')]
+    parts += zip(of_parts, (np.empty(*form) for form in forms), strict=True)
   tables, decoded = [take(group[2]) for group in groups], {}
   for g, group in enumerate(groups):
     blocks, members = [take(n) for n in group[3]], [x for i, x in parts if i == g]
@@ -172,10 +154,17 @@ def read_record(spec, stream):
   decoded[None] = (stored(part) for g, part in parts if g is None)
   for dtype, shape, crc32, of_parts, zeros in arrays:
     array, *others = (next(decoded[g]) for g in of_parts)
+    if zeros:  # the array is a mask
+      signs, values = others
+      is_set = np.unpackbits(array, axis=1, count=shape[-1]) > 0
+      array = np.zeros(is_set.shape, values.dtype)
+      array[is_set] = values
+      if zeros[1]:
+        negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
+        array[~is_set] = negative.astype(array.dtype) << 8 * array.itemsize - 1
     if not callable(array):
-      bits = joined(shape, zeros, array, *others) if zeros else array
-      assert zlib.crc32(bits.tobytes()) == crc32, 'an array is damaged'
-      array = bits.view(dtype).reshape(shape)
+      assert zlib.crc32(array.tobytes()) == crc32, 'an array is damaged'
+      array = array.view(dtype).reshape(shape)
     yield array
 
 
@@ -255,39 +244,6 @@ def difference(leaf, s, a, tensors, base, config):
   return (b + d).view(dtype)
 
 
-def dequantised(s, a):
-  """The array of numbers and scales of blocks."""
-  scales = (np.uint32(a['scales']) << s.get('shift', 0)).view('f4')
-  if 'factor' in a:
-    scales = a['scales'].view('float8_e4m3fn').astype('f4') * a['factor']
-  matrix = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
-  if s['grid'] in ('int4', 'float4_e2m1fn'):
-    matrix[matrix == -16] = -0.0
-    matrix /= 1 if s['grid'] == 'int4' else 2
-  places = [np.arange(n) // m for n, m in zip(matrix.shape, s['block'], strict=True)]
-  minima = a.get('minima', np.full(scales.shape, -0.0, 'f4'))[np.ix_(*places)]
-  array = (matrix * scales[np.ix_(*places)] + minima).astype(s['name']).ravel()
-  array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
-  return array
-
-
-def subspace(s, a):
-  """The basis of a segment."""
-  t, (m, d) = np.float64(a['numbers']) * s['step'], a['numbers'].shape
-  if 'mask' not in a:
-    return t
-  one = lambda n: 2.0**25 * np.eye(n)
-  scaled = lambda x: np.rint(x * 2.0**-25)
-  g, z = scaled(t @ t.T) + one(m), np.rint(one(m) * (2 / 3))
-  for _ in range(5):
-    z = scaled(z @ (2 * one(m) - scaled(g @ z)))
-  low = 2 * scaled(z @ t)
-  is_top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
-  basis = np.empty((m + d, d))
-  basis[is_top], basis[~is_top] = one(d) - scaled(t.T @ low), low
-  return basis
-
-
 def read_leaf(leaf, arrays, tensors, base, config):
   """The array of a leaf."""
   kind, s, a = leaf.get('type_name'), leaf.get('settings', {}), {}
@@ -306,9 +262,32 @@ def read_leaf(leaf, arrays, tensors, base, config):
     case 'difference':
       array = difference(leaf, s, arrays, tensors, base, config)
     case 'block_quantized':
-      array = dequantised(s, arrays)
+      a = arrays
+      scales = (np.uint32(a['scales']) << s.get('shift', 0)).view('f4')
+      if 'factor' in a:
+        scales = a['scales'].view('float8_e4m3fn').astype('f4') * a['factor']
+      array = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
+      if s['grid'] in ('int4', 'float4_e2m1fn'):
+        array[array == -16] = -0.0
+        array /= 1 if s['grid'] == 'int4' else 2
+      blocks = zip(array.shape, s['block'], strict=True)
+      places = np.ix_(*(np.arange(n) // m for n, m in blocks))
+      minima = a.get('minima', np.full(scales.shape, -0.0, 'f4'))[places]
+      array = (array * scales[places] + minima).astype(s['name']).ravel()
+      array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
     case 'basis':
-      array = subspace(s, arrays)
+      array = np.float64(arrays['numbers']) * s['step']
+      if 'mask' in arrays:
+        m, d = array.shape
+        one = lambda n: 2.0**25 * np.eye(n)
+        scaled = lambda x: np.rint(x * 2.0**-25)
+        g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
+        for _ in range(5):
+          z = scaled(z @ (2 * one(m) - scaled(g @ z)))
+        low = 2 * scaled(z @ array)
+        rows = one(d) - scaled(array.T @ low), low
+        is_top = np.unpackbits(arrays['mask'], count=m + d, bitorder='little') > 0
+        array = np.vstack(rows)[np.argsort(np.argsort(~is_top, stable=True))]
     case 'constant':
       array = np.full(leaf['shape'], arrays['value'])
     case 'identity_minus_gram':
