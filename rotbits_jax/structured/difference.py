@@ -197,18 +197,16 @@ class Difference(base.Structured):
     classes = np.empty(matrix.shape, np.uint8)
 
     def job(rows: slice) -> None:
-      levels = np.full(matrix[rows].shape, self.common_scale, np.int16)
+      levels = np.array(self.common_scale, np.int16)
       if self.row_scales is not None:
-        levels += self.row_scales[rows, None]
+        levels = levels + self.row_scales[rows, None]
       if self.column_scales is not None:
-        levels += self.column_scales
+        levels = levels + self.column_scales
       exponents = ulps.exponents(matrix[rows], self.dtype)
-      exponents *= 8
-      levels -= exponents
-      levels >>= 1
-      levels -= LOWEST
-      np.clip(levels, 0, _MOST_CLASS, out=levels)
-      classes[rows] = levels
+      exponents *= -4
+      exponents += (levels >> 1) - np.int16(LOWEST)
+      np.clip(exponents, 0, _MOST_CLASS, out=exponents)
+      classes[rows] = exponents
 
     in_parts(job, *matrix.shape, run)
     return classes.reshape(-1)
