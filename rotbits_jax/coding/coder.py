@@ -1,14 +1,9 @@
 """Encodes and decodes a record: a list of arrays that decodes on its own.
 
-The parts of one layout form a *group*. An array of known classes is a group alone. The
-stream of a record has, in this order:
-
-1.  For each group, its contexts, see `contexts.from_bytes`.
-2.  For each group, its blocks, see `blocks`: the units of one part after the other.
-3.  The parts that are stored as they are, in C order.
-
-`specs.StreamSpec` says where they are. The decoder decides by integers only. Blocks are
-coded side by side in threads, and the bytes do not depend on the number of threads.
+The parts of one layout form a *group*; an array of known classes is a group alone. The
+stream of a record has the contexts of all groups, then their blocks, and then the parts
+that are stored as they are. The decoder decides by integers only. Blocks are coded side
+by side in threads, and the bytes do not depend on the number of threads.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +29,7 @@ Known = Callable[[], np.ndarray]
 _Read = Callable[[int, np.ndarray], Any]
 """Fills an array with the bytes of a stream from a place on."""
 
-_NONE: Mapping[int, Any] = types.MappingProxyType({})
+_NONE = types.MappingProxyType[int, Any]({})
 
 
 class Encoded(NamedTuple):

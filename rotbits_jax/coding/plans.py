@@ -182,9 +182,9 @@ def _smaller(group: Group) -> Group | None:
   head = len(contexts_lib.to_bytes(group.contexts)) + _GROUP_BYTES
   if sum(saved[i] for i in kept) < head:
     return None
-  scales, *others = ([x[i] for i in kept] for x in group[2:])
-  contexts = group.contexts._replace(scales=tuple(scales))
-  return Group(group.layout, contexts, scales, *others)
+  fields: list[Any] = [[x[i] for i in kept] for x in group[2:]]
+  contexts = group.contexts._replace(scales=tuple(fields[0]))
+  return Group(group.layout, contexts, *fields)
 
 
 # ---- classes and tables --------------------------------------------------------------
@@ -224,12 +224,11 @@ def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Gr
   bits = np.append(bits, np.full((len(bits), 1), escape), axis=1)
   nbytes, is_used = [], np.sum(counts, axis=(0, 2)) > 0
   for draft, sample, of_draft in zip(drafts, samples, counts, strict=True):
-    raw_bits: Any = layout.raw_bits
-    if raw_bits and isinstance(layout, layouts.Integers):
-      raw_bits = np.mean(told[sample.classes] >> 8)
-    share = draft.numbers.size / of_draft.sum()
-    cost = share * (divided(of_draft[is_used]) * bits[table_of[is_used]]).sum()
-    nbytes.append(float(cost + draft.numbers.size * raw_bits) / 8 + 2)
+    raw: float = layout.raw_bits
+    if raw and isinstance(layout, layouts.Integers):
+      raw = np.mean(told[sample.classes] >> 8)
+    coded = (divided(of_draft[is_used]) * bits[table_of[is_used]]).sum()
+    nbytes.append(draft.numbers.size * float(coded / of_draft.sum() + raw) / 8 + 2)
   contexts = contexts_lib.Contexts(tuple(scales), base + first, table_of, frequencies)
   parts, places = [x.numbers for x in drafts], [x.place for x in drafts]
   return Group(layout, contexts, scales, parts, places, nbytes)
@@ -251,7 +250,7 @@ def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarra
     # A lower scale may be that of an array of zeros.
     octave = max(least // statistics.STEPS, most // statistics.STEPS - _OCTAVES)
     scales = [statistics.within(x.lines, octave, classes) for x in drafts]
-    return scales, np.array([(octave << layout.top) - _BINS_BELOW])
+    return scales, np.array([2 * octave - _BINS_BELOW])
   octave = 0 if layout.dtype == np.uint8 else _LEAST_INTEGER
   scales = [statistics.within(x.lines, octave, layout.most_tables) for x in drafts]
   if layout.type_name == 'codes':

@@ -68,7 +68,7 @@ def has_zeros(bits: np.ndarray, shares_step: bool) -> bool:
   sample = np.concatenate([bits[run] for run in runs(bits.size, _FLOATS)])
   share = 1 - np.count_nonzero(sample & magnitude) / sample.size
   least = _LEAST_ROUNDED if shares_step else _LEAST_ZEROS
-  return bits.size >= _LEAST_MASK and share > least
+  return bool(bits.size >= _LEAST_MASK and share > least)
 
 
 def of_integers(numbers: np.ndarray) -> layouts.Layout:
