@@ -33,8 +33,6 @@ def snapshot(
   ~/.cache. A sliced model gets the format 'transformers', see `decode_to_directory`.
   """
   reader = file.Reader(path, base=base)
-  reader.names()  # checks the records before the cache is asked
-  sliced = reader.config is not None and reader.config.sliced
   digest = hashlib.sha256(reader.fingerprint().encode())
   for shard in map(str, shards.find(path)[0]):
     with open(shard, 'rb') as content:
@@ -45,7 +43,8 @@ def snapshot(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent) as scratch:
       written = pathlib.Path(scratch) / folder.name
-      format: checkpoints.Format = 'transformers' if sliced else 'safetensors'
+      is_sliced = reader.config is not None and reader.config.sliced
+      format: checkpoints.Format = 'transformers' if is_sliced else 'safetensors'
       directory.decode_to_directory(reader, written, format=format, progress=progress)
       try:
         outputs.move(written, folder)
