@@ -8,9 +8,6 @@ few tables serve many arrays. An array is taken as a matrix, whose columns are a
 last axis and whose rows are along all others. A pair is in the row of its first
 element; two columns share a scale if C is even.
 
-The encoder chooses the scales and the tables, and the decoder reads them. Classes that
-follow from an array that both know take no bytes.
-
 Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols.
 """
 

@@ -1,8 +1,6 @@
 r"""Layouts: how elements become symbols and raw bits, a *unit* at a time.
 
-The symbol of a unit is worth modelling and is coded; the raw bits are noise. The
-*class* of a unit, a byte that encoder and decoder know, selects its frequency table.
-docs/format.md has the rules; here are the reasons.
+`coding` has the terms, and docs/format.md the rules; here are the reasons.
 
 **Pairs.** A unit is two neighbours. Only the sizes of trained weights are predictable,
 so an element has a *bin*: its magnitude in half octaves or, if small elements share a

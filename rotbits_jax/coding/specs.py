@@ -1,11 +1,9 @@
 """Specs: what a decoder must know of a stream. They are stored as JSON.
 
-The JSON is untrusted input; `system.schema` reads it. The memory for the arrays of a
-valid spec is bounded: for an array that is stored as it is by the length of the stream,
-for a coded array by the list of its blocks, and for frequency tables by the coded
-elements.
-
-Raises a ValueError for values that are not a spec.
+The JSON is untrusted input; `system.schema` reads it, and anything that is not a spec
+raises a ValueError. The memory for the arrays of a valid spec is bounded: for an array
+that is stored as it is by the length of the stream, for a coded array by the list of
+its blocks, and for frequency tables by the coded elements.
 """
 
 from collections.abc import Sequence
