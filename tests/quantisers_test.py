@@ -163,7 +163,7 @@ class LeafTest(parameterized.TestCase):
     bits = lambda x: np.full(scales.shape, np.array(x, F32).view(np.uint32))
     no_factor = {'factor': None}
     wrong = [
-      *({'scales': bits(x)} | no_factor for x in (0, np.nan, np.inf, -1.0)),
+      *({'scales': bits(x)} | no_factor for x in (0, 1e-38, np.nan, np.inf, -1.0)),
       {'scales': np.where(scales == scales[0, 0], 0, scales)},
       {'scales': np.where(scales == scales[0, 0], 127, scales)},
       {'scales': scales.astype(np.int8)} | no_factor,

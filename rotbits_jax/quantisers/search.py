@@ -79,11 +79,8 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
     found = _leaf(array, magnitudes, block, grid)
     if found and (size := nbytes(found)) < least:
       leaf, least = found, size
-    if (
-      least < enough
-      and found
-      and (found.gaps is None or found.gaps.size < _FEW_EXCEPTIONS * array.size)
-    ):
+    exceptions = 0 if found is None or found.gaps is None else found.gaps.size
+    if least < enough and exceptions < _FEW_EXCEPTIONS * array.size:
       return leaf
   if leaf is None and (found := _with_minima(array)) and nbytes(found) < least:
     return found
@@ -180,10 +177,10 @@ def _grid(
   if not bits.size:
     return None
   distinct = np.median(np.count_nonzero(bits, axis=0))
-  some = _borders(bits[:: -(-len(bits) // _FEW)], dtype)
+  few = _borders(bits[:: -(-len(bits) // _FEW)], dtype)
   for name in names:
     grid = grids.GRIDS[name]
-    can_fit = distinct < len(grid.magnitudes) and _may_fit(*some, grid) >= _FIT
+    can_fit = distinct < len(grid.magnitudes) and _may_fit(*few, grid) >= _FIT
     if can_fit and _bounds(bits, dtype, grid)[2].mean() >= _FIT:
       return name
   return None
@@ -201,13 +198,6 @@ def _may_fit(low: np.ndarray, high: np.ndarray, grid: grids.Grid) -> float:
   errors = np.abs(quotients - grid.magnitudes[grid.nearest(quotients)])
   is_wrong = errors > _NEARLY * quotients * (relative + relative[0])
   return float(np.mean(~is_wrong.any(axis=1).all(axis=0)))
-
-
-def _rows(magnitudes: np.ndarray, block: Block) -> np.ndarray:
-  """Returns the elements of the blocks of rows of blocks, `[U, n]`; none is cut."""
-  (rows, width), (height, columns) = magnitudes.shape, block
-  shape = rows // height, height, width // columns, columns
-  return magnitudes.reshape(shape).swapaxes(1, 2).reshape(-1, height * columns)
 
 
 def _distinct(rows: np.ndarray) -> np.ndarray:
@@ -306,12 +296,13 @@ def _leaf(
 ) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array, given its blocks and its grid."""
   grid = grids.GRIDS[name]
-  paddings = [-n % m for n, m in zip(magnitudes.shape, block, strict=True)]
-  padded = np.pad(magnitudes, [(0, n) for n in paddings])
-  parts = []
-  step = max(_CHUNK // (block[0] * padded.shape[1]), 1) * block[0]
-  for start in range(0, len(padded), step):
-    bits = _distinct(_rows(padded[start : start + step], block))
+  paddings = [(0, -n % m) for n, m in zip(magnitudes.shape, block, strict=True)]
+  padded = np.pad(magnitudes, paddings)
+  blocks = padded.reshape(-1, block[0], padded.shape[1] // block[1], block[1])
+  parts, step = [], max(_CHUNK // blocks[0].size, 1)
+  for start in range(0, len(blocks), step):
+    some = blocks[start : start + step].swapaxes(1, 2)
+    bits = _distinct(some.reshape(-1, math.prod(block)))
     parts.append(_bounds(bits, array.dtype, grid)[:2])
   is_negative = np.signbit(array).reshape(magnitudes.shape)
   has_zeros = name == 'int8' and bool((is_negative & (magnitudes == 0)).any())
