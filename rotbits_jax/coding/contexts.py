@@ -29,16 +29,14 @@ _WIDEST = 1 << 19  # columns that may have scales: a block makes the classes of 
 Shape = tuple[int, ...]
 
 
-def matrix_shape(shape: Shape) -> tuple[int, int]:
-  """Returns R and C of an array; one of a single axis has rows of 128 elements."""
+def matrix_shape(shape: Shape, size: int = 1) -> tuple[int, int]:
+  """Returns R, and the scales of columns of units of `size` elements: C, or C / 2.
+
+  One axis is rows of 128 elements.
+  """
+  rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
   if len(shape) == 1:
-    return -(-shape[0] // _ROW), _ROW
-  return math.prod(shape[:-1]), math.prod(shape[-1:])
-
-
-def line_sizes(shape: Shape, size: int) -> tuple[int, int]:
-  """Returns how many scales rows and columns have, if units have `size` numbers."""
-  rows, columns = matrix_shape(shape)
+    rows, columns = -(-columns // _ROW), _ROW
   return rows, columns if columns % size else columns // size
 
 
@@ -47,12 +45,7 @@ class Scales(NamedTuple):
 
   base: int  # the class to which they are added, modulo 256
   rows: np.ndarray  # uint8 `[R]`, or `[1]` if all rows have the same
-  columns: np.ndarray  # the same for columns, see `line_sizes`
-
-  @property
-  def greatest(self) -> int:
-    """The greatest class that may occur."""
-    return self.base + int(self.rows.max()) + int(self.columns.max())
+  columns: np.ndarray  # the same for columns, see `matrix_shape`
 
   def write(self, out: np.ndarray, start: int, shape: Shape, size: int) -> None:
     """Writes the classes of units from `start` on in C order into uint8 `[n]`.
@@ -60,9 +53,9 @@ class Scales(NamedTuple):
     The array has the shape, and a unit so many numbers.
     """
     if self.rows.size == self.columns.size == 1:
-      out[:] = self.greatest & 255
+      out[:] = self.base + int(self.rows[0]) + int(self.columns[0]) & 255
       return
-    width = line_sizes(shape, size)[1]
+    width = matrix_shape(shape, size)[1]
     step = size if matrix_shape(shape)[1] % size else 1  # from a unit to the next one
     first, last = start * step, (start + out.size - 1) * step + 1
     low, high = first // width, -(-last // width)
@@ -107,7 +100,7 @@ def from_bytes(
 
   `shapes` are those of the M arrays whose classes are not known from elsewhere.
   """
-  lengths = [line_sizes(shape, layout.size) for shape in shapes]
+  lengths = [matrix_shape(shape, layout.size) for shape in shapes]
   most = 2 * layout.bases + sum(2 + sum(x) for x in lengths)
   most += layout.most_tables * (1 + 2 * layout.alphabet)
   content, position = tables.inflate(data, most), 0

@@ -150,7 +150,9 @@ def measure(array: np.ndarray, size: int) -> Lines:
   if count >= _LEAST_LINE and width > 1:
     some_rows = slice(None, None, max(count // _ROWS, 1))
     levels, noise = _levels(matrix[some_rows], row_levels[some_rows, None], 0)
-    levels = levels.reshape(contexts.line_sizes(array.shape, size)[1], -1).mean(axis=1)
+    levels = levels.reshape(contexts.matrix_shape(array.shape, size)[1], -1).mean(
+      axis=1
+    )
     columns = _quantized(levels, noise, array.size, size * min(count, _ROWS))
   elif row_levels.size == 1:
     some = matrix.reshape(1, -1)[:, :: max(matrix.size // _ROWS, 1)].copy()
