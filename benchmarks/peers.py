@@ -147,7 +147,7 @@ def decode(name: str, path: str) -> Arrays:
 def main() -> None:
   name, task, *paths = sys.argv[1:]
   work: Callable[..., Any] = compress if task == 'compress' else decode
-  seconds = []
+  seconds: list[float] = []
   while len(seconds) < 2 or sum(seconds[1:]) < 3:
     arrays = None  # frees the memory of the time before
     start = time.perf_counter()
