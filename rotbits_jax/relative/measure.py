@@ -172,11 +172,8 @@ def _measured(
   leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
 ) -> Measured:
   """Returns a leaf with all differences, and their group."""
-  differences = np.empty_like(bits)
-
-  def job(part: slice) -> None:
-    differences[part] = ulps.differences(bits[part], known[part], leaf.dtype)
-
+  differences, of = np.empty_like(bits), ulps.differences
+  job = lambda x: np.copyto(differences[x], of(bits[x], known[x], leaf.dtype))
   difference.in_parts(job, bits.size, 1, pool.run)
   leaf = dataclasses.replace(leaf, differences=differences)
   return Measured(leaf, plans.of_known(differences, leaf.classes(known, pool.run)))
