@@ -216,19 +216,21 @@ def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Gr
     coded = rows[:, window]
     return np.append(coded, (rows.sum(axis=1) - coded.sum(axis=1))[:, None], axis=1)
 
-  rows, table_of = _merged(divided(rows))
+  is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
+  rows, table_of = _merged(divided(rows[is_first]))
   frequencies = _frequencies(rows, layout)
   bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
   escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = np.where(frequencies > 0, bits, escape)
   bits = np.append(bits, np.full((len(bits), 1), escape), axis=1)
-  nbytes, is_used = [], np.sum(counts, axis=(0, 2)) > 0
+  nbytes = []
   for draft, sample, of_draft in zip(drafts, samples, counts, strict=True):
     raw: float = layout.raw_bits
     if raw and isinstance(layout, layouts.Integers):
       raw = np.mean(told[sample.classes] >> 8)
-    coded = (divided(of_draft[is_used]) * bits[table_of[is_used]]).sum()
+    coded = (divided(of_draft[is_first]) * bits[table_of]).sum()
     nbytes.append(draft.numbers.size * float(coded / of_draft.sum() + raw) / 8 + 2)
+  table_of = table_of[np.cumsum(is_first) - 1]
   contexts = contexts_lib.Contexts(tuple(scales), base + first, table_of, frequencies)
   parts, places = [x.numbers for x in drafts], [x.place for x in drafts]
   return Group(layout, contexts, scales, parts, places, nbytes)
@@ -317,9 +319,7 @@ def _counts(
 
 def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Joins neighbours where this saves bytes; returns the sums, and that of each row."""
-  is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
-  rows, table_of = rows[is_first], np.cumsum(is_first) - 1
-  some = rows.any(axis=0)
+  table_of, some = np.arange(len(rows)), rows.any(axis=0)
   # A symbol of a table takes 16 bits, about.
   cost = lambda x: tables.entropy_bits(x) + 16 * np.count_nonzero(x, axis=-1)
   bits = cost(rows[:, some])

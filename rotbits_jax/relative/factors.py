@@ -39,17 +39,15 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   least = float(np.median(np.abs(typical))) * 2.0 ** -(ulps.MANTISSA_BITS[dtype] + 2)
   some = slice(None, None, -(-len(bits) // _SKETCHED))
   off = floats(bits[some], base[some], dtype)
+  # Half of the rows give the basis, and the others tell whether it saves anything.
+  basis = _basis(off[::2])
 
   @np.errstate(all='ignore')  # in any thread
   def projected(off: np.ndarray) -> tuple[np.ndarray, float]:
     return host.small_products(off, basis), float(np.einsum('rc,rc', off, off))
 
-  # Half of the rows give the basis, and the others tell whether it saves anything; few
-  # of them first.
-  for step in (8, 2):
-    basis = _basis(off[::step])
-    if _product(*projected(off[1::step]), basis, least, len(bits)) is None:
-      return {}
+  if _product(*projected(off[1::2]), basis, least, len(bits)) is None:
+    return {}
   job = lambda rows: projected(floats(bits[rows], base[rows], dtype))
   parts = difference.in_parts(job, len(bits), bits.shape[1], pool.run)
   tall, totals = zip(*parts, strict=True)
