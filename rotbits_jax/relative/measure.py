@@ -16,6 +16,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
+from rotbits_jax.coding import tables
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors
 from rotbits_jax.relative import products
@@ -83,7 +84,9 @@ def beside(
     alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
     assert measured.group is not None
     nbytes = sum(measured.group.nbytes) * alone.size / target.size
-    if nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
+    counts = np.unique(bits[some][::4], return_counts=True)[1]
+    is_plain = 4 * nbytes < tables.entropy_bits(counts)  # half of what values take
+    if not is_plain and nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)
   measured = measured._replace(known=known, crc32=checksums.of_array(target))
