@@ -21,6 +21,7 @@ import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.cli import main
+from rotbits_jax.file import estimate
 
 ROOT = pathlib.Path(__file__).parents[1]
 TESTDATA = ROOT / 'tests' / 'testdata'
@@ -109,7 +110,7 @@ def test_estimates_are_close_to_the_files(rotbits, encoded):
     assert abs(result['presets'][preset] / size - 1) < 0.02, preset
   tied = TESTDATA / 'opt-small-sliced-0.2'  # `exact` finds its embedding in its head
   size = len(rotbits_jax.encode(tied, preset='exact'))
-  estimated = json_of(rotbits, 'estimate', tied)['presets']['exact']
+  estimated = estimate.estimate(checkpoints.open_any(tied))['exact']
   assert abs(estimated / size - 1) < 0.02
 
 
