@@ -226,7 +226,7 @@ class CanonicalizeTest(parameterized.TestCase):
       ):
         leaf = layer[name]['kernel']
         counts = rotations.ranks(values[i], tolerance)
-        self.assertEqual((leaf.b.shape[1], leaf.c.shape[1]), counts)
+        self.assertEqual([leaf.b.shape[1], leaf.c.shape[1]], counts.tolist())
 
   def test_segments_that_get_narrower_are_refused(self):
     model = random_models.sliced_llama([18, 18, 16, 16, 24])

@@ -149,7 +149,7 @@ def _shortcut(
   measure = functools.partial(_error, dtype=context.dtype)
   sides, unit = (kernel, rows, columns), context.roundoff
   if polar is not None:
-    counts = [int(x) for x in _ranks(polar.values, tolerance * unit)]
+    counts = np.asarray(_ranks(polar.values, tolerance * unit)).tolist()
     grain = max(len(rows) // 32, 16)  # few programs are compiled then
     padded = tuple(min(-(-count // grain) * grain, len(rows)) for count in counts)
     leaf = _low_rank(rows, polar, tolerance=tolerance * unit, columns=padded)

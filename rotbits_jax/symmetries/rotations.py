@@ -186,19 +186,16 @@ def upper_rows(kernel: jax.Array, form: UpperForm) -> structured.TrapezoidalRows
   return dataclasses.replace(leaf, lower=jnp.tril(leaf.lower))
 
 
-def ranks(values: jax.Array, tolerance: float) -> tuple[jax.Array, jax.Array]:
-  """Returns how many singular values below and above 1 do not count as 1, int32.
+def ranks(values: jax.Array, tolerance: float) -> jax.Array:
+  """Returns how many singular values below and above 1 do not count as 1, int32 `[2]`.
 
   They are those that differ from 1 by more than the tolerance, and others to make a
   multiple of 8, because a rounding error of a value at the tolerance then rarely
   matters. A difference below a quarter of the tolerance never does.
   """
-
-  def count(sizes: jax.Array) -> jax.Array:
-    most = jnp.sum(sizes > tolerance / 4)
-    return jnp.minimum(-(-jnp.sum(sizes > tolerance) // _GRAIN) * _GRAIN, most)
-
-  return count(1 - values), count(values - 1)
+  off = jnp.stack([1 - values, values - 1])
+  count, most = (jnp.sum(off > least, axis=1) for least in (tolerance, tolerance / 4))
+  return jnp.minimum(-(-count // _GRAIN) * _GRAIN, most)
 
 
 def shortcut(
