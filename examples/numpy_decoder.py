@@ -100,7 +100,7 @@ def read_group(group, tables, blocks, parts, known=None):
   numbers = lambda n: np.int64(np.frombuffer(take(n), 'u1'))
   levels, step = (4, 2) if kind == 'floats' else (32, 1)
   unit, size, count = (2, 32, levels) if kind in PAIRS else (1, 255, 256)
-  base = np.cumsum(np.frombuffer(take(2 if unit == 2 else 512), '<i2'))
+  base = np.cumsum(np.frombuffer(take(512 if unit == 1 and group[1] else 2), '<i2'))
   classes = [known]
   if known is None:
     classes, heads = [], numbers(2 * len(parts)).reshape(-1, 2)
@@ -122,7 +122,9 @@ def read_group(group, tables, blocks, parts, known=None):
   escape = (1 << p) - frequencies.sum(1, keepdims=True)
   frequencies = np.append(frequencies, escape, 1)
   k, dtype = np.concatenate(classes), parts[0].dtype
-  told = (k, base[k]) if unit == 1 else (k % levels, k // levels * step + base)
+  told = k, np.resize(base, 256)[k]
+  if unit == 2:
+    told = k % levels, k // levels * step + base
   ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
   pieces = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])

@@ -72,7 +72,7 @@ class Contexts(NamedTuple):
   """The classes of the units of M arrays, and their tables."""
 
   scales: tuple[Scales, ...]  # those of each array; none if classes are known
-  base: np.ndarray  # int, the least offset or minimum exponent; or each class's shift
+  base: np.ndarray  # int, the least offset or minimum exponent; or shifts of classes
   table_of: np.ndarray  # int64, the row of each table of the layout
   frequencies: np.ndarray  # int64 `[K, A]`
 

@@ -306,7 +306,6 @@ class Integers:
   precision: ClassVar[int] = 12
   symbol_bits: ClassVar[int] = 8
   size: ClassVar[int] = 1
-  bases: ClassVar[int] = 256
   words: ClassVar[int] = 1
   most_tables: ClassVar[int] = 256
   pieces: ClassVar[tuple[tuple[int, int], ...]] = ()
@@ -315,6 +314,10 @@ class Integers:
     """Returns whether there is such a layout."""
     is_integer = self.dtype.name in ('uint8', 'int8', 'int16', 'int32')
     return is_integer and self.raw_bits in (0, RAW, MOST_RAW)
+
+  @property
+  def bases(self) -> int:
+    return self.most_tables if self.raw_bits else 1
 
   @property
   def pushes(self) -> int:

@@ -204,6 +204,7 @@ def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Gr
     base = _shifts(samples, layout)
     raw_bits = min(-(-int(base.max()) // layouts.RAW) * layouts.RAW, layouts.MOST_RAW)
     layout = dataclasses.replace(layout, raw_bits=raw_bits)
+    base = base[: layout.bases]
     told = layout.packed(base, np.arange(layout.most_tables))
   counts = [_counts(x, layout, told, seen) for x in samples]
   rows = np.sum(counts, axis=0)
