@@ -61,6 +61,8 @@ _ESTIMATED = 1 << 15  # elements
 Block = tuple[int, int]
 
 
+# Elements may be any numbers; what follows from odd ones is compared with every bit.
+@np.errstate(all='ignore')
 def find(array: Any) -> leaf_lib.BlockQuantized | None:
   """Returns codes and scales of a leaf of a PyTree; None if they save no bytes.
 
@@ -186,7 +188,6 @@ def _grid(
   return None
 
 
-@np.errstate(divide='ignore', invalid='ignore', over='ignore')
 def _may_fit(low: np.ndarray, high: np.ndarray, grid: grids.Grid) -> float:
   """Returns the share of blocks that a grid may fit, given borders `[n, U]` of a few.
 
@@ -262,7 +263,6 @@ def _narrowed(
   return least, most
 
 
-@np.errstate(divide='ignore', invalid='ignore', over='ignore', under='ignore')
 def _bounds(
   bits: np.ndarray, dtype: np.dtype, grid: grids.Grid
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -379,7 +379,6 @@ def _fewest_bits(
   return *found[min(found)], min(found)
 
 
-@np.errstate(divide='ignore', invalid='ignore', over='ignore', under='ignore')
 def _factor(
   least: np.ndarray, most: np.ndarray, is_used: np.ndarray
 ) -> tuple[Any, np.ndarray, int]:
@@ -407,7 +406,6 @@ def _factor(
 # ---- minima --------------------------------------------------------------------------
 
 
-@np.errstate(invalid='ignore', over='ignore')
 def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array whose groups have minima, or None."""
   forms = [x for x in _blocks(array.shape) if 1 in x and max(x) in _LENGTHS]
@@ -434,7 +432,6 @@ def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   return None
 
 
-@np.errstate(divide='ignore', invalid='ignore', over='ignore')
 def _code_bounds(blocks: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
   """Returns bounds of the scales of blocks, codes, and borders of codes.
 
@@ -446,7 +443,9 @@ def _code_bounds(blocks: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
   numbers[~np.isfinite(numbers)] = 0
   numbers -= numbers.min(axis=0)
   numbers *= (count - 1) / numbers.max(axis=0)
-  codes = np.rint(np.nan_to_num(numbers, copy=False)).astype(np.intp)
+  # Subnormal numbers may become infinite.
+  numbers = np.nan_to_num(numbers, copy=False).clip(0, count - 1)
+  codes = np.rint(numbers).astype(np.intp)
   # One element of each code; this NaN stands for none.
   missing = np.uint64(-1 % (1 << 64)).astype(f'u{groups.itemsize}')
   found = np.full((count, groups.shape[1]), missing)
