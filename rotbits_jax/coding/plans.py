@@ -24,7 +24,7 @@ from rotbits_jax.coding import tables
 from rotbits_jax.system import host
 
 _FLOATS = 1 << 16  # units that tell frequencies
-_INTEGERS = 1 << 18  # units of integers, because these have more tables
+_INTEGERS = 1 << 19  # units of integers, because these have more tables
 _SIZES = 1 << 18  # integers that tell raw bits
 _LEAST_SAMPLE = 1 << 12  # units of a part
 _CHUNK = 1 << 16  # units that are counted at once, so that they fit the cache
