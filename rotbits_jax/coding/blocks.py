@@ -31,11 +31,12 @@ from rotbits_jax.system import host
 from rotbits_jax.system import native
 
 LANES, FEW_LANES = 32, 4
-ROWS = 1 << 14
-"""The greatest T."""
 
-CAPACITY = LANES * ROWS
+CAPACITY = contexts.MOST_UNITS
 """The greatest n."""
+
+ROWS = CAPACITY // LANES
+"""The greatest T."""
 
 LEAST_BYTES = 2 * (2 + 3 * FEW_LANES)
 """Bytes of a block without words."""

@@ -23,8 +23,10 @@ from rotbits_jax.coding import tables
 CLASSES = 256
 """The number of classes that a byte can tell."""
 
+MOST_UNITS = 1 << 19
+"""The most units of a block, which makes the classes of whole rows of columns."""
+
 _ROW = 128  # elements of a row of an array of one axis
-_WIDEST = 1 << 19  # columns that may have scales: a block makes the classes of rows
 
 Shape = tuple[int, ...]
 
@@ -115,7 +117,7 @@ def from_bytes(
   base, scales = np.cumsum(take(2 * layout.bases).view('<i2'), dtype=np.int32), []
   heads = take(2 * len(lengths)).reshape(-1, 2).tolist()
   for (mode, first), line_lengths in zip(heads, lengths, strict=True):
-    if mode > 3 or (mode and line_lengths[1] > _WIDEST):
+    if mode > 3 or (mode and line_lengths[1] > MOST_UNITS):
       raise ValueError(f'scales cannot have the mode {mode}')
     pairs = enumerate(line_lengths)
     lines = [take(n) if mode >> i & 1 else np.zeros(1, np.uint8) for i, n in pairs]

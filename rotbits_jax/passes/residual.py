@@ -47,7 +47,9 @@ _MOST_ERROR = 2.0
 _PROBES = 64  # vectors by which an error is measured
 
 
-def remove_residual_gauge(*, tolerance: float = 0.8) -> transform_lib.Transform:
+def remove_residual_gauge(
+  *, tolerance: float = rotations_lib.TOLERANCE
+) -> transform_lib.Transform:
   """Makes the transform that fixes the rotations of the residual stream.
 
   A singular value of a shortcut counts as 1 if it differs from 1 by at most about the

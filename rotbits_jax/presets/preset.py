@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from rotbits_jax import paper as scheme
 from rotbits_jax import passes
 from rotbits_jax.evaluation import held_out
+from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import schema
 
 Keeps = Literal['bits', 'function', 'approximation']
@@ -57,7 +58,7 @@ def exact() -> Preset:
 
 def free(
   *,
-  tolerance: float = 0.8,  # of `passes.remove_residual_gauge`, in roundoffs
+  tolerance: float = rotations.TOLERANCE,  # of `passes.remove_residual_gauge`
   floor: float | None = 0.0,  # step of `passes.Rounding`; None to nearest
   transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
 ) -> Preset:
@@ -96,7 +97,7 @@ def near(
   step: float = -5.0,  # log2 of the ratio of the step to the rms of an array
   offsets: Mapping[str, float] | None = None,  # octaves to add, see `passes.Rounding`
   inputs: Mapping[str, passes.Inputs] | None = None,  # see `passes.Rounding`
-  tolerance: float = 0.8,  # as in `free`
+  tolerance: float = rotations.TOLERANCE,  # as in `free`
   measured: held_out.Measured | None = None,  # a record for the file
   transforms: tuple[passes.Transform, ...] = (),  # after those of the preset
 ) -> Preset:

@@ -29,6 +29,7 @@ from rotbits_jax.models import transformer
 from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.presets import sensitivities
 from rotbits_jax.presets.preset import near
+from rotbits_jax.symmetries import rotations
 from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 
@@ -78,7 +79,7 @@ def calibrate(
   max_kl: float | None = None,
   max_tokens: int | None = 4096,  # how many to use; None for all
   seed: int = 0,  # chooses the tokens to keep apart
-  tolerance: float = 0.8,  # see `near`
+  tolerance: float = rotations.TOLERANCE,  # see `near`
   folder: _Folder = None,  # of temporary files, in which moments of inputs remain
   progress: bool = False,
 ) -> Calibration:

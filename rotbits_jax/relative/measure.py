@@ -85,8 +85,8 @@ def beside(
     assert measured.group is not None
     nbytes = sum(measured.group.nbytes) * alone.size / target.size
     counts = np.unique(bits[some][::4], return_counts=True)[1]
-    is_plain = 4 * nbytes < tables.entropy_bits(counts)  # half of what values take
-    if not is_plain and nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
+    is_clear = 4 * nbytes < tables.entropy_bits(counts)  # half of what values take
+    if not is_clear and nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)
   measured = measured._replace(known=known, crc32=checksums.of_array(target))

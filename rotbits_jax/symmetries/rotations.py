@@ -42,6 +42,9 @@ _matmul = products.matmul
 _LEAST = 2.0**-9  # share of a column outside the span of those before it
 _GRAIN = 8  # columns of B and C
 
+TOLERANCE = 0.8
+"""How far singular values that count as 1 are from 1, in roundoffs, by default."""
+
 
 def rotate(
   array: Any,  # [n, m] or [m]

@@ -64,7 +64,8 @@ def canonicalize(
   valid, gauges = models.layout.symmetries(config), Gauges(None, {}, {}, {})
   if tolerance is None:
     like = params[keys[0]].get('attention_shortcut', {'kernel': jnp.float32(0)})
-    tolerance = 0.8 * max(float(jnp.finfo(like['kernel'].dtype).eps) / 2, 2.0**-19)
+    roundoff = max(float(jnp.finfo(like['kernel'].dtype).eps) / 2, 2.0**-19)
+    tolerance = rotations.TOLERANCE * roundoff
   if valid.segments or valid.stream:
     stacks, outer, gauges = _rotated(stacks, outer, config, tolerance)
   for key, stack in stacks.items():
