@@ -6,161 +6,160 @@ It writes the parameters by their paths, and shares no code with the package. It
 checksums only: give it no files from strangers.
 """
 
+import collections
 import functools
 import io
 import json
 import math
-import pathlib
 import sys
 import zlib
 
 from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
+import safetensors
 from safetensors import numpy as safetensors_numpy
 
 PAIRS = 'floats', 'raised', 'codes'
 
 
-def read_message(data, tables, shifts, frequencies, p):
-  """The symbols with the raw bits of integers, and the bytes behind the message."""
-  words, start = np.frombuffer(data, '<u2', len(data) // 2), 2 + 3 * tables.shape[1]
-  low, high, sizes = np.int64(words[2:start]).reshape(3, -1)
-  tops = start + np.cumsum(sizes + (words[:2] @ [1, 1 << 16]))
-  x, end = low + (high << 16), tops[-1]
-  words = np.append(words, 0)  # lanes without words look at the next one, too
+def stream(data):
+  """A function that takes the next n elements of some bytes, or all if n is -1."""
+  read = io.BytesIO(data).read
+  return lambda n, dtype='u1': np.frombuffer(read(n * np.dtype(dtype).itemsize), dtype)
 
-  def pop(p, start, frequency):
+
+def read_message(take, tables, shifts, frequencies):
+  """The symbols of the units of a block, with the raw bits of integers."""
+  least = take(2, '<u2') @ [1, 1 << 16]
+  low, high, counts = np.int64(take(3 * tables.shape[1], '<u2')).reshape(3, -1)
+  x, tops = high << 16 | low, np.cumsum(counts + least)
+  words = np.append(take(tops[-1], '<u2'), 0)  # a lane without words looks at the next
+
+  def pop(total, start, frequency):
     nonlocal x, tops
-    x = frequency * (x >> p) + x % (1 << p) - start
+    x = frequency * (x // total) + x % total - start
     tops = tops - (x < 1 << 16)
     x = np.where(x < 1 << 16, x << 16 | words[tops], x)
 
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
-  starts = np.cumsum(frequencies, 1) - frequencies
+  starts, total = np.cumsum(frequencies, 1) - frequencies, owners.shape[1]
   symbols = np.empty(tables.shape, np.int64)
   for i, (table, shift) in enumerate(zip(tables, shifts, strict=True)):
-    symbol = owners[table, x % (1 << p)]
-    pop(p, starts[table, symbol], frequencies[table, symbol])
+    symbol = owners[table, x % total]
+    pop(total, starts[table, symbol], frequencies[table, symbol])
     while shift.any():
       size = np.minimum(shift, 16)
       raw = x % (1 << size)
-      pop(size, raw, 1)
+      pop(1 << size, raw, 1)
       symbol, shift = symbol << size | raw, shift - size
     symbols[i] = symbol
-  return symbols.ravel(), np.frombuffer(data, 'u1', -1, 2 * end)
+  return symbols.ravel()
 
 
-def read_block(data, tables, told, frequencies, group, dtype):
-  """The bits of the elements of each unit."""
-  kind, r, *_ = group
-  is_pair, raised = kind in PAIRS, kind == 'raised'
-  count, unsigned, t = tables.size, f'u{dtype.itemsize}', 1 + raised
-  p, lanes = 14 if kind == 'floats' else 12, 4 if count <= 1 << 16 else 32
-  pad = lambda x: np.pad(x, (0, -count % lanes), 'edge').reshape(-1, lanes)
-  shifts = pad(0 * told if is_pair else told)
-  tables = pad(tables)
-  symbols, data = read_message(data, tables, shifts, frequencies, p)
-  told = pad(told).reshape(-1, 1)
-  bits = symbols[:, None] - ((128 if dtype.kind == 'i' else 30) << told)
-  if is_pair:
-    planes = [np.zeros((symbols.size, 2, 0), 'u1')]
+def read_block(data, told, frequencies, group, dtype):
+  """The bit patterns of the elements of each unit: `[units, 1 or 2]`."""
+  (kind, r, *_), take, count = group, stream(data), told.shape[1]
+  is_pair, unsigned = kind in PAIRS, f'u{dtype.itemsize}'
+  lanes = 4 if count <= 1 << 16 else 32
+  told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
+  tables, told = told.reshape(2, -1, lanes)
+  symbols = read_message(take, tables, told * (not is_pair), frequencies)
+  told = told.reshape(-1, 1)
+  if not is_pair:
+    escaped = symbols >> told[:, 0] == 255
+    bits = symbols[:, None] - ((128 if dtype.kind == 'i' else 30) << told)
+  else:
+    raw, low = np.zeros((symbols.size, 2), np.int64), 0
     for b in [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
       size = math.ceil(symbols.size // lanes * b / 4) * lanes
-      plane, data = np.unpackbits(data[:size], bitorder='little'), data[size:]
+      plane = np.unpackbits(take(size), bitorder='little')
       plane = plane.reshape(-1, lanes, max(4 // b, 1), 2, b).swapaxes(1, 2)
-      planes.append(plane.reshape(-1, 2, b)[: symbols.size])
-    raw = np.concatenate(planes, -1) @ (1 << np.arange(r))
-    listed = symbols == 1023
-    pairs = np.unpackbits(data, count=10 * listed.sum()).reshape(-1, 10)
-    symbols[listed] = pairs @ (1 << np.arange(10)[::-1])
-    whole = listed & (symbols == 1023)
-    bins = np.stack(np.divmod(symbols, 32), -1)
-    data = data[math.ceil(pairs.size / 8) :]
-  else:
-    whole = symbols >> told[:, 0] == 255
+      raw |= plane.reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
+      low += b
+    size = 10 * np.count_nonzero(symbols == 1023)
+    listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, 10)
+    symbols[symbols == 1023] = listed @ (1 << np.arange(10)[::-1])
+    escaped, bins = symbols == 1023, np.stack(np.divmod(symbols, 32), -1)
   if kind == 'codes':
     bits = (bins + told << r | raw) ^ 128
   elif is_pair:
-    m = finfo(dtype).nmant
+    m, raised = finfo(dtype).nmant, kind == 'raised'
+    t = 1 + raised
     bits = bins + (0 if raised else told) << m - t | raw % (1 << r - 1) << m + 1 - t - r
-    if raised:  # small numbers share a step
+    if raised:  # small elements share a step
       small = np.ldexp(bits % (1 << m) * 1.0, told - 1 + finfo(dtype).minexp - m)
       small = small.astype(dtype).view(unsigned)
       bits = np.where(bits >> m, bits + (told - 1 << m), small)
     bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
   bits = bits.astype(unsigned)
-  bits[whole] = data.view(unsigned).reshape(-1, bits.shape[1])
+  bits[escaped] = take(-1, unsigned).reshape(-1, bits.shape[1])
   return bits[:count]
 
 
 def read_group(group, tables, blocks, parts, known=None):
   """The bits of the parts of a group, one part after the other."""
-  kind, *_ = group
-  take = io.BytesIO(zlib.decompress(tables, -15)).read
-  numbers = lambda n: np.int64(np.frombuffer(take(n), 'u1'))
-  levels, step = (4, 2) if kind == 'floats' else (32, 1)
+  kind, r, *_ = group
+  take = stream(zlib.decompress(tables, -15))
+  p, levels, step = (14, 4, 2) if kind == 'floats' else (12, 32, 1)
   unit, size, count = (2, 32, levels) if kind in PAIRS else (1, 255, 256)
-  base = np.cumsum(np.frombuffer(take(512 if unit == 1 and group[1] else 2), '<i2'))
+  base = np.cumsum(take(256 if unit == 1 and r else 1, '<i2'))
   classes = [known]
   if known is None:
-    classes, heads = [], numbers(2 * len(parts)).reshape(-1, 2)
+    classes, heads = [], take(2 * len(parts)).reshape(-1, 2)
     for (mode, least), part in zip(heads, parts, strict=True):
       rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
       if part.ndim == 1:
         rows, columns = math.ceil(columns / 128), 128
       shared = 1 if columns % unit else unit
-      place = np.full((rows, columns), least)
-      place += numbers(rows)[:, None] if mode & 1 else 0
-      place += numbers(columns // shared).repeat(shared) if mode & 2 else 0
-      classes.append(place.ravel()[: part.size : unit] % 256)
-  stored = np.cumsum(numbers(count)) - 1
-  p = 14 if kind == 'floats' else 12
-  frequencies = ([1, 256] @ numbers(-1).reshape(2, -1)).reshape(-1, size)[stored]
-  if unit == 2:  # of bins
+      k = np.full((rows, columns), least)  # of 8 bits, so sums are modulo 256
+      k += take(rows)[:, None] if mode & 1 else 0
+      k += take(columns // shared).repeat(shared) if mode & 2 else 0
+      classes.append(k.ravel()[: part.size : unit])
+  stored = np.cumsum(take(count)) - 1
+  frequencies = ([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)[stored]
+  k = np.int64(np.concatenate(classes))
+  told = np.stack([k, np.resize(base, 256)[k]])
+  if unit == 2:
+    told = np.stack([k % levels, k // levels * step + base])
     frequencies = (frequencies[:, :, None] * frequencies[:, None]).reshape(count, -1)
     frequencies = frequencies[:, :-1] + (1 << 27 - p) >> 28 - p
   escape = (1 << p) - frequencies.sum(1, keepdims=True)
   frequencies = np.append(frequencies, escape, 1)
-  k, dtype = np.concatenate(classes), parts[0].dtype
-  told = k, np.resize(base, 256)[k]
-  if unit == 2:
-    told = k % levels, k // levels * step + base
-  ends = range(0, k.size, math.ceil(k.size / math.ceil(k.size / (1 << 19))))[1:]
-  pieces = zip(blocks, *(np.split(x, ends) for x in told), strict=True)
+  length = math.ceil(k.size / len(blocks))
+  pieces = zip(blocks, np.split(told, range(length, k.size, length), 1), strict=True)
+  dtype = parts[0].dtype
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
   ends = np.cumsum([math.ceil(part.size / unit) for part in parts])[:-1]
   for part, numbers in zip(parts, np.split(bits, ends), strict=True):
     yield numbers.ravel()[: part.size].reshape(part.shape)
 
 
-def read_record(spec, stream):
+def read_record(spec, data):
   """The arrays of a record; functions of the classes if these are known."""
-  arrays, groups, take = spec['arrays'], spec['groups'], io.BytesIO(stream).read
-  parts = []  # with their groups
-  for name, shape, _, of_parts, zeros in arrays:
-    dtype, n = np.dtype(name), math.prod(shape)
+  take, decoded, parts = stream(data), {}, collections.defaultdict(list)
+  for name, shape, _, groups, zeros in spec['arrays']:
+    rows, columns, dtype = math.prod(shape[:-1]), math.prod(shape[-1:]), np.dtype(name)
     forms = [(shape, dtype)]
     if zeros:
-      mask = math.prod(shape[:-1]), math.ceil(math.prod(shape[-1:]) / 8)
-      signs = math.ceil((n - zeros[0]) / 8) if zeros[1] else 0
-      forms = [(mask, 'u1'), (signs, 'u1'), (zeros[0], dtype)]
+      signs = math.ceil((rows * columns - zeros[0]) / 8) * zeros[1]
+      forms = [((rows, math.ceil(columns / 8)), 'u1'), (signs, 'u1'), (zeros[0], dtype)]
     elif dtype.itemsize == 8 or (dtype.itemsize > 1 and dtype.kind == 'u'):
-      forms = [((n, dtype.itemsize), 'u1')]
-    parts += zip(of_parts, (np.empty(*form) for form in forms), strict=True)
-  tables, decoded = [take(group[2]) for group in groups], {}
-  for g, group in enumerate(groups):
-    blocks, members = [take(n) for n in group[3]], [x for i, x in parts if i == g]
-    read = functools.partial(read_group, group, tables[g], blocks, members)
-    decoded[g] = iter([read]) if group[0] == 'known' else read()
-  stored = lambda part: np.ndarray(part.shape, part.dtype, take(part.nbytes))
-  decoded[None] = (stored(part) for g, part in parts if g is None)
-  for dtype, shape, crc32, of_parts, zeros in arrays:
-    array, *others = (next(decoded[g]) for g in of_parts)
+      forms = [((rows * columns, dtype.itemsize), 'u1')]
+    for group, form in zip(groups, forms, strict=True):
+      parts[group].append(np.empty(*form))
+  tables = [take(group[2]) for group in spec['groups']]
+  for i, group in enumerate(spec['groups']):
+    blocks = [take(n) for n in group[3]]
+    read = functools.partial(read_group, group, tables[i], blocks, parts[i])
+    decoded[i] = iter([read]) if group[0] == 'known' else read()
+  decoded[None] = (take(x.size, x.dtype).reshape(x.shape) for x in parts[None])
+  for dtype, shape, crc32, groups, zeros in spec['arrays']:
+    array, *others = (next(decoded[group]) for group in groups)
     if zeros:  # the array is a mask
       signs, values = others
       is_set = np.unpackbits(array, axis=1, count=shape[-1]) > 0
-      array = np.zeros(is_set.shape, values.dtype)
-      array[is_set] = values
+      array = np.zeros(is_set.shape, f'u{values.itemsize}')
+      array[is_set] = values.view(array.dtype)
       if zeros[1]:
         negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
         array[~is_set] = negative.astype(array.dtype) << 8 * array.itemsize - 1
@@ -172,10 +171,14 @@ def read_record(spec, stream):
 
 def product(p, tensors, base, dtype, hidden):
   """A product with tensors of the dense model, in float32."""
-  rounded = lambda x: np.float64(np.float32(x).astype(dtype)) if p.get('rounded') else x
-  power = lambda x, k: k - np.frexp(abs(x).max(-1, keepdims=True))[1]
-  bases = [np.float64(tensors[f'subspaces.{i}/basis']) for i in p.get('segments', [])]
   kind, k, unit = p['kind'], 26 - (hidden.bit_length() + 1) // 2, 25
+  rounded = lambda x: np.float64(np.float32(x).astype(dtype)) if p.get('rounded') else x
+  bases = [np.float64(tensors[f'subspaces.{i}/basis']) for i in p.get('segments', [])]
+
+  def integers(x, k):
+    power = k - np.frexp(abs(x).max(-1, keepdims=True))[1]
+    return np.rint(np.ldexp(x, power)), power
+
   if kind == 'shortcut':
     return np.float32(np.ldexp(bases[0].T @ bases[1], -50))
   x, *others = (rounded(np.float64(base[path])) for path, *_ in p['arrays'])
@@ -183,29 +186,25 @@ def product(p, tensors, base, dtype, hidden):
   if kind == 'reads':
     x = rounded(x * others[0])
   elif kind == 'bias':
-    unit = power(others[0], k)
-    bases = [np.rint(np.ldexp(others[0], unit))[:, None]]
+    vector, unit = integers(others[0], k)
+    bases = [vector[:, None]]
   elif p.get('centred'):
-    n = power(x, 52 - (hidden - 1).bit_length())
-    i = np.rint(np.ldexp(x, n))
-    x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -n))
-  n = power(x, k)
-  x = np.ldexp(np.rint(np.ldexp(x, n)) @ bases[0], -n - unit)
+    i, power = integers(x, 52 - (hidden - 1).bit_length())
+    x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -power))
+  i, power = integers(x, k)
+  x = np.ldexp(i @ bases[0], -power - unit)
   x = x[:, 0] + sum(others[1:]) if kind == 'bias' else x
   return np.float32(x.T if kind == 'reads' else x)
 
 
 def beside_head(head, map, scale):
-  """The product of a head and a map, of integers of 16 bits in two bytes."""
-  powers, high, low = [], [], []
+  """The product of a head and a map, of integers of 16 bits."""
+  integers, powers = [], []
   for x in (np.float32(head), np.float32(map)):
     e = np.frexp(abs(x).max(0) * np.float32(1 + 2**-7))[1]
     powers.append(15 - np.maximum(e, -35))
-    y = np.rint(np.ldexp(np.float64(x), powers[-1]))
-    high.append(np.floor((y + 128) / 256))
-    low.append(y - 256 * high[-1])
-  sums = 256 * (high[0].T @ high[1]) + high[0].T @ low[1] + low[0].T @ high[1]
-  sums += np.floor((low[0].T @ low[1] + 128) / 256)
+    integers.append(np.rint(np.ldexp(np.float64(x), powers[-1])))
+  sums = np.floor((integers[0].T @ integers[1] + 128) / 256)
   sums = np.float32(sums.astype(np.int64).astype(np.int32))
   return np.ldexp(sums, 8 - powers[0][:, None] - powers[1] - scale)
 
@@ -246,10 +245,45 @@ def difference(leaf, s, a, tensors, base, config):
   return (b + d).view(dtype)
 
 
+def read_basis(numbers, step, mask=None):
+  """A basis in units of 2^-25."""
+  array = np.float64(numbers) * step
+  if mask is None:
+    return array
+  m, d = array.shape
+  one = lambda n: 2.0**25 * np.eye(n)
+  scaled = lambda x: np.rint(x * 2.0**-25)
+  g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
+  for _ in range(5):
+    z = scaled(z @ (2 * one(m) - scaled(g @ z)))
+  low = 2 * scaled(z @ array)
+  rows = np.vstack([one(d) - scaled(array.T @ low), low])
+  is_top = np.unpackbits(mask, count=m + d, bitorder='little') > 0
+  return rows[np.argsort(np.argsort(~is_top, stable=True))]
+
+
+def dequantized(s, numbers, scales, factor=None, minima=-0.0, gaps=(), exceptions=0):
+  """An array that was quantised in blocks."""
+  if factor is None:
+    scales = (np.uint32(scales) << s.get('shift', 0)).view('f4')
+  else:
+    scales = scales.view('float8_e4m3fn').astype('f4') * factor
+  array = numbers.astype('f4').reshape(-1, numbers.shape[-1])
+  if s['grid'] in ('int4', 'float4_e2m1fn'):
+    array[array == -16] = -0.0
+    array /= 1 if s['grid'] == 'int4' else 2
+  blocks = zip(array.shape, s['block'], strict=True)
+  places = np.ix_(*(np.arange(n) // m for n, m in blocks))
+  minima = np.broadcast_to(np.float32(minima), scales.shape)
+  array = (array * scales[places] + minima[places]).astype(s['name']).ravel()
+  array[np.cumsum(np.int64(gaps) + 1) - 1] = exceptions
+  return array
+
+
 def read_leaf(leaf, arrays, tensors, base, config):
   """The array of a leaf."""
-  kind, s, a = leaf.get('type_name'), leaf.get('settings', {}), {}
-  if kind not in (None, 'difference'):
+  kind, s, a = leaf.get('type_name'), leaf.get('settings', {}), arrays
+  if kind not in (None, 'difference', 'block_quantized', 'basis'):
     a = {k: np.float32(x) * arrays.get(f'{k}_step', 1) for k, x in arrays.items()}
   for name in [k for k in a if f'{k}_corner' in a]:  # triangles
     corner = a[f'{name}_corner']
@@ -259,48 +293,24 @@ def read_leaf(leaf, arrays, tensors, base, config):
   gram = lambda b: np.vstack([np.eye(b.shape[1]) - b.T @ b / 4, b])
   match kind:
     case None:
-      shift = {'int2': 6, 'int4': 4}.get(leaf['dtype'])
-      return arrays[''] << shift >> shift if shift else arrays['']
+      is_packed = leaf['dtype'] in ('int2', 'int4')
+      return a[''].astype(leaf['dtype']).astype('i1') if is_packed else a['']
     case 'difference':
-      array = difference(leaf, s, arrays, tensors, base, config)
+      array = difference(leaf, s, a, tensors, base, config)
     case 'block_quantized':
-      a = arrays
-      scales = (np.uint32(a['scales']) << s.get('shift', 0)).view('f4')
-      if 'factor' in a:
-        scales = a['scales'].view('float8_e4m3fn').astype('f4') * a['factor']
-      array = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
-      if s['grid'] in ('int4', 'float4_e2m1fn'):
-        array[array == -16] = -0.0
-        array /= 1 if s['grid'] == 'int4' else 2
-      blocks = zip(array.shape, s['block'], strict=True)
-      places = np.ix_(*(np.arange(n) // m for n, m in blocks))
-      minima = a.get('minima', np.full(scales.shape, -0.0, 'f4'))[places]
-      array = (array * scales[places] + minima).astype(s['name']).ravel()
-      array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
+      array = dequantized(s, **a)
     case 'basis':
-      array = np.float64(arrays['numbers']) * s['step']
-      if 'mask' in arrays:
-        m, d = array.shape
-        one = lambda n: 2.0**25 * np.eye(n)
-        scaled = lambda x: np.rint(x * 2.0**-25)
-        g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
-        for _ in range(5):
-          z = scaled(z @ (2 * one(m) - scaled(g @ z)))
-        low = 2 * scaled(z @ array)
-        rows = one(d) - scaled(array.T @ low), low
-        is_top = np.unpackbits(arrays['mask'], count=m + d, bitorder='little') > 0
-        array = np.vstack(rows)[np.argsort(np.argsort(~is_top, stable=True))]
+      array = read_basis(step=s['step'], **a)
     case 'constant':
-      array = np.full(leaf['shape'], arrays['value'])
+      array = np.full(leaf['shape'], a['value'])
     case 'identity_minus_gram':
       square = np.eye(len(a['b'])) - a['b'] @ a['b'].T + a['c'] @ a['c'].T
       array = np.pad(square, ((0, 0), (0, s['columns'] - len(square))))
     case 'trapezoidal_rows':
-      array = np.vstack([*a.get('full', []), *a['lower'].T])
+      lower = a['lower'].T
       if 'pivots' in a:
-        order = np.argsort(1 - a['pivots'], stable=True)
-        last = slice(len(array) - a['lower'].shape[1], None)
-        array[last, order] = a['lower'].T
+        lower = lower[:, np.argsort(np.argsort(1 - a['pivots'], stable=True))]
+      array = np.vstack([*a.get('full', []), *lower])
     case 'head_bases' if s.get('group'):
       bases = [gram(b.T) for b in np.split(a['below'], s['heads'])]
       array = np.vstack([x.T for b in bases for x in np.split(b, s['group'])])
@@ -321,11 +331,9 @@ def read_leaf(leaf, arrays, tensors, base, config):
 
 def main(path, output, base=None):
   base = safetensors_numpy.load_file(base) if base else {}
-  data = pathlib.Path(path).read_bytes()
-  start = 8 + int.from_bytes(data[:8], 'little')
-  streams, data = json.loads(data[8:start]), data[start:]
-  assert streams.pop('__metadata__')['version'] == '1', 'not a file of version 1'
-  streams = {name: data[slice(*x['data_offsets'])] for name, x in streams.items()}
+  with safetensors.safe_open(path, 'np') as file:
+    assert file.metadata()['version'] == '1', 'not a file of version 1'
+    streams = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
   manifest = json.loads(zlib.decompress(streams['manifest']))
   tensors, empty = {}, []
   # Records with leaves that need others come last.
