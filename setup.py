@@ -86,7 +86,7 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1,<3',  # the commands' flags
     'chex>=0.1.90,<0.2',  # assertions of shapes while programs are traced
-    'flax>=0.12,<0.13',  # forward passes and PyTree dataclasses
+    'flax>=0.12,<0.13',  # modules of the forward pass
     'jax>=0.8,<0.13',
     'jaxlib>=0.8,<0.13',
     'ml_collections>=1.0,<2',  # config files of the presets

@@ -1,9 +1,9 @@
 """Parts of other packages: a leaf, a coder and a preset that this package lacks."""
 
+import dataclasses
 from typing import Annotated, Any, ClassVar, NamedTuple
 import zlib
 
-from flax import struct
 import numpy as np
 import pytest
 
@@ -17,7 +17,7 @@ from rotbits_jax.system import schema
 TREE = {'a': {'x': np.arange(24, dtype=np.float16).reshape(4, 6)}}
 
 
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class Doubled(structured.Structured):
   """An array that is stored as its half."""
 

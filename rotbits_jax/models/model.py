@@ -1,4 +1,4 @@
-"""A model in memory: its parameters as a Flax PyTree with stacked layers.
+"""A model in memory: its parameters as a PyTree with stacked layers.
 
 Consecutive layers of the same shapes are stacked along a leading axis. To materialize a
 structured leaf is to replace it by the array that it stands for, see `structured`.
@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 from typing import Any
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +21,8 @@ from rotbits_jax.models import names
 Params = dict[str, Any]
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Model:
   """A dense or sliced transformer.
 
@@ -34,9 +34,11 @@ class Model:
 
   params: Params
   buffers: dict[str, Any]  # tensors that the forward pass does not use, by name
-  config: config_lib.ModelConfig = struct.field(pytree_node=False)
+  config: config_lib.ModelConfig = structured.static()
   # Dtype to which float32 parameters are still to be rounded; None if they have it.
-  stored_as: str | None = struct.field(pytree_node=False, default=None)
+  stored_as: str | None = structured.static(default=None)
+
+  replace = dataclasses.replace
 
   def __repr__(self) -> str:
     """Returns one line: a notebook would print every element of the parameters."""

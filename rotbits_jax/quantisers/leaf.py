@@ -5,11 +5,11 @@ Blocks have r rows and c columns; those at the end may be cut.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import functools
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from flax import struct
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -26,7 +26,7 @@ _E4M3 = grids.GRIDS['float8_e4m3fn'].magnitudes
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class BlockQuantized(base.Structured):
   """An array whose elements are numbers of a grid times the scale of their block.
 

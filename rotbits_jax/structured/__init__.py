@@ -1,6 +1,6 @@
 """Structured leaves: parameters that store fewer elements than they have.
 
-A structured leaf takes the place of an array in a PyTree. It is a small `flax.struct`
+A structured leaf takes the place of an array in a PyTree. It is a small frozen
 dataclass whose arrays are ordinary PyTree leaves, so it works under `jit`, `vmap` and
 `scan`. `materialize` computes the array that the leaf stands for, `stored` returns what
 the file keeps, settings and arrays, and `from_stored` makes the leaf from these.

@@ -7,6 +7,7 @@ raises a ValueError.
 
 import abc
 from collections.abc import Callable
+import dataclasses
 from typing import Any, ClassVar, Self
 
 import jax
@@ -20,7 +21,7 @@ from rotbits_jax.system import host
 class Structured(abc.ABC):
   """Base class of all structured leaves.
 
-  A subclass is a `flax.struct` dataclass, and `fields` describes its annotations. It is
+  A subclass is a frozen dataclass, and `fields` describes its annotations. It is
   unstacked, or its arrays have a leading layer axis `[N, ...]`. Some leaves need other
   parameters; an embedding may be a linear image of the head.
 
@@ -37,6 +38,8 @@ class Structured(abc.ABC):
   needs: ClassVar[tuple[str, ...]] = ()
   is_exact: ClassVar[bool] = False
   is_in_files: ClassVar[bool] = False
+
+  replace = dataclasses.replace
 
   # ---- the array that the leaf stands for
 
@@ -130,10 +133,10 @@ TYPES: dict[str, type[Structured]] = {}
 
 
 def register(cls: type[Any]) -> type[Any]:
-  """Registers a class of leaves with the file format; a class decorator."""
+  """Registers a frozen dataclass of leaves with the file format, and with JAX."""
   if cls.type_name in TYPES:
     raise ValueError(f'a structured leaf of type {cls.type_name!r} exists already')
-  TYPES[cls.type_name] = cls
+  TYPES[cls.type_name] = jax.tree_util.register_dataclass(cls)
   return cls
 
 

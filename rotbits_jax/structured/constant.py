@@ -4,10 +4,10 @@ An example is the scale of a norm, once it has been folded into the kernels that
 the norm: all its entries are then 1.
 """
 
+import dataclasses
 import math
 from typing import Annotated, Any, ClassVar
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ _MOST_AXES = 32
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class Constant(base.Structured):
   """An array whose entries all have one value, which is all that the file stores.
 

@@ -18,11 +18,11 @@ letters: R rows, C columns. What does not fit raises a ValueError.
 """
 
 from collections.abc import Callable, Iterable
+import dataclasses
 import functools
 import math
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from flax import struct
 import msgspec
 import numpy as np
 
@@ -74,7 +74,7 @@ _some = functools.partial(fields.Array, optional=True)
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class Difference(base.Structured):
   """A known array plus differences from it; the module's docstring has the rules.
 

@@ -1,6 +1,6 @@
 """Fields of structured leaves: the annotations describe their form in a file.
 
-A leaf is a `flax.struct` dataclass. Its fields are of two kinds:
+A leaf is a frozen dataclass. Its fields are of two kinds:
 
     b: Annotated[Any, Array('dk')]     an array of two axes
     columns: Length = static()         a setting, checked by `system.schema`
@@ -18,7 +18,6 @@ import math
 import typing
 from typing import Annotated, Any
 
-from flax import struct
 import numpy as np
 
 from rotbits_jax.system import host
@@ -48,7 +47,7 @@ Length = Annotated[int, schema.between(0, (1 << 31) - 1)]
 
 def static(**options: Any) -> Any:
   """Declares a setting: a hashable field that is no part of the PyTree."""
-  return struct.field(pytree_node=False, **options)
+  return dataclasses.field(metadata={'static': True}, **options)
 
 
 @functools.cache

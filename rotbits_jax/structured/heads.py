@@ -25,9 +25,9 @@ Reference:
   inverse is needed.
 """
 
+import dataclasses
 from typing import Annotated, Any, ClassVar
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
@@ -43,7 +43,7 @@ def basis_of(below: jax.Array) -> jax.Array:
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class HeadBases(base.Structured):
   """A key kernel `[d, K h]` or an output kernel `[K G h, d]`, a basis for each of K.
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import dataclasses
 from typing import Annotated, Any, ClassVar
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +20,7 @@ from rotbits_jax.structured import fields
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class IdentityMinusGram(base.Structured):
   """The symmetric shortcut `[I - B B^T + C C^T, 0]`.
 
@@ -102,7 +101,7 @@ class IdentityMinusGram(base.Structured):
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class TrapezoidalRows(base.Structured):
   """A kernel whose last n rows are upper triangular in their pivot columns.
 

@@ -13,10 +13,10 @@ see `exact`. What does not fit raises a ValueError.
 Shape letters: D hidden size, d width of a segment.
 """
 
+import dataclasses
 import math
 from typing import Annotated, Any, ClassVar
 
-from flax import struct
 import numpy as np
 
 from rotbits_jax.structured import base
@@ -33,7 +33,7 @@ _NEWTON = 5  # steps, after which 3^-32 of the first error is left
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class Basis(base.Structured):
   """A basis, whose array is int32 in units of 2^-25; see the module."""
 

@@ -10,10 +10,10 @@ known array of a `Difference` that has every bit of the embedding.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+import dataclasses
 import functools
 from typing import Annotated, Any, ClassVar
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,7 @@ _LEAST = -50  # exponent of a column, so that no number of a product is subnorma
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class Tied(base.Structured):
   """The embedding `head^T @ map`, up to rounding."""
 

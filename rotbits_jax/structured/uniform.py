@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from typing import Annotated, Any, ClassVar, Literal
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +22,7 @@ _exponents = functools.partial(fields.Array, dtype=np.int8, optional=True, most=
 
 
 @base.register
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class UniformlyQuantized(base.Structured):
   """An array whose elements are integers times a step.
 
