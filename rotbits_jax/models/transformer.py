@@ -23,7 +23,6 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,8 +162,6 @@ def layer(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Writt
 
 def attention(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
   """Computes causal grouped-query attention of the normed input `[B, T, d]`."""
-  chex.assert_rank(x, 3)
-  chex.assert_type(x, jnp.float32)
 
   def heads(name: str, count: int) -> jax.Array:
     return linear(params[name], x).reshape(*x.shape[:-1], count, config.head_dim)
@@ -197,8 +194,6 @@ def attention(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> W
 
 def mlp(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
   """Computes the MLP of the normed input `[B, T, d]`, see `ModelConfig.gated_mlp`."""
-  chex.assert_rank(x, 3)
-  chex.assert_type(x, jnp.float32)
   activation = ACTIVATIONS[config.activation]
   inputs = {'up': {'kernel': x}}
   hidden = linear(params['up'], x)

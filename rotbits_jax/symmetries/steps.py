@@ -35,7 +35,6 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,7 +184,8 @@ def quantize(
     integers = jnp.where(integers == 0, 0, integers)  # -0 becomes 0
     return structured.UniformlyQuantized(integers, step, 'float32')
   kernel = array if axis == 0 else array.T
-  chex.assert_shape(moments, (len(kernel),) * 2)
+  if moments.shape != (len(kernel),) * 2:
+    raise ValueError(f'got {kernel.shape=} and {moments.shape=}')
   order, lower, pivots = _factors(moments)
   rows = kernel[order]
   axis_exponents: list[jax.Array | None] = [None, None]
