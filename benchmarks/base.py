@@ -6,14 +6,14 @@ a step they are XOR with zstd -1; gaps between changed weights, and their values
 the places and values, int32 and the dtype (sparse safetensors, as TRL sends weights).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+import math
 import pathlib
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 import zstandard
 
 from benchmarks import common
@@ -22,7 +22,11 @@ import rotbits_jax
 TITLE = 'Relative to a base'
 RATES = 3e-7, 1e-6, 3e-6  # learning rates
 STEPS = 1, 8, 32  # after which weights are sent
-TIMED = 1e-6, 1  # rate and steps of the weights by which methods are timed
+LARGE = 10**6  # elements of a large tensor
+TIMED_SHAPE, TIMED_RATE = (
+  (4096, 2560),
+  1e-6,
+)  # of two tensors that are timed, and of the step
 RUNS = 3
 SLICED = {
   'llama-tiny-sliced-head-0.25': 'llama-tiny-dense',
@@ -41,50 +45,43 @@ class Row(NamedTuple):
   decode: float
 
 
-def training(masters: common.Tensors, rate: float) -> Iterator[common.Tensors]:
-  """Yields bfloat16 weights after each of `STEPS` of Adam, for gradients of noise."""
+def training(
+  masters: common.Tensors, rates: Sequence[float]
+) -> Iterator[list[common.Tensors]]:
+  """Yields bfloat16 weights after each of `STEPS` of Adam, for gradients of noise.
+
+  They are those of each learning rate, which share the gradients.
+  """
   rng, first, second = np.random.default_rng(0), 0.9, 0.999
-  weights = {name: x.copy() for name, x in masters.items()}
+  weights = [{name: x.copy() for name, x in masters.items()} for _ in rates]
   means, squares = ({name: 0 * x for name, x in masters.items()} for _ in range(2))
   for step in range(1, max(STEPS) + 1):
-    for name, x in weights.items():
+    for name, x in masters.items():
       gradient = rng.standard_normal(x.shape, np.float32)
       means[name] += (1 - first) * (gradient - means[name])
       squares[name] += (1 - second) * (gradient**2 - squares[name])
       root = np.sqrt(squares[name] / (1 - second**step))
-      x -= rate * means[name] / (1 - first**step) / (root + 1e-8)
+      update = means[name] / (1 - first**step) / (root + 1e-8)
+      for rate, tensors in zip(rates, weights, strict=True):
+        tensors[name] -= rate * update
     if step in STEPS:
-      yield {name: x.astype(ml_dtypes.bfloat16) for name, x in weights.items()}
+      dtype = ml_dtypes.bfloat16
+      yield [{name: x.astype(dtype) for name, x in y.items()} for y in weights]
 
 
 def entropy(new: common.Tensors, old: common.Tensors) -> int:
   """Returns the bytes of the differences in ULPs, given the exponents of the base."""
   bits = 0.0
   for name, array in new.items():
-    off = _bits(array).astype(np.int32) - _bits(old[name])
-    pairs = (_bits(old[name]).astype(np.int64) >> 7 & 255) << 32 | off + (1 << 16)
-    for values in (pairs, -(pairs >> 32)):  # both, less the exponents alone
-      counts = np.unique(values, return_counts=True)[1]
-      sign = 1 if values is pairs else -1
-      bits += sign * (counts * np.log2(values.size / counts)).sum()
+    words, known = (_bits(x).astype(np.int64) for x in (array, old[name]))
+    exponents, changed = known >> 7, words != known
+    exponents &= 255
+    pairs = exponents[changed] << 32 | words[changed] - known[changed] + (1 << 16)
+    of_changed = np.unique(pairs, return_counts=True)[1]
+    of_others = np.bincount(exponents[~changed])
+    for sign, counts in (1, np.bincount(exponents)), (-1, of_others), (-1, of_changed):
+      bits += sign * (counts * np.log2(np.maximum(counts, 1))).sum()
   return round(bits / 8)
-
-
-def ours(new: common.Tensors, old: common.Tensors) -> Row:
-  """Encodes a safetensors file given another, and decodes it, from file to file."""
-  with tempfile.TemporaryDirectory() as folder:
-    paths = [pathlib.Path(folder, name, 'model.safetensors') for name in ('new', 'old')]
-    for path, tensors in zip(paths, (new, old), strict=True):
-      path.parent.mkdir()
-      safetensors.numpy.save_file(tensors, path)
-    tuned, base = paths
-    file, again = (pathlib.Path(folder, name) for name in ('x.rotbits', 'again'))
-    encode = lambda: rotbits_jax.encode_to_file(tuned, file, base=base, overwrite=True)
-    decode = lambda: rotbits_jax.decode_to_directory(
-      file, again, base=base, overwrite=True
-    )
-    seconds = [common.median_seconds(work, RUNS) for work in (encode, decode)]
-    return Row('`exact`', file.stat().st_size, *seconds)
 
 
 # The methods of others: from the bits of a tensor and of that of the base to what is
@@ -143,15 +140,24 @@ METHODS: dict[str, tuple[Callable[..., list[bytes]], Callable[..., np.ndarray]]]
 }
 OF_FINE_TUNES, *OF_STEPS = METHODS
 
+OURS: dict[str, tuple[Callable[..., bytes], Callable[..., Any]]] = {
+  '`exact`': (
+    lambda new, old: rotbits_jax.encode(new, base=old),
+    lambda data, old: rotbits_jax.decode(data, base=old),
+  ),
+  '`delta`': (rotbits_jax.delta, rotbits_jax.apply),
+}
+
 
 def measured(
   method: str, new: common.Tensors, old: common.Tensors, timed: bool = True
 ) -> Row:
-  """Measures a method of others, or `delta`, in memory; seconds if it is timed."""
-  if method == '`delta`':
-    coded = [rotbits_jax.delta(new, old)]
-    encode = lambda: rotbits_jax.delta(new, old)
-    decode = lambda: rotbits_jax.apply(coded[0], old)
+  """Measures a method in memory; seconds if it is timed."""
+  if method in OURS:
+    forward, back = OURS[method]
+    coded = [forward(new, old)]
+    encode = lambda: forward(new, old)
+    decode = lambda: back(coded[0], old)
   else:
     forward, back = METHODS[method]
     bits = [(_bits(x), _bits(old[name])) for name, x in new.items()]
@@ -182,7 +188,7 @@ def fine_tunes() -> str:
   for name, dtype, path in (*subjects, ('an equal model, bfloat16', 'bfloat16', base)):
     new, old = (common.read_tensors(x, dtype) for x in (path, base))
     size = sum(x.nbytes for x in new.values())
-    for row in (ours(new, old), measured(OF_FINE_TUNES, new, old)):
+    for row in (measured(x, new, old) for x in ('`exact`', OF_FINE_TUNES)):
       rates = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
       share = f'{row.bytes / size:.4f}'
       lines.append((name, row.method, common.megabytes(row.bytes), share, *rates))
@@ -194,26 +200,37 @@ def steps() -> str:
   """Returns the tables of steps of a training: bytes, and rates."""
   masters = common.read_tensors(common.packaged_weights(common.BASE), 'float32')
   old = {name: x.astype(ml_dtypes.bfloat16) for name, x in masters.items()}
-  size = sum(x.nbytes for x in old.values())
-  sizes, rates = [], []
-  for rate in RATES:
-    for count, new in zip(STEPS, training(masters, rate), strict=True):
+  size, lines = sum(x.nbytes for x in old.values()), []
+  of_rates = zip(*training(masters, RATES), strict=True)
+  for rate, of_steps in zip(RATES, of_rates, strict=True):
+    for count, new in zip(STEPS, of_steps, strict=True):
       bound = entropy(new, old)
-      timed = (rate, count) == TIMED
-      rows = [measured(x, new, old, timed) for x in ('`delta`', *OF_STEPS)]
+      rows = [measured(x, new, old, timed=False) for x in ('`delta`', *OF_STEPS)]
       changed = sum(np.count_nonzero(_bits(x) != _bits(old[k])) for k, x in new.items())
-      shares = (f'{row.bytes / bound:.2f}' for row in rows)
-      share = f'{2 * changed / size:.2%}'
-      sizes.append((f'{rate:g}', count, share, common.megabytes(bound), *shares))
-      if timed:
-        for row in rows:
-          speeds = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
-          rates.append((row.method, common.megabytes(row.bytes), *speeds))
-  names = [row[0] for row in rates]
-  header = ['learning rate', 'steps', 'changed', 'entropy, MB', *names]
-  tables = [common.table(header, sizes, texts=1)]
-  header = ['method', 'MB', 'encode MB/s', 'decode MB/s']
-  return '\n\n'.join([*tables, common.table(header, rates, texts=1)])
+      large = {name: x for name, x in new.items() if x.size >= LARGE}
+      shares = [row.bytes / bound for row in rows]
+      shares.insert(1, len(rotbits_jax.delta(large, old)) / entropy(large, old))
+      cells = f'{2 * changed / size:.2%}', common.megabytes(bound)
+      lines.append((f'{rate:g}', count, *cells, *(f'{x:.2f}' for x in shares)))
+  header = ['learning rate', 'steps', 'changed', 'entropy, MB', '`delta`', 'large']
+  return common.table([*header, *OF_STEPS], lines)
+
+
+def rates() -> str:
+  """Returns the table of rates for a step of two large tensors."""
+  rng = np.random.default_rng(0)
+  draw = lambda: 0.02 * rng.standard_normal(TIMED_SHAPE, np.float32)
+  masters = {name: draw() for name in ('a', 'b')}
+  old = {name: x.astype(ml_dtypes.bfloat16) for name, x in masters.items()}
+  (new,), size = (
+    next(training(masters, [TIMED_RATE])),
+    sum(x.nbytes for x in old.values()),
+  )
+  lines = []
+  for row in (measured(x, new, old) for x in ('`delta`', *OF_STEPS)):
+    speeds = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
+    lines.append((row.method, common.megabytes(row.bytes), *speeds))
+  return common.table(('method', 'MB', 'encode MB/s', 'decode MB/s'), lines)
 
 
 def sliced_models() -> str:
@@ -248,8 +265,7 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   del settings
   about = (
     f'The fine-tune {common.TUNED}, relative to its base {common.BASE}. Rates are MB '
-    f'of its tensors per second, the median of {RUNS} runs: from file to file for '
-    '`exact`, in memory for XOR.'
+    f'of its tensors per second in memory, the median of {RUNS} runs.'
   )
   of_sliced = (
     'Tiny models of tests/testdata, sliced by 25%, relative to their dense models. '
@@ -260,8 +276,12 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     f'{common.BASE} in bfloat16, relative to itself before some steps of Adam, which '
     'have float32 masters and random gradients. The entropy is that of the differences '
     'in ULPs, given the exponents of the base; a method takes the stated multiple of '
-    f'it. The second table has rates in memory, at {TIMED[0]:g} after {TIMED[1]} step.'
+    f'it. "Large" is `delta` of the tensors of at least {LARGE:,} elements alone.'
   )
-  parts = [about, fine_tunes(), of_steps, steps()]
+  of_rates = (
+    f'Rates in memory for one step at {TIMED_RATE:g} of two tensors of '
+    f'{math.prod(TIMED_SHAPE):,} elements:'
+  )
+  parts = [about, fine_tunes(), of_steps, steps(), of_rates, rates()]
   parts += [of_sliced, sliced_models()]
   yield common.Section(TITLE, '\n\n'.join(parts))

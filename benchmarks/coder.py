@@ -157,29 +157,6 @@ def rotation(n: int) -> tuple[float, float, float, float]:
   )
 
 
-def haar_bias(n: int, messages: int, pops: int) -> np.ndarray:
-  """Measures how far popped rotations are from the Haar measure.
-
-  Returns:
-    The mean of each entry of a rotation, 0 under the Haar measure, relative to the
-    standard deviation of an entry, n^(-1/2); float64 `[n, n]`.
-  """
-
-  @jax.jit
-  def means(key: jax.Array) -> jax.Array:
-    words = jax.random.bits(key, (2 * pops + 64, 64), jnp.uint16)
-
-    def pop(message: rans.Message, _: None) -> tuple[rans.Message, jax.Array]:
-      message, cells = haar.codec(n, n).pop(message)
-      return message, haar.rotation(cells, n, n)
-
-    _, rotations = jax.lax.scan(pop, rans.stacked(words), length=pops)
-    return rotations.mean(axis=0)
-
-  keys = jax.random.split(jax.random.key(0), messages)
-  return n**0.5 * np.mean([np.asarray(means(key), np.float64) for key in keys], axis=0)
-
-
 def run(settings: common.Settings) -> Iterator[common.Section]:
   del settings
   count = 1 << 22
@@ -188,8 +165,6 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     pop, push, taken, back = rotation(n)
     seconds = f'{1e3 * pop:.1f}', f'{1e3 * push:.1f}'
     rotations.append((n, *seconds, f'{taken:.2f}', f'{back:.2f}'))
-  runs, pops = 64, 2048
-  biases, noise = np.abs(haar_bias(16, runs, pops)), (runs * pops) ** -0.5
   parts = [
     f'Records of {count:,} normally distributed weights, coded as in a file:',
     streams(count),
@@ -198,8 +173,5 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     'Rotations in n dimensions by bits-back, with the bits per parameter that are '
     'popped and those that come back:',
     common.table(('n', 'pop ms', 'push ms', 'taken', 'back'), rotations, texts=0),
-    'Means of the entries of popped rotations in O(16), which should be 0, relative to '
-    f'their standard deviation: {np.sqrt(np.mean(biases**2)):.2%} in the root mean '
-    f'square, {biases.max():.2%} at most; measurement noise is {noise:.2%}.',
   ]
   yield common.Section(TITLE, '\n\n'.join(parts))

@@ -11,7 +11,8 @@ them above 0.92, as is usual in sliced models. The last segment is not sliced: i
 shortcut is `[d, D]` with orthonormal rows.
 
 Weights are independent Gaussians, so that a coder finds no other structure in them.
-Their scale has a lognormal factor for each row and for each column.
+Their scale has a lognormal factor for each row and for each column. If the embeddings
+are tied in the dense model, the embedding is the head times a part of a rotation.
 """
 
 from collections.abc import Iterator
@@ -214,13 +215,13 @@ def write(
     stem=stem,
   )
   with writer.open():
-    for path, array in _arrays(Weights(seed), config, seed):
+    for path, array in _arrays(Weights(seed), config, dense.tied_head, seed):
       writer.add(path, array)
   return config
 
 
 def _arrays(
-  weights: Weights, config: models.ModelConfig, seed: int
+  weights: Weights, config: models.ModelConfig, is_tied: bool, seed: int
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields paths and parameters; kernels are transposed views of `[out, in]`."""
   deviations = OTHER_DEVIATION, RESIDUAL_DEVIATION
@@ -238,7 +239,12 @@ def _arrays(
         scales = deviations[::-1] if writes else deviations
         yield full, weights.matrix(full, shape[::-1], scales).T
   shapes = structured.flatten(models.outer_shapes(config))
-  head = shapes['head/kernel'][::-1]
-  yield 'head/kernel', weights.matrix('head/kernel', head, deviations).T
+  kernel = weights.matrix('head/kernel', shapes['head/kernel'][::-1], deviations).T
+  yield 'head/kernel', kernel
   tokens = shapes['embed/tokens']
-  yield 'embed/tokens', weights.matrix('embed/tokens', tokens, deviations)
+  if is_tied:
+    rotation = Rotation.random(config.hidden_size, np.random.default_rng(seed))
+    rotated = rotation.apply_transposed(kernel.astype(np.float32))
+    yield 'embed/tokens', rotated[: tokens[1]].T.astype(np.float16)
+  else:
+    yield 'embed/tokens', weights.matrix('embed/tokens', tokens, deviations)
