@@ -60,24 +60,25 @@ def encode(
   plan = plans.make(arrays, known)
   jobs = []
   for group in plan.groups:
-    tables = group.layout.tables(*group.contexts[1:])
-    several = blocks.divide(group.parts, group.scales, group.layout.size)
+    tables = group.layout.tables(*group.contexts)
+    _, numbers, scales, _ = zip(*group.parts, strict=True)
+    several = blocks.divide(numbers, scales, group.layout.size)
     encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
     jobs.append([functools.partial(encode, spans) for spans in several])
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
-  heads = [contexts_lib.to_bytes(group.contexts) for group in plan.groups]
+  heads = [contexts_lib.to_bytes(x.contexts, x.stored_scales) for x in plan.groups]
   bodies = [[next(coded) for _ in several] for several in jobs]
   groups = tuple(
     specs.GroupSpec(
-      type_name=group.layout.type_name if group.contexts.scales else 'known',
+      type_name='known' if group.is_known else group.layout.type_name,
       raw_bits=group.layout.raw_bits,
       contexts=len(head),
       blocks=tuple(x.size for x in body),
     )
     for group, head, body in zip(plan.groups, heads, bodies, strict=True)
   )
-  group_of = {place: i for i, group in enumerate(plan.groups) for place in group.places}
+  group_of = {x.place: i for i, group in enumerate(plan.groups) for x in group.parts}
   indices = map(group_of.get, itertools.count())
   entries = tuple(
     specs.ArraySpec(
@@ -97,8 +98,7 @@ def encode(
 def estimate(arrays: Sequence[np.ndarray]) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
   plan = plans.make(arrays, _NONE)
-  coded = sum(sum(group.nbytes) for group in plan.groups)
-  return coded + sum(x.nbytes for x in plan.plain)
+  return sum(x.nbytes for x in plan.groups) + sum(x.nbytes for x in plan.plain)
 
 
 def decode(
@@ -183,14 +183,13 @@ def _decode_group(
   """Decodes the parts of a group; returns their checksums."""
   layout = group.layout(parts[0].dtype)
   shapes = [x.shape for x in parts if classes is None]
-  contexts = contexts_lib.from_bytes(head.tobytes(), layout, shapes)
-  scales: Sequence[contexts_lib.Scales] = contexts.scales
+  contexts, scales = contexts_lib.from_bytes(head.tobytes(), layout, shapes)
   if classes is not None:
     if classes.size != parts[0].size:
       raise ValueError(f'{parts[0].size} elements have {classes.size} classes')
     parts = [parts[0].reshape(-1, 1)]
     scales = [contexts_lib.Scales(0, classes, np.zeros(1, np.uint8))]
-  tables = layout.tables(*contexts[1:])
+  tables = layout.tables(*contexts)
   # Each block would copy them to the device.
   tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))
   decode = lambda start, *others: blocks.decode(functools.partial(read, start), *others)

@@ -71,9 +71,8 @@ class Scales(NamedTuple):
 
 
 class Contexts(NamedTuple):
-  """The classes of the units of M arrays, and their tables."""
+  """What classes stand for, and the tables."""
 
-  scales: tuple[Scales, ...]  # those of each array; none if classes are known
   base: np.ndarray  # int, the least offset or minimum exponent; or shifts of classes
   table_of: np.ndarray  # int64, the row of each table of the layout
   frequencies: np.ndarray  # int64 `[K, A]`
@@ -82,10 +81,13 @@ class Contexts(NamedTuple):
 # ---- bytes ---------------------------------------------------------------------------
 
 
-def to_bytes(contexts: Contexts) -> bytes:
-  """Serialises contexts; docs/format.md describes the bytes."""
+def to_bytes(contexts: Contexts, scales: Sequence[Scales]) -> bytes:
+  """Serialises contexts and the scales of M arrays; see docs/format.md.
+
+  There are no scales if classes are known from elsewhere.
+  """
   heads, lines = list[int](), list[bytes]()
-  for first, rows, columns in contexts.scales:
+  for first, rows, columns in scales:
     heads += [(rows.size > 1) + 2 * (columns.size > 1), first]
     # A scale that all lines share is part of the base.
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
@@ -97,11 +99,8 @@ def to_bytes(contexts: Contexts) -> bytes:
 
 def from_bytes(
   data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]
-) -> Contexts:
-  """Makes contexts from bytes: the inverse of `to_bytes`.
-
-  `shapes` are those of the M arrays whose classes are not known from elsewhere.
-  """
+) -> tuple[Contexts, list[Scales]]:
+  """Makes contexts and scales of arrays of these shapes: the inverse of `to_bytes`."""
   lengths = [matrix_shape(shape, layout.size) for shape in shapes]
   most = 2 * layout.bases + sum(2 + sum(x) for x in lengths)
   most += layout.most_tables * (1 + 2 * layout.alphabet)
@@ -127,4 +126,4 @@ def from_bytes(
   if is_new[0] != 1 or is_new.max() > 1 or is_new.sum() != len(frequencies):
     raise ValueError(f'{is_new.sum()} tables, got {len(frequencies)}')
   table_of = np.cumsum(is_new, dtype=np.int64) - 1
-  return Contexts(tuple(scales), base, table_of, frequencies)
+  return Contexts(base, table_of, frequencies), scales

@@ -35,22 +35,37 @@ _EXPONENTS = contexts_lib.CLASSES // layouts.LEVELS  # minimum exponents of a gr
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
 _LEAST_INTEGER = 125  # the biased exponent of 1/4, the scale of the class 0 of integers
 _SYMBOL_OCTAVES = 3  # of the mean size of signed integers, that symbols tell
-_ROUNDS = 3  # by which the sum of frequencies of pairs becomes right
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
 _MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 # The share of the most frequent bin. Without a limit a pair would be too frequent.
 _MOST_SHARE = {12: 0.66, tables.PRECISION: 0.33}
 
 
+class Part(NamedTuple):
+  """A part that is coded."""
+
+  place: int  # among the parts of all arrays
+  numbers: np.ndarray  # contiguous
+  scales: contexts_lib.Scales
+  nbytes: float  # that it takes, about
+
+
 class Group(NamedTuple):
   """Parts of one layout, coded together."""
 
   layout: layouts.Layout
-  contexts: contexts_lib.Contexts  # without scales if classes are known from elsewhere
-  scales: list[contexts_lib.Scales]  # of each part
-  parts: list[np.ndarray]  # contiguous
-  places: list[int]  # those of the parts in the record
-  nbytes: list[float]  # about how many bytes each part takes
+  contexts: contexts_lib.Contexts
+  parts: list[Part]
+  is_known: bool = False  # whether the decoder knows the scales from elsewhere
+
+  @property
+  def stored_scales(self) -> list[contexts_lib.Scales]:
+    return [] if self.is_known else [x.scales for x in self.parts]
+
+  @property
+  def nbytes(self) -> float:
+    """The bytes that the parts take, about."""
+    return sum(x.nbytes for x in self.parts)
 
 
 class Plan(NamedTuple):
@@ -64,18 +79,17 @@ class Plan(NamedTuple):
   @property
   def plain(self) -> list[np.ndarray]:
     """The parts that are stored as they are."""
-    coded = {place for group in self.groups for place in group.places}
+    coded = {part.place for group in self.groups for part in group.parts}
     return [x for i, x in enumerate(self.parts) if i not in coded]
 
 
 class _Draft(NamedTuple):
-  """How a part is coded."""
+  """A part, and how it is coded."""
 
   numbers: np.ndarray
-  layout: layouts.Layout
-  lines: statistics.Lines
+  layout: layouts.Layout | None = None  # None if it is stored as it is
+  lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
   min_exponent: int = 0  # of floats that share a step
-  place: int = 0  # that of the part in the record
 
 
 class _Sample(NamedTuple):
@@ -93,14 +107,20 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Group]) -> Plan:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   whole = pool.each(host.contiguous, map(np.asarray, arrays))
   divided = pool.each(_divided, whole, [i in known for i in range(len(whole))])
-  parts, drafts, last = list[np.ndarray](), list[_Draft](), list[Group]()
-  for i, (_, numbers, of_parts) in enumerate(divided):
-    drafts += [draft._replace(place=len(parts) + j) for j, draft in of_parts.items()]
-    if i in known:
-      last.append(known[i]._replace(places=[len(parts)]))
-    parts += numbers
-  groups = [x for x in map(_smaller, pool.each(_group, _by_layout(drafts))) if x]
-  return Plan(whole, [form for form, *_ in divided], parts, groups + last)
+  drafts = [*itertools.chain(*(several for _, several in divided))]
+  # A group can tell minimum exponents that are not far apart.
+  least = min((x.min_exponent for x in drafts if x.min_exponent), default=0)
+  several: dict[Any, dict[int, _Draft]] = {}
+  for i, draft in enumerate(drafts):
+    if draft.layout:
+      key = draft.layout, (draft.min_exponent - least) // _EXPONENTS
+      several.setdefault(key, {})[i] = draft
+  planned = pool.each(_group, (layout for layout, _ in several), several.values())
+  groups = [group for group in map(_smaller, planned) if group]
+  starts = [0, *itertools.accumulate(len(parts) for _, parts in divided)]
+  for i, group in known.items():
+    groups.append(group._replace(parts=[group.parts[0]._replace(place=starts[i])]))
+  return Plan(whole, [form for form, _ in divided], [x.numbers for x in drafts], groups)
 
 
 def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
@@ -111,169 +131,152 @@ def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
     classes: uint8 `[n]`, in C order. Integers of one class should be of similar size,
       and those of the fourth class above twice as large.
   """
-  lines = np.zeros(1, int), np.zeros(1, int)
-  draft = _Draft(numbers.reshape(-1, 1), layouts.Integers(numbers.dtype, 0), lines)
-  group = _group([draft], contexts_lib.Scales(0, classes, np.zeros(1, np.uint8)))
-  return group._replace(contexts=group.contexts._replace(scales=()))
+  layout = layouts.Integers(numbers.dtype, 0)
+  scales = contexts_lib.Scales(0, classes, np.zeros(1, np.uint8))
+  group = _group(layout, {0: _Draft(numbers.reshape(-1, 1))}, scales)
+  return group._replace(is_known=True)
 
 
 def _divided(
   array: np.ndarray, is_known: bool
-) -> tuple[specs.Zeros | None, list[np.ndarray], dict[int, _Draft]]:
-  """Returns the form of an array, its parts, and how those are coded that can be."""
-  form, parts, floats, min_exponent = None, [array], None, 0
-  if array.size and array.dtype in layouts.FORMATS:
-    bits = array.reshape(-1).view(f'u{array.itemsize}')
-    floats, min_exponent = statistics.of_floats(bits, array.dtype)
-    if statistics.has_zeros(bits, floats.raised):
-      form, parts = _without_zeros(bits.reshape(-1, array.shape[-1]), array.dtype)
-  elif specs.is_of_bytes(array.dtype):
-    parts = [array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize)]
-  drafts: dict[int, _Draft] = {}
-  for i, numbers in enumerate(() if is_known else parts):
-    dtype = numbers.dtype
-    layout: layouts.Layout = layouts.Integers(dtype, 0)
-    if floats and dtype == array.dtype:
-      layout = floats
-    if not numbers.size or not layout.is_valid():
-      continue
-    if dtype.kind == 'i':
-      layout = statistics.of_integers(numbers.reshape(-1))
-    if form and i == 0:
-      lines = statistics.densities(numbers)
-    elif dtype == np.uint8:  # each byte of an element has a class
-      lines = np.zeros(1, int), np.arange(1 if form else array.itemsize)
-    else:
-      lines = statistics.measure(numbers, layout.size)
-      # Bins that are right for some lines are too wide for others.
-      spread = np.std(lines[0]) + np.std(lines[1])
-      if layout.raw_bits and dtype == np.int8 and spread > _MOST_SPREAD:
-        layout = layouts.Integers(dtype, 0)
-        lines = statistics.measure(numbers, layout.size)
-    drafts[i] = _Draft(numbers, layout, lines, min_exponent)
-  return form, parts, drafts
-
-
-def _without_zeros(
-  bits: np.ndarray, dtype: np.dtype
-) -> tuple[specs.Zeros, list[np.ndarray]]:
-  """Returns the form of floats with many zeros, given their rows, and its parts."""
-  is_set = bits << 1 > 0
-  values, negative = bits[is_set], bits[~is_set] > 0
-  form = specs.Zeros(values.size, bool(negative.any()))
-  signs = np.packbits(negative[: negative.size if form.negative else 0])
-  return form, [np.packbits(is_set, axis=1), signs, values.view(dtype)]
-
-
-def _by_layout(drafts: Sequence[_Draft]) -> list[list[_Draft]]:
-  """Puts parts of one layout together whose minimum exponents a group can tell."""
-  groups: dict[tuple[layouts.Layout, int], list[_Draft]] = {}
-  least = min((x.min_exponent for x in drafts if x.layout.raised), default=0)
-  for draft in drafts:
-    exponents = (draft.min_exponent - least) // _EXPONENTS
-    groups.setdefault((draft.layout, exponents), []).append(draft)
-  return [*groups.values()]
+) -> tuple[specs.Zeros | None, list[_Draft]]:
+  """Returns the form of an array, and its parts."""
+  dtype, size = array.dtype, array.itemsize
+  if is_known or not array.size or dtype.kind == 'b':
+    return None, [_Draft(array)]
+  of_bytes = layouts.Integers(np.dtype(np.uint8), 0)
+  if dtype in layouts.FORMATS:
+    bits = array.reshape(-1).view(f'u{size}')
+    layout, min_exponent = statistics.of_floats(bits, dtype)
+    floats = lambda x: _Draft(x, layout, statistics.measure(x, 2), min_exponent)
+    if not statistics.has_zeros(bits, min_exponent > 0):
+      return None, [floats(array)]
+    rows = bits.reshape(-1, array.shape[-1])
+    is_set = rows << 1 > 0
+    values, negative = rows[is_set].view(dtype), rows[~is_set] > 0
+    form = specs.Zeros(values.size, bool(negative.any()))
+    mask = np.packbits(is_set, axis=1)
+    signs = np.packbits(negative[: negative.size if form.negative else 0])
+    return form, [
+      _Draft(mask, of_bytes, statistics.densities(mask)),
+      _Draft(signs, of_bytes if signs.size else None),
+      floats(values) if values.size else _Draft(values),
+    ]
+  if specs.is_of_bytes(dtype):
+    array = array.reshape(-1).view(np.uint8).reshape(-1, size)
+  if array.dtype == np.uint8:  # each byte of an element has a class
+    return None, [_Draft(array, of_bytes, (np.zeros(1, int), np.arange(size)))]
+  of_integers = statistics.of_integers(array.reshape(-1))
+  lines = statistics.measure(array, of_integers.size)
+  # Bins that are right for some lines are too wide for others.
+  if of_integers.raw_bits and np.std(lines[0]) + np.std(lines[1]) > _MOST_SPREAD:
+    of_integers = layouts.Integers(dtype, 0)
+    lines = statistics.measure(array, of_integers.size)
+  return None, [_Draft(array, of_integers, lines)]
 
 
 def _smaller(group: Group) -> Group | None:
   """Returns the group without parts that coding does not make smaller."""
-  saved = [x.nbytes - y for x, y in zip(group.parts, group.nbytes, strict=True)]
-  kept = [i for i, nbytes in enumerate(saved) if nbytes > 0]
-  head = len(contexts_lib.to_bytes(group.contexts)) + _GROUP_BYTES
-  if sum(saved[i] for i in kept) < head:
-    return None
-  fields: list[Any] = [[x[i] for i in kept] for x in group[2:]]
-  contexts = group.contexts._replace(scales=tuple(fields[0]))
-  return Group(group.layout, contexts, *fields)
+  kept = [x for x in group.parts if x.nbytes < x.numbers.nbytes]
+  group = group._replace(parts=kept)
+  head = len(contexts_lib.to_bytes(group.contexts, group.stored_scales)) + _GROUP_BYTES
+  return group if group.nbytes + head < sum(x.numbers.nbytes for x in kept) else None
 
 
 # ---- classes and tables --------------------------------------------------------------
 
 
-def _group(drafts: list[_Draft], known: contexts_lib.Scales | None = None) -> Group:
+def _group(
+  layout: layouts.Layout,
+  drafts: Mapping[int, _Draft],  # by the places of parts
+  known: contexts_lib.Scales | None = None,
+) -> Group:
   """Chooses the classes and the tables of parts of one layout by samples of them."""
-  layout = drafts[0].layout
-  scales, base = _classes(drafts) if known is None else ([known], np.zeros(1, int))
-  several, seen, told = len(drafts), layout.alphabet, base
-  most = _INTEGERS
+  several = [*drafts.values()]
+  scales, base = [known] if known else [], np.zeros(1, int)
+  if not known:
+    scales, base = _classes(several, layout)
+  seen, told, most = layout.alphabet, base, _INTEGERS
   if isinstance(layout, layouts.Pairs):
-    most = max(_FLOATS // several, _LEAST_SAMPLE)
+    most = max(_FLOATS // len(several), _LEAST_SAMPLE)
     seen = seen if layout.raised else _SEEN
-  samples = [_sample(*x, most) for x in zip(drafts, scales, strict=True)]
+  numbers = [x.numbers for x in several]
+  samples = [_sample(*x, layout, most) for x in zip(numbers, scales, strict=True)]
   if isinstance(layout, layouts.Integers):
     base = _shifts(samples, layout)
     raw_bits = min(-(-int(base.max()) // layouts.RAW) * layouts.RAW, layouts.MOST_RAW)
     layout = dataclasses.replace(layout, raw_bits=raw_bits)
     base = base[: layout.bases]
     told = layout.packed(base, np.arange(layout.most_tables))
-  counts = [_counts(x, layout, told, seen) for x in samples]
-  rows = np.sum(counts, axis=0)
+  counts = np.stack([_counts(x, layout, told, seen) for x in samples])
   # The symbols are those that occur most; others are escapes.
-  ends = np.cumsum(np.append(0, rows[:, :-1].sum(axis=0)))
+  ends = np.cumsum(np.append(0, counts[..., :-1].sum(axis=(0, 1))))
   first = int(np.argmax(ends[layout.alphabet :] - ends[: -layout.alphabet]))
-  window = slice(first, first + layout.alphabet)
-
-  def divided(rows: np.ndarray) -> np.ndarray:
-    coded = rows[:, window]
-    return np.append(coded, (rows.sum(axis=1) - coded.sum(axis=1))[:, None], axis=1)
-
-  is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
-  rows, table_of = _merged(divided(rows[is_first]))
-  frequencies = _frequencies(rows, layout)
-  bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
-  escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
-  bits = np.where(frequencies > 0, bits, escape)
-  bits = np.append(bits, np.full((len(bits), 1), escape), axis=1)
-  nbytes = []
-  for draft, sample, of_draft in zip(drafts, samples, counts, strict=True):
-    raw: float = layout.raw_bits
-    if raw and isinstance(layout, layouts.Integers):
-      raw = np.mean(told[sample.classes] >> 8)
-    coded = (divided(of_draft[is_first]) * bits[table_of]).sum()
-    nbytes.append(draft.numbers.size * float(coded / of_draft.sum() + raw) / 8 + 2)
+  coded = counts[..., first : first + layout.alphabet]
+  escapes = counts.sum(axis=-1, keepdims=True) - coded.sum(axis=-1, keepdims=True)
+  counts = np.append(coded, escapes, axis=-1)
+  is_first = np.append(True, counts[:, 1:].any(axis=(0, 2)))  # others have no symbols
+  rows, table_of = _merged(counts[:, is_first].sum(axis=0))
   table_of = table_of[np.cumsum(is_first) - 1]
-  contexts = contexts_lib.Contexts(tuple(scales), base + first, table_of, frequencies)
-  parts, places = [x.numbers for x in drafts], [x.place for x in drafts]
-  return Group(layout, contexts, scales, parts, places, nbytes)
+  frequencies = _frequencies(rows, layout)
+  contexts = contexts_lib.Contexts(base + first, table_of, frequencies)
+  escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
+  bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
+  bits = np.pad(np.where(frequencies > 0, bits, escape), ((0, 0), (0, 1)))
+  bits[:, -1] = escape
+  each = (counts * bits[table_of]).sum(axis=(1, 2)) / counts.sum(axis=(1, 2))
+  if isinstance(layout, layouts.Integers):
+    each += [np.mean(told[x.classes] >> 8) for x in samples]
+  else:
+    each += layout.raw_bits
+  nbytes = [x.size * y / 8 + 2 for x, y in zip(numbers, each.tolist(), strict=True)]
+  parts = map(Part, drafts, numbers, scales, nbytes)
+  return Group(layout, contexts, [*parts])
 
 
-def _classes(drafts: list[_Draft]) -> tuple[list[contexts_lib.Scales], np.ndarray]:
+def _classes(
+  drafts: Sequence[_Draft], layout: layouts.Layout
+) -> tuple[list[contexts_lib.Scales], np.ndarray]:
   """Returns scales whose classes a byte tells, and what these count from."""
-  layout, classes = drafts[0].layout, contexts_lib.CLASSES
-  if layout.raised:
-    start, scales = min(x.min_exponent for x in drafts), []
+  scales = []
+  if layout.dtype == np.uint8:
+    # Masks share classes; those of others follow each other.
+    base = statistics.DENSITIES
     for draft in drafts:
-      octave, exponent = draft.min_exponent - _BELOW, draft.min_exponent - start
-      several = statistics.within(draft.lines, octave, layouts.LEVELS)
-      scales.append(several._replace(base=several.base + layouts.LEVELS * exponent))
-    return scales, np.array([start])
+      rows, columns = (x.astype(np.uint8) for x in draft.lines)
+      if rows.size > 1:
+        scales.append(contexts_lib.Scales(0, rows, columns))
+      else:
+        own = base % contexts_lib.CLASSES
+        scales.append(contexts_lib.Scales(own, np.zeros(1, np.uint8), columns))
+        base += columns.size
+    return scales, np.zeros(1, int)
+  octave, base, count = _LEAST_INTEGER, 0, layout.most_tables
+  least = min(x.min_exponent for x in drafts)
   if layout.type_name == 'floats':
-    least = min(int(rows.min() + columns.min()) for _, _, (rows, columns), *_ in drafts)
-    most = max(int(rows.max() + columns.max()) for _, _, (rows, columns), *_ in drafts)
-    # A lower scale may be that of an array of zeros.
-    octave = max(least // statistics.STEPS, most // statistics.STEPS - _OCTAVES)
-    scales = [statistics.within(x.lines, octave, classes) for x in drafts]
-    return scales, np.array([2 * octave - _BINS_BELOW])
-  octave = 0 if layout.dtype == np.uint8 else _LEAST_INTEGER
-  scales = [statistics.within(x.lines, octave, layout.most_tables) for x in drafts]
-  if layout.type_name == 'codes':
+    most = max(int(x.lines[0].max() + x.lines[1].max()) for x in drafts)
+    octave, count = most // statistics.STEPS - _OCTAVES, contexts_lib.CLASSES
+    base = 2 * octave - _BINS_BELOW
+  elif layout.type_name == 'raised':
+    base = least
+  elif layout.type_name == 'codes':
     # Bins count from -128, and the window is among those around 0.
-    return scales, np.array([(128 >> layout.raw_bits) - _SEEN // 2])
-  if layout.dtype == np.uint8:  # masks share classes; those of others follow each other
-    first = statistics.DENSITIES
-    for i, draft in enumerate(drafts):
-      if draft.lines[0].size == 1:
-        count = draft.lines[1].size
-        scales[i] = scales[i]._replace(base=min(first, classes - count))
-        first += count
-  return scales, np.zeros(1, int)
+    base = (128 >> layout.raw_bits) - _SEEN // 2
+  for draft in drafts:
+    exponent = draft.min_exponent
+    start = exponent - _BELOW if exponent else octave
+    several = statistics.within(draft.lines, start, count)
+    above = layouts.LEVELS * (exponent - least)
+    scales.append(several._replace(base=several.base + above))
+  return scales, np.array([base])
 
 
-def _sample(draft: _Draft, scales: contexts_lib.Scales, most: int) -> _Sample:
+def _sample(
+  numbers: np.ndarray, scales: contexts_lib.Scales, layout: layouts.Layout, most: int
+) -> _Sample:
   """Takes about `most` of the units of a part."""
-  numbers, size = draft.numbers, draft.layout.size
-  flat = numbers.reshape(-1)
-  if isinstance(draft.layout, layouts.Pairs):
+  flat, size = numbers.reshape(-1), layout.size
+  if isinstance(layout, layouts.Pairs):
     flat = flat.view(f'u{numbers.itemsize}')
   # A last number without a pair is left out.
   flat = flat[: flat.size // size * size] if flat.size >= size else flat.repeat(size)
@@ -339,29 +342,23 @@ def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
-  """Returns frequencies in proportion to counts, which end with those of escapes."""
-  if isinstance(layout, layouts.Integers):
-    whole = counts.sum(axis=1, keepdims=True)
-    is_rare = counts * (8 << layout.precision) < whole
-    counts = np.where(is_rare, 0, np.ceil(counts))
-    counts[:, -1:] += np.ceil(whole - counts.sum(axis=1, keepdims=True)).clip(1)
-    return tables.quantize(counts, layout.precision)[:, :-1]
-  half = np.arange(layout.alphabet) < layout.alphabet // 2
-  coded, total = counts[:, :-1], 1 << layout.precision
-  shares = np.where(coded.any(axis=1, keepdims=True), coded, half)
-  shares = shares / shares.sum(axis=1, keepdims=True)
-  most, even = shares.max(axis=1, keepdims=True), 2 / layout.alphabet
-  excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even, 1e-9)
-  shares += np.maximum(excess, 0) * (even * half - shares)
-  weights = (shares[:, :, None] * shares[:, None]).reshape(len(shares), -1)[:, :-1]
-  size = np.full((len(shares), 1), float(tables.TOTAL))
-  for i in itertools.count():
+  """Returns frequencies in proportion to counts, which end with those of escapes.
+
+  Symbols that are too rare for a slot are escapes.
+  """
+  is_pair = isinstance(layout, layouts.Pairs)
+  size = np.full((len(counts), 1), float(1 << layout.stored_precision))
+  even, coded = 1 / layout.alphabet, counts[:, : layout.alphabet]
+  whole = (coded if is_pair else counts).sum(axis=1, keepdims=True)
+  shares = np.where(whole > 0, coded / np.maximum(whole, 1e-9), even)
+  if is_pair:  # else a pair would be too frequent
+    most = shares.max(axis=1, keepdims=True)
+    excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even, 1e-9)
+    shares += np.maximum(excess, 0) * (even - shares)
+  while True:
     frequencies = np.rint(shares * size).astype(np.int64)
-    pairs = tables.of_pairs(frequencies, layout.precision)
-    used = pairs.sum(axis=1, keepdims=True)
-    if i >= _ROUNDS and (used < total).all():
-      break
-    # Rounding should leave to the escape the slots of the pairs that have none.
-    slots = total * np.where(pairs > 0, weights, 0).sum(axis=1, keepdims=True)
-    size *= np.sqrt(np.minimum(slots, total - 1 - i) / used)
-  return frequencies
+    used = tables.of_pairs(frequencies, layout.precision) if is_pair else frequencies
+    used, room = used.sum(axis=1, keepdims=True), (1 << layout.precision) - 1
+    if (used <= room).all():
+      return frequencies
+    size *= np.sqrt(room / np.maximum(used, room))

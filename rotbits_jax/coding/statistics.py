@@ -87,7 +87,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   """Chooses the layout of floats `[n]` by the bits that they use, given the patterns.
 
   Returns the layout, without low bits that are zero in all elements; and the highest
-  minimum exponent that these allow, 1 if small ones share no step.
+  minimum exponent that these allow, 0 if small ones share no step.
   """
   form = layouts.FORMATS[dtype]
   most, unsigned = form.nmant, bits.dtype.type
@@ -120,7 +120,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
     if used & 1 and lowest <= useless:
       break
   if not used:
-    return layouts.Pairs(dtype, 1), 1
+    return layouts.Pairs(dtype, 1), 0
   low = used & ((1 << most - 1) - 1)
   zeros = (low & -low).bit_length() - 1 if low else most - 1
   # All elements are multiples of the step of the minimum exponent `lowest`. Those above
@@ -129,7 +129,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   is_raised = least > useless
   raw_bits = max(most - zeros - is_raised, 1)
   if not is_raised:
-    return layouts.Pairs(dtype, raw_bits), 1
+    return layouts.Pairs(dtype, raw_bits), 0
   return layouts.Pairs(dtype, raw_bits, 'raised'), least
 
 

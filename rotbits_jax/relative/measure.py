@@ -52,7 +52,7 @@ class Measured(NamedTuple):
     """Estimates the bytes of the arrays of a leaf with differences."""
     assert self.group is not None
     arrays = dataclasses.replace(self.leaf, differences=None).stored()[1]
-    return sum(self.group.nbytes) + coder.estimate([*arrays.values()])
+    return self.group.nbytes + coder.estimate([*arrays.values()])
 
 
 def beside(
@@ -83,7 +83,7 @@ def beside(
     some = slice(None, None, -(-target.size // _SAMPLE))
     alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
     assert measured.group is not None
-    nbytes = sum(measured.group.nbytes) * alone.size / target.size
+    nbytes = measured.group.nbytes * alone.size / target.size
     counts = np.unique(bits[some][::4], return_counts=True)[1]
     is_clear = 4 * nbytes < tables.entropy_bits(counts)  # half of what values take
     if not is_clear and nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
