@@ -7,6 +7,7 @@ reserved at the start. A damaged file raises `ContainerError`.
 import collections
 from collections.abc import Iterator, Sequence
 import contextlib
+import io
 import json
 import os
 import struct
@@ -101,6 +102,11 @@ class StreamWriter:
       crc = zlib_ng.crc32(view, crc)
     self._streams[name] = start, self._end
     return self._end - start, crc
+
+  def sync(self) -> None:
+    """Waits until the disk has what was written, unless the file is in memory."""
+    with contextlib.suppress(io.UnsupportedOperation):
+      os.fsync(self._file.fileno())
 
   def finish(self, manifest: bytes) -> None:
     """Appends the text of the manifest, and writes the header."""

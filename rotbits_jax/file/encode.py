@@ -46,7 +46,6 @@ from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
-from rotbits_jax.system import host
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
 
@@ -174,7 +173,6 @@ class Encoder:
       for input_file in getattr(opened, 'opened', ()):
         input_file.check()
     streams.finish(data)
-    file.flush()
     return state
 
   # ---- checks ------------------------------------------------------------------------
@@ -275,6 +273,7 @@ class Encoder:
     """Writes records while the next ones are rewritten; see `write` for the state."""
     entries: list[manifest_lib.RecordEntry] = []
     ahead = collections.deque[list[futures.Future[Any]]]()
+    synced = list[futures.Future[None]]()
 
     def append() -> None:
       bar.stage('encoding')
@@ -283,6 +282,8 @@ class Encoder:
         _, crc32 = streams.append(entry.name, *pieces)
         entries.append(msgspec.structs.replace(entry, crc32=crc32))
         bar.update(entry.input.bytes)
+      if all(x.done() for x in synced):  # the disk has time for more
+        synced.append(start(streams.sync))
 
     with pool.record_jobs() as start:
       for batch, reached in self._batches(names, state):
@@ -291,11 +292,9 @@ class Encoder:
         while batch:
           record = batch.pop(0)  # its memory is freed when it is coded
           if record.name in names:
-            if self._is_same:
-              self._is_same = structured.same_bits(
-                structured.flatten(self.source.read(record.name)),
-                structured.flatten(record.params),
-              )
+            self._is_same = self._is_same and structured.same_bits(
+              self.source.read(record.name), record.params
+            )
             jobs.append(start(functools.partial(self.encode_record, record, resolve)))
           del record
         ahead.append(jobs)
@@ -303,6 +302,8 @@ class Encoder:
           append()
       while ahead:
         append()
+      for future in synced:
+        future.result()
     return entries, state
 
   def encode_record(
@@ -333,7 +334,7 @@ class Encoder:
       if group is not None:
         known[len(arrays) + entry.arrays.index('differences')] = group
       leaves.append(entry)
-      arrays += [host.contiguous(np.asarray(array)) for array in stored]
+      arrays += map(np.asarray, stored)
     arrays += map(np.concatenate, joined.values())
     encoded = coders.CODERS[self.preset.coder].encode(arrays, known)
     entry_of_record = manifest_lib.RecordEntry(

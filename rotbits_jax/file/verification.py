@@ -185,9 +185,8 @@ def _form_errors(
   """Returns the greatest error of a row or a column, relative to their mean square."""
   errors = {}
   for path, form in _forms(model).items():
-    x, y = (
-      np.square(np.atleast_2d(z)) for z in (form - expected[path], expected[path])
-    )
+    pair = form - expected[path], expected[path]
+    x, y = (np.square(np.atleast_2d(z)) for z in pair)
     ratios = [x.sum(i).max() / max(y.sum(i).mean(), 1e-30) for i in (0, 1)]
     errors[path] = math.sqrt(max(ratios))
   return errors
