@@ -262,20 +262,25 @@ def read_basis(numbers, step, mask=None):
   return rows[np.argsort(np.argsort(~is_top, stable=True))]
 
 
-def dequantized(s, numbers, scales, factor=None, minima=-0.0, gaps=(), exceptions=0):
+def floats(codes, form):
+  """The float32 of codes of scales and of minima."""
+  n = codes.astype(np.int64) + form[0]
+  return np.uint32((np.abs(n) << form[1]) | (n < 0) << 31).view('f4')
+
+
+def dequantized(s, numbers, scales, factor=1, minima=None, gaps=(), exceptions=0):
   """An array that was quantised in blocks."""
-  if factor is None:
-    scales = (np.uint32(scales) << s.get('shift', 0)).view('f4')
-  else:
-    scales = scales.view('float8_e4m3fn').astype('f4') * factor
+  scales = floats(scales, s.get('scale_form', (0, 0))) * np.float32(factor)
+  least = np.full(scales.shape, -0.0, 'f4')
+  if minima is not None:
+    least = floats(minima, s.get('minimum_form', (0, 0)))
   array = numbers.astype('f4').reshape(-1, numbers.shape[-1])
   if s['grid'] in ('int4', 'float4_e2m1fn'):
     array[array == -16] = -0.0
     array /= 1 if s['grid'] == 'int4' else 2
   blocks = zip(array.shape, s['block'], strict=True)
   places = np.ix_(*(np.arange(n) // m for n, m in blocks))
-  minima = np.broadcast_to(np.float32(minima), scales.shape)
-  array = (array * scales[places] + minima[places]).astype(s['name']).ravel()
+  array = (array * scales[places] + least[places]).astype(s['name']).ravel()
   array[np.cumsum(np.int64(gaps) + 1) - 1] = exceptions
   return array
 

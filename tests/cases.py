@@ -94,10 +94,11 @@ def leaves():
   return {name: make(0) for name, make in LEAVES.items()} | {
     'block_quantized': quantisers.BlockQuantized(
       numbers=np.int8([[-12, -1, -16, 8], [2, 4, 6, 8]]),
-      scales=np.uint8([[90], [1]]),
+      scales=np.uint8([[106], [0]]),
       grid='float4_e2m1fn',
       name='bfloat16',
       block=(1, 4),
+      scale_form=(944, 20),
       factor=np.float32(0.5),
       gaps=np.uint32([2, 4]),
       exceptions=np.array([1, 3], jnp.bfloat16),

@@ -160,16 +160,18 @@ class LeafTest(parameterized.TestCase):
     cls, (settings, arrays) = type(leaf), leaf.stored()
     cls.from_stored(settings, arrays)
     scales = arrays['scales']
-    bits = lambda x: np.full(scales.shape, np.array(x, F32).view(np.uint32))
-    no_factor = {'factor': None}
+    of_bits = lambda x: {
+      'scales': np.full(scales.shape, np.array(x, F32).view(np.uint32)),
+      'scale_form': (0, 0),
+      'factor': None,
+    }
     wrong = [
-      *({'scales': bits(x)} | no_factor for x in (0, 1e-38, np.nan, np.inf, -1.0)),
-      {'scales': np.where(scales == scales[0, 0], 0, scales)},
-      {'scales': np.where(scales == scales[0, 0], 127, scales)},
-      {'scales': scales.astype(np.int8)} | no_factor,
+      *(of_bits(x) for x in (0, 1e-38, np.nan, np.inf, -1.0)),
+      *({'scale_form': x} for x in ((0, 20), (-5000, 20), (0, 24), (1 << 31, 0))),
+      {'scales': scales.astype(np.int8)},
       {'scales': scales[1:]},
       {'scales': scales[:, :-1]},
-      {'scales': np.full_like(scales, 255), 'shift': 23} | no_factor,
+      {'scales': np.full_like(scales, 255), 'scale_form': (0, 23)},
       *({'factor': np.array(x, F32)} for x in (0, np.nan, np.inf, -1.0)),
       *({'numbers': np.full_like(arrays['numbers'], x)} for x in (16, -17)),
       {'numbers': arrays['numbers'].astype(BF16)},
@@ -181,9 +183,9 @@ class LeafTest(parameterized.TestCase):
       {'exceptions': arrays['exceptions'].astype(F32)},
       *({'block': x} for x in ((1, 0), (0, 16), (1,), (1, 32), (1, 16, 1))),
       {'grid': 'int3'},
-      {'shift': 24},
-      {'minima': np.full(scales.shape, np.inf, F32)},
-      {'minima': np.zeros_like(scales[1:], F32)},
+      {'minima': np.full_like(scales, 255), 'minimum_form': (0, 23)},
+      {'minima': np.zeros_like(scales[1:])},
+      {'minima': scales.astype(F32)},
       {'name': 'float8_e4m3fn'},
     ]
     for change in wrong:

@@ -1,7 +1,7 @@
 """Grids: the numbers that quantised arrays have before they are scaled."""
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,32 +19,29 @@ class Grid(NamedTuple):
   tops: tuple[int, ...]
   unit: float | None = None  # of a grid of 4 bits: int8 counts units, and -16 is -0
 
-  def nearest(self, numbers: np.ndarray) -> np.ndarray:
-    """Returns the indices of the magnitudes next to numbers that are not negative."""
+  def nearest(self, numbers: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Returns the magnitudes next to numbers that are not negative, and their gaps.
+
+    The gap of a magnitude is its distance to the next one, below or above.
+    """
     most = len(self.magnitudes) - 1
     if self.magnitudes[most] == most:  # integers
-      return np.minimum(np.rint(numbers), most).astype(np.uint8)
+      return np.minimum(np.rint(numbers), most), 1
     # A number of 16 bits is the least one of those that begin with its bits, and a
     # border between two magnitudes is such a number.
-    high = numbers.astype(np.float32).view(np.uint32) >> np.uint32(16)
-    return _nearest(self.magnitudes.tobytes()).take(high, mode='clip')
-
-  def table(self, dtype: np.dtype) -> np.ndarray:
-    """Returns the stored number of each magnitude, and then that of its negative."""
-    numbers = np.append(self.magnitudes, -self.magnitudes)
-    if self.unit:
-      numbers /= self.unit
-      numbers[len(self.magnitudes)] = NEGATIVE_ZERO
-    return np.clip(numbers, -128, 127).astype(dtype) if dtype == np.int8 else numbers
+    high = (numbers.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.intp)
+    magnitudes, gaps = _nearest(self.magnitudes.tobytes())
+    return magnitudes.take(high, mode='clip'), gaps.take(high, mode='clip')
 
 
 @functools.cache
-def _nearest(magnitudes: bytes) -> np.ndarray:
-  """Returns the index of the magnitude next to float32 that begin with 16 bits."""
+def _nearest(magnitudes: bytes) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the result of `Grid.nearest` for float32 that begin with 16 bits."""
   floats = np.frombuffer(magnitudes, np.float32)
   numbers = (np.arange(1 << 15, dtype=np.uint32) << np.uint32(16)).view(np.float32)
-  borders = (floats[1:] + floats[:-1]) / 2
-  return np.searchsorted(borders, numbers, side='right').astype(np.uint8)
+  index = np.searchsorted((floats[1:] + floats[:-1]) / 2, numbers, side='right')
+  gaps = np.pad(np.diff(floats), 1, constant_values=np.inf)
+  return floats[index], np.minimum(gaps[1:], gaps[:-1])[index]
 
 
 def _floats(dtype: type, tops: tuple[int, ...], unit: float | None = None) -> Grid:

@@ -22,7 +22,10 @@ from rotbits_jax.system import schema
 
 _CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
 LEAST = 2.0**-125  # scale, so that half of it is normal
-_E4M3 = grids.GRIDS['float8_e4m3fn'].magnitudes
+_MOST_BITS = (1 << 31) - 1  # of a float32 without its sign
+
+_Base = Annotated[int, schema.between(-_MOST_BITS, _MOST_BITS)]
+_Shift = Annotated[int, schema.between(0, 23)]
 
 
 @base.register
@@ -31,10 +34,10 @@ class BlockQuantized(base.Structured):
   """An array whose elements are numbers of a grid times the scale of their block.
 
   The product is rounded to float32 and then to the dtype. An int8 counts units of the
-  grid; of grids of 4 bits, -16 is -0. A scale is the float32 with the bits
-  `scales << shift`; with a factor, it is the factor times the float8_e4m3fn with the
-  bits `scales`. The minimum of the block, if there is one, is added to the float32
-  product, and the sum is rounded, too. Exceptions replace a few elements.
+  grid; of grids of 4 bits, -16 is -0. Scales and minima are codes of float32, see
+  `decoded`; with a factor, scales are multiplied by it. The minimum of the block, if
+  there is one, is added to the float32 product, and the sum is rounded, too. Exceptions
+  replace a few elements.
   """
 
   type_name: ClassVar[str] = 'block_quantized'
@@ -42,13 +45,14 @@ class BlockQuantized(base.Structured):
   is_in_files: ClassVar[bool] = True
 
   numbers: Annotated[Any, fields.Array(None)]  # int8 or bfloat16, of the array's shape
-  scales: Annotated[Any, fields.Array('mn')]  # unsigned integers [R / r, C / c]
+  scales: Annotated[Any, fields.Array('mn')]  # codes, unsigned [R / r, C / c]
   grid: grids.Name = fields.static()
   name: Literal['float16', 'bfloat16', 'float32'] = fields.static()  # of the dtype
   block: tuple[fields.Length, ...] = fields.static()  # r and c
-  shift: Annotated[int, schema.between(0, 23)] = fields.static(default=0)
+  scale_form: tuple[_Base, _Shift] = fields.static(default=(0, 0))
+  minimum_form: tuple[_Base, _Shift] = fields.static(default=(0, 0))
   factor: Annotated[Any, fields.Array('', np.float32, optional=True)] = None
-  minima: Annotated[Any, fields.Array('mn', np.float32, optional=True)] = None
+  minima: Annotated[Any, fields.Array('mn', optional=True)] = None  # codes, unsigned
   # How many elements are before each exception, from the one before it on.
   gaps: Annotated[Any, fields.Array('e', np.uint32, optional=True)] = None
   exceptions: Annotated[Any, fields.Array('e', optional=True)] = None
@@ -71,14 +75,17 @@ class BlockQuantized(base.Structured):
     numbers, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.numbers, out))
     unit = grids.GRIDS[self.grid].unit
     scales = self.float_scales * np.float32(unit or 1)
+    minima = (
+      self.minima if self.minima is None else decoded(self.minima, self.minimum_form)
+    )
     with np.errstate(over='ignore'):
       for rows in chunks(matrix):
         products = numbers[rows].astype(np.float32)
         if unit and (is_zero := numbers[rows] == grids.NEGATIVE_ZERO).any():
           products *= ~is_zero  # the product of a negative number and 0 is -0
         products *= of_elements(scales, rows, self.block, matrix.shape)
-        if self.minima is not None:
-          products += of_elements(self.minima, rows, self.block, matrix.shape)
+        if minima is not None:
+          products += of_elements(minima, rows, self.block, matrix.shape)
         matrix[rows] = products
     if self.gaps is not None:
       out.reshape(-1)[self._places()] = self.exceptions
@@ -86,9 +93,8 @@ class BlockQuantized(base.Structured):
   @functools.cached_property
   def float_scales(self) -> np.ndarray:
     """The scales, float32."""
-    if self.factor is None:
-      return (self.scales.astype(np.uint32) << np.uint32(self.shift)).view(np.float32)
-    return _E4M3[self.scales] * self.factor
+    floats = decoded(self.scales, self.scale_form)
+    return floats if self.factor is None else floats * self.factor
 
   def _places(self) -> np.ndarray:
     """Returns the places of the exceptions."""
@@ -97,21 +103,20 @@ class BlockQuantized(base.Structured):
   def check(self) -> None:
     numbers, scales, shape = self.numbers, self.scales, self.shape
     fits = len(shape) > 1 and numbers.size > 0 and len(self.block) == 2
-    fits = fits and scales.dtype in (np.uint8, np.uint16, np.uint32)
+    codes = [scales] if self.minima is None else [scales, self.minima]
+    fits = fits and all(x.dtype in (np.uint8, np.uint16, np.uint32) for x in codes)
     if fits := fits and 0 not in self.block:
       matrix = math.prod(shape[:-1]), shape[-1]
       blocks = tuple(-(-n // m) for n, m in zip(matrix, self.block, strict=True))
       fits = blocks == scales.shape and (self.gaps is None) == (self.exceptions is None)
     if fits and self.gaps is not None:
       fits = self.exceptions.dtype == self.dtype and self._places()[-1] < numbers.size
-    if fits and self.factor is not None:
-      fits = scales.max() < len(_E4M3)
     if fits:
       with np.errstate(over='ignore', invalid='ignore'):
         floats = self.float_scales
       fits = floats.min() >= LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
-      fits = bool(np.isfinite(self.minima).all())
+      fits = bool(np.isfinite(decoded(self.minima, self.minimum_form)).all())
     grid = grids.GRIDS[self.grid]
     if fits and numbers.dtype == np.int8:
       is_small = grid.unit and numbers.min() >= -16 and numbers.max() <= 15
@@ -125,6 +130,26 @@ class BlockQuantized(base.Structured):
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 
 
+def decoded(codes: np.ndarray, form: tuple[int, int]) -> np.ndarray:
+  """Returns the float32 of codes, given the number of code 0 and a shift.
+
+  A number n stands for the float with the bits |n| << shift and the sign of n.
+  """
+  numbers = codes.astype(np.int64) + form[0]
+  bits = np.minimum(np.abs(numbers) << form[1], _MOST_BITS).astype(np.uint32)
+  bits |= (numbers < 0).astype(np.uint32) << np.uint32(31)
+  return bits.view(np.float32)
+
+
+def encoded(floats: np.ndarray, shift: int) -> tuple[np.ndarray, tuple[int, int]]:
+  """Returns codes of float32 whose low bits are 0, and their form: see `decoded`."""
+  bits = floats.view(np.int32).astype(np.int64)
+  numbers = np.copysign((bits & _MOST_BITS) >> shift, bits).astype(np.int64)
+  codes = numbers - numbers.min()
+  form = int(numbers.min()), shift
+  return codes.astype(np.min_scalar_type(int(codes.max()))), form
+
+
 def chunks(matrix: np.ndarray) -> list[slice]:
   """Returns runs of rows that fit the cache."""
   step = max(_CHUNK // matrix.shape[1], 1)
@@ -135,7 +160,7 @@ def of_elements(
   scales: np.ndarray, rows: slice, block: tuple[int, ...], shape: tuple[int, ...]
 ) -> np.ndarray:
   """Returns the scales of the elements of rows, or one for all columns."""
-  some = scales[np.arange(shape[0])[rows] // block[0]]
+  some = scales[np.arange(rows.start, min(rows.stop, shape[0])) // block[0]]
   if 1 < block[1] < shape[1]:
     some = some.repeat(block[1], axis=1)[:, : shape[1]]
   return some

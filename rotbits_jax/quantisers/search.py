@@ -27,6 +27,8 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
+from rotbits_jax.coding import pool
+from rotbits_jax.coding import tables
 from rotbits_jax.quantisers import grids
 from rotbits_jax.quantisers import leaf as leaf_lib
 from rotbits_jax.structured import ulps
@@ -52,17 +54,22 @@ _ENOUGH = 0.9  # of the bytes of the array; else it may have another form, too
 _FEW_EXCEPTIONS = 1 / 1024  # with more, the elements may have another form
 _MOST_TRIED = 8  # forms
 _EXCEPTION_BITS = 24
+_NEIGHBOURS = 1, -1, 2, -2  # of a scale
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _CODES = 16, 8, 32, 64  # of groups with minima
-_SCALES = 1 << 9  # that tell their factor, and groups that tell their length
+_SCALES = 1 << 9  # that tell their factor
+_GROUPS = 1 << 7  # that tell their length
+_BOUNDS = 1 << 12  # that tell how many bits are 0
 _LEAF_BYTES = 200
-_ESTIMATED = 1 << 15  # elements
+_ESTIMATED = 1 << 14  # elements that tell entropies
 
 Block = tuple[int, int]
 
-
 # Elements may be any numbers; what follows from odd ones is compared with every bit.
-@np.errstate(all='ignore')
+_quiet = np.errstate(all='ignore')
+
+
+@_quiet
 def find(array: Any) -> leaf_lib.BlockQuantized | None:
   """Returns codes and scales of a leaf of a PyTree; None if they save no bytes.
 
@@ -90,13 +97,18 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
 
 
 def nbytes(leaf: leaf_lib.BlockQuantized) -> float:
-  """Estimates the bytes of a leaf in a file."""
-  return sum(map(_estimate, leaf.stored()[1].values())) + _LEAF_BYTES
+  """Estimates the bytes of a leaf in a file by the entropies of its bytes."""
+  bits = 0.0
+  for array in leaf.stored()[1].values():
+    sample = array.reshape(-1)[:: -(-array.size // _ESTIMATED)].copy()
+    for column in sample.view(np.uint8).reshape(-1, array.itemsize).T:
+      bits += tables.entropy_bits(np.bincount(column)) * array.size / sample.size
+  return bits / 8 + _LEAF_BYTES
 
 
 def _estimate(array: np.ndarray) -> float:
   """Estimates the bytes of an array from some of its rows."""
-  rows = np.atleast_2d(array).reshape(-1, *array.shape[-1:])
+  rows = array.reshape(-1, array.shape[-1])
   sample = np.ascontiguousarray(rows[:: -(-array.size // _ESTIMATED)])
   return coder.estimate([sample]) * len(rows) / len(sample)
 
@@ -121,7 +133,7 @@ def _magnitudes(array: np.ndarray) -> np.ndarray:
   matrix = array.reshape(-1, array.shape[-1]).view(f'u{array.itemsize}')
   bits = matrix & matrix.dtype.type(np.iinfo(f'i{array.itemsize}').max)
   infinite = np.array(np.inf, array.dtype).view(bits.dtype)
-  bits[bits >= infinite] = 0
+  bits *= bits < infinite
   return bits
 
 
@@ -183,7 +195,7 @@ def _grid(
   for name in names:
     grid = grids.GRIDS[name]
     can_fit = distinct < len(grid.magnitudes) and _may_fit(*few, grid) >= _FIT
-    if can_fit and _bounds(bits, dtype, grid)[2].mean() >= _FIT:
+    if can_fit and _bounds(bits.T, dtype, grid)[1] >= _FIT:
       return name
   return None
 
@@ -196,7 +208,7 @@ def _may_fit(low: np.ndarray, high: np.ndarray, grid: grids.Grid) -> float:
   middle, relative = (low + high) / 2, (high - low) / (high + low)
   tops = grid.magnitudes[[*grid.tops], None, None]
   quotients = middle / middle[0] * tops
-  errors = np.abs(quotients - grid.magnitudes[grid.nearest(quotients)])
+  errors = np.abs(quotients - grid.nearest(quotients)[0])
   is_wrong = errors > _NEARLY * quotients * (relative + relative[0])
   return float(np.mean(~is_wrong.any(axis=1).all(axis=0)))
 
@@ -227,8 +239,9 @@ def _borders(bits: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
   # A number between two neighbours is rounded to the even one.
   is_odd = (bits & 1).astype(f'i{wide.itemsize}')
   low, high = low.view(is_odd.dtype) + is_odd, high.view(is_odd.dtype) - is_odd
-  high[bits == 0] = 0  # processors divide subnormal numbers slowly
-  return low.view(wide), high.view(wide)
+  high = high.view(wide)
+  high *= bits > 0  # processors divide subnormal numbers slowly
+  return low.view(wide), high
 
 
 def _narrowed(
@@ -238,9 +251,6 @@ def _narrowed(
 
   The greatest element of each block has the code `top`.
   """
-  gaps = np.diff(grid.magnitudes)
-  gaps = np.minimum(np.append(gaps, np.inf), np.append(np.inf, gaps))
-  gaps = gaps.astype(np.float32) * _CERTAIN
   middle = (low + high) / 2
   relative = (high - low) / (2 * middle)
   least, most = (x.max(axis=0) / grid.magnitudes[top] for x in (low, high))
@@ -248,47 +258,49 @@ def _narrowed(
   for _ in range(_ROUNDS):
     scale = (least + most) / 2
     quotients = middle / scale
-    index = grid.nearest(quotients)
-    numbers = grid.magnitudes.take(index, mode='clip')
+    numbers, gaps = grid.nearest(quotients)
     spread = quotients * (relative + (most - least) / (2 * scale))
-    is_certain = (index > 0) & (spread < gaps.take(index, mode='clip'))
+    is_certain = (numbers > 0) & (spread < _CERTAIN * gaps)
     is_certain &= np.abs(quotients - numbers) <= _NEARLY * spread
     if count == (count := np.count_nonzero(is_certain)):
       break
-    numbers[~is_certain] = np.nan
-    least = np.fmax(least, np.nanmax(low / numbers, axis=0, initial=0))
-    most = np.fmin(most, np.nanmin(high / numbers, axis=0, initial=np.inf))
+    numbers = np.where(is_certain, numbers, np.nan)
+    least = np.fmax(least, np.fmax.reduce(low / numbers, axis=0, initial=0))
+    most = np.fmin(most, np.fmin.reduce(high / numbers, axis=0, initial=np.inf))
     is_empty = least > most
     least, most = (np.where(is_empty, scale, x) for x in (least, most))
   return least, most
 
 
 def _bounds(
-  bits: np.ndarray, dtype: np.dtype, grid: grids.Grid
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the bounds of scales, and whether blocks of magnitudes `[n, U]` fit them.
+  rows: np.ndarray, dtype: np.dtype, grid: grids.Grid
+) -> tuple[np.ndarray, float]:
+  """Returns the bounds of scales, `[2, U]`, and the share of blocks that they fit.
 
-  Blocks of zeros have the bounds 0 and infinity.
+  `rows` have the magnitudes of a block each. Zeros have the bounds 0 and infinity.
   """
-  low, high = _borders(bits, dtype)
-  left = np.flatnonzero(bits.any(axis=0))
-  bounds = np.zeros((2, bits.shape[1]), low.dtype)
+  bounds = np.zeros((2, len(rows)), np.float32 if dtype.itemsize == 2 else np.float64)
   bounds[1] = np.inf
-  fits = np.ones(bits.shape[1], bool)
-  fits[left] = False
-  for top in grid.tops:
-    pair = np.stack(_narrowed(low[:, left], high[:, left], grid, top))
+  left, step = np.flatnonzero(rows.any(axis=1)), max(_CHUNK // rows.shape[1], 1)
+
+  @_quiet
+  def missed(top: int, start: int) -> np.ndarray:
+    places = left[start : start + step]
+    bits = _distinct(rows[places])
+    low, high = _borders(bits, dtype)
+    pair = np.stack(_narrowed(low, high, grid, top))
     scale = pair.mean(axis=0).astype(np.float32)
-    quotients = (low[:, left] + high[:, left]) / (2 * scale)
-    numbers = grid.magnitudes.take(grid.nearest(quotients))
-    is_same = ((numbers * scale).astype(dtype).view(bits.dtype) == bits[:, left]).all(0)
-    is_taken = is_same | (top == grid.tops[0])
-    bounds[:, left[is_taken]] = pair[:, is_taken]
-    fits[left] = is_same
-    left = left[~is_same]
-    if not left.size:
-      break
-  return *bounds, fits
+    numbers, _ = grid.nearest((low + high) / (2 * scale))
+    fits = ((numbers * scale).astype(dtype).view(bits.dtype) == bits).all(axis=0)
+    is_taken = fits | (top == grid.tops[0])
+    bounds[:, places[is_taken]] = pair[:, is_taken]
+    return places[~fits]
+
+  for top in grid.tops:
+    starts = range(0, left.size, step)
+    parts = pool.each(functools.partial(missed, top), starts)
+    left = np.concatenate([left[:0], *parts])
+  return bounds, 1 - left.size / len(rows)
 
 
 def _leaf(
@@ -299,23 +311,22 @@ def _leaf(
   paddings = [(0, -n % m) for n, m in zip(magnitudes.shape, block, strict=True)]
   padded = np.pad(magnitudes, paddings)
   blocks = padded.reshape(-1, block[0], padded.shape[1] // block[1], block[1])
-  parts, step = [], max(_CHUNK // blocks[0].size, 1)
-  for start in range(0, len(blocks), step):
-    some = blocks[start : start + step].swapaxes(1, 2)
-    bits = _distinct(some.reshape(-1, math.prod(block)))
-    parts.append(_bounds(bits, array.dtype, grid)[:2])
+  rows_of_blocks = blocks.swapaxes(1, 2).reshape(-1, math.prod(block))
+  bounds, _ = _bounds(rows_of_blocks, array.dtype, grid)
   is_negative = np.signbit(array).reshape(magnitudes.shape)
   has_zeros = name == 'int8' and bool((is_negative & (magnitudes == 0)).any())
   is_int8 = bool(grid.unit) or (name == 'int8' and not has_zeros)
   numbers = host.empty(magnitudes.shape, np.int8 if is_int8 else ml_dtypes.bfloat16)
-  draft = _draft(array, numbers, name, block, np.concatenate(parts, axis=1))
-  table, count = grid.table(numbers.dtype), len(grid.magnitudes)
+  draft = _draft(array, numbers, name, block, bounds)
   for rows in leaf_lib.chunks(numbers):
     scales = leaf_lib.of_elements(draft.float_scales, rows, block, numbers.shape)
     quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
-    index = grid.nearest(quotients).astype(np.int16)
-    index += count * is_negative[rows]
-    numbers[rows] = table.take(index, mode='clip')
+    found = np.copysign(grid.nearest(quotients)[0], 0.5 - is_negative[rows])
+    if grid.unit:
+      found = np.where(
+        (found == 0) & is_negative[rows], grids.NEGATIVE_ZERO, found / grid.unit
+      )
+    numbers[rows] = found.clip(-128, 127) if is_int8 else found
   return _with_exceptions(draft, array)
 
 
@@ -340,26 +351,38 @@ def _draft(
   """Returns a leaf with scales of few bits, all of which have one effect in bounds."""
   least, most = bounds
   is_used, size = most < np.inf, math.prod(block)
-  scales, shift, bits = _fewest_bits(least, most, _EXCEPTION_BITS * size)
-  codes: Any = scales.view(np.uint32) >> np.uint32(shift)
+  floats, shift, bits = _fewest_bits(least, most, _EXCEPTION_BITS * size)
   factor = None
   if size <= _SMALL_BLOCK and is_used.any():
     found, quantised, missed = _factor(least, most, is_used)
     if 3 * least.size + _EXCEPTION_BITS * size * missed < bits:
-      codes, factor, shift = quantised, found, 0
-  used, counts = np.unique(codes[is_used] if is_used.any() else 1, return_counts=True)
-  codes[~is_used] = used[np.argmax(counts)]
+      floats, factor, shift = quantised, found, 20
+  used, counts = np.unique(
+    floats[is_used] if is_used.any() else np.float32(1), return_counts=True
+  )
+  floats[~is_used] = used[np.argmax(counts)]
   matrix = math.prod(array.shape[:-1]), array.shape[-1]
   shape = [-(-n // m) for n, m in zip(matrix, block, strict=True)]
+  scales, form = leaf_lib.encoded(floats, shift)
   return leaf_lib.BlockQuantized(
     numbers=numbers.reshape(array.shape),
-    scales=codes.astype(np.min_scalar_type(int(codes.max()))).reshape(shape),
+    scales=scales.reshape(shape),
     grid=grid,
     name=array.dtype.name,  # type: ignore[arg-type]
     block=block,
-    shift=shift,
+    scale_form=form,
     factor=factor,
   )
+
+
+def _between(
+  low: np.ndarray, high: np.ndarray, shift: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns float32 whose low bits are 0, and whether they are within bounds `[U]`."""
+  sides = (x.astype(np.float32).view(np.uint32).astype(np.int64) for x in (low, high))
+  bits = ((sum(sides) >> 1) + (1 << shift >> 1)) >> shift << shift
+  numbers = bits.astype(np.uint32).view(np.float32)
+  return numbers, (numbers >= low) & (numbers <= high)
 
 
 def _fewest_bits(
@@ -369,14 +392,11 @@ def _fewest_bits(
 
   A number that is not within its bounds costs so many bits.
   """
-  sides = [x.astype(np.float32).view(np.uint32).astype(np.int64) for x in (low, high)]
-  middle, found = (sides[0] + sides[1]) >> 1, {}
-  for shift in range(24):
-    bits = (middle + (1 << shift >> 1)) >> shift << shift
-    numbers = bits.astype(np.uint32).view(np.float32)
-    missed = int(np.count_nonzero((numbers < low) | (numbers > high)))
-    found[cost * missed + (23 - shift) * low.size] = numbers, shift
-  return *found[min(found)], min(found)
+  some = slice(None, None, -(-low.size // _BOUNDS))
+  bits = lambda is_within, shift: cost * np.mean(~is_within) + 23 - shift
+  shift = min(range(24), key=lambda x: bits(_between(low[some], high[some], x)[1], x))
+  numbers, is_within = _between(low, high, shift)
+  return numbers, shift, bits(is_within, shift) * low.size
 
 
 def _factor(
@@ -384,22 +404,25 @@ def _factor(
 ) -> tuple[Any, np.ndarray, int]:
   """Finds scales that are float8 numbers times a factor, which is a scale of these.
 
-  Returns the factor, the codes, and how many scales have none.
+  Returns the factor, the numbers, and how many scales have none.
   """
   grid = grids.GRIDS['float8_e4m3fn']
   low, high = least[is_used], most[is_used]
   places = np.arange(0, low.size, max(low.size // _SCALES, 1))
   places = np.append(places, low.argmax())
+  whole = slice(None)
   for top in grid.tops:
     pair = _narrowed(low[places, None], high[places, None], grid, top)
     factor = ((pair[0] + pair[1]) / 2).astype(np.float32)
-    codes = grid.nearest((low + high) / 2 / factor)
-    numbers = grid.magnitudes[codes] * factor
-    is_within = (numbers >= low) & (numbers <= high)
-    if is_within.mean() >= 0.95:
-      whole = np.ones(least.size, np.int64)
-      whole[is_used] = np.maximum(codes, 1)
-      return np.array(factor[0]), whole, int(np.count_nonzero(~is_within))
+    for some in (places, whole):
+      numbers, _ = grid.nearest((low[some] + high[some]) / 2 / factor)
+      is_within = (numbers * factor >= low[some]) & (numbers * factor <= high[some])
+      if is_within.mean() < 0.95:
+        break
+    else:
+      floats = np.ones(least.size, np.float32)
+      floats[is_used] = np.maximum(numbers, grid.magnitudes[1])
+      return np.array(factor[0]), floats, int(np.count_nonzero(~is_within))
   return None, least, least.size
 
 
@@ -412,50 +435,94 @@ def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   for count, (rows, columns) in itertools.product(_CODES, forms):
     shape = -1, rows, array.shape[-1] // columns, columns
     blocks = array.reshape(shape).transpose(1, 3, 0, 2)
-    few = max(math.prod(blocks.shape[2:]) // _SCALES, 1)
+    few = max(math.prod(blocks.shape[2:]) // _GROUPS, 1)
     (least, most), *_ = _code_bounds(blocks[:, :, ::few], count)
     if np.mean(least <= most) < _FIT:
       continue
     step = max(_CHUNK // blocks[:, :, 0].size, 1)
-    starts = range(0, blocks.shape[2], step)
-    parts = [_code_bounds(blocks[:, :, x : x + step], count) for x in starts]
+    some = [blocks[:, :, x : x + step] for x in range(0, blocks.shape[2], step)]
+    parts = pool.each(functools.partial(_code_bounds, count=count), some)
     whole = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
     bounds, codes, lows, highs = whole
     numbers = codes.reshape(blocks.shape).transpose(2, 0, 3, 1).reshape(array.shape)
     grid = 'int4' if count <= 16 else 'int8'
     draft = _draft(array, numbers, grid, (rows, columns), bounds)
-    products = np.arange(count, dtype=np.float32)[:, None] * draft.float_scales.ravel()
-    low, high = (lows - products).max(axis=0), (highs - products).min(axis=0)
-    minima, *_ = _fewest_bits(low, high, _EXCEPTION_BITS * count // 2)
-    minima = minima.reshape(draft.scales.shape)
-    return _with_exceptions(dataclasses.replace(draft, minima=minima), array)
+    return _with_exceptions(_add_minima(draft, bounds, lows, highs), array)
   return None
 
 
+def _add_minima(
+  draft: leaf_lib.BlockQuantized,
+  bounds: np.ndarray,
+  lows: np.ndarray,
+  highs: np.ndarray,
+) -> leaf_lib.BlockQuantized:
+  """Adds minima of few bits; a neighbour of a scale may take the place of the scale."""
+  levels = np.arange(len(lows), dtype=np.float32)[:, None]
+
+  def limits(scales: np.ndarray, some: Any) -> tuple[np.ndarray, np.ndarray]:
+    products = (levels * scales).astype(float)
+    low, high = lows[:, some] - products, highs[:, some] - products
+    return low.max(axis=0), high.min(axis=0)
+
+  low, high = limits(draft.float_scales.reshape(-1), slice(None))
+  base, scale_shift = draft.scale_form
+  # Most minima of few bits that are missed fit a neighbour of the scale.
+  for cost in (_EXCEPTION_BITS // 2, _EXCEPTION_BITS * len(lows) // 2):
+    minima, shift, _ = _fewest_bits(low, high, cost)
+    left = np.flatnonzero((minima < low) | (minima > high))
+    codes = draft.scales.reshape(-1).astype(int)
+    for step in _NEIGHBOURS:
+      scales = leaf_lib.decoded(codes[left] + step, draft.scale_form)
+      scales = scales if draft.factor is None else scales * draft.factor
+      found, fits = _between(*limits(scales, left), shift)
+      fits &= (scales >= bounds[0, left]) & (scales <= bounds[1, left])
+      minima[left[fits]] = found[fits]
+      codes[left[fits]] += step
+      left = left[~fits]
+    if left.size <= _FEW_EXCEPTIONS * low.size:
+      break
+  first = int(codes.min())
+  minimum_codes, form = leaf_lib.encoded(minima, shift)
+  codes = (codes - first).astype(np.min_scalar_type(int(codes.max()) - first))
+  return dataclasses.replace(
+    draft,
+    scales=codes.reshape(draft.scales.shape),
+    scale_form=(base + first, scale_shift),
+    minima=minimum_codes.reshape(draft.scales.shape),
+    minimum_form=form,
+  )
+
+
+@_quiet
 def _code_bounds(blocks: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
   """Returns bounds of the scales of blocks, codes, and borders of codes.
 
   Blocks are `[rows, columns, ...]`; U are taken as `[n, U]`. The borders, `[count, U]`,
   of codes that a block does not have are infinite.
   """
-  groups = blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
-  numbers = groups.astype(np.float32)
+  groups = np.ascontiguousarray(blocks.reshape(math.prod(blocks.shape[:2]), -1))
+  numbers, size = groups.astype(np.float32), groups.shape[1]
   numbers[~np.isfinite(numbers)] = 0
   numbers -= numbers.min(axis=0)
-  numbers *= (count - 1) / numbers.max(axis=0)
-  # Subnormal numbers may become infinite.
-  numbers = np.nan_to_num(numbers, copy=False).clip(0, count - 1)
-  codes = np.rint(numbers).astype(np.intp)
+  steps = (count - 1) / numbers.max(axis=0)
+  numbers *= np.where(np.isfinite(steps), steps, 0)  # 0 of equal or subnormal numbers
+  np.rint(numbers, out=numbers)
+  codes = numbers.astype(np.int8)
   # One element of each code; this NaN stands for none.
   missing = np.uint64(-1 % (1 << 64)).astype(f'u{groups.itemsize}')
-  found = np.full((count, groups.shape[1]), missing)
-  found[codes, np.arange(groups.shape[1])] = groups.view(found.dtype)
+  found = np.full((count, size), missing)
+  places = numbers * np.float32(size) + np.arange(size, dtype=np.float32)
+  found.reshape(-1)[places.astype(int)] = groups.view(found.dtype)
   low, high = _borders(_magnitudes(found.view(groups.dtype)), groups.dtype)
   is_negative, is_missing = found >> 8 * found.itemsize - 1 > 0, found == missing
   lows, highs = np.where(is_negative, -high, low), np.where(is_negative, -low, high)
-  lows[is_missing], highs[is_missing] = -np.inf, np.inf
-  least, most = np.zeros(groups.shape[1]), np.full(groups.shape[1], np.inf)
+  np.copyto(lows, -np.inf, where=is_missing)
+  np.copyto(highs, np.inf, where=is_missing)
+  least, most, out = np.zeros(size), np.full(size, np.inf), np.empty_like(lows)
   for k in range(1, count):
-    least = np.maximum(least, (lows[k:] - highs[:-k]).max(axis=0) / k)
-    most = np.minimum(most, (highs[k:] - lows[:-k]).min(axis=0) / k)
-  return np.stack([least, most]), codes.astype(np.int8), lows, highs
+    np.subtract(lows[k:], highs[:-k], out=out[k:])
+    least = np.maximum(least, out[k:].max(axis=0) / k)
+    np.subtract(highs[k:], lows[:-k], out=out[k:])
+    most = np.minimum(most, out[k:].min(axis=0) / k)
+  return np.stack([least, most]), codes, lows, highs
