@@ -5,10 +5,10 @@ For every codec and every message m, `pop(push(m, x)) == (m, x)` and
 a symbol from a message that holds other data. Bits-back coding needs this.
 
     >>> import jax.numpy as jnp
-    >>> codec = uniform(jnp.full(8, 10, jnp.uint32))
+    >>> codec = uniform(jnp.full(8, 3, jnp.uint32))
     >>> message = codec.push(rans.empty(lanes=4), jnp.arange(8))
-    >>> round(rans.content_bits(message), 1)  # 8 log2(10) = 26.6
-    26.6
+    >>> round(rans.content_bits(message))  # 8 integers of 3 bits
+    24
     >>> message, symbols = codec.pop(message)
     >>> symbols.tolist()
     [0, 1, 2, 3, 4, 5, 6, 7]
@@ -32,8 +32,7 @@ import numpy as np
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 
-# 16, so that integers of 16 bits are coded as exactly uniform.
-_SLOT_BITS = 16
+_MOST_BITS = 16
 
 
 class Codec(NamedTuple):
@@ -71,29 +70,15 @@ def serial(
   return Codec(push, pop)
 
 
-def uniform(sizes: jax.Array, dtype: DTypeLike = jnp.uint32) -> Codec:
-  """Returns the codec of integers that are uniform on `[0, size)`.
+def uniform(bits: jax.Array, dtype: DTypeLike = jnp.uint32) -> Codec:
+  """Returns the codec of uniform integers of so many bits each, uint32 from 0 to 16."""
 
-  The interval of the integer u begins at floor(2^16 u / size). If the size is a power
-  of two, all probabilities are equal; otherwise they are within 2^-16 of 1 / size. The
-  sizes are unsigned integers from 1 to 2^16, one for each integer.
-  """
+  def interval(symbol: jax.Array, bits: jax.Array) -> rans.Pair:
+    below = _MOST_BITS - bits
+    return symbol << below, jnp.uint32(1) << below
 
-  def start_of(symbol: jax.Array, size: jax.Array) -> jax.Array:
-    # The last interval ends at 2^16. The shift would wrap to 0 if size is 2^16.
-    start = (symbol << _SLOT_BITS) // size
-    return jnp.where(symbol == size, jnp.uint32(1 << _SLOT_BITS), start)
-
-  def interval(symbol: jax.Array, size: jax.Array) -> rans.Pair:
-    start = start_of(symbol, size)
-    return start, start_of(symbol + 1, size) - start
-
-  def owner(slot: jax.Array, size: jax.Array) -> jax.Array:
-    # The greatest u with floor(2^16 u / size) <= slot. If (slot + 1) * size wraps to 0,
-    # subtracting 1 wraps back to the right value, 2^32 - 1.
-    return ((slot + 1) * size - 1) >> _SLOT_BITS
-
-  return _dealt(sizes, 1, interval, owner, _SLOT_BITS, dtype)
+  owner = lambda slot, bits: slot >> (_MOST_BITS - bits)
+  return _dealt(bits, 0, interval, owner, _MOST_BITS, dtype)
 
 
 def categorical(

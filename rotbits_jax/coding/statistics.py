@@ -20,7 +20,6 @@ STEPS = 4
 DENSITIES = 32
 """The number of scales of the rows of masks."""
 
-_LEAST_LINE = 16  # elements of a row or column that has a scale
 _COLUMNS, _RUNS = 1 << 8, 4  # by which rows are measured, in so many runs
 _ROWS = 1 << 7  # by which columns are measured
 _CHUNK = 1 << 17  # elements that are looked at at once, so that they fit the cache
@@ -141,22 +140,14 @@ def measure(array: np.ndarray, size: int) -> Lines:
   count, width = contexts.matrix_shape(array.shape)
   is_whole = array.size == count * width  # else the last row begins anew
   matrix = array.reshape(count, width) if is_whole else np.resize(array, (count, width))
-  row_levels, rows, columns = np.zeros((3, 1))
-  if width >= _LEAST_LINE and count > 1:
-    places = runs(width, _COLUMNS, _RUNS)
-    some = np.concatenate([matrix[:, run] for run in places], axis=1)
-    row_levels, noise = _levels(some, np.zeros((1, 1)), 1)
-    rows = _quantized(row_levels, noise, array.size, some.shape[1])
-  if count >= _LEAST_LINE and width > 1:
-    some_rows = slice(None, None, max(count // _ROWS, 1))
-    levels, noise = _levels(matrix[some_rows], row_levels[some_rows, None], 0)
-    levels = levels.reshape(contexts.matrix_shape(array.shape, size)[1], -1).mean(
-      axis=1
-    )
-    columns = _quantized(levels, noise, array.size, size * min(count, _ROWS))
-  elif row_levels.size == 1:
-    some = matrix.reshape(1, -1)[:, :: max(matrix.size // _ROWS, 1)].copy()
-    columns = np.rint(STEPS * _levels(some, np.zeros((1, 1)), 1)[0])
+  places = runs(width, _COLUMNS, _RUNS)
+  some = np.concatenate([matrix[:, run] for run in places], axis=1)
+  row_levels, noise = _levels(some, np.zeros((1, 1)), 1)
+  rows = _quantized(row_levels, noise, array.size, some.shape[1])
+  some_rows = slice(None, None, max(count // _ROWS, 1))
+  levels, noise = _levels(matrix[some_rows], row_levels[some_rows, None], 0)
+  shared = levels.reshape(contexts.matrix_shape(array.shape, size)[1], -1)
+  columns = _quantized(shared.mean(axis=1), noise, array.size, size * min(count, _ROWS))
   return rows.astype(int), columns.astype(int)
 
 

@@ -159,8 +159,7 @@ def codec(groups: jax.Array, count: int, frequencies: jax.Array) -> codecs.Codec
   both_levels = codecs.serial(each(groups.size, 1), each(count, 0))
 
   def residues(base: jax.Array, extra: jax.Array) -> codecs.Codec:
-    sizes = jnp.uint32(1) << levels(base, extra, groups).astype(jnp.uint32)
-    return codecs.uniform(sizes, jnp.uint16)
+    return codecs.uniform(levels(base, extra, groups).astype(jnp.uint32), jnp.uint16)
 
   def push(message: rans.Message, correction: Correction) -> rans.Message:
     base, extra, residue = correction

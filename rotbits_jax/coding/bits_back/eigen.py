@@ -60,7 +60,7 @@ class EigenCorrection(NamedTuple):
 
 def codec(size: int) -> codecs.Codec:
   """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[size]`."""
-  return codecs.uniform(jnp.full(size, 1 << 16, jnp.uint32), jnp.uint16)
+  return codecs.uniform(jnp.full(size, 16, jnp.uint32), jnp.uint16)
 
 
 def rotation(n: int, patterns: jax.Array) -> tuple[jax.Array, Spectrum]:

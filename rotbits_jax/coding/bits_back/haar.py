@@ -82,7 +82,7 @@ def codec(n: int, k: int) -> codecs.Codec:
   row, _ = places(n, k)
   # The sign is in the last row. It has no bin, and its low part is one bit.
   is_sign = row == n - 1
-  fine = jnp.where(is_sign, jnp.uint32(2), jnp.uint32(1 << _FINE_BITS))
+  fine = jnp.where(is_sign, jnp.uint32(1), jnp.uint32(_FINE_BITS))
   context = jnp.where(is_sign, n - 1, n - 2 - row)
   return codecs.serial(
     codecs.uniform(fine, jnp.uint16),
