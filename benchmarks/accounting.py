@@ -2,14 +2,11 @@
 
 The models and the published figures are those of `configs/published.py`. The counts
 follow the conventions of *Getting Free Bits Back from Rotational Symmetries in LLMs*
-(arXiv 2410.01309), so that they can be compared with its table:
-
-  - The reduction is relative to the dense model as SliceGPT (arXiv 2401.15024) counts
-    it, after norm fusion: norms have no parameters, and the head is untied. The head
-    has a bias if the model had LayerNorm. Other biases and the position table count.
-  - Every element takes 16 bits; nothing is entropy coded.
-  - The width is `int((1 - sparsity) D)`, rounded down to a multiple of 8. The last
-    segment is not sliced.
+(arXiv 2410.01309). Every element takes 16 bits. The width is `int((1 - sparsity) D)`,
+rounded down to a multiple of 8; the last segment is not sliced. The dense model is
+counted as by SliceGPT (arXiv 2401.15024), after norm fusion: norms have no parameters,
+and the head is untied, with a bias if the model had LayerNorm. Other biases and the
+position table count.
 
 With S shortcuts and `m = D - d`, the schemes store the following:
 

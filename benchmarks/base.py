@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import math
 import pathlib
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import zstandard
@@ -23,10 +24,7 @@ TITLE = 'Relative to a base'
 RATES = 3e-7, 1e-6, 3e-6  # learning rates
 STEPS = 1, 8, 32  # after which weights are sent
 LARGE = 10**6  # elements of a large tensor
-TIMED_SHAPE, TIMED_RATE = (
-  (4096, 2560),
-  1e-6,
-)  # of two tensors that are timed, and of the step
+TIMED_SHAPE, TIMED_RATE = (4096, 2560), 1e-6  # of two tensors that are timed
 RUNS = 3
 SLICED = {
   'llama-tiny-sliced-head-0.25': 'llama-tiny-dense',
@@ -35,14 +33,8 @@ SLICED = {
 }
 """Models of tests/testdata that Microsoft's code sliced, and their dense models."""
 
-
-class Row(NamedTuple):
-  """What a method takes for a model: bytes, and seconds there and back."""
-
-  method: str
-  bytes: int
-  encode: float
-  decode: float
+Method = tuple[Callable[..., Any], Callable[..., common.Tensors]]
+"""From tensors and those of the base to what is stored, and back."""
 
 
 def training(
@@ -132,52 +124,48 @@ def of_gaps(coded: list[bytes], old: np.ndarray) -> np.ndarray:
   return new
 
 
-METHODS: dict[str, tuple[Callable[..., list[bytes]], Callable[..., np.ndarray]]] = {
-  'XOR, byte planes, zstd -3': (bitx, of_bitx),
-  'gaps and values, zstd -1': (gaps, of_gaps),  # much as PULSE
-  'XOR, zstd -1': (xor, of_xor),  # as slime sends weights
-  'indices and values': (sparse, of_sparse),
-}
-OF_FINE_TUNES, *OF_STEPS = METHODS
-
-OURS: dict[str, tuple[Callable[..., bytes], Callable[..., Any]]] = {
-  '`exact`': (
-    lambda new, old: rotbits_jax.encode(new, base=old),
-    lambda data, old: rotbits_jax.decode(data, base=old),
-  ),
-  '`delta`': (rotbits_jax.delta, rotbits_jax.apply),
-}
-
-
-def measured(
-  method: str, new: common.Tensors, old: common.Tensors, timed: bool = True
-) -> Row:
-  """Measures a method in memory; seconds if it is timed."""
-  if method in OURS:
-    forward, back = OURS[method]
-    coded = [forward(new, old)]
-    encode = lambda: forward(new, old)
-    decode = lambda: back(coded[0], old)
-  else:
-    forward, back = METHODS[method]
-    bits = [(_bits(x), _bits(old[name])) for name, x in new.items()]
-    parts = [forward(*pair) for pair in bits]
-    coded = [x for part in parts for x in part]
-    encode = lambda: [forward(*pair) for pair in bits]
-    decode = lambda: [
-      back(part, known) for part, (_, known) in zip(parts, bits, strict=True)
-    ]
-    for found, (expected, _) in zip(decode(), bits, strict=True):
-      if not np.array_equal(found, expected):
-        raise ValueError(f'{method} gave other weights')
-  works = encode, decode
-  seconds = [common.median_seconds(x, RUNS) if timed else np.nan for x in works]
-  return Row(method, sum(map(len, coded)), *seconds)
+def each(
+  forward: Callable[..., list[bytes]], back: Callable[..., np.ndarray]
+) -> Method:
+  """Makes a method for several tensors of one for the bits of a tensor."""
+  return (
+    lambda new, old: {k: forward(_bits(x), _bits(old[k])) for k, x in new.items()},
+    lambda coded, old: {k: back(x, _bits(old[k])) for k, x in coded.items()},
+  )
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
   """Returns the bits of an array, flat."""
   return array.reshape(-1).view(f'u{array.itemsize}')
+
+
+METHODS: dict[str, Method] = {
+  '`exact`': (
+    lambda new, old: rotbits_jax.encode(new, base=old),
+    lambda coded, old: rotbits_jax.decode(coded, base=old),
+  ),
+  'XOR, byte planes, zstd -3': each(bitx, of_bitx),
+  '`delta`': (rotbits_jax.delta, rotbits_jax.apply),
+  'gaps and values, zstd -1': each(gaps, of_gaps),  # much as PULSE
+  'XOR, zstd -1': each(xor, of_xor),  # as slime sends weights
+  'indices and values': each(sparse, of_sparse),
+}
+OF_FINE_TUNES, OF_STEPS = [*METHODS][:2], [*METHODS][2:]
+
+
+def measure(
+  method: str, new: common.Tensors, old: common.Tensors, *, timed: bool = True
+) -> tuple[int, list[str]]:
+  """Returns the bytes of a method, and its MB/s in memory, there and back, if timed."""
+  forward, back = METHODS[method]
+  coded = forward(new, old)
+  for name, found in back(coded, old).items():
+    if not np.array_equal(_bits(found), _bits(new[name])):
+      raise ValueError(f'{method} gave other weights')
+  size = sum(x.nbytes for x in new.values())
+  works = (lambda: forward(new, old), lambda: back(coded, old)) if timed else ()
+  rates = [f'{size / common.median_seconds(x, RUNS) / 1e6:,.0f}' for x in works]
+  return sum(map(len, jax.tree.leaves(coded))), rates
 
 
 def fine_tunes() -> str:
@@ -188,10 +176,10 @@ def fine_tunes() -> str:
   for name, dtype, path in (*subjects, ('an equal model, bfloat16', 'bfloat16', base)):
     new, old = (common.read_tensors(x, dtype) for x in (path, base))
     size = sum(x.nbytes for x in new.values())
-    for row in (measured(x, new, old) for x in ('`exact`', OF_FINE_TUNES)):
-      rates = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
-      share = f'{row.bytes / size:.4f}'
-      lines.append((name, row.method, common.megabytes(row.bytes), share, *rates))
+    for method in OF_FINE_TUNES:
+      coded, rates = measure(method, new, old)
+      cells = common.megabytes(coded), f'{coded / size:.4f}'
+      lines.append((name, method, *cells, *rates))
   header = ('model', 'method', 'MB', 'share', 'encode MB/s', 'decode MB/s')
   return common.table(header, lines, texts=2)
 
@@ -205,15 +193,16 @@ def steps() -> str:
   for rate, of_steps in zip(RATES, of_rates, strict=True):
     for count, new in zip(STEPS, of_steps, strict=True):
       bound = entropy(new, old)
-      rows = [measured(x, new, old, timed=False) for x in ('`delta`', *OF_STEPS)]
+      sizes = [measure(x, new, old, timed=False)[0] for x in OF_STEPS]
       changed = sum(np.count_nonzero(_bits(x) != _bits(old[k])) for k, x in new.items())
       large = {name: x for name, x in new.items() if x.size >= LARGE}
-      shares = [row.bytes / bound for row in rows]
+      shares = [x / bound for x in sizes]
       shares.insert(1, len(rotbits_jax.delta(large, old)) / entropy(large, old))
       cells = f'{2 * changed / size:.2%}', common.megabytes(bound)
       lines.append((f'{rate:g}', count, *cells, *(f'{x:.2f}' for x in shares)))
-  header = ['learning rate', 'steps', 'changed', 'entropy, MB', '`delta`', 'large']
-  return common.table([*header, *OF_STEPS], lines)
+  header = ['learning rate', 'steps', 'changed', 'entropy, MB']
+  header += [OF_STEPS[0], 'large', *OF_STEPS[1:]]
+  return common.table(header, lines)
 
 
 def rates() -> str:
@@ -222,14 +211,11 @@ def rates() -> str:
   draw = lambda: 0.02 * rng.standard_normal(TIMED_SHAPE, np.float32)
   masters = {name: draw() for name in ('a', 'b')}
   old = {name: x.astype(ml_dtypes.bfloat16) for name, x in masters.items()}
-  (new,), size = (
-    next(training(masters, [TIMED_RATE])),
-    sum(x.nbytes for x in old.values()),
-  )
+  (new,) = next(training(masters, [TIMED_RATE]))
   lines = []
-  for row in (measured(x, new, old) for x in ('`delta`', *OF_STEPS)):
-    speeds = (f'{size / x / 1e6:,.0f}' for x in (row.encode, row.decode))
-    lines.append((row.method, common.megabytes(row.bytes), *speeds))
+  for method in OF_STEPS:
+    coded, speeds = measure(method, new, old)
+    lines.append((method, common.megabytes(coded), *speeds))
   return common.table(('method', 'MB', 'encode MB/s', 'decode MB/s'), lines)
 
 

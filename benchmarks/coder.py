@@ -1,104 +1,63 @@
-"""Measures the coder alone: streams of weights, rANS messages, and rotations.
+"""Measures the coder alone: streams of weights, the parts of decoding, and rotations.
 
 A stream of weights is what a file has for a record: an array whose rows and columns
-differ in scale, encoded to bytes and decoded into the same memory on all CPUs. A
-message is that of `codecs.categorical`, which searches its tables by bisection. It is
-compared with constriction's ANS coder, which has one thread and 32-bit words. Both code
-the same symbols, the rounded logarithms of Gaussian numbers, with one frequency table.
+differ in scale, encoded to bytes and decoded into the same memory on all CPUs.
 
 Bits-back over O(n) pops a rotation and computes its matrix, and then recovers it from a
 matrix with errors of 1e-4 and pushes it back.
 """
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Callable, Iterator
+import contextlib
+import pathlib
+import tempfile
+import time
 from typing import Any
+from unittest import mock
 
-import constriction
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from benchmarks import common
-from rotbits_jax.coding import codecs
+import rotbits_jax
+from rotbits_jax.coding import blocks
 from rotbits_jax.coding import coder
+from rotbits_jax.coding import layouts
+from rotbits_jax.coding import pool
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import haar
+from rotbits_jax.system import checksums
+from rotbits_jax.system import files
 
 TITLE = 'The coder'
 RUNS = 5
-LANES = 64, 1024
-ALPHABET = 64
+REST = 'copy to the result, the rest'
+PARTS = {
+  'loop': (blocks, '_run'),
+  'read, with CRC-32': (files.File, 'read'),
+  'classes': (blocks, '_classes'),
+  'lists of escapes': (layouts.Pairs, 'listed'),
+  'CRC-32 of the result': (checksums, 'of_array'),
+}
+"""The functions that decoding a record consists of."""
 
 
-def symbols_of(count: int) -> np.ndarray:
-  """Draws symbols: the logarithms of Gaussian numbers, in steps of an eighth."""
-  numbers = np.abs(np.random.default_rng(0).standard_normal(count, np.float32))
-  steps = np.rint(8 * np.log2(np.maximum(numbers, 1e-3))) + 48
-  return np.clip(steps, 0, ALPHABET - 1).astype(np.uint32)
-
-
-def of_message(symbols: np.ndarray, lanes: int) -> tuple[float, float, float]:
-  """Returns the seconds to push and to pop, and the bits of the message."""
-  counts = np.bincount(symbols, minlength=ALPHABET)[None]
-  contexts = jnp.zeros(symbols.size, jnp.uint8)
-  codec = codecs.categorical(contexts, tables.quantize(counts))
-  empty = rans.empty(lanes)
-  push, pop = jax.jit(codec.push), jax.jit(codec.pop)
-  pushed = jnp.asarray(symbols)
-  message = rans.check(push(empty, pushed))
-  if not np.array_equal(pop(message)[1], symbols):
-    raise ValueError('the popped symbols differ')
-  return (
-    common.median_seconds(lambda: push(empty, pushed), RUNS),
-    common.median_seconds(lambda: pop(message), RUNS),
-    16.0 * rans.to_words(message).size,
-  )
-
-
-def of_constriction(symbols: np.ndarray) -> tuple[float, float, float]:
-  """Returns the seconds to encode and to decode, and the bits."""
-  counts = np.bincount(symbols, minlength=ALPHABET)
-  present = np.flatnonzero(counts)
-  index = np.searchsorted(present, symbols).astype(np.int32)
-  probabilities = (counts[present] / symbols.size).astype(np.float32)
-  model = constriction.stream.model.Categorical(probabilities, perfect=False)
-
-  def encode() -> np.ndarray:
-    message = constriction.stream.stack.AnsCoder()
-    message.encode_reverse(index, model)
-    return message.get_compressed()
-
-  words = encode()
-  decode = lambda: constriction.stream.stack.AnsCoder(words).decode(model, index.size)
-  encoding, decoding = (common.median_seconds(x, RUNS) for x in (encode, decode))
-  return encoding, decoding, 32.0 * words.size
-
-
-def messages(count: int) -> str:
-  """Returns the table of messages."""
-  symbols = symbols_of(count)
-  entropy = tables.entropy_bits(np.bincount(symbols, minlength=ALPHABET))
-  ways = {'constriction': of_constriction(symbols)}
-  for lanes in LANES:
-    ways[f'{lanes} lanes'] = of_message(symbols, lanes)
-  rows = []
-  for name, (*seconds, bits) in ways.items():
-    rates = (f'{count / x / 1e6:,.0f}' for x in seconds)
-    rows.append((name, *rates, f'{bits / entropy - 1:.3%}'))
-  header = ('message', 'push, million/s', 'pop, million/s', 'over the entropy')
-  return common.table(header, rows)
+def weights(count: int, dtype: Any) -> np.ndarray:
+  """Draws normally distributed weights whose rows and columns differ in scale."""
+  rng, width = np.random.default_rng(0), 1024
+  octaves = rng.normal(0, 0.4, (count // width, 1)) + rng.normal(0, 0.3, width)
+  numbers = rng.standard_normal((count // width, width), np.float32)
+  return (numbers * np.exp2(octaves - 5)).astype(dtype)
 
 
 def streams(count: int) -> str:
   """Returns the table of streams of weights."""
-  rows, width = [], 1024
+  rows = []
   for dtype in (ml_dtypes.bfloat16, np.float16, np.float32):
-    rng = np.random.default_rng(0)
-    octaves = rng.normal(0, 0.4, (count // width, 1)) + rng.normal(0, 0.3, width)
-    numbers = rng.standard_normal((count // width, width), np.float32)
-    array = (numbers * np.exp2(octaves - 5)).astype(dtype)
+    array = weights(count, dtype)
     encoded, out = coder.encode([array]), [np.empty_like(array)]
     spec, data = encoded.spec, encoded.data
     decode = lambda: coder.decode(spec, data, out=out)  # noqa: B023
@@ -113,12 +72,43 @@ def streams(count: int) -> str:
   return common.table(header, rows)
 
 
+def parts_of_decoding(count: int) -> str:
+  """Returns the table of what one thread does to decode a record of a file."""
+  array, spent = weights(count, np.float16), collections.Counter[str]()
+
+  def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+      start = time.perf_counter()
+      result = function(*arguments, **options)
+      spent[name] += round(1e9 * (time.perf_counter() - start))
+      return result
+
+    return call
+
+  with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    path = pathlib.Path(folder, 'x.rotbits')
+    path.write_bytes(rotbits_jax.encode({'a': array}))
+    decode = rotbits_jax.file.Reader(path).decode
+    replace = lambda *names: stack.enter_context(mock.patch.object(*names))
+    replace(pool, 'run', lambda jobs: [job() for job in jobs])
+    for name, place in PARTS.items():
+      replace(*place, timed(name, getattr(*place)))
+    runs = []
+    for _ in range(16):
+      spent.clear()
+      timed(REST, decode)('a', rows={'a': [np.empty_like(array)]})
+      runs.append({**spent, REST: 2 * spent[REST] - spent.total()})
+  least = {name: min(run[name] for run in runs) / count for name in (*PARTS, REST)}
+  least['in all'] = sum(least.values())
+  rows = [(name, f'{x:.2f}') for name, x in least.items()]
+  return common.table(('part', 'ms'), rows)
+
+
 def rotation(n: int) -> tuple[float, float, float, float]:
   """Measures bits-back over O(n).
 
-  Returns:
-    Seconds to pop a rotation, seconds to recover it and push it back, and the bits that
-    it takes and that come back, for each of n (n - 1) / 2 parameters.
+  Returns the seconds to pop a rotation, and to recover it and push it back; and the
+  bits that it takes and that come back, for each of n (n - 1) / 2 parameters.
   """
   lanes = 64
   depth = 2 * n * n // lanes + 64
@@ -157,6 +147,27 @@ def rotation(n: int) -> tuple[float, float, float, float]:
   )
 
 
+def haar_bias(n: int, messages: int, pops: int) -> np.ndarray:
+  """Returns means of entries of popped rotations, relative to n^(-1/2): `[n, n]`.
+
+  That is the standard deviation under the Haar measure; the means should be 0.
+  """
+
+  @jax.jit
+  def means(key: jax.Array) -> jax.Array:
+    words = jax.random.bits(key, (2 * pops + 64, 64), jnp.uint16)
+
+    def pop(message: rans.Message, _: None) -> tuple[rans.Message, jax.Array]:
+      message, cells = haar.codec(n, n).pop(message)
+      return message, haar.rotation(cells, n, n)
+
+    _, rotations = jax.lax.scan(pop, rans.stacked(words), length=pops)
+    return rotations.mean(axis=0)
+
+  keys = jax.random.split(jax.random.key(0), messages)
+  return n**0.5 * np.mean([np.asarray(means(key), np.float64) for key in keys], axis=0)
+
+
 def run(settings: common.Settings) -> Iterator[common.Section]:
   del settings
   count = 1 << 22
@@ -165,13 +176,19 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
     pop, push, taken, back = rotation(n)
     seconds = f'{1e3 * pop:.1f}', f'{1e3 * push:.1f}'
     rotations.append((n, *seconds, f'{taken:.2f}', f'{back:.2f}'))
+  runs, pops = 64, 2048
+  biases, noise = np.abs(haar_bias(16, runs, pops)), (runs * pops) ** -0.5
   parts = [
     f'Records of {count:,} normally distributed weights, coded as in a file:',
     streams(count),
-    f'Messages of {count:,} symbols with one table, by lanes, and by constriction:',
-    messages(count),
+    'Milliseconds per million weights of what one thread does to decode a file of such '
+    'weights in float16, least of 16 runs:',
+    parts_of_decoding(2 * count),
     'Rotations in n dimensions by bits-back, with the bits per parameter that are '
     'popped and those that come back:',
     common.table(('n', 'pop ms', 'push ms', 'taken', 'back'), rotations, texts=0),
+    'Means of the entries of popped rotations in O(16), which should be 0, relative to '
+    f'their standard deviation: {np.sqrt(np.mean(biases**2)):.2%} in the root mean '
+    f'square, {biases.max():.2%} at most; measurement noise is {noise:.2%}.',
   ]
   yield common.Section(TITLE, '\n\n'.join(parts))

@@ -33,6 +33,7 @@ BENCHMARKS = {
   'speed': 'encoding and decoding, and zstd, ZipNN, lmzip and OpenZL',
   'large': 'time and memory for the shape of Llama-2-7B',
   'coder': 'the entropy coder, and rotations by bits-back',
+  'canonicalize': 'canonical weights of a whole model in one call',
   'paper': 'the parts of the published scheme',
   'accounting': 'sizes of sliced models, from their shapes alone',
   'pictures': 'no section: the pictures, and the tables of README.md',

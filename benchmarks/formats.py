@@ -2,10 +2,10 @@
 
 Each function rounds the matrices of a model and says how many bytes they take; vectors
 keep their dtype. GGUF's K-formats are written after the dequantisers of the package
-`gguf`, which has no quantisers for them: each block takes the scale, and the minimum,
-of least squared error among those around the greatest number, and then scales are
-rounded as the format has them. llama.cpp also weighs errors by the inputs if it has an
-importance matrix, and its mixtures take other formats for some tensors.
+`gguf`, which has no quantisers for them: each block takes the scale and the minimum of
+least squared error among some, and then these are rounded as the format has them.
+llama.cpp also weighs errors by the inputs if it has an importance matrix, and its
+mixtures take other formats for some tensors.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,10 @@ from rotbits_jax import structured
 Rounded = tuple[np.ndarray, float]
 """Rounded rows, and the bytes that they take."""
 
+_MOST = {
+  'Q5_K': 31,
+  'Q4_K': 15,
+}  # the greatest integer of formats that `gguf` cannot make
 _PART = 1024  # blocks that are searched at once, in one shape, so they compile once
 
 
@@ -88,37 +92,14 @@ def in_blocks(model: models.Model, name: str) -> Stored:
 
   def rounded(rows: np.ndarray) -> Rounded:
     flat = np.pad(rows.reshape(-1), (0, -rows.size % length)).reshape(-1, length)
-    if name in _SEARCHED:
+    if name in _MOST:
       parts = np.pad(flat, ((0, -len(flat) % _PART), (0, 0))).reshape(-1, _PART, length)
-      numbers = np.concatenate([_SEARCHED[name](x) for x in parts])
+      numbers = np.concatenate([_shifted(x, _MOST[name]) for x in parts])
     else:
       numbers = gguf.quants.dequantize(gguf.quants.quantize(flat, kind), kind)
     return numbers.reshape(-1)[: rows.size].reshape(rows.shape), len(flat) * size
 
   return stored(model, rounded)
-
-
-@jax.jit
-def _scaled(x: jax.Array) -> jax.Array:
-  """Rounds blocks of 16 to multiples of a scale, as Q6_K does, given `[N, 256]`."""
-  shape, x = x.shape, x.reshape(len(x), -1, 16)
-  places = jnp.abs(x).argmax(-1, keepdims=True)
-  greatest = jnp.take_along_axis(x, places, -1)
-  best, scale = jnp.full(greatest.shape, jnp.inf), jnp.zeros_like(greatest)
-  nearest = lambda x: jnp.clip(jnp.rint(x), -32, 31)
-  for shift in np.linspace(-0.12, 0.12, 13).tolist():
-    q = nearest(_ratio(x, greatest) * (-32 * (1 + shift)))
-    dot, square = (x * q).sum(-1, keepdims=True), (q * q).sum(-1, keepdims=True)
-    candidate = _ratio(dot, square)
-    error = -candidate * dot  # besides the squares of x
-    is_better = error < best
-    best = jnp.where(is_better, error, best)
-    scale = jnp.where(is_better, candidate, scale)
-  # The greatest scale is the least integer, which is one farther from 0.
-  greatest = jnp.take_along_axis(scale, jnp.abs(scale).argmax(1, keepdims=True), 1)
-  unit = _half(greatest / -128)
-  scale = unit * jnp.clip(jnp.rint(_ratio(scale, unit)), -128, 127)
-  return (scale * nearest(_ratio(x, scale))).reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -165,11 +146,3 @@ def _half(x: Any) -> Any:
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
   """Divides, and gives 0 for a division by 0."""
   return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
-
-
-_SEARCHED: dict[str, Callable[[np.ndarray], jax.Array]] = {
-  'Q6_K': _scaled,
-  'Q5_K': lambda x: _shifted(x, 31),
-  'Q4_K': lambda x: _shifted(x, 15),
-}
-"""Quantisers that the package `gguf` lacks: blocks to their rounded numbers."""

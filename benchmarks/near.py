@@ -4,7 +4,7 @@ The same code measures all ways to store the same matrices, on the same text:
 
   near              one step for all matrices, rounded with error feedback
   near, calibrated  a step for each matrix, row and column, by the Fisher information
-  GGUF              blocks of 32 or 256 weights with scales of their own
+  GGUF              blocks of 32 or 256 weights with scales
   rows, zstd        integers with one scale for each output, compressed by zstd
 
 For `near`, bytes are those of the whole file, without a tokenizer; for other formats,
@@ -29,9 +29,9 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.presets import steps as steps_lib
 
-TOKENS, CALIBRATION_TOKENS = 1024, 2048
+TOKENS, CALIBRATION_TOKENS = 1024, 1024
 STEPS = (-5, -3, -1)
-BLOCKS = ('Q8_0', 'Q6_K', 'Q5_K', 'Q4_K')
+BLOCKS = ('Q8_0', 'Q5_K', 'Q4_K')
 WIDTHS = (8, 4)
 PLAIN, CALIBRATED, GGUF, ROWS = 'near', 'near, calibrated', 'GGUF', 'rows, zstd'
 PICTURES = {

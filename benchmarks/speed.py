@@ -31,7 +31,7 @@ class Subject(NamedTuple):
   Attributes:
     name: in the table.
     tensors: its weights as one safetensors file.
-    checkpoint: its folder, for `free`; None if the family is not known.
+    checkpoint: its folder, for `OURS`; None if the family is not known.
     others: the other compressors.
   """
 
@@ -52,14 +52,13 @@ def subjects(settings: common.Settings, work: pathlib.Path) -> Iterator[Subject]
     yield Subject('SmolLM2-135M, bfloat16, once Q4_1', path)
   width, layers = (512, 5) if settings.quick else (1024, 12)
   tied = {'tie_word_embeddings': True, 'vocab_size': 32 * width}
-  name = f'random sliced Llama, {width} x {layers} layers'
-  for label, fields, others in (
-    (f'{name}, tied', tied, OTHERS[:1]),
-    (name, {}, OTHERS),
-  ):
-    folder = work / label
-    synthetic.write(folder, synthetic.llama(width, layers, **fields))
-    yield Subject(label, *_plain(folder, work), others)
+  several = ((layers // 2, tied, OTHERS[:1]), (layers, {}, OTHERS))
+  for count, fields, others in several:
+    folder = work / f'{width}x{count}'
+    synthetic.write(folder, synthetic.llama(width, count, **fields))
+    kind = 'random sliced Llama, tied' if fields else 'random sliced Llama'
+    name = f'{kind}, {width} x {count} layers'
+    yield Subject(name, *_plain(folder, work), others)
 
 
 def _plain(
@@ -91,7 +90,7 @@ def measure(
   ours = OURS if subject.checkpoint else OURS[:1]
   for name in (*others, *ours):
     python = settings.peers_python if name in others else sys.executable
-    source = subject.tensors if name != 'free' else subject.checkpoint
+    source = (name in ours and subject.checkpoint) or subject.tensors
     encode = common.run_peer(str(python), name, 'compress', source, packed)
     decode = common.run_peer(str(python), name, 'decode', packed)
     if name == 'safetensors':
