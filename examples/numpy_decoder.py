@@ -101,7 +101,7 @@ def read_group(group, tables, blocks, parts, known=None):
   kind, r, *_ = group
   take = stream(zlib.decompress(tables, -15))
   p, levels, step = (14, 4, 2) if kind == 'floats' else (12, 32, 1)
-  unit, size, count = (2, 32, levels) if kind in PAIRS else (1, 255, 256)
+  unit, size, levels = (2, 32, levels) if kind in PAIRS else (1, 255, 256)
   base = np.cumsum(take(256 if unit == 1 and r else 1, '<i2'))
   classes = [known]
   if known is None:
@@ -115,13 +115,12 @@ def read_group(group, tables, blocks, parts, known=None):
       k += take(rows)[:, None] if mode & 1 else 0
       k += take(columns // shared).repeat(shared) if mode & 2 else 0
       classes.append(k.ravel()[: part.size : unit])
-  stored = np.cumsum(take(count)) - 1
+  stored = np.cumsum(take(levels)) - 1
   frequencies = ([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)[stored]
   k = np.int64(np.concatenate(classes))
-  told = np.stack([k, np.resize(base, 256)[k]])
+  told = np.stack([k % levels, k // levels * step + np.resize(base, 256)[k]])
   if unit == 2:
-    told = np.stack([k % levels, k // levels * step + base])
-    frequencies = (frequencies[:, :, None] * frequencies[:, None]).reshape(count, -1)
+    frequencies = (frequencies[:, :, None] * frequencies[:, None]).reshape(levels, -1)
     frequencies = frequencies[:, :-1] + (1 << 27 - p) >> 28 - p
   escape = (1 << p) - frequencies.sum(1, keepdims=True)
   frequencies = np.append(frequencies, escape, 1)
@@ -245,44 +244,10 @@ def difference(leaf, s, a, tensors, base, config):
   return (b + d).view(dtype)
 
 
-def read_basis(numbers, step, mask=None):
-  """A basis in units of 2^-25."""
-  array = np.float64(numbers) * step
-  if mask is None:
-    return array
-  m, d = array.shape
-  one = lambda n: 2.0**25 * np.eye(n)
-  scaled = lambda x: np.rint(x * 2.0**-25)
-  g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
-  for _ in range(5):
-    z = scaled(z @ (2 * one(m) - scaled(g @ z)))
-  low = 2 * scaled(z @ array)
-  rows = np.vstack([one(d) - scaled(array.T @ low), low])
-  is_top = np.unpackbits(mask, count=m + d, bitorder='little') > 0
-  return rows[np.argsort(np.argsort(~is_top, stable=True))]
-
-
 def floats(codes, form):
   """The float32 of codes of scales and of minima."""
   n = codes.astype(np.int64) + form[0]
   return np.uint32((np.abs(n) << form[1]) | (n < 0) << 31).view('f4')
-
-
-def dequantized(s, numbers, scales, factor=1, minima=None, gaps=(), exceptions=0):
-  """An array that was quantised in blocks."""
-  scales = floats(scales, s.get('scale_form', (0, 0))) * np.float32(factor)
-  least = np.full(scales.shape, -0.0, 'f4')
-  if minima is not None:
-    least = floats(minima, s.get('minimum_form', (0, 0)))
-  array = numbers.astype('f4').reshape(-1, numbers.shape[-1])
-  if s['grid'] in ('int4', 'float4_e2m1fn'):
-    array[array == -16] = -0.0
-    array /= 1 if s['grid'] == 'int4' else 2
-  blocks = zip(array.shape, s['block'], strict=True)
-  places = np.ix_(*(np.arange(n) // m for n, m in blocks))
-  array = (array * scales[places] + least[places]).astype(s['name']).ravel()
-  array[np.cumsum(np.int64(gaps) + 1) - 1] = exceptions
-  return array
 
 
 def read_leaf(leaf, arrays, tensors, base, config):
@@ -299,13 +264,37 @@ def read_leaf(leaf, arrays, tensors, base, config):
   match kind:
     case None:
       is_packed = leaf['dtype'] in ('int2', 'int4')
-      return a[''].astype(leaf['dtype']).astype('i1') if is_packed else a['']
+      array = a[''].astype(leaf['dtype']).astype('i1') if is_packed else a['']
+      return array.reshape(leaf['shape'])
     case 'difference':
       array = difference(leaf, s, a, tensors, base, config)
     case 'block_quantized':
-      array = dequantized(s, **a)
+      scales = floats(a['scales'], s.get('scale_form', (0, 0))) * a.get('factor', 1)
+      least = np.full(scales.shape, -0.0, 'f4')
+      if 'minima' in a:
+        least = floats(a['minima'], s.get('minimum_form', (0, 0)))
+      array = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
+      if s['grid'] in ('int4', 'float4_e2m1fn'):
+        array[array == -16] = -0.0
+        array /= 1 if s['grid'] == 'int4' else 2
+      blocks = zip(array.shape, s['block'], strict=True)
+      places = np.ix_(*(np.arange(n) // m for n, m in blocks))
+      array = (array * scales[places] + least[places]).astype(s['name']).ravel()
+      array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
+    case 'basis' if 'mask' not in a:
+      array = a['numbers'] * s['step']
     case 'basis':
-      array = read_basis(step=s['step'], **a)
+      array = np.float64(a['numbers']) * s['step']
+      m, d = array.shape
+      one = lambda n: 2.0**25 * np.eye(n)
+      scaled = lambda x: np.rint(x * 2.0**-25)
+      g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
+      for _ in range(5):
+        z = scaled(z @ (2 * one(m) - scaled(g @ z)))
+      low = 2 * scaled(z @ array)
+      rows = np.vstack([one(d) - scaled(array.T @ low), low])
+      is_top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
+      array = rows[np.argsort(np.argsort(~is_top, stable=True))]
     case 'constant':
       array = np.full(leaf['shape'], a['value'])
     case 'identity_minus_gram':
@@ -350,9 +339,8 @@ def main(path, output, base=None):
     for leaf in sorted(record['leaves'], key=is_joined):
       a = {name: next(arrays) for name in leaf.get('arrays', [''])}
       if is_joined(leaf):
-        dtype, size = leaf['dtype'], math.prod(leaf['shape'])
-        left = joined[dtype] if dtype in joined else next(arrays)
-        a, joined[dtype] = {'': left[:size].reshape(leaf['shape'])}, left[size:]
+        left = joined[leaf['dtype']] if leaf['dtype'] in joined else next(arrays)
+        a[''], joined[leaf['dtype']] = np.split(left, [math.prod(leaf['shape'])])
       tensors[leaf['path']] = read_leaf(leaf, a, tensors, base, manifest.get('config'))
     empty += record.get('empty', [])
   tensors = {k: x.copy() for k, x in tensors.items() if not k.startswith('subspaces.')}
