@@ -95,7 +95,9 @@ class Folder:
     """Reads a record: nested dicts with whole paths; kernels are `[in, out]`."""
     flat: models.Params = {}
     for entry in self.entries[record]:
-      flat |= entry.read(self.tensors[entry.name].read())
+      # Copies of transposed kernels, here, because their tensors then leave memory.
+      arrays = entry.read(self.tensors[entry.name].read())
+      flat |= {path: host.contiguous(array) for path, array in arrays.items()}
     return structured.unflatten(flat)
 
   def specs(self, record: str) -> models.Params:
