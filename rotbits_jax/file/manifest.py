@@ -204,8 +204,8 @@ class RecordEntry(schema.Object, kw_only=True):
   def joined(self) -> Mapping[str, int]:
     """The number of elements of leaves that are joined, by their dtype."""
     sizes = collections.Counter[str]()
-    for leaf in self.leaves:
-      sizes.update({leaf.dtype: leaf.size} if leaf.is_joined else {})
+    for leaf in filter(lambda leaf: leaf.is_joined, self.leaves):
+      sizes[leaf.dtype] += leaf.size
     return sizes
 
   def check(self) -> None:
