@@ -37,6 +37,8 @@ _BELOW, _ABOVE = 3, 8
 
 # A minimum exponent that is further below the scale saves less than 0.03 bits.
 _MOST_BELOW = 6
+# Fewer elements save less than the program for them takes to compile.
+_LEAST_RAISED = 1 << 10
 _MOST_ABOVE = 2
 
 _TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no bin
@@ -125,7 +127,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   # All elements are multiples of the step of the minimum exponent `lowest`. Those above
   # the minimum exponent end in so many zeros, so those below must.
   least = min(least, lowest - (zeros if low else most))
-  is_raised = least > useless
+  is_raised = least > useless and bits.size >= _LEAST_RAISED
   raw_bits = max(most - zeros - is_raised, 1)
   if not is_raised:
     return layouts.Pairs(dtype, raw_bits), 0
