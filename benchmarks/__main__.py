@@ -1,7 +1,7 @@
 """Runs benchmarks, and writes their sections of RESULTS.md.
 
   python -m benchmarks                       lists them
-  python -m benchmarks all --results         writes RESULTS.md: 25 minutes on two cores
+  python -m benchmarks all --results         writes RESULTS.md: 30 minutes on two cores
   python -m benchmarks all --quick           without SmolLM2: 10 minutes
   python -m benchmarks NAME ... [--results]  runs some
 
