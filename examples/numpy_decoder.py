@@ -136,15 +136,15 @@ def read_group(group, tables, blocks, parts, known=None):
 def read_record(spec, data):
   """The arrays of a record; functions of the classes if these are known."""
   take, decoded, parts = stream(data), {}, collections.defaultdict(list)
-  for name, shape, _, groups, zeros in spec['arrays']:
+  for name, shape, _, groups, m in spec['arrays']:
     rows, columns, dtype = math.prod(shape[:-1]), math.prod(shape[-1:]), np.dtype(name)
     forms = [(shape, dtype)]
-    if zeros:
-      signs = math.ceil((rows * columns - zeros[0]) / 8) * zeros[1]
-      forms = [((rows, math.ceil(columns / 8)), 'u1'), (signs, 'u1'), (zeros[0], dtype)]
+    if len(groups) > 1:
+      signs = math.ceil((rows * columns - m) / 8)
+      forms = [((rows, math.ceil(columns / 8)), 'u1'), (m, dtype), (signs, 'u1')]
     elif dtype.itemsize == 8 or (dtype.itemsize > 1 and dtype.kind == 'u'):
       forms = [((rows * columns, dtype.itemsize), 'u1')]
-    for group, form in zip(groups, forms, strict=True):
+    for group, form in zip(groups, forms, strict=False):
       parts[group].append(np.empty(*form))
   tables = [take(group[2]) for group in spec['groups']]
   for i, group in enumerate(spec['groups']):
@@ -152,15 +152,15 @@ def read_record(spec, data):
     read = functools.partial(read_group, group, tables[i], blocks, parts[i])
     decoded[i] = iter([read]) if group[0] == 'known' else read()
   decoded[None] = (take(x.size, x.dtype).reshape(x.shape) for x in parts[None])
-  for dtype, shape, crc32, groups, zeros in spec['arrays']:
+  for dtype, shape, crc32, groups, _ in spec['arrays']:
     array, *others = (next(decoded[group]) for group in groups)
-    if zeros:  # the array is a mask
-      signs, values = others
+    if others:  # the array is a mask
+      values, *signs = others
       is_set = np.unpackbits(array, axis=1, count=shape[-1]) > 0
       array = np.zeros(is_set.shape, f'u{values.itemsize}')
       array[is_set] = values.view(array.dtype)
-      if zeros[1]:
-        negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
+      if signs:
+        negative = np.unpackbits(signs[0], count=np.count_nonzero(~is_set))
         array[~is_set] = negative.astype(array.dtype) << 8 * array.itemsize - 1
     if not callable(array):
       assert zlib.crc32(array.tobytes()) == crc32, 'an array is damaged'

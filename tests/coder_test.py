@@ -271,7 +271,7 @@ class DamageTest(parameterized.TestCase):
       normal((50, 40), np.float32),
       np.arange(5000),
       integers((40, 40), np.int8, 9),
-      pruned(0.8, np.float32, (90, 60)),
+      -pruned(0.8, np.float32, (90, 60)),
       array,
     ]
     encoded = with_classes(cls.arrays, {6: cls.known})
@@ -348,14 +348,14 @@ class DamageTest(parameterized.TestCase):
     ('float64', [1 << 40], None, None),
     ('float64', [0, 1 << 70], None, None),
     ('float64', [1] * 65, None, None),
-    ('float16', [4], None, [5, False]),
+    ('float16', [4], None, 5),
   )
   def test_huge_arrays_are_refused_before_they_are_allocated(
-    self, dtype, shape, group, zeros
+    self, dtype, shape, group, nonzeros
   ):
-    groups = [group] * (3 if zeros else 1)
+    groups = [group] * (3 if nonzeros else 1)
     value = {
-      'arrays': [[dtype, shape, 0, groups, zeros]],
+      'arrays': [[dtype, shape, 0, groups, nonzeros]],
       'groups': [['floats', 8, 20, [200]]] if group == 0 else [],
     }
     with self.assertRaises(ValueError):

@@ -85,10 +85,10 @@ def encode(
       dtype=array.dtype.name,
       shape=array.shape,
       crc32=crc32,
-      groups=tuple(itertools.islice(indices, 3 if zeros else 1)),
-      zeros=zeros,
+      groups=tuple(itertools.islice(indices, len(parts))),
+      nonzeros=parts[1].size if len(parts) > 1 else None,
     )
-    for array, crc32, zeros in zip(plan.arrays, checksums, plan.zeros, strict=True)
+    for array, crc32, parts in zip(plan.arrays, checksums, plan.parts, strict=True)
   )
   pieces = [np.frombuffer(b''.join(heads), np.uint8), *itertools.chain(*bodies)]
   pieces += [x.reshape(-1).view(np.uint8) for x in plan.plain]
@@ -152,10 +152,10 @@ def decode(
   checksums: dict[int, int] = {}
 
   def finish(i: int) -> None:
-    zeros = spec.arrays[i].zeros
-    if zeros:
-      zeros.join(parts_of[i], arrays[i])
-    checksum = None if zeros else checksums.get(i)
+    has_parts = len(parts_of[i]) > 1
+    if has_parts:
+      spec.arrays[i].join(parts_of[i], arrays[i])
+    checksum = None if has_parts else checksums.get(i)
     if checksum is None:
       checksum = checksums_lib.of_array(arrays[i])
     if checksum != spec.arrays[i].crc32:
@@ -209,7 +209,7 @@ def _decode_group(
 
 def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
   """Returns arrays to decode the parts of an array into."""
-  if spec.zeros:
+  if len(spec.parts) > 1:
     return [host.empty(shape, dtype) for dtype, shape in spec.parts]
   ((dtype, shape),) = spec.parts
   return [array.reshape(-1).view(dtype).reshape(shape)]

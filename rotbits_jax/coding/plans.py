@@ -72,15 +72,15 @@ class Plan(NamedTuple):
   """How the arrays of a record are stored."""
 
   arrays: list[np.ndarray]  # the arrays in C order
-  zeros: list[specs.Zeros | None]  # of arrays that are stored without their zeros
-  parts: list[np.ndarray]  # those of one array after the other
+  parts: list[list[np.ndarray]]  # those of each array, see `specs.ArraySpec`
   groups: list[Group]  # the parts that are coded
 
   @property
   def plain(self) -> list[np.ndarray]:
     """The parts that are stored as they are."""
     coded = {part.place for group in self.groups for part in group.parts}
-    return [x for i, x in enumerate(self.parts) if i not in coded]
+    parts = enumerate(itertools.chain(*self.parts))
+    return [part for place, part in parts if place not in coded]
 
 
 class _Draft(NamedTuple):
@@ -107,7 +107,7 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Group]) -> Plan:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   whole = pool.each(host.contiguous, map(np.asarray, arrays))
   divided = pool.each(_divided, whole, [i in known for i in range(len(whole))])
-  drafts = [*itertools.chain(*(several for _, several in divided))]
+  drafts = [*itertools.chain(*divided)]
   # A group can tell minimum exponents that are not far apart.
   least = min((x.min_exponent for x in drafts if x.min_exponent), default=0)
   several: dict[Any, dict[int, _Draft]] = {}
@@ -117,10 +117,10 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Group]) -> Plan:
       several.setdefault(key, {})[i] = draft
   planned = pool.each(_group, (layout for layout, _ in several), several.values())
   groups = [group for group in map(_smaller, planned) if group]
-  starts = [0, *itertools.accumulate(len(parts) for _, parts in divided)]
+  starts = [0, *itertools.accumulate(map(len, divided))]
   for i, group in known.items():
     groups.append(group._replace(parts=[group.parts[0]._replace(place=starts[i])]))
-  return Plan(whole, [form for form, _ in divided], [x.numbers for x in drafts], groups)
+  return Plan(whole, [[x.numbers for x in several] for several in divided], groups)
 
 
 def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
@@ -137,42 +137,38 @@ def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
   return group._replace(is_known=True)
 
 
-def _divided(
-  array: np.ndarray, is_known: bool
-) -> tuple[specs.Zeros | None, list[_Draft]]:
-  """Returns the form of an array, and its parts."""
+def _divided(array: np.ndarray, is_known: bool) -> list[_Draft]:
+  """Returns the parts of an array."""
   dtype, size = array.dtype, array.itemsize
   if is_known or not array.size or dtype.kind == 'b':
-    return None, [_Draft(array)]
+    return [_Draft(array)]
   of_bytes = layouts.Integers(np.dtype(np.uint8), 0)
   if dtype in layouts.FORMATS:
     bits = array.reshape(-1).view(f'u{size}')
     layout, min_exponent = statistics.of_floats(bits, dtype)
     floats = lambda x: _Draft(x, layout, statistics.measure(x, 2), min_exponent)
     if not statistics.has_zeros(bits, min_exponent > 0):
-      return None, [floats(array)]
+      return [floats(array)]
     rows = bits.reshape(-1, array.shape[-1])
     is_set = rows << 1 > 0
-    values, negative = rows[is_set].view(dtype), rows[~is_set] > 0
-    form = specs.Zeros(values.size, bool(negative.any()))
-    mask = np.packbits(is_set, axis=1)
-    signs = np.packbits(negative[: negative.size if form.negative else 0])
-    return form, [
+    mask, values = np.packbits(is_set, axis=1), rows[is_set].view(dtype)
+    negative = rows[~is_set] > 0
+    parts = [
       _Draft(mask, of_bytes, statistics.densities(mask)),
-      _Draft(signs, of_bytes if signs.size else None),
       floats(values) if values.size else _Draft(values),
     ]
+    return parts + [_Draft(np.packbits(negative), of_bytes)] * bool(negative.any())
   if specs.is_of_bytes(dtype):
     array = array.reshape(-1).view(np.uint8).reshape(-1, size)
   if array.dtype == np.uint8:  # each byte of an element has a class
-    return None, [_Draft(array, of_bytes, (np.zeros(1, int), np.arange(size)))]
+    return [_Draft(array, of_bytes, (np.zeros(1, int), np.arange(size)))]
   of_integers = statistics.of_integers(array.reshape(-1))
   lines = statistics.measure(array, of_integers.size)
   # Bins that are right for some lines are too wide for others.
   if of_integers.raw_bits and np.std(lines[0]) + np.std(lines[1]) > _MOST_SPREAD:
     of_integers = layouts.Integers(dtype, 0)
     lines = statistics.measure(array, of_integers.size)
-  return None, [_Draft(array, of_integers, lines)]
+  return [_Draft(array, of_integers, lines)]
 
 
 def _smaller(group: Group) -> Group | None:

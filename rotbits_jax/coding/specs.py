@@ -47,58 +47,30 @@ _MAX_GROUPS = 16  # of few elements
 _ELEMENTS_PER_GROUP = 1 << 17
 
 
-class Zeros(schema.Row):
-  """An array without its zeros, n elements, is stored as three parts.
-
-  They are a mask; the signs of the zeros, if one is -0; and the elements that are not
-  zero. A byte of the mask holds eight successive elements of a row, so the coder sees
-  patterns, such as two zeros in every four.
-  """
-
-  values: schema.Size  # n
-  negative: bool  # whether a zero is -0
-
-  def parts(self, dtype: np.dtype, shape: tuple[int, ...]) -> Parts:
-    """Returns the dtype and the shape of each part of an array."""
-    signs = -(-(math.prod(shape) - self.values) // 8) if self.negative else 0
-    mask = math.prod(shape[:-1]), -(-math.prod(shape[-1:]) // 8)
-    uint8 = np.dtype(np.uint8)
-    return [(uint8, mask), (uint8, (signs,)), (dtype, (self.values,))]
-
-  def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-    """Makes an array of its parts, which may be damaged."""
-    mask, signs, values = parts
-    unsigned = np.dtype(f'u{out.itemsize}')
-    bits = out.view(unsigned).reshape(len(mask), -1)
-    bits[...] = 0
-    is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]).view(bool)
-    if np.count_nonzero(is_set) != self.values:
-      raise ValueError(f'the mask does not have {self.values} elements')
-    bits[is_set] = values.view(unsigned)
-    if self.negative:
-      negative = np.unpackbits(signs, count=bits.size - self.values)
-      bits[~is_set] = negative.astype(unsigned) << 8 * out.itemsize - 1
-
-
 class ArraySpec(schema.Row):
-  """An array of a stream."""
+  """An array of a stream.
+
+  An array is one part, unless it is stored without its zeros. Then its parts are a
+  mask, the elements that are not zero, and, if a zero is -0, the signs of the zeros. A
+  byte of the mask holds eight successive elements of a row, so the coder sees patterns,
+  such as two zeros in every four.
+  """
 
   dtype: Annotated[str, schema.one_of(DTYPES)]  # name of the dtype, one of `DTYPES`
   shape: tuple[schema.Size, ...]  # shape of the array
   crc32: schema.Crc32  # CRC-32 of the bytes of the array in C order
-  # For each part, the index of its group; None if the part is stored as it is. An array
-  # is its only part, unless it is stored without zeros.
+  # For each part, the index of its group; None if the part is stored as it is.
   groups: tuple[schema.Size | None, ...]
-  zeros: Zeros | None  # where they are, if it is stored without them
+  nonzeros: schema.Size | None  # number of elements of an array stored without zeros
 
   def __post_init__(self) -> None:
     sizes = [size for size in self.shape if size]
     if len(self.shape) > _MAX_AXES or math.prod(sizes) > _MAX_SIZE:
       raise ValueError(f'an array of shape {self.shape!r:.100} is too large')
-    if self.zeros and self.zeros.values > self.size:
-      raise ValueError(f'{self.size} elements cannot have {self.zeros.values=}')
-    if len(self.groups) != len(self.parts):
-      raise ValueError(f'{len(self.parts)} parts in {len(self.groups)} groups')
+    if self.nonzeros is not None and self.nonzeros > self.size:
+      raise ValueError(f'{self.size} elements cannot have {self.nonzeros=}')
+    if len(self.groups) not in ((1,) if self.nonzeros is None else (2, 3)):
+      raise ValueError(f'an array cannot have {len(self.groups)} parts')
     for group, (dtype, shape) in zip(self.groups, self.parts, strict=True):
       if group is not None and (not math.prod(shape) or dtype.itemsize > 4):
         raise ValueError(f'a part of {dtype} {list(shape)} cannot be coded')
@@ -118,11 +90,29 @@ class ArraySpec(schema.Row):
   @property
   def parts(self) -> Parts:
     """The dtype and the shape of each part."""
-    if self.zeros:
-      return self.zeros.parts(self.numpy_dtype, self.shape)
-    if is_of_bytes(self.numpy_dtype):
-      return [(np.dtype(np.uint8), (self.size, self.numpy_dtype.itemsize))]
-    return [(self.numpy_dtype, self.shape)]
+    uint8, dtype, shape = np.dtype(np.uint8), self.numpy_dtype, self.shape
+    if self.nonzeros is not None:
+      mask = math.prod(shape[:-1]), -(-math.prod(shape[-1:]) // 8)
+      signs = -(-(self.size - self.nonzeros) // 8)
+      parts: Parts = [(uint8, mask), (dtype, (self.nonzeros,)), (uint8, (signs,))]
+      return parts[: len(self.groups)]
+    return [
+      (uint8, (self.size, dtype.itemsize)) if is_of_bytes(dtype) else (dtype, shape)
+    ]
+
+  def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """Makes an array without zeros of its parts, which may be damaged."""
+    mask, values, *signs = parts
+    unsigned = np.dtype(f'u{out.itemsize}')
+    bits = out.view(unsigned).reshape(len(mask), -1)
+    bits[...] = 0
+    is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]).view(bool)
+    if np.count_nonzero(is_set) != self.nonzeros:
+      raise ValueError(f'the mask does not have {self.nonzeros} elements')
+    bits[is_set] = values.view(unsigned)
+    if signs:
+      negative = np.unpackbits(signs[0], count=bits.size - values.size)
+      bits[~is_set] = negative.astype(unsigned) << 8 * out.itemsize - 1
 
 
 _PAIRS = 'floats', 'raised', 'codes'
@@ -178,7 +168,9 @@ class StreamSpec(schema.Object):
     for group, members in zip(self.groups, self.members[:-1], strict=True):
       if len({member.dtype for member in members}) != 1:
         raise ValueError('a group must have parts of one dtype')
-      if group.is_known and (len(members) > 1 or self.arrays[members[0].array].zeros):
+      if group.is_known and (
+        len(members) > 1 or self.arrays[members[0].array].nonzeros is not None
+      ):
         raise ValueError('a group of known classes must be one array')
       size = group.layout(members[0].dtype).size
       units = sum(-(-x.size // size) for x in members)
