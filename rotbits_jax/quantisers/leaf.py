@@ -75,17 +75,14 @@ class BlockQuantized(base.Structured):
     numbers, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.numbers, out))
     unit = grids.GRIDS[self.grid].unit
     scales = self.float_scales * np.float32(unit or 1)
-    minima = (
-      self.minima if self.minima is None else decoded(self.minima, self.minimum_form)
-    )
     with np.errstate(over='ignore'):
       for rows in chunks(matrix):
         products = numbers[rows].astype(np.float32)
         if unit and (is_zero := numbers[rows] == grids.NEGATIVE_ZERO).any():
           products *= ~is_zero  # the product of a negative number and 0 is -0
         products *= of_elements(scales, rows, self.block, matrix.shape)
-        if minima is not None:
-          products += of_elements(minima, rows, self.block, matrix.shape)
+        if self.minima is not None:
+          products += of_elements(self.float_minima, rows, self.block, matrix.shape)
         matrix[rows] = products
     if self.gaps is not None:
       out.reshape(-1)[self._places()] = self.exceptions
@@ -95,6 +92,11 @@ class BlockQuantized(base.Structured):
     """The scales, float32."""
     floats = decoded(self.scales, self.scale_form)
     return floats if self.factor is None else floats * self.factor
+
+  @functools.cached_property
+  def float_minima(self) -> np.ndarray:
+    """The minima, float32."""
+    return decoded(self.minima, self.minimum_form)
 
   def _places(self) -> np.ndarray:
     """Returns the places of the exceptions."""
@@ -116,7 +118,7 @@ class BlockQuantized(base.Structured):
         floats = self.float_scales
       fits = floats.min() >= LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
-      fits = bool(np.isfinite(decoded(self.minima, self.minimum_form)).all())
+      fits = bool(np.isfinite(self.float_minima).all())
     grid = grids.GRIDS[self.grid]
     if fits and numbers.dtype == np.int8:
       is_small = grid.unit and numbers.min() >= -16 and numbers.max() <= 15
@@ -160,7 +162,9 @@ def of_elements(
   scales: np.ndarray, rows: slice, block: tuple[int, ...], shape: tuple[int, ...]
 ) -> np.ndarray:
   """Returns the scales of the elements of rows, or one for all columns."""
-  some = scales[np.arange(rows.start, min(rows.stop, shape[0])) // block[0]]
+  some = scales[rows]
+  if block[0] > 1:
+    some = scales[np.arange(rows.start, min(rows.stop, shape[0])) // block[0]]
   if 1 < block[1] < shape[1]:
     some = some.repeat(block[1], axis=1)[:, : shape[1]]
   return some

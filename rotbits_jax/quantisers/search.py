@@ -181,11 +181,10 @@ def _grid(
   counts = [max(n // m, 1) for n, m in zip(magnitudes.shape, block, strict=True)]
   places = [np.unique(np.linspace(0, n - 1, _BLOCKS).astype(int)) for n in counts]
   parts = []
-  for i in places[0]:
-    for j in places[1]:
-      part = magnitudes[i * block[0] :, j * block[1] :][: block[0], : block[1]]
-      some = part.reshape(-1)[:: -(-part.size // _SAMPLE)]
-      parts.append(np.append(some, part.max()))
+  for i, j in itertools.product(*places):
+    part = magnitudes[i * block[0] :, j * block[1] :][: block[0], : block[1]]
+    some = part.reshape(-1)[:: -(-part.size // _SAMPLE)]
+    parts.append(np.append(some, part.max()))
   bits = _distinct(np.stack(parts))
   bits = bits[:, bits.any(axis=0)]
   if not bits.size:
@@ -323,9 +322,8 @@ def _leaf(
     quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
     found = np.copysign(grid.nearest(quotients)[0], 0.5 - is_negative[rows])
     if grid.unit:
-      found = np.where(
-        (found == 0) & is_negative[rows], grids.NEGATIVE_ZERO, found / grid.unit
-      )
+      found /= grid.unit
+      found[(found == 0) & is_negative[rows]] = grids.NEGATIVE_ZERO
     numbers[rows] = found.clip(-128, 127) if is_int8 else found
   return _with_exceptions(draft, array)
 
@@ -357,10 +355,7 @@ def _draft(
     found, quantised, missed = _factor(least, most, is_used)
     if 3 * least.size + _EXCEPTION_BITS * size * missed < bits:
       floats, factor, shift = quantised, found, 20
-  used, counts = np.unique(
-    floats[is_used] if is_used.any() else np.float32(1), return_counts=True
-  )
-  floats[~is_used] = used[np.argmax(counts)]
+  floats[~is_used] = floats[is_used][0] if is_used.any() else 1
   matrix = math.prod(array.shape[:-1]), array.shape[-1]
   shape = [-(-n // m) for n, m in zip(matrix, block, strict=True)]
   scales, form = leaf_lib.encoded(floats, shift)
@@ -410,11 +405,10 @@ def _factor(
   low, high = least[is_used], most[is_used]
   places = np.arange(0, low.size, max(low.size // _SCALES, 1))
   places = np.append(places, low.argmax())
-  whole = slice(None)
   for top in grid.tops:
     pair = _narrowed(low[places, None], high[places, None], grid, top)
     factor = ((pair[0] + pair[1]) / 2).astype(np.float32)
-    for some in (places, whole):
+    for some in (places, slice(None)):
       numbers, _ = grid.nearest((low[some] + high[some]) / 2 / factor)
       is_within = (numbers * factor >= low[some]) & (numbers * factor <= high[some])
       if is_within.mean() < 0.95:
