@@ -71,10 +71,8 @@ def decode_to_directory(
     else:
       config = opened.config
       if config is None or config.family not in checkpoints.FAMILIES:
-        raise ContainerError(
-          'the file holds no model of a known family: a PyTree is read by `decode` in '
-          'Python; other tensors come back without a format, shard_size or dtype'
-        )
+        text = 'the family is unknown: use `decode` in Python, or no format and dtype'
+        raise ContainerError(text)
       if reader.manifest.keeps != 'bits':
         files = checkpoints.with_own_head(files, config)
       if dtype is not None:
