@@ -27,16 +27,17 @@ def normal_equations(
   return gram, moments
 
 
-def solution(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
+def solution(gram: np.ndarray, moments: np.ndarray, steps: int = 2) -> np.ndarray:
   """Returns T, float64 `[D, d]`, nearly zero in the null space of a singular `gram`."""
   diagonal = np.diag(gram)
   scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))[:, None]
-  # The added diagonal makes the matrix regular in float64. One step of refinement
-  # removes the bias that it causes.
+  # The added diagonal makes the matrix regular in float64. The second step removes the
+  # bias that it causes.
   regular = gram * scale * scale.T + 1e-10 * np.eye(len(gram))
-  first = scale * np.linalg.solve(regular, scale * moments)
-  left = moments - gram @ first
-  return first + scale * np.linalg.solve(regular, scale * left)
+  solved = np.zeros_like(moments)
+  for _ in range(steps):
+    solved += scale * np.linalg.solve(regular, scale * (moments - gram @ solved))
+  return solved
 
 
 def row_weights(norms: np.ndarray) -> np.ndarray:
