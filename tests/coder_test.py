@@ -2,6 +2,7 @@
 
 from concurrent import futures
 import copy
+import itertools
 import json
 import math
 import tracemalloc
@@ -371,6 +372,13 @@ class DamageTest(parameterized.TestCase):
     for value in (many, small):
       with self.assertRaisesRegex(ValueError, 'too many|600 blocks'):
         load(value)
+
+
+def test_equal_elements_take_fewer_bytes_than_plain_ones():
+  for dtype, size in itertools.product(FLOATS, (384, 1024, 5000)):
+    for number in (0, -0.0, 1, 0.37):
+      array = np.full(size, number, dtype)
+      assert round_trip([array]) < array.nbytes, (dtype, size, number)
 
 
 def test_golden_record():

@@ -207,7 +207,9 @@ def _group(
   counts = np.stack([_counts(x, layout, told, seen) for x in samples])
   # The symbols are those that occur most; others are escapes.
   ends = np.cumsum(np.append(0, counts[..., :-1].sum(axis=(0, 1))))
-  first = int(np.argmax(ends[layout.alphabet :] - ends[: -layout.alphabet]))
+  windows = ends[layout.alphabet :] - ends[: -layout.alphabet]
+  # The middle one of equal windows: two of the last symbol would be an escape.
+  first = int(np.median(np.flatnonzero(windows == windows.max())))
   coded = counts[..., first : first + layout.alphabet]
   escapes = counts.sum(axis=-1, keepdims=True) - coded.sum(axis=-1, keepdims=True)
   counts = np.append(coded, escapes, axis=-1)
