@@ -197,13 +197,14 @@ def product(p, tensors, base, dtype, hidden):
 
 
 def beside_head(head, map, scale):
-  """The product of a head and a map, of integers of 16 bits."""
-  integers, powers = [], []
-  for x in (np.float32(head), np.float32(map)):
-    e = np.frexp(abs(x).max(0) * np.float32(1 + 2**-7))[1]
+  """The product of a head and a map, of integers of 16 bits but two low bytes."""
+  integers, low, powers = [], [], []
+  for x in (np.float64(head), np.float64(map)):
+    e = np.frexp(abs(x).max(0) * 128 / 127)[1]
     powers.append(15 - np.maximum(e, -35))
-    integers.append(np.rint(np.ldexp(np.float64(x), powers[-1])))
-  sums = np.floor((integers[0].T @ integers[1] + 128) / 256)
+    integers.append(np.rint(np.ldexp(x, powers[-1])))
+    low.append((integers[-1] + 128) % 256 - 128)
+  sums = (integers[0].T @ integers[1] - low[0].T @ low[1]) / 256
   sums = np.float32(sums.astype(np.int64).astype(np.int32))
   return np.ldexp(sums, 8 - powers[0][:, None] - powers[1] - scale)
 

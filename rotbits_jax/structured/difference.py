@@ -127,11 +127,11 @@ class Difference(base.Structured):
     return self.joined(self.predict(*needed))
 
   def _known_bits(self, known: Any, *, run: Run) -> np.ndarray:
-    """Returns a copy of the known array: bits of the leaf's dtype, `[n]`."""
+    """Returns the known array as new bits of the leaf's dtype, `[n]`."""
     if self.map is not None:
       self.check_needed(known.shape)
       known = np.asarray(known)
-      known = tied.product(known, self.map, self.scale, self.dtype, run)
+      return ulps.bits_of(tied.product(known, self.map, self.scale, self.dtype, run))
     bits = known_bits(np.asarray(known), self.lengths, self.dtype)
     if bits is None:
       form = f'{known.dtype} {known.shape}'

@@ -80,19 +80,21 @@ def product(
 
       h t / 256 = 256 h1 t1 + h1 t0 + h0 t1 + h0 t0 / 256
 
+  The last term is left out; it is smaller than what rounding the head changes.
+
   All machines compute the same bits. Sums of int32 do not depend on their order, even
   if they overflow. Floats are multiplied by powers of two, without subnormal numbers,
   and are rounded to integers, to float32 and to the dtype, as IEEE 754 defines it.
   """
   table = host.empty((head.shape[1], map.shape[1]), dtype)
   high, low, exponents = _bytes(map.astype(np.float32))
-  factors = high.T, low.T, exponents[:, None] - scale
+  factors = jnp.concatenate((high, low), axis=1).T, exponents[:, None] - scale
   step = min(_BLOCK, len(table))
 
   def job(start: int) -> None:
     tokens = slice(start, start + step)
     columns = np.ascontiguousarray(head[:, tokens])
-    table[tokens] = np.asarray(_product(columns, *factors, dtype)).T
+    table[tokens] = _transposed(_product(columns, *factors, dtype))
 
   # All blocks have one shape, for one program; the last one overlaps another.
   starts = {min(i, len(table) - step) for i in range(0, len(table), step or 1)}
@@ -111,24 +113,29 @@ def _bytes(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
   A column, float32, is `2^exponent` times its integers.
   """
+  bits = jax.lax.bitcast_convert_type(columns, jnp.int32)
   # A little more than the greatest number, so that its high byte is at most 127.
-  most = jnp.abs(columns).max(axis=0) * np.float32(1 + 2**-7)
-  exponents = (jax.lax.bitcast_convert_type(most, jnp.int32) >> 23) - (126 + 15)
-  exponents = jnp.maximum(exponents, _LEAST)
-  integers = jnp.rint(columns * _power(-exponents)).astype(jnp.int32)
-  high = (integers + 128) >> 8
-  return high.astype(jnp.int8), (integers - (high << 8)).astype(jnp.int8), exponents
+  most = jnp.max(bits & np.int32(0x7FFFFFFF), axis=0) + np.int32(1 << 17)
+  exponents = jnp.maximum((most >> 23) - (126 + 15), _LEAST)
+  # The sum is rounded to an integer, whose lowest bits are those of the float.
+  sums = columns * _power(-exponents) + np.float32(3 << 22)
+  integers = jax.lax.bitcast_convert_type(sums, jnp.int32)
+  return (integers + 128 >> 8).astype(jnp.int8), integers.astype(jnp.int8), exponents
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnames='dtype')
 def _product(
-  columns: jax.Array, high: jax.Array, low: jax.Array, exponents: jax.Array, dtype: Any
+  columns: jax.Array, both: jax.Array, exponents: jax.Array, dtype: Any
 ) -> jax.Array:
-  """Returns P^T `[d, n]` of columns of the head, given bytes of the map, transposed."""
+  """Returns P^T `[d, n]`, given columns of the head, and both bytes of map^T."""
   times = functools.partial(jnp.matmul, preferred_element_type=jnp.int32)
   head_high, head_low, head_exponents = _bytes(columns.astype(jnp.float32))
-  middle = times(low, head_high) + times(high, head_low)
-  sums = (times(high, head_high) << 8) + middle + (times(low, head_low) + 128 >> 8)
+  of_high, of_low = jnp.split(times(both, head_high), 2)
+  sums = (of_high << 8) + of_low + times(both[: len(of_high)], head_low)
   # Two factors, because their product may be too large or too small for float32.
   product = sums.astype(jnp.float32) * _power(exponents + 8) * _power(head_exponents)
   return product.astype(dtype)
+
+
+# XLA would transpose the factors of a product in the same program, which takes long.
+_transposed = jax.jit(jnp.transpose)
