@@ -346,12 +346,14 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   """
   is_pair = isinstance(layout, layouts.Pairs)
   size = np.full((len(counts), 1), float(1 << layout.stored_precision))
-  even, coded = 1 / layout.alphabet, counts[:, : layout.alphabet]
+  # Spread over half of the bins, pairs of rare ones have slots.
+  even = (np.arange(layout.alphabet) < layout.alphabet // 2) * (2 / layout.alphabet)
+  coded = counts[:, : layout.alphabet]
   whole = (coded if is_pair else counts).sum(axis=1, keepdims=True)
-  shares = np.where(whole > 0, coded / np.maximum(whole, 1e-9), even)
+  shares = np.where(whole > 0, coded / np.maximum(whole, 1), even)
   if is_pair:  # else a pair would be too frequent
     most = shares.max(axis=1, keepdims=True)
-    excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even, 1e-9)
+    excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even[0], 1e-9)
     shares += np.maximum(excess, 0) * (even - shares)
   while True:
     frequencies = np.rint(shares * size).astype(np.int64)
