@@ -39,7 +39,7 @@ _LEAST = 1 << 12  # elements of an array
 _LINES, _RUN = 4, 128  # rows or columns, and elements of each, that show repetitions
 # The share of these that repeat another one: of dense bfloat16 about 0.09.
 _REPEATED = {7: 0.16, 10: 0.06, 23: 0.06}
-_SAMPLE = 1 << 12  # elements of a block that tell its grid
+_SAMPLE = 1 << 12  # elements of a block that tell its grid, or blocks that tell shifts
 _MOST_DISTINCT = 144  # magnitudes of a block; no grid has so many
 _LENGTHS = 128, 64, 32, 16  # of groups
 _BLOCKS = 4  # rows and columns of blocks of a sample
@@ -59,9 +59,11 @@ _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _CODES = 16, 8, 32, 64  # of groups with minima
 _SCALES = 1 << 9  # that tell their factor
 _GROUPS = 1 << 7  # that tell their length
-_BOUNDS = 1 << 12  # that tell how many bits are 0
 _LEAF_BYTES = 200
 _ESTIMATED = 1 << 15  # elements
+
+_fmax: Any = np.fmax  # NumPy's types know no methods of it
+_fmin: Any = np.fmin
 
 Block = tuple[int, int]
 
@@ -99,7 +101,7 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
 def nbytes(leaf: leaf_lib.BlockQuantized) -> float:
   """Estimates the bytes of a leaf in a file; of small arrays, by entropies of bytes."""
   arrays = leaf.stored()[1]
-  estimated = _estimate(arrays.pop('numbers')) + _LEAF_BYTES
+  estimated: Any = _estimate(arrays.pop('numbers')) + _LEAF_BYTES
   for array in arrays.values():
     columns = array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T
     estimated += sum(tables.entropy_bits(np.bincount(x)) for x in columns) / 8
@@ -264,8 +266,8 @@ def _narrowed(
     if count == (count := np.count_nonzero(is_certain)):
       break
     numbers = np.where(is_certain, numbers, np.nan)
-    least = np.fmax(least, np.fmax.reduce(low / numbers, axis=0, initial=0))
-    most = np.fmin(most, np.fmin.reduce(high / numbers, axis=0, initial=np.inf))
+    least = _fmax(least, _fmax.reduce(low / numbers))
+    most = _fmin(most, _fmin.reduce(high / numbers))
     is_empty = least > most
     least, most = (np.where(is_empty, scale, x) for x in (least, most))
   return least, most
@@ -374,8 +376,8 @@ def _between(
   low: np.ndarray, high: np.ndarray, shift: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns float32 whose low bits are 0, and whether they are within bounds `[U]`."""
-  sides = (x.astype(np.float32).view(np.uint32).astype(np.int64) for x in (low, high))
-  bits = ((sum(sides) >> 1) + (1 << shift >> 1)) >> shift << shift
+  sides = [x.astype(np.float32).view(np.uint32).astype(np.int64) for x in (low, high)]
+  bits = ((sides[0] + sides[1] >> 1) + (1 << shift >> 1)) >> shift << shift
   numbers = bits.astype(np.uint32).view(np.float32)
   return numbers, (numbers >= low) & (numbers <= high)
 
@@ -387,7 +389,7 @@ def _fewest_bits(
 
   A number that is not within its bounds costs so many bits.
   """
-  some = slice(None, None, -(-low.size // _BOUNDS))
+  some = slice(None, None, -(-low.size // _SAMPLE))
   bits = lambda is_within, shift: cost * np.mean(~is_within) + 23 - shift
   shift = min(range(24), key=lambda x: bits(_between(low[some], high[some], x)[1], x))
   numbers, is_within = _between(low, high, shift)
@@ -460,7 +462,6 @@ def _add_minima(
     return low.max(axis=0), high.min(axis=0)
 
   low, high = limits(draft.float_scales.reshape(-1), slice(None))
-  base, scale_shift = draft.scale_form
   # Most minima of few bits that are missed fit a neighbour of the scale.
   for cost in (_EXCEPTION_BITS // 2, _EXCEPTION_BITS * len(lows) // 2):
     minima, shift, _ = _fewest_bits(low, high, cost)
@@ -476,16 +477,11 @@ def _add_minima(
       left = left[~fits]
     if left.size <= _FEW_EXCEPTIONS * low.size:
       break
-  first = int(codes.min())
-  minimum_codes, form = leaf_lib.encoded(minima, shift)
-  codes = (codes - first).astype(np.min_scalar_type(int(codes.max()) - first))
-  return dataclasses.replace(
-    draft,
-    scales=codes.reshape(draft.scales.shape),
-    scale_form=(base + first, scale_shift),
-    minima=minimum_codes.reshape(draft.scales.shape),
-    minimum_form=form,
-  )
+  scales = leaf_lib.decoded(codes, draft.scale_form).reshape(draft.scales.shape)
+  scales, scale_form = leaf_lib.encoded(scales, draft.scale_form[1])
+  minima, minimum_form = leaf_lib.encoded(minima.reshape(scales.shape), shift)
+  draft = dataclasses.replace(draft, scales=scales, scale_form=scale_form)
+  return dataclasses.replace(draft, minima=minima, minimum_form=minimum_form)
 
 
 @_quiet
