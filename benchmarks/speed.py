@@ -52,7 +52,8 @@ def subjects(settings: common.Settings, work: pathlib.Path) -> Iterator[Subject]
     yield Subject('SmolLM2-135M, bfloat16, once Q4_1', path)
   width, layers = (512, 5) if settings.quick else (1024, 12)
   tied = {'tie_word_embeddings': True, 'vocab_size': 32 * width}
-  several = ((layers // 2, tied, OTHERS[:1]), (layers, {}, OTHERS))
+  untied: dict[str, int] = {}
+  several = ((layers // 2, tied, OTHERS[:1]), (layers, untied, OTHERS))
   for count, fields, others in several:
     folder = work / f'{width}x{count}'
     synthetic.write(folder, synthetic.llama(width, count, **fields))

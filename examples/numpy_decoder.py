@@ -16,7 +16,6 @@ import zlib
 
 from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
-import safetensors
 from safetensors import numpy as safetensors_numpy
 
 PAIRS = 'floats', 'raised', 'codes'
@@ -326,9 +325,7 @@ def read_leaf(leaf, arrays, tensors, base, config):
 
 def main(path, output, base=None):
   base = safetensors_numpy.load_file(base) if base else {}
-  with safetensors.safe_open(path, 'np') as file:
-    assert file.metadata()['version'] == '1', 'not a file of version 1'
-    streams = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+  streams = safetensors_numpy.load_file(path)  # one per record, and the manifest
   manifest = json.loads(zlib.decompress(streams['manifest']))
   tensors, empty = {}, []
   # Records with leaves that need others come last.
