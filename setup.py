@@ -85,6 +85,7 @@ setuptools.setup(
   # scripts/versions.sh tests the oldest versions, the newest, and a JAX between them.
   install_requires=[
     'absl-py>=2.1,<3',  # the commands' flags
+    'chex>=0.1.90,<0.2',  # assertions of shapes while programs are traced
     'flax>=0.12,<0.13',  # modules of the forward pass
     'jax>=0.8,<0.13',
     'jaxlib>=0.8,<0.13',
@@ -118,7 +119,6 @@ setuptools.setup(
       *DOCS,
       *GGUF,
       *PICTURES,
-      'chex>=0.1.90,<0.2',  # comparisons of PyTrees
       'mypy>=1.13,<3',
       'nbclient>=0.10,<1',  # runs the notebooks
       'nbformat>=5.10,<6',  # reads the notebooks

@@ -22,6 +22,7 @@ Reference: N. J. Higham, Functions of Matrices, SIAM 2008, chapter 8.
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -45,7 +46,7 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   >>> bool(jnp.allclose(svd(w)[0], svd(quarter @ w)[0], atol=1e-6))
   True
   """
-  w = w.astype(jnp.float32)
+  w = _matrix(w)
   n, m = w.shape
   q, _, _ = jnp.linalg.svd(w, full_matrices=m < n)
   reference = _matmul(q.T, w)
@@ -62,12 +63,18 @@ def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   >>> np.rint(reference).tolist(), np.rint(rotation @ reference).tolist()
   ([[2.0, 3.0], [0.0, 1.0]], [[0.0, 1.0], [2.0, 3.0]])
   """
-  w = w.astype(jnp.float32)
+  w = _matrix(w)
   n, m = w.shape
   q, r = jnp.linalg.qr(w[:, :n], mode='complete')
   diagonal = jnp.pad(jnp.diagonal(r), (0, n - min(n, m)))
   q = q * jnp.where(diagonal < 0, jnp.float32(-1), jnp.float32(1))
   return _matmul(q.T, w), q
+
+
+def _matrix(w: jax.Array) -> jax.Array:
+  """Returns a matrix in float32."""
+  chex.assert_rank(w, 2)
+  return w.astype(jnp.float32)
 
 
 class Polar(NamedTuple):
@@ -87,7 +94,7 @@ def polar(matrix: jax.Array) -> Polar:
   >>> np.rint((found.u * found.values) @ found.u.T @ found.rotation).tolist()
   [[0.0, 2.0], [1.0, 0.0]]
   """
-  u, values, vt = jnp.linalg.svd(matrix.astype(jnp.float32), full_matrices=False)
+  u, values, vt = jnp.linalg.svd(_matrix(matrix), full_matrices=False)
   return Polar(u, values, _completed(_matmul(u, vt)))
 
 
@@ -98,7 +105,7 @@ def quick_polar(matrix: jax.Array) -> Polar:
   small SVD decomposes what M does to the last sixteenth of them. For blocks of
   orthogonal matrices that is enough; `polar` decomposes others. (`vmap` computes both.)
   """
-  matrix = matrix.astype(jnp.float32)
+  matrix = _matrix(matrix)
   d = len(matrix)
   squares, u = jnp.linalg.eigh(_matmul(matrix, matrix.T))
   few = -(-d // 16)
@@ -132,4 +139,5 @@ def _completed(rows: jax.Array) -> jax.Array:
 
 def reorthogonalize(q: jax.Array) -> jax.Array:
   """Makes one Newton-Schulz step, which restores the orthogonality of `[n, n]`."""
+  chex.assert_shape(q, (len(q), len(q)))
   return 1.5 * q - 0.5 * _matmul(q, _matmul(q.T, q))

@@ -22,6 +22,7 @@ reads or writes, and G = H / K. G query heads that share a key-value head form a
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -52,7 +53,8 @@ def basis(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
   >>> float(abs(basis(jnp.array([[0.0], [1.0]]))[0][0, 0]))
   2.0
   """
-  _, h = matrix.shape
+  chex.assert_rank(matrix, 2)
+  h = matrix.shape[1]
   q, r = jnp.linalg.qr(matrix)
   u, cosines, vt = jnp.linalg.svd(q[:h])
   inverse = _matmul(vt.T / (1 + cosines), u.T)
@@ -75,6 +77,7 @@ def fix_low_rank(
 
   Reference: Zhao et al., PIFA, arXiv 2501.19090, section 3: the redundant elements.
   """
+  chex.assert_shape(v, (u.shape[1], None))
   below, factor = basis(u.astype(jnp.float32))
   return below, _matmul(factor, v.astype(jnp.float32))
 
@@ -87,6 +90,7 @@ def with_value_bias(
   kv_heads: int,
 ) -> jax.Array:
   """Returns the output bias that includes the value bias: `b_o + b_v W_o`, `[d]`."""
+  chex.assert_shape([value_bias, kernel], [(None,), (None, len(out_bias))])
   # H / K consecutive query heads read the same value head.
   groups = kernel.shape[0] // value_bias.shape[0]
   heads = value_bias.astype(jnp.float32).reshape(kv_heads, -1)

@@ -18,6 +18,7 @@ width of a shortcut's first segment, and e that of its second one. Rotations are
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -171,8 +172,7 @@ def fold_norm_scales(
     if path in params and len(path_axes) == 2 and is_reader:
       norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
       kernel, scale = params[path], params[f'{norm}/scale']
-      if scale.shape != kernel.shape[-2:-1]:
-        raise ValueError(f'{path}: got {kernel.shape=} and {scale.shape=}')
+      chex.assert_shape(scale, (kernel.shape[-2],))
       product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
       folded[path] = product.astype(kernel.dtype)
       folded[f'{norm}/scale'] = structured.Constant.like(scale, 1.0)

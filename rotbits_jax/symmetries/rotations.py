@@ -28,6 +28,7 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,8 +61,10 @@ def rotate(
   """
   product = array.astype(jnp.float32)
   if rows is not None:
+    chex.assert_shape(rows, (array.shape[0], array.shape[0]))
     product = _matmul(rows.T, product)
   if columns is not None:
+    chex.assert_shape(columns, (array.shape[-1], array.shape[-1]))
     product = _matmul(product, columns)
   return product.astype(array.dtype)
 
@@ -99,6 +102,7 @@ def next_rotation(
   free: jax.Array | None = None,  # Z, [e - d, e - d]; None for the identity
 ) -> jax.Array:
   """Returns R_{s+1} = O_s^T diag(R_s, Z), `[e, e]`."""
+  chex.assert_rank([step, rotation], 2)
   if len(step) > len(rotation):
     if free is None:
       free = jnp.eye(len(step) - len(rotation), dtype=jnp.float32)
@@ -111,6 +115,7 @@ def running_rotations(
   first: jax.Array,  # R_0, [d, d]
 ) -> jax.Array:
   """Returns R_{s+1} = O_s^T ... O_0^T R_0, `[N, d, d]`, by an associative scan."""
+  chex.assert_rank(steps, 3)
   multiply = jax.vmap(lambda earlier, later: _matmul(later, earlier))
   products = jax.lax.associative_scan(multiply, jnp.matrix_transpose(steps))
   finish = lambda product: canonical.reorthogonalize(_matmul(product, first))
@@ -209,6 +214,7 @@ def shortcut(
   than B (C) has columns, those closest to 1 count as 1. B and C are lower trapezoidal;
   columns that are not needed are zero and come last.
   """
+  chex.assert_equal_shape([rotation, polar.u])
   # The values descend: those above 1 are the first, those below 1 are the last.
   excess, (below, above) = polar.values - 1, ranks(polar.values, tolerance)
 

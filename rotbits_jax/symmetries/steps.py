@@ -35,6 +35,7 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,8 +185,7 @@ def quantize(
     integers = jnp.where(integers == 0, 0, integers)  # -0 becomes 0
     return structured.UniformlyQuantized(integers, step, 'float32')
   kernel = array if axis == 0 else array.T
-  if moments.shape != (len(kernel),) * 2:
-    raise ValueError(f'got {kernel.shape=} and {moments.shape=}')
+  chex.assert_shape(moments, (len(kernel),) * 2)
   order, lower, pivots = _factors(moments)
   rows = kernel[order]
   axis_exponents: list[jax.Array | None] = [None, None]

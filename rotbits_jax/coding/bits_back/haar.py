@@ -45,6 +45,7 @@ References:
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +95,7 @@ def codec(n: int, k: int) -> codecs.Codec:
 
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
   """Returns the frame, float32 `[n, k]`, for which the cells uint16 `[S]` stand."""
+  chex.assert_shape(cells, (num_cells(n, k),))
   return _compose(*_reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32)))
 
 
