@@ -7,7 +7,6 @@ checksums only: give it no files from strangers.
 """
 
 import collections
-import functools
 import io
 import json
 import math
@@ -18,7 +17,7 @@ from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-PAIRS = 'floats', 'raised', 'codes'
+DIFFERENCES = 'integers', 'known'
 
 
 def stream(data):
@@ -27,8 +26,8 @@ def stream(data):
   return lambda n, dtype='u1': np.frombuffer(read(n * np.dtype(dtype).itemsize), dtype)
 
 
-def read_message(take, tables, shifts, frequencies):
-  """The symbols of the units of a block, with the raw bits of integers."""
+def read_message(take, tables, sizes, frequencies):
+  """The symbols of units, and the raw bits of both elements, of these sizes."""
   least = take(2, '<u2') @ [1, 1 << 16]
   low, high, counts = np.int64(take(3 * tables.shape[1], '<u2')).reshape(3, -1)
   x, tops = high << 16 | low, np.cumsum(counts + least)
@@ -42,129 +41,172 @@ def read_message(take, tables, shifts, frequencies):
 
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
   starts, total = np.cumsum(frequencies, 1) - frequencies, owners.shape[1]
-  symbols = np.empty(tables.shape, np.int64)
-  for i, (table, shift) in enumerate(zip(tables, shifts, strict=True)):
-    symbol = owners[table, x % total]
+  symbols, raw = (
+    np.empty(tables.shape, np.int64),
+    np.zeros((2, *tables.shape), np.int64),
+  )
+  for i, table in enumerate(tables):
+    symbols[i] = symbol = owners[table, x % total]
     pop(total, starts[table, symbol], frequencies[table, symbol])
-    while shift.any():
-      size = np.minimum(shift, 16)
-      raw = x % (1 << size)
-      pop(1 << size, raw, 1)
-      symbol, shift = symbol << size | raw, shift - size
-    symbols[i] = symbol
-  return symbols.ravel()
+    for low, (first, second) in enumerate(sizes[:, :, i]):
+      piece, total_raw = x % (1 << first + second), 1 << first + second
+      pop(total_raw, piece, 1)
+      raw[:, i] |= np.array([piece >> second, piece % (1 << second)]) << 8 * low
+  return symbols.ravel(), raw.reshape(2, -1).T
+
+
+def read_planes(take, r, rows, lanes):
+  """The r raw bits of both elements of each unit: `[units, 2]`."""
+  raw, low = np.zeros((rows * lanes, 2), np.int64), 0
+  for b in [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
+    plane = np.unpackbits(take(math.ceil(rows * b / 4) * lanes), bitorder='little')
+    plane = plane.reshape(-1, lanes, max(4 // b, 1), 2, b).swapaxes(1, 2)
+    raw |= plane.reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
+    low += b
+  return raw
+
+
+def move(known, difference, dtype):
+  """The bit patterns of elements that differ from known ones."""
+  if dtype.kind == 'i':
+    return known + difference
+  sign = 1 << 8 * dtype.itemsize - 1
+  size = known % sign
+  least = size - np.minimum(size, 4 << finfo(dtype).nmant)
+  place = (difference + size + sign) % (2 * sign) - sign
+  gap = np.where(place < 2 * least - sign, least - sign, 2 * least)
+  place = np.where(place < least, place - gap, place)
+  return place ^ (place & sign > 0) * (sign - 1) ^ known & sign
 
 
 def read_block(data, told, frequencies, group, dtype):
-  """The bit patterns of the elements of each unit: `[units, 1 or 2]`."""
+  """The bit patterns of the elements of each unit: `[units, 1 or 2]`.
+
+  told: tables; then offsets, or shifts and known elements of differences.
+  """
   (kind, r, *_), take, count = group, stream(data), told.shape[1]
-  is_pair, unsigned = kind in PAIRS, f'u{dtype.itemsize}'
   lanes = 4 if count <= 1 << 16 else 32
   told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
-  tables, told = told.reshape(2, -1, lanes)
-  symbols = read_message(take, tables, told * (not is_pair), frequencies)
-  told = told.reshape(-1, 1)
-  if not is_pair:
-    escaped = symbols >> told[:, 0] == 255
-    bits = symbols[:, None] - ((128 if dtype.kind == 'i' else 30) << told)
+  tables, *others = told.reshape(len(told), -1, lanes)
+  sizes = [np.clip(np.array(others[:2]) - low, 0, 8) for low in range(0, r, 8)]
+  sizes = np.array(sizes if kind in DIFFERENCES else []).reshape(-1, 2, *tables.shape)
+  symbols, raw = read_message(take, tables, np.int64(sizes), frequencies)
+  if kind == 'bytes':
+    escaped, bits = symbols == 255, symbols[:, None] - 30
   else:
-    raw, low = np.zeros((symbols.size, 2), np.int64), 0
-    for b in [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
-      size = math.ceil(symbols.size // lanes * b / 4) * lanes
-      plane = np.unpackbits(take(size), bitorder='little')
-      plane = plane.reshape(-1, lanes, max(4 // b, 1), 2, b).swapaxes(1, 2)
-      raw |= plane.reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
-      low += b
+    if kind not in DIFFERENCES:
+      raw = read_planes(take, r, *tables.shape)
     size = 10 * np.count_nonzero(symbols == 1023)
     listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, 10)
     symbols[symbols == 1023] = listed @ (1 << np.arange(10)[::-1])
     escaped, bins = symbols == 1023, np.stack(np.divmod(symbols, 32), -1)
-  if kind == 'codes':
-    bits = (bins + told << r | raw) ^ 128
-  elif is_pair:
-    m, raised = finfo(dtype).nmant, kind == 'raised'
+  if kind in DIFFERENCES:
+    off = (bins >> 1 ^ -(bins & 1)) << told[1:3].T | raw
+    bits = move(told[3:].T, off, dtype)
+  elif kind == 'codes':
+    bits = (bins + told[1:].T << r | raw) ^ 128
+  elif kind != 'bytes':
+    m, raised, told = finfo(dtype).nmant, kind == 'raised', told[1:].T
     t = 1 + raised
     bits = bins + (0 if raised else told) << m - t | raw % (1 << r - 1) << m + 1 - t - r
     if raised:  # small elements share a step
       small = np.ldexp(bits % (1 << m) * 1.0, told - 1 + finfo(dtype).minexp - m)
-      small = small.astype(dtype).view(unsigned)
+      small = small.astype(dtype).view(f'u{dtype.itemsize}')
       bits = np.where(bits >> m, bits + (told - 1 << m), small)
     bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
-  bits = bits.astype(unsigned)
-  bits[escaped] = take(-1, unsigned).reshape(-1, bits.shape[1])
+  bits = bits.astype(f'u{dtype.itemsize}')
+  bits[escaped] = take(-1, bits.dtype).reshape(-1, bits.shape[1])
   return bits[:count]
 
 
-def read_group(group, tables, blocks, parts, known=None):
-  """The bits of the parts of a group, one part after the other."""
-  kind, r, *_ = group
-  take = stream(zlib.decompress(tables, -15))
+def read_group(group, tables, blocks, parts, known):
+  """Reads the parts of a group; of those of the type `known`, other bits are known."""
+  (kind, r, *_), dtype = group, parts[0].dtype
+  take, is_different = stream(zlib.decompress(tables, -15)), kind in DIFFERENCES
   p, levels, step = (14, 4, 2) if kind == 'floats' else (12, 32, 1)
-  unit, size, levels = (2, 32, levels) if kind in PAIRS else (1, 255, 256)
-  base = np.cumsum(take(256 if unit == 1 and r else 1, '<i2'))
-  classes = [known]
-  if known is None:
-    classes, heads = [], take(2 * len(parts)).reshape(-1, 2)
-    for (mode, least), part in zip(heads, parts, strict=True):
-      rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
-      if part.ndim == 1:
-        rows, columns = math.ceil(columns / 128), 128
-      shared = 1 if columns % unit else unit
-      k = np.full((rows, columns), least)  # of 8 bits, so sums are modulo 256
-      k += take(rows)[:, None] if mode & 1 else 0
-      k += take(columns // shared).repeat(shared) if mode & 2 else 0
-      classes.append(k.ravel()[: part.size : unit])
-  stored = np.cumsum(take(levels)) - 1
-  frequencies = ([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)[stored]
+  unit, size = (1, 255) if kind == 'bytes' else (2, 32)
+  base, heads, classes = take(1, '<i2'), take(2 * len(parts)).reshape(-1, 2), []
+  for (mode, least), part in zip(heads, parts, strict=True):
+    rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
+    if part.ndim == 1:
+      rows, columns = math.ceil(columns / 128), 128
+    shared = 1 if columns % unit else unit
+    k = np.full((rows, columns), least)  # of 8 bits, so sums are modulo 256
+    k += take(rows)[:, None] if mode & 1 else 0
+    k += take(columns // shared).repeat(shared) if mode & 2 else 0
+    classes.append(k.ravel()[: part.size : unit])
   k = np.int64(np.concatenate(classes))
-  told = np.stack([k % levels, k // levels * step + np.resize(base, 256)[k]])
+  stored = np.cumsum(take(256 if unit == 1 or is_different else levels)) - 1
+  counts = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
+  if is_different:
+    several = [x.ravel().view(f'u{x.itemsize}') for x in known or parts]
+    near = np.concatenate([np.pad(x, (0, x.size % 2), 'edge') for x in several])
+    near = np.int64(near).reshape(-1, 2).T * (kind == 'known')
+    level = np.broadcast_to(k + base, near.shape)
+    if dtype.kind != 'i':
+      exponents = near % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant
+      level = level - 4 * np.maximum(exponents, 1)
+    level = np.clip(level, 0, 255)
+    shifts = np.clip(level - 64 >> 2, 0, r)
+    first, second = stored[level - 4 * shifts]
+    told = np.array([first * len(counts) + second, *shifts, *near], np.int64)
+    pairs = counts.repeat(len(counts), 0), np.tile(counts, (len(counts), 1))
+  else:
+    told = np.stack([k % levels, k // levels * step + base] if unit == 2 else [k])
+    pairs = [counts[stored]] * 2
+  frequencies = pairs[0]
   if unit == 2:
-    frequencies = (frequencies[:, :, None] * frequencies[:, None]).reshape(levels, -1)
-    frequencies = frequencies[:, :-1] + (1 << 27 - p) >> 28 - p
+    weights = (pairs[0][:, :, None] * pairs[1][:, None]).reshape(len(pairs[0]), -1)
+    frequencies = weights[:, :-1] + (1 << 27 - p) >> 28 - p
+  if is_different:  # the first pair has what the others leave
+    frequencies[:, 0] = 1
+    escape = (1 << 28) - np.where(frequencies, weights[:, :-1], 0).sum(1)
+    escape = np.maximum(escape + (1 << 15) >> 16, 1)
+    frequencies[:, 0] += (1 << p) - escape - frequencies.sum(1)
   escape = (1 << p) - frequencies.sum(1, keepdims=True)
   frequencies = np.append(frequencies, escape, 1)
   length = math.ceil(k.size / len(blocks))
   pieces = zip(blocks, np.split(told, range(length, k.size, length), 1), strict=True)
-  dtype = parts[0].dtype
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
   ends = np.cumsum([math.ceil(part.size / unit) for part in parts])[:-1]
   for part, numbers in zip(parts, np.split(bits, ends), strict=True):
-    yield numbers.ravel()[: part.size].reshape(part.shape)
+    part.view(bits.dtype)[...] = numbers.ravel()[: part.size].reshape(part.shape)
 
 
-def read_record(spec, data):
-  """The arrays of a record; functions of the classes if these are known."""
-  take, decoded, parts = stream(data), {}, collections.defaultdict(list)
-  for name, shape, _, groups, m in spec['arrays']:
-    rows, columns, dtype = math.prod(shape[:-1]), math.prod(shape[-1:]), np.dtype(name)
-    forms = [(shape, dtype)]
-    if len(groups) > 1:
-      signs = math.ceil((rows * columns - m) / 8)
-      forms = [((rows, math.ceil(columns / 8)), 'u1'), (m, dtype), (signs, 'u1')]
-    elif dtype.itemsize == 8 or (dtype.itemsize > 1 and dtype.kind == 'u'):
-      forms = [((rows * columns, dtype.itemsize), 'u1')]
-    for group, form in zip(groups, forms, strict=False):
-      parts[group].append(np.empty(*form))
+def read_record(spec, data, known):
+  """The arrays of a record; known(i, arrays) gives bits near the array i."""
+  take, members, masked = stream(data), collections.defaultdict(list), []
+  arrays = [np.empty(shape, dtype) for dtype, shape, *_ in spec['arrays']]
+  for i, (array, entry) in enumerate(zip(arrays, spec['arrays'], strict=True)):
+    (*_, groups, m), parts, itemsize = entry, [array], array.itemsize
+    if len(groups) > 1:  # without zeros
+      rows, columns = math.prod(array.shape[:-1]), math.prod(array.shape[-1:])
+      signs = np.empty(math.ceil((array.size - m) / 8), 'u1')
+      mask = np.empty((rows, math.ceil(columns / 8)), 'u1')
+      parts = [mask, np.empty(m, array.dtype), signs][: len(groups)]
+      masked.append((array, *parts))
+    elif itemsize == 8 or (itemsize > 1 and array.dtype.kind == 'u'):
+      parts = [array.reshape(-1, 1).view('u1')]
+    for group, part in zip(groups, parts, strict=True):
+      members[group].append((i, part))
   tables = [take(group[2]) for group in spec['groups']]
-  for i, group in enumerate(spec['groups']):
-    blocks = [take(n) for n in group[3]]
-    read = functools.partial(read_group, group, tables[i], blocks, parts[i])
-    decoded[i] = iter([read]) if group[0] == 'known' else read()
-  decoded[None] = (take(x.size, x.dtype).reshape(x.shape) for x in parts[None])
-  for dtype, shape, crc32, groups, _ in spec['arrays']:
-    array, *others = (next(decoded[group]) for group in groups)
-    if others:  # the array is a mask
-      values, *signs = others
-      is_set = np.unpackbits(array, axis=1, count=shape[-1]) > 0
-      array = np.zeros(is_set.shape, f'u{values.itemsize}')
-      array[is_set] = values.view(array.dtype)
-      if signs:
-        negative = np.unpackbits(signs[0], count=np.count_nonzero(~is_set))
-        array[~is_set] = negative.astype(array.dtype) << 8 * array.itemsize - 1
-    if not callable(array):
-      assert zlib.crc32(array.tobytes()) == crc32, 'an array is damaged'
-      array = array.view(dtype).reshape(shape)
-    yield array
+  blocks = [[take(n) for n in group[3]] for group in spec['groups']]
+  for _, part in members[None]:
+    part[...] = take(part.size, part.dtype).reshape(part.shape)
+  several = zip(spec['groups'], tables, blocks, range(len(tables)), strict=True)
+  for group, *others, i in sorted(several, key=lambda x: x[0][0] == 'known'):
+    near = [known(j, arrays) for j, _ in members[i]] if group[0] == 'known' else None
+    read_group(group, *others, [part for _, part in members[i]], near)
+  for array, mask, values, *signs in masked:
+    bits = array.view(f'u{array.itemsize}').reshape(len(mask), -1)
+    is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]) > 0
+    bits[is_set], bits[~is_set] = values.view(bits.dtype), 0
+    if signs:
+      negative = np.unpackbits(signs[0], count=np.count_nonzero(~is_set))
+      bits[~is_set] = negative.astype(bits.dtype) << 8 * array.itemsize - 1
+  for array, (_, _, crc32, *_) in zip(arrays, spec['arrays'], strict=True):
+    assert zlib.crc32(array.tobytes()) == crc32, 'an array is damaged'
+  return arrays
 
 
 def product(p, tensors, base, dtype, hidden):
@@ -208,40 +250,28 @@ def beside_head(head, map, scale):
   return np.ldexp(sums, 8 - powers[0][:, None] - powers[1] - scale)
 
 
-def difference(leaf, s, a, tensors, base, config):
-  """An array that differs little from a known one."""
-  dtype, n = np.dtype(leaf['dtype']), math.prod(leaf['shape'])
+def predicted(leaf, a, tensors, base, config):
+  """The bits that are known of an array near another one, and which elements differ."""
+  dtype, n, s = np.dtype(leaf['dtype']), math.prod(leaf['shape']), leaf['settings']
   if 'map' in a:
     known = beside_head(tensors['head/kernel'], a['map'], s.get('scale', 0))
   elif 'product' in leaf:
     known = product(leaf['product'], tensors, base, dtype, config['hidden_size'])
   else:
     known = base[leaf['base'][0]]
-  signed = np.dtype(f'i{dtype.itemsize}')
-  b = np.ravel(known.astype(dtype, order='C'))[:n].view(signed)
-  b = np.pad(b, (0, n - b.size)).reshape(-1, s.get('width', 1))
-  d, top = np.zeros_like(b), np.iinfo(signed).max
-  m = finfo(dtype).nmant if 'float' in dtype.name else 0
+  b = np.ravel(known.astype(dtype, order='C'))[:n].view(f'i{dtype.itemsize}')
+  b = np.pad(b, (0, n - b.size))
   if 'left' in a:
-    numbers = np.float64(b.view(dtype))
+    numbers = np.float64(b.view(dtype)).reshape(len(a['left']), -1)
     p = np.ldexp(np.float64(a['left']) @ a['right'], s.get('unit', 0))
-    near = np.float32(numbers + p).astype(dtype).view(signed)
-    b = np.where(np.isfinite(numbers), near, b)
+    near = np.float32(numbers + p).astype(dtype).view(b.dtype)
+    b = np.where(np.isfinite(numbers), near, b.reshape(numbers.shape)).ravel()
   if 'drift' in a:
-    drift = a['drift'][b % (1 << m) >> max(m - 8, 0)].astype(signed)
-    b = b + drift * (((b & top) >> m) % ((1 << finfo(dtype).nexp) - 1) > 0)
-  if 'differences' in a:
-    e = np.maximum(np.int64(b & top) >> m, 1) if m else np.zeros(b.shape, np.int64)
-    rows, columns = (np.int64(a.get(x, 0)) for x in ('row_scales', 'column_scales'))
-    level = s.get('common_scale', 0) + rows[..., None] + columns - 8 * e >> 1
-    differs = np.unpackbits(a.get('changed', np.uint8([255])), bitorder='little') > 0
-    differs = np.resize(np.repeat(differs, 65536), n).reshape(b.shape)
-    read = a['differences'](np.clip(level + 24, 0, 255)[differs])
-    d[differs] = next(read).view(signed).ravel()
-  if m:  # the sum of ordinals, of numbers without the signs of b
-    ordinal = (b & top) + d
-    b, d = ordinal ^ (ordinal >> 8 * b.itemsize - 1 & top) ^ (b & ~top), 0
-  return (b + d).view(dtype)
+    m, e = finfo(dtype).nmant, (1 << finfo(dtype).nexp) - 1
+    drift = a['drift'][b % (1 << m) >> max(m - 8, 0)].astype(b.dtype)
+    b = b + drift * ((b >> m & e) % e > 0)
+  differs = np.unpackbits(a.get('changed', np.uint8([255])), bitorder='little') > 0
+  return b, np.resize(np.repeat(differs, 65536), n)
 
 
 def floats(codes, form):
@@ -267,7 +297,10 @@ def read_leaf(leaf, arrays, tensors, base, config):
       array = a[''].astype(leaf['dtype']).astype('i1') if is_packed else a['']
       return array.reshape(leaf['shape'])
     case 'difference':
-      array = difference(leaf, s, a, tensors, base, config)
+      array, differs = predicted(leaf, a, tensors, base, config)
+      if 'elements' in a:
+        array[differs] = a['elements'].view(array.dtype).ravel()
+      array = array.view(leaf['dtype'])
     case 'block_quantized':
       scales = floats(a['scales'], s.get('scale_form', (0, 0))) * a.get('factor', 1)
       least = np.full(scales.shape, -0.0, 'f4')
@@ -331,10 +364,20 @@ def main(path, output, base=None):
   # Records with leaves that need others come last.
   needs = lambda record: any('needs' in leaf for leaf in record['leaves'])
   for record in sorted(manifest['records'], key=needs):
-    arrays, joined = read_record(record['spec'], streams[record['name']]), {}
     # Leaves without arrays of their own are last, together.
     is_joined = lambda leaf: 'arrays' in leaf and 'type_name' not in leaf
-    for leaf in sorted(record['leaves'], key=is_joined):
+    leaves = sorted(record['leaves'], key=is_joined)
+    owners = [(leaf, name) for leaf in leaves for name in leaf.get('arrays', [''])]
+
+    def known(i, arrays, owners=owners):
+      leaf, several = owners[i][0], zip(owners, arrays, strict=False)
+      a = {name: x for (owner, name), x in several if owner is leaf}
+      bits, differs = predicted(leaf, a, tensors, base, manifest.get('config'))
+      return bits[differs]
+
+    data, joined = streams[record['name']], {}
+    arrays = iter(read_record(record['spec'], data, known))
+    for leaf in leaves:
       a = {name: next(arrays) for name in leaf.get('arrays', [''])}
       if is_joined(leaf):
         left = joined[leaf['dtype']] if leaf['dtype'] in joined else next(arrays)

@@ -58,19 +58,13 @@ def dump(spec):
   return json.loads(json.dumps(schema.dump(spec)))
 
 
-def with_classes(arrays, known):
-  """Encodes arrays, of some of which the decoder knows the classes."""
-  groups = {i: plans.of_known(arrays[i], classes) for i, classes in known.items()}
-  return coder.encode(arrays, groups)
-
-
 def round_trip(arrays, known=None):
   """Encodes and decodes arrays, and returns the length of the stream."""
   known = known or {}
-  encoded = with_classes(arrays, known)
+  encoded = coder.encode(arrays, known)
   assert load(dump(encoded.spec)) == encoded.spec
   assert encoded.data.shape == (encoded.spec.nbytes,)
-  later = {i: lambda x=x: x for i, x in known.items()}
+  later = {i: lambda x=x: x.bits for i, x in known.items()}
   decoded = coder.decode(encoded.spec, encoded.data, known=later)
   for actual, expected in zip(decoded, arrays, strict=True):
     same_bits(actual, np.asarray(expected))
@@ -85,11 +79,9 @@ def entropy(values):
 def modelled(values):
   """Returns the bytes of the entropy of the bins of floats, and of their raw bits."""
   form = layouts.FORMATS[values.dtype]
-  bits = values.reshape(-1).view(f'u{values.itemsize}')
-  return (
-    entropy(layouts.Pairs(values.dtype, 1).symbols(bits, 0))
-    + values.size * form.nmant / 8
-  )
+  bits = values.reshape(-1).view(f'i{values.itemsize}')
+  bins = (bits & np.iinfo(bits.dtype).max) >> form.nmant - 1
+  return entropy(bins) + values.size * form.nmant / 8
 
 
 def gaussian(deviation):
@@ -186,15 +178,16 @@ RATES = {
 }
 
 
-def differences(size=300_000, seed=0):
-  """Returns integers of several classes, these classes, and their entropy."""
-  rng = np.random.default_rng(seed)
-  deviations = 2.0 ** np.array([-3, 0, 3, 5, 6.5, 8.5, 9.5, 12.25])
-  classes = rng.integers(0, 8, size)
-  array = np.rint(rng.normal(size=size) * deviations[classes]).astype(np.int32)
-  ideal = sum(entropy(array[classes == i]) for i in range(4))
-  ideal += sum(np.sum(classes == i) * gaussian(deviations[i]) for i in range(4, 8))
-  return array, (4 * np.log2(8 * deviations)[classes]).astype(np.uint8), ideal
+def near(array, size, seed=0):
+  """Returns known numbers that differ from an array by numbers of a size."""
+  rng, known = np.random.default_rng(seed), np.asarray(array, np.float64)
+  known = (known + size * rng.normal(size=array.shape)).astype(array.dtype)
+  form = layouts.MANTISSA_BITS.get(array.dtype)
+  ulp = 2.0 ** float(ml_dtypes.finfo(array.dtype).minexp - form) if form else 1
+  line = np.array([int(4 * np.log2(0.7 * size / ulp)) + 4 * bool(form)])
+  return plans.Known(
+    known.reshape(-1).view(f'u{array.itemsize}'), (line, np.zeros(1, int))
+  )
 
 
 class RecordsTest(parameterized.TestCase):
@@ -210,27 +203,40 @@ class RecordsTest(parameterized.TestCase):
     self.assertLessEqual(size, nbytes)
     self.assertLess(abs(coder.estimate(arrays) - size), 0.01 * nbytes + 500)
 
-  def test_known_classes(self):
-    array, known, ideal = differences()
+  def test_known_numbers(self):
+    rng = np.random.default_rng(0)
     for dtype in (np.int16, np.int32):
-      size = round_trip([array.astype(dtype)], {0: known})
-      self.assertLess(size, 1.003 * ideal + 1500)
-    both = [normal((70, 90), np.float16), array, array[:9].astype(np.int8)]
-    few = lambda: known[:9]
-    encoded = with_classes(both, {1: known, 2: few()})
-    seen = []
+      array = rng.integers(-100, 100, 300_001).astype(dtype)
+      for size in (0.1, 1, 6, 300):
+        known = near(array, size)
+        off = array - known.bits.view(dtype)
+        nbytes = round_trip([array], {0: known})
+        self.assertLess(nbytes, 1.02 * entropy(off) + 1500)
+    for dtype in layouts.MANTISSA_BITS:
+      array = normal((301, 77), dtype)
+      array[0, : len(SPECIAL)] = np.array(SPECIAL).astype(dtype)
+      for size in (1e-9, 1e-4, 1e-2):
+        known = near(array, size)
+        estimate = coder.estimate([array], {0: known})
+        nbytes = round_trip([array, array], dict.fromkeys((0, 1), known))
+        self.assertLess(abs(2 * estimate - nbytes), 0.02 * array.nbytes + 500)
+        self.assertLess(nbytes, round_trip([array, array]))
+
+  def test_known_numbers_come_last(self):
+    both = [normal((70, 90), np.float16), normal(9000, np.float32)]
+    known = near(both[1], 1e-3)
+    encoded = coder.encode(both, {1: known})
+    out, seen = [np.zeros_like(x) for x in both], []
 
     def later():
       seen.append(out[0].copy())
-      return known
+      return known.bits
 
-    out = [np.zeros_like(x) for x in both]
-    wrong = {1: few, 2: few}, {1: later}, {1: lambda: known + 100, 2: few}, {}
-    coder.decode(encoded.spec, encoded.data, out=out, known={1: later, 2: few})
+    coder.decode(encoded.spec, encoded.data, out=out, known={1: later})
     for actual, expected in zip(out, both, strict=True):
       same_bits(actual, expected)
-    same_bits(seen[0], both[0])  # others are decoded before
-    for functions in wrong:
+    same_bits(seen[0], both[0])
+    for functions in ({1: lambda: known.bits[:9]}, {1: lambda: ~known.bits}, {}):
       with self.assertRaises(ValueError):
         coder.decode(encoded.spec, encoded.data, known=functions)
 
@@ -265,7 +271,8 @@ class DamageTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     scaled = normal((200, 200), np.float32) * 2 ** np.linspace(0, 4, 200)[:, None]
-    array, cls.known, _ = differences(3000)
+    array = normal((30, 101), ml_dtypes.bfloat16)
+    cls.known = near(array, 1e-3)
     cls.arrays = [
       scaled.astype(np.float16),
       np.ones(300, np.float16),
@@ -275,7 +282,7 @@ class DamageTest(parameterized.TestCase):
       -pruned(0.8, np.float32, (90, 60)),
       array,
     ]
-    encoded = with_classes(cls.arrays, {6: cls.known})
+    encoded = coder.encode(cls.arrays, {6: cls.known})
     assert [len(x.parts) for x in encoded.spec.arrays] == [1, 1, 1, 1, 1, 3, 1]
     cls.value, cls.data = dump(encoded.spec), encoded.data
     cls.expected = [x.tobytes() for x in cls.arrays]
@@ -283,7 +290,7 @@ class DamageTest(parameterized.TestCase):
   def check(self, value, data):
     """Returns whether a stream is refused; if it is not, its arrays must be right."""
     try:
-      decoded = coder.decode(load(value), data, known={6: lambda: self.known})
+      decoded = coder.decode(load(value), data, known={6: lambda: self.known.bits})
     except ValueError:
       return True
     self.assertEqual([x.tobytes() for x in decoded], self.expected)
@@ -388,12 +395,13 @@ def test_golden_record():
   powers = np.where(i * i % 7 > 2, -1, 1) * 2.0 ** (i // 30 % 4 - i % 3)
   given = [whole, powers.astype(np.float16).reshape(80, 60), powers * (i % 3 > 0)]
   given[2] = given[2].astype(np.float32)
-  known = (i % 3).astype(np.uint8)
-  given.append(((i * i % 101 - 50) * (i % 3 * 20)).astype(np.int16))
-  encoded = with_classes(given, {3: known})
+  known = powers.astype(np.float16)
+  given.append((powers * (1 + (i * i % 101 - 50) / 2000)).astype(np.float16))
+  lines = np.full(1, 4 * 18), np.zeros(1, int)
+  encoded = coder.encode(given, {3: plans.Known(known.view(np.uint16), lines)})
   spec = json.dumps(dump(encoded.spec), separators=(',', ':'))
   assert zlib.crc32(encoded.data) == GOLDEN[0], zlib.crc32(encoded.data)
   assert zlib.crc32(spec.encode()) == GOLDEN[1], zlib.crc32(spec.encode())
 
 
-GOLDEN = 2070358849, 283130147
+GOLDEN = 90805338, 1371685903

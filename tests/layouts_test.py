@@ -73,7 +73,26 @@ def test_tables_without_an_escape_or_with_a_frequent_symbol_are_refused():
     with pytest.raises(ValueError, match='slots'):
       layouts.Pairs(np.dtype(np.float16), 8).tables(zeros[:1], zeros[:4], counts)
   with pytest.raises(ValueError, match='slots'):
-    layouts.Integers(np.dtype(np.int8), 0).tables(zeros, zeros, np.full((1, 255), 17))
+    layouts.Bytes(np.dtype(np.uint8), 0).tables(zeros, zeros, np.full((1, 255), 17))
+  for counts in (np.eye(1, 32, 1, dtype=int) << 14, np.full((1, 32), 1 << 10)):
+    with pytest.raises(ValueError, match='slots'):
+      layouts.Differences(np.dtype(np.int8), 0).tables(zeros[:1], zeros, counts)
+  with pytest.raises(ValueError, match='9 tables'):
+    layouts.Differences(np.dtype(np.int8), 0).tables(
+      zeros[:1], zeros, np.ones((9, 32), int)
+    )
+
+
+@pytest.mark.parametrize('dtype', layouts.MANTISSA_BITS)
+def test_numbers_are_moved_by_their_differences(dtype):
+  layout = layouts.Differences(dtype, 0, 'known')
+  rng, most = np.random.default_rng(0), 1 << layout.width
+  known, numbers = rng.integers(0, most, (2, 50_000)).astype(np.uint32)
+  off = layout.differences(numbers, known, np)
+  moved = layout.moved(known, off.view(np.uint32), np) & np.uint32(most - 1)
+  np.testing.assert_array_equal(moved, numbers)
+  on_device = layout.differences(jnp.asarray(numbers), jnp.asarray(known))
+  np.testing.assert_array_equal(on_device, off)
 
 
 def test_what_is_inflated_is_bounded():

@@ -60,14 +60,21 @@ class Span(NamedTuple):
 
   place: slice  # of the units in the block
   numbers: np.ndarray  # bit patterns; one may be missing in the last unit
+  known: np.ndarray | None  # the known numbers, if there are any
   write_classes: Callable[[np.ndarray], None]  # into uint8 `[n]`
   part: int  # index of the part
 
 
 def divide(
-  parts: Sequence[np.ndarray], scales: Sequence[contexts.Scales], size: int
+  parts: Sequence[np.ndarray],
+  known: Sequence[np.ndarray | None],
+  scales: Sequence[contexts.Scales],
+  size: int,
 ) -> list[list[Span]]:
-  """Divides contiguous parts, in units of `size` numbers, into few blocks alike."""
+  """Divides contiguous parts, in units of `size` numbers, into few blocks alike.
+
+  Known numbers are bit patterns, `[n]`.
+  """
   counts = [-(-part.size // size) for part in parts]
   ends = np.cumsum(counts).tolist()
   length = -(-ends[-1] // -(-ends[-1] // CAPACITY))
@@ -77,10 +84,12 @@ def divide(
     i, block = bisect.bisect(ends, start), start // length
     first, shape = start - ends[i] + counts[i], parts[i].shape
     bits = parts[i].reshape(-1).view(f'u{parts[i].itemsize}')
-    numbers = bits[first * size : (first + end - start) * size]
+    some = slice(first * size, (first + end - start) * size)
+    of_known = known[i]
+    of_known = None if of_known is None else of_known[some]
     write = functools.partial(scales[i].write, start=first, shape=shape, size=size)
     place = slice(start - block * length, end - block * length)
-    blocks[block].append(Span(place, numbers, write, i))
+    blocks[block].append(Span(place, bits[some], of_known, write, i))
   return blocks
 
 
@@ -111,28 +120,39 @@ def _classes(spans: Sequence[Span], count: int) -> np.ndarray:
   return classes
 
 
-def encode(
-  spans: Sequence[Span], layout: layouts.Layout, coder_tables: layouts.Tables
-) -> np.ndarray:
-  """Encodes a block, 1 to `CAPACITY` units, on this thread; returns its bytes, uint8.
+def _units(name: str, spans: Sequence[Span], layout: layouts.Layout) -> Any:
+  """Returns the numbers or the known numbers of a block: units `[ROWS, L, words]`.
 
   A unit that lacks an element has its first one twice.
   """
+  if getattr(spans[0], name) is None:
+    return None
   count = spans[-1].place.stop
   rows, lanes = _grid(count)
-  values = _scratch('units', (ROWS, lanes, layout.words), layout.word)
-  units = values.reshape(-1, layout.words)
+  array = _scratch(name, (ROWS, lanes, layout.words), layout.word)
+  units = array.reshape(-1, layout.words)
   for span in spans:
-    flat = units[span.place].reshape(-1).view(span.numbers.dtype)
-    flat[: span.numbers.size] = span.numbers
-    flat[span.numbers.size :] = span.numbers[-1]
+    numbers = getattr(span, name)
+    flat = units[span.place].reshape(-1).view(numbers.dtype)
+    flat[: numbers.size] = numbers
+    flat[numbers.size :] = numbers[-1]
   units[count : rows * lanes] = units[count - 1]
+  return array
+
+
+def encode(
+  spans: Sequence[Span], layout: layouts.Layout, coder_tables: layouts.Tables
+) -> np.ndarray:
+  """Encodes a block, 1 to `CAPACITY` units, on this thread: uint8."""
+  count = spans[-1].place.stop
+  rows, lanes = _grid(count)
+  inputs = [_units(x, spans, layout) for x in ('numbers', 'known')]
   stack = ROWS * layout.pushes + _APART
   shapes: list[_Shape] = [((lanes * stack,), np.uint16), ((ROWS, lanes), np.uint16)]
   for width, _ in layout.pieces:
     dtype = np.uint16 if width == 8 else np.uint8
     shapes.append(((ROWS // _sharing(width), lanes), dtype))
-  arguments = values, _classes(spans, count), coder_tables, np.int32(rows)
+  arguments = *inputs, _classes(spans, count), coder_tables, np.int32(rows)
   (state, lengths), (words, marks, *planes) = _run(_encode, shapes, layout, *arguments)
   lengths = lengths.astype(np.int64)
   stacks = zip(words.reshape(lanes, stack), lengths.tolist(), strict=True)
@@ -142,7 +162,10 @@ def encode(
     parts.append(flat[: _plane_bytes(width, rows, lanes)])
   # The last unit is listed again where it fills the row.
   escaped = np.flatnonzero(marks.reshape(-1)[: rows * lanes] > 0)
-  parts += layout.lists(marks.reshape(-1)[escaped] - layouts.MARKED, units[escaped])
+  parts += layout.lists(
+    marks.reshape(-1)[escaped] - layouts.MARKED,
+    inputs[0].reshape(-1, layout.words)[escaped],
+  )
   return np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
 
 
@@ -185,23 +208,26 @@ def decode(
   places = np.concatenate([state, tops, ends]).astype(np.uint32)
   classes = _classes(spans, count)
   shapes = [((ROWS, lanes, layout.words), layout.word), ((ROWS, lanes), bool)]
-  arguments = places, np.int32(rows), buffer.view(np.uint16), buffer, classes
+  known = _units('known', spans, layout)
+  arguments = places, np.int32(rows), buffer.view(np.uint16), buffer, classes, known
   (state, bottoms), out = _run(_decode, shapes, layout, *arguments, coder_tables)
   if (state != 1 << 16).any() or (bottoms != tops - lengths).any():
     raise rans.MessageError('a block has more or fewer words than its units need')
   units, marks = (x.reshape(ROWS * lanes, -1) for x in out)
   escaped = np.flatnonzero(marks[: rows * lanes])
-  few_classes = classes.reshape(-1)[escaped].astype(np.int32)
-  listed = layout.listed(lists, units[escaped], few_classes, coder_tables.told)
+  words = lambda x: [*x.reshape(-1, layout.words)[escaped].astype(np.uint32).T]
+  of_units = classes.reshape(-1)[escaped].astype(np.int32)
+  row = layouts.Row(of_units, None if known is None else words(known), None, [])
+  listed = layout.listed(lists, units[escaped], row, coder_tables.told)
   checksums = []
-  for place, numbers, _, part in spans:
-    few = slice(*np.searchsorted(escaped, [place.start, place.stop]))
+  for place, numbers, _, _, part in spans:
+    some = slice(*np.searchsorted(escaped, [place.start, place.stop]))
     whole, missing = numbers, -numbers.size % layout.size
     if missing:  # in the last unit
       whole = np.empty(numbers.size + missing, numbers.dtype)
     of_units = whole.view(layout.word).reshape(-1, layout.words)
     of_units[...] = units[place]
-    of_units[escaped[few] - place.start] = listed[few]
+    of_units[escaped[some] - place.start] = listed[some]
     if missing:
       numbers[...] = whole[:-missing]
     checksums.append((part, (checksums_lib.of_array(numbers), numbers.nbytes)))
@@ -248,6 +274,13 @@ def _row(array: jax.Array, t: Any) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(array, t, keepdims=False)
 
 
+def _given(t: Any, classes: Any, known: Any, units: Any, pieces: Any) -> layouts.Row:
+  """Returns a row of what a program is given."""
+  words = lambda x: None if x is None else [*_row(x, t).astype(jnp.uint32).T]
+  of_units = _row(classes, t).astype(jnp.int32)
+  return layouts.Row(of_units, words(known), words(units), pieces)
+
+
 def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(array, row, t, 0)
 
@@ -262,7 +295,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """
 
   def loop(*operands: Any) -> Any:
-    out, places, rows, words, buffer, classes, coder_tables = operands
+    out, places, rows, words, buffer, classes, known, coder_tables = operands
     lanes = classes.shape[1]
     state, tops, planes = jnp.split(places, [lanes, 2 * lanes])
 
@@ -272,6 +305,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 
       def pop(lookup: Callable[..., Any], precision: Any) -> jax.Array:
         nonlocal state, tops
+        state, tops = jax.lax.optimization_barrier((state, tops))
         entry, start, frequency = lookup(rans.slot(state, precision))
         word = words.at[tops].get(mode='promise_in_bounds')
         state, taken = rans.pop_step(state, word, start, frequency, precision)
@@ -285,8 +319,8 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         at += place // shared * lanes
         row = jax.lax.dynamic_slice_in_dim(data, at, lanes).astype(jnp.uint32)
         pieces.append(row >> place % shared * (2 * width))
-      row_classes = _row(classes, t).astype(jnp.int32)
-      rows_of = layout.decode_step(pop, row_classes, pieces, coder_tables)
+      given = _given(t, classes, known, None, pieces)
+      rows_of = layout.decode_step(pop, given, coder_tables)
       out = tuple(_put(x, y, t) for x, y in zip(out, rows_of, strict=True))
       return state, tops, out
 
@@ -302,7 +336,8 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """Encodes rows of units; returns the states with the lengths of stacks, and `out`."""
 
-  def loop(out: Any, units: Any, classes: Any, coder_tables: Any, rows: Any) -> Any:
+  def loop(*operands: Any) -> Any:
+    out, units, known, classes, coder_tables, rows = operands
     lanes = classes.shape[1]
     # Unsigned, because it takes time to see whether signed indices are below 0.
     first = jnp.arange(lanes, dtype=jnp.uint32) * (out[0].size // lanes)
@@ -310,15 +345,16 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
     def step(i: jax.Array, carry: Any) -> Any:
       state, sizes, parts, (words, marks, *planes) = carry
       t = rows - 1 - i
-      intervals, pieces, mark = layout.encode_step(
-        _row(classes, t).astype(jnp.int32), _row(units, t), coder_tables
-      )
+      given = _given(t, classes, known, units, [])
+      intervals, pieces, mark = layout.encode_step(given, coder_tables)
       for interval in reversed(intervals):
         state, top, moved = rans.push_step(state, *interval)
+        taken = moved.astype(jnp.uint32)
+        state, top, taken = jax.lax.optimization_barrier((state, top, taken))
         # A word that does not move is put there, too, and the next one replaces it.
         for word, place in zip(top, first + sizes, strict=True):
           words = _put(words, word, place)
-        sizes = sizes + moved.astype(jnp.uint32)
+        sizes = sizes + taken
       joined = []
       for k, (width, _) in enumerate(layout.pieces):
         # Rows that share bytes come in turn, the highest first.

@@ -1,9 +1,9 @@
 """Encodes and decodes a record: a list of arrays that decodes on its own.
 
-The parts of one layout form a *group*; an array of known classes is a group alone. The
-stream of a record has the contexts of all groups, then their blocks, and then the parts
-that are stored as they are. The decoder decides by integers only. Blocks are coded side
-by side in threads, and the bytes do not depend on the number of threads.
+The parts of one layout form a *group*. The stream of a record has the contexts of all
+groups, then their blocks, and then the parts that are stored as they are. The decoder
+decides by integers only. Blocks are coded side by side in threads, and the bytes do not
+depend on the number of threads.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
 Known = Callable[[], np.ndarray]
-"""Returns the classes of an array's elements, uint8 `[n]`."""
+"""Returns numbers near those of an array: unsigned integers `[n]`, the bit patterns."""
 
 _Read = Callable[[int, np.ndarray], Any]
 """Fills an array with the bytes of a stream from a place on."""
@@ -45,14 +45,13 @@ class Encoded(NamedTuple):
 
 
 def encode(
-  arrays: Sequence[np.ndarray], known: Mapping[int, plans.Group] = _NONE
+  arrays: Sequence[np.ndarray], known: Mapping[int, plans.Known] = _NONE
 ) -> Encoded:
   """Encodes arrays as one record.
 
   Args:
     arrays: arrays of dtypes in `specs.DTYPES`, with any strides.
-    known: plans of arrays whose classes both sides know, by the indices of the arrays,
-      see `plans.of_known`.
+    known: for arrays near such that both sides know, by their indices, these.
 
   Raises:
     ValueError: if a dtype cannot be stored.
@@ -61,17 +60,17 @@ def encode(
   jobs = []
   for group in plan.groups:
     tables = group.layout.tables(*group.contexts)
-    _, numbers, scales, _ = zip(*group.parts, strict=True)
-    several = blocks.divide(numbers, scales, group.layout.size)
+    _, numbers, scales, _, near = zip(*group.parts, strict=True)
+    several = blocks.divide(numbers, near, scales, group.layout.size)
     encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
     jobs.append([functools.partial(encode, spans) for spans in several])
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
-  heads = [contexts_lib.to_bytes(x.contexts, x.stored_scales) for x in plan.groups]
+  heads = [contexts_lib.to_bytes(x.contexts, x.scales) for x in plan.groups]
   bodies = [[next(coded) for _ in several] for several in jobs]
   groups = tuple(
     specs.GroupSpec(
-      type_name='known' if group.is_known else group.layout.type_name,
+      type_name=group.layout.type_name,
       raw_bits=group.layout.raw_bits,
       contexts=len(head),
       blocks=tuple(x.size for x in body),
@@ -95,9 +94,11 @@ def encode(
   return Encoded(specs.StreamSpec(arrays=entries, groups=groups), pieces)
 
 
-def estimate(arrays: Sequence[np.ndarray]) -> float:
+def estimate(
+  arrays: Sequence[np.ndarray], known: Mapping[int, plans.Known] = _NONE
+) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
-  plan = plans.make(arrays, _NONE)
+  plan = plans.make(arrays, known)
   return sum(x.nbytes for x in plan.groups) + sum(x.nbytes for x in plan.plain)
 
 
@@ -116,8 +117,8 @@ def decode(
       and `read(start, out)`. Of what is coded, each thread reads one block at a time.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
-    known: for the arrays of known classes, by their indices, functions that return
-      these classes. They are called when all other arrays are decoded.
+    known: for the arrays near such that both sides know, by their indices, functions
+      that return these. They are called when all other arrays are decoded.
 
   Returns:
     The arrays, bit for bit. They do not share memory with `data`.
@@ -145,10 +146,10 @@ def decode(
   *members, plain = spec.members
   outputs = [parts[x.place].reshape(-1).view(np.uint8) for x in plain]
   pool.run(functools.partial(read, next(starts), output) for output in outputs)
-  is_known = [group.is_known for group in spec.groups]
-  late = [x[0].array for x, is_late in zip(members, is_known, strict=True) if is_late]
-  if {*late} != known.keys():
-    raise ValueError(f'the arrays {late} have known classes, got {[*known]}')
+  several = zip(spec.groups, members, strict=True)
+  late = {x.array for group, of in several if group.is_known for x in of}
+  if not late <= known.keys():
+    raise ValueError(f'the arrays {late} are relative to known ones, got {[*known]}')
   checksums: dict[int, int] = {}
 
   def finish(i: int) -> None:
@@ -164,9 +165,9 @@ def decode(
   for is_late in (False, True):
     for i, group in enumerate(spec.groups):
       if group.is_known == is_late:
-        classes = known[members[i][0].array]() if is_late else None
-        several = [parts[x.place] for x in members[i]]
-        of_parts = _decode_group(group, heads[i], bodies[i], several, read, classes)
+        near = [known[x.array]() if is_late else None for x in members[i]]
+        numbers = [parts[x.place] for x in members[i]]
+        of_parts = _decode_group(group, heads[i], bodies[i], numbers, near, read)
         checksums |= zip([x.array for x in members[i]], of_parts, strict=True)
     pool.each(finish, [i for i in range(len(arrays)) if (i in late) == is_late])
   return arrays
@@ -177,23 +178,21 @@ def _decode_group(
   head: np.ndarray,
   body: Sequence[tuple[int, int]],  # where blocks begin in the stream, and their sizes
   parts: Sequence[np.ndarray],
+  known: Sequence[np.ndarray | None],
   read: _Read,
-  classes: np.ndarray | None,
 ) -> list[int]:
   """Decodes the parts of a group; returns their checksums."""
-  layout = group.layout(parts[0].dtype)
-  shapes = [x.shape for x in parts if classes is None]
+  layout, shapes = group.layout(parts[0].dtype), [x.shape for x in parts]
   contexts, scales = contexts_lib.from_bytes(head.tobytes(), layout, shapes)
-  if classes is not None:
-    if classes.size != parts[0].size:
-      raise ValueError(f'{parts[0].size} elements have {classes.size} classes')
-    parts = [parts[0].reshape(-1, 1)]
-    scales = [contexts_lib.Scales(0, classes, np.zeros(1, np.uint8))]
+  for numbers, near in zip(parts, known, strict=True):
+    form = numbers.size, numbers.itemsize
+    if near is not None and (near.size, near.itemsize) != form:
+      raise ValueError(f'known numbers must be {form}, got {near.size}')
   tables = layout.tables(*contexts)
   # Each block would copy them to the device.
   tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))
   decode = lambda start, *others: blocks.decode(functools.partial(read, start), *others)
-  several = blocks.divide(parts, scales, layout.size)
+  several = blocks.divide(parts, known, scales, layout.size)
   jobs = [
     functools.partial(decode, *block, spans, layout, tables)
     for block, spans in zip(body, several, strict=True)

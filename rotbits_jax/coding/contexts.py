@@ -20,9 +20,6 @@ import numpy as np
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 
-CLASSES = 256
-"""The number of classes that a byte can tell."""
-
 MOST_UNITS = 1 << 19
 """The most units of a block, which makes the classes of whole rows of columns."""
 
@@ -73,7 +70,7 @@ class Scales(NamedTuple):
 class Contexts(NamedTuple):
   """What classes stand for, and the tables."""
 
-  base: np.ndarray  # int, the least offset or minimum exponent; or shifts of classes
+  base: np.ndarray  # int `[1]`, the least offset or minimum exponent, see `layouts`
   table_of: np.ndarray  # int64, the row of each table of the layout
   frequencies: np.ndarray  # int64 `[K, A]`
 
@@ -82,16 +79,13 @@ class Contexts(NamedTuple):
 
 
 def to_bytes(contexts: Contexts, scales: Sequence[Scales]) -> bytes:
-  """Serialises contexts and the scales of M arrays; see docs/format.md.
-
-  There are no scales if classes are known from elsewhere.
-  """
+  """Serialises contexts and the scales of M arrays; see docs/format.md."""
   heads, lines = list[int](), list[bytes]()
   for first, rows, columns in scales:
     heads += [(rows.size > 1) + 2 * (columns.size > 1), first]
     # A scale that all lines share is part of the base.
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
-  base = np.diff(contexts.base, prepend=0).astype('<i2').tobytes()
+  base = contexts.base.astype('<i2').tobytes()
   is_new = np.diff(contexts.table_of, prepend=-1).astype(np.uint8).tobytes()
   head = b''.join([base, bytes(heads), *lines, is_new])
   return tables.deflate(head + tables.to_bytes(contexts.frequencies))
@@ -102,7 +96,7 @@ def from_bytes(
 ) -> tuple[Contexts, list[Scales]]:
   """Makes contexts and scales of arrays of these shapes: the inverse of `to_bytes`."""
   lengths = [matrix_shape(shape, layout.size) for shape in shapes]
-  most = 2 * layout.bases + sum(2 + sum(x) for x in lengths)
+  most = 2 + sum(2 + sum(x) for x in lengths)
   most += layout.most_tables * (1 + 2 * layout.alphabet)
   content, position = tables.inflate(data, most), 0
 
@@ -113,7 +107,7 @@ def from_bytes(
       raise ValueError('the tables of arrays are cut short')
     return content[position - size : position]
 
-  base, scales = np.cumsum(take(2 * layout.bases).view('<i2'), dtype=np.int32), []
+  base, scales = take(2).view('<i2').astype(np.int32), []
   heads = take(2 * len(lengths)).reshape(-1, 2).tolist()
   for (mode, first), line_lengths in zip(heads, lengths, strict=True):
     if mode > 3 or (mode and line_lengths[1] > MOST_UNITS):

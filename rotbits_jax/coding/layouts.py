@@ -20,8 +20,10 @@ Two int8 are a pair, too. They have no signs: with the highest bit flipped, they
 the order of their bit patterns. A bin has 2^r neighbouring integers, which r raw bits
 distinguish.
 
-**Integers.** A unit is one integer. Its class selects its table and its *shift*, the
-number of its raw bits.
+**Differences.** Two numbers near known ones, or two signed integers, are a pair of bins
+with a sign. The exponent of the known number and the scales tell how large a difference
+is in ULPs: the *level*. It gives the *shift*, the number of raw bits, and one of few
+tables. Each number has its own, so two levels select the table of the pair.
 
 The last symbol of a table is the *escape*: units without a symbol, and pairs of bins
 that are too rare, are in lists after the block. One lookup gives the symbol of a slot
@@ -56,13 +58,33 @@ QUARTERS = 4
 LEVELS = 32
 """The tables of floats that share a step, and the classes of each minimum exponent."""
 
-RAW, MOST_RAW = 16, 24
-"""The raw bits of integers that are pushed at once, and in all."""
+CLASSES = 256
+"""The number of classes that a byte can tell."""
+
+MANTISSA_BITS = {
+  np.dtype(getattr(ml_dtypes, x, x)): ml_dtypes.finfo(x).nmant
+  for x in ('float16', 'bfloat16', 'float32', 'float8_e4m3fn', 'float8_e5m2')
+}
+"""The dtypes of floats whose differences from known ones depend on their exponents."""
+
+ONE_ULP = 64
+"""The class of differences whose size is about 1."""
+
+MOST_DIFFERENT = 8
+"""The most tables of differences, of which each two have a table of pairs."""
+
+MOST_SLOTS = 1 << 11
+"""The most slots of a pair of differences other than zeros."""
+
+RAW, MOST_RAW = 8, 24
+"""The raw bits of a difference that are pushed at once, and in all."""
+
+_BIAS = np.uint8(30)  # of bytes, of which 225 is rare in masks and codes
+
+_OCTAVES = 4  # below a known float, beyond which floats rarely occur
 
 MARKED = 1 << 15
 """The bit of the mark of a unit that is in a list, above its symbol."""
-
-_FEW_TABLES = 16  # of integers; larger arrays of tables take time to fill
 
 Interval = tuple[jax.Array, jax.Array | int, jax.Array | int]
 """Starts and frequencies of the symbols of the lanes, and the precision."""
@@ -84,53 +106,37 @@ class Tables(NamedTuple):
   told: np.ndarray  # int32, see `Layout.told`
 
 
+class Row(NamedTuple):
+  """What a program knows of a unit of each lane."""
+
+  classes: Any  # int32 `[L]`
+  known: Any  # list of words of known units, uint32 `[L]`; or None
+  units: Any  # the same of units, to encode
+  pieces: list[jax.Array]  # uint32 `[L]`, of the planes, to decode
+
+
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-  """The layout of pairs of floats, and of int8 codes."""
+class _Units:
+  """What the layouts have in common whose units are two numbers."""
 
   dtype: np.dtype
-  raw_bits: int  # raw bits of a number, with the sign of a float
-  type_name: str = 'floats'  # or 'raised', if small floats share a step; or 'codes'
+  raw_bits: int  # of a number, with the sign of a float; of a difference, the most
 
   alphabet: ClassVar[int] = BINS  # of a stored table
   stored_precision: ClassVar[int] = tables.PRECISION  # of a stored table
   symbol_bits: ClassVar[int] = 10
   size: ClassVar[int] = 2  # numbers of a unit
-  bases: ClassVar[int] = 1  # integers from which `told` counts
+  most_tables: ClassVar[int] = CLASSES  # one of each class
+  most_stored: ClassVar[int] = CLASSES  # of these, others equal the ones before them
+  precision: ClassVar[int] = 12
   pushes: ClassVar[int] = 1  # of a unit
-
-  def is_valid(self) -> bool:
-    """Returns whether there is such a layout."""
-    if self.type_name == 'codes':
-      return self.dtype == np.int8 and self.raw_bits <= 3
-    return self.dtype in FORMATS and 1 <= self.raw_bits <= self._low + 1
-
-  @property
-  def raised(self) -> bool:
-    return self.type_name == 'raised'
-
-  @property
-  def format(self) -> ml_dtypes.finfo:
-    return FORMATS[self.dtype]
+  pieces: ClassVar[tuple[tuple[int, int], ...]] = ()  # of raw bits in planes
+  raised: ClassVar[bool] = False
 
   @property
   def width(self) -> int:
     """The bits of a number."""
     return 8 * self.dtype.itemsize
-
-  @property
-  def top(self) -> int:
-    """The number t, of bits of the mantissa that belong to a bin."""
-    return 1 + self.raised
-
-  @property
-  def precision(self) -> int:
-    # The others have many tables, and the cache is small.
-    return tables.PRECISION if self.type_name == 'floats' else 12
-
-  @property
-  def most_tables(self) -> int:
-    return QUARTERS if self.type_name == 'floats' else LEVELS
 
   @property
   def words(self) -> int:
@@ -142,8 +148,101 @@ class Pairs:
     """The dtype of these words."""
     return np.dtype(np.uint16 if self.width == 8 else np.uint32)
 
+  def _packed(self, first: Any, second: Any) -> list[Any]:
+    """Returns the words of a unit, given a field of each of its numbers."""
+    return [first | second << self.width] if self.words == 1 else [first, second]
+
+  def _numbers(self, words: list[Any]) -> list[Any]:
+    """Returns the two numbers of units, given their words, uint32."""
+    if self.words > 1:
+      return words
+    return [words[0] & ((1 << self.width) - 1), words[0] >> self.width]
+
+  def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
+    """Returns the lists of units at escapes: their symbols, and others whole."""
+    bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
+    return [np.packbits(bits[:, 6:]), units[symbols == 1023]]
+
+  def listed(
+    self: Any, data: np.ndarray, units: np.ndarray, row: Row, told: np.ndarray
+  ) -> np.ndarray:
+    """Returns the units at escapes, given their lists and their decoded words."""
+    bits = np.zeros((len(units), 16), np.uint8)
+    bits[:, 6:] = np.unpackbits(data, count=10 * len(units)).reshape(-1, 10)
+    symbols = np.packbits(bits).view('>u2').astype(np.uint32)
+    _, context = self.context(row, told, np)
+    words = self.join(symbols, [*units.astype(np.uint32).T], context, np)
+    joined = np.stack(words, -1).astype(self.word)
+    is_whole = symbols == 1023
+    joined[is_whole] = _whole(data[-(-10 * len(units) // 8) :], units[is_whole])
+    return joined
+
+  def decode_step(
+    self: Any, pop: Pop, row: Row, coder_tables: Tables
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes a unit of each lane, in a program.
+
+    Returns the words of the units, `[L, words]`; and whether each is an escape, whose
+    words are those that `join` needs.
+    """
+    table, context = self.context(row, coder_tables.told)
+    symbol, is_listed = _popped(pop, table, coder_tables, self)
+    raw = self.raw(pop, row, context)
+    pairs = zip(raw, self.join(symbol, raw, context), strict=True)
+    words = [jnp.where(is_listed, x, y) for x, y in pairs]
+    return jnp.stack(words, -1).astype(self.word), is_listed
+
+  def encode_step(
+    self: Any, row: Row, coder_tables: Tables
+  ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
+    """Divides a unit of each lane, in a program.
+
+    Returns the intervals in the order in which they are popped; the pieces, uint32; and
+    the marks, uint16: that of a unit in a list is its symbol and `MARKED`.
+    """
+    table, context = self.context(row, coder_tables.told)
+    (first, second), raw, pieces = self.divided(self._numbers(row.units), context)
+    symbol = jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(1023))
+    interval, mark = _pushed(symbol, table, coder_tables, self)
+    return [interval, *raw], pieces, mark
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(_Units):
+  """The layout of pairs of floats, and of int8 codes."""
+
+  type_name: str = 'floats'  # or 'raised', if small floats share a step; or 'codes'
+
+  def is_valid(self) -> bool:
+    """Returns whether there is such a layout."""
+    if self.type_name == 'codes':
+      return self.dtype == np.int8 and self.raw_bits <= 3
+    return self.dtype in FORMATS and 1 <= self.raw_bits <= self._low + 1
+
+  @property
+  def raised(self) -> bool:  # type: ignore[override]
+    return self.type_name == 'raised'
+
+  @property
+  def format(self) -> ml_dtypes.finfo:
+    return FORMATS[self.dtype]
+
+  @property
+  def top(self) -> int:
+    """The number t, of bits of the mantissa that belong to a bin."""
+    return 1 + self.raised
+
+  @property
+  def precision(self) -> int:  # type: ignore[override]
+    # The others have many tables, and the cache is small.
+    return tables.PRECISION if self.type_name == 'floats' else 12
+
+  @property
+  def most_tables(self) -> int:  # type: ignore[override]
+    return QUARTERS if self.type_name == 'floats' else LEVELS
+
   @functools.cached_property
-  def pieces(self) -> tuple[tuple[int, int], ...]:
+  def pieces(self) -> tuple[tuple[int, int], ...]:  # type: ignore[override]
     """The width and the lowest bit of each piece of the raw bits of a number."""
     low = self.raw_bits & ~7
     pieces = [(8, place) for place in range(0, low, 8)]
@@ -168,10 +267,6 @@ class Pairs:
     """The number of bits below the bin."""
     return self.format.nmant - self.top if self._sign else self.raw_bits
 
-  def _packed(self, first: Any, second: Any) -> list[Any]:
-    """Returns the words of a unit, given a field of each of its numbers."""
-    return [first | second << self.width] if self.words == 1 else [first, second]
-
   def told(self, classes: Any, base: Any) -> tuple[Any, Any]:
     """Returns what int32 classes tell: tables, and offsets or minimum exponents.
 
@@ -181,17 +276,22 @@ class Pairs:
       return classes & 31, (classes >> 5) + base[0]
     return classes & 3, (classes >> 2 << self.top) + base[0]
 
-  def symbols(self, numbers: np.ndarray, told: np.ndarray) -> np.ndarray:
-    """Returns the bins of bit patterns, in NumPy; those below 32 are coded."""
-    return self._split(numbers, told, np)[0]
+  def counted(self, row: Row, base: np.ndarray) -> tuple[Any, Any, Any]:
+    """Returns what is counted of units `[n, 2]`, in NumPy, of classes `[n, 1]`.
+
+    It is the tables; the bins, uint32, of which those below 32 are coded; and raw bits.
+    """
+    table, told = self.told(row.classes, base.astype(np.int32))
+    return table, self._split(row.units, told, np)[0], self.raw_bits
 
   def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
-    """Divides bit patterns into bins, int32 of any value, and raw bits."""
+    """Divides bit patterns into bins, uint32 of any value, and raw bits."""
     width, low, top = self.width, self._low, self.raw_bits - self._sign
     number = raised(number, self.format, told, xp) if self.raised else number
     number = number if self._sign else number ^ number.dtype.type(128)
     magnitude = number & number.dtype.type((1 << width - self._sign) - 1)
     bins = (magnitude >> low).astype(np.int32) - (0 if self.raised else told)
+    bins = bins.view(np.uint32)
     raw = (magnitude & ((1 << low) - 1)) >> low - top
     return bins, raw | number >> width - 1 << top if self._sign else raw
 
@@ -222,66 +322,29 @@ class Pairs:
         words = [lower(x) for x in words]
     return [y & highest | x for x, y in zip(words, kept, strict=True)]
 
-  def decode_step(
-    self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
-  ) -> tuple[jax.Array, ...]:
-    """Decodes a unit of each lane, in a program.
+  def context(self, row: Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Returns the tables of units, and what else `join` and `divided` need."""
+    del xp
+    return self.told(row.classes, base)
 
-    Classes are int32 `[L]`, and pieces of raw bits uint32 `[L]`. Returns the words of
-    the units, `[L, words]`; and whether each is an escape, whose words are those that
-    `join` needs.
-    """
-    table, told = self.told(classes, coder_tables.told)
-    symbol, is_listed = _popped(pop, table, coder_tables, self)
-    raw = [jnp.zeros_like(symbol)] * self.words
-    for (width, place), piece in zip(self.pieces, pieces, strict=True):
+  def raw(self, pop: Pop, row: Row, told: Any) -> list[jax.Array]:
+    """Returns words that have the raw bits of units in their places."""
+    del pop
+    raw = [jnp.zeros_like(told, jnp.uint32)] * self.words
+    for (width, place), piece in zip(self.pieces, row.pieces, strict=True):
       mask = (1 << width) - 1
       fields = self._packed(piece & mask, piece >> width & mask)
       raw = [x | y << place for x, y in zip(raw, fields, strict=True)]
-    kept = [self._kept(x) for x in raw]
-    pairs = zip(kept, self.join(symbol, kept, told), strict=True)
-    words = [jnp.where(is_listed, x, y) for x, y in pairs]
-    return jnp.stack(words, -1).astype(self.word), is_listed
+    return [self._kept(x) for x in raw]
 
-  def encode_step(
-    self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
-  ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
-    """Divides a unit of each lane, `[L, words]`, in a program.
-
-    Returns the intervals in the order in which they are popped; the pieces, uint32; and
-    the marks, uint16: that of a unit in a list is its symbol and `MARKED`.
-    """
-    table, told = self.told(classes, coder_tables.told)
-    numbers = [*unit.astype(jnp.uint32).T]
-    if self.words == 1:
-      numbers = [numbers[0] & ((1 << self.width) - 1), numbers[0] >> self.width]
-    (first, first_raw), (second, second_raw) = (self._split(x, told) for x in numbers)
+  def divided(self, numbers: list[Any], told: Any) -> tuple[Any, ...]:
+    """Returns the bins of both numbers; intervals of raw bits; and pieces of these."""
+    bins, raw = zip(*(self._split(x, told) for x in numbers), strict=True)
     pieces = []
     for bits, place in self.pieces:
-      low, high = (x >> place & ((1 << bits) - 1) for x in (first_raw, second_raw))
+      low, high = (x >> place & ((1 << bits) - 1) for x in raw)
       pieces.append(low | high << bits)
-    bins = (first | second).astype(jnp.uint32)
-    symbol = jnp.where(bins < BINS, first << 5 | second, 1023).astype(jnp.uint32)
-    interval, mark = _pushed(symbol, table, coder_tables, self)
-    return [interval], pieces, mark
-
-  def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
-    """Returns the lists of units at escapes: their symbols, and others whole."""
-    bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
-    return [np.packbits(bits[:, 6:]), units[symbols == 1023]]
-
-  def listed(
-    self, data: np.ndarray, units: np.ndarray, classes: np.ndarray, base: np.ndarray
-  ) -> np.ndarray:
-    """Returns the units at escapes, given their lists and their decoded words."""
-    bits = np.zeros((len(units), 16), np.uint8)
-    bits[:, 6:] = np.unpackbits(data, count=10 * len(units)).reshape(-1, 10)
-    symbols = np.packbits(bits).view('>u2').astype(np.uint32)
-    told = self.told(classes, base)[1]
-    joined = np.stack(self.join(symbols, [*units.T], told, np), -1)
-    is_whole = symbols == 1023
-    joined[is_whole] = _whole(data[-(-10 * len(units) // 8) :], units[is_whole])
-    return joined
+    return bins, [], pieces
 
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
@@ -293,103 +356,195 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Integers:
-  """The layout of bytes, and of signed integers of at most 32 bits."""
+class Differences(_Units):
+  """The layout of differences from known numbers; or from 0, of signed integers."""
 
-  dtype: np.dtype
-  raw_bits: int  # the greatest shift
+  type_name: str = 'integers'  # or 'known'
 
-  type_name: ClassVar[str] = 'integers'
-  raised: ClassVar[bool] = False
-  alphabet: ClassVar[int] = 255  # of a stored table, which does not have the escape
-  stored_precision: ClassVar[int] = 12
-  precision: ClassVar[int] = 12
-  symbol_bits: ClassVar[int] = 8
-  size: ClassVar[int] = 1
-  words: ClassVar[int] = 1
-  most_tables: ClassVar[int] = 256
-  pieces: ClassVar[tuple[tuple[int, int], ...]] = ()
+  most_stored: ClassVar[int] = MOST_DIFFERENT
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
-    is_integer = self.dtype.name in ('uint8', 'int8', 'int16', 'int32')
-    return is_integer and self.raw_bits in (0, RAW, MOST_RAW)
+    is_float = self.type_name == 'known' and self.dtype in MANTISSA_BITS
+    fits = self.raw_bits in range(0, min(self.width, MOST_RAW) + 1, RAW)
+    return fits and (is_float or self.dtype.kind == 'i')
 
   @property
-  def bases(self) -> int:
-    return self.most_tables if self.raw_bits else 1
+  def pushes(self) -> int:  # type: ignore[override]
+    return 1 + self.raw_bits // RAW
+
+  def told(self, classes: Any, known: Any, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Returns the level of a difference without its shift, int32; the shift, uint32.
+
+    `known` is the known number of each class, `base` what is added to classes.
+    """
+    level = classes + base
+    if (mantissa := MANTISSA_BITS.get(self.dtype)) is not None:
+      exponent = (known & self._magnitude) >> mantissa
+      level = level - 4 * xp.maximum(exponent, np.uint32(1)).astype(np.int32)
+    level = xp.clip(level, 0, CLASSES - 1)
+    shift = xp.clip(level - ONE_ULP >> 2, 0, self.raw_bits)
+    return level - 4 * shift, shift.astype(np.uint32)
+
+  def counted(self, row: Row, base: np.ndarray) -> tuple[Any, Any, Any]:
+    """Returns what is counted of units; see `Pairs.counted`."""
+    known = row.known.astype(np.uint32)
+    level, shift = self.told(row.classes, known, np.int32(base[0]), np)
+    off = self.differences(row.units.astype(np.uint32), known, np)
+    return level, folded(off >> shift.astype(np.int32)), shift
 
   @property
-  def pushes(self) -> int:
-    return 1 + -(-self.raw_bits // RAW)
+  def _magnitude(self) -> np.uint32:
+    """The bits of a number without its sign."""
+    return np.uint32((1 << self.width - 1) - 1)
 
-  @property
-  def word(self) -> np.dtype:
-    return np.dtype(f'u{self.dtype.itemsize}')
+  def _signed(self, number: Any) -> Any:
+    """Returns numbers, uint32 with any bits above their width, as int32."""
+    return (number << 32 - self.width).view(np.int32) >> 32 - self.width
 
-  @property
-  def bias(self) -> int:
-    """The symbol of 0. Of bytes 225 is the escape, which is rare in masks and codes."""
-    return 30 if self.dtype == np.uint8 else 128
+  def _flipped(self, number: Any) -> Any:
+    """Returns numbers, all bits but the sign of negative ones flipped."""
+    return number ^ (self._signed(number) >> 31).view(np.uint32) & self._magnitude
 
-  def packed(self, base: np.ndarray, table_of: np.ndarray) -> np.ndarray:
-    """Returns what each class tells, given its shift and its table."""
-    shifts = base.clip(0, self.raw_bits)
-    return (shifts << 8 | table_of).astype(np.int32)
+  def _least(self, known: Any) -> tuple[Any, Any]:
+    """Returns the magnitudes of known floats, and the least one near them: int32."""
+    magnitude = (known & self._magnitude).view(np.int32)
+    octaves = _OCTAVES << MANTISSA_BITS[self.dtype]
+    return magnitude, magnitude - magnitude.clip(max=octaves)
 
-  def told(self, classes: Any, packed: Any) -> tuple[Any, Any]:
-    """Returns what int32 classes tell: tables and shifts, which `packed` lists."""
-    entry = packed[classes]
-    if not isinstance(packed, np.ndarray):
-      entry = packed.at[classes].get(mode='promise_in_bounds')
-    return entry & 255, entry >> 8
+  def moved(self, known: Any, difference: Any, xp: Any = jnp) -> Any:
+    """Returns the bits of numbers that differ so much from known ones: all uint32."""
+    if self.dtype.kind == 'i':
+      return known + difference
+    magnitude, least = self._least(known)
+    place = self._signed(difference + magnitude.view(np.uint32))
+    half = np.int32(-(1 << self.width - 1))
+    gap = xp.where(place < half + 2 * least, least + half, 2 * least)
+    place = place - xp.where(place >= least, np.int32(0), gap)
+    return self._flipped(place.view(np.uint32)) ^ known & ~self._magnitude
 
-  def symbols(self, numbers: Any, told: Any) -> Any:
-    """Returns symbols, uint32; a shift of signed integers copies the sign."""
-    symbols = ((numbers.astype(np.int32) >> told) + self.bias).view(np.uint32)
-    return symbols & 255 if self.dtype.itemsize == 1 else symbols.clip(max=255)
+  def differences(self, number: Any, known: Any, xp: Any = jnp) -> Any:
+    """Returns the differences of numbers from known ones, int32; both are uint32.
 
-  def _raw_sizes(self, shift: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Returns the sizes of pieces of raw bits, from the highest, and of the rest."""
-    left, sizes = shift.astype(jnp.uint32), []
-    for _ in range(1, self.pushes):
-      size = jnp.minimum(left, RAW)
-      left = left - size
-      sizes.append((size, left))
-    return sizes
+    Those of floats are in ULPs and count away from 0, as far as the known ones go. The
+    floats around 0, which are many and rarely occur, are the last ones.
+    """
+    if self.dtype.kind == 'i':
+      return self._signed(number - known)
+    magnitude, least = self._least(known)
+    place = self._signed(self._flipped(number ^ known & ~self._magnitude))
+    half = np.int32(-(1 << self.width - 1))
+    gap = xp.where(place < -least, 2 * least, least + half)
+    place = place - magnitude + xp.where(place >= least, np.int32(0), gap)
+    return self._signed(place.view(np.uint32))
+
+  def context(self, row: Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Returns the tables of units, and the known numbers and the shifts of both."""
+    zeros = xp.zeros_like(row.classes, np.uint32)
+    known = [zeros, zeros] if row.known is None else self._numbers(row.known)
+    levels, shifts = zip(
+      *(self.told(row.classes, x, base[0], xp) for x in known), strict=True
+    )
+    # The sign of a difference takes less time than a comparison.
+    first, second = (
+      sum((x - base[i] >> 31 for i in range(1, MOST_DIFFERENT)), MOST_DIFFERENT - 1)
+      for x in levels
+    )
+    context = first * MOST_DIFFERENT + second, (known, shifts)
+    # XLA would compute it again for each lane whose table it looks up.
+    return jax.lax.optimization_barrier(context) if xp is jnp else context
+
+  def _sizes(self, shifts: Any) -> list[tuple[Any, ...]]:
+    """Returns the lowest bit of each piece of raw bits, and its sizes in both."""
+    least = lambda x, low: jnp.minimum(jnp.maximum(x, low) - low, RAW)
+    lows = range(0, self.raw_bits, RAW)
+    return [(low, *(least(x, jnp.uint32(low)) for x in shifts)) for low in lows]
+
+  def raw(self, pop: Pop, row: Row, context: Any) -> list[jax.Array]:
+    """Returns words that have the raw bits of units."""
+    first = second = jnp.zeros_like(row.classes, jnp.uint32)
+    for low, *sizes in self._sizes(context[1]):
+      piece = pop(lambda slot: (slot, slot, 1), sizes[0] + sizes[1])
+      first = first | piece >> sizes[1] << low
+      second = second | rans.slot(piece, sizes[1]) << low
+    return self._packed(first, second)
+
+  def join(self, symbols: Any, raw: Any, context: Any, xp: Any = jnp) -> list[Any]:
+    """Makes the words of units of symbols and words of raw bits, uint32."""
+    words, several = [], ((symbols >> 5, symbols & 31), self._numbers(raw), *context)
+    for value, bits, known, shift in zip(*several, strict=True):
+      value = value >> 1 ^ np.uint32(0) - (value & 1)
+      words.append(self.moved(known, value << shift | bits, xp))
+    return self._packed(*(x & np.uint32((1 << self.width) - 1) for x in words))
+
+  def divided(self, numbers: list[Any], context: Any) -> tuple[Any, ...]:
+    """Returns the bins of both numbers, and the intervals of raw bits."""
+    known, shifts = context
+    off = [self.differences(*x) for x in zip(numbers, known, strict=True)]
+    bins = [folded(x >> y) for x, y in zip(off, shifts, strict=True)]
+    intervals, raw = [], [x.view(jnp.uint32) for x in off]
+    for low, *sizes in self._sizes(shifts):
+      high, below = (rans.slot(x >> low, y) for x, y in zip(raw, sizes, strict=True))
+      intervals.append((high << sizes[1] | below, 1, sizes[0] + sizes[1]))
+    return bins, intervals, []
+
+  def tables(
+    self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
+  ) -> Tables:
+    """Makes the tables, given counts of bins `[K, 32]`; see `Pairs.tables`."""
+    if (count := len(counts)) > MOST_DIFFERENT:
+      raise ValueError(f'{count} tables, more than {MOST_DIFFERENT}')
+    grids = []
+    for rows in _entries(tables.of_differences(counts), self):
+      grids.append(np.empty((MOST_DIFFERENT, MOST_DIFFERENT, rows.shape[1]), np.uint32))
+      grids[-1][:count, :count] = rows.reshape(count, count, -1)
+    told = np.full(MOST_DIFFERENT, CLASSES, np.int32)  # the base, and first levels
+    told[:count] = np.flatnonzero(np.diff(table_of, prepend=-1))
+    told[0] = base[0]
+    slots, intervals = (x.reshape(-1) for x in grids)
+    return Tables(slots, intervals, told)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes(_Units):
+  """The layout of bytes, one a unit. There are no raw bits."""
+
+  type_name: ClassVar[str] = 'bytes'
+  alphabet: ClassVar[int] = 255  # of a stored table, which does not have the escape
+  stored_precision: ClassVar[int] = 12
+  symbol_bits: ClassVar[int] = 8
+  size: ClassVar[int] = 1
+  words: ClassVar[int] = 1
+  word: ClassVar[np.dtype] = np.dtype(np.uint8)
+
+  def is_valid(self) -> bool:
+    """Returns whether there is such a layout."""
+    return self.dtype == np.uint8 and not self.raw_bits
+
+  def counted(self, row: Row, base: np.ndarray) -> tuple[Any, Any, Any]:
+    """Returns what is counted of bytes; see `Pairs.counted`."""
+    return row.classes, row.units + _BIAS, 0
 
   def decode_step(
-    self, pop: Pop, classes: jax.Array, pieces: list[jax.Array], coder_tables: Tables
-  ) -> tuple[jax.Array, ...]:
-    """Decodes a number of each lane; see `Pairs.decode_step`."""
-    del pieces
-    table, shift = self.told(classes, coder_tables.told)
-    symbol, is_listed = _popped(pop, table, coder_tables, self)
-    number = symbol - jnp.uint32(self.bias)
-    for size, _ in self._raw_sizes(shift):
-      number = number << size | pop(lambda slot: (slot, slot, 1), size)
-    return number.astype(self.word)[:, None], is_listed
+    self, pop: Pop, row: Row, coder_tables: Tables
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes a byte of each lane; see `Pairs.decode_step`."""
+    symbol, is_listed = _popped(pop, row.classes, coder_tables, self)
+    return (symbol.astype(jnp.uint8) - _BIAS)[:, None], is_listed
 
   def encode_step(
-    self, classes: jax.Array, unit: jax.Array, coder_tables: Tables
+    self, row: Row, coder_tables: Tables
   ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
-    """Divides a number of each lane; see `Pairs.encode_step`."""
-    table, shift = self.told(classes, coder_tables.told)
-    signed = unit[:, 0].view(f'i{self.dtype.itemsize}').astype(jnp.int32)
-    symbol = self.symbols(signed, shift)
-    interval, mark = _pushed(symbol, table, coder_tables, self)
-    intervals = [interval]
-    for size, left in self._raw_sizes(shift):
-      intervals.append((rans.slot(signed.view(jnp.uint32) >> left, size), 1, size))
-    return intervals, [], mark
+    """Divides a byte of each lane; see `Pairs.encode_step`."""
+    symbol = row.units[0] + np.uint32(_BIAS) & 255
+    interval, mark = _pushed(symbol, row.classes, coder_tables, self)
+    return [interval], [], mark
 
   def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
     """Returns the list of units at escapes."""
     return [units]
 
-  def listed(
-    self, data: np.ndarray, units: np.ndarray, classes: np.ndarray, base: np.ndarray
-  ) -> np.ndarray:
+  def listed(self, data: np.ndarray, units: np.ndarray, *_: Any) -> np.ndarray:
     """Returns the units at escapes, given their list."""
     return _whole(data, units)
 
@@ -397,15 +552,16 @@ class Integers:
     self, base: np.ndarray, table_of: np.ndarray, frequencies: np.ndarray
   ) -> Tables:
     """Makes the tables, given frequencies `[K, 255]`; see `Pairs.tables`."""
-    few = len(frequencies) <= _FEW_TABLES
-    missing = (_FEW_TABLES if few else self.most_tables) - len(frequencies)
-    slots, intervals = (
-      np.pad(x, ((0, missing), (0, 0))).reshape(-1) for x in _entries(frequencies, self)
-    )
-    return Tables(slots, intervals, self.packed(base, table_of))
+    slots, intervals = (x[table_of].reshape(-1) for x in _entries(frequencies, self))
+    return Tables(slots, intervals, base.astype(np.int32))
 
 
-Layout = Pairs | Integers
+def folded(values: Any) -> Any:
+  """Returns signed integers as uint32 in the order 0, -1, 1, -2, 2, ..."""
+  return (values << 1 ^ values >> 31).view(np.uint32)
+
+
+Layout = Pairs | Differences | Bytes
 
 
 # ---- symbols -------------------------------------------------------------------------
@@ -426,7 +582,12 @@ def _popped(
 
   def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
     entry = _get(coder_tables.slots, table, layout.precision, slot)
-    return entry, slot - (entry >> field & mask), (entry & mask) + 1
+    distance, less = entry >> field & mask, entry & mask
+    if isinstance(layout, Differences):  # 0 may have more slots than a field tells
+      is_first = entry < 1 << 2 * field
+      distance = jnp.where(is_first, slot, distance)
+      less = jnp.where(is_first, entry, less)
+    return entry, slot - distance, less + 1
 
   symbol = pop(lookup, layout.precision) >> 2 * field
   return symbol, symbol == (1 << layout.symbol_bits) - 1
@@ -449,7 +610,9 @@ def _entries(frequencies: np.ndarray, layout: Layout) -> tuple[np.ndarray, ...]:
   field = (32 - layout.symbol_bits) // 2
   left = (1 << layout.precision) - frequencies.sum(axis=1, keepdims=True)
   frequencies = np.concatenate([frequencies, left], axis=1)
-  if left.min() < 1 or frequencies.max() > 1 << field:
+  is_long = isinstance(layout, Differences)  # the first symbol's field
+  most = frequencies[:, is_long:].max()
+  if min(left.min(), frequencies.min() + 1) < 1 or most > 1 << field:
     raise ValueError(f'a symbol has more than {1 << field} slots, or the escape none')
   starts = np.cumsum(frequencies, axis=1) - frequencies
   intervals = starts << 12 | frequencies - 1
@@ -460,7 +623,11 @@ def _entries(frequencies: np.ndarray, layout: Layout) -> tuple[np.ndarray, ...]:
   lengths, starts = frequencies[used, symbols], starts[used, symbols]
   entries = (symbols << 2 * field) - (starts << field) + lengths - 1
   slots = np.repeat(entries.astype(np.uint32), lengths).reshape(len(frequencies), -1)
-  slots += np.arange(1 << layout.precision, dtype=np.uint32) << np.uint32(field)
+  place = np.arange(1 << layout.precision, dtype=np.uint32)
+  slots += place << np.uint32(field)
+  if is_long:
+    first = frequencies[:, :1].astype(np.uint32)
+    slots = np.where(place < first, first - 1, slots)
   return slots, intervals.astype(np.uint32)
 
 

@@ -23,22 +23,30 @@ from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
 from rotbits_jax.system import host
 
-_FLOATS = 1 << 16  # units that tell frequencies
-_INTEGERS = 1 << 19  # units of integers, because these have more tables
-_SIZES = 1 << 18  # integers that tell raw bits
+_UNITS = 1 << 16  # that tell frequencies
+_BYTES = 1 << 19  # that do, because these have more tables
+_SIZES = 1 << 13  # units that tell raw bits
 _LEAST_SAMPLE = 1 << 12  # units of a part
 _CHUNK = 1 << 16  # units that are counted at once, so that they fit the cache
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
-_EXPONENTS = contexts_lib.CLASSES // layouts.LEVELS  # minimum exponents of a group
+_EXPONENTS = layouts.CLASSES // layouts.LEVELS  # minimum exponents of a group
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
-_LEAST_INTEGER = 125  # the biased exponent of 1/4, the scale of the class 0 of integers
-_SYMBOL_OCTAVES = 3  # of the mean size of signed integers, that symbols tell
+_LEAST_CODE = 125  # the biased exponent of 1/4, the scale of the class 0 of codes
+_ONE = 127  # the biased exponent of 1, in the scales of integers
+_FAR, _FARTHEST = 1e-3, 5e-4  # shares of differences without a symbol, and too large
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
 _MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 # The share of the most frequent bin. Without a limit a pair would be too frequent.
 _MOST_SHARE = {12: 0.66, tables.PRECISION: 0.33}
+
+
+class Known(NamedTuple):
+  """What both sides know of an array, relative to which it is coded."""
+
+  bits: np.ndarray  # unsigned integers `[n]`, of numbers near those of the array
+  lines: statistics.Lines  # quarter octaves: sizes of differences over the least ULP
 
 
 class Part(NamedTuple):
@@ -48,6 +56,7 @@ class Part(NamedTuple):
   numbers: np.ndarray  # contiguous
   scales: contexts_lib.Scales
   nbytes: float  # that it takes, about
+  known: np.ndarray | None  # unsigned integers `[n]`, known numbers
 
 
 class Group(NamedTuple):
@@ -56,11 +65,10 @@ class Group(NamedTuple):
   layout: layouts.Layout
   contexts: contexts_lib.Contexts
   parts: list[Part]
-  is_known: bool = False  # whether the decoder knows the scales from elsewhere
 
   @property
-  def stored_scales(self) -> list[contexts_lib.Scales]:
-    return [] if self.is_known else [x.scales for x in self.parts]
+  def scales(self) -> list[contexts_lib.Scales]:
+    return [x.scales for x in self.parts]
 
   @property
   def nbytes(self) -> float:
@@ -90,23 +98,16 @@ class _Draft(NamedTuple):
   layout: layouts.Layout | None = None  # None if it is stored as it is
   lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
   min_exponent: int = 0  # of floats that share a step
+  known: np.ndarray | None = None
 
 
-class _Sample(NamedTuple):
-  """Units from all over a part."""
-
-  units: np.ndarray  # `[n, S]`
-  classes: np.ndarray  # uint8 `[n]`
-  weight: float  # how many units of the part one of the sample stands for
-
-
-def make(arrays: Sequence[np.ndarray], known: Mapping[int, Group]) -> Plan:
-  """Plans a record of arrays, of which some are groups of known classes."""
+def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
+  """Plans a record of arrays, of which some are coded relative to known ones."""
   for array in arrays:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   whole = pool.each(host.contiguous, map(np.asarray, arrays))
-  divided = pool.each(_divided, whole, [i in known for i in range(len(whole))])
+  divided = pool.each(_divided, whole, map(known.get, range(len(whole))))
   drafts = [*itertools.chain(*divided)]
   # A group can tell minimum exponents that are not far apart.
   least = min((x.min_exponent for x in drafts if x.min_exponent), default=0)
@@ -117,32 +118,18 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Group]) -> Plan:
       several.setdefault(key, {})[i] = draft
   planned = pool.each(_group, (layout for layout, _ in several), several.values())
   groups = [group for group in map(_smaller, planned) if group]
-  starts = [0, *itertools.accumulate(map(len, divided))]
-  for i, group in known.items():
-    groups.append(group._replace(parts=[group.parts[0]._replace(place=starts[i])]))
   return Plan(whole, [[x.numbers for x in several] for several in divided], groups)
 
 
-def of_known(numbers: np.ndarray, classes: np.ndarray) -> Group:
-  """Plans an array whose classes both sides know.
-
-  Args:
-    numbers: integers of at most 32 bits, at least one.
-    classes: uint8 `[n]`, in C order. Integers of one class should be of similar size,
-      and those of the fourth class above twice as large.
-  """
-  layout = layouts.Integers(numbers.dtype, 0)
-  scales = contexts_lib.Scales(0, classes, np.zeros(1, np.uint8))
-  group = _group(layout, {0: _Draft(numbers.reshape(-1, 1))}, scales)
-  return group._replace(is_known=True)
-
-
-def _divided(array: np.ndarray, is_known: bool) -> list[_Draft]:
+def _divided(array: np.ndarray, known: Known | None) -> list[_Draft]:
   """Returns the parts of an array."""
   dtype, size = array.dtype, array.itemsize
-  if is_known or not array.size or dtype.kind == 'b':
+  if not array.size or dtype.kind == 'b':
     return [_Draft(array)]
-  of_bytes = layouts.Integers(np.dtype(np.uint8), 0)
+  if known is not None:
+    draft = _Draft(array, None, known.lines, known=known.bits)
+    return [_with_raw_bits(layouts.Differences(dtype, 0, 'known'), draft)]
+  of_bytes = layouts.Bytes(np.dtype(np.uint8), 0)
   if dtype in layouts.FORMATS:
     bits = array.reshape(-1).view(f'u{size}')
     layout, min_exponent = statistics.of_floats(bits, dtype)
@@ -162,49 +149,54 @@ def _divided(array: np.ndarray, is_known: bool) -> list[_Draft]:
     array = array.reshape(-1).view(np.uint8).reshape(-1, size)
   if array.dtype == np.uint8:  # each byte of an element has a class
     return [_Draft(array, of_bytes, (np.zeros(1, int), np.arange(size)))]
-  of_integers = statistics.of_integers(array.reshape(-1))
-  lines = statistics.measure(array, of_integers.size)
+  lines = statistics.measure(array, 2)
+  of_codes = statistics.of_codes(array.reshape(-1)) if dtype == np.int8 else None
   # Bins that are right for some lines are too wide for others.
-  if of_integers.raw_bits and np.std(lines[0]) + np.std(lines[1]) > _MOST_SPREAD:
-    of_integers = layouts.Integers(dtype, 0)
-    lines = statistics.measure(array, of_integers.size)
-  return [_Draft(array, of_integers, lines)]
+  is_wide = np.std(lines[0]) + np.std(lines[1]) > _MOST_SPREAD
+  if of_codes and not (of_codes.raw_bits and is_wide):
+    return [_Draft(array, of_codes, lines)]
+  return [_with_raw_bits(layouts.Differences(dtype, 0), _Draft(array, None, lines))]
+
+
+def _with_raw_bits(layout: layouts.Differences, draft: _Draft) -> _Draft:
+  """Returns the draft with a layout that has raw bits for all but a few differences."""
+  (scales,), base = _classes([draft], layout)
+  row, _ = _sample(draft, scales, layout, _SIZES)
+  most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
+  bins, shifts = layout.counted(row, base)[1], most.counted(row, base)[2]
+  # Raw bits take time.
+  if np.count_nonzero(bins >= layouts.BINS) > _FAR * np.count_nonzero(bins):
+    pieces = np.ceil(np.quantile(shifts, 1 - _FARTHEST) / layouts.RAW)
+    layout = dataclasses.replace(layout, raw_bits=layouts.RAW * int(pieces))
+  return draft._replace(layout=layout)
 
 
 def _smaller(group: Group) -> Group | None:
   """Returns the group without parts that coding does not make smaller."""
   kept = [x for x in group.parts if x.nbytes < x.numbers.nbytes]
   group = group._replace(parts=kept)
-  head = len(contexts_lib.to_bytes(group.contexts, group.stored_scales)) + _GROUP_BYTES
+  head = len(contexts_lib.to_bytes(group.contexts, group.scales)) + _GROUP_BYTES
   return group if group.nbytes + head < sum(x.numbers.nbytes for x in kept) else None
 
 
 # ---- classes and tables --------------------------------------------------------------
 
 
-def _group(
-  layout: layouts.Layout,
-  drafts: Mapping[int, _Draft],  # by the places of parts
-  known: contexts_lib.Scales | None = None,
-) -> Group:
-  """Chooses the classes and the tables of parts of one layout by samples of them."""
+def _group(layout: layouts.Layout, drafts: Mapping[int, _Draft]) -> Group:
+  """Chooses the classes and the tables of parts of one layout by samples of them.
+
+  The parts are given by their places.
+  """
   several = [*drafts.values()]
-  scales, base = [known] if known else [], np.zeros(1, int)
-  if not known:
-    scales, base = _classes(several, layout)
-  seen, told, most = layout.alphabet, base, _INTEGERS
-  if isinstance(layout, layouts.Pairs):
-    most = max(_FLOATS // len(several), _LEAST_SAMPLE)
-    seen = seen if layout.raised else _SEEN
-  numbers = [x.numbers for x in several]
-  samples = [_sample(*x, layout, most) for x in zip(numbers, scales, strict=True)]
-  if isinstance(layout, layouts.Integers):
-    base = _shifts(samples, layout)
-    raw_bits = min(-(-int(base.max()) // layouts.RAW) * layouts.RAW, layouts.MOST_RAW)
-    layout = dataclasses.replace(layout, raw_bits=raw_bits)
-    base = base[: layout.bases]
-    told = layout.packed(base, np.arange(layout.most_tables))
-  counts = np.stack([_counts(x, layout, told, seen) for x in samples])
+  scales, base = _classes(several, layout)
+  seen, most = layout.alphabet, max(_UNITS // len(several), _LEAST_SAMPLE)
+  if isinstance(layout, layouts.Bytes):
+    most = _BYTES
+  elif layout.type_name in ('floats', 'codes'):
+    seen = _SEEN
+  samples = [_sample(*x, layout, most) for x in zip(several, scales, strict=True)]
+  counted = [_counts(*x, layout, base, seen) for x in samples]
+  counts = np.stack([x for x, _ in counted])
   # The symbols are those that occur most; others are escapes.
   ends = np.cumsum(np.append(0, counts[..., :-1].sum(axis=(0, 1))))
   windows = ends[layout.alphabet :] - ends[: -layout.alphabet]
@@ -214,7 +206,7 @@ def _group(
   escapes = counts.sum(axis=-1, keepdims=True) - coded.sum(axis=-1, keepdims=True)
   counts = np.append(coded, escapes, axis=-1)
   is_first = np.append(True, counts[:, 1:].any(axis=(0, 2)))  # others have no symbols
-  rows, table_of = _merged(counts[:, is_first].sum(axis=0))
+  rows, table_of = _merged(counts[:, is_first].sum(axis=0), layout.most_stored)
   table_of = table_of[np.cumsum(is_first) - 1]
   frequencies = _frequencies(rows, layout)
   contexts = contexts_lib.Contexts(base + first, table_of, frequencies)
@@ -223,13 +215,10 @@ def _group(
   bits = np.pad(np.where(frequencies > 0, bits, escape), ((0, 0), (0, 1)))
   bits[:, -1] = escape
   each = (counts * bits[table_of]).sum(axis=(1, 2)) / counts.sum(axis=(1, 2))
-  if isinstance(layout, layouts.Integers):
-    each += [np.mean(told[x.classes] >> 8) for x in samples]
-  else:
-    each += layout.raw_bits
+  each += [raw for _, raw in counted]
+  numbers, known = [x.numbers for x in several], [x.known for x in several]
   nbytes = [x.size * y / 8 + 2 for x, y in zip(numbers, each.tolist(), strict=True)]
-  parts = map(Part, drafts, numbers, scales, nbytes)
-  return Group(layout, contexts, [*parts])
+  return Group(layout, contexts, [*map(Part, drafts, numbers, scales, nbytes, known)])
 
 
 def _classes(
@@ -245,16 +234,19 @@ def _classes(
       if rows.size > 1:
         scales.append(contexts_lib.Scales(0, rows, columns))
       else:
-        own = base % contexts_lib.CLASSES
+        own = base % layouts.CLASSES
         scales.append(contexts_lib.Scales(own, np.zeros(1, np.uint8), columns))
         base += columns.size
     return scales, np.zeros(1, int)
-  octave, base, count = _LEAST_INTEGER, 0, layout.most_tables
+  octave, base, count = _LEAST_CODE, 0, layout.most_tables
   least = min(x.min_exponent for x in drafts)
-  if layout.type_name == 'floats':
+  if layout.type_name in ('floats', 'integers', 'known'):
     most = max(int(x.lines[0].max() + x.lines[1].max()) for x in drafts)
-    octave, count = most // statistics.STEPS - _OCTAVES, contexts_lib.CLASSES
+    octave, count = most // statistics.STEPS - _OCTAVES, layouts.CLASSES
     base = 2 * octave - _BINS_BELOW
+    if layout.type_name != 'floats':
+      one = _ONE if layout.type_name == 'integers' else 0
+      base = layouts.ONE_ULP + statistics.STEPS * (octave - one)
   elif layout.type_name == 'raised':
     base = least
   elif layout.type_name == 'codes':
@@ -270,57 +262,50 @@ def _classes(
 
 
 def _sample(
-  numbers: np.ndarray, scales: contexts_lib.Scales, layout: layouts.Layout, most: int
-) -> _Sample:
-  """Takes about `most` of the units of a part."""
-  flat, size = numbers.reshape(-1), layout.size
-  if isinstance(layout, layouts.Pairs):
-    flat = flat.view(f'u{numbers.itemsize}')
-  # A last number without a pair is left out.
-  flat = flat[: flat.size // size * size] if flat.size >= size else flat.repeat(size)
-  units = flat.reshape(-1, size)
-  runs = statistics.runs(len(units), most)
+  draft: _Draft, scales: contexts_lib.Scales, layout: layouts.Layout, most: int
+) -> tuple[layouts.Row, float]:
+  """Takes about `most` of the units of a part, and for how many one of them stands."""
+  numbers, size = draft.numbers, layout.size
+  bits = numbers.reshape(-1).view(f'u{numbers.itemsize}')
+  count = max(bits.size // size, 1)  # without a last number that has no pair
+  runs = statistics.runs(count, most)
   classes = np.empty((len(runs), runs[0].stop), np.uint8)
   for row, run in zip(classes, runs, strict=True):
     scales.write(row, run.start, numbers.shape, size)
-  sample = np.concatenate([units[run] for run in runs])
-  return _Sample(sample, classes.reshape(-1), len(units) / len(sample))
 
+  def units(flat: np.ndarray) -> np.ndarray:
+    flat = flat[: count * size] if flat.size >= size else flat.repeat(size)
+    return np.concatenate([flat.reshape(count, size)[run] for run in runs])
 
-def _shifts(samples: list[_Sample], layout: layouts.Integers) -> np.ndarray:
-  """Returns the shift of each class, so that few integers have no symbol."""
-  step, count = max(sum(len(x.units) for x in samples) // _SIZES, 1), layout.most_tables
-  classes = np.concatenate([x.classes[::step] for x in samples])
-  sizes = np.abs(np.concatenate([x.units[::step, 0] for x in samples]).astype(float))
-  large = np.count_nonzero(sizes > 126)
-  if 1000 * large < sizes.size or layout.dtype == np.uint8:
-    # The few large ones are escapes. Raw bits would double the time of all others.
-    return np.zeros(count, int)
-  counts = np.bincount(classes, minlength=count)
-  seen = np.flatnonzero(counts)
-  # Roots, because a few great integers must not tell more.
-  roots = np.bincount(classes, np.sqrt(sizes))[seen] / counts[seen]
-  octaves = np.interp(np.arange(count), seen, 2 * np.log2(roots + 1e-9))
-  return np.ceil(octaves - _SYMBOL_OCTAVES).clip(0, layouts.MOST_RAW).astype(int)
+  sample = units(bits)
+  known = np.zeros_like(sample) if draft.known is None else units(draft.known)
+  of_units = classes.reshape(-1, 1).astype(np.int32)
+  return layouts.Row(of_units, known, sample, []), count / len(sample)
 
 
 def _counts(
-  sample: _Sample, layout: layouts.Layout, told: np.ndarray, seen: int
-) -> np.ndarray:
-  """Counts the first `seen` symbols of each table, and behind them the others."""
-  width = seen + 1
+  row: layouts.Row, weight: float, layout: layouts.Layout, base: np.ndarray, seen: int
+) -> tuple[np.ndarray, float]:
+  """Counts the first `seen` symbols of each table, and behind them the others.
+
+  Also returns the mean number of raw bits of a number.
+  """
+  width, bits = seen + 1, np.zeros(1)
   counts = np.zeros(layout.most_tables * width, int)
-  for start in range(0, len(sample.units), _CHUNK):
+  for start in range(0, len(row.units), _CHUNK):
     some = slice(start, start + _CHUNK)
-    table_of, of_units = layout.told(sample.classes[some].astype(int), told)
-    symbols = layout.symbols(sample.units[some], of_units[:, None]).astype(np.uint32)
-    places = table_of[:, None] * width + np.minimum(symbols, np.uint32(seen))
+    part = layouts.Row(row.classes[some], row.known[some], row.units[some], [])
+    table_of, symbols, bits = layout.counted(part, base)
+    places = table_of * width + np.minimum(symbols.astype(np.uint32), np.uint32(seen))
     counts += np.bincount(places.reshape(-1), minlength=counts.size)
-  return counts.reshape(-1, width) * sample.weight
+  return counts.reshape(-1, width) * weight, float(np.mean(bits))
 
 
-def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Joins neighbours where this saves bytes; returns the sums, and that of each row."""
+def _merged(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+  """Joins neighbours where this saves bytes, and until there are at most so many.
+
+  Returns the sums, and that of each row.
+  """
   table_of, some = np.arange(len(rows)), rows.any(axis=0)
   # A symbol of a table takes 16 bits, about.
   cost = lambda x: tables.entropy_bits(x) + 16 * np.count_nonzero(x, axis=-1)
@@ -329,8 +314,9 @@ def _merged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     used = rows[:, some]
     joined = cost(used[:-1] + used[1:])
     saved = bits[:-1] + bits[1:] - joined
-    around = np.pad(saved, 1, constant_values=-1.0)
-    is_joined = (saved >= 0) & (saved >= around[:-2]) & (saved > around[2:])
+    around = np.pad(saved, 1, constant_values=-np.inf)
+    is_worth = (saved >= 0) | (len(rows) > most)
+    is_joined = is_worth & (saved >= around[:-2]) & (saved > around[2:])
     if not is_joined.any():
       return rows, table_of
     table_of = np.cumsum(np.append(True, ~is_joined))[table_of] - 1
@@ -344,6 +330,8 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
 
   Symbols that are too rare for a slot are escapes.
   """
+  if isinstance(layout, layouts.Differences):
+    return _frequencies_of_differences(counts)
   is_pair = isinstance(layout, layouts.Pairs)
   size = np.full((len(counts), 1), float(1 << layout.stored_precision))
   # Spread over half of the bins, pairs of rare ones have slots.
@@ -362,3 +350,19 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
     if (used <= room).all():
       return frequencies
     size *= np.sqrt(room / np.maximum(used, room))
+
+
+def _frequencies_of_differences(counts: np.ndarray) -> np.ndarray:
+  """Returns frequencies of differences, with more zeros where the tables need them."""
+  zeros = np.arange(counts.shape[1] - 1) == 0
+  shares = (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-9))[:, :-1]
+  while True:
+    frequencies = np.rint(shares * tables.TOTAL).astype(np.int64)
+    pairs = tables.of_differences(frequencies)
+    escapes = (1 << layouts.Differences.precision) - pairs.sum(axis=1)
+    most = np.maximum(pairs[:, 1:].max(axis=1), escapes)
+    is_odd = ((pairs[:, 0] < 0) | (most > layouts.MOST_SLOTS)).reshape(len(counts), -1)
+    rows = np.diagonal(is_odd) if np.diagonal(is_odd).any() else is_odd.any(axis=1)
+    if not rows.any():
+      return frequencies
+    shares = np.where(rows[:, None], 0.9 * shares + 0.1 * zeros, shares)

@@ -23,6 +23,7 @@ DTYPES = {
   np.dtype(d).name: np.dtype(d)
   for d in (
     *(ml_dtypes.bfloat16, np.float16, np.float32, np.float64, np.bool_),
+    *(ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
     *(np.int8, np.int16, np.int32, np.int64),
     *(np.uint8, np.uint16, np.uint32, np.uint64),
   )
@@ -116,13 +117,14 @@ class ArraySpec(schema.Row):
 
 
 _PAIRS = 'floats', 'raised', 'codes'
-_TYPES = (*_PAIRS, 'integers', 'known')
+_DIFFERENCES = 'integers', 'known'
+_TYPES = (*_PAIRS, *_DIFFERENCES, 'bytes')
 
 
 class GroupSpec(schema.Row):
   """A group: parts of one layout. Its units lie in blocks, see `blocks.divide`."""
 
-  # The type of the layout; 'known' are integers whose classes are known from elsewhere.
+  # The type of the layout; 'known' are numbers near those that both sides know.
   type_name: Annotated[str, schema.one_of(_TYPES)]
   raw_bits: schema.Size  # that of the layout
   contexts: schema.Size  # number of bytes of the contexts in the stream
@@ -137,8 +139,10 @@ class GroupSpec(schema.Row):
     layout: layouts.Layout
     if self.type_name in _PAIRS:
       layout = layouts.Pairs(dtype, self.raw_bits, self.type_name)
+    elif self.type_name in _DIFFERENCES:
+      layout = layouts.Differences(dtype, self.raw_bits, self.type_name)
     else:
-      layout = layouts.Integers(dtype, self.raw_bits)
+      layout = layouts.Bytes(dtype, self.raw_bits)
     if not layout.is_valid():
       raise ValueError(f'parts of {dtype} have no layout {self!r:.100}')
     return layout
@@ -168,10 +172,8 @@ class StreamSpec(schema.Object):
     for group, members in zip(self.groups, self.members[:-1], strict=True):
       if len({member.dtype for member in members}) != 1:
         raise ValueError('a group must have parts of one dtype')
-      if group.is_known and (
-        len(members) > 1 or self.arrays[members[0].array].nonzeros is not None
-      ):
-        raise ValueError('a group of known classes must be one array')
+      if group.is_known and any(len(self.arrays[x.array].parts) > 1 for x in members):
+        raise ValueError('a part cannot be coded relative to known numbers')
       size = group.layout(members[0].dtype).size
       units = sum(-(-x.size // size) for x in members)
       if not units or len(group.blocks) != -(-units // blocks.CAPACITY):

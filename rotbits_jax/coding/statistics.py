@@ -72,16 +72,14 @@ def has_zeros(bits: np.ndarray, shares_step: bool) -> bool:
   return bool(bits.size >= _LEAST_MASK and share > least)
 
 
-def of_integers(numbers: np.ndarray) -> layouts.Layout:
-  """Chooses the layout of integers, `[n]`, by their range."""
-  if numbers.dtype == np.int8:
-    several = np.concatenate([numbers[run] for run in runs(numbers.size, _FLOATS)])
-    least, most = np.quantile(several, _TAILS).astype(int).tolist()
-    raw_bits = ((most - least) // layouts.BINS).bit_length()
-    counts = np.bincount((several >> raw_bits).view(np.uint8).astype(int))
-    if np.max(counts) < _MOST_SHARE * several.size:
-      return layouts.Pairs(numbers.dtype, raw_bits, 'codes')
-  return layouts.Integers(numbers.dtype, 0)
+def of_codes(numbers: np.ndarray) -> layouts.Pairs | None:
+  """Chooses the layout of codes, int8 `[n]`, by their range; None for others."""
+  several = np.concatenate([numbers[run] for run in runs(numbers.size, _FLOATS)])
+  least, most = np.quantile(several, _TAILS).astype(int).tolist()
+  raw_bits = ((most - least) // layouts.BINS).bit_length()
+  counts = np.bincount((several >> raw_bits).view(np.uint8).astype(int))
+  is_even = np.max(counts) < _MOST_SHARE * several.size
+  return layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even else None
 
 
 def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:

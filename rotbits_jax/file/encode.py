@@ -45,6 +45,7 @@ from rotbits_jax.relative import measure
 from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.structured import difference
+from rotbits_jax.structured import ulps
 from rotbits_jax.system import checksums
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
@@ -312,7 +313,7 @@ class Encoder:
     """Returns the entry of a record, without the checksum of its stream; the stream."""
     leaves: list[manifest_lib.Leaf] = []
     arrays: list[np.ndarray] = []
-    known: dict[int, plans.Group] = {}
+    known: dict[int, plans.Known] = {}
     params, base = structured.flatten(record.params), self._recipe or self.base
     beside = {} if base is None else base.beside(params, resolve)
     if self.preset.rounding is None:
@@ -322,7 +323,7 @@ class Encoder:
     joined: dict[str, list[np.ndarray]] = {}
     for path, leaf in params.items():
       try:
-        entry, stored, group = _stored(path, leaf, beside.get(path), resolve)
+        entry, stored, near = _stored(path, leaf, beside.get(path), resolve)
         schema.load(manifest_lib.Leaf, schema.dump(entry))
         path.encode()  # text of files is UTF-8
       # A leaf that is stacked, or should be, raises any of these.
@@ -331,8 +332,8 @@ class Encoder:
       if joins and not entry.type_name and entry.size <= _SMALL:
         entry = msgspec.structs.replace(entry, arrays=())
         joined.setdefault(entry.dtype, []).append(stored.pop().reshape(-1))
-      if group is not None:
-        known[len(arrays) + entry.arrays.index('differences')] = group
+      if near is not None:
+        known[len(arrays) + entry.arrays.index('elements')] = near
       leaves.append(entry)
       arrays += map(np.asarray, stored)
     arrays += map(np.concatenate, joined.values())
@@ -417,7 +418,7 @@ def _find_codes(params: dict[str, Any], beside: dict[str, measure.Measured]) -> 
   """Replaces arrays that were quantised before by their codes, if these are smaller."""
   for path, leaf in params.items():
     measured = beside.get(path)
-    if measured is not None and measured.group is None:
+    if measured is not None and measured.near is None:
       continue  # few elements differ from the base
     codes = quantisers.find(leaf)
     if codes is not None and (
@@ -436,21 +437,20 @@ def stored(leaf: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def _stored(
   path: str, leaf: Any, beside: measure.Measured | None, resolve: Callable[[str], Any]
-) -> tuple[manifest_lib.Leaf, list[np.ndarray], plans.Group | None]:
-  """Returns the entry of a parameter, its arrays, and the plan of its differences."""
-  known = crc32 = group = None
+) -> tuple[manifest_lib.Leaf, list[np.ndarray], plans.Known | None]:
+  """Returns the entry of a parameter, its arrays, and what is known of elements."""
+  known = crc32 = near = None
   if beside is not None:
-    leaf, group, known, crc32 = beside
+    leaf, near, known, crc32 = beside
   elif structured.is_structured(leaf):
     if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
       raise ValueError(f'leaf type {leaf.type_name!r} cannot store all of this value')
     if leaf.is_in_files:
+      needed = [*map(resolve, leaf.needs)]
+      array = leaf.materialize(*needed)
       if isinstance(leaf, difference.Difference):
-        prediction = leaf.predict(*map(resolve, leaf.needs))
-        group = plans.of_known(leaf.differences, prediction.classes)
-        array = leaf.joined(prediction)
-      else:
-        array = leaf.materialize(*map(resolve, leaf.needs))
+        bits = ulps.bits_of(array)
+        near = measure.with_elements(leaf, bits, leaf.known(*needed)).near
       crc32 = checksums.of_array(jax.device_get(array))
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored(leaf)
@@ -470,7 +470,7 @@ def _stored(
     product=known if isinstance(known, products.Product) else None,
     crc32=crc32,
   )
-  return entry, [*arrays.values()], group
+  return entry, [*arrays.values()], near
 
 
 def _saving(

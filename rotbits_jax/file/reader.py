@@ -251,8 +251,8 @@ class Reader:
         needed = functools.partial(self._needed, leaf, others)
         shapes = [self._leaves[x].shape for x in leaf.needs if x in self._leaves]
         leaves.append(_StoredLeaf(leaf, stored, out, is_expanded, needed, shapes))
-        if 'differences' in leaf.arrays:
-          known[len(arrays) + leaf.arrays.index('differences')] = leaves[-1].known
+        if 'elements' in leaf.arrays:
+          known[len(arrays) + leaf.arrays.index('elements')] = leaves[-1].near
         arrays += [] if leaf.is_joined else stored
       decode, stream = coders.CODERS[entry.coder].decode, container.Stream(file, name)
       decode(entry.stream_spec, stream, out=[*arrays, *joined], known=known)
@@ -433,18 +433,22 @@ class _StoredLeaf:
   is_expanded: bool  # whether an array takes its place
   needed: Callable[[], list[Any]]  # returns the arrays that it is computed from
   shapes: Sequence[manifest_lib.Shape]  # of these
-  prediction: difference.Prediction | None = None
 
   @functools.cached_property
   def _leaf(self) -> Any:
-    """The leaf; of differences with classes, these may not be decoded yet."""
+    """The leaf; its elements beside known ones may not be decoded yet."""
     return self.entry.make(self.arrays, self.shapes)
 
-  def known(self) -> np.ndarray:
-    """Returns the classes of the differences, which the coder must know."""
+  @functools.cached_property
+  def _known(self) -> np.ndarray:
+    """What is known of all elements of a leaf of differences."""
+    return self._leaf.known(*self.needed(), run=pool.run)
+
+  def near(self) -> np.ndarray:
+    """Returns what the coder must know of the stored elements of such a leaf."""
     with container.naming(self.entry.path):
-      self.prediction = self._leaf.predict(*self.needed(), run=pool.run)
-    return self.prediction.classes
+      bits = self._leaf.changed_part(self._known)
+    return bits.view(f'u{bits.itemsize}')
 
   def value(self, *, as_arrays: bool) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""
@@ -461,10 +465,10 @@ class _StoredLeaf:
       elif self.out and hasattr(self._leaf, 'write'):
         array = self.out[0]
         self._leaf.write(array)
-      elif self.prediction is None:
-        array = np.asarray(self._leaf.materialize(*self.needed()))
+      elif isinstance(self._leaf, difference.Difference):
+        array = self._leaf.joined(self._known)
       else:
-        array = self._leaf.joined(self.prediction, run=pool.run)
+        array = np.asarray(self._leaf.materialize(*self.needed()))
       if entry.crc32 is not None and checksums.of_array(array) != entry.crc32:
         raise ValueError('decoded elements differ from the encoded ones')
     if self.out is None or np.may_share_memory(array, self.out[0]):

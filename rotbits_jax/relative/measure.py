@@ -14,8 +14,10 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
+from rotbits_jax.coding import contexts
 from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
+from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors
@@ -36,23 +38,23 @@ _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
-_LARGEST = 16  # root of numbers of class 0 in a step; their differences are rarest
-_FAR = 24  # eighths of an octave from which scales of lines are equally wrong
+_FAR = 12  # quarters of an octave from which scales of lines are equally wrong
+_LEAST = 1e-30  # so that the logarithm of no difference is finite
 
 
 class Measured(NamedTuple):
   """How to store an array relative to a known one."""
 
   leaf: difference.Difference
-  group: plans.Group | None = None  # of the differences; None if there are none
+  near: plans.Known | None = None  # relative to which elements are coded
   known: entries.BaseArray | products.Product | None = None
   crc32: int = 0  # of the array that the leaf stands for
 
   def estimate(self) -> float:
-    """Estimates the bytes of the arrays of a leaf with differences."""
-    assert self.group is not None
-    arrays = dataclasses.replace(self.leaf, differences=None).stored()[1]
-    return self.group.nbytes + coder.estimate([*arrays.values()])
+    """Estimates the bytes of the arrays of a leaf."""
+    arrays = self.leaf.stored()[1]
+    near = {i: self.near for i, x in enumerate(arrays) if x == 'elements' and self.near}
+    return coder.estimate([*arrays.values()], near)
 
 
 def beside(
@@ -74,16 +76,14 @@ def beside(
     return None
   elif changed is not None:
     flags = None if changed.all() else np.packbits(changed, bitorder='little')
-    scale = 2 * difference.LOWEST + _scale_of(_LARGEST, dtype)
-    leaf = dataclasses.replace(draft, changed=flags, common_scale=int(scale))
-    measured = _measured(leaf, *map(leaf.changed_part, (bits, base)))
+    leaf = dataclasses.replace(draft, changed=flags)
+    measured = with_elements(leaf, bits, base, is_sparse=True)
   else:
-    measured = with_classes(draft, bits, base)
+    measured = predicted(draft, bits, base)
     # Scales and factors are there only where they save more than they take.
     some = slice(None, None, -(-target.size // _SAMPLE))
     alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
-    assert measured.group is not None
-    nbytes = measured.group.nbytes * alone.size / target.size
+    nbytes = measured.estimate() * alone.size / target.size
     counts = np.unique(bits[some][::4], return_counts=True)[1]
     is_clear = 4 * nbytes < tables.entropy_bits(counts)  # half of what values take
     if not is_clear and nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
@@ -104,7 +104,7 @@ def beside_head(
   draft = difference.Difference(
     lengths=table.shape, name=table.dtype.name, map=map, scale=scale
   )
-  return with_classes(draft, ulps.bits_of(table), ulps.bits_of(product))
+  return with_elements(draft, ulps.bits_of(table), ulps.bits_of(product))
 
 
 # ---- few differences -----------------------------------------------------------------
@@ -140,46 +140,44 @@ def _changed(
   return changed
 
 
-def _scale_of(roots: Any, dtype: np.dtype | None = None) -> Any:
-  """Returns scales in eighths of an octave, given roots of differences or of ratios."""
-  bias, mantissa = 0, ulps.MANTISSA_BITS.get(dtype)
-  if mantissa is not None:
-    bias = 8 * ((int(ulps.bits_of(np.array(1, dtype))[0]) >> mantissa) + mantissa)
-  scales = np.round(16 * np.log2(np.maximum(roots, 1e-30)) + bias)
-  return scales.clip(-difference.MOST_SCALE, difference.MOST_SCALE).astype(np.int16)
+# ---- many differences ----------------------------------------------------------------
 
 
-# ---- differences with classes --------------------------------------------------------
-
-
-def with_classes(
+def predicted(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray
 ) -> Measured:
-  """Returns a leaf with classes for the bits `[n]` of an array and of the known one.
+  """Returns a leaf with all elements, and with factors and a drift where they pay.
 
-  Factors and a drift are tried, except beside a product with the head.
+  `bits` `[n]` are those of the array and of the known one.
   """
-  dtype, width = draft.dtype, _width(draft.lengths)
-  leaf, expected = dataclasses.replace(draft, width=width), base
-  matrix = lambda x: x.reshape(-1, width)
-  is_predicted = draft.map is None and dtype in difference.ROUNDED
-  for find in (factors.find, _drift) if is_predicted else ():
+  dtype, leaf, expected = draft.dtype, draft, base
+  matrix = lambda x: x.reshape(-1, _width(draft.lengths))
+  for find in (factors.find, _drift) if dtype in difference.ROUNDED else ():
     if fields := find(matrix(bits), matrix(expected), dtype):
       leaf = dataclasses.replace(leaf, **fields)
       expected = leaf.predicted_bits(base, pool.run)
-  scales = _scales(matrix(bits), matrix(expected), dtype)
-  return _measured(dataclasses.replace(leaf, **scales), bits, expected)
+  return with_elements(leaf, bits, expected)
 
 
-def _measured(
-  leaf: difference.Difference, bits: np.ndarray, known: np.ndarray
+def with_elements(
+  leaf: difference.Difference,
+  bits: np.ndarray,
+  known: np.ndarray,
+  *,
+  is_sparse: bool = False,
 ) -> Measured:
-  """Returns a leaf with all differences, and their group."""
-  differences, of = np.empty_like(bits), ulps.differences
-  job = lambda x: np.copyto(differences[x], of(bits[x], known[x], leaf.dtype))
-  difference.in_parts(job, bits.size, 1, pool.run)
-  leaf = dataclasses.replace(leaf, differences=differences)
-  return Measured(leaf, plans.of_known(differences, leaf.classes(known, pool.run)))
+  """Returns a leaf with elements, and what is known of them, all given by their bits.
+
+  Rows and columns of a sparse step have no scales.
+  """
+  shape, dtype = leaf.lengths, difference.coded_dtype(leaf.dtype)
+  if leaf.changed is not None:
+    bits, known = map(leaf.changed_part, (bits, known))
+    shape = bits.shape
+  elements: np.ndarray = bits.view(dtype).reshape(shape)  # type: ignore[arg-type]
+  measure = _step if is_sparse else _lines
+  near = plans.Known(known.view(f'u{known.itemsize}'), measure(elements, known))
+  return Measured(dataclasses.replace(leaf, elements=elements), near)
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
@@ -189,7 +187,7 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, An
     slice(None, None, -(-bits.size // _SAMPLE)),
   )
   bits, known = (x.reshape(-1)[some] for x in (bits, known))
-  off = ulps.differences(bits, known, dtype).astype(np.int64)
+  off = bits.astype(np.int64) - known
   places = difference.drift_places(known, mantissa)
   order = np.lexsort((off, places))
   counts = np.bincount(places, minlength=difference.DRIFTS)
@@ -201,8 +199,37 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, An
   return {'drift': drift.astype(np.int32)}
 
 
-def _scales(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
-  """Measures the scales of differences `[R, C]`; those of lines only where they pay."""
+def _quarters(roots: Any) -> Any:
+  """Returns sizes in quarter octaves, given their roots."""
+  octaves = 2 * np.log2(np.maximum(roots, _LEAST))
+  return np.rint(statistics.STEPS * octaves).astype(int)
+
+
+def _ulp(dtype: np.dtype) -> int:
+  """Returns quarter octaves from the least ULP of a dtype to 1; 0 for integers."""
+  mantissa = ulps.MANTISSA_BITS.get(dtype)
+  if mantissa is None:
+    return 0
+  bias = int(ulps.bits_of(np.array(1, dtype))[0]) >> mantissa
+  return statistics.STEPS * (bias + mantissa)
+
+
+def _step(elements: np.ndarray, known: np.ndarray) -> statistics.Lines:
+  """Returns the size by which numbers move, before rounding lets some change."""
+  some, dtype = slice(None, None, -(-elements.size // _MANY)), elements.dtype
+  off = factors.floats(ulps.bits_of(elements)[some], known[some], dtype)
+  root = np.sqrt(np.abs(off).mean(dtype=np.float64))
+  return np.atleast_1d(_quarters(root) + _ulp(dtype)), np.zeros(1, int)
+
+
+def _lines(elements: np.ndarray, known: np.ndarray) -> statistics.Lines:
+  """Measures the sizes of differences from known bits; of lines only where they pay.
+
+  They are in quarter octaves, relative to the least ULP of the dtype.
+  """
+  shape, dtype = elements.shape, elements.dtype
+  width = _width(shape)
+  bits, known = (x.reshape(-1, width) for x in (ulps.bits_of(elements), known))
   rows, columns = bits.shape
   some_rows, some_columns = (
     slice(None, None, max(length // _LINES, 1)) for length in bits.shape
@@ -213,20 +240,21 @@ def _scales(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, A
     return np.sqrt(np.abs(factors.floats(bits[part], known[part], dtype)))
 
   sample = roots_of(some_rows)
-  share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean()) or 1
-  scales: dict[str, Any] = {'common_scale': int(_scale_of(mean, dtype))}
-  of_columns = sample.mean(axis=0, dtype=np.float64) / mean
-  if rows < _LEAST_LINES:
-    of_columns[:] = 1
-  if columns > 1:
+  share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean())
+  lines = [np.zeros(1, int), np.zeros(1, int)]
+  if columns > 1 and mean > 0:
+    of_columns = sample.mean(axis=0, dtype=np.float64) / mean
+    if rows < _LEAST_LINES:
+      of_columns[:] = 1
     means_of = lambda part: roots_of(part, some_columns).mean(axis=1, dtype=np.float64)
-    parts = difference.in_parts(means_of, rows, min(columns, 2 * _LINES))
+    parts = difference.in_parts(means_of, rows, min(columns, 2 * _LINES), pool.run)
     of_rows = np.concatenate(parts) / (of_columns[some_columns].mean() or 1) / mean
-    lines = ('row_scales', of_rows, columns), ('column_scales', of_columns, rows)
-    for name, roots, size in lines:
-      of_lines = _scale_of(roots)
-      far = np.clip(of_lines - np.median(of_lines), -_FAR, _FAR)
+    of_columns = of_columns.reshape(contexts.matrix_shape(shape, 2)[1], -1)
+    for axis, roots in enumerate((of_rows, of_columns.mean(axis=1))):
+      scales = _quarters(roots)
+      far = np.clip(scales - np.median(scales), -_FAR, _FAR)
       # Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
-      saved = share * size * float(np.square(far).mean()) * math.log(2) / 64
-      scales[name] = of_lines if saved > _SCALE_BITS else None
-  return scales
+      size = share * elements.size / roots.size
+      if size * np.square(far).mean() * math.log(2) / 16 > _SCALE_BITS:
+        lines[axis] = scales
+  return lines[0] + _quarters(mean) + _ulp(dtype), lines[1]

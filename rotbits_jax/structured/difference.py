@@ -1,14 +1,9 @@
-"""The leaf for a known array plus differences from it, in files only.
+"""The leaf for an array that differs little from a known one, in files only.
 
 The known array is an array of a base, or a product of arrays of a base, which the
 reader passes to `materialize`; or, if there is a map, the product of the head with it,
 see `tied`. It is rounded to the dtype, and cut or filled with zeros in the first axis.
-`docs/format_leaves.md` has the rules of predictions and differences.
-
-Each difference has a *class*, which both sides compute from the known array: from the
-exponent of the known element, and the scales of its row and its column. The coder keeps
-a frequency table for each class. If few elements change, such as in a step of a
-training, the size of a difference in ULPs is about the probability that there is one.
+The coder codes the elements relative to it. `docs/format_leaves.md` has the rules.
 
 Factors predict the update of a merged adapter. A drift predicts weight decay, which
 moves all elements of an octave by as many ULPs, or by few others.
@@ -21,7 +16,7 @@ from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import math
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -33,14 +28,11 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
-LOWEST = -24  # the level of class 0, of differences of 2^-6 ULPs and less
 BLOCK = 1 << 16  # elements with a bit of `changed`, which fit a cache
-MOST_SCALE = 8000  # so that sums of scales fit int16
 LONGEST = (1 << 31) - 1  # length of an axis
 DRIFTS = 256  # length of a drift
 ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicted
 
-_MOST_CLASS = 255  # its index is a byte
 _MOST_RANK = 1 << 12
 
 Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
@@ -61,13 +53,6 @@ def in_parts(
   return run([functools.partial(job, part) for part in parts])
 
 
-class Prediction(NamedTuple):
-  """What both sides know before the differences are coded."""
-
-  bits: np.ndarray  # signed integers [R C], of the elements without differences
-  classes: np.ndarray  # uint8, of each element in blocks that have differences
-
-
 # NumPy evaluates a part of other texts, such as '(1,2)f4'.
 _Name = Annotated[str, msgspec.Meta(pattern=r'\A\w{1,32}\Z')]
 _some = functools.partial(fields.Array, optional=True)
@@ -76,10 +61,7 @@ _some = functools.partial(fields.Array, optional=True)
 @base.register
 @dataclasses.dataclass(frozen=True)
 class Difference(base.Structured):
-  """A known array plus differences from it; the module's docstring has the rules.
-
-  Integers without a dtype are signed, and as wide as the elements.
-  """
+  """An array near a known one; the module's docstring has the rules."""
 
   type_name: ClassVar[str] = 'difference'
   is_exact: ClassVar[bool] = True
@@ -87,18 +69,12 @@ class Difference(base.Structured):
 
   lengths: tuple[fields.Length, ...] = fields.static()  # its shape
   name: _Name = fields.static()  # of the dtype
-  differences: Annotated[Any, _some('n')] = None
+  elements: Annotated[Any, _some(None)] = None  # all, or those of changed blocks
   changed: Annotated[Any, _some('b', np.uint8)] = None
-  row_scales: Annotated[Any, _some('R', np.int16, most=MOST_SCALE)] = None
-  column_scales: Annotated[Any, _some('C', np.int16, most=MOST_SCALE)] = None
   left: Annotated[Any, _some('Rk', np.int16)] = None
   right: Annotated[Any, _some('kC', np.int16)] = None
   drift: Annotated[Any, _some('i', np.int32)] = None
   map: Annotated[Any, _some('Dd', np.int16)] = None  # see `tied.product`
-  width: fields.Length = fields.static(default=1)
-  common_scale: Annotated[int, schema.between(-MOST_SCALE, MOST_SCALE)] = fields.static(
-    default=0
-  )
   unit: Annotated[int, schema.between(-900, 900)] = fields.static(default=0)
   scale: Annotated[int, schema.between(-64, 64)] = fields.static(default=0)  # of `map`
 
@@ -114,20 +90,41 @@ class Difference(base.Structured):
   def dtype(self) -> Any:
     return np.dtype(self.name)
 
+  @property
+  def width(self) -> int:
+    """The columns C of the array as a matrix."""
+    return self.lengths[-1] if len(self.lengths) > 1 else 1
+
   def stored_sizes(self) -> list[tuple[np.dtype, int]]:
     sizes = super().stored_sizes()
-    if self.differences is None:
+    if self.elements is None:
       return sizes
-    # The coder takes their other bits from the known array's precision.
+    # The coder takes their other bits from the known array.
     return [(np.dtype(np.int8), sizes[0][1]), *sizes[1:]]
 
   # ---- the array
 
   def materialize(self, *needed: Any) -> np.ndarray:
-    return self.joined(self.predict(*needed))
+    return self.joined(self.known(*needed))
+
+  def joined(self, known: np.ndarray) -> np.ndarray:
+    """Returns the array, given the result of `known`."""
+    if self.elements is not None and self.changed is None:
+      return self.elements.view(self.dtype).reshape(self.lengths)
+    bits, start = known.copy(), 0
+    if self.elements is not None:
+      elements = self.elements.view(bits.dtype)
+      for span in self.spans():
+        bits[span] = elements[start : start + span.stop - span.start]
+        start += span.stop - span.start
+    return bits.view(self.dtype).reshape(self.lengths)
+
+  def known(self, *needed: Any, run: Run = in_turn) -> np.ndarray:
+    """Returns what is known of all elements: bits `[n]`, perhaps of the base itself."""
+    return self.predicted_bits(self._known_bits(*needed, run=run), run)
 
   def _known_bits(self, known: Any, *, run: Run) -> np.ndarray:
-    """Returns the known array as new bits of the leaf's dtype, `[n]`."""
+    """Returns the known array: bits of the leaf's dtype, `[n]`."""
     if self.map is not None:
       self.check_needed(known.shape)
       known = np.asarray(known)
@@ -136,19 +133,12 @@ class Difference(base.Structured):
     if bits is None:
       form = f'{known.dtype} {known.shape}'
       raise ValueError(f'{self.name} {self.lengths} cannot be made from {form}')
-    return bits.copy()
+    return bits
 
   # ---- the prediction
 
-  def predict(self, *needed: Any, run: Run = in_turn) -> Prediction:
-    """Returns the prediction for `joined`, which changes it."""
-    bits = self.predicted_bits(self._known_bits(*needed, run=run), run)
-    if self.differences is None:
-      return Prediction(bits, np.zeros(0, np.uint8))
-    return Prediction(bits, self.classes(self.changed_part(bits), run))
-
   def spans(self) -> list[slice]:
-    """Returns the runs of elements in blocks that have differences."""
+    """Returns the runs of elements in changed blocks."""
     size = math.prod(self.lengths)
     if self.changed is None:
       return [slice(0, size)]
@@ -157,7 +147,7 @@ class Difference(base.Structured):
     return [slice(*x) for x in np.minimum(ends, size).reshape(-1, 2).tolist()]
 
   def changed_part(self, elements: np.ndarray) -> np.ndarray:
-    """Returns the elements in blocks that have differences, of all, `[n]`."""
+    """Returns the elements in changed blocks, of all, `[n]`."""
     parts = [elements[span] for span in self.spans()]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -191,40 +181,6 @@ class Difference(base.Structured):
       bits = bits + drift.take(drift_places(bits, mantissa)) * is_normal
     return bits
 
-  def classes(self, bits: np.ndarray, run: Run = in_turn) -> np.ndarray:
-    """Returns the `classes` of elements whose predicted bits are given."""
-    matrix = bits.reshape(-1, self.width)
-    classes = np.empty(matrix.shape, np.uint8)
-
-    def job(rows: slice) -> None:
-      levels = np.array(self.common_scale, np.int16)
-      if self.row_scales is not None:
-        levels = levels + self.row_scales[rows, None]
-      if self.column_scales is not None:
-        levels = levels + self.column_scales
-      exponents = ulps.exponents(matrix[rows], self.dtype)
-      exponents *= -4
-      exponents += (levels >> 1) - np.int16(LOWEST)
-      np.clip(exponents, 0, _MOST_CLASS, out=exponents)
-      classes[rows] = exponents
-
-    in_parts(job, *matrix.shape, run)
-    return classes.reshape(-1)
-
-  def joined(self, prediction: Prediction, run: Run = in_turn) -> np.ndarray:
-    """Returns the array, given the result of `predict` and the decoded differences."""
-    bits, start = prediction.bits, 0
-
-    def job(changed: np.ndarray, differences: np.ndarray, part: slice) -> None:
-      changed[part] = ulps.moved(changed[part], differences[part], self.dtype)
-
-    for span in self.spans() if self.differences is not None else ():
-      changed = bits[span]
-      differences = self.differences[start : start + changed.size]
-      in_parts(functools.partial(job, changed, differences), changed.size, 1, run)
-      start += changed.size
-    return bits.view(self.dtype).reshape(self.lengths)
-
   # ---- untrusted input
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
@@ -236,23 +192,31 @@ class Difference(base.Structured):
     rows, names, axes = size // max(self.width, 1), set[str](), dict[str, int]()
     for name, form, array in fields.arrays_of(self):
       names.add(name)
-      axes |= zip(form.axes or '', array.shape, strict=True)
+      axes |= zip(form.axes or '', array.shape, strict=False)
     blocks = -(-size // (8 * BLOCK))
     expected = {'R': rows, 'C': self.width, 'i': DRIFTS, 'b': blocks}
-    fits = rows * self.width == size and axes.get('k', 0) <= _MOST_RANK
+    fits = axes.get('k', 0) <= _MOST_RANK
     fits &= all(axes.get(axis, length) == length for axis, length in expected.items())
     fits &= ('left' in names) == ('right' in names)
     fits &= dtype in ROUNDED or names.isdisjoint(('left', 'drift', 'map'))
     fits &= self.map is None or lengths[1:] == self.map.shape[1:]
-    # Classes of some blocks have no rows.
-    fits &= self.changed is None or (self.width == 1 and 'differences' in names)
-    if self.differences is not None and fits:
-      coded = self.differences
-      fits = (coded.dtype.kind, coded.itemsize) == ('i', dtype.itemsize)
-      fits &= dtype.itemsize <= 4
-      fits &= coded.size == sum(x.stop - x.start for x in self.spans())
+    fits &= self.changed is None or 'elements' in names
+    if self.elements is not None and fits:
+      count = sum(x.stop - x.start for x in self.spans())
+      shape = lengths if self.changed is None else (count,)
+      fits = (self.elements.shape, self.elements.dtype) == (shape, coded_dtype(dtype))
     if not fits:
       raise ValueError(f'what is stored of {self.name} {lengths!r:.80} does not fit')
+
+
+def coded_dtype(dtype: np.dtype) -> np.dtype | None:
+  """Returns the dtype in which the coder gets elements; None if it cannot code them.
+
+  All but some floats are signed integers.
+  """
+  if dtype in ulps.MANTISSA_BITS:
+    return dtype
+  return np.dtype(f'i{dtype.itemsize}') if dtype.itemsize <= 4 else None
 
 
 # ---- known arrays --------------------------------------------------------------------

@@ -85,7 +85,7 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
     if annotation.lower:
       arrays[f'{name}{_CORNER}'], arrays[name] = split_lower(array)
   for name, array in list(arrays.items()):
-    if (multiples := divided(array)) is not None:
+    if not leaf.is_in_files and (multiples := divided(array)) is not None:
       arrays[name], arrays[f'{name}{_STEP}'] = multiples
   return settings, arrays
 

@@ -1,9 +1,4 @@
-"""Floats as integers: their ULP indices, differences of these, and their bits.
-
-ULP indices count the numbers of a floating-point dtype upwards. The index of 0 is 0 and
-that of -0 is -1. Neighbouring numbers have neighbouring indices, so a difference of
-indices counts units in the last place. Bits are signed integers.
-"""
+"""The bits of floats as signed integers, and their exponents."""
 
 import ml_dtypes
 import numpy as np
@@ -15,32 +10,12 @@ MANTISSA_BITS = {
   np.dtype(ml_dtypes.float8_e4m3fn): 3,
   np.dtype(ml_dtypes.float8_e5m2): 2,
 }
-"""The bits of the mantissa of the floats that have a level, see `difference`."""
+"""The bits of the mantissa of floats that are coded relative to known ones."""
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:
   """Returns the bits of an array in C order, `[n]`."""
   return np.ascontiguousarray(array).reshape(-1).view(f'i{array.dtype.itemsize}')
-
-
-def differences(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the differences of elements from known ones, both given by their bits.
-
-  Those of floats are in ULPs and count away from zero, so a weight that decays has
-  the same ones on both sides of zero.
-  """
-  if dtype.kind in 'iub':
-    return bits - known
-  sign = known & np.iinfo(known.dtype).min
-  return _flipped(bits ^ sign) - (known ^ sign)
-
-
-def moved(known: np.ndarray, off: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the bits of elements: the inverse of `differences`."""
-  if dtype.kind in 'iub':
-    return known + off
-  sign = known & np.iinfo(known.dtype).min
-  return _flipped(off + (known ^ sign)) ^ sign
 
 
 def is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -56,12 +31,3 @@ def exponents(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.zeros(bits.shape, np.int16)
   magnitudes = bits & np.iinfo(bits.dtype).max
   return np.maximum(magnitudes >> mantissa, 1).astype(np.int16, copy=False)
-
-
-def _flipped(bits: np.ndarray) -> np.ndarray:
-  """Returns integers, all bits but the sign of negative ones flipped."""
-  # NumPy shifts slowly, and `where` branches.
-  negative = (bits < 0).view(np.int8).astype(bits.dtype)
-  negative *= np.iinfo(bits.dtype).max
-  negative ^= bits
-  return negative
