@@ -158,11 +158,6 @@ def read_group(group, tables, blocks, parts, known):
   if unit == 2:
     weights = (pairs[0][:, :, None] * pairs[1][:, None]).reshape(len(pairs[0]), -1)
     frequencies = weights[:, :-1] + (1 << 27 - p) >> 28 - p
-  if is_different:  # the first pair has what the others leave
-    frequencies[:, 0] = 1
-    escape = (1 << 28) - np.where(frequencies, weights[:, :-1], 0).sum(1)
-    escape = np.maximum(escape + (1 << 15) >> 16, 1)
-    frequencies[:, 0] += (1 << p) - escape - frequencies.sum(1)
   escape = (1 << p) - frequencies.sum(1, keepdims=True)
   frequencies = np.append(frequencies, escape, 1)
   length = math.ceil(k.size / len(blocks))

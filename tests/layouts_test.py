@@ -63,7 +63,7 @@ def test_tables_of_pairs_follow_the_counts():
   counts = tables.quantize(rng.integers(50, 1000, (5, 32)))
   ideal = (counts[:, :, None] * counts[:, None]).reshape(5, -1)[:, :-1] / 2**28
   for precision in (12, 14):
-    frequencies = tables.of_pairs(counts, precision)
+    frequencies = tables.of_pairs(counts, counts, precision)
     np.testing.assert_array_equal(frequencies, np.floor(ideal * 2**precision + 0.5))
 
 

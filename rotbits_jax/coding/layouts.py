@@ -73,9 +73,6 @@ ONE_ULP = 64
 MOST_DIFFERENT = 8
 """The most tables of differences, of which each two have a table of pairs."""
 
-MOST_SLOTS = 1 << 11
-"""The most slots of a pair of differences other than zeros."""
-
 RAW, MOST_RAW = 8, 24
 """The raw bits of a difference that are pushed at once, and in all."""
 
@@ -346,11 +343,15 @@ class Pairs(_Units):
       pieces.append(low | high << bits)
     return bins, [], pieces
 
+  def frequencies(self, counts: np.ndarray) -> np.ndarray:
+    """Returns those of symbols before the escape, given counts of bins `[K, 32]`."""
+    return tables.of_pairs(counts, counts, self.precision)
+
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
   ) -> Tables:
     """Makes the tables, given counts of bins `[K, 32]`, and the row of each table."""
-    slots, intervals = _entries(tables.of_pairs(counts, self.precision), self)
+    slots, intervals = _entries(self.frequencies(counts), self)
     rows = slots[table_of].reshape(-1), intervals[table_of].reshape(-1)
     return Tables(*rows, base.astype(np.int32))
 
@@ -488,6 +489,11 @@ class Differences(_Units):
       intervals.append((high << sizes[1] | below, 1, sizes[0] + sizes[1]))
     return bins, intervals, []
 
+  def frequencies(self, counts: np.ndarray) -> np.ndarray:
+    """Returns those of each two of K tables, `[K^2, 1023]`; see `Pairs.frequencies`."""
+    several = counts.repeat(len(counts), axis=0), np.tile(counts, (len(counts), 1))
+    return tables.of_pairs(*several, self.precision)
+
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
   ) -> Tables:
@@ -495,7 +501,7 @@ class Differences(_Units):
     if (count := len(counts)) > MOST_DIFFERENT:
       raise ValueError(f'{count} tables, more than {MOST_DIFFERENT}')
     grids = []
-    for rows in _entries(tables.of_differences(counts), self):
+    for rows in _entries(self.frequencies(counts), self):
       grids.append(np.empty((MOST_DIFFERENT, MOST_DIFFERENT, rows.shape[1]), np.uint32))
       grids[-1][:count, :count] = rows.reshape(count, count, -1)
     told = np.full(MOST_DIFFERENT, CLASSES, np.int32)  # the base, and first levels
@@ -547,6 +553,9 @@ class Bytes(_Units):
   def listed(self, data: np.ndarray, units: np.ndarray, *_: Any) -> np.ndarray:
     """Returns the units at escapes, given their list."""
     return _whole(data, units)
+
+  def frequencies(self, counts: np.ndarray) -> np.ndarray:
+    return counts
 
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, frequencies: np.ndarray

@@ -39,7 +39,8 @@ _FAR, _FARTHEST = 1e-3, 5e-4  # shares of differences without a symbol, and too 
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
 _MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 # The share of the most frequent bin. Without a limit a pair would be too frequent.
-_MOST_SHARE = {12: 0.66, tables.PRECISION: 0.33}
+_MOST_SHARE = {'floats': 0.33, 'raised': 0.66, 'codes': 0.66, 'bytes': 1}
+_MOST_SHARE |= {'integers': 0.49, 'known': 0.49}  # of those that are not 0
 
 
 class Known(NamedTuple):
@@ -330,39 +331,23 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
 
   Symbols that are too rare for a slot are escapes.
   """
-  if isinstance(layout, layouts.Differences):
-    return _frequencies_of_differences(counts)
-  is_pair = isinstance(layout, layouts.Pairs)
   size = np.full((len(counts), 1), float(1 << layout.stored_precision))
   # Spread over half of the bins, pairs of rare ones have slots.
   even = (np.arange(layout.alphabet) < layout.alphabet // 2) * (2 / layout.alphabet)
   coded = counts[:, : layout.alphabet]
-  whole = (coded if is_pair else counts).sum(axis=1, keepdims=True)
+  whole = counts if isinstance(layout, layouts.Bytes) else coded
+  whole = whole.sum(axis=1, keepdims=True)
   shares = np.where(whole > 0, coded / np.maximum(whole, 1), even)
-  if is_pair:  # else a pair would be too frequent
-    most = shares.max(axis=1, keepdims=True)
-    excess = (most - _MOST_SHARE[layout.precision]) / np.maximum(most - even[0], 1e-9)
-    shares += np.maximum(excess, 0) * (even - shares)
+  is_long = int(
+    isinstance(layout, layouts.Differences)
+  )  # the field of the first symbol
+  most = shares[:, is_long:].max(axis=1, keepdims=True)
+  excess = (most - _MOST_SHARE[layout.type_name]) / np.maximum(most - even[0], 1e-9)
+  shares += np.maximum(excess, 0) * (even - shares)
+  room = (1 << layout.precision) - 1
   while True:
     frequencies = np.rint(shares * size).astype(np.int64)
-    used = tables.of_pairs(frequencies, layout.precision) if is_pair else frequencies
-    used, room = used.sum(axis=1, keepdims=True), (1 << layout.precision) - 1
-    if (used <= room).all():
+    used = layout.frequencies(frequencies).sum(axis=1).reshape(len(counts), -1)
+    if used.max() <= room:
       return frequencies
-    size *= np.sqrt(room / np.maximum(used, room))
-
-
-def _frequencies_of_differences(counts: np.ndarray) -> np.ndarray:
-  """Returns frequencies of differences, with more zeros where the tables need them."""
-  zeros = np.arange(counts.shape[1] - 1) == 0
-  shares = (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-9))[:, :-1]
-  while True:
-    frequencies = np.rint(shares * tables.TOTAL).astype(np.int64)
-    pairs = tables.of_differences(frequencies)
-    escapes = (1 << layouts.Differences.precision) - pairs.sum(axis=1)
-    most = np.maximum(pairs[:, 1:].max(axis=1), escapes)
-    is_odd = ((pairs[:, 0] < 0) | (most > layouts.MOST_SLOTS)).reshape(len(counts), -1)
-    rows = np.diagonal(is_odd) if np.diagonal(is_odd).any() else is_odd.any(axis=1)
-    if not rows.any():
-      return frequencies
-    shares = np.where(rows[:, None], 0.9 * shares + 0.1 * zeros, shares)
+    size *= np.sqrt(room / np.maximum(used, room).max(axis=1, keepdims=True))

@@ -49,37 +49,15 @@ def entropy_bits(counts: np.ndarray) -> np.ndarray:
   return bits(counts.sum(axis=-1)) - bits(counts).sum(axis=-1)
 
 
-def of_pairs(counts: np.ndarray, precision: int) -> np.ndarray:
-  """Returns the frequencies of pairs of independent symbols that have one table.
+def of_pairs(first: np.ndarray, second: np.ndarray, precision: int) -> np.ndarray:
+  """Returns the frequencies of pairs of independent symbols, given a table of each.
 
   Each is the product of two counts, int64 `[K, A]` of about 2^14 in all, rounded to a
   share of 2^precision: int64 `[K, A^2 - 1]`, all pairs but the last.
   """
   drop = 2 * PRECISION - precision
-  weights = (counts[:, :, None] * counts[:, None]).reshape(len(counts), -1)
+  weights = (first[:, :, None] * second[:, None]).reshape(len(first), -1)
   return (weights[:, :-1] + (1 << drop - 1)) >> drop
-
-
-def of_differences(counts: np.ndarray) -> np.ndarray:
-  """Returns the frequencies of pairs of which each symbol has a table of its own.
-
-  They are products of counts, int64 `[K, A]`, rounded to shares of 2^12: int64
-  `[K^2, A^2 - 1]`. The escape, the last pair, has the share of the pairs that have no
-  slot, and the pair of zeros, the first, what is left. That is below 0 if counts are
-  unlike those of differences.
-  """
-  drop = 2 * PRECISION - 12
-  weights = (counts[:, None, :, None] * counts[None, :, None, :]).reshape(
-    len(counts) ** 2, -1
-  )[:, :-1]
-  pairs = (weights + (1 << drop - 1)) >> drop
-  pairs[:, 0] = 0
-  has_none = pairs == 0
-  has_none[:, 0] = False
-  escape = (1 << 2 * PRECISION) - np.where(has_none, 0, weights).sum(axis=1)
-  escape = np.maximum(escape + (1 << drop - 1) >> drop, 1)
-  pairs[:, 0] = (1 << 12) - escape - pairs.sum(axis=1)
-  return pairs
 
 
 def to_bytes(frequencies: np.ndarray) -> bytes:
