@@ -167,8 +167,9 @@ def _with_raw_bits(layout: layouts.Differences, draft: _Draft) -> _Draft:
   bins, shifts = layout.counted(row, base)[1], most.counted(row, base)[2]
   # Raw bits take time.
   if np.count_nonzero(bins >= layouts.BINS) > _FAR * np.count_nonzero(bins):
-    pieces = np.ceil(np.quantile(shifts, 1 - _FARTHEST) / layouts.RAW)
-    layout = dataclasses.replace(layout, raw_bits=layouts.RAW * int(pieces))
+    most_shift = np.quantile(shifts, 1 - _FARTHEST).clip(1)
+    raw_bits = layouts.RAW * int(np.ceil(most_shift / layouts.RAW))
+    layout = dataclasses.replace(layout, raw_bits=raw_bits)
   return draft._replace(layout=layout)
 
 

@@ -219,7 +219,9 @@ def _step(elements: np.ndarray, known: np.ndarray) -> statistics.Lines:
   some, dtype = slice(None, None, -(-elements.size // _MANY)), elements.dtype
   off = factors.floats(ulps.bits_of(elements)[some], known[some], dtype)
   root = np.sqrt(np.abs(off).mean(dtype=np.float64))
-  return np.atleast_1d(_quarters(root) + _ulp(dtype)), np.zeros(1, int)
+  # An octave less, because numbers move alike, so that their raw bits are no noise.
+  whole = _quarters(root) + _ulp(dtype) - statistics.STEPS
+  return np.atleast_1d(whole), np.zeros(1, int)
 
 
 def _lines(elements: np.ndarray, known: np.ndarray) -> statistics.Lines:
