@@ -264,21 +264,22 @@ class Pairs(_Units):
     """The number of bits below the bin."""
     return self.format.nmant - self.top if self._sign else self.raw_bits
 
-  def told(self, classes: Any, base: Any) -> tuple[Any, Any]:
-    """Returns what int32 classes tell: tables, and offsets or minimum exponents.
+  def context(self, row: Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Returns the tables of units, and their offsets or minimum exponents.
 
     `base` has the offset of class 0, or its minimum exponent.
     """
+    del xp
     if self.most_tables == LEVELS:
-      return classes & 31, (classes >> 5) + base[0]
-    return classes & 3, (classes >> 2 << self.top) + base[0]
+      return row.classes & 31, (row.classes >> 5) + base[0]
+    return row.classes & 3, (row.classes >> 2 << self.top) + base[0]
 
   def counted(self, row: Row, base: np.ndarray) -> tuple[Any, Any, Any]:
     """Returns what is counted of units `[n, 2]`, in NumPy, of classes `[n, 1]`.
 
     It is the tables; the bins, uint32, of which those below 32 are coded; and raw bits.
     """
-    table, told = self.told(row.classes, base.astype(np.int32))
+    table, told = self.context(row, base.astype(np.int32))
     return table, self._split(row.units, told, np)[0], self.raw_bits
 
   def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
@@ -318,11 +319,6 @@ class Pairs(_Units):
       else:
         words = [lower(x) for x in words]
     return [y & highest | x for x, y in zip(words, kept, strict=True)]
-
-  def context(self, row: Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
-    """Returns the tables of units, and what else `join` and `divided` need."""
-    del xp
-    return self.told(row.classes, base)
 
   def raw(self, pop: Pop, row: Row, told: Any) -> list[jax.Array]:
     """Returns words that have the raw bits of units in their places."""

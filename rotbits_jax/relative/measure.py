@@ -175,8 +175,8 @@ def with_elements(
     bits, known = map(leaf.changed_part, (bits, known))
     shape = bits.shape
   elements: np.ndarray = bits.view(dtype).reshape(shape)  # type: ignore[arg-type]
-  measure = _step if is_sparse else _lines
-  near = plans.Known(known.view(f'u{known.itemsize}'), measure(elements, known))
+  lines = _lines(elements, known, is_sparse)
+  near = plans.Known(known.view(f'u{known.itemsize}'), lines)
   return Measured(dataclasses.replace(leaf, elements=elements), near)
 
 
@@ -199,64 +199,55 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, An
   return {'drift': drift.astype(np.int32)}
 
 
-def _quarters(roots: Any) -> Any:
-  """Returns sizes in quarter octaves, given their roots."""
-  octaves = 2 * np.log2(np.maximum(roots, _LEAST))
-  return np.rint(statistics.STEPS * octaves).astype(int)
-
-
-def _ulp(dtype: np.dtype) -> int:
-  """Returns quarter octaves from the least ULP of a dtype to 1; 0 for integers."""
-  mantissa = ulps.MANTISSA_BITS.get(dtype)
-  if mantissa is None:
-    return 0
-  bias = int(ulps.bits_of(np.array(1, dtype))[0]) >> mantissa
-  return statistics.STEPS * (bias + mantissa)
-
-
-def _step(elements: np.ndarray, known: np.ndarray) -> statistics.Lines:
-  """Returns the size by which numbers move, before rounding lets some change."""
-  some, dtype = slice(None, None, -(-elements.size // _MANY)), elements.dtype
-  off = factors.floats(ulps.bits_of(elements)[some], known[some], dtype)
-  root = np.sqrt(np.abs(off).mean(dtype=np.float64))
-  # An octave less, because numbers move alike, so that their raw bits are no noise.
-  whole = _quarters(root) + _ulp(dtype) - statistics.STEPS
-  return np.atleast_1d(whole), np.zeros(1, int)
-
-
-def _lines(elements: np.ndarray, known: np.ndarray) -> statistics.Lines:
+def _lines(
+  elements: np.ndarray, known: np.ndarray, is_sparse: bool
+) -> statistics.Lines:
   """Measures the sizes of differences from known bits; of lines only where they pay.
 
   They are in quarter octaves, relative to the least ULP of the dtype.
   """
   shape, dtype = elements.shape, elements.dtype
-  width = _width(shape)
+  width = 1 if is_sparse else _width(shape)
   bits, known = (x.reshape(-1, width) for x in (ulps.bits_of(elements), known))
-  rows, columns = bits.shape
   some_rows, some_columns = (
     slice(None, None, max(length // _LINES, 1)) for length in bits.shape
   )
+  least = 0  # quarter octaves from the least ULP to 1
+  if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
+    bias = int(ulps.bits_of(np.array(1, dtype))[0]) >> mantissa
+    least = statistics.STEPS * (bias + mantissa)
 
   def roots_of(*part: slice) -> np.ndarray:
     # Few large differences change the mean of roots little.
     return np.sqrt(np.abs(factors.floats(bits[part], known[part], dtype)))
 
-  sample = roots_of(some_rows)
+  def quarters(roots: Any) -> np.ndarray:
+    octaves = 2 * np.log2(np.maximum(roots, _LEAST))
+    return np.rint(statistics.STEPS * octaves).astype(int)
+
+  sample = roots_of(
+    slice(None, None, -(-len(bits) // _MANY)) if width == 1 else some_rows
+  )
+  if is_sparse:
+    # The size by which numbers move, of which rounding leaves few. An octave less,
+    # because they move alike, so that their raw bits are no noise.
+    root = np.sqrt(np.square(sample).mean(dtype=np.float64, keepdims=True))
+    return quarters(root).reshape(-1) + least - statistics.STEPS, np.zeros(1, int)
   share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean())
   lines = [np.zeros(1, int), np.zeros(1, int)]
-  if columns > 1 and mean > 0:
+  if width > 1 and mean > 0:
     of_columns = sample.mean(axis=0, dtype=np.float64) / mean
-    if rows < _LEAST_LINES:
+    if len(bits) < _LEAST_LINES:
       of_columns[:] = 1
     means_of = lambda part: roots_of(part, some_columns).mean(axis=1, dtype=np.float64)
-    parts = difference.in_parts(means_of, rows, min(columns, 2 * _LINES), pool.run)
+    parts = difference.in_parts(means_of, len(bits), min(width, 2 * _LINES), pool.run)
     of_rows = np.concatenate(parts) / (of_columns[some_columns].mean() or 1) / mean
     of_columns = of_columns.reshape(contexts.matrix_shape(shape, 2)[1], -1)
     for axis, roots in enumerate((of_rows, of_columns.mean(axis=1))):
-      scales = _quarters(roots)
+      scales = quarters(roots)
       far = np.clip(scales - np.median(scales), -_FAR, _FAR)
       # Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
       size = share * elements.size / roots.size
       if size * np.square(far).mean() * math.log(2) / 16 > _SCALE_BITS:
         lines[axis] = scales
-  return lines[0] + _quarters(mean) + _ulp(dtype), lines[1]
+  return lines[0] + quarters(mean) + least, lines[1]
