@@ -27,7 +27,6 @@ _UNITS = 1 << 16  # that tell frequencies
 _BYTES = 1 << 19  # that do, because these have more tables
 _SIZES = 1 << 13  # units that tell raw bits
 _LEAST_SAMPLE = 1 << 12  # units of a part
-_CHUNK = 1 << 16  # units that are counted at once, so that they fit the cache
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
@@ -162,9 +161,10 @@ def _divided(array: np.ndarray, known: Known | None) -> list[_Draft]:
 def _with_raw_bits(layout: layouts.Differences, draft: _Draft) -> _Draft:
   """Returns the draft with a layout that has raw bits for all but a few differences."""
   (scales,), base = _classes([draft], layout)
-  row, _ = _sample(draft, scales, layout, _SIZES)
+  rows = _sample(draft, scales, layout, _SIZES)
   most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
-  bins, shifts = layout.counted(row, base)[1], most.counted(row, base)[2]
+  bins = np.concatenate([layout.counted(x, base)[1] for x in rows])
+  shifts = np.concatenate([most.counted(x, base)[2] for x in rows])
   # Raw bits take time.
   if np.count_nonzero(bins >= layouts.BINS) > _FAR * np.count_nonzero(bins):
     most_shift = np.quantile(shifts, 1 - _FARTHEST).clip(1)
@@ -197,8 +197,10 @@ def _group(layout: layouts.Layout, drafts: Mapping[int, _Draft]) -> Group:
   elif layout.type_name in ('floats', 'codes'):
     seen = _SEEN
   samples = [_sample(*x, layout, most) for x in zip(several, scales, strict=True)]
-  counted = [_counts(*x, layout, base, seen) for x in samples]
-  counts = np.stack([x for x, _ in counted])
+  counted = [_counts(x, layout, base, seen) for x in samples]
+  numbers, known = [x.numbers for x in several], [x.known for x in several]
+  sizes, counts = np.array([x.size for x in numbers]), np.stack([x for x, _ in counted])
+  counts = counts * (sizes / counts.sum(axis=(1, 2)))[:, None, None]
   # The symbols are those that occur most; others are escapes.
   ends = np.cumsum(np.append(0, counts[..., :-1].sum(axis=(0, 1))))
   windows = ends[layout.alphabet :] - ends[: -layout.alphabet]
@@ -207,19 +209,15 @@ def _group(layout: layouts.Layout, drafts: Mapping[int, _Draft]) -> Group:
   coded = counts[..., first : first + layout.alphabet]
   escapes = counts.sum(axis=-1, keepdims=True) - coded.sum(axis=-1, keepdims=True)
   counts = np.append(coded, escapes, axis=-1)
-  is_first = np.append(True, counts[:, 1:].any(axis=(0, 2)))  # others have no symbols
-  rows, table_of = _merged(counts[:, is_first].sum(axis=0), layout.most_stored)
-  table_of = table_of[np.cumsum(is_first) - 1]
+  rows, table_of = _merged(counts.sum(axis=0), layout.most_stored)
   frequencies = _frequencies(rows, layout)
   contexts = contexts_lib.Contexts(base + first, table_of, frequencies)
   escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
   bits = np.pad(np.where(frequencies > 0, bits, escape), ((0, 0), (0, 1)))
   bits[:, -1] = escape
-  each = (counts * bits[table_of]).sum(axis=(1, 2)) / counts.sum(axis=(1, 2))
-  each += [raw for _, raw in counted]
-  numbers, known = [x.numbers for x in several], [x.known for x in several]
-  nbytes = [x.size * y / 8 + 2 for x, y in zip(numbers, each.tolist(), strict=True)]
+  total = (counts * bits[table_of]).sum(axis=(1, 2)) + sizes * [x for _, x in counted]
+  nbytes = (total / 8 + 2).tolist()
   return Group(layout, contexts, [*map(Part, drafts, numbers, scales, nbytes, known)])
 
 
@@ -265,42 +263,38 @@ def _classes(
 
 def _sample(
   draft: _Draft, scales: contexts_lib.Scales, layout: layouts.Layout, most: int
-) -> tuple[layouts.Row, float]:
-  """Takes about `most` of the units of a part, and for how many one of them stands."""
-  numbers, size = draft.numbers, layout.size
-  bits = numbers.reshape(-1).view(f'u{numbers.itemsize}')
-  count = max(bits.size // size, 1)  # without a last number that has no pair
-  runs = statistics.runs(count, most)
-  classes = np.empty((len(runs), runs[0].stop), np.uint8)
-  for row, run in zip(classes, runs, strict=True):
-    scales.write(row, run.start, numbers.shape, size)
-
-  def units(flat: np.ndarray) -> np.ndarray:
-    flat = flat[: count * size] if flat.size >= size else flat.repeat(size)
-    return np.concatenate([flat.reshape(count, size)[run] for run in runs])
-
-  sample = units(bits)
-  known = np.zeros_like(sample) if draft.known is None else units(draft.known)
-  of_units = classes.reshape(-1, 1).astype(np.int32)
-  return layouts.Row(of_units, known, sample, []), count / len(sample)
+) -> list[layouts.Row]:
+  """Takes about `most` of the units of a part, in runs."""
+  numbers, size, rows = draft.numbers, layout.size, list[layouts.Row]()
+  flat = numbers.reshape(-1).view(f'u{numbers.itemsize}')
+  count = max(flat.size // size, 1)  # without a last number that has no pair
+  for run in statistics.runs(count, most):
+    classes = np.empty(run.stop - run.start, np.uint8)
+    scales.write(classes, run.start, numbers.shape, size)
+    some = slice(run.start * size, run.stop * size)
+    units = np.resize(flat[some], (classes.size, size))
+    known = np.zeros_like(units)
+    if draft.known is not None:
+      known = np.resize(draft.known[some], units.shape)
+    rows.append(layouts.Row(classes[:, None].astype(np.int32), known, units, []))
+  return rows
 
 
 def _counts(
-  row: layouts.Row, weight: float, layout: layouts.Layout, base: np.ndarray, seen: int
+  sample: Sequence[layouts.Row], layout: layouts.Layout, base: np.ndarray, seen: int
 ) -> tuple[np.ndarray, float]:
   """Counts the first `seen` symbols of each table, and behind them the others.
 
   Also returns the mean number of raw bits of a number.
   """
-  width, bits = seen + 1, np.zeros(1)
+  width, raw_bits = seen + 1, list[float]()
   counts = np.zeros(layout.most_tables * width, int)
-  for start in range(0, len(row.units), _CHUNK):
-    some = slice(start, start + _CHUNK)
-    part = layouts.Row(row.classes[some], row.known[some], row.units[some], [])
-    table_of, symbols, bits = layout.counted(part, base)
+  for row in sample:
+    table_of, symbols, bits = layout.counted(row, base)
     places = table_of * width + np.minimum(symbols.astype(np.uint32), np.uint32(seen))
     counts += np.bincount(places.reshape(-1), minlength=counts.size)
-  return counts.reshape(-1, width) * weight, float(np.mean(bits))
+    raw_bits.append(float(np.mean(bits)))
+  return counts.reshape(-1, width), float(np.mean(raw_bits))
 
 
 def _merged(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -308,7 +302,8 @@ def _merged(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
   Returns the sums, and that of each row.
   """
-  table_of, some = np.arange(len(rows)), rows.any(axis=0)
+  is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
+  rows, table_of, some = rows[is_first], np.cumsum(is_first) - 1, rows.any(axis=0)
   # A symbol of a table takes 16 bits, about.
   cost = lambda x: tables.entropy_bits(x) + 16 * np.count_nonzero(x, axis=-1)
   bits = cost(rows[:, some])
@@ -339,10 +334,8 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   whole = counts if isinstance(layout, layouts.Bytes) else coded
   whole = whole.sum(axis=1, keepdims=True)
   shares = np.where(whole > 0, coded / np.maximum(whole, 1), even)
-  is_long = int(
-    isinstance(layout, layouts.Differences)
-  )  # the field of the first symbol
-  most = shares[:, is_long:].max(axis=1, keepdims=True)
+  limited = shares[:, 1:] if isinstance(layout, layouts.Differences) else shares
+  most = limited.max(axis=1, keepdims=True)
   excess = (most - _MOST_SHARE[layout.type_name]) / np.maximum(most - even[0], 1e-9)
   shares += np.maximum(excess, 0) * (even - shares)
   room = (1 << layout.precision) - 1
