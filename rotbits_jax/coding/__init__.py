@@ -15,12 +15,12 @@ own, such as the arrays of one layer. Its *stream* is the bytes that stand for i
 
 The bits of an element are divided into a *symbol*, which is worth modelling, and *raw
 bits*, which are noise. A *layout* is the rule of this division for one dtype. A *unit*
-is what has one symbol: an integer, or a pair of neighbouring floats. A frequency table
-says how probable each symbol is. The *class* of a unit says which table codes it; both
-sides compute it, from the scales of its row and column, or from an array that they
-know. Arrays of one layout form a *group*, which shares tables, and its units are cut
-into *blocks*. In a block, symbols are pushed onto a *message*, a stack of several lanes
-that are coded side by side. In the order of reading:
+is what has one symbol: a byte, or a pair of neighbouring elements. A frequency table
+says how probable each symbol is. The *class* of a unit says which table codes it; it
+follows from the scales of its row and column. An array may be coded relative to one
+that both sides know. Arrays of one layout form a *group*, which shares tables, and its
+units are cut into *blocks*. In a block, symbols are pushed onto a *message*, a stack of
+several lanes that are coded side by side. In the order of reading:
 
     rans         the entropy coder: pushes symbols onto a message and pops them
     tables       integer frequency tables

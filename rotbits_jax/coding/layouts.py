@@ -511,7 +511,8 @@ class Differences(_Units):
 class Bytes(_Units):
   """The layout of bytes, one a unit. There are no raw bits."""
 
-  type_name: ClassVar[str] = 'bytes'
+  type_name: str = 'bytes'
+
   alphabet: ClassVar[int] = 255  # of a stored table, which does not have the escape
   stored_precision: ClassVar[int] = 12
   symbol_bits: ClassVar[int] = 8

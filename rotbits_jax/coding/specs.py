@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import functools
 import itertools
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -116,16 +116,18 @@ class ArraySpec(schema.Row):
       bits[~is_set] = negative.astype(unsigned) << 8 * out.itemsize - 1
 
 
-_PAIRS = 'floats', 'raised', 'codes'
-_DIFFERENCES = 'integers', 'known'
-_TYPES = (*_PAIRS, *_DIFFERENCES, 'bytes')
+_LAYOUTS: dict[str, Any] = {
+  **dict.fromkeys(('floats', 'raised', 'codes'), layouts.Pairs),
+  **dict.fromkeys(('integers', 'known'), layouts.Differences),
+  'bytes': layouts.Bytes,
+}
 
 
 class GroupSpec(schema.Row):
   """A group: parts of one layout. Its units lie in blocks, see `blocks.divide`."""
 
   # The type of the layout; 'known' are numbers near those that both sides know.
-  type_name: Annotated[str, schema.one_of(_TYPES)]
+  type_name: Annotated[str, schema.one_of(_LAYOUTS)]
   raw_bits: schema.Size  # that of the layout
   contexts: schema.Size  # number of bytes of the contexts in the stream
   blocks: tuple[schema.Size, ...]  # number of bytes of each block
@@ -136,13 +138,7 @@ class GroupSpec(schema.Row):
 
   def layout(self, dtype: np.dtype) -> layouts.Layout:
     """Returns the layout of the group, whose parts have this dtype."""
-    layout: layouts.Layout
-    if self.type_name in _PAIRS:
-      layout = layouts.Pairs(dtype, self.raw_bits, self.type_name)
-    elif self.type_name in _DIFFERENCES:
-      layout = layouts.Differences(dtype, self.raw_bits, self.type_name)
-    else:
-      layout = layouts.Bytes(dtype, self.raw_bits)
+    layout = _LAYOUTS[self.type_name](dtype, self.raw_bits, self.type_name)
     if not layout.is_valid():
       raise ValueError(f'parts of {dtype} have no layout {self!r:.100}')
     return layout

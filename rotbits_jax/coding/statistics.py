@@ -36,17 +36,15 @@ _SAVED = 1.3
 _BELOW, _ABOVE = 3, 8
 
 # A minimum exponent that is further below the scale saves less than 0.03 bits.
-_MOST_BELOW = 6
+_MOST_BELOW, _MOST_ABOVE = 6, 2
 # Fewer elements save less than the program for them takes to compile.
 _LEAST_RAISED = 1 << 10
-_MOST_ABOVE = 2
 
 _TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no bin
 _MOST_SHARE = 0.6  # of the most frequent bin, because pairs of it have a limit
 
 _SAMPLE = 1 << 12  # elements that tell the scale
 _FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the cache
-
 
 # Masks of fewer elements cost more than they save. Fewer zeros are exceptions or, where
 # numbers were rounded to a step, like others.
