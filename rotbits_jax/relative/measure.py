@@ -209,9 +209,8 @@ def _lines(
   shape, dtype = elements.shape, elements.dtype
   width = 1 if is_sparse else _width(shape)
   bits, known = (x.reshape(-1, width) for x in (ulps.bits_of(elements), known))
-  some_rows, some_columns = (
-    slice(None, None, max(length // _LINES, 1)) for length in bits.shape
-  )
+  some_rows = slice(None, None, max(len(bits) // max(_LINES, _MANY // width), 1))
+  some_columns = slice(None, None, max(width // _LINES, 1))
   least = 0  # quarter octaves from the least ULP to 1
   if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
     bias = int(ulps.bits_of(np.array(1, dtype))[0]) >> mantissa
@@ -225,9 +224,7 @@ def _lines(
     octaves = 2 * np.log2(np.maximum(roots, _LEAST))
     return np.rint(statistics.STEPS * octaves).astype(int)
 
-  sample = roots_of(
-    slice(None, None, -(-len(bits) // _MANY)) if width == 1 else some_rows
-  )
+  sample = roots_of(some_rows)
   if is_sparse:
     # The size by which numbers move, of which rounding leaves few. An octave less,
     # because they move alike, so that their raw bits are no noise.
