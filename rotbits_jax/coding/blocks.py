@@ -316,9 +316,10 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       for i, (width, _) in enumerate(layout.pieces):
         shared = _sharing(width)
         data, at = (words, planes[i] >> 1) if width == 8 else (buffer, planes[i])
-        at += place // shared * lanes
+        # Shifts, because JAX traces `//` and `%` as programs of their own.
+        at += (place >> shared.bit_length() - 1) * lanes
         row = jax.lax.dynamic_slice_in_dim(data, at, lanes).astype(jnp.uint32)
-        pieces.append(row >> place % shared * (2 * width))
+        pieces.append(row >> (place & shared - 1) * (2 * width))
       given = _given(t, classes, known, None, pieces)
       rows_of = layout.decode_step(pop, given, coder_tables)
       out = tuple(_put(x, y, t) for x, y in zip(out, rows_of, strict=True))
