@@ -45,7 +45,6 @@ from rotbits_jax.relative import measure
 from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.structured import difference
-from rotbits_jax.structured import ulps
 from rotbits_jax.system import checksums
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
@@ -449,8 +448,7 @@ def _stored(
       needed = [*map(resolve, leaf.needs)]
       array = leaf.materialize(*needed)
       if isinstance(leaf, difference.Difference):
-        bits = ulps.bits_of(array)
-        near = measure.with_elements(leaf, bits, leaf.known(*needed)).near
+        near = measure.of_leaf(leaf, *needed).near
       crc32 = checksums.of_array(jax.device_get(array))
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored(leaf)

@@ -23,6 +23,8 @@ from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.file import encode
+from rotbits_jax.relative import measure
+from rotbits_jax.structured import difference
 from rotbits_jax.system import progress as progress_lib
 
 _WITHIN = 0.01  # the most that a file of a target size has fewer bytes, relative
@@ -79,13 +81,19 @@ def _rewritten(source: Any, preset: presets.Preset) -> tuple[float, float]:
   )
   model = source.load(range(chosen)).model.replace(config=small)
   context, nbytes, elements = passes.make_context(model), 0.0, 0
+  given = structured.flatten(model.params)
   rewritten = passes.rewrite(context, preset.transform, rounding=preset.rounding)
   for record in itertools.chain.from_iterable(records for records, _ in rewritten):
     # The second layer stands for those that are not read.
     weight = 1 + (count - chosen) * (record.name == models.names.layer(1))
     leaves = structured.flatten(record.params)
     elements += weight * sum(map(structured.count_elements, leaves.values()))
-    arrays = [x for leaf in leaves.values() for x in encode.stored(leaf)[1].values()]
+    arrays = list[np.ndarray]()
+    for leaf in leaves.values():
+      if isinstance(leaf, difference.Difference):  # an embedding beside its head
+        nbytes += measure.of_leaf(leaf, *map(given.__getitem__, leaf.needs)).estimate()
+      else:
+        arrays += encode.stored(leaf)[1].values()
     nbytes += weight * coder.estimate(arrays)
   return nbytes, elements / models.count_elements(config)
 

@@ -494,6 +494,7 @@ def _code_bounds(blocks: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
   groups = np.ascontiguousarray(blocks.reshape(math.prod(blocks.shape[:2]), -1))
   numbers, size = groups.astype(np.float32), groups.shape[1]
   numbers[~np.isfinite(numbers)] = 0
+  numbers *= np.float32(0.5)  # so that differences are finite
   numbers -= numbers.min(axis=0)
   steps = (count - 1) / numbers.max(axis=0)
   numbers *= np.where(np.isfinite(steps), steps, 0)  # 0 of equal or subnormal numbers

@@ -180,6 +180,12 @@ def with_elements(
   return Measured(dataclasses.replace(leaf, elements=elements), near)
 
 
+def of_leaf(leaf: difference.Difference, *needed: Any) -> Measured:
+  """Returns how a leaf is stored beside its known array, given what it needs."""
+  bits = ulps.bits_of(leaf.materialize(*needed))
+  return with_elements(leaf, bits, leaf.known(*needed))
+
+
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   """Finds the `drift` of elements `[R, C]`; nothing if it saves little."""
   mantissa, some = (
