@@ -351,7 +351,11 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       for interval in reversed(intervals):
         state, top, moved = rans.push_step(state, *interval)
         taken = moved.astype(jnp.uint32)
-        state, top, taken = jax.lax.optimization_barrier((state, top, taken))
+        # XLA would compute them again for each lane. A branch that is never taken prevents
+        # it; a barrier does with JAX 0.12 only.
+        zeros = lambda *x: tuple(map(jnp.zeros_like, x))
+        pushed = state, top, taken
+        state, top, taken = jax.lax.cond(t < 0, zeros, lambda *x: x, *pushed)
         # A word that does not move is put there, too, and the next one replaces it.
         for word, place in zip(top, first + sizes, strict=True):
           words = _put(words, word, place)
