@@ -351,8 +351,8 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       for interval in reversed(intervals):
         state, top, moved = rans.push_step(state, *interval)
         taken = moved.astype(jnp.uint32)
-        # XLA would compute them again for each lane. A branch that is never taken prevents
-        # it; a barrier does with JAX 0.12 only.
+        # XLA would compute them again for each lane. A branch that is never taken
+        # prevents it; a barrier does with JAX 0.12 only.
         zeros = lambda *x: tuple(map(jnp.zeros_like, x))
         pushed = state, top, taken
         state, top, taken = jax.lax.cond(t < 0, zeros, lambda *x: x, *pushed)
