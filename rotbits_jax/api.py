@@ -298,7 +298,10 @@ def _encoder(
   opened: Any = sources.of(source)
   default = presets.default(opened.config) if base is None else 'exact'
   made = presets.make(preset or default, **options)
-  as_plain = sources.plain(opened) if made.keeps == 'bits' else opened
+  as_plain = opened
+  is_reader = isinstance(opened, checkpoints.CheckpointReader)
+  if made.keeps == 'bits' and is_reader and opened.headers and not opened.config.sliced:
+    as_plain = checkpoints.open_plain(opened.path)  # files come back byte for byte
   is_plain = as_plain.config is None
   opened_base = None if base is None else reader_lib.open_base(base, plain=is_plain)
   if opened_base is None or opened_base.config is None:

@@ -1,7 +1,4 @@
-"""Steps of a training as bytes: from one PyTree of arrays to the next.
-
-A trainer sends the bytes of `delta` to samplers, which `apply` them.
-"""
+"""Steps of a training as bytes: from one PyTree of arrays to the next."""
 
 import collections
 import itertools
@@ -18,7 +15,6 @@ from rotbits_jax.file import encode as encode_lib
 from rotbits_jax.file import placement
 from rotbits_jax.file import sources
 from rotbits_jax.relative import base as base_lib
-from rotbits_jax.relative import entries
 from rotbits_jax.system import host
 
 T = TypeVar('T')
@@ -89,7 +85,12 @@ def apply(
   if reader.files().get(_OLD) != _digest(params):
     raise file.ContainerError('the delta was made from other old arrays than these')
   leaves = {name: reader.records[name].leaves for name in reader.names()}
-  same = {leaf.path for leaf in itertools.chain(*leaves.values()) if _is_same(leaf)}
+  key = lambda array: (array.path, array.shape, array.dtype, array.crc32)
+  same = {  # paths of arrays that are those of the same paths in the base
+    leaf.path
+    for leaf in itertools.chain(*leaves.values())
+    if not leaf.arrays and leaf.base is not None and key(leaf.base) == key(leaf)
+  }
   needed = {  # by each record: its paths, and those of arrays of its bases
     name: dict.fromkeys(
       path for x in group for path in (x.path, *(base.path for base in x.base_arrays))
@@ -119,12 +120,6 @@ def _digest(tree: Any) -> bytes:
   array = lambda x: x if getattr(x, 'needs', ()) else structured.materialize(x)
   arrays = structured.map_leaves(array, sources.to_dicts(tree))
   return sources.fingerprint(sources.of(arrays)).encode()
-
-
-def _is_same(leaf: Any) -> bool:
-  """Returns whether the array of a leaf is that of its path in the base."""
-  array = entries.BaseArray(leaf.path, leaf.shape, leaf.dtype, leaf.crc32 or 0)
-  return not leaf.arrays and leaf.base == array
 
 
 def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:

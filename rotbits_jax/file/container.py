@@ -1,7 +1,6 @@
 """The container: a valid safetensors file whose tensors are streams of bytes.
 
-The page on the format describes it. The header is written last, into room that is
-reserved at the start. A damaged file raises `ContainerError`.
+The page on the format describes it. A damaged file raises `ContainerError`.
 """
 
 import collections
@@ -22,7 +21,6 @@ from rotbits_jax.system import checksums
 from rotbits_jax.system import files
 from rotbits_jax.system import schema
 
-FORMAT = 'rotbits'
 VERSION = 1
 MANIFEST = 'manifest'
 _METADATA = '__metadata__'  # the header's one entry that is no stream
@@ -126,10 +124,9 @@ def _most_text(nbytes: int) -> int:
 
 def _header(streams: dict[str, tuple[int, int]], manifest_crc32: int) -> bytes:
   """Returns the JSON of the header, given the offsets of each stream."""
-  metadata = {'format': FORMAT, 'version': str(VERSION)}
-  header: dict[str, Any] = {
-    _METADATA: metadata | {'manifest_crc32': str(manifest_crc32)}
-  }
+  crc = str(manifest_crc32)
+  metadata = _Metadata(format='rotbits', version=str(VERSION), manifest_crc32=crc)
+  header: dict[str, Any] = {_METADATA: schema.dump(metadata)}
   for name, (begin, end) in streams.items():
     header[name] = {'dtype': 'U8', 'shape': [end - begin], 'data_offsets': [begin, end]}
   text = json.dumps(header, separators=(',', ':')).encode()

@@ -1,7 +1,5 @@
 """Encodes a source: rewrites its records with a preset, codes them, and writes them.
 
-    source -> transforms of the preset -> records -> container
-
 Records are rewritten while those before them are coded. A range of records can be
 encoded without the others, so a shard is a job of its own, see `output`.
 """

@@ -31,11 +31,8 @@ from rotbits_jax.system import schema
 UNTRUSTED = ArithmeticError, AttributeError, LookupError, TypeError
 """The errors, besides ValueError, of a leaf whose settings and arrays do not fit."""
 
-FILES = 'files/'
-"""The beginning of the names of the streams of other files."""
-
-HEADERS = 'headers/'
-"""The beginning of the names of streams that hold the header of a weights file."""
+FILES, HEADERS = 'files/', 'headers/'
+"""How the streams of other files, and of the headers of weights files, are prefixed."""
 
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""

@@ -27,8 +27,6 @@ from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import outputs
 from rotbits_jax.system import progress as progress_lib
 
-Path = str | os.PathLike[str]
-
 _PAUSE = 0.2  # seconds between two looks for the shards of other processes
 
 
@@ -46,7 +44,7 @@ class Plan:
   def __init__(
     self,
     encoder: encode_lib.Encoder,
-    path: Path,
+    path: outputs.Path,
     shard_size: int | None,
     *,
     inputs: Iterable[Any] = (),
@@ -155,7 +153,7 @@ class Plan:
 
 
 def check_path(
-  path: Path, shard_size: int | None, *, inputs: Iterable[Any], overwrite: bool
+  path: outputs.Path, shard_size: int | None, *, inputs: Iterable[Any], overwrite: bool
 ) -> None:
   """Checks, before the work, that an output can be written, see `Plan`."""
   if shard_size is None:

@@ -4,10 +4,8 @@
     layer = reader.read('layers.3')    # nested dicts of NumPy arrays and leaves
     model = reader.content()           # layers stacked
 
-The manifest is checked when the file is opened, and what it says of a record before
-that is decoded. Several records decode side by side, each a block at a time: a thread
-reads it, decodes it and adds it to the checksums. A damaged or incomplete file raises
-`ContainerError`.
+Several records decode side by side, each a block at a time: a thread reads it, decodes
+it and adds it to the checksums. A damaged or incomplete file raises `ContainerError`.
 """
 
 import collections
@@ -325,7 +323,6 @@ class Reader:
     self, outer: Sequence[str], layers: range, integers: bool, show_progress: bool
   ) -> dict[str, Any]:
     """Returns leaves by path; layers are decoded straight into their stacks."""
-    # Records that need others start last: nothing waits for them.
     names = sorted(outer, key=lambda name: self.entry(name).needs_others)
     nbytes = sum(self.entry(name).memory_bytes for name in names)
     of_layers = {i: self.entry(models.names.layer(i)) for i in layers}

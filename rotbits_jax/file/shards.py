@@ -11,7 +11,6 @@ import os
 import pathlib
 
 from rotbits_jax.file import container
-from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import files
 from rotbits_jax.system import schema
 
@@ -73,7 +72,7 @@ def find(
     index = schema.decode(ShardIndex, files.File.of(folder / INDEX).content())
     paths = [folder / name for name in index.metadata.manifest_crc32]
     if missing := [path for path in paths if not path.is_file()]:
-      raise ContainerError(f'the shard {missing[0].name} is missing')
+      raise container.ContainerError(f'the shard {missing[0].name} is missing')
   return [*paths], index
 
 
@@ -84,6 +83,6 @@ def is_encoded(path: str | os.PathLike[str]) -> bool:
     return (place / INDEX).is_file()
   try:
     container.StreamReader(place)
-  except ContainerError:  # it may be damaged
+  except container.ContainerError:  # it may be damaged
     return place.name == INDEX or place.suffix == '.rotbits'
   return True

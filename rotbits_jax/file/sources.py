@@ -1,7 +1,6 @@
 """Sources of encoding: models, opened checkpoints and PyTrees.
 
-A source has records, which are read one at a time. Those of a model are those of
-`models.names`; every key of the outermost level of a PyTree is a record.
+A source has records, which are read one at a time; `models.names` has those of models.
 """
 
 from collections.abc import Mapping
@@ -35,18 +34,6 @@ def of(value: Any) -> passes.Source:
   if isinstance(source, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     return source
   return TreeRecords(_native(to_dicts(source)))
-
-
-def plain(source: Any) -> passes.Source:
-  """Returns a dense checkpoint of safetensors files as tensors under their names.
-
-  Its files come back byte for byte then. Other sources are returned as they are.
-  """
-  is_model = isinstance(source, checkpoints.CheckpointReader)
-  path = source.path if is_model and not source.config.sliced else None
-  if path is None or not source.headers:
-    return source
-  return checkpoints.open_plain(path)
 
 
 def _native(tree: Any) -> Any:
