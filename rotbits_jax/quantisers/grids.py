@@ -56,14 +56,10 @@ def _floats(dtype: type, tops: tuple[int, ...], unit: float | None = None) -> Gr
 GRIDS: dict[Name, Grid] = {
   'float4_e2m1fn': _floats(ml_dtypes.float4_e2m1fn, (7, 6, 5, 4, 3), 0.5),
   'int4': Grid(
-    np.arange(16, dtype=np.float32),
-    (7, 8, 15, *range(14, 8, -1), 6, 5, 4, 3, 2, 1),
-    1.0,
+    np.arange(16, dtype=np.float32), (7, 8, *range(15, 8, -1), *range(6, 0, -1)), 1.0
   ),
   'float8_e5m2': _floats(ml_dtypes.float8_e5m2, (123, 122, 121, 120)),
-  'float8_e4m3fn': _floats(ml_dtypes.float8_e4m3fn, (126, *range(125, 118, -1))),
-  'int8': Grid(
-    np.arange(129, dtype=np.float32), (127, 128, 126, 125, 31, 32, 63)
-  ),  # or 6 bits
+  'float8_e4m3fn': _floats(ml_dtypes.float8_e4m3fn, tuple(range(126, 118, -1))),
+  'int8': Grid(np.arange(129, dtype=np.float32), (127, 128, 126, 125, 31, 32, 63)),
 }
 """The grids by name, those of the fewest magnitudes first."""

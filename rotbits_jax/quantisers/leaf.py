@@ -20,7 +20,7 @@ from rotbits_jax.structured import fields
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
-_CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
+CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
 LEAST = 2.0**-125  # scale, so that half of it is normal
 _MOST_BITS = (1 << 31) - 1  # of a float32 without its sign
 
@@ -154,7 +154,7 @@ def encoded(floats: np.ndarray, shift: int) -> tuple[np.ndarray, tuple[int, int]
 
 def chunks(matrix: np.ndarray) -> list[slice]:
   """Returns runs of rows that fit the cache."""
-  step = max(_CHUNK // matrix.shape[1], 1)
+  step = max(CHUNK // matrix.shape[1], 1)
   return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 

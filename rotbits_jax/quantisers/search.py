@@ -16,7 +16,6 @@ Shape letters: U blocks have n elements each, or n distinct magnitudes.
 """
 
 from collections.abc import Iterator, Sequence
-import dataclasses
 import functools
 import itertools
 import math
@@ -34,11 +33,10 @@ from rotbits_jax.quantisers import leaf as leaf_lib
 from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
-_DTYPES = tuple(ulps.MANTISSA_BITS)[:3]
 _LEAST = 1 << 12  # elements of an array
 _LINES, _RUN = 4, 128  # rows or columns, and elements of each, that show repetitions
 # The share of these that repeat another one: of dense bfloat16 about 0.09.
-_REPEATED = {7: 0.16, 10: 0.06, 23: 0.06}
+_REPEATED = {'bfloat16': 0.16, 'float16': 0.06, 'float32': 0.06}
 _SAMPLE = 1 << 12  # elements of a block that tell its grid, or blocks that tell shifts
 _MOST_DISTINCT = 144  # magnitudes of a block; no grid has so many
 _LENGTHS = 128, 64, 32, 16  # of groups
@@ -48,22 +46,17 @@ _FIT = 0.75  # share of the blocks of a sample that have scales
 _ROUNDS = 6
 _CERTAIN = 0.45  # of a step of a grid
 _NEARLY = 1.01  # because errors of two quotients multiply, and float32 rounds them
-_CHUNK = 1 << 16  # elements that are taken together, so that they fit the cache
 _MOST_EXCEPTIONS = 1 / 64
 _ENOUGH = 0.9  # of the bytes of the array; else it may have another form, too
 _FEW_EXCEPTIONS = 1 / 1024  # with more, the elements may have another form
 _MOST_TRIED = 8  # forms
 _EXCEPTION_BITS = 24
-_NEIGHBOURS = 1, -1, 2, -2  # of a scale
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _CODES = 16, 8, 32, 64  # of groups with minima
 _SCALES = 1 << 9  # that tell their factor
 _GROUPS = 1 << 7  # that tell their length
 _LEAF_BYTES = 200
 _ESTIMATED = 1 << 15  # elements
-
-_fmax: Any = np.fmax  # NumPy's types know no methods of it
-_fmin: Any = np.fmin
 
 Block = tuple[int, int]
 
@@ -77,10 +70,10 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
 
   Leaves that are no array of bfloat16, float16 or float32 have none.
   """
-  if structured.is_structured(array) or array.dtype not in _DTYPES or array.ndim < 2:
+  if structured.is_structured(array) or array.dtype.name not in _REPEATED:
     return None
   array = np.asarray(array)
-  if array.size < _LEAST or not _repeats(array):
+  if array.size < _LEAST or array.ndim < 2 or not _repeats(array):
     return None
   array = host.contiguous(array)
   magnitudes = _magnitudes(array)
@@ -118,14 +111,13 @@ def _estimate(array: np.ndarray) -> float:
 def _repeats(array: np.ndarray) -> bool:
   """Returns whether many elements of some rows or columns are repeated."""
   matrix = array.reshape(-1, array.shape[-1])
-  mask = np.iinfo(f'i{array.itemsize}').max
   for lines in (matrix, matrix.T):
     some = lines[:: max(len(lines) // _LINES, 1)][:_LINES, :_RUN]
-    ascending = np.sort(some.view(f'i{array.itemsize}') & mask, axis=1)
+    ascending = np.sort(_magnitudes(some), axis=1)
     is_used = ascending[:, 1:] > 0
     is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & is_used
-    share = _REPEATED[ulps.MANTISSA_BITS[array.dtype]]
-    if np.count_nonzero(is_repeated) > share * np.count_nonzero(is_used):
+    least = _REPEATED[array.dtype.name] * np.count_nonzero(is_used)
+    if np.count_nonzero(is_repeated) > least:
       return True
   return False
 
@@ -265,9 +257,8 @@ def _narrowed(
     is_certain &= np.abs(quotients - numbers) <= _NEARLY * spread
     if count == (count := np.count_nonzero(is_certain)):
       break
-    numbers = np.where(is_certain, numbers, np.nan)
-    least = _fmax(least, _fmax.reduce(low / numbers))
-    most = _fmin(most, _fmin.reduce(high / numbers))
+    least = np.maximum(least, np.where(is_certain, low / numbers, 0).max(axis=0))
+    most = np.minimum(most, np.where(is_certain, high / numbers, np.inf).min(axis=0))
     is_empty = least > most
     least, most = (np.where(is_empty, scale, x) for x in (least, most))
   return least, most
@@ -282,7 +273,7 @@ def _bounds(
   """
   bounds = np.zeros((2, len(rows)), np.float32 if dtype.itemsize == 2 else np.float64)
   bounds[1] = np.inf
-  left, step = np.flatnonzero(rows.any(axis=1)), max(_CHUNK // rows.shape[1], 1)
+  left, step = np.flatnonzero(rows.any(axis=1)), max(leaf_lib.CHUNK // rows.shape[1], 1)
 
   @_quiet
   def missed(top: int, start: int) -> np.ndarray:
@@ -341,7 +332,7 @@ def _with_exceptions(
     return None
   if places.size:
     gaps = (np.diff(places, prepend=-1) - 1).astype(np.uint32)
-    draft = dataclasses.replace(draft, gaps=gaps, exceptions=array.reshape(-1)[places])
+    draft = draft.replace(gaps=gaps, exceptions=array.reshape(-1)[places])
   return draft
 
 
@@ -354,16 +345,15 @@ def _draft(
   floats, shift, bits = _fewest_bits(least, most, _EXCEPTION_BITS * size)
   factor = None
   if size <= _SMALL_BLOCK and is_used.any():
-    found, quantised, missed = _factor(least, most, is_used)
+    found, quantised, missed = _factor(least[is_used], most[is_used])
     if 3 * least.size + _EXCEPTION_BITS * size * missed < bits:
-      floats, factor, shift = quantised, found, 20
+      floats[is_used], factor, shift = quantised, found, 20
   floats[~is_used] = floats[is_used][0] if is_used.any() else 1
-  matrix = math.prod(array.shape[:-1]), array.shape[-1]
-  shape = [-(-n // m) for n, m in zip(matrix, block, strict=True)]
-  scales, form = leaf_lib.encoded(floats, shift)
+  columns = -(-array.shape[-1] // block[1])
+  scales, form = leaf_lib.encoded(floats.reshape(-1, columns), shift)
   return leaf_lib.BlockQuantized(
     numbers=numbers.reshape(array.shape),
-    scales=scales.reshape(shape),
+    scales=scales,
     grid=grid,
     name=array.dtype.name,  # type: ignore[arg-type]
     block=block,
@@ -396,17 +386,14 @@ def _fewest_bits(
   return numbers, shift, bits(is_within, shift) * low.size
 
 
-def _factor(
-  least: np.ndarray, most: np.ndarray, is_used: np.ndarray
-) -> tuple[Any, np.ndarray, int]:
+def _factor(low: np.ndarray, high: np.ndarray) -> tuple[Any, np.ndarray, int]:
   """Finds scales that are float8 numbers times a factor, which is a scale of these.
 
   Returns the factor, the numbers, and how many scales have none.
   """
   grid = grids.GRIDS['float8_e4m3fn']
-  low, high = least[is_used], most[is_used]
   places = np.arange(0, low.size, max(low.size // _SCALES, 1))
-  places = np.append(places, low.argmax())
+  places = np.append(places, np.argmax(low))
   for top in grid.tops:
     pair = _narrowed(low[places, None], high[places, None], grid, top)
     factor = ((pair[0] + pair[1]) / 2).astype(np.float32)
@@ -416,10 +403,9 @@ def _factor(
       if is_within.mean() < 0.95:
         break
     else:
-      floats = np.ones(least.size, np.float32)
-      floats[is_used] = np.maximum(numbers, grid.magnitudes[1])
-      return np.array(factor[0]), floats, int(np.count_nonzero(~is_within))
-  return None, least, least.size
+      numbers = np.maximum(numbers, grid.magnitudes[1])
+      return np.array(factor[0]), numbers, int(np.count_nonzero(~is_within))
+  return None, low, low.size
 
 
 # ---- minima --------------------------------------------------------------------------
@@ -435,7 +421,7 @@ def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
     (least, most), *_ = _code_bounds(blocks[:, :, ::few], count)
     if np.mean(least <= most) < _FIT:
       continue
-    step = max(_CHUNK // blocks[:, :, 0].size, 1)
+    step = max(leaf_lib.CHUNK // blocks[:, :, 0].size, 1)
     some = [blocks[:, :, x : x + step] for x in range(0, blocks.shape[2], step)]
     parts = pool.each(functools.partial(_code_bounds, count=count), some)
     whole = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
@@ -467,9 +453,8 @@ def _add_minima(
     minima, shift, _ = _fewest_bits(low, high, cost)
     left = np.flatnonzero((minima < low) | (minima > high))
     codes = draft.scales.reshape(-1).astype(int)
-    for step in _NEIGHBOURS:
-      scales = leaf_lib.decoded(codes[left] + step, draft.scale_form)
-      scales = scales if draft.factor is None else scales * draft.factor
+    for step in (1, -1, 2, -2):
+      scales = draft.replace(scales=codes[left] + step).float_scales
       found, fits = _between(*limits(scales, left), shift)
       fits &= (scales >= bounds[0, left]) & (scales <= bounds[1, left])
       minima[left[fits]] = found[fits]
@@ -480,8 +465,8 @@ def _add_minima(
   scales = leaf_lib.decoded(codes, draft.scale_form).reshape(draft.scales.shape)
   scales, scale_form = leaf_lib.encoded(scales, draft.scale_form[1])
   minima, minimum_form = leaf_lib.encoded(minima.reshape(scales.shape), shift)
-  draft = dataclasses.replace(draft, scales=scales, scale_form=scale_form)
-  return dataclasses.replace(draft, minima=minima, minimum_form=minimum_form)
+  draft = draft.replace(scales=scales, scale_form=scale_form)
+  return draft.replace(minima=minima, minimum_form=minimum_form)
 
 
 @_quiet
@@ -500,9 +485,9 @@ def _code_bounds(blocks: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
   numbers *= np.where(np.isfinite(steps), steps, 0)  # 0 of equal or subnormal numbers
   np.rint(numbers, out=numbers)
   codes = numbers.astype(np.int8)
-  # One element of each code; this NaN stands for none.
-  missing = np.uint64(-1 % (1 << 64)).astype(f'u{groups.itemsize}')
-  found = np.full((count, size), missing)
+  # One element of each code; the NaN of these bits stands for none.
+  missing = np.iinfo(f'u{groups.itemsize}').max
+  found = np.full((count, size), missing, f'u{groups.itemsize}')
   places = numbers * np.float32(size) + np.arange(size, dtype=np.float32)
   found.reshape(-1)[places.astype(int)] = groups.view(found.dtype)
   low, high = _borders(_magnitudes(found.view(groups.dtype)), groups.dtype)
@@ -510,10 +495,8 @@ def _code_bounds(blocks: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
   lows, highs = np.where(is_negative, -high, low), np.where(is_negative, -low, high)
   np.copyto(lows, -np.inf, where=is_missing)
   np.copyto(highs, np.inf, where=is_missing)
-  least, most, out = np.zeros(size), np.full(size, np.inf), np.empty_like(lows)
+  least, most = np.zeros(size), np.full(size, np.inf)
   for k in range(1, count):
-    np.subtract(lows[k:], highs[:-k], out=out[k:])
-    least = np.maximum(least, out[k:].max(axis=0) / k)
-    np.subtract(highs[k:], lows[:-k], out=out[k:])
-    most = np.minimum(most, out[k:].min(axis=0) / k)
+    least = np.maximum(least, (lows[k:] - highs[:-k]).max(axis=0) / k)
+    most = np.minimum(most, (highs[k:] - lows[:-k]).min(axis=0) / k)
   return np.stack([least, most]), codes, lows, highs
