@@ -1,8 +1,7 @@
 """The model families, `config.json`, and the slicing JSON of sliced models.
 
 A family is the set of models with one `model_type` in `config.json`. To add a family,
-add a row to `FAMILIES`. The slicing JSON is the file in which SliceGPT keeps the width
-of every residual segment.
+add a row to `FAMILIES`.
 """
 
 import dataclasses
@@ -58,7 +57,6 @@ _ATTRIBUTES: dict[str, tuple[str, Any]] = {
   'rope_theta': ('rope_theta', _Positive),
   'rope_scaling': ('rope_scaling', dict[str, Any] | None),
   'partial_rotary_factor': ('rotary_factor', _Fraction),
-  # This one has only one value.
   'layer_types': ('layer_types', tuple[Literal['full_attention'], ...] | None),
 }
 

@@ -90,8 +90,7 @@ def content(path: str | os.PathLike[str], most: int) -> bytes:
   with errors.named(path):
     file = files.File.of(path)
     if file.size > most:
-      text = f'the file has {file.size} bytes, more than {most}'
-      raise errors.CheckpointError(text)
+      raise errors.CheckpointError(f'the file has {file.size} bytes, more than {most}')
     return file.content()
 
 

@@ -56,8 +56,8 @@ def sidecars(
   only if `code`. The model gets the dtype when it is loaded.
   """
   dense = families.older_rope(families.parse_object(files[CONFIG], CONFIG))
-  dense.pop('dtype', None)  # transformers 5 prefers it to the name that 4 knows, too
-  for name in _RUNNING:
+  # transformers 5 prefers `dtype` to the name that 4 knows, too.
+  for name in ('dtype', *_RUNNING):
     dense.pop(name, None)
   class_name, tokenizer = _CLASSES[config.family]
   sliced = f'Sliced{class_name}'

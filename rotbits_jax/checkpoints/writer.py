@@ -78,8 +78,7 @@ class FolderWriter:
     """Makes the hidden folder; moves it into place at the end of the context."""
     target = outputs.directory_target(self._path)
     self.replaced()
-    staging = outputs.staging(target)
-    with outputs.fresh(staging) as self._folder:
+    with outputs.fresh(outputs.staging(target)) as self._folder:
       self._archives: dict[str, torch_zip.TorchZipWriter] = {}
       for name, content in {**self._files, **self._weights}.items():
         path = self._folder / name
@@ -100,8 +99,6 @@ class FolderWriter:
 
   def add_tensor(self, name: str, *arrays: np.ndarray) -> None:
     """Writes a tensor once, given its slices along the first axis."""
-    if name not in self._missing:
-      raise ValueError(f'{name} was written before')
     pieces = itertools.chain.from_iterable(map(tensors_lib.row_major, arrays))
     file_name, offset = self._places[name]
     if file_name in self._archives:

@@ -1,6 +1,5 @@
 """Measurement of models on a text."""
 
-from rotbits_jax.evaluation.held_out import Measured as Measured
 from rotbits_jax.evaluation.perplexity import Evaluation as Evaluation
 from rotbits_jax.evaluation.perplexity import agreement as agreement
 from rotbits_jax.evaluation.perplexity import evaluate as evaluate

@@ -86,15 +86,12 @@ def windows(
   """
   if window is None:
     window = min(config.max_positions, DEFAULT_WINDOW)
-  tokens = np.asarray(tokens)
-  if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-    raise ValueError(f'tokens must be [N] integers, got {tokens.dtype} {tokens.shape}')
+  tokens = config.checked_tokens(tokens, '[N]')
   if window < 2:
     raise ValueError(f'a window must have at least 2 tokens, got {window=}')
   if len(tokens) < 2:
     raise ValueError(f'at least 2 tokens are needed, got {len(tokens)}')
-  config.check_tokens(tokens)
-  tokens, window = tokens.astype(np.int32), min(window, len(tokens))
+  window = min(window, len(tokens))
   pieces = [tokens[i : i + window] for i in range(0, len(tokens) - 1, window)]
   # The padding is a token of the text, because those that no text has may be NaN.
   return [(np.pad(x, (0, window - len(x)), 'edge')[None], len(x)) for x in pieces]

@@ -11,14 +11,11 @@ from rotbits_jax.models.layout import check_shapes as check_shapes
 from rotbits_jax.models.layout import count_elements as count_elements
 from rotbits_jax.models.layout import layer_shapes as layer_shapes
 from rotbits_jax.models.layout import outer_shapes as outer_shapes
-from rotbits_jax.models.layout import record_shapes as record_shapes
 from rotbits_jax.models.model import Model as Model
 from rotbits_jax.models.model import Params as Params
 from rotbits_jax.models.model import from_layers as from_layers
 from rotbits_jax.models.model import stack_key as stack_key
-from rotbits_jax.models.model import stack_layers as stack_layers
 from rotbits_jax.models.model import stack_ranges as stack_ranges
-from rotbits_jax.models.model import unstack_layer as unstack_layer
 
 
 def __getattr__(name: str) -> Any:

@@ -28,8 +28,6 @@ Count = Annotated[int, schema.between(0, (1 << 31) - 1)]
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
-SLICED_NORM_EPS = 1e-5  # SliceGPT's RMSN ignores the epsilon of the dense config
-
 
 class RopeScaling(schema.Object, kw_only=True):
   """How RoPE's frequencies are lowered to reach beyond the trained positions.
@@ -119,13 +117,18 @@ class ModelConfig(schema.Object, kw_only=True):
     if not self.sliced and least < self.hidden_size:
       raise ValueError(f'segments of other widths need norm="rmsn", got {self.norm=}')
 
-  def check_tokens(self, tokens: np.ndarray) -> None:
-    """Raises a ValueError if a token is not in the vocabulary."""
+  def checked_tokens(self, tokens: np.ndarray, axes: str) -> np.ndarray:
+    """Returns tokens as int32; a ValueError if they have other axes or are unknown."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != len(axes.split()) or not np.issubdtype(tokens.dtype, np.integer):
+      got = f'{tokens.dtype} {tokens.shape}'
+      raise ValueError(f'tokens must be {axes} integers, got {got}')
     outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
     if outside.size:
       raise ValueError(
         f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}"
       )
+    return tokens.astype(np.int32)
 
   @property
   def sliced(self) -> bool:
@@ -141,7 +144,7 @@ class ModelConfig(schema.Object, kw_only=True):
     return msgspec.structs.replace(
       self,
       norm='rmsn',
-      norm_eps=SLICED_NORM_EPS,
+      norm_eps=1e-5,  # SliceGPT's RMSN ignores the epsilon of the dense config
       # The bias of the final LayerNorm becomes a bias of the head.
       head_bias=self.head_bias or self.norm == 'layernorm',
       tied_head=False,

@@ -185,6 +185,5 @@ class _Nnx(nnx.Module):
 
 
 def _variable(array: Any) -> nnx.Variable[Any]:
-  """Returns the variable of an array."""
   floating = jnp.issubdtype(array.dtype, jnp.floating)
   return (nnx.Param if floating else nnx.Variable)(jnp.asarray(array))

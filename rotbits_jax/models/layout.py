@@ -89,8 +89,7 @@ def norm_of(config: config_lib.ModelConfig, sublayer: str) -> str:
 
 def layer_shapes(config: config_lib.ModelConfig, layer: int) -> dict[str, Any]:
   """Returns the shapes of a layer's parameters as nested dicts; kernels `[in, out]`."""
-  widths = config.layer_widths(layer)
-  return _shapes(config, layer_axes(config), widths)
+  return _shapes(config, layer_axes(config), config.layer_widths(layer))
 
 
 def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
@@ -98,26 +97,20 @@ def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
   return _shapes(config, outer_axes(config), config.segment_widths)
 
 
-def record_shapes(config: config_lib.ModelConfig, record: str) -> dict[str, Any]:
-  """Returns the shapes of a record, see `names`; nothing if there is no such record."""
-  index = names.layer_index(record)
-  if index is None:
-    shapes: dict[str, Any] = outer_shapes(config).get(record, {})
-    return shapes
-  return layer_shapes(config, index) if index < config.num_layers else {}
-
-
 def check_shapes(
   config: config_lib.ModelConfig, record: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
   """Checks the shapes, by path, of the parameters of a record; a ValueError if not."""
-  segment = names.subspace_index(record)
+  index, segment = names.layer_index(record), names.subspace_index(record)
   if record == names.BUFFERS:
     if wrong := [x for x in shapes if x.split('/')[:-1] != [record]]:
       raise ValueError(f'{wrong[0]}: not the path of a buffer')
     return
   if segment is None:
-    expected = structured.flatten({record: record_shapes(config, record)})
+    tree = outer_shapes(config).get(record, {})
+    if index is not None and index < config.num_layers:
+      tree = layer_shapes(config, index)
+    expected = structured.flatten({record: tree})
   else:
     widths = config.segment_widths[segment : segment + 1]
     expected = {names.basis(segment): (config.hidden_size, x) for x in widths}

@@ -78,9 +78,8 @@ class Model:
   def leaves(self) -> Iterator[tuple[str, Any]]:
     """Yields each leaf, unstacked, with a path like 'layers.0/attention/out/kernel'."""
     yield from structured.flatten(self.outer()).items()
-    for record in self.records:
-      if names.layer_index(record) is not None:
-        yield from structured.flatten(self.read(record)).items()
+    for record in map(names.layer, itertools.chain(*self.stacks)):
+      yield from structured.flatten(self.read(record)).items()
 
   @property
   def records(self) -> tuple[str, ...]:
@@ -93,13 +92,9 @@ class Model:
     if record == names.BUFFERS:
       return {record: self.buffers}
     index = names.layer_index(record)
-    if index is None:
-      return {record: self.outer()[record]}
-    return {record: self.layer(index)}
+    return {record: self.outer()[record] if index is None else self.layer(index)}
 
-  def specs(self, record: str) -> Params:
-    """Returns leaves with the shapes and dtypes of a record: the record itself."""
-    return self.read(record)
+  specs = read  # leaves with the shapes and dtypes of a record: the record itself
 
   def rounded(self) -> 'Model':
     """Rounds the parameters to `stored_as`; a ValueError if one is too large for it."""
@@ -161,8 +156,7 @@ def stack_layers(layers: Iterable[Params], count: int) -> Params:
   for index, layer in enumerate(layers):
     leaves, treedef = jax.tree.flatten(layer, is_leaf=structured.is_structured)
     if not stacks:
-      # Only NumPy arrays are copied into place, because other leaves are few or are on
-      # a device.
+      # Other leaves than NumPy arrays are few or are on a device.
       stacks = [
         np.empty((count, *x.shape), x.dtype) if isinstance(x, np.ndarray) else []
         for x in leaves
@@ -191,7 +185,5 @@ def stack_ranges(layers: range, key: Callable[[int], Any]) -> list[range]:
 
 def stack_key(layer: Params) -> tuple[Any, ...]:
   """Returns a key that is equal for two layers if they can share a stack."""
-  return tuple(
-    (path, *structured.stack_key(leaf))
-    for path, leaf in sorted(structured.flatten(layer).items(), key=lambda x: x[0])
-  )
+  flat = structured.flatten(layer)
+  return tuple((path, *structured.stack_key(flat[path])) for path in sorted(flat))

@@ -10,8 +10,6 @@ from collections.abc import Iterable
 import re
 
 _INDEX = '(0|[1-9][0-9]{0,6})'
-_LAYER = re.compile(rf'layers\.{_INDEX}(?:/|\Z)')
-
 
 BUFFERS = 'buffers'
 """Name of the record of the tensors that the forward pass does not use."""
@@ -50,7 +48,7 @@ def prefix(index: int | None) -> str:
 
 def layer_index(path: str) -> int | None:
   """Returns the layer of a path or a record; None for others and for stacks."""
-  match = _LAYER.match(path)
+  match = re.match(rf'layers\.{_INDEX}(?:/|\Z)', path)
   return None if match is None else int(match[1])
 
 

@@ -77,7 +77,6 @@ def forward(
 
   Args:
     params: the parameters, see `Model.params`.
-    config: sizes and switches.
     tokens: `[B, T]` integers. A token outside the vocabulary makes its sequence NaN.
 
   Returns:
@@ -94,14 +93,11 @@ def forward(
 
 
 def embed(
-  params: Params, config: config_lib.ModelConfig, tokens: jax.Array
+  params: Params,  # `embed`, and those that its leaves need
+  config: config_lib.ModelConfig,
+  tokens: jax.Array,
 ) -> jax.Array:
-  """Embeds tokens, and adds the embeddings of their positions if these are learned.
-
-  Args:
-    params: the model's parameters: `embed`, and those that its leaves need.
-    config: sizes and switches.
-    tokens: `[B, T]` integers.
+  """Embeds tokens, integers `[B, T]`, and adds learned embeddings of their positions.
 
   Returns:
     `[B, T, d]` float32, d of the first segment.
@@ -134,13 +130,7 @@ def unembed(
 
 
 def layer(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> Written:
-  """Applies a layer: attention and MLP, one after the other or side by side.
-
-  Args:
-    params: the parameters of the layer, unstacked.
-    config: sizes and switches.
-    x: `[B, T, d]` float32.
-  """
+  """Applies an unstacked layer to x, `[B, T, d]` float32: attention and MLP."""
   inputs: Params = {}
 
   def shortcut(name: str, x: jax.Array) -> jax.Array:
@@ -175,8 +165,7 @@ def attention(params: Params, config: config_lib.ModelConfig, x: jax.Array) -> W
   positions = jnp.arange(x.shape[1])
   if config.rotary_dim:
     frequencies = rope_frequencies(config)
-    query = rope(query, positions, frequencies)
-    key = rope(key, positions, frequencies)
+    query, key = rope(query, frequencies), rope(key, frequencies)
   distance = positions[:, None] - positions  # [T, T]
   seen = distance >= 0
   if config.sliding_window is not None:
@@ -255,25 +244,18 @@ def _divided_by_rms(x: jax.Array, size: int, eps: float) -> jax.Array:
   return x * jax.lax.rsqrt(square / size + eps)
 
 
-def rope(
-  x: jax.Array, positions: jax.Array, frequencies: jax.Array | np.ndarray
-) -> jax.Array:
-  """Applies rotary position embedding, in Hugging Face's order of the coordinates.
+def rope(x: jax.Array, frequencies: np.ndarray) -> jax.Array:
+  """Applies rotary position embedding to `[B, T, H, h]`, in Hugging Face's order.
 
   For `i < r/2`, the pair `(x_i, x_{i + r/2})` at position t is rotated by the angle
-  `t frequencies_i`. The coordinates of a head from r on do not change.
-
-  Args:
-    x: `[B, T, H, h]`.
-    positions: `[T]` integers.
-    frequencies: `[r/2]`, see `rope_frequencies`.
+  `t frequencies_i`, of `[r/2]` frequencies. Coordinates from r on do not change.
 
   References:
     Su et al., arXiv 2104.09864, section 3.2.
   """
   half = frequencies.size
   steps = jnp.asarray(frequencies, jnp.float32)
-  angles = positions.astype(jnp.float32)[:, None] * steps
+  angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * steps
   angles = angles[None, :, None]  # [1, T, 1, r/2]
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   first, second, others = jnp.split(x, (half, 2 * half), axis=-1)

@@ -1,9 +1,9 @@
 r"""The published scheme: bits-back coding of rotations, over a whole checkpoint.
 
-A segment is the part of the residual stream between two steps that write to it, see
-`models.config`; a shortcut leads from one to the next. A segment of a sliced model can
-be rotated without a change of the function, if the parameters that read or write it are
-rotated, too. The rotations are the latents of bits-back coding, see `coding.bits_back`.
+A segment of a sliced model, see `models.config`, can be rotated without a change of the
+function, if the parameters that read or write it are rotated, too. A shortcut is the
+matrix that leads from one segment to the next. The rotations are the latents of
+bits-back coding, see `coding.bits_back`.
 
 All elements of the model are pushed onto one message, plain or entropy coded. Before
 the parameters around a segment are pushed, a rotation T of the segment is *popped* from

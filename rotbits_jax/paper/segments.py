@@ -1,8 +1,6 @@
 """The parameters around each residual segment of a sliced model.
 
-`models.config` defines segments. A reader of a segment is a kernel that is multiplied
-by it; a writer is a parameter whose output is added to it. A shortcut leads from one
-segment to the next.
+`models.config` defines segments, and `SegmentParameters` what is around them.
 """
 
 from typing import Any, NamedTuple

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-LENGTH = 2
-"""Words for the number of words in a block."""
+LENGTH = 2  # words for the number of words in a block
 
 
 class WordStack:

@@ -1,8 +1,7 @@
 r"""Calibration: finds the principal directions of each residual segment on a text.
 
-A segment is the part of the residual stream between two steps that write to it, see
-`models.config`. The activations X_s of segment s are computed with the segments before
-it already sliced, in the coordinates of the dense model:
+The activations X_s of segment s (see `models.config`) are computed with the segments
+before it already sliced, in the coordinates of the dense model:
 
     X_{s+1} = X_s P_s + sublayer_s(RMSN(X_s P_s)),    P_s = V_s V_s^T
 

@@ -61,14 +61,23 @@ def slice_model(
   config = norm_fusion.fused(model.config)
   hidden = config.hidden_size
   width = sliced_width(hidden, sparsity, round_interval)
-  tokens = _checked(tokens, config)
+  tokens = config.checked_tokens(tokens, '[S, T]')
+  if tokens.shape[1] > config.max_positions:
+    text = f'got sequences of {tokens.shape[1]} tokens'
+    raise ValueError(f'the model has {config.max_positions} positions, {text}')
+  if tokens.size < hidden:
+    text = f'as many tokens as the hidden size {hidden}, got {tokens.size}'
+    raise ValueError(f'the calibration text must have at least {text}')
   segments = len(config.segment_widths)
   widths = (width,) * (segments - 1) + (width if slice_head else hidden,)
   rng, remaining = np.random.default_rng(seed), iter(widths)
 
   def next_basis() -> calibration.PrincipalComponents:
     basis = calibration.principal_components(activations, next(remaining))
-    return basis._replace(kept=basis.kept @ _haar(basis.kept.shape[1], rng))
+    # A random rotation (Mezzadri, Notices AMS 54, 2007).
+    kept = basis.kept.shape[1]
+    q, r = np.linalg.qr(rng.standard_normal((kept, kept)))
+    return basis._replace(kept=basis.kept @ (q * np.sign(np.diag(r))))
 
   dense = model.materialize()
   embeddings = norm_fusion.fuse_embeddings(dense.outer(), dense.config)
@@ -115,29 +124,6 @@ def sliced_checkpoint(
   """Returns the checkpoint that SliceGPT saves; its stem is `<name>_<sparsity>`."""
   widths = json.dumps(checkpoints.slicing_json(model.config)).encode()
   return checkpoints.Checkpoint(model, dense.files | {f'{stem}.json': widths}, stem)
-
-
-def _checked(tokens: np.ndarray, config: models.ModelConfig) -> np.ndarray:
-  """Returns tokens as int32; a ValueError if they do not suit the model."""
-  tokens = np.asarray(tokens)
-  if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-    raise ValueError(
-      f'tokens must be [S, T] integers, got {tokens.shape=} {tokens.dtype=}'
-    )
-  if tokens.shape[1] > config.max_positions:
-    text = f'got sequences of {tokens.shape[1]} tokens'
-    raise ValueError(f'the model has {config.max_positions} positions, {text}')
-  if tokens.size < config.hidden_size:
-    text = f'as many tokens as the hidden size {config.hidden_size}, got {tokens.size}'
-    raise ValueError(f'the calibration text must have at least {text}')
-  config.check_tokens(tokens)
-  return tokens.astype(np.int32)
-
-
-def _haar(n: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns a random rotation, float64 `[n, n]` (Mezzadri, Notices AMS 54, 2007)."""
-  q, r = np.linalg.qr(rng.standard_normal((n, n)))
-  return q * np.sign(np.diag(r))
 
 
 def _float32(tree: models.Params, where: str) -> models.Params:
