@@ -153,10 +153,10 @@ def decode(
   checksums: dict[int, int] = {}
 
   def finish(i: int) -> None:
-    has_parts = len(parts_of[i]) > 1
-    if has_parts:
+    checksum = checksums.get(i)
+    if len(parts_of[i]) > 1:
       spec.arrays[i].join(parts_of[i], arrays[i])
-    checksum = None if has_parts else checksums.get(i)
+      checksum = None  # that of a part
     if checksum is None:
       checksum = checksums_lib.of_array(arrays[i])
     if checksum != spec.arrays[i].crc32:
@@ -201,9 +201,6 @@ def _decode_group(
   for part, checksum in itertools.chain(*pool.run(jobs)):
     checksums[part].append(checksum)
   return [*map(checksums_lib.joined, checksums)]
-
-
-# ---- arrays --------------------------------------------------------------------------
 
 
 def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:

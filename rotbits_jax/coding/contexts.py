@@ -75,9 +75,6 @@ class Contexts(NamedTuple):
   frequencies: np.ndarray  # int64 `[K, A]`
 
 
-# ---- bytes ---------------------------------------------------------------------------
-
-
 def to_bytes(contexts: Contexts, scales: Sequence[Scales]) -> bytes:
   """Serialises contexts and the scales of M arrays; see docs/format.md."""
   heads, lines = list[int](), list[bytes]()

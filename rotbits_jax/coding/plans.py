@@ -4,8 +4,6 @@ An array is coded as it is or as several parts, see `specs`. Parts of one layout
 group, which shares frequency tables. A part that coding does not make smaller is stored
 as it is. Scales, shifts and frequencies follow from samples: they only decide how many
 bytes the elements take.
-
-Shape letters: n units, S elements of a unit, N classes, K tables, A symbols.
 """
 
 from collections.abc import Mapping, Sequence
@@ -179,9 +177,6 @@ def _smaller(group: Group) -> Group | None:
   group = group._replace(parts=kept)
   head = len(contexts_lib.to_bytes(group.contexts, group.scales)) + _GROUP_BYTES
   return group if group.nbytes + head < sum(x.numbers.nbytes for x in kept) else None
-
-
-# ---- classes and tables --------------------------------------------------------------
 
 
 def _group(layout: layouts.Layout, drafts: Mapping[int, _Draft]) -> Group:

@@ -31,10 +31,6 @@ DTYPES = {
 """The dtypes that can be stored, by name."""
 
 
-Parts = list[tuple[np.dtype, tuple[int, ...]]]
-"""The dtypes and shapes of the arrays as which an array is coded."""
-
-
 def is_of_bytes(dtype: np.dtype) -> bool:
   """Returns whether arrays are coded as their bytes: unsigned integers, and 64 bits."""
   return dtype.itemsize == 8 or (dtype.kind == 'u' and dtype.itemsize > 1)
@@ -89,17 +85,17 @@ class ArraySpec(schema.Row):
     return self.size * self.numpy_dtype.itemsize
 
   @property
-  def parts(self) -> Parts:
+  def parts(self) -> list[tuple[np.dtype, tuple[int, ...]]]:
     """The dtype and the shape of each part."""
     uint8, dtype, shape = np.dtype(np.uint8), self.numpy_dtype, self.shape
     if self.nonzeros is not None:
       mask = math.prod(shape[:-1]), -(-math.prod(shape[-1:]) // 8)
       signs = -(-(self.size - self.nonzeros) // 8)
-      parts: Parts = [(uint8, mask), (dtype, (self.nonzeros,)), (uint8, (signs,))]
-      return parts[: len(self.groups)]
-    return [
-      (uint8, (self.size, dtype.itemsize)) if is_of_bytes(dtype) else (dtype, shape)
-    ]
+      several = (uint8, mask), (dtype, (self.nonzeros,)), (uint8, (signs,))
+      return [*several[: len(self.groups)]]
+    if is_of_bytes(dtype):
+      return [(uint8, (self.size, dtype.itemsize))]
+    return [(dtype, shape)]
 
   def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
     """Makes an array without zeros of its parts, which may be damaged."""

@@ -91,11 +91,9 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   mask = unsigned((1 << form.bits - 1) - 1)
   sample = np.concatenate([bits[run] for run in runs(bits.size, _SAMPLE)]) & mask
   exponents = np.maximum(sample[sample > 0] >> most, 1)
-  if not exponents.size:
-    exponents = np.ones(1)
   # For a normal distribution the mean of log2 |x| is 0.92 less than log2 of the
   # standard deviation, and the exponent is on average 0.5 less than log2.
-  scale = int(exponents.mean() + 1.42)
+  scale = int(np.mean(exponents if exponents.size else 1) + 1.42)
   useless = max(scale - _MOST_BELOW, 1)
   # With a higher one too few symbols would be left for the elements below it. NaN must
   # stay above it.

@@ -25,22 +25,22 @@ PRECISION = 14
 TOTAL = 1 << PRECISION
 
 
-def quantize(counts: np.ndarray, precision: int = PRECISION) -> np.ndarray:
+def quantize(counts: np.ndarray) -> np.ndarray:
   """Returns frequencies in proportion to counts: int64 `[..., A]`.
 
   A frequency is at least 1 where the count is positive, and 0 elsewhere. In each row at
-  least one count and at most half of 2^precision counts are positive, and the counts
+  least one count and at most half of `TOTAL` counts are positive, and the counts
   add up to less than 2^48.
   """
-  counts, total = np.asarray(counts, np.int64), 1 << precision
+  counts = np.asarray(counts, np.int64)
   present = (counts > 0).sum(axis=-1, keepdims=True)
-  if not np.all((present > 0) & (present <= total // 2)):
-    raise ValueError(f'expected 1 to {total // 2} symbols that occur, got {present}')
+  if not np.all((present > 0) & (present <= TOTAL // 2)):
+    raise ValueError(f'expected 1 to {TOTAL // 2} symbols that occur, got {present}')
   # Smaller counts are raised to this one. It gets a slot even if all are raised.
-  least = counts.sum(axis=-1, keepdims=True) // (total - present) + 1
+  least = counts.sum(axis=-1, keepdims=True) // (TOTAL - present) + 1
   ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
   whole = ends[..., -1:]
-  return np.diff((ends * total + whole // 2) // whole, prepend=0, axis=-1)
+  return np.diff((ends * TOTAL + whole // 2) // whole, prepend=0, axis=-1)
 
 
 def entropy_bits(counts: np.ndarray) -> np.ndarray:

@@ -188,10 +188,8 @@ def of_leaf(leaf: difference.Difference, *needed: Any) -> Measured:
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   """Finds the `drift` of elements `[R, C]`; nothing if it saves little."""
-  mantissa, some = (
-    ulps.MANTISSA_BITS[dtype],
-    slice(None, None, -(-bits.size // _SAMPLE)),
-  )
+  mantissa = ulps.MANTISSA_BITS[dtype]
+  some = slice(None, None, -(-bits.size // _SAMPLE))
   bits, known = (x.reshape(-1)[some] for x in (bits, known))
   off = bits.astype(np.int64) - known
   places = difference.drift_places(known, mantissa)

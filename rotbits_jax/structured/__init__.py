@@ -35,7 +35,6 @@ from rotbits_jax.structured.trees import count_elements as count_elements
 from rotbits_jax.structured.trees import empty_dicts as empty_dicts
 from rotbits_jax.structured.trees import expand as expand
 from rotbits_jax.structured.trees import flatten as flatten
-from rotbits_jax.structured.trees import is_in_files as is_in_files
 from rotbits_jax.structured.trees import is_plain as is_plain
 from rotbits_jax.structured.trees import is_structured as is_structured
 from rotbits_jax.structured.trees import map_leaves as map_leaves

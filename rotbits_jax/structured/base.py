@@ -1,8 +1,6 @@
 """The base class of structured leaves.
 
-A leaf of a PyTree is an array or a structured leaf. A structured leaf stands for an
-array but stores fewer elements; `structured` gives an overview. What does not fit
-raises a ValueError.
+`structured` gives an overview. What does not fit raises a ValueError.
 """
 
 import abc
@@ -21,9 +19,7 @@ from rotbits_jax.system import host
 class Structured(abc.ABC):
   """Base class of all structured leaves.
 
-  A subclass is a frozen dataclass, and `fields` describes its annotations. It is
-  unstacked, or its arrays have a leading layer axis `[N, ...]`. Some leaves need other
-  parameters; an embedding may be a linear image of the head.
+  A subclass is a frozen dataclass, and `fields` describes its annotations.
 
   Attributes:
     type_name: name of the class in the file format.

@@ -102,8 +102,6 @@ class Difference(base.Structured):
     # The coder takes their other bits from the known array.
     return [(np.dtype(np.int8), sizes[0][1]), *sizes[1:]]
 
-  # ---- the array
-
   def materialize(self, *needed: Any) -> np.ndarray:
     return self.joined(self.known(*needed))
 
@@ -119,23 +117,17 @@ class Difference(base.Structured):
         start += span.stop - span.start
     return bits.view(self.dtype).reshape(self.lengths)
 
-  def known(self, *needed: Any, run: Run = in_turn) -> np.ndarray:
+  def known(self, needed: Any, *, run: Run = in_turn) -> np.ndarray:
     """Returns what is known of all elements: bits `[n]`, perhaps of the base itself."""
-    return self.predicted_bits(self._known_bits(*needed, run=run), run)
-
-  def _known_bits(self, known: Any, *, run: Run) -> np.ndarray:
-    """Returns the known array: bits of the leaf's dtype, `[n]`."""
+    known = np.asarray(needed)
     if self.map is not None:
       self.check_needed(known.shape)
-      known = np.asarray(known)
-      return ulps.bits_of(tied.product(known, self.map, self.scale, self.dtype, run))
-    bits = known_bits(np.asarray(known), self.lengths, self.dtype)
+      known = tied.product(known, self.map, self.scale, self.dtype, run)
+    bits = known_bits(known, self.lengths, self.dtype)
     if bits is None:
       form = f'{known.dtype} {known.shape}'
       raise ValueError(f'{self.name} {self.lengths} cannot be made from {form}')
-    return bits
-
-  # ---- the prediction
+    return self.predicted_bits(bits, run)
 
   def spans(self) -> list[slice]:
     """Returns the runs of elements in changed blocks."""
@@ -180,8 +172,6 @@ class Difference(base.Structured):
       drift = self.drift.astype(bits.dtype)
       bits = bits + drift.take(drift_places(bits, mantissa)) * is_normal
     return bits
-
-  # ---- untrusted input
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
     if self.map is not None:

@@ -23,8 +23,6 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def times(rows: np.ndarray, basis: np.ndarray, unit: int) -> np.ndarray:
   """Returns `rows @ basis`, `[n, d]`, for integers of a basis in units of 2^-unit."""
-  if rows.shape[1] != len(basis):
-    raise ValueError(f'a basis of {basis.shape} cannot take rows of {rows.shape[1]}')
   numbers, powers = integers(rows)
   return np.ldexp(product(numbers, basis.astype(np.float64)), -powers - unit)
 

@@ -92,10 +92,8 @@ def store(leaf: Any) -> tuple[Settings, Arrays]:
 
 def stored_sizes(leaf: Any) -> list[tuple[np.dtype, int]]:
   """Returns the dtype and the size of each array of `store`, without computing them."""
-  size = lambda x, annotation: (
-    lower_size(x.shape) if annotation.lower else math.prod(x.shape)
-  )
-  return [(np.dtype(x.dtype), size(x, kind)) for _, kind, x in arrays_of(leaf)]
+  size = lambda kind, shape: lower_size(shape) if kind.lower else math.prod(shape)
+  return [(np.dtype(x.dtype), size(kind, x.shape)) for _, kind, x in arrays_of(leaf)]
 
 
 def load(cls: Any, settings: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
@@ -136,9 +134,8 @@ def _take_array(annotation: Array, name: str, arrays: dict[str, Any]) -> np.ndar
     with np.errstate(over='ignore'):  # in a damaged file
       array = array * step
   axes, dtype, most = annotation.axes, annotation.dtype, annotation.most
-  if (axes is not None and array.ndim != len(axes)) or (
-    dtype not in (None, array.dtype)
-  ):
+  fits = axes is None or array.ndim == len(axes)
+  if not fits or dtype not in (None, array.dtype):
     raise ValueError(
       f'the array {name!r} must have the axes {axes!r} and the dtype '
       f'{dtype or "of the leaf"}, got {array.dtype} {array.shape}'

@@ -35,13 +35,6 @@ from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
 
 
-def basis_of(below: jax.Array) -> jax.Array:
-  """Returns the basis `[..., n, m]` of float32 B `[..., n - m, m]`."""
-  gram = jnp.matmul(jnp.matrix_transpose(below), below, precision='highest')
-  top = jnp.eye(below.shape[-1], dtype=jnp.float32) - gram / 4
-  return jnp.concatenate([top, below], axis=-2)
-
-
 @base.register
 @dataclasses.dataclass(frozen=True)
 class HeadBases(base.Structured):
@@ -82,8 +75,10 @@ class HeadBases(base.Structured):
       x = x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
       return jnp.moveaxis(x, -2, -3)
 
-    below = jnp.matrix_transpose(self.below) if self.group else self.below
-    heads = basis_of(of_heads(below))
+    below = of_heads(jnp.matrix_transpose(self.below) if self.group else self.below)
+    gram = jnp.matmul(jnp.matrix_transpose(below), below, precision='highest')
+    top = jnp.eye(below.shape[-1], dtype=jnp.float32) - gram / 4
+    heads = jnp.concatenate([top, below], axis=-2)
     if self.rotary is not None:
       heads = jnp.concatenate([of_heads(self.rotary), heads], axis=-1)
     if self.group:  # [..., K, G d, h] to [..., K, G, h, d]

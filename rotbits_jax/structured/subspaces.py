@@ -90,8 +90,12 @@ class Basis(base.Structured):
     if self.mask is None:
       return _int32(tangent)
     others, width = tangent.shape
-    gram = _scaled(exact.product(tangent, tangent.T))
-    inverse = _inverse(gram + _ONE * np.eye(others))
+    identity = _ONE * np.eye(others)
+    matrix = identity + _scaled(exact.product(tangent, tangent.T))
+    inverse = np.rint(identity * (2 / 3))  # eigenvalues of the matrix are from 1 to 2
+    for _ in range(_NEWTON):
+      error = 2 * identity - _scaled(exact.product(matrix, inverse))
+      inverse = _scaled(exact.product(inverse, error))
     lower = 2 * _scaled(exact.product(inverse, tangent))
     upper = _ONE * np.eye(width) - _scaled(exact.product(tangent.T, lower))
     basis = np.empty(self.shape, np.int32)
@@ -127,16 +131,6 @@ def is_narrow(shape: tuple[int, ...]) -> bool:
 def _scaled(product: np.ndarray) -> np.ndarray:
   """Returns a product of two matrices in units of 2^-UNIT in these units again."""
   return np.rint(product / _ONE)
-
-
-def _inverse(matrix: np.ndarray) -> np.ndarray:
-  """Returns the inverse of a matrix with eigenvalues from 1 to 2, by Newton's steps."""
-  identity = _ONE * np.eye(len(matrix))
-  inverse = np.rint(identity * (2 / 3))
-  for _ in range(_NEWTON):
-    error = 2 * identity - _scaled(exact.product(matrix, inverse))
-    inverse = _scaled(exact.product(inverse, error))
-  return inverse
 
 
 def _int32(numbers: np.ndarray) -> np.ndarray:

@@ -60,9 +60,9 @@ class Tied(base.Structured):
     return jnp.matmul(columns, self.map.astype(jnp.float32), precision='highest')
 
 
-def token_blocks(head: Any, numbers: int = 1 << 23) -> Iterator[slice]:
-  """Yields the tokens of a head `[D, V]` as slices of about `numbers` numbers each."""
-  step = max(numbers // max(head.shape[0], 1), 1)
+def token_blocks(head: Any) -> Iterator[slice]:
+  """Yields the tokens of a head `[D, V]` as slices of about 2^23 numbers each."""
+  step = max((1 << 23) // max(head.shape[0], 1), 1)
   return (slice(i, i + step) for i in range(0, head.shape[1], step))
 
 

@@ -16,11 +16,6 @@ def is_structured(leaf: Any) -> bool:
   return isinstance(leaf, Structured)
 
 
-def is_in_files(leaf: Any) -> bool:
-  """Returns whether a leaf stands for an array in files only."""
-  return is_structured(leaf) and leaf.is_in_files
-
-
 def is_plain(leaf: Any) -> bool:
   """Returns whether a leaf is an array of floating-point numbers."""
   if leaf is None or is_structured(leaf):
