@@ -11,8 +11,7 @@ frequency / 2^precision. To push it is to set
 If x' would not fit into 32 bits, the low 16 bits of x move to the stack first. To pop
 undoes both steps. `push_step` and `pop_step` are these steps; everything that codes
 uses them. They are integer arithmetic on uint32, so a message means the same on every
-device. They are exact inverses in both orders. Therefore symbols may also be *popped*
-from a message that holds other data, as bits-back coding does.
+device, and exact inverses in both orders, which bits-back coding needs.
 
 A push makes room for its symbols. A message underflows, or runs dry, if a lane is asked
 for more words than it has. That raises no error under `jit`, but is recorded in the
@@ -53,9 +52,6 @@ class Message(NamedTuple):
 
 class MessageError(ValueError):
   """Raised for a message that ran dry, or that is not valid."""
-
-
-# ---- the two steps -------------------------------------------------------------------
 
 
 def push_step(
@@ -122,9 +118,6 @@ def _divmod(dividend: jax.Array, divisor: jax.Array) -> Pair:
   quotient = quotient - low.astype(jnp.uint32) + high.astype(jnp.uint32)
   remainder = remainder + jnp.where(low, signed, 0) - jnp.where(high, signed, 0)
   return quotient, remainder.astype(jnp.uint32)
-
-
-# ---- messages ------------------------------------------------------------------------
 
 
 def empty(lanes: int) -> Message:
@@ -219,9 +212,6 @@ def pop_all(
   state, size = carry
   lowest = jnp.minimum(message.lowest, size)
   return Message(state, message.words, size, lowest), symbols
-
-
-# ---- on the host ---------------------------------------------------------------------
 
 
 def check(message: Message) -> Message:

@@ -107,9 +107,6 @@ def beside_head(
   return with_elements(draft, ulps.bits_of(table), ulps.bits_of(product))
 
 
-# ---- few differences -----------------------------------------------------------------
-
-
 def _width(shape: tuple[int, ...]) -> int:
   """Returns the columns of an array as a matrix; 1 if these have no scales."""
   width = shape[-1] if len(shape) > 1 else 1
@@ -138,9 +135,6 @@ def _changed(
     if np.square(counts - means).sum() > (means + _UNEVEN * means**2).sum():
       return None
   return changed
-
-
-# ---- many differences ----------------------------------------------------------------
 
 
 def predicted(

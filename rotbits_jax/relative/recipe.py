@@ -84,8 +84,6 @@ class Recipe:
     fits = {is_rounded: self._fit(0, is_rounded) for is_rounded in (False, True)}
     return min(fits.items(), key=lambda x: x[1].error)
 
-  # ---- a source
-
   def specs(self, record: str) -> models.Params:
     """Returns shapes and dtypes; a basis is none of the model's parameters."""
     is_basis = models.names.subspace_index(record) is not None

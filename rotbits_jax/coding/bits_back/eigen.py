@@ -143,9 +143,6 @@ def places(n: int) -> tuple[jax.Array, jax.Array]:
   return n - 1 - column, row - column
 
 
-# ---- 16-bit numbers ------------------------------------------------------------------
-
-
 def ordinal(patterns: jax.Array) -> jax.Array:
   """Returns the ordinals of patterns, their places in the order of the numbers.
 
