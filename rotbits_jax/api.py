@@ -12,7 +12,6 @@ Raises:
   OSError: if a path cannot be read or written.
 """
 
-import dataclasses
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -110,11 +109,10 @@ def encode_to_file(
     check: whether to decode the output and compare it with the source before it gets
       its name: a checkpoint as in `verify`, others if the preset keeps bits.
   """
-  inputs = source, base
 
   def write(accepted: range | None = None, **settings: float) -> int:
     encoder = _encoder(source, base, preset, **options, **settings)
-    plan = output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
+    plan = output.Plan(encoder, path, shard_size, overwrite=overwrite)
     return plan.write(check=check, progress=progress, accepted=accepted)
 
   if target_size is None:
@@ -141,9 +139,8 @@ def plan_shards(
 
   The arguments are those of `encode_to_file`; see `examples/encode_on_ray.py`.
   """
-  inputs = source, base
   encoder = _encoder(source, base, **arguments)
-  return output.Plan(encoder, path, shard_size, inputs=inputs, overwrite=overwrite)
+  return output.Plan(encoder, path, shard_size, overwrite=overwrite)
 
 
 @host.own_settings()
@@ -216,8 +213,7 @@ def load(
     layers=layers, integers=integers, as_model=True, show_progress=progress
   )
   if isinstance(content, models.Model) and sharding is not None:
-    params = placement.placed(content.params, sharding)
-    content = dataclasses.replace(content, params=params)
+    content = content.replace(params=placement.placed(content.params, sharding))
   elif sharding is not None:
     content = placement.placed(content, sharding)
   if wanted is not None:

@@ -12,7 +12,6 @@ JSON: weights, their path; hidden_size of the dense model; width of the first se
 the sliced model; tokens, how many calibrated it.
 """
 
-import dataclasses
 import pathlib
 
 from absl import flags
@@ -64,7 +63,7 @@ def main(model: str, folder: str) -> program.Result:
     progress=True,
   )
   dtype = dense.model.params['embed']['tokens'].dtype.name
-  unrounded = dataclasses.replace(unrounded, stored_as=dtype)
+  unrounded = unrounded.replace(stored_as=dtype)
   checkpoint = slicing.sliced_checkpoint(dense, unrounded.rounded(), stem)
   rotbits_jax.save_checkpoint(
     checkpoint, folder, format='slicegpt', overwrite=overwrite

@@ -1,7 +1,6 @@
 """Encodes a source: rewrites its records with a preset, codes them, and writes them.
 
-Records are rewritten while those before them are coded. A range of records can be
-encoded without the others, so a shard is a job of its own, see `output`.
+Records are rewritten while those before them are coded.
 """
 
 import collections
@@ -77,7 +76,7 @@ class Encoder:
     if isinstance(source, models.Model) and (preset.rounding is None or base):
       source = source.rounded()  # others are rounded when they are rewritten
     self.source, self.preset, self.base = source, preset, base
-    self._inputs = [source, *([] if base is None else [base.source])]
+    self.inputs = [source, *([] if base is None else [base.source])]
     self._files, self._stem = dict(files or {}), stem
     self._headers = source.headers if isinstance(source, checkpoints.PlainFiles) else {}
     self._recipe = None if base is None else self._find_recipe(base)
@@ -109,7 +108,7 @@ class Encoder:
     preset = self.preset
     value = [
       *(preset.name, preset.options, preset.keeps, preset.coder, self._stem),
-      *map(sources.fingerprint, self._inputs),
+      *map(sources.fingerprint, self.inputs),
       {x: hashlib.sha256(y).hexdigest() for x, y in self._files.items()},
       *(rotbits_jax.__version__, jax.__version__),
       # Another processor rounds bases in another way.
@@ -167,7 +166,7 @@ class Encoder:
       ).to_bytes()
     except ValueError as error:  # a reader would refuse it
       raise ValueError(f'the model cannot be stored: {error}') from error
-    for opened in self._inputs:
+    for opened in self.inputs:
       for input_file in getattr(opened, 'opened', ()):
         input_file.check()
     streams.finish(data)

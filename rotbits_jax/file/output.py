@@ -47,11 +47,10 @@ class Plan:
     path: outputs.Path,
     shard_size: int | None,
     *,
-    inputs: Iterable[Any] = (),
     overwrite: bool = False,
   ):
-    """Plans the files from the sizes before coding; for `inputs` see `check_inputs`."""
-    check_path(path, shard_size, inputs=inputs, overwrite=overwrite)
+    """Plans the files from the sizes before coding."""
+    check_path(path, shard_size, inputs=encoder.inputs, overwrite=overwrite)
     self._encoder, self._target = encoder, files_lib.local_path(path).resolve()
     self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
     self._has_index = shard_size is not None
@@ -119,8 +118,7 @@ class Plan:
   ) -> int:
     """Encodes all files and publishes them, if the size is `accepted`; returns it.
 
-    All processes of `jax.distributed` see one file system. The first one publishes the
-    set when all shards are there, and the others wait for that.
+    All processes of `jax.distributed` see one file system, where they wait for others.
     """
     process, processes = 0, 1
     if self._has_index and accepted is None:

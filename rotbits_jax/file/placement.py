@@ -70,10 +70,7 @@ def _sharding(
 
 
 def on_device(tree: Any) -> Any:
-  """Returns a PyTree with JAX arrays; on a CPU they share the memory of NumPy arrays.
-
-  A NumPy array whose dtype JAX would narrow stays.
-  """
+  """Returns a PyTree with JAX arrays; on CPUs they share the memory of NumPy arrays."""
 
   def move(x: Any) -> Any:
     is_wide = jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype

@@ -4,7 +4,6 @@ A source has records, which are read one at a time; `models.names` has those of 
 """
 
 from collections.abc import Mapping
-import dataclasses
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ def of(value: Any) -> passes.Source:
   source: Any = value.model if isinstance(value, checkpoints.Checkpoint) else value
   if isinstance(source, models.Model):
     params, buffers = map(_native, (source.params, source.buffers))
-    return dataclasses.replace(source, params=params, buffers=buffers)
+    return source.replace(params=params, buffers=buffers)
   if isinstance(source, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     return source
   return TreeRecords(_native(to_dicts(source)))

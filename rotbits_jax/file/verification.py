@@ -1,7 +1,6 @@
 """Verification of files: decodes everything, and compares it with a source."""
 
 from collections.abc import Sequence
-import dataclasses
 import math
 import os
 from typing import Any, NamedTuple
@@ -174,7 +173,7 @@ _canonicalize = jax.jit(symmetries.canonicalize, static_argnums=1)
 def _forms(model: models.Model) -> dict[str, np.ndarray]:
   """Returns the canonical form of each parameter by path, in float32."""
   params, _ = _canonicalize(model.materialize().params, model.config)
-  leaves = dataclasses.replace(model, params=params).leaves()
+  leaves = model.replace(params=params).leaves()
   return {path: np.asarray(structured.materialize(leaf)) for path, leaf in leaves}
 
 
