@@ -172,8 +172,6 @@ class Encoder:
     streams.finish(data)
     return state
 
-  # ---- checks ------------------------------------------------------------------------
-
   def _check_function(self) -> None:
     """Applies transforms that others wrote, and compares the predictions for tokens."""
     model: Any = self.source
@@ -206,8 +204,6 @@ class Encoder:
     if paths and not any(map(base.find, paths)):
       raise ValueError(f'{base.name}: has no {paths[0]}, nor any other array of it')
     return None
-
-  # ---- records -----------------------------------------------------------------------
 
   def _count(self, name: str) -> manifest_lib.Counts:
     """Returns the elements and bytes of a record, rounded; checks its parameters."""

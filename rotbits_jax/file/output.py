@@ -147,9 +147,6 @@ class Plan:
     return size
 
 
-# ---- files that must not be replaced -------------------------------------------------
-
-
 def check_path(
   path: outputs.Path, shard_size: int | None, *, inputs: Iterable[Any], overwrite: bool
 ) -> None:

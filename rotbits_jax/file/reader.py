@@ -148,8 +148,6 @@ class Reader:
       digest.update(sources.fingerprint(self._base.source).encode())
     return digest.hexdigest()
 
-  # ---- records -----------------------------------------------------------------------
-
   def read(self, record: str) -> Tree:
     """Reads one record, and other records only if its leaves need them.
 
@@ -275,8 +273,6 @@ class Reader:
       needed.append(product.tensor(arrays, bases, leaf.shape, np.dtype(leaf.dtype)))
     return needed
 
-  # ---- the whole content -------------------------------------------------------------
-
   def content(
     self,
     *,
@@ -371,8 +367,6 @@ class Reader:
         return structured.unflatten(
           paper.decode(options, message.layout, words, config, progress=show_progress)
         )
-
-  # ---- the other files of a checkpoint -----------------------------------------------
 
   def plain_model(self) -> checkpoints.CheckpointReader | None:
     """Returns the model that plain tensors are; None if they are of no known family."""

@@ -250,9 +250,6 @@ def _relative_form(leaf: manifest_lib.Leaf) -> Note:
   return {'tensor': leaf.path, 'form': form or 'array'} | product
 
 
-# ---- the page ------------------------------------------------------------------------
-
-
 def report_page(source: container.Readable) -> str:
   """Returns the report of a file as a web page, HTML, that needs no network."""
   path = 'FILE'

@@ -55,9 +55,6 @@ def fingerprint(source: Any) -> str:
   return hashlib.sha256(json.dumps([repr(source.config), arrays]).encode()).hexdigest()
 
 
-# ---- PyTrees as nested dicts ---------------------------------------------------------
-
-
 class TreeRecords:
   """Nested dicts as a `passes.Source`; the keys of the outermost level are records."""
 
