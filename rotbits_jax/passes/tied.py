@@ -33,8 +33,6 @@ _UNTIED = 0.2  # relative error of an embedding that was never tied; usually abo
 # own files, it is 0.6 to 1, and up to 1.6 for a token.
 _MOST_ERROR = 1.5
 
-_EXACT_DTYPES = np.dtype(np.float16), np.dtype(jnp.bfloat16)
-
 _EMBED, _HEAD = 'embed/tokens', 'head/kernel'
 
 
@@ -118,7 +116,7 @@ def _exact_leaf(
 ) -> tuple[Any, dict[str, Any]]:
   """Returns a leaf of T in integers and the differences, if it takes fewer bits."""
   is_finite = np.isfinite(table).all() and np.isfinite(head).all()
-  if table.dtype not in _EXACT_DTYPES or not is_finite:
+  if table.dtype not in (np.float16, jnp.bfloat16) or not is_finite:
     return None, {}
   rank, tokens = head.shape
   weights, unit = row_weights(row_norms(table)), float(jnp.finfo(table.dtype).eps) / 2

@@ -112,16 +112,15 @@ def calibrate(
 # ---- a model, part by part ---------------------------------------------------------
 
 
-_Part = Callable[[str | None], models.Params]
-"""Returns a layer by the name of its record, or for None the parameters outside."""
+_Part = Callable[[int | None], models.Params]
+"""Returns the record of a layer by its index, or for None the parameters outside."""
 
 
 def _layers(config: models.ModelConfig, part: _Part) -> Any:
   """Returns a model that is read part by part, see `transformer.streams`."""
-  layer = lambda name: part(name)[name]
   return types.SimpleNamespace(
     config=config,
-    layer=lambda index: layer(models.names.layer(index)),
+    layer=lambda index: part(index)[models.names.layer(index)],
     outer=lambda: part(None),
   )
 
@@ -146,30 +145,29 @@ class _Rewritten:
     self.model, self.config, self.bar = model, model.config, bar
     self.context = passes.make_context(model)
     self.store = functools.partial(_mapped, folder=folder)
-    self.parts: dict[str | None, models.Params] = {}
+    self.parts: dict[int | None, models.Params] = {}
     transform = near(tolerance=tolerance).transform
     bar.stage('compiling, removing gauges')
     for records, _ in passes.rewrite(
       self.context, transform, rounding=passes.Rounding(dtype=np.float32)
     ):
-      is_layer = models.names.layer_index(records[0].name) is not None
       params = {name: x for record in records for name, x in record.params.items()}
-      name = records[0].name if is_layer else None
-      self.parts[name] = jax.tree.map(self.store, params)
+      index = models.names.layer_index(records[0].name)
+      self.parts[index] = jax.tree.map(self.store, params)
       bar.update()
 
   def rounded(
-    self, name: str | None, rounding: passes.Rounding
+    self, index: int | None, rounding: passes.Rounding
   ) -> tuple[dict[str, Any], set[str]]:
     """Rounds a part; returns arrays by path, and the paths that have steps."""
-    params = transform_lib.widened(self.parts[name])
+    params = transform_lib.widened(self.parts[index])
     params, notes, _ = transform_lib.round_params(rounding, params, self.context)
     arrays = transform_lib.widened(structured.unflatten(params))
     return arrays, {note['tensor'] for note in notes}
 
-  def decoded(self, name: str | None, rounding: passes.Rounding) -> models.Params:
+  def decoded(self, index: int | None, rounding: passes.Rounding) -> models.Params:
     """Rounds a part, also to the dtypes of the checkpoint as `decode` does."""
-    arrays = structured.expand(self.rounded(name, rounding)[0])
+    arrays = structured.expand(self.rounded(index, rounding)[0])
     for path, leaf in arrays.items():
       arrays[path] = structured.astype(leaf, self.context.dtype_of(path))
     return structured.unflatten(structured.astype(arrays, np.float32))
@@ -184,7 +182,7 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   parts, store = rewritten.parts, rewritten.store
   inputs: dict[str, passes.Inputs] = {}
   counts, divergences = {}, {}
-  part = lambda name: structured.unflatten(transform_lib.widened(parts[name]))
+  part = lambda index: structured.unflatten(transform_lib.widened(parts[index]))
   model = _layers(rewritten.config, part)
   # Feedback fits the text that it has seen, so errors are made with one half of it, and
   # the other half tells their cost.
@@ -193,11 +191,10 @@ def _calibrated(rewritten: _Rewritten, windows: _Windows) -> Calibration:
   for seen, *unseen in zip(*measured, strict=True):
     inputs |= sensitivities.fitted([seen, *unseen], halves, store)
     index = models.names.layer_index(next(iter(seen)))
-    name = None if index is None else models.names.layer(index)
     fitted = sensitivities.fitted([seen], halves[:1])
     rounding = passes.Rounding(PROBE, uniform=True, inputs=fitted)
-    exact = transform_lib.widened(parts[name])
-    rounded, stepped = rewritten.rounded(name, rounding)
+    exact = transform_lib.widened(parts[index])
+    rounded, stepped = rewritten.rounded(index, rounding)
     for path, matrix_inputs in (unseen or [seen])[0].items():
       if path in stepped:
         counts[path] = structured.count_elements(rounded[path])
@@ -233,7 +230,7 @@ def _searched(
   def predicted(part: _Part) -> tuple[models.Params, list[jax.Array]]:
     """Returns the outer parameters, and the last residual stream of each window."""
     outer, last = part(None), list[jax.Array]()
-    layers = _layers(config, lambda name: part(name) if name else outer)
+    layers = _layers(config, lambda index: outer if index is None else part(index))
     for streams in transformer.streams(layers, windows):
       last = streams
       bar.update()
@@ -242,9 +239,10 @@ def _searched(
   bar.stage('predictions')
   source = rewritten.model
   source = source.rounded() if source.stored_as else source
-  read = lambda name: source.read(name) if name else source.outer()
+  name = models.names.layer
+  read = lambda index: source.outer() if index is None else source.read(name(index))
   expected = predicted(
-    lambda name: structured.unflatten(transform_lib.widened(read(name)))
+    lambda index: structured.unflatten(transform_lib.widened(read(index)))
   )
   estimates = (4 ** offsets[x] * kl for x, kl in calibration.sensitivities.items())
   step, points = _next_step([Point(PROBE, sum(estimates), 1.0)], max_kl), list[Point]()
