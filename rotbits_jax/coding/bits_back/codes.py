@@ -98,10 +98,12 @@ class RotationCode(NamedTuple):
 
   @_jit
   def _push(self, message: rans.Message, table: jax.Array, x: Any) -> rans.Message:
+    """Pushes a correction."""
     return self.correction_codec(table).push(message, x)
 
   @_jit
   def _pop(self, message: rans.Message, table: jax.Array) -> tuple[rans.Message, Any]:
+    """Pops a correction."""
     return self.correction_codec(table).pop(message)
 
 
@@ -114,7 +116,7 @@ def haar_code(n: int, k: int) -> RotationCode:
     lambda cells: (haar.rotation(cells, n, k), None),
     jax.jit(lambda recovered, other, cells, _: haar.correct(recovered, other, cells)),
     haar.recover,
-    lambda correction: correction_lib.fit(*correction.cells[:2], correction.flips),
+    haar.fit,
     functools.partial(haar.correction_codec, n, k),
     num_tables=3,
   )
@@ -130,7 +132,7 @@ def eigen_code(n: int, threshold: float | None) -> RotationCode:
     functools.partial(eigen.rotation, n),
     jax.jit(functools.partial(eigen.correct, threshold=threshold)),
     eigen.recover,
-    lambda correction: correction_lib.fit(*correction.numbers[:2]),
+    eigen.fit,
     functools.partial(eigen.correction_codec, n),
     num_tables=2,
   )

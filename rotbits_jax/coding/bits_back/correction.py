@@ -143,9 +143,12 @@ def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.A
 
 def fit(*symbols: jax.Array) -> np.ndarray:
   """Returns a frequency table for each array of symbols below `LEVELS`: `[T, 17]`."""
-  none = np.eye(1, LEVELS, dtype=int)[0]
+
+  def table(counts: np.ndarray) -> np.ndarray:
+    return tables.quantize(counts if counts.any() else np.eye(1, LEVELS, dtype=int)[0])
+
   counts = (np.bincount(np.asarray(x).reshape(-1), minlength=LEVELS) for x in symbols)
-  return np.stack([tables.quantize(x if x.any() else none) for x in counts])
+  return np.stack([*map(table, counts)])
 
 
 def codec(groups: jax.Array, count: int, frequencies: jax.Array) -> codecs.Codec:

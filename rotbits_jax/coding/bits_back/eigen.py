@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding.bits_back import correction as correction_lib
@@ -117,8 +118,13 @@ def recover(recovered: jax.Array, correction: EigenCorrection) -> jax.Array:
   return pattern(correction_lib.nearest(positions, level, residue))
 
 
+def fit(correction: EigenCorrection) -> np.ndarray:
+  """Returns tables for base levels and extra levels: int64 `[2, 17]`."""
+  return correction_lib.fit(correction.numbers.base, correction.numbers.extra)
+
+
 def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections, given the tables of both levels."""
+  """Returns the codec of corrections, given the tables of `fit`."""
   bitcast = jax.lax.bitcast_convert_type
   spectra = codecs.serial(
     codec(n),

@@ -45,6 +45,7 @@ References:
 import functools
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +95,7 @@ def codec(n: int, k: int) -> codecs.Codec:
 
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
   """Returns the frame, float32 `[n, k]`, for which the cells uint16 `[S]` stand."""
+  chex.assert_shape(cells, (num_cells(n, k),))
   return _compose(*_reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32)))
 
 
@@ -181,8 +183,14 @@ def _read_columns(
   return jnp.concatenate([cells, jnp.pad(right, ((count, 0), (0, 0)))], axis=1)
 
 
+def fit(correction: FrameCorrection) -> np.ndarray:
+  """Returns tables for base levels, extra levels and flips: int64 `[3, 17]`."""
+  (base, extra, _), flips = correction
+  return correction_lib.fit(base, extra, flips)
+
+
 def correction_codec(n: int, k: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections, given the tables of levels and flips."""
+  """Returns the codec of corrections of frames, given the tables of `fit`."""
   cells = correction_lib.codec(places(n, k)[1], k, frequencies[:2])
   flips = codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:], bool)
   return codecs.serial(cells, flips, join=FrameCorrection._make)
