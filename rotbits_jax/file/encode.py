@@ -437,11 +437,10 @@ def _stored(
   elif structured.is_structured(leaf):
     if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
       raise ValueError(f'leaf type {leaf.type_name!r} cannot store all of this value')
-    if leaf.is_in_files:
-      needed = [*map(resolve, leaf.needs)]
-      array = leaf.materialize(*needed)
-      if isinstance(leaf, difference.Difference):
-        near = measure.of_leaf(leaf, *needed).near
+    if isinstance(leaf, difference.Difference):
+      leaf, near, known, crc32 = measure.of_leaf(leaf, *map(resolve, leaf.needs))
+    elif leaf.is_in_files:
+      array = leaf.materialize(*map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(array))
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
   settings, arrays = stored(leaf)

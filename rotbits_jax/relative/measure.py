@@ -175,9 +175,11 @@ def with_elements(
 
 
 def of_leaf(leaf: difference.Difference, *needed: Any) -> Measured:
-  """Returns how a leaf is stored beside its known array, given what it needs."""
-  bits = ulps.bits_of(leaf.materialize(*needed))
-  return with_elements(leaf, bits, leaf.known(*needed))
+  """Returns how a leaf is stored beside its known array, given the arrays it needs."""
+  known = leaf.known(*needed)
+  array = leaf.joined(known)
+  measured = with_elements(leaf, ulps.bits_of(array), known)
+  return measured._replace(crc32=checksums.of_array(array))
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
