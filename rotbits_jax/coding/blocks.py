@@ -305,7 +305,8 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 
       def pop(lookup: Callable[..., Any], precision: Any) -> jax.Array:
         nonlocal state, tops
-        state, tops = jax.lax.optimization_barrier((state, tops))
+        if isinstance(layout, layouts.Differences):  # as in `_encode`
+          state, tops = jax.lax.optimization_barrier((state, tops))
         entry, start, frequency = lookup(rans.slot(state, precision))
         word = words.at[tops].get(mode='promise_in_bounds')
         state, taken = rans.pop_step(state, word, start, frequency, precision)
@@ -351,11 +352,12 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       for interval in reversed(intervals):
         state, top, moved = rans.push_step(state, *interval)
         taken = moved.astype(jnp.uint32)
-        # XLA would compute them again for each lane. A branch that is never taken
-        # prevents it; a barrier does with JAX 0.12 only.
-        zeros = lambda *x: tuple(map(jnp.zeros_like, x))
-        pushed = state, top, taken
-        state, top, taken = jax.lax.cond(t < 0, zeros, lambda *x: x, *pushed)
+        if isinstance(layout, layouts.Differences):
+          # XLA would compute them again for each lane, from classes and known numbers.
+          # A branch that is never taken prevents it; a barrier does with JAX 0.12 only.
+          zeros = lambda *x: tuple(map(jnp.zeros_like, x))
+          pushed = state, top, taken
+          state, top, taken = jax.lax.cond(t < 0, zeros, lambda *x: x, *pushed)
         # A word that does not move is put there, too, and the next one replaces it.
         for word, place in zip(top, first + sizes, strict=True):
           words = _put(words, word, place)

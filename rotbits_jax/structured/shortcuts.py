@@ -56,7 +56,11 @@ class IdentityMinusGram(base.Structured):
   @property
   def rank(self) -> int:
     """An upper bound of the rank of the difference from the identity."""
-    return int(self.b.shape[-1] + self.c.shape[-1])
+    return sum(self._ranks)
+
+  @property
+  def _ranks(self) -> tuple[int, int]:
+    return self.b.shape[-1], self.c.shape[-1]
 
   def materialize(self, *needed: Any) -> jax.Array:
     b, c = jnp.asarray(self.b, jnp.float32), jnp.asarray(self.c, jnp.float32)
@@ -84,8 +88,7 @@ class IdentityMinusGram(base.Structured):
   @classmethod
   def stack(cls, leaves: list['IdentityMinusGram']) -> 'IdentityMinusGram':
     # Orbax cannot save arrays without elements.
-    k = max(1, *(leaf.b.shape[-1] for leaf in leaves))
-    j = max(1, *(leaf.c.shape[-1] for leaf in leaves))
+    k, j = (max(1, *x) for x in zip(*(leaf._ranks for leaf in leaves), strict=True))
     padded = lambda leaf: dataclasses.replace(
       leaf, b=_pad_columns(leaf.b, k), c=_pad_columns(leaf.c, j)
     )
@@ -93,8 +96,7 @@ class IdentityMinusGram(base.Structured):
 
   def check(self) -> None:
     # A rank is no part of the shape of a leaf, which tells how much memory it takes.
-    ranks = self.b.shape[-1], self.c.shape[-1]
-    if not max(ranks) <= len(self.b) <= self.columns:
+    if not max(self._ranks) <= len(self.b) <= self.columns:
       raise ValueError(f'{self.columns} columns do not fit {self.b.shape=}')
 
 
