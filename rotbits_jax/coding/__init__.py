@@ -15,7 +15,7 @@ own, such as the arrays of one layer. Its *stream* is the bytes that stand for i
 
 The bits of an element are divided into a *symbol*, which is worth modelling, and *raw
 bits*, which are noise. A *layout* is the rule of this division for one dtype. A *unit*
-is what has one symbol: a byte, or a pair of neighbouring elements. A frequency table
+has one symbol; it is a byte, or a pair of neighbouring elements. A frequency table
 says how probable each symbol is. The *class* of a unit says which table codes it; it
 follows from the scales of its row and column. An array may be coded relative to one
 that both sides know. Arrays of one layout form a *group*, which shares tables, and its
@@ -26,6 +26,7 @@ several lanes that are coded side by side. In the order of reading:
     tables       integer frequency tables
     codecs       pairs of functions (push, pop), and how they combine
     bits_back/   bits-back coding: rotations that cost no bits
+    units        the base of layouts: units, and the tables of their symbols
     layouts      divides elements into symbols and raw bits
     blocks       codes up to 2^19 units in one message
     contexts     the classes of elements and the tables of arrays

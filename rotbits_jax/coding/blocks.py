@@ -26,6 +26,7 @@ import numpy as np
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import rans
+from rotbits_jax.coding import units as units_lib
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 from rotbits_jax.system import native
@@ -141,7 +142,7 @@ def _units(name: str, spans: Sequence[Span], layout: layouts.Layout) -> Any:
 
 
 def encode(
-  spans: Sequence[Span], layout: layouts.Layout, coder_tables: layouts.Tables
+  spans: Sequence[Span], layout: layouts.Layout, coder_tables: units_lib.Tables
 ) -> np.ndarray:
   """Encodes a block, 1 to `CAPACITY` units, on this thread: uint8."""
   count = spans[-1].place.stop
@@ -163,7 +164,7 @@ def encode(
   # The last unit is listed again where it fills the row.
   escaped = np.flatnonzero(marks.reshape(-1)[: rows * lanes] > 0)
   parts += layout.lists(
-    marks.reshape(-1)[escaped] - layouts.MARKED,
+    marks.reshape(-1)[escaped] - units_lib.MARKED,
     inputs[0].reshape(-1, layout.words)[escaped],
   )
   return np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
@@ -174,7 +175,7 @@ def decode(
   nbytes: int,
   spans: Sequence[Span],
   layout: layouts.Layout,
-  coder_tables: layouts.Tables,
+  coder_tables: units_lib.Tables,
 ) -> list[tuple[int, tuple[int, int]]]:
   """Decodes a block on this thread into `spans`: the inverse of `encode`.
 
@@ -217,7 +218,7 @@ def decode(
   escaped = np.flatnonzero(marks[: rows * lanes])
   words = lambda x: [*x.reshape(-1, layout.words)[escaped].astype(np.uint32).T]
   of_units = classes.reshape(-1)[escaped].astype(np.int32)
-  row = layouts.Row(of_units, None if known is None else words(known), None, [])
+  row = units_lib.Row(of_units, None if known is None else words(known), None, [])
   listed = layout.listed(lists, units[escaped], row, coder_tables.told)
   checksums = []
   for place, numbers, _, _, part in spans:
@@ -274,11 +275,11 @@ def _row(array: jax.Array, t: Any) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(array, t, keepdims=False)
 
 
-def _given(t: Any, classes: Any, known: Any, units: Any, pieces: Any) -> layouts.Row:
-  """Returns a row of what a program is given."""
+def _given(t: Any, classes: Any, known: Any, units: Any, pieces: Any) -> units_lib.Row:
+  """Returns a row of the inputs of a program."""
   words = lambda x: None if x is None else [*_row(x, t).astype(jnp.uint32).T]
   of_units = _row(classes, t).astype(jnp.int32)
-  return layouts.Row(of_units, words(known), words(units), pieces)
+  return units_lib.Row(of_units, words(known), words(units), pieces)
 
 
 def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:

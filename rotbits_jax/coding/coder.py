@@ -113,8 +113,8 @@ def decode(
 
   Args:
     spec: the spec of the record.
-    data: uint8 `[spec.nbytes]`, the stream: an array, or what has its dtype and shape,
-      and `read(start, out)`. Of what is coded, each thread reads one block at a time.
+    data: uint8 `[spec.nbytes]`, the stream: an array, or an object with its shape,
+      its dtype and `read(start, out)`. Each thread reads one coded block at a time.
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
     known: for the arrays near such that both sides know, by their indices, functions

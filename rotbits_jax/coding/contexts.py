@@ -68,7 +68,7 @@ class Scales(NamedTuple):
 
 
 class Contexts(NamedTuple):
-  """What classes stand for, and the tables."""
+  """The meaning of classes, and the tables."""
 
   base: np.ndarray  # int `[1]`, the least offset or minimum exponent, see `layouts`
   table_of: np.ndarray  # int64, the row of each table of the layout

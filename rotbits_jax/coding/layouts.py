@@ -32,10 +32,9 @@ and its interval.
 Shape letters: n units, L lanes, K tables.
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,22 +43,18 @@ import numpy as np
 
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
+from rotbits_jax.coding import units as units_lib
 
 FORMATS = {
   np.dtype(x): ml_dtypes.finfo(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32)
 }
 """The dtypes of floats, with the bits of their exponents and mantissas."""
 
-BINS = 32
-
 QUARTERS = 4
 """The tables of floats that share no step: a class, in quarter octaves, tells one."""
 
 LEVELS = 32
 """The tables of floats that share a step, and the classes of each minimum exponent."""
-
-CLASSES = 256
-"""The number of classes that a byte can tell."""
 
 MANTISSA_BITS = {
   np.dtype(getattr(ml_dtypes, x, x)): ml_dtypes.finfo(x).nmant
@@ -80,132 +75,9 @@ _BIAS = np.uint8(30)  # of bytes, of which 225 is rare in masks and codes
 
 _OCTAVES = 4  # below a known float, beyond which floats rarely occur
 
-MARKED = 1 << 15
-"""The bit of the mark of a unit that is in a list, above its symbol."""
-
-Interval = tuple[jax.Array, jax.Array | int, jax.Array | int]
-"""Starts and frequencies of the symbols of the lanes, and the precision."""
-
-Pop = Callable[[Callable[[jax.Array], tuple[Any, ...]], Any], jax.Array]
-"""Pops a symbol from each lane and returns its entry, given a function from slots to
-entries, starts and frequencies; and the precision."""
-
-
-class Tables(NamedTuple):
-  """The frequency tables of a layout, for its programs. A symbol has b bits."""
-
-  # uint32 `[K 2^precision]`, of each slot: its symbol; and in (32 - b) // 2 bits each
-  # its distance from the start of the symbol, and the frequency less 1.
-  slots: np.ndarray
-  # uint32 `[K 2^b]`, of each symbol: whether units are listed, in the highest bit; the
-  # start; in 12 bits the frequency less 1. Those of the escape if units are listed.
-  intervals: np.ndarray
-  told: np.ndarray  # int32, see `Layout.told`
-
-
-class Row(NamedTuple):
-  """What a program knows of a unit of each lane."""
-
-  classes: Any  # int32 `[L]`
-  known: Any  # list of words of known units, uint32 `[L]`; or None
-  units: Any  # the same of units, to encode
-  pieces: list[jax.Array]  # uint32 `[L]`, of the planes, to decode
-
 
 @dataclasses.dataclass(frozen=True)
-class _Units:
-  """What the layouts have in common whose units are two numbers."""
-
-  dtype: np.dtype
-  raw_bits: int  # of a number, with the sign of a float; of a difference, the most
-
-  alphabet: ClassVar[int] = BINS  # of a stored table
-  stored_precision: ClassVar[int] = tables.PRECISION  # of a stored table
-  symbol_bits: ClassVar[int] = 10
-  size: ClassVar[int] = 2  # numbers of a unit
-  most_tables: ClassVar[int] = CLASSES  # one of each class
-  most_stored: ClassVar[int] = CLASSES  # of these, others equal the ones before them
-  precision: ClassVar[int] = 12
-  pushes: ClassVar[int] = 1  # of a unit
-  pieces: ClassVar[tuple[tuple[int, int], ...]] = ()  # of raw bits in planes
-  raised: ClassVar[bool] = False
-
-  @property
-  def width(self) -> int:
-    """The bits of a number."""
-    return 8 * self.dtype.itemsize
-
-  @property
-  def words(self) -> int:
-    """The words of a unit: one has two numbers, or one of 32 bits."""
-    return max(self.width // 16, 1)
-
-  @property
-  def word(self) -> np.dtype:
-    """The dtype of these words."""
-    return np.dtype(np.uint16 if self.width == 8 else np.uint32)
-
-  def _packed(self, first: Any, second: Any) -> list[Any]:
-    """Returns the words of a unit, given a field of each of its numbers."""
-    return [first | second << self.width] if self.words == 1 else [first, second]
-
-  def _numbers(self, words: list[Any]) -> list[Any]:
-    """Returns the two numbers of units, given their words, uint32."""
-    if self.words > 1:
-      return words
-    return [words[0] & ((1 << self.width) - 1), words[0] >> self.width]
-
-  def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
-    """Returns the lists of units at escapes: their symbols, and others whole."""
-    bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
-    return [np.packbits(bits[:, 6:]), units[symbols == 1023]]
-
-  def listed(
-    self: Any, data: np.ndarray, units: np.ndarray, row: Row, told: np.ndarray
-  ) -> np.ndarray:
-    """Returns the units at escapes, given their lists and their decoded words."""
-    bits = np.zeros((len(units), 16), np.uint8)
-    bits[:, 6:] = np.unpackbits(data, count=10 * len(units)).reshape(-1, 10)
-    symbols = np.packbits(bits).view('>u2').astype(np.uint32)
-    _, context = self.context(row, told, np)
-    words = self.join(symbols, [*units.astype(np.uint32).T], context, np)
-    joined = np.stack(words, -1).astype(self.word)
-    is_whole = symbols == 1023
-    joined[is_whole] = _whole(data[-(-10 * len(units) // 8) :], units[is_whole])
-    return joined
-
-  def decode_step(
-    self: Any, pop: Pop, row: Row, coder_tables: Tables
-  ) -> tuple[jax.Array, jax.Array]:
-    """Decodes a unit of each lane, in a program.
-
-    Returns the words of the units, `[L, words]`; and whether each is an escape, whose
-    words are those that `join` needs.
-    """
-    table, context = self.context(row, coder_tables.told)
-    symbol, is_listed = _popped(pop, table, coder_tables, self)
-    raw = self.raw(pop, row, context)
-    pairs = zip(raw, self.join(symbol, raw, context), strict=True)
-    words = [jnp.where(is_listed, x, y) for x, y in pairs]
-    return jnp.stack(words, -1).astype(self.word), is_listed
-
-  def encode_step(
-    self: Any, row: Row, coder_tables: Tables
-  ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
-    """Divides a unit of each lane, in a program.
-
-    Returns the intervals in the order in which they are popped; the pieces, uint32; and
-    the marks, uint16: that of a unit in a list is its symbol and `MARKED`.
-    """
-    table, context = self.context(row, coder_tables.told)
-    (first, second), raw, pieces = self.divided(self._numbers(row.units), context)
-    symbol = jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(1023))
-    interval, mark = _pushed(symbol, table, coder_tables, self)
-    return [interval, *raw], pieces, mark
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs(_Units):
+class Pairs(units_lib.Base):
   """The layout of pairs of floats, and of int8 codes."""
 
   type_name: str = 'floats'  # or 'raised', if small floats share a step; or 'codes'
@@ -264,20 +136,19 @@ class Pairs(_Units):
     """The number of bits below the bin."""
     return self.format.nmant - self.top if self._sign else self.raw_bits
 
-  def context(self, row: Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
+  def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of units, and their offsets or minimum exponents.
 
     `base` has the offset of class 0, or its minimum exponent.
     """
-    del xp
     if self.most_tables == LEVELS:
       return row.classes & 31, (row.classes >> 5) + base[0]
     return row.classes & 3, (row.classes >> 2 << self.top) + base[0]
 
-  def counted(self, row: Row, base: np.ndarray) -> tuple[Any, Any, Any]:
-    """Returns what is counted of units `[n, 2]`, in NumPy, of classes `[n, 1]`.
+  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
+    """Returns tables, bins and raw bits of units `[n, 2]` of classes `[n, 1]`: NumPy.
 
-    It is the tables; the bins, uint32, of which those below 32 are coded; and raw bits.
+    Bins are uint32, and those below 32 are coded; plans count them.
     """
     table, told = self.context(row, base.astype(np.int32))
     return table, self._split(row.units, told, np)[0], self.raw_bits
@@ -302,7 +173,7 @@ class Pairs(_Units):
     return (raw >> top & ones) << self.width - 1 | tail << self._low - top
 
   def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
-    """Makes the words of units of symbols, uint32, and of what `told` returned, int32.
+    """Makes the words of units, given symbols, uint32, and the result of `context`.
 
     `kept` are words that have the signs and the low bits. `xp` is JAX or NumPy.
     """
@@ -320,7 +191,7 @@ class Pairs(_Units):
         words = [lower(x) for x in words]
     return [y & highest | x for x, y in zip(words, kept, strict=True)]
 
-  def raw(self, pop: Pop, row: Row, told: Any) -> list[jax.Array]:
+  def raw(self, pop: units_lib.Pop, row: units_lib.Row, told: Any) -> list[jax.Array]:
     """Returns words that have the raw bits of units in their places."""
     del pop
     raw = [jnp.zeros_like(told, jnp.uint32)] * self.words
@@ -345,19 +216,20 @@ class Pairs(_Units):
 
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
-  ) -> Tables:
+  ) -> units_lib.Tables:
     """Makes the tables, given counts of bins `[K, 32]`, and the row of each table."""
-    slots, intervals = _entries(self.frequencies(counts), self)
+    slots, intervals = units_lib.entries(self.frequencies(counts), self)
     rows = slots[table_of].reshape(-1), intervals[table_of].reshape(-1)
-    return Tables(*rows, base.astype(np.int32))
+    return units_lib.Tables(*rows, base.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
-class Differences(_Units):
+class Differences(units_lib.Base):
   """The layout of differences from known numbers; or from 0, of signed integers."""
 
   type_name: str = 'integers'  # or 'known'
 
+  is_first_long: ClassVar[bool] = True
   most_stored: ClassVar[int] = MOST_DIFFERENT
 
   def is_valid(self) -> bool:
@@ -373,18 +245,18 @@ class Differences(_Units):
   def told(self, classes: Any, known: Any, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the level of a difference without its shift, int32; the shift, uint32.
 
-    `known` is the known number of each class, `base` what is added to classes.
+    `known` is the known number of each class, `base` the level of class 0.
     """
     level = classes + base
     if (mantissa := MANTISSA_BITS.get(self.dtype)) is not None:
       exponent = (known & self._magnitude) >> mantissa
       level = level - 4 * xp.maximum(exponent, np.uint32(1)).astype(np.int32)
-    level = xp.clip(level, 0, CLASSES - 1)
+    level = xp.clip(level, 0, units_lib.CLASSES - 1)
     shift = xp.clip(level - ONE_ULP >> 2, 0, self.raw_bits)
     return level - 4 * shift, shift.astype(np.uint32)
 
-  def counted(self, row: Row, base: np.ndarray) -> tuple[Any, Any, Any]:
-    """Returns what is counted of units; see `Pairs.counted`."""
+  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
+    """Returns levels, bins and shifts of units; see `Pairs.counted`."""
     known = row.known.astype(np.uint32)
     level, shift = self.told(row.classes, known, np.int32(base[0]), np)
     off = self.differences(row.units.astype(np.uint32), known, np)
@@ -435,7 +307,7 @@ class Differences(_Units):
     place = place - magnitude + xp.where(place >= least, np.int32(0), gap)
     return self._signed(place.view(np.uint32))
 
-  def context(self, row: Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
+  def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of units, and the known numbers and the shifts of both."""
     zeros = xp.zeros_like(row.classes, np.uint32)
     known = [zeros, zeros] if row.known is None else self._numbers(row.known)
@@ -457,7 +329,9 @@ class Differences(_Units):
     lows = range(0, self.raw_bits, RAW)
     return [(low, *(least(x, jnp.uint32(low)) for x in shifts)) for low in lows]
 
-  def raw(self, pop: Pop, row: Row, context: Any) -> list[jax.Array]:
+  def raw(
+    self, pop: units_lib.Pop, row: units_lib.Row, context: Any
+  ) -> list[jax.Array]:
     """Returns words that have the raw bits of units."""
     first = second = jnp.zeros_like(row.classes, jnp.uint32)
     for low, *sizes in self._sizes(context[1]):
@@ -492,23 +366,25 @@ class Differences(_Units):
 
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
-  ) -> Tables:
+  ) -> units_lib.Tables:
     """Makes the tables, given counts of bins `[K, 32]`; see `Pairs.tables`."""
     if (count := len(counts)) > MOST_DIFFERENT:
       raise ValueError(f'{count} tables, more than {MOST_DIFFERENT}')
     grids = []
-    for rows in _entries(self.frequencies(counts), self):
+    for rows in units_lib.entries(self.frequencies(counts), self):
       grids.append(np.empty((MOST_DIFFERENT, MOST_DIFFERENT, rows.shape[1]), np.uint32))
       grids[-1][:count, :count] = rows.reshape(count, count, -1)
-    told = np.full(MOST_DIFFERENT, CLASSES, np.int32)  # the base, and first levels
+    told = np.full(
+      MOST_DIFFERENT, units_lib.CLASSES, np.int32
+    )  # the base, and first levels
     told[:count] = np.flatnonzero(np.diff(table_of, prepend=-1))
     told[0] = base[0]
     slots, intervals = (x.reshape(-1) for x in grids)
-    return Tables(slots, intervals, told)
+    return units_lib.Tables(slots, intervals, told)
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes(_Units):
+class Bytes(units_lib.Base):
   """The layout of bytes, one a unit. There are no raw bits."""
 
   type_name: str = 'bytes'
@@ -524,23 +400,23 @@ class Bytes(_Units):
     """Returns whether there is such a layout."""
     return self.dtype == np.uint8 and not self.raw_bits
 
-  def counted(self, row: Row, base: np.ndarray) -> tuple[Any, Any, Any]:
-    """Returns what is counted of bytes; see `Pairs.counted`."""
+  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
+    """Returns the tables and the symbols of bytes; see `Pairs.counted`."""
     return row.classes, row.units + _BIAS, 0
 
   def decode_step(
-    self, pop: Pop, row: Row, coder_tables: Tables
+    self, pop: units_lib.Pop, row: units_lib.Row, coder_tables: units_lib.Tables
   ) -> tuple[jax.Array, jax.Array]:
     """Decodes a byte of each lane; see `Pairs.decode_step`."""
-    symbol, is_listed = _popped(pop, row.classes, coder_tables, self)
+    symbol, is_listed = units_lib.popped(pop, row.classes, coder_tables, self)
     return (symbol.astype(jnp.uint8) - _BIAS)[:, None], is_listed
 
   def encode_step(
-    self, row: Row, coder_tables: Tables
-  ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
+    self, row: units_lib.Row, coder_tables: units_lib.Tables
+  ) -> tuple[list[units_lib.Interval], list[jax.Array], jax.Array]:
     """Divides a byte of each lane; see `Pairs.encode_step`."""
     symbol = row.units[0] + np.uint32(_BIAS) & 255
-    interval, mark = _pushed(symbol, row.classes, coder_tables, self)
+    interval, mark = units_lib.pushed(symbol, row.classes, coder_tables, self)
     return [interval], [], mark
 
   def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
@@ -549,17 +425,19 @@ class Bytes(_Units):
 
   def listed(self, data: np.ndarray, units: np.ndarray, *_: Any) -> np.ndarray:
     """Returns the units at escapes, given their list."""
-    return _whole(data, units)
+    return units_lib.whole(data, units)
 
   def frequencies(self, counts: np.ndarray) -> np.ndarray:
     return counts
 
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, frequencies: np.ndarray
-  ) -> Tables:
+  ) -> units_lib.Tables:
     """Makes the tables, given frequencies `[K, 255]`; see `Pairs.tables`."""
-    slots, intervals = (x[table_of].reshape(-1) for x in _entries(frequencies, self))
-    return Tables(slots, intervals, base.astype(np.int32))
+    slots, intervals = (
+      x[table_of].reshape(-1) for x in units_lib.entries(frequencies, self)
+    )
+    return units_lib.Tables(slots, intervals, base.astype(np.int32))
 
 
 def folded(values: Any) -> Any:
@@ -568,80 +446,6 @@ def folded(values: Any) -> Any:
 
 
 Layout = Pairs | Differences | Bytes
-
-
-# ---- symbols -------------------------------------------------------------------------
-
-
-def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Array:
-  """Returns elements of tables of 2^width entries each."""
-  place = table.astype(jnp.uint32) << width | index
-  return array.at[place].get(mode='promise_in_bounds')
-
-
-def _popped(
-  pop: Pop, table: jax.Array, coder_tables: Tables, layout: Layout
-) -> tuple[jax.Array, jax.Array]:
-  """Pops symbols, uint32; returns them, and whether each is the escape."""
-  field = (32 - layout.symbol_bits) // 2
-  mask = (1 << field) - 1
-
-  def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-    entry = _get(coder_tables.slots, table, layout.precision, slot)
-    distance, less = entry >> field & mask, entry & mask
-    if isinstance(layout, Differences):  # 0 may have more slots than a field tells
-      is_first = entry < 1 << 2 * field
-      distance = jnp.where(is_first, slot, distance)
-      less = jnp.where(is_first, entry, less)
-    return entry, slot - distance, less + 1
-
-  symbol = pop(lookup, layout.precision) >> 2 * field
-  return symbol, symbol == (1 << layout.symbol_bits) - 1
-
-
-def _pushed(
-  symbol: jax.Array, table: jax.Array, coder_tables: Tables, layout: Layout
-) -> tuple[Interval, jax.Array]:
-  """Returns the intervals of symbols, uint32, and the marks of their units."""
-  entry = _get(coder_tables.intervals, table, layout.symbol_bits, symbol)
-  mark = jnp.where(entry >> 31 > 0, MARKED | symbol, 0).astype(jnp.uint16)
-  return (entry >> 12 & 0x3FFF, (entry & 0xFFF) + 1, layout.precision), mark
-
-
-def _entries(frequencies: np.ndarray, layout: Layout) -> tuple[np.ndarray, ...]:
-  """Returns the rows of slots and of intervals, see `Tables`, of all but the escape.
-
-  Raises a ValueError if no slot is left to the escape, or if a symbol has too many.
-  """
-  field = (32 - layout.symbol_bits) // 2
-  left = (1 << layout.precision) - frequencies.sum(axis=1, keepdims=True)
-  frequencies = np.concatenate([frequencies, left], axis=1)
-  is_long = isinstance(layout, Differences)  # the first symbol's field
-  most = frequencies[:, is_long:].max()
-  if min(left.min(), frequencies.min() + 1) < 1 or most > 1 << field:
-    raise ValueError(f'a symbol has more than {1 << field} slots, or the escape none')
-  starts = np.cumsum(frequencies, axis=1) - frequencies
-  intervals = starts << 12 | frequencies - 1
-  escape = 1 << 31 | intervals[:, -1:]
-  intervals = np.where(frequencies > 0, intervals, escape)
-  intervals[:, -1:] = escape
-  used, symbols = np.nonzero(frequencies)
-  lengths, starts = frequencies[used, symbols], starts[used, symbols]
-  entries = (symbols << 2 * field) - (starts << field) + lengths - 1
-  slots = np.repeat(entries.astype(np.uint32), lengths).reshape(len(frequencies), -1)
-  place = np.arange(1 << layout.precision, dtype=np.uint32)
-  slots += place << np.uint32(field)
-  if is_long:
-    first = frequencies[:, :1].astype(np.uint32)
-    slots = np.where(place < first, first - 1, slots)
-  return slots, intervals.astype(np.uint32)
-
-
-def _whole(data: np.ndarray, units: np.ndarray) -> np.ndarray:
-  """Returns the units of a list, uint8, which are as many as the given ones."""
-  if data.size != units.nbytes:
-    raise ValueError('the lists of a block do not fit its escapes')
-  return np.ascontiguousarray(data).view(units.dtype).reshape(units.shape)
 
 
 # ---- numbers that share a step -------------------------------------------------------

@@ -19,6 +19,7 @@ from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
 from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
+from rotbits_jax.coding import units as units_lib
 from rotbits_jax.system import host
 
 _UNITS = 1 << 16  # that tell frequencies
@@ -28,7 +29,7 @@ _LEAST_SAMPLE = 1 << 12  # units of a part
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
-_EXPONENTS = layouts.CLASSES // layouts.LEVELS  # minimum exponents of a group
+_EXPONENTS = units_lib.CLASSES // layouts.LEVELS  # minimum exponents of a group
 _BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
 _LEAST_CODE = 125  # the biased exponent of 1/4, the scale of the class 0 of codes
 _ONE = 127  # the biased exponent of 1, in the scales of integers
@@ -41,7 +42,7 @@ _MOST_SHARE |= {'integers': 0.49, 'known': 0.49}  # of those that are not 0
 
 
 class Known(NamedTuple):
-  """What both sides know of an array, relative to which it is coded."""
+  """The numbers that both sides know, relative to which an array is coded."""
 
   bits: np.ndarray  # unsigned integers `[n]`, of numbers near those of the array
   lines: statistics.Lines  # quarter octaves: sizes of differences over the least ULP
@@ -164,7 +165,7 @@ def _with_raw_bits(layout: layouts.Differences, draft: _Draft) -> _Draft:
   bins = np.concatenate([layout.counted(x, base)[1] for x in rows])
   shifts = np.concatenate([most.counted(x, base)[2] for x in rows])
   # Raw bits take time.
-  if np.count_nonzero(bins >= layouts.BINS) > _FAR * np.count_nonzero(bins):
+  if np.count_nonzero(bins >= units_lib.BINS) > _FAR * np.count_nonzero(bins):
     most_shift = np.quantile(shifts, 1 - _FARTHEST).clip(1)
     raw_bits = layouts.RAW * int(np.ceil(most_shift / layouts.RAW))
     layout = dataclasses.replace(layout, raw_bits=raw_bits)
@@ -219,7 +220,7 @@ def _group(layout: layouts.Layout, drafts: Mapping[int, _Draft]) -> Group:
 def _classes(
   drafts: Sequence[_Draft], layout: layouts.Layout
 ) -> tuple[list[contexts_lib.Scales], np.ndarray]:
-  """Returns scales whose classes a byte tells, and what these count from."""
+  """Returns scales whose classes fit a byte, and the base of the contexts."""
   scales = []
   if layout.dtype == np.uint8:
     # Masks share classes; those of others follow each other.
@@ -229,7 +230,7 @@ def _classes(
       if rows.size > 1:
         scales.append(contexts_lib.Scales(0, rows, columns))
       else:
-        own = base % layouts.CLASSES
+        own = base % units_lib.CLASSES
         scales.append(contexts_lib.Scales(own, np.zeros(1, np.uint8), columns))
         base += columns.size
     return scales, np.zeros(1, int)
@@ -237,7 +238,7 @@ def _classes(
   least = min(x.min_exponent for x in drafts)
   if layout.type_name in ('floats', 'integers', 'known'):
     most = max(int(x.lines[0].max() + x.lines[1].max()) for x in drafts)
-    octave, count = most // statistics.STEPS - _OCTAVES, layouts.CLASSES
+    octave, count = most // statistics.STEPS - _OCTAVES, units_lib.CLASSES
     base = 2 * octave - _BINS_BELOW
     if layout.type_name != 'floats':
       one = _ONE if layout.type_name == 'integers' else 0
@@ -258,9 +259,9 @@ def _classes(
 
 def _sample(
   draft: _Draft, scales: contexts_lib.Scales, layout: layouts.Layout, most: int
-) -> list[layouts.Row]:
+) -> list[units_lib.Row]:
   """Takes about `most` of the units of a part, in runs."""
-  numbers, size, rows = draft.numbers, layout.size, list[layouts.Row]()
+  numbers, size, rows = draft.numbers, layout.size, list[units_lib.Row]()
   flat = numbers.reshape(-1).view(f'u{numbers.itemsize}')
   count = max(flat.size // size, 1)  # without a last number that has no pair
   for run in statistics.runs(count, most):
@@ -271,12 +272,12 @@ def _sample(
     known = np.zeros_like(units)
     if draft.known is not None:
       known = np.resize(draft.known[some], units.shape)
-    rows.append(layouts.Row(classes[:, None].astype(np.int32), known, units, []))
+    rows.append(units_lib.Row(classes[:, None].astype(np.int32), known, units, []))
   return rows
 
 
 def _counts(
-  sample: Sequence[layouts.Row], layout: layouts.Layout, base: np.ndarray, seen: int
+  sample: Sequence[units_lib.Row], layout: layouts.Layout, base: np.ndarray, seen: int
 ) -> tuple[np.ndarray, float]:
   """Counts the first `seen` symbols of each table, and behind them the others.
 

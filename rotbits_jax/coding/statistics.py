@@ -13,6 +13,7 @@ import numpy as np
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
+from rotbits_jax.coding import units as units_lib
 
 STEPS = 4
 """The number of classes for a factor of 2."""
@@ -74,7 +75,7 @@ def of_codes(numbers: np.ndarray) -> layouts.Pairs | None:
   """Chooses the layout of codes, int8 `[n]`, by their range; None for others."""
   several = np.concatenate([numbers[run] for run in runs(numbers.size, _FLOATS)])
   least, most = np.quantile(several, _TAILS).astype(int).tolist()
-  raw_bits = ((most - least) // layouts.BINS).bit_length()
+  raw_bits = ((most - least) // units_lib.BINS).bit_length()
   counts = np.bincount((several >> raw_bits).view(np.uint8).astype(int))
   is_even = np.max(counts) < _MOST_SHARE * several.size
   return layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even else None

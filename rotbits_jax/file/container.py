@@ -102,7 +102,7 @@ class StreamWriter:
     return self._end - start, crc
 
   def sync(self) -> None:
-    """Waits until the disk has what was written, unless the file is in memory."""
+    """Waits until the disk has all streams, unless the file is in memory."""
     with contextlib.suppress(io.UnsupportedOperation):
       os.fsync(self._file.fileno())
 

@@ -430,7 +430,7 @@ def stored(leaf: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _stored(
   path: str, leaf: Any, beside: measure.Measured | None, resolve: Callable[[str], Any]
 ) -> tuple[manifest_lib.Leaf, list[np.ndarray], plans.Known | None]:
-  """Returns the entry of a parameter, its arrays, and what is known of elements."""
+  """Returns the entry of a parameter, its arrays, and the known numbers of elements."""
   known = crc32 = near = None
   if beside is not None:
     leaf, near, known, crc32 = beside

@@ -432,11 +432,11 @@ class _StoredLeaf:
 
   @functools.cached_property
   def _known(self) -> np.ndarray:
-    """What is known of all elements of a leaf of differences."""
+    """The known array of a leaf of differences."""
     return self._leaf.known(*self.needed(), run=pool.run)
 
   def near(self) -> np.ndarray:
-    """Returns what the coder must know of the stored elements of such a leaf."""
+    """Returns the known numbers of the stored elements of such a leaf."""
     with container.naming(self.entry.path):
       bits = self._leaf.changed_part(self._known)
     return bits.view(f'u{bits.itemsize}')

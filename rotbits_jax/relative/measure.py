@@ -85,7 +85,7 @@ def beside(
     alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
     nbytes = measured.estimate() * alone.size / target.size
     counts = np.unique(bits[some][::4], return_counts=True)[1]
-    is_clear = 4 * nbytes < tables.entropy_bits(counts)  # half of what values take
+    is_clear = 4 * nbytes < tables.entropy_bits(counts)  # half of the bytes alone
     if not is_clear and nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)
@@ -160,7 +160,7 @@ def with_elements(
   *,
   is_sparse: bool = False,
 ) -> Measured:
-  """Returns a leaf with elements, and what is known of them, all given by their bits.
+  """Returns a leaf with elements, given their bits and those of the known ones.
 
   Rows and columns of a sparse step have no scales.
   """

@@ -118,7 +118,7 @@ class Difference(base.Structured):
     return bits.view(self.dtype).reshape(self.lengths)
 
   def known(self, needed: Any, *, run: Run = in_turn) -> np.ndarray:
-    """Returns what is known of all elements: bits `[n]`, perhaps of the base itself."""
+    """Returns the known array: bits `[n]`, perhaps those of the base itself."""
     known = np.asarray(needed)
     if self.map is not None:
       self.check_needed(known.shape)

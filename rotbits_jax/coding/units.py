@@ -1,0 +1,220 @@
+"""Units: the numbers that are coded together, and the tables of their symbols.
+
+All `layouts` share them. One lookup gives the symbol of a slot and its interval, and
+one gives the interval of a symbol.
+
+Shape letters: n units, L lanes, K tables.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rotbits_jax.coding import tables
+
+BINS = 32
+
+CLASSES = 256
+"""The number of classes that a byte can tell."""
+
+MARKED = 1 << 15
+"""The bit of the mark of a unit that is in a list, above its symbol."""
+
+Interval = tuple[jax.Array, jax.Array | int, jax.Array | int]
+"""Starts and frequencies of the symbols of the lanes, and the precision."""
+
+Pop = Callable[[Callable[[jax.Array], tuple[Any, ...]], Any], jax.Array]
+"""Pops a symbol from each lane and returns its entry, given a function from slots to
+entries, starts and frequencies; and the precision."""
+
+
+class Tables(NamedTuple):
+  """The frequency tables of a layout, for its programs. A symbol has b bits."""
+
+  # uint32 `[K 2^precision]`, of each slot: its symbol; and in (32 - b) // 2 bits each
+  # its distance from the start of the symbol, and the frequency less 1.
+  slots: np.ndarray
+  # uint32 `[K 2^b]`, of each symbol: whether units are listed, in the highest bit; the
+  # start; in 12 bits the frequency less 1. Those of the escape if units are listed.
+  intervals: np.ndarray
+  told: np.ndarray  # int32, the `base` of the method `context`
+
+
+class Row(NamedTuple):
+  """A unit of each lane, as a program gets it."""
+
+  classes: Any  # int32 `[L]`
+  known: Any  # list of words of known units, uint32 `[L]`; or None
+  units: Any  # the same of units, to encode
+  pieces: list[jax.Array]  # uint32 `[L]`, of the planes, to decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """The base of all layouts, whose units are two numbers unless they say otherwise."""
+
+  dtype: np.dtype
+  raw_bits: int  # of a number, with the sign of a float; of a difference, the most
+
+  alphabet: ClassVar[int] = BINS  # of a stored table
+  stored_precision: ClassVar[int] = tables.PRECISION  # of a stored table
+  symbol_bits: ClassVar[int] = 10
+  size: ClassVar[int] = 2  # numbers of a unit
+  most_tables: ClassVar[int] = CLASSES  # one of each class
+  most_stored: ClassVar[int] = CLASSES  # of these, others equal the ones before them
+  precision: ClassVar[int] = 12
+  pushes: ClassVar[int] = 1  # of a unit
+  pieces: ClassVar[tuple[tuple[int, int], ...]] = ()  # of raw bits in planes
+  raised: ClassVar[bool] = False
+  # Whether the first symbol may have more slots than a field of `Tables.slots` tells.
+  is_first_long: ClassVar[bool] = False
+
+  @property
+  def width(self) -> int:
+    """The bits of a number."""
+    return 8 * self.dtype.itemsize
+
+  @property
+  def words(self) -> int:
+    """The words of a unit: one has two numbers, or one of 32 bits."""
+    return max(self.width // 16, 1)
+
+  @property
+  def word(self) -> np.dtype:
+    """The dtype of these words."""
+    return np.dtype(np.uint16 if self.width == 8 else np.uint32)
+
+  def _packed(self, first: Any, second: Any) -> list[Any]:
+    """Returns the words of a unit, given a field of each of its numbers."""
+    return [first | second << self.width] if self.words == 1 else [first, second]
+
+  def _numbers(self, words: list[Any]) -> list[Any]:
+    """Returns the two numbers of units, given their words, uint32."""
+    if self.words > 1:
+      return words
+    return [words[0] & ((1 << self.width) - 1), words[0] >> self.width]
+
+  def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
+    """Returns the lists of units at escapes: their symbols, and others whole."""
+    bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
+    return [np.packbits(bits[:, 6:]), units[symbols == 1023]]
+
+  def listed(
+    self: Any, data: np.ndarray, units: np.ndarray, row: Row, told: np.ndarray
+  ) -> np.ndarray:
+    """Returns the units at escapes, given their lists and their decoded words."""
+    bits = np.zeros((len(units), 16), np.uint8)
+    bits[:, 6:] = np.unpackbits(data, count=10 * len(units)).reshape(-1, 10)
+    symbols = np.packbits(bits).view('>u2').astype(np.uint32)
+    _, context = self.context(row, told, np)
+    words = self.join(symbols, [*units.astype(np.uint32).T], context, np)
+    joined = np.stack(words, -1).astype(self.word)
+    is_whole = symbols == 1023
+    joined[is_whole] = whole(data[-(-10 * len(units) // 8) :], units[is_whole])
+    return joined
+
+  def decode_step(
+    self: Any, pop: Pop, row: Row, coder_tables: Tables
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes a unit of each lane, in a program.
+
+    Returns the words of the units, `[L, words]`; and whether each is an escape, whose
+    words are those that `join` needs.
+    """
+    table, context = self.context(row, coder_tables.told)
+    symbol, is_listed = popped(pop, table, coder_tables, self)
+    raw = self.raw(pop, row, context)
+    pairs = zip(raw, self.join(symbol, raw, context), strict=True)
+    words = [jnp.where(is_listed, x, y) for x, y in pairs]
+    return jnp.stack(words, -1).astype(self.word), is_listed
+
+  def encode_step(
+    self: Any, row: Row, coder_tables: Tables
+  ) -> tuple[list[Interval], list[jax.Array], jax.Array]:
+    """Divides a unit of each lane, in a program.
+
+    Returns the intervals in the order in which they are popped; the pieces, uint32; and
+    the marks, uint16: that of a unit in a list is its symbol and `MARKED`.
+    """
+    table, context = self.context(row, coder_tables.told)
+    (first, second), raw, pieces = self.divided(self._numbers(row.units), context)
+    symbol = jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(1023))
+    interval, mark = pushed(symbol, table, coder_tables, self)
+    return [interval, *raw], pieces, mark
+
+
+# ---- symbols -------------------------------------------------------------------------
+
+
+def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Array:
+  """Returns elements of tables of 2^width entries each."""
+  place = table.astype(jnp.uint32) << width | index
+  return array.at[place].get(mode='promise_in_bounds')
+
+
+def popped(
+  pop: Pop, table: jax.Array, coder_tables: Tables, layout: Any
+) -> tuple[jax.Array, jax.Array]:
+  """Pops symbols, uint32; returns them, and whether each is the escape."""
+  field = (32 - layout.symbol_bits) // 2
+  mask = (1 << field) - 1
+
+  def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
+    entry = _get(coder_tables.slots, table, layout.precision, slot)
+    distance, less = entry >> field & mask, entry & mask
+    if layout.is_first_long:
+      is_first = entry < 1 << 2 * field
+      distance = jnp.where(is_first, slot, distance)
+      less = jnp.where(is_first, entry, less)
+    return entry, slot - distance, less + 1
+
+  symbol = pop(lookup, layout.precision) >> 2 * field
+  return symbol, symbol == (1 << layout.symbol_bits) - 1
+
+
+def pushed(
+  symbol: jax.Array, table: jax.Array, coder_tables: Tables, layout: Any
+) -> tuple[Interval, jax.Array]:
+  """Returns the intervals of symbols, uint32, and the marks of their units."""
+  entry = _get(coder_tables.intervals, table, layout.symbol_bits, symbol)
+  mark = jnp.where(entry >> 31 > 0, MARKED | symbol, 0).astype(jnp.uint16)
+  return (entry >> 12 & 0x3FFF, (entry & 0xFFF) + 1, layout.precision), mark
+
+
+def entries(frequencies: np.ndarray, layout: Any) -> tuple[np.ndarray, ...]:
+  """Returns the rows of slots and of intervals, see `Tables`, of all but the escape.
+
+  Raises a ValueError if no slot is left to the escape, or if a symbol has too many.
+  """
+  field = (32 - layout.symbol_bits) // 2
+  left = (1 << layout.precision) - frequencies.sum(axis=1, keepdims=True)
+  frequencies = np.concatenate([frequencies, left], axis=1)
+  most = frequencies[:, layout.is_first_long :].max()
+  if min(left.min(), frequencies.min() + 1) < 1 or most > 1 << field:
+    raise ValueError(f'a symbol has more than {1 << field} slots, or the escape none')
+  starts = np.cumsum(frequencies, axis=1) - frequencies
+  intervals = starts << 12 | frequencies - 1
+  escape = 1 << 31 | intervals[:, -1:]
+  intervals = np.where(frequencies > 0, intervals, escape)
+  intervals[:, -1:] = escape
+  used, symbols = np.nonzero(frequencies)
+  lengths, starts = frequencies[used, symbols], starts[used, symbols]
+  entries = (symbols << 2 * field) - (starts << field) + lengths - 1
+  slots = np.repeat(entries.astype(np.uint32), lengths).reshape(len(frequencies), -1)
+  place = np.arange(1 << layout.precision, dtype=np.uint32)
+  slots += place << np.uint32(field)
+  if layout.is_first_long:
+    first = frequencies[:, :1].astype(np.uint32)
+    slots = np.where(place < first, first - 1, slots)
+  return slots, intervals.astype(np.uint32)
+
+
+def whole(data: np.ndarray, units: np.ndarray) -> np.ndarray:
+  """Returns the units of a list, uint8, which are as many as the given ones."""
+  if data.size != units.nbytes:
+    raise ValueError('the lists of a block do not fit its escapes')
+  return np.ascontiguousarray(data).view(units.dtype).reshape(units.shape)
