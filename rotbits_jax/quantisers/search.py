@@ -488,8 +488,8 @@ def _code_bounds(blocks: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
   # One element of each code; the NaN of these bits stands for none.
   missing = np.iinfo(f'u{groups.itemsize}').max
   found = np.full((count, size), missing, f'u{groups.itemsize}')
-  places = numbers * np.float32(size) + np.arange(size, dtype=np.float32)
-  found.reshape(-1)[places.astype(int)] = groups.view(found.dtype)
+  places = codes.astype(np.intp) * size + np.arange(size)
+  found.reshape(-1)[places] = groups.view(found.dtype)
   low, high = _borders(_magnitudes(found.view(groups.dtype)), groups.dtype)
   is_negative, is_missing = found >> 8 * found.itemsize - 1 > 0, found == missing
   lows, highs = np.where(is_negative, -high, low), np.where(is_negative, -low, high)
