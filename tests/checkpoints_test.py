@@ -295,6 +295,15 @@ class TestDirectory:
     assert files['merges.txt'] == b'a\r\nb'
     assert files['tokenizer.model'] == b'\0\xff'
 
+  def test_only_a_folder_of_a_model_has_sidecars(self, tmp_path):
+    path = tmp_path / 'model.safetensors'
+    shutil.copy(cases.TESTDATA / 'llama-tiny-dense' / path.name, path)
+    (tmp_path / 'key.json').write_text('a key')
+    given = {}
+    for place in (path, tmp_path):
+      given[place] = [*checkpoints.open_plain(place).files]
+    assert given == {path: [], tmp_path: ['key.json']}
+
   def test_a_link_that_leaves_the_folder_is_left_out(self, tmp_path):
     folder = tmp_path / 'x'
     shutil.copytree(cases.TESTDATA / 'llama-tiny-dense', folder)

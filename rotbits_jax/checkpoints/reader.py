@@ -360,9 +360,11 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   """Opens a folder; only names, shapes, dtypes and the sidecar files are read.
 
   If `plain`, the weights must be safetensors files, and any index is kept. Otherwise it
-  must name the tensors, and is kept if the writer divides tensors as it says.
+  must name the tensors, and is kept if the writer divides tensors as it says. A path of
+  a file of weights has sidecar files only if there is a config beside it.
   """
-  listed, *others = _find_weights(_snapshot(files_lib.local_path(path)))
+  given = _snapshot(files_lib.local_path(path))
+  listed, *others = _find_weights(given)
   is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)
   if plain and is_torch:
     text = 'is not safetensors, in which any family is stored'
@@ -397,7 +399,10 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
       raise errors.CheckpointError(f'{file.path}: {min(twice)} is in another file, too')
     tensors |= of_shard
   no_sidecars = {listed, *(file.path for file in weights)}
-  files, left_out = _read_sidecars(listed.parent, no_sidecars, index)
+  files, left_out = index, tuple[str, ...]()
+  # The folder of a file may be any one, with other files of its owner.
+  if given.is_dir() or (given.parent / CONFIG).exists():
+    files, left_out = _read_sidecars(listed.parent, no_sidecars, index)
   found = listed.parent if others else listed
   return Folder(found, tensors, files, tuple(weights), headers, left_out)
 
