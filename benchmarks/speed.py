@@ -97,16 +97,17 @@ def measure(subject: Subject, settings: common.Settings, work: pathlib.Path) -> 
     elif name in others and decode[2] != expected:
       raise ValueError(f'{name} returned other tensors')
     costs = []
-    for seconds, peak, _ in (encode, decode):
+    for seconds, peak, *_ in (encode, decode):
       costs += [f'{seconds:.3f}', f'{size / seconds / 1e6:,.0f}', f'{peak / 1e9:.2f}']
     coded = packed.stat().st_size
     label = f'`{name}`' if name in ours else name
+    costs.append(f'{decode[3]:.2f}')
     rows.append((label, common.megabytes(coded), f'{coded / size:.4f}', *costs))
     packed.unlink()
   header = [subject.name, 'MB', 'share']
   for task in ('encode', 'decode'):
     header += [f'{task} s', 'MB/s', 'GB']
-  return common.table(header, rows)
+  return common.table([*header, 'first s'], rows)
 
 
 def opening(work: pathlib.Path) -> str:
@@ -134,7 +135,8 @@ def run(settings: common.Settings) -> Iterator[common.Section]:
   )
   about = (
     'Each task is a process; its least time after the first counts. Encoding is from '
-    'file to file, decoding from a file to arrays. GB are the peak resident memory. '
+    'file to file, decoding from a file to arrays; the first decoding of a process '
+    'imports and compiles, too. GB are the peak resident memory. '
     'Random weights have no structure but their distribution and symmetries.'
   )
   picture = (
