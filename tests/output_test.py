@@ -190,6 +190,7 @@ WRONG_INDEXES = (
   (lambda x: x['weight_map'].update(a='../x'), 'is not that of'),
   (lambda x: x['metadata'].pop('manifest_crc32'), 'manifest_crc32'),
   (lambda x: x.update(more=1), 'more'),
+  (lambda x: x.update(more=' ' * (1 << 25)), 'bytes, more than'),
   (lambda x: x['metadata']['manifest_crc32'].popitem(), 'is not that of'),
 )
 

@@ -87,11 +87,8 @@ def read(file: files.File, offset: int, size: int) -> tuple[np.ndarray, int]:
 
 def content(path: str | os.PathLike[str], most: int) -> bytes:
   """Returns the content of a file of at most `most` bytes."""
-  with errors.named(path):
-    file = files.File.of(path)
-    if file.size > most:
-      raise errors.CheckpointError(f'the file has {file.size} bytes, more than {most}')
-    return file.content()
+  with errors.named(path, ValueError):
+    return files.File.of(path).content(most)
 
 
 def row_major(array: np.ndarray) -> Iterator[memoryview]:

@@ -17,6 +17,8 @@ from rotbits_jax.system import schema
 INDEX = 'model.rotbits.index.json'
 """The name of the index in a folder of shards."""
 
+_MOST_INDEX = 1 << 25  # bytes
+
 
 class Metadata(schema.Object):
   """The bytes of all shards, and the CRC-32 of the manifest of each, by its name."""
@@ -69,7 +71,8 @@ def find(
   if not (folder / INDEX).is_file():
     return [path], None
   with container.naming(str(folder / INDEX)):
-    index = schema.decode(ShardIndex, files.File.of(folder / INDEX).content())
+    content = files.File.of(folder / INDEX).content(_MOST_INDEX)
+    index = schema.decode(ShardIndex, content)
     paths = [folder / name for name in index.metadata.manifest_crc32]
     if missing := [path for path in paths if not path.is_file()]:
       raise container.ContainerError(f'the shard {missing[0].name} is missing')

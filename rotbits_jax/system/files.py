@@ -56,8 +56,10 @@ class File(NamedTuple):
       raise OSError(f'{self.path}: the file ends before what is read of it')
     return crc
 
-  def content(self) -> bytes:
-    """Reads the whole file, see `read`."""
+  def content(self, most: int) -> bytes:
+    """Reads the whole file, see `read`; a ValueError says that it is too large."""
+    if self.size > most:
+      raise ValueError(f'the file has {self.size} bytes, more than {most}')
     data = np.empty(self.size, np.uint8)
     self.read(0, data)
     return data.tobytes()
@@ -71,5 +73,4 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
 def cache_folder() -> pathlib.Path:
   """Returns the user's folder of compiled programs and snapshots; it may be missing."""
   cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  path = os.environ.get('ROTBITS_JAX_CACHE') or f'{cache}/rotbits_jax'
-  return local_path(path)
+  return local_path(os.environ.get('ROTBITS_JAX_CACHE') or f'{cache}/rotbits_jax')
