@@ -228,7 +228,7 @@ class Reader:
       container.naming(name),
       memory.bounded(name, entry.memory_bytes),
     ):
-      new = lambda dtype, size: host.empty((size,), entries_lib.stored_dtype(dtype))
+      new = lambda dtype, size: memory.empty((size,), entries_lib.stored_dtype(dtype))
       left = {dtype: new(dtype, size) for dtype, size in entry.joined.items()}
       joined = [*left.values()]
       for leaf, specs in entry.leaf_specs:
@@ -238,9 +238,9 @@ class Reader:
           first, left[leaf.dtype] = np.split(left[leaf.dtype], [leaf.size])
           stored = [first.reshape(leaf.shape)]
         elif out is None or is_expanded:
-          stored = [host.empty(x.shape, x.dtype) for x in specs]
+          stored = [memory.empty(x.shape, x.dtype) for x in specs]
           if is_expanded and hasattr(leaf.leaf_class, 'write'):
-            out = out or [host.empty(leaf.shape, leaf.dtype)]
+            out = out or [memory.empty(leaf.shape, leaf.dtype)]
             stored[0] = uniform.end_of(out[0], stored[0])
         else:  # the coder writes them there
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
@@ -481,7 +481,7 @@ def _stack(
       stored[leaf.path.removeprefix(f'{entry.name}/')].append(shapes)
   for path, (first, *others) in stored.items():
     if all(shapes == first for shapes in others):
-      arrays[path] = [host.empty((len(entries), *x), y) for x, y in first]
+      arrays[path] = [memory.empty((len(entries), *x), y) for x, y in first]
   return arrays
 
 
