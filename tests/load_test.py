@@ -11,6 +11,7 @@ import pytest
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
+from rotbits_jax.file import memory
 from tests import devices
 
 TREE = {
@@ -47,6 +48,17 @@ def test_a_child_of_a_fork_does_not_hang():
   )
   child = [sys.executable, '-W', 'ignore', '-c', program]
   assert subprocess.run(child, timeout=300).returncode == 9
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere memory is not kept')
+def test_large_arrays_get_the_memory_of_earlier_ones_that_nothing_uses():
+  make = lambda: memory.empty((3, 1 << 20), np.uint16)
+  array = make()
+  address, view = array.ctypes.data, jax.device_put(array[1:])
+  del array
+  assert make().ctypes.data != address
+  del view
+  assert make().ctypes.data == address
 
 
 @pytest.mark.parametrize('is_path', [True, False])

@@ -73,9 +73,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
     memory = _kept[length].pop()
   except LookupError:
     _kept.clear()
-    memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # the system has small pages only
+    try:
+      memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
       memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # too little memory, or no large pages
+      return host.empty(shape, dtype)
   array = np.frombuffer(memory, np.uint8)
   weakref.finalize(array, _keep, memory).atexit = False
   return array[:size].view(dtype).reshape(shape)
