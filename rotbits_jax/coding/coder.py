@@ -60,8 +60,10 @@ def encode(
   jobs = []
   for group in plan.groups:
     tables = group.layout.tables(*group.contexts)
-    _, numbers, scales, _, near = zip(*group.parts, strict=True)
-    several = blocks.divide(numbers, near, scales, group.layout.size)
+    numbers, near = zip(
+      *((x.numbers, x.known) for x in group.parts.values()), strict=True
+    )
+    several = blocks.divide(numbers, near, group.scales, group.layout.size)
     encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
     jobs.append([functools.partial(encode, spans) for spans in several])
   coded = iter(pool.run(itertools.chain(*jobs)))
@@ -77,7 +79,7 @@ def encode(
     )
     for group, head, body in zip(plan.groups, heads, bodies, strict=True)
   )
-  group_of = {x.place: i for i, group in enumerate(plan.groups) for x in group.parts}
+  group_of = {place: i for i, group in enumerate(plan.groups) for place in group.parts}
   indices = map(group_of.get, itertools.count())
   entries = tuple(
     specs.ArraySpec(
@@ -85,7 +87,7 @@ def encode(
       shape=array.shape,
       crc32=crc32,
       groups=tuple(itertools.islice(indices, len(parts))),
-      nonzeros=parts[1].size if len(parts) > 1 else None,
+      nonzeros=parts[1].numbers.size if len(parts) > 1 else None,
     )
     for array, crc32, parts in zip(plan.arrays, checksums, plan.parts, strict=True)
   )
@@ -99,7 +101,7 @@ def estimate(
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
   plan = plans.make(arrays, known)
-  return sum(x.nbytes for x in plan.groups) + sum(x.nbytes for x in plan.plain)
+  return sum(sum(x.nbytes) for x in plan.groups) + sum(x.nbytes for x in plan.plain)
 
 
 def decode(

@@ -73,6 +73,8 @@ RAW, MOST_RAW = 8, 24
 
 _BIAS = np.uint8(30)  # of bytes, of which 225 is rare in masks and codes
 
+_HALVES_BELOW = 23  # bins below the scale of floats
+
 _OCTAVES = 4  # below a known float, beyond which floats rarely occur
 
 
@@ -109,6 +111,18 @@ class Pairs(units_lib.Base):
   @property
   def most_tables(self) -> int:  # type: ignore[override]
     return QUARTERS if self.type_name == 'floats' else LEVELS
+
+  @property
+  def classes(self) -> int:  # type: ignore[override]
+    return units_lib.CLASSES if self.type_name == 'floats' else LEVELS
+
+  @property
+  def most_share(self) -> float:  # type: ignore[override]
+    return 0.33 if self.type_name == 'floats' else 0.66
+
+  def base(self, octave: int, least: int) -> int:
+    """Returns the offset of class 0, of the scale 2^octave; or the minimum exponent."""
+    return 2 * octave - _HALVES_BELOW if self.type_name == 'floats' else least
 
   @functools.cached_property
   def pieces(self) -> tuple[tuple[int, int], ...]:  # type: ignore[override]
@@ -230,6 +244,7 @@ class Differences(units_lib.Base):
   type_name: str = 'integers'  # or 'known'
 
   is_first_long: ClassVar[bool] = True
+  most_share: ClassVar[float] = 0.49
   most_stored: ClassVar[int] = MOST_DIFFERENT
 
   def is_valid(self) -> bool:
@@ -237,6 +252,10 @@ class Differences(units_lib.Base):
     is_float = self.type_name == 'known' and self.dtype in MANTISSA_BITS
     fits = self.raw_bits in range(0, min(self.width, MOST_RAW) + 1, RAW)
     return fits and (is_float or self.dtype.kind == 'i')
+
+  def base(self, octave: int, *_: Any) -> int:
+    """Returns the level of class 0; see `Pairs.base`."""
+    return ONE_ULP + 4 * octave
 
   @property
   def pushes(self) -> int:  # type: ignore[override]
@@ -389,6 +408,7 @@ class Bytes(units_lib.Base):
 
   type_name: str = 'bytes'
 
+  most_share: ClassVar[float] = 1
   alphabet: ClassVar[int] = 255  # of a stored table, which does not have the escape
   stored_precision: ClassVar[int] = 12
   symbol_bits: ClassVar[int] = 8
@@ -399,6 +419,9 @@ class Bytes(units_lib.Base):
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
     return self.dtype == np.uint8 and not self.raw_bits
+
+  def base(self, *_: Any) -> int:
+    return 0
 
   def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
     """Returns the tables and the symbols of bytes; see `Pairs.counted`."""

@@ -27,18 +27,11 @@ _BYTES = 1 << 19  # that do, because these have more tables
 _SIZES = 1 << 13  # units that tell raw bits
 _LEAST_SAMPLE = 1 << 12  # units of a part
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
-_OCTAVES = 63  # from the least scale of a group to the greatest
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
-_EXPONENTS = units_lib.CLASSES // layouts.LEVELS  # minimum exponents of a group
-_BINS_BELOW, _SEEN = 96, 128  # bins below the scale and in all that the window is among
-_LEAST_CODE = 125  # the biased exponent of 1/4, the scale of the class 0 of codes
-_ONE = 127  # the biased exponent of 1, in the scales of integers
+_MOST_VALUES = units_lib.CLASSES // layouts.LEVELS  # of `Part.least` in a group
 _FAR, _FARTHEST = 1e-3, 5e-4  # shares of differences without a symbol, and too large
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
 _MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
-# The share of the most frequent bin. Without a limit a pair would be too frequent.
-_MOST_SHARE = {'floats': 0.33, 'raised': 0.66, 'codes': 0.66, 'bytes': 1}
-_MOST_SHARE |= {'integers': 0.49, 'known': 0.49}  # of those that are not 0
 
 
 class Known(NamedTuple):
@@ -49,13 +42,15 @@ class Known(NamedTuple):
 
 
 class Part(NamedTuple):
-  """A part that is coded."""
+  """A part of an array, and how it is coded."""
 
-  place: int  # among the parts of all arrays
   numbers: np.ndarray  # contiguous
-  scales: contexts_lib.Scales
-  nbytes: float  # that it takes, about
-  known: np.ndarray | None  # unsigned integers `[n]`, known numbers
+  layout: Any = None  # one of `layouts`; None if it is stored as it is
+  lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
+  # The minimum exponent of floats that share a step, the least bin of codes, or a
+  # number of an array of bytes: parts of a group whose values differ share no tables.
+  least: int = 0
+  known: np.ndarray | None = None  # unsigned integers `[n]`, known numbers
 
 
 class Group(NamedTuple):
@@ -63,41 +58,24 @@ class Group(NamedTuple):
 
   layout: layouts.Layout
   contexts: contexts_lib.Contexts
-  parts: list[Part]
-
-  @property
-  def scales(self) -> list[contexts_lib.Scales]:
-    return [x.scales for x in self.parts]
-
-  @property
-  def nbytes(self) -> float:
-    """The bytes that the parts take, about."""
-    return sum(x.nbytes for x in self.parts)
+  parts: dict[int, Part]  # by their places among the parts of all arrays
+  scales: list[contexts_lib.Scales]  # of each part
+  nbytes: list[float]  # that each part takes, about
 
 
 class Plan(NamedTuple):
   """How the arrays of a record are stored."""
 
   arrays: list[np.ndarray]  # the arrays in C order
-  parts: list[list[np.ndarray]]  # those of each array, see `specs.ArraySpec`
+  parts: list[list[Part]]  # those of each array, see `specs.ArraySpec`
   groups: list[Group]  # the parts that are coded
 
   @property
   def plain(self) -> list[np.ndarray]:
     """The parts that are stored as they are."""
-    coded = {part.place for group in self.groups for part in group.parts}
+    coded = set().union(*(group.parts for group in self.groups))
     parts = enumerate(itertools.chain(*self.parts))
-    return [part for place, part in parts if place not in coded]
-
-
-class _Draft(NamedTuple):
-  """A part, and how it is coded."""
-
-  numbers: np.ndarray
-  layout: layouts.Layout | None = None  # None if it is stored as it is
-  lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
-  min_exponent: int = 0  # of floats that share a step
-  known: np.ndarray | None = None
+    return [part.numbers for place, part in parts if place not in coded]
 
 
 def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
@@ -106,162 +84,127 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   whole = pool.each(host.contiguous, map(np.asarray, arrays))
-  divided = pool.each(_divided, whole, map(known.get, range(len(whole))))
-  drafts = [*itertools.chain(*divided)]
-  # A group can tell minimum exponents that are not far apart.
-  least = min((x.min_exponent for x in drafts if x.min_exponent), default=0)
-  several: dict[Any, dict[int, _Draft]] = {}
-  for i, draft in enumerate(drafts):
-    if draft.layout:
-      key = draft.layout, (draft.min_exponent - least) // _EXPONENTS
-      several.setdefault(key, {})[i] = draft
+  divided = pool.each(
+    _divided, range(len(whole)), whole, map(known.get, range(len(whole)))
+  )
+  parts = [*itertools.chain(*divided)]
+  # A group can tell values that are not far apart.
+  least = min((x.least for x in parts if x.least), default=0)
+  several: dict[Any, dict[int, Part]] = {}
+  for place, part in enumerate(parts):
+    if part.layout:
+      key = part.layout, (part.least - least) // _MOST_VALUES
+      several.setdefault(key, {})[place] = part
   planned = pool.each(_group, (layout for layout, _ in several), several.values())
-  groups = [group for group in map(_smaller, planned) if group]
-  return Plan(whole, [[x.numbers for x in several] for several in divided], groups)
+  return Plan(whole, divided, [group for group in map(_smaller, planned) if group])
 
 
-def _divided(array: np.ndarray, known: Known | None) -> list[_Draft]:
-  """Returns the parts of an array."""
-  dtype, size = array.dtype, array.itemsize
+def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
+  """Returns the parts of the array of this place."""
+  dtype, of_bytes = array.dtype, layouts.Bytes(np.dtype(np.uint8), 0)
   if not array.size or dtype.kind == 'b':
-    return [_Draft(array)]
+    return [Part(array)]
   if known is not None:
-    draft = _Draft(array, None, known.lines, known=known.bits)
-    return [_with_raw_bits(layouts.Differences(dtype, 0, 'known'), draft)]
-  of_bytes = layouts.Bytes(np.dtype(np.uint8), 0)
+    layout = layouts.Differences(dtype, 0, 'known')
+    return [_with_raw_bits(Part(array, layout, known.lines, known=known.bits))]
   if dtype in layouts.FORMATS:
-    bits = array.reshape(-1).view(f'u{size}')
-    layout, min_exponent = statistics.of_floats(bits, dtype)
-    floats = lambda x: _Draft(x, layout, statistics.measure(x, 2), min_exponent)
-    if not statistics.has_zeros(bits, min_exponent > 0):
+    bits = array.reshape(-1).view(f'u{array.itemsize}')
+    layout, least = statistics.of_floats(bits, dtype)
+    floats = lambda x: Part(x, layout, statistics.measure(x, 2), least)
+    if not statistics.has_zeros(bits, layout.raised):
       return [floats(array)]
     rows = bits.reshape(-1, array.shape[-1])
     is_set = rows << 1 > 0
     mask, values = np.packbits(is_set, axis=1), rows[is_set].view(dtype)
     negative = rows[~is_set] > 0
     parts = [
-      _Draft(mask, of_bytes, statistics.densities(mask)),
-      floats(values) if values.size else _Draft(values),
+      Part(mask, of_bytes, statistics.densities(mask)),
+      floats(values) if values.size else Part(values),
     ]
-    return parts + [_Draft(np.packbits(negative), of_bytes)] * bool(negative.any())
-  if specs.is_of_bytes(dtype):
-    array = array.reshape(-1).view(np.uint8).reshape(-1, size)
-  if array.dtype == np.uint8:  # each byte of an element has a class
-    return [_Draft(array, of_bytes, (np.zeros(1, int), np.arange(size)))]
+    return parts + [Part(np.packbits(negative), of_bytes)] * bool(negative.any())
+  if specs.is_of_bytes(dtype):  # each byte of an element has a class
+    array = array.reshape(-1, 1).view(np.uint8)
+    lines = np.zeros(1, int), np.arange(array.shape[1])
+    return [Part(array, of_bytes, lines, 1 + place % (_MOST_VALUES - 1))]
   lines = statistics.measure(array, 2)
-  of_codes = statistics.of_codes(array.reshape(-1)) if dtype == np.int8 else None
+  of_codes, least = (
+    statistics.of_codes(array.reshape(-1)) if dtype == np.int8 else (None, 0)
+  )
   # Bins that are right for some lines are too wide for others.
   is_wide = np.std(lines[0]) + np.std(lines[1]) > _MOST_SPREAD
   if of_codes and not (of_codes.raw_bits and is_wide):
-    return [_Draft(array, of_codes, lines)]
-  return [_with_raw_bits(layouts.Differences(dtype, 0), _Draft(array, None, lines))]
+    return [Part(array, of_codes, lines, least)]
+  return [_with_raw_bits(Part(array, layouts.Differences(dtype, 0), lines))]
 
 
-def _with_raw_bits(layout: layouts.Differences, draft: _Draft) -> _Draft:
-  """Returns the draft with a layout that has raw bits for all but a few differences."""
-  (scales,), base = _classes([draft], layout)
-  rows = _sample(draft, scales, layout, _SIZES)
+def _with_raw_bits(part: Part) -> Part:
+  """Returns differences with raw bits for all but a few of them."""
+  (scales,), base = _classes([part], part.layout)
+  rows, layout = _sample(part, scales, _SIZES), part.layout
   most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
   bins = np.concatenate([layout.counted(x, base)[1] for x in rows])
-  shifts = np.concatenate([most.counted(x, base)[2] for x in rows])
   # Raw bits take time.
-  if np.count_nonzero(bins >= units_lib.BINS) > _FAR * np.count_nonzero(bins):
-    most_shift = np.quantile(shifts, 1 - _FARTHEST).clip(1)
-    raw_bits = layouts.RAW * int(np.ceil(most_shift / layouts.RAW))
-    layout = dataclasses.replace(layout, raw_bits=raw_bits)
-  return draft._replace(layout=layout)
+  if np.count_nonzero(bins >= units_lib.BINS) <= _FAR * np.count_nonzero(bins):
+    return part
+  shifts = np.concatenate([most.counted(x, base)[2] for x in rows])
+  most_shift = np.quantile(shifts, 1 - _FARTHEST).clip(1)
+  raw_bits = layouts.RAW * int(np.ceil(most_shift / layouts.RAW))
+  return part._replace(layout=dataclasses.replace(layout, raw_bits=raw_bits))
 
 
 def _smaller(group: Group) -> Group | None:
   """Returns the group without parts that coding does not make smaller."""
-  kept = [x for x in group.parts if x.nbytes < x.numbers.nbytes]
-  group = group._replace(parts=kept)
+  coded = zip(group.parts.items(), group.scales, group.nbytes, strict=True)
+  kept = [x for x in coded if x[2] < x[0][1].numbers.nbytes]
+  if not kept:
+    return None
+  parts, scales, nbytes = zip(*kept, strict=True)
+  group = group._replace(parts=dict(parts), scales=[*scales], nbytes=[*nbytes])
   head = len(contexts_lib.to_bytes(group.contexts, group.scales)) + _GROUP_BYTES
-  return group if group.nbytes + head < sum(x.numbers.nbytes for x in kept) else None
+  plain = sum(x.numbers.nbytes for x in group.parts.values())
+  return group if sum(nbytes) + head < plain else None
 
 
-def _group(layout: layouts.Layout, drafts: Mapping[int, _Draft]) -> Group:
-  """Chooses the classes and the tables of parts of one layout by samples of them.
-
-  The parts are given by their places.
-  """
-  several = [*drafts.values()]
+def _group(layout: layouts.Layout, parts: dict[int, Part]) -> Group:
+  """Chooses the classes and the tables of parts of one layout by samples of them."""
+  several = [*parts.values()]
   scales, base = _classes(several, layout)
-  seen, most = layout.alphabet, max(_UNITS // len(several), _LEAST_SAMPLE)
-  if isinstance(layout, layouts.Bytes):
-    most = _BYTES
-  elif layout.type_name in ('floats', 'codes'):
-    seen = _SEEN
-  samples = [_sample(*x, layout, most) for x in zip(several, scales, strict=True)]
-  counted = [_counts(x, layout, base, seen) for x in samples]
-  numbers, known = [x.numbers for x in several], [x.known for x in several]
-  sizes, counts = np.array([x.size for x in numbers]), np.stack([x for x, _ in counted])
+  most = max(_UNITS // len(several), _LEAST_SAMPLE)
+  most = _BYTES if isinstance(layout, layouts.Bytes) else most
+  samples = [_sample(*x, most) for x in zip(several, scales, strict=True)]
+  counted = [_counts(x, layout, base) for x in samples]
+  sizes = np.array([x.numbers.size for x in several])
+  counts = np.stack([x for x, _ in counted])
   counts = counts * (sizes / counts.sum(axis=(1, 2)))[:, None, None]
-  # The symbols are those that occur most; others are escapes.
-  ends = np.cumsum(np.append(0, counts[..., :-1].sum(axis=(0, 1))))
-  windows = ends[layout.alphabet :] - ends[: -layout.alphabet]
-  # The middle one of equal windows: two of the last symbol would be an escape.
-  first = int(np.median(np.flatnonzero(windows == windows.max())))
-  coded = counts[..., first : first + layout.alphabet]
-  escapes = counts.sum(axis=-1, keepdims=True) - coded.sum(axis=-1, keepdims=True)
-  counts = np.append(coded, escapes, axis=-1)
   rows, table_of = _merged(counts.sum(axis=0), layout.most_stored)
   frequencies = _frequencies(rows, layout)
-  contexts = contexts_lib.Contexts(base + first, table_of, frequencies)
   escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
   bits = np.pad(np.where(frequencies > 0, bits, escape), ((0, 0), (0, 1)))
   bits[:, -1] = escape
   total = (counts * bits[table_of]).sum(axis=(1, 2)) + sizes * [x for _, x in counted]
-  nbytes = (total / 8 + 2).tolist()
-  return Group(layout, contexts, [*map(Part, drafts, numbers, scales, nbytes, known)])
+  contexts = contexts_lib.Contexts(base, table_of, frequencies)
+  return Group(layout, contexts, parts, scales, (total / 8 + 2).tolist())
 
 
 def _classes(
-  drafts: Sequence[_Draft], layout: layouts.Layout
+  parts: Sequence[Part], layout: layouts.Layout
 ) -> tuple[list[contexts_lib.Scales], np.ndarray]:
   """Returns scales whose classes fit a byte, and the base of the contexts."""
-  scales = []
-  if layout.dtype == np.uint8:
-    # Masks share classes; those of others follow each other.
-    base = statistics.DENSITIES
-    for draft in drafts:
-      rows, columns = (x.astype(np.uint8) for x in draft.lines)
-      if rows.size > 1:
-        scales.append(contexts_lib.Scales(0, rows, columns))
-      else:
-        own = base % units_lib.CLASSES
-        scales.append(contexts_lib.Scales(own, np.zeros(1, np.uint8), columns))
-        base += columns.size
-    return scales, np.zeros(1, int)
-  octave, base, count = _LEAST_CODE, 0, layout.most_tables
-  least = min(x.min_exponent for x in drafts)
-  if layout.type_name in ('floats', 'integers', 'known'):
-    most = max(int(x.lines[0].max() + x.lines[1].max()) for x in drafts)
-    octave, count = most // statistics.STEPS - _OCTAVES, units_lib.CLASSES
-    base = 2 * octave - _BINS_BELOW
-    if layout.type_name != 'floats':
-      one = _ONE if layout.type_name == 'integers' else 0
-      base = layouts.ONE_ULP + statistics.STEPS * (octave - one)
-  elif layout.type_name == 'raised':
-    base = least
-  elif layout.type_name == 'codes':
-    # Bins count from -128, and the window is among those around 0.
-    base = (128 >> layout.raw_bits) - _SEEN // 2
-  for draft in drafts:
-    exponent = draft.min_exponent
-    start = exponent - _BELOW if exponent else octave
-    several = statistics.within(draft.lines, start, count)
-    above = layouts.LEVELS * (exponent - least)
-    scales.append(several._replace(base=several.base + above))
-  return scales, np.array([base])
+  most = max(int(x.lines[0].max() + x.lines[1].max()) for x in parts)
+  octave = (most - layout.classes) // statistics.STEPS + 1
+  least, scales = min(x.least for x in parts), []
+  for part in parts:
+    start = part.least - _BELOW if layout.raised else octave
+    several = statistics.within(part.lines, start, layout.classes)
+    above = layouts.LEVELS * (part.least - least)
+    scales.append(several._replace(base=(several.base + above) % units_lib.CLASSES))
+  return scales, np.array([layout.base(octave, least)])
 
 
-def _sample(
-  draft: _Draft, scales: contexts_lib.Scales, layout: layouts.Layout, most: int
-) -> list[units_lib.Row]:
+def _sample(part: Part, scales: contexts_lib.Scales, most: int) -> list[units_lib.Row]:
   """Takes about `most` of the units of a part, in runs."""
-  numbers, size, rows = draft.numbers, layout.size, list[units_lib.Row]()
+  numbers, size, rows = part.numbers, part.layout.size, list[units_lib.Row]()
   flat = numbers.reshape(-1).view(f'u{numbers.itemsize}')
   count = max(flat.size // size, 1)  # without a last number that has no pair
   for run in statistics.runs(count, most):
@@ -270,24 +213,24 @@ def _sample(
     some = slice(run.start * size, run.stop * size)
     units = np.resize(flat[some], (classes.size, size))
     known = np.zeros_like(units)
-    if draft.known is not None:
-      known = np.resize(draft.known[some], units.shape)
+    if part.known is not None:
+      known = np.resize(part.known[some], units.shape)
     rows.append(units_lib.Row(classes[:, None].astype(np.int32), known, units, []))
   return rows
 
 
 def _counts(
-  sample: Sequence[units_lib.Row], layout: layouts.Layout, base: np.ndarray, seen: int
+  sample: Sequence[units_lib.Row], layout: layouts.Layout, base: np.ndarray
 ) -> tuple[np.ndarray, float]:
-  """Counts the first `seen` symbols of each table, and behind them the others.
+  """Counts the symbols of each table, and behind them the escapes.
 
   Also returns the mean number of raw bits of a number.
   """
-  width, raw_bits = seen + 1, list[float]()
+  width, raw_bits = layout.alphabet + 1, list[float]()
   counts = np.zeros(layout.most_tables * width, int)
   for row in sample:
     table_of, symbols, bits = layout.counted(row, base)
-    places = table_of * width + np.minimum(symbols.astype(np.uint32), np.uint32(seen))
+    places = table_of * width + symbols.astype(np.uint32).clip(max=width - 1)
     counts += np.bincount(places.reshape(-1), minlength=counts.size)
     raw_bits.append(float(np.mean(bits)))
   return counts.reshape(-1, width), float(np.mean(raw_bits))
@@ -332,7 +275,7 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   shares = np.where(whole > 0, coded / np.maximum(whole, 1), even)
   limited = shares[:, 1:] if isinstance(layout, layouts.Differences) else shares
   most = limited.max(axis=1, keepdims=True)
-  excess = (most - _MOST_SHARE[layout.type_name]) / np.maximum(most - even[0], 1e-9)
+  excess = (most - layout.most_share) / np.maximum(most - even[0], 1e-9)
   shares += np.maximum(excess, 0) * (even - shares)
   room = (1 << layout.precision) - 1
   while True:

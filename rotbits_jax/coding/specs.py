@@ -33,7 +33,7 @@ DTYPES = {
 
 def is_of_bytes(dtype: np.dtype) -> bool:
   """Returns whether arrays are coded as their bytes: unsigned integers, and 64 bits."""
-  return dtype.itemsize == 8 or (dtype.kind == 'u' and dtype.itemsize > 1)
+  return dtype.itemsize == 8 or dtype.kind == 'u'
 
 
 _MAX_AXES = 32

@@ -44,6 +44,7 @@ _LEAST_RAISED = 1 << 10
 _TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no bin
 _MOST_SHARE = 0.6  # of the most frequent bin, because pairs of it have a limit
 
+_ONE = 127  # the biased exponent of 1, in the scales of integers
 _SAMPLE = 1 << 12  # elements that tell the scale
 _FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the cache
 
@@ -71,14 +72,18 @@ def has_zeros(bits: np.ndarray, shares_step: bool) -> bool:
   return bool(bits.size >= _LEAST_MASK and share > least)
 
 
-def of_codes(numbers: np.ndarray) -> layouts.Pairs | None:
-  """Chooses the layout of codes, int8 `[n]`, by their range; None for others."""
+def of_codes(numbers: np.ndarray) -> tuple[layouts.Pairs | None, int]:
+  """Chooses the layout of codes, int8 `[n]`, by their range; None for others.
+
+  Also returns the least bin, with those that occur in the middle.
+  """
   several = np.concatenate([numbers[run] for run in runs(numbers.size, _FLOATS)])
   least, most = np.quantile(several, _TAILS).astype(int).tolist()
   raw_bits = ((most - least) // units_lib.BINS).bit_length()
   counts = np.bincount((several >> raw_bits).view(np.uint8).astype(int))
   is_even = np.max(counts) < _MOST_SHARE * several.size
-  return layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even else None
+  layout = layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even else None
+  return layout, (least + most + 256 >> raw_bits + 1) - units_lib.BINS // 2
 
 
 def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
@@ -145,7 +150,8 @@ def measure(array: np.ndarray, size: int) -> Lines:
   levels, noise = _levels(matrix[some_rows], row_levels[some_rows, None], 0)
   shared = levels.reshape(contexts.matrix_shape(array.shape, size)[1], -1)
   columns = _quantized(shared.mean(axis=1), noise, array.size, size * min(count, _ROWS))
-  return rows.astype(int), columns.astype(int)
+  one = 0 if array.dtype in layouts.FORMATS else STEPS * _ONE
+  return rows.astype(int) - one, columns.astype(int)
 
 
 def within(lines: Lines, octave: int, count: int) -> contexts.Scales:

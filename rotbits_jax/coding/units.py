@@ -66,6 +66,8 @@ class Base:
   size: ClassVar[int] = 2  # numbers of a unit
   most_tables: ClassVar[int] = CLASSES  # one of each class
   most_stored: ClassVar[int] = CLASSES  # of these, others equal the ones before them
+  classes: ClassVar[int] = CLASSES  # of the scales of an array
+  most_share: ClassVar[float] = 0.5  # of a bin, so that no pair is too frequent
   precision: ClassVar[int] = 12
   pushes: ClassVar[int] = 1  # of a unit
   pieces: ClassVar[tuple[tuple[int, int], ...]] = ()  # of raw bits in planes
