@@ -134,9 +134,7 @@ def rotation(n: int) -> tuple[float, float, float, float]:
   again = restore(popped, recovered, correction)
   if not np.array_equal(rans.unstacked(rans.check(again)), np.asarray(words)):
     raise ValueError('the message did not come back')
-  frequencies = jnp.asarray(haar.fit(correction))
-  corrections = haar.correction_codec(n, n, frequencies)
-  sent = corrections.push(rans.empty(lanes), correction)
+  sent = haar.correction_codec(n, n).push(rans.empty(lanes), correction)
   taken = rans.content_bits(message) - rans.content_bits(popped)
   parameters = n * (n - 1) / 2
   return (

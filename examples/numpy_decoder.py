@@ -173,14 +173,14 @@ def read_record(spec, data, known):
   take, members, masked = stream(data), collections.defaultdict(list), []
   arrays = [np.empty(shape, dtype) for dtype, shape, *_ in spec['arrays']]
   for i, (array, entry) in enumerate(zip(arrays, spec['arrays'], strict=True)):
-    (*_, groups, m), parts, itemsize = entry, [array], array.itemsize
+    (*_, groups, m), parts = entry, [array]
     if len(groups) > 1:  # without zeros
       rows, columns = math.prod(array.shape[:-1]), math.prod(array.shape[-1:])
       signs = np.empty(math.ceil((array.size - m) / 8), 'u1')
       mask = np.empty((rows, math.ceil(columns / 8)), 'u1')
       parts = [mask, np.empty(m, array.dtype), signs][: len(groups)]
       masked.append((array, *parts))
-    elif itemsize == 8 or (itemsize > 1 and array.dtype.kind == 'u'):
+    elif array.itemsize == 8 or array.dtype.kind == 'u':
       parts = [array.reshape(-1, 1).view('u1')]
     for group, part in zip(groups, parts, strict=True):
       members[group].append((i, part))

@@ -89,7 +89,7 @@ class EigenTest(parameterized.TestCase):
     q, spectrum = _rotation(N, patterns)
     recovered = _noisy(q, 2e-4)
     correction = _correct(recovered, recovered, patterns, spectrum)
-    corrections = eigen.correction_codec(N, jnp.asarray(eigen.fit(correction)))
+    corrections = eigen.correction_codec(N)
     sent = rans.check(jax.jit(corrections.push)(rest, correction))
     net = rans.content_bits(message) - rans.content_bits(sent)
     self.assertGreater(net / math.comb(N, 2), 10)

@@ -60,24 +60,22 @@ def encode(
   jobs = []
   for group in plan.groups:
     tables = group.layout.tables(*group.contexts)
-    numbers, near = zip(
-      *((x.numbers, x.known) for x in group.parts.values()), strict=True
-    )
-    several = blocks.divide(numbers, near, group.scales, group.layout.size)
+    parts = [(x.numbers, x.known, x.scales) for x in group.parts.values()]
+    numbers, near, scales = zip(*parts, strict=True)
+    divided = blocks.divide(numbers, near, scales, group.layout.size)
     encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
-    jobs.append([functools.partial(encode, spans) for spans in several])
+    jobs.append([functools.partial(encode, spans) for spans in divided])
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
-  heads = [contexts_lib.to_bytes(x.contexts, x.scales) for x in plan.groups]
   bodies = [[next(coded) for _ in several] for several in jobs]
   groups = tuple(
     specs.GroupSpec(
       type_name=group.layout.type_name,
       raw_bits=group.layout.raw_bits,
-      contexts=len(head),
+      contexts=len(group.head),
       blocks=tuple(x.size for x in body),
     )
-    for group, head, body in zip(plan.groups, heads, bodies, strict=True)
+    for group, body in zip(plan.groups, bodies, strict=True)
   )
   group_of = {place: i for i, group in enumerate(plan.groups) for place in group.parts}
   indices = map(group_of.get, itertools.count())
@@ -91,7 +89,8 @@ def encode(
     )
     for array, crc32, parts in zip(plan.arrays, checksums, plan.parts, strict=True)
   )
-  pieces = [np.frombuffer(b''.join(heads), np.uint8), *itertools.chain(*bodies)]
+  heads = b''.join(group.head for group in plan.groups)
+  pieces = [np.frombuffer(heads, np.uint8), *itertools.chain(*bodies)]
   pieces += [x.reshape(-1).view(np.uint8) for x in plan.plain]
   return Encoded(specs.StreamSpec(arrays=entries, groups=groups), pieces)
 
@@ -101,7 +100,9 @@ def estimate(
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
   plan = plans.make(arrays, known)
-  return sum(sum(x.nbytes) for x in plan.groups) + sum(x.nbytes for x in plan.plain)
+  return sum(x.nbytes for group in plan.groups for x in group.parts.values()) + sum(
+    x.nbytes for x in plan.plain
+  )
 
 
 def decode(

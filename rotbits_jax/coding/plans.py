@@ -51,6 +51,8 @@ class Part(NamedTuple):
   # number of an array of bytes: parts of a group whose values differ share no tables.
   least: int = 0
   known: np.ndarray | None = None  # unsigned integers `[n]`, known numbers
+  scales: Any = None  # `contexts.Scales`
+  nbytes: float = 0  # that it takes, about
 
 
 class Group(NamedTuple):
@@ -58,9 +60,8 @@ class Group(NamedTuple):
 
   layout: layouts.Layout
   contexts: contexts_lib.Contexts
+  head: bytes  # the contexts and the scales, serialised
   parts: dict[int, Part]  # by their places among the parts of all arrays
-  scales: list[contexts_lib.Scales]  # of each part
-  nbytes: list[float]  # that each part takes, about
 
 
 class Plan(NamedTuple):
@@ -95,14 +96,15 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
     if part.layout:
       key = part.layout, (part.least - least) // _MOST_VALUES
       several.setdefault(key, {})[place] = part
-  planned = pool.each(_group, (layout for layout, _ in several), several.values())
-  return Plan(whole, divided, [group for group in map(_smaller, planned) if group])
+  groups = pool.each(_group, several.values())
+  return Plan(whole, divided, [group for group in groups if group.parts])
 
 
 def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
   """Returns the parts of the array of this place."""
   dtype, of_bytes = array.dtype, layouts.Bytes(np.dtype(np.uint8), 0)
-  if not array.size or dtype.kind == 'b':
+  layout: layouts.Layout
+  if array.size < 2 or dtype.kind == 'b':
     return [Part(array)]
   if known is not None:
     layout = layouts.Differences(dtype, 0, 'known')
@@ -119,7 +121,7 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
     negative = rows[~is_set] > 0
     parts = [
       Part(mask, of_bytes, statistics.densities(mask)),
-      floats(values) if values.size else Part(values),
+      floats(values) if values.size > 1 else Part(values),
     ]
     return parts + [Part(np.packbits(negative), of_bytes)] * bool(negative.any())
   if specs.is_of_bytes(dtype):  # each byte of an element has a class
@@ -139,36 +141,25 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
 
 def _with_raw_bits(part: Part) -> Part:
   """Returns differences with raw bits for all but a few of them."""
-  (scales,), base = _classes([part], part.layout)
-  rows, layout = _sample(part, scales, _SIZES), part.layout
-  most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
-  bins = np.concatenate([layout.counted(x, base)[1] for x in rows])
+  (scales,), base = _classes([part])
+  sample, layout = _sample(part, scales, _SIZES), part.layout
+  bins = layout.counted(sample, base)[1]
   # Raw bits take time.
   if np.count_nonzero(bins >= units_lib.BINS) <= _FAR * np.count_nonzero(bins):
     return part
-  shifts = np.concatenate([most.counted(x, base)[2] for x in rows])
-  most_shift = np.quantile(shifts, 1 - _FARTHEST).clip(1)
-  raw_bits = layouts.RAW * int(np.ceil(most_shift / layouts.RAW))
+  most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
+  shift = np.quantile(most.counted(sample, base)[2], 1 - _FARTHEST).clip(1)
+  raw_bits = layouts.RAW * int(np.ceil(shift / layouts.RAW))
   return part._replace(layout=dataclasses.replace(layout, raw_bits=raw_bits))
 
 
-def _smaller(group: Group) -> Group | None:
-  """Returns the group without parts that coding does not make smaller."""
-  coded = zip(group.parts.items(), group.scales, group.nbytes, strict=True)
-  kept = [x for x in coded if x[2] < x[0][1].numbers.nbytes]
-  if not kept:
-    return None
-  parts, scales, nbytes = zip(*kept, strict=True)
-  group = group._replace(parts=dict(parts), scales=[*scales], nbytes=[*nbytes])
-  head = len(contexts_lib.to_bytes(group.contexts, group.scales)) + _GROUP_BYTES
-  plain = sum(x.numbers.nbytes for x in group.parts.values())
-  return group if sum(nbytes) + head < plain else None
+def _group(parts: Mapping[int, Part]) -> Group:
+  """Chooses the classes and the tables of parts of one layout by samples of them.
 
-
-def _group(layout: layouts.Layout, parts: dict[int, Part]) -> Group:
-  """Chooses the classes and the tables of parts of one layout by samples of them."""
+  Returns a group without the parts that coding does not make smaller.
+  """
   several = [*parts.values()]
-  scales, base = _classes(several, layout)
+  layout, (scales, base) = several[0].layout, _classes(several)
   most = max(_UNITS // len(several), _LEAST_SAMPLE)
   most = _BYTES if isinstance(layout, layouts.Bytes) else most
   samples = [_sample(*x, most) for x in zip(several, scales, strict=True)]
@@ -178,19 +169,28 @@ def _group(layout: layouts.Layout, parts: dict[int, Part]) -> Group:
   counts = counts * (sizes / counts.sum(axis=(1, 2)))[:, None, None]
   rows, table_of = _merged(counts.sum(axis=0), layout.most_stored)
   frequencies = _frequencies(rows, layout)
+  contexts = contexts_lib.Contexts(base, table_of, frequencies)
   escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
-  bits = np.pad(np.where(frequencies > 0, bits, escape), ((0, 0), (0, 1)))
-  bits[:, -1] = escape
-  total = (counts * bits[table_of]).sum(axis=(1, 2)) + sizes * [x for _, x in counted]
-  contexts = contexts_lib.Contexts(base, table_of, frequencies)
-  return Group(layout, contexts, parts, scales, (total / 8 + 2).tolist())
+  bits = np.where(frequencies > 0, bits, escape)
+  bits = np.pad(bits, ((0, 0), (0, 1)), constant_values=escape)[table_of]
+  total = (counts * bits).sum(axis=(1, 2)) + sizes * [x for _, x in counted]
+  nbytes = (total / 8 + 2).tolist()
+  planned = zip(parts.items(), scales, nbytes, strict=True)
+  coded = {
+    place: part._replace(scales=of_lines, nbytes=size)
+    for (place, part), of_lines, size in planned
+    if size < part.numbers.nbytes
+  }
+  head = contexts_lib.to_bytes(contexts, [x.scales for x in coded.values()])
+  saved = sum(x.numbers.nbytes - x.nbytes for x in coded.values())
+  is_smaller = saved > len(head) + _GROUP_BYTES
+  return Group(layout, contexts, head, coded if is_smaller else {})
 
 
-def _classes(
-  parts: Sequence[Part], layout: layouts.Layout
-) -> tuple[list[contexts_lib.Scales], np.ndarray]:
+def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarray]:
   """Returns scales whose classes fit a byte, and the base of the contexts."""
+  layout = parts[0].layout
   most = max(int(x.lines[0].max() + x.lines[1].max()) for x in parts)
   octave = (most - layout.classes) // statistics.STEPS + 1
   least, scales = min(x.least for x in parts), []
@@ -202,37 +202,32 @@ def _classes(
   return scales, np.array([layout.base(octave, least)])
 
 
-def _sample(part: Part, scales: contexts_lib.Scales, most: int) -> list[units_lib.Row]:
+def _sample(part: Part, scales: contexts_lib.Scales, most: int) -> units_lib.Row:
   """Takes about `most` of the units of a part, in runs."""
-  numbers, size, rows = part.numbers, part.layout.size, list[units_lib.Row]()
+  numbers, size, rows = part.numbers, part.layout.size, []
   flat = numbers.reshape(-1).view(f'u{numbers.itemsize}')
-  count = max(flat.size // size, 1)  # without a last number that has no pair
-  for run in statistics.runs(count, most):
+  known = np.zeros_like(flat) if part.known is None else part.known
+  for run in statistics.runs(flat.size // size, most):
     classes = np.empty(run.stop - run.start, np.uint8)
     scales.write(classes, run.start, numbers.shape, size)
     some = slice(run.start * size, run.stop * size)
-    units = np.resize(flat[some], (classes.size, size))
-    known = np.zeros_like(units)
-    if part.known is not None:
-      known = np.resize(part.known[some], units.shape)
-    rows.append(units_lib.Row(classes[:, None].astype(np.int32), known, units, []))
-  return rows
+    both = (x[some].reshape(-1, size) for x in (known, flat))
+    rows.append((classes[:, None], *both))
+  classes, known, units = map(np.concatenate, zip(*rows, strict=True))
+  return units_lib.Row(classes.astype(np.int32), known, units, [])
 
 
 def _counts(
-  sample: Sequence[units_lib.Row], layout: layouts.Layout, base: np.ndarray
+  sample: units_lib.Row, layout: layouts.Layout, base: np.ndarray
 ) -> tuple[np.ndarray, float]:
   """Counts the symbols of each table, and behind them the escapes.
 
   Also returns the mean number of raw bits of a number.
   """
-  width, raw_bits = layout.alphabet + 1, list[float]()
-  counts = np.zeros(layout.most_tables * width, int)
-  for row in sample:
-    table_of, symbols, bits = layout.counted(row, base)
-    places = table_of * width + symbols.astype(np.uint32).clip(max=width - 1)
-    counts += np.bincount(places.reshape(-1), minlength=counts.size)
-    raw_bits.append(float(np.mean(bits)))
+  width = layout.alphabet + 1
+  table_of, symbols, raw_bits = layout.counted(sample, base)
+  places = table_of * width + symbols.astype(np.uint32).clip(max=width - 1)
+  counts = np.bincount(places.reshape(-1), minlength=layout.most_tables * width)
   return counts.reshape(-1, width), float(np.mean(raw_bits))
 
 
@@ -270,11 +265,10 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   # Spread over half of the bins, pairs of rare ones have slots.
   even = (np.arange(layout.alphabet) < layout.alphabet // 2) * (2 / layout.alphabet)
   coded = counts[:, : layout.alphabet]
-  whole = counts if isinstance(layout, layouts.Bytes) else coded
+  whole = counts if layout.size == 1 else coded
   whole = whole.sum(axis=1, keepdims=True)
   shares = np.where(whole > 0, coded / np.maximum(whole, 1), even)
-  limited = shares[:, 1:] if isinstance(layout, layouts.Differences) else shares
-  most = limited.max(axis=1, keepdims=True)
+  most = shares[:, layout.is_first_long :].max(axis=1, keepdims=True)
   excess = (most - layout.most_share) / np.maximum(most - even[0], 1e-9)
   shares += np.maximum(excess, 0) * (even - shares)
   room = (1 << layout.precision) - 1

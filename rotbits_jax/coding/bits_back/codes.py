@@ -11,13 +11,10 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import tables
-from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import eigen
 from rotbits_jax.coding.bits_back import haar
 
@@ -34,9 +31,7 @@ class RotationCode(NamedTuple):
   # recovered frame, that of another machine, integers, spectrum -> correction
   correct: Callable[[jax.Array, jax.Array, jax.Array, Any], Any]
   recover: Callable[[jax.Array, Any], jax.Array]  # frame, correction -> integers
-  fit: Callable[[Any], np.ndarray]  # correction -> frequency tables
-  correction_codec: Callable[[jax.Array], codecs.Codec]  # of corrections, from tables
-  num_tables: int
+  correction_codec: Callable[[], codecs.Codec]  # makes that of corrections
 
   def max_rows(self, lanes: int) -> int:
     """Returns the words that a lane of the message must hold for `sample`.
@@ -64,29 +59,15 @@ class RotationCode(NamedTuple):
     return self.codec().push(message, integers), integers
 
   def pack(self, correction: Any) -> np.ndarray:
-    """Returns a correction as words, uint16: its tables and a message."""
-    frequencies = self.fit(correction)
-    data = tables.deflate(tables.to_bytes(frequencies))
-    head = np.frombuffer(data + b'\0' * (len(data) % 2), np.uint16)
-    message = self._push(rans.empty(self._lanes), jnp.asarray(frequencies), correction)
-    return np.concatenate([[np.uint16(len(data))], head, rans.to_words(message)])
+    """Returns a correction as the words of a message, uint16."""
+    return rans.to_words(self._push(rans.empty(self._lanes), correction))
 
   def unpack(self, words: np.ndarray) -> Any:
     """Returns the correction of words, inverse to `pack`; a ValueError for others."""
-    if not words.size:
-      raise ValueError('a correction is cut short')
-    nbytes = int(words[0])
-    start = 1 + -(-nbytes // 2)
-    data = words[1:start].tobytes()[:nbytes]
-    halves = tables.inflate(data, 2 * self.num_tables * correction_lib.LEVELS)
-    frequencies = tables.from_bytes(halves, correction_lib.LEVELS)
-    if frequencies.sum(axis=1).tolist() != [tables.TOTAL] * self.num_tables:
-      raise ValueError(f'not {self.num_tables} tables, got {frequencies!r:.80}')
-    # An integer has a residue of at most 16 bits and two levels of at most 14 bits
-    # each. The rest of the room is for signs.
+    # An integer has a residue of at most 16 bits and an extra level of at most 14. The
+    # rest of the room is for base levels and signs.
     room = 4 * -(-self.num_integers // self._lanes) + 16
-    message = rans.from_words(words[start:], self._lanes, room)
-    message, correction = self._pop(message, jnp.asarray(frequencies))
+    message, correction = self._pop(rans.from_words(words, self._lanes, room))
     if rans.content_bits(rans.check(message)):
       raise ValueError('a correction is too long')
     return correction
@@ -97,14 +78,14 @@ class RotationCode(NamedTuple):
     return 1 << min(max(self.num_integers >> 12, 1), 1024).bit_length() - 1
 
   @_jit
-  def _push(self, message: rans.Message, table: jax.Array, x: Any) -> rans.Message:
+  def _push(self, message: rans.Message, correction: Any) -> rans.Message:
     """Pushes a correction."""
-    return self.correction_codec(table).push(message, x)
+    return self.correction_codec().push(message, correction)
 
   @_jit
-  def _pop(self, message: rans.Message, table: jax.Array) -> tuple[rans.Message, Any]:
+  def _pop(self, message: rans.Message) -> tuple[rans.Message, Any]:
     """Pops a correction."""
-    return self.correction_codec(table).pop(message)
+    return self.correction_codec().pop(message)
 
 
 @functools.lru_cache
@@ -116,9 +97,7 @@ def haar_code(n: int, k: int) -> RotationCode:
     lambda cells: (haar.rotation(cells, n, k), None),
     jax.jit(lambda recovered, other, cells, _: haar.correct(recovered, other, cells)),
     haar.recover,
-    haar.fit,
     functools.partial(haar.correction_codec, n, k),
-    num_tables=3,
   )
 
 
@@ -132,7 +111,5 @@ def eigen_code(n: int, threshold: float | None) -> RotationCode:
     functools.partial(eigen.rotation, n),
     jax.jit(functools.partial(eigen.correct, threshold=threshold)),
     eigen.recover,
-    eigen.fit,
     functools.partial(eigen.correction_codec, n),
-    num_tables=2,
   )

@@ -15,7 +15,7 @@ floats propose, integers decide.
 
 Integers form groups (the cells of one column of a rotation, for example) whose levels
 are similar. A group has a base level, and each integer has an extra level that is added
-to it. Both are entropy coded with integer tables.
+to it. Extra levels are entropy coded.
 
 Shape letters: S integers, G groups. `groups` is int32 `[S]`, the group of each integer,
 and `count` is G.
@@ -29,7 +29,6 @@ import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
-from rotbits_jax.coding import tables
 
 LEVELS = 17
 
@@ -44,15 +43,9 @@ SAFETY = 12.0
 
 _NEIGHBOURS = 9  # groups whose differences are taken together
 
-# The estimated cost in bits of an integer that needs level c in a group with this base
-# level: the residue, and the code of the extra level (measured on Gaussian errors).
-_COST = np.array(
-  [
-    [base + 0.3 if c <= base else c + 1.5 + 1.5 * (c - base) for c in range(LEVELS)]
-    for base in range(LEVELS)
-  ],
-  np.float32,
-)
+# The frequencies of extra levels: about those of Gaussian errors, except for the last
+# one, of integers that are sent in full.
+_EXTRA = np.array([[14100, 1900, 220, 25, 8, *[1] * 11, 120]])
 
 
 class Correction(NamedTuple):
@@ -83,7 +76,11 @@ def correct(
   needed = beyond.sum(axis=1, dtype=jnp.int32)
   histogram = jnp.zeros((count, LEVELS), jnp.float32)
   histogram = histogram.at[groups, needed].add(1.0, mode='drop')
-  cost = jnp.matmul(histogram, jnp.asarray(_COST).T, precision='highest')
+  # The bits of integers that need each level, for each base level.
+  places = np.arange(LEVELS)
+  extra = np.maximum(places - places[:, None], 0)
+  bits = np.maximum(places, places[:, None]) - np.log2(_EXTRA[0, extra])
+  cost = jnp.matmul(histogram, bits.T.astype(np.float32), precision='highest')
   base = jnp.argmin(cost, axis=1).astype(jnp.int32)
   return with_levels(integers, needed, base, groups)
 
@@ -141,22 +138,12 @@ def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.A
   return integers.astype(jnp.uint16)
 
 
-def fit(*symbols: jax.Array) -> np.ndarray:
-  """Returns a frequency table for each array of symbols below `LEVELS`: `[T, 17]`."""
-
-  def table(counts: np.ndarray) -> np.ndarray:
-    return tables.quantize(counts if counts.any() else np.eye(1, LEVELS, dtype=int)[0])
-
-  counts = (np.bincount(np.asarray(x).reshape(-1), minlength=LEVELS) for x in symbols)
-  return np.stack([*map(table, counts)])
-
-
-def codec(groups: jax.Array, count: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections, given the tables `[2, 17]` of both levels."""
-  each = lambda size, table: codecs.categorical(
-    jnp.full(size, table, jnp.uint32), frequencies, jnp.uint8
+def codec(groups: jax.Array, count: int) -> codecs.Codec:
+  """Returns the codec of corrections."""
+  both_levels = codecs.serial(
+    codecs.categorical(jnp.zeros(groups.size, jnp.uint32), _EXTRA, jnp.uint8),
+    codecs.uniform(jnp.full(count, LEVELS.bit_length(), jnp.uint32), jnp.uint8),
   )
-  both_levels = codecs.serial(each(groups.size, 1), each(count, 0))
 
   def residues(base: jax.Array, extra: jax.Array) -> codecs.Codec:
     return codecs.uniform(levels(base, extra, groups).astype(jnp.uint32), jnp.uint16)

@@ -35,7 +35,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding.bits_back import correction as correction_lib
@@ -118,13 +117,8 @@ def recover(recovered: jax.Array, correction: EigenCorrection) -> jax.Array:
   return pattern(correction_lib.nearest(positions, level, residue))
 
 
-def fit(correction: EigenCorrection) -> np.ndarray:
-  """Returns tables for base levels and extra levels: int64 `[2, 17]`."""
-  return correction_lib.fit(correction.numbers.base, correction.numbers.extra)
-
-
-def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections, given the tables of `fit`."""
+def correction_codec(n: int) -> codecs.Codec:
+  """Returns the codec of corrections."""
   bitcast = jax.lax.bitcast_convert_type
   spectra = codecs.serial(
     codec(n),
@@ -132,7 +126,7 @@ def correction_codec(n: int, frequencies: jax.Array) -> codecs.Codec:
     split=lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
     join=lambda entries: Spectrum(bitcast(entries[1], jnp.float32), entries[0]),
   )
-  numbers = correction_lib.codec(places(n)[0], n, frequencies)
+  numbers = correction_lib.codec(places(n)[0], n)
   return codecs.serial(spectra, numbers, join=EigenCorrection._make)
 
 

@@ -183,16 +183,10 @@ def _read_columns(
   return jnp.concatenate([cells, jnp.pad(right, ((count, 0), (0, 0)))], axis=1)
 
 
-def fit(correction: FrameCorrection) -> np.ndarray:
-  """Returns tables for base levels, extra levels and flips: int64 `[3, 17]`."""
-  (base, extra, _), flips = correction
-  return correction_lib.fit(base, extra, flips)
-
-
-def correction_codec(n: int, k: int, frequencies: jax.Array) -> codecs.Codec:
-  """Returns the codec of corrections of frames, given the tables of `fit`."""
-  cells = correction_lib.codec(places(n, k)[1], k, frequencies[:2])
-  flips = codecs.categorical(jnp.zeros(k, jnp.uint32), frequencies[2:], bool)
+def correction_codec(n: int, k: int) -> codecs.Codec:
+  """Returns the codec of corrections of frames."""
+  cells = correction_lib.codec(places(n, k)[1], k)
+  flips = codecs.uniform(jnp.ones(k, jnp.uint32), bool)
   return codecs.serial(cells, flips, join=FrameCorrection._make)
 
 
