@@ -1,6 +1,7 @@
 """Numbers that share a step are raised and lowered exactly; tables are the same."""
 
 import itertools
+import zlib
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -95,7 +96,12 @@ def test_numbers_are_moved_by_their_differences(dtype):
   np.testing.assert_array_equal(on_device, off)
 
 
-def test_what_is_inflated_is_bounded():
+def test_damaged_contexts_are_refused_and_what_is_inflated_is_bounded():
   layout = layouts.Pairs(np.dtype(np.float16), 8)
-  with pytest.raises(ValueError, match='too long'):
-    contexts.from_bytes(tables.deflate(bytes(1 << 24)), layout, ((1, 2),))
+  packed = lambda data: zlib.compress(data, wbits=-15)
+  table = np.full((1, 32), 512, '<u2')
+  good = packed(bytes(4) + bytes([1, 0, 0, 0]) + table.view('u1').T.tobytes())
+  contexts.from_bytes(good, layout, ((1, 2),))
+  for bad in (good[:-3], b'', good + b'0', packed(bytes(1 << 24)), packed(bytes(72))):
+    with pytest.raises(ValueError, match='tables'):
+      contexts.from_bytes(bad, layout, ((1, 2),))

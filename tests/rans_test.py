@@ -162,24 +162,3 @@ class TablesTest(absltest.TestCase):
         used = counts > 0
         cost = -np.sum(counts[used] * np.log2(shares[used]))
         self.assertLess(cost / tables.entropy_bits(counts) - 1, 1e-3)
-
-  def test_bytes_round_trip(self):
-    stack = np.stack([tables.quantize(COUNTS[n]) for n in ('normal', 'lone', 'skewed')])
-    data = tables.to_bytes(stack)
-    data = np.frombuffer(data, np.uint8)
-    np.testing.assert_array_equal(tables.from_bytes(data, 256), stack)
-    packed = tables.deflate(data.tobytes())
-    np.testing.assert_array_equal(tables.inflate(packed, data.size), data)
-
-  def test_bad_bytes_are_refused(self):
-    stack = tables.quantize(COUNTS['normal'])[None]
-    data = np.frombuffer(tables.to_bytes(stack), np.uint8)
-    for bad, alphabet in ((data[:-3], 256), (data, 384)):
-      with self.assertRaises(ValueError):
-        tables.from_bytes(bad, alphabet)
-    packed = tables.deflate(data.tobytes())
-    for bad in (packed[:-3], b'', packed + b'0'):
-      with self.assertRaises(ValueError):
-        tables.inflate(bad, data.size)
-    with self.assertRaises(ValueError):
-      tables.inflate(packed, data.size - 1)

@@ -14,11 +14,12 @@ Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols.
 from collections.abc import Sequence
 import math
 from typing import NamedTuple
+import zlib
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from rotbits_jax.coding import layouts
-from rotbits_jax.coding import tables
 
 MOST_UNITS = 1 << 19
 """The most units of a block, which makes the classes of whole rows of columns."""
@@ -84,8 +85,10 @@ def to_bytes(contexts: Contexts, scales: Sequence[Scales]) -> bytes:
     lines += [x.tobytes() for x in (rows, columns) if x.size > 1]
   base = contexts.base.astype('<i2').tobytes()
   is_new = np.diff(contexts.table_of, prepend=-1).astype(np.uint8).tobytes()
-  head = b''.join([base, bytes(heads), *lines, is_new])
-  return tables.deflate(head + tables.to_bytes(contexts.frequencies))
+  # The low bytes, and then the high bytes, which are alike.
+  halves = contexts.frequencies.astype('<u2').view(np.uint8).reshape(-1, 2).T.tobytes()
+  data = b''.join([base, bytes(heads), *lines, is_new, halves])
+  return zlib_ng.compress(data, 9, -15)
 
 
 def from_bytes(
@@ -95,7 +98,13 @@ def from_bytes(
   lengths = [matrix_shape(shape, layout.size) for shape in shapes]
   most = 2 + sum(2 + sum(x) for x in lengths)
   most += layout.most_tables * (1 + 2 * layout.alphabet)
-  content, position = tables.inflate(data, most), 0
+  unpacker, position = zlib.decompressobj(-15), 0
+  try:
+    content = np.frombuffer(unpacker.decompress(data, most + 1), np.uint8)
+  except zlib.error as error:
+    raise ValueError(f'not the tables of arrays: {error}') from error
+  if not unpacker.eof or unpacker.unused_data or content.size > most:
+    raise ValueError('the tables of arrays are cut short or too long')
 
   def take(size: int) -> np.ndarray:
     nonlocal position
@@ -113,8 +122,9 @@ def from_bytes(
     lines = [take(n) if mode >> i & 1 else np.zeros(1, np.uint8) for i, n in pairs]
     scales.append(Scales(first, *lines))
   is_new = take(layout.most_tables)
-  frequencies = tables.from_bytes(content[position:], layout.alphabet)
-  if is_new[0] != 1 or is_new.max() > 1 or is_new.sum() != len(frequencies):
-    raise ValueError(f'{is_new.sum()} tables, got {len(frequencies)}')
-  table_of = np.cumsum(is_new, dtype=np.int64) - 1
-  return Contexts(base, table_of, frequencies), scales
+  table_of, halves = np.cumsum(is_new, dtype=np.int64) - 1, content[position:]
+  shape = 2, int(table_of[-1]) + 1, layout.alphabet
+  if is_new[0] != 1 or is_new.max() > 1 or halves.size != math.prod(shape):
+    raise ValueError(f'{shape[1]} tables cannot have {halves.size} bytes')
+  low, high = halves.reshape(shape).astype(np.int64)
+  return Contexts(base, table_of, low | high << 8), scales

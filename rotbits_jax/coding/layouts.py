@@ -113,10 +113,6 @@ class Pairs(units_lib.Base):
     return QUARTERS if self.type_name == 'floats' else LEVELS
 
   @property
-  def classes(self) -> int:  # type: ignore[override]
-    return units_lib.CLASSES if self.type_name == 'floats' else LEVELS
-
-  @property
   def most_share(self) -> float:  # type: ignore[override]
     return 0.33 if self.type_name == 'floats' else 0.66
 
@@ -223,18 +219,6 @@ class Pairs(units_lib.Base):
       low, high = (x >> place & ((1 << bits) - 1) for x in raw)
       pieces.append(low | high << bits)
     return bins, [], pieces
-
-  def frequencies(self, counts: np.ndarray) -> np.ndarray:
-    """Returns those of symbols before the escape, given counts of bins `[K, 32]`."""
-    return tables.of_pairs(counts, counts, self.precision)
-
-  def tables(
-    self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
-  ) -> units_lib.Tables:
-    """Makes the tables, given counts of bins `[K, 32]`, and the row of each table."""
-    slots, intervals = units_lib.entries(self.frequencies(counts), self)
-    rows = slots[table_of].reshape(-1), intervals[table_of].reshape(-1)
-    return units_lib.Tables(*rows, base.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,14 +363,14 @@ class Differences(units_lib.Base):
     return bins, intervals, []
 
   def frequencies(self, counts: np.ndarray) -> np.ndarray:
-    """Returns those of each two of K tables, `[K^2, 1023]`; see `Pairs.frequencies`."""
+    """Returns those of each two of K tables, `[K^2, 1023]`."""
     several = counts.repeat(len(counts), axis=0), np.tile(counts, (len(counts), 1))
     return tables.of_pairs(*several, self.precision)
 
   def tables(
     self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
   ) -> units_lib.Tables:
-    """Makes the tables, given counts of bins `[K, 32]`; see `Pairs.tables`."""
+    """Makes the tables, given counts of bins `[K, 32]`; see `units.Base`."""
     if (count := len(counts)) > MOST_DIFFERENT:
       raise ValueError(f'{count} tables, more than {MOST_DIFFERENT}')
     grids = []
@@ -452,15 +436,6 @@ class Bytes(units_lib.Base):
 
   def frequencies(self, counts: np.ndarray) -> np.ndarray:
     return counts
-
-  def tables(
-    self, base: np.ndarray, table_of: np.ndarray, frequencies: np.ndarray
-  ) -> units_lib.Tables:
-    """Makes the tables, given frequencies `[K, 255]`; see `Pairs.tables`."""
-    slots, intervals = (
-      x[table_of].reshape(-1) for x in units_lib.entries(frequencies, self)
-    )
-    return units_lib.Tables(slots, intervals, base.astype(np.int32))
 
 
 def folded(values: Any) -> Any:

@@ -113,7 +113,7 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
     bits = array.reshape(-1).view(f'u{array.itemsize}')
     layout, least = statistics.of_floats(bits, dtype)
     floats = lambda x: Part(x, layout, statistics.measure(x, 2), least)
-    if not statistics.has_zeros(bits, layout.raised):
+    if not statistics.has_zeros(bits):
       return [floats(array)]
     rows = bits.reshape(-1, array.shape[-1])
     is_set = rows << 1 > 0
@@ -192,11 +192,13 @@ def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarr
   """Returns scales whose classes fit a byte, and the base of the contexts."""
   layout = parts[0].layout
   most = max(int(x.lines[0].max() + x.lines[1].max()) for x in parts)
-  octave = (most - layout.classes) // statistics.STEPS + 1
+  is_small = layout.most_tables == layouts.LEVELS
+  count = layouts.LEVELS if is_small else units_lib.CLASSES
+  octave = (most - count) // statistics.STEPS + 1
   least, scales = min(x.least for x in parts), []
   for part in parts:
     start = part.least - _BELOW if layout.raised else octave
-    several = statistics.within(part.lines, start, layout.classes)
+    several = statistics.within(part.lines, start, count)
     above = layouts.LEVELS * (part.least - least)
     scales.append(several._replace(base=(several.base + above) % units_lib.CLASSES))
   return scales, np.array([layout.base(octave, least)])

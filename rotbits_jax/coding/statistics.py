@@ -48,10 +48,9 @@ _ONE = 127  # the biased exponent of 1, in the scales of integers
 _SAMPLE = 1 << 12  # elements that tell the scale
 _FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the cache
 
-# Masks of fewer elements cost more than they save. Fewer zeros are exceptions or, where
-# numbers were rounded to a step, like others.
+# Masks of fewer elements cost more than they save. Fewer zeros are exceptions.
 _LEAST_MASK = 1 << 12
-_LEAST_ZEROS, _LEAST_ROUNDED = 1 / 1024, 1 / 32
+_LEAST_ZEROS = 1 / 1024
 
 
 def runs(size: int, most: int, count: int = 16) -> list[slice]:
@@ -63,13 +62,12 @@ def runs(size: int, most: int, count: int = 16) -> list[slice]:
   return [slice(start, start + length) for start in starts]
 
 
-def has_zeros(bits: np.ndarray, shares_step: bool) -> bool:
+def has_zeros(bits: np.ndarray) -> bool:
   """Returns whether floats `[n]`, given the patterns, have zeros that a mask is for."""
   magnitude = bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
   sample = np.concatenate([bits[run] for run in runs(bits.size, _FLOATS)])
   share = 1 - np.count_nonzero(sample & magnitude) / sample.size
-  least = _LEAST_ROUNDED if shares_step else _LEAST_ZEROS
-  return bool(bits.size >= _LEAST_MASK and share > least)
+  return bool(bits.size >= _LEAST_MASK and share > _LEAST_ZEROS)
 
 
 def of_codes(numbers: np.ndarray) -> tuple[layouts.Pairs | None, int]:

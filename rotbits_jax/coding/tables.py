@@ -16,10 +16,7 @@ entropy with a precision of 14.
 Shape letters: K tables, A symbols in the alphabet.
 """
 
-import zlib
-
 import numpy as np
-from zlib_ng import zlib_ng
 
 PRECISION = 14
 TOTAL = 1 << PRECISION
@@ -58,33 +55,3 @@ def of_pairs(first: np.ndarray, second: np.ndarray, precision: int) -> np.ndarra
   drop = 2 * PRECISION - precision
   weights = (first[:, :, None] * second[:, None]).reshape(len(first), -1)
   return (weights[:, :-1] + (1 << drop - 1)) >> drop
-
-
-def to_bytes(frequencies: np.ndarray) -> bytes:
-  """Serialises tables `[K, A]`: the low bytes, and then the high bytes."""
-  return frequencies.astype('<u2').view(np.uint8).reshape(-1, 2).T.tobytes()
-
-
-def from_bytes(data: np.ndarray, alphabet: int) -> np.ndarray:
-  """Makes tables from bytes, uint8, int64 `[K, A]`: the inverse of `to_bytes`."""
-  if data.size % (2 * alphabet):
-    raise ValueError(f'{data.size} bytes are not tables')
-  low, high = data.reshape(2, -1, alphabet).astype(np.int64)
-  return low | high << 8
-
-
-def deflate(data: bytes) -> bytes:
-  """Returns a raw Deflate stream, which `inflate` reads."""
-  return zlib_ng.compress(data, 9, -15)
-
-
-def inflate(data: bytes, most: int) -> np.ndarray:
-  """Inflates a stream of at most so many bytes: uint8."""
-  unpacker = zlib.decompressobj(-15)
-  try:
-    content = unpacker.decompress(data, most + 1)
-  except zlib.error as error:
-    raise ValueError(f'not the tables of arrays: {error}') from error
-  if not unpacker.eof or unpacker.unused_data or len(content) > most:
-    raise ValueError('the tables of arrays are cut short or too long')
-  return np.frombuffer(content, np.uint8)

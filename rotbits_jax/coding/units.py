@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import tables
+from rotbits_jax.system import host
 
 BINS = 32
 
@@ -66,7 +67,6 @@ class Base:
   size: ClassVar[int] = 2  # numbers of a unit
   most_tables: ClassVar[int] = CLASSES  # one of each class
   most_stored: ClassVar[int] = CLASSES  # of these, others equal the ones before them
-  classes: ClassVar[int] = CLASSES  # of the scales of an array
   most_share: ClassVar[float] = 0.5  # of a bin, so that no pair is too frequent
   precision: ClassVar[int] = 12
   pushes: ClassVar[int] = 1  # of a unit
@@ -99,6 +99,22 @@ class Base:
     if self.words > 1:
       return words
     return [words[0] & ((1 << self.width) - 1), words[0] >> self.width]
+
+  def frequencies(self, counts: np.ndarray) -> np.ndarray:
+    """Returns those of symbols before the escape, given stored tables."""
+    return tables.of_pairs(counts, counts, self.precision)
+
+  def tables(
+    self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
+  ) -> Tables:
+    """Makes the tables, given K stored ones, and which of these each table is."""
+    rows = entries(self.frequencies(counts), self)
+    slots, intervals = (
+      # Aligned, so that JAX uses them where they are.
+      np.take(x, table_of, 0, host.empty((len(table_of), x.shape[1]), x.dtype), 'clip')
+      for x in rows
+    )
+    return Tables(slots.reshape(-1), intervals.reshape(-1), base.astype(np.int32))
 
   def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
     """Returns the lists of units at escapes: their symbols, and others whole."""
