@@ -45,7 +45,6 @@ _TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no
 _MOST_SHARE = 0.6  # of the most frequent bin, because pairs of it have a limit
 
 _ONE = 127  # the biased exponent of 1, in the scales of integers
-_SAMPLE = 1 << 12  # elements that tell the scale
 _FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the cache
 
 # Masks of fewer elements cost more than they save. Fewer zeros are exceptions.
@@ -93,7 +92,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   form = layouts.FORMATS[dtype]
   most, unsigned = form.nmant, bits.dtype.type
   mask = unsigned((1 << form.bits - 1) - 1)
-  sample = np.concatenate([bits[run] for run in runs(bits.size, _SAMPLE)]) & mask
+  sample = np.concatenate([bits[run] for run in runs(bits.size, _FLOATS)]) & mask
   exponents = np.maximum(sample[sample > 0] >> most, 1)
   # For a normal distribution the mean of log2 |x| is 0.92 less than log2 of the
   # standard deviation, and the exponent is on average 0.5 less than log2.
@@ -102,34 +101,27 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   # With a higher one too few symbols would be left for the elements below it. NaN must
   # stay above it.
   least = min(scale + _MOST_ABOVE, (1 << form.nexp) - 2)
-  used, lowest = 0, 1 << 30
+  used, lowest = 1 << most, 1 << 30
   for start in range(0, bits.size, _FLOATS):
     magnitude = bits[start : start + _FLOATS] & mask
     magnitude = magnitude[magnitude > 0]
-    if not magnitude.size:
-      continue
     exponent = magnitude >> most
     significand = magnitude & unsigned((1 << most) - 1)
     significand |= (exponent > 0).astype(bits.dtype) << most
     # A float32 holds a power of two exactly, and its bits tell the exponent.
     lowest_bit = (significand & -significand).astype(np.float32).view(np.int32) >> 23
     exponent = np.maximum(exponent, 1).astype(np.int32)
-    lowest = min(lowest, int((exponent + lowest_bit).min()) - 127)
+    lowest = int((exponent + lowest_bit - 127).min(initial=lowest))
     used |= int(np.bitwise_or.reduce(magnitude))  # type: ignore[call-overload]
     if used & 1 and lowest <= useless:
       break
-  if not used:
-    return layouts.Pairs(dtype, 1), 0
-  low = used & ((1 << most - 1) - 1)
-  zeros = (low & -low).bit_length() - 1 if low else most - 1
+  zeros = min((used & -used).bit_length(), most) - 1
   # All elements are multiples of the step of the minimum exponent `lowest`. Those above
   # the minimum exponent end in so many zeros, so those below must.
-  least = min(least, lowest - (zeros if low else most))
-  is_raised = least > useless and bits.size >= _LEAST_RAISED
-  raw_bits = max(most - zeros - is_raised, 1)
-  if not is_raised:
-    return layouts.Pairs(dtype, raw_bits), 0
-  return layouts.Pairs(dtype, raw_bits, 'raised'), least
+  least = min(least, lowest - zeros)
+  if least > useless and bits.size >= _LEAST_RAISED:
+    return layouts.Pairs(dtype, max(most - zeros - 1, 1), 'raised'), least
+  return layouts.Pairs(dtype, most - zeros), 0
 
 
 def measure(array: np.ndarray, size: int) -> Lines:
