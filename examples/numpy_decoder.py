@@ -32,26 +32,23 @@ def read_message(take, tables, sizes, frequencies):
   low, high, counts = np.int64(take(3 * tables.shape[1], '<u2')).reshape(3, -1)
   x, tops = high << 16 | low, np.cumsum(counts + least)
   words = np.append(take(tops[-1], '<u2'), 0)  # a lane without words looks at the next
-
-  def pop(total, start, frequency):
-    nonlocal x, tops
-    x = frequency * (x // total) + x % total - start
-    tops = tops - (x < 1 << 16)
-    x = np.where(x < 1 << 16, x << 16 | words[tops], x)
-
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
   starts, total = np.cumsum(frequencies, 1) - frequencies, owners.shape[1]
-  symbols, raw = (
-    np.empty(tables.shape, np.int64),
-    np.zeros((2, *tables.shape), np.int64),
-  )
+  symbols, raw = np.zeros_like(tables), np.zeros((2, *tables.shape), np.int64)
+
+  def refilled(x):
+    nonlocal tops
+    tops = tops - (x < 1 << 16)
+    return np.where(x < 1 << 16, x << 16 | words[tops], x)
+
   for i, table in enumerate(tables):
     symbols[i] = symbol = owners[table, x % total]
-    pop(total, starts[table, symbol], frequencies[table, symbol])
-    for low, (first, second) in enumerate(sizes[:, :, i]):
-      piece, total_raw = x % (1 << first + second), 1 << first + second
-      pop(total_raw, piece, 1)
-      raw[:, i] |= np.array([piece >> second, piece % (1 << second)]) << 8 * low
+    slot = x % total - starts[table, symbol]
+    x = refilled(frequencies[table, symbol] * (x // total) + slot)
+    for k, (first, second) in enumerate(sizes[:, :, i]):
+      raw[0, i] |= (x >> second) % (1 << first) << 8 * k
+      raw[1, i] |= x % (1 << second) << 8 * k
+      x = refilled(x >> first + second)
   return symbols.ravel(), raw.reshape(2, -1).T
 
 
@@ -85,27 +82,28 @@ def read_block(data, told, frequencies, group, dtype):
   told: tables; then offsets, or shifts and known elements of differences.
   """
   (kind, r, *_), take, count = group, stream(data), told.shape[1]
-  lanes = 4 if count <= 1 << 16 else 32
+  lanes, width = 4 if count <= 1 << 16 else 32, 8 if kind == 'bytes' else 10
   told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
   tables, *others = told.reshape(len(told), -1, lanes)
-  sizes = [np.clip(np.array(others[:2]) - low, 0, 8) for low in range(0, r, 8)]
-  sizes = np.array(sizes if kind in DIFFERENCES else []).reshape(-1, 2, *tables.shape)
-  symbols, raw = read_message(take, tables, np.int64(sizes), frequencies)
+  lows = range(0, r, 8) if kind in DIFFERENCES else ()
+  sizes = [np.clip(others[:2], low, low + 8) - low for low in lows]
+  sizes = np.array(sizes, np.int64).reshape(-1, 2, *tables.shape)
+  symbols, raw = read_message(take, tables, sizes, frequencies)
+  if kind not in DIFFERENCES:
+    raw = read_planes(take, r, *tables.shape)
+  escape = (1 << width) - 1
+  size = width * np.count_nonzero(symbols == escape)
+  listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
+  symbols[symbols == escape] = listed @ (1 << np.arange(width)[::-1])
+  bins = np.stack(np.divmod(symbols, 32), -1)
   if kind == 'bytes':
-    escaped, bits = symbols == 255, symbols[:, None] - 30
-  else:
-    if kind not in DIFFERENCES:
-      raw = read_planes(take, r, *tables.shape)
-    size = 10 * np.count_nonzero(symbols == 1023)
-    listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, 10)
-    symbols[symbols == 1023] = listed @ (1 << np.arange(10)[::-1])
-    escaped, bins = symbols == 1023, np.stack(np.divmod(symbols, 32), -1)
-  if kind in DIFFERENCES:
+    bits = symbols[:, None] - 30
+  elif kind in DIFFERENCES:
     off = (bins >> 1 ^ -(bins & 1)) << told[1:3].T | raw
     bits = move(told[3:].T, off, dtype)
   elif kind == 'codes':
     bits = (bins + told[1:].T << r | raw) ^ 128
-  elif kind != 'bytes':
+  else:
     m, raised, told = finfo(dtype).nmant, kind == 'raised', told[1:].T
     t = 1 + raised
     bits = bins + (0 if raised else told) << m - t | raw % (1 << r - 1) << m + 1 - t - r
@@ -115,7 +113,7 @@ def read_block(data, told, frequencies, group, dtype):
       bits = np.where(bits >> m, bits + (told - 1 << m), small)
     bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
   bits = bits.astype(f'u{dtype.itemsize}')
-  bits[escaped] = take(-1, bits.dtype).reshape(-1, bits.shape[1])
+  bits[symbols == escape] = take(-1, bits.dtype).reshape(-1, bits.shape[1])
   return bits[:count]
 
 

@@ -212,13 +212,13 @@ class Pairs(units_lib.Base):
     return [self._kept(x) for x in raw]
 
   def divided(self, numbers: list[Any], told: Any) -> tuple[Any, ...]:
-    """Returns the bins of both numbers; intervals of raw bits; and pieces of these."""
+    """Returns the symbols of units; intervals of raw bits; and pieces of these."""
     bins, raw = zip(*(self._split(x, told) for x in numbers), strict=True)
     pieces = []
     for bits, place in self.pieces:
       low, high = (x >> place & ((1 << bits) - 1) for x in raw)
       pieces.append(low | high << bits)
-    return bins, [], pieces
+    return units_lib.of_pair(*bins), [], pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +352,7 @@ class Differences(units_lib.Base):
     return self._packed(*(x & np.uint32((1 << self.width) - 1) for x in words))
 
   def divided(self, numbers: list[Any], context: Any) -> tuple[Any, ...]:
-    """Returns the bins of both numbers, and the intervals of raw bits."""
+    """Returns the symbols of units, and the intervals of raw bits."""
     known, shifts = context
     off = [self.differences(*x) for x in zip(numbers, known, strict=True)]
     bins = [folded(x >> y) for x, y in zip(off, shifts, strict=True)]
@@ -360,7 +360,7 @@ class Differences(units_lib.Base):
     for low, *sizes in self._sizes(shifts):
       high, below = (rans.slot(x >> low, y) for x, y in zip(raw, sizes, strict=True))
       intervals.append((high << sizes[1] | below, 1, sizes[0] + sizes[1]))
-    return bins, intervals, []
+    return units_lib.of_pair(*bins), intervals, []
 
   def frequencies(self, counts: np.ndarray) -> np.ndarray:
     """Returns those of each two of K tables, `[K^2, 1023]`."""
@@ -411,28 +411,20 @@ class Bytes(units_lib.Base):
     """Returns the tables and the symbols of bytes; see `Pairs.counted`."""
     return row.classes, row.units + _BIAS, 0
 
-  def decode_step(
-    self, pop: units_lib.Pop, row: units_lib.Row, coder_tables: units_lib.Tables
-  ) -> tuple[jax.Array, jax.Array]:
-    """Decodes a byte of each lane; see `Pairs.decode_step`."""
-    symbol, is_listed = units_lib.popped(pop, row.classes, coder_tables, self)
-    return (symbol.astype(jnp.uint8) - _BIAS)[:, None], is_listed
+  def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Returns the tables of bytes; see `Pairs.context`."""
+    return row.classes, None
 
-  def encode_step(
-    self, row: units_lib.Row, coder_tables: units_lib.Tables
-  ) -> tuple[list[units_lib.Interval], list[jax.Array], jax.Array]:
-    """Divides a byte of each lane; see `Pairs.encode_step`."""
-    symbol = row.units[0] + np.uint32(_BIAS) & 255
-    interval, mark = units_lib.pushed(symbol, row.classes, coder_tables, self)
-    return [interval], [], mark
+  def raw(self, pop: units_lib.Pop, row: units_lib.Row, context: Any) -> list[Any]:
+    return [jnp.uint32(0)]
 
-  def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
-    """Returns the list of units at escapes."""
-    return [units]
+  def join(self, symbols: Any, raw: Any, context: Any, xp: Any = jnp) -> list[Any]:
+    """Makes bytes of symbols."""
+    return [symbols - np.uint32(_BIAS) & 255]
 
-  def listed(self, data: np.ndarray, units: np.ndarray, *_: Any) -> np.ndarray:
-    """Returns the units at escapes, given their list."""
-    return units_lib.whole(data, units)
+  def divided(self, numbers: list[Any], context: Any) -> tuple[Any, ...]:
+    """Returns the symbols of bytes; see `Pairs.divided`."""
+    return numbers[0] + np.uint32(_BIAS) & 255, [], []
 
   def frequencies(self, counts: np.ndarray) -> np.ndarray:
     return counts

@@ -76,6 +76,11 @@ class Base:
   is_first_long: ClassVar[bool] = False
 
   @property
+  def escape(self) -> int:
+    """The last symbol."""
+    return (1 << self.symbol_bits) - 1
+
+  @property
   def width(self) -> int:
     """The bits of a number."""
     return 8 * self.dtype.itemsize
@@ -119,20 +124,23 @@ class Base:
   def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
     """Returns the lists of units at escapes: their symbols, and others whole."""
     bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
-    return [np.packbits(bits[:, 6:]), units[symbols == 1023]]
+    return [np.packbits(bits[:, -self.symbol_bits :]), units[symbols == self.escape]]
 
   def listed(
     self: Any, data: np.ndarray, units: np.ndarray, row: Row, told: np.ndarray
   ) -> np.ndarray:
     """Returns the units at escapes, given their lists and their decoded words."""
-    bits = np.zeros((len(units), 16), np.uint8)
-    bits[:, 6:] = np.unpackbits(data, count=10 * len(units)).reshape(-1, 10)
+    bits, width = np.zeros((len(units), 16), np.uint8), self.symbol_bits
+    flat = np.unpackbits(data, count=width * len(units))
+    bits[:, -width:] = flat.reshape(-1, width)
     symbols = np.packbits(bits).view('>u2').astype(np.uint32)
     _, context = self.context(row, told, np)
     words = self.join(symbols, [*units.astype(np.uint32).T], context, np)
     joined = np.stack(words, -1).astype(self.word)
-    is_whole = symbols == 1023
-    joined[is_whole] = whole(data[-(-10 * len(units) // 8) :], units[is_whole])
+    whole, is_whole = data[-(-flat.size // 8) :], symbols == self.escape
+    if whole.size != joined[is_whole].nbytes:
+      raise ValueError('the lists of a block do not fit its escapes')
+    joined[is_whole] = whole.copy().view(self.word).reshape(-1, self.words)
     return joined
 
   def decode_step(
@@ -159,13 +167,17 @@ class Base:
     the marks, uint16: that of a unit in a list is its symbol and `MARKED`.
     """
     table, context = self.context(row, coder_tables.told)
-    (first, second), raw, pieces = self.divided(self._numbers(row.units), context)
-    symbol = jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(1023))
+    symbol, raw, pieces = self.divided(self._numbers(row.units), context)
     interval, mark = pushed(symbol, table, coder_tables, self)
     return [interval, *raw], pieces, mark
 
 
 # ---- symbols -------------------------------------------------------------------------
+
+
+def of_pair(first: jax.Array, second: jax.Array) -> jax.Array:
+  """Returns the symbols of pairs of bins, uint32."""
+  return jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(1023))
 
 
 def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Array:
@@ -191,7 +203,7 @@ def popped(
     return entry, slot - distance, less + 1
 
   symbol = pop(lookup, layout.precision) >> 2 * field
-  return symbol, symbol == (1 << layout.symbol_bits) - 1
+  return symbol, symbol == layout.escape
 
 
 def pushed(
@@ -229,10 +241,3 @@ def entries(frequencies: np.ndarray, layout: Any) -> tuple[np.ndarray, ...]:
     first = frequencies[:, :1].astype(np.uint32)
     slots = np.where(place < first, first - 1, slots)
   return slots, intervals.astype(np.uint32)
-
-
-def whole(data: np.ndarray, units: np.ndarray) -> np.ndarray:
-  """Returns the units of a list, uint8, which are as many as the given ones."""
-  if data.size != units.nbytes:
-    raise ValueError('the lists of a block do not fit its escapes')
-  return np.ascontiguousarray(data).view(units.dtype).reshape(units.shape)
