@@ -82,9 +82,7 @@ def uniform(bits: jax.Array, dtype: DTypeLike = jnp.uint32) -> Codec:
 
 
 def categorical(
-  contexts: jax.Array,
-  frequencies: jax.Array | np.ndarray,
-  dtype: DTypeLike = jnp.uint32,
+  contexts: jax.Array, frequencies: np.ndarray, dtype: DTypeLike = jnp.uint32
 ) -> Codec:
   """Returns the codec of symbols from a small alphabet, each under one of K tables.
 
@@ -96,14 +94,11 @@ def categorical(
   count, alphabet = frequencies.shape
   depth = (alphabet - 1).bit_length()
   width = 1 + (1 << depth)
-  # NumPy tables are prepared on the host, because XLA is slow to fold constants.
-  xp = np if isinstance(frequencies, np.ndarray) else jnp
-  rows = frequencies.astype(xp.uint32)
-  void = tables.TOTAL * xp.eye(1, alphabet, dtype=xp.uint32)  # the table K
-  ends = xp.cumsum(xp.concatenate([rows, void]), axis=1, dtype=xp.uint32)
-  starts = xp.pad(ends, ((0, 0), (1, 0)))
-  starts = xp.pad(starts, ((0, 0), (0, width - alphabet - 1)), mode='edge')
-  starts = jnp.asarray(starts.reshape(-1))
+  # On the host, because XLA is slow to fold constants. The table K has the symbol 0.
+  rows = np.append(frequencies, tables.TOTAL * np.eye(1, alphabet, dtype=int), axis=0)
+  ends = np.pad(np.cumsum(rows, axis=1, dtype=np.uint32), ((0, 0), (1, 0)))
+  ends = np.pad(ends, ((0, 0), (0, width - alphabet - 1)), mode='edge')
+  starts = jnp.asarray(ends.reshape(-1))
   take = lambda index: starts.at[index].get(mode='promise_in_bounds')
 
   def interval(symbol: jax.Array, context: jax.Array) -> rans.Pair:
