@@ -28,7 +28,7 @@ several lanes that are coded side by side. In the order of reading:
     bits_back/   bits-back coding: rotations that cost no bits
     units        the base of layouts: units, and the tables of their symbols
     layouts      divides elements into symbols and raw bits
-    blocks       codes up to 2^19 units in one message
+    blocks       codes up to 2^20 units in one message
     contexts     the classes of elements and the tables of arrays
     statistics   chooses layouts of floats, and measures rows and columns
     plans        chooses how each array is stored

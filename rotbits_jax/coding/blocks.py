@@ -1,4 +1,4 @@
-"""Blocks: up to 2^19 units that are coded on their own.
+"""Blocks: up to 2^20 units that are coded on their own.
 
 A block is a `rans.Message`; then the planes of raw bits; then the lists of escapes; see
 docs/format.md. Unit i is in lane i % L and row i // L of L lanes, so in each step these
@@ -32,8 +32,9 @@ from rotbits_jax.system import host
 from rotbits_jax.system import native
 
 LANES, FEW_LANES = 32, 4
+_FEW = 1 << 16  # units with few lanes
 
-CAPACITY = contexts.MOST_UNITS
+CAPACITY = 1 << 20
 """The greatest n."""
 
 ROWS = CAPACITY // LANES
@@ -66,19 +67,25 @@ class Span(NamedTuple):
   part: int  # index of the part
 
 
+def capacity(layout: layouts.Layout) -> int:
+  """Returns the most units of a block: 16 bits must tell how many words a lane has."""
+  return CAPACITY // (1 + (layout.pushes > 2))
+
+
 def divide(
   parts: Sequence[np.ndarray],
   known: Sequence[np.ndarray | None],
   scales: Sequence[contexts.Scales],
-  size: int,
+  layout: layouts.Layout,
 ) -> list[list[Span]]:
-  """Divides contiguous parts, in units of `size` numbers, into few blocks alike.
+  """Divides contiguous parts into few blocks alike.
 
   Known numbers are bit patterns, `[n]`.
   """
+  size, most = layout.size, capacity(layout)
   counts = [-(-part.size // size) for part in parts]
   ends = np.cumsum(counts).tolist()
-  length = -(-ends[-1] // -(-ends[-1] // CAPACITY))
+  length = -(-ends[-1] // -(-ends[-1] // most))
   starts = range(0, ends[-1], length)
   blocks: list[list[Span]] = [[] for _ in starts]
   for start, end in itertools.pairwise(sorted({*ends, *starts})):
@@ -96,7 +103,7 @@ def divide(
 
 def _grid(count: int) -> tuple[int, int]:
   """Returns the rows and the lanes of a block of so many units."""
-  lanes = FEW_LANES if count <= FEW_LANES * ROWS else LANES
+  lanes = FEW_LANES if count <= _FEW else LANES
   return -(-count // lanes), lanes
 
 

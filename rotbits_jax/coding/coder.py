@@ -62,7 +62,7 @@ def encode(
     tables = group.layout.tables(*group.contexts)
     parts = [(x.numbers, x.known, x.scales) for x in group.parts.values()]
     numbers, near, scales = zip(*parts, strict=True)
-    divided = blocks.divide(numbers, near, scales, group.layout.size)
+    divided = blocks.divide(numbers, near, scales, group.layout)
     encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
     jobs.append([functools.partial(encode, spans) for spans in divided])
   coded = iter(pool.run(itertools.chain(*jobs)))
@@ -195,7 +195,7 @@ def _decode_group(
   # Each block would copy them to the device.
   tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))
   decode = lambda start, *others: blocks.decode(functools.partial(read, start), *others)
-  several = blocks.divide(parts, known, scales, layout.size)
+  several = blocks.divide(parts, known, scales, layout)
   jobs = [
     functools.partial(decode, *block, spans, layout, tables)
     for block, spans in zip(body, several, strict=True)

@@ -21,8 +21,7 @@ from zlib_ng import zlib_ng
 
 from rotbits_jax.coding import layouts
 
-MOST_UNITS = 1 << 19
-"""The most units of a block, which makes the classes of whole rows of columns."""
+_MOST_COLUMNS = 1 << 19  # with scales, because a block makes the classes of whole rows
 
 _ROW = 128  # elements of a row of an array of one axis
 
@@ -116,7 +115,7 @@ def from_bytes(
   base, scales = take(2).view('<i2').astype(np.int32), []
   heads = take(2 * len(lengths)).reshape(-1, 2).tolist()
   for (mode, first), line_lengths in zip(heads, lengths, strict=True):
-    if mode > 3 or (mode and line_lengths[1] > MOST_UNITS):
+    if mode > 3 or (mode and line_lengths[1] > _MOST_COLUMNS):
       raise ValueError(f'scales cannot have the mode {mode}')
     pairs = enumerate(line_lengths)
     lines = [take(n) if mode >> i & 1 else np.zeros(1, np.uint8) for i, n in pairs]

@@ -166,9 +166,9 @@ class StreamSpec(schema.Object):
         raise ValueError('a group must have parts of one dtype')
       if group.is_known and any(len(self.arrays[x.array].parts) > 1 for x in members):
         raise ValueError('a part cannot be coded relative to known numbers')
-      size = group.layout(members[0].dtype).size
-      units = sum(-(-x.size // size) for x in members)
-      if not units or len(group.blocks) != -(-units // blocks.CAPACITY):
+      layout = group.layout(members[0].dtype)
+      units = sum(-(-x.size // layout.size) for x in members)
+      if not units or len(group.blocks) != -(-units // blocks.capacity(layout)):
         raise ValueError(f'{len(group.blocks)} blocks for {units} units')
       if min(group.blocks) < blocks.LEAST_BYTES:
         raise ValueError(f'a block cannot have {min(group.blocks)} bytes')

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from zlib_ng import zlib_ng
 
-_PIECE = 1 << 19  # bytes that are read at a time, so the cache holds them
+_PIECE = 1 << 20  # bytes that are read at a time, so the cache holds them
 
 
 class File(NamedTuple):
