@@ -152,8 +152,20 @@ class Base:
     words are those that `join` needs.
     """
     table, context = self.context(row, coder_tables.told)
-    symbol, is_listed = popped(pop, table, coder_tables, self)
-    raw = self.raw(pop, row, context)
+    field = (32 - self.symbol_bits) // 2
+    mask = (1 << field) - 1
+
+    def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
+      entry = _get(coder_tables.slots, table, self.precision, slot)
+      distance, less = entry >> field & mask, entry & mask
+      if self.is_first_long:
+        is_first = entry < 1 << 2 * field
+        distance = jnp.where(is_first, slot, distance)
+        less = jnp.where(is_first, entry, less)
+      return entry, slot - distance, less + 1
+
+    symbol = pop(lookup, self.precision) >> 2 * field
+    is_listed, raw = symbol == self.escape, self.raw(pop, row, context)
     pairs = zip(raw, self.join(symbol, raw, context), strict=True)
     words = [jnp.where(is_listed, x, y) for x, y in pairs]
     return jnp.stack(words, -1).astype(self.word), is_listed
@@ -168,7 +180,9 @@ class Base:
     """
     table, context = self.context(row, coder_tables.told)
     symbol, raw, pieces = self.divided(self._numbers(row.units), context)
-    interval, mark = pushed(symbol, table, coder_tables, self)
+    entry = _get(coder_tables.intervals, table, self.symbol_bits, symbol)
+    interval = entry >> 12 & 0x3FFF, (entry & 0xFFF) + 1, self.precision
+    mark = jnp.where(entry >> 31 > 0, MARKED | symbol, 0).astype(jnp.uint16)
     return [interval, *raw], pieces, mark
 
 
@@ -184,35 +198,6 @@ def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Arra
   """Returns elements of tables of 2^width entries each."""
   place = table.astype(jnp.uint32) << width | index
   return array.at[place].get(mode='promise_in_bounds')
-
-
-def popped(
-  pop: Pop, table: jax.Array, coder_tables: Tables, layout: Any
-) -> tuple[jax.Array, jax.Array]:
-  """Pops symbols, uint32; returns them, and whether each is the escape."""
-  field = (32 - layout.symbol_bits) // 2
-  mask = (1 << field) - 1
-
-  def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-    entry = _get(coder_tables.slots, table, layout.precision, slot)
-    distance, less = entry >> field & mask, entry & mask
-    if layout.is_first_long:
-      is_first = entry < 1 << 2 * field
-      distance = jnp.where(is_first, slot, distance)
-      less = jnp.where(is_first, entry, less)
-    return entry, slot - distance, less + 1
-
-  symbol = pop(lookup, layout.precision) >> 2 * field
-  return symbol, symbol == layout.escape
-
-
-def pushed(
-  symbol: jax.Array, table: jax.Array, coder_tables: Tables, layout: Any
-) -> tuple[Interval, jax.Array]:
-  """Returns the intervals of symbols, uint32, and the marks of their units."""
-  entry = _get(coder_tables.intervals, table, layout.symbol_bits, symbol)
-  mark = jnp.where(entry >> 31 > 0, MARKED | symbol, 0).astype(jnp.uint16)
-  return (entry >> 12 & 0x3FFF, (entry & 0xFFF) + 1, layout.precision), mark
 
 
 def entries(frequencies: np.ndarray, layout: Any) -> tuple[np.ndarray, ...]:
