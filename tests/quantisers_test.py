@@ -1,5 +1,7 @@
 """Tests of arrays that were quantised before, see `quantisers`."""
 
+import itertools
+
 from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
@@ -9,6 +11,8 @@ from benchmarks import quantised
 import rotbits_jax
 from rotbits_jax import quantisers
 from rotbits_jax import structured
+from rotbits_jax.quantisers import leaf as leaf_lib
+from rotbits_jax.structured import uniform
 
 BF16, F32 = ml_dtypes.bfloat16, np.float32
 through = quantised.through
@@ -151,7 +155,40 @@ def test_a_fine_tune_beside_a_quantised_base():
 
 
 class LeafTest(parameterized.TestCase):
-  """What `BlockQuantized` refuses."""
+  """What `BlockQuantized` computes, and what it refuses."""
+
+  def test_large_arrays(self):
+    matrix, rng = (1024, 1056), np.random.default_rng(0)
+    codes = rng.integers(-16, 16, matrix).astype(np.int8)
+    numbers = np.where(codes == -16, F32(-0.0), codes)
+    # With the least scales, many sums are subnormal.
+    for exponent, block in itertools.product(
+      (-110, -80, 110), [(1, 16), (128, 128), (1, 48), (64, 1)]
+    ):
+      shape = [-(-n // m) for n, m in zip(matrix, block, strict=True)]
+      places = np.ix_(*(np.arange(n) // m for n, m in zip(matrix, block, strict=True)))
+      scales = np.exp2(rng.uniform(exponent, exponent + 16, shape)).astype(F32)
+      minima = np.where(rng.random(shape) < 0.2, 0, F32(-3.000001) * scales)
+      codes_of_scales, scale_form = leaf_lib.encoded(scales, 0)
+      codes_of_minima, minimum_form = leaf_lib.encoded(minima, 0)
+      with np.errstate(over='ignore'):
+        sums = numbers * scales[places] + minima[places]
+        arrays = [sums.astype(dtype) for dtype in (BF16, F32)]
+      for array in arrays:
+        out = np.empty_like(array)
+        leaf = quantisers.BlockQuantized(
+          numbers=uniform.end_of(out, codes),
+          grid='int4',
+          name=array.dtype.name,
+          block=block,
+          scales=codes_of_scales,
+          scale_form=scale_form,
+          minima=codes_of_minima,
+          minimum_form=minimum_form,
+        )
+        leaf.numbers[...] = codes
+        leaf.write(out)
+        self.assertTrue(structured.same_bits(out, array), (exponent, block))
 
   def test_content_that_does_not_fit(self):
     array = SCHEMES['nvfp4'][0](weights()).astype(BF16)

@@ -24,6 +24,7 @@ from rotbits_jax.coding import layouts
 _MOST_COLUMNS = 1 << 19  # with scales, because a block makes the classes of whole rows
 
 _ROW = 128  # elements of a row of an array of one axis
+_WIDE = 1 << 10  # columns that are written at once
 
 Shape = tuple[int, ...]
 
@@ -54,12 +55,15 @@ class Scales(NamedTuple):
     if self.rows.size == self.columns.size == 1:
       out[:] = self.base + int(self.rows[0]) + int(self.columns[0]) & 255
       return
-    width = matrix_shape(shape, size)[1]
+    width, columns = matrix_shape(shape, size)[1], self.columns
     step = size if matrix_shape(shape)[1] % size else 1  # from a unit to the next one
+    if self.rows.size == 1:  # rows of few bytes would take long
+      times = -(-_WIDE // width)
+      width, columns = times * width, np.tile(columns, times)
     first, last = start * step, (start + out.size - 1) * step + 1
     low, high = first // width, -(-last // width)
     rows = self.rows[low:high] if self.rows.size > 1 else self.rows
-    terms = (rows + np.uint8(self.base))[:, None], self.columns
+    terms = (rows + np.uint8(self.base))[:, None], columns
     if step == 1 and first == low * width and last == high * width:
       np.add(*terms, out=out.reshape(-1, width))
       return

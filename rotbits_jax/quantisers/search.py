@@ -47,7 +47,8 @@ _ROUNDS = 6
 _CERTAIN = 0.45  # of a step of a grid
 _NEARLY = 1.01  # because errors of two quotients multiply, and float32 rounds them
 _MOST_EXCEPTIONS = 1 / 64
-_ENOUGH = 0.9  # of the bytes of the array; else it may have another form, too
+_MORE = 257 / 256  # of the bytes of the array, because codes take less time to decode
+_ENOUGH = 0.9  # of these, with exceptions
 _FEW_EXCEPTIONS = 1 / 1024  # with more, the elements may have another form
 _MOST_TRIED = 8  # forms
 _EXCEPTION_BITS = 24
@@ -77,14 +78,17 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
     return None
   array = host.contiguous(array)
   magnitudes = _magnitudes(array)
-  leaf, least = None, _estimate(array)
-  enough = _ENOUGH * least
+  estimated = _estimate(array)
+  leaf, least = None, _MORE * estimated
   for block, grid in _candidates(array, magnitudes):
     found = _leaf(array, magnitudes, block, grid)
     if found and (size := nbytes(found)) < least:
       leaf, least = found, size
     exceptions = 0 if found is None or found.gaps is None else found.gaps.size
-    if least < enough and exceptions < _FEW_EXCEPTIONS * array.size:
+    most = _ENOUGH * estimated  # of bytes; with more, there may be a better form
+    if leaf is not None and leaf.gaps is None:
+      most = _MORE * estimated if leaf.numbers.dtype == np.int8 else estimated
+    if least < most and exceptions < _FEW_EXCEPTIONS * array.size:
       return leaf
   if leaf is None and (found := _with_minima(array)) and nbytes(found) < least:
     return found
