@@ -113,7 +113,7 @@ def read_block(data, told, frequencies, group, dtype):
       bits = np.where(bits >> m, bits + (told - 1 << m), small)
     bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
   bits = bits.astype(f'u{dtype.itemsize}')
-  bits[symbols == escape] = take(-1, bits.dtype).reshape(-1, bits.shape[1])
+  bits[symbols == 1023] = take(-1, bits.dtype).reshape(-1, bits.shape[1])
   return bits[:count]
 
 

@@ -147,12 +147,10 @@ def measure(array: np.ndarray, size: int) -> Lines:
 def within(lines: Lines, octave: int, count: int) -> contexts.Scales:
   """Returns scales in so many classes, the first of which is that of an octave."""
   rows, columns = lines
-  greatest, most = int(rows.max() + columns.max()) - STEPS * octave, count - 1
-  top = min(max(greatest, 0), most)
-  rows, columns = rows.max() - rows, columns.max() - columns
-  # Columns have the room that rows leave, but half of it at least.
-  rows = np.minimum(rows, max(top // 2, top - int(columns.max())))
-  columns = np.minimum(columns, top - int(rows.max()))
+  top = min(max(int(rows.max() + columns.max()) - STEPS * octave, 0), count - 1)
+  # Each has half of the room.
+  rows = np.minimum(rows.max() - rows, top // 2)
+  columns = np.minimum(columns.max() - columns, top - top // 2)
   base = top - int(rows.max() + columns.max())
   both = [(x.max() - x).astype(np.uint8) for x in (rows, columns)]
   return contexts.Scales(base, *(x if x.any() else x[:1] for x in both))

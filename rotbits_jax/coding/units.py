@@ -25,6 +25,9 @@ CLASSES = 256
 MARKED = 1 << 15
 """The bit of the mark of a unit that is in a list, above its symbol."""
 
+OTHER = 1023
+"""The symbol of pairs that have no symbol; one of bytes tells the byte."""
+
 Interval = tuple[jax.Array, jax.Array | int, jax.Array | int]
 """Starts and frequencies of the symbols of the lanes, and the precision."""
 
@@ -124,7 +127,7 @@ class Base:
   def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
     """Returns the lists of units at escapes: their symbols, and others whole."""
     bits = np.unpackbits(symbols.astype('>u2').view(np.uint8)).reshape(-1, 16)
-    return [np.packbits(bits[:, -self.symbol_bits :]), units[symbols == self.escape]]
+    return [np.packbits(bits[:, -self.symbol_bits :]), units[symbols == OTHER]]
 
   def listed(
     self: Any, data: np.ndarray, units: np.ndarray, row: Row, told: np.ndarray
@@ -137,7 +140,7 @@ class Base:
     _, context = self.context(row, told, np)
     words = self.join(symbols, [*units.astype(np.uint32).T], context, np)
     joined = np.stack(words, -1).astype(self.word)
-    whole, is_whole = data[-(-flat.size // 8) :], symbols == self.escape
+    whole, is_whole = data[-(-flat.size // 8) :], symbols == OTHER
     if whole.size != joined[is_whole].nbytes:
       raise ValueError('the lists of a block do not fit its escapes')
     joined[is_whole] = whole.copy().view(self.word).reshape(-1, self.words)
@@ -191,7 +194,7 @@ class Base:
 
 def of_pair(first: jax.Array, second: jax.Array) -> jax.Array:
   """Returns the symbols of pairs of bins, uint32."""
-  return jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(1023))
+  return jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(OTHER))
 
 
 def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Array:
