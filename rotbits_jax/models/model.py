@@ -7,7 +7,7 @@ structured leaf is to replace it by the array that it stands for, see `structure
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,9 @@ class Model:
   # Dtype to which float32 parameters are still to be rounded; None if they have it.
   stored_as: str | None = structured.static(default=None)
 
-  replace = dataclasses.replace
+  def replace(self, **fields: Any) -> Self:
+    """Returns a copy with other values of these fields."""
+    return dataclasses.replace(self, **fields)
 
   def __repr__(self) -> str:
     """Returns one line: a notebook would print every element of the parameters."""

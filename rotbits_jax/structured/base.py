@@ -35,7 +35,9 @@ class Structured(abc.ABC):
   is_exact: ClassVar[bool] = False
   is_in_files: ClassVar[bool] = False
 
-  replace = dataclasses.replace
+  def replace(self, **fields: Any) -> Self:
+    """Returns a copy with other values of these fields."""
+    return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
   # ---- the array that the leaf stands for
 
