@@ -314,7 +314,9 @@ def _leaf(
   is_int8 = bool(grid.unit) or (name == 'int8' and not has_zeros)
   numbers = host.empty(magnitudes.shape, np.int8 if is_int8 else ml_dtypes.bfloat16)
   draft = _draft(array, numbers, name, block, bounds)
-  for rows in leaf_lib.chunks(numbers):
+
+  @_quiet
+  def divide(rows: slice) -> None:
     scales = leaf_lib.of_elements(draft.float_scales, rows, block, numbers.shape)
     quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
     found = np.copysign(grid.nearest(quotients)[0], 0.5 - is_negative[rows])
@@ -322,6 +324,8 @@ def _leaf(
       found /= grid.unit
       found[(found == 0) & is_negative[rows]] = grids.NEGATIVE_ZERO
     numbers[rows] = found.clip(-128, 127) if is_int8 else found
+
+  pool.each(divide, leaf_lib.chunks(numbers))
   return _with_exceptions(draft, array)
 
 
@@ -444,12 +448,14 @@ def _add_minima(
   highs: np.ndarray,
 ) -> leaf_lib.BlockQuantized:
   """Adds minima of few bits; a neighbour of a scale may take the place of the scale."""
-  levels = np.arange(len(lows), dtype=np.float32)[:, None]
 
   def limits(scales: np.ndarray, some: Any) -> tuple[np.ndarray, np.ndarray]:
-    products = (levels * scales).astype(float)
-    low, high = lows[:, some] - products, highs[:, some] - products
-    return low.max(axis=0), high.min(axis=0)
+    low, high = np.full(scales.size, -np.inf), np.full(scales.size, np.inf)
+    for level, (least, most) in enumerate(zip(lows, highs, strict=True)):
+      products = (np.float32(level) * scales).astype(float)
+      np.maximum(low, least[some] - products, out=low)
+      np.minimum(high, most[some] - products, out=high)
+    return low, high
 
   low, high = limits(draft.float_scales.reshape(-1), slice(None))
   # Most minima of few bits that are missed fit a neighbour of the scale.
