@@ -18,11 +18,11 @@ from rotbits_jax.system import host
 LARGE = 1 << 30
 """Bytes of records beside which no others are held, as those of the widest layers."""
 
-# Fresh memory costs more time than decoding into it, above all from a host of virtual
-# machines. So memory of arrays that are gone is kept, by its size, until the system
-# needs it or an array has another size. Large pages cost less than small ones.
 _PAGE = 1 << 21  # bytes of a large page
-_CAN_KEEP = hasattr(mmap, 'MADV_HUGEPAGE') and hasattr(mmap, 'MADV_FREE')
+
+# Fresh memory costs more time than decoding into it, above all in virtual machines. So
+# memory of arrays that are gone is kept, by its size, until the system needs it or an
+# array has another size.
 _kept: dict[int, list[mmap.mmap]] = {}
 
 # Where a container of Linux finds the bytes of memory that it may use.
@@ -63,12 +63,10 @@ def _available() -> int | None:
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
   """Returns an array as `host.empty` does; a large one may have kept memory."""
   size = math.prod(shape) * np.dtype(dtype).itemsize
-  if not _CAN_KEEP or size < 2 * _PAGE:
-    return host.empty(shape, dtype)
   length = -(-size // _PAGE) * _PAGE
-  jax.device_put(
-    0, host.device()
-  )  # JAX drops its arrays that are gone when it is called
+  if size < 2 * _PAGE or not hasattr(mmap, 'MADV_HUGEPAGE'):  # other than on Linux
+    return host.empty(shape, dtype)
+  jax.device_put(0, host.device())  # a call frees the memory of JAX's arrays
   try:
     memory = _kept[length].pop()
   except LookupError:
@@ -78,13 +76,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
       memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # too little memory, or no large pages
       return host.empty(shape, dtype)
-  array = np.frombuffer(memory, np.uint8)
-  weakref.finalize(array, _keep, memory).atexit = False
-  return array[:size].view(dtype).reshape(shape)
 
-
-def _keep(memory: mmap.mmap) -> None:
-  """Keeps the memory of an array that is gone."""
-  with contextlib.suppress(OSError):
+  def keep() -> None:
     memory.madvise(mmap.MADV_FREE)
-    _kept.setdefault(len(memory), []).append(memory)
+    _kept.setdefault(length, []).append(memory)
+
+  array = np.frombuffer(memory, np.uint8)
+  weakref.finalize(array, keep).atexit = False
+  return array[:size].view(dtype).reshape(shape)
