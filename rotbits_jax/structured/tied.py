@@ -113,10 +113,10 @@ def _bytes(columns: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
   A column, float32, is `2^exponent` times its integers.
   """
-  bits = jax.lax.bitcast_convert_type(columns, jnp.int32)
+  bits = jax.lax.bitcast_convert_type(columns, jnp.int32) >> 16 & 0x7FFF
   # A little more than the greatest number, so that its high byte is at most 127.
-  most = jnp.max(bits & np.int32(0x7FFFFFFF), axis=0) + np.int32(1 << 17)
-  exponents = jnp.maximum((most >> 23) - (126 + 15), _LEAST)
+  most = jnp.max(bits.astype(jnp.int16), axis=0).astype(jnp.int32) + 2
+  exponents = jnp.maximum((most >> 7) - (126 + 15), _LEAST)
   # The sum is rounded to an integer, whose lowest bits are those of the float.
   sums = columns * _power(-exponents) + np.float32(3 << 22)
   integers = jax.lax.bitcast_convert_type(sums, jnp.int32)
