@@ -123,6 +123,7 @@ def read_group(group, tables, blocks, parts, known):
   take, is_different = stream(zlib.decompress(tables, -15)), kind in DIFFERENCES
   p, levels, step = (14, 4, 2) if kind == 'floats' else (12, 32, 1)
   unit, size = (1, 255) if kind == 'bytes' else (2, 32)
+  levels = 256 if is_different or unit == 1 else levels
   base, heads, classes = take(1, '<i2'), take(2 * len(parts)).reshape(-1, 2), []
   for (mode, least), part in zip(heads, parts, strict=True):
     rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
@@ -134,7 +135,7 @@ def read_group(group, tables, blocks, parts, known):
     k += take(columns // shared).repeat(shared) if mode & 2 else 0
     classes.append(k.ravel()[: part.size : unit])
   k = np.int64(np.concatenate(classes))
-  stored = np.cumsum(take(256 if unit == 1 or is_different else levels)) - 1
+  stored = np.cumsum(take(levels)) - 1
   counts = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
   if is_different:
     several = [x.ravel().view(f'u{x.itemsize}') for x in known or parts]
@@ -150,7 +151,7 @@ def read_group(group, tables, blocks, parts, known):
     told = np.array([first * len(counts) + second, *shifts, *near], np.int64)
     pairs = counts.repeat(len(counts), 0), np.tile(counts, (len(counts), 1))
   else:
-    told = np.stack([k % levels, k // levels * step + base] if unit == 2 else [k])
+    told = np.stack([k % levels, k // levels * step + base])
     pairs = [counts[stored]] * 2
   frequencies = pairs[0]
   if unit == 2:

@@ -99,11 +99,6 @@ class Pairs(units_lib.Base):
     return FORMATS[self.dtype]
 
   @property
-  def top(self) -> int:
-    """The number t, of bits of the mantissa that belong to a bin."""
-    return 1 + self.raised
-
-  @property
   def precision(self) -> int:  # type: ignore[override]
     # The others have many tables, and the cache is small.
     return tables.PRECISION if self.type_name == 'floats' else 12
@@ -143,8 +138,8 @@ class Pairs(units_lib.Base):
 
   @property
   def _low(self) -> int:
-    """The number of bits below the bin."""
-    return self.format.nmant - self.top if self._sign else self.raw_bits
+    """The number of bits below the bin, which has one or two of a mantissa."""
+    return self.format.nmant - 1 - self.raised if self._sign else self.raw_bits
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of units, and their offsets or minimum exponents.
@@ -153,7 +148,7 @@ class Pairs(units_lib.Base):
     """
     if self.most_tables == LEVELS:
       return row.classes & 31, (row.classes >> 5) + base[0]
-    return row.classes & 3, (row.classes >> 2 << self.top) + base[0]
+    return row.classes & 3, (row.classes >> 2 << 1) + base[0]
 
   def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
     """Returns tables, bins and raw bits of units `[n, 2]` of classes `[n, 1]`: NumPy.
@@ -173,14 +168,6 @@ class Pairs(units_lib.Base):
     bins = bins.view(np.uint32)
     raw = (magnitude & ((1 << low) - 1)) >> low - top
     return bins, raw | number >> width - 1 << top if self._sign else raw
-
-  def _kept(self, raw: jax.Array) -> jax.Array:
-    """Returns words that have raw bits in their places."""
-    if not self._sign:
-      return raw
-    top, ones = self.raw_bits - 1, np.uint32(self._ones)
-    tail = raw & ones * np.uint32((1 << top) - 1)
-    return (raw >> top & ones) << self.width - 1 | tail << self._low - top
 
   def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
     """Makes the words of units, given symbols, uint32, and the result of `context`.
@@ -209,7 +196,12 @@ class Pairs(units_lib.Base):
       mask = (1 << width) - 1
       fields = self._packed(piece & mask, piece >> width & mask)
       raw = [x | y << place for x, y in zip(raw, fields, strict=True)]
-    return [self._kept(x) for x in raw]
+    if not self._sign:
+      return raw
+    top, ones = self.raw_bits - 1, np.uint32(self._ones)
+    signs = [(x >> top & ones) << self.width - 1 for x in raw]
+    tails = [(x & ones * np.uint32((1 << top) - 1)) << self._low - top for x in raw]
+    return [x | y for x, y in zip(signs, tails, strict=True)]
 
   def divided(self, numbers: list[Any], told: Any) -> tuple[Any, ...]:
     """Returns the symbols of units; intervals of raw bits; and pieces of these."""
