@@ -31,7 +31,6 @@ _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
 _MOST_VALUES = units_lib.CLASSES // layouts.LEVELS  # of `Part.least` in a group
 _FAR, _FARTHEST = 1e-3, 5e-4  # shares of differences without a symbol, and too large
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
-_MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 
 
 class Known(NamedTuple):
@@ -47,8 +46,8 @@ class Part(NamedTuple):
   numbers: np.ndarray  # contiguous
   layout: Any = None  # one of `layouts`; None if it is stored as it is
   lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
-  # The minimum exponent of floats that share a step, the least bin of codes, or a
-  # number of an array of bytes: parts of a group whose values differ share no tables.
+  # The minimum exponent of floats that share a step, the least bin of codes, or what
+  # keeps the tables of arrays of bytes apart.
   least: int = 0
   known: np.ndarray | None = None  # unsigned integers `[n]`, known numbers
   scales: Any = None  # `contexts.Scales`
@@ -129,13 +128,10 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
     lines = np.zeros(1, int), np.arange(array.shape[1])
     return [Part(array, of_bytes, lines, 1 + place % (_MOST_VALUES - 1))]
   lines = statistics.measure(array, 2)
-  of_codes, least = (
-    statistics.of_codes(array.reshape(-1)) if dtype == np.int8 else (None, 0)
-  )
-  # Bins that are right for some lines are too wide for others.
-  is_wide = np.std(lines[0]) + np.std(lines[1]) > _MOST_SPREAD
-  if of_codes and not (of_codes.raw_bits and is_wide):
-    return [Part(array, of_codes, lines, least)]
+  if dtype == np.int8:
+    of_codes, least = statistics.of_codes(array.reshape(-1), lines)
+    if of_codes:
+      return [Part(array, of_codes, lines, least)]
   return [_with_raw_bits(Part(array, layouts.Differences(dtype, 0), lines))]
 
 

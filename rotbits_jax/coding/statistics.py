@@ -43,6 +43,7 @@ _LEAST_RAISED = 1 << 10
 
 _TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no bin
 _MOST_SHARE = 0.6  # of the most frequent bin, because pairs of it have a limit
+_MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 
 _ONE = 127  # the biased exponent of 1, in the scales of integers
 _FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the cache
@@ -69,7 +70,7 @@ def has_zeros(bits: np.ndarray) -> bool:
   return bool(bits.size >= _LEAST_MASK and share > _LEAST_ZEROS)
 
 
-def of_codes(numbers: np.ndarray) -> tuple[layouts.Pairs | None, int]:
+def of_codes(numbers: np.ndarray, lines: Lines) -> tuple[layouts.Pairs | None, int]:
   """Chooses the layout of codes, int8 `[n]`, by their range; None for others.
 
   Also returns the least bin, with those that occur in the middle.
@@ -79,7 +80,9 @@ def of_codes(numbers: np.ndarray) -> tuple[layouts.Pairs | None, int]:
   raw_bits = ((most - least) // units_lib.BINS).bit_length()
   counts = np.bincount((several >> raw_bits).view(np.uint8).astype(int))
   is_even = np.max(counts) < _MOST_SHARE * several.size
-  layout = layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even else None
+  # Bins that are right for some lines are too wide for others.
+  fits = not raw_bits or np.std(lines[0]) + np.std(lines[1]) <= _MOST_SPREAD
+  layout = layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even and fits else None
   return layout, (least + most + 256 >> raw_bits + 1) - units_lib.BINS // 2
 
 
