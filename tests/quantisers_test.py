@@ -5,6 +5,7 @@ import itertools
 from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors import numpy as safetensors_numpy
 
 from benchmarks import quantised
@@ -12,6 +13,7 @@ import rotbits_jax
 from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.quantisers import leaf as leaf_lib
+from rotbits_jax.quantisers import search
 from rotbits_jax.structured import uniform
 
 BF16, F32 = ml_dtypes.bfloat16, np.float32
@@ -110,6 +112,12 @@ class FindTest(parameterized.TestCase):
     leaf = quantisers.find(array)
     self.assertEqual(leaf.scales.shape, (3, 4))
     self.assertTrue(structured.same_bits(leaf.materialize(), array))
+
+  @pytest.mark.slow
+  def test_more_groups_with_minima_than_float32_counts(self):
+    blocks = np.broadcast_to(np.array([[[0]], [[1]]], BF16), (2, 1, (1 << 23) + 32))
+    _, codes, *_ = search._code_bounds(blocks, 2)
+    self.assertTrue((codes == blocks[:, 0]).all())
 
   def test_experts(self):
     array = np.stack([SCHEMES['int4_128'][0](weights(seed=i)) for i in range(3)])
