@@ -1,9 +1,10 @@
 """The second reader, written from the format's page alone, reads the same numbers."""
 
-import importlib.util
+import importlib
 import itertools
 import json
 import pathlib
+import sys
 
 import jax.numpy as jnp
 import msgspec
@@ -38,11 +39,8 @@ def load_last_layer(name):
 
 
 def load_decoder():
-  path = ROOT / 'examples' / 'numpy_decoder.py'
-  spec = importlib.util.spec_from_file_location('numpy_decoder', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  sys.path.insert(0, str(ROOT / 'examples'))
+  return importlib.import_module('numpy_decoder')
 
 
 def parameters(decoded):
