@@ -12,7 +12,6 @@ import itertools
 import types
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from rotbits_jax.coding import blocks
@@ -192,8 +191,6 @@ def _decode_group(
     if near is not None and (near.size, near.itemsize) != form:
       raise ValueError(f'known numbers must be {form}, got {near.size}')
   tables = layout.tables(*contexts)
-  # Each block would copy them to the device.
-  tables = tables._replace(slots=jax.device_put(tables.slots, host.device()))
   decode = lambda start, *others: blocks.decode(functools.partial(read, start), *others)
   several = blocks.divide(parts, known, scales, layout)
   jobs = [

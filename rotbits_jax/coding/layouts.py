@@ -44,6 +44,7 @@ import numpy as np
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import units as units_lib
+from rotbits_jax.system import host
 
 FORMATS = {
   np.dtype(x): ml_dtypes.finfo(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -367,11 +368,11 @@ class Differences(units_lib.Base):
       raise ValueError(f'{count} tables, more than {MOST_DIFFERENT}')
     grids = []
     for rows in units_lib.entries(self.frequencies(counts), self):
-      grids.append(np.empty((MOST_DIFFERENT, MOST_DIFFERENT, rows.shape[1]), np.uint32))
+      grid = MOST_DIFFERENT, MOST_DIFFERENT, rows.shape[1]
+      grids.append(host.empty(grid, np.uint32))  # XLA does not copy aligned ones
       grids[-1][:count, :count] = rows.reshape(count, count, -1)
-    told = np.full(
-      MOST_DIFFERENT, units_lib.CLASSES, np.int32
-    )  # the base, and first levels
+    # The base, and the first levels.
+    told = np.full(MOST_DIFFERENT, units_lib.CLASSES, np.int32)
     told[:count] = np.flatnonzero(np.diff(table_of, prepend=-1))
     told[0] = base[0]
     slots, intervals = (x.reshape(-1) for x in grids)
