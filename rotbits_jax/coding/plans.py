@@ -204,15 +204,15 @@ def _sample(part: Part, scales: contexts_lib.Scales, most: int) -> units_lib.Row
   """Takes about `most` of the units of a part, in runs."""
   numbers, size, rows = part.numbers, part.layout.size, []
   flat = numbers.reshape(-1).view(f'u{numbers.itemsize}')
-  known = np.zeros_like(flat) if part.known is None else part.known
+  several = [flat] if part.known is None else [flat, part.known]
   for run in statistics.runs(flat.size // size, most):
     classes = np.empty(run.stop - run.start, np.uint8)
     scales.write(classes, run.start, numbers.shape, size)
     some = slice(run.start * size, run.stop * size)
-    both = (x[some].reshape(-1, size) for x in (known, flat))
-    rows.append((classes[:, None], *both))
-  classes, known, units = map(np.concatenate, zip(*rows, strict=True))
-  return units_lib.Row(classes.astype(np.int32), known, units, [])
+    rows.append((classes[:, None], *(x[some].reshape(-1, size) for x in several)))
+  classes, units, *known = map(np.concatenate, zip(*rows, strict=True))
+  near = known[0] if known else np.zeros_like(units)
+  return units_lib.Row(classes.astype(np.int32), near, units, [])
 
 
 def _counts(
