@@ -149,7 +149,7 @@ def decode(
   outputs = [parts[x.place].reshape(-1).view(np.uint8) for x in plain]
   pool.run(functools.partial(read, next(starts), output) for output in outputs)
   several = zip(spec.groups, members, strict=True)
-  late = {x.array for group, of in several if group.is_known for x in of}
+  late = {x.array for group, of in several if group.type_name == 'known' for x in of}
   if not late <= known.keys():
     raise ValueError(f'the arrays {late} are relative to known ones, got {[*known]}')
   checksums: dict[int, int] = {}
@@ -166,7 +166,7 @@ def decode(
 
   for is_late in (False, True):
     for i, group in enumerate(spec.groups):
-      if group.is_known == is_late:
+      if (group.type_name == 'known') == is_late:
         near = [known[x.array]() if is_late else None for x in members[i]]
         numbers = [parts[x.place] for x in members[i]]
         of_parts = _decode_group(group, heads[i], bodies[i], numbers, near, read)

@@ -128,10 +128,6 @@ class GroupSpec(schema.Row):
   contexts: schema.Size  # number of bytes of the contexts in the stream
   blocks: tuple[schema.Size, ...]  # number of bytes of each block
 
-  @property
-  def is_known(self) -> bool:
-    return self.type_name == 'known'
-
   def layout(self, dtype: np.dtype) -> layouts.Layout:
     """Returns the layout of the group, whose parts have this dtype."""
     layout = _LAYOUTS[self.type_name](dtype, self.raw_bits, self.type_name)
@@ -164,7 +160,8 @@ class StreamSpec(schema.Object):
     for group, members in zip(self.groups, self.members[:-1], strict=True):
       if len({member.dtype for member in members}) != 1:
         raise ValueError('a group must have parts of one dtype')
-      if group.is_known and any(len(self.arrays[x.array].parts) > 1 for x in members):
+      is_known = group.type_name == 'known'
+      if is_known and any(len(self.arrays[x.array].parts) > 1 for x in members):
         raise ValueError('a part cannot be coded relative to known numbers')
       layout = group.layout(members[0].dtype)
       units = sum(-(-x.size // layout.size) for x in members)
