@@ -133,9 +133,7 @@ def decode(
     raise ValueError(
       f'the stream must be uint8 [{spec.nbytes}], got {data.dtype} {list(data.shape)}'
     )
-  if out is None:
-    out = [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays]
-  arrays = list(out)
+  arrays = list(out or [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays])
   parts_of = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   parts = [*itertools.chain(*parts_of)]
   fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
