@@ -200,7 +200,7 @@ def decoded(codes: np.ndarray, form: tuple[int, int]) -> np.ndarray:
   """
   base, shift = form
   is_narrow = codes.itemsize < 4 and abs(base) < 1 << 30
-  numbers = codes.astype(np.int32 if is_narrow else np.int64)
+  numbers: Any = codes.astype(np.int32 if is_narrow else np.int64)
   numbers += base
   is_negative = numbers < 0
   np.abs(numbers, out=numbers)
