@@ -12,7 +12,6 @@ from benchmarks import quantised
 import rotbits_jax
 from rotbits_jax import quantisers
 from rotbits_jax import structured
-from rotbits_jax.quantisers import leaf as leaf_lib
 from rotbits_jax.quantisers import search
 from rotbits_jax.structured import uniform
 
@@ -176,9 +175,7 @@ class LeafTest(parameterized.TestCase):
       shape = [-(-n // m) for n, m in zip(matrix, block, strict=True)]
       places = np.ix_(*(np.arange(n) // m for n, m in zip(matrix, block, strict=True)))
       scales = np.exp2(rng.uniform(exponent, exponent + 16, shape)).astype(F32)
-      minima = np.where(rng.random(shape) < 0.2, 0, F32(-3.000001) * scales)
-      codes_of_scales, scale_form = leaf_lib.encoded(scales, 0)
-      codes_of_minima, minimum_form = leaf_lib.encoded(minima, 0)
+      minima = np.where(rng.random(shape) < 0.2, 0, F32(3.000001) * scales)
       with np.errstate(over='ignore'):
         sums = numbers * scales[places] + minima[places]
         arrays = [sums.astype(dtype) for dtype in (BF16, F32)]
@@ -189,10 +186,8 @@ class LeafTest(parameterized.TestCase):
           grid='int4',
           name=array.dtype.name,
           block=block,
-          scales=codes_of_scales,
-          scale_form=scale_form,
-          minima=codes_of_minima,
-          minimum_form=minimum_form,
+          scales=scales.view(np.uint32),
+          minima=minima.view(np.uint32),
         )
         leaf.numbers[...] = codes
         leaf.write(out)
