@@ -315,10 +315,19 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         nonlocal state, tops
         if isinstance(layout, layouts.Differences):  # as in `_encode`
           state, tops = jax.lax.optimization_barrier((state, tops))
-        entry, start, frequency = lookup(rans.slot(state, precision))
-        word = words.at[tops].get(mode='promise_in_bounds')
-        state, taken = rans.pop_step(state, word, start, frequency, precision)
-        tops = tops - taken.astype(jnp.uint32)
+
+        def popped(state: jax.Array, tops: jax.Array) -> tuple[jax.Array, ...]:
+          entry, start, frequency = lookup(rans.slot(state, precision))
+          word = words.at[tops].get(mode='promise_in_bounds')
+          state, taken = rans.pop_step(state, word, start, frequency, precision)
+          return entry, state, tops - taken.astype(jnp.uint32)
+
+        if isinstance(precision, int):
+          entry, state, tops = popped(state, tops)
+        else:  # raw bits, which few rows have in a step of a training
+          choice = popped, lambda *x: (jnp.zeros_like(state), *x)
+          several = jax.lax.cond((precision > 0).any(), *choice, state, tops)
+          entry, state, tops = several
         return entry
 
       pieces = []

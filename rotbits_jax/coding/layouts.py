@@ -44,7 +44,6 @@ import numpy as np
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import units as units_lib
-from rotbits_jax.system import host
 
 FORMATS = {
   np.dtype(x): ml_dtypes.finfo(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -366,17 +365,13 @@ class Differences(units_lib.Base):
     """Makes the tables, given counts of bins `[K, 32]`; see `units.Base`."""
     if (count := len(counts)) > MOST_DIFFERENT:
       raise ValueError(f'{count} tables, more than {MOST_DIFFERENT}')
-    grids = []
-    for rows in units_lib.entries(self.frequencies(counts), self):
-      grid = MOST_DIFFERENT, MOST_DIFFERENT, rows.shape[1]
-      grids.append(host.empty(grid, np.uint32))  # XLA does not copy aligned ones
-      grids[-1][:count, :count] = rows.reshape(count, count, -1)
-    # The base, and the first levels.
-    told = np.full(MOST_DIFFERENT, units_lib.CLASSES, np.int32)
+    rows = np.minimum(np.arange(MOST_DIFFERENT), count - 1)
+    rows = (count * rows[:, None] + rows).reshape(-1)
+    # The base, and then the first levels of tables.
+    told = np.full(MOST_DIFFERENT, units_lib.CLASSES)
     told[:count] = np.flatnonzero(np.diff(table_of, prepend=-1))
     told[0] = base[0]
-    slots, intervals = (x.reshape(-1) for x in grids)
-    return units_lib.Tables(slots, intervals, told)
+    return super().tables(told, rows, counts)
 
 
 @dataclasses.dataclass(frozen=True)

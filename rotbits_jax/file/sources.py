@@ -17,6 +17,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.coding import pool
 from rotbits_jax.system import checksums
 
 Tree = dict[str, Any]
@@ -46,12 +47,14 @@ def fingerprint(source: Any) -> str:
   """Returns a digest: of the state of files on disk, or of all arrays in memory."""
   if hasattr(source, 'fingerprint'):
     return str(source.fingerprint())
-  arrays = [
-    (path, array.dtype.name, array.shape, checksums.of_array(array))
+  several = [
+    (path, array)
     for record in source.records
     for path, leaf in structured.flatten(source.read(record)).items()
-    for array in map(np.ascontiguousarray, jax.tree.leaves(leaf))
+    for array in jax.tree.leaves(leaf)
   ]
+  describe = lambda path, x: (path, x.dtype.name, x.shape, checksums.of_array(x))
+  arrays = pool.each(describe, *zip(*several, strict=True)) if several else []
   return hashlib.sha256(json.dumps([repr(source.config), arrays]).encode()).hexdigest()
 
 

@@ -31,7 +31,7 @@ from rotbits_jax.system import host
 _SAMPLE = 1 << 14  # elements that tell most choices
 _LEAF_BYTES = 150  # of a leaf besides its arrays
 _MOST_SHARE = 0.98  # of the bytes of an array alone, up to which a base is worth it
-_SPARSE = 1 / 8  # share of changed elements up to which exponents tell the classes
+_SPARSE = 1 / 4  # share of changed elements up to which exponents tell the classes
 _MANY = 1 << 15  # elements that tell how uneven rows and columns are
 _UNEVEN = 2  # squared variation of rows or columns, beyond chance, up to which they do
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
@@ -120,7 +120,9 @@ def _changed(
   some = slice(None, None, -(-bits.size // _SAMPLE) or 1)
   if np.count_nonzero(bits[some] != base[some]) > _SPARSE * bits[some].size:
     return None
-  differs = lambda part: (bits[part] != base[part]).any()
+  # Mostly the first elements of a block tell that it differs.
+  is_other = lambda x, y: (x[:4096] != y[:4096]).any() or (x != y).any()
+  differs = lambda part: is_other(bits[part], base[part])
   changed = np.array(difference.in_parts(differs, bits.size, 1, pool.run), bool)
   if (width := _width(draft.lengths)) == 1 or not changed.any():
     return changed
@@ -226,10 +228,10 @@ def _lines(
 
   sample = roots_of(some_rows)
   if is_sparse:
-    # The size by which numbers move, of which rounding leaves few. An octave less,
-    # because they move alike, so that their raw bits are no noise.
+    # The size by which numbers move, of which rounding leaves few. Two octaves
+    # less, because they move alike: bins hold more of them, and raw bits take time.
     root = np.sqrt(np.square(sample).mean(dtype=np.float64, keepdims=True))
-    return quarters(root).reshape(-1) + least - statistics.STEPS, np.zeros(1, int)
+    return quarters(root).reshape(-1) + least - 2 * statistics.STEPS, np.zeros(1, int)
   share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean())
   lines = [np.zeros(1, int), np.zeros(1, int)]
   if width > 1 and mean > 0:
