@@ -54,9 +54,6 @@ _APART = 96
 _WIDE = {'xla_cpu_prefer_vector_width': 512}
 
 
-_Shape = tuple[tuple[int, ...], Any]  # of an array, with its dtype
-
-
 class Span(NamedTuple):
   """Units of a block that follow each other in a part."""
 
@@ -156,7 +153,7 @@ def encode(
   rows, lanes = _grid(count)
   inputs = [_units(x, spans, layout) for x in ('numbers', 'known')]
   stack = ROWS * layout.pushes + _APART
-  shapes: list[_Shape] = [((lanes * stack,), np.uint16), ((ROWS, lanes), np.uint16)]
+  shapes: list[Any] = [((lanes * stack,), np.uint16), ((ROWS, lanes), np.uint16)]
   for width, _ in layout.pieces:
     dtype = np.uint16 if width == 8 else np.uint8
     shapes.append(((ROWS // _sharing(width), lanes), dtype))
@@ -259,7 +256,7 @@ def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> np.nd
 
 
 def _run(
-  program: Any, shapes: Sequence[_Shape], layout: layouts.Layout, *arguments: Any
+  program: Any, shapes: Sequence[Any], layout: layouts.Layout, *arguments: Any
 ) -> tuple[np.ndarray, list[np.ndarray]]:
   """Runs a program that fills arrays of these shapes and dtypes.
 
@@ -325,9 +322,9 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         if isinstance(precision, int):
           entry, state, tops = popped(state, tops)
         else:  # raw bits, which few rows have in a step of a training
-          choice = popped, lambda *x: (jnp.zeros_like(state), *x)
-          several = jax.lax.cond((precision > 0).any(), *choice, state, tops)
-          entry, state, tops = several
+          nothing = lambda *x: (jnp.zeros_like(state), *x)
+          several = popped, nothing, state, tops
+          entry, state, tops = jax.lax.cond((precision > 0).any(), *several)
         return entry
 
       pieces = []
