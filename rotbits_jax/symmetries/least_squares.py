@@ -1,9 +1,7 @@
-"""Least squares on the host: the T of `embed = head^T @ T`, and bases.
+"""Least squares, float64 on the host: the T of `embed = head^T @ T`, and bases.
 
 Shape letters: V tokens, D width of the head's input or hidden size, d width.
 """
-
-from typing import Any
 
 import numpy as np
 
@@ -13,23 +11,23 @@ _SAME = 0.9  # how far squares of singular values may be from 1
 
 
 def normal_equations(
-  table: np.ndarray, head: np.ndarray, weights: np.ndarray, dtype: Any = np.float64
+  table: np.ndarray, head: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the normal equations `gram @ T = moments` of tokens with weights `[V]`.
 
-  gram = head @ W @ head^T `[D, D]` and moments = head @ W @ embed `[D, d]`, with W the
-  diagonal of squared weights.
+  gram = head @ W @ head^T `[D, D]` and moments = head @ W @ embed `[D, d]`, float64,
+  with W the diagonal of squared weights.
   """
-  gram = np.zeros((len(head), len(head)), dtype)
-  moments, weights = np.zeros((len(head), table.shape[1]), dtype), weights.astype(dtype)
+  gram = np.zeros((len(head), len(head)))
+  moments = np.zeros((len(head), table.shape[1]))
   for block in tied.token_blocks(head):
-    columns = head[:, block].astype(dtype) * weights[block]
+    columns = head[:, block].astype(np.float64) * weights[block]
     gram += columns @ columns.T
-    moments += columns @ (table[block].astype(dtype) * weights[block, None])
+    moments += columns @ (table[block].astype(np.float64) * weights[block, None])
   return gram, moments
 
 
-def solution(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
+def solution(gram: np.ndarray, moments: np.ndarray, steps: int = 2) -> np.ndarray:
   """Returns T, float64 `[D, d]`, nearly zero in the null space of a singular `gram`."""
   diagonal = np.diag(gram)
   scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1))[:, None]
@@ -37,7 +35,7 @@ def solution(gram: np.ndarray, moments: np.ndarray) -> np.ndarray:
   # bias that it causes.
   regular = gram * scale * scale.T + 1e-10 * np.eye(len(gram))
   solved = np.zeros_like(moments)
-  for _ in range(2):
+  for _ in range(steps):
     solved += scale * np.linalg.solve(regular, scale * (moments - gram @ solved))
   return solved
 
