@@ -275,14 +275,11 @@ def _run(
 # ---- programs ------------------------------------------------------------------------
 
 
-def _row(array: jax.Array, t: Any) -> jax.Array:
-  return jax.lax.dynamic_index_in_dim(array, t, keepdims=False)
-
-
 def _given(t: Any, classes: Any, known: Any, units: Any, pieces: Any) -> units_lib.Row:
   """Returns a row of the inputs of a program."""
-  words = lambda x: None if x is None else [*_row(x, t).astype(jnp.uint32).T]
-  of_units = _row(classes, t).astype(jnp.int32)
+  row = functools.partial(jax.lax.dynamic_index_in_dim, index=t, keepdims=False)
+  words = lambda x: None if x is None else [*row(x).astype(jnp.uint32).T]
+  of_units = row(classes).astype(jnp.int32)
   return units_lib.Row(of_units, words(known), words(units), pieces)
 
 
@@ -322,8 +319,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         if isinstance(precision, int):
           entry, state, tops = popped(state, tops)
         else:  # raw bits, which few rows have in a step of a training
-          nothing = lambda *x: (jnp.zeros_like(state), *x)
-          several = popped, nothing, state, tops
+          several = popped, lambda *x: (jnp.zeros_like(state), *x), state, tops
           entry, state, tops = jax.lax.cond((precision > 0).any(), *several)
         return entry
 

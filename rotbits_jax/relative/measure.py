@@ -39,7 +39,6 @@ _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kep
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
 _FAR = 12  # quarters of an octave from which scales of lines are equally wrong
-_LEAST = 1e-30  # so that the logarithm of no difference is finite
 
 
 class Measured(NamedTuple):
@@ -223,7 +222,7 @@ def _lines(
     return np.sqrt(np.abs(factors.floats(bits[part], known[part], dtype)))
 
   def quarters(roots: Any) -> np.ndarray:
-    octaves = 2 * np.log2(np.maximum(roots, _LEAST))
+    octaves = 2 * np.log2(np.maximum(roots, 1e-30))  # finite if nothing differs
     return np.rint(statistics.STEPS * octaves).astype(int)
 
   sample = roots_of(some_rows)
