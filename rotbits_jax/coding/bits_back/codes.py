@@ -111,5 +111,5 @@ def eigen_code(n: int, threshold: float | None) -> RotationCode:
     functools.partial(eigen.rotation, n),
     jax.jit(functools.partial(eigen.correct, threshold=threshold)),
     eigen.recover,
-    functools.partial(eigen.correction_codec, n),
+    functools.partial(eigen.correction_codec, n, threshold),
   )

@@ -43,9 +43,16 @@ SAFETY = 12.0
 
 _NEIGHBOURS = 9  # groups whose differences are taken together
 
-# The frequencies of extra levels: about those of Gaussian errors, except for the last
-# one, of integers that are sent in full.
-_EXTRA = np.array([[14100, 1900, 220, 25, 8, *[1] * 11, 120]])
+EXTRA = np.array([[14100, 1900, 220, 25, 8, *[1] * 11, 120]])
+"""Frequencies of extra levels `[1, 17]`: about those of Gaussian errors.
+
+The last one is that of integers that are sent in full.
+"""
+
+# The frequencies of base levels: on sliced models most groups have a low one.
+_BASE = np.array(
+  [[2000, 1700, 2300, 1900, 1100, 1000, 1000, 800, 700, 600, 470, *[469] * 6]]
+)
 
 
 class Correction(NamedTuple):
@@ -79,7 +86,7 @@ def correct(
   # The bits of integers that need each level, for each base level.
   places = np.arange(LEVELS)
   extra = np.maximum(places - places[:, None], 0)
-  bits = np.maximum(places, places[:, None]) - np.log2(_EXTRA[0, extra])
+  bits = np.maximum(places, places[:, None]) - np.log2(EXTRA[0, extra])
   cost = jnp.matmul(histogram, bits.T.astype(np.float32), precision='highest')
   base = jnp.argmin(cost, axis=1).astype(jnp.int32)
   return with_levels(integers, needed, base, groups)
@@ -138,11 +145,11 @@ def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.A
   return integers.astype(jnp.uint16)
 
 
-def codec(groups: jax.Array, count: int) -> codecs.Codec:
-  """Returns the codec of corrections."""
+def codec(groups: jax.Array, count: int, extra_table: np.ndarray) -> codecs.Codec:
+  """Returns the codec of corrections, given the frequencies of extra levels."""
   both_levels = codecs.serial(
-    codecs.categorical(jnp.zeros(groups.size, jnp.uint32), _EXTRA, jnp.uint8),
-    codecs.uniform(jnp.full(count, LEVELS.bit_length(), jnp.uint32), jnp.uint8),
+    codecs.categorical(jnp.zeros(groups.size, jnp.uint32), extra_table, jnp.uint8),
+    codecs.categorical(jnp.zeros(count, jnp.uint32), _BASE, jnp.uint8),
   )
 
   def residues(base: jax.Array, extra: jax.Array) -> codecs.Codec:

@@ -35,12 +35,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import haar
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
+
+# The frequencies of extra levels of sliced models, as `correction.EXTRA`; and with a
+# threshold, beyond which few numbers are.
+_EXTRA = np.array([[14048, 1366, 486, 226, 121, 62, 30, 10, 2, *[1] * 7, 26]])
+_WITHIN = np.array([[16320, *[0] * 15, 64]])
 
 
 class Spectrum(NamedTuple):
@@ -117,8 +123,8 @@ def recover(recovered: jax.Array, correction: EigenCorrection) -> jax.Array:
   return pattern(correction_lib.nearest(positions, level, residue))
 
 
-def correction_codec(n: int) -> codecs.Codec:
-  """Returns the codec of corrections."""
+def correction_codec(n: int, threshold: float | None = None) -> codecs.Codec:
+  """Returns the codec of corrections, given the threshold of `correct`."""
   bitcast = jax.lax.bitcast_convert_type
   spectra = codecs.serial(
     codec(n),
@@ -126,7 +132,8 @@ def correction_codec(n: int) -> codecs.Codec:
     split=lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
     join=lambda entries: Spectrum(bitcast(entries[1], jnp.float32), entries[0]),
   )
-  numbers = correction_lib.codec(places(n)[0], n)
+  table = _EXTRA if threshold is None else _WITHIN
+  numbers = correction_lib.codec(places(n)[0], n, table)
   return codecs.serial(spectra, numbers, join=EigenCorrection._make)
 
 

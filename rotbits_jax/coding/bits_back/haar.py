@@ -61,6 +61,8 @@ _CELLS = _BINS << _FINE_BITS
 _PANEL = 32
 _CUT = 256  # columns that are read before they are cut off
 
+_FLIPS = np.array([[16256, 128]])  # frequencies of columns without and with a flip
+
 _Panel = tuple[jax.Array, jax.Array, jax.Array]  # columns, reflectors, cells
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
@@ -185,8 +187,8 @@ def _read_columns(
 
 def correction_codec(n: int, k: int) -> codecs.Codec:
   """Returns the codec of corrections of frames."""
-  cells = correction_lib.codec(places(n, k)[1], k)
-  flips = codecs.uniform(jnp.ones(k, jnp.uint32), bool)
+  cells = correction_lib.codec(places(n, k)[1], k, correction_lib.EXTRA)
+  flips = codecs.categorical(jnp.zeros(k, jnp.uint32), _FLIPS, bool)
   return codecs.serial(cells, flips, join=FrameCorrection._make)
 
 
