@@ -29,7 +29,7 @@ from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.presets import steps as steps_lib
 
-TOKENS, CALIBRATION_TOKENS = 1024, 1024
+TOKENS, CALIBRATION_TOKENS = 1024, 2048
 STEPS = (-5, -3, -1)
 BLOCKS = ('Q8_0', 'Q5_K', 'Q4_K')
 WIDTHS = (8, 4)
