@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from rotbits_jax.coding import blocks
 from rotbits_jax.coding import pool
 from rotbits_jax.quantisers import grids
 from rotbits_jax.structured import base
@@ -27,8 +28,6 @@ LEAST = 2.0**-125  # scale, so that half of it is normal
 _PRODUCTS = 1 << 20  # elements of a call of XLA, which takes time of its own
 _WIDTH = 32  # elements of a row of such a call, which has one or two scales
 _LEAST_OF_XLA = 2.0**-80  # scale, so that products and sums are normal
-# Where the CPU has registers of 512 bits, they save a fifth of the time.
-_WIDE = {'xla_cpu_prefer_vector_width': 512}
 _MOST_BITS = (1 << 31) - 1  # of a float32 without its sign
 
 _Base = Annotated[int, schema.between(-_MOST_BITS, _MOST_BITS)]
@@ -176,7 +175,7 @@ class BlockQuantized(base.Structured):
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 
 
-@functools.partial(jax.jit, static_argnames='dtype', compiler_options=_WIDE)
+@functools.partial(jax.jit, static_argnames='dtype', compiler_options=blocks.WIDE)
 def _products(
   numbers: Any, scales: Any, minima: Any, zero: Any, no_bits: Any, *, dtype: Any
 ) -> jax.Array:
