@@ -1,13 +1,11 @@
-"""A second reader of rotbits files, in NumPy, from docs/format.md alone.
+"""A second reader of rotbits files, in NumPy, from docs/format*.md alone.
 
   python examples/numpy_decoder.py FILE OUTPUT.safetensors [BASE.safetensors]
 
-It writes the parameters by their paths, and shares no code with the package. Structured
-leaves are read by `numpy_leaves`, from docs/format_leaves.md. It checks checksums only:
-give it no files from strangers.
+It writes the parameters by their paths, and shares no code with the package. It checks
+checksums only: give it no files from strangers.
 """
 
-import collections
 import io
 import json
 import math
@@ -16,7 +14,6 @@ import zlib
 
 from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
-import numpy_leaves
 from safetensors import numpy as safetensors_numpy
 
 DIFFERENCES = 'integers', 'known'
@@ -28,8 +25,8 @@ def stream(data):
   return lambda n, dtype='u1': np.frombuffer(read(n * np.dtype(dtype).itemsize), dtype)
 
 
-def read_message(take, tables, sizes, frequencies):
-  """The symbols of units, and the raw bits of both elements, of these sizes."""
+def read_message(take, tables, shifts, pieces, frequencies):
+  """The symbols of units, and the raw bits of both elements, of these shifts."""
   least = take(2, '<u2') @ [1, 1 << 16]
   low, high, counts = np.int64(take(3 * tables.shape[1], '<u2')).reshape(3, -1)
   x, tops = high << 16 | low, np.cumsum(counts + least)
@@ -37,45 +34,18 @@ def read_message(take, tables, sizes, frequencies):
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
   starts, total = np.cumsum(frequencies, 1) - frequencies, owners.shape[1]
   symbols, raw = np.zeros_like(tables), np.zeros((2, *tables.shape), np.int64)
-
-  def refilled(x):
-    nonlocal tops
-    tops = tops - (x < 1 << 16)
-    return np.where(x < 1 << 16, x << 16 | words[tops], x)
-
   for i, table in enumerate(tables):
     symbols[i] = symbol = owners[table, x % total]
     slot = x % total - starts[table, symbol]
-    x = refilled(frequencies[table, symbol] * (x // total) + slot)
-    for k, (first, second) in enumerate(sizes[:, :, i]):
-      raw[0, i] |= (x >> second) % (1 << first) << 8 * k
-      raw[1, i] |= x % (1 << second) << 8 * k
-      x = refilled(x >> first + second)
+    x = frequencies[table, symbol] * (x // total) + slot
+    for low in (None, *pieces):
+      if low is not None:
+        first, second = np.clip(shifts[:, i] - low, 0, 8)
+        raw[:, i] |= [(x >> second) % (1 << first) << low, x % (1 << second) << low]
+        x >>= first + second
+      tops = tops - (x < 1 << 16)
+      x = np.where(x < 1 << 16, x << 16 | words[tops], x)
   return symbols.ravel(), raw.reshape(2, -1).T
-
-
-def read_planes(take, r, rows, lanes):
-  """The r raw bits of both elements of each unit: `[units, 2]`."""
-  raw, low = np.zeros((rows * lanes, 2), np.int64), 0
-  for b in [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
-    plane = np.unpackbits(take(math.ceil(rows * b / 4) * lanes), bitorder='little')
-    plane = plane.reshape(-1, lanes, max(4 // b, 1), 2, b).swapaxes(1, 2)
-    raw |= plane.reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
-    low += b
-  return raw
-
-
-def move(known, difference, dtype):
-  """The bit patterns of elements that differ from known ones."""
-  if dtype.kind == 'i':
-    return known + difference
-  sign = 1 << 8 * dtype.itemsize - 1
-  size = known % sign
-  least = size - np.minimum(size, 4 << finfo(dtype).nmant)
-  place = (difference + size + sign) % (2 * sign) - sign
-  gap = np.where(place < 2 * least - sign, least - sign, 2 * least)
-  place = np.where(place < least, place - gap, place)
-  return place ^ (place & sign > 0) * (sign - 1) ^ known & sign
 
 
 def read_block(data, told, frequencies, group, dtype):
@@ -86,37 +56,53 @@ def read_block(data, told, frequencies, group, dtype):
   (kind, r, *_), take, count = group, stream(data), told.shape[1]
   lanes, width = 4 if count <= 1 << 16 else 32, 8 if kind == 'bytes' else 10
   told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
-  tables, *others = told.reshape(len(told), -1, lanes)
+  tables, shifts = np.split(told.reshape(len(told), -1, lanes)[:3], [1])
   lows = range(0, r, 8) if kind in DIFFERENCES else ()
-  sizes = [np.clip(others[:2], low, low + 8) - low for low in lows]
-  sizes = np.array(sizes, np.int64).reshape(-1, 2, *tables.shape)
-  symbols, raw = read_message(take, tables, sizes, frequencies)
-  if kind not in DIFFERENCES:
-    raw = read_planes(take, r, *tables.shape)
+  symbols, raw = read_message(take, tables[0], shifts, lows, frequencies)
+  planes, low = [] if lows else [8] * (r // 8) + [b for b in (4, 2, 1) if r & b], 0
+  for b in planes:
+    plane = take(math.ceil(tables.shape[1] * b / 4) * lanes)
+    plane = np.unpackbits(plane, bitorder='little')
+    plane = plane.reshape(-1, lanes, max(4 // b, 1), 2, b).swapaxes(1, 2)
+    raw |= plane.reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
+    low += b
   escape = (1 << width) - 1
   size = width * np.count_nonzero(symbols == escape)
   listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
   symbols[symbols == escape] = listed @ (1 << np.arange(width)[::-1])
-  bins = np.stack(np.divmod(symbols, 32), -1)
+  bins, offset = np.stack(np.divmod(symbols, 32), -1), told[1:].T
   if kind == 'bytes':
     bits = symbols[:, None] - 30
   elif kind in DIFFERENCES:
-    off = (bins >> 1 ^ -(bins & 1)) << told[1:3].T | raw
-    bits = move(told[3:].T, off, dtype)
+    off = (bins >> 1 ^ -(bins & 1)) << offset[:, :2] | raw
+    bits = moved(offset[:, 2:], off, dtype)
   elif kind == 'codes':
-    bits = (bins + told[1:].T << r | raw) ^ 128
+    bits = (bins + offset << r | raw) ^ 128
   else:
-    m, raised, told = finfo(dtype).nmant, kind == 'raised', told[1:].T
-    t = 1 + raised
-    bits = bins + (0 if raised else told) << m - t | raw % (1 << r - 1) << m + 1 - t - r
-    if raised:  # small elements share a step
-      small = np.ldexp(bits % (1 << m) * 1.0, told - 1 + finfo(dtype).minexp - m)
+    m, is_raised = finfo(dtype).nmant, kind == 'raised'
+    low = m - 1 - is_raised
+    bits = bins + offset * (not is_raised) << low | raw % (1 << r - 1) << low + 1 - r
+    if is_raised:  # small elements share a step
+      small = np.ldexp(bits % (1 << m) * 1.0, offset - 1 + finfo(dtype).minexp - m)
       small = small.astype(dtype).view(f'u{dtype.itemsize}')
-      bits = np.where(bits >> m, bits + (told - 1 << m), small)
+      bits = np.where(bits >> m, bits + (offset - 1 << m), small)
     bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
   bits = bits.astype(f'u{dtype.itemsize}')
   bits[symbols == 1023] = take(-1, bits.dtype).reshape(-1, bits.shape[1])
   return bits[:count]
+
+
+def moved(known, difference, dtype):
+  """The bit patterns of elements that differ from known ones."""
+  if dtype.kind == 'i':
+    return known + difference
+  sign = 1 << 8 * dtype.itemsize - 1
+  size = known % sign
+  least = size - np.minimum(size, 4 << finfo(dtype).nmant)
+  place = (difference + size + sign) % (2 * sign) - sign
+  gap = np.where(place < 2 * least - sign, least - sign, 2 * least)
+  place = np.where(place < least, place - gap, place)
+  return place ^ (place & sign > 0) * (sign - 1) ^ known & sign
 
 
 def read_group(group, tables, blocks, parts, known):
@@ -140,27 +126,27 @@ def read_group(group, tables, blocks, parts, known):
   stored = np.cumsum(take(levels)) - 1
   counts = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
   if is_different:
-    several = [x.ravel().view(f'u{x.itemsize}') for x in known or parts]
-    near = np.concatenate([np.pad(x, (0, x.size % 2), 'edge') for x in several])
-    near = np.int64(near).reshape(-1, 2).T * (kind == 'known')
+    several = [x.view(f'u{x.itemsize}') for x in known or map(np.zeros_like, parts)]
+    near = [np.pad(x.ravel(), (0, x.size % 2), 'edge') for x in several]
+    near = np.int64(np.concatenate(near)).reshape(-1, 2).T
     level = np.broadcast_to(k + base, near.shape)
     if dtype.kind != 'i':
       exponents = near % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant
       level = level - 4 * np.maximum(exponents, 1)
     level = np.clip(level, 0, 255)
     shifts = np.clip(level - 64 >> 2, 0, r)
-    first, second = stored[level - 4 * shifts]
-    told = np.array([first * len(counts) + second, *shifts, *near], np.int64)
-    pairs = counts.repeat(len(counts), 0), np.tile(counts, (len(counts), 1))
+    (tables, second), others = stored[level - 4 * shifts], [*shifts, *near]
   else:
-    told = np.stack([k % levels, k // levels * step + base])
-    pairs = [counts[stored]] * 2
-  frequencies = pairs[0]
-  if unit == 2:
-    weights = (pairs[0][:, :, None] * pairs[1][:, None]).reshape(len(pairs[0]), -1)
-    frequencies = weights[:, :-1] + (1 << 27 - p) >> 28 - p
+    tables = second = stored[k % levels]
+    others = [k // levels * step + base]
+  frequencies = counts
+  if unit == 2:  # a table for each two that a unit has
+    used, tables = np.unique(tables * len(counts) + second, return_inverse=True)
+    weights = counts[used // len(counts), :, None] * counts[used % len(counts), None]
+    frequencies = weights.reshape(len(used), -1)[:, :-1] + (1 << 27 - p) >> 28 - p
   escape = (1 << p) - frequencies.sum(1, keepdims=True)
   frequencies = np.append(frequencies, escape, 1)
+  told = np.int64([tables, *others])
   length = math.ceil(k.size / len(blocks))
   pieces = zip(blocks, np.split(told, range(length, k.size, length), 1), strict=True)
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
@@ -169,40 +155,197 @@ def read_group(group, tables, blocks, parts, known):
     part.view(bits.dtype)[...] = numbers.ravel()[: part.size].reshape(part.shape)
 
 
-def read_record(spec, data, known):
-  """The arrays of a record; known(i, arrays) gives bits near the array i."""
-  take, members, masked = stream(data), collections.defaultdict(list), []
+def read_record(record, data, tensors, base, config):
+  """Adds the arrays of the leaves of a record to the tensors by path."""
+  spec, take, leaves, joined = record['spec'], stream(data), [], {}
   arrays = [np.empty(shape, dtype) for dtype, shape, *_ in spec['arrays']]
-  for i, (array, entry) in enumerate(zip(arrays, spec['arrays'], strict=True)):
-    (*_, groups, m), parts = entry, [array]
-    if len(groups) > 1:  # without zeros
-      rows, columns = math.prod(array.shape[:-1]), math.prod(array.shape[-1:])
-      signs = np.empty(math.ceil((array.size - m) / 8), 'u1')
-      mask = np.empty((rows, math.ceil(columns / 8)), 'u1')
-      parts = [mask, np.empty(m, array.dtype), signs][: len(groups)]
-      masked.append((array, *parts))
+  several, members, parts_of = iter(arrays), {None: []}, []
+  # Leaves without arrays of their own are last, together.
+  for leaf in sorted(record['leaves'], key=lambda leaf: leaf.get('arrays') == []):
+    a = {name: next(several) for name in leaf.get('arrays', [''])}
+    if not a and 'type_name' not in leaf:
+      left = joined[leaf['dtype']] if leaf['dtype'] in joined else next(several)
+      a[''], joined[leaf['dtype']] = np.split(left, [math.prod(leaf['shape'])])
+    leaves.append((leaf, a))
+  for array, (_, _, _, groups, m) in zip(arrays, spec['arrays'], strict=True):
+    parts = [array]
+    if len(groups) > 1:  # a mask, the other elements, and perhaps the signs of zeros
+      mask = np.packbits(array.reshape(-1, array.shape[-1]) == 0, axis=1)
+      signs = np.packbits(np.ones(array.size - m, bool))
+      parts = [mask, np.empty(m, array.dtype), signs]
     elif array.itemsize == 8 or array.dtype.kind == 'u':
       parts = [array.reshape(-1, 1).view('u1')]
-    for group, part in zip(groups, parts, strict=True):
-      members[group].append((i, part))
-  tables = [take(group[2]) for group in spec['groups']]
+    parts_of.append(parts[: len(groups)])
+    for group, part in zip(groups, parts_of[-1], strict=True):
+      members.setdefault(group, []).append(part)
+  heads = [take(group[2]) for group in spec['groups']]
   blocks = [[take(n) for n in group[3]] for group in spec['groups']]
-  for _, part in members[None]:
+  for part in members[None]:
     part[...] = take(part.size, part.dtype).reshape(part.shape)
-  several = zip(spec['groups'], tables, blocks, range(len(tables)), strict=True)
-  for group, *others, i in sorted(several, key=lambda x: x[0][0] == 'known'):
-    near = [known(j, arrays) for j, _ in members[i]] if group[0] == 'known' else None
-    read_group(group, *others, [part for _, part in members[i]], near)
-  for array, mask, values, *signs in masked:
-    bits = array.view(f'u{array.itemsize}').reshape(len(mask), -1)
-    is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]) > 0
-    bits[is_set], bits[~is_set] = values.view(bits.dtype), 0
-    if signs:
-      negative = np.unpackbits(signs[0], count=np.count_nonzero(~is_set))
-      bits[~is_set] = negative.astype(bits.dtype) << 8 * array.itemsize - 1
-  for array, (_, _, crc32, *_) in zip(arrays, spec['arrays'], strict=True):
+  groups = zip(spec['groups'], heads, blocks, range(len(heads)), strict=True)
+  for group, *others, i in sorted(groups, key=lambda x: x[0][0] == 'known'):
+    is_member = lambda a, i=i: any(x is a.get('elements') for x in members[i])
+    near = [x for x in leaves if group[0] == 'known' and is_member(x[1])]
+    near = [predicted(*x, tensors, base, config) for x in near]
+    read_group(group, *others, members[i], [x[differs] for x, differs in near])
+  several = zip(arrays, parts_of, spec['arrays'], strict=True)
+  for array, (mask, *others), (_, _, crc32, *_) in several:
+    if others:
+      bits = array.view(f'u{array.itemsize}').reshape(len(mask), -1)
+      is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]) > 0
+      bits[is_set], bits[~is_set] = others[0].view(bits.dtype), 0
+      for signs in others[1:]:
+        negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
+        bits[~is_set] = negative.astype(bits.dtype) << 8 * array.itemsize - 1
     assert zlib.crc32(array.tobytes()) == crc32, 'an array is damaged'
-  return arrays
+  for leaf, a in leaves:
+    tensors[leaf['path']] = read_leaf(leaf, a, tensors, base, config)
+
+
+def product(p, dtype, tensors, base, hidden):
+  """A product with tensors of the dense model, in float32."""
+  kind, k, unit = p['kind'], 26 - (hidden.bit_length() + 1) // 2, 25
+  rounded = lambda x: np.float64(np.float32(x).astype(dtype)) if p.get('rounded') else x
+  bases = [np.float64(tensors[f'subspaces.{i}/basis']) for i in p.get('segments', [])]
+
+  def integers(x, k):
+    power = k - np.frexp(abs(x).max(-1, keepdims=True))[1]
+    return np.rint(np.ldexp(x, power)), power
+
+  if kind == 'shortcut':
+    return np.float32(np.ldexp(bases[0].T @ bases[1], -50))
+  x, *others = (rounded(np.float64(base[path])) for path, *_ in p['arrays'])
+  x = x if kind == 'writes' or p.get('transposed') else x.T
+  if kind == 'reads':
+    x = rounded(x * others[0])
+  elif kind == 'bias':
+    vector, unit = integers(others[0], k)
+    bases = [vector[:, None]]
+  elif p.get('centred'):
+    i, power = integers(x, 52 - (hidden - 1).bit_length())
+    x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -power))
+  i, power = integers(x, k)
+  x = np.ldexp(i @ bases[0], -power - unit)
+  x = x[:, 0] + sum(others[1:]) if kind == 'bias' else x
+  return np.float32(x.T if kind == 'reads' else x)
+
+
+def beside_head(head, map, scale):
+  """The product of a head and a map, of integers of 16 bits but two low bytes."""
+  integers, low, powers = [], [], []
+  for x in (np.float64(head), np.float64(map)):
+    e = np.frexp(abs(x).max(0) * 128 / 127)[1]
+    powers.append(15 - np.maximum(e, -35))
+    integers.append(np.rint(np.ldexp(x, powers[-1])))
+    low.append((integers[-1] + 128) % 256 - 128)
+  sums = (integers[0].T @ integers[1] - low[0].T @ low[1]) / 256
+  sums = np.float32(sums.astype(np.int64).astype(np.int32))
+  return np.ldexp(sums, 8 - powers[0][:, None] - powers[1] - scale)
+
+
+def predicted(leaf, a, tensors, base, config):
+  """The bits that are known of an array near another one, and which elements differ."""
+  dtype, n, s = np.dtype(leaf['dtype']), math.prod(leaf['shape']), leaf['settings']
+  if 'map' in a:
+    known = beside_head(tensors['head/kernel'], a['map'], s.get('scale', 0))
+  elif 'product' in leaf:
+    known = product(leaf['product'], dtype, tensors, base, config['hidden_size'])
+  else:
+    known = base[leaf['base'][0]]
+  b = np.ravel(known.astype(dtype, order='C'))[:n].view(f'i{dtype.itemsize}')
+  b = np.pad(b, (0, n - b.size))
+  if 'left' in a:
+    numbers = np.float64(b.view(dtype))
+    p = np.ldexp(np.float64(a['left']) @ a['right'], s.get('unit', 0)).ravel()
+    near = np.float32(numbers + p).astype(dtype).view(b.dtype)
+    b = np.where(np.isfinite(numbers), near, b)
+  if 'drift' in a:
+    m, e = finfo(dtype).nmant, (1 << finfo(dtype).nexp) - 1
+    drift = a['drift'][b % (1 << m) >> max(m - 8, 0)].astype(b.dtype)
+    b = b + drift * ((b >> m & e) % e > 0)
+  differs = np.unpackbits(a.get('changed', np.uint8([255])), bitorder='little') > 0
+  return b, np.resize(np.repeat(differs, 65536), n)
+
+
+def floats(codes, form):
+  """The float32 of codes of scales and of minima."""
+  n = codes.astype(np.int64) + form[0]
+  return np.uint32((np.abs(n) << form[1]) | (n < 0) << 31).view('f4')
+
+
+def read_leaf(leaf, arrays, tensors, base, config):
+  """The array of a leaf."""
+  kind, s, a = leaf.get('type_name'), leaf.get('settings', {}), arrays
+  if kind not in (None, 'difference', 'block_quantized', 'basis'):
+    a = {k: np.float32(x) * arrays.get(f'{k}_step', 1) for k, x in arrays.items()}
+  for name in [k for k in a if f'{k}_corner' in a]:  # triangles
+    corner = a[f'{name}_corner']
+    top = np.tri(math.isqrt(2 * corner.size), a[name].shape[1], dtype=np.float32)
+    top[top > 0] = corner
+    a[name] = np.vstack([top, a[name]])
+  gram = lambda b: np.vstack([np.eye(b.shape[1]) - b.T @ b / 4, b])
+  match kind:
+    case None:
+      is_packed = leaf['dtype'] in ('int2', 'int4')
+      array = a[''].astype(leaf['dtype']).astype('i1') if is_packed else a['']
+      return array.reshape(leaf['shape'])
+    case 'difference':
+      array, differs = predicted(leaf, a, tensors, base, config)
+      array[differs] = a.get('elements', array[differs]).view(array.dtype).ravel()
+      array = array.view(leaf['dtype'])
+    case 'block_quantized':
+      scales = floats(a['scales'], s.get('scale_form', (0, 0))) * a.get('factor', 1)
+      least = np.full(scales.shape, -0.0, 'f4')
+      if 'minima' in a:
+        least = floats(a['minima'], s.get('minimum_form', (0, 0)))
+      array = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
+      if s['grid'] in ('int4', 'float4_e2m1fn'):
+        array[array == -16] = -0.0
+        array /= 1 if s['grid'] == 'int4' else 2
+      blocks = zip(array.shape, s['block'], strict=True)
+      places = np.ix_(*(np.arange(n) // m for n, m in blocks))
+      array = (array * scales[places] + least[places]).astype(s['name']).ravel()
+      array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
+    case 'basis' if 'mask' not in a:
+      array = a['numbers'] * s['step']
+    case 'basis':
+      array = np.float64(a['numbers']) * s['step']
+      m, d = array.shape
+      one = lambda n: 2.0**25 * np.eye(n)
+      scaled = lambda x: np.rint(x * 2.0**-25)
+      g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
+      for _ in range(5):
+        z = scaled(z @ (2 * one(m) - scaled(g @ z)))
+      low = 2 * scaled(z @ array)
+      rows = np.vstack([one(d) - scaled(array.T @ low), low])
+      is_top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
+      array = rows[np.argsort(np.argsort(~is_top, stable=True))]
+    case 'constant':
+      array = np.full(leaf['shape'], a['value'])
+    case 'identity_minus_gram':
+      square = np.eye(len(a['b'])) - a['b'] @ a['b'].T + a['c'] @ a['c'].T
+      array = np.pad(square, ((0, 0), (0, s['columns'] - len(square))))
+    case 'trapezoidal_rows':
+      lower = a['lower'].T
+      if 'pivots' in a:
+        lower = lower[:, np.argsort(np.argsort(1 - a['pivots'], stable=True))]
+      array = np.vstack([*a.get('full', []), *lower])
+    case 'head_bases' if s.get('group'):
+      bases = [gram(b.T) for b in np.split(a['below'], s['heads'])]
+      array = np.vstack([x.T for b in bases for x in np.split(b, s['group'])])
+    case 'head_bases':
+      bases = [gram(b) for b in np.split(a['below'], s['heads'], 1)]
+      rotary = np.split(a.get('rotary', bases[0][:, :0]), s['heads'], 1)
+      array = np.hstack([x for pair in zip(rotary, bases, strict=True) for x in pair])
+    case 'tied':
+      array = np.float32(tensors['head/kernel']).T @ a['map']
+    case 'uniformly_quantized':
+      factor = lambda e: np.ldexp(4 + e % 4, np.int32(e // 4 - 2))
+      rows, columns = (factor(a.get(f'{x}_exponents', 0)) for x in ('row', 'column'))
+      array = a['integers'] * a['step'] * rows[..., None] * columns
+  array = array.astype(leaf['dtype']).reshape(leaf['shape'])
+  assert leaf.get('crc32') in (None, zlib.crc32(array.tobytes())), 'a leaf is damaged'
+  return array
 
 
 def main(path, output, base=None):
@@ -213,25 +356,7 @@ def main(path, output, base=None):
   # Records with leaves that need others come last.
   needs = lambda record: any('needs' in leaf for leaf in record['leaves'])
   for record in sorted(manifest['records'], key=needs):
-    # Leaves without arrays of their own are last, together.
-    is_joined = lambda leaf: 'arrays' in leaf and 'type_name' not in leaf
-    leaves = sorted(record['leaves'], key=is_joined)
-    owners = [(leaf, name) for leaf in leaves for name in leaf.get('arrays', [''])]
-
-    def known(i, arrays, owners=owners):
-      leaf, several = owners[i][0], zip(owners, arrays, strict=False)
-      a = {name: x for (owner, name), x in several if owner is leaf}
-      bits, differs = numpy_leaves.predicted(leaf, a, tensors, base, config)
-      return bits[differs]
-
-    data, joined = streams[record['name']], {}
-    arrays = iter(read_record(record['spec'], data, known))
-    for leaf in leaves:
-      a = {name: next(arrays) for name in leaf.get('arrays', [''])}
-      if is_joined(leaf):
-        left = joined[leaf['dtype']] if leaf['dtype'] in joined else next(arrays)
-        a[''], joined[leaf['dtype']] = np.split(left, [math.prod(leaf['shape'])])
-      tensors[leaf['path']] = numpy_leaves.read_leaf(leaf, a, tensors, base, config)
+    read_record(record, streams[record['name']], tensors, base, config)
     empty += record.get('empty', [])
   tensors = {k: x.copy() for k, x in tensors.items() if not k.startswith('subspaces.')}
   safetensors_numpy.save_file(tensors, output, {'empty': json.dumps(empty)})
