@@ -157,16 +157,11 @@ def read_group(group, tables, blocks, parts, known):
 
 def read_record(record, data, tensors, base, config):
   """Adds the arrays of the leaves of a record to the tensors by path."""
-  spec, take, leaves, joined = record['spec'], stream(data), [], {}
+  spec, take = record['spec'], stream(data)
   arrays = [np.empty(shape, dtype) for dtype, shape, *_ in spec['arrays']]
   several, members, parts_of = iter(arrays), {None: []}, []
-  # Leaves without arrays of their own are last, together.
-  for leaf in sorted(record['leaves'], key=lambda leaf: leaf.get('arrays') == []):
-    a = {name: next(several) for name in leaf.get('arrays', [''])}
-    if not a and 'type_name' not in leaf:
-      left = joined[leaf['dtype']] if leaf['dtype'] in joined else next(several)
-      a[''], joined[leaf['dtype']] = np.split(left, [math.prod(leaf['shape'])])
-    leaves.append((leaf, a))
+  named = lambda leaf: {name: next(several) for name in leaf.get('arrays', [''])}
+  leaves = [(leaf, named(leaf)) for leaf in record['leaves']]
   for array, (_, _, _, groups, m) in zip(arrays, spec['arrays'], strict=True):
     parts = [array]
     if len(groups) > 1:  # a mask, the other elements, and perhaps the signs of zeros

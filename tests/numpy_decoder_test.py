@@ -154,14 +154,6 @@ def test_reads_codes_and_scales(tmp_path):
   assert_reads_the_same(file, output)
 
 
-def test_reads_many_small_arrays(tmp_path):
-  file, output = tmp_path / 'tree.rotbits', tmp_path / 'tree.safetensors'
-  arrays = [np.full((i % 5, 2), i, 'f4' if i % 3 else 'i2') for i in range(300)]
-  rotbits_jax.encode_to_file({'x': [*arrays, np.ones(99)]}, file)
-  assert len(rotbits_jax.file.Reader(file).records['x'].stream_spec.arrays) == 3
-  assert_reads_the_same(file, output)
-
-
 @pytest.mark.parametrize('dtype', ['int2', 'int4'])
 def test_reads_negative_numbers_of_few_bits(dtype, tmp_path):
   file, output = tmp_path / 'tree.rotbits', tmp_path / 'tree.safetensors'

@@ -122,8 +122,6 @@ def test_many_tensors_of_one_element_are_no_larger_than_their_file(tmp_path):
   assert len(data) < source.stat().st_size / 3
   rotbits_jax.decode_to_directory(data, tmp_path / 'out')
   assert (tmp_path / 'out' / source.name).read_bytes() == source.read_bytes()
-  records = rotbits_jax.file.Reader(data).records.values()
-  assert [len(record.stream_spec.arrays) for record in records] == [1, 1]
 
 
 def test_an_expert_is_a_record():

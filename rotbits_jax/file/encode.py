@@ -46,8 +46,6 @@ from rotbits_jax.system import checksums
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
 
-_SMALL, _MANY = 64, 256  # elements of arrays that are joined in a record of so many
-
 RELATIVE = 'relative to a base'
 """The name of the saving of a base."""
 
@@ -311,8 +309,6 @@ class Encoder:
     if self.preset.rounding is None:
       _find_codes(params, beside)
     savings = record.savings + ([] if base is None else [_saving(params, beside)])
-    joins = sum(structured.count_elements(x) <= _SMALL for x in params.values()) > _MANY
-    joined: dict[str, list[np.ndarray]] = {}
     for path, leaf in params.items():
       try:
         entry, stored, near = _stored(path, leaf, beside.get(path), resolve)
@@ -321,14 +317,10 @@ class Encoder:
       # A leaf that is stacked, or should be, raises any of these.
       except (*manifest_lib.UNTRUSTED, ValueError) as error:
         raise ValueError(f'{path}: it cannot be stored: {error}') from error
-      if joins and not entry.type_name and entry.size <= _SMALL:
-        entry = msgspec.structs.replace(entry, arrays=())
-        joined.setdefault(entry.dtype, []).append(stored.pop().reshape(-1))
       if near is not None:
         known[len(arrays) + entry.arrays.index('elements')] = near
       leaves.append(entry)
       arrays += map(np.asarray, stored)
-    arrays += map(np.concatenate, joined.values())
     encoded = coders.CODERS[self.preset.coder].encode(arrays, known)
     entry_of_record = manifest_lib.RecordEntry(
       name=record.name,

@@ -4,8 +4,7 @@
 record is decoded. Both raise a ValueError that names the record or the parameter.
 """
 
-import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import functools
 import json
 import math
@@ -77,11 +76,6 @@ class Leaf(schema.Object, kw_only=True):
   crc32: schema.Crc32 | None = None
 
   @property
-  def is_joined(self) -> bool:
-    """Whether the leaf is a small array, stored with others, see `RecordEntry`."""
-    return not self.type_name and not self.arrays
-
-  @property
   def leaf_class(self) -> type[structured.Structured] | None:
     """The class of the structured leaf; None for an array, or if it is unknown."""
     return structured.TYPES.get(self.type_name)
@@ -134,9 +128,8 @@ class Leaf(schema.Object, kw_only=True):
     if not self.type_name:
       fields = self.stack_key, self.settings, self.crc32, sources
       array = [(x.shape, x.dtype) for x in arrays]
-      stored = [(self.shape, entries.stored_dtype(self.dtype))] * len(self.arrays)
-      is_named = self.arrays not in ((), ('',))
-      if fields != ((), {}, None, []) or array != stored or is_named:
+      stored = [(self.shape, entries.stored_dtype(self.dtype))]
+      if (*fields, self.arrays) != ((), {}, None, [], ('',)) or array != stored:
         raise ValueError('the array and the coder differ in the shape or the dtype')
       return
     if cls is None:
@@ -159,10 +152,7 @@ class Leaf(schema.Object, kw_only=True):
 
 
 class RecordEntry(schema.Object, kw_only=True):
-  """A part of a model that decodes on its own.
-
-  Leaves that are joined are one array for each dtype, after the arrays of all others.
-  """
+  """A part of a model that decodes on its own."""
 
   name: str
   nbytes: schema.Size
@@ -197,23 +187,12 @@ class RecordEntry(schema.Object, kw_only=True):
     arrays = iter(self.stream_spec.arrays)
     return [(leaf, [next(arrays) for _ in leaf.arrays]) for leaf in self.leaves]
 
-  @property
-  def joined(self) -> Mapping[str, int]:
-    """The number of elements of leaves that are joined, by their dtype."""
-    sizes = collections.Counter[str]()
-    for leaf in filter(lambda leaf: leaf.is_joined, self.leaves):
-      sizes[leaf.dtype] += leaf.size
-    return sizes
-
   def check(self) -> None:
     """Checks that the stream can hold the leaves, before it is decoded."""
     with container.naming(self.name):
       spec = self.stream_spec
-      count = sum(len(leaf.arrays) for leaf in self.leaves)
-      joined = [((n,), entries.stored_dtype(x)) for x, n in self.joined.items()]
-      last = [(x.shape, x.dtype) for x in spec.arrays[count:]]
-      total = self.nbytes, count + len(joined)
-      if total != (spec.nbytes, len(spec.arrays)) or last != joined:
+      total = self.nbytes, sum(len(leaf.arrays) for leaf in self.leaves)
+      if total != (spec.nbytes, len(spec.arrays)):
         raise ValueError('the stream and the leaves differ in bytes or arrays')
       for leaf, arrays in self.leaf_specs:
         with container.naming(leaf.path):

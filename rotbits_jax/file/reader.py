@@ -35,7 +35,6 @@ from rotbits_jax.file import shards
 from rotbits_jax.file import sources
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
-from rotbits_jax.relative import entries as entries_lib
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import uniform
 from rotbits_jax.system import checksums
@@ -228,16 +227,10 @@ class Reader:
       container.naming(name),
       memory.bounded(name, entry.memory_bytes),
     ):
-      new = lambda dtype, size: memory.empty((size,), entries_lib.stored_dtype(dtype))
-      left = {dtype: new(dtype, size) for dtype, size in entry.joined.items()}
-      joined = [*left.values()]
       for leaf, specs in entry.leaf_specs:
         out = rows.get(leaf.path)
         is_expanded = leaf.is_expanded(integers)
-        if leaf.is_joined:
-          first, left[leaf.dtype] = np.split(left[leaf.dtype], [leaf.size])
-          stored = [first.reshape(leaf.shape)]
-        elif out is None or is_expanded:
+        if out is None or is_expanded:
           stored = [memory.empty(x.shape, x.dtype) for x in specs]
           if is_expanded and hasattr(leaf.leaf_class, 'write'):
             out = out or [memory.empty(leaf.shape, leaf.dtype)]
@@ -249,9 +242,9 @@ class Reader:
         leaves.append(_StoredLeaf(leaf, stored, out, is_expanded, needed, shapes))
         if 'elements' in leaf.arrays:
           known[len(arrays) + leaf.arrays.index('elements')] = leaves[-1].near
-        arrays += [] if leaf.is_joined else stored
+        arrays += stored
       decode, stream = coders.CODERS[entry.coder].decode, container.Stream(file, name)
-      decode(entry.stream_spec, stream, out=[*arrays, *joined], known=known)
+      decode(entry.stream_spec, stream, out=arrays, known=known)
       stream.check(entry.crc32)
       return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
 
