@@ -199,28 +199,25 @@ def read_record(record, data, tensors, base, config):
 
 def product(p, dtype, tensors, base, hidden):
   """A product with tensors of the dense model, in float32."""
-  kind, k, unit = p['kind'], 26 - (hidden.bit_length() + 1) // 2, 25
+  kind, width = p['kind'], 26 - (hidden.bit_length() + 1) // 2
   rounded = lambda x: np.float64(np.float32(x).astype(dtype)) if p.get('rounded') else x
-  bases = [np.float64(tensors[f'subspaces.{i}/basis']) for i in p.get('segments', [])]
 
-  def integers(x, k):
-    power = k - np.frexp(abs(x).max(-1, keepdims=True))[1]
+  def integers(x, width=width):
+    power = width - np.frexp(abs(x).max(-1, keepdims=True))[1]
     return np.rint(np.ldexp(x, power)), power
 
-  if kind == 'shortcut':
-    return np.float32(np.ldexp(bases[0].T @ bases[1], -50))
-  x, *others = (rounded(np.float64(base[path])) for path, *_ in p['arrays'])
-  x = x if kind == 'writes' or p.get('transposed') else x.T
-  if kind == 'reads':
-    x = rounded(x * others[0])
-  elif kind == 'bias':
-    vector, unit = integers(others[0], k)
-    bases = [vector[:, None]]
-  elif p.get('centred'):
+  bases = [tensors[f'subspaces.{i}/basis'].T * 2.0**-25 for i in p.get('segments', [])]
+  arrays = [rounded(np.float64(base[path])) for path, *_ in p.get('arrays', [])]
+  x, *others = bases[:-1] + arrays
+  if kind in ('reads', 'bias'):
+    x = x if p.get('transposed') else x.T
+  x = rounded(x * others[0]) if kind == 'reads' else x
+  if p.get('centred'):
     i, power = integers(x, 52 - (hidden - 1).bit_length())
     x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -power))
-  i, power = integers(x, k)
-  x = np.ldexp(i @ bases[0], -power - unit)
+  columns = others[0][None] if kind == 'bias' else bases[-1]
+  (i, power), (j, other) = integers(x), integers(columns)
+  x = np.ldexp(i @ j.T, -power - other.T)
   x = x[:, 0] + sum(others[1:]) if kind == 'bias' else x
   return np.float32(x.T if kind == 'reads' else x)
 
@@ -249,15 +246,12 @@ def predicted(leaf, a, tensors, base, config):
     known = base[leaf['base'][0]]
   b = np.ravel(known.astype(dtype, order='C'))[:n].view(f'i{dtype.itemsize}')
   b = np.pad(b, (0, n - b.size))
-  if 'left' in a:
+  if 'left' in a or 'factor' in s:
     numbers = np.float64(b.view(dtype))
-    p = np.ldexp(np.float64(a['left']) @ a['right'], s.get('unit', 0)).ravel()
-    near = np.float32(numbers + p).astype(dtype).view(b.dtype)
+    p = np.float64(a['left']) @ a['right'] if 'left' in a else np.zeros(n)
+    near = numbers * s.get('factor', 1) + np.ldexp(p, s.get('unit', 0)).ravel()
+    near = np.float32(near).astype(dtype).view(b.dtype)
     b = np.where(np.isfinite(numbers), near, b)
-  if 'drift' in a:
-    m, e = finfo(dtype).nmant, (1 << finfo(dtype).nexp) - 1
-    drift = a['drift'][b % (1 << m) >> max(m - 8, 0)].astype(b.dtype)
-    b = b + drift * ((b >> m & e) % e > 0)
   differs = np.unpackbits(a.get('changed', np.uint8([255])), bitorder='little') > 0
   return b, np.resize(np.repeat(differs, 65536), n)
 

@@ -80,14 +80,16 @@ class Product(schema.Object):
     of 2^-25; and shape and dtype of the tensor. Numbers are rounded to float32 first.
     """
     try:
+      columns = [np.ldexp(x.T, -UNIT) for x in bases]
       if self.kind == 'shortcut':
-        first, last = (x.astype(np.float64) for x in bases)
-        product = np.ldexp(exact.product(first.T, last), -2 * UNIT)
+        product = exact.times(*columns)
       elif self.kind == 'bias':
-        product = self._bias(dense, dtype)
+        offset, *biases = (self._rounded(x, dtype) for x in dense[1:])
+        times = lambda rows: exact.times(rows, offset[None])[:, 0]
+        product = np.concatenate([times(rows) for rows in self.vectors(dense, dtype)])
+        product = sum(biases, product)
       else:
-        times = lambda rows: exact.times(rows, bases[0], UNIT)
-        blocks = (times(rows) for rows in self.vectors(dense, dtype))
+        blocks = (exact.times(x, columns[0]) for x in self.vectors(dense, dtype))
         product = np.concatenate([exact.rounded(block, dtype) for block in blocks])
         if self.kind == 'reads':
           product = np.ascontiguousarray(product.T)
@@ -98,14 +100,6 @@ class Product(schema.Object):
     if product.shape != shape:
       raise ValueError(f'a product must have the shape {shape}, got {product.shape}')
     return exact.rounded(product, dtype)
-
-  def _bias(self, dense: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """Returns the bias of a linear layer that reads a LayerNorm."""
-    offset, *biases = (self._rounded(x, dtype) for x in dense[1:])
-    integers, powers = exact.integers(offset[None])
-    times = lambda rows: exact.times(rows, integers.T, 0)
-    numbers = np.concatenate([times(rows) for rows in self.vectors(dense, dtype)])
-    return sum(biases, np.ldexp(numbers, -powers)[:, 0])
 
   def _rounded(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Returns an array in float64, rounded to a dtype if the slicer did so."""

@@ -21,10 +21,10 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   return left @ right
 
 
-def times(rows: np.ndarray, basis: np.ndarray, unit: int) -> np.ndarray:
-  """Returns `rows @ basis`, `[n, d]`, for integers of a basis in units of 2^-unit."""
-  numbers, powers = integers(rows)
-  return np.ldexp(product(numbers, basis.astype(np.float64)), -powers - unit)
+def times(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+  """Returns `rows @ columns.T`, `[n, d]`, of vectors `[n, D]` and `[d, D]`."""
+  (left, powers), (right, others) = map(integers, (rows, columns))
+  return np.ldexp(product(left, right.T), -powers - others.T)
 
 
 def integers(
