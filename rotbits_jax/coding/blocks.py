@@ -4,10 +4,8 @@ A block is a `rans.Message`; then the planes of raw bits; then the lists of esca
 docs/format.md. Unit i is in lane i % L and row i // L of L lanes, so in each step these
 code L neighbouring units. The last row is filled up with the last unit. There are 32
 lanes, which suits the registers of processors; or 4, which take fewer bytes, for up to
-2^16 units.
-
-All blocks of a layout share the programs that encode and decode, which do not know the
-number of units.
+2^13 units. All blocks of a layout share the programs that encode and decode, which do
+not know the number of units. They have 32 lanes, and code those of 4 eight times.
 
 Shape letters: n units of W words, L lanes, T rows.
 """
@@ -32,7 +30,7 @@ from rotbits_jax.system import host
 from rotbits_jax.system import native
 
 LANES, FEW_LANES = 32, 4
-_FEW = 1 << 16  # units with few lanes
+_FEW = 1 << 13  # units with few lanes
 
 CAPACITY = 1 << 20
 """The greatest n."""
@@ -60,7 +58,7 @@ class Span(NamedTuple):
   place: slice  # of the units in the block
   numbers: np.ndarray  # bit patterns; one may be missing in the last unit
   known: np.ndarray | None  # the known numbers, if there are any
-  write_classes: Callable[[np.ndarray], None]  # into uint8 `[n]`
+  classes: Callable[[np.ndarray], None]  # writes them into uint8 `[n]`
   part: int  # index of the part
 
 
@@ -114,35 +112,36 @@ def _plane_bytes(width: int, rows: int, lanes: int) -> int:
   return -(-rows * width // 4) * lanes
 
 
-def _classes(spans: Sequence[Span], count: int) -> np.ndarray:
-  """Returns the classes of the units of a block: uint8 `[ROWS, L]`."""
-  rows, lanes = _grid(count)
-  classes = _scratch('classes', (ROWS, lanes), np.uint8)
-  flat = classes.reshape(-1)
-  for span in spans:
-    span.write_classes(flat[span.place])
-  flat[count : rows * lanes] = flat[count - 1]
-  return classes
+def _units(name: str, spans: Sequence[Span], words: int, word: Any) -> Any:
+  """Returns a field of the units of a block: `[ROWS, LANES, words]`.
 
-
-def _units(name: str, spans: Sequence[Span], layout: layouts.Layout) -> Any:
-  """Returns the numbers or the known numbers of a block: units `[ROWS, L, words]`.
-
-  A unit that lacks an element has its first one twice.
+  A unit that lacks an element has its first one twice. The last unit fills its row, and
+  the units of few lanes come again in the other lanes.
   """
   if getattr(spans[0], name) is None:
     return None
   count = spans[-1].place.stop
   rows, lanes = _grid(count)
-  array = _scratch(name, (ROWS, lanes, layout.words), layout.word)
-  units = array.reshape(-1, layout.words)
+  array = _scratch(name, (ROWS, LANES, words), word)
+  units = array.reshape(-1, words)
   for span in spans:
-    numbers = getattr(span, name)
-    flat = units[span.place].reshape(-1).view(numbers.dtype)
-    flat[: numbers.size] = numbers
-    flat[numbers.size :] = numbers[-1]
+    flat, values = units[span.place].reshape(-1), getattr(span, name)
+    if callable(values):
+      values(flat)
+    else:
+      flat = flat.view(values.dtype)
+      flat[: values.size], flat[values.size :] = values, values[-1]
   units[count : rows * lanes] = units[count - 1]
+  if lanes < LANES:
+    few = units[: rows * lanes].reshape(rows, 1, lanes, words).copy()
+    array[:rows].reshape(rows, LANES // lanes, lanes, words)[...] = few
   return array
+
+
+def _few(array: np.ndarray, count: int) -> np.ndarray:
+  """Returns the units of rows of all lanes, and perhaps others: `[rows * L, words]`."""
+  rows, lanes = _grid(count)
+  return array[:rows, :lanes].reshape(rows * lanes, -1)
 
 
 def encode(
@@ -151,26 +150,25 @@ def encode(
   """Encodes a block, 1 to `CAPACITY` units, on this thread: uint8."""
   count = spans[-1].place.stop
   rows, lanes = _grid(count)
-  inputs = [_units(x, spans, layout) for x in ('numbers', 'known')]
+  inputs = [_units(x, spans, layout.words, layout.word) for x in ('numbers', 'known')]
+  inputs.append(_units('classes', spans, 1, np.uint8)[..., 0])
   stack = ROWS * layout.pushes + _APART
-  shapes: list[Any] = [((lanes * stack,), np.uint16), ((ROWS, lanes), np.uint16)]
+  shapes: list[Any] = [((LANES * stack,), np.uint16), ((ROWS, LANES), np.uint16)]
   for width, _ in layout.pieces:
     dtype = np.uint16 if width == 8 else np.uint8
-    shapes.append(((ROWS // _sharing(width), lanes), dtype))
-  arguments = *inputs, _classes(spans, count), coder_tables, np.int32(rows)
+    shapes.append(((ROWS // _sharing(width), LANES), dtype))
+  arguments = *inputs, coder_tables, np.int32(rows)
   (state, lengths), (words, marks, *planes) = _run(_encode, shapes, layout, *arguments)
-  lengths = lengths.astype(np.int64)
-  stacks = zip(words.reshape(lanes, stack), lengths.tolist(), strict=True)
+  state, lengths = state[:lanes], lengths[:lanes].astype(np.int64)
+  stacks = zip(words.reshape(LANES, stack), lengths.tolist(), strict=False)
   parts = [rans.head_words(state, lengths), *(x[:n] for x, n in stacks)]
   for (width, _), plane in zip(layout.pieces, planes, strict=True):
-    flat = plane.reshape(-1).view(np.uint8)
+    flat = plane[:, :lanes].reshape(-1).view(np.uint8)
     parts.append(flat[: _plane_bytes(width, rows, lanes)])
   # The last unit is listed again where it fills the row.
-  escaped = np.flatnonzero(marks.reshape(-1)[: rows * lanes] > 0)
-  parts += layout.lists(
-    marks.reshape(-1)[escaped] - units_lib.MARKED,
-    inputs[0].reshape(-1, layout.words)[escaped],
-  )
+  marks, units = (_few(x, count) for x in (marks, inputs[0]))
+  escaped = np.flatnonzero(marks)
+  parts += layout.lists(marks[escaped, 0] - units_lib.MARKED, units[escaped])
   return np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
 
 
@@ -210,18 +208,20 @@ def decode(
   lists = buffer[ends[-1] : 2 * below + nbytes]
   if ends[-1] > 2 * below + nbytes:
     raise ValueError(f'a block of {nbytes} bytes has too few raw bits')
-  places = np.concatenate([state, tops, ends]).astype(np.uint32)
-  classes = _classes(spans, count)
-  shapes = [((ROWS, lanes, layout.words), layout.word), ((ROWS, lanes), bool)]
-  known = _units('known', spans, layout)
-  arguments = places, np.int32(rows), buffer.view(np.uint16), buffer, classes, known
+  every = [np.tile(x, LANES // lanes) for x in (state, tops)]
+  places = np.concatenate([*every, ends]).astype(np.uint32)
+  classes = _units('classes', spans, 1, np.uint8)[..., 0]
+  known = _units('known', spans, layout.words, layout.word)
+  shapes = [((ROWS, LANES, layout.words), layout.word), ((ROWS, LANES), bool)]
+  grid = np.int32(rows), np.uint32(lanes)
+  arguments = places, *grid, buffer.view(np.uint16), buffer, classes, known
   (state, bottoms), out = _run(_decode, shapes, layout, *arguments, coder_tables)
-  if (state != 1 << 16).any() or (bottoms != tops - lengths).any():
+  if (state != 1 << 16).any() or (bottoms[:lanes] != tops - lengths).any():
     raise rans.MessageError('a block has more or fewer words than its units need')
-  units, marks = (x.reshape(ROWS * lanes, -1) for x in out)
-  escaped = np.flatnonzero(marks[: rows * lanes])
-  words = lambda x: [*x.reshape(-1, layout.words)[escaped].astype(np.uint32).T]
-  of_units = classes.reshape(-1)[escaped].astype(np.int32)
+  units, marks = (_few(x, count) for x in out)
+  escaped = np.flatnonzero(marks)
+  words = lambda x: [*_few(x, count)[escaped].astype(np.uint32).T]
+  of_units = _few(classes, count)[escaped, 0].astype(np.int32)
   row = units_lib.Row(of_units, None if known is None else words(known), None, [])
   listed = layout.listed(lists, units[escaped], row, coder_tables.told)
   checksums = []
@@ -297,9 +297,9 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """
 
   def loop(*operands: Any) -> Any:
-    out, places, rows, words, buffer, classes, known, coder_tables = operands
-    lanes = classes.shape[1]
-    state, tops, planes = jnp.split(places, [lanes, 2 * lanes])
+    out, places, rows, lanes, words, buffer, *rest = operands
+    classes, known, coder_tables = rest
+    state, tops, planes = jnp.split(places, [LANES, 2 * LANES])
 
     def step(t: jax.Array, carry: Any) -> Any:
       state, tops, out = carry
@@ -329,7 +329,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         data, at = (words, planes[i] >> 1) if width == 8 else (buffer, planes[i])
         # Shifts, because JAX traces `//` and `%` as programs of their own.
         at += (place >> shared.bit_length() - 1) * lanes
-        row = jax.lax.dynamic_slice_in_dim(data, at, lanes).astype(jnp.uint32)
+        row = jax.lax.dynamic_slice_in_dim(data, at, LANES).astype(jnp.uint32)
         pieces.append(row >> (place & shared - 1) * (2 * width))
       given = _given(t, classes, known, None, pieces)
       rows_of = layout.decode_step(pop, given, coder_tables)
@@ -350,9 +350,8 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 
   def loop(*operands: Any) -> Any:
     out, units, known, classes, coder_tables, rows = operands
-    lanes = classes.shape[1]
     # Unsigned, because it takes time to see whether signed indices are below 0.
-    first = jnp.arange(lanes, dtype=jnp.uint32) * (out[0].size // lanes)
+    first = jnp.arange(LANES, dtype=jnp.uint32) * (out[0].size // LANES)
 
     def step(i: jax.Array, carry: Any) -> Any:
       state, sizes, parts, (words, marks, *planes) = carry
@@ -382,8 +381,8 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         joined.append(part)
       return state, sizes, joined, (words, _put(marks, mark, t), *planes)
 
-    state = jnp.full(lanes, 1 << 16, jnp.uint32)
-    nothing = jnp.zeros(lanes, jnp.uint32)
+    state = jnp.full(LANES, 1 << 16, jnp.uint32)
+    nothing = jnp.zeros(LANES, jnp.uint32)
     carry = state, nothing, [nothing] * len(layout.pieces), out
     state, sizes, _, out = jax.lax.fori_loop(0, rows, step, carry)
     return jnp.stack([state, sizes]), out
