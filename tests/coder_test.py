@@ -95,7 +95,7 @@ RECORDS = {
   'nothing in an array': [np.zeros((0, 3), np.float16)],
   'few elements': [np.arange(20), np.array([True, False]), np.zeros(3), np.int8([1])],
   'all dtypes': [
-    *(normal((60, 100), x) for x in FLOATS),
+    *(normal((60, 100), x) for x in layouts.FORMATS),
     *(integers((60, 100), x, 20) for x in (np.int8, np.int16, np.int32)),
     *(np.abs(integers((60, 100), x, 20)) for x in (np.uint8, np.uint16, np.uint32)),
     *(normal((60, 100), np.float64), np.arange(9000), -np.arange(9000)),
@@ -182,8 +182,8 @@ def near(array, size, seed=0):
   """Returns known numbers that differ from an array by numbers of a size."""
   rng, known = np.random.default_rng(seed), np.asarray(array, np.float64)
   known = (known + size * rng.normal(size=array.shape)).astype(array.dtype)
-  form = layouts.MANTISSA_BITS.get(array.dtype)
-  ulp = 2.0 ** float(ml_dtypes.finfo(array.dtype).minexp - form) if form else 1
+  form = layouts.FORMATS.get(array.dtype)
+  ulp = 2.0 ** float(form.minexp - form.nmant) if form else 1
   line = np.array([int(4 * np.log2(0.7 * size / ulp)) + 4 * bool(form)])
   return plans.Known(
     known.reshape(-1).view(f'u{array.itemsize}'), (line, np.zeros(1, int))
@@ -212,7 +212,7 @@ class RecordsTest(parameterized.TestCase):
         off = array - known.bits.view(dtype)
         nbytes = round_trip([array], {0: known})
         self.assertLess(nbytes, 1.02 * entropy(off) + 1500)
-    for dtype in layouts.MANTISSA_BITS:
+    for dtype in layouts.FORMATS:
       array = normal((301, 77), dtype)
       array[0, : len(SPECIAL)] = np.array(SPECIAL).astype(dtype)
       for size in (1e-9, 1e-4, 1e-2):

@@ -84,7 +84,7 @@ def test_tables_without_an_escape_or_with_a_frequent_symbol_are_refused():
     )
 
 
-@pytest.mark.parametrize('dtype', layouts.MANTISSA_BITS)
+@pytest.mark.parametrize('dtype', layouts.FORMATS)
 def test_numbers_are_moved_by_their_differences(dtype):
   layout = layouts.Differences(dtype, 0, 'known')
   rng, most = np.random.default_rng(0), 1 << layout.width

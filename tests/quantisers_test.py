@@ -1,6 +1,7 @@
 """Tests of arrays that were quantised before, see `quantisers`."""
 
 import itertools
+import zlib
 
 from absl.testing import parameterized
 import ml_dtypes
@@ -13,7 +14,6 @@ import rotbits_jax
 from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.quantisers import search
-from rotbits_jax.structured import uniform
 
 BF16, F32 = ml_dtypes.bfloat16, np.float32
 through = quantised.through
@@ -182,15 +182,15 @@ class LeafTest(parameterized.TestCase):
       for array in arrays:
         out = np.empty_like(array)
         leaf = quantisers.BlockQuantized(
-          numbers=uniform.end_of(out, codes),
+          numbers=codes,
           grid='int4',
           name=array.dtype.name,
           block=block,
           scales=scales.view(np.uint32),
           minima=minima.view(np.uint32),
         )
-        leaf.numbers[...] = codes
-        leaf.write(out)
+        crc32 = leaf.write(out)
+        self.assertEqual(crc32, zlib.crc32(out))
         self.assertTrue(structured.same_bits(out, array), (exponent, block))
 
   def test_content_that_does_not_fit(self):
@@ -235,3 +235,15 @@ class LeafTest(parameterized.TestCase):
       others = {key: x for key, x in change.items() if key not in names}
       with self.assertRaises(ValueError, msg=repr(change)):
         cls.from_stored(settings | others, fields)
+
+  def test_numbers_that_a_grid_does_not_have(self):
+    for scheme, dtype, code in (
+      *(('e4m3_tensor', np.uint8, x) for x in (0x7F, 0xFF)),
+      *(('e5m2_rows', np.uint8, x) for x in (0x7C, 0xFC)),
+      *(('fake_int8', np.uint16, x) for x in (0x4301, 0xC301, 0x7FC0)),
+    ):
+      leaf = quantisers.find(SCHEMES[scheme][0](weights()).astype(BF16))
+      settings, arrays = leaf.stored()
+      arrays['numbers'].view(dtype)[-1, -1] = code
+      with self.assertRaises(ValueError):
+        type(leaf).from_stored(settings, arrays)

@@ -46,7 +46,8 @@ from rotbits_jax.coding import tables
 from rotbits_jax.coding import units as units_lib
 
 FORMATS = {
-  np.dtype(x): ml_dtypes.finfo(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32)
+  np.dtype(getattr(ml_dtypes, x, x)): ml_dtypes.finfo(x)
+  for x in ('float16', 'bfloat16', 'float32', 'float8_e4m3fn', 'float8_e5m2')
 }
 """The dtypes of floats, with the bits of their exponents and mantissas."""
 
@@ -55,12 +56,6 @@ QUARTERS = 4
 
 LEVELS = 32
 """The tables of floats that share a step, and the classes of each minimum exponent."""
-
-MANTISSA_BITS = {
-  np.dtype(getattr(ml_dtypes, x, x)): ml_dtypes.finfo(x).nmant
-  for x in ('float16', 'bfloat16', 'float32', 'float8_e4m3fn', 'float8_e5m2')
-}
-"""The dtypes of floats whose differences from known ones depend on their exponents."""
 
 ONE_ULP = 64
 """The class of differences whose size is about 1."""
@@ -182,10 +177,7 @@ class Pairs(units_lib.Base):
     words = [x << self._low | y & ~highest for x, y in zip(bins, kept, strict=True)]
     if self.raised:
       lower = lambda x: lowered(x, self.format, told, xp)
-      if self.words == 1:
-        words = [lower(words[0] & 0xFFFF) | lower(words[0] >> 16) << 16]
-      else:
-        words = [lower(x) for x in words]
+      words = self._packed(*map(lower, self._numbers(words)))
     return [y & highest | x for x, y in zip(words, kept, strict=True)]
 
   def raw(self, pop: units_lib.Pop, row: units_lib.Row, told: Any) -> list[jax.Array]:
@@ -225,7 +217,7 @@ class Differences(units_lib.Base):
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
-    is_float = self.type_name == 'known' and self.dtype in MANTISSA_BITS
+    is_float = self.type_name == 'known' and self.dtype in FORMATS
     fits = self.raw_bits in range(0, min(self.width, MOST_RAW) + 1, RAW)
     return fits and (is_float or self.dtype.kind == 'i')
 
@@ -243,8 +235,8 @@ class Differences(units_lib.Base):
     `known` is the known number of each class, `base` the level of class 0.
     """
     level = classes + base
-    if (mantissa := MANTISSA_BITS.get(self.dtype)) is not None:
-      exponent = (known & self._magnitude) >> mantissa
+    if self.dtype in FORMATS:
+      exponent = (known & self._magnitude) >> FORMATS[self.dtype].nmant
       level = level - 4 * xp.maximum(exponent, np.uint32(1)).astype(np.int32)
     level = xp.clip(level, 0, units_lib.CLASSES - 1)
     shift = xp.clip(level - ONE_ULP >> 2, 0, self.raw_bits)
@@ -273,7 +265,7 @@ class Differences(units_lib.Base):
   def _least(self, known: Any) -> tuple[Any, Any]:
     """Returns the magnitudes of known floats, and the least one near them: int32."""
     magnitude = (known & self._magnitude).view(np.int32)
-    octaves = _OCTAVES << MANTISSA_BITS[self.dtype]
+    octaves = _OCTAVES << FORMATS[self.dtype].nmant
     return magnitude, magnitude - magnitude.clip(max=octaves)
 
   def moved(self, known: Any, difference: Any, xp: Any = jnp) -> Any:

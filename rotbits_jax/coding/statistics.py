@@ -188,7 +188,7 @@ def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> tuple[np.ndarray, f
   Also returns about the variance of the logarithms.
   """
   dtype = array.dtype if array.dtype in layouts.FORMATS else np.dtype(np.float32)
-  form, halves = layouts.FORMATS[dtype], dtype.itemsize // 2
+  form, halves = layouts.FORMATS[dtype], max(dtype.itemsize // 2, 1)
   unit = 1 << form.nmant + 16 - form.bits
   # Integers, so that a file does not depend on the order of sums.
   by = np.rint(by * unit).astype(np.int16)
@@ -198,6 +198,8 @@ def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> tuple[np.ndarray, f
     places = slice(start, start + step)
     part = array[places] if axis else array[:, places]
     part = part.astype(dtype, copy=False)
+    if dtype.itemsize == 1:
+      part = part.view(np.uint8).astype(np.int16) << 8
     logs = part.view(np.int16)[:, halves - 1 :: halves] & np.int16(0x7FFF)
     logs -= by
     sample = logs.reshape(-1)[:: max(logs.size >> 10, 1)]

@@ -63,3 +63,40 @@ GRIDS: dict[Name, Grid] = {
   'int8': Grid(np.arange(129, dtype=np.float32), (127, 128, 126, 125, 31, 32, 63)),
 }
 """The grids by name, those of the fewest magnitudes first."""
+
+
+# Leaves store numbers of grids of 4 bits as int8 from -16 to 15, float8 as it is, and
+# int8 as it is or, if there is a -0, as bfloat16.
+
+
+def holds(name: Name, numbers: np.ndarray) -> bool:
+  """Returns whether stored numbers are of a grid."""
+  grid, dtype = GRIDS[name], numbers.dtype
+  signed, unsigned = (numbers.view(f'{x}{dtype.itemsize}') for x in 'iu')
+  if dtype == np.int8:
+    is_small = grid.unit and numbers.min() >= NEGATIVE_ZERO and numbers.max() <= 15
+    return bool(is_small or name == 'int8')
+  if grid.unit or dtype.name != ('bfloat16' if name == 'int8' else name):
+    return False
+  most = grid.magnitudes[-1:] * np.array([[1], [-1]], np.float32)
+  positive, negative = most.astype(dtype).view(unsigned.dtype)
+  return bool(signed.max() <= positive and unsigned.max() <= negative)
+
+
+def floats(name: Name, numbers: Any) -> Any:
+  """Returns the float32 of stored numbers, of NumPy or JAX."""
+  if not name.startswith('float8'):
+    return numbers.astype(np.float32)
+  # NumPy and XLA convert float8 slowly. Float16 has longer exponents and mantissas.
+  form, bits = ml_dtypes.finfo(name), numbers.view(np.uint8).astype(np.uint16)
+  halves = (bits & 0x80) << 8 | (bits & 0x7F) << 10 - form.nmant
+  factor = np.float32(2.0 ** (form.minexp + 14))
+  return halves.view(np.float16).astype(np.float32) * factor
+
+
+def float8(name: Name, floats: np.ndarray) -> np.ndarray:
+  """Returns numbers of a float8 grid, given their float32: the inverse of `floats`."""
+  form = ml_dtypes.finfo(name)
+  factor = np.float32(2.0 ** -(form.minexp + 14))
+  bits = (floats * factor).astype(np.float16).view(np.int16) >> 10 - form.nmant
+  return (bits >> 8 & 0x80 | bits & 0x7F).astype(np.uint8).view(form.dtype)

@@ -20,6 +20,7 @@ from rotbits_jax.coding import pool
 from rotbits_jax.quantisers import grids
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
+from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
@@ -28,6 +29,7 @@ LEAST = 2.0**-125  # scale, so that half of it is normal
 _PRODUCTS = 1 << 20  # elements of a call of XLA, which takes time of its own
 _WIDTH = 32  # elements of a row of such a call, which has one or two scales
 _LEAST_OF_XLA = 2.0**-80  # scale, so that products and sums are normal
+_NO_BITS = np.uint32(0)
 _MOST_BITS = (1 << 31) - 1  # of a float32 without its sign
 
 _Base = Annotated[int, schema.between(-_MOST_BITS, _MOST_BITS)]
@@ -50,7 +52,7 @@ class BlockQuantized(base.Structured):
   is_exact: ClassVar[bool] = True
   is_in_files: ClassVar[bool] = True
 
-  numbers: Annotated[Any, fields.Array(None)]  # int8 or bfloat16, of the array's shape
+  numbers: Annotated[Any, fields.Array(None)]  # of the array's shape, see `grids`
   scales: Annotated[Any, fields.Array('mn')]  # codes, unsigned [R / r, C / c]
   grid: grids.Name = fields.static()
   name: Literal['float16', 'bfloat16', 'float32'] = fields.static()  # of the dtype
@@ -76,59 +78,39 @@ class BlockQuantized(base.Structured):
     self.write(array)
     return array
 
-  def write(self, out: np.ndarray) -> None:
-    """Writes the array, on the host; the numbers may be in the last bytes of `out`."""
-    unit = grids.GRIDS[self.grid].unit
-    scales = self.float_scales if unit in (None, 1) else self.float_scales * unit
-    minima = np.full_like(scales, -0.0) if self.minima is None else self.float_minima
-    zero = np.float32(grids.NEGATIVE_ZERO if unit else np.nan)
-    if self._suits_xla(scales, minima):
-      self._write_by_xla(out, scales, minima, zero)
-    else:
-      numbers, matrix = (x.reshape(-1, self.shape[-1]) for x in (self.numbers, out))
-      for rows in chunks(matrix):
-        products = numbers[rows].astype(np.float32)
-        if unit and (is_zero := products == zero).any():
-          products *= ~is_zero  # the product of a negative number and 0 is -0
-        with np.errstate(over='ignore'):
-          products *= of_elements(scales, rows, self.block, matrix.shape)
-          if self.minima is not None:
-            products += of_elements(minima, rows, self.block, matrix.shape)
-          matrix[rows] = products
-    if self.gaps is not None:
-      out.reshape(-1)[self._places()] = self.exceptions
+  def write(self, out: np.ndarray) -> int:
+    """Writes the array, on the host, and returns the CRC-32 of its bytes."""
+    floats = [self.float_scales] + ([] if self.minima is None else [self.float_minima])
+    columns, size = self.shape[-1], self.numbers.size
+    # XLA takes subnormal numbers for 0, and time to compile.
+    least = min(np.abs(x).min(where=x != 0, initial=1) for x in floats)
+    is_even = self.block[1] % (_WIDTH // 2) == columns % _WIDTH == 0
+    on_xla = is_even and size >= _PRODUCTS and least >= _LEAST_OF_XLA
+    on_xla = on_xla and self.dtype != np.float16
+    program, width = (_on_xla, _WIDTH) if on_xla else (_products, columns)
+    run, step = math.gcd(self.block[1], width), _PRODUCTS if on_xla else CHUNK
+    step, block = max(step // width, 1), (self.block[0], self.block[1] // run)
+    matrix = size // columns, columns // run
+    several = [self.numbers.reshape(-1, width)]
+    for x in floats:
+      runs = of_elements(x, slice(0, matrix[0]), block, matrix)
+      several.append(np.broadcast_to(runs, matrix).reshape(-1, width // run))
+    flat, places = out.reshape(-1), [] if self.gaps is None else self._places()
 
-  def _suits_xla(self, scales: np.ndarray, minima: np.ndarray) -> bool:
-    """Returns whether XLA, which takes subnormal numbers for 0, makes the same bits."""
-    is_large = self.numbers.size >= _PRODUCTS and self.dtype != np.float16
-    is_even = self.block[1] % (_WIDTH // 2) == self.shape[-1] % _WIDTH == 0
-    least = np.abs(minima).min(where=minima != 0, initial=scales.min())
-    return is_large and is_even and least >= _LEAST_OF_XLA
+    @np.errstate(over='ignore')
+    def write(start: int) -> tuple[int, int]:
+      first = max(min(start, size // width - step), 0)
+      parts = [x[first : first + step] for x in several]
+      products = program(_NO_BITS, *parts, grid=self.grid, dtype=self.dtype)
+      place = slice(start * width, (start + step) * width)
+      part = flat[place]
+      part[...] = np.asarray(products).reshape(-1)[-part.size :]
+      if self.gaps is not None:
+        some = slice(*np.searchsorted(places, [place.start, place.stop]))
+        flat[places[some]] = self.exceptions[some]
+      return checksums.of_array(part), part.nbytes
 
-  def _write_by_xla(self, out: np.ndarray, *operands: Any) -> None:
-    """Writes the array, given scales and minima of blocks, and the number for -0."""
-    *of_blocks, zero = operands
-    run = math.gcd(self.block[1], _WIDTH)
-    matrix = math.prod(self.shape[:-1]), self.shape[-1] // run
-    block, rows = (self.block[0], self.block[1] // run), slice(0, matrix[0])
-    several = [self.numbers.reshape(-1, _WIDTH)]
-    for floats in of_blocks:
-      runs = np.broadcast_to(of_elements(floats, rows, block, matrix), matrix)
-      several.append(runs.reshape(-1, _WIDTH // run))
-    elements, step = out.reshape(-1, _WIDTH), _PRODUCTS // _WIDTH
-
-    def write(start: int) -> None:
-      parts = [x[start : start + step] for x in several]
-      if len(parts[0]) < step:
-        parts = [np.resize(x, (step, x.shape[1])) for x in parts]
-      products = np.asarray(_products(*parts, zero, np.uint32(0), dtype=out.dtype))
-      elements[start : start + step] = products[: len(elements) - start]
-
-    starts = [*range(0, len(elements), step)]
-    while starts:  # side by side those whose elements replace no numbers of the others
-      count = max((len(starts) - 1) // 2, 1)
-      pool.each(write, starts[:count])
-      del starts[:count]
+    return checksums.joined(pool.each(write, range(0, size // width, step)))
 
   @functools.cached_property
   def float_scales(self) -> np.ndarray:
@@ -162,34 +144,46 @@ class BlockQuantized(base.Structured):
       fits = floats.min() >= LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
       fits = bool(np.isfinite(self.float_minima).all())
-    grid = grids.GRIDS[self.grid]
-    if fits and numbers.dtype == np.int8:
-      is_small = grid.unit and numbers.min() >= -16 and numbers.max() <= 15
-      fits = is_small or self.grid == 'int8'
-    elif fits := fits and numbers.dtype == ml_dtypes.bfloat16 and not grid.unit:
-      bits_of_rows = numbers.view(np.uint16).reshape(matrix)
-      bits = max(int((bits_of_rows[x] & 0x7FFF).max()) for x in chunks(bits_of_rows))
-      most = grid.magnitudes[-1:].astype(ml_dtypes.bfloat16)
-      fits = bits <= int(most.view(np.int16)[0])
+    fits = fits and grids.holds(self.grid, numbers)
     if not fits:
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 
 
-@functools.partial(jax.jit, static_argnames='dtype', compiler_options=blocks.WIDE)
 def _products(
-  numbers: Any, scales: Any, minima: Any, zero: Any, no_bits: Any, *, dtype: Any
-) -> jax.Array:
-  """Returns numbers `[n, 32]` times scales plus minima, `[n, 1]` or `[n, 2]`.
+  no_bits: Any,
+  numbers: Any,
+  scales: Any,
+  minima: Any = None,
+  *,
+  grid: grids.Name,
+  dtype: np.dtype,
+  xp: Any = np,
+) -> Any:
+  """Returns numbers `[n, w]` times scales plus minima, of runs of equal length in w.
 
-  The number `zero` means -0, and `no_bits` is 0.
+  `no_bits` is 0, and `xp` is JAX or NumPy.
   """
-  is_first = jnp.arange(numbers.shape[1]) < _WIDTH // 2
-  of_runs = lambda x: x if x.shape[1] == 1 else jnp.where(is_first, x[:, :1], x[:, 1:])
-  floats = numbers.astype(jnp.float32)
-  products = jnp.where(floats == zero, jnp.float32(-0.0), floats) * of_runs(scales)
-  # So that XLA does not make one operation of two, which would round once.
-  rounded = (products.view(jnp.uint32) ^ no_bits).view(jnp.float32)
-  return (rounded + of_runs(minima)).astype(dtype)
+  of_elements = lambda x: xp.repeat(x, numbers.shape[1] // x.shape[1], axis=1)
+  floats, unit = grids.floats(grid, numbers), grids.GRIDS[grid].unit
+  if unit:
+    negative_zero = floats == grids.NEGATIVE_ZERO
+    floats = xp.where(negative_zero, np.float32(-0.0), floats) * np.float32(unit)
+  products = floats * of_elements(scales)
+  if minima is not None:
+    # So that XLA does not make one operation of two, which would round once.
+    rounded = (products.view(np.uint32) ^ no_bits).view(np.float32)
+    products = rounded + of_elements(minima)
+  if dtype != ml_dtypes.bfloat16:
+    return products.astype(dtype)
+  bits = products.view(np.uint32)  # integers take less time, and none is NaN
+  return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16).view(dtype)
+
+
+_on_xla = jax.jit(
+  functools.partial(_products, xp=jnp),
+  static_argnames=('grid', 'dtype'),
+  compiler_options=blocks.WIDE,
+)
 
 
 def decoded(codes: np.ndarray, form: tuple[int, int]) -> np.ndarray:
@@ -197,17 +191,12 @@ def decoded(codes: np.ndarray, form: tuple[int, int]) -> np.ndarray:
 
   A number n stands for the float with the bits |n| << shift and the sign of n.
   """
+  if codes.dtype == np.uint8 and codes.size > 256:
+    return decoded(np.arange(256, dtype=np.uint8), form).take(codes)
   base, shift = form
-  is_narrow = codes.itemsize < 4 and abs(base) < 1 << 30
-  numbers: Any = codes.astype(np.int32 if is_narrow else np.int64)
-  numbers += base
-  is_negative = numbers < 0
-  np.abs(numbers, out=numbers)
-  np.minimum(numbers, _MOST_BITS >> shift, out=numbers)
-  numbers <<= shift
-  bits = numbers.astype(np.uint32, copy=False)
-  bits |= is_negative.astype(np.uint32) << np.uint32(31)
-  return bits.view(np.float32)
+  numbers = codes.astype(np.int64) + base
+  bits = np.minimum(np.abs(numbers), _MOST_BITS >> shift) << shift
+  return (bits | (numbers < 0) << 31).astype(np.uint32).view(np.float32)
 
 
 def encoded(floats: np.ndarray, shift: int) -> tuple[np.ndarray, tuple[int, int]]:

@@ -311,8 +311,10 @@ def _leaf(
   bounds, _ = _bounds(rows_of_blocks, array.dtype, grid)
   is_negative = np.signbit(array).reshape(magnitudes.shape)
   has_zeros = name == 'int8' and bool((is_negative & (magnitudes == 0)).any())
-  is_int8 = bool(grid.unit) or (name == 'int8' and not has_zeros)
-  numbers = host.empty(magnitudes.shape, np.int8 if is_int8 else ml_dtypes.bfloat16)
+  is_float8 = name.startswith('float8')
+  is_int8 = not is_float8 and not has_zeros
+  dtype = getattr(ml_dtypes, name if is_float8 else 'bfloat16')
+  numbers = host.empty(magnitudes.shape, np.int8 if is_int8 else dtype)
   draft = _draft(array, numbers, name, block, bounds)
 
   @_quiet
@@ -323,6 +325,7 @@ def _leaf(
     if grid.unit:
       found /= grid.unit
       found[(found == 0) & is_negative[rows]] = grids.NEGATIVE_ZERO
+    found = grids.float8(name, found) if is_float8 else found
     numbers[rows] = found.clip(-128, 127) if is_int8 else found
 
   pool.each(divide, leaf_lib.chunks(numbers))
