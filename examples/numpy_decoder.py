@@ -117,19 +117,20 @@ def read_group(group, tables, blocks, parts, known):
     rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
     if part.ndim == 1:
       rows, columns = math.ceil(columns / 128), 128
-    shared = 1 if columns % unit else unit
+    shared = 1 if columns % unit or is_different else unit
     k = np.full((rows, columns), least)  # of 8 bits, so sums are modulo 256
     k += take(rows)[:, None] if mode & 1 else 0
     k += take(columns // shared).repeat(shared) if mode & 2 else 0
-    classes.append(k.ravel()[: part.size : unit])
-  k = np.int64(np.concatenate(classes))
+    k = np.pad(k.ravel()[: part.size], (0, part.size % unit), 'edge')
+    classes.append(k.reshape(-1, unit))
+  k = np.int64(np.concatenate(classes)).T
   stored = np.cumsum(take(levels)) - 1
   counts = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
   if is_different:
     several = [x.view(f'u{x.itemsize}') for x in known or map(np.zeros_like, parts)]
     near = [np.pad(x.ravel(), (0, x.size % 2), 'edge') for x in several]
     near = np.int64(np.concatenate(near)).reshape(-1, 2).T
-    level = np.broadcast_to(k + base, near.shape)
+    level = k + base
     if dtype.kind != 'i':
       exponents = near % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant
       level = level - 4 * np.maximum(exponents, 1)
@@ -137,8 +138,8 @@ def read_group(group, tables, blocks, parts, known):
     shifts = np.clip(level - 64 >> 2, 0, r)
     (tables, second), others = stored[level - 4 * shifts], [*shifts, *near]
   else:
-    tables = second = stored[k % levels]
-    others = [k // levels * step + base]
+    tables = second = stored[k[0] % levels]
+    others = [k[0] // levels * step + base]
   frequencies = counts
   if unit == 2:  # a table for each two that a unit has
     used, tables = np.unique(tables * len(counts) + second, return_inverse=True)
@@ -147,8 +148,9 @@ def read_group(group, tables, blocks, parts, known):
   escape = (1 << p) - frequencies.sum(1, keepdims=True)
   frequencies = np.append(frequencies, escape, 1)
   told = np.int64([tables, *others])
-  length = math.ceil(k.size / len(blocks))
-  pieces = zip(blocks, np.split(told, range(length, k.size, length), 1), strict=True)
+  count = told.shape[1]
+  length = math.ceil(count / len(blocks))
+  pieces = zip(blocks, np.split(told, range(length, count, length), 1), strict=True)
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
   ends = np.cumsum([math.ceil(part.size / unit) for part in parts])[:-1]
   for part, numbers in zip(parts, np.split(bits, ends), strict=True):

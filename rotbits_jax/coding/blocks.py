@@ -58,7 +58,7 @@ class Span(NamedTuple):
   place: slice  # of the units in the block
   numbers: np.ndarray  # bit patterns; one may be missing in the last unit
   known: np.ndarray | None  # the known numbers, if there are any
-  classes: Callable[[np.ndarray], None]  # writes them into uint8 `[n]`
+  classes: Callable[[np.ndarray], None]  # writes them, see `contexts.Scales`
   part: int  # index of the part
 
 
@@ -77,7 +77,7 @@ def divide(
 
   Known numbers are bit patterns, `[n]`.
   """
-  size, most = layout.size, capacity(layout)
+  size, shared, most = layout.size, layout.shared, capacity(layout)
   counts = [-(-part.size // size) for part in parts]
   ends = np.cumsum(counts).tolist()
   length = -(-ends[-1] // -(-ends[-1] // most))
@@ -90,7 +90,7 @@ def divide(
     some = slice(first * size, (first + end - start) * size)
     of_known = known[i]
     of_known = None if of_known is None else of_known[some]
-    write = functools.partial(scales[i].write, start=first, shape=shape, size=size)
+    write = functools.partial(scales[i].write, shape, shared, first * size // shared)
     place = slice(start - block * length, end - block * length)
     blocks[block].append(Span(place, bits[some], of_known, write, i))
   return blocks
@@ -126,11 +126,10 @@ def _units(name: str, spans: Sequence[Span], words: int, word: Any) -> Any:
   units = array.reshape(-1, words)
   for span in spans:
     flat, values = units[span.place].reshape(-1), getattr(span, name)
-    if callable(values):
-      values(flat)
-    else:
-      flat = flat.view(values.dtype)
-      flat[: values.size], flat[values.size :] = values, values[-1]
+    flat = flat.view(np.uint8 if callable(values) else values.dtype)
+    some = flat[: span.numbers.size]  # all, if two elements share a class
+    values(some) if callable(values) else np.copyto(some, values)
+    flat[some.size :] = some[-1]
   units[count : rows * lanes] = units[count - 1]
   if lanes < LANES:
     few = units[: rows * lanes].reshape(rows, 1, lanes, words).copy()
@@ -151,7 +150,7 @@ def encode(
   count = spans[-1].place.stop
   rows, lanes = _grid(count)
   inputs = [_units(x, spans, layout.words, layout.word) for x in ('numbers', 'known')]
-  inputs.append(_units('classes', spans, 1, np.uint8)[..., 0])
+  inputs.append(_units('classes', spans, 1, layout.class_type)[..., 0])
   stack = ROWS * layout.pushes + _APART
   shapes: list[Any] = [((LANES * stack,), np.uint16), ((ROWS, LANES), np.uint16)]
   for width, _ in layout.pieces:
@@ -210,7 +209,7 @@ def decode(
     raise ValueError(f'a block of {nbytes} bytes has too few raw bits')
   every = [np.tile(x, LANES // lanes) for x in (state, tops)]
   places = np.concatenate([*every, ends]).astype(np.uint32)
-  classes = _units('classes', spans, 1, np.uint8)[..., 0]
+  classes = _units('classes', spans, 1, layout.class_type)[..., 0]
   known = _units('known', spans, layout.words, layout.word)
   shapes = [((ROWS, LANES, layout.words), layout.word), ((ROWS, LANES), bool)]
   grid = np.int32(rows), np.uint32(lanes)

@@ -5,8 +5,8 @@ have *scales*, in steps of a quarter octave; the class of a unit is a base plus 
 scales of its row and its column. Trained weights are nearly normally distributed, and
 their standard deviation depends on the row, on the column, or on a product of both. So
 few tables serve many arrays. An array is taken as a matrix, whose columns are along the
-last axis and whose rows are along all others. A pair is in the row of its first
-element; two columns share a scale if C is even.
+last axis and whose rows are along all others. A pair of one class is in the row of its
+first element, and two columns share a scale if C is even.
 
 Shape letters: M arrays of the group, R rows, C columns, K tables, A symbols.
 """
@@ -29,15 +29,15 @@ _WIDE = 1 << 10  # columns that are written at once
 Shape = tuple[int, ...]
 
 
-def matrix_shape(shape: Shape, size: int = 1) -> tuple[int, int]:
-  """Returns R, and the scales of columns of units of `size` elements: C, or C / 2.
+def matrix_shape(shape: Shape, shared: int = 1) -> tuple[int, int]:
+  """Returns R, and the scales of columns if so many share one: C, or C / 2.
 
   One axis is rows of 128 elements.
   """
   rows, columns = math.prod(shape[:-1]), math.prod(shape[-1:])
   if len(shape) == 1:
     rows, columns = -(-columns // _ROW), _ROW
-  return rows, columns if columns % size else columns // size
+  return rows, columns if columns % shared else columns // shared
 
 
 class Scales(NamedTuple):
@@ -47,16 +47,18 @@ class Scales(NamedTuple):
   rows: np.ndarray  # uint8 `[R]`, or `[1]` if all rows have the same
   columns: np.ndarray  # the same for columns, see `matrix_shape`
 
-  def write(self, out: np.ndarray, start: int, shape: Shape, size: int) -> None:
-    """Writes the classes of units from `start` on in C order into uint8 `[n]`.
+  def write(self, shape: Shape, shared: int, start: int, out: np.ndarray) -> None:
+    """Writes classes from that of index `start` on in C order into uint8 `[n]`.
 
-    The array has the shape, and a unit so many numbers.
+    The array has the shape, and so many numbers share a class.
     """
     if self.rows.size == self.columns.size == 1:
       out[:] = self.base + int(self.rows[0]) + int(self.columns[0]) & 255
       return
-    width, columns = matrix_shape(shape, size)[1], self.columns
-    step = size if matrix_shape(shape)[1] % size else 1  # from a unit to the next one
+    width, columns = matrix_shape(shape, shared)[1], self.columns
+    step = (
+      shared if matrix_shape(shape)[1] % shared else 1
+    )  # from a unit to the next one
     if self.rows.size == 1:  # rows of few bytes would take long
       times = -(-_WIDE // width)
       width, columns = times * width, np.tile(columns, times)
@@ -98,7 +100,7 @@ def from_bytes(
   data: bytes, layout: layouts.Layout, shapes: Sequence[Shape]
 ) -> tuple[Contexts, list[Scales]]:
   """Makes contexts and scales of arrays of these shapes: the inverse of `to_bytes`."""
-  lengths = [matrix_shape(shape, layout.size) for shape in shapes]
+  lengths = [matrix_shape(shape, layout.shared) for shape in shapes]
   most = 2 + sum(2 + sum(x) for x in lengths)
   most += layout.most_tables * (1 + 2 * layout.alphabet)
   unpacker, position = zlib.decompressobj(-15), 0

@@ -212,6 +212,7 @@ class Differences(units_lib.Base):
   type_name: str = 'integers'  # or 'known'
 
   is_first_long: ClassVar[bool] = True
+  shared: ClassVar[int] = 1
   most_share: ClassVar[float] = 0.49
   most_stored: ClassVar[int] = MOST_DIFFERENT
 
@@ -245,7 +246,8 @@ class Differences(units_lib.Base):
   def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
     """Returns levels, bins and shifts of units; see `Pairs.counted`."""
     known = row.known.astype(np.uint32)
-    level, shift = self.told(row.classes, known, np.int32(base[0]), np)
+    classes = row.classes >> np.int32([0, 8]) & 255
+    level, shift = self.told(classes, known, np.int32(base[0]), np)
     off = self.differences(row.units.astype(np.uint32), known, np)
     return level, folded(off >> shift.astype(np.int32)), shift
 
@@ -298,9 +300,9 @@ class Differences(units_lib.Base):
     """Returns the tables of units, and the known numbers and the shifts of both."""
     zeros = xp.zeros_like(row.classes, np.uint32)
     known = [zeros, zeros] if row.known is None else self._numbers(row.known)
-    levels, shifts = zip(
-      *(self.told(row.classes, x, base[0], xp) for x in known), strict=True
-    )
+    classes = row.classes & 255, row.classes >> 8
+    several = zip(classes, known, strict=True)
+    levels, shifts = zip(*(self.told(*x, base[0], xp) for x in several), strict=True)
     # The sign of a difference takes less time than a comparison.
     first, second = (
       sum((x - base[i] >> 31 for i in range(1, MOST_DIFFERENT)), MOST_DIFFERENT - 1)
@@ -377,6 +379,7 @@ class Bytes(units_lib.Base):
   stored_precision: ClassVar[int] = 12
   symbol_bits: ClassVar[int] = 8
   size: ClassVar[int] = 1
+  shared: ClassVar[int] = 1
   words: ClassVar[int] = 1
   word: ClassVar[np.dtype] = np.dtype(np.uint8)
 

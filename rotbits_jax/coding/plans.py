@@ -29,7 +29,8 @@ _LEAST_SAMPLE = 1 << 12  # units of a part
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
 _MOST_VALUES = units_lib.CLASSES // layouts.LEVELS  # of `Part.least` in a group
-_FAR, _FARTHEST = 1e-3, 5e-4  # shares of differences without a symbol, and too large
+_FARTHEST = 5e-4  # share of differences that are too large for the raw bits
+_ROOM = 1  # raw bits that they may lack, because bins have room
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
 
 
@@ -127,25 +128,22 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
     array = array.reshape(-1, 1).view(np.uint8)
     lines = np.zeros(1, int), np.arange(array.shape[1])
     return [Part(array, of_bytes, lines, 1 + place % (_MOST_VALUES - 1))]
-  lines = statistics.measure(array, 2)
   if dtype == np.int8:
+    lines = statistics.measure(array, 2)
     of_codes, least = statistics.of_codes(array.reshape(-1), lines)
     if of_codes:
       return [Part(array, of_codes, lines, least)]
-  return [_with_raw_bits(Part(array, layouts.Differences(dtype, 0), lines))]
+  layout, lines = layouts.Differences(dtype, 0), statistics.measure(array, 1)
+  return [_with_raw_bits(Part(array, layout, lines))]
 
 
 def _with_raw_bits(part: Part) -> Part:
   """Returns differences with raw bits for all but a few of them."""
   (scales,), base = _classes([part])
   sample, layout = _sample(part, scales, _SIZES), part.layout
-  bins = layout.counted(sample, base)[1]
-  # Raw bits take time.
-  if np.count_nonzero(bins >= units_lib.BINS) <= _FAR * np.count_nonzero(bins):
-    return part
   most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
-  shift = np.quantile(most.counted(sample, base)[2], 1 - _FARTHEST).clip(1)
-  raw_bits = layouts.RAW * int(np.ceil(shift / layouts.RAW))
+  shift = np.quantile(most.counted(sample, base)[2], 1 - _FARTHEST)
+  raw_bits = layouts.RAW * int(np.ceil(max(shift - _ROOM, 0) / layouts.RAW))
   return part._replace(layout=dataclasses.replace(layout, raw_bits=raw_bits))
 
 
@@ -202,13 +200,14 @@ def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarr
 
 def _sample(part: Part, scales: contexts_lib.Scales, most: int) -> units_lib.Row:
   """Takes about `most` of the units of a part, in runs."""
-  numbers, size, rows = part.numbers, part.layout.size, []
+  numbers, layout, rows = part.numbers, part.layout, []
+  size, shared = layout.size, layout.shared
   flat = numbers.reshape(-1).view(f'u{numbers.itemsize}')
   several = [flat] if part.known is None else [flat, part.known]
   for run in statistics.runs(flat.size // size, most):
-    classes = np.empty(run.stop - run.start, np.uint8)
-    scales.write(classes, run.start, numbers.shape, size)
+    classes = np.empty(run.stop - run.start, layout.class_type)
     some = slice(run.start * size, run.stop * size)
+    scales.write(numbers.shape, shared, some.start // shared, classes.view(np.uint8))
     rows.append((classes[:, None], *(x[some].reshape(-1, size) for x in several)))
   classes, units, *known = map(np.concatenate, zip(*rows, strict=True))
   near = known[0] if known else np.zeros_like(units)

@@ -127,10 +127,10 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   return layouts.Pairs(dtype, most - zeros), 0
 
 
-def measure(array: np.ndarray, size: int) -> Lines:
+def measure(array: np.ndarray, shared: int) -> Lines:
   """Measures the rows of floats or integers, and then the columns of what is left.
 
-  Units have `size` numbers.
+  So many columns share a scale, if they can.
   """
   count, width = contexts.matrix_shape(array.shape)
   is_whole = array.size == count * width  # else the last row begins anew
@@ -141,8 +141,8 @@ def measure(array: np.ndarray, size: int) -> Lines:
   rows = _quantized(row_levels, noise, array.size, some.shape[1])
   some_rows = slice(None, None, max(count // _ROWS, 1))
   levels, noise = _levels(matrix[some_rows], row_levels[some_rows, None], 0)
-  shared = levels.reshape(contexts.matrix_shape(array.shape, size)[1], -1)
-  columns = _quantized(shared.mean(axis=1), noise, array.size, size * min(count, _ROWS))
+  levels = levels.reshape(contexts.matrix_shape(array.shape, shared)[1], -1).mean(1)
+  columns = _quantized(levels, noise, array.size, shared * min(count, _ROWS))
   one = 0 if array.dtype in layouts.FORMATS else STEPS * _ONE
   return rows.astype(int) - one, columns.astype(int)
 

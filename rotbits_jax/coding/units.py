@@ -51,7 +51,7 @@ class Tables(NamedTuple):
 class Row(NamedTuple):
   """A unit of each lane, as a program gets it."""
 
-  classes: Any  # int32 `[L]`
+  classes: Any  # int32 `[L]`, of the first number in the lowest byte
   known: Any  # list of words of known units, uint32 `[L]`; or None
   units: Any  # the same of units, to encode
   pieces: list[jax.Array]  # uint32 `[L]`, of the planes, to decode
@@ -68,6 +68,7 @@ class Base:
   stored_precision: ClassVar[int] = tables.PRECISION  # of a stored table
   symbol_bits: ClassVar[int] = 10
   size: ClassVar[int] = 2  # numbers of a unit
+  shared: ClassVar[int] = 2  # numbers that share a class
   most_tables: ClassVar[int] = CLASSES  # one of each class
   most_stored: ClassVar[int] = CLASSES  # of these, others equal the ones before them
   most_share: ClassVar[float] = 0.5  # of a bin, so that no pair is too frequent
@@ -82,6 +83,11 @@ class Base:
   def escape(self) -> int:
     """The last symbol."""
     return (1 << self.symbol_bits) - 1
+
+  @property
+  def class_type(self) -> np.dtype:
+    """The dtype of the classes of a unit: one has all its bytes."""
+    return np.dtype(f'u{self.size // self.shared}')
 
   @property
   def width(self) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
-from rotbits_jax.coding import contexts
 from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import statistics
@@ -239,8 +238,7 @@ def _lines(
     means_of = lambda part: roots_of(part, some_columns).mean(axis=1, dtype=np.float64)
     parts = difference.in_parts(means_of, len(bits), min(width, 2 * _LINES), pool.run)
     of_rows = np.concatenate(parts) / (of_columns[some_columns].mean() or 1) / mean
-    of_columns = of_columns.reshape(contexts.matrix_shape(shape, 2)[1], -1)
-    for axis, roots in enumerate((of_rows, of_columns.mean(axis=1))):
+    for axis, roots in enumerate((of_rows, of_columns)):
       scales = quarters(roots)
       far = np.clip(scales - np.median(scales), -_FAR, _FAR)
       # Numbers of a scale that is wrong by a factor of e^x take x^2 / ln 2 bits more.
