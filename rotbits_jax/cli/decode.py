@@ -38,10 +38,10 @@ _DTYPE = flags.DEFINE_enum(
 
 def main(file: str, folder: str | None = None) -> program.Result:
   target = folder or file.removesuffix('.rotbits')
+  reader = rotbits_jax.file.Reader(file, base=_BASE.value)
   rotbits_jax.decode_to_directory(
-    file,
+    reader,
     target,
-    base=_BASE.value,
     format=typing.cast(checkpoints.Format, _FORMAT.value),
     shard_size=program.parse_size(_SHARD_SIZE),
     dtype=_DTYPE.value,
@@ -49,8 +49,7 @@ def main(file: str, folder: str | None = None) -> program.Result:
     overwrite=_OVERWRITE.value,
     progress=True,
   )
-  config = rotbits_jax.file.Reader(file).config
-  sliced = None if config is None else config.sliced
+  sliced = None if reader.config is None else reader.config.sliced
   text = f'wrote {target}'
   if sliced and _FORMAT.value == 'safetensors':
     text += '\nThe model is sliced; to load it in transformers: --format=transformers'

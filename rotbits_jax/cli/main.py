@@ -69,6 +69,8 @@ def main() -> int:
     return program.run(command)
   except KeyboardInterrupt:
     return 130
+  finally:
+    gc.freeze()  # else the end of the process searches all that is left
 
 
 def _unraisable(error: Any) -> None:
