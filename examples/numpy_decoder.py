@@ -258,12 +258,6 @@ def predicted(leaf, a, tensors, base, config):
   return b, np.resize(np.repeat(differs, 65536), n)
 
 
-def floats(codes, form):
-  """The float32 of codes of scales and of minima."""
-  n = codes.astype(np.int64) + form[0]
-  return np.uint32((np.abs(n) << form[1]) | (n < 0) << 31).view('f4')
-
-
 def read_leaf(leaf, arrays, tensors, base, config):
   """The array of a leaf."""
   kind, s, a = leaf.get('type_name'), leaf.get('settings', {}), arrays
@@ -285,10 +279,12 @@ def read_leaf(leaf, arrays, tensors, base, config):
       array[differs] = a.get('elements', array[differs]).view(array.dtype).ravel()
       array = array.view(leaf['dtype'])
     case 'block_quantized':
-      scales = floats(a['scales'], s.get('scale_form', (0, 0))) * a.get('factor', 1)
+      floats = lambda x, form: (np.uint32(x) + form[0] << form[1]).view('f4')
+      scales = floats(a['scales'], np.uint32(s.get('scale_form', (0, 0))))
       least = np.full(scales.shape, -0.0, 'f4')
       if 'minima' in a:
-        least = floats(a['minima'], s.get('minimum_form', (0, 0)))
+        least = floats(a['minima'], np.uint32(s.get('minimum_form', (0, 0))))
+      scales = scales * a.get('factor', 1)
       array = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
       if s['grid'] in ('int4', 'float4_e2m1fn'):
         array[array == -16] = -0.0
@@ -321,13 +317,12 @@ def read_leaf(leaf, arrays, tensors, base, config):
       if 'pivots' in a:
         lower = lower[:, np.argsort(np.argsort(1 - a['pivots'], stable=True))]
       array = np.vstack([*a.get('full', []), *lower])
-    case 'head_bases' if s.get('group'):
-      bases = [gram(b.T) for b in np.split(a['below'], s['heads'])]
-      array = np.vstack([x.T for b in bases for x in np.split(b, s['group'])])
     case 'head_bases':
       bases = [gram(b) for b in np.split(a['below'], s['heads'], 1)]
       rotary = np.split(a.get('rotary', bases[0][:, :0]), s['heads'], 1)
       array = np.hstack([x for pair in zip(rotary, bases, strict=True) for x in pair])
+      if 'group' in s:
+        array = np.vstack([x.T for b in bases for x in np.split(b, s['group'])])
     case 'tied':
       array = np.float32(tensors['head/kernel']).T @ a['map']
     case 'uniformly_quantized':
@@ -344,9 +339,7 @@ def main(path, output, base=None):
   streams = safetensors_numpy.load_file(path)  # one per record, and the manifest
   manifest = json.loads(zlib.decompress(streams['manifest']))
   config, tensors, empty = manifest.get('config'), {}, []
-  # Records with leaves that need others come last.
-  needs = lambda record: any('needs' in leaf for leaf in record['leaves'])
-  for record in sorted(manifest['records'], key=needs):
+  for record in manifest['records']:
     read_record(record, streams[record['name']], tensors, base, config)
     empty += record.get('empty', [])
   tensors = {k: x.copy() for k, x in tensors.items() if not k.startswith('subspaces.')}

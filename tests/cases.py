@@ -74,7 +74,7 @@ LEAVES = {
     below=normal(seed + 9, 4, 6), rotary=normal(seed, 7, 8), heads=2
   ),
   'head_rows': lambda seed: structured.HeadBases(
-    below=normal(seed, 6, 12), rotary=None, heads=2, group=3
+    below=normal(seed, 12, 6), rotary=None, heads=2, group=3
   ),
   'constant': lambda seed: structured.Constant.like(lower(seed, 3, 4), 1.5),
   'multiples': lambda seed: structured.UniformlyQuantized(

@@ -156,7 +156,7 @@ class Encoder:
         keeps='bits' if self._is_same else self.preset.keeps,
         config=self.source.config,
         stem=self._stem,
-        records=tuple(entries),
+        records=tuple(sorted(entries, key=lambda entry: entry.needs_others)),
         message=message,
         files=_write_files(streams, manifest_lib.FILES, files),
         headers=_write_files(streams, manifest_lib.HEADERS, headers),

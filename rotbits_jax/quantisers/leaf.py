@@ -30,9 +30,8 @@ _PRODUCTS = 1 << 20  # elements of a call of XLA, which takes time of its own
 _WIDTH = 32  # elements of a row of such a call, which has one or two scales
 _LEAST_OF_XLA = 2.0**-80  # scale, so that products and sums are normal
 _NO_BITS = np.uint32(0)
-_MOST_BITS = (1 << 31) - 1  # of a float32 without its sign
 
-_Base = Annotated[int, schema.between(-_MOST_BITS, _MOST_BITS)]
+_Base = Annotated[int, schema.between(0, (1 << 32) - 1)]
 _Shift = Annotated[int, schema.between(0, 23)]
 
 
@@ -189,20 +188,15 @@ _on_xla = jax.jit(
 def decoded(codes: np.ndarray, form: tuple[int, int]) -> np.ndarray:
   """Returns the float32 of codes, given the number of code 0 and a shift.
 
-  A number n stands for the float with the bits |n| << shift and the sign of n.
+  A number is the bits of a float without as many low ones as the shift.
   """
-  if codes.dtype == np.uint8 and codes.size > 256:
-    return decoded(np.arange(256, dtype=np.uint8), form).take(codes)
-  base, shift = form
-  numbers = codes.astype(np.int64) + base
-  bits = np.minimum(np.abs(numbers), _MOST_BITS >> shift) << shift
-  return (bits | (numbers < 0) << 31).astype(np.uint32).view(np.float32)
+  base, shift = map(np.uint32, form)
+  return (codes.astype(np.uint32) + base << shift).view(np.float32)
 
 
 def encoded(floats: np.ndarray, shift: int) -> tuple[np.ndarray, tuple[int, int]]:
   """Returns codes of float32 whose low bits are 0, and their form: see `decoded`."""
-  bits = floats.view(np.int32).astype(np.int64)
-  numbers = np.copysign((bits & _MOST_BITS) >> shift, bits).astype(np.int64)
+  numbers = floats.view(np.uint32) >> np.uint32(shift)
   codes = numbers - numbers.min()
   form = int(numbers.min()), shift
   return codes.astype(np.min_scalar_type(int(codes.max()))), form

@@ -45,8 +45,7 @@ class HeadBases(base.Structured):
   their transposes, one below the other, are a basis of n = G d rows and m = h columns.
 
   Attributes:
-    below: the matrices B side by side, `[..., n - m, K m]`. Of an output kernel it is
-      transposed: `[..., K h, n - h]`.
+    below: the matrices B side by side, `[..., n - m, K m]`.
     rotary: `[..., d, K (h - m)]`, the columns that are stored unchanged; None if there
       are none.
     heads: K.
@@ -62,11 +61,12 @@ class HeadBases(base.Structured):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    *stack, rows, columns = self.below.shape
+    *stack, below, columns = self.below.shape
+    rows = below + columns // self.heads
     if self.group:
-      return (*stack, rows * self.group, (columns + rows // self.heads) // self.group)
+      return (*stack, columns * self.group, rows // self.group)
     rotary = 0 if self.rotary is None else self.rotary.shape[-1]
-    return (*stack, rows + columns // self.heads, columns + rotary)
+    return (*stack, rows, columns + rotary)
 
   def materialize(self, *needed: Any) -> jax.Array:
     def of_heads(columns: Any) -> jax.Array:
@@ -75,7 +75,7 @@ class HeadBases(base.Structured):
       x = x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
       return jnp.moveaxis(x, -2, -3)
 
-    below = of_heads(jnp.matrix_transpose(self.below) if self.group else self.below)
+    below = of_heads(self.below)
     gram = jnp.matmul(jnp.matrix_transpose(below), below, precision='highest')
     top = jnp.eye(below.shape[-1], dtype=jnp.float32) - gram / 4
     heads = jnp.concatenate([top, below], axis=-2)
@@ -94,8 +94,6 @@ class HeadBases(base.Structured):
 
   def check(self) -> None:
     heads, (rows, columns) = self.heads, self.below.shape
-    if self.group:
-      rows, columns = columns, rows
     fits = 0 < heads <= columns and columns % heads == 0
     if fits and self.rotary is not None:
       length, rotary = self.rotary.shape

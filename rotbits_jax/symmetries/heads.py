@@ -136,7 +136,7 @@ def fix_values(
     path: _multiply(x, gauge) for path, x in params.items() if path != OUT
   }
   fixed[OUT] = structured.HeadBases(
-    jnp.swapaxes(below, 1, 2).reshape(kv_heads * h, -1),
+    jnp.swapaxes(below, 0, 1).reshape(-1, kv_heads * h),
     None,
     heads=kv_heads,
     group=params[OUT].shape[0] // (kv_heads * h),
