@@ -196,7 +196,7 @@ def decoded(codes: np.ndarray, form: tuple[int, int]) -> np.ndarray:
 
 def encoded(floats: np.ndarray, shift: int) -> tuple[np.ndarray, tuple[int, int]]:
   """Returns codes of float32 whose low bits are 0, and their form: see `decoded`."""
-  numbers = floats.view(np.uint32) >> np.uint32(shift)
+  numbers: Any = floats.view(np.uint32) >> np.uint32(shift)
   codes = numbers - numbers.min()
   form = int(numbers.min()), shift
   return codes.astype(np.min_scalar_type(int(codes.max()))), form
