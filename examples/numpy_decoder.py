@@ -54,7 +54,7 @@ def read_block(data, told, frequencies, group, dtype):
   told: tables; then offsets, or shifts and known elements of differences.
   """
   (kind, r, *_), take, count = group, stream(data), told.shape[1]
-  lanes, width = 4 if count <= 1 << 13 else 32, 8 if kind == 'bytes' else 10
+  lanes, width = 4 if count <= 1 << 16 else 32, 8 if kind == 'bytes' else 10
   told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
   tables, shifts = np.split(told.reshape(len(told), -1, lanes)[:3], [1])
   lows = range(0, r, 8) if kind in DIFFERENCES else ()

@@ -4,7 +4,7 @@ A block is a `rans.Message`; then the planes of raw bits; then the lists of esca
 docs/format.md. Unit i is in lane i % L and row i // L of L lanes, so in each step these
 code L neighbouring units. The last row is filled up with the last unit. There are 32
 lanes, which suits the registers of processors; or 4, which take fewer bytes, for up to
-2^13 units. All blocks of a layout share the programs that encode and decode, which do
+2^16 units. All blocks of a layout share the programs that encode and decode, which do
 not know the number of units. They have 32 lanes, and code those of 4 eight times.
 
 Shape letters: n units of W words, L lanes, T rows.
@@ -30,7 +30,7 @@ from rotbits_jax.system import host
 from rotbits_jax.system import native
 
 LANES, FEW_LANES = 32, 4
-_FEW = 1 << 13  # units with few lanes
+_FEW = 1 << 16  # units with few lanes
 
 CAPACITY = 1 << 20
 """The greatest n."""
