@@ -109,7 +109,8 @@ def read_group(group, tables, blocks, parts, known):
   """Reads the parts of a group; of those of the type `known`, other bits are known."""
   (kind, r, *_), dtype = group, parts[0].dtype
   take, is_different = stream(zlib.decompress(tables, -15)), kind in DIFFERENCES
-  p, levels, step = (14, 4, 2) if kind == 'floats' else (12, 32, 1)
+  several = {'floats': (14, 4, 2), 'codes': (13, 16, 1)}
+  p, levels, step = several.get(kind, (12, 32, 1))
   unit, size = (1, 255) if kind == 'bytes' else (2, 32)
   levels = 256 if is_different or unit == 1 else levels
   base, heads, classes = take(1, '<i2'), take(2 * len(parts)).reshape(-1, 2), []

@@ -51,12 +51,6 @@ FORMATS = {
 }
 """The dtypes of floats, with the bits of their exponents and mantissas."""
 
-QUARTERS = 4
-"""The tables of floats that share no step: a class, in quarter octaves, tells one."""
-
-LEVELS = 32
-"""The tables of floats that share a step, and the classes of each minimum exponent."""
-
 ONE_ULP = 64
 """The class of differences whose size is about 1."""
 
@@ -95,16 +89,16 @@ class Pairs(units_lib.Base):
 
   @property
   def precision(self) -> int:  # type: ignore[override]
-    # The others have many tables, and the cache is small.
-    return tables.PRECISION if self.type_name == 'floats' else 12
+    # Many tables are short, because the cache is small.
+    return {'floats': tables.PRECISION, 'codes': 13, 'raised': 12}[self.type_name]
 
   @property
   def most_tables(self) -> int:  # type: ignore[override]
-    return QUARTERS if self.type_name == 'floats' else LEVELS
+    return {'floats': 4, 'codes': 16, 'raised': 32}[self.type_name]
 
   @property
   def most_share(self) -> float:  # type: ignore[override]
-    return 0.33 if self.type_name == 'floats' else 0.66
+    return {'floats': 0.33, 'codes': 0.46, 'raised': 0.66}[self.type_name]
 
   def base(self, octave: int, least: int) -> int:
     """Returns the offset of class 0, of the scale 2^octave; or the minimum exponent."""
@@ -141,9 +135,9 @@ class Pairs(units_lib.Base):
 
     `base` has the offset of class 0, or its minimum exponent.
     """
-    if self.most_tables == LEVELS:
-      return row.classes & 31, (row.classes >> 5) + base[0]
-    return row.classes & 3, (row.classes >> 2 << 1) + base[0]
+    count, step = self.most_tables, 1 + (self.type_name == 'floats')
+    steps = row.classes >> count.bit_length() - 1
+    return row.classes & count - 1, steps * step + base[0]
 
   def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
     """Returns tables, bins and raw bits of units `[n, 2]` of classes `[n, 1]`: NumPy.

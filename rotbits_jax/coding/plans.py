@@ -28,7 +28,7 @@ _SIZES = 1 << 13  # units that tell raw bits
 _LEAST_SAMPLE = 1 << 12  # units of a part
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
-_MOST_VALUES = units_lib.CLASSES // layouts.LEVELS  # of `Part.least` in a group
+_MOST_VALUES = 8  # of `Part.least` in a group, which its classes tell
 _FARTHEST = 5e-4  # share of differences that are too large for the raw bits
 _ROOM = 1  # raw bits that they may lack, because bins have room
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
@@ -186,14 +186,14 @@ def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarr
   """Returns scales whose classes fit a byte, and the base of the contexts."""
   layout = parts[0].layout
   most = max(int(x.lines[0].max() + x.lines[1].max()) for x in parts)
-  is_small = layout.most_tables == layouts.LEVELS
-  count = layouts.LEVELS if is_small else units_lib.CLASSES
+  is_small = layout.type_name in ('raised', 'codes')
+  count = layout.most_tables if is_small else units_lib.CLASSES
   octave = (most - count) // statistics.STEPS + 1
   least, scales = min(x.least for x in parts), []
   for part in parts:
     start = part.least - _BELOW if layout.raised else octave
     several = statistics.within(part.lines, start, count)
-    above = layouts.LEVELS * (part.least - least)
+    above = min(count, units_lib.CLASSES // _MOST_VALUES) * (part.least - least)
     scales.append(several._replace(base=(several.base + above) % units_lib.CLASSES))
   return scales, np.array([layout.base(octave, least)])
 

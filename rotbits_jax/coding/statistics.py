@@ -42,7 +42,7 @@ _MOST_BELOW, _MOST_ABOVE = 6, 2
 _LEAST_RAISED = 1 << 10
 
 _TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no bin
-_MOST_SHARE = 0.6  # of the most frequent bin, because pairs of it have a limit
+_MOST_SHARE = 0.46  # of the most frequent bin, because pairs of it have a limit
 _MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 
 _ONE = 127  # the biased exponent of 1, in the scales of integers
