@@ -28,6 +28,7 @@ from rotbits_jax.coding import coder
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import rans
+from rotbits_jax.coding.bits_back import codes
 from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.system import checksums
 from rotbits_jax.system import files
@@ -114,34 +115,24 @@ def rotation(n: int) -> tuple[float, float, float, float]:
   depth = 2 * n * n // lanes + 64
   words = jax.random.bits(jax.random.key(0), (depth, lanes), jnp.uint16)
   message = rans.stacked(words)
-
-  @jax.jit
-  def sample(message: rans.Message) -> tuple[rans.Message, jax.Array, jax.Array]:
-    message, cells = haar.codec(n, n).pop(message)
-    return message, cells, haar.rotation(cells, n, n)
-
-  @jax.jit
-  def restore(
-    message: rans.Message, recovered: jax.Array, correction: Any
-  ) -> rans.Message:
-    return haar.codec(n, n).push(message, haar.recover(recovered, correction))
-
-  popped, cells, q = sample(message)
+  code = codes.haar_code(n, n)
+  popped, cells, q = code.sample(message)
   noise = jax.random.normal(jax.random.key(1), (n, n), jnp.float32)
   recovered = jax.jit(lambda q: jnp.linalg.qr(q + 1e-4 / n**0.5 * noise)[0])(q)
   recovered = recovered * jnp.sign(jnp.sum(recovered * q, axis=0))
-  correction = jax.jit(haar.correct)(recovered, recovered, cells)
-  again = restore(popped, recovered, correction)
+  correction = code.correct(recovered, recovered, cells)
+  again, _ = code.restore(popped, recovered, correction)
   if not np.array_equal(rans.unstacked(rans.check(again)), np.asarray(words)):
     raise ValueError('the message did not come back')
-  sent = haar.correction_codec(n, n).push(rans.empty(lanes), correction)
+  arrays, residues = code.pack(correction)
+  sent = 8 * (coder.encode(arrays).data.size + residues.nbytes)
   taken = rans.content_bits(message) - rans.content_bits(popped)
   parameters = n * (n - 1) / 2
   return (
-    common.median_seconds(lambda: sample(message), RUNS),
-    common.median_seconds(lambda: restore(popped, recovered, correction), RUNS),
+    common.median_seconds(lambda: code.sample(message), RUNS),
+    common.median_seconds(lambda: code.restore(popped, recovered, correction), RUNS),
     taken / parameters,
-    (taken - rans.content_bits(sent)) / parameters,
+    (taken - sent) / parameters,
   )
 
 

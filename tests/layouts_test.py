@@ -61,7 +61,7 @@ def check_raised(dtype, least):
 
 def test_tables_of_pairs_follow_the_counts():
   rng = np.random.default_rng(0)
-  counts = tables.quantize(rng.integers(50, 1000, (5, 32)))
+  counts = rng.multinomial(tables.TOTAL, np.full(32, 1 / 32), 5)
   ideal = (counts[:, :, None] * counts[:, None]).reshape(5, -1)[:, :-1] / 2**28
   for precision in (12, 14):
     frequencies = tables.of_pairs(counts, counts, precision)

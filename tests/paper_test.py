@@ -270,6 +270,7 @@ def test_a_rotation_that_the_arrays_cannot_give_is_refused_at_once():
     encoded.layout,
     fixed=0,
     sampled=(True, False),
+    coders=encoded.layout.coders[:1],
     arrays=dict.fromkeys(paths, encoded.layout.arrays['head/kernel']),
   )
   with pytest.raises(ValueError, match='too small for a rotation'):

@@ -9,32 +9,29 @@ frequency / 2^precision. To push it is to set
     x' = (x // frequency) * 2^precision + x % frequency + start.
 
 If x' would not fit into 32 bits, the low 16 bits of x move to the stack first. To pop
-undoes both steps. `push_step` and `pop_step` are these steps; everything that codes
-uses them. They are integer arithmetic on uint32, so a message means the same on every
+undoes both steps. `push_step` and `pop_step` are these steps; `codecs` and `blocks` use
+them. They are integer arithmetic on uint32, so a message means the same on every
 device, and exact inverses in both orders, which bits-back coding needs.
 
-A push makes room for its symbols. A message underflows, or runs dry, if a lane is asked
-for more words than it has. That raises no error under `jit`, but is recorded in the
-message, and `check` raises a `MessageError` on the host, as functions do that read
-damaged words.
+A message runs dry if a lane is asked for more words than it has. That raises no error
+under `jit`, but is recorded in the message, and `check` raises a `MessageError` on the
+host, as functions do that read damaged words.
 
-Shape letters: N lanes, C words that a lane has room for, T symbols of a lane.
+Shape letters: N lanes, C words that a lane has room for.
 
 References:
   J. Duda, Asymmetric numeral systems, arXiv 1311.2540.
   F. Giesen, Interleaved entropy coders, arXiv 1402.3392.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.system import native
-
-Pair = tuple[jax.Array, jax.Array]
+DRY = -(1 << 30)
+"""The size of a lane from which too many words were popped, whatever is pushed then."""
 
 
 class Message(NamedTuple):
@@ -42,8 +39,7 @@ class Message(NamedTuple):
 
   state: jax.Array  # uint32 [N], at least 2^16
   words: jax.Array  # uint16 [N, C], the stack of each lane from its bottom
-  size: jax.Array  # int32 [N], words on each lane's stack
-  lowest: jax.Array  # int32 [N], the least size so far; below 0 after underflow
+  size: jax.Array  # int32 [N], words on each lane's stack; below 0 if it ran dry
 
   @property
   def lanes(self) -> int:
@@ -87,7 +83,7 @@ def pop_step(
   start: jax.Array,
   frequency: jax.Array | int,
   precision: jax.Array | int,
-) -> Pair:
+) -> tuple[jax.Array, jax.Array]:
   """Pops a symbol from each state: the inverse of `push_step`.
 
   `word`, uint16 `[N]`, is on top of each stack, and the interval is that which contains
@@ -103,7 +99,7 @@ def slot(state: jax.Array, precision: jax.Array | int) -> jax.Array:
   return state & ((jnp.uint32(1) << precision) - jnp.uint32(1))
 
 
-def _divmod(dividend: jax.Array, divisor: jax.Array) -> Pair:
+def _divmod(dividend: jax.Array, divisor: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Computes the exact `divmod` of uint32 for quotients below 2^22, divisors to 2^16.
 
   A float32 quotient below 2^22 is wrong by at most one, however the device rounds. The
@@ -120,11 +116,6 @@ def _divmod(dividend: jax.Array, divisor: jax.Array) -> Pair:
   return quotient, remainder.astype(jnp.uint32)
 
 
-def empty(lanes: int) -> Message:
-  """Returns a message without content."""
-  return stacked(jnp.zeros((1, lanes), jnp.uint16))
-
-
 def stacked(words: jax.Array) -> Message:
   """Returns a message that holds the given words, uint16 `[C, N]`.
 
@@ -134,7 +125,7 @@ def stacked(words: jax.Array) -> Message:
   """
   size = jnp.full(words.shape[1], words.shape[0] - 1, jnp.int32)
   state = words[-1].astype(jnp.uint32) | jnp.uint32(1 << 16)
-  return Message(state, words.T, size, size)
+  return Message(state, words.T, size)
 
 
 def unstacked(message: Message) -> np.ndarray:
@@ -146,79 +137,10 @@ def unstacked(message: Message) -> np.ndarray:
   return np.concatenate([rows, state.astype(np.uint16)[None]])
 
 
-def push_all(
-  message: Message, starts: jax.Array, frequencies: jax.Array, precision: int
-) -> Message:
-  """Pushes T symbols onto each lane, the last one first, so `pop_all` gets it last.
-
-  `starts` and `frequencies` are uint32 `[T, N]`; they and `precision` are those of
-  `push_step`.
-  """
-  count = len(starts)
-  if not count:  # XLA aborts at a native function without elements
-    return message
-
-  def loop(state: jax.Array, intervals: Pair) -> tuple[jax.Array, Pair]:
-    def step(state: jax.Array, interval: Pair) -> tuple[jax.Array, Pair]:
-      state, word, moved = push_step(state, *interval, precision)
-      return state, (word, moved)
-
-    return jax.lax.scan(step, state, intervals, reverse=True)
-
-  state, (words, moved) = native.loop(loop)(message.state, (starts, frequencies))
-  stacks = jnp.pad(message.words, ((0, 0), (0, count)))
-  words, moved = words[::-1], moved[::-1]  # in the order of pushes
-  sizes = message.size[None] + jnp.cumsum(moved, axis=0, dtype=jnp.int32)
-  # A word that does not move is put beyond the stack, and dropped.
-  place = jnp.where(moved, sizes - 1, stacks.shape[1])
-  lane = jnp.arange(message.lanes, dtype=jnp.int32)[None]
-  stacks = stacks.at[lane, place].set(words, mode='drop')
-  return Message(state, stacks, sizes[-1], message.lowest)
-
-
-def pop_all(
-  message: Message,
-  contexts: jax.Array,
-  owner: Callable[[jax.Array, jax.Array], jax.Array],
-  interval: Callable[[jax.Array, jax.Array], Pair],
-  precision: int,
-) -> tuple[Message, jax.Array]:
-  """Pops T symbols from each lane, `[T, N]`: the inverse of `push_all`.
-
-  `owner` takes slots and a row of contexts, such as the tables of the symbols, and
-  returns the symbols that own the slots. `interval` takes symbols and such a row, and
-  returns the starts and the frequencies.
-  """
-  room = message.words.shape[1]
-  if not len(contexts):
-    return message, contexts
-
-  def loop(carry: Pair, words: jax.Array, contexts: jax.Array) -> Any:
-    first = jnp.arange(message.lanes, dtype=jnp.int32) * room
-
-    def step(carry: Pair, context: jax.Array) -> tuple[Pair, jax.Array]:
-      state, size = carry
-      symbol = owner(slot(state, precision), context)
-      # If a stack is empty, any word is taken, and the message has run dry.
-      top = first + jnp.clip(size, 1, room) - 1
-      word = words.at[top].get(mode='promise_in_bounds')
-      state, taken = pop_step(state, word, *interval(symbol, context), precision)
-      return (state, size - taken.astype(jnp.int32)), symbol
-
-    return jax.lax.scan(step, carry, contexts)
-
-  carry = message.state, message.size
-  carry, symbols = native.loop(loop)(carry, message.words.reshape(-1), contexts)
-  state, size = carry
-  lowest = jnp.minimum(message.lowest, size)
-  return Message(state, message.words, size, lowest), symbols
-
-
 def check(message: Message) -> Message:
   """Returns a message that never ran dry, or raises a MessageError. Not under `jit`."""
-  missing = -np.minimum(np.asarray(message.lowest), 0).sum()
-  if missing:
-    raise MessageError(f'the message ran dry: {16 * missing} bits were missing')
+  if (np.asarray(message.size) < 0).any():
+    raise MessageError('the message ran dry')
   return message
 
 
@@ -252,8 +174,7 @@ def from_words(words: np.ndarray, lanes: int, room: int) -> Message:
     raise MessageError(f'a lane has {size.max()} words, more than {room}')
   rows = np.zeros((lanes, room), np.uint16)
   rows[np.arange(room) < size[:, None]] = stacks
-  size32 = jnp.asarray(size, jnp.int32)
-  return Message(jnp.asarray(state), jnp.asarray(rows), size32, size32)
+  return Message(jnp.asarray(state), jnp.asarray(rows), jnp.asarray(size, jnp.int32))
 
 
 def head_words(state: np.ndarray, size: np.ndarray) -> np.ndarray:

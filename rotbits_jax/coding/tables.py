@@ -22,24 +22,6 @@ PRECISION = 14
 TOTAL = 1 << PRECISION
 
 
-def quantize(counts: np.ndarray) -> np.ndarray:
-  """Returns frequencies in proportion to counts: int64 `[..., A]`.
-
-  A frequency is at least 1 where the count is positive, and 0 elsewhere. In each row at
-  least one count and at most half of `TOTAL` counts are positive, and the counts
-  add up to less than 2^48.
-  """
-  counts = np.asarray(counts, np.int64)
-  present = (counts > 0).sum(axis=-1, keepdims=True)
-  if not np.all((present > 0) & (present <= TOTAL // 2)):
-    raise ValueError(f'expected 1 to {TOTAL // 2} symbols that occur, got {present}')
-  # Smaller counts are raised to this one. It gets a slot even if all are raised.
-  least = counts.sum(axis=-1, keepdims=True) // (TOTAL - present) + 1
-  ends = np.cumsum(np.where(counts > 0, np.maximum(counts, least), 0), axis=-1)
-  whole = ends[..., -1:]
-  return np.diff((ends * TOTAL + whole // 2) // whole, prepend=0, axis=-1)
-
-
 def entropy_bits(counts: np.ndarray) -> np.ndarray:
   """Returns the order-0 entropy of counted symbols `[..., A]`, in bits: `[...]`."""
   bits = lambda x: x * np.log2(np.maximum(x, 1))

@@ -1,7 +1,9 @@
 """The decoder of the published scheme, which reads the message from its end."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,15 +42,20 @@ def decode(
   stream_specs, segment_shapes = list(layout.coders), segments.shapes(config)
   widths, lanes = config.segment_widths, layout_lib.lanes(config.segment_widths)
 
+  def pop_coded(words: stack.WordStack, expected: list[Any]) -> list[np.ndarray]:
+    """Pops arrays of these dtypes and shapes that `coding.coder` encoded together."""
+    spec = stream_specs.pop()
+    if [(array.dtype, array.shape) for array in spec.arrays] != expected:
+      raise ValueError('a coder and the config list different arrays')
+    data = words.pop(-(-spec.nbytes // 2)).view(np.uint8)[: spec.nbytes]
+    return coder.decode(spec, data)
+
   def pop(shapes: segments.Shapes) -> segments.Arrays:
     """Pops arrays that the encoder pushed together."""
     if options.entropy:
-      spec = stream_specs.pop()
-      listed = [(array.dtype, array.shape) for array in spec.arrays]
-      if listed != [(layout.arrays[path].dtype, x) for path, x in shapes.items()]:
-        raise ValueError('a coder and the config list different arrays')
-      data = message.pop(-(-spec.nbytes // 2)).view(np.uint8)[: spec.nbytes]
-      return dict(zip(shapes, coder.decode(spec, data), strict=True))
+      dtypes = (layout.arrays[path].dtype for path in shapes)
+      coded = pop_coded(message, [*zip(dtypes, shapes.values(), strict=True)])
+      return dict(zip(shapes, coded, strict=True))
     popped = {}
     for path, shape in reversed(shapes.items()):
       stored = layout.arrays[path]
@@ -69,14 +76,16 @@ def decode(
       # The words from which the rotation was sampled come back with it.
       frame = options.frame(widths, t, layout.fixed)
       code = options.code(frame)
-      correction = code.unpack(corrections.pop_block())
+      *levels, _ = jax.tree.leaves(code.shapes)
+      coded = pop_coded(corrections, [(x.dtype.name, x.shape) for x in levels])
+      correction = code.unpack(coded, corrections.pop)
       recovered = rotations.recovered(
         frame, segment_shapes[t], arrays, options.canonicalizer
       )
       left = rans.from_words(message.pop_block(), lanes, code.max_rows(lanes))
       restored, _ = code.restore(left, recovered, correction)
       try:
-        message.push(rans.unstacked(rans.check(restored)).reshape(-1))
+        message.push(rans.unstacked(restored).reshape(-1))
       except rans.MessageError as error:
         raise ValueError(f'segment {t}: {error}; {_CAUSE}') from error
   first = pop({k: (rows, layout.fixed) for k, (rows, _) in embeddings.items()})

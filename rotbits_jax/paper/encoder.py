@@ -79,6 +79,12 @@ def _stored(arrays: segments.Arrays) -> dict[str, layout_lib.Stored]:
   return stored
 
 
+def _coded(arrays: Iterable[np.ndarray]) -> tuple[specs.StreamSpec, np.ndarray]:
+  """Encodes arrays; returns the spec of their stream and the stream as words."""
+  encoded = coder.encode([*arrays])
+  return encoded.spec, np.pad(encoded.data, (0, encoded.data.size % 2)).view(np.uint16)
+
+
 class _Encoder:
   """The state of one call of `encode`."""
 
@@ -120,9 +126,9 @@ class _Encoder:
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
     """Pushes arrays onto the message."""
     if self.options.entropy:
-      encoded = coder.encode(list(arrays))
-      self.coders.append(encoded.spec)
-      arrays = [np.pad(encoded.data, (0, encoded.data.size % 2))]
+      spec, coded = _coded(arrays)
+      self.coders.append(spec)
+      arrays = [coded]
     for array in arrays:
       self.message.push(np.ascontiguousarray(array).reshape(-1).view(np.uint16))
 
@@ -159,8 +165,8 @@ class _Encoder:
     words = self.message.pop(rows * self.lanes)
     self.message.push(words)  # until the rotation is certain
     stacked = rans.stacked(jnp.asarray(words.reshape(rows, self.lanes)))
-    message, integers, q, spectrum = code.sample(stacked)
-    if int(np.min(message.lowest)) < 0:
+    message, integers, q = code.sample(stacked)
+    if int(np.min(message.size)) < 0:  # it ran dry
       return None
     if frame.from_shortcut:
       (shortcut,) = segment.shortcut.values()
@@ -172,20 +178,23 @@ class _Encoder:
       rotations.recovered(frame, segment, arrays, canonicalizer, disturb=disturb)
       for disturb in (False, True)
     )
-    correction = code.correct(recovered, elsewhere, integers, spectrum)
+    correction = code.correct(recovered, elsewhere, integers)
     # The decoder's own steps on two machines, tried before anything is written.
     for matrix in (recovered, elsewhere) if self.options.exact else ():
       _, restored = code.restore(message, matrix, correction)
       if not jnp.array_equal(restored, integers):
         return None
-    left, packed = rans.to_words(message), code.pack(correction)
-    cost = packed.size + stack.LENGTH
+    levels, residues = code.pack(correction)
+    (spec, coded), left = _coded(levels), rans.to_words(message)
+    cost = residues.size + coded.size
     net = words.size - (left.size + stack.LENGTH) - cost
     if net <= 0:
       return None
     self.message.pop(words.size)
     self.message.push_block(left)
-    self.corrections.push_block(packed)
+    self.corrections.push(residues)
+    self.corrections.push(coded)
+    self.coders.append(spec)
     source = 'shortcut' if frame.from_shortcut else 'readers'
     note = {'found in': source, 'correction': 16 * cost, 'net': 16 * net}
     return rotation, arrays, note

@@ -98,7 +98,8 @@ class MessageLayout(schema.Object):
   fixed: schema.Size  # number of columns of the embeddings that are pushed first
   sampled: tuple[bool, ...]  # for each segment, whether its rotation was sampled
   arrays: dict[str, Stored]  # dtype and digest of each parameter, by path
-  # With entropy coding, of the first columns, and then of the arrays of each segment.
+  # In the order of encoding: of the first columns and the arrays of each segment, if
+  # they are entropy coded, and of the correction of each sampled segment.
   coders: tuple[specs.StreamSpec, ...] = ()
 
   def record_bytes(self, config: models.ModelConfig) -> dict[str, int]:
@@ -122,7 +123,8 @@ def check(layout: MessageLayout, options: Options, config: models.ModelConfig) -
   widths = config.segment_widths
   if layout.fixed > widths[0] or len(layout.sampled) != len(widths):
     raise ValueError('the layout has other segments than the config')
-  if len(layout.coders) != options.entropy * (len(widths) + 1):
+  count = options.entropy * (len(widths) + 1) + sum(layout.sampled)
+  if len(layout.coders) != count:
     raise ValueError(f'the layout has {len(layout.coders)} coders')
   for t in [t for t, sampled in enumerate(layout.sampled) if sampled]:
     frame = options.frame(widths, t, layout.fixed)

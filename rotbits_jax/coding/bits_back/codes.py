@@ -6,15 +6,17 @@ them. Later the integers are recovered from the rotation and pushed back.
 Shape letters: `[n, k]` the shape of the frame, S integers of a frame.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
+from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import eigen
 from rotbits_jax.coding.bits_back import haar
 
@@ -26,12 +28,11 @@ class RotationCode(NamedTuple):
 
   num_integers: int  # S
   codec: Callable[[], codecs.Codec]  # makes that of the integers, uint16 [S]
-  # integers -> frame [n, k]; its spectrum, or None
-  rotation: Callable[[jax.Array], tuple[jax.Array, Any]]
-  # recovered frame, that of another machine, integers, spectrum -> correction
-  correct: Callable[[jax.Array, jax.Array, jax.Array, Any], Any]
+  rotation: Callable[[jax.Array], jax.Array]  # integers -> frame [n, k]
+  # recovered frame, that of another machine, integers -> correction
+  correct: Callable[[jax.Array, jax.Array, jax.Array], Any]
   recover: Callable[[jax.Array, Any], jax.Array]  # frame, correction -> integers
-  correction_codec: Callable[[], codecs.Codec]  # makes that of corrections
+  groups: Callable[[], jax.Array]  # the group of each integer, see `correction`
 
   def max_rows(self, lanes: int) -> int:
     """Returns the words that a lane of the message must hold for `sample`.
@@ -43,12 +44,10 @@ class RotationCode(NamedTuple):
     return 3 * -(-self.num_integers // lanes) // 2 + 2
 
   @_jit
-  def sample(
-    self, message: rans.Message
-  ) -> tuple[rans.Message, jax.Array, jax.Array, Any]:
-    """Pops integers; returns the message, the integers, the frame and the spectrum."""
+  def sample(self, message: rans.Message) -> tuple[rans.Message, jax.Array, jax.Array]:
+    """Pops integers; returns the message, the integers and their frame."""
     message, integers = self.codec().pop(message)
-    return message, integers, *self.rotation(integers)
+    return message, integers, self.rotation(integers)
 
   @_jit
   def restore(
@@ -58,34 +57,29 @@ class RotationCode(NamedTuple):
     integers = self.recover(recovered, correction)
     return self.codec().push(message, integers), integers
 
-  def pack(self, correction: Any) -> np.ndarray:
-    """Returns a correction as the words of a message, uint16."""
-    return rans.to_words(self._push(rans.empty(self._lanes), correction))
+  def pack(self, correction: Any) -> tuple[list[np.ndarray], np.ndarray]:
+    """Returns the arrays of a correction that can be coded, and words of its bits."""
+    *arrays, residue = map(np.asarray, jax.tree.leaves(correction))
+    return arrays, correction_lib.to_words(residue, self._levels(arrays))
 
-  def unpack(self, words: np.ndarray) -> Any:
-    """Returns the correction of words, inverse to `pack`; a ValueError for others."""
-    # An integer has a residue of at most 16 bits and an extra level of at most 14. The
-    # rest of the room is for base levels and signs.
-    room = 4 * -(-self.num_integers // self._lanes) + 16
-    message, correction = self._pop(rans.from_words(words, self._lanes, room))
-    if rans.content_bits(rans.check(message)):
-      raise ValueError('a correction is too long')
-    return correction
+  def unpack(
+    self, arrays: Sequence[np.ndarray], pop: Callable[[int], np.ndarray]
+  ) -> Any:
+    """Returns the correction of arrays and of words, popped by number, see `pack`."""
+    residue = correction_lib.from_words(pop, self._levels(arrays))
+    return jax.tree.unflatten(jax.tree.structure(self.shapes), [*arrays, residue])
 
   @property
-  def _lanes(self) -> int:
-    """The lanes of the message of a correction."""
-    return 1 << min(max(self.num_integers >> 12, 1), 1024).bit_length() - 1
+  def shapes(self) -> Any:
+    """The shapes and dtypes of a correction."""
+    integers = jax.ShapeDtypeStruct((self.num_integers,), np.uint16)
+    frame = jax.eval_shape(self.rotation, integers)
+    return jax.eval_shape(self.correct, frame, frame, integers)
 
-  @_jit
-  def _push(self, message: rans.Message, correction: Any) -> rans.Message:
-    """Pushes a correction."""
-    return self.correction_codec().push(message, correction)
-
-  @_jit
-  def _pop(self, message: rans.Message) -> tuple[rans.Message, Any]:
-    """Pops a correction."""
-    return self.correction_codec().pop(message)
+  def _levels(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the level of each integer, given a correction without residues."""
+    base, extra = map(jnp.asarray, arrays[-2:])
+    return np.asarray(correction_lib.levels(base, extra, self.groups()))
 
 
 @functools.lru_cache
@@ -94,10 +88,10 @@ def haar_code(n: int, k: int) -> RotationCode:
   return RotationCode(
     haar.num_cells(n, k),
     functools.partial(haar.codec, n, k),
-    lambda cells: (haar.rotation(cells, n, k), None),
-    jax.jit(lambda recovered, other, cells, _: haar.correct(recovered, other, cells)),
+    functools.partial(haar.rotation, n=n, k=k),
+    jax.jit(haar.correct),
     haar.recover,
-    functools.partial(haar.correction_codec, n, k),
+    lambda: haar.places(n, k)[1],
   )
 
 
@@ -108,8 +102,8 @@ def eigen_code(n: int, threshold: float | None) -> RotationCode:
   return RotationCode(
     size,
     functools.partial(eigen.codec, size),
-    functools.partial(eigen.rotation, n),
+    functools.partial(eigen.rotation, n=n),
     jax.jit(functools.partial(eigen.correct, threshold=threshold)),
     eigen.recover,
-    functools.partial(eigen.correction_codec, n, threshold),
+    lambda: eigen.places(n)[0],
   )

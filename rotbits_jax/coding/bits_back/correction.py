@@ -15,20 +15,18 @@ floats propose, integers decide.
 
 Integers form groups (the cells of one column of a rotation, for example) whose levels
 are similar. A group has a base level, and each integer has an extra level that is added
-to it. Extra levels are entropy coded.
+to it. `coding.coder` stores both; residues are stored as they are.
 
 Shape letters: S integers, G groups. `groups` is int32 `[S]`, the group of each integer,
 and `count` is G.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from rotbits_jax.coding import codecs
-from rotbits_jax.coding import rans
 
 LEVELS = 17
 
@@ -43,16 +41,9 @@ SAFETY = 12.0
 
 _NEIGHBOURS = 9  # groups whose differences are taken together
 
-EXTRA = np.array([[14100, 1900, 220, 25, 8, *[1] * 11, 120]])
-"""Frequencies of extra levels `[1, 17]`: about those of Gaussian errors.
-
-The last one is that of integers that are sent in full.
-"""
-
-# The frequencies of base levels: on sliced models most groups have a low one.
-_BASE = np.array(
-  [[2000, 1700, 2300, 1900, 1100, 1000, 1000, 800, 700, 600, 470, *[469] * 6]]
-)
+# The bits of extra levels, about: those of Gaussian errors. The last one is that of
+# integers that are sent in full.
+_EXTRA = 14 - np.log2([14100, 1900, 220, 25, 8, *[1] * 11, 120])
 
 
 class Correction(NamedTuple):
@@ -86,7 +77,7 @@ def correct(
   # The bits of integers that need each level, for each base level.
   places = np.arange(LEVELS)
   extra = np.maximum(places - places[:, None], 0)
-  bits = np.maximum(places, places[:, None]) - np.log2(EXTRA[0, extra])
+  bits = np.maximum(places, places[:, None]) + _EXTRA[extra]
   cost = jnp.matmul(histogram, bits.T.astype(np.float32), precision='highest')
   base = jnp.argmin(cost, axis=1).astype(jnp.int32)
   return with_levels(integers, needed, base, groups)
@@ -145,24 +136,21 @@ def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.A
   return integers.astype(jnp.uint16)
 
 
-def codec(groups: jax.Array, count: int, extra_table: np.ndarray) -> codecs.Codec:
-  """Returns the codec of corrections, given the frequencies of extra levels."""
-  both_levels = codecs.serial(
-    codecs.categorical(jnp.zeros(groups.size, jnp.uint32), extra_table, jnp.uint8),
-    codecs.categorical(jnp.zeros(count, jnp.uint32), _BASE, jnp.uint8),
-  )
+def to_words(residue: np.ndarray, level: np.ndarray) -> np.ndarray:
+  """Returns residues of these levels as uint16 words, bit after bit."""
+  bits = np.unpackbits(residue.astype('>u2').view(np.uint8)).reshape(-1, 16)
+  packed = np.packbits(bits[_is_stored(level)])
+  return np.pad(packed, (0, packed.size % 2)).view(np.uint16)
 
-  def residues(base: jax.Array, extra: jax.Array) -> codecs.Codec:
-    return codecs.uniform(levels(base, extra, groups).astype(jnp.uint32), jnp.uint16)
 
-  def push(message: rans.Message, correction: Correction) -> rans.Message:
-    base, extra, residue = correction
-    message = residues(base, extra).push(message, residue)
-    return both_levels.push(message, (extra, base))
+def from_words(pop: Callable[[int], np.ndarray], level: np.ndarray) -> np.ndarray:
+  """Returns residues, uint16 `[S]`: the inverse; `pop` returns so many words."""
+  is_stored = _is_stored(level)
+  bits, count = np.zeros(is_stored.shape, np.uint8), int(is_stored.sum())
+  bits[is_stored] = np.unpackbits(pop(-(-count // 16)).view(np.uint8), count=count)
+  return np.packbits(bits).view('>u2').astype(np.uint16)
 
-  def pop(message: rans.Message) -> tuple[rans.Message, Correction]:
-    message, (extra, base) = both_levels.pop(message)
-    message, residue = residues(base, extra).pop(message)
-    return message, Correction(base, extra, residue)
 
-  return codecs.Codec(push, pop)
+def _is_stored(level: np.ndarray) -> np.ndarray:
+  """Returns which bits of residues, the high one first, are stored: `[S, 16]`."""
+  return np.arange(16) >= 16 - level[:, None]

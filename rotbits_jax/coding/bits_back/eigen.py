@@ -6,12 +6,13 @@ form the lower triangle of a symmetric matrix
 
     A = Q diag(w) Q^T,
 
-whose eigenvectors Q are the rotation. The decoder also needs the n eigenvalues w, so
-the rotation saves n (n - 1) / 2 numbers. The decoder recovers Q_hat, which is near Q,
-computes Q_hat diag(w) Q_hat^T, rounds its entries to 16-bit numbers and pushes them
-back. The signs of eigenvectors cancel in this product. An SVD often mixes neighbouring
-singular vectors; that hardly changes the product, because neighbouring eigenvalues are
-close.
+whose eigenvectors Q are the rotation. The decoder recovers Q_hat, which is near Q. It
+also gets the n numbers w = diag(Q_hat^T A Q_hat), which are near the eigenvalues and
+bring Q_hat diag(w) Q_hat^T as near to A as possible. So the rotation saves
+n (n - 1) / 2 numbers. The decoder computes this product, rounds its entries to 16-bit
+numbers and pushes them back. The signs of eigenvectors cancel in the product. An SVD
+often mixes neighbouring singular vectors; that hardly changes the product, because
+neighbouring eigenvalues are close.
 
 A correction repairs the errors of Q_hat, in one of two ways:
 
@@ -23,9 +24,10 @@ A correction repairs the errors of Q_hat, in one of two ways:
 
 The paper (arXiv 2410.01309) does not specify the numbers. Here every 16-bit pattern
 stands for a finite number, because a message may hold any pattern: those of infinity
-and NaN continue the scale of float16 up to 131008. Eigenvalues are 16-bit integers on
+and NaN continue the scale of float16 up to 131008. The numbers w are 16-bit integers on
 an even grid over their range, because the rounding of float16 would change the product
-about as much as the errors of Q_hat do.
+about as much as the errors of Q_hat do. They ascend, nearly always, and their
+differences are small.
 
 Shape letters: n dimensions, S numbers. Functions are unbatched.
 """
@@ -35,7 +37,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding.bits_back import correction as correction_lib
@@ -43,33 +44,31 @@ from rotbits_jax.coding.bits_back import haar
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
 
-# The frequencies of extra levels of sliced models, as `correction.EXTRA`; and with a
-# threshold, beyond which few numbers are.
-_EXTRA = np.array([[14048, 1366, 486, 226, 121, 62, 30, 10, 2, *[1] * 7, 26]])
-_WITHIN = np.array([[16320, *[0] * 15, 64]])
-
-
-class Spectrum(NamedTuple):
-  """The eigenvalues, `scale * (steps - 32767.5) / 32767.5`."""
-
-  scale: jax.Array  # float32 [], the greatest absolute eigenvalue
-  steps: jax.Array  # uint16 [n]
+# What the bits of a normal float16 lack, 13 bits higher, to be those of a float32.
+_BIAS = (127 - 15) << 23
 
 
 class EigenCorrection(NamedTuple):
   """The data that the decoder needs besides the eigenvectors."""
 
-  spectrum: Spectrum  # not in the message, from which the next rotation is sampled
+  scale: jax.Array  # float32 [], the greatest |w|
+  # uint16 [n]; the sums of the first ones, modulo 2^16, are 32767.5 (1 + w / scale).
+  steps: jax.Array
   numbers: correction_lib.Correction  # a row of the triangle is a group
 
 
 def codec(size: int) -> codecs.Codec:
   """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[size]`."""
-  return codecs.uniform(jnp.full(size, 16, jnp.uint32), jnp.uint16)
+  return codecs.uniform(jnp.full(size, 16, jnp.uint32))
 
 
-def rotation(n: int, patterns: jax.Array) -> tuple[jax.Array, Spectrum]:
-  """Returns the rotation `[n, n]`, float32, and the spectrum of patterns `[S]`."""
+def rotation(patterns: jax.Array, n: int) -> jax.Array:
+  """Returns the rotation of patterns, uint16 `[S]`: float32 `[n, n]`."""
+  return jnp.linalg.eigh(_matrix(patterns, n))[1]
+
+
+def _matrix(patterns: jax.Array, n: int) -> jax.Array:
+  """Returns A: float32 `[n, n]`."""
   values = number(ordinal(patterns))
   # A few numbers far greater than all others would dominate the matrix. They are
   # clipped, and each costs a full correction.
@@ -77,22 +76,22 @@ def rotation(n: int, patterns: jax.Array) -> tuple[jax.Array, Spectrum]:
   values = jnp.clip(values, -limit, limit)
   row, column = places(n)
   lower = jnp.zeros((n, n), jnp.float32).at[row, column].set(values)
-  eigenvalues, q = jnp.linalg.eigh(lower.at[column, row].set(values))
-  scale = jnp.abs(eigenvalues).max(initial=jnp.finfo(jnp.float32).tiny)
-  steps = jnp.round(32767.5 + 32767.5 * (eigenvalues / scale)).astype(jnp.uint16)
-  return q, Spectrum(scale, steps)
+  return lower.at[column, row].set(values)
 
 
 def correct(
   recovered: jax.Array,  # Q_hat, float32 [n, n]
   other: jax.Array,  # Q_hat as another machine may recover it
   patterns: jax.Array,  # uint16 [S]
-  spectrum: Spectrum,  # that `rotation` returned
   threshold: float | None = None,  # the greatest error of a number; None for exact
 ) -> EigenCorrection:
   """Returns the correction with which `recover` finds the patterns."""
   n, ordinals = len(recovered), ordinal(patterns)
-  matrix, row, column = _product(recovered, spectrum), *places(n)
+  w = (recovered * _matmul(_matrix(patterns, n), recovered)).sum(axis=0)
+  scale = jnp.abs(w).max(initial=jnp.finfo(jnp.float32).tiny)
+  steps = jnp.round(32767.5 + 32767.5 * (w / scale)).astype(jnp.uint16)
+  spectrum = scale, jnp.diff(steps, prepend=jnp.uint16(0))
+  matrix, row, column = _product(recovered, *spectrum), *places(n)
   estimates = matrix[row, column]
   if threshold is not None:
     # Comparisons with NaN are false, so a NaN is sent in full.
@@ -100,7 +99,7 @@ def correct(
     level = jnp.where(left, 0, correction_lib.LEVELS - 1)
     base = jnp.zeros(n, jnp.int32)
     numbers = correction_lib.with_levels(ordinals, level, base, row)
-    return EigenCorrection(spectrum, numbers)
+    return EigenCorrection(*spectrum, numbers)
   # The margin covers differences of float32 linear algebra between machines. They are
   # proportional to the norms of the rows that a rotation mixes.
   norm = jnp.sqrt(jnp.square(matrix).mean(axis=1))
@@ -109,39 +108,24 @@ def correct(
   wobble = jnp.maximum(
     position(estimates + reach) - here, here - position(estimates - reach)
   )
-  elsewhere = position(_product(other, spectrum)[row, column])
+  elsewhere = position(_product(other, *spectrum)[row, column])
   numbers = correction_lib.correct(here, ordinals, elsewhere, wobble + 1 / 8, row, n)
-  return EigenCorrection(spectrum, numbers)
+  return EigenCorrection(*spectrum, numbers)
 
 
 def recover(recovered: jax.Array, correction: EigenCorrection) -> jax.Array:
   """Returns the patterns, uint16 `[S]`; their numbers may differ by the threshold."""
-  spectrum, (base, extra, residue) = correction
+  *spectrum, (base, extra, residue) = correction
   row, column = places(len(recovered))
-  positions = position(_product(recovered, spectrum)[row, column])
+  positions = position(_product(recovered, *spectrum)[row, column])
   level = correction_lib.levels(base, extra, row)
   return pattern(correction_lib.nearest(positions, level, residue))
 
 
-def correction_codec(n: int, threshold: float | None = None) -> codecs.Codec:
-  """Returns the codec of corrections, given the threshold of `correct`."""
-  bitcast = jax.lax.bitcast_convert_type
-  spectra = codecs.serial(
-    codec(n),
-    codec(2),
-    split=lambda spectrum: (spectrum.steps, bitcast(spectrum.scale, jnp.uint16)),
-    join=lambda entries: Spectrum(bitcast(entries[1], jnp.float32), entries[0]),
-  )
-  table = _EXTRA if threshold is None else _WITHIN
-  numbers = correction_lib.codec(places(n)[0], n, table)
-  return codecs.serial(spectra, numbers, join=EigenCorrection._make)
-
-
-def _product(q: jax.Array, spectrum: Spectrum) -> jax.Array:
+def _product(q: jax.Array, scale: jax.Array, steps: jax.Array) -> jax.Array:
   """Returns `Q diag(w) Q^T`."""
-  steps = spectrum.steps.astype(jnp.float32)
-  eigenvalues = spectrum.scale * ((steps - 32767.5) / 32767.5)
-  return _matmul(q * eigenvalues, q.T)
+  whole = jnp.cumsum(steps, dtype=jnp.uint16).astype(jnp.float32)
+  return _matmul(q * (scale * ((whole - 32767.5) / 32767.5)), q.T)
 
 
 def places(n: int) -> tuple[jax.Array, jax.Array]:
@@ -167,18 +151,16 @@ def number(ordinals: jax.Array) -> jax.Array:
   """Returns the numbers of ordinals, float32."""
   offset = ordinals.astype(jnp.int32) - 32768
   magnitude = jnp.where(offset < 0, -1 - offset, offset)
-  exponent = jnp.maximum(magnitude >> 10, 1)
-  mantissa = magnitude - ((exponent - 1) << 10)
-  value = jnp.ldexp(mantissa.astype(jnp.float32), exponent - 25)
+  normal = ((magnitude << 13) + _BIAS).view(jnp.float32)
+  small = magnitude.astype(jnp.float32) * 2.0**-24
+  value = jnp.where(magnitude < 1024, small, normal)
   return jnp.where(offset < 0, -value, value)
 
 
 def position(numbers: jax.Array) -> jax.Array:
   """Returns the real ordinals of numbers, float32."""
-  # The lower bound is far below the least positive number, so 0 gets the position of 0.
-  magnitude = jnp.clip(jnp.abs(numbers), 2.0**-40, 131008.0)
-  _, exponent = jnp.frexp(magnitude)
-  exponent = jnp.maximum(exponent + 14, 1)
-  mantissa = jnp.ldexp(magnitude, 25 - exponent)
-  ordinals = mantissa + ((exponent - 1) << 10).astype(jnp.float32)
+  magnitude = jnp.minimum(jnp.abs(numbers), jnp.float32(131008.0))
+  normal = (magnitude.view(jnp.int32) - _BIAS).astype(jnp.float32)
+  is_normal = magnitude >= 2.0**-14  # false for NaN
+  ordinals = jnp.where(is_normal, normal * 2.0**-13, magnitude * 2.0**24)
   return jnp.where(numbers < 0, 32767 - ordinals, 32768 + ordinals)

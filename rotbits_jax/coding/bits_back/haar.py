@@ -51,6 +51,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax.coding import codecs
+from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.system import native
@@ -61,8 +62,6 @@ _CELLS = _BINS << _FINE_BITS
 _PANEL = 32
 _CUT = 256  # columns that are read before they are cut off
 
-_FLIPS = np.array([[16256, 128]])  # frequencies of columns without and with a flip
-
 _Panel = tuple[jax.Array, jax.Array, jax.Array]  # columns, reflectors, cells
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
@@ -71,8 +70,8 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 class FrameCorrection(NamedTuple):
   """The data that make the cells of a recovered frame exact."""
 
+  flips: jax.Array  # uint8 [k], 1 for a column that was recovered with a wrong sign
   cells: correction_lib.Correction  # correction of the cells; a column is a group
-  flips: jax.Array  # bool [k], whether each column was recovered with a wrong sign
 
 
 def num_cells(n: int, k: int) -> int:
@@ -87,12 +86,18 @@ def codec(n: int, k: int) -> codecs.Codec:
   is_sign = row == n - 1
   fine = jnp.where(is_sign, jnp.uint32(1), jnp.uint32(_FINE_BITS))
   context = jnp.where(is_sign, n - 1, n - 2 - row)
-  return codecs.serial(
-    codecs.uniform(fine, jnp.uint16),
-    codecs.categorical(context, bin_tables(n), jnp.uint16),
-    split=lambda cells: (cells & ((1 << _FINE_BITS) - 1), cells >> _FINE_BITS),
-    join=lambda entries: entries[1] << _FINE_BITS | entries[0],
-  )
+  low, high = codecs.uniform(fine), codecs.categorical(context, bin_tables(n))
+
+  def push(message: rans.Message, cells: jax.Array) -> rans.Message:
+    message = low.push(message, cells & ((1 << _FINE_BITS) - 1))
+    return high.push(message, cells >> _FINE_BITS)
+
+  def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
+    message, bins = high.pop(message)
+    message, parts = low.pop(message)
+    return message, bins << _FINE_BITS | parts
+
+  return codecs.Codec(push, pop)
 
 
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
@@ -129,15 +134,15 @@ def correct(
   corrected = correction_lib.correct(
     position(here), cells, position(elsewhere), margin, column, k, sensitivity
   )
-  return FrameCorrection(corrected, flips)
+  return FrameCorrection(flips.astype(jnp.uint8), corrected)
 
 
 def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
   """Returns the exact cells, uint16 `[S]`, of a frame that was recovered inexactly."""
   n, k = recovered.shape
-  (base, extra, residue), flips = correction
+  flips, (base, extra, residue) = correction
   level = correction_lib.levels(base, extra, places(n, k)[1])
-  remaining = jnp.where(flips, -recovered, recovered)
+  remaining = jnp.where(flips > 0, -recovered, recovered)
   widen = lambda x: jnp.pad(x, ((0, 0), (0, -k % _PANEL)))
   levels, residues = (widen(_unpack(x, n, k)) for x in (level, residue))
   return _pack(_read_columns(widen(remaining), levels, residues), n, k)
@@ -185,13 +190,6 @@ def _read_columns(
   return jnp.concatenate([cells, jnp.pad(right, ((count, 0), (0, 0)))], axis=1)
 
 
-def correction_codec(n: int, k: int) -> codecs.Codec:
-  """Returns the codec of corrections of frames."""
-  cells = correction_lib.codec(places(n, k)[1], k, correction_lib.EXTRA)
-  flips = codecs.categorical(jnp.zeros(k, jnp.uint32), _FLIPS, bool)
-  return codecs.serial(cells, flips, join=FrameCorrection._make)
-
-
 @functools.lru_cache(maxsize=8)
 def bin_tables(n: int) -> np.ndarray:
   """Returns the frequency tables of the bins for v = 2, ..., n: int64 `[n - 1, 64]`.
@@ -214,12 +212,11 @@ def bin_tables(n: int) -> np.ndarray:
     power, exponent = power * power, exponent >> 1
   mass = functools.reduce(np.add, (weight[:, i::points] for i in range(points)))
   total = functools.reduce(np.add, (mass[:, i : i + 1] for i in range(half)))
-  # Bins with less than half of the least positive frequency get the frequency 0.
-  share = mass / total / 2
-  share = np.where(share * tables.TOTAL < 0.5, 0, share)
-  counts = np.floor(share * 2.0**40).astype(np.int64)
-  counts = np.concatenate([counts[:, ::-1], counts], axis=1)
-  return np.array([tables.quantize(row) for row in counts]).reshape(-1, _BINS)
+  counts = np.floor(mass / (2 * total) * 2.0**40).astype(np.int64)
+  ends = np.cumsum(np.concatenate([counts[:, ::-1], counts], axis=1), axis=1)
+  whole = ends[:, -1:]
+  # A bin may have the frequency 0, because cells are popped before they are pushed.
+  return np.diff((ends * tables.TOTAL + whole // 2) // whole, prepend=0, axis=1)
 
 
 def _reach(n: int) -> jax.Array:
