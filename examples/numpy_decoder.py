@@ -105,10 +105,10 @@ def moved(known, difference, dtype):
   return place ^ (place & sign > 0) * (sign - 1) ^ known & sign
 
 
-def read_group(group, tables, blocks, parts, known):
+def read_group(group, data, parts, known):
   """Reads the parts of a group; of those of the type `known`, other bits are known."""
-  (kind, r, *_), dtype = group, parts[0].dtype
-  take, is_different = stream(zlib.decompress(tables, -15)), kind in DIFFERENCES
+  (kind, r, nbytes, sizes), dtype = group, parts[0].dtype
+  take, is_different = stream(zlib.decompress(data(nbytes), -15)), kind in DIFFERENCES
   several = {'floats': (14, 4, 2), 'codes': (13, 16, 1)}
   p, levels, step = several.get(kind, (12, 32, 1))
   unit, size = (1, 255) if kind == 'bytes' else (2, 32)
@@ -150,8 +150,10 @@ def read_group(group, tables, blocks, parts, known):
   frequencies = np.append(frequencies, escape, 1)
   told = np.int64([tables, *others])
   count = told.shape[1]
-  length = math.ceil(count / len(blocks))
-  pieces = zip(blocks, np.split(told, range(length, count, length), 1), strict=True)
+  length = math.ceil(count / len(sizes))
+  pieces = zip(
+    map(data, sizes), np.split(told, range(length, count, length), 1), strict=True
+  )
   bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
   ends = np.cumsum([math.ceil(part.size / unit) for part in parts])[:-1]
   for part, numbers in zip(parts, np.split(bits, ends), strict=True):
@@ -176,16 +178,13 @@ def read_record(record, data, tensors, base, config):
     parts_of.append(parts[: len(groups)])
     for group, part in zip(groups, parts_of[-1], strict=True):
       members.setdefault(group, []).append(part)
-  heads = [take(group[2]) for group in spec['groups']]
-  blocks = [[take(n) for n in group[3]] for group in spec['groups']]
   for part in members[None]:
     part[...] = take(part.size, part.dtype).reshape(part.shape)
-  groups = zip(spec['groups'], heads, blocks, range(len(heads)), strict=True)
-  for group, *others, i in sorted(groups, key=lambda x: x[0][0] == 'known'):
+  for i, group in enumerate(spec['groups']):
     is_member = lambda a, i=i: any(x is a.get('elements') for x in members[i])
     near = [x for x in leaves if group[0] == 'known' and is_member(x[1])]
     near = [predicted(*x, tensors, base, config) for x in near]
-    read_group(group, *others, members[i], [x[differs] for x, differs in near])
+    read_group(group, take, members[i], [x[differs] for x, differs in near])
   several = zip(arrays, parts_of, spec['arrays'], strict=True)
   for array, (mask, *others), (_, _, crc32, *_) in several:
     if others:

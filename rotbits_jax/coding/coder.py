@@ -88,9 +88,10 @@ def encode(
     )
     for array, crc32, parts in zip(plan.arrays, checksums, plan.parts, strict=True)
   )
-  heads = b''.join(group.head for group in plan.groups)
-  pieces = [np.frombuffer(heads, np.uint8), *itertools.chain(*bodies)]
+  pieces = [np.empty(0, np.uint8)]  # of a record without arrays
   pieces += [x.reshape(-1).view(np.uint8) for x in plan.plain]
+  for group, body in zip(plan.groups, bodies, strict=True):
+    pieces += [np.frombuffer(group.head, np.uint8), *body]
   return Encoded(specs.StreamSpec(arrays=entries, groups=groups), pieces)
 
 
@@ -120,7 +121,7 @@ def decode(
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
     known: for the arrays near such that both sides know, by their indices, functions
-      that return these. They are called when all other arrays are decoded.
+      that return these. They are called when the groups before them are decoded.
 
   Returns:
     The arrays, bit for bit. They do not share memory with `data`.
@@ -139,10 +140,6 @@ def decode(
   fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
   read: _Read = getattr(data, 'read', fill)
   starts = itertools.accumulate(spec.sizes, initial=0)
-  heads = [np.empty(group.contexts, np.uint8) for group in spec.groups]
-  for head in heads:
-    read(next(starts), head)
-  bodies = [[(next(starts), x) for x in group.blocks] for group in spec.groups]
   *members, plain = spec.members
   outputs = [parts[x.place].reshape(-1).view(np.uint8) for x in plain]
   pool.run(functools.partial(read, next(starts), output) for output in outputs)
@@ -162,14 +159,16 @@ def decode(
     if checksum != spec.arrays[i].crc32:
       raise ValueError(f'array {i} of the record is damaged: its checksum differs')
 
-  for is_late in (False, True):
-    for i, group in enumerate(spec.groups):
-      if (group.type_name == 'known') == is_late:
-        near = [known[x.array]() if is_late else None for x in members[i]]
-        numbers = [parts[x.place] for x in members[i]]
-        of_parts = _decode_group(group, heads[i], bodies[i], numbers, near, read)
-        checksums |= zip([x.array for x in members[i]], of_parts, strict=True)
-    pool.each(finish, [i for i in range(len(arrays)) if (i in late) == is_late])
+  for group, of_group in zip(spec.groups, members, strict=True):
+    head = np.empty(group.contexts, np.uint8)
+    read(next(starts), head)
+    body = [(next(starts), x) for x in group.blocks]
+    is_late = group.type_name == 'known'
+    near = [known[x.array]() if is_late else None for x in of_group]
+    numbers = [parts[x.place] for x in of_group]
+    of_parts = _decode_group(group, head, body, numbers, near, read)
+    checksums |= zip([x.array for x in of_group], of_parts, strict=True)
+  pool.each(finish, range(len(arrays)))
   return arrays
 
 

@@ -96,7 +96,8 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
     if part.layout:
       key = part.layout, (part.least - least) // _MOST_VALUES
       several.setdefault(key, {})[place] = part
-  groups = pool.each(_group, several.values())
+  ordered = sorted(several.items(), key=lambda x: x[0][0].type_name == 'known')
+  groups = pool.each(_group, [parts for _, parts in ordered])
   return Plan(whole, divided, [group for group in groups if group.parts])
 
 

@@ -156,7 +156,9 @@ class StreamSpec(schema.Object):
   groups: tuple[GroupSpec, ...]  # the groups of coded parts
 
   def __post_init__(self) -> None:
-    coded = 0
+    coded, is_late = 0, [group.type_name == 'known' for group in self.groups]
+    if is_late != sorted(is_late):
+      raise ValueError('groups relative to known numbers must be the last ones')
     for group, members in zip(self.groups, self.members[:-1], strict=True):
       if len({member.dtype for member in members}) != 1:
         raise ValueError('a group must have parts of one dtype')
@@ -187,10 +189,9 @@ class StreamSpec(schema.Object):
 
   @functools.cached_property
   def sizes(self) -> list[int]:
-    """The bytes of the contexts of each group, of each block, and of other parts."""
-    sizes = [group.contexts for group in self.groups]
-    sizes += [nbytes for group in self.groups for nbytes in group.blocks]
-    return sizes + [x.size * x.dtype.itemsize for x in self.members[-1]]
+    """The bytes of parts in no group; of contexts and of each block, group by group."""
+    sizes = [x.size * x.dtype.itemsize for x in self.members[-1]]
+    return sizes + [x for group in self.groups for x in (group.contexts, *group.blocks)]
 
   @property
   def nbytes(self) -> int:
