@@ -29,6 +29,7 @@ _LEAST_SAMPLE = 1 << 12  # units of a part
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
 _MOST_VALUES = 8  # of `Part.least` in a group, which its classes tell
+_ARRAYS_OF_BYTES = (units_lib.CLASSES - statistics.DENSITIES) // 8  # with own tables
 _FARTHEST = 5e-4  # share of differences that are too large for the raw bits
 _ROOM = 1  # raw bits that they may lack, because bins have room
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
@@ -47,9 +48,7 @@ class Part(NamedTuple):
   numbers: np.ndarray  # contiguous
   layout: Any = None  # one of `layouts`; None if it is stored as it is
   lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
-  # The minimum exponent of floats that share a step, the least bin of codes, or what
-  # keeps the tables of arrays of bytes apart.
-  least: int = 0
+  least: int = 0  # minimum exponent of floats that share a step; least bin of codes
   known: np.ndarray | None = None  # unsigned integers `[n]`, known numbers
   scales: Any = None  # `contexts.Scales`
   nbytes: float = 0  # that it takes, about
@@ -127,8 +126,8 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
     return parts + [Part(np.packbits(negative), of_bytes)] * bool(negative.any())
   if specs.is_of_bytes(dtype):  # each byte of an element has a class
     array = array.reshape(-1, 1).view(np.uint8)
-    lines = np.zeros(1, int), np.arange(array.shape[1])
-    return [Part(array, of_bytes, lines, 1 + place % (_MOST_VALUES - 1))]
+    first = statistics.DENSITIES + 8 * (place % _ARRAYS_OF_BYTES)
+    return [Part(array, of_bytes, (np.full(1, first), np.arange(array.shape[1])))]
   if dtype == np.int8:
     lines = statistics.measure(array, 2)
     of_codes, least = statistics.of_codes(array.reshape(-1), lines)
@@ -194,7 +193,7 @@ def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarr
   for part in parts:
     start = part.least - _BELOW if layout.raised else octave
     several = statistics.within(part.lines, start, count)
-    above = min(count, units_lib.CLASSES // _MOST_VALUES) * (part.least - least)
+    above = count * (part.least - least)
     scales.append(several._replace(base=(several.base + above) % units_lib.CLASSES))
   return scales, np.array([layout.base(octave, least)])
 
