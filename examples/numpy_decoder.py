@@ -25,94 +25,86 @@ def stream(data):
   return lambda n, dtype='u1': np.frombuffer(read(n * np.dtype(dtype).itemsize), dtype)
 
 
-def read_message(take, tables, shifts, pieces, frequencies):
-  """The symbols of units, and the raw bits of both elements, of these shifts."""
+def read_block(take, told, frequencies, r, dtype):
+  """The symbols of units, their raw bits, and the elements of those listed whole.
+
+  told: the tables of the units; and of differences, the shifts of both elements.
+  """
+  count, escape = told.shape[1], frequencies.shape[1] - 1
+  lanes, width = 4 if count <= 1 << 16 else 32, escape.bit_length()
+  told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
+  told = told.reshape(len(told), -1, lanes)
   least = take(2, '<u2') @ [1, 1 << 16]
-  low, high, counts = np.int64(take(3 * tables.shape[1], '<u2')).reshape(3, -1)
+  low, high, counts = np.int64(take(3 * lanes, '<u2')).reshape(3, -1)
   x, tops = high << 16 | low, np.cumsum(counts + least)
   words = np.append(take(tops[-1], '<u2'), 0)  # a lane without words looks at the next
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
   starts, total = np.cumsum(frequencies, 1) - frequencies, owners.shape[1]
-  symbols, raw = np.zeros_like(tables), np.zeros((2, *tables.shape), np.int64)
-  for i, table in enumerate(tables):
+  symbols, raw = np.zeros_like(told[0]), np.zeros((*told[0].shape, 2), np.int64)
+  for i, (table, *shifts) in enumerate(zip(*told, strict=True)):
     symbols[i] = symbol = owners[table, x % total]
-    slot = x % total - starts[table, symbol]
-    x = frequencies[table, symbol] * (x // total) + slot
-    for low in (None, *pieces):
+    x = frequencies[table, symbol] * (x // total) + x % total - starts[table, symbol]
+    for low in [None, *range(0, r, 8)] if shifts else [None]:
       if low is not None:
-        first, second = np.clip(shifts[:, i] - low, 0, 8)
-        raw[:, i] |= [(x >> second) % (1 << first) << low, x % (1 << second) << low]
+        first, second = np.clip(np.array(shifts) - low, 0, 8)
+        raw[i, :, 0] |= (x >> second) % (1 << first) << low
+        raw[i, :, 1] |= x % (1 << second) << low
         x >>= first + second
       tops = tops - (x < 1 << 16)
       x = np.where(x < 1 << 16, x << 16 | words[tops], x)
-  return symbols.ravel(), raw.reshape(2, -1).T
-
-
-def read_block(data, told, frequencies, group, dtype):
-  """The bit patterns of the elements of each unit: `[units, 1 or 2]`.
-
-  told: tables; then offsets, or shifts and known elements of differences.
-  """
-  (kind, r, *_), take, count = group, stream(data), told.shape[1]
-  lanes, width = 4 if count <= 1 << 16 else 32, 8 if kind == 'bytes' else 10
-  told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
-  tables, shifts = np.split(told.reshape(len(told), -1, lanes)[:3], [1])
-  lows = range(0, r, 8) if kind in DIFFERENCES else ()
-  symbols, raw = read_message(take, tables[0], shifts, lows, frequencies)
-  planes, low = [] if lows else [8] * (r // 8) + [b for b in (4, 2, 1) if r & b], 0
-  for b in planes:
-    plane = take(math.ceil(tables.shape[1] * b / 4) * lanes)
+  symbols, raw, low = symbols.ravel(), raw.reshape(-1, 2), 0
+  for b in [] if shifts else [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
+    plane = take(math.ceil(len(told[0]) * b / 4) * lanes)  # of 4 // b rows a byte
     plane = np.unpackbits(plane, bitorder='little')
     plane = plane.reshape(-1, lanes, max(4 // b, 1), 2, b).swapaxes(1, 2)
     raw |= plane.reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
     low += b
-  escape = (1 << width) - 1
   size = width * np.count_nonzero(symbols == escape)
   listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
   symbols[symbols == escape] = listed @ (1 << np.arange(width)[::-1])
-  bins, offset = np.stack(np.divmod(symbols, 32), -1), told[1:].T
+  whole = take(-1, dtype).reshape(-1, 2)[: np.count_nonzero(symbols[:count] == 1023)]
+  return symbols[:count], raw[:count], whole
+
+
+def joined(symbols, raw, shifts, told, group, dtype):
+  """The bit patterns of the elements of units: `[units, 1 or 2]`.
+
+  told: the known elements of differences; of other units, the offsets.
+  """
+  (kind, r, *_), bins = group, np.stack(np.divmod(symbols, 32), -1)
   if kind == 'bytes':
-    bits = symbols[:, None] - 30
-  elif kind in DIFFERENCES:
-    off = (bins >> 1 ^ -(bins & 1)) << offset[:, :2] | raw
-    bits = moved(offset[:, 2:], off, dtype)
-  elif kind == 'codes':
-    bits = (bins + offset << r | raw) ^ 128
-  else:
-    m, is_raised = finfo(dtype).nmant, kind == 'raised'
-    low = m - 1 - is_raised
-    bits = bins + offset * (not is_raised) << low | raw % (1 << r - 1) << low + 1 - r
-    if is_raised:  # small elements share a step
-      small = np.ldexp(bits % (1 << m) * 1.0, offset - 1 + finfo(dtype).minexp - m)
-      small = small.astype(dtype).view(f'u{dtype.itemsize}')
-      bits = np.where(bits >> m, bits + (offset - 1 << m), small)
-    bits |= raw >> r - 1 << 8 * dtype.itemsize - 1
-  bits = bits.astype(f'u{dtype.itemsize}')
-  bits[symbols == 1023] = take(-1, bits.dtype).reshape(-1, bits.shape[1])
-  return bits[:count]
-
-
-def moved(known, difference, dtype):
-  """The bit patterns of elements that differ from known ones."""
-  if dtype.kind == 'i':
-    return known + difference
+    return symbols[:, None] - 30
+  if kind == 'codes':
+    return (bins + told << r | raw) ^ 128
   sign = 1 << 8 * dtype.itemsize - 1
-  size = known % sign
-  least = size - np.minimum(size, 4 << finfo(dtype).nmant)
-  place = (difference + size + sign) % (2 * sign) - sign
-  gap = np.where(place < 2 * least - sign, least - sign, 2 * least)
-  place = np.where(place < least, place - gap, place)
-  return place ^ (place & sign > 0) * (sign - 1) ^ known & sign
+  if kind in DIFFERENCES:
+    difference, size = (bins >> 1 ^ -(bins & 1)) << shifts.T | raw, told % sign
+    if dtype.kind == 'i':
+      return told + difference
+    least = size - np.minimum(size, 4 << finfo(dtype).nmant)
+    place = (difference + size + sign) % (2 * sign) - sign
+    gap = np.where(place < 2 * least - sign, least - sign, 2 * least)
+    place = np.where(place < least, place - gap, place)
+    return place ^ (place & sign > 0) * (sign - 1) ^ told & sign
+  m, is_raised = finfo(dtype).nmant, kind == 'raised'
+  low = m - 1 - is_raised
+  bits = bins + told * (not is_raised) << low | raw % (1 << r - 1) << low + 1 - r
+  if is_raised:  # small elements share a step
+    small = np.ldexp(bits % (1 << m) * 1.0, told - 1 + finfo(dtype).minexp - m)
+    small = small.astype(dtype).view(f'u{dtype.itemsize}')
+    bits = np.where(bits >> m, bits + (told - 1 << m), small)
+  return bits | (raw >> r - 1) * sign
 
 
 def read_group(group, data, parts, known):
   """Reads the parts of a group; of those of the type `known`, other bits are known."""
   (kind, r, nbytes, sizes), dtype = group, parts[0].dtype
   take, is_different = stream(zlib.decompress(data(nbytes), -15)), kind in DIFFERENCES
-  several = {'floats': (14, 4, 2), 'codes': (13, 16, 1)}
-  p, levels, step = several.get(kind, (12, 32, 1))
+  several = {'floats': (14, 4, 2), 'codes': (13, 16, 1), 'raised': (12, 32, 1)}
+  p, levels, step = several.get(kind, (12, 256, 1))
   unit, size = (1, 255) if kind == 'bytes' else (2, 32)
-  levels = 256 if is_different or unit == 1 else levels
+  pad = lambda x: np.pad(x.ravel(), (0, x.size % unit), 'edge')
+  units = lambda several: np.int64(np.hstack([*map(pad, several)])).reshape(-1, unit).T
   base, heads, classes = take(1, '<i2'), take(2 * len(parts)).reshape(-1, 2), []
   for (mode, least), part in zip(heads, parts, strict=True):
     rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
@@ -122,39 +114,36 @@ def read_group(group, data, parts, known):
     k = np.full((rows, columns), least)  # of 8 bits, so sums are modulo 256
     k += take(rows)[:, None] if mode & 1 else 0
     k += take(columns // shared).repeat(shared) if mode & 2 else 0
-    k = np.pad(k.ravel()[: part.size], (0, part.size % unit), 'edge')
-    classes.append(k.reshape(-1, unit))
-  k = np.int64(np.concatenate(classes)).T
-  stored = np.cumsum(take(levels)) - 1
+    classes.append(k.ravel()[: part.size])
+  k, stored = units(classes), np.cumsum(take(levels), dtype=np.int64) - 1
   counts = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
   if is_different:
-    several = [x.view(f'u{x.itemsize}') for x in known or map(np.zeros_like, parts)]
-    near = [np.pad(x.ravel(), (0, x.size % 2), 'edge') for x in several]
-    near = np.int64(np.concatenate(near)).reshape(-1, 2).T
+    told = units(x.view(f'u{x.itemsize}') for x in known or map(np.zeros_like, parts))
     level = k + base
     if dtype.kind != 'i':
-      exponents = near % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant
+      exponents = told % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant
       level = level - 4 * np.maximum(exponents, 1)
     level = np.clip(level, 0, 255)
     shifts = np.clip(level - 64 >> 2, 0, r)
-    (tables, second), others = stored[level - 4 * shifts], [*shifts, *near]
+    tables, second = stored[level - 4 * shifts]
   else:
+    told, shifts = k[:1] // levels * step + base, k[:0]
     tables = second = stored[k[0] % levels]
-    others = [k[0] // levels * step + base]
   frequencies = counts
   if unit == 2:  # a table for each two that a unit has
     used, tables = np.unique(tables * len(counts) + second, return_inverse=True)
     weights = counts[used // len(counts), :, None] * counts[used % len(counts), None]
     frequencies = weights.reshape(len(used), -1)[:, :-1] + (1 << 27 - p) >> 28 - p
-  escape = (1 << p) - frequencies.sum(1, keepdims=True)
-  frequencies = np.append(frequencies, escape, 1)
-  told = np.int64([tables, *others])
-  count = told.shape[1]
-  length = math.ceil(count / len(sizes))
-  pieces = zip(
-    map(data, sizes), np.split(told, range(length, count, length), 1), strict=True
-  )
-  bits = np.vstack([read_block(*x, frequencies, group, dtype) for x in pieces])
+  escapes = (1 << p) - frequencies.sum(1, keepdims=True)
+  frequencies = np.append(frequencies, escapes, 1)
+  spans = np.vstack([tables, shifts])
+  length = math.ceil(tables.size / len(sizes))
+  spans = np.split(spans, range(length, tables.size, length), 1)
+  blocks = zip(map(stream, map(data, sizes)), spans, strict=True)
+  blocks = [read_block(*x, frequencies, r, f'u{dtype.itemsize}') for x in blocks]
+  symbols, raw, whole = map(np.concatenate, zip(*blocks, strict=True))
+  bits = joined(symbols, raw, shifts, told.T, group, dtype).astype(whole.dtype)
+  bits[symbols == 1023] = whole.reshape(-1, unit)
   ends = np.cumsum([math.ceil(part.size / unit) for part in parts])[:-1]
   for part, numbers in zip(parts, np.split(bits, ends), strict=True):
     part.view(bits.dtype)[...] = numbers.ravel()[: part.size].reshape(part.shape)
@@ -226,15 +215,13 @@ def product(p, dtype, tensors, base, hidden):
 
 def beside_head(head, map, scale):
   """The product of a head and a map, of integers of 16 bits but two low bytes."""
-  integers, low, powers = [], [], []
-  for x in (np.float64(head), np.float64(map)):
-    e = np.frexp(abs(x).max(0) * 128 / 127)[1]
-    powers.append(15 - np.maximum(e, -35))
-    integers.append(np.rint(np.ldexp(x, powers[-1])))
-    low.append((integers[-1] + 128) % 256 - 128)
-  sums = (integers[0].T @ integers[1] - low[0].T @ low[1]) / 256
+  several = np.float64(head), np.float64(map)
+  e, f = (np.frexp(abs(x).max(0) * 128 / 127)[1].clip(-35) for x in several)
+  h, t = (np.rint(np.ldexp(x, 15 - e)) for x, e in zip(several, (e, f), strict=True))
+  low = lambda y: (y + 128) % 256 - 128
+  sums = (h.T @ t - low(h).T @ low(t)) / 256
   sums = np.float32(sums.astype(np.int64).astype(np.int32))
-  return np.ldexp(sums, 8 - powers[0][:, None] - powers[1] - scale)
+  return np.ldexp(sums, e[:, None] + f - 22 - scale)
 
 
 def predicted(leaf, a, tensors, base, config):
@@ -258,6 +245,20 @@ def predicted(leaf, a, tensors, base, config):
   return b, np.resize(np.repeat(differs, 65536), n)
 
 
+def whole_basis(tangent, mask):
+  """The basis of a subspace."""
+  m, d = tangent.shape
+  one = lambda n: 2.0**25 * np.eye(n)
+  scaled = lambda x: np.rint(x * 2.0**-25)
+  g, z = scaled(tangent @ tangent.T) + one(m), np.rint(one(m) * (2 / 3))
+  for _ in range(5):
+    z = scaled(z @ (2 * one(m) - scaled(g @ z)))
+  low = 2 * scaled(z @ tangent)
+  rows = np.vstack([one(d) - scaled(tangent.T @ low), low])
+  is_top = np.unpackbits(mask, count=m + d, bitorder='little') > 0
+  return rows[np.argsort(np.argsort(~is_top, stable=True))]
+
+
 def read_leaf(leaf, arrays, tensors, base, config):
   """The array of a leaf."""
   kind, s, a = leaf.get('type_name'), leaf.get('settings', {}), arrays
@@ -265,7 +266,7 @@ def read_leaf(leaf, arrays, tensors, base, config):
     a = {k: np.float32(x) * arrays.get(f'{k}_step', 1) for k, x in arrays.items()}
   for name in [k for k in a if f'{k}_corner' in a]:  # triangles
     corner = a[f'{name}_corner']
-    top = np.tri(math.isqrt(2 * corner.size), a[name].shape[1], dtype=np.float32)
+    top = np.tri(math.isqrt(2 * corner.size), a[name].shape[1])
     top[top > 0] = corner
     a[name] = np.vstack([top, a[name]])
   gram = lambda b: np.vstack([np.eye(b.shape[1]) - b.T @ b / 4, b])
@@ -280,43 +281,30 @@ def read_leaf(leaf, arrays, tensors, base, config):
       array = array.view(leaf['dtype'])
     case 'block_quantized':
       floats = lambda x, form: (np.uint32(x) + form[0] << form[1]).view('f4')
-      scales = floats(a['scales'], np.uint32(s.get('scale_form', (0, 0))))
-      least = np.full(scales.shape, -0.0, 'f4')
-      if 'minima' in a:
-        least = floats(a['minima'], np.uint32(s.get('minimum_form', (0, 0))))
-      scales = scales * a.get('factor', 1)
+      scales = floats(a['scales'], s.get('scale_form', (0, 0))) * a.get('factor', 1)
       array = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
+      blocks = zip(array.shape, s['block'], strict=True)
+      places = np.ix_(*(np.arange(n) // m for n, m in blocks))
       if s['grid'] in ('int4', 'float4_e2m1fn'):
         array[array == -16] = -0.0
         array /= 1 if s['grid'] == 'int4' else 2
-      blocks = zip(array.shape, s['block'], strict=True)
-      places = np.ix_(*(np.arange(n) // m for n, m in blocks))
-      array = (array * scales[places] + least[places]).astype(s['name']).ravel()
+      array *= scales[places]
+      if 'minima' in a:
+        array += floats(a['minima'], s.get('minimum_form', (0, 0)))[places]
+      array = array.astype(s['name']).ravel()
       array[np.cumsum(np.int64(a.get('gaps', [])) + 1) - 1] = a.get('exceptions', 0)
-    case 'basis' if 'mask' not in a:
-      array = a['numbers'] * s['step']
     case 'basis':
       array = np.float64(a['numbers']) * s['step']
-      m, d = array.shape
-      one = lambda n: 2.0**25 * np.eye(n)
-      scaled = lambda x: np.rint(x * 2.0**-25)
-      g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
-      for _ in range(5):
-        z = scaled(z @ (2 * one(m) - scaled(g @ z)))
-      low = 2 * scaled(z @ array)
-      rows = np.vstack([one(d) - scaled(array.T @ low), low])
-      is_top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
-      array = rows[np.argsort(np.argsort(~is_top, stable=True))]
+      if 'mask' in a:
+        array = whole_basis(array, a['mask'])
     case 'constant':
       array = np.full(leaf['shape'], a['value'])
     case 'identity_minus_gram':
       square = np.eye(len(a['b'])) - a['b'] @ a['b'].T + a['c'] @ a['c'].T
       array = np.pad(square, ((0, 0), (0, s['columns'] - len(square))))
     case 'trapezoidal_rows':
-      lower = a['lower'].T
-      if 'pivots' in a:
-        lower = lower[:, np.argsort(np.argsort(1 - a['pivots'], stable=True))]
-      array = np.vstack([*a.get('full', []), *lower])
+      order = np.argsort(1 - a.get('pivots', np.ones(len(a['lower']))), stable=True)
+      array = np.vstack([*a.get('full', []), *a['lower'].T[:, np.argsort(order)]])
     case 'head_bases':
       bases = [gram(b) for b in np.split(a['below'], s['heads'], 1)]
       rotary = np.split(a.get('rotary', bases[0][:, :0]), s['heads'], 1)
