@@ -7,6 +7,7 @@ Blocks have r rows and c columns; those at the end may be cut.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from rotbits_jax.coding import pool
 from rotbits_jax.quantisers import grids
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
-from rotbits_jax.system import checksums
+from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 from rotbits_jax.system import schema
 
@@ -97,19 +98,22 @@ class BlockQuantized(base.Structured):
     flat, places = out.reshape(-1), [] if self.gaps is None else self._places()
 
     @np.errstate(over='ignore')
-    def write(start: int) -> tuple[int, int]:
-      first = max(min(start, size // width - step), 0)
+    def write(start: int) -> list[tuple[int, int]]:
+      first, checksums = max(min(start, size // width - step), 0), []
       parts = [x[first : first + step] for x in several]
       products = program(_NO_BITS, *parts, grid=self.grid, dtype=self.dtype)
-      place = slice(start * width, (start + step) * width)
-      part = flat[place]
-      part[...] = np.asarray(products).reshape(-1)[-part.size :]
-      if self.gaps is not None:
-        some = slice(*np.searchsorted(places, [place.start, place.stop]))
-        flat[places[some]] = self.exceptions[some]
-      return checksums.of_array(part), part.nbytes
+      products = np.asarray(products).reshape(-1)
+      for place in range(start * width, min((start + step) * width, size), CHUNK):
+        some = slice(place, min(place + CHUNK, first * width + products.size))
+        flat[some] = products[place - first * width :][:CHUNK]
+        if self.gaps is not None:
+          few = slice(*np.searchsorted(places, [some.start, some.stop]))
+          flat[places[few]] = self.exceptions[few]
+        checksums.append((checksums_lib.of_array(flat[some]), flat[some].nbytes))
+      return checksums
 
-    return checksums.joined(pool.each(write, range(0, size // width, step)))
+    pieces = pool.each(write, range(0, size // width, step))
+    return checksums_lib.joined(itertools.chain(*pieces))
 
   @functools.cached_property
   def float_scales(self) -> np.ndarray:
@@ -143,7 +147,9 @@ class BlockQuantized(base.Structured):
       fits = floats.min() >= LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
       fits = bool(np.isfinite(self.float_minima).all())
-    fits = fits and grids.holds(self.grid, numbers)
+    if fits:  # while they are in the cache
+      holds = functools.partial(grids.holds, self.grid)
+      fits = all(pool.each(holds, np.array_split(numbers.reshape(matrix), 8)))
     if not fits:
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 
