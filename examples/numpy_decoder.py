@@ -34,9 +34,8 @@ def read_block(take, told, frequencies, r, dtype):
   lanes, width = 4 if count <= 1 << 16 else 32, escape.bit_length()
   told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
   told = told.reshape(len(told), -1, lanes)
-  least = take(2, '<u2') @ [1, 1 << 16]
-  low, high, counts = np.int64(take(3 * lanes, '<u2')).reshape(3, -1)
-  x, tops = high << 16 | low, np.cumsum(counts + least)
+  x, counts = np.int64(take(lanes, '<u4')), np.int64(take(lanes, '<u2'))
+  tops = np.cumsum(counts)
   words = np.append(take(tops[-1], '<u2'), 0)  # a lane without words looks at the next
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
   starts, total = np.cumsum(frequencies, 1) - frequencies, owners.shape[1]

@@ -195,17 +195,12 @@ def words_of(count, seed=0):
 
 def test_words_come_back_from_a_stack():
   words = stack.WordStack(words_of(10))
-  blocks = [words_of(count, count) for count in (3, 0, 70000)]
-  for block in blocks:
-    words.push_block(block)
-  for block in blocks[::-1]:
-    np.testing.assert_array_equal(words.pop_block(), block)
   words.push(words_of(5, 1))
   expected = np.concatenate([words_of(10)[8:], words_of(5, 1)])
   np.testing.assert_array_equal(words.pop(7), expected)
   np.testing.assert_array_equal(words.pop(words.size), words_of(10)[:8])
   with pytest.raises(ValueError, match='ran dry'):
-    words.pop_block()
+    words.pop(1)
 
 
 @functools.cache

@@ -38,7 +38,7 @@ CAPACITY = 1 << 20
 ROWS = CAPACITY // LANES
 """The greatest T."""
 
-LEAST_BYTES = 2 * (2 + 3 * FEW_LANES)
+LEAST_BYTES = 6 * FEW_LANES
 """Bytes of a block without words."""
 
 # Bytes of a thread's buffer: a unit has up to 6 of words, 6 of planes and 10 of lists.
@@ -158,9 +158,9 @@ def encode(
     shapes.append(((ROWS // _sharing(width), LANES), dtype))
   arguments = *inputs, coder_tables, np.int32(rows)
   (state, lengths), (words, marks, *planes) = _run(_encode, shapes, layout, *arguments)
-  state, lengths = state[:lanes], lengths[:lanes].astype(np.int64)
+  state, lengths = state[:lanes], lengths[:lanes].astype(np.uint16)
   stacks = zip(words.reshape(LANES, stack), lengths.tolist(), strict=False)
-  parts = [rans.head_words(state, lengths), *(x[:n] for x, n in stacks)]
+  parts = [state, lengths, *(x[:n] for x, n in stacks)]
   for (width, _), plane in zip(layout.pieces, planes, strict=True):
     flat = plane[:, :lanes].reshape(-1).view(np.uint8)
     parts.append(flat[: _plane_bytes(width, rows, lanes)])

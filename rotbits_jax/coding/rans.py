@@ -24,6 +24,7 @@ References:
   F. Giesen, Interleaved entropy coders, arXiv 1402.3392.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -154,50 +155,34 @@ def content_bits(message: Message) -> float:
 
 
 def to_words(message: Message) -> np.ndarray:
-  """Serialises a message into uint16 words; docs/format.md describes them."""
-  check(message)
-  size, stacks = np.asarray(message.size), np.asarray(message.words)
-  used = np.arange(stacks.shape[1]) < size[:, None]
-  return np.concatenate([head_words(np.asarray(message.state), size), stacks[used]])
+  """Serialises a message of fewer than 2^16 words a lane: uint16, the head last."""
+  state, words, size = map(np.asarray, check(message))
+  used = words[np.arange(words.shape[1]) < size[:, None]]
+  return np.concatenate([used, state.view(np.uint16), size.astype(np.uint16)])
 
 
-def from_words(words: np.ndarray, lanes: int, room: int) -> Message:
-  """Makes a message from its words, uint16: the inverse of `to_words`.
+def from_words(pop: Callable[[int], np.ndarray], lanes: int, room: int) -> Message:
+  """Makes a message from its words, the inverse of `to_words`.
 
-  Each lane gets `room` words, so all messages with as much room share a program. A
-  MessageError says that the words are not a message, or that it needs more room.
+  `pop` takes so many words from their end. Each lane gets `room` words, so all messages
+  with as much room share a program. A MessageError says that it needs more room.
   """
-  state, size, stacks = split_words(words, lanes)
-  if stacks.size != size.sum():
-    raise MessageError(f'the words are not a message with {lanes} lanes')
+  state, size, _ = split_words(pop(3 * lanes), lanes)
   if size.max() > room:
     raise MessageError(f'a lane has {size.max()} words, more than {room}')
   rows = np.zeros((lanes, room), np.uint16)
-  rows[np.arange(room) < size[:, None]] = stacks
+  rows[np.arange(room) < size[:, None]] = pop(int(size.sum()))
   return Message(jnp.asarray(state), jnp.asarray(rows), jnp.asarray(size, jnp.int32))
-
-
-def head_words(state: np.ndarray, size: np.ndarray) -> np.ndarray:
-  """Returns the words before the stacks of a message, see `split_words`."""
-  base = int(size.min()) if size.size else 0
-  excess = size - base
-  if excess.max(initial=0) > 0xFFFF:
-    raise MessageError('the sizes of the lanes differ by 2^16 or more words')
-  parts = np.array([base & 0xFFFF, base >> 16]), state & 0xFFFF, state >> 16, excess
-  return np.concatenate([x.astype(np.uint16) for x in parts])
 
 
 def split_words(
   words: np.ndarray, lanes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Finds the parts of a serialised message in its words, uint16.
+  """Divides words, uint16, that begin with the head of a message; see docs/format.md.
 
-  Returns the states, uint32 `[N]`; the sizes, int64 `[N]`; and the other words, which
-  begin with the stacks.
+  Returns the states, uint32 `[N]`; the sizes, int64 `[N]`; and the other words.
   """
-  start = 2 + 3 * lanes  # where the stacks begin
-  if words.size < start or not words[2 + lanes : 2 + 2 * lanes].all():
+  state, size, others = np.split(words, [2 * lanes, 3 * lanes])
+  if size.size < lanes or not state[1::2].all():
     raise MessageError(f'the words are not a message with {lanes} lanes')
-  base = int(words[0]) | int(words[1]) << 16
-  low, high, excess = words[2:start].astype(np.uint32).reshape(3, lanes)
-  return low | high << 16, base + excess.astype(np.int64), words[start:]
+  return state.view(np.uint32), size.astype(np.int64), others

@@ -45,7 +45,7 @@ decodes other elements, and their digests differ.
 **The streams** are stacks of uint16 words. `message` holds the arrays in the order in
 which they were pushed; if they are entropy coded, those of a segment are one stream of
 `coding.coder`. To sample a rotation, the encoder makes a rANS message of popped words,
-and pushes the rest of that message as a block. `corrections` has the residues of each
+and pushes the rest of that message. `corrections` has the residues of each
 sampled segment, and then a stream of `coding.coder` with the other arrays of the
 correction. It is apart from the words from which the next rotation is sampled, because
 a threshold leaves errors in these.

@@ -82,7 +82,7 @@ def decode(
       recovered = rotations.recovered(
         frame, segment_shapes[t], arrays, options.canonicalizer
       )
-      left = rans.from_words(message.pop_block(), lanes, code.max_rows(lanes))
+      left = rans.from_words(message.pop, lanes, code.max_rows(lanes))
       restored, _ = code.restore(left, recovered, correction)
       try:
         message.push(rans.unstacked(restored).reshape(-1))

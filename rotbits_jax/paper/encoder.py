@@ -187,11 +187,11 @@ class _Encoder:
     levels, residues = code.pack(correction)
     (spec, coded), left = _coded(levels), rans.to_words(message)
     cost = residues.size + coded.size
-    net = words.size - (left.size + stack.LENGTH) - cost
+    net = words.size - left.size - cost
     if net <= 0:
       return None
     self.message.pop(words.size)
-    self.message.push_block(left)
+    self.message.push(left)
     self.corrections.push(residues)
     self.corrections.push(coded)
     self.coders.append(spec)

@@ -37,8 +37,8 @@ class Frame(NamedTuple):
 
 
 def lanes(widths: tuple[int, ...]) -> int:
-  """Returns the lanes of messages to sample from; each costs about 2 bytes."""
-  return 1 << min(max(max(widths) ** 2 >> 11, 1), 1024).bit_length() - 1
+  """Returns the lanes of messages to sample from; one has at most 2^11 integers."""
+  return 1 << max(max(widths) ** 2 >> 11, 1).bit_length() - 1
 
 
 class Options(schema.Object):

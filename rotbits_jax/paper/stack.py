@@ -2,8 +2,6 @@
 
 import numpy as np
 
-LENGTH = 2  # words for the number of words in a block
-
 
 class WordStack:
   """A stack of 16-bit words; words are uint16 `[n]`, and the last one is on top."""
@@ -31,13 +29,3 @@ class WordStack:
         self._arrays.append(words[:-count])
       count -= words.size
     return np.concatenate(popped[::-1])
-
-  def push_block(self, words: np.ndarray) -> None:
-    """Pushes words and then their number, so `pop_block` needs no argument."""
-    self.push(words)
-    self.push(np.array([words.size & 0xFFFF, words.size >> 16], np.uint16))
-
-  def pop_block(self) -> np.ndarray:
-    """Pops the words of a block: the inverse of `push_block`; raises as `pop` does."""
-    low, high = self.pop(LENGTH).tolist()
-    return self.pop(low | high << 16)
