@@ -11,7 +11,7 @@ import pytest
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import structured
-from rotbits_jax.file import memory
+from rotbits_jax.system import host
 from tests import devices
 
 TREE = {
@@ -52,7 +52,7 @@ def test_a_child_of_a_fork_does_not_hang():
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere memory is not kept')
 def test_large_arrays_get_the_memory_of_earlier_ones_that_nothing_uses():
-  make = lambda: memory.empty((3, 1 << 20), np.uint16)
+  make = lambda: host.empty((3, 1 << 20), np.uint16)
   view = jax.device_put(make())
   address = view.unsafe_buffer_pointer()
   assert make().ctypes.data != address

@@ -97,6 +97,7 @@ def test_json_is_parsed(subtests):
   for text, expected in (
     (b'{"a": [1, -2.5, "\\u00fc", null, true]}', {'a': [1, -2.5, 'ü', None, True]}),
     (b'1e308', 1e308),
+    (b'{"a": 1, "b": 2, "a": 3}', {'a': 3, 'b': 2}),
     (b'-9223372036854775808', -(1 << 63)),
     (b'"\\ud83d\\ude00"', '😀'),
     (b'[' * 64 + b']' * 64, None),
@@ -117,7 +118,6 @@ def test_other_json_is_refused(subtests):
     (b'1e999', 'JSON'),
     (b'-1e999', 'JSON'),
     (b'1' * 5000, 'JSON'),
-    (b'{"a": 1, "b": 2, "a": 1}', 'repeated'),
     (b'"\\ud800"', 'JSON'),
     (b'{"\\udc00": 1}', 'JSON'),
     (b'[' * 100_000, 'JSON'),

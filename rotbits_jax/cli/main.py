@@ -51,7 +51,7 @@ def main() -> int:
     print(f'rotbits: unknown command {name!r}; see rotbits --help', file=sys.stderr)
     return 2
   del sys.argv[1]
-  # Before SciPy is imported, whose LAPACK JAX calls; see `host.small_products`.
+  # Before SciPy is imported, whose LAPACK JAX calls; see `exact.small_products`.
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   sys.unraisablehook = _unraisable
   is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -231,9 +231,9 @@ class Reader:
         out = rows.get(leaf.path)
         is_expanded = leaf.is_expanded(integers)
         if out is None or is_expanded:
-          stored = [memory.empty(x.shape, x.dtype) for x in specs]
+          stored = [host.empty(x.shape, x.dtype) for x in specs]
           if is_expanded and hasattr(leaf.leaf_class, 'write'):
-            out = out or [memory.empty(leaf.shape, leaf.dtype)]
+            out = out or [host.empty(leaf.shape, leaf.dtype)]
             if leaf.leaf_class is uniform.UniformlyQuantized:
               stored[0] = uniform.end_of(out[0], stored[0])
         else:  # the coder writes them there
@@ -477,7 +477,7 @@ def _stack(
       stored[leaf.path.removeprefix(f'{entry.name}/')].append(shapes)
   for path, (first, *others) in stored.items():
     if all(shapes == first for shapes in others):
-      arrays[path] = [memory.empty((len(entries), *x), y) for x, y in first]
+      arrays[path] = [host.empty((len(entries), *x), y) for x, y in first]
   return arrays
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from rotbits_jax.coding import pool
 from rotbits_jax.structured import difference
+from rotbits_jax.structured import exact
 from rotbits_jax.structured import ulps
-from rotbits_jax.system import host
 
 _LEAST = 64  # rows and columns of a matrix for which factors are tried
 _RANK = 56  # the greatest that is tried
@@ -44,7 +44,7 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
 
   @np.errstate(all='ignore')  # in any thread
   def projected(off: np.ndarray) -> tuple[np.ndarray, float]:
-    return host.small_products(off, basis), float(np.einsum('rc,rc', off, off))
+    return exact.small_products(off, basis), float(np.einsum('rc,rc', off, off))
 
   if _product(*projected(off[1::2]), basis, least, len(bits)) is None:
     return {}
@@ -67,7 +67,7 @@ def _product(
   rows: int,  # R, of the whole matrix
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
   """Finds the factors `[r, k]`, `[k, C]` that save most, if any, and their step."""
-  squares = host.small_products(tall.T, tall).astype(np.float64)
+  squares = exact.small_products(tall.T, tall).astype(np.float64)
   if not (np.isfinite(squares).all() and 0 < total < math.inf):
     return None
   (some, _), columns = tall.shape, len(basis)
@@ -86,8 +86,8 @@ def _product(
     return None
   turned = vectors[:, :rank].astype(np.float32)
   halves = np.sqrt(np.sqrt(energies[:rank])).astype(np.float32)
-  left = host.small_products(tall, turned) / halves
-  right = halves[:, None] * host.small_products(basis, turned).T
+  left = exact.small_products(tall, turned) / halves
+  right = halves[:, None] * exact.small_products(basis, turned).T
   largest = max(float(np.abs(x).max()) for x in (left, right))
   return left, right, max(float(steps[rank - 1]), 2 * largest / _MOST)
 
@@ -95,15 +95,15 @@ def _product(
 def _basis(off: np.ndarray) -> np.ndarray:
   """Returns an orthonormal basis `[C, k]` of most of the rows of differences."""
   width = min(_RANK + _MORE, min(off.shape) // 2)
-  sketch = host.small_products(off, random_signs(off.shape[1], width))
-  rows = host.small_products(off.T, sketch).astype(np.float64)
-  squares = host.small_products(rows.T, rows)
+  sketch = exact.small_products(off, random_signs(off.shape[1], width))
+  rows = exact.small_products(off.T, sketch).astype(np.float64)
+  squares = exact.small_products(rows.T, rows)
   least = np.finfo(float).tiny + _SMALLEST * np.trace(squares)
   if not np.isfinite(least):
     return rows.astype(np.float32)
   # By Cholesky, because a QR of the rows takes several times as long.
   lower = np.linalg.cholesky(squares + least * np.eye(width))
-  return host.small_products(rows, np.linalg.inv(lower).T).astype(np.float32)
+  return exact.small_products(rows, np.linalg.inv(lower).T).astype(np.float32)
 
 
 @functools.lru_cache(4)

@@ -8,7 +8,7 @@ training adds may be as small, but few directions have most of it, or few rows.
 import numpy as np
 
 from rotbits_jax.relative import factors
-from rotbits_jax.system import host
+from rotbits_jax.structured import exact
 
 _MOST_LINE, _MORE_IN_SHORT = 4, 8  # roundoffs of a row or column, and for one number
 _SIGNS = 64  # vectors of random signs that tell whether errors are independent
@@ -58,6 +58,6 @@ def _are_independent(errors: np.ndarray) -> bool:
   squares = np.square(tall)
   expected = sum(float(np.square(squares.sum(axis)).sum()) for axis in (0, 1))
   signs = factors.random_signs(tall.shape[1], _SIGNS).astype(np.float64)
-  images = host.small_products(tall.T, host.small_products(tall, signs))
+  images = exact.small_products(tall.T, exact.small_products(tall, signs))
   energy = float(np.square(images).sum()) / _SIGNS
   return energy <= _MOST_COHERENT * (expected - float(np.square(squares).sum()))

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from rotbits_jax.structured import base
+from rotbits_jax.structured import exact
 from rotbits_jax.structured import fields
 from rotbits_jax.structured import tied
 from rotbits_jax.structured import ulps
@@ -160,7 +161,7 @@ class Difference(base.Structured):
       numbers = bits.view(self.dtype).astype(np.float64) * self.factor
       if self.left is not None:
         left, right = self.left[rows].astype(np.float64), self.right.astype(np.float64)
-        numbers += np.ldexp(host.small_products(left, right), self.unit)
+        numbers += np.ldexp(exact.small_products(left, right), self.unit)
       near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
     return np.where(ulps.is_finite(bits, self.dtype), near, bits)
 

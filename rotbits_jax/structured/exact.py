@@ -1,12 +1,15 @@
-"""Products of matrices that have the same bits on every machine.
+"""Products of matrices that have the same bits on every machine, and those of a thread.
 
-They are sums of integers below 2^53, which float64 adds exactly in any order. A number
-is rounded to float32 first and then to its dtype, as every machine does it.
+The former are sums of integers below 2^53, which float64 adds exactly in any order. A
+number is rounded to float32 first and then to its dtype, as every machine does it.
 """
 
 import math
+import os
 
 import numpy as np
+
+_SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 
 
 def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -46,3 +49,26 @@ def rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns an array in another dtype; numbers too large for it become infinite."""
   with np.errstate(over='ignore'):
     return np.asarray(array).astype(np.float32).astype(dtype)
+
+
+def small_products(
+  left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
+  """Returns the product of matrices, computed on this thread.
+
+  The threads of BLAS, which it takes for many numbers, would wait for the coder's.
+  """
+  (rows, inner), columns = left.shape, right.shape[1]
+  out = np.empty((rows, columns), left.dtype) if out is None else out
+  half, count = max(rows, inner, columns) // 2, rows * inner * columns
+  if count <= _SINGLE or os.environ.get('OPENBLAS_NUM_THREADS') == '1':
+    np.matmul(left, right, out=out)
+  elif rows >= max(inner, columns):
+    for part in (slice(half), slice(half, None)):
+      small_products(left[part], right, out[part])
+  elif columns >= inner:
+    small_products(right.T, left.T, out.T)
+  else:
+    small_products(left[:, :half], right[:half], out)
+    out += small_products(left[:, half:], right[half:])
+  return out

@@ -1,20 +1,26 @@
-"""The host: JAX's device and settings, BLAS, and arrays that NumPy and XLA share."""
+"""The host: JAX's device and settings, and arrays that NumPy and XLA share."""
 
 from collections.abc import Iterator
 import contextlib
 import functools
 import math
-import os
+import mmap
+import weakref
 
 import jax
 import numpy as np
 
 _ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
-_SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
+_PAGE = 1 << 21  # bytes of a large page
 
 # After a program frees an array of this size, the C library of Linux keeps what is
 # freed for the next arrays. The system's pages cost more time than the work on them.
 np.empty(31 << 20, np.uint8)
+
+# Fresh memory costs more time than decoding into it, above all in virtual machines. So
+# memory of large arrays that are gone is kept, by its size, until the system needs it
+# or an array has another size.
+_kept: dict[int, list[mmap.mmap]] = {}
 
 
 @functools.cache
@@ -49,36 +55,36 @@ def own_settings() -> Iterator[None]:
     yield
 
 
-def small_products(
-  left: np.ndarray, right: np.ndarray, out: np.ndarray | None = None
-) -> np.ndarray:
-  """Returns the product of matrices, computed on this thread.
-
-  The threads of BLAS, which it takes for many numbers, would wait for the coder's.
-  """
-  (rows, inner), columns = left.shape, right.shape[1]
-  out = np.empty((rows, columns), left.dtype) if out is None else out
-  half, count = max(rows, inner, columns) // 2, rows * inner * columns
-  if count <= _SINGLE or os.environ.get('OPENBLAS_NUM_THREADS') == '1':
-    np.matmul(left, right, out=out)
-  elif rows >= max(inner, columns):
-    for part in (slice(half), slice(half, None)):
-      small_products(left[part], right, out[part])
-  elif columns >= inner:
-    small_products(right.T, left.T, out.T)
-  else:
-    small_products(left[:, :half], right[:half], out)
-    out += small_products(left[:, half:], right[half:])
-  return out
-
-
 def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
   """Returns an uninitialised array that `jax.device_put` uses without a copy."""
   item = np.dtype(dtype)
   size = math.prod(shape) * item.itemsize
+  if size >= 2 * _PAGE and hasattr(mmap, 'MADV_HUGEPAGE'):  # on Linux
+    with contextlib.suppress(OSError):  # too little memory, or no large pages
+      return _large(size)[:size].view(item).reshape(shape)
   buffer = np.empty(size + _ALIGNMENT, np.uint8)
   start = -buffer.ctypes.data % _ALIGNMENT
   return buffer[start : start + size].view(item).reshape(shape)
+
+
+def _large(size: int) -> np.ndarray:
+  """Returns uint8 of this size or more in large pages, perhaps in kept memory."""
+  length = -(-size // _PAGE) * _PAGE
+  jax.device_put(0, device())  # a call frees the memory of JAX's arrays
+  try:
+    memory = _kept[length].pop()
+  except LookupError:
+    _kept.clear()
+    memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+
+  def keep() -> None:
+    memory.madvise(mmap.MADV_FREE)
+    _kept.setdefault(length, []).append(memory)
+
+  array = np.frombuffer(memory, np.uint8)
+  weakref.finalize(array, keep).atexit = False
+  return array
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
