@@ -16,8 +16,6 @@ from ml_dtypes import finfo  # which makes its dtypes known to NumPy
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-DIFFERENCES = 'integers', 'known'
-
 
 def stream(data):
   """A function that takes the next n elements of some bytes, or all if n is -1."""
@@ -26,10 +24,7 @@ def stream(data):
 
 
 def read_block(take, told, frequencies, r, dtype):
-  """The symbols of units, their raw bits, and the elements of those listed whole.
-
-  told: the tables of the units; and of differences, the shifts of both elements.
-  """
+  """The symbols of units, their raw bits, and the elements of those listed whole."""
   count, escape = told.shape[1], frequencies.shape[1] - 1
   lanes, width = 4 if count <= 1 << 16 else 32, escape.bit_length()
   told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
@@ -54,9 +49,8 @@ def read_block(take, told, frequencies, r, dtype):
   symbols, raw, low = symbols.ravel(), raw.reshape(-1, 2), 0
   for b in [] if shifts else [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
     plane = take(math.ceil(len(told[0]) * b / 4) * lanes)  # of 4 // b rows a byte
-    plane = np.unpackbits(plane, bitorder='little')
-    plane = plane.reshape(-1, lanes, max(4 // b, 1), 2, b).swapaxes(1, 2)
-    raw |= plane.reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
+    bits = np.unpackbits(plane, bitorder='little').reshape(-1, lanes, 4 // b or 1, 2, b)
+    raw |= bits.swapaxes(1, 2).reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
     low += b
   size = width * np.count_nonzero(symbols == escape)
   listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
@@ -66,17 +60,14 @@ def read_block(take, told, frequencies, r, dtype):
 
 
 def joined(symbols, raw, shifts, told, group, dtype):
-  """The bit patterns of the elements of units: `[units, 1 or 2]`.
-
-  told: the known elements of differences; of other units, the offsets.
-  """
+  """The bit patterns of units, given offsets; or given shifts and known elements."""
   (kind, r, *_), bins = group, np.stack(np.divmod(symbols, 32), -1)
   if kind == 'bytes':
     return symbols[:, None] - 30
   if kind == 'codes':
     return (bins + told << r | raw) ^ 128
   sign = 1 << 8 * dtype.itemsize - 1
-  if kind in DIFFERENCES:
+  if shifts.size:  # of differences
     difference, size = (bins >> 1 ^ -(bins & 1)) << shifts.T | raw, told % sign
     if dtype.kind == 'i':
       return told + difference
@@ -96,9 +87,10 @@ def joined(symbols, raw, shifts, told, group, dtype):
 
 
 def read_group(group, data, parts, known):
-  """Reads the parts of a group; of those of the type `known`, other bits are known."""
+  """Reads the parts of a group; `known` returns the known bits of one."""
   (kind, r, nbytes, sizes), dtype = group, parts[0].dtype
-  take, is_different = stream(zlib.decompress(data(nbytes), -15)), kind in DIFFERENCES
+  take = stream(zlib.decompress(data(nbytes), -15))
+  is_different = kind in ('integers', 'known')
   several = {'floats': (14, 4, 2), 'codes': (13, 16, 1), 'raised': (12, 32, 1)}
   p, levels, step = several.get(kind, (12, 256, 1))
   unit, size = (1, 255) if kind == 'bytes' else (2, 32)
@@ -106,23 +98,20 @@ def read_group(group, data, parts, known):
   units = lambda several: np.int64(np.hstack([*map(pad, several)])).reshape(-1, unit).T
   base, heads, classes = take(1, '<i2'), take(2 * len(parts)).reshape(-1, 2), []
   for (mode, least), part in zip(heads, parts, strict=True):
-    rows, columns = math.prod(part.shape[:-1]), math.prod(part.shape[-1:])
-    if part.ndim == 1:
-      rows, columns = math.ceil(columns / 128), 128
+    *rows, columns = part.shape if part.ndim != 1 else (math.ceil(part.size / 128), 128)
     shared = 1 if columns % unit or is_different else unit
-    k = np.full((rows, columns), least)  # of 8 bits, so sums are modulo 256
-    k += take(rows)[:, None] if mode & 1 else 0
+    k = np.full((math.prod(rows), columns), least)  # of 8 bits: sums are modulo 256
+    k += take(len(k))[:, None] if mode & 1 else 0
     k += take(columns // shared).repeat(shared) if mode & 2 else 0
     classes.append(k.ravel()[: part.size])
   k, stored = units(classes), np.cumsum(take(levels), dtype=np.int64) - 1
   counts = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
   if is_different:
-    told = units(x.view(f'u{x.itemsize}') for x in known or map(np.zeros_like, parts))
-    level = k + base
+    several = map(known if kind == 'known' else np.zeros_like, parts)
+    told, exponents = units(x.view(f'u{x.itemsize}') for x in several), 0
     if dtype.kind != 'i':
       exponents = told % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant
-      level = level - 4 * np.maximum(exponents, 1)
-    level = np.clip(level, 0, 255)
+    level = np.clip(k + base - 4 * np.maximum(exponents, dtype.kind != 'i'), 0, 255)
     shifts = np.clip(level - 64 >> 2, 0, r)
     tables, second = stored[level - 4 * shifts]
   else:
@@ -133,11 +122,9 @@ def read_group(group, data, parts, known):
     used, tables = np.unique(tables * len(counts) + second, return_inverse=True)
     weights = counts[used // len(counts), :, None] * counts[used % len(counts), None]
     frequencies = weights.reshape(len(used), -1)[:, :-1] + (1 << 27 - p) >> 28 - p
-  escapes = (1 << p) - frequencies.sum(1, keepdims=True)
-  frequencies = np.append(frequencies, escapes, 1)
-  spans = np.vstack([tables, shifts])
+  frequencies = np.column_stack([frequencies, (1 << p) - frequencies.sum(1)])
   length = math.ceil(tables.size / len(sizes))
-  spans = np.split(spans, range(length, tables.size, length), 1)
+  spans = np.split(np.vstack([tables, shifts]), range(length, tables.size, length), 1)
   blocks = zip(map(stream, map(data, sizes)), spans, strict=True)
   blocks = [read_block(*x, frequencies, r, f'u{dtype.itemsize}') for x in blocks]
   symbols, raw, whole = map(np.concatenate, zip(*blocks, strict=True))
@@ -152,36 +139,34 @@ def read_record(record, data, tensors, base, config):
   """Adds the arrays of the leaves of a record to the tensors by path."""
   spec, take = record['spec'], stream(data)
   arrays = [np.empty(shape, dtype) for dtype, shape, *_ in spec['arrays']]
-  several, members, parts_of = iter(arrays), {None: []}, []
+  several, members, parts_of = iter(arrays), [], []
   named = lambda leaf: {name: next(several) for name in leaf.get('arrays', [''])}
   leaves = [(leaf, named(leaf)) for leaf in record['leaves']]
   for array, (_, _, _, groups, m) in zip(arrays, spec['arrays'], strict=True):
     parts = [array]
     if len(groups) > 1:  # a mask, the other elements, and perhaps the signs of zeros
       mask = np.packbits(array.reshape(-1, array.shape[-1]) == 0, axis=1)
-      signs = np.packbits(np.ones(array.size - m, bool))
+      signs = np.packbits(np.zeros(array.size - m, bool))
       parts = [mask, np.empty(m, array.dtype), signs]
     elif array.itemsize == 8 or array.dtype.kind == 'u':
       parts = [array.reshape(-1, 1).view('u1')]
-    parts_of.append(parts[: len(groups)])
-    for group, part in zip(groups, parts_of[-1], strict=True):
-      members.setdefault(group, []).append(part)
-  for part in members[None]:
+    parts_of.append(parts)
+    members += zip(groups, parts, strict=False)  # perhaps all but the signs
+  owner = lambda part: next(x for x in leaves if x[1].get('elements') is part)
+  known = lambda part: np.extract(*predicted(*owner(part), tensors, base, config))
+  for part in [part for i, part in members if i is None]:
     part[...] = take(part.size, part.dtype).reshape(part.shape)
   for i, group in enumerate(spec['groups']):
-    is_member = lambda a, i=i: any(x is a.get('elements') for x in members[i])
-    near = [x for x in leaves if group[0] == 'known' and is_member(x[1])]
-    near = [predicted(*x, tensors, base, config) for x in near]
-    read_group(group, take, members[i], [x[differs] for x, differs in near])
+    read_group(group, take, [part for j, part in members if j == i], known)
   several = zip(arrays, parts_of, spec['arrays'], strict=True)
-  for array, (mask, *others), (_, _, crc32, *_) in several:
-    if others:
+  for array, parts, (_, _, crc32, *_) in several:
+    if len(parts) > 1:
+      mask, values, signs = parts
       bits = array.view(f'u{array.itemsize}').reshape(len(mask), -1)
       is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]) > 0
-      bits[is_set], bits[~is_set] = others[0].view(bits.dtype), 0
-      for signs in others[1:]:
-        negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
-        bits[~is_set] = negative.astype(bits.dtype) << 8 * array.itemsize - 1
+      negative = np.unpackbits(signs, count=np.count_nonzero(~is_set))
+      bits[~is_set] = negative.astype(bits.dtype) << 8 * array.itemsize - 1
+      bits[is_set] = values.view(bits.dtype)
     assert zlib.crc32(array.tobytes()) == crc32, 'an array is damaged'
   for leaf, a in leaves:
     tensors[leaf['path']] = read_leaf(leaf, a, tensors, base, config)
@@ -189,25 +174,23 @@ def read_record(record, data, tensors, base, config):
 
 def product(p, dtype, tensors, base, hidden):
   """A product with tensors of the dense model, in float32."""
-  kind, width = p['kind'], 26 - (hidden.bit_length() + 1) // 2
+  kind, size = p['kind'], 26 - (hidden.bit_length() + 1) // 2
   rounded = lambda x: np.float64(np.float32(x).astype(dtype)) if p.get('rounded') else x
-
-  def integers(x, width=width):
-    power = width - np.frexp(abs(x).max(-1, keepdims=True))[1]
-    return np.rint(np.ldexp(x, power)), power
-
+  power = lambda x, size=size: size - np.frexp(abs(x).max(-1, keepdims=True))[1]
+  integers = lambda x, power: np.rint(np.ldexp(x, power))
   bases = [tensors[f'subspaces.{i}/basis'].T * 2.0**-25 for i in p.get('segments', [])]
   arrays = [rounded(np.float64(base[path])) for path, *_ in p.get('arrays', [])]
   x, *others = bases[:-1] + arrays
-  if kind in ('reads', 'bias'):
-    x = x if p.get('transposed') else x.T
+  if kind in ('reads', 'bias') and not p.get('transposed'):
+    x = x.T
   x = rounded(x * others[0]) if kind == 'reads' else x
   if p.get('centred'):
-    i, power = integers(x, 52 - (hidden - 1).bit_length())
-    x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -power))
+    r = power(x, 52 - (hidden - 1).bit_length())
+    i = integers(x, r)
+    x = rounded(np.ldexp(i - i.sum(-1, keepdims=True) / hidden, -r))
   columns = others[0][None] if kind == 'bias' else bases[-1]
-  (i, power), (j, other) = integers(x), integers(columns)
-  x = np.ldexp(i @ j.T, -power - other.T)
+  q, r = power(x), power(columns)
+  x = np.ldexp(integers(x, q) @ integers(columns, r).T, -q - r.T)
   x = x[:, 0] + sum(others[1:]) if kind == 'bias' else x
   return np.float32(x.T if kind == 'reads' else x)
 
@@ -224,7 +207,7 @@ def beside_head(head, map, scale):
 
 
 def predicted(leaf, a, tensors, base, config):
-  """The bits that are known of an array near another one, and which elements differ."""
+  """Which elements of an array differ from known ones, and the bits of these."""
   dtype, n, s = np.dtype(leaf['dtype']), math.prod(leaf['shape']), leaf['settings']
   if 'map' in a:
     known = beside_head(tensors['head/kernel'], a['map'], s.get('scale', 0))
@@ -241,21 +224,7 @@ def predicted(leaf, a, tensors, base, config):
     near = np.float32(near).astype(dtype).view(b.dtype)
     b = np.where(np.isfinite(numbers), near, b)
   differs = np.unpackbits(a.get('changed', np.uint8([255])), bitorder='little') > 0
-  return b, np.resize(np.repeat(differs, 65536), n)
-
-
-def whole_basis(tangent, mask):
-  """The basis of a subspace."""
-  m, d = tangent.shape
-  one = lambda n: 2.0**25 * np.eye(n)
-  scaled = lambda x: np.rint(x * 2.0**-25)
-  g, z = scaled(tangent @ tangent.T) + one(m), np.rint(one(m) * (2 / 3))
-  for _ in range(5):
-    z = scaled(z @ (2 * one(m) - scaled(g @ z)))
-  low = 2 * scaled(z @ tangent)
-  rows = np.vstack([one(d) - scaled(tangent.T @ low), low])
-  is_top = np.unpackbits(mask, count=m + d, bitorder='little') > 0
-  return rows[np.argsort(np.argsort(~is_top, stable=True))]
+  return np.resize(np.repeat(differs, 65536), n), b
 
 
 def read_leaf(leaf, arrays, tensors, base, config):
@@ -275,7 +244,7 @@ def read_leaf(leaf, arrays, tensors, base, config):
       array = a[''].astype(leaf['dtype']).astype('i1') if is_packed else a['']
       return array.reshape(leaf['shape'])
     case 'difference':
-      array, differs = predicted(leaf, a, tensors, base, config)
+      differs, array = predicted(leaf, a, tensors, base, config)
       array[differs] = a.get('elements', array[differs]).view(array.dtype).ravel()
       array = array.view(leaf['dtype'])
     case 'block_quantized':
@@ -295,7 +264,16 @@ def read_leaf(leaf, arrays, tensors, base, config):
     case 'basis':
       array = np.float64(a['numbers']) * s['step']
       if 'mask' in a:
-        array = whole_basis(array, a['mask'])
+        one = lambda n: 2.0**25 * np.eye(n)
+        scaled = lambda x: np.rint(x * 2.0**-25)
+        m, d = array.shape
+        g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
+        for _ in range(5):
+          z = scaled(z @ (2 * one(m) - scaled(g @ z)))
+        low = 2 * scaled(z @ array)
+        rows = np.vstack([one(d) - scaled(array.T @ low), low])
+        is_top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
+        array = rows[np.argsort(np.argsort(~is_top, stable=True))]
     case 'constant':
       array = np.full(leaf['shape'], a['value'])
     case 'identity_minus_gram':
