@@ -24,7 +24,7 @@ several lanes that are coded side by side. In the order of reading:
 
     rans         the entropy coder: pushes symbols onto a message and pops them
     tables       integer frequency tables
-    codecs       pairs of functions (push, pop), and how they combine
+    codecs       pairs of functions (push, pop)
     bits_back/   bits-back coding: rotations that cost no bits
     units        the base of layouts: units, and the tables of their symbols
     layouts      divides elements into symbols and raw bits

@@ -135,24 +135,23 @@ def decode(
       f'the stream must be uint8 [{spec.nbytes}], got {data.dtype} {list(data.shape)}'
     )
   arrays = list(out or [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays])
-  parts_of = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
-  parts = [*itertools.chain(*parts_of)]
+  parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
   read: _Read = getattr(data, 'read', fill)
   starts = itertools.accumulate(spec.sizes, initial=0)
-  *members, plain = spec.members
-  outputs = [parts[x.place].reshape(-1).view(np.uint8) for x in plain]
+  *members, plain = spec.members(parts)
+  outputs = [part.reshape(-1).view(np.uint8) for _, part in plain]
   pool.run(functools.partial(read, next(starts), output) for output in outputs)
   several = zip(spec.groups, members, strict=True)
-  late = {x.array for group, of in several if group.type_name == 'known' for x in of}
+  late = {i for group, of in several if group.type_name == 'known' for i, _ in of}
   if not late <= known.keys():
     raise ValueError(f'the arrays {late} are relative to known ones, got {[*known]}')
   checksums: dict[int, int] = {}
 
   def finish(i: int) -> None:
     checksum = checksums.get(i)
-    if len(parts_of[i]) > 1:
-      spec.arrays[i].join(parts_of[i], arrays[i])
+    if len(parts[i]) > 1:
+      spec.arrays[i].join(parts[i], arrays[i])
       checksum = None  # that of a part
     if checksum is None:
       checksum = checksums_lib.of_array(arrays[i])
@@ -164,10 +163,10 @@ def decode(
     read(next(starts), head)
     body = [(next(starts), x) for x in group.blocks]
     is_late = group.type_name == 'known'
-    near = [known[x.array]() if is_late else None for x in of_group]
-    numbers = [parts[x.place] for x in of_group]
+    indices, numbers = zip(*of_group, strict=True)
+    near = [known[i]() if is_late else None for i in indices]
     of_parts = _decode_group(group, head, body, numbers, near, read)
-    checksums |= zip([x.array for x in of_group], of_parts, strict=True)
+    checksums |= zip(indices, of_parts, strict=True)
   pool.each(finish, range(len(arrays)))
   return arrays
 

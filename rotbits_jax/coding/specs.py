@@ -8,9 +8,8 @@ its blocks, and for frequency tables by the coded elements.
 
 from collections.abc import Sequence
 import functools
-import itertools
 import math
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +34,8 @@ def is_of_bytes(dtype: np.dtype) -> bool:
   """Returns whether arrays are coded as their bytes: unsigned integers, and 64 bits."""
   return dtype.itemsize == 8 or dtype.kind == 'u'
 
+
+T = TypeVar('T')
 
 _MAX_AXES = 32
 _MAX_SIZE = 1 << 48  # elements of an array
@@ -136,19 +137,6 @@ class GroupSpec(schema.Row):
     return layout
 
 
-class Part(NamedTuple):
-  """A part of an array."""
-
-  place: int  # among the parts of all arrays
-  array: int  # index of the array
-  dtype: np.dtype
-  shape: tuple[int, ...]
-
-  @property
-  def size(self) -> int:
-    return math.prod(self.shape)
-
-
 class StreamSpec(schema.Object):
   """A record of arrays that decodes on its own."""
 
@@ -159,38 +147,42 @@ class StreamSpec(schema.Object):
     coded, is_late = 0, [group.type_name == 'known' for group in self.groups]
     if is_late != sorted(is_late):
       raise ValueError('groups relative to known numbers must be the last ones')
-    for group, members in zip(self.groups, self.members[:-1], strict=True):
-      if len({member.dtype for member in members}) != 1:
+    *members, _ = self.members([array.parts for array in self.arrays])
+    for group, of_group in zip(self.groups, members, strict=True):
+      arrays, parts = zip(*of_group, strict=True) if of_group else ((), ())
+      if len({dtype for dtype, _ in parts}) != 1:
         raise ValueError('a group must have parts of one dtype')
       is_known = group.type_name == 'known'
-      if is_known and any(len(self.arrays[x.array].parts) > 1 for x in members):
+      if is_known and any(len(self.arrays[i].groups) > 1 for i in arrays):
         raise ValueError('a part cannot be coded relative to known numbers')
-      layout = group.layout(members[0].dtype)
-      units = sum(-(-x.size // layout.size) for x in members)
+      layout, sizes = group.layout(parts[0][0]), [math.prod(x) for _, x in parts]
+      units = sum(-(-size // layout.size) for size in sizes)
       if not units or len(group.blocks) != -(-units // blocks.capacity(layout)):
         raise ValueError(f'{len(group.blocks)} blocks for {units} units')
       if min(group.blocks) < blocks.LEAST_BYTES:
         raise ValueError(f'a block cannot have {min(group.blocks)} bytes')
-      coded += sum(member.size for member in members)
+      coded += sum(sizes)
     if len(self.groups) > _MAX_GROUPS + coded // _ELEMENTS_PER_GROUP:
       raise ValueError(f'{len(self.groups)} groups are too many for {coded} elements')
 
-  @functools.cached_property
-  def members(self) -> list[list[Part]]:
-    """The parts of each group, and last those that are stored as they are."""
-    members: list[list[Part]] = [[] for _ in range(len(self.groups) + 1)]
-    place = itertools.count()
-    for i, array in enumerate(self.arrays):
-      for group, part in zip(array.groups, array.parts, strict=True):
+  def members(self, parts: Sequence[Sequence[T]]) -> list[list[tuple[int, T]]]:
+    """Returns the parts of each group, given those of each array; others are last.
+
+    Each is with the index of its array.
+    """
+    members: list[list[tuple[int, T]]] = [[] for _ in range(len(self.groups) + 1)]
+    for i, (array, several) in enumerate(zip(self.arrays, parts, strict=True)):
+      for group, part in zip(array.groups, several, strict=True):
         if group is not None and group >= len(self.groups):
           raise ValueError(f'a part of group {group} of {len(self.groups)}')
-        members[-1 if group is None else group].append(Part(next(place), i, *part))
+        members[-1 if group is None else group].append((i, part))
     return members
 
   @functools.cached_property
   def sizes(self) -> list[int]:
     """The bytes of parts in no group; of contexts and of each block, group by group."""
-    sizes = [x.size * x.dtype.itemsize for x in self.members[-1]]
+    plain = self.members([array.parts for array in self.arrays])[-1]
+    sizes = [math.prod(shape) * dtype.itemsize for _, (dtype, shape) in plain]
     return sizes + [x for group in self.groups for x in (group.contexts, *group.blocks)]
 
   @property

@@ -225,13 +225,15 @@ def _quantised(record: manifest_lib.RecordEntry) -> list[Note]:
   record.check()
   spec, notes = record.stream_spec, list[Note]()
   sizes = np.zeros(len(spec.arrays))
-  for member in spec.members[-1]:
-    sizes[member.array] += member.size * member.dtype.itemsize
-  for group, members in zip(spec.groups, spec.members[:-1], strict=True):
+  *members, plain = spec.members([x.parts for x in spec.arrays])
+  for i, (dtype, shape) in plain:
+    sizes[i] += math.prod(shape) * dtype.itemsize
+  for group, of_group in zip(spec.groups, members, strict=True):
     # As if arrays that are coded together had the same bits per element.
-    share = (group.contexts + sum(group.blocks)) / sum(x.size for x in members)
-    for member in members:
-      sizes[member.array] += share * member.size
+    counts = [math.prod(shape) for _, (_, shape) in of_group]
+    share = (group.contexts + sum(group.blocks)) / sum(counts)
+    for (i, _), count in zip(of_group, counts, strict=True):
+      sizes[i] += share * count
   nbytes = iter(sizes)
   for leaf in record.leaves:
     stored = sum(next(nbytes) for _ in leaf.arrays)
