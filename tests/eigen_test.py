@@ -43,15 +43,20 @@ class NumbersTest(parameterized.TestCase):
   def test_numbers_are_float16_where_that_is_finite(self):
     patterns = np.arange(65536).astype(np.uint16)
     with jax.numpy_dtype_promotion('strict'):
+      values = np.asarray(eigen.number(jnp.asarray(patterns)))
       ordinals = eigen.ordinal(jnp.asarray(patterns))
-      values = np.asarray(eigen.number(ordinals))
-      restored = eigen.pattern(ordinals)
+      restored = eigen.ordinal(ordinals)
+      positions = np.asarray(eigen.position(jnp.asarray(values)), int)
     expected = patterns.view(np.float16).astype(np.float32)
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(values[finite], expected[finite])
     self.assertTrue(np.isfinite(values).all())
     self.assertTrue((np.abs(values[~finite]) >= 65536).all())
     np.testing.assert_array_equal(restored, patterns)
+    is_zero = values == 0
+    np.testing.assert_array_equal(
+      positions[~is_zero], np.asarray(ordinals).view(np.int16)[~is_zero]
+    )
 
 
 class EigenTest(parameterized.TestCase):

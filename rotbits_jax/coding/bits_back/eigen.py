@@ -69,7 +69,7 @@ def rotation(patterns: jax.Array, n: int) -> jax.Array:
 
 def _matrix(patterns: jax.Array, n: int) -> jax.Array:
   """Returns A: float32 `[n, n]`."""
-  values = number(ordinal(patterns))
+  values = number(patterns)
   # A few numbers far greater than all others would dominate the matrix. They are
   # clipped, and each costs a full correction.
   limit = 4 * jnp.quantile(jnp.abs(values), 0.9)
@@ -95,7 +95,7 @@ def correct(
   estimates = matrix[row, column]
   if threshold is not None:
     # Comparisons with NaN are false, so a NaN is sent in full.
-    left = jnp.abs(estimates - number(ordinals)) <= threshold
+    left = jnp.abs(estimates - number(patterns)) <= threshold
     level = jnp.where(left, 0, correction_lib.LEVELS - 1)
     base = jnp.zeros(n, jnp.int32)
     numbers = correction_lib.with_levels(ordinals, level, base, row)
@@ -119,7 +119,7 @@ def recover(recovered: jax.Array, correction: EigenCorrection) -> jax.Array:
   row, column = places(len(recovered))
   positions = position(_product(recovered, *spectrum)[row, column])
   level = correction_lib.levels(base, extra, row)
-  return pattern(correction_lib.nearest(positions, level, residue))
+  return ordinal(correction_lib.nearest(positions, level, residue))
 
 
 def _product(q: jax.Array, scale: jax.Array, steps: jax.Array) -> jax.Array:
@@ -135,26 +135,20 @@ def places(n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def ordinal(patterns: jax.Array) -> jax.Array:
-  """Returns the ordinals of patterns, their places in the order of the numbers.
+  """Returns the ordinals of patterns, or the patterns of ordinals: uint16, modulo 2^16.
 
-  Both are uint16. The least number has the ordinal 0, -0 has 32767 and +0 has 32768.
+  That of +0 is 0, that of -0 is -1, and so on in the order of the numbers.
   """
-  return jnp.where(patterns >> 15 == 1, ~patterns, patterns | jnp.uint16(0x8000))
+  return patterns ^ jnp.where(patterns >> 15 == 1, jnp.uint16(0x7FFF), jnp.uint16(0))
 
 
-def pattern(ordinals: jax.Array) -> jax.Array:
-  """Returns the patterns of ordinals: the inverse of `ordinal`."""
-  return jnp.where(ordinals >> 15 == 1, ordinals & jnp.uint16(0x7FFF), ~ordinals)
-
-
-def number(ordinals: jax.Array) -> jax.Array:
-  """Returns the numbers of ordinals, float32."""
-  offset = ordinals.astype(jnp.int32) - 32768
-  magnitude = jnp.where(offset < 0, -1 - offset, offset)
+def number(patterns: jax.Array) -> jax.Array:
+  """Returns the numbers of patterns, float32."""
+  magnitude = (patterns & 0x7FFF).astype(jnp.int32)
   normal = ((magnitude << 13) + _BIAS).view(jnp.float32)
   small = magnitude.astype(jnp.float32) * 2.0**-24
   value = jnp.where(magnitude < 1024, small, normal)
-  return jnp.where(offset < 0, -value, value)
+  return jnp.where(patterns >> 15 == 1, -value, value)
 
 
 def position(numbers: jax.Array) -> jax.Array:
@@ -163,4 +157,4 @@ def position(numbers: jax.Array) -> jax.Array:
   normal = (magnitude.view(jnp.int32) - _BIAS).astype(jnp.float32)
   is_normal = magnitude >= 2.0**-14  # false for NaN
   ordinals = jnp.where(is_normal, normal * 2.0**-13, magnitude * 2.0**24)
-  return jnp.where(numbers < 0, 32767 - ordinals, 32768 + ordinals)
+  return jnp.where(numbers < 0, -1 - ordinals, ordinals)
