@@ -29,8 +29,7 @@ def read_block(take, told, frequencies, r, dtype):
   lanes, width = 4 if count <= 1 << 16 else 32, escape.bit_length()
   told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
   told = told.reshape(len(told), -1, lanes)
-  x, counts = np.int64(take(lanes, '<u4')), np.int64(take(lanes, '<u2'))
-  tops = np.cumsum(counts)
+  x, tops = np.int64(take(lanes, '<u4')), np.int64(take(lanes, '<u2')).cumsum()
   words = np.append(take(tops[-1], '<u2'), 0)  # a lane without words looks at the next
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
   starts, total = np.cumsum(frequencies, 1) - frequencies, owners.shape[1]
@@ -55,8 +54,9 @@ def read_block(take, told, frequencies, r, dtype):
   size = width * np.count_nonzero(symbols == escape)
   listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
   symbols[symbols == escape] = listed @ (1 << np.arange(width)[::-1])
-  whole = take(-1, dtype).reshape(-1, 2)[: np.count_nonzero(symbols[:count] == 1023)]
-  return symbols[:count], raw[:count], whole
+  whole = take(2 * np.count_nonzero(symbols == 1023), dtype).reshape(-1, 2)
+  is_whole = symbols[:count] == 1023
+  return symbols[:count], raw[:count], whole[: np.count_nonzero(is_whole)]
 
 
 def joined(symbols, raw, shifts, told, group, dtype):
@@ -105,28 +105,27 @@ def read_group(group, data, parts, known):
     k += take(columns // shared).repeat(shared) if mode & 2 else 0
     classes.append(k.ravel()[: part.size])
   k, stored = units(classes), np.cumsum(take(levels), dtype=np.int64) - 1
-  counts = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
+  frequencies = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
   if is_different:
     several = map(known if kind == 'known' else np.zeros_like, parts)
     told, exponents = units(x.view(f'u{x.itemsize}') for x in several), 0
     if dtype.kind != 'i':
       exponents = told % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant
-    level = np.clip(k + base - 4 * np.maximum(exponents, dtype.kind != 'i'), 0, 255)
+      exponents = np.maximum(exponents, 1)
+    level = np.clip(k + base - 4 * exponents, 0, 255)
     shifts = np.clip(level - 64 >> 2, 0, r)
     tables, second = stored[level - 4 * shifts]
   else:
     told, shifts = k[:1] // levels * step + base, k[:0]
     tables = second = stored[k[0] % levels]
-  frequencies = counts
   if unit == 2:  # a table for each two that a unit has
-    used, tables = np.unique(tables * len(counts) + second, return_inverse=True)
-    weights = counts[used // len(counts), :, None] * counts[used % len(counts), None]
-    frequencies = weights.reshape(len(used), -1)[:, :-1] + (1 << 27 - p) >> 28 - p
+    used, tables = np.unique(np.stack([tables, second]), axis=1, return_inverse=True)
+    weights = frequencies[used[0], :, None] * frequencies[used[1], None]
+    frequencies = weights.reshape(len(weights), -1)[:, :-1] + (1 << 27 - p) >> 28 - p
   frequencies = np.column_stack([frequencies, (1 << p) - frequencies.sum(1)])
   length = math.ceil(tables.size / len(sizes))
   spans = np.split(np.vstack([tables, shifts]), range(length, tables.size, length), 1)
-  blocks = zip(map(stream, map(data, sizes)), spans, strict=True)
-  blocks = [read_block(*x, frequencies, r, f'u{dtype.itemsize}') for x in blocks]
+  blocks = [read_block(data, x, frequencies, r, f'u{dtype.itemsize}') for x in spans]
   symbols, raw, whole = map(np.concatenate, zip(*blocks, strict=True))
   bits = joined(symbols, raw, shifts, told.T, group, dtype).astype(whole.dtype)
   bits[symbols == 1023] = whole.reshape(-1, unit)
@@ -142,7 +141,7 @@ def read_record(record, data, tensors, base, config):
   several, members, parts_of = iter(arrays), [], []
   named = lambda leaf: {name: next(several) for name in leaf.get('arrays', [''])}
   leaves = [(leaf, named(leaf)) for leaf in record['leaves']]
-  for array, (_, _, _, groups, m) in zip(arrays, spec['arrays'], strict=True):
+  for array, (_, _, crc32, groups, m) in zip(arrays, spec['arrays'], strict=True):
     parts = [array]
     if len(groups) > 1:  # a mask, the other elements, and perhaps the signs of zeros
       mask = np.packbits(array.reshape(-1, array.shape[-1]) == 0, axis=1)
@@ -150,7 +149,7 @@ def read_record(record, data, tensors, base, config):
       parts = [mask, np.empty(m, array.dtype), signs]
     elif array.itemsize == 8 or array.dtype.kind == 'u':
       parts = [array.reshape(-1, 1).view('u1')]
-    parts_of.append(parts)
+    parts_of.append((array, crc32, parts))
     members += zip(groups, parts, strict=False)  # perhaps all but the signs
   owner = lambda part: next(x for x in leaves if x[1].get('elements') is part)
   known = lambda part: np.extract(*predicted(*owner(part), tensors, base, config))
@@ -158,8 +157,7 @@ def read_record(record, data, tensors, base, config):
     part[...] = take(part.size, part.dtype).reshape(part.shape)
   for i, group in enumerate(spec['groups']):
     read_group(group, take, [part for j, part in members if j == i], known)
-  several = zip(arrays, parts_of, spec['arrays'], strict=True)
-  for array, parts, (_, _, crc32, *_) in several:
+  for array, crc32, parts in parts_of:
     if len(parts) > 1:
       mask, values, signs = parts
       bits = array.view(f'u{array.itemsize}').reshape(len(mask), -1)
@@ -181,8 +179,7 @@ def product(p, dtype, tensors, base, hidden):
   bases = [tensors[f'subspaces.{i}/basis'].T * 2.0**-25 for i in p.get('segments', [])]
   arrays = [rounded(np.float64(base[path])) for path, *_ in p.get('arrays', [])]
   x, *others = bases[:-1] + arrays
-  if kind in ('reads', 'bias') and not p.get('transposed'):
-    x = x.T
+  x = x.T if kind in ('reads', 'bias') and not p.get('transposed') else x
   x = rounded(x * others[0]) if kind == 'reads' else x
   if p.get('centred'):
     r = power(x, 52 - (hidden - 1).bit_length())
@@ -195,22 +192,17 @@ def product(p, dtype, tensors, base, hidden):
   return np.float32(x.T if kind == 'reads' else x)
 
 
-def beside_head(head, map, scale):
-  """The product of a head and a map, of integers of 16 bits but two low bytes."""
-  several = np.float64(head), np.float64(map)
-  e, f = (np.frexp(abs(x).max(0) * 128 / 127)[1].clip(-35) for x in several)
-  h, t = (np.rint(np.ldexp(x, 15 - e)) for x, e in zip(several, (e, f), strict=True))
-  low = lambda y: (y + 128) % 256 - 128
-  sums = (h.T @ t - low(h).T @ low(t)) / 256
-  sums = np.float32(sums.astype(np.int64).astype(np.int32))
-  return np.ldexp(sums, e[:, None] + f - 22 - scale)
-
-
 def predicted(leaf, a, tensors, base, config):
   """Which elements of an array differ from known ones, and the bits of these."""
   dtype, n, s = np.dtype(leaf['dtype']), math.prod(leaf['shape']), leaf['settings']
-  if 'map' in a:
-    known = beside_head(tensors['head/kernel'], a['map'], s.get('scale', 0))
+  if 'map' in a:  # a product of integers of 16 bits, but not of their low bytes
+    several = np.float64(tensors['head/kernel']), np.float64(a['map'])
+    e, f = (np.frexp(abs(x).max(0) * 128 / 127)[1].clip(-35) for x in several)
+    h, t = (np.rint(np.ldexp(x, 15 - y)) for x, y in zip(several, (e, f), strict=True))
+    low = lambda x: (x + 128) % 256 - 128
+    sums = (h.T @ t - low(h).T @ low(t)) / 256
+    sums = np.float32(sums.astype(np.int64).astype(np.int32))
+    known = np.ldexp(sums, e[:, None] + f - 22 - s.get('scale', 0))
   elif 'product' in leaf:
     known = product(leaf['product'], dtype, tensors, base, config['hidden_size'])
   else:
@@ -233,16 +225,14 @@ def read_leaf(leaf, arrays, tensors, base, config):
   if kind not in (None, 'difference', 'block_quantized', 'basis'):
     a = {k: np.float32(x) * arrays.get(f'{k}_step', 1) for k, x in arrays.items()}
   for name in [k for k in a if f'{k}_corner' in a]:  # triangles
-    corner = a[f'{name}_corner']
-    top = np.tri(math.isqrt(2 * corner.size), a[name].shape[1])
-    top[top > 0] = corner
+    top = np.tri(math.isqrt(2 * a[f'{name}_corner'].size), a[name].shape[1])
+    top[top > 0] = a[f'{name}_corner']
     a[name] = np.vstack([top, a[name]])
   gram = lambda b: np.vstack([np.eye(b.shape[1]) - b.T @ b / 4, b])
   match kind:
     case None:
       is_packed = leaf['dtype'] in ('int2', 'int4')
-      array = a[''].astype(leaf['dtype']).astype('i1') if is_packed else a['']
-      return array.reshape(leaf['shape'])
+      return a[''].astype(leaf['dtype']).astype('i1') if is_packed else a['']
     case 'difference':
       differs, array = predicted(leaf, a, tensors, base, config)
       array[differs] = a.get('elements', array[differs]).view(array.dtype).ravel()
@@ -264,14 +254,13 @@ def read_leaf(leaf, arrays, tensors, base, config):
     case 'basis':
       array = np.float64(a['numbers']) * s['step']
       if 'mask' in a:
-        one = lambda n: 2.0**25 * np.eye(n)
-        scaled = lambda x: np.rint(x * 2.0**-25)
-        m, d = array.shape
-        g, z = scaled(array @ array.T) + one(m), np.rint(one(m) * (2 / 3))
+        rounded = lambda x: np.rint(x * 2.0**25) / 2.0**25
+        x, (m, d) = array / 2.0**25, array.shape
+        g, z = np.eye(m) + rounded(x @ x.T), rounded(np.eye(m) * 2 / 3)
         for _ in range(5):
-          z = scaled(z @ (2 * one(m) - scaled(g @ z)))
-        low = 2 * scaled(z @ array)
-        rows = np.vstack([one(d) - scaled(array.T @ low), low])
+          z = rounded(z @ (2 * np.eye(m) - rounded(g @ z)))
+        low = 2 * rounded(z @ x)
+        rows = np.vstack([np.eye(d) - rounded(x.T @ low), low]) * 2.0**25
         is_top = np.unpackbits(a['mask'], count=m + d, bitorder='little') > 0
         array = rows[np.argsort(np.argsort(~is_top, stable=True))]
     case 'constant':
