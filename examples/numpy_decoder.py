@@ -45,7 +45,7 @@ def read_block(take, told, frequencies, r, dtype):
         x >>= first + second
       tops = tops - (x < 1 << 16)
       x = np.where(x < 1 << 16, x << 16 | words[tops], x)
-  symbols, raw, low = symbols.ravel(), raw.reshape(-1, 2), 0
+  symbols, raw, low = symbols.ravel()[:count], raw.reshape(-1, 2)[:count], 0
   for b in [] if shifts else [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
     plane = take(math.ceil(len(told[0]) * b / 4) * lanes)  # of 4 // b rows a byte
     bits = np.unpackbits(plane, bitorder='little').reshape(-1, lanes, 4 // b or 1, 2, b)
@@ -54,9 +54,8 @@ def read_block(take, told, frequencies, r, dtype):
   size = width * np.count_nonzero(symbols == escape)
   listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
   symbols[symbols == escape] = listed @ (1 << np.arange(width)[::-1])
-  whole = take(2 * np.count_nonzero(symbols == 1023), dtype).reshape(-1, 2)
-  is_whole = symbols[:count] == 1023
-  return symbols[:count], raw[:count], whole[: np.count_nonzero(is_whole)]
+  whole = take(2 * np.count_nonzero(symbols == 1023), dtype)
+  return symbols, raw, whole.reshape(-1, 2)
 
 
 def joined(symbols, raw, shifts, told, group, dtype):
@@ -110,8 +109,7 @@ def read_group(group, data, parts, known):
     several = map(known if kind == 'known' else np.zeros_like, parts)
     told, exponents = units(x.view(f'u{x.itemsize}') for x in several), 0
     if dtype.kind != 'i':
-      exponents = told % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant
-      exponents = np.maximum(exponents, 1)
+      exponents = (told % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant).clip(1)
     level = np.clip(k + base - 4 * exponents, 0, 255)
     shifts = np.clip(level - 64 >> 2, 0, r)
     tables, second = stored[level - 4 * shifts]

@@ -138,9 +138,9 @@ def _units(name: str, spans: Sequence[Span], words: int, word: Any) -> Any:
 
 
 def _few(array: np.ndarray, count: int) -> np.ndarray:
-  """Returns the units of rows of all lanes, and perhaps others: `[rows * L, words]`."""
+  """Returns the units of rows of all lanes, and perhaps others: `[count, words]`."""
   rows, lanes = _grid(count)
-  return array[:rows, :lanes].reshape(rows * lanes, -1)
+  return array[:rows, :lanes].reshape(rows * lanes, -1)[:count]
 
 
 def encode(
@@ -164,7 +164,6 @@ def encode(
   for (width, _), plane in zip(layout.pieces, planes, strict=True):
     flat = plane[:, :lanes].reshape(-1).view(np.uint8)
     parts.append(flat[: _plane_bytes(width, rows, lanes)])
-  # The last unit is listed again where it fills the row.
   marks, units = (_few(x, count) for x in (marks, inputs[0]))
   escaped = np.flatnonzero(marks)
   parts += layout.lists(marks[escaped, 0] - units_lib.MARKED, units[escaped])
