@@ -142,11 +142,10 @@ def decode(
   *members, plain = spec.members(parts)
   outputs = [part.reshape(-1).view(np.uint8) for _, part in plain]
   pool.run(functools.partial(read, next(starts), output) for output in outputs)
-  several = zip(spec.groups, members, strict=True)
-  late = {i for group, of in several if group.type_name == 'known' for i, _ in of}
+  first = sum(group.type_name != 'known' for group in spec.groups)
+  late = {i for i, _ in itertools.chain(*members[first:])}
   if not late <= known.keys():
     raise ValueError(f'the arrays {late} are relative to known ones, got {[*known]}')
-  checksums: dict[int, int] = {}
 
   def finish(i: int) -> None:
     checksum = checksums.get(i)
@@ -158,43 +157,45 @@ def decode(
     if checksum != spec.arrays[i].crc32:
       raise ValueError(f'array {i} of the record is damaged: its checksum differs')
 
+  jobs = []
   for group, of_group in zip(spec.groups, members, strict=True):
-    head = np.empty(group.contexts, np.uint8)
-    read(next(starts), head)
-    body = [(next(starts), x) for x in group.blocks]
-    is_late = group.type_name == 'known'
+    places = [*itertools.islice(starts, 1 + len(group.blocks))]
     indices, numbers = zip(*of_group, strict=True)
-    near = [known[i]() if is_late else None for i in indices]
-    of_parts = _decode_group(group, head, body, numbers, near, read)
-    checksums |= zip(indices, of_parts, strict=True)
+    near = [known[i] for i in indices if i in late]
+    jobs.append(functools.partial(_decode_group, group, places, numbers, near, read))
+  of_parts = pool.run(jobs[:first]) + [job() for job in jobs[first:]]
+  coded = (i for i, _ in itertools.chain(*members))
+  checksums = dict(zip(coded, itertools.chain(*of_parts), strict=True))
   pool.each(finish, range(len(arrays)))
   return arrays
 
 
 def _decode_group(
   group: specs.GroupSpec,
-  head: np.ndarray,
-  body: Sequence[tuple[int, int]],  # where blocks begin in the stream, and their sizes
+  places: Sequence[int],  # where the contexts and the blocks begin in the stream
   parts: Sequence[np.ndarray],
-  known: Sequence[np.ndarray | None],
+  known: Sequence[Known],  # of all parts, or of none
   read: _Read,
 ) -> list[int]:
   """Decodes the parts of a group; returns their checksums."""
+  head = np.empty(group.contexts, np.uint8)
+  read(places[0], head)
   layout, shapes = group.layout(parts[0].dtype), [x.shape for x in parts]
   contexts, scales = contexts_lib.from_bytes(head.tobytes(), layout, shapes)
-  for numbers, near in zip(parts, known, strict=True):
+  several = [near() for near in known]
+  for numbers, near in zip(parts, several, strict=bool(known)):
     form = numbers.size, numbers.itemsize
-    if near is not None and (near.size, near.itemsize) != form:
+    if (near.size, near.itemsize) != form:
       raise ValueError(f'known numbers must be {form}, got {near.size}')
   tables = layout.tables(*contexts)
-  decode = lambda start, *others: blocks.decode(functools.partial(read, start), *others)
-  several = blocks.divide(parts, known, scales, layout)
-  jobs = [
-    functools.partial(decode, *block, spans, layout, tables)
-    for block, spans in zip(body, several, strict=True)
-  ]
+  divided = blocks.divide(parts, several or [None] * len(parts), scales, layout)
+
+  def decode(start: int, *block: Any) -> list[tuple[int, tuple[int, int]]]:
+    return blocks.decode(functools.partial(read, start), *block, layout, tables)
+
   checksums: list[list[tuple[int, int]]] = [[] for _ in parts]
-  for part, checksum in itertools.chain(*pool.run(jobs)):
+  pieces = pool.each(decode, places[1:], group.blocks, divided)
+  for part, checksum in itertools.chain(*pieces):
     checksums[part].append(checksum)
   return [*map(checksums_lib.joined, checksums)]
 
@@ -203,5 +204,4 @@ def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
   """Returns arrays to decode the parts of an array into."""
   if len(spec.parts) > 1:
     return [host.empty(shape, dtype) for dtype, shape in spec.parts]
-  ((dtype, shape),) = spec.parts
-  return [array.reshape(-1).view(dtype).reshape(shape)]
+  return [array.reshape(-1).view(dtype).reshape(shape) for dtype, shape in spec.parts]
