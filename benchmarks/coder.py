@@ -29,6 +29,7 @@ from rotbits_jax.coding import layouts
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.bits_back import codes
+from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.system import checksums
 from rotbits_jax.system import files
@@ -124,7 +125,7 @@ def rotation(n: int) -> tuple[float, float, float, float]:
   again, _ = code.restore(popped, recovered, correction)
   if not np.array_equal(rans.unstacked(rans.check(again)), np.asarray(words)):
     raise ValueError('the message did not come back')
-  arrays, residues = code.pack(correction)
+  arrays, residues = correction_lib.pack(correction, code.groups())
   sent = 8 * (coder.encode(arrays).data.size + residues.nbytes)
   taken = rans.content_bits(message) - rans.content_bits(popped)
   parameters = n * (n - 1) / 2

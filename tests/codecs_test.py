@@ -9,7 +9,6 @@ import pytest
 from rotbits_jax.coding import codecs
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
-from rotbits_jax.coding.bits_back import eigen
 from rotbits_jax.coding.bits_back import haar
 from rotbits_jax.system import native
 from tests import codec_checks
@@ -45,7 +44,6 @@ CODECS = {
   ),
   'haar': (haar.codec(9, 9), cells(9, 9)),
   'haar, a frame': (haar.codec(7, 3), cells(7, 3)),
-  'eigen': (eigen.codec(21), uint16(RNG.integers(0, 1 << 16, 21))),
 }
 
 

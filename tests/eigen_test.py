@@ -33,9 +33,9 @@ def _noisy(q: jax.Array, noise: float) -> np.ndarray:
   return ((q + error @ q) * signs).astype(np.float32)
 
 
-def _levels(correction: eigen.EigenCorrection) -> np.ndarray:
+def _levels(correction: correction_lib.Correction) -> np.ndarray:
   """Returns the level of each number of an N-dimensional rotation."""
-  base, extra, _ = correction.numbers
+  base, extra, *_ = correction
   return np.asarray(correction_lib.levels(base, extra, eigen.places(N)[0]))
 
 
@@ -89,20 +89,21 @@ class EigenTest(parameterized.TestCase):
     self.assertGreater((error > 0).mean(), 0.01 if threshold > 1e-5 else 0)
 
   def test_message_comes_back(self):
-    codec = eigen.codec(N * (N + 1) // 2)
+    code = codes.eigen_code(N, None)
+    codec = code.codec()
     empty = rans.stacked(jnp.zeros((1, 8), jnp.uint16))
     message = jax.jit(codec.push)(empty, _weights(N))  # initial bits
     rest, patterns = jax.jit(codec.pop)(message)
     np.testing.assert_array_equal(patterns, _weights(N))
     recovered = _noisy(_rotation(patterns, N), 2e-4)
-    code = codes.eigen_code(N, None)
-    arrays, words = code.pack(code.correct(recovered, recovered, patterns))
+    correction = code.correct(recovered, recovered, patterns)
+    arrays, words = correction_lib.pack(correction, code.groups())
     sent = sum(8 * x.nbytes for x in arrays[:2]) + 16 * words.size
     sent += sum(tables.entropy_bits(np.bincount(x)) for x in arrays[2:])
     net = rans.content_bits(message) - rans.content_bits(rest) - sent
     self.assertGreater(net / math.comb(N, 2), 10)
 
-    correction = code.unpack(arrays, lambda count: words[:count])
+    correction = correction_lib.unpack(arrays, lambda _: words, code.groups())
     restored = _recover(recovered, correction)
     codec_checks.assert_same_message(jax.jit(codec.push)(rest, restored), message)
 

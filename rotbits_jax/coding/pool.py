@@ -11,8 +11,10 @@ from concurrent import futures
 import contextlib
 import functools
 import os
+import sys
 import threading
 from typing import Any, TypeVar
+import weakref
 
 import jax
 
@@ -75,8 +77,8 @@ def record_jobs() -> Iterator[Start]:
   not wait: it ends in any thread and at any time, also when this thread holds a lock
   that the others need.
   """
-  # Futures that are done leave the set, because they hold their results.
-  started = set[futures.Future[Any]]()
+  # Futures that are done leave the set with their results when nobody needs them.
+  started = weakref.WeakSet[futures.Future[Any]]()
   device = jax.config.jax_default_device  # settings are those of a thread
 
   def on_device(job: Callable[[], _Result]) -> _Result:
@@ -86,20 +88,13 @@ def record_jobs() -> Iterator[Start]:
   def start(job: Callable[[], _Result]) -> 'futures.Future[_Result]':
     future = _POOL.submit(on_device, job)
     started.add(future)
-    future.add_done_callback(started.discard)
     return future
 
-  is_dropped = False
   try:
     yield start
-  except GeneratorExit:
-    is_dropped = True
-    raise
   finally:
-    left = list(started)
-    for future in left:
-      future.cancel()
-    if not is_dropped:
+    left = [x for x in started if not x.cancel()]
+    if not isinstance(sys.exception(), GeneratorExit):
       futures.wait(left)
 
 

@@ -5,10 +5,6 @@ to 2^precision, and a symbol has the probability frequency / 2^precision. The in
 of all symbols divide [0, 2^precision) in the order of the symbols, and are as long as
 their frequencies. A slot is an integer in [0, 2^precision).
 
-The encoder makes tables from counts and stores them, so the decoder never recomputes
-one. All code runs on the host and uses NumPy integers only. What cannot make tables
-raises a ValueError.
-
 Tables with a larger sum follow the counts more closely, but rANS loses more bits the
 nearer the sum comes to its smallest state, 2^16. On real weights both lose 0.01% of the
 entropy with a precision of 14.

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import models
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import rans
+from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import rotations
 from rotbits_jax.paper import segments
@@ -76,9 +76,10 @@ def decode(
       # The words from which the rotation was sampled come back with it.
       frame = options.frame(widths, t, layout.fixed)
       code = options.code(frame)
-      *levels, _ = jax.tree.leaves(code.shapes)
-      coded = pop_coded(corrections, [(x.dtype.name, x.shape) for x in levels])
-      correction = code.unpack(coded, corrections.pop)
+      base, extra, _, beside = code.correction
+      expected = [(x.dtype.name, x.shape) for x in (*beside, base, extra)]
+      coded = pop_coded(corrections, expected)
+      correction = correction_lib.unpack(coded, corrections.pop, code.groups())
       recovered = rotations.recovered(
         frame, segment_shapes[t], arrays, options.canonicalizer
       )

@@ -14,6 +14,7 @@ from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import specs
+from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.paper import decoder
 from rotbits_jax.paper import layout as layout_lib
 from rotbits_jax.paper import rotations
@@ -184,7 +185,7 @@ class _Encoder:
       _, restored = code.restore(message, matrix, correction)
       if not jnp.array_equal(restored, integers):
         return None
-    levels, residues = code.pack(correction)
+    levels, residues = correction_lib.pack(correction, code.groups())
     (spec, coded), left = _coded(levels), rans.to_words(message)
     cost = residues.size + coded.size
     net = words.size - left.size - cost

@@ -38,8 +38,8 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Canonicalizes by the singular value decomposition `W = U S V^T`, with `Q = U`.
 
   The rows of `W_ref = S V^T` are orthogonal, and their norms descend. Signs are chosen
-  so that no row of W_ref has a negative sum; `haar.FrameCorrection` stores those that
-  rounding may change.
+  so that no row of W_ref has a negative sum; corrections of `bits_back.haar` have
+  those that rounding changes.
 
   >>> w = jnp.array([[0.0, 3.0], [1.0, 0.0]])
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])

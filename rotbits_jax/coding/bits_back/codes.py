@@ -6,9 +6,9 @@ them. Later the integers are recovered from the rotation and pushed back.
 Shape letters: `[n, k]` the shape of the frame, S integers of a frame.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,9 @@ class RotationCode(NamedTuple):
   codec: Callable[[], codecs.Codec]  # makes that of the integers, uint16 [S]
   rotation: Callable[[jax.Array], jax.Array]  # integers -> frame [n, k]
   # recovered frame, that of another machine, integers -> correction
-  correct: Callable[[jax.Array, jax.Array, jax.Array], Any]
-  recover: Callable[[jax.Array, Any], jax.Array]  # frame, correction -> integers
+  correct: Callable[[jax.Array, jax.Array, jax.Array], correction_lib.Correction]
+  # frame, correction -> integers
+  recover: Callable[[jax.Array, correction_lib.Correction], jax.Array]
   groups: Callable[[], jax.Array]  # the group of each integer, see `correction`
 
   def max_rows(self, lanes: int) -> int:
@@ -51,35 +52,21 @@ class RotationCode(NamedTuple):
 
   @_jit
   def restore(
-    self, message: rans.Message, recovered: jax.Array, correction: Any
+    self,
+    message: rans.Message,
+    recovered: jax.Array,
+    correction: correction_lib.Correction,
   ) -> tuple[rans.Message, jax.Array]:
     """Recovers the integers; returns the message with them pushed, and the integers."""
     integers = self.recover(recovered, correction)
     return self.codec().push(message, integers), integers
 
-  def pack(self, correction: Any) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns the arrays of a correction that can be coded, and words of its bits."""
-    *arrays, residue = map(np.asarray, jax.tree.leaves(correction))
-    return arrays, correction_lib.to_words(residue, self._levels(arrays))
-
-  def unpack(
-    self, arrays: Sequence[np.ndarray], pop: Callable[[int], np.ndarray]
-  ) -> Any:
-    """Returns the correction of arrays and of words, popped by number, see `pack`."""
-    residue = correction_lib.from_words(pop, self._levels(arrays))
-    return jax.tree.unflatten(jax.tree.structure(self.shapes), [*arrays, residue])
-
   @property
-  def shapes(self) -> Any:
+  def correction(self) -> correction_lib.Correction:
     """The shapes and dtypes of a correction."""
     integers = jax.ShapeDtypeStruct((self.num_integers,), np.uint16)
     frame = jax.eval_shape(self.rotation, integers)
     return jax.eval_shape(self.correct, frame, frame, integers)
-
-  def _levels(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the level of each integer, given a correction without residues."""
-    base, extra = map(jnp.asarray, arrays[-2:])
-    return np.asarray(correction_lib.levels(base, extra, self.groups()))
 
 
 @functools.lru_cache
@@ -101,7 +88,7 @@ def eigen_code(n: int, threshold: float | None) -> RotationCode:
   size = n * (n + 1) // 2
   return RotationCode(
     size,
-    functools.partial(eigen.codec, size),
+    lambda: codecs.uniform(jnp.full(size, 16, jnp.uint32)),
     functools.partial(eigen.rotation, n=n),
     jax.jit(functools.partial(eigen.correct, threshold=threshold)),
     eigen.recover,

@@ -21,8 +21,8 @@ Shape letters: S integers, G groups. `groups` is int32 `[S]`, the group of each 
 and `count` is G.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,11 +47,12 @@ _EXTRA = 14 - np.log2([14100, 1900, 220, 25, 8, *[1] * 11, 120])
 
 
 class Correction(NamedTuple):
-  """The integers that the decoder needs to turn positions into the exact integers."""
+  """The data that the decoder needs to turn positions into the exact integers."""
 
   base: jax.Array  # uint8 [G], base level of each group
   extra: jax.Array  # uint8 [S], extra level of each integer
   residue: jax.Array  # uint16 [S], low bits of each integer, as many as its level
+  others: tuple[jax.Array, ...] = ()  # arrays of the code, for the positions
 
 
 def correct(
@@ -136,21 +137,29 @@ def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.A
   return integers.astype(jnp.uint16)
 
 
-def to_words(residue: np.ndarray, level: np.ndarray) -> np.ndarray:
-  """Returns residues of these levels as uint16 words, bit after bit."""
+def pack(
+  correction: Correction, groups: jax.Array
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """Returns the arrays to be coded, and the bits of the residues as uint16 words."""
+  base, extra, residue, others = jax.tree.map(np.asarray, correction)
   bits = np.unpackbits(residue.astype('>u2').view(np.uint8)).reshape(-1, 16)
-  packed = np.packbits(bits[_is_stored(level)])
-  return np.pad(packed, (0, packed.size % 2)).view(np.uint16)
+  packed = np.packbits(bits[_is_stored(base, extra, groups)])
+  return [*others, base, extra], np.pad(packed, (0, packed.size % 2)).view(np.uint16)
 
 
-def from_words(pop: Callable[[int], np.ndarray], level: np.ndarray) -> np.ndarray:
-  """Returns residues, uint16 `[S]`: the inverse; `pop` returns so many words."""
-  is_stored = _is_stored(level)
+def unpack(
+  arrays: Sequence[np.ndarray], pop: Callable[[int], np.ndarray], groups: jax.Array
+) -> Correction:
+  """Returns the correction of arrays: the inverse of `pack`; `pop` takes words."""
+  *others, base, extra = map(jnp.asarray, arrays)
+  is_stored = _is_stored(base, extra, groups)
   bits, count = np.zeros(is_stored.shape, np.uint8), int(is_stored.sum())
   bits[is_stored] = np.unpackbits(pop(-(-count // 16)).view(np.uint8), count=count)
-  return np.packbits(bits).view('>u2').astype(np.uint16)
+  residue = np.packbits(bits).view('>u2').astype(np.uint16)
+  return Correction(base, extra, jnp.asarray(residue), tuple(others))
 
 
-def _is_stored(level: np.ndarray) -> np.ndarray:
+def _is_stored(base: Any, extra: Any, groups: jax.Array) -> np.ndarray:
   """Returns which bits of residues, the high one first, are stored: `[S, 16]`."""
+  level = np.asarray(levels(jnp.asarray(base), jnp.asarray(extra), groups))
   return np.arange(16) >= 16 - level[:, None]

@@ -27,18 +27,21 @@ stands for a finite number, because a message may hold any pattern: those of inf
 and NaN continue the scale of float16 up to 131008. The numbers w are 16-bit integers on
 an even grid over their range, because the rounding of float16 would change the product
 about as much as the errors of Q_hat do. They ascend, nearly always, and their
-differences are small.
+differences are small. A row of the triangle is a group of the correction, and the
+arrays `others` are
+
+    scale    float32 [], the greatest |w|
+    steps    uint16 [n]; the sums of the first ones, modulo 2^16, are
+             32767.5 (1 + w / scale)
 
 Shape letters: n dimensions, S numbers. Functions are unbatched.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rotbits_jax.coding import codecs
 from rotbits_jax.coding.bits_back import correction as correction_lib
 from rotbits_jax.coding.bits_back import haar
 
@@ -46,20 +49,6 @@ _matmul = functools.partial(jnp.matmul, precision='highest')
 
 # What the bits of a normal float16 lack, 13 bits higher, to be those of a float32.
 _BIAS = (127 - 15) << 23
-
-
-class EigenCorrection(NamedTuple):
-  """The data that the decoder needs besides the eigenvectors."""
-
-  scale: jax.Array  # float32 [], the greatest |w|
-  # uint16 [n]; the sums of the first ones, modulo 2^16, are 32767.5 (1 + w / scale).
-  steps: jax.Array
-  numbers: correction_lib.Correction  # a row of the triangle is a group
-
-
-def codec(size: int) -> codecs.Codec:
-  """Returns the codec of 16-bit patterns, uniformly distributed: uint16 `[size]`."""
-  return codecs.uniform(jnp.full(size, 16, jnp.uint32))
 
 
 def rotation(patterns: jax.Array, n: int) -> jax.Array:
@@ -84,7 +73,7 @@ def correct(
   other: jax.Array,  # Q_hat as another machine may recover it
   patterns: jax.Array,  # uint16 [S]
   threshold: float | None = None,  # the greatest error of a number; None for exact
-) -> EigenCorrection:
+) -> correction_lib.Correction:
   """Returns the correction with which `recover` finds the patterns."""
   n, ordinals = len(recovered), ordinal(patterns)
   w = (recovered * _matmul(_matrix(patterns, n), recovered)).sum(axis=0)
@@ -99,7 +88,7 @@ def correct(
     level = jnp.where(left, 0, correction_lib.LEVELS - 1)
     base = jnp.zeros(n, jnp.int32)
     numbers = correction_lib.with_levels(ordinals, level, base, row)
-    return EigenCorrection(*spectrum, numbers)
+    return numbers._replace(others=spectrum)
   # The margin covers differences of float32 linear algebra between machines. They are
   # proportional to the norms of the rows that a rotation mixes.
   norm = jnp.sqrt(jnp.square(matrix).mean(axis=1))
@@ -110,12 +99,12 @@ def correct(
   )
   elsewhere = position(_product(other, *spectrum)[row, column])
   numbers = correction_lib.correct(here, ordinals, elsewhere, wobble + 1 / 8, row, n)
-  return EigenCorrection(*spectrum, numbers)
+  return numbers._replace(others=spectrum)
 
 
-def recover(recovered: jax.Array, correction: EigenCorrection) -> jax.Array:
+def recover(recovered: jax.Array, correction: correction_lib.Correction) -> jax.Array:
   """Returns the patterns, uint16 `[S]`; their numbers may differ by the threshold."""
-  *spectrum, (base, extra, residue) = correction
+  base, extra, residue, spectrum = correction
   row, column = places(len(recovered))
   positions = position(_product(recovered, *spectrum)[row, column])
   level = correction_lib.levels(base, extra, row)

@@ -28,10 +28,11 @@ bits of a cell, its bin, are coded with an integer table for each v; the low 10 
 uniform. Even steps of t sqrt(v) suit the errors of a recovered rotation, because these
 are about equal everywhere. Even steps of probability would cost 0.7 bits more.
 
-**Recovery.** The decoder has a frame Q_hat near Q and a `FrameCorrection`, which makes
-every cell exact (see `correction`). It reads the columns from left to right. Before it
-reads a column, it applies the exact reflections of all columns before that one, so
-errors do not accumulate: Householder QR with corrections.
+**Recovery.** The decoder has a frame Q_hat near Q and a `Correction`, which makes every
+cell exact; the cells of a column are a group. Its `others` are one array, uint8 [k], 1
+for each column that was recovered with the wrong sign. The decoder reads the columns
+from left to right. Before it reads a column, it applies the exact reflections of all
+columns before that one, so errors do not accumulate: Householder QR with corrections.
 
 Shape letters: [n, k] the shape of the frame; S cells of a frame, of which one is the
 sign if k = n; P columns of a panel. Functions are unbatched; use `vmap`.
@@ -43,9 +44,7 @@ References:
 """
 
 import functools
-from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,13 +64,6 @@ _CUT = 256  # columns that are read before they are cut off
 _Panel = tuple[jax.Array, jax.Array, jax.Array]  # columns, reflectors, cells
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
-
-
-class FrameCorrection(NamedTuple):
-  """The data that make the cells of a recovered frame exact."""
-
-  flips: jax.Array  # uint8 [k], 1 for a column that was recovered with a wrong sign
-  cells: correction_lib.Correction  # correction of the cells; a column is a group
 
 
 def num_cells(n: int, k: int) -> int:
@@ -102,7 +94,6 @@ def codec(n: int, k: int) -> codecs.Codec:
 
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
   """Returns the frame, float32 `[n, k]`, for which the cells uint16 `[S]` stand."""
-  chex.assert_shape(cells, (num_cells(n, k),))
   return _compose(*_reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32)))
 
 
@@ -110,7 +101,7 @@ def correct(
   recovered: jax.Array,  # Q_hat, float32 [n, k]; columns may have the other sign
   other: jax.Array,  # Q_hat as another machine may recover it
   cells: jax.Array,  # uint16 [S]
-) -> FrameCorrection:
+) -> correction_lib.Correction:
   """Returns the correction with which `recover` finds the cells from either frame."""
   n, k = recovered.shape
   _, column = places(n, k)
@@ -134,13 +125,13 @@ def correct(
   corrected = correction_lib.correct(
     position(here), cells, position(elsewhere), margin, column, k, sensitivity
   )
-  return FrameCorrection(flips.astype(jnp.uint8), corrected)
+  return corrected._replace(others=(flips.astype(jnp.uint8),))
 
 
-def recover(recovered: jax.Array, correction: FrameCorrection) -> jax.Array:
+def recover(recovered: jax.Array, correction: correction_lib.Correction) -> jax.Array:
   """Returns the exact cells, uint16 `[S]`, of a frame that was recovered inexactly."""
   n, k = recovered.shape
-  flips, (base, extra, residue) = correction
+  base, extra, residue, (flips,) = correction
   level = correction_lib.levels(base, extra, places(n, k)[1])
   remaining = jnp.where(flips > 0, -recovered, recovered)
   widen = lambda x: jnp.pad(x, ((0, 0), (0, -k % _PANEL)))
