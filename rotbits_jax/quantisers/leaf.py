@@ -149,7 +149,8 @@ class BlockQuantized(base.Structured):
       fits = bool(np.isfinite(self.float_minima).all())
     if fits:  # while they are in the cache
       holds = functools.partial(grids.holds, self.grid)
-      fits = all(pool.each(holds, np.array_split(numbers.reshape(matrix), 8)))
+      several = np.array_split(numbers.reshape(matrix), min(8, matrix[0]))
+      fits = all(pool.each(holds, several))
     if not fits:
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 
