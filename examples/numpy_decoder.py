@@ -74,7 +74,8 @@ def joined(symbols, raw, shifts, told, group, dtype):
     place = (difference + size + sign) % (2 * sign) - sign
     gap = np.where(place < 2 * least - sign, least - sign, 2 * least)
     place = np.where(place < least, place - gap, place)
-    return place ^ (place & sign > 0) * (sign - 1) ^ told & sign
+    place ^= (place & sign > 0) * (sign - 1) ^ told & sign
+    return np.where(shifts.T, place, told + difference)
   m, is_raised = finfo(dtype).nmant, kind == 'raised'
   low = m - 1 - is_raised
   bits = bins + told * (not is_raised) << low | raw % (1 << r - 1) << low + 1 - r
@@ -110,9 +111,9 @@ def read_group(group, data, parts, known):
     told, exponents = units(x.view(f'u{x.itemsize}') for x in several), 0
     if dtype.kind != 'i':
       exponents = (told % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant).clip(1)
-    level = np.clip(k + base - 4 * exponents, 0, 255)
+    level = np.maximum(k + base - 4 * exponents, 0)
     shifts = np.clip(level - 64 >> 2, 0, r)
-    tables, second = stored[level - 4 * shifts]
+    tables, second = stored[np.where(shifts, 64 + level % 4, np.minimum(level, 255))]
   else:
     told, shifts = k[:1] // levels * step + base, k[:0]
     tables = second = stored[k[0] % levels]
