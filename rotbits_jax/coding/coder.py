@@ -100,9 +100,8 @@ def estimate(
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
   plan = plans.make(arrays, known)
-  return sum(x.nbytes for group in plan.groups for x in group.parts.values()) + sum(
-    x.nbytes for x in plan.plain
-  )
+  coded = itertools.chain(*(group.parts.values() for group in plan.groups))
+  return sum(x.nbytes for x in coded) + sum(x.nbytes for x in plan.plain)
 
 
 def decode(
@@ -131,9 +130,7 @@ def decode(
       differs from the spec's.
   """
   if data.dtype != np.uint8 or data.shape != (spec.nbytes,):
-    raise ValueError(
-      f'the stream must be uint8 [{spec.nbytes}], got {data.dtype} {list(data.shape)}'
-    )
+    raise ValueError(f'expected a stream, uint8 [{spec.nbytes}], got {data.shape}')
   arrays = list(out or [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays])
   parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
   fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
@@ -148,10 +145,9 @@ def decode(
     raise ValueError(f'the arrays {late} are relative to known ones, got {[*known]}')
 
   def finish(i: int) -> None:
-    checksum = checksums.get(i)
+    checksum = checksums.get(i) if len(parts[i]) == 1 else None
     if len(parts[i]) > 1:
       spec.arrays[i].join(parts[i], arrays[i])
-      checksum = None  # that of a part
     if checksum is None:
       checksum = checksums_lib.of_array(arrays[i])
     if checksum != spec.arrays[i].crc32:
@@ -190,8 +186,8 @@ def _decode_group(
   tables = layout.tables(*contexts)
   divided = blocks.divide(parts, several or [None] * len(parts), scales, layout)
 
-  def decode(start: int, *block: Any) -> list[tuple[int, tuple[int, int]]]:
-    return blocks.decode(functools.partial(read, start), *block, layout, tables)
+  def decode(start: int, nbytes: int, spans: Any) -> list[tuple[int, tuple[int, int]]]:
+    return blocks.decode(functools.partial(read, start), nbytes, spans, layout, tables)
 
   checksums: list[list[tuple[int, int]]] = [[] for _ in parts]
   pieces = pool.each(decode, places[1:], group.blocks, divided)

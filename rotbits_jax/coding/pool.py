@@ -64,12 +64,8 @@ def each(function: Callable[..., _Result], *arguments: Iterable[Any]) -> list[_R
   return run(functools.partial(function, *x) for x in zip(*arguments, strict=True))
 
 
-Start = Callable[[Callable[[], _Result]], 'futures.Future[_Result]']
-"""Takes a function of no arguments and returns the future of its result."""
-
-
 @contextlib.contextmanager
-def record_jobs() -> Iterator[Start]:
+def record_jobs() -> Iterator[Callable[[Callable[[], Any]], 'futures.Future[Any]']]:
   """Yields a function that starts jobs, which begin in their order.
 
   At the end, or when an exception leaves the context, jobs that have not begun are
