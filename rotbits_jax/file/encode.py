@@ -313,7 +313,7 @@ class Encoder:
       try:
         entry, stored, near = _stored(path, leaf, beside.get(path), resolve)
         schema.load(manifest_lib.Leaf, schema.dump(entry))
-        path.encode()  # text of files is UTF-8
+        schema.load(schema.Path, path).encode()  # text of files is UTF-8
       # A leaf that is stacked, or should be, raises any of these.
       except (*manifest_lib.UNTRUSTED, ValueError) as error:
         raise ValueError(f'{path}: it cannot be stored: {error}') from error

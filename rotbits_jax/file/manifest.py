@@ -63,7 +63,7 @@ class Counts(schema.Row):
 class Leaf(schema.Object, kw_only=True):
   """A stored parameter."""
 
-  path: schema.Path
+  path: str  # a `schema.Path`, which `Manifest.check` checks in all leaves at once
   shape: entries.Shape
   dtype: entries.Dtype
   type_name: str = ''
@@ -159,7 +159,7 @@ class RecordEntry(schema.Object, kw_only=True):
   crc32: schema.Crc32
   leaves: tuple[Leaf, ...]
   coder: str = 'weights'
-  spec: Any
+  spec: msgspec.Raw  # parsed when the record is read
   input: Counts
   savings: tuple[passes.Saving, ...] = ()
   empty: tuple[schema.Path, ...] = ()
@@ -179,7 +179,7 @@ class RecordEntry(schema.Object, kw_only=True):
     """The description of the stream."""
     if self.coder not in coders.CODERS:
       raise ValueError(f'the coder {self.coder!r:.100} is not known')
-    return schema.load(coders.CODERS[self.coder].spec, self.spec)
+    return schema.decode(coders.CODERS[self.coder].spec, self.spec)
 
   @functools.cached_property
   def leaf_specs(self) -> list[tuple[Leaf, list[specs.ArraySpec]]]:
@@ -259,11 +259,11 @@ class Manifest(schema.Object, kw_only=True):
       records=tuple(record for x in manifests for record in x.records),
     )
     with container.naming(files[0].name):
-      manifest.check()
       is_tree = manifest.config is None and not manifest.headers
       for record in manifest.records if is_tree else ():
-        if {path.split('/')[0] for path in record.paths} != {record.name}:
+        if {path.partition('/')[0] for path in record.paths} != {record.name}:
           raise ValueError(f'{record.name}: a leaf of the record is not under its name')
+      manifest.check()
       of_files = [x for file in files for x in file.sizes.items()]
       in_headers = sorted(x for x in of_files if x[0] != container.MANIFEST)
       if in_headers != (in_manifest := sorted(manifest.streams())):
@@ -275,8 +275,16 @@ class Manifest(schema.Object, kw_only=True):
     """Checks that records, other files and the config belong together."""
     names = [name for name, _ in self.streams()]
     paths = [path for record in self.records for path in record.paths]
-    if len(set(names)) < len(names) or len(set(paths)) < len(paths):
+    parents, levels = (every := set(paths)), 1
+    if len(set(names)) < len(names) or len(every) < len(paths):
       raise ValueError('two streams or two leaves have the same name')
+    if '//' in '/'.join(['', *paths, '']):
+      raise ValueError('the path of a leaf has an empty key')
+    while parents := {x.rpartition('/')[0] for x in parents} - {''}:
+      levels += 1
+      if (both := parents & every) or levels > 64:
+        text = 'another leaf has a path that begins so, or a path has more than 64 keys'
+        raise ValueError(f'{min(both or parents):.100}: {text}')
     if self.stem is not None and not schema.is_relative_path(self.stem, levels=1):
       raise ValueError(f'{self.stem!r:.100} is not the name of a file')
     for others in (self.files, self.headers):
@@ -299,9 +307,8 @@ class Manifest(schema.Object, kw_only=True):
     """Checks that a record belongs to a model with the config, or to a tree."""
     name, config, leaves = record.name, self.config, record.leaves
     if config is None:
-      if any(x.product or x.leaf_class is subspaces.Basis for x in leaves):
+      if any(x.product or x.type_name == subspaces.Basis.type_name for x in leaves):
         raise ValueError('a product or a basis needs a config')
-      structured.unflatten((path, None) for path in record.paths)
       return
     if record.empty:
       raise ValueError('a model has no empty dicts')

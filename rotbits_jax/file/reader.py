@@ -71,9 +71,6 @@ class Reader:
     self.opened = [x.opened for x in self._files if x.opened is not None]
     self.opened += getattr(self._base and self._base.source, 'opened', ())
     self.records = {record.name: record for record in self.manifest.records}
-    leaves = [(x, leaf) for x, entry in self.records.items() for leaf in entry.leaves]
-    self._leaves = {leaf.path: leaf for _, leaf in leaves}
-    self._holders = {leaf.path: name for name, leaf in leaves}
     self.entry = functools.cache(self._checked_entry)
     self._tensor = functools.lru_cache(_MOST_BASES)(self.tensor)
     self._check_uses()
@@ -81,11 +78,22 @@ class Reader:
     if index is not None and index != shards.index_of(self._files, homes):
       raise ContainerError(f'{shards.INDEX} is not that of these shards')
 
+  @functools.cached_property
+  def _leaves(self) -> dict[str, manifest_lib.Leaf]:
+    """The leaves of all records by path."""
+    return {leaf.path: leaf for x in self.records.values() for leaf in x.leaves}
+
+  @functools.cached_property
+  def _holders(self) -> dict[str, str]:
+    """The records of the leaves."""
+    return {leaf.path: x.name for x in self.records.values() for leaf in x.leaves}
+
   def _check_uses(self) -> None:
     """Checks that small leaves do not need large arrays over and over."""
     needed: dict[str | None, int] = {}
     total = elements = 0
-    for leaf in self._leaves.values():
+    leaves = (leaf for record in self.records.values() for leaf in record.leaves)
+    for leaf in (x for x in leaves if x.needs or x.base or x.product):
       uses: list[tuple[str | None, int]]
       uses = [(x, self._leaves[x].size) for x in leaf.needs if x in self._leaves]
       for array in leaf.base_arrays:
