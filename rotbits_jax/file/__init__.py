@@ -7,6 +7,7 @@ container     stores streams in a safetensors file
 manifest      describes the content of a file, and checks the description
 shards        divides a model among several files, with an index
 coders        finds the coder of records by its name
+jobs          codes records in threads
 
 In: sources (models, opened checkpoints and PyTrees) -> encode (rewrites records, and
 codes them) -> output (a file, or a folder of shards, that appears at once).
