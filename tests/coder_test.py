@@ -159,9 +159,9 @@ RATES = {
     )
   },
   'heavy tails': (
-    [np.random.default_rng(0).standard_t(3, (200, 500)).astype(np.float32)],
-    1.004
-    * modelled(np.random.default_rng(0).standard_t(3, (200, 500)).astype(np.float32))
+    [np.random.default_rng(0).standard_t(2, (200, 500)).astype(np.float32)],
+    1.002
+    * modelled(np.random.default_rng(0).standard_t(2, (200, 500)).astype(np.float32))
     + 500,
   ),
   'noise': ([noise(50_000, np.float16), noise(50_000, np.int8)], 150_000),

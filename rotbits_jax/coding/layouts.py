@@ -62,7 +62,7 @@ RAW, MOST_RAW = 8, 24
 
 _BIAS = np.uint8(30)  # of bytes, of which 225 is rare in masks and codes
 
-_HALVES_BELOW = 23  # bins below the scale of floats
+_HALVES_BELOW = 128  # bins below the scale of floats, of which plans choose 32
 
 _OCTAVES = 4  # below a known float, beyond which floats rarely occur
 

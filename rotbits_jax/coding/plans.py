@@ -28,7 +28,8 @@ _SIZES = 1 << 13  # units that tell raw bits
 _LEAST_SAMPLE = 1 << 12  # units of a part
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
-_MOST_VALUES = 8  # of `Part.least` in a group, which its classes tell
+_EXPONENTS = 8  # minimum exponents of a group, which its classes tell
+_SEEN = 256  # bins among which a group chooses those that have symbols
 _ARRAYS_OF_BYTES = (units_lib.CLASSES - statistics.DENSITIES) // 8  # with own tables
 _FARTHEST = 5e-4  # share of differences that are too large for the raw bits
 _ROOM = 1  # raw bits that they may lack, because bins have room
@@ -48,7 +49,7 @@ class Part(NamedTuple):
   numbers: np.ndarray  # contiguous
   layout: Any = None  # one of `layouts`; None if it is stored as it is
   lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
-  least: int = 0  # minimum exponent of floats that share a step; least bin of codes
+  least: int = 0  # the minimum exponent of floats that share a step
   known: np.ndarray | None = None  # unsigned integers `[n]`, known numbers
   scales: Any = None  # `contexts.Scales`
   nbytes: float = 0  # that it takes, about
@@ -88,12 +89,11 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
     _divided, range(len(whole)), whole, map(known.get, range(len(whole)))
   )
   parts = [*itertools.chain(*divided)]
-  # A group can tell values that are not far apart.
   least = min((x.least for x in parts if x.least), default=0)
   several: dict[Any, dict[int, Part]] = {}
   for place, part in enumerate(parts):
     if part.layout:
-      key = part.layout, (part.least - least) // _MOST_VALUES
+      key = part.layout, (part.least - least) // _EXPONENTS
       several.setdefault(key, {})[place] = part
   ordered = sorted(several.items(), key=lambda x: x[0][0].type_name == 'known')
   groups = pool.each(_group, [parts for _, parts in ordered])
@@ -130,9 +130,9 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
     return [Part(array, of_bytes, (np.full(1, first), np.arange(array.shape[1])))]
   if dtype == np.int8:
     lines = statistics.measure(array, 2)
-    of_codes, least = statistics.of_codes(array.reshape(-1), lines)
+    of_codes = statistics.of_codes(array.reshape(-1), lines)
     if of_codes:
-      return [Part(array, of_codes, lines, least)]
+      return [Part(array, of_codes, lines)]
   layout, lines = layouts.Differences(dtype, 0), statistics.measure(array, 1)
   return [_with_raw_bits(Part(array, layout, lines))]
 
@@ -157,18 +157,29 @@ def _group(parts: Mapping[int, Part]) -> Group:
   most = max(_UNITS // len(several), _LEAST_SAMPLE)
   most = _BYTES if isinstance(layout, layouts.Bytes) else most
   samples = [_sample(*x, most) for x in zip(several, scales, strict=True)]
-  counted = [_counts(x, layout, base) for x in samples]
+  counted = [layout.counted(x, base) for x in samples]
+  first = 0
+  if layout.type_name in ('floats', 'codes'):  # the bins that occur most have symbols
+    symbols = np.concatenate([x for _, x, _ in counted], axis=None)
+    ends = np.cumsum(np.bincount(symbols.clip(max=_SEEN) + 1, minlength=_SEEN + 2))
+    covered = ends[units_lib.BINS : -1] - ends[: -1 - units_lib.BINS]
+    first = int(np.median(np.flatnonzero(covered == covered.max())))
+  width = layout.alphabet + 1
+  counts = np.zeros((len(several), layout.most_tables, width))
+  for of_part, (table_of, symbols, _) in zip(counts, counted, strict=True):
+    symbols = (symbols - np.uint32(first)).clip(max=layout.alphabet)
+    places = (table_of * width + symbols).reshape(-1)
+    of_part[...] = np.bincount(places, minlength=of_part.size).reshape(of_part.shape)
   sizes = np.array([x.numbers.size for x in several])
-  counts = np.stack([x for x, _ in counted])
-  counts = counts * (sizes / counts.sum(axis=(1, 2)))[:, None, None]
+  counts *= (sizes / counts.sum(axis=(1, 2)))[:, None, None]
   rows, table_of = _merged(counts.sum(axis=0), layout.most_stored)
   frequencies = _frequencies(rows, layout)
-  contexts = contexts_lib.Contexts(base, table_of, frequencies)
+  contexts = contexts_lib.Contexts(base + first, table_of, frequencies)
   escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
   bits = np.where(frequencies > 0, bits, escape)
   bits = np.pad(bits, ((0, 0), (0, 1)), constant_values=escape)[table_of]
-  total = (counts * bits).sum(axis=(1, 2)) + sizes * [x for _, x in counted]
+  total = (counts * bits).sum(axis=(1, 2)) + sizes * [np.mean(x) for *_, x in counted]
   nbytes = (total / 8 + 2).tolist()
   planned = zip(parts.items(), scales, nbytes, strict=True)
   coded = {
@@ -185,16 +196,24 @@ def _group(parts: Mapping[int, Part]) -> Group:
 def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarray]:
   """Returns scales whose classes fit a byte, and the base of the contexts."""
   layout = parts[0].layout
-  most = max(int(x.lines[0].max() + x.lines[1].max()) for x in parts)
   is_small = layout.type_name in ('raised', 'codes')
   count = layout.most_tables if is_small else units_lib.CLASSES
+  most = max(int(sum(line.max() for line in x.lines)) for x in parts)
   octave = (most - count) // statistics.STEPS + 1
   least, scales = min(x.least for x in parts), []
   for part in parts:
+    below = [line.max() - line for line in part.lines]
     start = part.least - _BELOW if layout.raised else octave
-    several = statistics.within(part.lines, start, count)
-    above = count * (part.least - least)
-    scales.append(several._replace(base=(several.base + above) % units_lib.CLASSES))
+    top = int(sum(line.max() for line in part.lines)) - statistics.STEPS * start
+    top = min(max(top, 0), count - 1)
+    # Each has half of the room.
+    below = [
+      np.minimum(*x) for x in zip(below, (top // 2, top - top // 2), strict=True)
+    ]
+    base = top - int(sum(x.max() for x in below)) + count * (part.least - least)
+    lines = [(x.max() - x).astype(np.uint8) for x in below]
+    lines = [x if x.any() else x[:1] for x in lines]
+    scales.append(contexts_lib.Scales(base % units_lib.CLASSES, *lines))
   return scales, np.array([layout.base(octave, least)])
 
 
@@ -212,20 +231,6 @@ def _sample(part: Part, scales: contexts_lib.Scales, most: int) -> units_lib.Row
   classes, units, *known = map(np.concatenate, zip(*rows, strict=True))
   near = known[0] if known else np.zeros_like(units)
   return units_lib.Row(classes.astype(np.int32), near, units, [])
-
-
-def _counts(
-  sample: units_lib.Row, layout: layouts.Layout, base: np.ndarray
-) -> tuple[np.ndarray, float]:
-  """Counts the symbols of each table, and behind them the escapes.
-
-  Also returns the mean number of raw bits of a number.
-  """
-  width = layout.alphabet + 1
-  table_of, symbols, raw_bits = layout.counted(sample, base)
-  places = table_of * width + symbols.astype(np.uint32).clip(max=width - 1)
-  counts = np.bincount(places.reshape(-1), minlength=layout.most_tables * width)
-  return counts.reshape(-1, width), float(np.mean(raw_bits))
 
 
 def _merged(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

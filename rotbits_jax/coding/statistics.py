@@ -64,26 +64,20 @@ def runs(size: int, most: int, count: int = 16) -> list[slice]:
 
 def has_zeros(bits: np.ndarray) -> bool:
   """Returns whether floats `[n]`, given the patterns, have zeros that a mask is for."""
-  magnitude = bits.dtype.type((1 << 8 * bits.itemsize - 1) - 1)
-  sample = np.concatenate([bits[run] for run in runs(bits.size, _FLOATS)])
-  share = 1 - np.count_nonzero(sample & magnitude) / sample.size
+  share = 1 - np.count_nonzero(_some(bits) << 1) / min(bits.size, _FLOATS)
   return bool(bits.size >= _LEAST_MASK and share > _LEAST_ZEROS)
 
 
-def of_codes(numbers: np.ndarray, lines: Lines) -> tuple[layouts.Pairs | None, int]:
-  """Chooses the layout of codes, int8 `[n]`, by their range; None for others.
-
-  Also returns the least bin, with those that occur in the middle.
-  """
-  several = np.concatenate([numbers[run] for run in runs(numbers.size, _FLOATS)])
+def of_codes(numbers: np.ndarray, lines: Lines) -> layouts.Pairs | None:
+  """Chooses the layout of codes, int8 `[n]`, by their range; None for others."""
+  several = _some(numbers)
   least, most = np.quantile(several, _TAILS).astype(int).tolist()
   raw_bits = ((most - least) // units_lib.BINS).bit_length()
-  counts = np.bincount((several >> raw_bits).view(np.uint8).astype(int))
-  is_even = np.max(counts) < _MOST_SHARE * several.size
+  counts = np.unique(several >> raw_bits, return_counts=True)[1]
+  is_even = counts.max() < _MOST_SHARE * several.size
   # Bins that are right for some lines are too wide for others.
   fits = not raw_bits or np.std(lines[0]) + np.std(lines[1]) <= _MOST_SPREAD
-  layout = layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even and fits else None
-  return layout, (least + most + 256 >> raw_bits + 1) - units_lib.BINS // 2
+  return layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even and fits else None
 
 
 def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
@@ -94,37 +88,37 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   """
   form = layouts.FORMATS[dtype]
   most, unsigned = form.nmant, bits.dtype.type
-  mask = unsigned((1 << form.bits - 1) - 1)
-  sample = np.concatenate([bits[run] for run in runs(bits.size, _FLOATS)]) & mask
+  mask, leading = unsigned((1 << form.bits - 1) - 1), unsigned(1 << most)
+  sample = _some(bits) & mask
   exponents = np.maximum(sample[sample > 0] >> most, 1)
   # For a normal distribution the mean of log2 |x| is 0.92 less than log2 of the
   # standard deviation, and the exponent is on average 0.5 less than log2.
   scale = int(np.mean(exponents if exponents.size else 1) + 1.42)
   useless = max(scale - _MOST_BELOW, 1)
-  # With a higher one too few symbols would be left for the elements below it. NaN must
-  # stay above it.
-  least = min(scale + _MOST_ABOVE, (1 << form.nexp) - 2)
   used, lowest = 1 << most, 1 << 30
   for start in range(0, bits.size, _FLOATS):
     magnitude = bits[start : start + _FLOATS] & mask
     magnitude = magnitude[magnitude > 0]
-    exponent = magnitude >> most
-    significand = magnitude & unsigned((1 << most) - 1)
-    significand |= (exponent > 0).astype(bits.dtype) << most
-    # A float32 holds a power of two exactly, and its bits tell the exponent.
-    lowest_bit = (significand & -significand).astype(np.float32).view(np.int32) >> 23
-    exponent = np.maximum(exponent, 1).astype(np.int32)
-    lowest = int((exponent + lowest_bit - 127).min(initial=lowest))
+    exponent = np.maximum(magnitude >> most, 1).astype(np.int32)
+    significand = magnitude & leading - 1 | (magnitude >= leading) * leading
+    zeros = np.bitwise_count(~significand & significand - 1)
+    lowest = int((exponent + zeros).min(initial=lowest))
     used |= int(np.bitwise_or.reduce(magnitude))  # type: ignore[call-overload]
     if used & 1 and lowest <= useless:
       break
   zeros = min((used & -used).bit_length(), most) - 1
   # All elements are multiples of the step of the minimum exponent `lowest`. Those above
-  # the minimum exponent end in so many zeros, so those below must.
-  least = min(least, lowest - zeros)
+  # the minimum exponent end in so many zeros, so those below must. With a higher one
+  # too few symbols would be left for the elements below it. NaN must stay above it.
+  least = min(lowest - zeros, scale + _MOST_ABOVE, (1 << form.nexp) - 2)
   if least > useless and bits.size >= _LEAST_RAISED:
     return layouts.Pairs(dtype, max(most - zeros - 1, 1), 'raised'), least
   return layouts.Pairs(dtype, most - zeros), 0
+
+
+def _some(flat: np.ndarray) -> np.ndarray:
+  """Returns a sample of elements `[n]`."""
+  return np.concatenate([flat[run] for run in runs(flat.size, _FLOATS)])
 
 
 def measure(array: np.ndarray, shared: int) -> Lines:
@@ -145,18 +139,6 @@ def measure(array: np.ndarray, shared: int) -> Lines:
   columns = _quantized(levels, noise, array.size, shared * min(count, _ROWS))
   one = 0 if array.dtype in layouts.FORMATS else STEPS * _ONE
   return rows.astype(int) - one, columns.astype(int)
-
-
-def within(lines: Lines, octave: int, count: int) -> contexts.Scales:
-  """Returns scales in so many classes, the first of which is that of an octave."""
-  rows, columns = lines
-  top = min(max(int(rows.max() + columns.max()) - STEPS * octave, 0), count - 1)
-  # Each has half of the room.
-  rows = np.minimum(rows.max() - rows, top // 2)
-  columns = np.minimum(columns.max() - columns, top - top // 2)
-  base = top - int(rows.max() + columns.max())
-  both = [(x.max() - x).astype(np.uint8) for x in (rows, columns)]
-  return contexts.Scales(base, *(x if x.any() else x[:1] for x in both))
 
 
 def densities(mask: np.ndarray) -> Lines:
