@@ -27,7 +27,7 @@ def read_block(take, told, frequencies, r, dtype):
   """The symbols of units, their raw bits, and the elements of those listed whole."""
   count, escape = told.shape[1], frequencies.shape[1] - 1
   lanes, width = 4 if count <= 1 << 16 else 32, escape.bit_length()
-  told = np.pad(told, ((0, 0), (0, -count % lanes)), 'edge')
+  told = np.pad(told, [(0, 0), (0, -count % lanes)], 'edge')
   told = told.reshape(len(told), -1, lanes)
   x, tops = np.int64(take(lanes, '<u4')), np.int64(take(lanes, '<u2')).cumsum()
   words = np.append(take(tops[-1], '<u2'), 0)  # a lane without words looks at the next
@@ -54,8 +54,7 @@ def read_block(take, told, frequencies, r, dtype):
   size = width * np.count_nonzero(symbols == escape)
   listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
   symbols[symbols == escape] = listed @ (1 << np.arange(width)[::-1])
-  whole = take(2 * np.count_nonzero(symbols == 1023), dtype)
-  return symbols, raw, whole.reshape(-1, 2)
+  return symbols, raw, take(2 * np.count_nonzero(symbols == 1023), dtype)
 
 
 def joined(symbols, raw, shifts, told, group, dtype):
@@ -76,10 +75,9 @@ def joined(symbols, raw, shifts, told, group, dtype):
     place = np.where(place < least, place - gap, place)
     place ^= (place & sign > 0) * (sign - 1) ^ told & sign
     return np.where(shifts.T, place, told + difference)
-  m, is_raised = finfo(dtype).nmant, kind == 'raised'
-  low = m - 1 - is_raised
-  bits = bins + told * (not is_raised) << low | raw % (1 << r - 1) << low + 1 - r
-  if is_raised:  # small elements share a step
+  m, t = finfo(dtype).nmant, 2 if kind == 'raised' else 1
+  bits = bins + told * (t == 1) << m - t | raw % (1 << r - 1) << m - t + 1 - r
+  if t == 2:  # small elements share a step
     small = np.ldexp(bits % (1 << m) * 1.0, told - 1 + finfo(dtype).minexp - m)
     small = small.astype(dtype).view(f'u{dtype.itemsize}')
     bits = np.where(bits >> m, bits + (told - 1 << m), small)
@@ -199,8 +197,7 @@ def predicted(leaf, a, tensors, base, config):
     e, f = (np.frexp(abs(x).max(0) * 128 / 127)[1].clip(-35) for x in several)
     h, t = (np.rint(np.ldexp(x, 15 - y)) for x, y in zip(several, (e, f), strict=True))
     low = lambda x: (x + 128) % 256 - 128
-    sums = (h.T @ t - low(h).T @ low(t)) / 256
-    sums = np.float32(sums.astype(np.int64).astype(np.int32))
+    sums = np.int64((h.T @ t - low(h).T @ low(t)) / 256).astype('i4').astype('f4')
     known = np.ldexp(sums, e[:, None] + f - 22 - s.get('scale', 0))
   elif 'product' in leaf:
     known = product(leaf['product'], dtype, tensors, base, config['hidden_size'])
@@ -288,6 +285,7 @@ def read_leaf(leaf, arrays, tensors, base, config):
 
 
 def main(path, output, base=None):
+  """Writes the parameters of a file by their paths."""
   base = safetensors_numpy.load_file(base) if base else {}
   streams = safetensors_numpy.load_file(path)  # one per record, and the manifest
   manifest = json.loads(zlib.decompress(streams['manifest']))
