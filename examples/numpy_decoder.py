@@ -88,23 +88,22 @@ def read_group(group, data, parts, known):
   """Reads the parts of a group; `known` returns the known bits of one."""
   (kind, r, nbytes, sizes), dtype = group, parts[0].dtype
   take = stream(zlib.decompress(data(nbytes), -15))
-  is_different = kind in ('integers', 'known')
-  several = {'floats': (14, 4, 2), 'codes': (13, 16, 1), 'raised': (12, 32, 1)}
-  p, levels, step = several.get(kind, (12, 256, 1))
+  several = {'floats': (14, 4, 2, 2), 'codes': (13, 16, 1, 2), 'raised': (12, 32, 1, 2)}
+  p, levels, step, shared = several.get(kind, (12, 256, 1, 1))
   unit, size = (1, 255) if kind == 'bytes' else (2, 32)
   pad = lambda x: np.pad(x.ravel(), (0, x.size % unit), 'edge')
   units = lambda several: np.int64(np.hstack([*map(pad, several)])).reshape(-1, unit).T
   base, heads, classes = take(1, '<i2'), take(2 * len(parts)).reshape(-1, 2), []
   for (mode, least), part in zip(heads, parts, strict=True):
     *rows, columns = part.shape if part.ndim != 1 else (math.ceil(part.size / 128), 128)
-    shared = 1 if columns % unit or is_different else unit
+    width = 1 if columns % shared else shared  # columns of a scale
     k = np.full((math.prod(rows), columns), least)  # of 8 bits: sums are modulo 256
     k += take(len(k))[:, None] if mode & 1 else 0
-    k += take(columns // shared).repeat(shared) if mode & 2 else 0
+    k += take(columns // width).repeat(width) if mode & 2 else 0
     classes.append(k.ravel()[: part.size])
   k, stored = units(classes), np.cumsum(take(levels), dtype=np.int64) - 1
   frequencies = np.int64([1, 256] @ take(-1).reshape(2, -1)).reshape(-1, size)
-  if is_different:
+  if kind in ('integers', 'known'):
     several = map(known if kind == 'known' else np.zeros_like, parts)
     told, exponents = units(x.view(f'u{x.itemsize}') for x in several), 0
     if dtype.kind != 'i':
