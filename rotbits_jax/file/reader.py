@@ -322,8 +322,7 @@ class Reader:
     self, outer: Sequence[str], layers: range, integers: bool, show_progress: bool
   ) -> dict[str, Any]:
     """Returns leaves by path; layers are decoded straight into their stacks."""
-    names = sorted(outer, key=lambda name: self.entry(name).needs_others)
-    nbytes = sum(self.entry(name).memory_bytes for name in names)
+    nbytes = sum(self.entry(name).memory_bytes for name in outer)
     of_layers = {i: self.entry(models.names.layer(i)) for i in layers}
     runs = models.stack_ranges(layers, lambda i: of_layers[i].stack_key(integers))
     # Where ranks differ, a stack has room for the greatest one in each layer.
@@ -338,7 +337,10 @@ class Reader:
           flat[f'{models.names.stack(run)}/{path}'] = stack[0]
           for place, name in enumerate(map(models.names.layer, run)):
             rows[f'{name}/{path}'] = [x[place, ...] for x in stack]
-      names += map(models.names.layer, layers)
+      # The small ones first: threads compile programs that only these have meanwhile,
+      # and share the blocks of the large ones. See also `names`.
+      order = lambda name: (self.entry(name).needs_others, self.entry(name).nbytes)
+      names = sorted([*outer, *map(models.names.layer, layers)], key=order)
       for _, decoded in self.each(
         names, rows=rows, integers=integers, show_progress=show_progress
       ):
