@@ -120,6 +120,7 @@ def _dealt(
         state, word, moved = rans.push_step(state, *interval, precision)
         return state, (word, moved)
 
+      # The first symbol comes last, on top of the message.
       return jax.lax.scan(step, state, intervals, reverse=True)
 
     context = deal(contexts, message.lanes, void)

@@ -66,16 +66,14 @@ def encode(
     jobs.append([functools.partial(encode, spans) for spans in divided])
   coded = iter(pool.run(itertools.chain(*jobs)))
   checksums = pool.each(checksums_lib.of_array, plan.arrays)
-  bodies = [[next(coded) for _ in several] for several in jobs]
-  groups = tuple(
-    specs.GroupSpec(
-      type_name=group.layout.type_name,
-      raw_bits=group.layout.raw_bits,
-      contexts=len(group.head),
-      blocks=tuple(x.size for x in body),
-    )
-    for group, body in zip(plan.groups, bodies, strict=True)
-  )
+  pieces = [np.empty(0, np.uint8)]  # of a record without arrays
+  pieces += [x.reshape(-1).view(np.uint8) for x in plan.plain]
+  groups = []
+  for group, several in zip(plan.groups, jobs, strict=True):
+    body, layout = [next(coded) for _ in several], group.layout
+    sizes = len(group.head), tuple(x.size for x in body)
+    groups.append(specs.GroupSpec(layout.type_name, layout.raw_bits, *sizes))
+    pieces += [np.frombuffer(group.head, np.uint8), *body]
   group_of = {place: i for i, group in enumerate(plan.groups) for place in group.parts}
   indices = map(group_of.get, itertools.count())
   entries = tuple(
@@ -88,11 +86,7 @@ def encode(
     )
     for array, crc32, parts in zip(plan.arrays, checksums, plan.parts, strict=True)
   )
-  pieces = [np.empty(0, np.uint8)]  # of a record without arrays
-  pieces += [x.reshape(-1).view(np.uint8) for x in plan.plain]
-  for group, body in zip(plan.groups, bodies, strict=True):
-    pieces += [np.frombuffer(group.head, np.uint8), *body]
-  return Encoded(specs.StreamSpec(arrays=entries, groups=groups), pieces)
+  return Encoded(specs.StreamSpec(arrays=entries, groups=tuple(groups)), pieces)
 
 
 def estimate(
