@@ -31,8 +31,7 @@ _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
 _EXPONENTS = 8  # minimum exponents of a group, which its classes tell
 _SEEN = 256  # bins among which a group chooses those that have symbols
 _ARRAYS_OF_BYTES = (units_lib.CLASSES - statistics.DENSITIES) // 8  # with own tables
-_FARTHEST = 5e-4  # share of differences that are too large for the raw bits
-_ROOM = 1  # raw bits that they may lack, because bins have room
+_FAR, _FARTHEST = 1e-3, 5e-4  # shares of differences without a symbol, and too large
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
 
 
@@ -141,9 +140,13 @@ def _with_raw_bits(part: Part) -> Part:
   """Returns differences with raw bits for all but a few of them."""
   (scales,), base = _classes([part])
   sample, layout = _sample(part, scales, _SIZES), part.layout
+  bins = layout.counted(sample, base)[1]
+  # Raw bits take time.
+  if np.count_nonzero(bins >= units_lib.BINS) <= _FAR * np.count_nonzero(bins):
+    return part
   most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
-  shift = np.quantile(most.counted(sample, base)[2], 1 - _FARTHEST)
-  raw_bits = layouts.RAW * int(np.ceil(max(shift - _ROOM, 0) / layouts.RAW))
+  shift = np.quantile(most.counted(sample, base)[2], 1 - _FARTHEST).clip(1)
+  raw_bits = layouts.RAW * int(np.ceil(shift / layouts.RAW))
   return part._replace(layout=dataclasses.replace(layout, raw_bits=raw_bits))
 
 
