@@ -255,7 +255,10 @@ def run(*args: object) -> Cost:
 def run_peer(python: str, *args: object) -> Any:
   """Runs `benchmarks/peers.py` in the Python of the peers; returns what it prints."""
   command = [python, str(ROOT / 'benchmarks' / 'peers.py'), *map(str, args)]
-  printed = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+  # Packages have bytecode as pip makes it; here the first process may have to write it.
+  settings = {**os.environ, 'PYTHONDONTWRITEBYTECODE': ''}
+  output = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=settings)
+  printed = output.stdout
   return json.loads(printed) if printed else None
 
 
