@@ -242,23 +242,20 @@ def _merged(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
   Returns the sums, and that of each row.
   """
   is_first = np.append(True, rows[1:].any(axis=1))  # others have no symbols
-  rows, table_of, some = rows[is_first], np.cumsum(is_first) - 1, rows.any(axis=0)
+  rows, table_of = rows[is_first], np.cumsum(is_first) - 1
   # A symbol of a table takes 16 bits, about.
   cost = lambda x: tables.entropy_bits(x) + 16 * np.count_nonzero(x, axis=-1)
-  bits = cost(rows[:, some])
   while True:
-    used = rows[:, some]
-    joined = cost(used[:-1] + used[1:])
-    saved = bits[:-1] + bits[1:] - joined
+    bits = cost(rows)
+    saved = bits[:-1] + bits[1:] - cost(rows[:-1] + rows[1:])
     around = np.pad(saved, 1, constant_values=-np.inf)
     is_worth = (saved >= 0) | (len(rows) > most)
     is_joined = is_worth & (saved >= around[:-2]) & (saved > around[2:])
     if not is_joined.any():
       return rows, table_of
-    table_of = np.cumsum(np.append(True, ~is_joined))[table_of] - 1
-    starts = np.flatnonzero(np.append(True, ~is_joined))
-    bits[:-1] = np.where(is_joined, joined, bits[:-1])
-    bits, rows = bits[starts], np.add.reduceat(rows, starts)
+    is_first = np.append(True, ~is_joined)
+    table_of = (np.cumsum(is_first) - 1)[table_of]
+    rows = np.add.reduceat(rows, np.flatnonzero(is_first))
 
 
 def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
