@@ -30,7 +30,6 @@ LEAST = 2.0**-125  # scale, so that half of it is normal
 _PRODUCTS = 1 << 20  # elements of a call of XLA, which takes time of its own
 _WIDTH = 32  # elements of a row of such a call, which has one or two scales
 _LEAST_OF_XLA = 2.0**-80  # scale, so that products and sums are normal
-_NO_BITS = np.uint32(0)
 
 _Base = Annotated[int, schema.between(0, (1 << 32) - 1)]
 _Shift = Annotated[int, schema.between(0, 23)]
@@ -83,7 +82,9 @@ class BlockQuantized(base.Structured):
     floats = [self.float_scales] + ([] if self.minima is None else [self.float_minima])
     columns, size = self.shape[-1], self.numbers.size
     # XLA takes subnormal numbers for 0, and time to compile.
-    least = min(np.abs(x).min(where=x != 0, initial=1) for x in floats)
+    least = floats[0].min()
+    for x in floats[1:]:
+      least = np.abs(x).min(where=x != 0, initial=least)
     is_even = self.block[1] % (_WIDTH // 2) == columns % _WIDTH == 0
     on_xla = is_even and size >= _PRODUCTS and least >= _LEAST_OF_XLA
     on_xla = on_xla and self.dtype != np.float16
@@ -101,7 +102,7 @@ class BlockQuantized(base.Structured):
     def write(start: int) -> list[tuple[int, int]]:
       first, checksums = max(min(start, size // width - step), 0), []
       parts = [x[first : first + step] for x in several]
-      products = program(_NO_BITS, *parts, grid=self.grid, dtype=self.dtype)
+      products = program(*parts, grid=self.grid, dtype=self.dtype)
       products = np.asarray(products).reshape(-1)
       for place in range(start * width, min((start + step) * width, size), CHUNK):
         some = slice(place, min(place + CHUNK, first * width + products.size))
@@ -112,8 +113,9 @@ class BlockQuantized(base.Structured):
         checksums.append((checksums_lib.of_array(flat[some]), flat[some].nbytes))
       return checksums
 
-    pieces = pool.each(write, range(0, size // width, step))
-    return checksums_lib.joined(itertools.chain(*pieces))
+    starts = range(0, size // width, step)
+    pieces = pool.each(write, starts) if on_xla else map(write, starts)
+    return checksums_lib.joined(itertools.chain.from_iterable(pieces))
 
   @functools.cached_property
   def float_scales(self) -> np.ndarray:
@@ -156,39 +158,41 @@ class BlockQuantized(base.Structured):
 
 
 def _products(
-  no_bits: Any,
   numbers: Any,
   scales: Any,
   minima: Any = None,
   *,
   grid: grids.Name,
   dtype: np.dtype,
-  xp: Any = np,
+  no_bits: Any = None,
 ) -> Any:
   """Returns numbers `[n, w]` times scales plus minima, of runs of equal length in w.
 
-  `no_bits` is 0, and `xp` is JAX or NumPy.
+  XLA gets `no_bits`, which is 0.
   """
-  of_elements = lambda x: xp.repeat(x, numbers.shape[1] // x.shape[1], axis=1)
-  floats, unit = grids.floats(grid, numbers), grids.GRIDS[grid].unit
+  xp, unit = np if no_bits is None else jnp, grids.GRIDS[grid].unit
+  width = numbers.shape[1]
+  whole = lambda x: x if x.shape[1] == 1 else xp.repeat(x, width // x.shape[1], axis=1)
+  products = grids.floats(grid, numbers)
   if unit:
-    negative_zero = floats == grids.NEGATIVE_ZERO
-    floats = xp.where(negative_zero, np.float32(-0.0), floats) * np.float32(unit)
-  products = floats * of_elements(scales)
+    is_zero = products == grids.NEGATIVE_ZERO
+    if xp is jnp or is_zero.any():
+      products *= ~is_zero  # a negative number times 0 is -0
+    scales = scales * np.float32(unit)
+  products *= whole(scales)
   if minima is not None:
-    # So that XLA does not make one operation of two, which would round once.
-    rounded = (products.view(np.uint32) ^ no_bits).view(np.float32)
-    products = rounded + of_elements(minima)
-  if dtype != ml_dtypes.bfloat16:
-    return products.astype(dtype)
-  bits = products.view(np.uint32)  # integers take less time, and none is NaN
+    if no_bits is not None:  # XLA would make one operation of two and round once
+      products = (products.view(np.uint32) ^ no_bits).view(np.float32)
+    products += whole(minima)
+  if no_bits is None or dtype != ml_dtypes.bfloat16:
+    return products
+  bits = products.view(np.uint32)  # XLA rounds slowly, also NaN, and none is NaN
   return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16).view(dtype)
 
 
-_on_xla = jax.jit(
-  functools.partial(_products, xp=jnp),
-  static_argnames=('grid', 'dtype'),
-  compiler_options=blocks.WIDE,
+_on_xla = functools.partial(
+  jax.jit(_products, static_argnames=('grid', 'dtype'), compiler_options=blocks.WIDE),
+  no_bits=np.uint32(0),
 )
 
 
