@@ -96,7 +96,7 @@ class BlockQuantized(base.Structured):
     for x in floats:
       runs = of_elements(x, slice(0, matrix[0]), block, matrix)
       several.append(np.broadcast_to(runs, matrix).reshape(-1, width // run))
-    flat, places = out.reshape(-1), [] if self.gaps is None else self._places()
+    flat, places = out.reshape(-1), None if self.gaps is None else self._places()
 
     @np.errstate(over='ignore')
     def write(start: int) -> list[tuple[int, int]]:
@@ -107,7 +107,7 @@ class BlockQuantized(base.Structured):
       for place in range(start * width, min((start + step) * width, size), CHUNK):
         some = slice(place, min(place + CHUNK, first * width + products.size))
         flat[some] = products[place - first * width :][:CHUNK]
-        if self.gaps is not None:
+        if places is not None:
           few = slice(*np.searchsorted(places, [some.start, some.stop]))
           flat[places[few]] = self.exceptions[few]
         checksums.append((checksums_lib.of_array(flat[some]), flat[some].nbytes))
