@@ -240,7 +240,7 @@ class Differences(units_lib.Base):
   def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
     """Returns levels, bins and shifts of units; see `Pairs.counted`."""
     known = row.known.astype(np.uint32)
-    classes = row.classes >> np.int32([0, 8]) & 255
+    classes = row.classes >> np.array([0, 8], np.int32) & 255
     level, shift = self.told(classes, known, np.int32(base[0]), np)
     off = self.differences(row.units.astype(np.uint32), known, shift, np)
     return level, folded(off >> shift.astype(np.int32)), shift

@@ -166,7 +166,8 @@ def _group(parts: Mapping[int, Part]) -> Group:
     symbols = np.concatenate([x for _, x, _ in counted], axis=None)
     ends = np.cumsum(np.bincount(symbols.clip(max=_SEEN) + 1, minlength=_SEEN + 2))
     covered = ends[units_lib.BINS : -1] - ends[: -1 - units_lib.BINS]
-    first = int(np.median(np.flatnonzero(covered == covered.max())))
+    best = np.flatnonzero(covered == np.max(covered))
+    first = int(best[best.size // 2])
   width = layout.alphabet + 1
   counts = np.zeros((len(several), layout.most_tables, width))
   for of_part, (table_of, symbols, _) in zip(counts, counted, strict=True):

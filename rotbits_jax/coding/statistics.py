@@ -74,7 +74,7 @@ def of_codes(numbers: np.ndarray, lines: Lines) -> layouts.Pairs | None:
   least, most = np.quantile(several, _TAILS).astype(int).tolist()
   raw_bits = ((most - least) // units_lib.BINS).bit_length()
   counts = np.unique(several >> raw_bits, return_counts=True)[1]
-  is_even = counts.max() < _MOST_SHARE * several.size
+  is_even = np.max(counts) < _MOST_SHARE * several.size
   # Bins that are right for some lines are too wide for others.
   fits = not raw_bits or np.std(lines[0]) + np.std(lines[1]) <= _MOST_SPREAD
   return layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even and fits else None
