@@ -28,6 +28,7 @@ from rotbits_jax.checkpoints.reader import open_plain as open_plain
 from rotbits_jax.checkpoints.tensors import Checkpoint as Checkpoint
 from rotbits_jax.checkpoints.tensors import LazyTensor as LazyTensor
 from rotbits_jax.checkpoints.tensors import TensorSpec as TensorSpec
+from rotbits_jax.checkpoints.tensors import is_relative_path as is_relative_path
 from rotbits_jax.checkpoints.tensors import to_tensors as to_tensors
 from rotbits_jax.checkpoints.writer import CheckpointWriter as CheckpointWriter
 from rotbits_jax.checkpoints.writer import FolderWriter as FolderWriter

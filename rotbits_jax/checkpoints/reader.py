@@ -34,7 +34,6 @@ from rotbits_jax.coding import pool
 from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
-from rotbits_jax.system import schema
 
 _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
 _SHORTCUT = f'.attn_shortcut{families.SHORTCUT_SUFFIX}'  # in every sliced layer
@@ -381,7 +380,7 @@ def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
   weights, headers = [], {}
   tensors: dict[str, tensors_lib.LazyTensor] = {}
   for shard, names in shards.items():
-    if not schema.is_relative_path(shard, levels=1):  # nor could it be decoded
+    if not tensors_lib.is_relative_path(shard, levels=1):  # nor could it be decoded
       text = f'{shard!r:.100} is not the name of a file of weights'
       raise errors.CheckpointError(f'{listed}: {text}')
     with errors.named(listed.parent / shard):
@@ -462,7 +461,7 @@ def _read_sidecars(
         or not _is_inside(file, root)
         or file.stat().st_size > room
         or len(files) == _MOST_FILES
-        or not schema.is_relative_path(name)
+        or not tensors_lib.is_relative_path(name)
         or (content := tensors_lib.content(file, room)).startswith(_ENCODED, 8)
       ):
         left_out.append(name)

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -41,6 +42,20 @@ DTYPES: tuple[tuple[np.dtype, str, str | None], ...] = (
 _MOST_NAME = 500  # characters
 _MOST_AXES = 32  # NumPy supports no more on all versions
 _PIECE = 1 << 23  # bytes that are made contiguous at a time
+
+# Names that other programs obey (`.git`, `.envrc`), take as options, or run.
+_is_harmful = re.compile(r'[.~-].*|__pycache__', re.DOTALL | re.IGNORECASE).fullmatch
+
+
+def is_relative_path(path: str, levels: int = 8) -> bool:
+  """Returns whether a printable path leads to a file in a folder or its sub-folders.
+
+  No part is hidden, except '.gitattributes' alone, nor begins with a dash or '~'.
+  """
+  names = path.split('/')
+  is_name = lambda x: 0 < len(x.encode()) <= 255 and not _is_harmful(x)
+  fits = len(names) <= levels and (all(map(is_name, names)) or path == '.gitattributes')
+  return fits and path.isprintable() and '\\' not in path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,6 @@ from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints import transformers
 from rotbits_jax.checkpoints.families import CONFIG
 from rotbits_jax.system import outputs
-from rotbits_jax.system import schema
 
 Format = Literal['safetensors', 'slicegpt', 'transformers']
 
@@ -57,7 +56,7 @@ class FolderWriter:
     self.specs: dict[str, tensors_lib.TensorSpec] = {}  # of the tensors by name
     self._places: dict[str, tuple[str, int]] = {}  # name of the file, and offset in it
     for name in (*weights, *files):
-      if not schema.is_relative_path(name):
+      if not tensors_lib.is_relative_path(name):
         raise errors.CheckpointError(f'{name!r} is not the name of a file')
     if both := weights.keys() & files.keys():
       raise errors.CheckpointError(f'two files have the name {min(both)}')

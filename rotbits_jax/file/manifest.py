@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 import msgspec
 import numpy as np
 
+from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import passes
@@ -179,7 +180,7 @@ class RecordEntry(schema.Object, kw_only=True):
     """The description of the stream."""
     if self.coder not in coders.CODERS:
       raise ValueError(f'the coder {self.coder!r:.100} is not known')
-    return schema.decode(coders.CODERS[self.coder].spec, self.spec)
+    return schema.decode(coders.CODERS[self.coder].spec, bytes(self.spec))
 
   @functools.cached_property
   def leaf_specs(self) -> list[tuple[Leaf, list[specs.ArraySpec]]]:
@@ -285,10 +286,10 @@ class Manifest(schema.Object, kw_only=True):
       if (both := parents & every) or levels > 64:
         text = 'another leaf has a path that begins so, or a path has more than 64 keys'
         raise ValueError(f'{min(both or parents):.100}: {text}')
-    if self.stem is not None and not schema.is_relative_path(self.stem, levels=1):
+    if self.stem is not None and not checkpoints.is_relative_path(self.stem, levels=1):
       raise ValueError(f'{self.stem!r:.100} is not the name of a file')
     for others in (self.files, self.headers):
-      if wrong := [name for name in others if not schema.is_relative_path(name)]:
+      if wrong := [name for name in others if not checkpoints.is_relative_path(name)]:
         raise ValueError(f'{wrong[0]!r:.100} is not the name of a file in a folder')
       if sum(stream.size for stream in others.values()) > MOST_FILES:
         raise ValueError(f'the other files have more than {MOST_FILES} bytes')

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 
+from rotbits_jax import checkpoints
 from rotbits_jax.file import container
 from rotbits_jax.system import files
 from rotbits_jax.system import schema
@@ -35,7 +36,7 @@ class ShardIndex(schema.Object):
 
   def __post_init__(self) -> None:
     names = self.metadata.manifest_crc32
-    if not names or not all(schema.is_relative_path(x, levels=1) for x in names):
+    if not names or not all(checkpoints.is_relative_path(x, levels=1) for x in names):
       raise ValueError('no names of shards')
 
 

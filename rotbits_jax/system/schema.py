@@ -5,6 +5,7 @@ a ValueError. `__post_init__` checks how fields fit; defaults are left out.
 """
 
 from collections.abc import Iterable
+import json
 import re
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -57,21 +58,6 @@ Scalar = None | bool | Integer | float | str
 """A value of JSON that holds no others."""
 
 
-# Names that other programs obey (`.git`, `.envrc`), take as options, or run.
-_is_harmful = re.compile(r'[.~-].*|__pycache__', re.DOTALL | re.IGNORECASE).fullmatch
-
-
-def is_relative_path(path: str, levels: int = 8) -> bool:
-  """Returns whether a printable path leads to a file in a folder or its sub-folders.
-
-  No part is hidden, except '.gitattributes' alone, nor begins with a dash or '~'.
-  """
-  names = path.split('/')
-  is_name = lambda x: 0 < len(x.encode()) <= 255 and not _is_harmful(x)
-  fits = len(names) <= levels and (all(map(is_name, names)) or path == '.gitattributes')
-  return fits and path.isprintable() and '\\' not in path
-
-
 def load(cls: type[T], value: Any, where: str = '') -> T:
   """Makes an object from a JSON value, which errors call `where`."""
   try:
@@ -85,8 +71,18 @@ dump = msgspec.to_builtins
 
 
 def decode(cls: Any, data: bytes | str) -> Any:
-  """Makes an object, or a value, from a JSON text. The last of equal keys counts."""
+  """Makes an object, or a value, from a JSON text in UTF-8 without repeated keys."""
   try:
-    return msgspec.json.decode(data, type=cls)
+    value = msgspec.json.decode(data, type=cls)
+    # msgspec takes the last of equal keys, but never writes two. To look takes longer.
+    if msgspec.json.encode(value) != data.strip():
+      json.loads(data, object_pairs_hook=_object)
   except (msgspec.DecodeError, ValueError, RecursionError) as error:
     raise ValueError(f'JSON: {error}') from None
+  return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> None:
+  """Refuses an object with two keys that are equal."""
+  if len(dict(pairs)) < len(pairs):
+    raise ValueError('a key is repeated')
