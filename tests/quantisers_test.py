@@ -193,6 +193,19 @@ class LeafTest(parameterized.TestCase):
         self.assertEqual(crc32, zlib.crc32(out))
         self.assertTrue(structured.same_bits(out, array), (exponent, block))
 
+  def test_negative_zeros_of_large_arrays(self):
+    codes = np.tile(np.int8([-16, 0, 1, -3]), (1 << 14, 16))
+    array = np.where(codes == -16, F32(-0.0), codes * F32(0.75))
+    for dtype in (BF16, F32):
+      leaf = quantisers.BlockQuantized(
+        numbers=codes,
+        grid='int4',
+        name=np.dtype(dtype).name,
+        block=codes.shape,
+        scales=np.array([[0.75]], F32).view(np.uint32),
+      )
+      self.assertTrue(structured.same_bits(leaf.materialize(), array.astype(dtype)))
+
   def test_content_that_does_not_fit(self):
     array = SCHEMES['nvfp4'][0](weights()).astype(BF16)
     array[0, 0] = np.inf

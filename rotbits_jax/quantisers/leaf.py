@@ -177,7 +177,7 @@ def _products(
   if unit:
     is_zero = products == grids.NEGATIVE_ZERO
     if xp is jnp or is_zero.any():
-      products *= ~is_zero  # a negative number times 0 is -0
+      products = xp.where(is_zero, np.float32(-0.0), products)
     scales = scales * np.float32(unit)
   products *= whole(scales)
   if minima is not None:
