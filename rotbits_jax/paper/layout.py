@@ -47,7 +47,7 @@ class Options(schema.Object):
   canonicalizer: Canonicalizer  # how a rotation is recovered
   rotation_codec: RotationCodec  # how a rotation is sampled
   correction: CorrectionMethod  # of the elements from which rotations were sampled
-  threshold: Annotated[float, msgspec.Meta(ge=0)]  # of errors that may be left in
+  threshold: Annotated[float, msgspec.Meta(ge=0, le=1)]  # of errors that may be left in
   entropy: bool  # whether elements are entropy coded
 
   def __post_init__(self) -> None:
