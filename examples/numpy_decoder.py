@@ -73,8 +73,7 @@ def joined(symbols, raw, shifts, told, group, dtype):
     place = (difference + size + sign) % (2 * sign) - sign
     gap = np.where(place < 2 * least - sign, least - sign, 2 * least)
     place = np.where(place < least, place - gap, place)
-    place ^= (place & sign > 0) * (sign - 1) ^ told & sign
-    return np.where(shifts.T, place, told + difference)
+    return place ^ (place & sign > 0) * (sign - 1) ^ told & sign
   m, t = finfo(dtype).nmant, 2 if kind == 'raised' else 1
   bits = bins + told * (t == 1) << m - t | raw % (1 << r - 1) << m - t + 1 - r
   if t == 2:  # small elements share a step
@@ -108,9 +107,9 @@ def read_group(group, data, parts, known):
     told, exponents = units(x.view(f'u{x.itemsize}') for x in several), 0
     if dtype.kind != 'i':
       exponents = (told % (1 << 8 * dtype.itemsize - 1) >> finfo(dtype).nmant).clip(1)
-    level = np.maximum(k + base - 4 * exponents, 0)
+    level = np.clip(k + base - 4 * exponents, 0, 255)
     shifts = np.clip(level - 64 >> 2, 0, r)
-    tables, second = stored[np.where(shifts, 64 + level % 4, np.minimum(level, 255))]
+    tables, second = stored[level - 4 * shifts]
   else:
     told, shifts = k[:1] // levels * step + base, k[:0]
     tables = second = stored[k[0] % levels]

@@ -233,16 +233,16 @@ class Differences(units_lib.Base):
     if self.dtype in FORMATS:
       exponent = (known & self._magnitude) >> FORMATS[self.dtype].nmant
       level = level - 4 * xp.maximum(exponent, np.uint32(1)).astype(np.int32)
+    level = xp.clip(level, 0, units_lib.CLASSES - 1)
     shift = xp.clip(level - ONE_ULP >> 2, 0, self.raw_bits)
-    level = xp.where(shift > 0, ONE_ULP | level & 3, level)
-    return xp.clip(level, 0, units_lib.CLASSES - 1), shift.astype(np.uint32)
+    return level - 4 * shift, shift.astype(np.uint32)
 
   def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
     """Returns levels, bins and shifts of units; see `Pairs.counted`."""
     known = row.known.astype(np.uint32)
     classes = row.classes >> np.array([0, 8], np.int32) & 255
     level, shift = self.told(classes, known, np.int32(base[0]), np)
-    off = self.differences(row.units.astype(np.uint32), known, shift, np)
+    off = self.differences(row.units.astype(np.uint32), known, np)
     return level, folded(off >> shift.astype(np.int32)), shift
 
   @property
@@ -264,7 +264,7 @@ class Differences(units_lib.Base):
     octaves = _OCTAVES << FORMATS[self.dtype].nmant
     return magnitude, magnitude - magnitude.clip(max=octaves)
 
-  def moved(self, known: Any, difference: Any, shift: Any, xp: Any = jnp) -> Any:
+  def moved(self, known: Any, difference: Any, xp: Any = jnp) -> Any:
     """Returns the bits of numbers that differ so much from known ones: all uint32."""
     if self.dtype.kind == 'i':
       return known + difference
@@ -273,24 +273,22 @@ class Differences(units_lib.Base):
     half = np.int32(-(1 << self.width - 1))
     gap = xp.where(place < half + 2 * least, least + half, 2 * least)
     place = place - xp.where(place >= least, np.int32(0), gap)
-    number = self._flipped(place.view(np.uint32)) ^ known & ~self._magnitude
-    return xp.where(shift > 0, number, known + difference)
+    return self._flipped(place.view(np.uint32)) ^ known & ~self._magnitude
 
-  def differences(self, number: Any, known: Any, shift: Any, xp: Any = jnp) -> Any:
+  def differences(self, number: Any, known: Any, xp: Any = jnp) -> Any:
     """Returns the differences of numbers from known ones, int32; both are uint32.
 
-    Those of floats that have a shift count ULPs away from 0, as far as the known ones
-    go. The floats around 0, which are many and rarely occur, are the last ones.
+    Those of floats are in ULPs and count away from 0, as far as the known ones go. The
+    floats around 0, which are many and rarely occur, are the last ones.
     """
-    plain = self._signed(number - known)
     if self.dtype.kind == 'i':
-      return plain
+      return self._signed(number - known)
     magnitude, least = self._least(known)
     place = self._signed(self._flipped(number ^ known & ~self._magnitude))
     half = np.int32(-(1 << self.width - 1))
     gap = xp.where(place < -least, 2 * least, least + half)
     place = place - magnitude + xp.where(place >= least, np.int32(0), gap)
-    return xp.where(shift > 0, self._signed(place.view(np.uint32)), plain)
+    return self._signed(place.view(np.uint32))
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of units, and the known numbers and the shifts of both."""
@@ -330,13 +328,13 @@ class Differences(units_lib.Base):
     words, several = [], ((symbols >> 5, symbols & 31), self._numbers(raw), *context)
     for value, bits, known, shift in zip(*several, strict=True):
       value = value >> 1 ^ np.uint32(0) - (value & 1)
-      words.append(self.moved(known, value << shift | bits, shift, xp))
+      words.append(self.moved(known, value << shift | bits, xp))
     return self._packed(*(x & np.uint32((1 << self.width) - 1) for x in words))
 
   def divided(self, numbers: list[Any], context: Any) -> tuple[Any, ...]:
     """Returns the symbols of units, and the intervals of raw bits."""
     known, shifts = context
-    off = [self.differences(*x) for x in zip(numbers, known, shifts, strict=True)]
+    off = [self.differences(*x) for x in zip(numbers, known, strict=True)]
     bins = [folded(x >> y) for x, y in zip(off, shifts, strict=True)]
     intervals, raw = [], [x.view(jnp.uint32) for x in off]
     for low, *sizes in self._sizes(shifts):

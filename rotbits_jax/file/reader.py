@@ -329,7 +329,6 @@ class Reader:
     most = lambda run: max(of_layers[i].memory_bytes for i in run)
     nbytes += sum(len(run) * most(run) for run in runs)
     flat: dict[str, Any] = {}
-    leaves: dict[str, Any] = {}
     rows: dict[str, list[np.ndarray]] = {}
     with memory.bounded('the whole content', nbytes):
       for run in runs:
@@ -340,11 +339,11 @@ class Reader:
       # The small ones first: threads compile programs that only these have meanwhile,
       # and share the blocks of the large ones. See also `names`.
       order = lambda name: (self.entry(name).needs_others, self.entry(name).nbytes)
-      names = sorted([*outer, *map(models.names.layer, layers)], key=order)
-      for _, decoded in self.each(
-        names, rows=rows, integers=integers, show_progress=show_progress
-      ):
-        leaves |= decoded
+      names = [*outer, *map(models.names.layer, layers)]
+      each = functools.partial(self.each, show_progress=show_progress)
+      ordered = sorted(names, key=order)
+      decoded = dict(each(ordered, rows=rows, integers=integers))
+      leaves = {k: x for name in names for k, x in decoded.pop(name).items()}
       for run in runs:
         first = models.names.layer(run.start)
         for path in (x.path.removeprefix(first) for x in of_layers[run.start].leaves):
