@@ -83,7 +83,7 @@ CASES = {
   'fine_tune': (pair, {'elements'}, 0.85),
   'special': (with_special_numbers, {'elements'}, 1.0),
   'adapter': (with_adapter, {'left', 'right'}, 0.5),
-  'decay': (with_decay, {'elements'}, 0.65),
+  'decay': (with_decay, {'drift'}, 0.65),
   'equal_rows': (with_equal_rows, {'elements'}, 0.3),
   'step': (step, {'elements'}, 0.02),
   'steps_of_some_rows': (step_of_some_rows, {'elements', 'changed'}, 0.002),
@@ -241,6 +241,7 @@ HOSTILE_ARRAYS = {
   'changed': (lambda x: x[:-1], lambda x: ~x),
   'left': (lambda x: x[:-1],),
   'right': (lambda x: x[:, 1:],),
+  'drift': (lambda x: x[:-1],),
   'map': (lambda x: x.astype(np.int32), lambda x: x[:, 1:]),
 }
 

@@ -33,7 +33,7 @@ _MOST_SHARE = 0.98  # of the bytes of an array alone, up to which a base is wort
 _SPARSE = 1 / 4  # share of changed elements up to which exponents tell the classes
 _MANY = 1 << 15  # elements that tell how uneven rows and columns are
 _UNEVEN = 2  # squared variation of rows or columns, beyond chance, up to which they do
-_LEAST_SAVED = 1 / 4  # bits of an element by a factor
+_LEAST_DRIFT = 1 / 4  # bits of an element that it saves
 _LEAST_LINES = 16  # rows or columns for which scales of columns or rows are kept
 _LINES = 1 << 9  # elements of a row, or of a column, that tell its scale
 _SCALE_BITS = 9  # of a scale, and what its error in a short line seems to save
@@ -140,14 +140,13 @@ def _changed(
 def predicted(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray
 ) -> Measured:
-  """Returns a leaf with all elements, and with a factor and a product where they pay.
+  """Returns a leaf with all elements, and with factors and a drift where they pay.
 
   `bits` `[n]` are those of the array and of the known one.
   """
   dtype, leaf, expected = draft.dtype, draft, base
   matrix = lambda x: x.reshape(-1, _width(draft.lengths))
-  is_float = dtype in difference.ROUNDED and bits.size
-  for find in (_factor, factors.find) if is_float else ():
+  for find in (factors.find, _drift) if dtype in difference.ROUNDED else ():
     if fields := find(matrix(bits), matrix(expected), dtype):
       leaf = dataclasses.replace(leaf, **fields)
       expected = leaf.predicted_bits(base, pool.run)
@@ -183,19 +182,21 @@ def of_leaf(leaf: difference.Difference, *needed: Any) -> Measured:
   return measured._replace(crc32=checksums.of_array(array))
 
 
-@np.errstate(all='ignore')
-def _factor(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
-  """Finds the `factor` of elements `[R, C]`; nothing if it saves little."""
+def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
+  """Finds the `drift` of elements `[R, C]`; nothing if it saves little."""
+  mantissa = ulps.MANTISSA_BITS[dtype]
   some = slice(None, None, -(-bits.size // _SAMPLE))
   bits, known = (x.reshape(-1)[some] for x in (bits, known))
-  numbers, near = (x.view(dtype).astype(np.float64) for x in (bits, known))
-  draft = difference.Difference(
-    lengths=bits.shape, name=dtype.name, factor=float(np.nanmedian(numbers / near))
-  )
-  left = bits.astype(np.int64) - draft.predicted_bits(known)
-  saved = np.log2((1.0 + abs(bits.astype(np.int64) - known)) / (1 + abs(left))).mean()
-  is_worth = saved >= _LEAST_SAVED and np.isfinite(draft.factor)
-  return {'factor': draft.factor} if is_worth else {}
+  off = bits.astype(np.int64) - known
+  places = difference.drift_places(known, mantissa)
+  order = np.lexsort((off, places))
+  counts = np.bincount(places, minlength=difference.DRIFTS)
+  middle = np.minimum(np.cumsum(counts) - (counts + 1) // 2, off.size - 1)
+  drift = np.where(counts, off[order[middle]], 0)
+  saved = np.log2((1.0 + abs(off)) / (1 + abs(off - drift[places]))).mean()
+  if saved < _LEAST_DRIFT or np.abs(drift).max() >= 1 << mantissa:
+    return {}
+  return {'drift': drift.astype(np.int32)}
 
 
 def _lines(

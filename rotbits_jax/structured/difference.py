@@ -5,7 +5,8 @@ reader passes to `materialize`; or, if there is a map, the product of the head w
 see `tied`. It is rounded to the dtype, and cut or filled with zeros in the first axis.
 The coder codes the elements relative to it. `docs/format_leaves.md` has the rules.
 
-A factor predicts weight decay, and two matrices the update of a merged adapter.
+Factors predict the update of a merged adapter. A drift predicts weight decay, which
+moves all elements of an octave by as many ULPs, or by few others.
 
 Everything here is exact: integers, and sums of floats that are rounded once. Shape
 letters: R rows, C columns. What does not fit raises a ValueError.
@@ -30,6 +31,7 @@ from rotbits_jax.system import schema
 
 BLOCK = 1 << 16  # elements with a bit of `changed`, which fit a cache
 LONGEST = (1 << 31) - 1  # length of an axis
+DRIFTS = 256  # length of a drift
 ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicted
 
 _MOST_RANK = 1 << 12
@@ -72,8 +74,8 @@ class Difference(base.Structured):
   changed: Annotated[Any, _some('b', np.uint8)] = None
   left: Annotated[Any, _some('Rk', np.int16)] = None
   right: Annotated[Any, _some('kC', np.int16)] = None
+  drift: Annotated[Any, _some('i', np.int32)] = None
   map: Annotated[Any, _some('Dd', np.int16)] = None  # see `tied.product`
-  factor: float = fields.static(default=1.0)
   unit: Annotated[int, schema.between(-900, 900)] = fields.static(default=0)
   scale: Annotated[int, schema.between(-64, 64)] = fields.static(default=0)  # of `map`
 
@@ -144,7 +146,7 @@ class Difference(base.Structured):
 
   def predicted_bits(self, known: np.ndarray, run: Run = in_turn) -> np.ndarray:
     """Returns the `bits` of the prediction for a known array; both are bits `[R C]`."""
-    if self.left is None and self.factor == 1:
+    if self.left is None and self.drift is None:
       return known
     matrix = known.reshape(-1, self.width)
     bits = np.empty_like(matrix)
@@ -156,14 +158,21 @@ class Difference(base.Structured):
     return bits.reshape(-1)
 
   def _predicted(self, bits: np.ndarray, rows: slice) -> np.ndarray:
-    """Returns the bits of rows, times the factor and with their part of the product."""
-    with np.errstate(all='ignore'):
-      numbers = bits.view(self.dtype).astype(np.float64) * self.factor
-      if self.left is not None:
-        left, right = self.left[rows].astype(np.float64), self.right.astype(np.float64)
+    """Returns the bits of rows, with their part of the factors and then the drift."""
+    if self.left is not None:
+      left, right = self.left[rows].astype(np.float64), self.right.astype(np.float64)
+      with np.errstate(all='ignore'):
+        numbers = bits.view(self.dtype).astype(np.float64)
         numbers += np.ldexp(exact.small_products(left, right), self.unit)
-      near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
-    return np.where(ulps.is_finite(bits, self.dtype), near, bits)
+        near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
+      bits = np.where(ulps.is_finite(bits, self.dtype), near, bits)
+    if self.drift is not None:
+      mantissa = ulps.MANTISSA_BITS[self.dtype]
+      is_normal = bits & np.iinfo(bits.dtype).max >= 1 << mantissa
+      is_normal &= ulps.is_finite(bits, self.dtype)
+      drift = self.drift.astype(bits.dtype)
+      bits = bits + drift.take(drift_places(bits, mantissa)) * is_normal
+    return bits
 
   def check_needed(self, *shapes: tuple[int, ...]) -> None:
     if self.map is not None:
@@ -176,12 +185,11 @@ class Difference(base.Structured):
       names.add(name)
       axes |= zip(form.axes or '', array.shape, strict=False)
     blocks = -(-size // (8 * BLOCK))
-    expected = {'R': rows, 'C': self.width, 'b': blocks}
+    expected = {'R': rows, 'C': self.width, 'i': DRIFTS, 'b': blocks}
     fits = axes.get('k', 0) <= _MOST_RANK
     fits &= all(axes.get(axis, length) == length for axis, length in expected.items())
     fits &= ('left' in names) == ('right' in names)
-    is_predicted = self.factor != 1 or not names.isdisjoint(('left', 'map'))
-    fits &= dtype in ROUNDED or not is_predicted
+    fits &= dtype in ROUNDED or names.isdisjoint(('left', 'drift', 'map'))
     fits &= self.map is None or lengths[1:] == self.map.shape[1:]
     fits &= self.changed is None or 'elements' in names
     if self.elements is not None and fits:
@@ -222,3 +230,8 @@ def known_bits(
   with np.errstate(over='ignore', invalid='ignore'):
     bits = ulps.bits_of(flat.astype(dtype, copy=False))
   return np.pad(bits, (0, size - bits.size)) if bits.size < size else bits
+
+
+def drift_places(bits: np.ndarray, mantissa: int) -> np.ndarray:
+  """Returns the places in a drift: the mantissa's highest 8 bits, or fewer."""
+  return bits >> max(mantissa - 8, 0) & min((1 << mantissa) - 1, DRIFTS - 1)
