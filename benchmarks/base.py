@@ -44,7 +44,7 @@ def training(
 
   They are those of each learning rate, which share the gradients.
   """
-  rng, first, second = np.random.default_rng(0), 0.9, 0.999
+  rng, first, second = np.random.default_rng(1), 0.9, 0.999
   weights = [{name: x.copy() for name, x in masters.items()} for _ in rates]
   means, squares = ({name: 0 * x for name, x in masters.items()} for _ in range(2))
   for step in range(1, max(STEPS) + 1):
