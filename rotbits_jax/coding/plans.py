@@ -250,7 +250,9 @@ def _merged(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     bits = cost(rows)
     saved = bits[:-1] + bits[1:] - cost(rows[:-1] + rows[1:])
     around = np.pad(saved, 1, constant_values=-np.inf)
-    is_worth = (saved >= 0) | (len(rows) > most)
+    # The last ones to go are those that cost least.
+    least = min(np.sort(saved)[most - len(rows)], 0) if len(rows) > most else 0
+    is_worth = saved >= least
     is_joined = is_worth & (saved >= around[:-2]) & (saved > around[2:])
     if not is_joined.any():
       return rows, table_of
