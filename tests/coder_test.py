@@ -15,11 +15,11 @@ import numpy as np
 
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import coder
-from rotbits_jax.coding import layouts
 from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
 from rotbits_jax.coding import tables
+from rotbits_jax.structured import ulps
 from rotbits_jax.system import schema
 
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
@@ -78,7 +78,7 @@ def entropy(values):
 
 def modelled(values):
   """Returns the bytes of the entropy of the bins of floats, and of their raw bits."""
-  form = layouts.FORMATS[values.dtype]
+  form = ulps.FORMATS[values.dtype]
   bits = values.reshape(-1).view(f'i{values.itemsize}')
   bins = (bits & np.iinfo(bits.dtype).max) >> form.nmant - 1
   return entropy(bins) + values.size * form.nmant / 8
@@ -95,7 +95,7 @@ RECORDS = {
   'nothing in an array': [np.zeros((0, 3), np.float16)],
   'few elements': [np.arange(20), np.array([True, False]), np.zeros(3), np.int8([1])],
   'all dtypes': [
-    *(normal((60, 100), x) for x in layouts.FORMATS),
+    *(normal((60, 100), x) for x in ulps.FORMATS),
     *(integers((60, 100), x, 20) for x in (np.int8, np.int16, np.int32)),
     *(np.abs(integers((60, 100), x, 20)) for x in (np.uint8, np.uint16, np.uint32)),
     *(normal((60, 100), np.float64), np.arange(9000), -np.arange(9000)),
@@ -182,7 +182,7 @@ def near(array, size, seed=0):
   """Returns known numbers that differ from an array by numbers of a size."""
   rng, known = np.random.default_rng(seed), np.asarray(array, np.float64)
   known = (known + size * rng.normal(size=array.shape)).astype(array.dtype)
-  form = layouts.FORMATS.get(array.dtype)
+  form = ulps.FORMATS.get(array.dtype)
   ulp = 2.0 ** float(form.minexp - form.nmant) if form else 1
   line = np.array([int(4 * np.log2(0.7 * size / ulp)) + 4 * bool(form)])
   return plans.Known(
@@ -212,7 +212,7 @@ class RecordsTest(parameterized.TestCase):
         off = array - known.bits.view(dtype)
         nbytes = round_trip([array], {0: known})
         self.assertLess(nbytes, 1.02 * entropy(off) + 1500)
-    for dtype in layouts.FORMATS:
+    for dtype in ulps.FORMATS:
       array = normal((301, 77), dtype)
       array[0, : len(SPECIAL)] = np.array(SPECIAL).astype(dtype)
       for size in (1e-9, 1e-4, 1e-2):

@@ -42,6 +42,8 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 if 'ROTBITS_TEST_OPTIMISED' not in os.environ:
   import jax  # after XLA_FLAGS are set
 
+  import rotbits_jax.structured
+
   options = {'xla_backend_optimization_level': 1}
   optimised = functools.partial(jax.jit, compiler_options=options)
   with mock.patch.object(jax, 'jit', optimised):

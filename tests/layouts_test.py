@@ -11,6 +11,7 @@ import pytest
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
+from rotbits_jax.structured import ulps
 
 FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32)
 
@@ -40,11 +41,11 @@ def test_small_numbers_count_steps(subtests):
 
 
 def check_raised(dtype, least):
-  form = layouts.FORMATS[dtype]
+  form = ulps.FORMATS[dtype]
   bias = (1 << form.nexp - 1) - 1
   bits = rounded(patterns(dtype), form, least)
-  raised = np.asarray(layouts.raised(jnp.asarray(bits), form, least))
-  np.testing.assert_array_equal(layouts.raised(bits, form, least, np), raised)
+  raised = np.asarray(ulps.raised(jnp.asarray(bits), form, least))
+  np.testing.assert_array_equal(ulps.raised(bits, form, least, np), raised)
   with np.errstate(invalid='ignore'):
     values = np.abs(bits.view(dtype).astype(np.float64))
   small = values < 2.0 ** (least + 1 - bias)
@@ -55,7 +56,7 @@ def check_raised(dtype, least):
   np.testing.assert_array_equal(raised[~small], bits[~small] - offset)
   wide = (raised & magnitude).astype(np.uint32)
   for xp in (jnp, np):
-    lowered = layouts.lowered(xp.asarray(wide), form, least, xp)
+    lowered = ulps.lowered(xp.asarray(wide), form, least, xp)
     np.testing.assert_array_equal(lowered, bits & magnitude)
 
 
@@ -84,7 +85,7 @@ def test_tables_without_an_escape_or_with_a_frequent_symbol_are_refused():
     )
 
 
-@pytest.mark.parametrize('dtype', layouts.FORMATS)
+@pytest.mark.parametrize('dtype', ulps.FORMATS)
 def test_numbers_are_moved_by_their_differences(dtype):
   layout = layouts.Differences(dtype, 0, 'known')
   rng, most = np.random.default_rng(0), 1 << layout.width

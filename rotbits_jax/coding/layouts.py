@@ -44,12 +44,7 @@ import numpy as np
 from rotbits_jax.coding import rans
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import units as units_lib
-
-FORMATS = {
-  np.dtype(getattr(ml_dtypes, x, x)): ml_dtypes.finfo(x)
-  for x in ('float16', 'bfloat16', 'float32', 'float8_e4m3fn', 'float8_e5m2')
-}
-"""The dtypes of floats, with the bits of their exponents and mantissas."""
+from rotbits_jax.structured import ulps
 
 ONE_ULP = 64
 """The class of differences whose size is about 1."""
@@ -77,7 +72,7 @@ class Pairs(units_lib.Base):
     """Returns whether there is such a layout."""
     if self.type_name == 'codes':
       return self.dtype == np.int8 and self.raw_bits <= 3
-    return self.dtype in FORMATS and 1 <= self.raw_bits <= self._low + 1
+    return self.dtype in ulps.FORMATS and 1 <= self.raw_bits <= self._low + 1
 
   @property
   def raised(self) -> bool:  # type: ignore[override]
@@ -85,7 +80,7 @@ class Pairs(units_lib.Base):
 
   @property
   def format(self) -> ml_dtypes.finfo:
-    return FORMATS[self.dtype]
+    return ulps.FORMATS[self.dtype]
 
   @property
   def precision(self) -> int:  # type: ignore[override]
@@ -150,7 +145,7 @@ class Pairs(units_lib.Base):
   def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Divides bit patterns into bins, uint32 of any value, and raw bits."""
     width, low, top = self.width, self._low, self.raw_bits - self._sign
-    number = raised(number, self.format, told, xp) if self.raised else number
+    number = ulps.raised(number, self.format, told, xp) if self.raised else number
     number = number if self._sign else number ^ number.dtype.type(128)
     magnitude = number & number.dtype.type((1 << width - self._sign) - 1)
     bins = (magnitude >> low).astype(np.int32) - (0 if self.raised else told)
@@ -170,7 +165,7 @@ class Pairs(units_lib.Base):
       return [((bins[0] << self._low | kept[0]) ^ highest).astype(self.word)]
     words = [x << self._low | y & ~highest for x, y in zip(bins, kept, strict=True)]
     if self.raised:
-      lower = lambda x: lowered(x, self.format, told, xp)
+      lower = lambda x: ulps.lowered(x, self.format, told, xp)
       words = self._packed(*map(lower, self._numbers(words)))
     return [y & highest | x for x, y in zip(words, kept, strict=True)]
 
@@ -212,7 +207,7 @@ class Differences(units_lib.Base):
 
   def is_valid(self) -> bool:
     """Returns whether there is such a layout."""
-    is_float = self.type_name == 'known' and self.dtype in FORMATS
+    is_float = self.type_name == 'known' and self.dtype in ulps.FORMATS
     fits = self.raw_bits in range(0, min(self.width, MOST_RAW) + 1, RAW)
     return fits and (is_float or self.dtype.kind == 'i')
 
@@ -230,8 +225,8 @@ class Differences(units_lib.Base):
     `known` is the known number of each class, `base` the level of class 0.
     """
     level = classes + base
-    if self.dtype in FORMATS:
-      exponent = (known & self._magnitude) >> FORMATS[self.dtype].nmant
+    if self.dtype in ulps.FORMATS:
+      exponent = (known & self._magnitude) >> ulps.FORMATS[self.dtype].nmant
       level = level - 4 * xp.maximum(exponent, np.uint32(1)).astype(np.int32)
     level = xp.clip(level, 0, units_lib.CLASSES - 1)
     shift = xp.clip(level - ONE_ULP >> 2, 0, self.raw_bits)
@@ -261,7 +256,7 @@ class Differences(units_lib.Base):
   def _least(self, known: Any) -> tuple[Any, Any]:
     """Returns the magnitudes of known floats, and the least one near them: int32."""
     magnitude = (known & self._magnitude).view(np.int32)
-    octaves = _OCTAVES << FORMATS[self.dtype].nmant
+    octaves = _OCTAVES << ulps.FORMATS[self.dtype].nmant
     return magnitude, magnitude - magnitude.clip(max=octaves)
 
   def moved(self, known: Any, difference: Any, xp: Any = jnp) -> Any:
@@ -413,43 +408,3 @@ def folded(values: Any) -> Any:
 
 
 Layout = Pairs | Differences | Bytes
-
-
-# ---- numbers that share a step -------------------------------------------------------
-
-
-def raised(bits: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp) -> Any:
-  """Replaces the magnitudes in bit patterns by those of a minimum exponent.
-
-  Numbers with a lower exponent must be multiples of its step. The minimum exponent 1
-  changes nothing. `xp` is the module, JAX or NumPy.
-  """
-  unsigned, top = bits.dtype.type, form.nmant
-  magnitude = bits & unsigned((1 << form.bits - 1) - 1)
-  least = xp.asarray(min_exponent).astype(bits.dtype)
-  exponent = xp.maximum(magnitude >> top, unsigned(1))
-  shift = xp.where(exponent < least, least - exponent, unsigned(0))
-  leading = (magnitude >> top > 0).astype(bits.dtype) << top
-  significand = magnitude & unsigned((1 << top) - 1) | leading
-  steps = significand >> xp.minimum(shift, unsigned(form.bits - 1))
-  return bits - magnitude | xp.where(
-    shift > 0, steps, magnitude - (least - unsigned(1) << top)
-  )
-
-
-def lowered(
-  magnitude: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp
-) -> Any:
-  """Restores magnitudes, uint32: the inverse of `raised`."""
-  top, width = form.nmant, form.bits
-  least = xp.asarray(min_exponent).astype(np.int32)
-  # A float32 holds an integer below 2^24 exactly, and its bits tell the exponent.
-  wide = magnitude.astype(np.float32).view(np.int32)
-  below = least - np.int32(127 + top)
-  normal = ((wide >> (23 - top)) + (below << top)).view(np.uint32)
-  shift = xp.minimum(xp.maximum(least, 1) - 1, width - 1)
-  subnormal = magnitude << shift.astype(np.uint32)
-  small = xp.where((wide >> 23) + below >= 1, normal, subnormal)
-  small = xp.where(magnitude > 0, small, np.uint32(0))
-  large = magnitude + ((least - 1) << top).astype(np.uint32)
-  return xp.where(magnitude >> top > 0, large, small) & np.uint32((1 << width - 1) - 1)

@@ -20,6 +20,7 @@ from rotbits_jax.coding import specs
 from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import units as units_lib
+from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
 _UNITS = 1 << 16  # that tell frequencies
@@ -108,7 +109,7 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
   if known is not None:
     layout = layouts.Differences(dtype, 0, 'known')
     return [_with_raw_bits(Part(array, layout, known.lines, known=known.bits))]
-  if dtype in layouts.FORMATS:
+  if dtype in ulps.FORMATS:
     bits = array.reshape(-1).view(f'u{array.itemsize}')
     layout, least = statistics.of_floats(bits, dtype)
     floats = lambda x: Part(x, layout, statistics.measure(x, 2), least)

@@ -14,6 +14,7 @@ from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import units as units_lib
+from rotbits_jax.structured import ulps
 
 STEPS = 4
 """The number of classes for a factor of 2."""
@@ -86,7 +87,7 @@ def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
   Returns the layout, without low bits that are zero in all elements; and the highest
   minimum exponent that these allow, 0 if small ones share no step.
   """
-  form = layouts.FORMATS[dtype]
+  form = ulps.FORMATS[dtype]
   most, unsigned = form.nmant, bits.dtype.type
   mask, leading = unsigned((1 << form.bits - 1) - 1), unsigned(1 << most)
   sample = _some(bits) & mask
@@ -137,7 +138,7 @@ def measure(array: np.ndarray, shared: int) -> Lines:
   levels, noise = _levels(matrix[some_rows], row_levels[some_rows, None], 0)
   levels = levels.reshape(contexts.matrix_shape(array.shape, shared)[1], -1).mean(1)
   columns = _quantized(levels, noise, array.size, shared * min(count, _ROWS))
-  one = 0 if array.dtype in layouts.FORMATS else STEPS * _ONE
+  one = 0 if array.dtype in ulps.FORMATS else STEPS * _ONE
   return rows.astype(int) - one, columns.astype(int)
 
 
@@ -169,8 +170,8 @@ def _levels(array: np.ndarray, by: np.ndarray, axis: int) -> tuple[np.ndarray, f
 
   Also returns about the variance of the logarithms.
   """
-  dtype = array.dtype if array.dtype in layouts.FORMATS else np.dtype(np.float32)
-  form, halves = layouts.FORMATS[dtype], max(dtype.itemsize // 2, 1)
+  dtype = array.dtype if array.dtype in ulps.FORMATS else np.dtype(np.float32)
+  form, halves = ulps.FORMATS[dtype], max(dtype.itemsize // 2, 1)
   unit = 1 << form.nmant + 16 - form.bits
   # Integers, so that a file does not depend on the order of sums.
   by = np.rint(by * unit).astype(np.int16)

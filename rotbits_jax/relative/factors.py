@@ -36,7 +36,7 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
     return {}
   typical = _widened(base.reshape(-1)[:: -(-base.size // _TYPICAL)], dtype)
   # The rounding error of the dtype, at most numbers.
-  least = float(np.median(np.abs(typical))) * 2.0 ** -(ulps.MANTISSA_BITS[dtype] + 2)
+  least = float(np.median(np.abs(typical))) * 2.0 ** -(ulps.FORMATS[dtype].nmant + 2)
   some = slice(None, None, -(-len(bits) // _SKETCHED))
   off = floats(bits[some], base[some], dtype)
   # Half of the rows give the basis, and the others tell whether it saves anything.
@@ -116,7 +116,7 @@ def random_signs(rows: int, columns: int) -> np.ndarray:
 @np.errstate(all='ignore')
 def floats(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns the differences, float32; 0 for those not finite."""
-  if dtype not in ulps.MANTISSA_BITS:
+  if dtype not in ulps.FORMATS:
     return (bits - known).astype(np.float32)
   off = _widened(bits, dtype)
   off -= _widened(known, dtype)
@@ -127,6 +127,6 @@ def floats(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _widened(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns floats, given by their bits, as float32."""
-  if ulps.MANTISSA_BITS[dtype] == 7:  # bfloat16, which NumPy converts slowly
+  if ulps.FORMATS[dtype].nmant == 7:  # bfloat16, which NumPy converts slowly
     return (bits.astype(np.int32) << 16).view(np.float32)
   return np.ascontiguousarray(bits).view(dtype).astype(np.float32)

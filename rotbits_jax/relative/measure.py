@@ -184,7 +184,7 @@ def of_leaf(leaf: difference.Difference, *needed: Any) -> Measured:
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   """Finds the `drift` of elements `[R, C]`; nothing if it saves little."""
-  mantissa = ulps.MANTISSA_BITS[dtype]
+  mantissa = ulps.FORMATS[dtype].nmant
   some = slice(None, None, -(-bits.size // _SAMPLE))
   bits, known = (x.reshape(-1)[some] for x in (bits, known))
   off = bits.astype(np.int64) - known
@@ -212,9 +212,8 @@ def _lines(
   some_rows = slice(None, None, max(len(bits) // max(_LINES, _MANY // width), 1))
   some_columns = slice(None, None, max(width // _LINES, 1))
   least = 0  # quarter octaves from the least ULP to 1
-  if (mantissa := ulps.MANTISSA_BITS.get(dtype)) is not None:
-    bias = int(ulps.bits_of(np.array(1, dtype))[0]) >> mantissa
-    least = statistics.STEPS * (bias + mantissa)
+  if form := ulps.FORMATS.get(dtype):
+    least = statistics.STEPS * ((1 << form.nexp - 1) - 1 + form.nmant)
 
   def roots_of(*part: slice) -> np.ndarray:
     # Few large differences change the mean of roots little.

@@ -32,7 +32,7 @@ from rotbits_jax.system import schema
 BLOCK = 1 << 16  # elements with a bit of `changed`, which fit a cache
 LONGEST = (1 << 31) - 1  # length of an axis
 DRIFTS = 256  # length of a drift
-ROUNDED = tuple(ulps.MANTISSA_BITS)[:3]  # dtypes of arrays that may be predicted
+ROUNDED = tuple(ulps.FORMATS)[:3]  # dtypes of arrays that may be predicted
 
 _MOST_RANK = 1 << 12
 
@@ -167,7 +167,7 @@ class Difference(base.Structured):
         near = numbers.astype(np.float32).astype(self.dtype).view(bits.dtype)
       bits = np.where(ulps.is_finite(bits, self.dtype), near, bits)
     if self.drift is not None:
-      mantissa = ulps.MANTISSA_BITS[self.dtype]
+      mantissa = ulps.FORMATS[self.dtype].nmant
       is_normal = bits & np.iinfo(bits.dtype).max >= 1 << mantissa
       is_normal &= ulps.is_finite(bits, self.dtype)
       drift = self.drift.astype(bits.dtype)
@@ -205,7 +205,7 @@ def coded_dtype(dtype: np.dtype) -> np.dtype | None:
 
   All but some floats are signed integers.
   """
-  if dtype in ulps.MANTISSA_BITS:
+  if dtype in ulps.FORMATS:
     return dtype
   return np.dtype(f'i{dtype.itemsize}') if dtype.itemsize <= 4 else None
 

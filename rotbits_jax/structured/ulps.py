@@ -1,16 +1,16 @@
-"""The bits of floats as signed integers, and their exponents."""
+"""The bits of floats as integers: exponents, and numbers that share a step."""
 
+from typing import Any
+
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-MANTISSA_BITS = {
-  np.dtype(np.float16): 10,
-  np.dtype(ml_dtypes.bfloat16): 7,
-  np.dtype(np.float32): 23,
-  np.dtype(ml_dtypes.float8_e4m3fn): 3,
-  np.dtype(ml_dtypes.float8_e5m2): 2,
+FORMATS = {
+  np.dtype(getattr(ml_dtypes, x, x)): ml_dtypes.finfo(x)
+  for x in ('float16', 'bfloat16', 'float32', 'float8_e4m3fn', 'float8_e5m2')
 }
-"""The bits of the mantissa of floats that are coded relative to known ones."""
+"""The dtypes of floats, with the bits of their exponents and mantissas."""
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:
@@ -26,8 +26,45 @@ def is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def exponents(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
   """Returns the exponents in the bits of floats, at least 1, int16; 0 for others."""
-  mantissa = MANTISSA_BITS.get(dtype)
-  if mantissa is None:
+  if dtype not in FORMATS:
     return np.zeros(bits.shape, np.int16)
   magnitudes = bits & np.iinfo(bits.dtype).max
-  return np.maximum(magnitudes >> mantissa, 1).astype(np.int16, copy=False)
+  exponent = np.maximum(magnitudes >> FORMATS[dtype].nmant, 1)
+  return exponent.astype(np.int16, copy=False)
+
+
+def raised(bits: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp) -> Any:
+  """Replaces the magnitudes in bit patterns by those of a minimum exponent.
+
+  Numbers with a lower exponent must be multiples of its step. The minimum exponent 1
+  changes nothing. `xp` is the module, JAX or NumPy.
+  """
+  unsigned, top = bits.dtype.type, form.nmant
+  magnitude = bits & unsigned((1 << form.bits - 1) - 1)
+  least = xp.asarray(min_exponent).astype(bits.dtype)
+  exponent = xp.maximum(magnitude >> top, unsigned(1))
+  shift = xp.where(exponent < least, least - exponent, unsigned(0))
+  leading = (magnitude >> top > 0).astype(bits.dtype) << top
+  significand = magnitude & unsigned((1 << top) - 1) | leading
+  steps = significand >> xp.minimum(shift, unsigned(form.bits - 1))
+  return bits - magnitude | xp.where(
+    shift > 0, steps, magnitude - (least - unsigned(1) << top)
+  )
+
+
+def lowered(
+  magnitude: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp
+) -> Any:
+  """Restores magnitudes, uint32: the inverse of `raised`."""
+  top, width = form.nmant, form.bits
+  least = xp.asarray(min_exponent).astype(np.int32)
+  # A float32 holds an integer below 2^24 exactly, and its bits tell the exponent.
+  wide = magnitude.astype(np.float32).view(np.int32)
+  below = least - np.int32(127 + top)
+  normal = ((wide >> (23 - top)) + (below << top)).view(np.uint32)
+  shift = xp.minimum(xp.maximum(least, 1) - 1, width - 1)
+  subnormal = magnitude << shift.astype(np.uint32)
+  small = xp.where((wide >> 23) + below >= 1, normal, subnormal)
+  small = xp.where(magnitude > 0, small, np.uint32(0))
+  large = magnitude + ((least - 1) << top).astype(np.uint32)
+  return xp.where(magnitude >> top > 0, large, small) & np.uint32((1 << width - 1) - 1)
