@@ -38,11 +38,10 @@ def delta(new: Any, old: Any) -> bytes:
 
   Args:
     new: arrays in any containers, on the host or on devices.
-    old: the PyTree that the receiver has.
+    old: the PyTree that the receiver has, of the same structure, shapes and dtypes.
   """
-  # As dicts, because a `Model` would be read as a checkpoint, by other paths.
-  source, old_source = (sources.of(sources.to_dicts(tree)) for tree in (new, old))
-  base = base_lib.Base(old_source, plain=False)
+  sources.unflatten_like(old, new)  # as `apply` does
+  source, base = sources.of_tree(new), base_lib.Base(sources.of_tree(old), plain=False)
   files = {_OLD: _digest(old)}
   encoder = encode_lib.Encoder(source, presets.make('exact'), base=base, files=files)
   return encoder.in_memory(progress=False)
@@ -75,9 +74,8 @@ def apply(
     the old one itself, unless `sharding` is given. A leaf of integers that changed, see
     `load`, becomes its array.
   """
-  nested = sources.to_dicts(params)
-  old = structured.flatten(nested)
-  base = base_lib.Base(sources.of(nested), plain=False)
+  old = structured.flatten(sources.to_dicts(params))
+  base = base_lib.Base(sources.of_tree(params), plain=False)
   new: dict[str, Any] = {}
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''

@@ -71,6 +71,7 @@ TREES = {
     lambda: jax.device_get(params()),
     lambda old: jax.device_get(moved(old)),
   ),
+  'slashes': (lambda: {'mlp/~/a%2F': params()}, moved),
   'placed': (lambda: jax.device_put(params(), PLACE), moved),
   'a model': (model, lambda old: old.replace(params=plus_one(old.params))),
   'structured leaves': (head_bases, plus_one),
@@ -143,6 +144,13 @@ def test_another_old_tree_is_refused(change):
   with pytest.raises(ValueError, match='was made from other old arrays'):
     rotbits_jax.apply(data, wrong, donate=True)
   assert not any(x.is_deleted() for x in jax.tree.leaves(wrong))
+
+
+def test_a_delta_that_nobody_could_apply_is_refused():
+  old = params()
+  for new in old | {'more': old['head']}, old | {'head': old['head'].T}:
+    with pytest.raises(ValueError, match='like'):
+      rotbits_jax.delta(new, old)
 
 
 @pytest.mark.slow

@@ -33,7 +33,12 @@ def of(value: Any) -> passes.Source:
     return source.replace(params=params, buffers=buffers)
   if isinstance(source, checkpoints.CheckpointReader | checkpoints.PlainFiles):
     return source
-  return TreeRecords(_native(to_dicts(source)))
+  return of_tree(source)
+
+
+def of_tree(tree: Any) -> passes.Source:
+  """Returns the source of a PyTree. A `Model` is one, too, not read as a checkpoint."""
+  return TreeRecords(_native(to_dicts(tree)))
 
 
 def _native(tree: Any) -> Any:
