@@ -41,8 +41,8 @@ def delta(new: Any, old: Any) -> bytes:
     old: the PyTree that the receiver has, of the same structure, shapes and dtypes.
   """
   sources.unflatten_like(old, new)  # as `apply` does
-  source, base = sources.of_tree(new), base_lib.Base(sources.of_tree(old), plain=False)
-  files = {_OLD: _digest(old)}
+  base, digest = _opened(old)
+  source, files = sources.of_tree(new), {_OLD: digest}
   encoder = encode_lib.Encoder(source, presets.make('exact'), base=base, files=files)
   return encoder.in_memory(progress=False)
 
@@ -75,12 +75,12 @@ def apply(
     `load`, becomes its array.
   """
   old = structured.flatten(sources.to_dicts(params))
-  base = base_lib.Base(sources.of_tree(params), plain=False)
+  base, digest = _opened(params)
   new: dict[str, Any] = {}
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
   reader = file.Reader(data, base=base)
-  if reader.files().get(_OLD) != _digest(params):
+  if reader.files().get(_OLD) != digest:
     raise file.ContainerError('the delta was made from other old arrays than these')
   leaves = {name: reader.records[name].leaves for name in reader.names()}
   key = lambda array: (array.path, array.shape, array.dtype, array.crc32)
@@ -113,11 +113,18 @@ def apply(
   return sources.unflatten_like(params, nested)
 
 
-def _digest(tree: Any) -> bytes:
-  """Returns a digest of all old arrays, because a new one may need none of them."""
+def _opened(tree: Any) -> tuple[base_lib.Base, bytes]:
+  """Opens the old PyTree as a base.
+
+  Also returns a digest of all its arrays, because a new one may need none of them.
+  """
   array = lambda x: x if getattr(x, 'needs', ()) else structured.materialize(x)
-  arrays = structured.map_leaves(array, sources.to_dicts(tree))
-  return sources.fingerprint(sources.of(arrays)).encode()
+  tree = structured.map_leaves(array, sources.of_tree(tree).tree)
+  source = sources.TreeRecords(tree)
+  arrays = sources.entries(source)
+  base = base_lib.Base(source, plain=False)
+  base.crc32s = {tuple(key): crc32 for *key, crc32 in arrays}
+  return base, sources.digest(source, arrays).encode()
 
 
 def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:

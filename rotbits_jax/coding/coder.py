@@ -65,7 +65,12 @@ def encode(
     encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
     jobs.append([functools.partial(encode, spans) for spans in divided])
   coded = iter(pool.run(itertools.chain(*jobs)))
-  checksums = pool.each(checksums_lib.of_array, plan.arrays)
+
+  def checksum(place: int) -> int:
+    crc32 = known[place].crc32 if place in known else None
+    return checksums_lib.of_array(plan.arrays[place]) if crc32 is None else crc32
+
+  checksums = pool.each(checksum, range(len(arrays)))
   pieces = [np.empty(0, np.uint8)]  # of a record without arrays
   pieces += [x.reshape(-1).view(np.uint8) for x in plan.plain]
   groups = []

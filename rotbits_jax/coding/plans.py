@@ -41,6 +41,7 @@ class Known(NamedTuple):
 
   bits: np.ndarray  # unsigned integers `[n]`, of numbers near those of the array
   lines: statistics.Lines  # quarter octaves: sizes of differences over the least ULP
+  crc32: int | None = None  # of the array itself, if it is known
 
 
 class Part(NamedTuple):

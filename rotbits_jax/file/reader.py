@@ -249,7 +249,9 @@ class Reader:
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
         needed = functools.partial(self._needed, leaf, others)
         shapes = [self._leaves[x].shape for x in leaf.needs if x in self._leaves]
-        leaves.append(_StoredLeaf(leaf, stored, out, is_expanded, needed, shapes))
+        crc32 = specs[0].crc32 if specs else None
+        facts = leaf, stored, out, is_expanded, needed, shapes, crc32
+        leaves.append(_StoredLeaf(*facts))
         if 'elements' in leaf.arrays:
           known[len(arrays) + leaf.arrays.index('elements')] = leaves[-1].near
         arrays += stored
@@ -428,6 +430,7 @@ class _StoredLeaf:
   is_expanded: bool  # whether an array takes its place
   needed: Callable[[], list[Any]]  # returns the arrays that it is computed from
   shapes: Sequence[manifest_lib.Shape]  # of these
+  crc32: int | None  # of the first array, which the coder compares
 
   @functools.cached_property
   def _leaf(self) -> Any:
@@ -462,6 +465,8 @@ class _StoredLeaf:
         crc32 = self._leaf.write(array)
       elif isinstance(self._leaf, difference.Difference):
         array = self._leaf.joined(self._known)
+        is_coded = any(np.may_share_memory(array, x) for x in self.arrays[:1])
+        crc32 = self.crc32 if is_coded else None
       else:
         array = np.asarray(self._leaf.materialize(*self.needed()))
       if entry.crc32 is not None and crc32 is None:

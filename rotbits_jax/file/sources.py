@@ -3,7 +3,7 @@
 A source has records, which are read one at a time; `models.names` has those of models.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import hashlib
 import json
 import os
@@ -22,6 +22,9 @@ from rotbits_jax.system import checksums
 
 Tree = dict[str, Any]
 
+Entry = tuple[str, str, tuple[int, ...], int]
+"""The path, the dtype, the shape and the CRC-32 of an array."""
+
 
 def of(value: Any) -> passes.Source:
   """Returns the source of a model, a checkpoint (its path, or opened), or a PyTree."""
@@ -36,7 +39,7 @@ def of(value: Any) -> passes.Source:
   return of_tree(source)
 
 
-def of_tree(tree: Any) -> passes.Source:
+def of_tree(tree: Any) -> 'TreeRecords':
   """Returns the source of a PyTree. A `Model` is one, too, not read as a checkpoint."""
   return TreeRecords(_native(to_dicts(tree)))
 
@@ -52,6 +55,16 @@ def fingerprint(source: Any) -> str:
   """Returns a digest: of the state of files on disk, or of all arrays in memory."""
   if hasattr(source, 'fingerprint'):
     return str(source.fingerprint())
+  return digest(source, entries(source))
+
+
+def digest(source: passes.Source, arrays: Sequence[Entry]) -> str:
+  """Returns the digest of a source with these arrays."""
+  return hashlib.sha256(json.dumps([repr(source.config), arrays]).encode()).hexdigest()
+
+
+def entries(source: passes.Source) -> list[Entry]:
+  """Returns what tells the bits of all arrays of a source."""
   several = [
     (path, array)
     for record in source.records
@@ -59,8 +72,7 @@ def fingerprint(source: Any) -> str:
     for array in jax.tree.leaves(leaf)
   ]
   describe = lambda path, x: (path, x.dtype.name, x.shape, checksums.of_array(x))
-  arrays = pool.each(describe, *zip(*several, strict=True)) if several else []
-  return hashlib.sha256(json.dumps([repr(source.config), arrays]).encode()).hexdigest()
+  return pool.each(describe, *zip(*several, strict=True)) if several else []
 
 
 class TreeRecords:
@@ -69,12 +81,12 @@ class TreeRecords:
   config = stored_as = None
 
   def __init__(self, tree: Tree):
-    self._tree = tree
+    self.tree = tree
     self.records = tuple(tree)
 
   def read(self, record: str) -> Tree:
     """Returns the leaves of a record."""
-    return {record: self._tree[record]}
+    return {record: self.tree[record]}
 
   specs = read  # the arrays tell their shapes and dtypes
 

@@ -20,7 +20,6 @@ from rotbits_jax import structured
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import difference
-from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
 _WRAPPERS = re.compile(r'((base_model|model|module|transformer|_orig_mod)\.)+')
@@ -33,6 +32,8 @@ class Base:
   def __init__(self, source: Any, *, plain: bool):
     """Reads names, shapes and dtypes; `plain` names may differ by a prefix."""
     self.source = source
+    # Known checksums, by path, dtype and shape.
+    self.crc32s: dict[tuple[Any, ...], int] = {}
     path = getattr(source, 'path', getattr(source, 'inputs', [None])[0])
     self.name = str(path) if isinstance(path, str | os.PathLike) else 'this'
     self.config: models.ModelConfig | None = getattr(source, 'config', None)
@@ -86,9 +87,13 @@ class Base:
     """Returns the array of an entry."""
     path = self.check(wanted)
     array = host.contiguous(self._array(self._leaf(path)))
-    if checksums.of_array(array) != wanted.crc32:
+    if self._entry(path, array).crc32 != wanted.crc32:
       raise ValueError(f'{self.name} is another base: its {path} has other elements')
     return array
+
+  def _entry(self, path: str, array: np.ndarray) -> entries.BaseArray:
+    crc32 = self.crc32s.get((path, array.dtype.name, array.shape))
+    return entries.BaseArray.of(path, array, crc32)
 
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
@@ -105,7 +110,7 @@ class Base:
       array = None if structured.is_structured(leaf) else self.array(path)
       if array is not None:
         known = host.contiguous(array)
-        entry = entries.BaseArray.of(str(self.find(path)), known)
+        entry = self._entry(str(self.find(path)), known)
         stored[path] = measure.beside(np.asarray(leaf), known, entry)
     return {path: measured for path, measured in stored.items() if measured is not None}
 

@@ -54,9 +54,9 @@ class BaseArray(schema.Row):
     check_shape(self.shape)
 
   @classmethod
-  def of(cls, path: str, array: np.ndarray) -> 'BaseArray':
-    """Returns the entry of an array."""
-    crc32 = checksums.of_array(array)
+  def of(cls, path: str, array: np.ndarray, crc32: int | None = None) -> 'BaseArray':
+    """Returns the entry of an array, whose checksum may be known."""
+    crc32 = checksums.of_array(array) if crc32 is None else crc32
     return cls(path=path, shape=array.shape, dtype=array.dtype.name, crc32=crc32)
 
 

@@ -87,7 +87,10 @@ def beside(
     if not is_clear and nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
       return None
   nbytes = structured.count_bytes(measured.leaf)
-  measured = measured._replace(known=known, crc32=checksums.of_array(target))
+  crc32, near = checksums.of_array(target), measured.near
+  if near is not None and measured.leaf.changed is None:  # all elements
+    near = near._replace(crc32=crc32)
+  measured = measured._replace(near=near, known=known, crc32=crc32)
   return None if entries.is_too_short(target.size, array.size, nbytes) else measured
 
 
