@@ -215,7 +215,7 @@ def decode(
   arguments = places, *grid, buffer.view(np.uint16), buffer, classes, known
   (state, bottoms), out = _run(_decode, shapes, layout, *arguments, coder_tables)
   if (state != 1 << 16).any() or (bottoms[:lanes] != tops - lengths).any():
-    raise rans.MessageError('a block has more or fewer words than its units need')
+    raise ValueError('a block has more or fewer words than its units need')
   units, marks = (_few(x, count) for x in out)
   escaped = np.flatnonzero(marks)
   words = lambda x: [*_few(x, count)[escaped].astype(np.uint32).T]

@@ -14,7 +14,7 @@ them. They are integer arithmetic on uint32, so a message means the same on ever
 device, and exact inverses in both orders, which bits-back coding needs.
 
 A message runs dry if a lane is asked for more words than it has. That raises no error
-under `jit`, but is recorded in the message, and `check` raises a `MessageError` on the
+under `jit`, but is recorded in the message, and `check` raises a ValueError on the
 host, as functions do that read damaged words.
 
 Shape letters: N lanes, C words that a lane has room for.
@@ -45,10 +45,6 @@ class Message(NamedTuple):
   @property
   def lanes(self) -> int:
     return self.words.shape[0]
-
-
-class MessageError(ValueError):
-  """Raised for a message that ran dry, or that is not valid."""
 
 
 def push_step(
@@ -133,15 +129,15 @@ def unstacked(message: Message) -> np.ndarray:
   """Returns the words that `stacked` made a message of. Not for use under `jit`."""
   state, size = np.asarray(message.state), np.asarray(message.size)
   if (state >> 16 != 1).any() or (size != size[0]).any():
-    raise MessageError('the message is not one of words alone')
+    raise ValueError('the message is not one of words alone')
   rows = np.asarray(message.words)[:, : size[0]].T
   return np.concatenate([rows, state.astype(np.uint16)[None]])
 
 
 def check(message: Message) -> Message:
-  """Returns a message that never ran dry, or raises a MessageError. Not under `jit`."""
+  """Returns a message that never ran dry, or raises a ValueError. Not under `jit`."""
   if (np.asarray(message.size) < 0).any():
-    raise MessageError('the message ran dry')
+    raise ValueError('the message ran dry')
   return message
 
 
@@ -165,11 +161,11 @@ def from_words(pop: Callable[[int], np.ndarray], lanes: int, room: int) -> Messa
   """Makes a message from its words, the inverse of `to_words`.
 
   `pop` takes so many words from their end. Each lane gets `room` words, so all messages
-  with as much room share a program. A MessageError says that it needs more room.
+  with as much room share a program. A ValueError says that it needs more room.
   """
   state, size, _ = split_words(pop(3 * lanes), lanes)
   if size.max() > room:
-    raise MessageError(f'a lane has {size.max()} words, more than {room}')
+    raise ValueError(f'a lane has {size.max()} words, more than {room}')
   rows = np.zeros((lanes, room), np.uint16)
   rows[np.arange(room) < size[:, None]] = pop(int(size.sum()))
   return Message(jnp.asarray(state), jnp.asarray(rows), jnp.asarray(size, jnp.int32))
@@ -184,5 +180,5 @@ def split_words(
   """
   state, size, others = np.split(words, [2 * lanes, 3 * lanes])
   if size.size < lanes or not state[1::2].all():
-    raise MessageError(f'the words are not a message with {lanes} lanes')
+    raise ValueError(f'the words are not a message with {lanes} lanes')
   return state.view(np.uint32), size.astype(np.int64), others

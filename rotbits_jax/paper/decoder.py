@@ -87,7 +87,7 @@ def decode(
       restored, _ = code.restore(left, recovered, correction)
       try:
         message.push(rans.unstacked(restored).reshape(-1))
-      except rans.MessageError as error:
+      except ValueError as error:
         raise ValueError(f'segment {t}: {error}; {_CAUSE}') from error
   first = pop({k: (rows, layout.fixed) for k, (rows, _) in embeddings.items()})
   for path, columns in first.items():
