@@ -56,6 +56,10 @@ SCHEMES = {
   'int8_rows': (through((1, 0), *INT8), 'int8', (1, 384), 7.6),
   'int8_rows_bf16': (through((1, 0), *INT8, HALF), 'int8', (1, 384), 7.6),
   'int8_columns': (through((0, 1), *INT8), 'int8', (256, 1), 7.6),
+  'int8_16': (through((1, 16), *INT8), 'int8', (1, 16), 10),
+  'int8_32_e4m3': (
+    *(through((1, 32), *INT8, quantised.two_scales), 'int8', (1, 32), 8),
+  ),
   'fake_int8': (through((1, 0), np.rint, 127), 'int8', (1, 384), 7.6),
   'e4m3_tensor': (through((0, 0), E4M3, 448), 'float8_e4m3fn', (256, 384), 6.9),
   'e4m3_blocks': (BLOCKS, 'float8_e4m3fn', (128, 128), 6.9),
@@ -111,6 +115,11 @@ class FindTest(parameterized.TestCase):
     leaf = quantisers.find(array)
     self.assertEqual(leaf.scales.shape, (3, 4))
     self.assertTrue(structured.same_bits(leaf.materialize(), array))
+    rows = SCHEMES['int4_128'][0](weights())[:, :300].astype(BF16)
+    for array, block in ((rows, (1, 128)), (rows.T, (128, 1))):
+      leaf = quantisers.find(array)
+      self.assertEqual(leaf.block, block)
+      self.assertTrue(structured.same_bits(leaf.materialize(), array))
 
   @pytest.mark.slow
   def test_more_groups_with_minima_than_float32_counts(self):

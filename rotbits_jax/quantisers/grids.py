@@ -60,7 +60,9 @@ GRIDS: dict[Name, Grid] = {
   ),
   'float8_e5m2': _floats(ml_dtypes.float8_e5m2, (123, 122, 121, 120)),
   'float8_e4m3fn': _floats(ml_dtypes.float8_e4m3fn, tuple(range(126, 118, -1))),
-  'int8': Grid(np.arange(129, dtype=np.float32), (127, 128, 126, 125, 31, 32, 63)),
+  'int8': Grid(
+    np.arange(129, dtype=np.float32), (127, 128, 31, 32, 63, *range(126, 119, -1))
+  ),
 }
 """The grids by name, those of the fewest magnitudes first."""
 

@@ -34,9 +34,14 @@ from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
 _LEAST = 1 << 12  # elements of an array
-_LINES, _RUN = 4, 128  # rows or columns, and elements of each, that show repetitions
-# The share of these that repeat another one: of dense bfloat16 about 0.09.
-_REPEATED = {'bfloat16': 0.16, 'float16': 0.06, 'float32': 0.06}
+_LINES, _RUN = 16, 128  # rows or columns, and elements of each, that show repetitions
+# The share that repeats another one of 128 and of 16: of dense bfloat16 about 0.1 and
+# 0.01. Long runs show few codes with many zeros, short ones those of small groups.
+_REPEATED = {
+  'bfloat16': ((_RUN, 0.16), (16, 0.04)),
+  'float16': ((_RUN, 0.06), (16, 0.03)),
+  'float32': ((_RUN, 0.06), (16, 0.03)),
+}
 _SAMPLE = 1 << 12  # elements of a block that tell its grid, or blocks that tell shifts
 _MOST_DISTINCT = 144  # magnitudes of a block; no grid has so many
 _LENGTHS = 128, 64, 32, 16  # of groups
@@ -55,7 +60,7 @@ _EXCEPTION_BITS = 24
 _SMALL_BLOCK = 32  # elements of blocks whose scales may be quantised, too
 _CODES = 16, 8, 32, 64  # of groups with minima
 _SCALES = 1 << 9  # that tell their factor
-_GROUPS = 1 << 7  # that tell their length
+_GROUPS = 1 << 4  # in each row and in so many rows, that tell their length
 _LEAF_BYTES = 200
 _ESTIMATED = 1 << 15  # elements
 
@@ -81,6 +86,8 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   estimated = _estimate(array)
   leaf, least = None, _MORE * estimated
   for block, grid in _candidates(array, magnitudes):
+    if leaf is not None and leaf.gaps is None and leaf.grid == grid:
+      continue  # smaller blocks only have more scales
     found = _leaf(array, magnitudes, block, grid)
     if found and (size := nbytes(found)) < least:
       leaf, least = found, size
@@ -117,12 +124,14 @@ def _repeats(array: np.ndarray) -> bool:
   matrix = array.reshape(-1, array.shape[-1])
   for lines in (matrix, matrix.T):
     some = lines[:: max(len(lines) // _LINES, 1)][:_LINES, :_RUN]
-    ascending = np.sort(_magnitudes(some), axis=1)
-    is_used = ascending[:, 1:] > 0
-    is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & is_used
-    least = _REPEATED[array.dtype.name] * np.count_nonzero(is_used)
-    if np.count_nonzero(is_repeated) > least:
-      return True
+    for run, share in _REPEATED[array.dtype.name]:
+      run = min(run, some.shape[1])
+      runs = some[:, : some.shape[1] // run * run].reshape(-1, run)
+      ascending = np.sort(_magnitudes(runs), axis=1)
+      is_used = ascending[:, 1:] > 0
+      is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & is_used
+      if np.count_nonzero(is_repeated) > share * np.count_nonzero(is_used):
+        return True
   return False
 
 
@@ -140,8 +149,9 @@ def _blocks(shape: tuple[int, ...]) -> list[Block]:
   rows, (height, width) = math.prod(shape[:-1]), shape[-2:]
   forms = [(rows, width), (height, width), (128, 128), (1, width), (height, 1)]
   for length in _LENGTHS:
-    forms += [(1, length)] if width % length == 0 else []
-    forms += [(length, 1)] if height % length == 0 else []
+    forms += [(1, length)] if length < width else []
+    # Of several matrices, a cut group would end in the next one.
+    forms += [(length, 1)] if height % length == 0 or length < height == rows else []
   return forms
 
 
@@ -424,12 +434,13 @@ def _factor(low: np.ndarray, high: np.ndarray) -> tuple[Any, np.ndarray, int]:
 
 def _with_minima(array: np.ndarray) -> leaf_lib.BlockQuantized | None:
   """Returns the leaf of an array whose groups have minima, or None."""
-  forms = [x for x in _blocks(array.shape) if 1 in x and max(x) in _LENGTHS]
+  forms = [(1, x) for x in _LENGTHS if array.shape[-1] % x == 0]
+  forms += [(x, 1) for x in _LENGTHS if array.shape[-2] % x == 0]
   for count, (rows, columns) in itertools.product(_CODES, forms):
     shape = -1, rows, array.shape[-1] // columns, columns
     blocks = array.reshape(shape).transpose(1, 3, 0, 2)
-    few = max(math.prod(blocks.shape[2:]) // _GROUPS, 1)
-    (least, most), *_ = _code_bounds(blocks[:, :, ::few], count)
+    few = [slice(None, None, max(n // _GROUPS, 1)) for n in blocks.shape[2:]]
+    (least, most), *_ = _code_bounds(blocks[:, :, *few], count)
     if np.mean(least <= most) < _FIT:
       continue
     step = max(leaf_lib.CHUNK // blocks[:, :, 0].size, 1)
