@@ -48,6 +48,8 @@ _BUFFER = 24 * CAPACITY
 # then compete for the same places in the CPU's cache.
 _APART = 96
 
+_ALIGNMENT = 64  # of the address of an array that XLA uses without a copy
+
 WIDE = {'xla_cpu_prefer_vector_width': 512}
 """Options of programs; where the CPU has such registers, a tenth less time and more."""
 
@@ -56,10 +58,30 @@ class Span(NamedTuple):
   """Units of a block that follow each other in a part."""
 
   place: slice  # of the units in the block
-  numbers: np.ndarray  # bit patterns; one may be missing in the last unit
-  known: np.ndarray | None  # the known numbers, if there are any
+  some: slice  # of the numbers in the part; one may be missing in the last unit
+  numbers: np.ndarray  # bit patterns of the whole part
+  known: np.ndarray | None  # the known numbers of the part, if there are any
   classes: Callable[[np.ndarray], None]  # writes them, see `contexts.Scales`
+  is_even: bool  # whether all units of the part have one class
   part: int  # index of the part
+
+
+class Field(NamedTuple):
+  """A field of the units of a block, as the programs get it."""
+
+  words: np.ndarray  # those of `CAPACITY` units, and room to align the first one
+  first: np.int32  # the place of the first unit
+  stride: np.int32  # from a row to the next one; 0 if all rows are alike
+
+  @property
+  def width(self) -> int:
+    """The words of a unit."""
+    return self.words.size // (ROWS * LANES)
+
+  def take(self, units: np.ndarray, lanes: int) -> np.ndarray:
+    """Returns some of the units: `[n, width]`."""
+    places = self.first + units // lanes * self.stride + units % lanes * self.width
+    return self.words[places[:, None] + np.arange(self.width)]
 
 
 def capacity(layout: layouts.Layout) -> int:
@@ -87,12 +109,11 @@ def divide(
     i, block = bisect.bisect(ends, start), start // length
     first, shape = start - ends[i] + counts[i], parts[i].shape
     bits = parts[i].reshape(-1).view(f'u{parts[i].itemsize}')
-    some = slice(first * size, (first + end - start) * size)
-    of_known = known[i]
-    of_known = None if of_known is None else of_known[some]
-    write = functools.partial(scales[i].write, shape, shared, first * size // shared)
+    some = slice(first * size, min((first + end - start) * size, bits.size))
+    write = functools.partial(scales[i].write, shape, shared, some.start // shared)
     place = slice(start - block * length, end - block * length)
-    blocks[block].append(Span(place, bits[some], of_known, write, i))
+    is_even = scales[i].rows.size == scales[i].columns.size == 1
+    blocks[block].append(Span(place, some, bits, known[i], write, is_even, i))
   return blocks
 
 
@@ -112,29 +133,53 @@ def _plane_bytes(width: int, rows: int, lanes: int) -> int:
   return -(-rows * width // 4) * lanes
 
 
-def _units(name: str, spans: Sequence[Span], words: int, word: Any) -> Any:
-  """Returns a field of the units of a block: `[ROWS, LANES, words]`.
+def _field(name: str, spans: Sequence[Span], words: int, word: np.dtype) -> Any:
+  """Returns a field of the units of a block; None if they do not have it.
 
   A unit that lacks an element has its first one twice. The last unit fills its row, and
   the units of few lanes come again in the other lanes.
   """
-  if getattr(spans[0], name) is None:
+  first, *others = spans
+  values, count = getattr(first, name), spans[-1].place.stop
+  if values is None:
     return None
-  count = spans[-1].place.stop
-  rows, lanes = _grid(count)
-  array = _scratch(name, (ROWS, LANES, words), word)
-  units = array.reshape(-1, words)
+  (rows, lanes), is_class = _grid(count), callable(values)
+  size, stride = ROWS * LANES * words + _ALIGNMENT // word.itemsize, LANES * words
+  is_whole = count == rows * LANES and not is_class and not others
+  if is_whole and (window := _window(first.some, values, size, word)):
+    return Field(*window, np.int32(stride))
+  array = _scratch(name, (size,), word)
+  if is_class and first.is_even and not others:
+    values(array[:LANES].view(np.uint8))
+    return Field(array, np.int32(0), np.int32(0))
+  units = array[: ROWS * stride].reshape(-1, words)
   for span in spans:
     flat, values = units[span.place].reshape(-1), getattr(span, name)
-    flat = flat.view(np.uint8 if callable(values) else values.dtype)
-    some = flat[: span.numbers.size]  # all, if two elements share a class
-    values(some) if callable(values) else np.copyto(some, values)
+    flat = flat.view(np.uint8 if is_class else values.dtype)
+    some = flat[: span.some.stop - span.some.start]  # all, if two share a class
+    values(some) if is_class else np.copyto(some, values[span.some])
     flat[some.size :] = some[-1]
   units[count : rows * lanes] = units[count - 1]
   if lanes < LANES:
     few = units[: rows * lanes].reshape(rows, 1, lanes, words).copy()
-    array[:rows].reshape(rows, LANES // lanes, lanes, words)[...] = few
-  return array
+    units[: rows * LANES].reshape(rows, LANES // lanes, lanes, words)[...] = few
+  return Field(array, np.int32(0), np.int32(stride))
+
+
+def _window(
+  some: slice, array: np.ndarray, size: int, word: np.dtype
+) -> tuple[np.ndarray, np.int32] | None:
+  """Returns so many words around some elements, aligned, and where these begin there.
+
+  None if the array does not have them.
+  """
+  each, step = word.itemsize // array.itemsize, _ALIGNMENT // word.itemsize
+  words = array[: array.size // each * each].view(word)
+  skipped, start = -words.ctypes.data % _ALIGNMENT // word.itemsize, some.start // each
+  first = (min(start, words.size - size) - skipped) // step * step + skipped
+  if first < 0 or (first + size) * each < some.stop:
+    return None
+  return words[first : first + size], np.int32(start - first)
 
 
 def _few(array: np.ndarray, count: int) -> np.ndarray:
@@ -149,8 +194,8 @@ def encode(
   """Encodes a block, 1 to `CAPACITY` units, on this thread: uint8."""
   count = spans[-1].place.stop
   rows, lanes = _grid(count)
-  inputs = [_units(x, spans, layout.words, layout.word) for x in ('numbers', 'known')]
-  inputs.append(_units('classes', spans, 1, layout.class_type)[..., 0])
+  inputs = [_field(x, spans, layout.words, layout.word) for x in ('numbers', 'known')]
+  inputs.append(_field('classes', spans, 1, layout.class_type))
   stack = ROWS * layout.pushes + _APART
   shapes: list[Any] = [((LANES * stack,), np.uint16), ((ROWS, LANES), np.uint16)]
   for width, _ in layout.pieces:
@@ -164,9 +209,10 @@ def encode(
   for (width, _), plane in zip(layout.pieces, planes, strict=True):
     flat = plane[:, :lanes].reshape(-1).view(np.uint8)
     parts.append(flat[: _plane_bytes(width, rows, lanes)])
-  marks, units = (_few(x, count) for x in (marks, inputs[0]))
+  marks = _few(marks, count)
   escaped = np.flatnonzero(marks > 0)  # faster, of truth values
-  parts += layout.lists(marks[escaped, 0] - units_lib.MARKED, units[escaped])
+  units = inputs[0].take(escaped, lanes)
+  parts += layout.lists(marks[escaped, 0] - units_lib.MARKED, units)
   return np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
 
 
@@ -208,8 +254,8 @@ def decode(
     raise ValueError(f'a block of {nbytes} bytes has too few raw bits')
   every = [np.tile(x, LANES // lanes) for x in (state, tops)]
   places = np.concatenate([*every, ends]).astype(np.uint32)
-  classes = _units('classes', spans, 1, layout.class_type)[..., 0]
-  known = _units('known', spans, layout.words, layout.word)
+  classes: Any = _field('classes', spans, 1, layout.class_type)
+  known = _field('known', spans, layout.words, layout.word)
   shapes = [((ROWS, LANES, layout.words), layout.word), ((ROWS, LANES), bool)]
   grid = np.int32(rows), np.uint32(lanes)
   arguments = places, *grid, buffer.view(np.uint16), buffer, classes, known
@@ -218,12 +264,13 @@ def decode(
     raise ValueError('a block has more or fewer words than its units need')
   units, marks = (_few(x, count) for x in out)
   escaped = np.flatnonzero(marks)
-  words = lambda x: [*_few(x, count)[escaped].astype(np.uint32).T]
-  of_units = _few(classes, count)[escaped, 0].astype(np.int32)
+  words = lambda x: [*x.take(escaped, lanes).astype(np.uint32).T]
+  of_units = words(classes)[0].view(np.int32)
   row = units_lib.Row(of_units, None if known is None else words(known), None, [])
   listed = layout.listed(lists, units[escaped], row, coder_tables.told)
   checksums = []
-  for place, numbers, _, _, part in spans:
+  for place, of_span, bits, *_, part in spans:
+    numbers = bits[of_span]
     some = slice(*np.searchsorted(escaped, [place.start, place.stop]))
     whole, missing = numbers, -numbers.size % layout.size
     if missing:  # in the last unit
@@ -275,10 +322,16 @@ def _run(
 
 def _given(t: Any, classes: Any, known: Any, units: Any, pieces: Any) -> units_lib.Row:
   """Returns a row of the inputs of a program."""
-  row = functools.partial(jax.lax.dynamic_index_in_dim, index=t, keepdims=False)
-  words = lambda x: None if x is None else [*row(x).astype(jnp.uint32).T]
-  of_units = row(classes).astype(jnp.int32)
-  return units_lib.Row(of_units, words(known), words(units), pieces)
+
+  def row(field: Any) -> Any:
+    if field is None:
+      return None
+    place, size = field.first + t * field.stride, LANES * field.width
+    some = jax.lax.dynamic_slice_in_dim(field.words, place, size)
+    return [*some.reshape(LANES, -1).astype(jnp.uint32).T]
+
+  of_units = row(classes)[0].astype(jnp.int32)
+  return units_lib.Row(of_units, row(known), row(units), pieces)
 
 
 def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:
