@@ -59,8 +59,6 @@ _BIAS = np.uint8(30)  # of bytes, of which 225 is rare in masks and codes
 
 _HALVES_BELOW = 128  # bins below the scale of floats, of which plans choose 32
 
-_OCTAVES = 4  # below a known float, beyond which floats rarely occur
-
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(units_lib.Base):
@@ -237,53 +235,13 @@ class Differences(units_lib.Base):
     known = row.known.astype(np.uint32)
     classes = row.classes >> np.array([0, 8], np.int32) & 255
     level, shift = self.told(classes, known, np.int32(base[0]), np)
-    off = self.differences(row.units.astype(np.uint32), known, np)
+    off = ulps.differences(row.units.astype(np.uint32), known, self.dtype, np)
     return level, folded(off >> shift.astype(np.int32)), shift
 
   @property
   def _magnitude(self) -> np.uint32:
     """The bits of a number without its sign."""
     return np.uint32((1 << self.width - 1) - 1)
-
-  def _signed(self, number: Any) -> Any:
-    """Returns numbers, uint32 with any bits above their width, as int32."""
-    return (number << 32 - self.width).view(np.int32) >> 32 - self.width
-
-  def _flipped(self, number: Any) -> Any:
-    """Returns numbers, all bits but the sign of negative ones flipped."""
-    return number ^ (self._signed(number) >> 31).view(np.uint32) & self._magnitude
-
-  def _least(self, known: Any) -> tuple[Any, Any]:
-    """Returns the magnitudes of known floats, and the least one near them: int32."""
-    magnitude = (known & self._magnitude).view(np.int32)
-    octaves = _OCTAVES << ulps.FORMATS[self.dtype].nmant
-    return magnitude, magnitude - magnitude.clip(max=octaves)
-
-  def moved(self, known: Any, difference: Any, xp: Any = jnp) -> Any:
-    """Returns the bits of numbers that differ so much from known ones: all uint32."""
-    if self.dtype.kind == 'i':
-      return known + difference
-    magnitude, least = self._least(known)
-    place = self._signed(difference + magnitude.view(np.uint32))
-    half = np.int32(-(1 << self.width - 1))
-    gap = xp.where(place < half + 2 * least, least + half, 2 * least)
-    place = place - xp.where(place >= least, np.int32(0), gap)
-    return self._flipped(place.view(np.uint32)) ^ known & ~self._magnitude
-
-  def differences(self, number: Any, known: Any, xp: Any = jnp) -> Any:
-    """Returns the differences of numbers from known ones, int32; both are uint32.
-
-    Those of floats are in ULPs and count away from 0, as far as the known ones go. The
-    floats around 0, which are many and rarely occur, are the last ones.
-    """
-    if self.dtype.kind == 'i':
-      return self._signed(number - known)
-    magnitude, least = self._least(known)
-    place = self._signed(self._flipped(number ^ known & ~self._magnitude))
-    half = np.int32(-(1 << self.width - 1))
-    gap = xp.where(place < -least, 2 * least, least + half)
-    place = place - magnitude + xp.where(place >= least, np.int32(0), gap)
-    return self._signed(place.view(np.uint32))
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of units, and the known numbers and the shifts of both."""
@@ -323,13 +281,14 @@ class Differences(units_lib.Base):
     words, several = [], ((symbols >> 5, symbols & 31), self._numbers(raw), *context)
     for value, bits, known, shift in zip(*several, strict=True):
       value = value >> 1 ^ np.uint32(0) - (value & 1)
-      words.append(self.moved(known, value << shift | bits, xp))
+      words.append(ulps.moved(known, value << shift | bits, self.dtype, xp))
     return self._packed(*(x & np.uint32((1 << self.width) - 1) for x in words))
 
   def divided(self, numbers: list[Any], context: Any) -> tuple[Any, ...]:
     """Returns the symbols of units, and the intervals of raw bits."""
     known, shifts = context
-    off = [self.differences(*x) for x in zip(numbers, known, strict=True)]
+    pairs = zip(numbers, known, strict=True)
+    off = [ulps.differences(*x, self.dtype) for x in pairs]
     bins = [folded(x >> y) for x, y in zip(off, shifts, strict=True)]
     intervals, raw = [], [x.view(jnp.uint32) for x in off]
     for low, *sizes in self._sizes(shifts):

@@ -1,4 +1,7 @@
-"""The bits of floats as integers: exponents, and numbers that share a step."""
+"""The bits of floats as integers: exponents, shared steps, and differences in ULPs.
+
+Functions that programs of the coder call take `xp`, JAX or NumPy.
+"""
 
 from typing import Any
 
@@ -11,6 +14,8 @@ FORMATS = {
   for x in ('float16', 'bfloat16', 'float32', 'float8_e4m3fn', 'float8_e5m2')
 }
 """The dtypes of floats, with the bits of their exponents and mantissas."""
+
+_OCTAVES = 4  # below a known float, beyond which floats rarely occur
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:
@@ -37,7 +42,7 @@ def raised(bits: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp) -
   """Replaces the magnitudes in bit patterns by those of a minimum exponent.
 
   Numbers with a lower exponent must be multiples of its step. The minimum exponent 1
-  changes nothing. `xp` is the module, JAX or NumPy.
+  changes nothing.
   """
   unsigned, top = bits.dtype.type, form.nmant
   magnitude = bits & unsigned((1 << form.bits - 1) - 1)
@@ -68,3 +73,51 @@ def lowered(
   small = xp.where(magnitude > 0, small, np.uint32(0))
   large = magnitude + ((least - 1) << top).astype(np.uint32)
   return xp.where(magnitude >> top > 0, large, small) & np.uint32((1 << width - 1) - 1)
+
+
+def differences(numbers: Any, known: Any, dtype: np.dtype, xp: Any = jnp) -> Any:
+  """Returns the differences of numbers from known ones, int32; both are uint32.
+
+  Those of floats are in ULPs and count away from 0, as far as the known ones go. The
+  floats around 0, which are many and rarely occur, are the last ones.
+  """
+  width = 8 * dtype.itemsize
+  if dtype.kind == 'i':
+    return _signed(numbers - known, width)
+  sign, magnitude, least, half = _places(known, dtype)
+  place = _signed(_flipped(numbers ^ sign, width), width)
+  gap = xp.where(place < -least, 2 * least, least + half)
+  place = place - magnitude + xp.where(place >= least, np.int32(0), gap)
+  return _signed(place.view(np.uint32), width)
+
+
+def moved(known: Any, difference: Any, dtype: np.dtype, xp: Any = jnp) -> Any:
+  """Returns the bits of numbers that differ so much from known ones: all uint32."""
+  if dtype.kind == 'i':
+    return known + difference
+  sign, magnitude, least, half = _places(known, dtype)
+  place = _signed(difference + magnitude.view(np.uint32), 8 * dtype.itemsize)
+  gap = xp.where(place < half + 2 * least, least + half, 2 * least)
+  place = place - xp.where(place >= least, np.int32(0), gap)
+  return _flipped(place.view(np.uint32), 8 * dtype.itemsize) ^ sign
+
+
+def _places(known: Any, dtype: np.dtype) -> tuple[Any, Any, Any, np.int32]:
+  """Returns the signs of known floats, uint32, and their magnitudes and the least ones
+  near them, int32; and the least number.
+  """
+  most = np.uint32((1 << 8 * dtype.itemsize - 1) - 1)
+  magnitude = (known & most).view(np.int32)
+  least = magnitude - magnitude.clip(max=_OCTAVES << FORMATS[dtype].nmant)
+  return known & ~most, magnitude, least, (~most).view(np.int32)
+
+
+def _signed(numbers: Any, width: int) -> Any:
+  """Returns numbers, uint32 with any bits above their width, as int32."""
+  return (numbers << 32 - width).view(np.int32) >> 32 - width
+
+
+def _flipped(numbers: Any, width: int) -> Any:
+  """Returns numbers, all bits but the sign of negative ones flipped."""
+  negative = (_signed(numbers, width) >> 31).view(np.uint32)
+  return numbers ^ negative & np.uint32((1 << width - 1) - 1)
