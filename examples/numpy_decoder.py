@@ -117,8 +117,8 @@ def read_group(group, data, parts, known):
     weights = frequencies[used[0], :, None] * frequencies[used[1], None]
     frequencies = weights.reshape(len(weights), -1)[:, :-1] + (1 << 27 - p) >> 28 - p
   frequencies = np.column_stack([frequencies, (1 << p) - frequencies.sum(1)])
-  length = math.ceil(tables.size / len(sizes))
-  spans = np.split(np.vstack([tables, shifts]), range(length, tables.size, length), 1)
+  starts = 32 * (np.arange(1, len(sizes)) * -(-tables.size // 32) // len(sizes))
+  spans = np.split(np.vstack([tables, shifts]), starts, 1)
   blocks = [read_block(data, x, frequencies, r, f'u{dtype.itemsize}') for x in spans]
   symbols, raw, whole = map(np.concatenate, zip(*blocks, strict=True))
   bits = joined(symbols, raw, shifts, told.T, group, dtype).astype(whole.dtype)

@@ -121,7 +121,7 @@ def _opened(tree: Any) -> tuple[base_lib.Base, bytes]:
   array = lambda x: x if getattr(x, 'needs', ()) else structured.materialize(x)
   tree = structured.map_leaves(array, sources.of_tree(tree).tree)
   source = sources.TreeRecords(tree)
-  arrays = sources.entries(source)
+  arrays = sorted(sources.entries(source))  # JAX sorts keys
   base = base_lib.Base(source, plain=False)
   base.crc32s = {tuple(key): crc32 for *key, crc32 in arrays}
   return base, sources.digest(source, arrays).encode()

@@ -95,23 +95,23 @@ def divide(
   scales: Sequence[contexts.Scales],
   layout: layouts.Layout,
 ) -> list[list[Span]]:
-  """Divides contiguous parts into few blocks alike.
+  """Divides contiguous parts into few blocks alike, of whole rows but for the last one.
 
   Known numbers are bit patterns, `[n]`.
   """
-  size, shared, most = layout.size, layout.shared, capacity(layout)
+  size, shared = layout.size, layout.shared
   counts = [-(-part.size // size) for part in parts]
   ends = np.cumsum(counts).tolist()
-  length = -(-ends[-1] // -(-ends[-1] // most))
-  starts = range(0, ends[-1], length)
+  count, rows = -(-ends[-1] // capacity(layout)), -(-ends[-1] // LANES)
+  starts = [LANES * (i * rows // count) for i in range(count)]
   blocks: list[list[Span]] = [[] for _ in starts]
   for start, end in itertools.pairwise(sorted({*ends, *starts})):
-    i, block = bisect.bisect(ends, start), start // length
+    i, block = bisect.bisect(ends, start), bisect.bisect(starts, start) - 1
     first, shape = start - ends[i] + counts[i], parts[i].shape
     bits = parts[i].reshape(-1).view(f'u{parts[i].itemsize}')
     some = slice(first * size, min((first + end - start) * size, bits.size))
     write = functools.partial(scales[i].write, shape, shared, some.start // shared)
-    place = slice(start - block * length, end - block * length)
+    place = slice(start - starts[block], end - starts[block])
     is_even = scales[i].rows.size == scales[i].columns.size == 1
     blocks[block].append(Span(place, some, bits, known[i], write, is_even, i))
   return blocks
