@@ -238,9 +238,8 @@ def read_leaf(leaf, arrays, tensors, base, config):
       array = a['numbers'].astype('f4').reshape(-1, a['numbers'].shape[-1])
       blocks = zip(array.shape, s['block'], strict=True)
       places = np.ix_(*(np.arange(n) // m for n, m in blocks))
-      if s['grid'] in ('int4', 'float4_e2m1fn'):
-        array[array == -16] = -0.0
-        array /= 1 if s['grid'] == 'int4' else 2
+      array = np.copysign(array + (array < 0) * s.get('ones_complement', 0), array)
+      array /= 2 if s['grid'] == 'float4_e2m1fn' else 1
       array *= scales[places]
       if 'minima' in a:
         array += floats(a['minima'], s.get('minimum_form', (0, 0)))[places]

@@ -96,6 +96,7 @@ def leaves():
       numbers=np.int8([[-12, -1, -16, 8], [2, 4, 6, 8]]),
       scales=np.uint8([[106], [0]]),
       grid='float4_e2m1fn',
+      ones_complement=True,
       name='bfloat16',
       block=(1, 4),
       scale_form=(944, 20),

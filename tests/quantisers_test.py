@@ -101,6 +101,15 @@ class FindTest(parameterized.TestCase):
       for dtype in (BF16, np.float16, F32):
         self.assertIsNone(quantisers.find(array.astype(dtype)))
 
+  def test_negative_zeros_leave_no_place_for_the_lowest_code(self):
+    array = SCHEMES['fake_int8'][0](weights())
+    array[0] = F32(1 / 8)
+    array[0, 7] = -16  # the code -128
+    leaf = quantisers.find(array)
+    self.assertEqual((leaf.numbers.dtype, leaf.ones_complement), (np.int8, True))
+    self.assertLen(leaf.exceptions, 1)
+    self.assertTrue(structured.same_bits(leaf.materialize(), array))
+
   def test_exceptions(self):
     array = SCHEMES['int4_128'][0](weights()).astype(BF16)
     flat = array.reshape(-1)
@@ -176,7 +185,7 @@ class LeafTest(parameterized.TestCase):
   def test_large_arrays(self):
     matrix, rng = (1024, 1056), np.random.default_rng(0)
     codes = rng.integers(-16, 16, matrix).astype(np.int8)
-    numbers = np.where(codes == -16, F32(-0.0), codes)
+    numbers = np.where(codes < 0, -F32(~codes), codes)
     # With the least scales, many sums are subnormal.
     for exponent, block in itertools.product(
       (-110, -80, 110), [(1, 16), (128, 128), (1, 48), (64, 1)]
@@ -197,14 +206,15 @@ class LeafTest(parameterized.TestCase):
           block=block,
           scales=scales.view(np.uint32),
           minima=minima.view(np.uint32),
+          ones_complement=True,
         )
         crc32 = leaf.write(out)
         self.assertEqual(crc32, zlib.crc32(out))
         self.assertTrue(structured.same_bits(out, array), (exponent, block))
 
   def test_negative_zeros_of_large_arrays(self):
-    codes = np.tile(np.int8([-16, 0, 1, -3]), (1 << 14, 16))
-    array = np.where(codes == -16, F32(-0.0), codes * F32(0.75))
+    codes = np.tile(np.int8([-1, 0, 1, -3]), (1 << 14, 16))
+    array = np.tile(F32([-0.0, 0, 0.75, -1.5]), (1 << 14, 16))
     for dtype in (BF16, F32):
       leaf = quantisers.BlockQuantized(
         numbers=codes,
@@ -212,6 +222,7 @@ class LeafTest(parameterized.TestCase):
         name=np.dtype(dtype).name,
         block=codes.shape,
         scales=np.array([[0.75]], F32).view(np.uint32),
+        ones_complement=True,
       )
       self.assertTrue(structured.same_bits(leaf.materialize(), array.astype(dtype)))
 
@@ -262,7 +273,6 @@ class LeafTest(parameterized.TestCase):
     for scheme, dtype, code in (
       *(('e4m3_tensor', np.uint8, x) for x in (0x7F, 0xFF)),
       *(('e5m2_rows', np.uint8, x) for x in (0x7C, 0xFC)),
-      *(('fake_int8', np.uint16, x) for x in (0x4301, 0xC301, 0x7FC0)),
     ):
       leaf = quantisers.find(SCHEMES[scheme][0](weights()).astype(BF16))
       settings, arrays = leaf.stored()

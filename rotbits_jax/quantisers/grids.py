@@ -8,8 +8,6 @@ import numpy as np
 
 Name = Literal['int8', 'int4', 'float8_e4m3fn', 'float8_e5m2', 'float4_e2m1fn']
 
-NEGATIVE_ZERO = -16
-
 
 class Grid(NamedTuple):
   """The magnitudes of a dtype."""
@@ -17,7 +15,7 @@ class Grid(NamedTuple):
   magnitudes: np.ndarray  # float32, ascending from 0
   # Indices of those that the greatest element of a block may have, likely ones first.
   tops: tuple[int, ...]
-  unit: float | None = None  # of a grid of 4 bits: int8 counts units, and -16 is -0
+  unit: float | None = None  # of a grid of 4 bits, which numbers count
 
   def nearest(self, numbers: np.ndarray) -> tuple[np.ndarray, Any]:
     """Returns the magnitudes next to numbers that are not negative, and their gaps.
@@ -67,22 +65,21 @@ GRIDS: dict[Name, Grid] = {
 """The grids by name, those of the fewest magnitudes first."""
 
 
-# Leaves store numbers of grids of 4 bits as int8 from -16 to 15, float8 as it is, and
-# int8 as it is or, if there is a -0, as bfloat16.
+# Leaves store float8 as it is, and others as int8; those of 4 bits from -16 to 15.
 
 
 def holds(name: Name, numbers: np.ndarray) -> bool:
   """Returns whether stored numbers are of a grid."""
   grid, dtype = GRIDS[name], numbers.dtype
-  signed, unsigned = (numbers.view(f'{x}{dtype.itemsize}') for x in 'iu')
-  if dtype == np.int8:
-    is_small = grid.unit and numbers.min() >= NEGATIVE_ZERO and numbers.max() <= 15
-    return bool(is_small or name == 'int8')
-  if grid.unit or dtype.name != ('bfloat16' if name == 'int8' else name):
+  if not name.startswith('float8'):
+    is_small = grid.unit is None or (numbers.min() >= -16 and numbers.max() <= 15)
+    return bool(dtype == np.int8 and is_small)
+  if dtype.name != name:
     return False
   most = grid.magnitudes[-1:] * np.array([[1], [-1]], np.float32)
-  positive, negative = most.astype(dtype).view(unsigned.dtype)
-  return bool(signed.max() <= positive and unsigned.max() <= negative)
+  positive, negative = most.astype(dtype).view(np.uint8)
+  bits = numbers.view(np.uint8)
+  return bool(bits.view(np.int8).max() <= positive and bits.max() <= negative)
 
 
 def floats(name: Name, numbers: Any) -> Any:

@@ -41,7 +41,7 @@ class BlockQuantized(base.Structured):
   """An array whose elements are numbers of a grid times the scale of their block.
 
   The product is rounded to float32 and then to the dtype. An int8 counts units of the
-  grid; of grids of 4 bits, -16 is -0. Scales and minima are codes of float32, see
+  grid, with -0 as a ones' complement. Scales and minima are codes of float32, see
   `decoded`; with a factor, scales are multiplied by it. The minimum of the block, if
   there is one, is added to the float32 product, and the sum is rounded, too. Exceptions
   replace a few elements.
@@ -58,6 +58,7 @@ class BlockQuantized(base.Structured):
   block: tuple[fields.Length, ...] = fields.static()  # r and c
   scale_form: tuple[_Base, _Shift] = fields.static(default=(0, 0))
   minimum_form: tuple[_Base, _Shift] = fields.static(default=(0, 0))
+  ones_complement: bool = fields.static(default=False)  # of numbers, so -1 is -0
   factor: Annotated[Any, fields.Array('', np.float32, optional=True)] = None
   minima: Annotated[Any, fields.Array('mn', optional=True)] = None  # codes, unsigned
   # How many elements are before each exception, from the one before it on.
@@ -89,6 +90,9 @@ class BlockQuantized(base.Structured):
     on_xla = is_even and size >= _PRODUCTS and least >= _LEAST_OF_XLA
     on_xla = on_xla and self.dtype != np.float16
     program, width = (_on_xla, _WIDTH) if on_xla else (_products, columns)
+    program = functools.partial(
+      program, grid=self.grid, dtype=self.dtype, ones_complement=self.ones_complement
+    )
     run, step = math.gcd(self.block[1], width), _PRODUCTS if on_xla else CHUNK
     step, block = max(step // width, 1), (self.block[0], self.block[1] // run)
     matrix = size // columns, columns // run
@@ -102,7 +106,7 @@ class BlockQuantized(base.Structured):
     def write(start: int) -> list[tuple[int, int]]:
       first, checksums = max(min(start, size // width - step), 0), []
       parts = [x[first : first + step] for x in several]
-      products = program(*parts, grid=self.grid, dtype=self.dtype)
+      products = program(*parts)
       products = np.asarray(products).reshape(-1)
       for place in range(start * width, min((start + step) * width, size), CHUNK):
         some = slice(place, min(place + CHUNK, first * width + products.size))
@@ -164,6 +168,7 @@ def _products(
   *,
   grid: grids.Name,
   dtype: np.dtype,
+  ones_complement: bool,
   no_bits: Any = None,
 ) -> Any:
   """Returns numbers `[n, w]` times scales plus minima, of runs of equal length in w.
@@ -174,10 +179,9 @@ def _products(
   width = numbers.shape[1]
   whole = lambda x: x if x.shape[1] == 1 else xp.repeat(x, width // x.shape[1], axis=1)
   products = grids.floats(grid, numbers)
-  if unit:
-    is_zero = products == grids.NEGATIVE_ZERO
-    if xp is jnp or is_zero.any():
-      products = xp.where(is_zero, np.float32(-0.0), products)
+  if ones_complement:
+    products = xp.copysign(products + (products < 0), products)
+  if unit is not None:
     scales = scales * np.float32(unit)
   products *= whole(scales)
   if minima is not None:
@@ -191,7 +195,11 @@ def _products(
 
 
 _on_xla = functools.partial(
-  jax.jit(_products, static_argnames=('grid', 'dtype'), compiler_options=blocks.WIDE),
+  jax.jit(
+    _products,
+    static_argnames=('grid', 'dtype', 'ones_complement'),
+    compiler_options=blocks.WIDE,
+  ),
   no_bits=np.uint32(0),
 )
 

@@ -320,23 +320,25 @@ def _leaf(
   rows_of_blocks = blocks.swapaxes(1, 2).reshape(-1, math.prod(block))
   bounds, _ = _bounds(rows_of_blocks, array.dtype, grid)
   is_negative = np.signbit(array).reshape(magnitudes.shape)
-  has_zeros = name == 'int8' and bool((is_negative & (magnitudes == 0)).any())
   is_float8 = name.startswith('float8')
-  is_int8 = not is_float8 and not has_zeros
-  dtype = getattr(ml_dtypes, name if is_float8 else 'bfloat16')
-  numbers = host.empty(magnitudes.shape, np.int8 if is_int8 else dtype)
+  has_signs = not is_float8 and bool((is_negative & (magnitudes == 0)).any())
+  dtype = getattr(ml_dtypes, name) if is_float8 else np.int8
+  numbers = host.empty(magnitudes.shape, dtype)
   draft = _draft(array, numbers, name, block, bounds)
+  draft = draft.replace(ones_complement=has_signs)
 
   @_quiet
   def divide(rows: slice) -> None:
     scales = leaf_lib.of_elements(draft.float_scales, rows, block, numbers.shape)
     quotients = magnitudes[rows].view(array.dtype).astype(np.float32) / scales
     found = np.copysign(grid.nearest(quotients)[0], 0.5 - is_negative[rows])
-    if grid.unit:
-      found /= grid.unit
-      found[(found == 0) & is_negative[rows]] = grids.NEGATIVE_ZERO
-    found = grids.float8(name, found) if is_float8 else found
-    numbers[rows] = found.clip(-128, 127) if is_int8 else found
+    if is_float8:
+      numbers[rows] = grids.float8(name, found)
+      return
+    found /= grid.unit or 1
+    if has_signs:
+      found -= is_negative[rows]
+    numbers[rows] = found.clip(-128, 127)
 
   pool.each(divide, leaf_lib.chunks(numbers))
   return _with_exceptions(draft, array)
