@@ -78,7 +78,7 @@ def holds(name: Name, numbers: np.ndarray) -> bool:
     return False
   most = grid.magnitudes[-1:] * np.array([[1], [-1]], np.float32)
   positive, negative = most.astype(dtype).view(np.uint8)
-  bits = numbers.view(np.uint8)
+  bits: Any = numbers.view(np.uint8)
   return bool(bits.view(np.int8).max() <= positive and bits.max() <= negative)
 
 
