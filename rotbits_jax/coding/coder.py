@@ -19,6 +19,7 @@ from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import plans
 from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
+from rotbits_jax.structured import masks
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
@@ -146,7 +147,7 @@ def decode(
   def finish(i: int) -> None:
     checksum = checksums.get(i) if len(parts[i]) == 1 else None
     if len(parts[i]) > 1:
-      spec.arrays[i].join(parts[i], arrays[i])
+      masks.join(parts[i], arrays[i])
     if checksum is None:
       checksum = checksums_lib.of_array(arrays[i])
     if checksum != spec.arrays[i].crc32:

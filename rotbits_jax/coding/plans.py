@@ -20,6 +20,7 @@ from rotbits_jax.coding import specs
 from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
 from rotbits_jax.coding import units as units_lib
+from rotbits_jax.structured import masks
 from rotbits_jax.structured import ulps
 from rotbits_jax.system import host
 
@@ -116,15 +117,10 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
     floats = lambda x: Part(x, layout, statistics.measure(x, 2), least)
     if not statistics.has_zeros(bits):
       return [floats(array)]
-    rows = bits.reshape(-1, array.shape[-1])
-    is_set = rows << 1 > 0
-    mask, values = np.packbits(is_set, axis=1), rows[is_set].view(dtype)
-    negative = rows[~is_set] > 0
-    parts = [
-      Part(mask, of_bytes, statistics.densities(mask)),
-      floats(values) if values.size > 1 else Part(values),
-    ]
-    return parts + [Part(np.packbits(negative), of_bytes)] * bool(negative.any())
+    mask, values, *signs = masks.divided(array)
+    of_mask = Part(mask, of_bytes, statistics.densities(mask))
+    of_values = floats(values) if values.size > 1 else Part(values)
+    return [of_mask, of_values, *(Part(x, of_bytes) for x in signs)]
   if specs.is_of_bytes(dtype):  # each byte of an element has a class
     array = array.reshape(-1, 1).view(np.uint8)
     first = statistics.DENSITIES + 8 * (place % _ARRAYS_OF_BYTES)

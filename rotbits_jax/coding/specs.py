@@ -48,10 +48,8 @@ _ELEMENTS_PER_GROUP = 1 << 17
 class ArraySpec(schema.Row):
   """An array of a stream.
 
-  An array is one part, unless it is stored without its zeros. Then its parts are a
-  mask, the elements that are not zero, and, if a zero is -0, the signs of the zeros. A
-  byte of the mask holds eight successive elements of a row, so the coder sees patterns,
-  such as two zeros in every four.
+  An array is one part, unless it is stored without its zeros. Then its parts are those
+  of `structured.masks`, two or three.
   """
 
   dtype: Annotated[str, schema.one_of(DTYPES)]  # name of the dtype, one of `DTYPES`
@@ -97,20 +95,6 @@ class ArraySpec(schema.Row):
     if is_of_bytes(dtype):
       return [(uint8, (self.size, dtype.itemsize))]
     return [(dtype, shape)]
-
-  def join(self, parts: Sequence[np.ndarray], out: np.ndarray) -> None:
-    """Makes an array without zeros of its parts, which may be damaged."""
-    mask, values, *signs = parts
-    unsigned = np.dtype(f'u{out.itemsize}')
-    bits = out.view(unsigned).reshape(len(mask), -1)
-    bits[...] = 0
-    is_set = np.unpackbits(mask, axis=1, count=bits.shape[1]).view(bool)
-    if np.count_nonzero(is_set) != self.nonzeros:
-      raise ValueError(f'the mask does not have {self.nonzeros} elements')
-    bits[is_set] = values.view(unsigned)
-    if signs:
-      negative = np.unpackbits(signs[0], count=bits.size - values.size)
-      bits[~is_set] = negative.astype(unsigned) << 8 * out.itemsize - 1
 
 
 _LAYOUTS: dict[str, Any] = {
