@@ -220,18 +220,18 @@ def entries(frequencies: np.ndarray, layout: Any) -> tuple[np.ndarray, ...]:
   most = frequencies[:, layout.is_first_long :].max()
   if min(left.min(), frequencies.min() + 1) < 1 or most > 1 << field:
     raise ValueError(f'a symbol has more than {1 << field} slots, or the escape none')
-  starts = np.cumsum(frequencies, axis=1) - frequencies
-  intervals = starts << 12 | frequencies - 1
-  escape = 1 << 31 | intervals[:, -1:]
-  intervals = np.where(frequencies > 0, intervals, escape)
-  intervals[:, -1:] = escape
-  used, symbols = np.nonzero(frequencies)
-  lengths, starts = frequencies[used, symbols], starts[used, symbols]
+  used = np.flatnonzero(frequencies > 0)  # faster, of truth values
+  symbols, lengths = used & layout.escape, frequencies.reshape(-1)[used]
+  starts = np.cumsum(lengths) - lengths & (1 << layout.precision) - 1
+  coded = (starts << 12 | lengths - 1).astype(np.uint32)
+  coded[symbols == layout.escape] |= np.uint32(1 << 31)
+  intervals = np.repeat(coded[symbols == layout.escape], frequencies.shape[1])
+  intervals[used] = coded
   entries = (symbols << 2 * field) - (starts << field) + lengths - 1
   slots = np.repeat(entries.astype(np.uint32), lengths).reshape(len(frequencies), -1)
   place = np.arange(1 << layout.precision, dtype=np.uint32)
   slots += place << np.uint32(field)
   if layout.is_first_long:
     first = frequencies[:, :1].astype(np.uint32)
-    slots = np.where(place < first, first - 1, slots)
-  return slots, intervals.astype(np.uint32)
+    np.copyto(slots, first - 1, where=place < first)
+  return slots, intervals.reshape(frequencies.shape)

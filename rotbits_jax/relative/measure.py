@@ -118,13 +118,14 @@ def _changed(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray
 ) -> np.ndarray | None:
   """Returns whether blocks differ; None if many elements do, or mostly some rows'."""
-  some = slice(None, None, -(-bits.size // _SAMPLE) or 1)
-  if np.count_nonzero(bits[some] != base[some]) > _SPARSE * bits[some].size:
+  step = -(-bits.size // _SAMPLE) or 1
+  places = step * np.flatnonzero(bits[::step] != base[::step])
+  if places.size > _SPARSE * bits[::step].size:
     return None
-  # Mostly the first elements of a block tell that it differs.
-  is_other = lambda x, y: (x[:4096] != y[:4096]).any() or (x != y).any()
-  differs = lambda part: is_other(bits[part], base[part])
-  changed = np.array(difference.in_parts(differs, bits.size, 1, pool.run), bool)
+  starts = np.arange(0, bits.size, difference.BLOCK)
+  changed = np.isin(starts, places - places % difference.BLOCK)
+  parts = [slice(i, i + difference.BLOCK) for i in starts[~changed]]
+  changed[~changed] = pool.each(lambda x: (bits[x] != base[x]).any(), parts)
   if (width := _width(draft.lengths)) == 1 or not changed.any():
     return changed
   rows = np.flatnonzero(changed[np.arange(0, bits.size, width) // difference.BLOCK])
