@@ -3,7 +3,7 @@
 A source has records, which are read one at a time; `models.names` has those of models.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import hashlib
 import json
 import os
@@ -21,9 +21,6 @@ from rotbits_jax.coding import pool
 from rotbits_jax.system import checksums
 
 Tree = dict[str, Any]
-
-Entry = tuple[str, str, tuple[int, ...], int]
-"""The path, the dtype, the shape and the CRC-32 of an array."""
 
 
 def of(value: Any) -> passes.Source:
@@ -55,16 +52,12 @@ def fingerprint(source: Any) -> str:
   """Returns a digest: of the state of files on disk, or of all arrays in memory."""
   if hasattr(source, 'fingerprint'):
     return str(source.fingerprint())
-  return digest(source, entries(source))
+  content = json.dumps([repr(source.config), entries(source)])
+  return hashlib.sha256(content.encode()).hexdigest()
 
 
-def digest(source: passes.Source, arrays: Sequence[Entry]) -> str:
-  """Returns the digest of a source with these arrays."""
-  return hashlib.sha256(json.dumps([repr(source.config), arrays]).encode()).hexdigest()
-
-
-def entries(source: passes.Source) -> list[Entry]:
-  """Returns what tells the bits of all arrays of a source."""
+def entries(source: passes.Source) -> list[tuple[str, str, tuple[int, ...], int]]:
+  """Returns the path, the dtype, the shape and the CRC-32 of each array."""
   several = [
     (path, array)
     for record in source.records
