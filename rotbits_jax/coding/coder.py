@@ -60,7 +60,7 @@ def encode(
   jobs = []
   for group in plan.groups:
     tables = group.layout.tables(*group.contexts)
-    parts = [(x.numbers, x.known, x.scales) for x in group.parts.values()]
+    parts = [(x.numbers, x.known, x.scales) for x in group.parts]
     numbers, near, scales = zip(*parts, strict=True)
     divided = blocks.divide(numbers, near, scales, group.layout)
     encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
@@ -73,21 +73,20 @@ def encode(
 
   checksums = pool.each(checksum, range(len(arrays)))
   pieces = [np.empty(0, np.uint8)]  # of a record without arrays
-  pieces += [x.reshape(-1).view(np.uint8) for x in plan.plain]
+  plain = [x.numbers for x in itertools.chain(*plan.parts) if x.group is None]
+  pieces += [x.reshape(-1).view(np.uint8) for x in plain]
   groups = []
   for group, several in zip(plan.groups, jobs, strict=True):
     body, layout = [next(coded) for _ in several], group.layout
     sizes = len(group.head), tuple(x.size for x in body)
     groups.append(specs.GroupSpec(layout.type_name, layout.raw_bits, *sizes))
     pieces += [np.frombuffer(group.head, np.uint8), *body]
-  group_of = {place: i for i, group in enumerate(plan.groups) for place in group.parts}
-  indices = map(group_of.get, itertools.count())
   entries = tuple(
     specs.ArraySpec(
       dtype=array.dtype.name,
       shape=array.shape,
       crc32=crc32,
-      groups=tuple(itertools.islice(indices, len(parts))),
+      groups=tuple(part.group for part in parts),
       nonzeros=parts[1].numbers.size if len(parts) > 1 else None,
     )
     for array, crc32, parts in zip(plan.arrays, checksums, plan.parts, strict=True)
@@ -99,9 +98,8 @@ def estimate(
   arrays: Sequence[np.ndarray], known: Mapping[int, plans.Known] = _NONE
 ) -> float:
   """Estimates how many bytes arrays take in a record, without coding them."""
-  plan = plans.make(arrays, known)
-  coded = itertools.chain(*(group.parts.values() for group in plan.groups))
-  return sum(x.nbytes for x in coded) + sum(x.nbytes for x in plan.plain)
+  parts = itertools.chain(*plans.make(arrays, known).parts)
+  return sum(x.numbers.nbytes if x.group is None else x.nbytes for x in parts)
 
 
 def decode(

@@ -45,7 +45,8 @@ class Known(NamedTuple):
   crc32: int | None = None  # of the array itself, if it is known
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass
+class Part:
   """A part of an array, and how it is coded."""
 
   numbers: np.ndarray  # contiguous
@@ -53,6 +54,7 @@ class Part(NamedTuple):
   lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
   least: int = 0  # the minimum exponent of floats that share a step
   known: np.ndarray | None = None  # unsigned integers `[n]`, known numbers
+  group: int | None = None  # the index of its group; None if it is stored as it is
   scales: Any = None  # `contexts.Scales`
   nbytes: float = 0  # that it takes, about
 
@@ -63,7 +65,7 @@ class Group(NamedTuple):
   layout: layouts.Layout
   contexts: contexts_lib.Contexts
   head: bytes  # the contexts and the scales, serialised
-  parts: dict[int, Part]  # by their places among the parts of all arrays
+  parts: list[Part]
 
 
 class Plan(NamedTuple):
@@ -72,13 +74,6 @@ class Plan(NamedTuple):
   arrays: list[np.ndarray]  # the arrays in C order
   parts: list[list[Part]]  # those of each array, see `specs.ArraySpec`
   groups: list[Group]  # the parts that are coded
-
-  @property
-  def plain(self) -> list[np.ndarray]:
-    """The parts that are stored as they are."""
-    coded = set().union(*(group.parts for group in self.groups))
-    parts = enumerate(itertools.chain(*self.parts))
-    return [part.numbers for place, part in parts if place not in coded]
 
 
 def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
@@ -92,14 +87,17 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
   )
   parts = [*itertools.chain(*divided)]
   least = min((x.least for x in parts if x.least), default=0)
-  several: dict[Any, dict[int, Part]] = {}
-  for place, part in enumerate(parts):
+  alike: dict[Any, list[Part]] = {}
+  for part in parts:
     if part.layout:
       key = part.layout, (part.least - least) // _EXPONENTS
-      several.setdefault(key, {})[place] = part
-  ordered = sorted(several.items(), key=lambda x: x[0][0].type_name == 'known')
-  groups = pool.each(_group, [parts for _, parts in ordered])
-  return Plan(whole, divided, [group for group in groups if group.parts])
+      alike.setdefault(key, []).append(part)
+  ordered = sorted(alike.values(), key=lambda x: x[0].layout.type_name == 'known')
+  groups = [group for group in pool.each(_group, ordered) if group.parts]
+  for i, group in enumerate(groups):
+    for part in group.parts:
+      part.group = i
+  return Plan(whole, divided, groups)
 
 
 def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
@@ -145,19 +143,19 @@ def _with_raw_bits(part: Part) -> Part:
   most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
   shift = np.quantile(most.counted(sample, base)[2], 1 - _FARTHEST).clip(1)
   raw_bits = layouts.RAW * int(np.ceil(shift / layouts.RAW))
-  return part._replace(layout=dataclasses.replace(layout, raw_bits=raw_bits))
+  part.layout = dataclasses.replace(layout, raw_bits=raw_bits)
+  return part
 
 
-def _group(parts: Mapping[int, Part]) -> Group:
+def _group(parts: Sequence[Part]) -> Group:
   """Chooses the classes and the tables of parts of one layout by samples of them.
 
   Returns a group without the parts that coding does not make smaller.
   """
-  several = [*parts.values()]
-  layout, (scales, base) = several[0].layout, _classes(several)
-  most = max(_UNITS // len(several), _LEAST_SAMPLE)
+  layout, (scales, base) = parts[0].layout, _classes(parts)
+  most = max(_UNITS // len(parts), _LEAST_SAMPLE)
   most = _BYTES if isinstance(layout, layouts.Bytes) else most
-  samples = [_sample(*x, most) for x in zip(several, scales, strict=True)]
+  samples = [_sample(*x, most) for x in zip(parts, scales, strict=True)]
   counted = [layout.counted(x, base) for x in samples]
   first = 0
   if layout.type_name in ('floats', 'codes'):  # the bins that occur most have symbols
@@ -167,12 +165,12 @@ def _group(parts: Mapping[int, Part]) -> Group:
     best = np.flatnonzero(covered == np.max(covered))
     first = int(best[best.size // 2])
   width = layout.alphabet + 1
-  counts = np.zeros((len(several), layout.most_tables, width))
+  counts = np.zeros((len(parts), layout.most_tables, width))
   for of_part, (table_of, symbols, _) in zip(counts, counted, strict=True):
     symbols = (symbols - np.uint32(first)).clip(max=layout.alphabet)
     places = (table_of * width + symbols).reshape(-1)
     of_part[...] = np.bincount(places, minlength=of_part.size).reshape(of_part.shape)
-  sizes = np.array([x.numbers.size for x in several])
+  sizes = np.array([x.numbers.size for x in parts])
   counts *= (sizes / counts.sum(axis=(1, 2)))[:, None, None]
   rows, table_of = _merged(counts.sum(axis=0), layout.most_stored)
   frequencies = _frequencies(rows, layout)
@@ -183,16 +181,13 @@ def _group(parts: Mapping[int, Part]) -> Group:
   bits = np.pad(bits, ((0, 0), (0, 1)), constant_values=escape)[table_of]
   total = (counts * bits).sum(axis=(1, 2)) + sizes * [np.mean(x) for *_, x in counted]
   nbytes = (total / 8 + 2).tolist()
-  planned = zip(parts.items(), scales, nbytes, strict=True)
-  coded = {
-    place: part._replace(scales=of_lines, nbytes=size)
-    for (place, part), of_lines, size in planned
-    if size < part.numbers.nbytes
-  }
-  head = contexts_lib.to_bytes(contexts, [x.scales for x in coded.values()])
-  saved = sum(x.numbers.nbytes - x.nbytes for x in coded.values())
+  for part, of_lines, size in zip(parts, scales, nbytes, strict=True):
+    part.scales, part.nbytes = of_lines, size
+  coded = [x for x in parts if x.nbytes < x.numbers.nbytes]
+  head = contexts_lib.to_bytes(contexts, [x.scales for x in coded])
+  saved = sum(x.numbers.nbytes - x.nbytes for x in coded)
   is_smaller = saved > len(head) + _GROUP_BYTES
-  return Group(layout, contexts, head, coded if is_smaller else {})
+  return Group(layout, contexts, head, coded if is_smaller else [])
 
 
 def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarray]:
