@@ -138,6 +138,7 @@ RECORDS = {
 ROWS = 2.0 ** normal((200, 1), float, 1, scale=1)
 COLUMNS = 2.0 ** normal(250, float, 2, scale=1).repeat(2)  # two share a scale
 _WHOLE = normal((200, 500), float)
+PRUNED_CODES = integers((200, 500), np.int8, 36) * (normal((200, 500), float, 1) > 0)
 
 # Arrays, and a bound of the bytes of their stream.
 RATES = {
@@ -166,6 +167,7 @@ RATES = {
   ),
   'noise': ([noise(50_000, np.float16), noise(50_000, np.int8)], 150_000),
   'half of the elements': ([pruned(0.5)], 200_000 / 8 + 100_000 * 1.32 + 500),
+  'half of the codes': ([PRUNED_CODES], 1.01 * entropy(PRUNED_CODES) + 250),
   'wide integers': ([integers((200, 500), np.int16, 2000)], 1.005e5 * gaussian(2000)),
   'integers of columns': (
     [integers((500, 200), np.int8, 2.0 ** np.linspace(1, 5, 200))],

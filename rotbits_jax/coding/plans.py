@@ -109,16 +109,14 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
   if known is not None:
     layout = layouts.Differences(dtype, 0, 'known')
     return [_with_raw_bits(Part(array, layout, known.lines, known=known.bits))]
-  if dtype in ulps.FORMATS:
-    bits = array.reshape(-1).view(f'u{array.itemsize}')
-    layout, least = statistics.of_floats(bits, dtype)
-    floats = lambda x: Part(x, layout, statistics.measure(x, 2), least)
-    if not statistics.has_zeros(bits):
-      return [floats(array)]
+  if statistics.has_zeros(array):
     mask, values, *signs = masks.divided(array)
     of_mask = Part(mask, of_bytes, statistics.densities(mask))
-    of_values = floats(values) if values.size > 1 else Part(values)
-    return [of_mask, of_values, *(Part(x, of_bytes) for x in signs)]
+    of_values = _divided(place, values, None)
+    return [of_mask, *of_values, *(Part(x, of_bytes) for x in signs)]
+  if dtype in ulps.FORMATS:
+    layout, least = statistics.of_floats(array)
+    return [Part(array, layout, statistics.measure(array, 2), least)]
   if specs.is_of_bytes(dtype):  # each byte of an element has a class
     array = array.reshape(-1, 1).view(np.uint8)
     first = statistics.DENSITIES + 8 * (place % _ARRAYS_OF_BYTES)

@@ -51,7 +51,7 @@ _FLOATS = 1 << 14  # elements that are looked at at once, so that they fit the c
 
 # Masks of fewer elements cost more than they save. Fewer zeros are exceptions.
 _LEAST_MASK = 1 << 12
-_LEAST_ZEROS = 1 / 1024
+_LEAST_ZEROS, _LEAST_ZERO_CODES = 1 / 1024, 1 / 8
 
 
 def runs(size: int, most: int, count: int = 16) -> list[slice]:
@@ -63,10 +63,17 @@ def runs(size: int, most: int, count: int = 16) -> list[slice]:
   return [slice(start, start + length) for start in starts]
 
 
-def has_zeros(bits: np.ndarray) -> bool:
-  """Returns whether floats `[n]`, given the patterns, have zeros that a mask is for."""
-  share = 1 - np.count_nonzero(_some(bits) << 1) / min(bits.size, _FLOATS)
-  return bool(bits.size >= _LEAST_MASK and share > _LEAST_ZEROS)
+def has_zeros(array: np.ndarray) -> bool:
+  """Returns whether elements have zeros that a mask is for."""
+  if array.size < _LEAST_MASK or array.dtype not in (*ulps.FORMATS, np.int8):
+    return False
+  bits = _some(array.reshape(-1).view(f'u{array.itemsize}'))
+  if array.dtype != np.int8:
+    return bool(np.count_nonzero(bits << 1) < (1 - _LEAST_ZEROS) * bits.size)
+  counts = np.bincount(bits, minlength=256)  # of codes, with far more zeros than ones
+  is_wide = counts[units_lib.BINS // 2 : -units_lib.BINS // 2].any()
+  least = max(_LEAST_ZERO_CODES * bits.size, 2 * counts[[1, 2, -2, -1]].sum())
+  return bool(is_wide and counts[0] > least)
 
 
 def of_codes(numbers: np.ndarray, lines: Lines) -> layouts.Pairs | None:
@@ -81,14 +88,14 @@ def of_codes(numbers: np.ndarray, lines: Lines) -> layouts.Pairs | None:
   return layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even and fits else None
 
 
-def of_floats(bits: np.ndarray, dtype: np.dtype) -> tuple[layouts.Pairs, int]:
-  """Chooses the layout of floats `[n]` by the bits that they use, given the patterns.
+def of_floats(array: np.ndarray) -> tuple[layouts.Pairs, int]:
+  """Chooses the layout of floats by the bits that they use.
 
   Returns the layout, without low bits that are zero in all elements; and the highest
   minimum exponent that these allow, 0 if small ones share no step.
   """
-  form = ulps.FORMATS[dtype]
-  most, unsigned = form.nmant, bits.dtype.type
+  dtype, bits = array.dtype, array.reshape(-1).view(f'u{array.itemsize}')
+  form, most, unsigned = ulps.FORMATS[dtype], ulps.FORMATS[dtype].nmant, bits.dtype.type
   mask, leading = unsigned((1 << form.bits - 1) - 1), unsigned(1 << most)
   sample = _some(bits) & mask
   exponents = np.maximum(sample[sample > 0] >> most, 1)
