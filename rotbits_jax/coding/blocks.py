@@ -197,14 +197,14 @@ def encode(
   inputs = [_field(x, spans, layout.words, layout.word) for x in ('numbers', 'known')]
   inputs.append(_field('classes', spans, 1, layout.class_type))
   stack = ROWS * layout.pushes + _APART
-  shapes: list[Any] = [((LANES * stack,), np.uint16), ((ROWS, LANES), np.uint16)]
+  shapes: list[Any] = [((LANES, stack), np.uint16), ((ROWS, LANES), np.uint16)]
   for width, _ in layout.pieces:
     dtype = np.uint16 if width == 8 else np.uint8
     shapes.append(((ROWS // _sharing(width), LANES), dtype))
   arguments = *inputs, coder_tables, np.int32(rows)
   (state, lengths), (words, marks, *planes) = _run(_encode, shapes, layout, *arguments)
   state, lengths = state[:lanes], lengths[:lanes].astype(np.uint16)
-  stacks = zip(words.reshape(LANES, stack), lengths.tolist(), strict=False)
+  stacks = zip(words, lengths.tolist(), strict=False)
   parts = [state, lengths, *(x[:n] for x, n in stacks)]
   for (width, _), plane in zip(layout.pieces, planes, strict=True):
     flat = plane[:, :lanes].reshape(-1).view(np.uint8)
@@ -359,7 +359,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       def pop(lookup: Callable[..., Any], precision: Any) -> jax.Array:
         nonlocal state, tops
         if isinstance(layout, layouts.Differences):  # as in `_encode`
-          state, tops = jax.lax.optimization_barrier((state, tops))
+          state, tops = units_lib.once(coder_tables.told, state, tops)
 
         def popped(state: jax.Array, tops: jax.Array) -> tuple[jax.Array, ...]:
           entry, start, frequency = lookup(rans.slot(state, precision))
@@ -401,27 +401,36 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 
   def loop(*operands: Any) -> Any:
     out, units, known, classes, coder_tables, rows = operands
-    # Unsigned, because it takes time to see whether signed indices are below 0.
-    first = jnp.arange(LANES, dtype=jnp.uint32) * (out[0].size // LANES)
+    # A lane has fewer words than that. XLA would compare each place with the last one.
+    most = np.uint32(min(layout.pushes, 2) * ROWS - 1)
+
+    def push(carry: Any, *interval: Any) -> Any:
+      state, sizes, words = carry
+      state, top, moved = rans.push_step(state, *interval)
+      taken = moved.astype(jnp.uint32)
+      if isinstance(layout, layouts.Differences):
+        state, top, taken = units_lib.once(coder_tables.told, state, top, taken)
+      # A word that does not move is put there, too, and the next one replaces it.
+      for lane, (word, place) in enumerate(zip(top, sizes & most, strict=True)):
+        at = np.uint32(lane), place
+        words = jax.lax.dynamic_update_slice(words, word[None, None], at)
+      return state, sizes + taken, words
 
     def step(i: jax.Array, carry: Any) -> Any:
       state, sizes, parts, (words, marks, *planes) = carry
       t = rows - 1 - i
       given = _given(t, classes, known, units, [])
       intervals, pieces, mark = layout.encode_step(given, coder_tables)
+      coder = state, sizes, words
+      if len(intervals) > 1:
+        # Few rows have the highest raw bits. A loop of no turn or one pushes them,
+        # because XLA would copy the stacks for a conditional.
+        *intervals, raw = intervals
+        turns = jnp.any(raw[-1] > 0).astype(jnp.int32)
+        coder = jax.lax.fori_loop(0, turns, lambda _, x: push(x, *raw), coder)
       for interval in reversed(intervals):
-        state, top, moved = rans.push_step(state, *interval)
-        taken = moved.astype(jnp.uint32)
-        if isinstance(layout, layouts.Differences):
-          # XLA would compute them again for each lane, from classes and known numbers.
-          # A branch that is never taken prevents it; a barrier does with JAX 0.12 only.
-          zeros = lambda *x: tuple(map(jnp.zeros_like, x))
-          pushed = state, top, taken
-          state, top, taken = jax.lax.cond(t < 0, zeros, lambda *x: x, *pushed)
-        # A word that does not move is put there, too, and the next one replaces it.
-        for word, place in zip(top, first + sizes, strict=True):
-          words = _put(words, word, place)
-        sizes = sizes + taken
+        coder = push(coder, *interval)
+      state, sizes, words = coder
       joined = []
       for k, (width, _) in enumerate(layout.pieces):
         # Rows that share bytes come in turn, the highest first.

@@ -217,8 +217,8 @@ class Differences(units_lib.Base):
   def pushes(self) -> int:  # type: ignore[override]
     return 1 + self.raw_bits // RAW
 
-  def told(self, classes: Any, known: Any, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
-    """Returns the level of a difference without its shift, int32; the shift, uint32.
+  def level(self, classes: Any, known: Any, base: Any, xp: Any = jnp) -> Any:
+    """Returns the level of each difference, int16.
 
     `known` is the known number of each class, `base` the level of class 0.
     """
@@ -226,15 +226,18 @@ class Differences(units_lib.Base):
     if self.dtype in ulps.FORMATS:
       exponent = (known & self._magnitude) >> ulps.FORMATS[self.dtype].nmant
       level = level - 4 * xp.maximum(exponent, np.uint32(1)).astype(np.int32)
-    level = xp.clip(level, 0, units_lib.CLASSES - 1)
+    return xp.clip(level, 0, units_lib.CLASSES - 1).astype(np.int16)
+
+  def shift(self, level: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Returns the shift of differences of a level, uint32, and the level without it."""
     shift = xp.clip(level - ONE_ULP >> 2, 0, self.raw_bits)
-    return level - 4 * shift, shift.astype(np.uint32)
+    return shift.astype(np.uint32), level - 4 * shift
 
   def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
     """Returns levels, bins and shifts of units; see `Pairs.counted`."""
     known = row.known.astype(np.uint32)
     classes = row.classes >> np.array([0, 8], np.int32) & 255
-    level, shift = self.told(classes, known, np.int32(base[0]), np)
+    shift, level = self.shift(self.level(classes, known, np.int32(base[0]), np), np)
     off = ulps.differences(row.units.astype(np.uint32), known, self.dtype, np)
     return level, folded(off >> shift.astype(np.int32)), shift
 
@@ -244,20 +247,23 @@ class Differences(units_lib.Base):
     return np.uint32((1 << self.width - 1) - 1)
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
-    """Returns the tables of units, and the known numbers and the shifts of both."""
+    """Returns the tables of units; and known numbers, shifts of both, and `base`."""
     zeros = xp.zeros_like(row.classes, np.uint32)
     known = [zeros, zeros] if row.known is None else self._numbers(row.known)
-    classes = row.classes & 255, row.classes >> 8
-    several = zip(classes, known, strict=True)
-    levels, shifts = zip(*(self.told(*x, base[0], xp) for x in several), strict=True)
-    # The sign of a difference takes less time than a comparison.
-    first, second = (
-      sum((x - base[i] >> 31 for i in range(1, MOST_DIFFERENT)), MOST_DIFFERENT - 1)
-      for x in levels
-    )
-    context = first * MOST_DIFFERENT + second, (known, shifts)
-    # XLA would compute it again for each lane whose table it looks up.
-    return jax.lax.optimization_barrier(context) if xp is jnp else context
+    several = zip((row.classes & 255, row.classes >> 8), known, strict=True)
+    levels: Any = [self.level(*x, base[0], xp) for x in several]
+    if xp is jnp:
+      levels = units_lib.once(base, *levels)
+    shifts, levels = zip(*(self.shift(x, xp) for x in levels), strict=True)
+    table = np.int16(0)
+    for level, factor in zip(levels, (MOST_DIFFERENT, 1), strict=True):
+      index = np.int16(0)
+      for i in range(1, MOST_DIFFERENT):
+        index = xp.where(level >= base[i].astype(np.int16), np.int16(i * factor), index)
+      table = table + index
+    if xp is jnp:
+      (table,) = units_lib.once(base, table)
+    return table, (known, shifts, base)
 
   def _sizes(self, shifts: Any) -> list[tuple[Any, ...]]:
     """Returns the lowest bit of each piece of raw bits, and its sizes in both."""
@@ -278,23 +284,25 @@ class Differences(units_lib.Base):
 
   def join(self, symbols: Any, raw: Any, context: Any, xp: Any = jnp) -> list[Any]:
     """Makes the words of units of symbols and words of raw bits, uint32."""
-    words, several = [], ((symbols >> 5, symbols & 31), self._numbers(raw), *context)
-    for value, bits, known, shift in zip(*several, strict=True):
+    bins, words = (symbols >> 5, symbols & 31), []
+    several = zip(bins, self._numbers(raw), *context[:2], strict=True)
+    for value, bits, known, shift in several:
       value = value >> 1 ^ np.uint32(0) - (value & 1)
       words.append(ulps.moved(known, value << shift | bits, self.dtype, xp))
     return self._packed(*(x & np.uint32((1 << self.width) - 1) for x in words))
 
   def divided(self, numbers: list[Any], context: Any) -> tuple[Any, ...]:
     """Returns the symbols of units, and the intervals of raw bits."""
-    known, shifts = context
+    known, shifts, told = context
     pairs = zip(numbers, known, strict=True)
-    off = [ulps.differences(*x, self.dtype) for x in pairs]
+    off = units_lib.once(told, *(ulps.differences(*x, self.dtype) for x in pairs))
     bins = [folded(x >> y) for x, y in zip(off, shifts, strict=True)]
     intervals, raw = [], [x.view(jnp.uint32) for x in off]
     for low, *sizes in self._sizes(shifts):
       high, below = (rans.slot(x >> low, y) for x, y in zip(raw, sizes, strict=True))
       intervals.append((high << sizes[1] | below, 1, sizes[0] + sizes[1]))
-    return units_lib.of_pair(*bins), intervals, []
+    (symbol,) = units_lib.once(told, units_lib.of_pair(*bins))
+    return symbol, intervals, []
 
   def frequencies(self, counts: np.ndarray) -> np.ndarray:
     """Returns those of each two of K tables, `[K^2, 1023]`."""

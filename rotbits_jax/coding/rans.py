@@ -66,7 +66,7 @@ def push_step(
   each low word moves to its stack, bool.
   """
   word = state.astype(jnp.uint16)
-  moved = (state >> 16) >= (jnp.uint32(frequency) << (16 - precision))
+  moved = (state >> 16 << precision) >> 16 >= jnp.uint32(frequency)
   state = jnp.where(moved, state >> 16, state)
   if isinstance(frequency, int):
     return (state << precision) + start, word, moved
