@@ -209,10 +209,12 @@ def encode(
   for (width, _), plane in zip(layout.pieces, planes, strict=True):
     flat = plane[:, :lanes].reshape(-1).view(np.uint8)
     parts.append(flat[: _plane_bytes(width, rows, lanes)])
-  marks = _few(marks, count)
-  escaped = np.flatnonzero(marks > 0)  # faster, of truth values
-  units = inputs[0].take(escaped, lanes)
-  parts += layout.lists(marks[escaped, 0] - units_lib.MARKED, units)
+  marks = _few(marks, rows * lanes).reshape(-1, 4)
+  fours = np.flatnonzero(marks.view(np.uint64) > 0)  # few
+  escaped = (4 * fours[:, None] + np.arange(4))[marks[fours] > 0]
+  escaped = escaped[escaped < count]
+  marks, units = marks.reshape(-1)[escaped], inputs[0].take(escaped, lanes)
+  parts += layout.lists(marks - units_lib.MARKED, units)
   return np.concatenate([x.reshape(-1).view(np.uint8) for x in parts])
 
 

@@ -31,6 +31,7 @@ _SAMPLE = 1 << 14  # elements that tell most choices
 _LEAF_BYTES = 150  # of a leaf besides its arrays
 _MOST_SHARE = 0.98  # of the bytes of an array alone, up to which a base is worth it
 _SPARSE = 1 / 4  # share of changed elements up to which exponents tell the classes
+_RUN = 1 << 6  # neighbours of a sample, because a processor reads as many at once
 _MANY = 1 << 15  # elements that tell how uneven rows and columns are
 _UNEVEN = 2  # squared variation of rows or columns, beyond chance, up to which they do
 _LEAST_DRIFT = 1 / 4  # bits of an element that it saves
@@ -118,10 +119,11 @@ def _changed(
   draft: difference.Difference, bits: np.ndarray, base: np.ndarray
 ) -> np.ndarray | None:
   """Returns whether blocks differ; None if many elements do, or mostly some rows'."""
-  step = -(-bits.size // _SAMPLE) or 1
-  places = step * np.flatnonzero(bits[::step] != base[::step])
-  if places.size > _SPARSE * bits[::step].size:
+  run, step = math.gcd(bits.size, _RUN), -(-bits.size // _MANY) or 1
+  differs = np.not_equal(*(x.reshape(-1, run)[::step] for x in (bits, base)))
+  if np.count_nonzero(differs) > _SPARSE * differs.size:
     return None
+  places = step * run * np.flatnonzero(differs.any(axis=1))
   starts = np.arange(0, bits.size, difference.BLOCK)
   changed = np.isin(starts, places - places % difference.BLOCK)
   parts = [slice(i, i + difference.BLOCK) for i in starts[~changed]]
@@ -211,7 +213,7 @@ def _lines(
   They are in quarter octaves, relative to the least ULP of the dtype.
   """
   shape, dtype = elements.shape, elements.dtype
-  width = 1 if is_sparse else _width(shape)
+  width = math.gcd(elements.size, _RUN) if is_sparse else _width(shape)
   bits, known = (x.reshape(-1, width) for x in (ulps.bits_of(elements), known))
   some_rows = slice(None, None, max(len(bits) // max(_LINES, _MANY // width), 1))
   some_columns = slice(None, None, max(width // _LINES, 1))
