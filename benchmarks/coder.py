@@ -23,10 +23,10 @@ import numpy as np
 
 from benchmarks import common
 import rotbits_jax
+from rotbits_jax import pool
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import layouts
-from rotbits_jax.coding import pool
 from rotbits_jax.coding import rans
 from rotbits_jax.coding.bits_back import codes
 from rotbits_jax.coding.bits_back import correction as correction_lib

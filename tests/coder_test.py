@@ -13,10 +13,10 @@ from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
 
+from rotbits_jax import pool
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import plans
-from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
 from rotbits_jax.coding import tables
 from rotbits_jax.structured import ulps

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from rotbits_jax import models
+from rotbits_jax import pool
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
@@ -30,7 +31,6 @@ from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints.families import CONFIG
-from rotbits_jax.coding import pool
 from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import host
 from rotbits_jax.system import progress

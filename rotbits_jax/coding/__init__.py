@@ -34,5 +34,4 @@ several lanes that are coded side by side. In the order of reading:
     plans        chooses how each array is stored
     specs        describes a stream, for the decoder
     coder        codes a record: the way through all of these
-    pool         the threads
 """

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rotbits_jax import pool
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import plans
-from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
 from rotbits_jax.structured import masks
 from rotbits_jax.system import checksums as checksums_lib

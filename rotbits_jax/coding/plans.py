@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rotbits_jax import pool
 from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import layouts
-from rotbits_jax.coding import pool
 from rotbits_jax.coding import specs
 from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables

@@ -1,4 +1,4 @@
-"""Jobs that code records, in the threads of `coding.pool`."""
+"""Jobs that code records, in the threads of `pool`."""
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -9,7 +9,7 @@ import weakref
 
 import jax
 
-from rotbits_jax.coding import pool
+from rotbits_jax import pool
 
 
 @contextlib.contextmanager

@@ -25,8 +25,8 @@ import numpy as np
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
+from rotbits_jax import pool
 from rotbits_jax import structured
-from rotbits_jax.coding import pool
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import jobs as jobs_lib

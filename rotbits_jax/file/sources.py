@@ -16,8 +16,8 @@ import numpy as np
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
+from rotbits_jax import pool
 from rotbits_jax import structured
-from rotbits_jax.coding import pool
 from rotbits_jax.system import checksums
 
 Tree = dict[str, Any]

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from rotbits_jax import pool
 from rotbits_jax.coding import blocks
-from rotbits_jax.coding import pool
 from rotbits_jax.quantisers import grids
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields

@@ -24,9 +24,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from rotbits_jax import pool
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
-from rotbits_jax.coding import pool
 from rotbits_jax.coding import tables
 from rotbits_jax.quantisers import grids
 from rotbits_jax.quantisers import leaf as leaf_lib

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rotbits_jax.coding import pool
+from rotbits_jax import pool
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import exact
 from rotbits_jax.structured import ulps

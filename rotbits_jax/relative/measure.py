@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rotbits_jax import pool
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import plans
-from rotbits_jax.coding import pool
 from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
 from rotbits_jax.relative import entries

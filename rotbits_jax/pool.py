@@ -1,4 +1,4 @@
-"""The threads that code blocks and records. The process has one pool of them.
+"""The threads, which all packages share. The process has one pool of them.
 
 A thread of the pool that calls `run` does the jobs itself, and those that have nothing
 else to do help it. So a call ends even if no other thread is free, and while there are
