@@ -222,11 +222,9 @@ class Differences(units_lib.Base):
 
     `known` is the known number of each class, `base` the level of class 0.
     """
-    level = classes + base
-    if self.dtype in ulps.FORMATS:
-      exponent = (known & self._magnitude) >> ulps.FORMATS[self.dtype].nmant
-      level = level - 4 * xp.maximum(exponent, np.uint32(1)).astype(np.int32)
-    return xp.clip(level, 0, units_lib.CLASSES - 1).astype(np.int16)
+    exponents = ulps.exponents(known, self.dtype, xp).astype(np.int32)
+    level = xp.clip(classes + base - 4 * exponents, 0, units_lib.CLASSES - 1)
+    return level.astype(np.int16)
 
   def shift(self, level: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the shift of differences of a level, uint32, and the level without it."""
@@ -240,11 +238,6 @@ class Differences(units_lib.Base):
     shift, level = self.shift(self.level(classes, known, np.int32(base[0]), np), np)
     off = ulps.differences(row.units.astype(np.uint32), known, self.dtype, np)
     return level, folded(off >> shift.astype(np.int32)), shift
-
-  @property
-  def _magnitude(self) -> np.uint32:
-    """The bits of a number without its sign."""
-    return np.uint32((1 << self.width - 1) - 1)
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of units; and known numbers, shifts of both, and `base`."""

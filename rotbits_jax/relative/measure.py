@@ -133,7 +133,7 @@ def _changed(
   rows = np.flatnonzero(changed[np.arange(0, bits.size, width) // difference.BLOCK])
   rows = rows[:: max(rows.size * width // _MANY, 1)]
   target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
-  sample, exponents = target != known, ulps.exponents(known, draft.dtype)
+  sample, exponents = target != known, ulps.exponents(known, draft.dtype, np)
   flat = exponents.reshape(-1)
   rates = np.bincount(flat, sample.reshape(-1)) / np.maximum(np.bincount(flat), 1)
   for axis in (0, 1):

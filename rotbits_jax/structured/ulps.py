@@ -29,13 +29,12 @@ def is_finite(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
   return bits & np.iinfo(bits.dtype).max < infinite
 
 
-def exponents(bits: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  """Returns the exponents in the bits of floats, at least 1, int16; 0 for others."""
+def exponents(bits: Any, dtype: np.dtype, xp: Any = jnp) -> Any:
+  """Returns the exponents in the bits of floats, at least 1; 0 for other numbers."""
   if dtype not in FORMATS:
-    return np.zeros(bits.shape, np.int16)
-  magnitudes = bits & np.iinfo(bits.dtype).max
-  exponent = np.maximum(magnitudes >> FORMATS[dtype].nmant, 1)
-  return exponent.astype(np.int16, copy=False)
+    return xp.zeros_like(bits)
+  magnitudes = bits & bits.dtype.type((1 << 8 * dtype.itemsize - 1) - 1)
+  return xp.maximum(magnitudes >> FORMATS[dtype].nmant, bits.dtype.type(1))
 
 
 def raised(bits: Any, form: ml_dtypes.finfo, min_exponent: Any, xp: Any = jnp) -> Any:
