@@ -6,13 +6,15 @@ enough records, each has one thread. The JAX programs of `run` run on the CPU, b
 their data is in its memory.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import contextlib
 import functools
 import os
+import sys
 import threading
 from typing import Any, TypeVar
+import weakref
 
 import jax
 
@@ -62,9 +64,34 @@ def each(function: Callable[..., _Result], *arguments: Iterable[Any]) -> list[_R
   return run(functools.partial(function, *x) for x in zip(*arguments, strict=True))
 
 
-def submit(job: Callable[[], _Result]) -> 'futures.Future[_Result]':
-  """Starts a function without arguments, after those that were started before."""
-  return _POOL.submit(job)
+@contextlib.contextmanager
+def started() -> Iterator[Callable[[Callable[[], Any]], 'futures.Future[Any]']]:
+  """Yields a function that starts jobs, which begin in their order.
+
+  At the end, or when an exception leaves the context, jobs that have not begun are
+  cancelled and the others are waited for. A generator that nobody uses any more does
+  not wait: it ends in any thread and at any time, also when this thread holds a lock
+  that the others need.
+  """
+  # Futures that are done leave the set with their results when nobody needs them.
+  pending = weakref.WeakSet[futures.Future[Any]]()
+  device = jax.config.jax_default_device  # settings are those of a thread
+
+  def start(job: Callable[[], Any]) -> 'futures.Future[Any]':
+    def on_device() -> Any:
+      with jax.default_device(device):
+        return job()
+
+    future = _POOL.submit(on_device)
+    pending.add(future)
+    return future
+
+  try:
+    yield start
+  finally:
+    left = [x for x in list(pending) if not x.cancel()]
+    if not isinstance(sys.exception(), GeneratorExit):
+      futures.wait(left)
 
 
 def _set() -> None:

@@ -25,13 +25,13 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import passes
+from rotbits_jax import pool
 from rotbits_jax import presets
 from rotbits_jax import quantisers
 from rotbits_jax import structured
 from rotbits_jax.coding import plans
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
-from rotbits_jax.file import jobs as jobs_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import sources
@@ -276,7 +276,7 @@ class Encoder:
       if all(x.done() for x in synced):  # the disk has time for more
         synced.append(start(streams.sync))
 
-    with jobs_lib.started() as start:
+    with pool.started() as start:
       for batch, reached in self._batches(names, state):
         state, resolve, jobs = reached, self._resolver(batch), []
         size = self.nbytes([x.name for x in batch if x.name in names])

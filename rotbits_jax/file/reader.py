@@ -29,7 +29,6 @@ from rotbits_jax import pool
 from rotbits_jax import structured
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
-from rotbits_jax.file import jobs as jobs_lib
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
 from rotbits_jax.file import shards
@@ -199,7 +198,7 @@ class Reader:
     decode, total = functools.partial(self.decode, **options), sum(sizes.values())
     with (
       progress.Progress('decode', total, 'B', show=show_progress) as bar,
-      jobs_lib.started() as start,
+      pool.started() as start,
     ):
       for i, name in enumerate(order):
         ahead = i + (1 if sizes[name] >= memory.LARGE else 2)
