@@ -155,13 +155,7 @@ def _group(parts: Sequence[Part]) -> Group:
   most = _BYTES if isinstance(layout, layouts.Bytes) else most
   samples = [_sample(*x, most) for x in zip(parts, scales, strict=True)]
   counted = [layout.counted(x, base) for x in samples]
-  first = 0
-  if layout.type_name in ('floats', 'codes'):  # the bins that occur most have symbols
-    symbols = np.concatenate([x for _, x, _ in counted], axis=None)
-    ends = np.cumsum(np.bincount(symbols.clip(max=_SEEN) + 1, minlength=_SEEN + 2))
-    covered = ends[units_lib.BINS : -1] - ends[: -1 - units_lib.BINS]
-    best = np.flatnonzero(covered == np.max(covered))
-    first = int(best[best.size // 2])
+  first = _first_bin(counted) if layout.type_name in ('floats', 'codes') else 0
   width = layout.alphabet + 1
   counts = np.zeros((len(parts), layout.most_tables, width))
   for of_part, (table_of, symbols, _) in zip(counts, counted, strict=True):
@@ -173,10 +167,7 @@ def _group(parts: Sequence[Part]) -> Group:
   rows, table_of = _merged(counts.sum(axis=0), layout.most_stored)
   frequencies = _frequencies(rows, layout)
   contexts = contexts_lib.Contexts(base + first, table_of, frequencies)
-  escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
-  bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
-  bits = np.where(frequencies > 0, bits, escape)
-  bits = np.pad(bits, ((0, 0), (0, 1)), constant_values=escape)[table_of]
+  bits = _bits(frequencies, layout)[table_of]
   total = (counts * bits).sum(axis=(1, 2)) + sizes * [np.mean(x) for *_, x in counted]
   nbytes = (total / 8 + 2).tolist()
   for part, of_lines, size in zip(parts, scales, nbytes, strict=True):
@@ -186,6 +177,23 @@ def _group(parts: Sequence[Part]) -> Group:
   saved = sum(x.numbers.nbytes - x.nbytes for x in coded)
   is_smaller = saved > len(head) + _GROUP_BYTES
   return Group(layout, contexts, head, coded if is_smaller else [])
+
+
+def _first_bin(counted: Sequence[tuple[Any, Any, Any]]) -> int:
+  """Returns the first one of the bins with symbols, which are those that occur most."""
+  bins = np.concatenate([x for _, x, _ in counted], axis=None)
+  ends = np.cumsum(np.bincount(bins.clip(max=_SEEN) + 1, minlength=_SEEN + 2))
+  covered = ends[units_lib.BINS : -1] - ends[: -1 - units_lib.BINS]
+  best = np.flatnonzero(covered == np.max(covered))
+  return int(best[best.size // 2])
+
+
+def _bits(frequencies: np.ndarray, layout: layouts.Layout) -> np.ndarray:
+  """Returns the bits of each symbol of stored tables, and last those of an escape."""
+  escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
+  bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
+  bits = np.where(frequencies > 0, bits, escape)
+  return np.pad(bits, ((0, 0), (0, 1)), constant_values=escape)
 
 
 def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarray]:

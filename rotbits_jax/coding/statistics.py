@@ -43,7 +43,6 @@ _MOST_BELOW, _MOST_ABOVE = 6, 2
 _LEAST_RAISED = 1 << 10
 
 _TAILS = 1e-3, 1 - 1e-3  # shares of int8 below and above which they may have no bin
-_MOST_SHARE = 0.46  # of the most frequent bin, because pairs of it have a limit
 _MOST_SPREAD = 3  # of the scales of rows and columns of int8 in wide bins
 
 _ONE = 127  # the biased exponent of 1, in the scales of integers
@@ -81,11 +80,12 @@ def of_codes(numbers: np.ndarray, lines: Lines) -> layouts.Pairs | None:
   several = _some(numbers)
   least, most = np.quantile(several, _TAILS).astype(int).tolist()
   raw_bits = ((most - least) // units_lib.BINS).bit_length()
+  layout = layouts.Pairs(numbers.dtype, raw_bits, 'codes')
   counts = np.unique(several >> raw_bits, return_counts=True)[1]
-  is_even = np.max(counts) < _MOST_SHARE * several.size
+  is_even = np.max(counts) < layout.most_share * several.size
   # Bins that are right for some lines are too wide for others.
   fits = not raw_bits or np.std(lines[0]) + np.std(lines[1]) <= _MOST_SPREAD
-  return layouts.Pairs(numbers.dtype, raw_bits, 'codes') if is_even and fits else None
+  return layout if is_even and fits else None
 
 
 def of_floats(array: np.ndarray) -> tuple[layouts.Pairs, int]:
