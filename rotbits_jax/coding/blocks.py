@@ -353,6 +353,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
     out, places, rows, lanes, words, buffer, *rest = operands
     classes, known, coder_tables = rest
     state, tops, planes = jnp.split(places, [LANES, 2 * LANES])
+    most = np.uint32((1 << 22) - 1)  # of places of words, with which XLA would compare
 
     def step(t: jax.Array, carry: Any) -> Any:
       state, tops, out = carry
@@ -360,12 +361,12 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
 
       def pop(lookup: Callable[..., Any], precision: Any) -> jax.Array:
         nonlocal state, tops
-        if isinstance(layout, layouts.Differences):  # as in `_encode`
-          state, tops = units_lib.once(coder_tables.told, state, tops)
 
         def popped(state: jax.Array, tops: jax.Array) -> tuple[jax.Array, ...]:
           entry, start, frequency = lookup(rans.slot(state, precision))
-          word = words.at[tops].get(mode='promise_in_bounds')
+          word = words.at[tops & most].get(mode='promise_in_bounds')
+          if isinstance(layout, layouts.Differences):
+            (word,) = units_lib.once(coder_tables.told, word)
           state, taken = rans.pop_step(state, word, start, frequency, precision)
           return entry, state, tops - taken.astype(jnp.uint32)
 

@@ -57,6 +57,8 @@ RAW, MOST_RAW = 8, 24
 
 _BIAS = np.uint8(30)  # of bytes, of which 225 is rare in masks and codes
 
+_PAIRS = 6  # bits of the index of a pair of tables of differences
+
 _HALVES_BELOW = 128  # bins below the scale of floats, of which plans choose 32
 
 
@@ -240,7 +242,9 @@ class Differences(units_lib.Base):
     return level, folded(off >> shift.astype(np.int32)), shift
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
-    """Returns the tables of units; and known numbers, shifts of both, and `base`."""
+    """Returns the tables of units; and known numbers, shifts of both, `base`, and how
+    many slots are the first symbol's at least.
+    """
     zeros = xp.zeros_like(row.classes, np.uint32)
     known = [zeros, zeros] if row.known is None else self._numbers(row.known)
     several = zip((row.classes & 255, row.classes >> 8), known, strict=True)
@@ -248,15 +252,16 @@ class Differences(units_lib.Base):
     if xp is jnp:
       levels = units_lib.once(base, *levels)
     shifts, levels = zip(*(self.shift(x, xp) for x in levels), strict=True)
-    table = np.int16(0)
-    for level, factor in zip(levels, (MOST_DIFFERENT, 1), strict=True):
-      index = np.int16(0)
-      for i in range(1, MOST_DIFFERENT):
-        index = xp.where(level >= base[i].astype(np.int16), np.int16(i * factor), index)
-      table = table + index
+    table: Any = np.int16(0)
+    least, *terms = base.astype(np.int16).reshape(3, MOST_DIFFERENT)
+    for level, (term, *others) in zip(levels, terms, strict=True):
+      for first, other in zip(least[1:], others, strict=True):
+        term = xp.where(level >= first, other, term)
+      table = table + term
     if xp is jnp:
       (table,) = units_lib.once(base, table)
-    return table, (known, shifts, base)
+    slots = (table >> _PAIRS << 4).astype(np.int32)
+    return table & (1 << _PAIRS) - 1, (known, shifts, base, slots)
 
   def _sizes(self, shifts: Any) -> list[tuple[Any, ...]]:
     """Returns the lowest bit of each piece of raw bits, and its sizes in both."""
@@ -264,9 +269,7 @@ class Differences(units_lib.Base):
     lows = range(0, self.raw_bits, RAW)
     return [(low, *(least(x, jnp.uint32(low)) for x in shifts)) for low in lows]
 
-  def raw(
-    self, pop: units_lib.Pop, row: units_lib.Row, context: Any
-  ) -> list[jax.Array]:
+  def raw(self, pop: units_lib.Pop, row: units_lib.Row, context: Any) -> list[Any]:
     """Returns words that have the raw bits of units."""
     first = second = jnp.zeros_like(row.classes, jnp.uint32)
     for low, *sizes in self._sizes(context[1]):
@@ -286,7 +289,7 @@ class Differences(units_lib.Base):
 
   def divided(self, numbers: list[Any], context: Any) -> tuple[Any, ...]:
     """Returns the symbols of units, and the intervals of raw bits."""
-    known, shifts, told = context
+    known, shifts, told, _ = context
     pairs = zip(numbers, known, strict=True)
     off = units_lib.once(told, *(ulps.differences(*x, self.dtype) for x in pairs))
     bins = [folded(x >> y) for x, y in zip(off, shifts, strict=True)]
@@ -314,6 +317,13 @@ class Differences(units_lib.Base):
     told = np.full(MOST_DIFFERENT, units_lib.CLASSES)
     told[:count] = np.flatnonzero(np.diff(table_of, prepend=-1))
     told[0] = base[0]
+    # The sum of the terms of both levels is the index of their table and, above it, a
+    # 16th of the slots that its first symbol has at least.
+    slots = np.full(MOST_DIFFERENT, -256)
+    slots[:count] = counts[:, 0] - tables.TOTAL >> 6
+    indices = np.arange(MOST_DIFFERENT)
+    terms = (slots << _PAIRS) + indices
+    told = np.concatenate([told, terms + (256 << _PAIRS) + 7 * indices, terms])
     return super().tables(told, rows, counts)
 
 

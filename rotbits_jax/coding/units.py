@@ -165,7 +165,10 @@ class Base:
     mask = (1 << field) - 1
 
     def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-      entry = _get(coder_tables.slots, table, self.precision, slot)
+      place = slot
+      if self.is_first_long:  # its slots are alike, and the cache holds one of them
+        place = jnp.where(slot.view(jnp.int32) < context[-1], jnp.uint32(0), slot)
+      entry = _get(coder_tables.slots, table, self.precision, place)
       distance, less = entry >> field & mask, entry & mask
       if self.is_first_long:
         is_first = entry < 1 << 2 * field
@@ -207,10 +210,10 @@ def once(told: Any, *values: Any) -> tuple[Any, ...]:
   """Returns values that XLA must not compute again for each use, in each lane.
 
   A branch that is never taken prevents it; a barrier does with JAX 0.12 only. `told` is
-  that of differences, whose last number is not negative.
+  that of differences, whose second number is not negative.
   """
   zeros = lambda *x: tuple(map(jnp.zeros_like, x))
-  return jax.lax.cond(told[-1] < 0, zeros, lambda *x: x, *values)
+  return jax.lax.cond(told[1] < 0, zeros, lambda *x: x, *values)
 
 
 def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Array:
