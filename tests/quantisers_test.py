@@ -226,6 +226,24 @@ class LeafTest(parameterized.TestCase):
       )
       self.assertTrue(structured.same_bits(leaf.materialize(), array.astype(dtype)))
 
+  @parameterized.parameters('float8_e4m3fn', 'float8_e5m2')
+  def test_float8_of_large_arrays(self, grid):
+    most = ml_dtypes.finfo(grid).max.astype(grid).view(np.uint8)
+    bits = np.arange(1 << 21, dtype=np.uint8).reshape(-1, 512)
+    numbers = np.where(bits & 127 > most, 0, bits).astype(np.uint8).view(grid)
+    array = (numbers.astype(F32) * F32(1.2)).astype(BF16)
+    array[[0, 1000], [3, 5]] = np.inf
+    leaf = quantisers.BlockQuantized(
+      numbers=numbers,
+      grid=grid,
+      name='bfloat16',
+      block=numbers.shape,
+      scales=np.array([[1.2]], F32).view(np.uint32),
+      gaps=np.uint32([3, 1000 * 512 + 1]),
+      exceptions=np.full(2, np.inf, BF16),
+    )
+    self.assertTrue(structured.same_bits(leaf.materialize(), array))
+
   def test_content_that_does_not_fit(self):
     array = SCHEMES['nvfp4'][0](weights()).astype(BF16)
     array[0, 0] = np.inf

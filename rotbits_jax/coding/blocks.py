@@ -202,7 +202,7 @@ def encode(
     dtype = np.uint16 if width == 8 else np.uint8
     shapes.append(((ROWS // _sharing(width), LANES), dtype))
   arguments = *inputs, coder_tables, np.int32(rows)
-  (state, lengths), (words, marks, *planes) = _run(_encode, shapes, layout, *arguments)
+  (state, lengths), (words, marks, *planes) = run(_encode, shapes, layout, *arguments)
   state, lengths = state[:lanes], lengths[:lanes].astype(np.uint16)
   stacks = zip(words, lengths.tolist(), strict=False)
   parts = [state, lengths, *(x[:n] for x, n in stacks)]
@@ -261,7 +261,7 @@ def decode(
   shapes = [((ROWS, LANES, layout.words), layout.word), ((ROWS, LANES), bool)]
   grid = np.int32(rows), np.uint32(lanes)
   arguments = places, *grid, buffer.view(np.uint16), buffer, classes, known
-  (state, bottoms), out = _run(_decode, shapes, layout, *arguments, coder_tables)
+  (state, bottoms), out = run(_decode, shapes, layout, *arguments, coder_tables)
   if (state != 1 << 16).any() or (bottoms[:lanes] != tops - lengths).any():
     raise ValueError('a block has more or fewer words than its units need')
   units, marks = (_few(x, count) for x in out)
@@ -302,8 +302,8 @@ def _scratch(name: str, shape: tuple[int, ...], dtype: np.dtype | type) -> np.nd
   return arrays[key]
 
 
-def _run(
-  program: Any, shapes: Sequence[Any], layout: layouts.Layout, *arguments: Any
+def run(
+  program: Any, shapes: Sequence[Any], layout: Any, *arguments: Any
 ) -> tuple[np.ndarray, list[np.ndarray]]:
   """Runs a program that fills arrays of these shapes and dtypes.
 

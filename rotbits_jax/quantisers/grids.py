@@ -3,6 +3,7 @@
 import functools
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -83,16 +84,19 @@ def holds(name: Name, numbers: np.ndarray) -> bool:
 
 
 def floats(name: Name, numbers: Any) -> Any:
-  """Returns the float32 of stored numbers, of NumPy or JAX."""
+  """Returns the float32 of stored numbers, given as uint8, of NumPy or JAX."""
   if not name.startswith('float8'):
-    return numbers.astype(np.float32)
+    return numbers.view(np.int8).astype(np.float32)
   if isinstance(numbers, np.ndarray):
-    return _float8(name).take(numbers.view(np.uint8), mode='clip')
-  # NumPy and XLA convert float8 slowly. Float16 has longer exponents and mantissas.
-  form, bits = ml_dtypes.finfo(name), numbers.view(np.uint8).astype(np.uint16)
-  halves = (bits & 0x80) << 8 | (bits & 0x7F) << 10 - form.nmant
-  factor = np.float32(2.0 ** (form.minexp + 14))
-  return halves.view(np.float16).astype(np.float32) * factor
+    return _float8(name).take(numbers, mode='clip')
+  # XLA converts float8 slowly, and has no subnormal float32.
+  form, bits = ml_dtypes.finfo(name), numbers.astype(np.uint32)
+  magnitude = bits & 0x7F
+  normal = (magnitude << 23 - form.nmant) + np.uint32(126 + form.minexp << 23)
+  step = np.float32(2.0 ** (form.minexp - form.nmant))
+  subnormal = (magnitude.astype(np.float32) * step).view(np.uint32)
+  whole = jnp.where(magnitude >> form.nmant > 0, normal, subnormal)
+  return (whole | (bits & 0x80) << 24).view(np.float32)
 
 
 @functools.cache

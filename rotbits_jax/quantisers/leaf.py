@@ -7,13 +7,11 @@ Blocks have r rows and c columns; those at the end may be cut.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from rotbits_jax import pool
@@ -23,12 +21,14 @@ from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
+from rotbits_jax.system import native
 from rotbits_jax.system import schema
 
 CHUNK = 1 << 17  # elements that are taken together, so that they fit the cache
 LEAST = 2.0**-125  # scale, so that half of it is normal
-_PRODUCTS = 1 << 20  # elements of a call of XLA, which takes time of its own
-_WIDTH = 32  # elements of a row of such a call, which has one or two scales
+_LEAST_SIZE = 1 << 20  # elements for which XLA is worth the time to compile
+_LARGEST = 1 << 21  # elements of a call of it
+_WIDTH = 32  # elements of a row in XLA, which has one or two scales
 _LEAST_OF_XLA = 2.0**-80  # scale, so that products and sums are normal
 
 _Base = Annotated[int, schema.between(0, (1 << 32) - 1)]
@@ -87,39 +87,43 @@ class BlockQuantized(base.Structured):
     for x in floats[1:]:
       least = np.abs(x).min(where=x != 0, initial=least)
     is_even = self.block[1] % (_WIDTH // 2) == columns % _WIDTH == 0
-    on_xla = is_even and size >= _PRODUCTS and least >= _LEAST_OF_XLA
+    on_xla = is_even and size >= _LEAST_SIZE and least >= _LEAST_OF_XLA
     on_xla = on_xla and self.dtype != np.float16
-    program, width = (_on_xla, _WIDTH) if on_xla else (_products, columns)
-    program = functools.partial(
-      program, grid=self.grid, dtype=self.dtype, ones_complement=self.ones_complement
-    )
-    run, step = math.gcd(self.block[1], width), _PRODUCTS if on_xla else CHUNK
-    step, block = max(step // width, 1), (self.block[0], self.block[1] // run)
+    largest = min(1 << size.bit_length() - 1, _LARGEST) if on_xla else CHUNK
+    width = _WIDTH if on_xla else columns
+    rows, run = size // width, math.gcd(self.block[1], width)
     matrix = size // columns, columns // run
-    several = [self.numbers.reshape(-1, width)]
+    block = self.block[0], self.block[1] // run
+    several = [self.numbers.reshape(-1, width).view(np.uint8)]
     for x in floats:
       runs = of_elements(x, slice(0, matrix[0]), block, matrix)
       several.append(np.broadcast_to(runs, matrix).reshape(-1, width // run))
+    # Pieces alike, for each thread as many; even steps keep them aligned.
+    count = -(-size // (largest * pool.threads())) * pool.threads()
+    step = -(-rows // (2 * count)) * 2
+    height = largest // width if on_xla else step  # programs are for one shape
     flat, places = out.reshape(-1), None if self.gaps is None else self._places()
+    layout = self.grid, self.dtype, self.ones_complement
 
     @np.errstate(over='ignore')
-    def write(start: int) -> list[tuple[int, int]]:
-      first, checksums = max(min(start, size // width - step), 0), []
-      parts = [x[first : first + step] for x in several]
-      products = program(*parts)
-      products = np.asarray(products).reshape(-1)
-      for place in range(start * width, min((start + step) * width, size), CHUNK):
-        some = slice(place, min(place + CHUNK, first * width + products.size))
-        flat[some] = products[place - first * width :][:CHUNK]
-        if places is not None:
-          few = slice(*np.searchsorted(places, [some.start, some.stop]))
-          flat[places[few]] = self.exceptions[few]
-        checksums.append((checksums_lib.of_array(flat[some]), flat[some].nbytes))
-      return checksums
+    def write(start: int) -> tuple[int, int]:
+      first, stop = max(min(start, rows - height), 0), min(start + step, rows)
+      parts = [x[first : first + height] for x in several]
+      bounds = np.array([start - first, stop - first], np.int32)
+      if on_xla:
+        arrays = [((height, width), f'u{out.itemsize}')]
+        _, (bits,) = blocks.run(_on_xla, arrays, layout, bounds, *parts)
+        products = bits.view(self.dtype)
+      else:
+        products = _products(layout, *parts)
+      part = flat[start * width : stop * width]
+      part[...] = products[slice(*bounds)].reshape(-1)
+      if places is not None:
+        few = slice(*np.searchsorted(places, np.array([start, stop]) * width))
+        part[places[few] - start * width] = self.exceptions[few]
+      return checksums_lib.of_array(part), part.nbytes
 
-    starts = range(0, size // width, step)
-    pieces = pool.each(write, starts) if on_xla else map(write, starts)
-    return checksums_lib.joined(itertools.chain.from_iterable(pieces))
+    return checksums_lib.joined(pool.each(write, range(0, rows, step)))
 
   @functools.cached_property
   def float_scales(self) -> np.ndarray:
@@ -162,19 +166,13 @@ class BlockQuantized(base.Structured):
 
 
 def _products(
-  numbers: Any,
-  scales: Any,
-  minima: Any = None,
-  *,
-  grid: grids.Name,
-  dtype: np.dtype,
-  ones_complement: bool,
-  no_bits: Any = None,
+  layout: Any, numbers: Any, scales: Any, minima: Any = None, *, no_bits: Any = None
 ) -> Any:
   """Returns numbers `[n, w]` times scales plus minima, of runs of equal length in w.
 
-  XLA gets `no_bits`, which is 0.
+  Numbers are uint8. XLA gets `no_bits`, which is 0, and returns bits of the dtype.
   """
+  grid, dtype, ones_complement = layout
   xp, unit = np if no_bits is None else jnp, grids.GRIDS[grid].unit
   width = numbers.shape[1]
   whole = lambda x: x if x.shape[1] == 1 else xp.repeat(x, width // x.shape[1], axis=1)
@@ -188,20 +186,31 @@ def _products(
     if no_bits is not None:  # XLA would make one operation of two and round once
       products = (products.view(np.uint32) ^ no_bits).view(np.float32)
     products += whole(minima)
-  if no_bits is None or dtype != ml_dtypes.bfloat16:
+  if no_bits is None:
     return products
   bits = products.view(np.uint32)  # XLA rounds slowly, also NaN, and none is NaN
-  return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16).view(dtype)
+  rounded = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+  return bits if dtype == np.float32 else rounded
 
 
-_on_xla = functools.partial(
-  jax.jit(
-    _products,
-    static_argnames=('grid', 'dtype', 'ones_complement'),
-    compiler_options=blocks.WIDE,
-  ),
-  no_bits=np.uint32(0),
+@functools.partial(
+  jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=blocks.WIDE
 )
+def _on_xla(out: Any, bounds: Any, *operands: Any, layout: Any) -> Any:
+  """Writes products into rows of an array, for `blocks.run`.
+
+  XLA runs programs of few operations, a loop counts once, in the thread that calls it.
+  """
+
+  def loop(out: Any, bounds: Any, *operands: Any) -> Any:
+    def step(i: Any, out: Any) -> Any:
+      row = [jax.lax.dynamic_slice_in_dim(x, i, 1) for x in operands]
+      bits = _products(layout, *row, no_bits=(bounds[0] >> 31).view(np.uint32))
+      return jax.lax.dynamic_update_slice_in_dim(out, bits, i, 0)
+
+    return jax.lax.fori_loop(bounds[0], bounds[1], step, out)
+
+  return (), (native.loop(loop)(*out, bounds, *operands),)
 
 
 def decoded(codes: np.ndarray, form: tuple[int, int]) -> np.ndarray:
