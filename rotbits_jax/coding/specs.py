@@ -12,6 +12,7 @@ import math
 from typing import Annotated, Any, TypeVar
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from rotbits_jax.coding import blocks
@@ -37,12 +38,22 @@ def is_of_bytes(dtype: np.dtype) -> bool:
 
 T = TypeVar('T')
 
-_MAX_AXES = 32
-_MAX_SIZE = 1 << 48  # elements of an array
+_MOST_ELEMENTS = 1 << 48  # of an array
 
 # The tables of a group take up to 5 MiB, but hardly any bytes in the stream.
 _MAX_GROUPS = 16  # of few elements
 _ELEMENTS_PER_GROUP = 1 << 17
+
+
+Shape = Annotated[tuple[schema.Size, ...], msgspec.Meta(max_length=32)]
+"""The shape of an array, see `check_shape`."""
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+  """Raises a ValueError if no array can have this shape."""
+  # NumPy multiplies the lengths of the other axes, even if one of them is 0.
+  if math.prod(n for n in shape if n) > _MOST_ELEMENTS:
+    raise ValueError(f'an array of shape {shape!r:.100} is too large')
 
 
 class ArraySpec(schema.Row):
@@ -53,16 +64,14 @@ class ArraySpec(schema.Row):
   """
 
   dtype: Annotated[str, schema.one_of(DTYPES)]  # name of the dtype, one of `DTYPES`
-  shape: tuple[schema.Size, ...]  # shape of the array
+  shape: Shape
   crc32: schema.Crc32  # CRC-32 of the bytes of the array in C order
   # For each part, the index of its group; None if the part is stored as it is.
   groups: tuple[schema.Size | None, ...]
   nonzeros: schema.Size | None  # number of elements of an array stored without zeros
 
   def __post_init__(self) -> None:
-    sizes = [size for size in self.shape if size]
-    if len(self.shape) > _MAX_AXES or math.prod(sizes) > _MAX_SIZE:
-      raise ValueError(f'an array of shape {self.shape!r:.100} is too large')
+    check_shape(self.shape)
     if self.nonzeros is not None and self.nonzeros > self.size:
       raise ValueError(f'{self.size} elements cannot have {self.nonzeros=}')
     if len(self.groups) not in ((1,) if self.nonzeros is None else (2, 3)):

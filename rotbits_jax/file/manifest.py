@@ -65,7 +65,7 @@ class Leaf(schema.Object, kw_only=True):
   """A stored parameter."""
 
   path: str  # a `schema.Path`, which `Manifest.check` checks in all leaves at once
-  shape: entries.Shape
+  shape: specs.Shape
   dtype: entries.Dtype
   type_name: str = ''
   stack_key: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ class Leaf(schema.Object, kw_only=True):
 
   def check(self, arrays: Sequence[specs.ArraySpec]) -> None:
     """Checks the fields, and that arrays with these specs can store the leaf."""
-    entries.check_shape(self.shape)
+    specs.check_shape(self.shape)
     sources = [x for x in (self.base, self.product, self.needs) if x]
     cls, nbytes = self.leaf_class, sum(x.nbytes for x in arrays)
     if not self.type_name:

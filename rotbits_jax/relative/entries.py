@@ -1,17 +1,13 @@
 """Entries of the manifest: the array of a base relative to which a leaf is stored."""
 
-import math
 from typing import Annotated
 
 import ml_dtypes
-import msgspec
 import numpy as np
 
 from rotbits_jax.coding import specs
 from rotbits_jax.system import checksums
 from rotbits_jax.system import schema
-
-_MOST_ELEMENTS = 1 << 48  # of an array
 
 _STORED_AS = {'int2': 'int8', 'int4': 'int8'} | {
   name: 'uint8'
@@ -29,16 +25,6 @@ def stored_dtype(dtype: str) -> str:
   return _STORED_AS.get(dtype, dtype)
 
 
-def check_shape(shape: tuple[int, ...]) -> None:
-  """Raises a ValueError if no array can have this shape."""
-  # NumPy multiplies the lengths of the other axes, even if one of them is 0.
-  if math.prod(n for n in shape if n) > _MOST_ELEMENTS:
-    raise ValueError(f'an array of shape {shape!r:.100} is too large')
-
-
-Shape = Annotated[tuple[schema.Size, ...], msgspec.Meta(max_length=32)]
-"""The shape of an array, see `check_shape`."""
-
 Dtype = Annotated[str, schema.one_of([*specs.DTYPES, *_STORED_AS])]
 
 
@@ -46,12 +32,12 @@ class BaseArray(schema.Row):
   """An array of another model or PyTree that a leaf needs, see `base`."""
 
   path: schema.Path  # there
-  shape: Shape
+  shape: specs.Shape
   dtype: Dtype
   crc32: schema.Crc32  # of its bytes in C order
 
   def __post_init__(self) -> None:
-    check_shape(self.shape)
+    specs.check_shape(self.shape)
 
   @classmethod
   def of(cls, path: str, array: np.ndarray, crc32: int | None = None) -> 'BaseArray':
