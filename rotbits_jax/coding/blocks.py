@@ -366,7 +366,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
           entry, start, frequency = lookup(rans.slot(state, precision))
           word = words.at[tops & most].get(mode='promise_in_bounds')
           if isinstance(layout, layouts.Differences):
-            (word,) = units_lib.once(coder_tables.told, word)
+            (word,) = units_lib.once(rows < 0, word)
           state, taken = rans.pop_step(state, word, start, frequency, precision)
           return entry, state, tops - taken.astype(jnp.uint32)
 
@@ -410,14 +410,13 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
     def push(carry: Any, *interval: Any) -> Any:
       state, sizes, words = carry
       state, top, moved = rans.push_step(state, *interval)
-      taken = moved.astype(jnp.uint32)
-      if isinstance(layout, layouts.Differences):
-        state, top, taken = units_lib.once(coder_tables.told, state, top, taken)
+      places, sizes = sizes & most, sizes + moved.astype(jnp.uint32)
+      state, sizes = units_lib.once(rows < 0, state, sizes)
       # A word that does not move is put there, too, and the next one replaces it.
-      for lane, (word, place) in enumerate(zip(top, sizes & most, strict=True)):
+      for lane, (word, place) in enumerate(zip(top, places, strict=True)):
         at = np.uint32(lane), place
         words = jax.lax.dynamic_update_slice(words, word[None, None], at)
-      return state, sizes + taken, words
+      return state, sizes, words
 
     def step(i: jax.Array, carry: Any) -> Any:
       state, sizes, parts, (words, marks, *planes) = carry

@@ -206,14 +206,13 @@ def of_pair(first: jax.Array, second: jax.Array) -> jax.Array:
   return jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(OTHER))
 
 
-def once(told: Any, *values: Any) -> tuple[Any, ...]:
+def once(never: Any, *values: Any) -> tuple[Any, ...]:
   """Returns values that XLA must not compute again for each use, in each lane.
 
-  A branch that is never taken prevents it; a barrier does with JAX 0.12 only. `told` is
-  that of differences, whose second number is not negative.
+  A branch that is never taken prevents it; a barrier does with JAX 0.12 only.
   """
   zeros = lambda *x: tuple(map(jnp.zeros_like, x))
-  return jax.lax.cond(told[1] < 0, zeros, lambda *x: x, *values)
+  return jax.lax.cond(never, zeros, lambda *x: x, *values)
 
 
 def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Array:
