@@ -130,6 +130,17 @@ class FindTest(parameterized.TestCase):
       self.assertEqual(leaf.block, block)
       self.assertTrue(structured.same_bits(leaf.materialize(), array))
 
+  def test_groups_of_one_row(self):
+    array = SCHEMES['int4_128'][0](weights()).reshape(1, -1).astype(BF16)
+    settings, _ = quantisers.find(array).stored()
+    form = quantisers.form(settings, array.shape, [])
+    self.assertEqual(form, 'int4, groups of 128')
+
+  def test_many_zeros(self):
+    array = weights() * (weights(seed=1) > 0.01)
+    array = through((1, 64), *INT8)(array).astype(BF16)
+    self.assertEqual(quantisers.find(array).block, (1, 64))
+
   @pytest.mark.slow
   def test_more_groups_with_minima_than_float32_counts(self):
     blocks = np.broadcast_to(np.array([[[0]], [[1]]], BF16), (2, 1, (1 << 23) + 32))

@@ -259,10 +259,10 @@ def form(
   grid = schema.load(name, settings.get('grid'), 'grid')
   rows, columns = schema.load(tuple[int, int], settings.get('block'), 'block')
   height, width = shape[-2:]
-  if rows >= height:
-    blocks = 'a scale a tensor' if columns == width else 'columns'
-  elif columns == width:
-    blocks = 'rows'
+  if columns == width:
+    blocks = 'a scale a tensor' if rows >= height else 'rows'
+  elif columns == 1 and rows >= height:
+    blocks = 'columns'
   elif 1 in (rows, columns):
     blocks = f'groups of {rows * columns}'
   else:

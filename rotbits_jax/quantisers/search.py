@@ -36,7 +36,7 @@ from rotbits_jax.system import host
 _LEAST = 1 << 12  # elements of an array
 _LINES, _RUN = 16, 128  # rows or columns, and elements of each, that show repetitions
 # The share that repeats another one of 128 and of 16: of dense bfloat16 about 0.1 and
-# 0.01. Long runs show few codes with many zeros, short ones those of small groups.
+# 0.01. Long runs show few large codes, short ones those of small groups.
 _REPEATED = {
   'bfloat16': ((_RUN, 0.16), (16, 0.04)),
   'float16': ((_RUN, 0.06), (16, 0.03)),
@@ -130,7 +130,8 @@ def _repeats(array: np.ndarray) -> bool:
       ascending = np.sort(_magnitudes(runs), axis=1)
       is_used = ascending[:, 1:] > 0
       is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & is_used
-      if np.count_nonzero(is_repeated) > share * np.count_nonzero(is_used):
+      used: Any = np.count_nonzero(is_used)  # with zeros, each has fewer to repeat
+      if np.count_nonzero(is_repeated) > share * used * max(used / is_used.size, 1 / 4):
         return True
   return False
 
@@ -152,7 +153,7 @@ def _blocks(shape: tuple[int, ...]) -> list[Block]:
     forms += [(1, length)] if length < width else []
     # Of several matrices, a cut group would end in the next one.
     forms += [(length, 1)] if height % length == 0 or length < height == rows else []
-  return forms
+  return [x for x in forms if math.prod(x) >= min(_LENGTHS)]  # less fit any grid
 
 
 def _candidates(
