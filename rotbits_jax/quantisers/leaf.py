@@ -99,8 +99,8 @@ class BlockQuantized(base.Structured):
       runs = of_elements(x, slice(0, matrix[0]), block, matrix)
       several.append(np.broadcast_to(runs, matrix).reshape(-1, width // run))
     # Pieces alike, for each thread as many; even steps keep them aligned.
-    count = -(-size // (largest * pool.threads())) * pool.threads()
-    step = -(-rows // (2 * count)) * 2
+    threads = pool.threads() if on_xla else 1
+    step = -(-rows // (-(-size // (largest * threads)) * threads * 2)) * 2
     height = largest // width if on_xla else step  # programs are for one shape
     flat, places = out.reshape(-1), None if self.gaps is None else self._places()
     layout = self.grid, self.dtype, self.ones_complement
@@ -123,7 +123,8 @@ class BlockQuantized(base.Structured):
         part[places[few] - start * width] = self.exceptions[few]
       return checksums_lib.of_array(part), part.nbytes
 
-    return checksums_lib.joined(pool.each(write, range(0, rows, step)))
+    each = pool.each if on_xla else map
+    return checksums_lib.joined(each(write, range(0, rows, step)))
 
   @functools.cached_property
   def float_scales(self) -> np.ndarray:
