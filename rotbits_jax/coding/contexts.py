@@ -56,9 +56,8 @@ class Scales(NamedTuple):
       out[:] = self.base + int(self.rows[0]) + int(self.columns[0]) & 255
       return
     width, columns = matrix_shape(shape, shared)[1], self.columns
-    step = (
-      shared if matrix_shape(shape)[1] % shared else 1
-    )  # from a unit to the next one
+    # From a unit to the next one.
+    step = shared if matrix_shape(shape)[1] % shared else 1
     if self.rows.size == 1:  # rows of few bytes would take long
       times = -(-_WIDE // width)
       width, columns = times * width, np.tile(columns, times)

@@ -82,9 +82,8 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
     if np.asarray(array).dtype.name not in specs.DTYPES:
       raise ValueError(f'arrays of this dtype cannot be stored, got {array.dtype=}')
   whole = pool.each(host.contiguous, map(np.asarray, arrays))
-  divided = pool.each(
-    _divided, range(len(whole)), whole, map(known.get, range(len(whole)))
-  )
+  places = range(len(whole))
+  divided = pool.each(_divided, places, whole, map(known.get, places))
   parts = [*itertools.chain(*divided)]
   least = min((x.least for x in parts if x.least), default=0)
   alike: dict[Any, list[Part]] = {}
@@ -103,7 +102,6 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
 def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
   """Returns the parts of the array of this place."""
   dtype, of_bytes = array.dtype, layouts.Bytes(np.dtype(np.uint8), 0)
-  layout: layouts.Layout
   if array.size < 2 or dtype.kind == 'b':
     return [Part(array)]
   if known is not None:
@@ -115,8 +113,8 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
     of_values = _divided(place, values, None)
     return [of_mask, *of_values, *(Part(x, of_bytes) for x in signs)]
   if dtype in ulps.FORMATS:
-    layout, least = statistics.of_floats(array)
-    return [Part(array, layout, statistics.measure(array, 2), least)]
+    of_floats, least = statistics.of_floats(array)
+    return [Part(array, of_floats, statistics.measure(array, 2), least)]
   if specs.is_of_bytes(dtype):  # each byte of an element has a class
     array = array.reshape(-1, 1).view(np.uint8)
     first = statistics.DENSITIES + 8 * (place % _ARRAYS_OF_BYTES)

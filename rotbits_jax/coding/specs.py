@@ -9,7 +9,7 @@ its blocks, and for frequency tables by the coded elements.
 from collections.abc import Sequence
 import functools
 import math
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import ml_dtypes
 import msgspec
@@ -35,8 +35,6 @@ def is_of_bytes(dtype: np.dtype) -> bool:
   """Returns whether arrays are coded as their bytes: unsigned integers, and 64 bits."""
   return dtype.itemsize == 8 or dtype.kind == 'u'
 
-
-T = TypeVar('T')
 
 _MOST_ELEMENTS = 1 << 48  # of an array
 
@@ -137,15 +135,14 @@ class StreamSpec(schema.Object):
   groups: tuple[GroupSpec, ...]  # the groups of coded parts
 
   def __post_init__(self) -> None:
-    coded, is_late = 0, [group.type_name == 'known' for group in self.groups]
-    if is_late != sorted(is_late):
+    coded, known = 0, [group.type_name == 'known' for group in self.groups]
+    if known != sorted(known):
       raise ValueError('groups relative to known numbers must be the last ones')
     *members, _ = self.members([array.parts for array in self.arrays])
-    for group, of_group in zip(self.groups, members, strict=True):
+    for group, is_known, of_group in zip(self.groups, known, members, strict=True):
       arrays, parts = zip(*of_group, strict=True) if of_group else ((), ())
       if len({dtype for dtype, _ in parts}) != 1:
         raise ValueError('a group must have parts of one dtype')
-      is_known = group.type_name == 'known'
       if is_known and any(len(self.arrays[i].groups) > 1 for i in arrays):
         raise ValueError('a part cannot be coded relative to known numbers')
       layout, sizes = group.layout(parts[0][0]), [math.prod(x) for _, x in parts]
@@ -158,12 +155,12 @@ class StreamSpec(schema.Object):
     if len(self.groups) > _MAX_GROUPS + coded // _ELEMENTS_PER_GROUP:
       raise ValueError(f'{len(self.groups)} groups are too many for {coded} elements')
 
-  def members(self, parts: Sequence[Sequence[T]]) -> list[list[tuple[int, T]]]:
+  def members(self, parts: Sequence[Sequence[Any]]) -> list[list[tuple[int, Any]]]:
     """Returns the parts of each group, given those of each array; others are last.
 
     Each is with the index of its array.
     """
-    members: list[list[tuple[int, T]]] = [[] for _ in range(len(self.groups) + 1)]
+    members: list[list[Any]] = [[] for _ in range(len(self.groups) + 1)]
     for i, (array, several) in enumerate(zip(self.arrays, parts, strict=True)):
       for group, part in zip(array.groups, several, strict=True):
         if group is not None and group >= len(self.groups):
