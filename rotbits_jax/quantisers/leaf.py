@@ -264,8 +264,8 @@ def form(
     blocks = 'a scale a tensor' if rows >= height else 'rows'
   elif columns == 1 and rows >= height:
     blocks = 'columns'
-  elif 1 in (rows, columns):
-    blocks = f'groups of {rows * columns}'
+  elif 1 in (rows, columns, height):
+    blocks = f'groups of {min(rows, height) * columns}'
   else:
     blocks = f'blocks of {rows} x {columns}'
   return f'{grid}, {blocks}' + (', with minima' if 'minima' in names else '')
