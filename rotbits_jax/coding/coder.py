@@ -56,10 +56,11 @@ def encode(
   Raises:
     ValueError: if a dtype cannot be stored.
   """
-  plan = plans.make(arrays, known)
+  with pool.PLANS:
+    plan = plans.make(arrays, known)
+    of_groups = [group.layout.tables(*group.contexts) for group in plan.groups]
   jobs = []
-  for group in plan.groups:
-    tables = group.layout.tables(*group.contexts)
+  for group, tables in zip(plan.groups, of_groups, strict=True):
     parts = [(x.numbers, x.known, x.scales) for x in group.parts]
     numbers, near, scales = zip(*parts, strict=True)
     divided = blocks.divide(numbers, near, scales, group.layout)

@@ -305,9 +305,10 @@ class Encoder:
     arrays: list[np.ndarray] = []
     known: dict[int, plans.Known] = {}
     params, base = structured.flatten(record.params), self._recipe or self.base
-    beside = {} if base is None else base.beside(params, resolve)
-    if self.preset.rounding is None:
-      _find_codes(params, beside)
+    with pool.PLANS:
+      beside = {} if base is None else base.beside(params, resolve)
+      if self.preset.rounding is None:
+        _find_codes(params, beside)
     savings = record.savings + ([] if base is None else [_saving(params, beside)])
     for path, leaf in params.items():
       try:
