@@ -40,7 +40,7 @@ REST = 'copy to the result, the rest'
 PARTS = {
   'loop': (blocks, '_run'),
   'read, with CRC-32': (files.File, 'read'),
-  'classes': (blocks, '_units'),
+  'classes': (blocks, '_field'),
   'lists of escapes': (layouts.Pairs, 'listed'),
   'CRC-32 of the result': (checksums, 'of_array'),
 }
