@@ -38,7 +38,7 @@ TITLE = 'The coder'
 RUNS = 5
 REST = 'copy to the result, the rest'
 PARTS = {
-  'loop': (blocks, '_run'),
+  'loop': (blocks, 'run'),
   'read, with CRC-32': (files.File, 'read'),
   'classes': (blocks, '_field'),
   'lists of escapes': (layouts.Pairs, 'listed'),
