@@ -116,10 +116,7 @@ def apply(
 
 
 def _opened(tree: Any) -> tuple[base_lib.Base, bytes]:
-  """Opens the old PyTree as a base.
-
-  Also returns a digest of all its arrays, because a new one may need none of them.
-  """
+  """Opens the old PyTree as a base, and digests all arrays: a new one may need none."""
   array = lambda x: x if getattr(x, 'needs', ()) else structured.materialize(x)
   tree = structured.map_leaves(array, sources.of_tree(tree).tree)
   source = sources.TreeRecords(tree)

@@ -62,37 +62,43 @@ def beside(
   known: entries.BaseArray | products.Product | None = None,
 ) -> Measured | None:
   """Returns how to store an array beside a known one; None if better alone."""
-  target, dtype = host.contiguous(target), target.dtype
-  base = difference.known_bits(array, target.shape, dtype)
+  target = host.contiguous(target)
+  base = difference.known_bits(array, target.shape, target.dtype)
   if base is None:
     return None
-  bits = ulps.bits_of(target)
-  draft = difference.Difference(lengths=target.shape, name=dtype.name)
-  changed = _changed(draft, bits, base)
-  if changed is not None and not changed.any():
-    measured = Measured(draft)
-  elif dtype.itemsize > 4:
+  jobs: list[Any] = [lambda: _measured(target, base)]
+  measured, crc32 = pool.run([*jobs, lambda: checksums.of_array(target)])
+  if measured is None:
     return None
-  elif changed is not None:
-    flags = None if changed.all() else np.packbits(changed, bitorder='little')
-    leaf = dataclasses.replace(draft, changed=flags)
-    measured = with_elements(leaf, bits, base, is_sparse=True)
-  else:
-    measured = predicted(draft, bits, base)
-    # Scales and factors are there only where they save more than they take.
-    some = slice(None, None, -(-target.size // _SAMPLE))
-    alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
-    nbytes = measured.estimate() * alone.size / target.size
-    counts = np.unique(bits[some][::4], return_counts=True)[1]
-    is_clear = 4 * nbytes < tables.entropy_bits(counts)  # half of the bytes alone
-    if not is_clear and nbytes + _LEAF_BYTES > _MOST_SHARE * coder.estimate([alone]):
-      return None
-  nbytes = structured.count_bytes(measured.leaf)
-  crc32, near = checksums.of_array(target), measured.near
+  nbytes, near = structured.count_bytes(measured.leaf), measured.near
   if near is not None and measured.leaf.changed is None:  # all elements
     near = near._replace(crc32=crc32)
   measured = measured._replace(near=near, known=known, crc32=crc32)
   return None if entries.is_too_short(target.size, array.size, nbytes) else measured
+
+
+def _measured(target: np.ndarray, base: np.ndarray) -> Measured | None:
+  """Returns a result of `beside` without what it tells of the arrays."""
+  bits, dtype = ulps.bits_of(target), target.dtype
+  draft = difference.Difference(lengths=target.shape, name=dtype.name)
+  changed = _changed(draft, bits, base)
+  if changed is not None and not changed.any():
+    return Measured(draft)
+  if dtype.itemsize > 4:
+    return None
+  if changed is not None:
+    flags = None if changed.all() else np.packbits(changed, bitorder='little')
+    leaf = dataclasses.replace(draft, changed=flags)
+    return with_elements(leaf, bits, base, is_sparse=True)
+  measured = predicted(draft, bits, base)
+  # Scales and factors are there only where they save more than they take.
+  some = slice(None, None, -(-target.size // _SAMPLE))
+  alone = target.reshape(-1)[some].view(entries.stored_dtype(dtype.name))
+  nbytes = measured.estimate() * alone.size / target.size
+  counts = np.unique(bits[some][::4], return_counts=True)[1]
+  is_clear = 4 * nbytes < tables.entropy_bits(counts)  # half of the bytes alone
+  most = math.inf if is_clear else _MOST_SHARE * coder.estimate([alone])
+  return measured if nbytes + _LEAF_BYTES <= most else None
 
 
 def beside_head(
