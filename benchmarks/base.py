@@ -197,7 +197,8 @@ def steps() -> str:
       changed = sum(np.count_nonzero(_bits(x) != _bits(old[k])) for k, x in new.items())
       large = {name: x for name, x in new.items() if x.size >= LARGE}
       shares = [x / bound for x in sizes]
-      shares.insert(1, len(rotbits_jax.delta(large, old)) / entropy(large, old))
+      near = {name: old[name] for name in large}
+      shares.insert(1, len(rotbits_jax.delta(large, near)) / entropy(large, near))
       cells = f'{2 * changed / size:.2%}', common.megabytes(bound)
       lines.append((f'{rate:g}', count, *cells, *(f'{x:.2f}' for x in shares)))
   header = ['learning rate', 'steps', 'changed', 'entropy, MB']
