@@ -184,12 +184,11 @@ def _decode_group(
       raise ValueError(f'known numbers must be {form}, got {near.size}')
   tables = layout.tables(*contexts)
   divided = blocks.divide(parts, several or [None] * len(parts), scales, layout)
-
-  def decode(start: int, nbytes: int, spans: Any) -> list[tuple[int, tuple[int, int]]]:
-    return blocks.decode(functools.partial(read, start), nbytes, spans, layout, tables)
-
+  of_block = lambda start, nbytes, spans: blocks.decode(
+    functools.partial(read, start), nbytes, spans, layout, tables
+  )
   checksums: list[list[tuple[int, int]]] = [[] for _ in parts]
-  pieces = pool.each(decode, places[1:], group.blocks, divided)
+  pieces = pool.each(of_block, places[1:], group.blocks, divided)
   for part, checksum in itertools.chain(*pieces):
     checksums[part].append(checksum)
   return [*map(checksums_lib.joined, checksums)]

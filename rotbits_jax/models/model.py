@@ -46,10 +46,8 @@ class Model:
     """Returns one line: a notebook would print every element of the parameters."""
     elements = sum(np.size(x) for x in jax.tree.leaves(self.params))
     config, sliced = self.config, 'sliced' if self.config.sliced else 'dense'
-    return (
-      f'Model({config.family}, {sliced}, {config.num_layers} layers, '
-      f'{elements:,} elements)'
-    )
+    sizes = f'{config.num_layers} layers, {elements:,} elements'
+    return f'Model({config.family}, {sliced}, {sizes})'
 
   @property
   def stacks(self) -> tuple[range, ...]:

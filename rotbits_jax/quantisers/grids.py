@@ -102,9 +102,8 @@ def floats(name: Name, numbers: Any) -> Any:
 @functools.cache
 def _float8(name: Name) -> np.ndarray:
   """Returns the float32 of each bit pattern of a float8 dtype."""
-  return (
-    np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, name)).astype(np.float32)
-  )
+  bits = np.arange(256, dtype=np.uint8)
+  return bits.view(getattr(ml_dtypes, name)).astype(np.float32)
 
 
 def float8(name: Name, floats: np.ndarray) -> np.ndarray:

@@ -42,9 +42,7 @@ def materialize(tree: Any) -> Any:
   return jax.tree.map(array, tree, is_leaf=is_structured)
 
 
-@jax.jit
-def _materialize(leaf: Structured) -> jax.Array:
-  return leaf.materialize()
+_materialize = jax.jit(lambda leaf: leaf.materialize())
 
 
 def expand(params: Mapping[str, Any]) -> dict[str, Any]:

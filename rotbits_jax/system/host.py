@@ -5,10 +5,15 @@ import contextlib
 import functools
 import math
 import mmap
+import os
 import weakref
 
 import jax
 import numpy as np
+
+# Programs of batched factorisations hang in these versions if they have few threads.
+if jax.__version__.startswith(('0.10.', '0.11.0')):
+  os.environ.setdefault('PJRT_NPROC', str(max(os.cpu_count() or 1, 16)))
 
 _ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
 _PAGE = 1 << 21  # bytes of a large page
