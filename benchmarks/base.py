@@ -25,7 +25,7 @@ RATES = 3e-7, 1e-6, 3e-6  # learning rates
 STEPS = 1, 8, 32  # after which weights are sent
 LARGE = 10**6  # elements of a large tensor
 TIMED_SHAPE, TIMED_RATE = (4096, 2560), 1e-6  # of two tensors that are timed
-RUNS = 3
+RUNS = 9
 SLICED = {
   'llama-tiny-sliced-head-0.25': 'llama-tiny-dense',
   'phi2-tiny-sliced-0.25': 'phi2-tiny-dense',
