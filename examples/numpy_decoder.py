@@ -138,7 +138,8 @@ def read_record(record, data, tensors, base, config):
   for array, (_, _, crc32, groups, m) in zip(arrays, spec['arrays'], strict=True):
     parts = [array]
     if len(groups) > 1:  # a mask, the other elements, and perhaps the signs of zeros
-      mask = np.packbits(array.reshape(-1, array.shape[-1]) == 0, axis=1)
+      whole = np.zeros(array.shape, bool).reshape(-1, array.shape[-1])
+      mask = np.packbits(whole, axis=1)
       signs = np.packbits(np.zeros(array.size - m, bool))
       parts = [mask, np.empty(m, array.dtype), signs]
     elif array.itemsize == 8 or array.dtype.kind == 'u':
