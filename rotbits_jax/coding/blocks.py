@@ -48,8 +48,6 @@ _BUFFER = 24 * CAPACITY
 # then compete for the same places in the CPU's cache.
 _APART = 96
 
-_ALIGNMENT = 64  # of the address of an array that XLA uses without a copy
-
 WIDE = {'xla_cpu_prefer_vector_width': 512}
 """Options of programs; where the CPU has such registers, a tenth less time and more."""
 
@@ -144,7 +142,7 @@ def _field(name: str, spans: Sequence[Span], words: int, word: np.dtype) -> Any:
   if values is None:
     return None
   (rows, lanes), is_class = _grid(count), callable(values)
-  size, stride = ROWS * LANES * words + _ALIGNMENT // word.itemsize, LANES * words
+  size, stride = ROWS * LANES * words + host.ALIGNMENT // word.itemsize, LANES * words
   is_whole = count == rows * LANES and not is_class and not others
   if is_whole and (window := _window(first.some, values, size, word)):
     return Field(*window, np.int32(stride))
@@ -173,9 +171,10 @@ def _window(
 
   None if the array does not have them.
   """
-  each, step = word.itemsize // array.itemsize, _ALIGNMENT // word.itemsize
+  each, step = word.itemsize // array.itemsize, host.ALIGNMENT // word.itemsize
   words = array[: array.size // each * each].view(word)
-  skipped, start = -words.ctypes.data % _ALIGNMENT // word.itemsize, some.start // each
+  skipped = -words.ctypes.data % host.ALIGNMENT // word.itemsize
+  start = some.start // each
   first = (min(start, words.size - size) - skipped) // step * step + skipped
   if first < 0 or (first + size) * each < some.stop:
     return None

@@ -66,8 +66,8 @@ def beside(
   base = difference.known_bits(array, target.shape, target.dtype)
   if base is None:
     return None
-  jobs: list[Any] = [lambda: _measured(target, base)]
-  measured, crc32 = pool.run([*jobs, lambda: checksums.of_array(target)])
+  measure: Any = lambda: _measured(target, base)
+  measured, crc32 = pool.run([measure, lambda: checksums.of_array(target)])
   if measured is None:
     return None
   nbytes, near = structured.count_bytes(measured.leaf), measured.near

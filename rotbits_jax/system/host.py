@@ -15,7 +15,7 @@ import numpy as np
 if jax.__version__.startswith(('0.10.', '0.11.0')):
   os.environ.setdefault('PJRT_NPROC', str(max(os.cpu_count() or 1, 16)))
 
-_ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
+ALIGNMENT = 64  # XLA uses an array without a copy if its address is a multiple of this
 _PAGE = 1 << 21  # bytes of a large page
 
 # After a program frees an array of this size, the C library of Linux keeps what is
@@ -67,8 +67,8 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
   if size >= 2 * _PAGE and hasattr(mmap, 'MADV_HUGEPAGE'):  # on Linux
     with contextlib.suppress(OSError):  # too little memory, or no large pages
       return _large(size)[:size].view(item).reshape(shape)
-  buffer = np.empty(size + _ALIGNMENT, np.uint8)
-  start = -buffer.ctypes.data % _ALIGNMENT
+  buffer = np.empty(size + ALIGNMENT, np.uint8)
+  start = -buffer.ctypes.data % ALIGNMENT
   return buffer[start : start + size].view(item).reshape(shape)
 
 
