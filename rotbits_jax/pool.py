@@ -117,7 +117,6 @@ PLANS = threading.Semaphore(max(threads() // 2, 1))
 """Held by threads that plan, which others would hold up: NumPy's short calls take turns
 at Python's lock. Meanwhile those code what is planned."""
 
-# One more than processors, because a thread often waits for Python's lock.
-_POOL = futures.ThreadPoolExecutor(threads() + 1, 'rotbits', _set)
+_POOL = futures.ThreadPoolExecutor(threads(), 'rotbits', _set)
 if hasattr(os, 'register_at_fork'):  # not on Windows
   os.register_at_fork(after_in_child=_in_child)
