@@ -48,6 +48,7 @@ def minima(array, bits=4):
 INT4, E4M3 = quantised.integers(7), quantised.rounded(ml_dtypes.float8_e4m3fn)
 BLOCKS = through((128, 128), E4M3, 448)
 INT8 = quantised.integers(127), 127
+LOWEST = lambda x: np.clip(np.rint(x), -128, 127) + F32(0)
 E5M2 = quantised.rounded(ml_dtypes.float8_e5m2), 57344
 HALF = quantised.rounded(BF16)
 # A quantiser, the grid and the block that are found, and bits.
@@ -55,6 +56,7 @@ SCHEMES = {
   'int8_tensor': (through((0, 0), *INT8), 'int8', (256, 384), 7),
   'int8_rows': (through((1, 0), *INT8), 'int8', (1, 384), 7.6),
   'int8_rows_bf16': (through((1, 0), *INT8, HALF), 'int8', (1, 384), 7.6),
+  'int8_rows_lowest': (through((1, 0), LOWEST, 128), 'int8', (1, 384), 7.55),
   'int8_columns': (through((0, 1), *INT8), 'int8', (256, 1), 7.6),
   'int8_16': (through((1, 16), *INT8), 'int8', (1, 16), 10),
   'int8_32_e4m3': (

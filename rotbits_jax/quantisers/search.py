@@ -1,11 +1,11 @@
 """Finds the codes and the scales of arrays that were quantised and dequantised.
 
 An element v = round(q s) bounds the scale s of its block to [v-, v+] / q, where v- and
-v+ are the borders of the rounding to v. The code q is certain once the bounds of s are
-narrower than half a step of the grid at q. So the search begins with the greatest
-element over the greatest code, narrows the bounds by the elements whose codes are
-certain, and repeats. All blocks of an array go through it together. In the end the
-array is computed from codes and scales, and elements with other bits are exceptions.
+v+ are the borders of the rounding to v. The code q is certain once the bounds of s
+leave room for no other. So the search begins with the greatest element over the
+greatest code, narrows the bounds by the elements whose codes are certain, and repeats.
+All blocks of an array go through it together. In the end the array is computed from
+codes and scales, and elements with other bits are exceptions.
 
 Groups may have a minimum m, too: v = round(q s + m), q from 0 to 15, as in Q4_1 of
 GGUF, or to 7, 31 or 63. Their least and greatest element tell q. Two elements whose
@@ -49,7 +49,7 @@ _BLOCKS = 4  # rows and columns of blocks of a sample
 _FEW = 16  # of its magnitudes, with which most other grids do not agree
 _FIT = 0.75  # share of the blocks of a sample that have scales
 _ROUNDS = 6
-_CERTAIN = 0.45  # of a step of a grid
+_CERTAIN = 0.95  # of a step of a grid, which leaves no room for another code
 _NEARLY = 1.01  # because errors of two quotients multiply, and float32 rounds them
 _MOST_EXCEPTIONS = 1 / 64
 _MORE = 257 / 256  # of the bytes of the array, because codes take less time to decode
@@ -268,8 +268,9 @@ def _narrowed(
     quotients = middle / scale
     numbers, gaps = grid.nearest(quotients)
     spread = quotients * (relative + (most - least) / (2 * scale))
-    is_certain = (numbers > 0) & (spread < _CERTAIN * gaps)
-    is_certain &= np.abs(quotients - numbers) <= _NEARLY * spread
+    errors = np.abs(quotients - numbers)
+    is_certain = (numbers > 0) & (errors <= _NEARLY * spread)
+    is_certain &= errors + spread < _CERTAIN * gaps
     if count == (count := np.count_nonzero(is_certain)):
       break
     least = np.maximum(least, np.where(is_certain, low / numbers, 0).max(axis=0))
