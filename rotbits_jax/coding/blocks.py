@@ -48,8 +48,13 @@ _BUFFER = 24 * CAPACITY
 # then compete for the same places in the CPU's cache.
 _APART = 96
 
-WIDE = {'xla_cpu_prefer_vector_width': 512}
-"""Options of programs; where the CPU has such registers, a tenth less time and more."""
+# Wide vectors, of which LLVM makes fewer if it unrolls more.
+_OPTIONS = {'xla_cpu_prefer_vector_width': 512, 'xla_backend_optimization_level': 2}
+
+compiled = functools.partial(
+  jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=_OPTIONS
+)
+"""Compiles a program for `run`."""
 
 
 class Span(NamedTuple):
@@ -254,12 +259,11 @@ def decode(
   if ends[-1] > 2 * below + nbytes:
     raise ValueError(f'a block of {nbytes} bytes has too few raw bits')
   every = [np.tile(x, LANES // lanes) for x in (state, tops)]
-  places = np.concatenate([*every, ends]).astype(np.uint32)
+  places = np.concatenate([*every, ends, [rows, lanes]]).astype(np.uint32)
   classes: Any = _field('classes', spans, 1, layout.class_type)
   known = _field('known', spans, layout.words, layout.word)
   shapes = [((ROWS, LANES, layout.words), layout.word), ((ROWS, LANES), bool)]
-  grid = np.int32(rows), np.uint32(lanes)
-  arguments = places, *grid, buffer.view(np.uint16), buffer, classes, known
+  arguments = places, buffer.view(np.uint16), buffer, classes, known
   (state, bottoms), out = run(_decode, shapes, layout, *arguments, coder_tables)
   if (state != 1 << 16).any() or (bottoms[:lanes] != tops - lengths).any():
     raise ValueError('a block has more or fewer words than its units need')
@@ -328,7 +332,7 @@ def _given(t: Any, classes: Any, known: Any, units: Any, pieces: Any) -> units_l
     if field is None:
       return None
     place, size = field.first + t * field.stride, LANES * field.width
-    some = jax.lax.dynamic_slice_in_dim(field.words, place, size)
+    some = jax.lax.dynamic_slice(field.words, (place.astype(jnp.uint32),), (size,))
     return [*some.reshape(LANES, -1).astype(jnp.uint32).T]
 
   of_units = row(classes)[0].astype(jnp.int32)
@@ -339,34 +343,35 @@ def _put(array: jax.Array, row: jax.Array, t: Any) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(array, row, t, 0)
 
 
-@functools.partial(
-  jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=WIDE
-)
+@compiled
 def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """Decodes rows of units; returns the states with the places of words, and `out`.
 
-  Places are those of the words of each lane, and of each plane in bytes.
+  Places are the states, those of the words of lanes, those of planes; rows and lanes.
   """
 
   def loop(*operands: Any) -> Any:
-    out, places, rows, lanes, words, buffer, *rest = operands
-    classes, known, coder_tables = rest
-    state, tops, planes = jnp.split(places, [LANES, 2 * LANES])
+    out, places, words, buffer, classes, known, coder_tables = operands
+    state, tops, (*planes, rows, lanes) = jnp.split(places, [LANES, 2 * LANES])
     most = np.uint32((1 << 22) - 1)  # of places of words, with which XLA would compare
 
     def step(t: jax.Array, carry: Any) -> Any:
       state, tops, out = carry
-      place = t.astype(jnp.uint32)
 
-      def pop(lookup: Callable[..., Any], precision: Any) -> jax.Array:
+      def pop(find: Any, split: Callable[..., tuple[Any, Any]], precision: Any) -> Any:
         nonlocal state, tops
 
         def popped(state: jax.Array, tops: jax.Array) -> tuple[jax.Array, ...]:
-          entry, start, frequency = lookup(rans.slot(state, precision))
-          word = words.at[tops & most].get(mode='promise_in_bounds')
-          if isinstance(layout, layouts.Differences):
-            (word,) = units_lib.once(rows < 0, word)
-          state, taken = rans.pop_step(state, word, start, frequency, precision)
+          slot = rans.slot(state, precision)
+          # Scalars, because XLA makes no vector gathers, but shuffles, which are slow.
+          word = jnp.zeros(LANES, words.dtype)
+          for lane, top in enumerate(tops & most):
+            some = jax.lax.dynamic_slice(words, (top,), (1,))
+            word = jax.lax.dynamic_update_slice(word, some, (np.uint32(lane),))
+          # A word is loaded as a vector long after it was stored, or the CPU waits.
+          entry, word = units_lib.once(lanes < 1, find(slot), word)
+          interval, keep = split(entry, slot), lambda x: units_lib.once(lanes < 1, x)[0]
+          state, taken = rans.pop_step(state, word, *interval, precision, keep)
           return entry, state, tops - taken.astype(jnp.uint32)
 
         if isinstance(precision, int):
@@ -381,23 +386,21 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         shared = _sharing(width)
         data, at = (words, planes[i] >> 1) if width == 8 else (buffer, planes[i])
         # Shifts, because JAX traces `//` and `%` as programs of their own.
-        at += (place >> shared.bit_length() - 1) * lanes
+        at += (t >> shared.bit_length() - 1) * lanes
         row = jax.lax.dynamic_slice_in_dim(data, at, LANES).astype(jnp.uint32)
-        pieces.append(row >> (place & shared - 1) * (2 * width))
+        pieces.append(row >> (t & shared - 1) * (2 * width))
       given = _given(t, classes, known, None, pieces)
       rows_of = layout.decode_step(pop, given, coder_tables)
       out = tuple(_put(x, y, t) for x, y in zip(out, rows_of, strict=True))
       return state, tops, out
 
-    state, tops, out = jax.lax.fori_loop(0, rows, step, (state, tops, out))
+    state, tops, out = jax.lax.fori_loop(np.uint32(0), rows, step, (state, tops, out))
     return jnp.stack([state, tops]), out
 
   return native.loop(loop)(*arguments)
 
 
-@functools.partial(
-  jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=WIDE
-)
+@compiled
 def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   """Encodes rows of units; returns the states with the lengths of stacks, and `out`."""
 

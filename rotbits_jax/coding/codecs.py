@@ -146,8 +146,7 @@ def _dealt(
         symbol = owner(rans.slot(state, precision), context)
         top = first + jnp.clip(size, 1, room) - 1  # any word if the stack is empty
         word = words.at[top].get(mode='promise_in_bounds')
-        start, frequency = interval(symbol, context)
-        state, taken = rans.pop_step(state, word, start, frequency, precision)
+        state, taken = rans.pop_step(state, word, *interval(symbol, context), precision)
         return (state, size - taken.astype(jnp.int32)), symbol
 
       return jax.lax.scan(step, carry, contexts)

@@ -171,7 +171,6 @@ class Pairs(units_lib.Base):
 
   def raw(self, pop: units_lib.Pop, row: units_lib.Row, told: Any) -> list[jax.Array]:
     """Returns words that have the raw bits of units in their places."""
-    del pop
     raw = [jnp.zeros_like(told, jnp.uint32)] * self.words
     for (width, place), piece in zip(self.pieces, row.pieces, strict=True):
       mask = (1 << width) - 1
@@ -276,7 +275,7 @@ class Differences(units_lib.Base):
     """Returns words that have the raw bits of units."""
     first = second = jnp.zeros_like(row.classes, jnp.uint32)
     for low, *sizes in self._sizes(context[1]):
-      piece = pop(lambda slot: (slot, slot, 1), sizes[0] + sizes[1])
+      piece = pop(lambda x: x, lambda x, slot: (slot, 1), sizes[0] + sizes[1])
       first = first | piece >> sizes[1] << low
       second = second | rans.slot(piece, sizes[1]) << low
     return self._packed(first, second)

@@ -80,13 +80,15 @@ def pop_step(
   start: jax.Array,
   frequency: jax.Array | int,
   precision: jax.Array | int,
+  keep: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> tuple[jax.Array, jax.Array]:
   """Pops a symbol from each state: the inverse of `push_step`.
 
   `word`, uint16 `[N]`, is on top of each stack, and the interval is that which contains
   the slot. Returns the new states, and whether each took its word, bool `[N]`.
+  `keep` gets the states before they take words.
   """
-  state = frequency * (state >> precision) + slot(state, precision) - start
+  state = keep(frequency * (state >> precision) + slot(state, precision) - start)
   taken = state < jnp.uint32(1 << 16)
   return jnp.where(taken, state << 16 | word.astype(jnp.uint32), state), taken
 

@@ -31,9 +31,9 @@ OTHER = 1023
 Interval = tuple[jax.Array, jax.Array | int, jax.Array | int]
 """Starts and frequencies of the symbols of the lanes, and the precision."""
 
-Pop = Callable[[Callable[[jax.Array], tuple[Any, ...]], Any], jax.Array]
-"""Pops a symbol from each lane and returns its entry, given a function from slots to
-entries, starts and frequencies; and the precision."""
+Pop = Callable[[Callable[..., Any], Callable[..., tuple[Any, Any]], Any], jax.Array]
+"""Pops a symbol from each lane and returns its entry, given functions from slots to
+entries, and from both to starts and frequencies; and the precision."""
 
 
 class Tables(NamedTuple):
@@ -164,19 +164,20 @@ class Base:
     field = (32 - self.symbol_bits) // 2
     mask = (1 << field) - 1
 
-    def lookup(slot: jax.Array) -> tuple[jax.Array, ...]:
-      place = slot
+    def find(slot: jax.Array) -> jax.Array:
       if self.is_first_long:  # its slots are alike, and the cache holds one of them
-        place = jnp.where(slot.view(jnp.int32) < context[-1], jnp.uint32(0), slot)
-      entry = _get(coder_tables.slots, table, self.precision, place)
+        slot = jnp.where(slot.view(jnp.int32) < context[-1], jnp.uint32(0), slot)
+      return _get(coder_tables.slots, table, self.precision, slot)
+
+    def split(entry: jax.Array, slot: jax.Array) -> tuple[Any, Any]:
       distance, less = entry >> field & mask, entry & mask
       if self.is_first_long:
         is_first = entry < 1 << 2 * field
         distance = jnp.where(is_first, slot, distance)
         less = jnp.where(is_first, entry, less)
-      return entry, slot - distance, less + 1
+      return slot - distance, less + 1
 
-    symbol = pop(lookup, self.precision) >> 2 * field
+    symbol = pop(find, split, self.precision) >> 2 * field
     is_listed, raw = symbol == self.escape, self.raw(pop, row, context)
     pairs = zip(raw, self.join(symbol, raw, context), strict=True)
     words = [jnp.where(is_listed, x, y) for x, y in pairs]

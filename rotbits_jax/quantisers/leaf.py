@@ -158,9 +158,10 @@ class BlockQuantized(base.Structured):
       fits = floats.min() >= LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
       fits = bool(np.isfinite(self.float_minima).all())
-    if fits:
-      rows = numbers.reshape(matrix)
-      fits = all(grids.holds(self.grid, rows[some]) for some in chunks(rows))
+    if fits:  # while they are in the cache
+      holds = functools.partial(grids.holds, self.grid)
+      several = np.array_split(numbers.reshape(matrix), min(8, matrix[0]))
+      fits = all(pool.each(holds, several))
     if not fits:
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 
@@ -193,9 +194,7 @@ def _products(
   return bits if dtype == np.float32 else rounded
 
 
-@functools.partial(
-  jax.jit, static_argnames='layout', donate_argnums=0, compiler_options=blocks.WIDE
-)
+@blocks.compiled
 def _on_xla(out: Any, bounds: Any, *operands: Any, layout: Any) -> Any:
   """Writes products into rows of an array, for `blocks.run`.
 
