@@ -3,10 +3,11 @@
   python examples/weight_sync.py FOLDER [--steps=20] [--anchor_every=8]
 
 After each step the trainer writes what changed since the step before, and sometimes all
-weights: an anchor, for samplers that come late or lose a step. The files
-of a folder stand for any channel: a queue, a bucket, a broadcast. Each delta carries
-checksums of the weights that it needs, so a delta that was lost, repeated or reordered
-is an error. The sampler prints it, waits for the next anchor, and has the same bits.
+weights: an anchor, for samplers that come late or lose a step. The last step has one,
+too. The files of a folder stand for any channel: a queue, a bucket, a broadcast. Each
+delta carries checksums of the weights that it needs, so a delta that was lost, repeated
+or reordered is an error. The sampler prints it, waits for the next anchor, and has the
+same bits.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def train(folder, steps, anchor_every):
     new, state = step(weights, state)
     data = rotbits_jax.delta(new, weights)
     publish(folder / f'delta-{number}.rotbits', data)
-    if number % anchor_every == 0:
+    if number % anchor_every == 0 or number == steps:
       anchor = rotbits_jax.encode(new, preset='exact')
       publish(folder / f'anchor-{number}.rotbits', anchor)
     weights = new
@@ -91,7 +92,7 @@ def sample(folder, steps):
         weights = None
         continue
       number = deltas[0]
-    elif weights is None and anchors:
+    elif anchors:
       number = anchors[-1]
       weights = rotbits_jax.load(folder / f'anchor-{number}.rotbits')
     else:
@@ -112,6 +113,8 @@ def main():
   if options.sampler:
     sample(options.folder, options.steps)
     return 0
+  if numbers(options.folder, 'anchor'):
+    parser.error(f'{options.folder} has the steps of another run')
   sampler = subprocess.Popen([sys.executable, *sys.argv, '--sampler'])
   try:
     train(options.folder, options.steps, options.anchor_every)

@@ -158,10 +158,9 @@ class BlockQuantized(base.Structured):
       fits = floats.min() >= LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
       fits = bool(np.isfinite(self.float_minima).all())
-    if fits:  # while they are in the cache
-      holds = functools.partial(grids.holds, self.grid)
-      several = np.array_split(numbers.reshape(matrix), min(8, matrix[0]))
-      fits = all(pool.each(holds, several))
+    if fits:
+      rows = numbers.reshape(matrix)
+      fits = all(grids.holds(self.grid, rows[some]) for some in chunks(rows))
     if not fits:
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 

@@ -64,7 +64,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype | type | str) -> np.ndarray:
   """Returns an uninitialised array that `jax.device_put` uses without a copy."""
   item = np.dtype(dtype)
   size = math.prod(shape) * item.itemsize
-  if size >= 2 * _PAGE and hasattr(mmap, 'MADV_HUGEPAGE'):  # on Linux
+  if size > 2 * _PAGE and hasattr(mmap, 'MADV_HUGEPAGE'):  # on Linux
     with contextlib.suppress(OSError):  # too little memory, or no large pages
       return _large(size)[:size].view(item).reshape(shape)
   buffer = np.empty(size + ALIGNMENT, np.uint8)
