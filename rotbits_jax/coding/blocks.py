@@ -353,6 +353,7 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
   def loop(*operands: Any) -> Any:
     out, places, words, buffer, classes, known, coder_tables = operands
     state, tops, (*planes, rows, lanes) = jnp.split(places, [LANES, 2 * LANES])
+    once = functools.partial(units_lib.once, coder_tables.told)
     most = np.uint32((1 << 22) - 1)  # of places of words, with which XLA would compare
 
     def step(t: jax.Array, carry: Any) -> Any:
@@ -369,8 +370,8 @@ def _decode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
             some = jax.lax.dynamic_slice(words, (top,), (1,))
             word = jax.lax.dynamic_update_slice(word, some, (np.uint32(lane),))
           # A word is loaded as a vector long after it was stored, or the CPU waits.
-          entry, word = units_lib.once(lanes < 1, find(slot), word)
-          interval, keep = split(entry, slot), lambda x: units_lib.once(lanes < 1, x)[0]
+          entry, word = once(find(slot), word)
+          interval, keep = split(entry, slot), lambda x: once(x)[0]
           state, taken = rans.pop_step(state, word, *interval, precision, keep)
           return entry, state, tops - taken.astype(jnp.uint32)
 
@@ -413,7 +414,7 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       state, sizes, words = carry
       state, top, moved = rans.push_step(state, *interval)
       places, sizes = sizes & most, sizes + moved.astype(jnp.uint32)
-      state, sizes = units_lib.once(rows < 0, state, sizes)
+      state, sizes = units_lib.once(coder_tables.told, state, sizes)
       # A word that does not move is put there, too, and the next one replaces it.
       for lane, (word, place) in enumerate(zip(top, places, strict=True)):
         at = np.uint32(lane), place
@@ -435,15 +436,13 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       for interval in reversed(intervals):
         coder = push(coder, *interval)
       state, sizes, words = coder
-      joined = []
       for k, (width, _) in enumerate(layout.pieces):
         # Rows that share bytes come in turn, the highest first.
-        shared = _sharing(width)
-        part = parts[k] << 2 * width | pieces[k] if shared > 1 else pieces[k]
-        row = t.astype(jnp.uint32) // shared
+        part = parts[k] | pieces[k] if width < 4 else pieces[k]
+        parts[k] = part << 2 * width if width < 4 else parts[k]
+        row = t.astype(jnp.uint32) // _sharing(width)
         planes[k] = _put(planes[k], part.astype(planes[k].dtype), row)
-        joined.append(part)
-      return state, sizes, joined, (words, _put(marks, mark, t), *planes)
+      return state, sizes, parts, (words, _put(marks, mark, t), *planes)
 
     state = jnp.full(LANES, 1 << 16, jnp.uint32)
     nothing = jnp.zeros(LANES, jnp.uint32)

@@ -243,16 +243,15 @@ class Differences(units_lib.Base):
     return level, folded(off >> shift.astype(np.int32)), shift
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
-    """Returns the tables of units; and known numbers, shifts of both, a condition
-    for `units.once`, and how many slots are the first symbol's at least.
+    """Returns the tables of units; and known numbers, shifts of both, how many slots
+    are the first symbol's at least, and `base`, which is `Tables.told`.
     """
     zeros = xp.zeros_like(row.classes, np.uint32)
     known = [zeros, zeros] if row.known is None else self._numbers(row.known)
     several = zip((row.classes & 255, row.classes >> 8), known, strict=True)
     levels: Any = [self.level(*x, base[0], xp) for x in several]
-    never = base[1] < 0
     if xp is jnp:
-      levels = units_lib.once(never, *levels)
+      levels = units_lib.once(base, *levels)
     shifts, levels = zip(*(self.shift(x, xp) for x in levels), strict=True)
     table: Any = np.int16(0)
     least, *terms = base.astype(np.int16).reshape(3, MOST_DIFFERENT)
@@ -261,9 +260,9 @@ class Differences(units_lib.Base):
         term = xp.where(level >= first, other, term)
       table = table + term
     if xp is jnp:
-      (table,) = units_lib.once(never, table)
+      (table,) = units_lib.once(base, table)
     slots = (table >> _PAIRS << 4).astype(np.int32)
-    return table & (1 << _PAIRS) - 1, (known, shifts, never, slots)
+    return table & (1 << _PAIRS) - 1, (known, shifts, slots, base)
 
   def _sizes(self, shifts: Any) -> list[tuple[Any, ...]]:
     """Returns the lowest bit of each piece of raw bits, and its sizes in both."""
@@ -291,16 +290,15 @@ class Differences(units_lib.Base):
 
   def divided(self, numbers: list[Any], context: Any) -> tuple[Any, ...]:
     """Returns the symbols of units, and the intervals of raw bits."""
-    known, shifts, never, _ = context
+    known, shifts, _, base = context
     pairs = zip(numbers, known, strict=True)
-    off = units_lib.once(never, *(ulps.differences(*x, self.dtype) for x in pairs))
+    off = units_lib.once(base, *(ulps.differences(*x, self.dtype) for x in pairs))
     bins = [folded(x >> y) for x, y in zip(off, shifts, strict=True)]
     intervals, raw = [], [x.view(jnp.uint32) for x in off]
     for low, *sizes in self._sizes(shifts):
       high, below = (rans.slot(x >> low, y) for x, y in zip(raw, sizes, strict=True))
       intervals.append((high << sizes[1] | below, 1, sizes[0] + sizes[1]))
-    (symbol,) = units_lib.once(never, units_lib.of_pair(*bins))
-    return symbol, intervals, []
+    return units_lib.of_pair(*bins), intervals, []
 
   def frequencies(self, counts: np.ndarray) -> np.ndarray:
     """Returns those of each two of K tables, `[K^2, 1023]`."""

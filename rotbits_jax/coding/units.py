@@ -166,7 +166,7 @@ class Base:
 
     def find(slot: jax.Array) -> jax.Array:
       if self.is_first_long:  # its slots are alike, and the cache holds one of them
-        slot = jnp.where(slot.view(jnp.int32) < context[-1], jnp.uint32(0), slot)
+        slot = jnp.where(slot.view(jnp.int32) < context[2], jnp.uint32(0), slot)
       return _get(coder_tables.slots, table, self.precision, slot)
 
     def split(entry: jax.Array, slot: jax.Array) -> tuple[Any, Any]:
@@ -193,6 +193,7 @@ class Base:
     """
     table, context = self.context(row, coder_tables.told)
     symbol, raw, pieces = self.divided(self._numbers(row.units), context)
+    (symbol,) = once(coder_tables.told, symbol)
     entry = _get(coder_tables.intervals, table, self.symbol_bits, symbol)
     interval = entry >> 12 & 0x3FFF, (entry & 0xFFF) + 1, self.precision
     mark = jnp.where(entry >> 31 > 0, MARKED | symbol, 0).astype(jnp.uint16)
@@ -207,13 +208,14 @@ def of_pair(first: jax.Array, second: jax.Array) -> jax.Array:
   return jnp.where((first | second) < BINS, first << 5 | second, jnp.uint32(OTHER))
 
 
-def once(never: Any, *values: Any) -> tuple[Any, ...]:
+def once(told: Any, *values: Any) -> tuple[Any, ...]:
   """Returns values that XLA must not compute again for each use, in each lane.
 
-  A branch that is never taken prevents it; a barrier does with JAX 0.12 only.
+  A branch that is never taken prevents it, because no `Tables.told` are that small; a
+  barrier does with JAX 0.12 only.
   """
   zeros = lambda *x: tuple(map(jnp.zeros_like, x))
-  return jax.lax.cond(never, zeros, lambda *x: x, *values)
+  return jax.lax.cond(told[0] < -(1 << 20), zeros, lambda *x: x, *values)
 
 
 def _get(array: Any, table: jax.Array, width: int, index: jax.Array) -> jax.Array:
