@@ -321,7 +321,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   weights, files = folder.path, folder.files
   assert weights is not None
   if CONFIG not in files:
-    text = f'there is no {CONFIG} that is not a link out of the folder'
+    text = f'there is no {CONFIG}, or it is a link out of the folder'
     raise errors.CheckpointError(f'{weights.parent}: {text}')
   slicing_jsons, stem = _slicing_jsons(files), None
   if any(name.endswith(_SHORTCUT) for name in folder.tensors):
