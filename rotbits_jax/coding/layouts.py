@@ -252,6 +252,7 @@ class Differences(units_lib.Base):
     levels: Any = [self.level(*x, base[0], xp) for x in several]
     if xp is jnp:
       levels = units_lib.once(base, *levels)
+    shifts: Any
     shifts, levels = zip(*(self.shift(x, xp) for x in levels), strict=True)
     table: Any = np.int16(0)
     least, *terms = base.astype(np.int16).reshape(3, MOST_DIFFERENT)
@@ -260,7 +261,7 @@ class Differences(units_lib.Base):
         term = xp.where(level >= first, other, term)
       table = table + term
     if xp is jnp:
-      (table,) = units_lib.once(base, table)
+      table, *shifts = units_lib.once(base, table, *shifts)
     slots = (table >> _PAIRS << 4).astype(np.int32)
     return table & (1 << _PAIRS) - 1, (known, shifts, slots, base)
 
