@@ -433,10 +433,8 @@ def _find_weights(path: pathlib.Path) -> list[pathlib.Path]:
   endings = ('.bin', '.pt', '.safetensors', safetensors.SUFFIX, _TORCH_INDEX)
   is_set = all(x.suffix == '.safetensors' for x in candidates) and candidates
   if not (is_set or (len(candidates) == 1 and names.endswith(endings))):
-    raise errors.CheckpointError(
-      f'{path}: expected one file of weights, .safetensors, .pt or .bin, or the index '
-      f'of several, as in *{safetensors.SUFFIX}; got {names}'
-    )
+    text = f'one file of weights, .safetensors, .pt or .bin, or an index; got {names}'
+    raise errors.CheckpointError(f'{path}: expected {text}')
   return candidates
 
 

@@ -29,9 +29,8 @@ def bounded(name: str, nbytes: int) -> Iterator[None]:
       raise MemoryError
     yield
   except MemoryError:
-    raise ContainerError(
-      f'{name}: it decodes to {nbytes:,} bytes, more than memory holds'
-    ) from None
+    text = f'it decodes to {nbytes:,} bytes, more than memory holds'
+    raise ContainerError(f'{name}: {text}') from None
 
 
 @functools.cache

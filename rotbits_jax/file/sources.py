@@ -133,10 +133,8 @@ def _array(leaf: Any, path: str) -> Any:
   is_array = isinstance(leaf, (np.ndarray, np.generic, jax.Array))
   dtype = leaf.dtype if is_array else None
   if dtype is None or isinstance(leaf, np.ma.MaskedArray) or dtype.kind in 'cOSUMm':
-    raise ValueError(
-      f'{path}: expected an array of numbers, got {type(leaf).__name__} {dtype or ""}; '
-      'numpy.asarray, and for text numpy.frombuffer make them'
-    )
+    got = f'{type(leaf).__name__} {dtype or ""}; numpy.asarray and numpy.frombuffer'
+    raise ValueError(f'{path}: expected an array of numbers, got {got} make them')
   return leaf
 
 

@@ -49,9 +49,7 @@ class RopeScaling(schema.Object, kw_only=True):
     low, high = self.low_freq_factor, self.high_freq_factor
     fits = 0 < low < high and self.original_positions > 0
     if self.type_name == 'llama3' and not fits:
-      raise ValueError(
-        f'low_freq_factor must be less than high_freq_factor, got {self}'
-      )
+      raise ValueError(f'expected low_freq_factor < high_freq_factor, got {self}')
 
 
 class ModelConfig(schema.Object, kw_only=True):
@@ -93,27 +91,19 @@ class ModelConfig(schema.Object, kw_only=True):
 
   def __post_init__(self) -> None:
     expected = self.segments_per_layer * self.num_layers + 1
-    if len(self.segment_widths) != expected:
-      raise ValueError(
-        f'segment_widths must have {expected} entries for {self.num_layers} layers, '
-        f'got {len(self.segment_widths)}'
-      )
+    if (count := len(self.segment_widths)) != expected:
+      raise ValueError(f'segment_widths must have {expected} entries, got {count}')
     heads, kv_heads = self.num_heads, self.num_kv_heads
     if not 0 < kv_heads <= heads or heads % kv_heads:
-      raise ValueError(
-        f'num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}'
-      )
+      text = f'got {heads} and {kv_heads}'
+      raise ValueError(f'num_heads must be a multiple of num_kv_heads, {text}')
     if not self.rotary_dim <= self.head_dim > 0 or self.rotary_dim % 2:
-      raise ValueError(
-        f'rotary_dim must be even and at most head_dim, got {self.rotary_dim} and '
-        f'{self.head_dim}'
-      )
+      text = f'got {self.rotary_dim} and {self.head_dim}'
+      raise ValueError(f'rotary_dim must be even and at most head_dim, {text}')
     least, most = min(self.segment_widths), max(self.segment_widths)
     if not 0 < least <= most <= self.hidden_size:
-      raise ValueError(
-        f'segment_widths must be from 1 to hidden_size {self.hidden_size}, '
-        f'got {least} to {most}'
-      )
+      text = f'from 1 to hidden_size {self.hidden_size}, got {least} to {most}'
+      raise ValueError(f'segment_widths must be {text}')
     if not self.sliced and least < self.hidden_size:
       raise ValueError(f'segments of other widths need norm="rmsn", got {self.norm=}')
 
@@ -125,9 +115,8 @@ class ModelConfig(schema.Object, kw_only=True):
       raise ValueError(f'tokens must be {axes} integers, got {got}')
     outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
     if outside.size:
-      raise ValueError(
-        f"token {outside[0]} is outside the model's vocabulary of {self.vocab_size}"
-      )
+      text = f"is outside the model's vocabulary of {self.vocab_size}"
+      raise ValueError(f'token {outside[0]} {text}')
     return tokens.astype(np.int32)
 
   @property

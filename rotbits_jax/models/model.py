@@ -69,9 +69,8 @@ class Model:
       name = names.stack(stack)
       for path, leaf in structured.flatten(self.params[name]).items():
         if leaf.shape[:1] != (len(stack),):  # JAX would clip the index
-          raise ValueError(
-            f'{name}/{path} must have {len(stack)} layers, got {leaf.shape=}'
-          )
+          text = f'must have {len(stack)} layers, got {leaf.shape=}'
+          raise ValueError(f'{name}/{path} {text}')
       return unstack_layer(self.params[name], index - stack.start)
     raise IndexError(f'the model has the layers {self.stacks}, got {index}')
 

@@ -238,10 +238,9 @@ def _records(
     if rounding is None:
       leaves = jax.device_get(leaves)
       if changed := [x for x, y in leaves.items() if y.dtype != context.dtype_of(x)]:
-        raise ValueError(
-          f'{changed[0]}: without a rounding, transforms must keep the dtype '
-          f'{context.dtype_of(changed[0])}, got {leaves[changed[0]].dtype}'
-        )
+        path, dtype = changed[0], context.dtype_of(changed[0])
+        text = f'transforms must keep the dtype {dtype}, got {leaves[path].dtype}'
+        raise ValueError(f'{path}: without a rounding, {text}')
     else:
       leaves, notes, bits = round_params(rounding, leaves, context)
       notes = [{key: _to_json(x) for key, x in note.items()} for note in notes]
@@ -367,10 +366,8 @@ def _described(context: Context, name: str, path: str, leaf: Any, note: Note) ->
   note = {'error': 0.0} | dict(zip(note, values, strict=True))
   most = _MOST_ERROR * max(context.roundoff, float(note.get('plain_error', 0)))
   if not note['error'] <= most:  # also if it is NaN
-    raise ValueError(
-      f'{name}: {context.prefix}{path} has a relative error of '
-      f'{float(note["error"]):.3g}, which must be at most {most:.3g}'
-    )
+    text = f'error of {float(note["error"]):.3g}, which must be at most {most:.3g}'
+    raise ValueError(f'{name}: {context.prefix}{path} has a relative {text}')
   return {
     'tensor': context.prefix + path,
     'form': leaf.type_name if structured.is_structured(leaf) else 'array',

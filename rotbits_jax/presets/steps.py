@@ -261,10 +261,8 @@ def _searched(
   points.sort()
   below = [point for point in points if point.kl <= max_kl]
   if not below:
-    raise ValueError(
-      f'the finest step, 2^{points[0].step:g}, has a divergence of '
-      f'{points[0].kl:.3g}, above {max_kl}; a preset that keeps more is `free`'
-    )
+    text = f'has a divergence of {points[0].kl:.3g}, above {max_kl}; `free` keeps more'
+    raise ValueError(f'the finest step, 2^{points[0].step:g}, {text}')
   return calibration._replace(curve=tuple(points), step=below[-1].step), below[-1]
 
 

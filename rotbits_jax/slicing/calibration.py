@@ -44,10 +44,8 @@ def sample_sequences(
 ) -> np.ndarray:
   """Draws sequences `[S, T]`: one at a random place in each of S equal parts."""
   if sequences < 1 or length < 1 or len(tokens) < 1:
-    raise ValueError(
-      f'calibration needs at least 1 sequence of at least 1 token, got {sequences=} '
-      f'and {length=} from {len(tokens)} tokens'
-    )
+    got = f'{sequences=} and {length=} from {len(tokens)} tokens'
+    raise ValueError(f'calibration needs a sequence of at least 1 token, got {got}')
   length = min(length, len(tokens))
   count = min(sequences, len(tokens) // length)
   part = len(tokens) // count

@@ -36,9 +36,8 @@ def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> 
   width = int((1 - sparsity) * hidden_size)  # the order of SliceGPT's operations
   width -= width % round_interval
   if width == 0:
-    raise ValueError(
-      f'the slicing sparsity {sparsity} leaves nothing of the hidden size {hidden_size}'
-    )
+    text = f'leaves nothing of the hidden size {hidden_size}'
+    raise ValueError(f'the slicing sparsity {sparsity} {text}')
   return width
 
 

@@ -136,10 +136,8 @@ def _take_array(annotation: Array, name: str, arrays: dict[str, Any]) -> np.ndar
   axes, dtype, most = annotation.axes, annotation.dtype, annotation.most
   fits = axes is None or array.ndim == len(axes)
   if not fits or dtype not in (None, array.dtype):
-    raise ValueError(
-      f'the array {name!r} must have the axes {axes!r} and the dtype '
-      f'{dtype or "of the leaf"}, got {array.dtype} {array.shape}'
-    )
+    text = f'{axes!r}, {dtype or "of the leaf"}, got {array.dtype} {array.shape}'
+    raise ValueError(f'the array {name!r} must have the axes and the dtype {text}')
   if annotation.optional and not array.size:
     raise ValueError(f'the array {name!r} must have elements, got {array.shape}')
   if most is not None and np.abs(array.astype(np.int64)).max(initial=0) > most:

@@ -101,6 +101,5 @@ class HeadBases(base.Structured):
     elif fits and self.group:
       fits = (rows + columns // heads) % self.group == 0
     if not fits:
-      raise ValueError(
-        f'{heads} heads in groups of {self.group} cannot have {self.below.shape=}'
-      )
+      text = f'in groups of {self.group} cannot have {self.below.shape=}'
+      raise ValueError(f'{heads} heads {text}')

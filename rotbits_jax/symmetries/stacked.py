@@ -87,10 +87,8 @@ def _rotated(
   """Rotates the segments of a sliced model, or the stream of a dense one."""
   widths = config.segment_widths
   if any(after < before for before, after in itertools.pairwise(widths)):
-    raise ValueError(
-      'canonicalize takes segments that do not get narrower, got '
-      f'{config.segment_widths=}; passes.remove_residual_gauge takes any widths'
-    )
+    text = f'canonicalize takes segments that do not get narrower, got {widths}'
+    raise ValueError(f'{text}; passes.remove_residual_gauge takes any widths')
   gauge: Callable[[Params], Any] = jax.vmap(
     functools.partial(layer_lib.gauge, config=config)
   )
