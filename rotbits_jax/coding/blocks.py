@@ -410,16 +410,18 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
     # A lane has fewer words than that. XLA would compare each place with the last one.
     most = np.uint32(min(layout.pushes, 2) * ROWS - 1)
 
-    def push(carry: Any, *interval: Any) -> Any:
+    def push(carry: Any, *interval: Any, is_first: bool = False) -> Any:
       state, sizes, words = carry
-      state, top, moved = rans.push_step(state, *interval)
-      places, sizes = sizes & most, sizes + moved.astype(jnp.uint32)
-      state, sizes = units_lib.once(coder_tables.told, state, sizes)
       # A word that does not move is put there, too, and the next one replaces it.
-      for lane, (word, place) in enumerate(zip(top, places, strict=True)):
+      tops = zip(state.astype(jnp.uint16), sizes & most, strict=True)
+      for lane, (word, place) in enumerate(tops):
         at = np.uint32(lane), place
         words = jax.lax.dynamic_update_slice(words, word[None, None], at)
-      return state, sizes, words
+      if is_first:  # If what follows depends on the words, XLA copies nothing for them.
+        state, sizes = (x | words[0, 0].astype(jnp.uint32) >> 16 for x in carry[:2])
+      state, _, moved = rans.push_step(state, *interval)
+      sizes += moved.astype(jnp.uint32)
+      return *units_lib.once(coder_tables.told, state, sizes), words
 
     def step(i: jax.Array, carry: Any) -> Any:
       state, sizes, parts, (words, marks, *planes) = carry
@@ -433,8 +435,8 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
         *intervals, raw = intervals
         turns = jnp.any(raw[-1] > 0).astype(jnp.int32)
         coder = jax.lax.fori_loop(0, turns, lambda _, x: push(x, *raw), coder)
-      for interval in reversed(intervals):
-        coder = push(coder, *interval)
+      for k, interval in enumerate(reversed(intervals)):
+        coder = push(coder, *interval, is_first=k < 1)
       state, sizes, words = coder
       for k, (width, _) in enumerate(layout.pieces):
         # Rows that share bytes come in turn, the highest first.
