@@ -116,6 +116,7 @@ RECORDS = {
   'a lane longer than others': [
     normal((4096, 64), np.float16) * (np.arange(64) % 2).astype(np.float16)
   ],
+  'unaligned memory': [normal((1 << 22) + i, np.float32)[13:] for i in (13, 76)],
   'zeros': [pruned(x) for x in (0.01, 0.5, 0.99)]
   + [pruned(0.5, np.int16), pruned(0.5, np.float32, (5000,))],
 } | {

@@ -75,6 +75,8 @@ class Field(NamedTuple):
   words: np.ndarray  # those of `CAPACITY` units, and room to align the first one
   first: np.int32  # the place of the first unit
   stride: np.int32  # from a row to the next one; 0 if all rows are alike
+  at: np.int32 = np.int32(-1)  # the index of a row that may lie partly outside
+  edge: np.ndarray | None = None  # the words of that row
 
   @property
   def width(self) -> int:
@@ -84,7 +86,11 @@ class Field(NamedTuple):
   def take(self, units: np.ndarray, lanes: int) -> np.ndarray:
     """Returns some of the units: `[n, width]`."""
     places = self.first + units // lanes * self.stride + units % lanes * self.width
-    return self.words[places[:, None] + np.arange(self.width)]
+    taken = self.words.take(places[:, None] + np.arange(self.width), mode='clip')
+    if self.edge is not None:
+      is_edge = units // lanes == self.at
+      taken[is_edge] = self.edge.reshape(-1, self.width)[units[is_edge] % lanes]
+    return taken
 
 
 def capacity(layout: layouts.Layout) -> int:
@@ -148,9 +154,10 @@ def _field(name: str, spans: Sequence[Span], words: int, word: np.dtype) -> Any:
     return None
   (rows, lanes), is_class = _grid(count), callable(values)
   size, stride = ROWS * LANES * words + host.ALIGNMENT // word.itemsize, LANES * words
-  is_whole = count == rows * LANES and not is_class and not others
-  if is_whole and (window := _window(first.some, values, size, word)):
-    return Field(*window, np.int32(stride))
+  edge: Any = None if is_class else _scratch(f'edge of {name}', (stride,), word)
+  is_part = lanes == LANES and not is_class and not others
+  if is_part and (window := _window(first.some, values, size, edge)):
+    return window
   array = _scratch(name, (size,), word)
   if is_class and first.is_even and not others:
     values(array[:LANES].view(np.uint8))
@@ -166,24 +173,27 @@ def _field(name: str, spans: Sequence[Span], words: int, word: np.dtype) -> Any:
   if lanes < LANES:
     few = units[: rows * lanes].reshape(rows, 1, lanes, words).copy()
     units[: rows * LANES].reshape(rows, LANES // lanes, lanes, words)[...] = few
-  return Field(array, np.int32(0), np.int32(stride))
+  return Field(array, np.int32(0), np.int32(stride), edge=edge)
 
 
-def _window(
-  some: slice, array: np.ndarray, size: int, word: np.dtype
-) -> tuple[np.ndarray, np.int32] | None:
-  """Returns so many words around some elements, aligned, and where these begin there.
+def _window(some: slice, array: np.ndarray, size: int, edge: np.ndarray) -> Any:
+  """Returns so many aligned words around some elements, which are rows of all lanes.
 
-  None if the array does not have them.
+  None if the array does not have them. The first or the last row may lie partly
+  outside, because memory of NumPy is not aligned; `edge` gets its words.
   """
+  word, stride = edge.dtype, edge.size
   each, step = word.itemsize // array.itemsize, host.ALIGNMENT // word.itemsize
   words = array[: array.size // each * each].view(word)
   skipped = -words.ctypes.data % host.ALIGNMENT // word.itemsize
-  start = some.start // each
-  first = (min(start, words.size - size) - skipped) // step * step + skipped
-  if first < 0 or (first + size) * each < some.stop:
+  start, stop = some.start // each, some.stop // each
+  first = max((min(start, words.size - size) - skipped) // step, 0) * step + skipped
+  if first + size > words.size or (some.stop - some.start) % (each * stride):
     return None
-  return words[first : first + size], np.int32(start - first)
+  place = start if start < first else stop - stride
+  edge[:] = words[place : place + stride]
+  at, window = np.int32((place - start) // stride), words[first : first + size]
+  return Field(window, np.int32(start - first), np.int32(stride), at, edge)
 
 
 def _few(array: np.ndarray, count: int) -> np.ndarray:
@@ -333,6 +343,8 @@ def _given(t: Any, classes: Any, known: Any, units: Any, pieces: Any) -> units_l
       return None
     place, size = field.first + t * field.stride, LANES * field.width
     some = jax.lax.dynamic_slice(field.words, (place.astype(jnp.uint32),), (size,))
+    if field.edge is not None:
+      some = jnp.where(t == field.at, field.edge, some)
     return [*some.reshape(LANES, -1).astype(jnp.uint32).T]
 
   of_units = row(classes)[0].astype(jnp.int32)
