@@ -1,6 +1,8 @@
 """Steps of a training as bytes: from one PyTree of arrays to the next."""
 
 import collections
+from collections.abc import Callable
+import functools
 import hashlib
 import itertools
 import json
@@ -11,6 +13,7 @@ import numpy as np
 
 from rotbits_jax import file
 from rotbits_jax import models
+from rotbits_jax import pool
 from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import encode as encode_lib
@@ -43,10 +46,11 @@ def delta(new: Any, old: Any) -> bytes:
     old: the PyTree that the receiver has, of the same structure, shapes and dtypes.
   """
   sources.unflatten_like(old, new)  # as `apply` does
-  base, digest = _opened(old)
-  source, files = sources.of_tree(new), {_OLD: digest}
-  encoder = encode_lib.Encoder(source, presets.make('exact'), base=base, files=files)
-  return encoder.in_memory(progress=False)
+  with pool.started() as start:
+    base, digest = _opened(old, start)
+    source, files = sources.of_tree(new), {_OLD: digest}
+    encoder = encode_lib.Encoder(source, presets.make('exact'), base=base, files=files)
+    return encoder.in_memory(progress=False)
 
 
 @host.own_settings()
@@ -77,13 +81,14 @@ def apply(
     `load`, becomes its array.
   """
   old = structured.flatten(sources.to_dicts(params))
-  base, digest = _opened(params)
   new: dict[str, Any] = {}
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
-  reader = file.Reader(data, base=base)
-  if reader.files().get(_OLD) != digest:
-    raise file.ContainerError('the delta was made from other old arrays than these')
+  with pool.started() as start:
+    base, digest = _opened(params, start)
+    reader = file.Reader(data, base=base)
+    if reader.files().get(_OLD) != digest():
+      raise file.ContainerError('the delta was made from other old arrays than these')
   leaves = {name: reader.records[name].leaves for name in reader.names()}
   key = lambda array: (array.path, array.shape, array.dtype, array.crc32)
   same = {  # paths of arrays that are those of the same paths in the base
@@ -115,15 +120,15 @@ def apply(
   return sources.unflatten_like(params, nested)
 
 
-def _opened(tree: Any) -> tuple[base_lib.Base, bytes]:
+def _opened(tree: Any, start: Any) -> tuple[base_lib.Base, Callable[[], bytes]]:
   """Opens the old PyTree as a base, and digests all arrays: a new one may need none."""
   array = lambda x: x if getattr(x, 'needs', ()) else structured.materialize(x)
   tree = structured.map_leaves(array, sources.of_tree(tree).tree)
   source = sources.TreeRecords(tree)
-  arrays = sorted(sources.entries(source))  # JAX sorts keys
-  base = base_lib.Base(source, plain=False)
-  base.crc32s = {tuple(key): crc32 for *key, crc32 in arrays}
-  return base, hashlib.sha256(json.dumps(arrays).encode()).digest()
+  arrays = start(lambda: sorted(sources.entries(source))).result  # JAX sorts keys
+  crc32s = functools.cache(lambda: {tuple(key): x for *key, x in arrays()})
+  base = base_lib.Base(source, plain=False, crc32s=crc32s)
+  return base, lambda: hashlib.sha256(json.dumps(arrays()).encode()).digest()
 
 
 def _like(old: Any, path: str, array: Any, sharding: file.Place | None) -> Any:

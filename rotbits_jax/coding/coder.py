@@ -9,7 +9,6 @@ depend on the number of threads.
 from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
-import types
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ Known = Callable[[], np.ndarray]
 _Read = Callable[[int, np.ndarray], Any]
 """Fills an array with the bytes of a stream from a place on."""
 
-_NONE = types.MappingProxyType[int, Any]({})
+_NONE: Mapping[int, Any] = {}
 
 
 class Encoded(NamedTuple):
@@ -59,20 +58,20 @@ def encode(
   with pool.PLANS:
     plan = plans.make(arrays, known)
     of_groups = [group.layout.tables(*group.contexts) for group in plan.groups]
-  jobs = []
+  jobs: list[Any] = []
   for group, tables in zip(plan.groups, of_groups, strict=True):
     parts = [(x.numbers, x.known, x.scales) for x in group.parts]
     numbers, near, scales = zip(*parts, strict=True)
     divided = blocks.divide(numbers, near, scales, group.layout)
     encode = functools.partial(blocks.encode, layout=group.layout, coder_tables=tables)
     jobs.append([functools.partial(encode, spans) for spans in divided])
-  coded = iter(pool.run(itertools.chain(*jobs)))
 
   def checksum(place: int) -> int:
     crc32 = known[place].crc32 if place in known else None
-    return checksums_lib.of_array(plan.arrays[place]) if crc32 is None else crc32
+    return crc32() if crc32 else checksums_lib.of_array(plan.arrays[place])
 
-  checksums = pool.each(checksum, range(len(arrays)))
+  summed = (functools.partial(checksum, i) for i in range(len(arrays)))
+  coded: Any = iter(pool.run(itertools.chain(*jobs, summed)))
   pieces = [np.empty(0, np.uint8)]  # of a record without arrays
   plain = [x.numbers for x in itertools.chain(*plan.parts) if x.group is None]
   pieces += [x.reshape(-1).view(np.uint8) for x in plain]
@@ -90,7 +89,7 @@ def encode(
       groups=tuple(part.group for part in parts),
       nonzeros=parts[1].numbers.size if len(parts) > 1 else None,
     )
-    for array, crc32, parts in zip(plan.arrays, checksums, plan.parts, strict=True)
+    for array, crc32, parts in zip(plan.arrays, coded, plan.parts, strict=True)
   )
   return Encoded(specs.StreamSpec(arrays=entries, groups=tuple(groups)), pieces)
 

@@ -26,8 +26,7 @@ is in ULPs: the *level*. It gives the *shift*, the number of raw bits, and one o
 tables. Each number has its own, so two levels select the table of the pair.
 
 The last symbol of a table is the *escape*: units without a symbol, and pairs of bins
-that are too rare, are in lists after the block. One lookup gives the symbol of a slot
-and its interval.
+that are too rare, are in lists after the block.
 
 Shape letters: n units, L lanes, K tables.
 """
@@ -134,13 +133,14 @@ class Pairs(units_lib.Base):
     steps = row.classes >> count.bit_length() - 1
     return row.classes & count - 1, steps * step + base[0]
 
-  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
-    """Returns tables, bins and raw bits of units `[n, 2]` of classes `[n, 1]`: NumPy.
+  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, ...]:
+    """Returns tables, bins and raw bits of units `[n, 2]` of classes `[n, 1]`: NumPy;
+    and how often each of these occurs, if not once.
 
     Bins are uint32, and those below 32 are coded; plans count them.
     """
     table, told = self.context(row, base.astype(np.int32))
-    return table, self._split(row.units, told, np)[0], self.raw_bits
+    return table, self._split(row.units, told, np)[0], self.raw_bits, None
 
   def _split(self, number: Any, told: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Divides bit patterns into bins, uint32 of any value, and raw bits."""
@@ -232,15 +232,27 @@ class Differences(units_lib.Base):
     shift = xp.clip(level - ONE_ULP >> 2, 0, self.raw_bits)
     return shift.astype(np.uint32), level - 4 * shift
 
-  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
-    """Returns levels, bins and shifts of units; see `Pairs.counted`."""
-    known = row.known.astype(np.uint32)
-    classes = row.classes >> np.array([0, 8], np.int32) & 255
+  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, ...]:
+    """Returns levels, bins and shifts of numbers; see `Pairs.counted`.
+
+    Numbers that did not change, most in a step, are one of each class and exponent.
+    """
+    units, known = row.units.reshape(-1), row.known.reshape(-1)
+    classes = row.classes.astype(np.uint16).view(np.uint8).reshape(-1)
+    changed, least = np.flatnonzero(units != known), classes.min()
+    below = getattr(ulps.FORMATS.get(self.dtype), 'nmant', self.width - 1)
+    both = (classes - least).astype(np.uint32) << 9 | known >> below
+    counts = np.bincount(both)
+    counts -= np.bincount(both[changed], minlength=counts.size)
+    same = np.flatnonzero(counts > 0)  # faster, of truth values
+    times = np.append(np.ones(changed.size, int), counts[same])
+    near = (same & 511) << below
+    known = np.append(known[changed], near).astype(np.uint32)
+    units = np.append(units[changed], near).astype(np.uint32)
+    classes = np.append(classes[changed], least + (same >> 9)).astype(np.int32)
     shift, level = self.shift(self.level(classes, known, np.int32(base[0]), np), np)
-    off, changed = np.zeros_like(known, np.int32), row.units != row.known
-    some = row.units[changed].astype(np.uint32), known[changed]  # few, in a step
-    off[changed] = ulps.differences(*some, self.dtype, np)
-    return level, folded(off >> shift.astype(np.int32)), shift
+    off = ulps.differences(units, known, self.dtype, np)
+    return level, folded(off >> shift.astype(np.int32)), shift, times
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of units; and known numbers, shifts of both, how many slots
@@ -350,9 +362,9 @@ class Bytes(units_lib.Base):
   def base(self, *_: Any) -> int:
     return 0
 
-  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, Any, Any]:
+  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, ...]:
     """Returns the tables and the symbols of bytes; see `Pairs.counted`."""
-    return row.classes, row.units + _BIAS, 0
+    return row.classes, row.units + _BIAS, 0, None
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of bytes; see `Pairs.context`."""

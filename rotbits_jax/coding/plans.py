@@ -6,7 +6,7 @@ as it is. Scales, shifts and frequencies follow from samples: they only decide h
 bytes the elements take.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import itertools
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Known(NamedTuple):
 
   bits: np.ndarray  # unsigned integers `[n]`, of numbers near those of the array
   lines: statistics.Lines  # quarter octaves: sizes of differences over the least ULP
-  crc32: int | None = None  # of the array itself, if it is known
+  crc32: Callable[[], int] | None = None  # of the array itself, if others need it, too
 
 
 @dataclasses.dataclass
@@ -137,9 +137,10 @@ def _with_raw_bits(part: Part) -> Part:
   if np.count_nonzero(bins >= units_lib.BINS) <= _FAR * np.count_nonzero(bins):
     return part
   most = dataclasses.replace(layout, raw_bits=min(layouts.MOST_RAW, layout.width))
-  shift = np.quantile(most.counted(sample, base)[2], 1 - _FARTHEST).clip(1)
-  raw_bits = layouts.RAW * int(np.ceil(shift / layouts.RAW))
-  part.layout = dataclasses.replace(layout, raw_bits=raw_bits)
+  *_, shifts, times = most.counted(sample, base)
+  by = {'weights': times, 'method': 'inverted_cdf'}
+  shift = max(int(np.quantile(shifts, 1 - _FARTHEST, **by)), 1)
+  part.layout = dataclasses.replace(layout, raw_bits=shift + -shift % layouts.RAW)
   return part
 
 
@@ -156,17 +157,18 @@ def _group(parts: Sequence[Part]) -> Group:
   first = _first_bin(counted) if layout.type_name in ('floats', 'codes') else 0
   width = layout.alphabet + 1
   counts = np.zeros((len(parts), layout.most_tables, width))
-  for of_part, (table_of, symbols, _) in zip(counts, counted, strict=True):
+  for of_part, (table_of, symbols, _, times) in zip(counts, counted, strict=True):
     symbols = (symbols - np.uint32(first)).clip(max=layout.alphabet)
     places = (table_of * width + symbols).reshape(-1)
-    of_part[...] = np.bincount(places, minlength=of_part.size).reshape(of_part.shape)
+    of_part.reshape(-1)[...] = np.bincount(places, times, of_part.size)
   sizes = np.array([x.numbers.size for x in parts])
   counts *= (sizes / counts.sum(axis=(1, 2)))[:, None, None]
   rows, table_of = _merged(counts.sum(axis=0), layout.most_stored)
   frequencies = _frequencies(rows, layout)
   contexts = contexts_lib.Contexts(base + first, table_of, frequencies)
   bits = _bits(frequencies, layout)[table_of]
-  total = (counts * bits).sum(axis=(1, 2)) + sizes * [np.mean(x) for *_, x in counted]
+  total = (counts * bits).sum(axis=(1, 2))
+  total += sizes * [np.average(raw, weights=times) for *_, raw, times in counted]
   nbytes = (total / 8 + 2).tolist()
   for part, of_lines, size in zip(parts, scales, nbytes, strict=True):
     part.scales, part.nbytes = of_lines, size
@@ -177,9 +179,9 @@ def _group(parts: Sequence[Part]) -> Group:
   return Group(layout, contexts, head, coded if is_smaller else [])
 
 
-def _first_bin(counted: Sequence[tuple[Any, Any, Any]]) -> int:
+def _first_bin(counted: Sequence[tuple[Any, ...]]) -> int:
   """Returns the first one of the bins with symbols, which are those that occur most."""
-  bins = np.concatenate([x for _, x, _ in counted], axis=None)
+  bins = np.concatenate([x for _, x, *_ in counted], axis=None)
   ends = np.cumsum(np.bincount(bins.clip(max=_SEEN) + 1, minlength=_SEEN + 2))
   covered = ends[units_lib.BINS : -1] - ends[: -1 - units_lib.BINS]
   best = np.flatnonzero(covered == np.max(covered))
@@ -191,7 +193,7 @@ def _bits(frequencies: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   escape = _ESCAPE_BITS + 8 * layout.size * layout.dtype.itemsize
   bits = layout.stored_precision - np.log2(np.maximum(frequencies, 0.5))
   bits = np.where(frequencies > 0, bits, escape)
-  return np.pad(bits, ((0, 0), (0, 1)), constant_values=escape)
+  return np.append(bits, np.full((len(bits), 1), escape), axis=1)
 
 
 def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarray]:
@@ -208,9 +210,7 @@ def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarr
     top = int(sum(line.max() for line in part.lines)) - statistics.STEPS * start
     top = min(max(top, 0), count - 1)
     # Each has half of the room.
-    below = [
-      np.minimum(*x) for x in zip(below, (top // 2, top - top // 2), strict=True)
-    ]
+    below = [*map(np.minimum, below, (top // 2, top - top // 2))]
     base = top - int(sum(x.max() for x in below)) + count * (part.least - least)
     lines = [(x.max() - x).astype(np.uint8) for x in below]
     lines = [x if x.any() else x[:1] for x in lines]
@@ -223,15 +223,14 @@ def _sample(part: Part, scales: contexts_lib.Scales, most: int) -> units_lib.Row
   numbers, layout, rows = part.numbers, part.layout, []
   size, shared = layout.size, layout.shared
   flat = numbers.reshape(-1).view(f'u{numbers.itemsize}')
-  several = [flat] if part.known is None else [flat, part.known]
+  known = np.zeros(flat.size, flat.dtype) if part.known is None else part.known
   for run in statistics.runs(flat.size // size, most):
     classes = np.empty(run.stop - run.start, layout.class_type)
     some = slice(run.start * size, run.stop * size)
     scales.write(numbers.shape, shared, some.start // shared, classes.view(np.uint8))
-    rows.append((classes[:, None], *(x[some].reshape(-1, size) for x in several)))
-  classes, units, *known = map(np.concatenate, zip(*rows, strict=True))
-  near = known[0] if known else np.zeros_like(units)
-  return units_lib.Row(classes.astype(np.int32), near, units, [])
+    rows.append((classes[:, None], *(x[some].reshape(-1, size) for x in (flat, known))))
+  classes, units, known = map(np.concatenate, zip(*rows, strict=True))
+  return units_lib.Row(classes.astype(np.int32), known, units, [])
 
 
 def _merged(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +245,7 @@ def _merged(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
   while True:
     bits = cost(rows)
     saved = bits[:-1] + bits[1:] - cost(rows[:-1] + rows[1:])
-    around = np.pad(saved, 1, constant_values=-np.inf)
+    around = np.concatenate([[-np.inf], saved, [-np.inf]])
     # The last ones to go are those that cost least.
     least = min(np.sort(saved)[most - len(rows)], 0) if len(rows) > most else 0
     is_worth = saved >= least
@@ -267,8 +266,7 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   # Spread over half of the bins, pairs of rare ones have slots.
   even = (np.arange(layout.alphabet) < layout.alphabet // 2) * (2 / layout.alphabet)
   coded = counts[:, : layout.alphabet]
-  whole = counts if layout.size == 1 else coded
-  whole = whole.sum(axis=1, keepdims=True)
+  whole = (counts if layout.size == 1 else coded).sum(axis=1, keepdims=True)
   shares = np.where(whole > 0, coded / np.maximum(whole, 1), even)
   most = shares[:, layout.is_first_long :].max(axis=1, keepdims=True)
   excess = (most - layout.most_share) / np.maximum(most - even[0], 1e-9)

@@ -28,8 +28,10 @@ def of_pairs(first: np.ndarray, second: np.ndarray, precision: int) -> np.ndarra
   """Returns the frequencies of pairs of independent symbols, given a table of each.
 
   Each is the product of two counts, int64 `[K, A]` of about 2^14 in all, rounded to a
-  share of 2^precision: int64 `[K, A^2 - 1]`, all pairs but the last.
+  share of 2^precision: int32 `[K, A^2 - 1]`, all pairs but the last.
   """
   drop = 2 * PRECISION - precision
+  first, second = first.astype(np.uint32), second.astype(np.uint32)
   weights = (first[:, :, None] * second[:, None]).reshape(len(first), -1)
-  return (weights[:, :-1] + (1 << drop - 1)) >> drop
+  weights += np.uint32(1 << drop - 1)
+  return (weights[:, :-1] >> np.uint32(drop)).view(np.int32)

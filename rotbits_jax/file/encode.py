@@ -64,7 +64,7 @@ class Encoder:
     preset: presets.Preset,
     *,
     base: base_lib.Base | None = None,
-    files: Mapping[str, bytes] | None = None,
+    files: Mapping[str, Any] | None = None,  # bytes, or functions that return them
     stem: str | None = None,
   ):
     """Checks, before the work, that the preset suits the source; see `api.encode`."""
@@ -323,6 +323,11 @@ class Encoder:
       leaves.append(entry)
       arrays += map(np.asarray, stored)
     encoded = coders.CODERS[self.preset.coder].encode(arrays, known)
+    for i, leaf in enumerate(leaves):
+      if measured := beside.get(leaf.path):  # others have summed most arrays by now
+        crc32, of_known = measured.crc32(), measured.of_known
+        base_array = leaf.base and msgspec.structs.replace(leaf.base, crc32=of_known())
+        leaves[i] = msgspec.structs.replace(leaf, crc32=crc32, base=base_array)
     entry_of_record = manifest_lib.RecordEntry(
       name=record.name,
       nbytes=encoded.spec.nbytes,
@@ -375,11 +380,12 @@ class Encoder:
 
 
 def _write_files(
-  streams: container.StreamWriter, prefix: str, contents: Mapping[str, bytes]
+  streams: container.StreamWriter, prefix: str, contents: Mapping[str, Any]
 ) -> dict[str, manifest_lib.Deflated]:
   """Writes files as zlib streams whose names have a prefix."""
   deflated = {}
-  for name, data in contents.items():
+  for name, value in contents.items():
+    data = value() if callable(value) else value
     packed = np.frombuffer(zlib_ng.compress(data, 7), np.uint8)
     written = streams.append(f'{prefix}{name}', packed)
     deflated[name] = manifest_lib.Deflated(*written, size=len(data))
@@ -426,12 +432,13 @@ def _stored(
   """Returns the entry of a parameter, its arrays, and the known numbers of elements."""
   known = crc32 = near = None
   if beside is not None:
-    leaf, near, known, crc32 = beside
+    (leaf, near, known, *_), crc32 = beside, 0  # which follows
   elif structured.is_structured(leaf):
     if not structured.same_bits(type(leaf).from_stored(*leaf.stored()), leaf):
       raise ValueError(f'leaf type {leaf.type_name!r} cannot store all of this value')
     if isinstance(leaf, difference.Difference):
-      leaf, near, known, crc32 = measure.of_leaf(leaf, *map(resolve, leaf.needs))
+      leaf, near, known, sum, _ = measure.of_leaf(leaf, *map(resolve, leaf.needs))
+      crc32 = sum()
     elif leaf.is_in_files:
       array = leaf.materialize(*map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(array))

@@ -439,7 +439,7 @@ class _StoredLeaf:
   @functools.cached_property
   def _known(self) -> np.ndarray:
     """The known array of a leaf of differences."""
-    return self._leaf.known(*self.needed(), run=pool.run)
+    return self._leaf.known(*self.needed())
 
   def near(self) -> np.ndarray:
     """Returns the known numbers of the stored elements of such a leaf."""

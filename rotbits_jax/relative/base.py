@@ -20,6 +20,7 @@ from rotbits_jax import structured
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import measure
 from rotbits_jax.structured import difference
+from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 
 _WRAPPERS = re.compile(r'((base_model|model|module|transformer|_orig_mod)\.)+')
@@ -29,11 +30,12 @@ _MOST_RECORDS = 4  # that are held, because records are decoded side by side
 class Base:
   """The arrays of a base, a `passes.Source`, by path, a record at a time."""
 
-  def __init__(self, source: Any, *, plain: bool):
-    """Reads names, shapes and dtypes; `plain` names may differ by a prefix."""
-    self.source = source
-    # Known checksums, by path, dtype and shape.
-    self.crc32s: dict[tuple[Any, ...], int] = {}
+  def __init__(self, source: Any, *, plain: bool, crc32s: Any = dict):
+    """Reads names, shapes and dtypes; `plain` names may differ by a prefix.
+
+    `crc32s` returns known checksums, by path, dtype and shape.
+    """
+    self.source, self._crc32s = source, crc32s
     path = getattr(source, 'path', getattr(source, 'inputs', [None])[0])
     self.name = str(path) if isinstance(path, str | os.PathLike) else 'this'
     self.config: models.ModelConfig | None = getattr(source, 'config', None)
@@ -87,19 +89,20 @@ class Base:
     """Returns the array of an entry."""
     path = self.check(wanted)
     array = host.contiguous(self._array(self._leaf(path)))
-    if self._entry(path, array).crc32 != wanted.crc32:
+    if self._crc32(path, array) != wanted.crc32:
       raise ValueError(f'{self.name} is another base: its {path} has other elements')
     return array
 
-  def _entry(self, path: str, array: np.ndarray) -> entries.BaseArray:
-    crc32 = self.crc32s.get((path, array.dtype.name, array.shape))
-    return entries.BaseArray.of(path, array, crc32)
+  def _crc32(self, path: str, array: np.ndarray) -> int:
+    crc32 = self._crc32s().get((path, array.dtype.name, array.shape))
+    return checksums.of_array(array) if crc32 is None else crc32
 
   def beside(
     self, params: Mapping[str, Any], resolve: Callable[[str], Any]
   ) -> dict[str, measure.Measured]:
     """Returns how to store the arrays that take fewer bytes beside the base, by path.
 
+    The entries of the base's arrays lack their checksums.
     An embedding that is predicted from the head counts as an array, too; `resolve`
     returns the parameters that leaves need.
     """
@@ -110,9 +113,12 @@ class Base:
       array = None if structured.is_structured(leaf) else self.array(path)
       if array is not None:
         known = host.contiguous(array)
-        entry = self._entry(str(self.find(path)), known)
-        stored[path] = measure.beside(np.asarray(leaf), known, entry)
-    return {path: measured for path, measured in stored.items() if measured is not None}
+        if measured := measure.beside(np.asarray(leaf), known):
+          place = str(self.find(path))
+          entry = entries.BaseArray.of(place, known, 0)
+          of_known = functools.partial(self._crc32, place, known)
+          stored[path] = measured._replace(known=entry, of_known=of_known)
+    return stored
 
 
 def _short(path: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from rotbits_jax import pool
 from rotbits_jax.structured import difference
 from rotbits_jax.structured import exact
 from rotbits_jax.structured import ulps
@@ -49,7 +48,7 @@ def find(bits: np.ndarray, base: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
   if _product(*projected(off[1::2]), basis, least, len(bits)) is None:
     return {}
   job = lambda rows: projected(floats(bits[rows], base[rows], dtype))
-  parts = difference.in_parts(job, len(bits), bits.shape[1], pool.run)
+  parts = difference.in_parts(job, len(bits), bits.shape[1])
   tall, totals = zip(*parts, strict=True)
   product = _product(np.concatenate(tall), sum(totals), basis, least, len(bits))
   if product is None:

@@ -6,7 +6,9 @@ column; a step of a training, by few ULPs where these are small.
 Shape letters: R rows, C columns. Arrays are given by their bits, see `ulps.bits_of`.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -42,12 +44,13 @@ _FAR = 12  # quarters of an octave from which scales of lines are equally wrong
 
 
 class Measured(NamedTuple):
-  """How to store an array relative to a known one."""
+  """How to store an array relative to a known one. Checksums wait for the coding."""
 
   leaf: difference.Difference
   near: plans.Known | None = None  # relative to which elements are coded
   known: entries.BaseArray | products.Product | None = None
-  crc32: int = 0  # of the array that the leaf stands for
+  crc32: Callable[[], int] = lambda: 0  # of the array that the leaf stands for
+  of_known: Callable[[], int] = lambda: 0  # that of the base's array
 
   def estimate(self) -> float:
     """Estimates the bytes of the arrays of a leaf."""
@@ -56,24 +59,17 @@ class Measured(NamedTuple):
     return coder.estimate([*arrays.values()], near)
 
 
-def beside(
-  target: np.ndarray,
-  array: np.ndarray,
-  known: entries.BaseArray | products.Product | None = None,
-) -> Measured | None:
+def beside(target: np.ndarray, array: np.ndarray) -> Measured | None:
   """Returns how to store an array beside a known one; None if better alone."""
   target = host.contiguous(target)
   base = difference.known_bits(array, target.shape, target.dtype)
-  if base is None:
-    return None
-  measure: Any = lambda: _measured(target, base)
-  measured, crc32 = pool.run([measure, lambda: checksums.of_array(target)])
-  if measured is None:
+  if base is None or (measured := _measured(target, base)) is None:
     return None
   nbytes, near = structured.count_bytes(measured.leaf), measured.near
+  crc32 = functools.cache(lambda: checksums.of_array(target))
   if near is not None and measured.leaf.changed is None:  # all elements
     near = near._replace(crc32=crc32)
-  measured = measured._replace(near=near, known=known, crc32=crc32)
+  measured = measured._replace(near=near, crc32=crc32)
   return None if entries.is_too_short(target.size, array.size, nbytes) else measured
 
 
@@ -108,7 +104,7 @@ def beside_head(
   scale: int,  # T is 2^-scale map
 ) -> Measured:
   """Returns how to store an embedding beside its product with the head."""
-  product = tied.product(head, map, scale, table.dtype, pool.run)
+  product = tied.product(head, map, scale, table.dtype)
   draft = difference.Difference(
     lengths=table.shape, name=table.dtype.name, map=map, scale=scale
   )
@@ -129,21 +125,22 @@ def _changed(
   differs = np.not_equal(*(x.reshape(-1, run)[::step] for x in (bits, base)))
   if np.count_nonzero(differs) > _SPARSE * differs.size:
     return None
-  places = step * run * np.flatnonzero(differs.any(axis=1))
-  starts = np.arange(0, bits.size, difference.BLOCK)
-  changed = np.isin(starts, places - places % difference.BLOCK)
-  parts = [slice(i, i + difference.BLOCK) for i in starts[~changed]]
+  block = difference.BLOCK
+  changed = np.zeros(-(-bits.size // block), bool)
+  changed[step * run * np.flatnonzero(differs.any(axis=1)) // block] = True
+  parts = [slice(i, i + block) for i in block * np.flatnonzero(~changed)]
   changed[~changed] = pool.each(lambda x: (bits[x] != base[x]).any(), parts)
   if (width := _width(draft.lengths)) == 1 or not changed.any():
     return changed
-  rows = np.flatnonzero(changed[np.arange(0, bits.size, width) // difference.BLOCK])
+  rows = np.flatnonzero(changed[np.arange(0, bits.size, width) // block])
   rows = rows[:: max(rows.size * width // _MANY, 1)]
   target, known = (x.reshape(-1, width)[rows] for x in (bits, base))
   sample, exponents = target != known, ulps.exponents(known, draft.dtype, np)
   flat = exponents.reshape(-1)
   rates = np.bincount(flat, sample.reshape(-1)) / np.maximum(np.bincount(flat), 1)
+  expected = rates[exponents]
   for axis in (0, 1):
-    counts, means = sample.sum(axis), rates[exponents].sum(axis)
+    counts, means = sample.sum(axis), expected.sum(axis)
     if np.square(counts - means).sum() > (means + _UNEVEN * means**2).sum():
       return None
   return changed
@@ -161,7 +158,7 @@ def predicted(
   for find in (factors.find, _drift) if dtype in difference.ROUNDED else ():
     if fields := find(matrix(bits), matrix(expected), dtype):
       leaf = dataclasses.replace(leaf, **fields)
-      expected = leaf.predicted_bits(base, pool.run)
+      expected = leaf.predicted_bits(base)
   return with_elements(leaf, bits, expected)
 
 
@@ -191,7 +188,7 @@ def of_leaf(leaf: difference.Difference, *needed: Any) -> Measured:
   known = leaf.known(*needed)
   array = leaf.joined(known)
   measured = with_elements(leaf, ulps.bits_of(array), known)
-  return measured._replace(crc32=checksums.of_array(array))
+  return measured._replace(crc32=lambda: checksums.of_array(array))
 
 
 def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, Any]:
@@ -248,7 +245,7 @@ def _lines(
     if len(bits) < _LEAST_LINES:
       of_columns[:] = 1
     means_of = lambda part: roots_of(part, some_columns).mean(axis=1, dtype=np.float64)
-    parts = difference.in_parts(means_of, len(bits), min(width, 2 * _LINES), pool.run)
+    parts = difference.in_parts(means_of, len(bits), min(width, 2 * _LINES))
     of_rows = np.concatenate(parts) / (of_columns[some_columns].mean() or 1) / mean
     for axis, roots in enumerate((of_rows, of_columns)):
       scales = quarters(roots)

@@ -230,4 +230,5 @@ class Recipe:
     vectors = (target, tensor) if product.kind != 'reads' else (target.T, tensor.T)
     if self._rotates and rounding_errors.explain(*vectors, limit):
       target = tensor
-    return measure.beside(target, tensor, product)
+    measured = measure.beside(target, tensor)
+    return measured and measured._replace(known=product)

@@ -12,7 +12,7 @@ Everything here is exact: integers, and sums of floats that are rounded once. Sh
 letters: R rows, C columns. What does not fit raises a ValueError.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 import numpy as np
 
+from rotbits_jax import pool
 from rotbits_jax.structured import base
 from rotbits_jax.structured import exact
 from rotbits_jax.structured import fields
@@ -36,22 +37,11 @@ ROUNDED = tuple(ulps.FORMATS)[:3]  # dtypes of arrays that may be predicted
 
 _MOST_RANK = 1 << 12
 
-Run = Callable[[Iterable[Callable[[], Any]]], list[Any]]
-"""Runs jobs, perhaps side by side; returns their results."""
 
-
-def in_turn(jobs: Iterable[Callable[[], Any]]) -> list[Any]:
-  """Runs jobs one after the other."""
-  return [job() for job in jobs]
-
-
-def in_parts(
-  job: Callable[[slice], Any], rows: int, width: int, run: Run = in_turn
-) -> list[Any]:
+def in_parts(job: Callable[[slice], Any], rows: int, width: int) -> list[Any]:
   """Runs a job for slices of rows that fit a cache; returns the results in order."""
   step = max(BLOCK // max(width, 1), 1)
-  parts = (slice(i, min(i + step, rows)) for i in range(0, rows, step))
-  return run([functools.partial(job, part) for part in parts])
+  return pool.each(job, [slice(i, min(i + step, rows)) for i in range(0, rows, step)])
 
 
 # NumPy evaluates a part of other texts, such as '(1,2)f4'.
@@ -118,17 +108,17 @@ class Difference(base.Structured):
         start += span.stop - span.start
     return bits.view(self.dtype).reshape(self.lengths)
 
-  def known(self, needed: Any, *, run: Run = in_turn) -> np.ndarray:
+  def known(self, needed: Any) -> np.ndarray:
     """Returns the known array: bits `[n]`, perhaps those of the base itself."""
     known = np.asarray(needed)
     if self.map is not None:
       self.check_needed(known.shape)
-      known = tied.product(known, self.map, self.scale, self.dtype, run)
+      known = tied.product(known, self.map, self.scale, self.dtype)
     bits = known_bits(known, self.lengths, self.dtype)
     if bits is None:
       form = f'{known.dtype} {known.shape}'
       raise ValueError(f'{self.name} {self.lengths} cannot be made from {form}')
-    return self.predicted_bits(bits, run)
+    return self.predicted_bits(bits)
 
   def spans(self) -> list[slice]:
     """Returns the runs of elements in changed blocks."""
@@ -144,7 +134,7 @@ class Difference(base.Structured):
     parts = [elements[span] for span in self.spans()]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-  def predicted_bits(self, known: np.ndarray, run: Run = in_turn) -> np.ndarray:
+  def predicted_bits(self, known: np.ndarray) -> np.ndarray:
     """Returns the `bits` of the prediction for a known array; both are bits `[R C]`."""
     if self.left is None and self.drift is None:
       return known
@@ -154,7 +144,7 @@ class Difference(base.Structured):
     def job(rows: slice) -> None:
       bits[rows] = self._predicted(matrix[rows], rows)
 
-    in_parts(job, *matrix.shape, run)
+    in_parts(job, *matrix.shape)
     return bits.reshape(-1)
 
   def _predicted(self, bits: np.ndarray, rows: slice) -> np.ndarray:

@@ -9,7 +9,7 @@ The leaf `Tied` stands for the embedding only together with the head. `product` 
 known array of a `Difference` that has every bit of the embedding.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 import dataclasses
 import functools
 from typing import Annotated, Any, ClassVar
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rotbits_jax import pool
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
 from rotbits_jax.system import host
@@ -71,7 +72,6 @@ def product(
   map: np.ndarray,  # int16 [D, d]
   scale: int,  # from -64 to 64
   dtype: np.dtype,  # of P, at most 16 bits
-  run: Callable[[Iterable[Callable[[], Any]]], Any],  # see `difference.Run`
 ) -> np.ndarray:
   """Returns the product P = `2^-scale head^T @ map`, `[V, d]`, rounded.
 
@@ -97,8 +97,7 @@ def product(
     table[tokens] = _transposed(_product(columns, *factors, dtype))
 
   # All blocks have one shape, for one program; the last one overlaps another.
-  starts = {min(i, len(table) - step) for i in range(0, len(table), step or 1)}
-  run([functools.partial(job, start) for start in starts])
+  pool.each(job, {min(i, len(table) - step) for i in range(0, len(table), step or 1)})
   return table
 
 
