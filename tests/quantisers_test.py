@@ -298,7 +298,7 @@ class LeafTest(parameterized.TestCase):
       fields = {key: x for key, x in fields.items() if x is not None}
       others = {key: x for key, x in change.items() if key not in names}
       with self.assertRaises(ValueError, msg=repr(change)):
-        cls.from_stored(settings | others, fields)
+        cls.from_stored(settings | others, fields).materialize()
 
   def test_numbers_that_a_grid_does_not_have(self):
     for scheme, dtype, code in (
@@ -309,4 +309,4 @@ class LeafTest(parameterized.TestCase):
       settings, arrays = leaf.stored()
       arrays['numbers'].view(dtype)[-1, -1] = code
       with self.assertRaises(ValueError):
-        type(leaf).from_stored(settings, arrays)
+        type(leaf).from_stored(settings, arrays).materialize()

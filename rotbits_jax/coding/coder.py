@@ -6,6 +6,7 @@ decides by integers only. Blocks are coded side by side in threads, and the byte
 depend on the number of threads.
 """
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
@@ -24,9 +25,6 @@ from rotbits_jax.system import host
 
 Known = Callable[[], np.ndarray]
 """Returns numbers near those of an array: unsigned integers `[n]`, the bit patterns."""
-
-_Read = Callable[[int, np.ndarray], Any]
-"""Fills an array with the bytes of a stream from a place on."""
 
 _NONE: Mapping[int, Any] = {}
 
@@ -108,6 +106,7 @@ def decode(
   *,
   out: Sequence[np.ndarray] | None = None,
   known: Mapping[int, Known] = _NONE,
+  uses: Mapping[int, Callable[[slice], None]] = _NONE,
 ) -> list[np.ndarray]:
   """Decodes a record: the inverse of `encode`.
 
@@ -119,6 +118,8 @@ def decode(
       default the function makes new arrays.
     known: for the arrays near such that both sides know, by their indices, functions
       that return these. They are called when the groups before them are decoded.
+    uses: for some arrays, functions that may get ranges of their elements, each once,
+      when these and all other arrays are decoded, by the thread that decoded them.
 
   Returns:
     The arrays, bit for bit. They do not share memory with `data`.
@@ -130,71 +131,69 @@ def decode(
   if data.dtype != np.uint8 or data.shape != (spec.nbytes,):
     raise ValueError(f'expected a stream, uint8 [{spec.nbytes}], got {data.shape}')
   arrays = list(out or [host.empty(x.shape, x.numpy_dtype) for x in spec.arrays])
-  parts = [_parts(*pair) for pair in zip(spec.arrays, arrays, strict=True)]
+  parts = [
+    [array.reshape(-1).view(dtype).reshape(shape) for dtype, shape in of_array.parts]
+    if len(of_array.parts) == 1
+    else [host.empty(shape, dtype) for dtype, shape in of_array.parts]
+    for of_array, array in zip(spec.arrays, arrays, strict=True)
+  ]
   fill = lambda start, piece: np.copyto(piece, data[start : start + piece.size])
-  read: _Read = getattr(data, 'read', fill)
+  read: Any = getattr(data, 'read', fill)
   starts = itertools.accumulate(spec.sizes, initial=0)
   *members, plain = spec.members(parts)
   outputs = [part.reshape(-1).view(np.uint8) for _, part in plain]
   pool.run(functools.partial(read, next(starts), output) for output in outputs)
+  places = [[*itertools.islice(starts, 1 + len(x.blocks))] for x in spec.groups]
   first = sum(group.type_name != 'known' for group in spec.groups)
-  late = {i for i, _ in itertools.chain(*members[first:])}
-  if not late <= known.keys():
+  if late := {i for i, _ in itertools.chain(*members[first:])} - known.keys():
     raise ValueError(f'the arrays {late} are relative to known ones, got {[*known]}')
 
+  pieces = collections.defaultdict[int, list[Any]](list)  # checksums and sizes
+
   def finish(i: int) -> None:
-    checksum = checksums.get(i) if len(parts[i]) == 1 else None
     if len(parts[i]) > 1:
       masks.join(parts[i], arrays[i])
-    if checksum is None:
-      checksum = checksums_lib.of_array(arrays[i])
-    if checksum != spec.arrays[i].crc32:
+      pieces[i].clear()
+    crc32 = checksums_lib.joined(pieces[i]) or checksums_lib.of_array(arrays[i])
+    if crc32 != spec.arrays[i].crc32:
       raise ValueError(f'array {i} of the record is damaged: its checksum differs')
 
-  jobs = []
-  for group, of_group in zip(spec.groups, members, strict=True):
-    places = [*itertools.islice(starts, 1 + len(group.blocks))]
-    indices, numbers = zip(*of_group, strict=True)
-    near = [known[i] for i in indices if i in late]
-    jobs.append(functools.partial(_decode_group, group, places, numbers, near, read))
-  of_parts = pool.run(jobs[:first]) + [job() for job in jobs[first:]]
-  coded = (i for i, _ in itertools.chain(*members))
-  checksums = dict(zip(coded, itertools.chain(*of_parts), strict=True))
+  is_whole = all(len(x) == 1 for x in parts)  # others are joined at the end
+  is_used = [is_whole and uses.keys() >= {i for i, _ in x} for x in members]
+  # The blocks of other groups, which begin before and are shorter.
+  waiting = [i for k in range(first) if not is_used[k] for i in spec.groups[k].blocks]
+
+  def open_group(k: int) -> list[Callable[[], list[Any]]]:
+    """Returns functions that decode blocks; they return arrays and checksums."""
+    group, (start, *of_blocks) = spec.groups[k], places[k]
+    indices, numbers = zip(*members[k], strict=True)
+    read(start, head := np.empty(group.contexts, np.uint8))
+    layout, shapes = group.layout(numbers[0].dtype), [x.shape for x in numbers]
+    contexts, scales = contexts_lib.from_bytes(head.tobytes(), layout, shapes)
+    near = [known[i]() if k >= first else None for i in indices]
+    for part, bits in zip(numbers, near, strict=True):
+      form = part.size, part.itemsize
+      if bits is not None and (bits.size, bits.itemsize) != form:
+        raise ValueError(f'known numbers must be {form}, got {bits.size}')
+    tables = layout.tables(*contexts, scales)
+
+    def decode_block(start: int, size: int, spans: Any) -> list[Any]:
+      sums = blocks.decode(functools.partial(read, start), size, spans, layout, tables)
+      if not is_used[k]:
+        del waiting[:1]
+      elif not waiting:
+        for span in spans:
+          uses[indices[span.part]](span.some)
+      return [(indices[part], crc32) for part, crc32 in sums]
+
+    divided = blocks.divide(numbers, near, scales, layout)
+    jobs = zip(of_blocks, group.blocks, divided, strict=True)
+    return [functools.partial(decode_block, *x) for x in jobs]
+
+  order = sorted(range(first), key=is_used.__getitem__)
+  for several in [order, *([k] for k in range(first, len(members)))]:
+    jobs = itertools.chain.from_iterable(map(open_group, several))
+    for i, piece in itertools.chain.from_iterable(pool.run(jobs)):
+      pieces[i].append(piece)
   pool.each(finish, range(len(arrays)))
   return arrays
-
-
-def _decode_group(
-  group: specs.GroupSpec,
-  places: Sequence[int],  # where the contexts and the blocks begin in the stream
-  parts: Sequence[np.ndarray],
-  known: Sequence[Known],  # of all parts, or of none
-  read: _Read,
-) -> list[int]:
-  """Decodes the parts of a group; returns their checksums."""
-  head = np.empty(group.contexts, np.uint8)
-  read(places[0], head)
-  layout, shapes = group.layout(parts[0].dtype), [x.shape for x in parts]
-  contexts, scales = contexts_lib.from_bytes(head.tobytes(), layout, shapes)
-  several = [near() for near in known]
-  for numbers, near in zip(parts, several, strict=bool(known)):
-    form = numbers.size, numbers.itemsize
-    if (near.size, near.itemsize) != form:
-      raise ValueError(f'known numbers must be {form}, got {near.size}')
-  tables = layout.tables(*contexts)
-  divided = blocks.divide(parts, several or [None] * len(parts), scales, layout)
-  of_block = lambda start, nbytes, spans: blocks.decode(
-    functools.partial(read, start), nbytes, spans, layout, tables
-  )
-  checksums: list[list[tuple[int, int]]] = [[] for _ in parts]
-  pieces = pool.each(of_block, places[1:], group.blocks, divided)
-  for part, checksum in itertools.chain(*pieces):
-    checksums[part].append(checksum)
-  return [*map(checksums_lib.joined, checksums)]
-
-
-def _parts(spec: specs.ArraySpec, array: np.ndarray) -> list[np.ndarray]:
-  """Returns arrays to decode the parts of an array into."""
-  if len(spec.parts) > 1:
-    return [host.empty(shape, dtype) for dtype, shape in spec.parts]
-  return [array.reshape(-1).view(dtype).reshape(shape) for dtype, shape in spec.parts]

@@ -319,7 +319,7 @@ class Differences(units_lib.Base):
     return tables.of_pairs(*several, self.precision)
 
   def tables(
-    self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
+    self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray, *_: Any
   ) -> units_lib.Tables:
     """Makes the tables, given counts of bins `[K, 32]`; see `units.Base`."""
     if (count := len(counts)) > MOST_DIFFERENT:

@@ -119,15 +119,17 @@ class Base:
     return tables.of_pairs(counts, counts, self.precision)
 
   def tables(
-    self, base: np.ndarray, table_of: np.ndarray, counts: np.ndarray
+    self, base: Any, table_of: np.ndarray, counts: np.ndarray, scales: Any = ()
   ) -> Tables:
-    """Makes the tables, given K stored ones, and which of these each table is."""
+    """Makes tables of K stored ones, given which each is; of bytes, those of scales."""
     rows = entries(self.frequencies(counts), self)
-    slots, intervals = (
-      # Aligned, so that JAX uses them where they are.
-      np.take(x, table_of, 0, host.empty((len(table_of), x.shape[1]), x.dtype), 'clip')
-      for x in rows
-    )
+    ends = [sum(int(f(y)) for y in x) for x in scales for f in (np.min, np.max)]
+    fits = max(ends, default=CLASSES) < len(table_of) == CLASSES
+    used = slice(min(ends), max(ends) + 1) if fits else slice(None)
+    # Aligned, so that JAX uses them where they are.
+    slots, intervals = (host.empty((len(table_of), x.shape[1]), x.dtype) for x in rows)
+    for stored, array in zip(rows, (slots, intervals), strict=True):
+      np.take(stored, table_of[used], 0, array[used], 'clip')
     return Tables(slots.reshape(-1), intervals.reshape(-1), base.astype(np.int32))
 
   def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:

@@ -12,10 +12,7 @@ LARGE = 1 << 30
 """Bytes of records beside which no others are held, as those of the widest layers."""
 
 # Where a container of Linux finds the bytes of memory that it may use.
-_LIMITS = (
-  '/sys/fs/cgroup/memory.max',
-  '/sys/fs/cgroup/memory/memory.limit_in_bytes',
-)
+_LIMITS = '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'
 
 
 @contextlib.contextmanager

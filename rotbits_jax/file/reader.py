@@ -36,7 +36,6 @@ from rotbits_jax.file import sources
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.relative import base as base_lib
 from rotbits_jax.structured import difference
-from rotbits_jax.structured import uniform
 from rotbits_jax.system import checksums
 from rotbits_jax.system import host
 from rotbits_jax.system import progress
@@ -228,7 +227,7 @@ class Reader:
     others = functools.cache(
       lambda name: started[name].result() if name in started else self.decode(name)
     )
-    leaves, known = [], {}
+    leaves, known, uses = [], {}, {}
     arrays: list[np.ndarray] = []
     with (
       container.naming(file.name),
@@ -238,12 +237,11 @@ class Reader:
       for leaf, specs in entry.leaf_specs:
         out = rows.get(leaf.path)
         is_expanded = leaf.is_expanded(integers)
+        is_written = is_expanded and hasattr(leaf.leaf_class, 'write')
         if out is None or is_expanded:
           stored = [host.empty(x.shape, x.dtype) for x in specs]
-          if is_expanded and hasattr(leaf.leaf_class, 'write'):
+          if is_written:
             out = out or [host.empty(leaf.shape, leaf.dtype)]
-            if leaf.leaf_class is uniform.UniformlyQuantized:
-              stored[0] = uniform.end_of(out[0], stored[0])
         else:  # the coder writes them there
           stored = [x.view(y.dtype) for x, y in zip(out, specs, strict=True)]
         needed = functools.partial(self._needed, leaf, others)
@@ -253,9 +251,11 @@ class Reader:
         leaves.append(_StoredLeaf(*facts))
         if 'elements' in leaf.arrays:
           known[len(arrays) + leaf.arrays.index('elements')] = leaves[-1].near
+        if is_written:
+          uses[len(arrays)] = leaves[-1].write
         arrays += stored
       decode, stream = coders.CODERS[entry.coder].decode, container.Stream(file, name)
-      decode(entry.stream_spec, stream, out=arrays, known=known)
+      decode(entry.stream_spec, stream, out=arrays, known=known, uses=uses)
       stream.check(entry.crc32)
       return {leaf.entry.path: leaf.value(as_arrays=as_arrays) for leaf in leaves}
 
@@ -430,10 +430,12 @@ class _StoredLeaf:
   needed: Callable[[], list[Any]]  # returns the arrays that it is computed from
   shapes: Sequence[manifest_lib.Shape]  # of these
   crc32: int | None  # of the first array, which the coder compares
+  # Where ranges that are written begin, and their CRC-32 and bytes.
+  pieces: list[tuple[int, tuple[int, int]]] = dataclasses.field(default_factory=list)
 
   @functools.cached_property
   def _leaf(self) -> Any:
-    """The leaf; its elements beside known ones may not be decoded yet."""
+    """The leaf; elements that are near known ones or written may not be decoded yet."""
     return self.entry.make(self.arrays, self.shapes)
 
   @functools.cached_property
@@ -446,6 +448,13 @@ class _StoredLeaf:
     with container.naming(self.entry.path):
       bits = self._leaf.changed_part(self._known)
     return bits.view(f'u{bits.itemsize}')
+
+  def write(self, some: slice) -> None:
+    """Writes elements whose numbers are decoded, by a leaf that has such a method."""
+    with container.naming(self.entry.path):
+      out: Any = self.out
+      crc32, size = self._leaf.write(out[0], some), some.stop - some.start
+    self.pieces.append((some.start, (crc32, size * out[0].itemsize)))
 
   def value(self, *, as_arrays: bool) -> Any:
     """Returns the array or the leaf, when the stored arrays are decoded."""
@@ -461,7 +470,10 @@ class _StoredLeaf:
         return jax.device_get(structured.materialize(leaf))
       elif self.out and hasattr(self._leaf, 'write'):
         array = self.out[0]
-        crc32 = self._leaf.write(array)
+        if sum(nbytes for _, (_, nbytes) in self.pieces) < array.nbytes:
+          self.pieces.clear()
+          self.write(slice(0, array.size))
+        crc32 = checksums.joined(piece for _, piece in sorted(self.pieces))
       elif isinstance(self._leaf, difference.Difference):
         array = self._leaf.joined(self._known)
         is_coded = any(np.may_share_memory(array, x) for x in self.arrays[:1])

@@ -77,10 +77,9 @@ def holds(name: Name, numbers: np.ndarray) -> bool:
     return bool(dtype == np.int8 and is_small)
   if dtype.name != name:
     return False
-  most = grid.magnitudes[-1:] * np.array([[1], [-1]], np.float32)
-  positive, negative = most.astype(dtype).view(np.uint8)
   bits: Any = numbers.view(np.uint8)
-  return bool(bits.view(np.int8).max() <= positive and bits.max() <= negative)
+  most = len(grid.magnitudes) - 1
+  return bool(bits.view(np.int8).max() <= most and bits.max() <= most + 128)
 
 
 def floats(name: Name, numbers: Any) -> Any:

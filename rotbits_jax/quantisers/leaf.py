@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax import pool
 from rotbits_jax.coding import blocks
 from rotbits_jax.quantisers import grids
 from rotbits_jax.structured import base
@@ -78,10 +77,42 @@ class BlockQuantized(base.Structured):
     self.write(array)
     return array
 
-  def write(self, out: np.ndarray) -> int:
-    """Writes the array, on the host, and returns the CRC-32 of its bytes."""
-    floats = [self.float_scales] + ([] if self.minima is None else [self.float_minima])
-    columns, size = self.shape[-1], self.numbers.size
+  @np.errstate(over='ignore')
+  def write(self, out: np.ndarray, some: slice = slice(None)) -> int:
+    """Writes elements of the array, on the host, and returns the CRC-32 of their bytes.
+
+    A ValueError says that one of their numbers is not of the grid; others may be any.
+    """
+    on_xla, height, operands = self._operands
+    (rows, width), numbers = operands[0].shape, self.numbers.reshape(-1)
+    layout, flat = (self.grid, self.dtype, self.ones_complement), out.reshape(-1)
+    if not grids.holds(self.grid, numbers[some]):
+      raise ValueError(f'numbers of {self.name} {self.shape} are not {self.grid}')
+    start, end, _ = some.indices(numbers.size)
+    while start < end:
+      row = start // width
+      stop, first = min((row + height) * width, end), max(min(row, rows - height), 0)
+      part, parts = flat[start:stop], [x[first : first + height] for x in operands]
+      if on_xla:
+        arrays = [((height, width), f'u{out.itemsize}')]
+        bounds = np.array([row - first, -(-stop // width) - first], np.int32)
+        _, (bits,) = blocks.run(_on_xla, arrays, layout, bounds, *parts)
+        products = bits.view(self.dtype)
+      else:
+        products = _products(layout, *parts)
+      part[...] = products.reshape(-1)[start - first * width :][: part.size]
+      if self.gaps is not None:
+        few = slice(*np.searchsorted(self._places, [start, stop]))
+        part[self._places[few] - start] = self.exceptions[few]
+      start = stop
+    return checksums_lib.of_array(flat[some])
+
+  @functools.cached_property
+  def _operands(self) -> tuple[bool, int, list[np.ndarray]]:
+    """Whether XLA multiplies; how many rows at once; numbers, scales and minima."""
+    floats, columns, size = [self.float_scales], self.shape[-1], self.numbers.size
+    if self.minima is not None:
+      floats.append(decoded(self.minima, self.minimum_form))
     # XLA takes subnormal numbers for 0, and time to compile.
     least = floats[0].min()
     for x in floats[1:]:
@@ -89,42 +120,15 @@ class BlockQuantized(base.Structured):
     is_even = self.block[1] % (_WIDTH // 2) == columns % _WIDTH == 0
     on_xla = is_even and size >= _LEAST_SIZE and least >= _LEAST_OF_XLA
     on_xla = on_xla and self.dtype != np.float16
-    largest = min(1 << size.bit_length() - 1, _LARGEST) if on_xla else CHUNK
     width = _WIDTH if on_xla else columns
-    rows, run = size // width, math.gcd(self.block[1], width)
-    matrix = size // columns, columns // run
-    block = self.block[0], self.block[1] // run
-    several = [self.numbers.reshape(-1, width).view(np.uint8)]
+    height = (min(1 << size.bit_length() - 1, _LARGEST) if on_xla else CHUNK) // width
+    run, rows = math.gcd(self.block[1], width), size // columns
+    block, shape = (self.block[0], self.block[1] // run), (rows, columns // run)
+    operands = [self.numbers.reshape(-1, width).view(np.uint8)]
     for x in floats:
-      runs = of_elements(x, slice(0, matrix[0]), block, matrix)
-      several.append(np.broadcast_to(runs, matrix).reshape(-1, width // run))
-    # Pieces alike, for each thread as many; even steps keep them aligned.
-    threads = pool.threads() if on_xla else 1
-    step = -(-rows // (-(-size // (largest * threads)) * threads * 2)) * 2
-    height = largest // width if on_xla else step  # programs are for one shape
-    flat, places = out.reshape(-1), None if self.gaps is None else self._places()
-    layout = self.grid, self.dtype, self.ones_complement
-
-    @np.errstate(over='ignore')
-    def write(start: int) -> tuple[int, int]:
-      first, stop = max(min(start, rows - height), 0), min(start + step, rows)
-      parts = [x[first : first + height] for x in several]
-      bounds = np.array([start - first, stop - first], np.int32)
-      if on_xla:
-        arrays = [((height, width), f'u{out.itemsize}')]
-        _, (bits,) = blocks.run(_on_xla, arrays, layout, bounds, *parts)
-        products = bits.view(self.dtype)
-      else:
-        products = _products(layout, *parts)
-      part = flat[start * width : stop * width]
-      part[...] = products[slice(*bounds)].reshape(-1)
-      if places is not None:
-        few = slice(*np.searchsorted(places, np.array([start, stop]) * width))
-        part[places[few] - start * width] = self.exceptions[few]
-      return checksums_lib.of_array(part), part.nbytes
-
-    each = pool.each if on_xla else map
-    return checksums_lib.joined(each(write, range(0, rows, step)))
+      runs = np.broadcast_to(of_elements(x, slice(0, rows), block, shape), shape)
+      operands.append(runs.reshape(-1, width // run))
+    return on_xla, max(height, 1), operands
 
   @functools.cached_property
   def float_scales(self) -> np.ndarray:
@@ -133,12 +137,8 @@ class BlockQuantized(base.Structured):
     return floats if self.factor is None else floats * self.factor
 
   @functools.cached_property
-  def float_minima(self) -> np.ndarray:
-    """The minima, float32."""
-    return decoded(self.minima, self.minimum_form)
-
   def _places(self) -> np.ndarray:
-    """Returns the places of the exceptions."""
+    """The places of the exceptions."""
     return np.cumsum(self.gaps, dtype=np.int64) + np.arange(self.gaps.size)
 
   def check(self) -> None:
@@ -151,16 +151,13 @@ class BlockQuantized(base.Structured):
       blocks = tuple(-(-n // m) for n, m in zip(matrix, self.block, strict=True))
       fits = blocks == scales.shape and (self.gaps is None) == (self.exceptions is None)
     if fits and self.gaps is not None:
-      fits = self.exceptions.dtype == self.dtype and self._places()[-1] < numbers.size
+      fits = self.exceptions.dtype == self.dtype and self._places[-1] < numbers.size
     if fits:
       with np.errstate(over='ignore', invalid='ignore'):
         floats = self.float_scales
       fits = floats.min() >= LEAST and floats.max() < np.inf  # false if one is NaN
     if fits and self.minima is not None:
-      fits = bool(np.isfinite(self.float_minima).all())
-    if fits:
-      rows = numbers.reshape(matrix)
-      fits = all(grids.holds(self.grid, rows[some]) for some in chunks(rows))
+      fits = bool(np.isfinite(decoded(self.minima, self.minimum_form)).all())
     if not fits:
       raise ValueError(f'what is stored of {self.name} {shape} does not fit together')
 
@@ -226,12 +223,6 @@ def encoded(floats: np.ndarray, shift: int) -> tuple[np.ndarray, tuple[int, int]
   codes = numbers - numbers.min()
   form = int(numbers.min()), shift
   return codes.astype(np.min_scalar_type(int(codes.max()))), form
-
-
-def chunks(matrix: np.ndarray) -> list[slice]:
-  """Returns runs of rows that fit the cache."""
-  step = max(CHUNK // matrix.shape[1], 1)
-  return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
 def of_elements(

@@ -343,7 +343,9 @@ def _leaf(
       found -= is_negative[rows]
     numbers[rows] = found.clip(-128, 127)
 
-  pool.each(divide, leaf_lib.chunks(numbers))
+  step = max(leaf_lib.CHUNK // numbers.shape[1], 1)
+  starts = range(0, len(numbers), step)
+  pool.each(divide, [slice(start, start + step) for start in starts])
   return _with_exceptions(draft, array)
 
 

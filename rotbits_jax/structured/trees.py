@@ -161,7 +161,5 @@ def same_bits(a: Any, b: Any) -> bool:
 
 def _same_array(x: Any, y: Any) -> bool:
   x, y = np.asarray(x), np.asarray(y)
-  if (x.shape, x.dtype) != (y.shape, y.dtype):
-    return False
-  bits = np.dtype(f'u{x.dtype.itemsize}')
-  return np.array_equal(x.view(bits), y.view(bits))
+  is_alike, bits = (x.shape, x.dtype) == (y.shape, y.dtype), f'u{x.dtype.itemsize}'
+  return is_alike and np.array_equal(x.view(bits), y.view(bits))

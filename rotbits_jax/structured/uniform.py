@@ -14,6 +14,7 @@ import numpy as np
 
 from rotbits_jax.structured import base
 from rotbits_jax.structured import fields
+from rotbits_jax.system import checksums
 
 _CHUNK = 1 << 16  # elements that fit the cache
 _MOST_OCTAVES = 60  # of a step with lines, so every element is a normal float32
@@ -65,13 +66,14 @@ class UniformlyQuantized(base.Structured):
   def astype(self, dtype: Any) -> 'UniformlyQuantized':
     return dataclasses.replace(self, name=np.dtype(jnp.dtype(dtype)).name)
 
-  def write(self, out: np.ndarray) -> None:
-    """Writes the array of a leaf whose lines have no exponents, on the host."""
-    integers, out = self.integers.reshape(-1), out.reshape(-1)
+  def write(self, out: np.ndarray, some: slice) -> int:
+    """Writes elements if lines have no exponents; returns the CRC-32 of their bytes."""
+    integers, out = self.integers.reshape(-1)[some], out.reshape(-1)[some]
     with np.errstate(over='ignore'):
       for start in range(0, out.size, _CHUNK):
         part = slice(start, start + _CHUNK)
         out[part] = np.multiply(integers[part], self.step, dtype=np.float32)
+    return checksums.of_array(out)
 
   def check(self) -> None:
     if (self.row_exponents is None) != (self.column_exponents is None):
@@ -86,17 +88,6 @@ class UniformlyQuantized(base.Structured):
       is_step = 0 < self.step < np.inf
     if not is_step:  # also if it is NaN
       raise ValueError(f'{self.step!r} is no step')
-
-
-def end_of(array: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-  """Returns the end of an array as memory for the numbers of a leaf that writes it.
-
-  The leaf reads a number before it writes the element, from the first one on.
-  """
-  if numbers.shape != array.shape or numbers.itemsize > array.itemsize:
-    return numbers
-  end = array.reshape(-1).view(numbers.dtype)[-max(numbers.size, 1) :]
-  return end.reshape(numbers.shape)
 
 
 def line_factors(exponents: Any) -> jax.Array:
