@@ -236,10 +236,8 @@ def from_tensors(
   tensors: Mapping[str, np.ndarray], config: models.ModelConfig
 ) -> models.Model:
   """Makes a model, of NumPy arrays, from the tensors of a checkpoint by name."""
-  lazy = {
-    name: tensors_lib.LazyTensor(x.shape, x.dtype, functools.partial(np.asarray, x))
-    for name, x in tensors.items()
-  }
+  opened = lambda x: (x.shape, x.dtype, functools.partial(np.asarray, x))
+  lazy = {k: tensors_lib.LazyTensor(*opened(x)) for k, x in tensors.items()}
   return CheckpointReader(Folder(None, lazy, {}), config).load().model
 
 

@@ -211,9 +211,7 @@ def leaves_of(model: models.Model) -> dict[str, Any]:
     if structured.is_structured(leaf) and leaf.needs:
       needed = {x: leaves[x] for x in (path, *leaf.needs)}
       leaves[path] = structured.expand(needed)[path]
-  return leaves | {
-    f'{models.names.BUFFERS}/{name}': x for name, x in model.buffers.items()
-  }
+  return leaves | {f'{models.names.BUFFERS}/{k}': x for k, x in model.buffers.items()}
 
 
 def to_tensors(model: models.Model) -> dict[str, np.ndarray]:

@@ -86,11 +86,8 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
     return None
   report = rotbits_jax.inspect(pathlib.Path(target).resolve())
   reason = getattr(source, 'reason', None)
-  result = report.to_json() | {
-    'given_bytes': source.input_bytes,
-    'left_out': list(source.left_out),
-    'plain_because': reason,
-  }
+  left_out, given = list(source.left_out), {'given_bytes': source.input_bytes}
+  result = report.to_json() | given | {'left_out': left_out, 'plain_because': reason}
   lines = []
   if source.left_out:
     lines.append(f'not kept: {", ".join(source.left_out)}')

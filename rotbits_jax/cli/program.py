@@ -49,11 +49,9 @@ def run(command: types.ModuleType) -> int:
   """Parses `sys.argv`, runs a command, prints its result and returns the exit code."""
   name = command.__name__.rpartition('.')[2]
   signature = inspect.signature(command.main)
-  words = [
-    x.name.upper() if x.default is x.empty else f'[{x.name.upper()}]'
-    for x in signature.parameters.values()
-  ]
-  usage = f'rotbits {name} {" ".join(words)} [--FLAG=VALUE ...]'
+  word = lambda x: x.name.upper() if x.default is x.empty else f'[{x.name.upper()}]'
+  words = ' '.join(map(word, signature.parameters.values()))
+  usage = f'rotbits {name} {words} [--FLAG=VALUE ...]'
   if {'--help', '-h'} & {*sys.argv}:
     text = inspect.getdoc(command) or ''
     text = text if '--help' in sys.argv else text.partition('\n')[0]

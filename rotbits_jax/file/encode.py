@@ -174,9 +174,8 @@ class Encoder:
     """Applies transforms that others wrote, and compares the predictions for tokens."""
     model: Any = self.source
     model = model if isinstance(model, models.Model) else model.load().model
-    rewritten, _ = passes.run_chain(
-      self.preset.transform, model, rounding=self.preset.rounding
-    )
+    rounding = self.preset.rounding
+    rewritten, _ = passes.run_chain(self.preset.transform, model, rounding=rounding)
     model = model.rounded()
     draws = verification.rotated(model)
     divergences = verification.divergences(rewritten, model, draws)

@@ -106,22 +106,16 @@ class Report(NamedTuple):
     remarks = []
     if self.needs:
       size = sum(math.prod(array.shape) for array in self.needs.values())
-      remarks.append(
-        f'The file needs {len(self.needs)} tensors of a base, {size:,} elements, such '
-        f'as {next(iter(self.needs))}: decode it with that model as the base.'
-      )
+      text = f'{len(self.needs)} tensors, {size:,} elements, such as {[*self.needs][0]}'
+      remarks.append(f'The file needs a base, to decode it with: {text}.')
     if self.keeps != 'bits':
-      remarks.append(
-        'The weights differ, so LoRA adapters trained on the input no longer fit: '
-        'merge them first, or use the preset exact.'
-      )
+      text = 'LoRA adapters trained on the input no longer fit: merge them first'
+      remarks.append(f'The weights differ, so {text}, or use the preset exact.')
     if self.measured is not None:
       remarks.append(f'The loss is {self.measured}.')
     elif self.keeps == 'approximation':
-      remarks.append(
-        'No divergence was measured: compare its predictions with those of the input, '
-        'with `rotbits evaluate` if the family is known.'
-      )
+      text = '`rotbits evaluate` compares the predictions of models of known families'
+      remarks.append(f'No divergence was measured: {text}.')
     return remarks
 
 

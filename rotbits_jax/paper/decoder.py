@@ -17,10 +17,7 @@ from rotbits_jax.paper import stack
 from rotbits_jax.system import checksums
 from rotbits_jax.system.progress import Progress
 
-_CAUSE = (
-  'the file is damaged, or this machine recovers a rotation beyond the margin of its '
-  'correction'
-)
+_CAUSE = 'the file is damaged, or this machine rounds beyond the margin of a correction'
 
 
 def decode(

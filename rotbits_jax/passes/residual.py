@@ -261,10 +261,8 @@ def random_rotation(*, key: jax.Array) -> transform_lib.Transform:
       if index is not None:
         segments = [*range(index * count, (index + 1) * count + 1)]
       places = [segment if config.sliced else 0 for segment in segments]
-      rotations = [
-        _orthogonal(jax.random.fold_in(key, place), 1, widths[place])[0]
-        for place in places
-      ]
+      draw = lambda x: (jax.random.fold_in(key, x), 1, widths[x])
+      rotations = [_orthogonal(*draw(x))[0] for x in places]
       params = rotate(params, rotations, config, is_outer=index is None)
       return structured.expand(params), {}
     if index is None:

@@ -222,10 +222,8 @@ def rounding_errors(
   left, right = _sides(pair, kv_heads)
   scaled = left * 2**0.5, right / 2**0.5
   exact, rounded = (_sides(x, kv_heads) for x in (fixed, round_off(fixed)))
-  return {
-    'plain_error': _relative_error(scaled, round_off(scaled)),
-    'error': _relative_error(exact, rounded),
-  }
+  plain_error = _relative_error(scaled, round_off(scaled))
+  return {'plain_error': plain_error, 'error': _relative_error(exact, rounded)}
 
 
 def _relative_error(exact: Sides, near: Sides) -> jax.Array:
