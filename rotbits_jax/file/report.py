@@ -106,7 +106,8 @@ class Report(NamedTuple):
     remarks = []
     if self.needs:
       size = sum(math.prod(array.shape) for array in self.needs.values())
-      text = f'{len(self.needs)} tensors, {size:,} elements, such as {[*self.needs][0]}'
+      text = f'{len(self.needs)} tensors, {size:,} elements, such as'
+      text += f' {next(iter(self.needs))}'
       remarks.append(f'The file needs a base, to decode it with: {text}.')
     if self.keeps != 'bits':
       text = 'LoRA adapters trained on the input no longer fit: merge them first'
