@@ -172,18 +172,16 @@ def decode(
     contexts, scales = contexts_lib.from_bytes(head.tobytes(), layout, shapes)
     near = [known[i]() if k >= first else None for i in indices]
     for part, bits in zip(numbers, near, strict=True):
-      form = part.size, part.itemsize
-      if bits is not None and (bits.size, bits.itemsize) != form:
-        raise ValueError(f'known numbers must be {form}, got {bits.size}')
+      if bits is not None and (bits.size, bits.itemsize) != (part.size, part.itemsize):
+        raise ValueError(f'known numbers must be {part.size}, got {bits.size}')
     tables = layout.tables(*contexts, scales)
 
     def decode_block(start: int, size: int, spans: Any) -> list[Any]:
       sums = blocks.decode(functools.partial(read, start), size, spans, layout, tables)
       if not is_used[k]:
         del waiting[:1]
-      elif not waiting:
-        for span in spans:
-          uses[indices[span.part]](span.some)
+      for span in spans if is_used[k] and not waiting else ():
+        uses[indices[span.part]](span.some)
       return [(indices[part], crc32) for part, crc32 in sums]
 
     divided = blocks.divide(numbers, near, scales, layout)
@@ -192,7 +190,9 @@ def decode(
 
   order = sorted(range(first), key=is_used.__getitem__)
   for several in [order, *([k] for k in range(first, len(members)))]:
-    jobs = itertools.chain.from_iterable(map(open_group, several))
+    alone = lambda k: [lambda: open_group(k)[0]()]  # by the thread that decodes it
+    opened = (alone(k) if len(places[k]) == 2 else open_group(k) for k in several)
+    jobs = itertools.chain.from_iterable(opened)
     for i, piece in itertools.chain.from_iterable(pool.run(jobs)):
       pieces[i].append(piece)
   pool.each(finish, range(len(arrays)))

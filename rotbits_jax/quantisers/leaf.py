@@ -91,7 +91,8 @@ class BlockQuantized(base.Structured):
     start, end, _ = some.indices(numbers.size)
     while start < end:
       row = start // width
-      stop, first = min((row + height) * width, end), max(min(row, rows - height), 0)
+      stop = min((row + height) * width, end)
+      first = min(row, rows - height) if on_xla else row
       part, parts = flat[start:stop], [x[first : first + height] for x in operands]
       if on_xla:
         arrays = [((height, width), f'u{out.itemsize}')]
