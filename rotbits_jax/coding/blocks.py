@@ -221,8 +221,7 @@ def encode(
   stacks = zip(words, lengths.tolist(), strict=False)
   parts = [state, lengths, *(x[:n] for x, n in stacks)]
   for (width, _), plane in zip(layout.pieces, planes, strict=True):
-    flat = plane[:, :lanes].reshape(-1).view(np.uint8)
-    parts.append(flat[: _plane_bytes(width, rows, lanes)])
+    parts.append(plane[: -(-rows // _sharing(width)), :lanes])
   marks = _few(marks, rows * lanes).reshape(-1, 4)
   fours = np.flatnonzero(marks.view(np.uint64) > 0)  # few
   escaped = (4 * fours[:, None] + np.arange(4))[marks[fours] > 0]

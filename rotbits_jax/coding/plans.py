@@ -271,10 +271,11 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   most = shares[:, layout.is_first_long :].max(axis=1, keepdims=True)
   excess = (most - layout.most_share) / np.maximum(most - even[0], 1e-9)
   shares += np.maximum(excess, 0) * (even - shares)
-  room = (1 << layout.precision) - 1
+  room, less = (1 << layout.precision) - 1, 2.0**-14
   while True:
     frequencies = np.rint(shares * size).astype(np.int64)
     used = layout.frequencies(frequencies).sum(axis=1).reshape(len(counts), -1)
     if used.max() <= room:
       return frequencies
-    size *= np.sqrt(room / np.maximum(used, room).max(axis=1, keepdims=True))
+    most, less = used.max(axis=1, keepdims=True), 2 * less  # rounding hides small steps
+    size *= np.where(most > room, np.minimum(np.sqrt(room / most), 1 - less), 1)
