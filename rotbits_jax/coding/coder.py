@@ -23,9 +23,6 @@ from rotbits_jax.structured import masks
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
 
-Known = Callable[[], np.ndarray]
-"""Returns numbers near those of an array: unsigned integers `[n]`, the bit patterns."""
-
 _NONE: Mapping[int, Any] = {}
 
 
@@ -105,7 +102,7 @@ def decode(
   data: Any,
   *,
   out: Sequence[np.ndarray] | None = None,
-  known: Mapping[int, Known] = _NONE,
+  known: Mapping[int, Callable[[], np.ndarray]] = _NONE,
   uses: Mapping[int, Callable[[slice], None]] = _NONE,
 ) -> list[np.ndarray]:
   """Decodes a record: the inverse of `encode`.
@@ -117,9 +114,9 @@ def decode(
     out: arrays to decode into, in C order, with the shapes and dtypes of the spec. By
       default the function makes new arrays.
     known: for the arrays near such that both sides know, by their indices, functions
-      that return these. They are called when the groups before them are decoded.
-    uses: for some arrays, functions that may get ranges of their elements, each once,
-      when these and all other arrays are decoded, by the thread that decoded them.
+      that return these as integers `[n]`, when the groups before them are decoded.
+    uses: for some arrays, functions that get all ranges of their elements or none, when
+      these and other arrays are decoded, if possible in the thread that decoded them.
 
   Returns:
     The arrays, bit for bit. They do not share memory with `data`.
@@ -160,8 +157,9 @@ def decode(
 
   is_whole = all(len(x) == 1 for x in parts)  # others are joined at the end
   is_used = [is_whole and uses.keys() >= {i for i, _ in x} for x in members]
-  # The blocks of other groups, which begin before and are shorter.
+  # Blocks of other groups, which begin before; and uses that must wait for them.
   waiting = [i for k in range(first) if not is_used[k] for i in spec.groups[k].blocks]
+  unused: list[Callable[[], None]] = []
 
   def open_group(k: int) -> list[Callable[[], list[Any]]]:
     """Returns functions that decode blocks; they return arrays and checksums."""
@@ -180,8 +178,9 @@ def decode(
       sums = blocks.decode(functools.partial(read, start), size, spans, layout, tables)
       if not is_used[k]:
         del waiting[:1]
-      for span in spans if is_used[k] and not waiting else ():
-        uses[indices[span.part]](span.some)
+      for span in spans if is_used[k] else ():
+        use = functools.partial(uses[indices[span.part]], span.some)
+        unused.append(use) if waiting else use()
       return [(indices[part], crc32) for part, crc32 in sums]
 
     divided = blocks.divide(numbers, near, scales, layout)
@@ -195,5 +194,6 @@ def decode(
     jobs = itertools.chain.from_iterable(opened)
     for i, piece in itertools.chain.from_iterable(pool.run(jobs)):
       pieces[i].append(piece)
+  pool.run(unused)
   pool.each(finish, range(len(arrays)))
   return arrays

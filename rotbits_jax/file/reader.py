@@ -470,8 +470,7 @@ class _StoredLeaf:
         return jax.device_get(structured.materialize(leaf))
       elif self.out and hasattr(self._leaf, 'write'):
         array = self.out[0]
-        if sum(nbytes for _, (_, nbytes) in self.pieces) < array.nbytes:
-          self.pieces.clear()
+        if not self.pieces:
           self.write(slice(0, array.size))
         crc32 = checksums.joined(piece for _, piece in sorted(self.pieces))
       elif isinstance(self._leaf, difference.Difference):
