@@ -63,8 +63,8 @@ def encode(arrays, known):
   return Encoded(Spec(nbytes=len(data), arrays=entries), pieces)
 
 
-def decode(spec, data, *, out, known):
-  del known
+def decode(spec, data, *, out, known, uses):
+  del known, uses  # nor of these
   size = sum(array.nbytes for array in out)
   data.read(0, packed := np.empty(spec.nbytes, np.uint8))
   left = zlib.decompressobj().decompress(packed, size)
