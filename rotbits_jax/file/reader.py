@@ -432,21 +432,25 @@ class _StoredLeaf:
   crc32: int | None  # of the first array, which the coder compares
   # Where ranges that are written begin, and their CRC-32 and bytes.
   pieces: list[tuple[int, tuple[int, int]]] = dataclasses.field(default_factory=list)
+  bits: np.ndarray | None = None  # the known array, once it is made
 
   @functools.cached_property
   def _leaf(self) -> Any:
     """The leaf; elements that are near known ones or written may not be decoded yet."""
     return self.entry.make(self.arrays, self.shapes)
 
-  @functools.cached_property
-  def _known(self) -> np.ndarray:
-    """The known array of a leaf of differences."""
-    return self._leaf.known(*self.needed())
+  def known(self) -> np.ndarray:
+    """Returns the known array of a leaf of differences."""
+    # Leaves share the lock of a cached property with Python 3.11, and this may wait for
+    # a record of others.
+    if self.bits is None:
+      self.bits = self._leaf.known(*self.needed())
+    return self.bits
 
   def near(self) -> np.ndarray:
     """Returns the known numbers of the stored elements of such a leaf."""
     with container.naming(self.entry.path):
-      bits = self._leaf.changed_part(self._known)
+      bits = self._leaf.changed_part(self.known())
     return bits.view(f'u{bits.itemsize}')
 
   def write(self, some: slice) -> None:
@@ -474,7 +478,7 @@ class _StoredLeaf:
           self.write(slice(0, array.size))
         crc32 = checksums.joined(piece for _, piece in sorted(self.pieces))
       elif isinstance(self._leaf, difference.Difference):
-        array = self._leaf.joined(self._known)
+        array = self._leaf.joined(self.known())
         is_coded = any(np.may_share_memory(array, x) for x in self.arrays[:1])
         crc32 = self.crc32 if is_coded else None
       else:
