@@ -56,7 +56,9 @@ def run(jobs: Iterable[Callable[[], _Result]]) -> list[_Result]:
   for helper in helpers:
     if not helper.cancelled():
       helper.result()
-  return results
+  # Cancelled helpers stay in the queue, but what they would work on can go.
+  found, todo, results = results, [], []
+  return found
 
 
 def each(function: Callable[..., _Result], *arguments: Iterable[Any]) -> list[_Result]:
