@@ -251,8 +251,9 @@ class Reader:
         leaves.append(_StoredLeaf(*facts))
         if 'elements' in leaf.arrays:
           known[len(arrays) + leaf.arrays.index('elements')] = leaves[-1].near
-        if is_written:
-          uses[len(arrays)] = leaves[-1].write
+        shapes_of = [x.shape for x in specs]
+        if is_written and leaf.shape in shapes_of:  # a file may have them in any order
+          uses[len(arrays) + shapes_of.index(leaf.shape)] = leaves[-1].write
         arrays += stored
       decode, stream = coders.CODERS[entry.coder].decode, container.Stream(file, name)
       decode(entry.stream_spec, stream, out=arrays, known=known, uses=uses)

@@ -106,8 +106,8 @@ class Report(NamedTuple):
     remarks = []
     if self.needs:
       size = sum(math.prod(array.shape) for array in self.needs.values())
-      text = f'{len(self.needs)} tensors, {size:,} elements, such as'
-      text += f' {next(iter(self.needs))}'
+      first, count = next(iter(self.needs)), len(self.needs)
+      text = f'{count} tensors, {size:,} elements, such as {first}'
       remarks.append(f'The file needs a base, to decode it with: {text}.')
     if self.keeps != 'bits':
       text = 'LoRA adapters trained on the input no longer fit: merge them first'
