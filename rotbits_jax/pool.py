@@ -99,7 +99,7 @@ def started() -> Iterator[Callable[[Callable[[], Any]], 'futures.Future[Any]']]:
 def _set() -> None:
   """Gives JAX the settings of this package in this thread, for good."""
   settings = contextlib.ExitStack()
-  settings.enter_context(host.own_settings())
+  settings.enter_context(host.thread_settings())
   # Programs take NumPy arrays, which are in the memory of the processor already.
   settings.enter_context(jax.default_device(host.device()))
   _local.settings = settings  # a context ends when nothing refers to it

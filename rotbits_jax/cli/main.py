@@ -51,7 +51,8 @@ def main() -> int:
     print(f'rotbits: unknown command {name!r}; see rotbits --help', file=sys.stderr)
     return 2
   del sys.argv[1]
-  # Before SciPy is imported, whose LAPACK JAX calls; see `exact.small_products`.
+  # Before NumPy and SciPy are imported, so their BLAS starts no threads; Python users
+  # have `host.own_settings`.
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
   sys.unraisablehook = _unraisable
   is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -5,7 +5,6 @@ takes its paths and returns a `Result` or None. Exit codes are those of `main.US
 """
 
 from collections.abc import Callable, Mapping
-import contextlib
 import inspect
 import json
 import logging
@@ -24,7 +23,6 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.file import shards
-from rotbits_jax.system import files
 from rotbits_jax.system import host
 from rotbits_jax.system.text import printable
 
@@ -64,7 +62,6 @@ def run(command: types.ModuleType) -> int:
     except TypeError as error:
       raise flags.Error(f'{error}; usage: {usage}') from error
     logging.getLogger('jax').setLevel(logging.ERROR)  # hides "no GPU found"
-    _keep_compiled_programs()
     with host.own_settings():
       result = command.main(*paths)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may stop
@@ -147,15 +144,6 @@ def config_folder() -> pathlib.Path:
   package = pathlib.Path(__file__).parents[1]
   folders = package / 'configs', package.parent / 'configs'
   return next(filter(pathlib.Path.is_dir, folders))
-
-
-def _keep_compiled_programs() -> None:
-  """Lets JAX keep compiled programs, so a command starts with earlier ones'."""
-  if jax.config.jax_compilation_cache_dir is None:
-    with contextlib.suppress(OSError):
-      files.cache_folder().mkdir(parents=True, exist_ok=True)
-      jax.config.update('jax_compilation_cache_dir', str(files.cache_folder()))
-      jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def _one_line(error: BaseException) -> str:

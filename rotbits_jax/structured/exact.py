@@ -5,9 +5,10 @@ number is rounded to float32 first and then to its dtype, as every machine does 
 """
 
 import math
-import os
 
 import numpy as np
+
+from rotbits_jax.system import host
 
 _SINGLE = 1 << 18  # products of numbers for which BLAS takes no threads
 
@@ -61,7 +62,7 @@ def small_products(
   (rows, inner), columns = left.shape, right.shape[1]
   out = np.empty((rows, columns), left.dtype) if out is None else out
   half, count = max(rows, inner, columns) // 2, rows * inner * columns
-  if count <= _SINGLE or os.environ.get('OPENBLAS_NUM_THREADS') == '1':
+  if count <= _SINGLE or host.is_blas_single():
     np.matmul(left, right, out=out)
   elif rows >= max(inner, columns):
     for part in (slice(half), slice(half, None)):
