@@ -1,7 +1,7 @@
 """Steps of a training as bytes: from one PyTree of arrays to the next."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import hashlib
 import itertools
@@ -28,7 +28,7 @@ _OLD = 'old'  # the file that has a digest of the old PyTree
 
 
 @host.own_settings()
-def delta(new: Any, old: Any) -> bytes:
+def delta(new: Any, old: Any, *, metadata: Mapping[str, str] | None = None) -> bytes:
   """Returns the bytes that turn one PyTree of arrays into another, bit for bit.
 
   A trainer sends them to samplers after each step: most numbers in bfloat16 do not
@@ -44,18 +44,28 @@ def delta(new: Any, old: Any) -> bytes:
   Args:
     new: arrays in any containers, on the host or on devices.
     old: the PyTree that the receiver has, of the same structure, shapes and dtypes.
+    metadata: texts to keep, such as the number of the step, see `encode`.
+
+  Returns:
+    The bytes for `apply`, which are also a file whose base is `old`.
+
+  Raises:
+    ValueError: if the PyTrees differ in structure, shapes or dtypes, or a leaf is no
+      array; it names the path.
   """
   sources.unflatten_like(old, new)  # as `apply` does
   with pool.started() as start:
     base, digest = _opened(old, start)
     source, files = sources.of_tree(new), {_OLD: digest}
-    encoder = encode_lib.Encoder(source, presets.make('exact'), base=base, files=files)
+    encoder = encode_lib.Encoder(
+      source, presets.make('exact'), base=base, files=files, metadata=metadata
+    )
     return encoder.in_memory(progress=False)
 
 
 @host.own_settings()
 def apply(
-  data: file.Readable,
+  data: file.Encoded,
   params: T,
   *,
   sharding: file.Place | None = None,
@@ -66,7 +76,8 @@ def apply(
   A ContainerError says that `params` are not those that `delta` got.
 
   Args:
-    data: the bytes of `delta`, or the path of a file with them.
+    data: the bytes of `delta`, the path of a file with them, or its reader, which
+      needs no base.
     params: the old PyTree.
     sharding: see `load`, also for the paths of a `Model`. By default, and for its
       buffers, a JAX array gets the sharding of the old one if that is committed to it,
@@ -84,6 +95,10 @@ def apply(
   new: dict[str, Any] = {}
   # As `load` does, which places no buffers.
   prefix = 'params/' if isinstance(params, models.Model) else ''
+  if isinstance(data, file.Reader):
+    data, of_reader = data.inputs
+    if of_reader is not None:
+      raise ValueError('the base of a delta is `params`: open it without base=')
   with pool.started() as start:
     base, digest = _opened(params, start)
     reader = file.Reader(data, base=base)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import hashlib
+import os
 import pathlib
 import tempfile
 
@@ -10,6 +11,7 @@ from rotbits_jax import api
 from rotbits_jax import checkpoints
 from rotbits_jax import file
 from rotbits_jax.file import directory
+from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards
 from rotbits_jax.system import files
 from rotbits_jax.system import host
@@ -18,7 +20,7 @@ from rotbits_jax.system import outputs
 
 @host.own_settings()
 def snapshot(
-  path: api.Path,
+  path: api.Path | file.Reader,
   base: api.Path | Sequence[api.Path] | None = None,
   *,
   progress: bool = False,
@@ -31,10 +33,26 @@ def snapshot(
   appears when it is complete; do not write into it. It is in `snapshots` of the folder
   that the variable ROTBITS_JAX_CACHE names, or of `rotbits_jax` in XDG_CACHE_HOME or in
   ~/.cache. A sliced model gets the format 'transformers', see `decode_to_directory`.
+
+  Args:
+    path: the path of the file, or its `Reader`, which has its base.
+    base: the paths of the base of the file, of the base of that, and so on.
+    progress: whether to show progress on stderr.
+
+  Returns:
+    The path of the folder.
+
+  Raises:
+    ContainerError: if the file is damaged, or its base is missing or another one.
+    ValueError: if the file is not on disk.
+    OSError: if the folder cannot be written.
   """
-  reader = file.Reader(path, base=base)
+  reader = reader_lib.opened(path, base)
+  source = reader.inputs[0]
+  if not isinstance(source, str | os.PathLike):
+    raise ValueError('a snapshot is made of a file on disk, got one in memory')
   digest = hashlib.sha256(reader.fingerprint().encode())
-  for shard in map(str, shards.find(path)[0]):
+  for shard in map(str, shards.find(source)[0]):
     with open(shard, 'rb') as content:
       digest.update(hashlib.file_digest(content, 'sha256').digest())
   name = f'{digest.hexdigest()}-{rotbits_jax.__version__}'

@@ -162,3 +162,9 @@ def test_reads_negative_numbers_of_few_bits(dtype, tmp_path):
   load_decoder().main(file, output)
   found = safetensors_numpy.load_file(output)['x']
   np.testing.assert_array_equal(found, numbers)
+
+
+def test_metadata_changes_nothing_for_it(tmp_path):
+  file, output = tmp_path / 'x.rotbits', tmp_path / 'x.safetensors'
+  rotbits_jax.encode_to_file({'x': np.ones(9)}, file, metadata={'run': 'a'})
+  assert_reads_the_same(file, output)

@@ -19,7 +19,8 @@ CHECKPOINT is a folder or a file of weights, also as SliceGPT writes them. The p
 With --base the file holds only the differences from a model that the receiver has;
 `rotbits decode` needs the same --base. With --verify the file appears only after it was
 decoded and compared. With --shard_size, a run that was killed continues after its
-complete shards; with --distributed, process i of n encodes every n-th shard.
+complete shards; with --distributed, process i of n encodes every n-th shard. The texts
+of --metadata=KEY=VALUE, which may be repeated, are shown by `rotbits inspect`.
 
 JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
 that are not kept; plain_because, why the checkpoint is stored as plain tensors.
@@ -47,6 +48,7 @@ _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to keep
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A preset, with options.')
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Size of a shard, like 2GB.')
 _VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file, and compare it.')
+_METADATA = flags.DEFINE_multi_string('metadata', None, 'A text to keep, KEY=VALUE.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Divide shards among hosts.')
 
 # Options of the preset `near`.
@@ -77,6 +79,7 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
     target,
     base=_BASE.value,
     shard_size=shard_size,
+    metadata=_metadata(),
     overwrite=overwrite,
     check=_VERIFY.value,
     progress=True,
@@ -112,6 +115,17 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   seconds = f'{time.monotonic() - start:.0f} s'
   lines.append(f'{share} ({before} => {after}, {target}) in {seconds}; {comes_back}')
   return result, '\n'.join(lines)
+
+
+def _metadata() -> dict[str, str]:
+  """Returns the texts of the flag --metadata by their keys."""
+  texts: dict[str, str] = {}
+  for text in _METADATA.value or ():
+    key, separator, value = text.partition('=')
+    if not key or not separator or key in texts:
+      raise ValueError(f'--metadata must be KEY=VALUE, each key once, got {text!r}')
+    texts[key] = value
+  return texts
 
 
 def _options(source: Any, target: str) -> dict[str, Any]:

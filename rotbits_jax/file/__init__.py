@@ -20,4 +20,5 @@ directory (a checkpoint), verification and report.
 from rotbits_jax.file.container import ContainerError as ContainerError
 from rotbits_jax.file.container import Readable as Readable
 from rotbits_jax.file.placement import Place as Place
+from rotbits_jax.file.reader import Encoded as Encoded
 from rotbits_jax.file.reader import Reader as Reader

@@ -10,7 +10,6 @@ from numpy.typing import DTypeLike
 from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import output
 from rotbits_jax.file import reader as reader_lib
@@ -22,7 +21,7 @@ _BUFFERS = f'{models.names.BUFFERS}/'
 
 @host.own_settings()
 def decode_to_directory(
-  source: container.Readable | reader_lib.Reader,
+  source: reader_lib.Encoded,
   directory: str | os.PathLike[str],
   *,
   base: Any = None,
@@ -36,6 +35,7 @@ def decode_to_directory(
   """Decodes a file to a checkpoint on disk, one layer at a time.
 
   Args:
+    source: the file, or its `Reader`, see `rotbits_jax.open`.
     directory: the directory for the checkpoint. With `overwrite`, an older checkpoint
       in it is replaced; one with other files is not, nor is one of the source or the
       base.
@@ -48,9 +48,7 @@ def decode_to_directory(
     code: whether the format 'transformers' also gets the Python modules of the file. Do
       so only if you trust its author: `trust_remote_code` may run them.
   """
-  reader: Any = source
-  if not isinstance(source, reader_lib.Reader):
-    reader = reader_lib.Reader(source, base=base)
+  reader = reader_lib.opened(source, base)
   reader.names()  # checks that no record is missing, and a base if one is needed
   keeps_files = (format, shard_size, dtype) == ('safetensors', None, None)
   is_plain, files = reader.is_plain and keeps_files, reader.files()

@@ -66,6 +66,7 @@ class Encoder:
     base: base_lib.Base | None = None,
     files: Mapping[str, Any] | None = None,  # bytes, or functions that return them
     stem: str | None = None,
+    metadata: Mapping[str, str] | None = None,
   ):
     """Checks, before the work, that the preset suits the source; see `api.encode`."""
     self.can_be_divided = preset.coder != paper.CODER
@@ -76,6 +77,7 @@ class Encoder:
     self.source, self.preset, self.base = source, preset, base
     self.inputs = [source, *([] if base is None else [base.source])]
     self._files, self._stem = dict(files or {}), stem
+    self._metadata = manifest_lib.check_metadata(dict(metadata or {}))
     self._headers = source.headers if isinstance(source, checkpoints.PlainFiles) else {}
     self._recipe = None if base is None else self._find_recipe(base)
     self._records: Any = self._recipe or source
@@ -108,6 +110,7 @@ class Encoder:
       *(preset.name, preset.options, preset.keeps, preset.coder, self._stem),
       *map(sources.fingerprint, self.inputs),
       {x: hashlib.sha256(y).hexdigest() for x, y in self._files.items()},
+      self._metadata,
       *(rotbits_jax.__version__, jax.__version__),
       # Another processor rounds bases in another way.
       None if self._recipe is None else platform.node(),
@@ -161,6 +164,7 @@ class Encoder:
         files=_write_files(streams, manifest_lib.FILES, files),
         headers=_write_files(streams, manifest_lib.HEADERS, headers),
         dtypes=self._dtypes(),
+        metadata=self._metadata if is_last else {},
       ).to_bytes()
     except ValueError as error:  # a reader would refuse it
       raise ValueError(f'the model cannot be stored: {error}') from error

@@ -37,6 +37,12 @@ FILES, HEADERS = 'files/', 'headers/'
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
 
+MOST_METADATA = 1 << 16
+"""The greatest number of bytes of all keys and values of the metadata, in UTF-8."""
+
+Metadata = Annotated[dict[str, str], msgspec.Meta(max_length=1024)]
+"""Texts of the user by their names."""
+
 Shape = tuple[int, ...]
 _Setting = schema.Scalar | tuple[schema.Scalar, ...]
 
@@ -234,6 +240,18 @@ class MessageEntry(schema.Object, kw_only=True):
       raise ValueError(f'the streams must be {", ".join(paper.STREAMS)}')
 
 
+def check_metadata(metadata: Any) -> dict[str, str]:
+  """Returns metadata if a file can hold it; else raises a ValueError."""
+  texts = schema.load(Metadata, metadata, 'metadata')
+  try:
+    size = sum(len(text.encode()) for pair in texts.items() for text in pair)
+  except UnicodeEncodeError as error:
+    raise ValueError(f'metadata: a text is not Unicode: {error}') from error
+  if size > MOST_METADATA:
+    raise ValueError(f'metadata: {size} bytes are more than {MOST_METADATA}')
+  return texts
+
+
 class Manifest(schema.Object, kw_only=True):
   """The description of a model in a file, or of one shard of it."""
 
@@ -247,6 +265,7 @@ class Manifest(schema.Object, kw_only=True):
   files: dict[str, Deflated] = msgspec.field(default_factory=dict)
   headers: dict[str, Deflated] = msgspec.field(default_factory=dict)
   dtypes: dict[str, entries.Dtype] = msgspec.field(default_factory=dict)
+  metadata: Metadata = msgspec.field(default_factory=dict)
 
   @classmethod
   def of_files(cls, files: Sequence[container.StreamReader]) -> Self:
@@ -274,6 +293,7 @@ class Manifest(schema.Object, kw_only=True):
 
   def check(self) -> None:
     """Checks that records, other files and the config belong together."""
+    check_metadata(self.metadata)
     names = [name for name, _ in self.streams()]
     paths = [path for record in self.records for path in record.paths]
     parents, levels = (every := set(paths)), 1

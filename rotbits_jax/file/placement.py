@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from rotbits_jax import models
 from rotbits_jax import structured
+from rotbits_jax.file import sources
 
 Place = (
   jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -50,6 +52,23 @@ def placed_like(old: Any, new: Any) -> Any:
   is_abstract = isinstance(getattr(sharding, 'mesh', None), jax.sharding.AbstractMesh)
   is_committed = getattr(old, 'committed', True) and not is_abstract
   return put(new, sharding if is_committed else None)
+
+
+def restored(like: Any, content: Any) -> Any:
+  """Returns decoded content in the structure of a PyTree, and where its arrays are.
+
+  A ValueError says that one of both is a `Model` and the other is not, that the configs
+  differ, or which array differs.
+  """
+  is_model = isinstance(content, models.Model)
+  if is_model != isinstance(like, models.Model):
+    if is_model:
+      raise ValueError('the file holds a model: leave out `like`, or give a Model')
+    raise ValueError('`like` is a Model, but the file holds none')
+  if is_model and like.config != content.config:
+    raise ValueError('the config of the model in the file differs from that of `like`')
+  tree = sources.unflatten_like(like, content)
+  return jax.tree.map(placed_like, like, tree, is_leaf=structured.is_structured)
 
 
 def _sharding(

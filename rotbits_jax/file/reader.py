@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 import types
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ class Reader:
   """An encoded file, or all shards of one, as a `passes.Source`.
 
   `config` is None for a PyTree and for plain tensors; `is_plain` tells the latter. No
-  file stays open between two streams.
+  file stays open between two streams, so the end of a `with` has nothing to close.
   """
 
   stored_as = None  # the arrays are rounded already
@@ -76,6 +76,27 @@ class Reader:
     homes = {name: self._homes[name] for name in self.records}
     if index is not None and index != shards.index_of(self._files, homes):
       raise ContainerError(f'{shards.INDEX} is not that of these shards')
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Ends a `with`, as that of `safetensors.safe_open`."""
+
+  @property
+  def metadata(self) -> dict[str, str]:
+    """The texts that the encoder got as `metadata`, by their names."""
+    return dict(self.manifest.metadata)
+
+  def keys(self) -> list[str]:
+    """Returns the names of all tensors, in the order of the file; see `tensor`."""
+    message = self.manifest.message
+    of_message = [] if message is None else list(message.layout.arrays)
+    return [*of_message, *self._holders]
+
+  def record(self, name: str) -> Tree:
+    """Reads one record, such as 'layers.3', without the others; see `read`."""
+    return self.read(name)
 
   @functools.cached_property
   def _leaves(self) -> dict[str, manifest_lib.Leaf]:
@@ -171,6 +192,8 @@ class Reader:
   def tensor(self, path: str) -> Any:
     """Reads one parameter, such as 'layers.3/attention/query/kernel'; see `read`."""
     if path not in self._holders:
+      if path in self.keys():
+        raise ContainerError(f'{path}: a file of the preset paper decodes whole')
       raise ContainerError(f'{path}: no such parameter')
     return self.decode(self._holders[path])[path]
 
@@ -418,6 +441,20 @@ class Reader:
         if len(contents[name]) != stream.size:
           raise ContainerError(f'{stream_name}: it must inflate to {stream.size}')
     return contents
+
+
+Encoded: TypeAlias = container.Readable | Reader
+"""An encoded file: its path, its bytes, an open binary file, or its reader, which has
+the base of the file."""
+
+
+def opened(source: Encoded, base: Any = None) -> Reader:
+  """Opens a file with its base, or returns a reader that has it."""
+  if not isinstance(source, Reader):
+    return Reader(source, base=base)
+  if base is not None:
+    raise ValueError('an opened file has its base: give base= to `rotbits_jax.open`')
+  return source
 
 
 @dataclasses.dataclass

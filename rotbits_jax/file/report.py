@@ -58,6 +58,7 @@ class Report(NamedTuple):
   lines: list[ReportLine]  # one for each cause of a difference between the sizes
   needs: dict[str, entries.BaseArray]  # arrays of a base, by path, to decode the file
   notes: dict[str, list[Note]]  # bits per element, and of each step by its name
+  metadata: dict[str, str]  # texts of the user by their names
   measured: held_out.Measured | None = None  # if `near` was given a bound
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
@@ -72,6 +73,7 @@ class Report(NamedTuple):
       'remarks': self.remarks(),
       'base': [schema.dump(array) for array in self.needs.values()],
       'measured': schema.dump(self.measured),
+      'metadata': self.metadata,
     }
     return value | {'notes': self.notes} if verbose else value
 
@@ -98,6 +100,9 @@ class Report(NamedTuple):
     for name, notes in self.notes.items():
       table = _aligned(notes if verbose else _summary(notes))
       texts.append('\n'.join([f'{text.printable(name)}:', *table]))
+    if self.metadata:
+      pairs = [text.printable(f'  {key}: {x}') for key, x in self.metadata.items()]
+      texts.append('\n'.join(['metadata:', *pairs]))
     texts += [textwrap.fill(text.printable(x), _WIDTH) for x in self.remarks()]
     return '\n\n'.join(texts)
 
@@ -200,6 +205,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     ],
     needs={array.path: array for leaf in leaves for array in leaf.base_arrays},
     notes=notes,
+    metadata=reader.metadata,
     measured=loss and schema.load(held_out.Measured, loss, 'measured'),
   )
 

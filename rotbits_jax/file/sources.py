@@ -93,10 +93,12 @@ def to_dicts(tree: Any, path: str = '') -> Any:
   leaf itself has the key 'array'. A ValueError says that a leaf is no array, or that
   keys cannot be told apart.
   """
+  if tree is None and not path:
+    raise ValueError('the tree: expected arrays of numbers, got None')
   if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
     children = list(tree.items())  # JAX would sort the keys
   else:
-    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+    pairs = _children(tree, path)
     is_structured = structured.is_structured(tree)
     if is_structured or [keys for keys, _ in pairs] == [()]:
       if not path:
@@ -113,6 +115,19 @@ def to_dicts(tree: Any, path: str = '') -> Any:
       raise ValueError(f'{where!r}: keys must be different and not empty')
     nested[key] = to_dicts(child, where)
   return nested
+
+
+def _children(tree: Any, path: str) -> list[tuple[Any, Any]]:
+  """Returns the keys and the children of a node; a leaf is its own child."""
+  try:
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+  except ValueError as error:
+    if not isinstance(tree, Mapping):
+      raise
+    types = ' and '.join(sorted({type(key).__name__ for key in tree}))
+    raise ValueError(
+      f'{path or "the tree"}: JAX cannot sort keys of the types {types}'
+    ) from error
 
 
 def unescaped(tree: Any) -> Any:

@@ -1,7 +1,7 @@
 """Configs, parameters and forward passes of dense and sliced transformers."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rotbits_jax.models import layout as layout
 from rotbits_jax.models import names as names
@@ -16,6 +16,10 @@ from rotbits_jax.models.model import Params as Params
 from rotbits_jax.models.model import from_layers as from_layers
 from rotbits_jax.models.model import stack_key as stack_key
 from rotbits_jax.models.model import stack_ranges as stack_ranges
+
+if TYPE_CHECKING:  # the names below, for type checkers and editors
+  from rotbits_jax.models.transformer import forward as forward
+  from rotbits_jax.models.transformer import logits as logits
 
 
 def __getattr__(name: str) -> Any:

@@ -5,11 +5,13 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 
 from rotbits_jax.models import names
+
+_Function = TypeVar('_Function', bound=Callable[..., Any])
 
 _SHARDED = jax.sharding.NamedSharding
 
@@ -27,7 +29,7 @@ def automatic(tree: Any) -> Any:
   return jax.tree.map(move, tree)
 
 
-def with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_auto_axes(function: _Function) -> _Function:
   """Lets a function of parameters, a config and arrays take `Explicit` axes.
 
   In its result, stacks are divided along their layers as the parameters are; other
@@ -55,7 +57,7 @@ def with_auto_axes(function: Callable[..., Any]) -> Callable[..., Any]:
     out = jax.tree_util.tree_map_with_path(place, result)
     return jax.sharding.auto_axes(bound, out_sharding=out)(params, *arrays)
 
-  return call
+  return cast(_Function, call)
 
 
 def _explicit(x: Any) -> Any:
