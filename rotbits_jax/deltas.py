@@ -73,8 +73,6 @@ def apply(
 ) -> T:
   """Applies the bytes of `delta`: turns the old PyTree into the new one.
 
-  A ContainerError says that `params` are not those that `delta` got.
-
   Args:
     data: the bytes of `delta`, the path of a file with them, or its reader, which
       needs no base.
@@ -90,6 +88,10 @@ def apply(
     The new PyTree, in the containers of the old one. An array that did not change is
     the old one itself, unless `sharding` is given. A leaf of integers that changed, see
     `load`, becomes its array.
+
+  Raises:
+    ContainerError: if the bytes are damaged, or were made from another old PyTree.
+    ValueError: if a reader has another base.
   """
   old = structured.flatten(sources.to_dicts(params))
   new: dict[str, Any] = {}

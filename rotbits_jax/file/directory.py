@@ -39,6 +39,7 @@ def decode_to_directory(
     directory: the directory for the checkpoint. With `overwrite`, an older checkpoint
       in it is replaced; one with other files is not, nor is one of the source or the
       base.
+    base: the base of the file, if it needs one and `source` is no reader.
     format: see `checkpoints.CheckpointWriter`. Plain tensors of no known family come
       back as they were, and take no format, shard_size or dtype.
     shard_size: greatest size of the tensors in a weights file, in bytes; None for the
@@ -47,6 +48,14 @@ def decode_to_directory(
       checkpoint.
     code: whether the format 'transformers' also gets the Python modules of the file. Do
       so only if you trust its author: `trust_remote_code` may run them.
+    overwrite: whether an older checkpoint in the directory may be replaced.
+    progress: whether to show progress on stderr.
+
+  Raises:
+    ContainerError: if the file is damaged, its base is missing or another one, or no
+      checkpoint can be made of it.
+    ValueError: if the directory has other files, or a dtype does not hold an element.
+    OSError: if a path cannot be read or written.
   """
   reader = reader_lib.opened(source, base)
   reader.names()  # checks that no record is missing, and a base if one is needed
