@@ -91,6 +91,8 @@ def encode(
   *,
   preset: presets.Preset | PresetName | str | None = None,
   base: Base | None = None,
+  exclude: Sequence[str] = (),
+  all_files: bool = False,
   metadata: Mapping[str, str] | None = None,
   progress: bool = False,
   **options: Any,
@@ -112,6 +114,10 @@ def encode(
       the differences from its arrays are stored, and decoding needs it, too. The preset
       is then 'exact', the default; or 'free', for a sliced model whose base is its
       dense model: then the subspaces that slicing kept are stored.
+    exclude: for the path of a folder, globs of files that are left out, such as
+      '*.onnx' or 'logs/'; the file records which ones were.
+    all_files: for the path of a folder, whether to keep weights in formats that are
+      not read, and files of any size, byte for byte.
     metadata: texts to keep in the file by their names, at most 64 KiB, as in
       safetensors files; `open(...).metadata` and `inspect` give them back.
     progress: whether to show progress on stderr.
@@ -127,7 +133,15 @@ def encode(
       options, the base or the metadata do not suit it.
     OSError: if a path cannot be read.
   """
-  encoder = _encoder(source, base, preset, metadata, **options)
+  encoder = _encoder(
+    source,
+    base,
+    preset,
+    exclude=exclude,
+    all_files=all_files,
+    metadata=metadata,
+    **options,
+  )
   return encoder.in_memory(progress=progress)
 
 
@@ -140,6 +154,8 @@ def encode_to_file(
   base: Base | None = None,
   shard_size: int | None = None,
   target_size: int | None = None,
+  exclude: Sequence[str] = (),
+  all_files: bool = False,
   metadata: Mapping[str, str] | None = None,
   overwrite: bool = False,
   check: bool = False,
@@ -161,10 +177,13 @@ def encode_to_file(
       a larger record has a shard to itself. None for one file.
     target_size: a bound on the bytes of the output, for which the option `step` of
       'near' is searched. The output has at least 99% of them, if steps between exist.
+    exclude: see `encode`.
+    all_files: see `encode`.
     metadata: see `encode`. Of shards, the last one has it.
     overwrite: whether an existing output may be replaced. No file of an input is.
     check: whether to decode the output and compare it with the source before it gets
-      its name: a checkpoint as in `verify`, others if the preset keeps bits.
+      its name: a checkpoint as in `verify`, others if the preset keeps bits. A folder
+      with files that would not be stored is refused before the work.
     progress: whether to show progress on stderr.
     **options: the options of the preset.
 
@@ -176,7 +195,21 @@ def encode_to_file(
   """
 
   def write(accepted: range | None = None, **settings: float) -> int:
-    encoder = _encoder(source, base, preset, metadata, **options, **settings)
+    encoder = _encoder(
+      source,
+      base,
+      preset,
+      exclude=exclude,
+      all_files=all_files,
+      metadata=metadata,
+      **options,
+      **settings,
+    )
+    if check and encoder.missed:
+      raise ValueError(
+        f'{source}: NOT STORED: {", ".join(encoder.missed)} (keep the original of '
+        'these); all_files=True stores them, exclude=[...] leaves them out on purpose'
+      )
     plan = output.Plan(encoder, path, shard_size, overwrite=overwrite)
     return plan.write(check=check, progress=progress, accepted=accepted)
 
@@ -210,7 +243,8 @@ def plan_shards(
     shard_size: see `encode_to_file`.
     base: see `encode`.
     overwrite: whether existing shards may be replaced.
-    **arguments: `preset`, `metadata` and the options of the preset, see `encode`.
+    **arguments: `preset`, `exclude`, `all_files`, `metadata` and the options of the
+      preset, see `encode`.
 
   Returns:
     The plan, whose shards any process encodes.
@@ -485,23 +519,31 @@ def _encoder(
   source: Encodable,
   base: Base | None,
   preset: presets.Preset | PresetName | str | None = None,
+  *,
+  exclude: Sequence[str] = (),
+  all_files: bool = False,
   metadata: Mapping[str, str] | None = None,
   **options: Any,
 ) -> encode_lib.Encoder:
   """Returns the encoder of a source, or of the checkpoint at a path."""
-  opened: Any = sources.of(source)
+  if isinstance(exclude, str):
+    raise ValueError(f'exclude must be a list of globs, got {exclude!r}')
+  selection = checkpoints.Selection(exclude=tuple(exclude), all_files=all_files)
+  opened: Any = sources.of(source, selection)
   default = presets.default(opened.config) if base is None else 'exact'
   made = presets.make(preset or default, **options)
   as_plain = opened
   is_reader = isinstance(opened, checkpoints.CheckpointReader)
   if made.keeps == 'bits' and is_reader and opened.headers and not opened.config.sliced:
-    as_plain = checkpoints.open_plain(opened.path)  # files come back byte for byte
+    # Files come back byte for byte.
+    as_plain = checkpoints.open_plain(opened.given, opened.selection)
   is_plain = as_plain.config is None
   opened_base = None if base is None else reader_lib.open_base(base, plain=is_plain)
   if opened_base is None or opened_base.config is None:
     opened = as_plain
   content = source if isinstance(source, checkpoints.Checkpoint) else opened
-  files, stem = getattr(content, 'files', {}), getattr(content, 'stem', None)
+  files = getattr(content, 'files', {})
+  stem = getattr(content, 'stem', None)
   if isinstance(opened, models.Model):
     files = checkpoints.with_own_head(dict(files), opened.config)
   return encode_lib.Encoder(

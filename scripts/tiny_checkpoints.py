@@ -74,7 +74,7 @@ def make(name: str, folder: pathlib.Path) -> None:
   with torch.no_grad():
     logits = model.eval()(tokens).logits
   np.savez_compressed(
-    folder / name / 'ref_logits.npz',
+    folder / 'logits' / f'{name}.npz',
     input_ids=tokens.numpy().astype(np.int32),
     logits=logits.numpy(),
   )

@@ -100,7 +100,7 @@ def check_dense(family: str, sizes: dict[str, Any], preset: str) -> str:
 
 def check_sliced(name: str, preset: str) -> str:
   """Checks one of Microsoft's models; returns the errors."""
-  reference = np.load(TESTDATA / name / 'ref_logits.npz')
+  reference = np.load(TESTDATA / 'logits' / f'{name}.npz')
   tokens = torch.tensor(reference['input_ids']).long()
   with tempfile.TemporaryDirectory() as folder:
     file, output, copy = (pathlib.Path(folder, x) for x in ('file', 'out', 'copy'))

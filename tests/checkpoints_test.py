@@ -269,27 +269,30 @@ class TestDirectory:
       (tmp_path / name).write_text(name)
     for name in ('tf_model.h5', 'optimizer.pt'):
       (tmp_path / name).write_text('not kept')
+    (tmp_path / 'training_args.bin').write_text('kept')
     for name in ('onnx', '.cache', 'checkpoint-500', '1_Pooling/inner', '~'):
       (tmp_path / name).mkdir(parents=True)
       (tmp_path / name / 'config.json').write_text('{}')
     (tmp_path / '.envrc').write_text('not kept')
     (tmp_path / '1_Pooling' / 'x.npy').write_text('not kept')
-    source = checkpoints.open_checkpoint(tmp_path / 'model.safetensors')
+    source = checkpoints.open_checkpoint(tmp_path)
     files = source.files
-    assert source.left_out == (
-      *('.envrc', '1_Pooling/x.npy', 'checkpoint-500/', 'onnx/', 'optimizer.pt'),
-      *('ref_logits.npz', 'tf_model.h5', '~/config.json'),
-    )
+    lost = ('.envrc', '1_Pooling/x.npy', 'optimizer.pt', 'tf_model.h5', '~/')
+    assert source.missed == lost
+    assert source.left_out == ('.cache/',)
     assert sorted(files) == [
       '.gitattributes',
       '1_Pooling/inner/config.json',
       'LICENSE',
       'README.md',
+      'checkpoint-500/config.json',
       'config.json',
       'generation_config.json',
       'merges.txt',
       'modeling_x.py',
+      'onnx/config.json',
       'tokenizer.model',
+      'training_args.bin',
     ]
     assert files['LICENSE'] == b'LICENSE'
     assert files['merges.txt'] == b'a\r\nb'
@@ -319,7 +322,7 @@ class TestDirectory:
     (folder / 'more' / 'root').symlink_to('..')
     source = checkpoints.open_checkpoint(folder)
     links = {'notes.txt', 'linked/', 'more/up', 'more/root/'}
-    assert links <= set(source.left_out)
+    assert links <= set(source.missed)
     found = {'inside.txt', 'more/inside'}
     assert source.files.keys() - {'config.json', 'generation_config.json'} == found
     assert source.files['inside.txt'] == b'inside'

@@ -14,7 +14,7 @@ from rotbits_jax import models
 from rotbits_jax import structured
 
 TESTDATA = pathlib.Path(__file__).parent / 'testdata'
-FIXTURES = sorted(path.parent.name for path in TESTDATA.glob('*/ref_logits.npz'))
+FIXTURES = sorted(path.stem for path in TESTDATA.glob('logits/*.npz'))
 
 # Two layers of each family, with what its published configs have besides.
 CONFIGS = {
@@ -63,7 +63,7 @@ def random_tokens(config, shape):
 @pytest.mark.parametrize('name', FIXTURES)
 def test_logits_are_those_of_pytorch(name):
   model = checkpoints.load_checkpoint(TESTDATA / name).model
-  expected = np.load(TESTDATA / name / 'ref_logits.npz')
+  expected = np.load(TESTDATA / 'logits' / f'{name}.npz')
   logits = logits_of(model, expected['input_ids'])
   assert logits.dtype == np.float32
   np.testing.assert_allclose(logits, expected['logits'], rtol=0, atol=1e-4)

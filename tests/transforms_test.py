@@ -34,7 +34,8 @@ def _logits(checkpoint, transform=None, *, rerounded=False):
     model, _ = _applied(transform, checkpoint)
   if rerounded:
     model = passes.randomly_rotated(model, key=jax.random.key(0))
-  tokens = np.load(cases.TESTDATA / checkpoint / 'ref_logits.npz')['input_ids'][:, :24]
+  reference = np.load(cases.TESTDATA / 'logits' / f'{checkpoint}.npz')
+  tokens = reference['input_ids'][:, :24]
   return transform_checks.fast_logits(model, tokens)
 
 

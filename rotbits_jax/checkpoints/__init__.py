@@ -16,12 +16,14 @@ from rotbits_jax.checkpoints.families import parse_object as parse_object
 from rotbits_jax.checkpoints.families import slicing_json as slicing_json
 from rotbits_jax.checkpoints.families import with_dtype as with_dtype
 from rotbits_jax.checkpoints.families import with_own_head as with_own_head
+from rotbits_jax.checkpoints.folders import Selection as Selection
 from rotbits_jax.checkpoints.reader import CheckpointReader as CheckpointReader
 from rotbits_jax.checkpoints.reader import Folder as Folder
 from rotbits_jax.checkpoints.reader import PlainFiles as PlainFiles
 from rotbits_jax.checkpoints.reader import example as example
 from rotbits_jax.checkpoints.reader import from_tensors as from_tensors
 from rotbits_jax.checkpoints.reader import load_checkpoint as load_checkpoint
+from rotbits_jax.checkpoints.reader import model_tensors as model_tensors
 from rotbits_jax.checkpoints.reader import open_any as open_any
 from rotbits_jax.checkpoints.reader import open_checkpoint as open_checkpoint
 from rotbits_jax.checkpoints.reader import open_plain as open_plain

@@ -8,6 +8,7 @@ The stem is the name that SliceGPT gives to a sliced model's weights and slicing
 from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import itertools
@@ -15,8 +16,7 @@ import json
 import math
 import os
 import pathlib
-import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import msgspec
@@ -27,6 +27,7 @@ from rotbits_jax import pool
 from rotbits_jax import structured
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
+from rotbits_jax.checkpoints import folders
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
@@ -39,22 +40,13 @@ _DTYPES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float
 _SHORTCUT = f'.attn_shortcut{families.SHORTCUT_SUFFIX}'  # in every sliced layer
 _TORCH_WEIGHTS = 'pytorch_model.bin'
 _TORCH_INDEX = f'{_TORCH_WEIGHTS}.index.json'
+_WEIGHTS_ENDINGS = ('.bin', '.pt', '.safetensors', safetensors.SUFFIX, _TORCH_INDEX)
 
-# Weights in other formats, arrays, and files that this package wrote.
-_NO_SIDECARS = frozenset([
-  '.bin', '.ckpt', '.gguf', '.ggml', '.h5', '.msgpack', '.npy', '.npz', '.onnx',
-  '.onnx_data', '.ot', '.pb', '.pkl', '.pt', '.pth', '.rotbits', '.safetensors',
-  '.tflite',
-])  # fmt: skip
-# How files that this package wrote begin, after the length of the header.
-_ENCODED = b'{"__metadata__":{"format":"rotbits",'
+_WHOLE = folders.Selection()
+_NOTHING = folders.Listing((), (), (), (), (), ())
+
 _MOST_SIDECARS = 1 << 28  # bytes of all together, as many as an encoded file may have
 _MOST_FILES = 1 << 12
-# Sub-folders with the model in other formats, and with the leavings of a training.
-_is_other = re.compile(
-  'onnx.*|openvino|coreml|tflite|tf|flax|gguf|runs|logs|wandb|mlruns|__pycache__|'
-  'checkpoint-[0-9]+|global_step[0-9]+'
-).fullmatch
 # Files that a Trainer of transformers leaves beside the weights.
 _TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
 _SHOWN = 8  # names listed in an error
@@ -63,14 +55,26 @@ _MANY_RECORDS, _SMALL_RECORD = 1 << 10, 1 << 12  # a count, and elements; see `_
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Folder:
-  """An opened folder, or tensors in memory, which are read a record at a time."""
+  """An opened folder, or tensors in memory, which are read a record at a time.
+
+  Files of the folder that are not weights are in `files`, which memory holds, or in
+  `copies`, which are streamed. `missed` are those that would be lost with the folder.
+  `left_out` are caches, encoded files, and files beside a weights file that was opened
+  alone. `excluded` are those that the selection excludes. All are relative paths, with
+  a slash at the end of folders.
+  """
 
   path: pathlib.Path | None  # of the weights, or of the index or the folder of several
   tensors: Mapping[str, tensors_lib.LazyTensor]  # by name
   files: dict[str, bytes]  # the sidecar files by name
   opened: tuple[files_lib.File, ...] = ()  # the weights files
   headers: dict[str, bytes] = dataclasses.field(default_factory=dict)  # of safetensors
-  left_out: tuple[str, ...] = ()  # files and folders beside the weights, not kept
+  given: pathlib.Path | None = None  # the path that was opened
+  selection: folders.Selection = _WHOLE
+  copies: dict[str, files_lib.File] = dataclasses.field(default_factory=dict)
+  missed: tuple[str, ...] = ()
+  left_out: tuple[str, ...] = ()
+  excluded: tuple[str, ...] = ()
   entries: tensors_lib.Records = dataclasses.field(default_factory=dict)
   config: models.ModelConfig | None = None  # None for plain tensors
   stem: str | None = None  # of a sliced model
@@ -118,6 +122,7 @@ class Folder:
       [repr(self.config), self.stem],
       # Machines may give one file system other numbers of devices and inodes.
       [(x.path.name, x.size, x.identity[2:]) for x in self.opened],
+      [(name, x.size, x.identity[2:]) for name, x in self.copies.items()],
       [(name, x.shape, x.dtype.name) for name, x in self.tensors.items()],
       [(name, hashlib.sha256(x).hexdigest()) for name, x in contents.items()],
     ]
@@ -293,29 +298,36 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tensors_lib.Checkpoint:
   return open_checkpoint(path).load()
 
 
-def open_any(path: str | os.PathLike[str]) -> CheckpointReader | PlainFiles:
+def open_any(
+  path: str | os.PathLike[str], selection: folders.Selection = _WHOLE
+) -> CheckpointReader | PlainFiles:
   """Opens a checkpoint, as plain tensors if it is not one of a known family."""
   try:
-    return open_checkpoint(path)
+    return open_checkpoint(path, selection)
   except errors.CheckpointError as error:
     with contextlib.suppress(errors.CheckpointError):
-      return PlainFiles(open_folder(path, plain=True), str(error))
+      return PlainFiles(open_folder(path, selection, plain=True), str(error))
     raise
 
 
-def open_plain(path: str | os.PathLike[str]) -> PlainFiles:
-  """Opens the safetensors files of a checkpoint of any family; see `PlainFiles`."""
-  return PlainFiles(open_folder(path, plain=True))
+def open_plain(
+  path: str | os.PathLike[str], selection: folders.Selection = _WHOLE
+) -> PlainFiles:
+  """Opens all safetensors files of a folder, of any family; see `PlainFiles`."""
+  return PlainFiles(open_folder(path, selection, plain=True))
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
+def open_checkpoint(
+  path: str | os.PathLike[str], selection: folders.Selection = _WHOLE
+) -> CheckpointReader:
   """Opens a dense or a sliced checkpoint: names, shapes, dtypes and the config.
 
   Directories are Hugging Face's (`model.safetensors`, `pytorch_model.bin`, or shards
   and their index), SliceGPT's (`<name>_<sparsity>.pt` and `.json`), or those of
   `save_checkpoint`. If one has several weights files or indices, `path` is that of one.
+  Weights in sub-folders are not those of the model.
   """
-  folder = open_folder(path, plain=False)
+  folder = open_folder(path, selection, plain=False)
   weights, files = folder.path, folder.files
   assert weights is not None
   if CONFIG not in files:
@@ -332,7 +344,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointReader:
   kept = dataclasses.replace(
     folder,
     files={name: x for name, x in files.items() if name not in of_others},
-    left_out=(*folder.left_out, *of_others),
+    missed=(*folder.missed, *of_others),
   )
   with errors.named(weights):
     parsed = families.parse_object(files[CONFIG], CONFIG)
@@ -353,55 +365,51 @@ def _slicing_jsons(files: Mapping[str, bytes]) -> dict[str, Any]:
 # ---- the files of a folder -----------------------------------------------------------
 
 
-def open_folder(path: str | os.PathLike[str], *, plain: bool) -> Folder:
+def open_folder(
+  path: str | os.PathLike[str],
+  selection: folders.Selection = _WHOLE,
+  *,
+  plain: bool,
+) -> Folder:
   """Opens a folder; only names, shapes, dtypes and the sidecar files are read.
 
-  If `plain`, the weights must be safetensors files, and any index is kept. Otherwise it
-  must name the tensors, and is kept if the writer divides tensors as it says. A path of
-  a file of weights has sidecar files only if there is a config beside it.
+  Args:
+    path: The folder, one of its weights files, or the index of several. Beside a file,
+      other files are taken only if there is a config among them.
+    selection: Which files of the folder are stored.
+    plain: Whether to take all safetensors files of the folder and its sub-folders, with
+      their indices. Otherwise the weights are those of the model whose config the
+      folder has, and an index must name their tensors.
   """
   given = _snapshot(files_lib.local_path(path))
-  listed, *others = _find_weights(given)
-  is_torch = listed.suffix in ('.pt', '.bin') or listed.name.endswith(_TORCH_INDEX)
-  if plain and is_torch:
-    text = 'is not safetensors, in which any family is stored'
-    raise errors.CheckpointError(f'{listed} {text}')
-  shards: Mapping[str, Sequence[str] | None]
-  shards = dict.fromkeys(x.name for x in (listed, *others))
-  index: dict[str, bytes] = {}
-  if listed.suffix == '.json':
-    content = tensors_lib.content(listed, safetensors.MOST_INDEX)
-    with errors.named(listed):
-      shards, _ = safetensors.parse_index(content)
-    if plain or listed.name == safetensors.INDEX:
-      index = {listed.name: content}
-  weights, headers = [], {}
-  tensors: dict[str, tensors_lib.LazyTensor] = {}
-  for shard, names in shards.items():
-    if not tensors_lib.is_relative_path(shard, levels=1):  # nor could it be decoded
-      text = f'{shard!r:.100} is not the name of a file of weights'
-      raise errors.CheckpointError(f'{listed}: {text}')
-    with errors.named(listed.parent / shard):
-      file = files_lib.File.of(listed.parent / shard)
-    weights.append(file)
-    if is_torch:
-      of_shard = torch_zip.open_file(file)
-    else:
-      headers[shard] = safetensors.read_header(file)
-      of_shard = safetensors.open_tensors(file, headers[shard])
-    if names is not None and not plain and (differing := of_shard.keys() ^ {*names}):
-      text = errors.cut(', '.join(sorted(differing)[:_SHOWN]))
-      raise errors.CheckpointError(f'{listed}: {shard} and the index differ in {text}')
-    if twice := tensors.keys() & of_shard.keys():
-      raise errors.CheckpointError(f'{file.path}: {min(twice)} is in another file, too')
-    tensors |= of_shard
-  no_sidecars = {listed, *(file.path for file in weights)}
-  files, left_out = index, tuple[str, ...]()
+  if not given.exists():
+    raise errors.CheckpointError(f'{given}: there is no such file or directory')
+  is_folder = given.is_dir()
+  root = given if is_folder else given.parent
   # The folder of a file may be any one, with other files of its owner.
-  if given.is_dir() or (given.parent / CONFIG).exists():
-    files, left_out = _read_sidecars(listed.parent, no_sidecars, index)
-  found = listed.parent if others else listed
-  return Folder(found, tensors, files, tuple(weights), headers, left_out)
+  listed = _NOTHING
+  if is_folder or (root / CONFIG).exists():
+    listed = folders.listing(root, selection)
+  found = _find_weights(given, listed, plain=plain)
+  opened = _open_weights(root, found, plain=plain)
+  used = {*found, *opened.files}
+  index = None
+  if found[0] == safetensors.INDEX or (plain and found[0].endswith(safetensors.SUFFIX)):
+    index = found[0]
+  kept = _read_others(root, listed, used, index, selection, plain=plain)
+  return Folder(
+    path=root if len(found) > 1 else root / found[0],
+    tensors=opened.tensors,
+    files=kept.files,
+    opened=tuple(opened.files.values()),
+    headers=opened.headers,
+    given=given,
+    selection=selection,
+    copies=kept.copies if is_folder else {},
+    missed=kept.lost if is_folder else (),
+    left_out=listed.ignored if is_folder else (*listed.ignored, *kept.lost),
+    excluded=listed.excluded,
+  )
 
 
 def _snapshot(path: pathlib.Path) -> pathlib.Path:
@@ -411,68 +419,217 @@ def _snapshot(path: pathlib.Path) -> pathlib.Path:
   return path / 'snapshots' / main.read_text().strip() if is_cache else path
 
 
-def _find_weights(path: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the weights file of a folder, or the index of several, or all of these."""
-  candidates = [path]
-  if path.is_dir():
-    candidates = sorted(x for x in path.glob('*.pt') if x.name not in _TRAINING)
-    # Programs prefer these to safetensors of other names, such as an adapter's.
-    for pattern in (
-      safetensors.WEIGHTS, f'*{safetensors.SUFFIX}', _TORCH_WEIGHTS, _TORCH_INDEX,
-      '*.safetensors',
-    ):  # fmt: skip
-      is_torch = pattern in (_TORCH_WEIGHTS, _TORCH_INDEX)
-      if listed := sorted(path.glob(pattern)) if not (is_torch and candidates) else []:
-        candidates += listed
-        break
-  elif not path.exists():
-    raise errors.CheckpointError(f'{path}: there is no such file or directory')
-  names = errors.cut(', '.join(x.name for x in candidates)) or 'none'
-  endings = ('.bin', '.pt', '.safetensors', safetensors.SUFFIX, _TORCH_INDEX)
-  is_set = all(x.suffix == '.safetensors' for x in candidates) and candidates
-  if not (is_set or (len(candidates) == 1 and names.endswith(endings))):
-    text = f'one file of weights, .safetensors, .pt or .bin, or an index; got {names}'
-    raise errors.CheckpointError(f'{path}: expected {text}')
-  return candidates
+def _find_weights(
+  given: pathlib.Path, listed: folders.Listing, *, plain: bool
+) -> list[str]:
+  """Returns the weights files, or the index of several, as relative paths."""
+  if not given.is_dir():
+    found = [given.name]
+  elif plain:
+    _check_shards(given, listed)
+    # Folders above those in them; the file with the shortest name is the main one.
+    found = sorted(listed.safetensors, key=lambda x: (x.count('/'), len(x), x))
+  else:
+    at_root = (*listed.safetensors, *listed.weights, *listed.others)
+    found = main_weights([name for name in at_root if '/' not in name])
+  is_set = found and all(x.endswith(folders.SAFETENSORS) for x in found)
+  if is_set or (len(found) == 1 and found[0].endswith(_WEIGHTS_ENDINGS)):
+    return found
+  _check_shards(given, listed)
+  names = found or [x for x in listed.weights if '/' not in x]
+  got = errors.cut(', '.join(names)) or 'none'
+  raise errors.CheckpointError(
+    f'{given}: expected one file of weights, .safetensors, .pt or .bin, or an index; '
+    f'got {got}'
+  )
 
 
-def _read_sidecars(
-  root: pathlib.Path, weights: set[pathlib.Path], index: dict[str, bytes]
-) -> tuple[dict[str, bytes], tuple[str, ...]]:
-  """Returns the files beside the weights, and the names of visible ones left out."""
+def _check_shards(root: pathlib.Path, listed: folders.Listing) -> None:
+  """Raises if a shard that an index names is missing, and was not excluded."""
+  known = {*listed.safetensors, *listed.excluded}
+  for index in listed.others:
+    if not index.endswith(safetensors.SUFFIX):
+      continue
+    content = tensors_lib.content(root / index, safetensors.MOST_INDEX)
+    with errors.named(root / index):
+      shards, _ = safetensors.parse_index(content)
+      folder = pathlib.PurePosixPath(index).parent
+      for shard in shards:
+        if (folder / shard).as_posix() not in known:
+          raise errors.CheckpointError(f'the shard {errors.cut(shard)} is missing')
+
+
+def main_weights(names: Sequence[str]) -> list[str]:
+  """Returns the weights of the model of a folder: a file, an index, or several files.
+
+  Args:
+    names: The names of the files in the folder.
+  """
+  found = sorted(x for x in names if x.endswith('.pt') and x not in _TRAINING)
+  # Programs prefer these to safetensors of other names, such as an adapter's.
+  for pattern in (
+    safetensors.WEIGHTS, f'*{safetensors.SUFFIX}', _TORCH_WEIGHTS, _TORCH_INDEX,
+    '*.safetensors',
+  ):  # fmt: skip
+    if found and pattern in (_TORCH_WEIGHTS, _TORCH_INDEX):
+      continue
+    matching = sorted(fnmatch.filter(names, pattern))
+    if matching:
+      return found + matching
+  return found
+
+
+def model_tensors(
+  headers: Mapping[str, bytes], files: Mapping[str, bytes]
+) -> dict[str, str]:
+  """Returns the tensors of the model at the root of a folder of plain tensors.
+
+  Args:
+    headers: The headers of all safetensors files, by relative path.
+    files: The other files, by relative path.
+
+  Returns:
+    The path of each tensor in the folder, see `folders.tensor_paths`, by its name.
+  """
+  paths = folders.tensor_paths({x: safetensors.places(y) for x, y in headers.items()})
+  found = main_weights([name for name in (*headers, *files) if '/' not in name])
+  if found and found[0].endswith(safetensors.SUFFIX):
+    shards, _ = safetensors.parse_index(files[found[0]])
+    found = [*shards]
+  tensors: dict[str, str] = {}
+  for file in found:
+    tensors |= paths.get(file, {})
+  return tensors
+
+
+class _Opened(NamedTuple):
+  """Opened weights files."""
+
+  files: dict[str, files_lib.File]  # by relative path
+  headers: dict[str, bytes]  # of safetensors files, by relative path
+  tensors: dict[str, tensors_lib.LazyTensor]  # by name, or by path if `plain`
+
+
+def _open_weights(root: pathlib.Path, found: Sequence[str], *, plain: bool) -> _Opened:
+  """Opens weights files, or those of an index, see `_find_weights`."""
+  listed = root / found[0]
+  is_torch = found[0].endswith(('.pt', '.bin', _TORCH_INDEX))
+  if plain and is_torch:
+    raise errors.CheckpointError(
+      f'{listed} is not safetensors, in which any family is stored'
+    )
+  shards: Mapping[str, Sequence[str] | None] = dict.fromkeys(found)
+  if listed.suffix == '.json':
+    content = tensors_lib.content(listed, safetensors.MOST_INDEX)
+    with errors.named(listed):
+      shards, _ = safetensors.parse_index(content)
+  opened = _Opened({}, {}, {})
+  by_file: dict[str, dict[str, tensors_lib.LazyTensor]] = {}
+  for shard, names in shards.items():
+    levels = shard.count('/') + 1 if shard in found else 1
+    if not tensors_lib.is_relative_path(shard, levels):  # nor could it be decoded
+      raise errors.CheckpointError(
+        f'{listed}: {shard!r:.100} is not the name of a file of weights'
+      )
+    with errors.named(root / shard):
+      file = files_lib.File.of(root / shard)
+    opened.files[shard] = file
+    if is_torch:
+      by_file[shard] = torch_zip.open_file(file)
+    else:
+      opened.headers[shard] = safetensors.read_header(file)
+      by_file[shard] = safetensors.open_tensors(file, opened.headers[shard])
+    if names is not None and not plain:
+      _check_index(listed, shard, {*names} ^ by_file[shard].keys())
+  opened.tensors.update(_joined_tensors(root, by_file, plain=plain))
+  return opened
+
+
+def _check_index(index: pathlib.Path, shard: str, differing: set[str]) -> None:
+  """Raises if an index and a shard differ in the names of tensors."""
+  if differing:
+    names = errors.cut(', '.join(sorted(differing)[:_SHOWN]))
+    raise errors.CheckpointError(f'{index}: {shard} and the index differ in {names}')
+
+
+def _joined_tensors(
+  root: pathlib.Path,
+  by_file: Mapping[str, Mapping[str, tensors_lib.LazyTensor]],
+  *,
+  plain: bool,
+) -> dict[str, tensors_lib.LazyTensor]:
+  """Returns the tensors of all files by path if `plain`, and else by name."""
+  if plain:
+    paths = folders.tensor_paths(by_file)
+    return {
+      paths[file][name]: tensor
+      for file, tensors in by_file.items()
+      for name, tensor in tensors.items()
+    }
+  joined: dict[str, tensors_lib.LazyTensor] = {}
+  for file, tensors in by_file.items():
+    twice = joined.keys() & tensors.keys()
+    if twice:
+      raise errors.CheckpointError(
+        f'{root / file}: {min(twice)} is in another file, too'
+      )
+    joined |= tensors
+  return joined
+
+
+class _Others(NamedTuple):
+  """The files of a folder that are not read as weights."""
+
+  files: dict[str, bytes]  # by relative path
+  copies: dict[str, files_lib.File]
+  lost: tuple[str, ...]
+
+
+def _read_others(
+  root: pathlib.Path,
+  listed: folders.Listing,
+  used: set[str],
+  index: str | None,
+  selection: folders.Selection,
+  *,
+  plain: bool,
+) -> _Others:
+  """Reads the files beside the weights.
+
+  Args:
+    root: The folder.
+    listed: Its files.
+    used: Weights files that are read, and their index.
+    index: The index that is kept, because the writer divides tensors as it says.
+    selection: Whether weights in other formats, and large files, are kept.
+    plain: Whether the index of every set of shards is kept.
+  """
+  of_weights = {*listed.weights, *listed.safetensors}
+  if not plain:
+    indices = (x for x in listed.others if x.endswith(safetensors.SUFFIX))
+    of_weights |= {x for x in indices if x != index}
+  large = sorted(of_weights - used)
+  without_weights: list[str] = []
+  if not selection.all_files:
+    without_weights = folders.adapter_configs(listed.others, large, used)
   files: dict[str, bytes] = {}
-  left_out, room = [], _MOST_SIDECARS - sum(map(len, index.values()))
-  for parent, folders, names in os.walk(root):
-    base = pathlib.Path(parent)
-    visible = [base / x for x in sorted(folders) if not x.startswith('.')]
-    entered = [x for x in visible if not (_is_other(x.name) or x.is_symlink())]
-    closed = (x for x in visible if x not in entered)
-    left_out += [f'{x.relative_to(root).as_posix()}/' for x in closed]
-    folders[:] = [x.name for x in entered]
-    for file in sorted({base / name for name in names} - weights):
-      name = file.relative_to(root).as_posix()
-      if (
-        file.suffix in _NO_SIDECARS
-        or (base == root and name.endswith('.index.json'))
-        or not _is_inside(file, root)
-        or file.stat().st_size > room
-        or len(files) == _MOST_FILES
-        or not tensors_lib.is_relative_path(name)
-        or (content := tensors_lib.content(file, room)).startswith(_ENCODED, 8)
-      ):
-        left_out.append(name)
-      else:
-        files[name] = content
-        room -= len(content)
-  return dict(sorted(files.items())) | index, tuple(sorted(left_out))
-
-
-def _is_inside(file: pathlib.Path, root: pathlib.Path) -> bool:
-  """Returns whether a path is that of a regular file in a folder."""
-  # An untrusted folder may have links to private files. Those of Hugging Face's cache
-  # lead from `snapshots/<revision>`, and from folders in it, into `blobs`.
-  folder = pathlib.Path(os.path.realpath(root))
-  real = pathlib.Path(os.path.realpath(file))
-  revisions = (x for x in (folder, *folder.parents) if x.parent.name == 'snapshots')
-  blobs = {x.parent.parent / 'blobs' for x in revisions}
-  return real.is_file() and (real.is_relative_to(folder) or real.parent in blobs)
+  room = _MOST_SIDECARS
+  for name in listed.others:
+    if name in of_weights or name in without_weights or name == index:
+      continue
+    with errors.named(root / name):
+      size = files_lib.File.of(root / name).size
+    if size > room or len(files) == _MOST_FILES:
+      large.append(name)
+    else:
+      files[name] = tensors_lib.content(root / name, room)
+      room -= size
+  if index is not None:
+    files[index] = tensors_lib.content(root / index, safetensors.MOST_INDEX)
+  lost = [*listed.lost, *without_weights]
+  copies = {}
+  if selection.all_files:
+    copies = {name: files_lib.File.of(root / name) for name in large}
+  else:
+    lost += large
+  return _Others(files, copies, tuple(sorted(lost)))

@@ -8,14 +8,15 @@ Raises:
   OSError: if the directory cannot be written or must not be replaced.
 """
 
-from collections.abc import Iterator, Mapping
+import collections
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import fnmatch
 import itertools
 import os
 import pathlib
 import typing
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -23,12 +24,16 @@ from numpy.typing import DTypeLike
 from rotbits_jax import models
 from rotbits_jax.checkpoints import errors
 from rotbits_jax.checkpoints import families
+from rotbits_jax.checkpoints import folders
 from rotbits_jax.checkpoints import safetensors
 from rotbits_jax.checkpoints import tensors as tensors_lib
 from rotbits_jax.checkpoints import torch_zip
 from rotbits_jax.checkpoints import transformers
 from rotbits_jax.checkpoints.families import CONFIG
 from rotbits_jax.system import outputs
+
+Copy = Callable[[BinaryIO], None]
+"""Writes the content of a file to an open one."""
 
 Format = Literal['safetensors', 'slicegpt', 'transformers']
 
@@ -44,32 +49,38 @@ class FolderWriter:
     weights: Mapping[str, bytes | safetensors.Specs],
     *,
     files: Mapping[str, bytes],
+    copies: Mapping[str, Copy] | None = None,
     overwrite: bool = False,
   ):
     """Plans the files, which may replace those of an older checkpoint.
 
-    `weights` has, by the name of each weights file, the header of a safetensors file or
-    the tensors of a PyTorch file; `files` has those to put beside them.
+    Args:
+      path: The folder.
+      weights: By the relative path of each weights file, the header of a safetensors
+        file, or the tensors of a PyTorch file.
+      files: The content of files to put beside them, by relative path.
+      copies: Functions that write other files, by relative path.
+      overwrite: Whether an older checkpoint may be replaced.
     """
     self._path, self._weights = path, weights
     self._files, self._overwrite = files, overwrite
+    self._copies = dict(copies or {})
     self.specs: dict[str, tensors_lib.TensorSpec] = {}  # of the tensors by name
     self._places: dict[str, tuple[str, int]] = {}  # name of the file, and offset in it
-    for name in (*weights, *files):
+    for name in (*weights, *files, *self._copies):
       if not tensors_lib.is_relative_path(name):
         raise errors.CheckpointError(f'{name!r} is not the name of a file')
-    if both := weights.keys() & files.keys():
-      raise errors.CheckpointError(f'two files have the name {min(both)}')
-    for name, content in weights.items():
-      with errors.named(name):
-        if isinstance(content, bytes):
-          places = safetensors.places(content)
-        else:
-          places = {tensor: (0, spec) for tensor, spec in content.items()}
-      for tensor, (offset, spec) in places.items():
-        if tensor in self.specs:
-          raise errors.CheckpointError(f'two files have the tensor {tensor}')
-        self.specs[tensor], self._places[tensor] = spec, (name, offset)
+    counts = collections.Counter([*weights, *files, *self._copies])
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+      raise errors.CheckpointError(f'two files have the name {min(twice)}')
+    places = {name: _places(name, content) for name, content in weights.items()}
+    paths = folders.tensor_paths(places)
+    for name, tensors in places.items():
+      for tensor, (offset, spec) in tensors.items():
+        path_of_tensor = paths[name][tensor]
+        self.specs[path_of_tensor] = spec
+        self._places[path_of_tensor] = name, offset
     self._missing = dict.fromkeys(self.specs)
 
   @contextlib.contextmanager
@@ -88,6 +99,11 @@ class FolderWriter:
             file.write(content)
         else:
           self._archives[name] = torch_zip.TorchZipWriter(path, content)
+      for name, write in self._copies.items():
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open('xb') as file:
+          write(file)
       yield self
       if count := len(self._missing):
         first = next(iter(self._missing))
@@ -110,12 +126,22 @@ class FolderWriter:
 
   def replaced(self) -> list[pathlib.Path]:
     """Returns the files of an older checkpoint that are replaced."""
-    new = {*self._files, *self._weights}
+    new = {*self._files, *self._weights, *self._copies}
     return outputs.check_replaced(
       outputs.directory_target(self._path),
       lambda name: name in new or fnmatch.fnmatch(name, _OLDER_WEIGHTS),
       overwrite=self._overwrite,
     )
+
+
+def _places(
+  name: str, content: bytes | safetensors.Specs
+) -> dict[str, tuple[int, tensors_lib.TensorSpec]]:
+  """Returns the offset and the spec of each tensor of a weights file."""
+  if not isinstance(content, bytes):
+    return {tensor: (0, spec) for tensor, spec in content.items()}
+  with errors.named(name):
+    return safetensors.places(content)
 
 
 class CheckpointWriter(FolderWriter):
@@ -142,6 +168,7 @@ class CheckpointWriter(FolderWriter):
     shard_size: int | None = None,
     buffers: Mapping[str, Any] | None = None,
     code: bool = False,
+    copies: Mapping[str, Copy] | None = None,
     overwrite: bool = False,
   ):
     """Plans the files.
@@ -158,6 +185,7 @@ class CheckpointWriter(FolderWriter):
         more than one tensor; None for one file.
       buffers: arrays or `TensorSpec`s of the tensors that the forward pass does not
         use, by name. 'transformers' computes them, so it leaves them out.
+      copies: see `FolderWriter`.
       code: whether 'transformers' keeps Python modules among `files`, as others do.
     """
     formats = typing.get_args(Format)
@@ -204,7 +232,9 @@ class CheckpointWriter(FolderWriter):
       shards, new_index = safetensors.divided(specs, index, shard_size)
       weights = {name: safetensors.header(shard) for name, shard in shards.items()}
       files |= {} if new_index is None else {safetensors.INDEX: new_index}
-    super().__init__(directory, weights, files=files, overwrite=overwrite)
+    super().__init__(
+      directory, weights, files=files, copies=copies, overwrite=overwrite
+    )
 
   def add(self, path: str, leaf: Any) -> None:
     """Adds a parameter once: an array or a structured leaf, which is materialized."""

@@ -22,8 +22,14 @@ decoded and compared. With --shard_size, a run that was killed continues after i
 complete shards; with --distributed, process i of n encodes every n-th shard. The texts
 of --metadata=KEY=VALUE, which may be repeated, are shown by `rotbits inspect`.
 
-JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the files
-that are not kept; plain_because, why the checkpoint is stored as plain tensors.
+Weights in formats that are not read (.bin, .pt, .onnx, .gguf, ...) beside safetensors,
+hidden folders, and files that are too large are named as NOT STORED, and --verify then
+writes nothing. --all_files stores such weights and large files byte for byte;
+--exclude='*.onnx' leaves files out on purpose.
+
+JSON: that of `rotbits inspect`; given_bytes of the weights files; missed, the files of
+the folder that are not stored; excluded by --exclude; left_out, caches and encoded
+files; plain_because, why the checkpoint is stored as plain tensors.
 """
 
 import pathlib
@@ -47,6 +53,12 @@ _BASE, _OVERWRITE = program.shared('base', 'overwrite')
 _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to keep.')
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A preset, with options.')
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Size of a shard, like 2GB.')
+_EXCLUDE = flags.DEFINE_multi_string(
+  'exclude', [], "Globs of files to leave out, like '*.onnx'."
+)
+_ALL_FILES = flags.DEFINE_bool(
+  'all_files', False, 'Keep files of any format and size, byte for byte.'
+)
 _VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file, and compare it.')
 _METADATA = flags.DEFINE_multi_string('metadata', None, 'A text to keep, KEY=VALUE.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Divide shards among hosts.')
@@ -72,13 +84,18 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   output.check_path(target, shard_size, inputs=[checkpoint], overwrite=overwrite)
-  source = checkpoints.open_any(checkpoint)
+  selection = checkpoints.Selection(
+    exclude=tuple(_EXCLUDE.value), all_files=_ALL_FILES.value
+  )
+  source = checkpoints.open_any(checkpoint, selection)
   options = _options(source, target)
   rotbits_jax.encode_to_file(
     checkpoint,
     target,
     base=_BASE.value,
     shard_size=shard_size,
+    exclude=selection.exclude,
+    all_files=selection.all_files,
     metadata=_metadata(),
     overwrite=overwrite,
     check=_VERIFY.value,
@@ -89,9 +106,16 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
     return None
   report = rotbits_jax.inspect(pathlib.Path(target).resolve())
   reason = getattr(source, 'reason', None)
-  left_out, given = list(source.left_out), {'given_bytes': source.input_bytes}
-  result = report.to_json() | given | {'left_out': left_out, 'plain_because': reason}
-  lines = []
+  result = report.to_json() | {
+    'given_bytes': source.input_bytes,
+    'missed': list(source.missed),
+    'excluded': list(source.excluded),
+    'left_out': list(source.left_out),
+    'plain_because': reason,
+  }
+  lines = [f'NOT STORED: {x} (keep the original of these)' for x in source.missed]
+  if source.excluded:
+    lines.append(f'excluded: {", ".join(source.excluded)}')
   if source.left_out:
     lines.append(f'not kept: {", ".join(source.left_out)}')
   if reason is not None:
@@ -101,6 +125,8 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   if report.file_bytes >= input_bytes:
     lines.append('The file is not smaller than the weights: keep those.')
   comes_back = report_lib.BACK[report.keeps]
+  if source.missed and report.keeps == 'bits':
+    comes_back = 'the stored files come back, those above do not'
   if report.measured is not None:
     comes_back += f': {report.measured}'
   elif report.keeps == 'approximation':

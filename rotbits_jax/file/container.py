@@ -4,7 +4,7 @@ The page on the format describes it. A damaged file raises `ContainerError`.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import io
 import json
@@ -33,6 +33,7 @@ _MOST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _LEAST_TEXT = 1 << 20  # bytes that any manifest may inflate to
 _MOST_RATIO = 16  # of the bytes of a larger one to those of the file
 _LEAST_BYTES = 8  # of a manifest for each of its lists and objects, on average
+_PIECE = 1 << 20  # bytes of a stream that are inflated at a time
 _SHOWN = 400  # characters of each end of an error's message
 
 
@@ -92,6 +93,10 @@ class StreamWriter:
 
   def append(self, name: str, *pieces: Any) -> tuple[int, int]:
     """Writes a stream, given as buffers; returns its length and its CRC-32."""
+    return self.append_all(name, pieces)
+
+  def append_all(self, name: str, pieces: Iterable[Any]) -> tuple[int, int]:
+    """Writes a stream as `append` does, given buffers one after the other."""
     start, crc = self._end, 0
     for piece in pieces:
       view = memoryview(np.ascontiguousarray(piece)).cast('B')
@@ -197,6 +202,39 @@ class StreamReader:
     if len(content) > most or not unpacker.eof or unpacker.unused_data:
       raise ContainerError(f'{name}: it must inflate to {most} bytes at most')
     return content
+
+  def inflate_to(self, file: BinaryIO, name: str, crc32: int, size: int) -> None:
+    """Inflates a stream of the format of zlib to a file, a piece at a time.
+
+    Args:
+      file: Where to write.
+      name: The name of the stream.
+      crc32: Its checksum.
+      size: The number of bytes that it inflates to.
+    """
+    stream = Stream(self, name)
+    (nbytes,) = stream.shape
+    unpacker = zlib.decompressobj()
+    left = size
+    for start in range(0, nbytes, _PIECE):
+      packed = np.empty(min(_PIECE, nbytes - start), np.uint8)
+      stream.read(start, packed)
+      pending: Any = packed
+      while len(pending):
+        try:
+          content = unpacker.decompress(pending, _PIECE)
+        except zlib.error as error:
+          raise ContainerError(f'{name}: {error}') from error
+        left -= len(content)
+        if left < 0 or unpacker.unused_data or (not content and unpacker.eof):
+          raise ContainerError(f'{name}: it must inflate to {size} bytes')
+        file.write(content)
+        pending = unpacker.unconsumed_tail
+    content = unpacker.flush()
+    file.write(content)
+    stream.check(crc32)
+    if left != len(content) or not unpacker.eof:
+      raise ContainerError(f'{name}: it must inflate to {size} bytes')
 
   def manifest(self) -> bytes:
     """Returns the text of the manifest, which takes little memory when it is parsed."""

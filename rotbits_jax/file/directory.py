@@ -70,7 +70,11 @@ def decode_to_directory(
   try:
     if is_plain:
       writer = checkpoints.FolderWriter(
-        directory, reader.headers(), files=files, overwrite=overwrite
+        directory,
+        reader.headers(),
+        files=files,
+        copies=reader.copies(),
+        overwrite=overwrite,
       )
       if wrong := {name for name, _ in specs.items() ^ writer.specs.items()}:
         raise ContainerError(f'{min(wrong)}: the headers and the records differ')
@@ -94,6 +98,7 @@ def decode_to_directory(
         shard_size=shard_size,
         buffers={x[len(_BUFFERS) :]: specs[x] for x in specs if x.startswith(_BUFFERS)},
         code=code,
+        copies=reader.copies(),
         overwrite=overwrite,
       )
       add = writer.add

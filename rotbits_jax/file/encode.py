@@ -43,8 +43,12 @@ from rotbits_jax.relative import products
 from rotbits_jax.relative import recipe as recipe_lib
 from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
+from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import progress as progress_lib
 from rotbits_jax.system import schema
+
+_COPY_LEVEL = 3  # of zlib, for files that may be as large as the weights
+_COPY_PIECE = 1 << 22  # bytes
 
 RELATIVE = 'relative to a base'
 """The name of the saving of a base."""
@@ -69,6 +73,10 @@ class Encoder:
     metadata: Mapping[str, str] | None = None,
   ):
     """Checks, before the work, that the preset suits the source; see `api.encode`."""
+    self._copies = dict(getattr(source, 'copies', {}))
+    self._selection = getattr(source, 'selection', checkpoints.Selection())
+    self._excluded = tuple(getattr(source, 'excluded', ()))
+    self.missed: tuple[str, ...] = tuple(getattr(source, 'missed', ()))
     self.can_be_divided = preset.coder != paper.CODER
     if self.can_be_divided and preset.coder not in coders.CODERS:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
@@ -138,13 +146,16 @@ class Encoder:
     gone through. The result is the state after them.
     """
     is_last = records[-1:] == tuple(self.counts)[-1:]
-    files, headers = (self._files, self._headers) if is_last else ({}, {})
+    files, headers, copies = {}, {}, {}
+    if is_last:
+      files, headers, copies = self._files, self._headers, self._copies
     names = list(records)
     if not self.can_be_divided:
       records = [name for name in records if name == models.names.BUFFERS]
       names = [*paper.STREAMS, *records]
     names += [f'{manifest_lib.FILES}{name}' for name in files]
     names += [f'{manifest_lib.HEADERS}{name}' for name in headers]
+    names += [f'{manifest_lib.COPIES}{name}' for name in copies]
     streams = container.StreamWriter(file, names)
     # A recipe drops rounding errors later, and a shard does not know the others.
     is_whole = self._recipe is None and len(records) == len(self.counts)
@@ -163,6 +174,10 @@ class Encoder:
         message=message,
         files=_write_files(streams, manifest_lib.FILES, files),
         headers=_write_files(streams, manifest_lib.HEADERS, headers),
+        copies=_write_copies(streams, copies),
+        exclude=self._selection.exclude if is_last else (),
+        excluded=self._excluded if is_last else (),
+        missed=self.missed if is_last else (),
         dtypes=self._dtypes(),
         metadata=self._metadata if is_last else {},
       ).to_bytes()
@@ -171,6 +186,8 @@ class Encoder:
     for opened in self.inputs:
       for input_file in getattr(opened, 'opened', ()):
         input_file.check()
+    for input_file in copies.values():
+      input_file.check()
     streams.finish(data)
     return state
 
@@ -393,6 +410,28 @@ def _write_files(
     written = streams.append(f'{prefix}{name}', packed)
     deflated[name] = manifest_lib.Deflated(*written, size=len(data))
   return deflated
+
+
+def _write_copies(
+  streams: container.StreamWriter, copies: Mapping[str, files_lib.File]
+) -> dict[str, manifest_lib.Copied]:
+  """Writes files as zlib streams, a piece at a time."""
+  copied = {}
+  for name, file in copies.items():
+    stream = f'{manifest_lib.COPIES}{name}'
+    nbytes, crc32 = streams.append_all(stream, _deflated(file))
+    copied[name] = manifest_lib.Copied(nbytes, crc32, size=file.size)
+  return copied
+
+
+def _deflated(file: files_lib.File) -> Iterator[bytes]:
+  """Yields pieces of the compressed content of a file."""
+  packer = zlib_ng.compressobj(_COPY_LEVEL)
+  for start in range(0, file.size, _COPY_PIECE):
+    piece = np.empty(min(_COPY_PIECE, file.size - start), np.uint8)
+    file.read(start, piece)
+    yield packer.compress(piece)
+  yield packer.flush()
 
 
 def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:

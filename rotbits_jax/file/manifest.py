@@ -31,8 +31,9 @@ from rotbits_jax.system import schema
 UNTRUSTED = ArithmeticError, AttributeError, LookupError, TypeError
 """The errors, besides ValueError, of a leaf whose settings and arrays do not fit."""
 
-FILES, HEADERS = 'files/', 'headers/'
-"""How the streams of other files, and of the headers of weights files, are prefixed."""
+FILES, HEADERS, COPIES = 'files/', 'headers/', 'copies/'
+"""The prefixes of the streams of other files, of the headers of weights files, and of
+files that are copied a piece at a time."""
 
 MOST_FILES = 1 << 28
 """The greatest number of bytes of all other files before they are compressed."""
@@ -58,6 +59,12 @@ class Deflated(Stream):
   """A stream of the format of zlib, with the number of bytes that it inflates to."""
 
   size: Annotated[int, schema.between(0, MOST_FILES)]
+
+
+class Copied(Stream):
+  """A stream of the format of zlib of any size, which memory never holds whole."""
+
+  size: schema.Size
 
 
 class Counts(schema.Row):
@@ -264,6 +271,10 @@ class Manifest(schema.Object, kw_only=True):
   message: MessageEntry | None = None
   files: dict[str, Deflated] = msgspec.field(default_factory=dict)
   headers: dict[str, Deflated] = msgspec.field(default_factory=dict)
+  copies: dict[str, Copied] = msgspec.field(default_factory=dict)
+  exclude: tuple[str, ...] = ()  # globs, see `checkpoints.Selection`
+  excluded: tuple[str, ...] = ()  # the files that were left out by these
+  missed: tuple[str, ...] = ()  # files of the folder that could not be stored
   dtypes: dict[str, entries.Dtype] = msgspec.field(default_factory=dict)
   metadata: Metadata = msgspec.field(default_factory=dict)
 
@@ -308,10 +319,11 @@ class Manifest(schema.Object, kw_only=True):
         raise ValueError(f'{min(both or parents):.100}: {text}')
     if self.stem is not None and not checkpoints.is_relative_path(self.stem, levels=1):
       raise ValueError(f'{self.stem!r:.100} is not the name of a file')
-    for others in (self.files, self.headers):
+    for others in (self.files, self.headers, self.copies):
       if wrong := [name for name in others if not checkpoints.is_relative_path(name)]:
         raise ValueError(f'{wrong[0]!r:.100} is not the name of a file in a folder')
-      if sum(stream.size for stream in others.values()) > MOST_FILES:
+      total = sum(stream.size for stream in others.values())
+      if others is not self.copies and total > MOST_FILES:
         raise ValueError(f'the other files have more than {MOST_FILES} bytes')
     if self.headers and self.config is not None:
       raise ValueError('a model has no weights files of its own')
@@ -344,7 +356,8 @@ class Manifest(schema.Object, kw_only=True):
   def streams(self) -> list[tuple[str, int]]:
     """Returns the name and the length of every stream but that of the manifest."""
     streams: list[Any] = [(record.name, record) for record in self.records]
-    for prefix, others in ((FILES, self.files), (HEADERS, self.headers)):
+    prefixed: Any = {FILES: self.files, HEADERS: self.headers, COPIES: self.copies}
+    for prefix, others in prefixed.items():
       streams += [(f'{prefix}{name}', stream) for name, stream in others.items()]
     streams += self.message.streams.items() if self.message else ()
     return [(name, stream.nbytes) for name, stream in streams]

@@ -17,7 +17,7 @@ import hashlib
 import math
 import os
 import types
-from typing import Any, Self, TypeAlias
+from typing import Any, BinaryIO, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -398,21 +398,25 @@ class Reader:
         )
 
   def plain_model(self) -> checkpoints.CheckpointReader | None:
-    """Returns the model that plain tensors are; None if they are of no known family."""
+    """Returns the model that plain tensors are; None if they are of no known family.
+
+    Its weights are those at the root of the folder that `checkpoints.open_checkpoint`
+    takes, without adapters and other models in sub-folders.
+    """
     if not self.is_plain:
       return None
     # Each thread reads one record at a time.
     decode = functools.partial(self.decode, as_arrays=True)
     decoded = functools.lru_cache(pool.threads() + 1)(decode)
     read = lambda path: decoded(self._holders[path])[path]
-    tensors = {
-      path: checkpoints.LazyTensor(
-        leaf.shape, np.dtype(leaf.dtype), functools.partial(read, path)
-      )
-      for path, leaf in self._leaves.items()
-    }
     files = self.files()
     try:
+      tensors = {}
+      for name, path in checkpoints.model_tensors(self.headers(), files).items():
+        leaf = self._leaves[path]
+        dtype = np.dtype(leaf.dtype)
+        reading = functools.partial(read, path)
+        tensors[name] = checkpoints.LazyTensor(leaf.shape, dtype, reading)
       content = checkpoints.parse_object(files['config.json'], 'config.json')
       config = checkpoints.parse_config(content)
       folder = checkpoints.Folder(None, tensors, files)
@@ -427,6 +431,21 @@ class Reader:
   def files(self) -> dict[str, bytes]:
     """Reads the other files of the checkpoint; returns their bytes by name."""
     return self._inflated(manifest_lib.FILES, self.manifest.files)
+
+  def copies(self) -> dict[str, Callable[[BinaryIO], None]]:
+    """Returns functions that write files that memory does not hold, by their names."""
+    return {
+      name: functools.partial(self._write_copy, name) for name in self.manifest.copies
+    }
+
+  def _write_copy(self, name: str, out: BinaryIO) -> None:
+    """Writes one of the `copies` to a file."""
+    stream = self.manifest.copies[name]
+    home = self._homes[f'{manifest_lib.COPIES}{name}']
+    with container.naming(home.name):
+      home.inflate_to(
+        out, f'{manifest_lib.COPIES}{name}', stream.crc32, size=stream.size
+      )
 
   def _inflated(
     self, prefix: str, streams: Mapping[str, manifest_lib.Deflated]

@@ -60,6 +60,8 @@ class Report(NamedTuple):
   notes: dict[str, list[Note]]  # bits per element, and of each step by its name
   metadata: dict[str, str]  # texts of the user by their names
   measured: held_out.Measured | None = None  # if `near` was given a bound
+  missed: tuple[str, ...] = ()  # files of the input's folder that are not stored
+  excluded: tuple[str, ...] = ()  # those that were left out on purpose
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
     """Returns the report as JSON values, with the notes if `verbose`."""
@@ -109,6 +111,12 @@ class Report(NamedTuple):
   def remarks(self) -> list[str]:
     """Returns remarks for users of the decoded weights, a sentence or two each."""
     remarks = []
+    if self.missed:
+      names = ', '.join(self.missed[:_ROWS])
+      remarks.append(f'NOT STORED: {names} (keep the original of these).')
+    if self.excluded:
+      names = ', '.join(self.excluded[:_ROWS])
+      remarks.append(f'Left out on purpose, by --exclude: {names}.')
     if self.needs:
       size = sum(math.prod(array.shape) for array in self.needs.values())
       first, count = next(iter(self.needs)), len(self.needs)
@@ -185,6 +193,7 @@ def from_reader(reader: reader_lib.Reader) -> Report:
   elements = sum(entry.input.elements for entry in stored)
   size = sum(entry.input.bytes for entry in stored)
   other_bytes = sum(x.nbytes for x in manifest.files.values())
+  copied_bytes = sum(x.nbytes for x in manifest.copies.values())
   stream_bytes = sum(nbytes for _, nbytes in manifest.streams())
   lines = [ReportLine(name, *saved) for name, saved in sums.items()]
   loss: Any = manifest.options.get('measured')
@@ -199,14 +208,17 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     file_bytes=reader.size,
     lines=[
       *lines,
-      ReportLine('coding', 0, uncoded - (stream_bytes - other_bytes)),
+      ReportLine('coding', 0, uncoded - (stream_bytes - other_bytes - copied_bytes)),
       ReportLine('tokenizer and settings', 0, -other_bytes),
+      ReportLine('files copied whole', 0, -copied_bytes),
       ReportLine('file overhead', 0, stream_bytes - reader.size),
     ],
     needs={array.path: array for leaf in leaves for array in leaf.base_arrays},
     notes=notes,
     metadata=reader.metadata,
     measured=loss and schema.load(held_out.Measured, loss, 'measured'),
+    missed=manifest.missed,
+    excluded=manifest.excluded,
   )
 
 

@@ -23,10 +23,16 @@ from rotbits_jax.system import checksums
 Tree = dict[str, Any]
 
 
-def of(value: Any) -> passes.Source:
-  """Returns the source of a model, a checkpoint (its path, or opened), or a PyTree."""
+def of(value: Any, selection: checkpoints.Selection | None = None) -> passes.Source:
+  """Returns the source of a model, a checkpoint (its path, or opened), or a PyTree.
+
+  The selection is that of a folder at a path, see `checkpoints.Selection`.
+  """
+  selection = selection or checkpoints.Selection()
   if isinstance(value, str | os.PathLike):
-    return checkpoints.open_any(value)
+    return checkpoints.open_any(value, selection)
+  if selection != checkpoints.Selection():
+    raise ValueError('exclude and all_files are for the path of a folder')
   source: Any = value.model if isinstance(value, checkpoints.Checkpoint) else value
   if isinstance(source, models.Model):
     params, buffers = map(_native, (source.params, source.buffers))
