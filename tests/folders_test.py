@@ -233,6 +233,12 @@ def test_the_command_names_what_is_not_stored(tmp_path):
   assert 'every bit' not in done.stdout
 
 
+def test_the_command_does_not_miss_an_adapter_that_it_stores(tmp_path):
+  done = _cli('encode', _with_adapter(tmp_path / 'in'), tmp_path / 'x', '--verify')
+  assert done.returncode == 0
+  assert 'NOT STORED' not in done.stdout
+
+
 def test_the_command_verifies_the_folder(tmp_path):
   done = _cli('encode', _with_others(tmp_path / 'in'), tmp_path / 'x', '--verify')
   assert done.returncode == 2

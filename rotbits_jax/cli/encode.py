@@ -108,14 +108,14 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   reason = getattr(source, 'reason', None)
   result = report.to_json() | {
     'given_bytes': source.input_bytes,
-    'missed': list(source.missed),
-    'excluded': list(source.excluded),
+    'missed': list(report.missed),
+    'excluded': list(report.excluded),
     'left_out': list(source.left_out),
     'plain_because': reason,
   }
-  lines = [f'NOT STORED: {x} (keep the original of these)' for x in source.missed]
-  if source.excluded:
-    lines.append(f'excluded: {", ".join(source.excluded)}')
+  lines = [f'NOT STORED: {x} (keep the original of these)' for x in report.missed]
+  if report.excluded:
+    lines.append(f'excluded: {", ".join(report.excluded)}')
   if source.left_out:
     lines.append(f'not kept: {", ".join(source.left_out)}')
   if reason is not None:
@@ -125,7 +125,7 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   if report.file_bytes >= input_bytes:
     lines.append('The file is not smaller than the weights: keep those.')
   comes_back = report_lib.BACK[report.keeps]
-  if source.missed and report.keeps == 'bits':
+  if report.missed and report.keeps == 'bits':
     comes_back = 'the stored files come back, those above do not'
   if report.measured is not None:
     comes_back += f': {report.measured}'
