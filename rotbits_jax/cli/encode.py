@@ -25,7 +25,9 @@ JSON: that of `rotbits inspect`; given_bytes of the weights files; left_out, the
 that are not kept; plain_because, why the checkpoint is stored as plain tensors.
 """
 
+import contextlib
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -42,9 +44,23 @@ from rotbits_jax.file import output
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
 
+
+def _config_flag() -> flags.FlagHolder[Any]:
+  """Defines --config, which may have overrides in a file of --flagfile.
+
+  ml_collections looks for these at once. A file that cannot be read is an error only
+  when all flags are parsed.
+  """
+  arguments: list[str] = []
+  with contextlib.suppress(flags.Error, OSError, ValueError):
+    arguments = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
+  purpose = 'A preset, with options.'
+  return config_flags.DEFINE_config_file('config', None, purpose, sys_argv=arguments)
+
+
 _BASE, _OVERWRITE = program.shared('base', 'overwrite')
 _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to keep.')
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'A preset, with options.')
+_CONFIG = _config_flag()
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Size of a shard, like 2GB.')
 _VERIFY = flags.DEFINE_bool('verify', False, 'Decode the file, and compare it.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Divide shards among hosts.')
