@@ -108,20 +108,24 @@ def _reorder_arrays(manifest: containers.Json, rng: random.Random) -> None:
   except (AttributeError, IndexError, KeyError, TypeError):  # of an earlier edit
     return
   start, count = sum(counts[:index]), counts[index]
-  order = rng.sample(range(count), count)
-  leaves[index]['arrays'] = [leaves[index]['arrays'][i] for i in order]
+  order, names = rng.sample(range(count), count), leaves[index]['arrays']
+  if isinstance(names, list):
+    leaves[index]['arrays'] = [names[i] for i in order]
   if isinstance(specs, list) and len(specs) >= start + count and rng.random() < 0.7:
     specs[start : start + count] = [specs[start + i] for i in order]
 
 
 Edit = Callable[[containers.Json, Node, Donors, random.Random], None]
+"""Changes a node of a manifest."""
 
 
 def _delete(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
+  """Deletes a node."""
   del node.parent[node.key]
 
 
 def _duplicate(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
+  """Repeats an item of a list, or a field by another name."""
   value = copy.deepcopy(node.value)
   if isinstance(node.parent, list):
     node.parent.insert(rng.randrange(len(node.parent) + 1), value)
@@ -130,6 +134,7 @@ def _duplicate(root: Any, node: Node, donors: Donors, rng: random.Random) -> Non
 
 
 def _rename(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
+  """Gives a field the name of another one."""
   if isinstance(node.parent, dict):
     node.parent[rng.choice(donors.keys)] = node.parent.pop(node.key)
 
@@ -162,6 +167,7 @@ def _donate(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
 
 
 def _number(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
+  """Changes a number; other nodes become numbers, or change as texts do."""
   old = node.value
   if type(old) is int and rng.random() < 0.6:
     steps = 1, -1, 2, -2, 8, old, -2 * old, -(old // 2)
@@ -173,6 +179,7 @@ def _number(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
 
 
 def _text(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
+  """Replaces a text; other nodes become texts, or change as lists do."""
   if isinstance(node.value, str) or rng.random() < 0.2:
     node.parent[node.key] = rng.choice((*_STRINGS, *donors.strings))
   else:
@@ -192,6 +199,7 @@ def _list(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
 
 
 def _type(root: Any, node: Node, donors: Donors, rng: random.Random) -> None:
+  """Puts a value of any type in the place of a node."""
   node.parent[node.key] = copy.deepcopy(rng.choice(_TYPES))
 
 

@@ -1,4 +1,7 @@
-"""A fault at any operation on files leaves the older output or the new one."""
+"""A fault at any operation on files leaves the older output or the new one.
+
+Paths that lead nowhere end in one line.
+"""
 
 import contextlib
 import errno
