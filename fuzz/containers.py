@@ -46,8 +46,9 @@ def sealed(streams: Mapping[str, bytes], manifest: Json) -> Json:
   crc = {name: zlib.crc32(data) for name, data in streams.items()}
   records = manifest.get('records')
   for record in records if isinstance(records, list) else []:
-    if isinstance(record, dict) and record.get('name') in crc:
-      record['crc32'] = crc[record['name']]
+    name = record.get('name') if isinstance(record, dict) else None
+    if isinstance(name, str) and name in crc:
+      record['crc32'] = crc[name]
   message = manifest.get('message')
   parts = message.get('streams') if isinstance(message, dict) else None
   for prefix, entries in (('', parts), ('files/', manifest.get('files'))):

@@ -22,7 +22,7 @@ from absl import flags
 _TARGET = flags.DEFINE_list('target', None, 'What to fuzz; by default all targets.')
 _EXECUTIONS = flags.DEFINE_integer('executions', 100_000, 'Inputs of each target.')
 _SECONDS = flags.DEFINE_integer('seconds', 0, 'Stops a target after so long; 0: never.')
-_FAILURES = flags.DEFINE_string('failures', 'fuzz/failures', 'Where failures are kept.')
+FAILURES = flags.DEFINE_string('failures', 'fuzz/failures', 'Where failures are kept.')
 _CHILD = flags.DEFINE_string('child', None, 'The target to fuzz in this process.')
 
 CORPUS = pathlib.Path(__file__).parent / 'corpus'
@@ -71,7 +71,7 @@ def _fuzz_here(name: str) -> None:
       pathlib.Path(begin, f'{i}').write_bytes(data)
     folders = [begin, *([str(CORPUS / name)] if (CORPUS / name).is_dir() else [])]
     ends = f'-runs={_EXECUTIONS.value}', f'-max_total_time={_SECONDS.value}'
-    place = f'-artifact_prefix={_FAILURES.value}/{name}-'
+    place = f'-artifact_prefix={FAILURES.value}/{name}-'
     arguments = [sys.argv[0], '-seed=1', place, *ends, *_LIMITS, *folders]
     atheris.Setup(arguments, run, custom_mutator=mutate)
     atheris.Fuzz()
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
   from fuzz import targets
 
   limits = {'executions': _EXECUTIONS.value, 'seconds': _SECONDS.value}
-  failures = pathlib.Path(_FAILURES.value)
+  failures = pathlib.Path(FAILURES.value)
   logs = [fuzz(x, failures, **limits) for x in _TARGET.value or targets.TARGETS]
   if any(logs):
     raise SystemExit('\n'.join(filter(None, logs)))

@@ -6,8 +6,10 @@ import pathlib
 import tempfile
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from benchmarks import quantised as quantisers
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
@@ -138,10 +140,76 @@ def containers_of_trees() -> dict[str, bytes]:
   }
 
 
+@functools.cache
+def container_of_opt(preset: str = 'free') -> bytes:
+  """Encodes a small sliced OPT."""
+  return rotbits_jax.encode(sliced_model(OPT), preset=preset)
+
+
+@functools.cache
+def uniform_leaves() -> bytes:
+  """Encodes arrays that are rounded to multiples of steps."""
+  normal = np.random.default_rng(4).standard_normal
+  arrays = {
+    'w': normal((16, 24)).astype(np.float32),
+    'experts': normal((2, 12, 8)).astype(np.float16),
+  }
+  tree = {'a': arrays, 'b': normal((8, 24)).astype(np.float32)}
+  return rotbits_jax.encode(tree, preset='near')
+
+
+@functools.cache
+def quantised() -> dict[str, bytes]:
+  """Encodes an array of each grid that was quantised and dequantised."""
+  normal = np.random.default_rng(5).standard_normal((128, 128))
+  matrix = normal.astype(np.float32)
+  e5m2 = quantisers.rounded(ml_dtypes.float8_e5m2)
+  quantise = {
+    name: quantisers.QUANTISERS[name]
+    for name in ('int8, rows', 'float8_e4m3fn, a tensor', 'int4, groups of 128')
+  } | {
+    'float8_e5m2, rows': quantisers.through((1, 0), e5m2, 57344),
+    'float4_e2m1fn, groups of 16': quantisers.QUANTISERS['NVFP4'],
+    'int4, groups of 32 with minima': quantisers.q4_1,
+  }
+  return {
+    name: rotbits_jax.encode({'x': function(matrix).astype(ml_dtypes.bfloat16)})
+    for name, function in quantise.items()
+  }
+
+
+@functools.cache
+def steps() -> list[dict[str, Any]]:
+  """Returns arrays before and after a step of a training."""
+  rng = np.random.default_rng(6)
+  weights = rng.standard_normal((64, 96)).astype(np.float32)
+  moved = weights.copy()
+  moved[rng.random(weights.shape) < 0.01] += 0.5
+  counts = np.arange(9)
+  old = {'w': weights, 'b': np.zeros(96, np.float16), 'n': counts}
+  return [old, old | {'w': moved, 'n': counts + 1}]
+
+
+@functools.cache
+def delta() -> bytes:
+  """Returns the bytes from one of `steps` to the next."""
+  old, new = steps()
+  return rotbits_jax.delta(new, old)
+
+
+@functools.cache
+def shards() -> dict[str, bytes]:
+  """Encodes a small sliced Llama as shards; returns these and their index by name."""
+  source = checkpoints.Checkpoint(sliced_model(LLAMA), FILES, 'tiny')
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder, 'shards')
+    rotbits_jax.encode_to_file(source, path, preset='free', shard_size=3000)
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 def containers_of_models() -> list[bytes]:
   """Encodes models with every preset."""
-  opt = sliced_model(OPT)
-  of_opt = [rotbits_jax.encode(opt, preset=x) for x in ('free', 'exact')]
+  of_opt = map(container_of_opt, ('free', 'exact'))
   return [*map(container, presets_of_sweep()), *of_opt]
 
 

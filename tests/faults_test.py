@@ -1,4 +1,7 @@
-"""A fault at any operation on files leaves the older output or the new one."""
+"""A fault at any operation on files leaves the older output or the new one.
+
+Paths that lead nowhere end in one line.
+"""
 
 import contextlib
 import errno
@@ -115,6 +118,82 @@ def test_every_operation(name, fault, tmp_path, subtests):
       assert content(out) in (old, new)
       write(out, 1)
       assert files(tmp_path) == expected
+
+
+def assert_one_line(result, *words):
+  """Checks that a command has ended with code 2 and one line."""
+  code, out, err = result
+  assert (code, out, err.count('\n')) == (2, '', 1), result
+  assert all(word in err for word in words), err
+
+
+COMMANDS = 'encode', 'decode', 'verify', 'inspect', 'estimate', 'snapshot', 'report'
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_a_flag_file_that_is_missing(rotbits, command, tmp_path):
+  flag = f'--flagfile={tmp_path / "missing"}'
+  assert_one_line(rotbits(command, 'x', flag), f'rotbits {command}: ', 'flagfile')
+
+
+# ml_collections loads config files the old way.
+@pytest.mark.filterwarnings('ignore:.*load_module:DeprecationWarning')
+def test_a_flag_file_has_the_options_of_a_config(rotbits, tmp_path):
+  config = ROOT / 'configs/free.py'
+  (tmp_path / 'flags').write_text(f'--config={config}\n--config.tolerance=x\n')
+  result = rotbits('encode', DENSE, f'--flagfile={tmp_path / "flags"}')
+  assert_one_line(result, 'tolerance')
+
+
+@pytest.fixture(name='loop')
+def _loop(tmp_path):
+  """Makes a loop of two symbolic links."""
+  (tmp_path / 'loop').symlink_to('other')
+  (tmp_path / 'other').symlink_to('loop')
+  return tmp_path / 'loop'
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+@pytest.mark.parametrize('below', ['', 'below'])
+def test_an_input_that_is_a_loop_of_links(rotbits, loop, command, below):
+  assert_one_line(rotbits(command, loop / below), 'loop')
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    ('encode', DENSE, '{}'),
+    ('encode', DENSE, '{}', '--shard_size=1MB', '--overwrite'),
+    ('encode', DENSE, '{}/below'),
+    ('encode', DENSE, '{}.rotbits', '--base={}'),
+    ('encode', DENSE, '{}.rotbits', '--preset=near', '--max_kl=1', '--text={}'),
+    ('decode', '{file}', '{}', '--overwrite'),
+    ('decode', '{file}', '{}/below'),
+    ('decode', '{file}', '{}.out', '--base={}'),
+    ('report', '{file}', '{}'),
+    ('verify', '{file}', '--against={}'),
+    ('verify', '{file}', '--base={}'),
+    ('verify', '{file}', f'--against={DENSE}', '--text={}'),
+    ('snapshot', '{file}', '--base={}'),
+    ('inspect', '{file}', '--flagfile={}'),
+  ],
+)
+def test_an_argument_that_is_a_loop_of_links(rotbits, loop, tmp_path, arguments):
+  file = tmp_path / 'x.rotbits'
+  file.write_bytes(checkpoint())
+  before = sorted(tmp_path.iterdir())
+  given = [str(x).format(loop, file=file) for x in arguments]
+  assert_one_line(rotbits(*given), 'loop')
+  assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize('command', ['encode', 'estimate'])
+def test_weights_that_are_a_loop_of_links(rotbits, tmp_path, command):
+  folder = tmp_path / 'model'
+  folder.mkdir()
+  (folder / 'config.json').write_bytes((DENSE / 'config.json').read_bytes())
+  (folder / 'model.safetensors').symlink_to('model.safetensors')
+  assert_one_line(rotbits(command, folder), 'model.safetensors')
 
 
 @pytest.mark.slow

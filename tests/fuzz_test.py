@@ -7,6 +7,8 @@ import random
 import pytest
 
 from fuzz import containers
+from fuzz import edits
+from fuzz import manifests
 from fuzz import run
 from fuzz import seeds
 from fuzz import targets
@@ -67,6 +69,48 @@ def test_damage_with_the_checksums_made_right_is_found_behind_them():
   text = containers.to_json(containers.sealed(streams, manifest))
   with pytest.raises(rotbits_jax.ContainerError, match=r'head: .*array 0'):
     rotbits_jax.decode(containers.pack(streams, text))
+
+
+def assert_no_failures(counts):
+  assert counts['refused']
+  assert counts['decoded']
+  assert not counts.keys() - {'refused', 'decoded'}
+
+
+@pytest.mark.parametrize('name', manifests.KINDS)
+def test_edited_manifests_are_refused_or_read(name):
+  assert_no_failures(manifests.fuzz(name, 60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', manifests.KINDS)
+def test_many_edited_manifests(name):
+  assert_no_failures(manifests.fuzz(name, 2000, seed=1))
+
+
+def test_equal_seeds_make_equal_edits():
+  _, manifest = containers.unpack(seeds.container('free'))
+  donors = edits.Donors.of([manifest])
+  edited = [
+    [edits.edited(manifest, donors, random.Random(f'{seed}')) for seed in range(20)]
+    for _ in range(2)
+  ]
+  assert edited[0] == edited[1]
+
+
+def test_the_first_file_of_each_failure_is_kept(monkeypatch, tmp_path):
+  original = rotbits_jax.file.Reader.names
+
+  def names(reader):
+    return original(reader) + reader.manifest.options['missing']
+
+  monkeypatch.setattr(rotbits_jax.file.Reader, 'names', names)
+  counts = manifests.fuzz('plain', 20, failures=tmp_path)
+  (failure,) = counts.keys() - {'refused', 'decoded'}
+  assert failure.startswith('KeyError')
+  assert counts[failure] > 1
+  (folder,) = tmp_path.iterdir()
+  assert sorted(x.name for x in folder.iterdir()) == ['failure.txt', 'x.rotbits']
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Tests of arrays that were quantised before, see `quantisers`."""
 
 import itertools
+import subprocess
+import sys
 import zlib
 
 from absl.testing import parameterized
@@ -190,6 +192,20 @@ def test_a_fine_tune_beside_a_quantised_base():
   assert sizes['tuned'] < 6
   assert sizes['same'] < 0.2
   assert sizes['requantised'] < sizes['alone'] + 0.05
+
+
+def test_a_reader_in_a_fresh_process(tmp_path):
+  array = SCHEMES['int8_rows'][0](weights())
+  path = tmp_path / 'x.rotbits'
+  rotbits_jax.encode_to_file({'x': array}, path)
+  program = (
+    'import sys, zlib; from rotbits_jax.file import Reader; '
+    'print(zlib.crc32(Reader(sys.argv[1]).tensor("x").tobytes()))'
+  )
+  command = [sys.executable, '-c', program, str(path)]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert not done.returncode, done.stderr
+  assert int(done.stdout) == zlib.crc32(array.tobytes())
 
 
 def test_arrays_in_any_order(monkeypatch):

@@ -175,6 +175,17 @@ def check_structured(name, leaf):
   assert structured.same_bits(decoded, {'a': {'b': leaf}})
 
 
+def test_a_leaf_without_the_array_that_it_needs_is_named():
+  tied = cases.leaves()['tied']
+  data = rotbits_jax.encode({'embed': {'tokens': tied}})
+  leaves = structured.flatten(rotbits_jax.decode(data))
+  with pytest.raises(ValueError, match='embed/tokens: it needs head/kernel'):
+    structured.expand(leaves)
+  reader = rotbits_jax.file.Reader(data)
+  with pytest.raises(rotbits_jax.ContainerError, match='embed/tokens: it needs head/'):
+    dict(reader.each(as_arrays=True))
+
+
 @pytest.mark.parametrize(
   ('name', 'shape', 'words'),
   [

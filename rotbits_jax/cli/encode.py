@@ -32,7 +32,9 @@ the folder that are not stored; excluded by --exclude; left_out, caches and enco
 files; plain_because, why the checkpoint is stored as plain tensors.
 """
 
+import contextlib
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -49,9 +51,23 @@ from rotbits_jax.file import output
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
 
+
+def _config_flag() -> flags.FlagHolder[Any]:
+  """Defines --config, which may have overrides in a file of --flagfile.
+
+  ml_collections looks for these at once. A file that cannot be read is an error only
+  when all flags are parsed.
+  """
+  arguments: list[str] = []
+  with contextlib.suppress(flags.Error, OSError, ValueError):
+    arguments = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
+  purpose = 'A preset, with options.'
+  return config_flags.DEFINE_config_file('config', None, purpose, sys_argv=arguments)
+
+
 _BASE, _OVERWRITE = program.shared('base', 'overwrite')
 _PRESET = flags.DEFINE_enum('preset', None, list(presets.PRESETS), 'What to keep.')
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'A preset, with options.')
+_CONFIG = _config_flag()
 _SHARD_SIZE = flags.DEFINE_string('shard_size', None, 'Size of a shard, like 2GB.')
 _EXCLUDE = flags.DEFINE_multi_string(
   'exclude', [], "Globs of files to leave out, like '*.onnx'."

@@ -4,7 +4,8 @@ A command is a module with a docstring, which is its help; flags; and `main`, wh
 takes its paths and returns a `Result` or None. Exit codes are those of `main.USAGE`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import inspect
 import json
 import logging
@@ -62,7 +63,7 @@ def run(command: types.ModuleType) -> int:
     except TypeError as error:
       raise flags.Error(f'{error}; usage: {usage}') from error
     logging.getLogger('jax').setLevel(logging.ERROR)  # hides "no GPU found"
-    with host.own_settings():
+    with host.own_settings(), _loops_of_links():
       result = command.main(*paths)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may stop
     if result is not None and JSON.value:
@@ -123,6 +124,7 @@ def _parse() -> list[str]:
   except Exception as error:  # a config file is Python, which may raise anything
     # An error of a config file comes with its traceback.
     text = re.sub(r'Traceback.*\n(?=\S)', '', str(error), flags=re.DOTALL)
+    text = text.removeprefix('ERROR:: ')  # of absl, about a flag file
     if isinstance(error, AttributeError | KeyError):
       text = '--config has no ' + text.strip('"')
     raise flags.Error(text or type(error).__name__) from error
@@ -137,6 +139,20 @@ def _expanded(argument: str) -> str:
   if match is None or not (path := config_folder() / f'{match[2]}.py').exists():
     return argument
   return f'{match[1]}{path}{match[3]}'
+
+
+@contextlib.contextmanager
+def _loops_of_links() -> Iterator[None]:
+  """Turns the error of a loop of symbolic links into an OSError.
+
+  `Path.resolve` raises a RuntimeError before Python 3.13.
+  """
+  try:
+    yield
+  except RuntimeError as error:
+    if not str(error).startswith('Symlink loop'):
+      raise
+    raise OSError(str(error)) from error
 
 
 def config_folder() -> pathlib.Path:

@@ -18,6 +18,7 @@ from rotbits_jax import models
 from rotbits_jax import paper
 from rotbits_jax import passes
 from rotbits_jax import presets
+from rotbits_jax import quantisers  # noqa: F401  registers its leaf
 from rotbits_jax import structured
 from rotbits_jax.coding import specs
 from rotbits_jax.file import coders

@@ -46,12 +46,18 @@ _materialize = jax.jit(lambda leaf: leaf.materialize())
 
 
 def expand(params: Mapping[str, Any]) -> dict[str, Any]:
-  """Replaces structured leaves by arrays, given leaves by path and those they need."""
+  """Replaces structured leaves by arrays, given leaves by path and those they need.
+
+  A ValueError names a leaf that needs one which is missing.
+  """
   needs = {path: x.needs for path, x in params.items() if is_structured(x) and x.needs}
   arrays = {
     path: leaf if path in needs else materialize(leaf) for path, leaf in params.items()
   }
   for path, names in needs.items():
+    for name in names:
+      if name not in arrays:
+        raise ValueError(f'{path}: it needs {name}, which is missing')
     needed = (materialize(arrays[x]) for x in names)
     arrays[path] = arrays[path].materialize(*needed)
   return arrays
