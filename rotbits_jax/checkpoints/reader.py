@@ -426,7 +426,7 @@ def _find_weights(path: pathlib.Path) -> list[pathlib.Path]:
         candidates += listed
         break
   elif not path.exists():
-    raise errors.CheckpointError(f'{path}: there is no such file or directory')
+    raise errors.CheckpointError(f'{path}: {files_lib.missing(path)}')
   names = errors.cut(', '.join(x.name for x in candidates)) or 'none'
   endings = ('.bin', '.pt', '.safetensors', safetensors.SUFFIX, _TORCH_INDEX)
   is_set = all(x.suffix == '.safetensors' for x in candidates) and candidates

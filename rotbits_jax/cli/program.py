@@ -24,7 +24,7 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.file import shards
-from rotbits_jax.system import files
+from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import host
 from rotbits_jax.system.text import printable
 
@@ -92,7 +92,8 @@ def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
 
 def read_tokens(path: str, files: Mapping[str, bytes]) -> np.ndarray:
   """Reads a UTF-8 text as tokens of the tokenizer among the files of a model."""
-  return evaluation.encode_text(files, pathlib.Path(path).read_text('utf-8-sig'))
+  text = files_lib.local_path(path).read_text('utf-8-sig')
+  return evaluation.encode_text(files, text)
 
 
 def parse_size(flag: flags.FlagHolder[Any]) -> int | None:
@@ -153,8 +154,8 @@ def _keep_compiled_programs() -> None:
   """Lets JAX keep compiled programs, so a command starts with earlier ones'."""
   if jax.config.jax_compilation_cache_dir is None:
     with contextlib.suppress(OSError):
-      files.cache_folder().mkdir(parents=True, exist_ok=True)
-      jax.config.update('jax_compilation_cache_dir', str(files.cache_folder()))
+      files_lib.cache_folder().mkdir(parents=True, exist_ok=True)
+      jax.config.update('jax_compilation_cache_dir', str(files_lib.cache_folder()))
       jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
