@@ -65,6 +65,6 @@ def main() -> int:
   except BaseException:  # an extension may make another error of an interrupt
     if ending.number is None:
       raise
-    return 128 + ending.number
   finally:
     gc.freeze()  # else the end of the process searches all that is left
+  ending.exit()

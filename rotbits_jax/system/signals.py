@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 _NAMES = 'SIGINT', 'SIGTERM', 'SIGHUP'  # Windows lacks the last one
 _NUMBERS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
@@ -77,6 +77,16 @@ class Ending:
       return
     self.number, self._time = number, time.monotonic()
     raise KeyboardInterrupt
+
+  def exit(self) -> NoReturn:
+    """Ends the process with the exit code of the signal.
+
+    It does not wait for threads: one whose start was interrupted would never end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):
+        stream.flush()
+    os._exit(128 + (self.number or signal.SIGINT))
 
   def repeat(self, error: Any) -> None:
     """Repeats an interrupt after a callback in which Python would only print it."""
