@@ -36,6 +36,7 @@ from rotbits_jax.file import report
 from rotbits_jax.file import sources
 from rotbits_jax.file import verification
 from rotbits_jax.system import host
+from rotbits_jax.system import outputs
 
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -220,7 +221,8 @@ def encode_to_file(
     raise ValueError("target_size finds the step of preset='near'")
   if jax.process_index() == 0:
     write_at = lambda step, accepted: write(accepted, step=step)
-    estimate.write_within(target_size, write_at)
+    with outputs.reserved(path):
+      estimate.write_within(target_size, write_at)
 
 
 @host.own_settings()

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 import hashlib
 import os
 import pathlib
-import tempfile
 
 import rotbits_jax
 from rotbits_jax import api
@@ -33,6 +32,7 @@ def snapshot(
   appears when it is complete; do not write into it. It is in `snapshots` of the folder
   that the variable ROTBITS_JAX_CACHE names, or of `rotbits_jax` in XDG_CACHE_HOME or in
   ~/.cache. A sliced model gets the format 'transformers', see `decode_to_directory`.
+  What killed calls left is removed.
 
   Args:
     path: the path of the file, or its `Reader`, which has its base.
@@ -57,16 +57,14 @@ def snapshot(
       digest.update(hashlib.file_digest(content, 'sha256').digest())
   name = f'{digest.hexdigest()}-{rotbits_jax.__version__}'
   folder = files.cache_folder() / 'snapshots' / name
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  outputs.remove_stale(folder.parent)
   if not folder.is_dir():
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent) as scratch:
-      written = pathlib.Path(scratch) / folder.name
-      is_sliced = reader.config is not None and reader.config.sliced
-      format: checkpoints.Format = 'transformers' if is_sliced else 'safetensors'
-      directory.decode_to_directory(reader, written, format=format, progress=progress)
-      try:
-        outputs.move(written, folder)
-      except OSError:
-        if not folder.is_dir():  # else another process was faster
-          raise
+    is_sliced = reader.config is not None and reader.config.sliced
+    format: checkpoints.Format = 'transformers' if is_sliced else 'safetensors'
+    try:
+      directory.decode_to_directory(reader, folder, format=format, progress=progress)
+    except FileExistsError:
+      if not folder.is_dir():  # else another process was faster
+        raise
   return folder

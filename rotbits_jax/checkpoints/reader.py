@@ -383,7 +383,7 @@ def open_folder(
   """
   given = _snapshot(files_lib.local_path(path))
   if not given.exists():
-    raise errors.CheckpointError(f'{given}: there is no such file or directory')
+    raise errors.CheckpointError(f'{given}: {files_lib.missing(given)}')
   is_folder = given.is_dir()
   root = given if is_folder else given.parent
   # The folder of a file may be any one, with other files of its owner.

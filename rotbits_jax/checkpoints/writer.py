@@ -88,7 +88,8 @@ class FolderWriter:
     """Makes the hidden folder; moves it into place at the end of the context."""
     target = outputs.directory_target(self._path)
     self.replaced()
-    with outputs.fresh(outputs.staging(target)) as self._folder:
+    with outputs.writer(target) as self._folder:
+      self.replaced()  # again, because no other process writes now
       self._archives: dict[str, torch_zip.TorchZipWriter] = {}
       for name, content in {**self._files, **self._weights}.items():
         path = self._folder / name

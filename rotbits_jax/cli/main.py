@@ -3,12 +3,10 @@
 import gc
 import importlib
 import os
-import signal
 import sys
-import threading
-from typing import Any
 
 import rotbits_jax
+from rotbits_jax.system import signals
 
 COMMANDS = {
   'encode': 'encodes a checkpoint as a smaller file',
@@ -34,7 +32,7 @@ Commands; `rotbits COMMAND -h` shows the flags, and --help explains them:
 {commands}
 
 Exit codes: 0 success, 2 bad input (one line on stderr, nothing written),
-130 interrupted, 1 a fault of this program."""
+128+n ended by signal n (130 interrupted), 1 a fault of this program."""
 
 
 def main() -> int:
@@ -54,29 +52,20 @@ def main() -> int:
   # Before NumPy and SciPy are imported, so their BLAS starts no threads; Python users
   # have `host.own_settings`.
   os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-  sys.unraisablehook = _unraisable
-  is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  if is_default:  # modules of jaxlib turn an interrupt of their import into an error
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  ending = signals.Ending()
+  sys.unraisablehook = ending.repeat
   gc.disable()  # all that modules make stays; searching it takes a fifth of the time
   # Imports only one command, because importing all would take seconds.
   command = importlib.import_module(f'rotbits_jax.cli.{name}')
   program = importlib.import_module('rotbits_jax.cli.program')
   gc.freeze()
   gc.enable()
-  if is_default:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
-    return program.run(command)
-  except KeyboardInterrupt:
-    return 130
+    with ending.raised():
+      return program.run(command)
+  except BaseException:  # an extension may make another error of an interrupt
+    if ending.number is None:
+      raise
   finally:
     gc.freeze()  # else the end of the process searches all that is left
-
-
-def _unraisable(error: Any) -> None:
-  """Repeats an interrupt after a callback in which Python would only print it."""
-  if isinstance(error.exc_value, KeyboardInterrupt):
-    threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
-  else:
-    sys.__unraisablehook__(error)
+  ending.exit()

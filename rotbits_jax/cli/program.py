@@ -24,6 +24,7 @@ import numpy as np
 import rotbits_jax
 from rotbits_jax import evaluation
 from rotbits_jax.file import shards
+from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import host
 from rotbits_jax.system.text import printable
 
@@ -90,7 +91,8 @@ def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:
 
 def read_tokens(path: str, files: Mapping[str, bytes]) -> np.ndarray:
   """Reads a UTF-8 text as tokens of the tokenizer among the files of a model."""
-  return evaluation.encode_text(files, pathlib.Path(path).read_text('utf-8-sig'))
+  text = files_lib.local_path(path).read_text('utf-8-sig')
+  return evaluation.encode_text(files, text)
 
 
 def parse_size(flag: flags.FlagHolder[Any]) -> int | None:

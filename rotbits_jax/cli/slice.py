@@ -13,6 +13,7 @@ the sliced model; tokens, how many calibrated it.
 """
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -20,6 +21,7 @@ import rotbits_jax
 from rotbits_jax import slicing
 from rotbits_jax.cli import program
 from rotbits_jax.file import output
+from rotbits_jax.system import files
 from rotbits_jax.system import outputs
 
 (_OVERWRITE,) = program.shared('overwrite')
@@ -37,7 +39,7 @@ _RECIPE = flags.DEFINE_string('recipe', None, 'The same, given the dense model.'
 
 def main(model: str, folder: str) -> program.Result:
   dense, overwrite = program.read_model(model), _OVERWRITE.value
-  path = pathlib.Path(model).resolve()
+  path = files.local_path(model).resolve()
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   directory = outputs.directory_target(folder)
   names = f'{stem}.pt', f'{stem}.json', *dense.files
@@ -48,6 +50,25 @@ def main(model: str, folder: str) -> program.Result:
     output.check_path(file, None, inputs=inputs, overwrite=overwrite)
   outputs.check_replaced(directory, names.__contains__, overwrite=overwrite)
   output.check_inputs([directory / name for name in names], inputs)
+  with outputs.reserved(directory, *bases):
+    return _sliced(dense, directory, stem, bases)
+
+
+def _sliced(
+  dense: rotbits_jax.Checkpoint,
+  directory: pathlib.Path,
+  stem: str,
+  bases: dict[str, Any],
+) -> program.Result:
+  """Slices a model and writes it.
+
+  Args:
+    dense: the dense model.
+    directory: the folder to write.
+    stem: the name of the weights file without its ending.
+    bases: the encoded files to write, each with the model that it is relative to.
+  """
+  overwrite = _OVERWRITE.value
   config = dense.model.config
   tokens = slicing.sample_sequences(
     program.read_tokens(_TEXT.value, dense.files),
@@ -66,7 +87,7 @@ def main(model: str, folder: str) -> program.Result:
   unrounded = unrounded.replace(stored_as=dtype)
   checkpoint = slicing.sliced_checkpoint(dense, unrounded.rounded(), stem)
   rotbits_jax.save_checkpoint(
-    checkpoint, folder, format='slicegpt', overwrite=overwrite
+    checkpoint, directory, format='slicegpt', overwrite=overwrite
   )
   for file, base in bases.items():
     rotbits_jax.encode_to_file(

@@ -3,12 +3,13 @@
 Both appear at once, when they are complete. A shard is a job of its own: any process
 encodes any of them into the hidden folder of the output, and one publishes the set. The
 bytes do not depend on who does. The hidden folder is named by a digest of the source
-and the settings, so a run that was killed finds the shards that it had written.
+and the settings, so a run that was killed finds the shards that it had written. A run
+with another digest is refused as long as one writes, see `outputs`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 import contextlib
-import glob
+import functools
 import os
 import pathlib
 import shutil
@@ -26,8 +27,10 @@ from rotbits_jax.file import verification
 from rotbits_jax.system import files as files_lib
 from rotbits_jax.system import outputs
 from rotbits_jax.system import progress as progress_lib
+from rotbits_jax.system import signals
 
 _PAUSE = 0.2  # seconds between two looks for the shards of other processes
+_PATIENCE = 60.0  # seconds that they have to leave the hidden folder
 
 
 class Plan:
@@ -54,42 +57,123 @@ class Plan:
     self._encoder, self._target = encoder, files_lib.local_path(path).resolve()
     self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
     self._has_index = shard_size is not None
+    self._overwrite, self._shard_size = overwrite, shard_size
     if not self._has_index:
       self.shards = {self._target.name: tuple(encoder.counts)}
-      self._staging = outputs.staging(self._target)
       return
     if not encoder.can_be_divided:
       name = encoder.preset.name
       raise ValueError(f'{name!r} writes one message, which cannot be in shards')
     sizes = {name: counts.bytes for name, counts in encoder.counts.items()}
     self.shards = safetensors.shard_names(sizes, shard_size, 'model', '.rotbits')
-    digest = encoder.fingerprint()[:16]
-    self._staging = self._target.parent / f'.{self._target.name}.{digest}.partial'
 
   def __len__(self) -> int:
     """Returns the number of files."""
     return len(self.shards)
 
   def encode(self, index: int, bar: progress_lib.Progress | None = None) -> None:
-    """Encodes a shard, from 0, unless a run has done so before."""
-    name, records = [*self.shards.items()][index]
+    """Encodes a shard, from 0, unless a run has done so before.
+
+    Raises:
+      OSError: if a process writes the target that has another plan.
+    """
     bar = bar or progress_lib.Progress('encode', 0, 'B', show=False)
-    if self._encoder.preset.resumable and (self._staging / name).exists():
+    with outputs.job(self._target, self._digest, alone=False) as folder:
+      self._encode(index, folder, bar)
+
+  def publish(self, *, check: bool = False) -> None:
+    """Makes the output appear, and removes partial outputs that no process writes.
+
+    Raises:
+      OSError: if another process writes the target.
+    """
+    with self._alone() as folder:
+      self._publish(folder, check=check)
+
+  def write(
+    self, *, check: bool = False, progress: bool = False, accepted: range | None = None
+  ) -> int:
+    """Encodes all files and publishes them, if the size is `accepted`; returns it.
+
+    All processes of `jax.distributed` see one file system, where they wait for others.
+
+    Raises:
+      OSError: if another process writes the target.
+    """
+    process, processes = 0, 1
+    if self._has_index and accepted is None:
+      process, processes = jax.process_index(), jax.process_count()
+    indexes = range(process, len(self), processes)
+    records = [*self.shards.values()][process::processes]
+    size = sum(map(self._encoder.nbytes, records))
+    with progress_lib.Progress('encode', size, 'B', show=progress) as bar:
+      if processes > 1:
+        for index in indexes:
+          self.encode(index, bar)
+        if not self._is_whole(process):
+          return 0
+      with self._alone(outputs.PATIENCE if processes == 1 else _PATIENCE) as folder:
+        if processes == 1:
+          for index in indexes:
+            self._encode(index, folder, bar)
+        size = sum((folder / name).stat().st_size for name in self.shards)
+        if accepted is None or size in accepted:
+          bar.stage('checking' if check else 'writing')
+          self._publish(folder, check=check)
+        else:
+          shutil.rmtree(folder, ignore_errors=True)
+    return size
+
+  @functools.cached_property
+  def _digest(self) -> str:
+    """The digest of the source and the settings."""
+    return self._encoder.fingerprint()[:16]
+
+  @contextlib.contextmanager
+  def _alone(self, patience: float = outputs.PATIENCE) -> Iterator[pathlib.Path]:
+    """Keeps all other processes from the target; yields the folder to prepare it in."""
+    prepared = outputs.writer(self._target)  # half a file is of no use
+    if self._has_index:
+      prepared = outputs.job(self._target, self._digest, alone=True, patience=patience)
+    with prepared as folder:
+      # Another process may have finished since the first check.
+      check_path(self._target, self._shard_size, inputs=(), overwrite=self._overwrite)
+      yield folder
+
+  def _is_whole(self, process: int) -> bool:
+    """Waits for the shards of all processes; returns whether this one publishes them.
+
+    The others wait until it has done so.
+    """
+    staging = outputs.staging(self._target, self._digest)
+    while process and staging.exists():
+      time.sleep(_PAUSE)
+    paths = [outputs.job_folder(self._target, self._digest) / x for x in self.shards]
+    while not process and not all(path.exists() for path in paths):
+      time.sleep(_PAUSE)
+    return not process
+
+  def _encode(
+    self, index: int, folder: pathlib.Path, bar: progress_lib.Progress
+  ) -> None:
+    """Encodes a file into a hidden folder, unless it is there."""
+    name, records = [*self.shards.items()][index]
+    if self._encoder.preset.resumable and (folder / name).exists():
       bar.update(self._encoder.nbytes(records))
       return
-    self._staging.mkdir(parents=True, exist_ok=True)
     state = self._next[1] if self._next[0] == index else None
-    path = self._staging / f'.{uuid.uuid4().hex}'  # no other process has it
+    path = folder / f'.{uuid.uuid4().hex}'  # no other process has it
     try:
       with path.open('w+b') as file:
         self._next = index + 1, self._encoder.write(file, records, bar, state)
-      outputs.move(path, self._staging / name)
+      outputs.move(path, folder / name)
     finally:
-      path.unlink(missing_ok=True)
+      with signals.unbroken():
+        path.unlink(missing_ok=True)
 
-  def publish(self, *, check: bool = False) -> None:
-    """Makes the output appear, and removes partial outputs of earlier runs."""
-    encoder, staged = self._encoder, self._staging
+  def _publish(self, folder: pathlib.Path, *, check: bool) -> None:
+    """Moves the files of a hidden folder to the target; no other process uses it."""
+    encoder, staged = self._encoder, folder
     if self._has_index:
       shards_lib.write_index(staged, self.shards)
       for file in staged.iterdir():
@@ -105,46 +189,11 @@ class Plan:
           verification.read_all(reader, encoder.source)
         else:
           verification.verify(reader, path)
-      except BaseException:
-        shutil.rmtree(self._staging, ignore_errors=True)
+      except Exception:  # the shards are not right; a signal lets them stay
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     outputs.move(staged, self._target)
-    digests = f'.{glob.escape(self._target.name)}.{"[0-9a-f]" * 16}.partial'
-    for folder in self._target.parent.glob(digests):
-      shutil.rmtree(folder, ignore_errors=True)
-
-  def write(
-    self, *, check: bool = False, progress: bool = False, accepted: range | None = None
-  ) -> int:
-    """Encodes all files and publishes them, if the size is `accepted`; returns it.
-
-    All processes of `jax.distributed` see one file system, where they wait for others.
-    """
-    process, processes = 0, 1
-    if self._has_index and accepted is None:
-      process, processes = jax.process_index(), jax.process_count()
-    size = sum(map(self._encoder.nbytes, [*self.shards.values()][process::processes]))
-    with (
-      # Half a file is of no use.
-      contextlib.nullcontext() if self._has_index else outputs.fresh(self._staging),
-      progress_lib.Progress('encode', size, 'B', show=progress) as bar,
-    ):
-      for index in range(process, len(self), processes):
-        self.encode(index, bar)
-      while process and self._staging.exists():
-        time.sleep(_PAUSE)
-      if process:
-        return 0
-      paths = [self._staging / name for name in self.shards]
-      while processes > 1 and not all(path.exists() for path in paths):
-        time.sleep(_PAUSE)
-      size = sum(path.stat().st_size for path in paths)
-      if accepted is None or size in accepted:
-        bar.stage('checking' if check else 'writing')
-        self.publish(check=check)
-      else:
-        shutil.rmtree(self._staging, ignore_errors=True)
-    return size
+    outputs.remove_stale(self._target.parent, self._target.name)
 
 
 def check_path(

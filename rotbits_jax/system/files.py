@@ -7,6 +7,7 @@ after it was opened is an error.
 
 import os
 import pathlib
+import re
 import stat
 from typing import NamedTuple
 
@@ -66,8 +67,42 @@ class File(NamedTuple):
 
 
 def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
-  """Returns a path that a user gave, with `~` expanded."""
+  """Returns a path that a user gave, with `~` expanded.
+
+  Raises:
+    ValueError: if the path is a URL, such as that of a bucket.
+  """
+  # A `Path` has made one slash of two.
+  slashes = '//' if isinstance(path, str) else '/'
+  if match := re.match(f'([A-Za-z][A-Za-z0-9+.-]+):{slashes}', str(path)):
+    raise ValueError(f'{path}: {_way_out(str(path), match[1])}')
   return pathlib.Path(os.path.expanduser(path))
+
+
+def missing(path: str | os.PathLike[str]) -> str:
+  """Returns why a path that does not exist cannot be read, and what may help."""
+  text = 'there is no such file or directory'
+  name = os.fspath(path)
+  if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
+    return text
+  return f'{text}; to download a model of that name: {_download(name)}'
+
+
+def _way_out(url: str, scheme: str) -> str:
+  """Returns what to do in place of reading or writing a URL."""
+  if scheme.lower() != 'hf':
+    return (
+      f'only local paths are read and written; mount {scheme}:// as a folder '
+      '(gcsfuse, s3fs), or copy its files with fsspec'
+    )
+  owner, *names = re.sub('^hf:/+', '', url, flags=re.IGNORECASE).split('/')
+  name = '/'.join([owner, *names[:1]]).partition('@')[0]
+  return f'only local paths are read and written; first: {_download(name)}'
+
+
+def _download(name: str) -> str:
+  """Returns the command that downloads a repository of Hugging Face."""
+  return f'hf download {name} --local-dir={name.rpartition("/")[2]}'
 
 
 def cache_folder() -> pathlib.Path:
