@@ -27,6 +27,13 @@ from rotbits_jax.structured.subspaces import UNIT
 from rotbits_jax.system import schema
 
 _BLOCK = 1 << 22  # numbers of a tensor that are taken together
+# How many segments, and arrays of the base, each kind takes.
+_COUNTS = {
+  'reads': (1, (2,)),
+  'writes': (1, (1,)),
+  'shortcut': (2, (0,)),
+  'bias': (0, (2, 3)),
+}
 
 
 class Product(schema.Object):
@@ -43,6 +50,14 @@ class Product(schema.Object):
   # scaled or centred. SliceGPT does so.
   rounded: bool = False
   arrays: tuple[entries.BaseArray, ...] = ()  # of the base
+
+  def __post_init__(self) -> None:
+    segments, arrays = _COUNTS[self.kind]
+    if len(self.segments) != segments or len(self.arrays) not in arrays:
+      raise ValueError(
+        f'a product {self.kind!r} cannot be made of {len(self.segments)} segments and '
+        f'{len(self.arrays)} arrays'
+      )
 
   def vectors(
     self, dense: Sequence[np.ndarray], dtype: np.dtype
