@@ -5,12 +5,14 @@ import json
 import pathlib
 import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 import rotbits_jax
 from rotbits_jax import checkpoints
+from rotbits_jax import presets
 from rotbits_jax import structured
 from rotbits_jax.file import encode
 from rotbits_jax.file import verification
@@ -217,12 +219,32 @@ def test_a_checkpoint_of_no_family_that_near_rounded(tmp_path):
     rotbits_jax.verify(tmp_path / 'x', against=other)
 
 
-def test_a_model_that_near_rounded_is_no_other_one():
+@functools.cache
+def two_models():
+  """Makes a model, and another one of the same config with independent weights."""
   config = random_models.BASE | {'num_hidden_layers': 1, 'vocab_size': 200}
-  model, other = (random_models.random_model(config, np.float16, i) for i in (0, 1))
-  data = rotbits_jax.encode(model, preset='near')
+  model = random_models.random_model(config, np.float16)
+  rng = np.random.default_rng(5)
+  drawn = lambda x: (np.std(x) * rng.normal(size=x.shape)).astype(x.dtype)
+  params = jax.tree.map(lambda x: drawn(x) if np.std(x) else x, model.params)
+  return model, model.replace(params=params)
+
+
+@pytest.mark.parametrize('step', [-5.0, -1.0])
+def test_a_model_that_near_rounded_is_no_other_one(step):
+  model, other = two_models()
+  data = rotbits_jax.encode(model, preset='near', step=step)
   assert rotbits_jax.verify(data, against=model).kl > 0
   with pytest.raises(rotbits_jax.ContainerError, match='the decoded model'):
+    rotbits_jax.verify(data, against=other)
+
+
+def test_an_approximation_of_another_preset_is_no_other_model():
+  model, other = two_models()
+  preset = presets.exact()._replace(name='mine', keeps='approximation')
+  data = rotbits_jax.encode(model, preset=preset)
+  assert rotbits_jax.verify(data, against=model).compared == 0
+  with pytest.raises(rotbits_jax.ContainerError, match='the decoded model may be any'):
     rotbits_jax.verify(data, against=other)
 
 
@@ -317,3 +339,15 @@ def test_weights_that_a_file_does_not_store_are_missed(tmp_path):
   assert rotbits_jax.verify(tmp_path / 'x', against=source).missed == ('weights.pth',)
   file = source / 'model.safetensors'
   assert rotbits_jax.verify(tmp_path / 'x', against=file).missed == ()
+
+
+def test_arrays_of_jax_may_be_rounded_too():
+  tree = {'w': jax.numpy.asarray(tensors()['half'])}
+  data = rotbits_jax.encode(tree, preset='near')
+  assert rotbits_jax.verify(data, against=tree).ways['step'].tensors == 1
+
+
+def test_without_another_side_nothing_is_compared():
+  verified = rotbits_jax.verify(rotbits_jax.encode(tensors()))
+  assert verified.ways['none'].tensors == verified.tensors == 5
+  assert (verified.compared, verified.same_bits) == (0, None)

@@ -120,6 +120,7 @@ def check_step(
     ContainerError: if shapes or dtypes differ, or an error is beyond its bound.
   """
   array = _array(leaf)
+  original = np.asarray(original)
   _check_type(path, array, original, name)
   size = _size(original) or 1.0
   if array.size and float(np.min(step)) / 2 > _MOST_BOUND * size:

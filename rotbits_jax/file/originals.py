@@ -19,7 +19,8 @@ from rotbits_jax.file import shards
 from rotbits_jax.file import sources
 from rotbits_jax.system import files as files_lib
 
-_HELD = 2  # records of the other side that memory holds
+# Of files that are no sidecars, those that have no weights: arrays, and encoded files.
+_NO_WEIGHTS = '.npy', '.npz', '.rotbits'
 
 
 @dataclasses.dataclass
@@ -42,7 +43,7 @@ class Original:
 
   def __post_init__(self) -> None:
     self._records = records_of(self.source)
-    self._read = functools.lru_cache(_HELD)(self._flat)
+    self._read = functools.lru_cache(1)(self._flat)
 
   def paths(self) -> set[str]:
     """Returns the paths of all parameters."""
@@ -125,7 +126,7 @@ def _of_checkpoint(path: str | os.PathLike[str], reader: reader_lib.Reader) -> O
 def _is_weights(name: str) -> bool:
   """Returns whether a file beside weights has weights, too, in whatever format."""
   suffix = pathlib.PurePosixPath(name).suffix
-  return suffix in checkpoint_reader._NO_SIDECARS and suffix != '.rotbits'
+  return suffix in checkpoint_reader._NO_SIDECARS and suffix not in _NO_WEIGHTS
 
 
 def _of_file(other: reader_lib.Reader, reader: reader_lib.Reader) -> Original:

@@ -183,10 +183,11 @@ class _Tally:
     size = math.prod(leaf.shape)
     self.tensors += 1
     self.elements += size
+    way = 'none'
     if self._original is not None:
-      count = self._counts[self._compare(path, leaf, self._original)]
-      count[0] += 1
-      count[1] += size
+      way = self._compare(path, leaf, self._original)
+    self._counts[way][0] += 1
+    self._counts[way][1] += size
 
   def ways(self) -> dict[str, Count]:
     """Returns how many tensors were compared in each way."""
@@ -198,6 +199,8 @@ class _Tally:
     if self.is_exact:
       comparison.check_bits(path, leaf, wanted, original.name)
       return 'bits'
+    if structured.is_structured(wanted) and not structured.is_structured(leaf):
+      wanted = structured.materialize(wanted) if not wanted.needs else wanted
     if structured.same_bits(leaf, wanted):
       return 'bits'
     log2_step = None
@@ -279,12 +282,13 @@ def _compare_models(
   rounding = rounding_of(reader)
   draws = rotated(reference)
   if rounding is not None:
-    draws = [coarse(draw, rounding) for draw in draws]
+    for i, draw in enumerate(draws):
+      draws[i] = coarse(draw, rounding)  # replaced one by one, to save memory
   kl, floor = divergences(model, reference, draws)
   is_function = reader.manifest.keeps == 'function'
   if not is_function:
     _check_related(kl, reference, original.name)
-  ways: dict[str, Count] = {}
+  ways = dict(verified.ways)
   if is_function or rounding is not None:
     most = _MOST_NOISE if is_function else _MOST_COARSE
     if difference := different(kl, floor, most):
