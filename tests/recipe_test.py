@@ -212,6 +212,15 @@ def test_a_shortcut_of_one_segment_is_refused():
     rotbits_jax.verify(data, base=dense)
 
 
+def test_a_recipe_is_compared_with_a_file_and_a_file_with_it():
+  dense, model = opt_pair()
+  alone = rotbits_jax.encode(model, preset='exact')
+  recipe = file.Reader(rotbits_jax.encode(model, base=dense, preset='exact'), dense)
+  assert rotbits_jax.verify(alone, against=recipe).same_bits
+  again = rotbits_jax.encode(model, base=dense, preset='exact')
+  assert rotbits_jax.verify(again, against=alone, base=dense).same_bits
+
+
 def test_a_subspace_is_made_of_integers():
   rng = np.random.default_rng(0)
   basis = random_models.orthogonal(rng, 11)[:, :8]

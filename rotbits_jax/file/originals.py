@@ -68,9 +68,12 @@ class Original:
 
 def records_of(source: passes.Source) -> dict[str, str]:
   """Returns the record of each parameter by path, without reading any."""
+  names = source.records
+  if isinstance(source, reader_lib.Reader):
+    names = tuple(source.names())  # without the bases of subspaces
   return {
     path: record
-    for record in source.records
+    for record in names
     for path in structured.flatten(source.specs(record))
   }
 
