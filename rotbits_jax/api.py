@@ -498,20 +498,43 @@ def inspect(source: file.Encoded) -> report.Report:
 def verify(
   source: file.Readable,
   *,
-  against: Path | None = None,
+  against: Base | None = None,
   tokens: np.ndarray | None = None,
   base: Base | None = None,
   progress: bool = False,
 ) -> verification.Verification:
-  """Decodes everything in a file, and compares it with the checkpoint at a path.
+  """Decodes everything in a file, and compares it with what it should hold.
 
-  If the preset keeps all bits, they are compared, one record at a time. Otherwise
-  memory holds both models. The divergence of the predictions for random tokens, and the
-  errors of each tensor's canonical form, must be at most a few times the noise floor,
-  which random rotations and rounding make; an approximation is only measured. With the
-  `tokens` `[N]` of the text that a bound of `near` was measured on, the figures in the
-  file are measured again. Of plain tensors that `near` has rounded, only the other
-  files are compared.
+  If the preset keeps all bits, they are compared, one record at a time. Plain tensors
+  and arrays of a PyTree that `near` has rounded are compared element by element: each
+  must be within the error that the stored step of its array allows. Of models that were
+  rewritten, memory holds both. The divergence of the predictions for random tokens, and
+  the errors of each tensor's canonical form, must be at most a few times the noise
+  floor, which random rotations and rounding make: to the dtype, or to the steps of
+  `near`. Presets of others that keep an approximation are measured only, and refused if
+  the divergence is one of other models.
+
+  >>> tree = {'w': np.ones((64, 64), np.float32)}
+  >>> rotbits_jax.verify(rotbits_jax.encode(tree), against=tree).ways['bits'].tensors
+  1
+
+  Args:
+    against: the path of a checkpoint, or an opened one; the path, the bytes or a
+      `file.Reader` (with its base) of another encoded file; a `Model`; a `Checkpoint`;
+      or a PyTree of arrays, for a file of a PyTree or of plain tensors by name. Without
+      it, nothing is compared, and checksums tell whether the file is undamaged.
+    tokens: the tokens `[N]` of the text that a bound of `near` was measured on. The
+      figures in the file are measured again.
+
+  Returns:
+    What was decoded and how it was compared. If `against` is the path of a folder,
+    `missed` has the weights files in it that the file does not store.
+
+  Raises:
+    ContainerError: if the file is damaged, or differs; the message has the first
+      tensor and both values.
+    ValueError: if the file and `against` hold different things, such as a model and a
+      PyTree.
   """
   reader = file.Reader(source, base=base)
   return verification.verify(reader, against, tokens=tokens, progress=progress)

@@ -186,7 +186,7 @@ def test_checkpoints_on_disk(tmp_path):
   rotbits_jax.decode_to_directory(encoded, tmp_path / 'again', base=DENSE)
   assert structured.same_bits(tensors_of(tmp_path / 'again'), tensors_of(path))
   assert rotbits_jax.verify(encoded, against=path, base=DENSE).same_bits
-  with pytest.raises(file.ContainerError, match='differs from the checkpoint'):
+  with pytest.raises(file.ContainerError, match=r'differs from .* the first at \['):
     rotbits_jax.verify(encoded, against=DENSE, base=DENSE)
   with pytest.raises(file.ContainerError, match='other elements'):
     rotbits_jax.decode_to_directory(encoded, tmp_path / 'other', base=path)

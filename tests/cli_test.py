@@ -145,6 +145,23 @@ def test_verify_and_inspect(rotbits, encoded):
   assert 'layers.0/attention_shortcut' in out
 
 
+def test_verify_names_weights_that_are_not_stored(rotbits, tmp_path):
+  source, output = tmp_path / 'source', tmp_path / 'output'
+  shutil.copytree(DENSE, source)
+  (source / 'model.onnx').write_bytes(b'x')
+  rotbits('encode', source, output)
+  code, out, _ = rotbits('verify', output, f'--against={source}')
+  assert code == 2
+  assert 'NOT STORED: model.onnx (keep the original of these)' in out
+
+
+def test_verify_takes_an_encoded_file_and_says_how_it_compared(rotbits, encoded):
+  against = f'--against={encoded / "exact"}'
+  result = json_of(rotbits, 'verify', encoded / 'exact', against)
+  assert result['ways']['bits']['tensors'] == result['compared'] == result['tensors']
+  assert result['files_compared'] == result['files'] > 0
+
+
 @pytest.mark.parametrize('preset', ['exact', 'free'])
 def test_encode_compares_with_the_disk(rotbits, tmp_path, preset):
   source, output = tmp_path / 'source', tmp_path / 'output'

@@ -188,6 +188,39 @@ def test_parts_and_shards(tmp_path):
   assert len(list(target.glob('*.rotbits'))) > 3
 
 
+@pytest.mark.parametrize(
+  ('kind', 'segments', 'arrays'),
+  [('shortcut', (1,), 0), ('writes', (), 1), ('reads', (1,), 1), ('bias', (), 1)],
+)
+def test_a_product_lacks_nothing(kind, segments, arrays):
+  array = entries.BaseArray('w', (4, 6), 'float16', 0)
+  with pytest.raises(ValueError, match=f'a product {kind!r} cannot be made of'):
+    products.Product(kind=kind, segments=segments, arrays=(array,) * arrays)
+
+
+def test_a_shortcut_of_one_segment_is_refused():
+  dense, model = opt_pair()
+  streams, manifest = containers.unpack(
+    rotbits_jax.encode(model, base=dense, preset='free')
+  )
+  leaves = [leaf for record in manifest['records'] for leaf in record['leaves']]
+  found = [leaf['product'] for leaf in leaves if 'product' in leaf]
+  product = next(x for x in found if x['kind'] == 'shortcut')
+  del product['segments'][1]
+  data = containers.pack(streams, containers.to_json(manifest))
+  with pytest.raises(file.ContainerError, match='cannot be made of 1 segments'):
+    rotbits_jax.verify(data, base=dense)
+
+
+def test_a_recipe_is_compared_with_a_file_and_a_file_with_it():
+  dense, model = opt_pair()
+  alone = rotbits_jax.encode(model, preset='exact')
+  recipe = file.Reader(rotbits_jax.encode(model, base=dense, preset='exact'), dense)
+  assert rotbits_jax.verify(alone, against=recipe).same_bits
+  again = rotbits_jax.encode(model, base=dense, preset='exact')
+  assert rotbits_jax.verify(again, against=alone, base=dense).same_bits
+
+
 def test_a_subspace_is_made_of_integers():
   rng = np.random.default_rng(0)
   basis = random_models.orthogonal(rng, 11)[:, :8]

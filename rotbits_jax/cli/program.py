@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -30,12 +30,20 @@ from rotbits_jax.system.text import printable
 
 Result = tuple[dict[str, Any], str]  # the JSON object and the text of a command
 
+
+class Failed(NamedTuple):
+  """A `Result` that is printed, and ends the command with exit code 2."""
+
+  values: dict[str, Any]
+  text: str
+
+
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 # Flags of several commands: the function that defines each, its default and purpose.
 _SHARED: dict[str, tuple[Callable[..., Any], Any, str]] = {
   'base': (flags.DEFINE_multi_string, None, 'A base; repeat it for its own base.'),
-  'against': (flags.DEFINE_string, None, 'A model to compare with.'),
+  'against': (flags.DEFINE_string, None, 'A model or an encoded file to compare with.'),
   'overwrite': (flags.DEFINE_bool, False, 'Replace existing files.'),
 }
 
@@ -79,7 +87,7 @@ def run(command: types.ModuleType) -> int:
       raise
     print(f'rotbits {name}: too little memory: {_one_line(error)}', file=sys.stderr)
     return 1
-  return 0
+  return 2 if isinstance(result, Failed) else 0
 
 
 def read_model(path: str, base: Any = None) -> rotbits_jax.Checkpoint:

@@ -14,7 +14,8 @@ codes them) -> output (a file, or a folder of shards, that appears at once).
 `estimate` tells sizes before.
 
 Out: reader (records to leaves and models, within `memory`) -> placement (devices), or
-directory (a checkpoint), verification and report.
+directory (a checkpoint), verification and report. Verification opens the other side
+(originals) and compares tensors with it (comparison).
 """
 
 from rotbits_jax.file.container import ContainerError as ContainerError
