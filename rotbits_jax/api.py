@@ -207,10 +207,7 @@ def encode_to_file(
       **settings,
     )
     if check and encoder.missed:
-      raise ValueError(
-        f'{source}: NOT STORED: {", ".join(encoder.missed)} (keep the original of '
-        'these); all_files=True stores them, exclude=[...] leaves them out on purpose'
-      )
+      raise ValueError(verification.not_stored(source, encoder.missed))
     plan = output.Plan(encoder, path, shard_size, overwrite=overwrite)
     return plan.write(check=check, progress=progress, accepted=accepted)
 
@@ -496,7 +493,7 @@ def inspect(source: file.Encoded) -> report.Report:
 
 @host.own_settings()
 def verify(
-  source: file.Readable,
+  source: file.Encoded,
   *,
   against: Base | None = None,
   tokens: np.ndarray | None = None,
@@ -528,7 +525,7 @@ def verify(
 
   Returns:
     What was decoded and how it was compared. If `against` is the path of a folder,
-    `missed` has the weights files in it that the file does not store.
+    `missed` has the files in it that the file does not store.
 
   Raises:
     ContainerError: if the file is damaged, or differs; the message has the first
@@ -536,7 +533,7 @@ def verify(
     ValueError: if the file and `against` hold different things, such as a model and a
       PyTree.
   """
-  reader = file.Reader(source, base=base)
+  reader = reader_lib.opened(source, base)
   return verification.verify(reader, against, tokens=tokens, progress=progress)
 
 

@@ -244,3 +244,33 @@ def test_the_command_verifies_the_folder(tmp_path):
   assert done.returncode == 2
   assert 'NOT STORED: a.onnx' in done.stderr
   assert not (tmp_path / 'x').exists()
+
+
+def test_verify_compares_the_folder(tmp_path):
+  source = _sentence_transformers(tmp_path / 'in')
+  rotbits_jax.encode_to_file(source, tmp_path / 'x', check=True)
+  _write(source, {}, {'sub/weights.pth': 'x', 'notes.txt': 'x'})
+  verified = rotbits_jax.verify(tmp_path / 'x', against=source)
+  assert verified.missed == ('notes.txt', 'sub/weights.pth')
+
+
+def test_verify_does_not_miss_what_was_excluded(tmp_path):
+  source = _with_others(tmp_path / 'in')
+  globs = ['sub/', '*.bin', '*.onnx', 'm.*', '*.msgpack']
+  rotbits_jax.encode_to_file(source, tmp_path / 'x', exclude=globs)
+  assert rotbits_jax.verify(tmp_path / 'x', against=source).missed == ()
+
+
+@pytest.mark.parametrize('change', [b'y' * 9999, b'x' * 9998, b'x' * 10000])
+def test_verify_compares_copies(tmp_path, change):
+  source = _with_others(tmp_path / 'in')
+  rotbits_jax.encode_to_file(source, tmp_path / 'x', all_files=True)
+  (source / 'sub/weights.pth').write_bytes(change)
+  with pytest.raises(rotbits_jax.ContainerError, match=r'sub/weights\.pth: differs'):
+    rotbits_jax.verify(tmp_path / 'x', against=source)
+
+
+def test_an_output_in_the_folder_is_not_missed(tmp_path):
+  source = _sentence_transformers(tmp_path / 'in')
+  rotbits_jax.encode_to_file(source, source / 'x.rotbits', check=True)
+  assert rotbits_jax.verify(source / 'x.rotbits', against=source).missed == ()

@@ -32,6 +32,8 @@ _is_small_state = re.compile(
 _CACHES = frozenset([
   '__pycache__', '.cache', '.ipynb_checkpoints', '.DS_Store', 'Thumbs.db',
 ])  # fmt: skip
+# Folders in which this package prepares its results, see `system.outputs`.
+_is_staging = re.compile(r'\..+\.(?:partial|replaced)').fullmatch
 # How files that this package wrote begin, after the length of the header.
 _ENCODED = b'{"__metadata__":{"format":"rotbits",'
 _MOST_FILES = 1 << 14
@@ -99,7 +101,7 @@ def listing(root: pathlib.Path, selection: Selection) -> Listing:
 
 def _closed(folder: pathlib.Path, path: str, selection: Selection) -> str | None:
   """Returns the field of a folder that is not entered; None for all others."""
-  if folder.name in _CACHES:
+  if folder.name in _CACHES or _is_staging(folder.name):
     return 'ignored'
   if not folder.is_symlink() and tensors_lib.is_relative_path(path):
     return None

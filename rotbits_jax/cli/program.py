@@ -38,6 +38,9 @@ class Failed(NamedTuple):
   text: str
 
 
+# Arguments of Python in errors, which are flags here.
+_PYTHON = re.compile(r'\b(overwrite|all_files)=True|\b(base=)|\b(exclude=)(?=\[)')
+
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 # Flags of several commands: the function that defines each, its default and purpose.
@@ -178,4 +181,4 @@ def _one_line(error: BaseException) -> str:
     text = f'{error.filename}: {error.strerror}'
   else:
     text = ' '.join(str(error).split()) or type(error).__name__
-  return printable(re.sub(r'\b(overwrite)=True|\b(base=)', r'--\1\2', text))
+  return printable(re.sub(_PYTHON, r'--\1\2\3', text))

@@ -9,7 +9,7 @@ what random rotations and rounding cause. For `near` the rounding is that to its
 in plain tensors each element must be within the error that its step allows. With
 --text, the loss is measured on the tokens that `encode --max_kl` kept apart, where it
 must be what the file says. The exit code is 2 if anything differs, or if the folder has
-weights files that the file does not store.
+files that the file does not store, unless `encode --exclude` left them out.
 
 JSON: the fields of `rotbits_jax.file.verification.Verification`.
 """

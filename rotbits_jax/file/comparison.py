@@ -8,6 +8,7 @@ feedback, comes back as y with
 where eps is that of the dtype of y, which is rounded to after the step.
 """
 
+import io
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from rotbits_jax import passes
 from rotbits_jax import structured
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.symmetries import steps
+from rotbits_jax.system import files
 from rotbits_jax.system import schema
 
 _PIECE = 1 << 20  # elements that are compared together
@@ -36,6 +38,34 @@ class Error(schema.Object):
   path: str
   error: float
   bound: float
+
+
+class SameContent(io.RawIOBase):
+  """A file that compares what is written to it with another file, piece by piece."""
+
+  def __init__(self, other: files.File):
+    self._other = other
+    self._offset = 0
+    self._is_same = True
+
+  def writable(self) -> bool:
+    """Returns True, as files do that are open for writing."""
+    return True
+
+  def write(self, data: Any) -> int:
+    """Compares the next bytes."""
+    content = np.frombuffer(data, np.uint8)
+    end = self._offset + content.size
+    if self._is_same and end <= self._other.size:
+      expected = np.empty(content.size, np.uint8)
+      self._other.read(self._offset, expected)
+      self._is_same = np.array_equal(content, expected)
+    self._offset = end
+    return content.size
+
+  def is_whole(self) -> bool:
+    """Returns whether what was written is all of the other file."""
+    return self._is_same and self._offset == self._other.size
 
 
 def check_bits(path: str, decoded: Any, original: Any, name: str) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import os
-import pathlib
 from typing import Any
 from urllib import parse
 
@@ -13,14 +12,10 @@ from rotbits_jax import checkpoints
 from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import structured
-from rotbits_jax.checkpoints import reader as checkpoint_reader
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file import shards
 from rotbits_jax.file import sources
 from rotbits_jax.system import files as files_lib
-
-# Of files that are no sidecars, those that have no weights: arrays, and encoded files.
-_NO_WEIGHTS = '.npy', '.npz', '.rotbits'
 
 
 @dataclasses.dataclass
@@ -32,13 +27,15 @@ class Original:
     source: its parameters.
     files: its other files by name; None if it has none to compare.
     headers: those of weights files, by name; None if it has none to compare.
-    missed: names of weights files beside it that are not part of the source.
+    copies: files that memory does not hold, by name; None if it has none to compare.
+    missed: names of files in its folder that the other side does not store.
   """
 
   name: str
   source: passes.Source
   files: Mapping[str, bytes] | None = None
   headers: Mapping[str, bytes] | None = None
+  copies: Mapping[str, files_lib.File] | None = None
   missed: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
@@ -95,7 +92,7 @@ def of(value: Any, reader: reader_lib.Reader) -> Original:
   """
   path = value
   if isinstance(value, checkpoints.CheckpointReader | checkpoints.PlainFiles):
-    path = value.path
+    path = value.given
   if isinstance(path, str | os.PathLike) and not shards.is_encoded(path):
     return _of_checkpoint(path, reader)
   if isinstance(value, str | os.PathLike | bytes | bytearray | memoryview | io.IOBase):
@@ -109,27 +106,26 @@ def of(value: Any, reader: reader_lib.Reader) -> Original:
 def _of_checkpoint(path: str | os.PathLike[str], reader: reader_lib.Reader) -> Original:
   """Opens a checkpoint as plain tensors, or as a model, as the file holds it."""
   name = os.fspath(path)
+  # What the file could store of the folder, if it had been told to take all of it.
+  selection = checkpoints.Selection(exclude=reader.manifest.exclude, all_files=True)
   source: checkpoints.PlainFiles | checkpoints.CheckpointReader
   if reader.is_plain:
-    source = checkpoints.open_plain(path)
+    source = checkpoints.open_plain(path, selection)
   elif reader.config is not None:
-    source = checkpoints.open_checkpoint(path)
+    source = checkpoints.open_checkpoint(path, selection)
   else:
     raise ValueError(f'{name}: {_DIFFERENT.format("a PyTree", "a checkpoint")}')
-  is_folder = files_lib.local_path(path).is_dir()
+  manifest = reader.manifest
+  stored = {*manifest.files, *manifest.copies}
+  beside = {*source.files, *source.copies}
   return Original(
     name=name,
     source=source,
-    files=source.files,
+    files={x: content for x, content in source.files.items() if x in manifest.files},
     headers=source.headers if reader.is_plain else None,
-    missed=tuple(filter(_is_weights, source.left_out)) if is_folder else (),
+    copies=source.copies,
+    missed=tuple(sorted({*source.missed, *(beside - stored)})),
   )
-
-
-def _is_weights(name: str) -> bool:
-  """Returns whether a file beside weights has weights, too, in whatever format."""
-  suffix = pathlib.PurePosixPath(name).suffix
-  return suffix in checkpoint_reader._NO_SIDECARS and suffix not in _NO_WEIGHTS
 
 
 def _of_file(other: reader_lib.Reader, reader: reader_lib.Reader) -> Original:

@@ -184,11 +184,11 @@ class Plan:
     if check:
       try:
         reader = reader_lib.Reader(staged, base=encoder.base)
-        path = getattr(encoder.source, 'path', None)
+        path = getattr(encoder.source, 'given', None)
         if path is None and encoder.preset.keeps == 'bits':
           verification.read_all(reader, encoder.source)
         else:
-          verification.verify(reader, path)
+          verification.check(reader, path)
       except Exception:  # the shards are not right; a signal lets them stay
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 import math
 import types
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,8 @@ class Verification(NamedTuple):
       'none': not compared.
     worst: The tensor that rounding to its step changed most, relative to its size.
     files_compared: Number of other files whose bytes were compared.
-    missed: Weights files in the folder of the other side that the file does not store.
+    missed: Files in the folder of the other side that the file does not store, and that
+      were not excluded when it was encoded.
   """
 
   records: int
@@ -107,6 +108,21 @@ def verify(
     verified = _read_all(reader, None, progress=progress)
     verified = _compare_models(reader, original, verified, tokens, progress=progress)
   return verified._replace(files_compared=files_compared, missed=original.missed)
+
+
+def check(reader: reader_lib.Reader, folder: Any) -> None:
+  """Raises a ValueError unless a file holds all of a folder, see `verify`."""
+  missed = verify(reader, folder).missed
+  if missed:
+    raise ValueError(not_stored(folder, missed))
+
+
+def not_stored(folder: Any, missed: Sequence[str]) -> str:
+  """Returns an error about files of a folder that would be lost with it."""
+  return (
+    f'{folder}: NOT STORED: {", ".join(missed)} (keep the original of these); '
+    'all_files=True stores them, exclude=[...] leaves them out on purpose'
+  )
 
 
 def read_all(
@@ -263,7 +279,23 @@ def _compare_files(reader: reader_lib.Reader, original: originals.Original) -> i
       if files[name] != others[name]:
         raise ContainerError(f'{name}: differs from that of {original.name}')
     count += len(files)
-  return count
+  return count + _compare_copies(reader, original)
+
+
+def _compare_copies(reader: reader_lib.Reader, original: originals.Original) -> int:
+  """Compares files that memory does not hold; returns their number."""
+  if original.copies is None:
+    return 0
+  copies = reader.copies()
+  for name, write in copies.items():
+    if name not in original.copies:
+      raise ContainerError(f'{name}: only the file has it, {original.name} does not')
+    other = original.copies[name]
+    same = comparison.SameContent(other)
+    write(cast(BinaryIO, same))
+    if not same.is_whole():
+      raise ContainerError(f'{name}: differs from that of {original.name}')
+  return len(copies)
 
 
 def _compare_models(
