@@ -389,10 +389,10 @@ class Encoder:
     if not kept:
       return record
     empty: Any = {path: {} for path in structured.empty_dicts(record.params)}
-    notes = tuple({'tensor': path} for path in kept)
+    notes: list[dict[str, Any]] = [{'tensor': path} for path in kept]
     return record._replace(
       params=structured.unflatten(leaves | kept | empty),
-      savings=[*record.savings, passes.Saving(KEPT, 0, 0, notes)],
+      savings=[*record.savings, passes.Saving(KEPT, 0, 0, tuple(notes))],
     )
 
   def _kept(self, paths: Iterable[str], leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -400,7 +400,9 @@ class Encoder:
     rounding, originals = self.preset.rounding, dict[str, Any]()
     kept: dict[str, Any] = {}
     matrices = [path for path in sorted(paths) if len(leaves[path].shape) > 1]
-    for path in matrices if rounding is not None else ():
+    if rounding is None:
+      return kept
+    for path in matrices:
       originals = originals or self._original(path.partition('/')[0])
       array = originals[path]
       if not (prices.is_patterned(array) or rounding.is_finer_than(array.dtype)):
