@@ -28,6 +28,7 @@ BENCHMARKS = {
   'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
   'kinds': 'bytes by type of weights',
   'quantised': 'bytes of weights that were quantised and dequantised',
+  'prices': 'every preset side by side, of weights quantised before or not',
   'base': 'a model given its base',
   'near': '`near` and other lossy formats',
   'speed': 'encoding and decoding, and zstd, ZipNN, lmzip and OpenZL',

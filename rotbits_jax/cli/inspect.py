@@ -8,8 +8,8 @@ stores a tensor (`array` was left as it is), and `error` its relative error in t
 Frobenius norm.
 
 JSON: preset, keeps, family, elements and bytes of input and file, lines (each with its
-elements_saved and bytes_saved), remarks, base, metadata; with --verbose notes for each
-transform.
+elements_saved and bytes_saved), remarks, base, metadata, kept (the records and tensors
+that are smaller by exact); with --verbose notes for each transform.
 """
 
 from absl import flags

@@ -11,7 +11,7 @@ jobs          codes records in threads
 
 In: sources (models, opened checkpoints and PyTrees) -> encode (rewrites records, and
 codes them) -> output (a file, or a folder of shards, that appears at once).
-`estimate` tells sizes before.
+`estimate` tells sizes before; `prices` tells whether `exact` stores a model smaller.
 
 Out: reader (records to leaves and models, within `memory`) -> placement (devices), or
 directory (a checkpoint), verification and report. Verification opens the other side

@@ -4,18 +4,18 @@ Records are rewritten while those before them are coded.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import functools
 import hashlib
 import io
 import json
+import math
 import platform
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import msgspec
 import numpy as np
 from zlib_ng import zlib_ng
@@ -29,11 +29,13 @@ from rotbits_jax import pool
 from rotbits_jax import presets
 from rotbits_jax import quantisers
 from rotbits_jax import structured
+from rotbits_jax.coding import coder
 from rotbits_jax.coding import plans
 from rotbits_jax.file import coders
 from rotbits_jax.file import container
 from rotbits_jax.file import manifest as manifest_lib
 from rotbits_jax.file import memory
+from rotbits_jax.file import prices
 from rotbits_jax.file import sources
 from rotbits_jax.file import verification
 from rotbits_jax.relative import base as base_lib
@@ -52,6 +54,14 @@ _COPY_PIECE = 1 << 22  # bytes
 
 RELATIVE = 'relative to a base'
 """The name of the saving of a base."""
+
+KEPT = 'as exact'
+"""The name of a saving of 0 bytes: the record is stored as `exact` stores it.
+
+Its notes have the tensors that are stored so, if not all are.
+"""
+
+_REWRITTEN = prices.Choice(is_exact=False, nbytes=math.inf)
 
 
 class Encoder:
@@ -104,6 +114,10 @@ class Encoder:
       raise checkpoints.CheckpointError(text)
     self.counts = {name: self._count(name) for name in self._records.records}
     preset = self.preset
+    # The records of a recipe, of one message and relative to a base are as they are.
+    self._may_keep_bits = preset.may_keep_bits and base is None and self.can_be_divided
+    self._choice: prices.Choice | None = None
+    self._is_exact = False  # whether the whole model is stored as `exact` stores it
     if preset.keeps == 'function' and preset.transform and not preset.resumable:
       self._check_function()
 
@@ -145,6 +159,7 @@ class Encoder:
     If the state of the transform before them is not given, the layers before them are
     gone through. The result is the state after them.
     """
+    all_records = records
     is_last = records[-1:] == tuple(self.counts)[-1:]
     files, headers, copies = {}, {}, {}
     if is_last:
@@ -159,10 +174,17 @@ class Encoder:
     streams = container.StreamWriter(file, names)
     # A recipe drops rounding errors later, and a shard does not know the others.
     is_whole = self._recipe is None and len(records) == len(self.counts)
-    self._is_same = is_whole and self.preset.keeps == 'function'
     bar.stage('reading, compiling')
+    choice = self._chosen()
+    self._is_same = self.preset.keeps != 'bits' and (is_whole or choice.is_exact)
     message = None if self.can_be_divided else self._write_message(streams, bar)
     entries, state = self._write_records(streams, records, bar, state)
+    size = sum(entry.nbytes for entry in entries)
+    if is_whole and not choice.is_exact and size > prices.NEARLY * choice.nbytes:
+      self._choice = choice._replace(is_exact=True)
+      file.seek(0)
+      file.truncate()
+      return self.write(file, all_records, bar)
     try:
       data = manifest_lib.Manifest(
         preset=self.preset.name,
@@ -190,6 +212,33 @@ class Encoder:
       input_file.check()
     streams.finish(data)
     return state
+
+  def _chosen(self) -> prices.Choice:
+    """Returns whether the whole model is stored as `exact` stores it.
+
+    The layers of a model whose stream is rotated can only be stored so together. Other
+    records are compared one by one, when they are coded.
+    """
+    if self._choice is None:
+      config = self.source.config
+      valid = None if config is None else models.layout.symmetries(config)
+      self._choice = _REWRITTEN
+      if self._may_keep_bits and valid and (valid.segments or valid.stream):
+        with contextlib.suppress(ValueError):  # a weight is too large for its dtype
+          as_stored = self._as_stored()
+          self._choice = prices.choose(as_stored, self.preset)
+    if self._choice.is_exact and not self._is_exact:
+      self._is_exact, self._may_keep_bits = True, False
+      self.source = self._records = self._as_stored()
+      self._context = passes.make_context(self.source)
+      transform = presets.exact().transform
+      self.preset = self.preset._replace(transform=transform, rounding=None)
+    return self._choice
+
+  def _as_stored(self) -> Any:
+    """Returns the source with weights of the dtypes in which they are stored."""
+    source = self.source
+    return source.rounded() if isinstance(source, models.Model) else source
 
   def _check_function(self) -> None:
     """Applies transforms that others wrote, and compares the predictions for tokens."""
@@ -264,15 +313,17 @@ class Encoder:
         state = reached
         yield batch, state
     for name in names[len(rewritten) :]:  # buffers are the last record
+      unchanged = frozenset[str]()
       params, rounding = self._records.read(name), self.preset.rounding
       if self._recipe is not None:
         params = jax.device_get(params)  # which sorts keys, as those of other records
       elif self._context is None and rounding is not None:
         flat: dict[str, Any] = {path: {} for path in structured.empty_dicts(params)}
         for path, leaf in structured.flatten(params).items():
-          flat[path] = rounded(rounding, path, leaf)
+          flat[path] = prices.rounded(rounding, path, leaf)
+        unchanged = frozenset(structured.flatten(params))
         params = structured.unflatten(flat)
-      yield [passes.Record(name, params, [])], state
+      yield [passes.Record(name, params, [], unchanged)], state
 
   def _write_records(
     self,
@@ -289,7 +340,8 @@ class Encoder:
     def append() -> None:
       bar.stage('encoding')
       for job in ahead.popleft():
-        entry, pieces = job.result()
+        entry, pieces, is_same = job.result()
+        self._is_same = self._is_same and is_same
         _, crc32 = streams.append(entry.name, *pieces)
         entries.append(msgspec.structs.replace(entry, crc32=crc32))
         bar.update(entry.input.bytes)
@@ -300,13 +352,12 @@ class Encoder:
       for batch, reached in self._batches(names, state):
         state, resolve, jobs = reached, self._resolver(batch), []
         size = self.nbytes([x.name for x in batch if x.name in names])
+        is_alone = not (passes.is_rotated(state) or any(map(_needs_others, batch)))
         while batch:
           record = batch.pop(0)  # its memory is freed when it is coded
           if record.name in names:
-            self._is_same = self._is_same and structured.same_bits(
-              self.source.read(record.name), record.params
-            )
-            jobs.append(start(functools.partial(self.encode_record, record, resolve)))
+            encode = self._encode_smaller if is_alone else self._encode_rewritten
+            jobs.append(start(functools.partial(encode, record, resolve)))
           del record
         ahead.append(jobs)
         while len(ahead) > (0 if size >= memory.LARGE else 1):
@@ -317,10 +368,95 @@ class Encoder:
         future.result()
     return entries, state
 
-  def encode_record(
+  def _encode_smaller(
     self, record: passes.Record, resolve: Callable[[str], Any]
-  ) -> tuple[manifest_lib.RecordEntry, list[np.ndarray]]:
-    """Returns the entry of a record, without the checksum of its stream; the stream."""
+  ) -> '_Encoded':
+    """Encodes a record that no other one needs, as `exact` does if that is smaller.
+
+    Bits are kept, too, if the estimates of the sizes are too close to tell.
+    """
+    if not self._may_keep_bits:
+      return self._encode_rewritten(record, resolve)
+    record = self._with_kept(record)
+    leaves, originals = structured.flatten(record.params), self._original(record.name)
+    if structured.same_bits(originals, {x: _decoded(y) for x, y in leaves.items()}):
+      return self._encode(record, resolve, is_same=self.source.stored_as is None)
+    with pool.PLANS:
+      _find_codes(originals, {})
+      exact, rewritten = (
+        coder.estimate([y for x in several.values() for y in _arrays_of(x)])
+        for several in (originals, leaves)
+      )
+    if rewritten < prices.NEARLY * exact:
+      return self._encode(record, resolve, is_same=False)
+    empty: Any = {path: {} for path in structured.empty_dicts(record.params)}
+    params = structured.unflatten(originals | empty)
+    original = passes.Record(record.name, params, [passes.Saving(KEPT, 0, 0)])
+    return self._encode(original, resolve, is_same=self.source.stored_as is None)
+
+  def _encode_rewritten(
+    self, record: passes.Record, resolve: Callable[[str], Any]
+  ) -> '_Encoded':
+    """Encodes a record that others need, or whose coordinates others share."""
+    record = self._with_kept(record)
+    return self._encode(record, resolve, is_same=self._has_bits_of_source(record))
+
+  def _with_kept(self, record: passes.Record) -> passes.Record:
+    """Returns a record in which arrays that were only rounded may keep their bits."""
+    if self._is_exact:
+      return record._replace(savings=[*record.savings, passes.Saving(KEPT, 0, 0)])
+    leaves = structured.flatten(record.params)
+    kept = self._kept(record.unchanged, leaves) if self._may_keep_bits else {}
+    if not kept:
+      return record
+    empty: Any = {path: {} for path in structured.empty_dicts(record.params)}
+    notes: list[dict[str, Any]] = [{'tensor': path} for path in kept]
+    return record._replace(
+      params=structured.unflatten(leaves | kept | empty),
+      savings=[*record.savings, passes.Saving(KEPT, 0, 0, tuple(notes))],
+    )
+
+  def _kept(self, paths: Iterable[str], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arrays, or their codes, that are smaller than they are rounded."""
+    rounding, originals = self.preset.rounding, dict[str, Any]()
+    kept: dict[str, Any] = {}
+    matrices = [path for path in sorted(paths) if len(leaves[path].shape) > 1]
+    if rounding is None:
+      return kept
+    for path in matrices:
+      originals = originals or self._original(path.partition('/')[0])
+      array = originals[path]
+      if not (prices.is_patterned(array) or rounding.is_finer_than(array.dtype)):
+        continue
+      with pool.PLANS:
+        codes = quantisers.find(array)
+        nbytes = prices.array_bytes(path, array, None)
+        if nbytes < coder.estimate(_arrays_of(leaves[path])):
+          kept[path] = array if codes is None else codes
+    return kept
+
+  def _original(self, name: str) -> dict[str, Any]:
+    """Returns the leaves of a record, with the dtypes in which they are stored."""
+    leaves = structured.flatten(jax.device_get(self.source.read(name)))
+    if self._context is None or self.source.stored_as is None:
+      return leaves
+    dtypes = self._context.dtypes
+    return {x: structured.astype(y, dtypes.get(x, y.dtype)) for x, y in leaves.items()}
+
+  def _has_bits_of_source(self, record: passes.Record) -> bool:
+    """Returns whether all bits are the source's, unless another record's are not."""
+    if not self._is_same:
+      return False
+    leaves = structured.flatten(record.params)
+    return all(
+      structured.same_bits(leaf, _decoded(leaves.get(path)))
+      for path, leaf in structured.flatten(self.source.read(record.name)).items()
+    )
+
+  def _encode(
+    self, record: passes.Record, resolve: Callable[[str], Any], *, is_same: bool
+  ) -> '_Encoded':
+    """Encodes a record as it is; the entry lacks the checksum of the stream."""
     leaves: list[manifest_lib.Leaf] = []
     arrays: list[np.ndarray] = []
     known: dict[int, plans.Known] = {}
@@ -359,7 +495,7 @@ class Encoder:
       savings=tuple(savings),
       empty=tuple(structured.empty_dicts(record.params)),
     )
-    return entry_of_record, encoded.pieces
+    return _Encoded(entry_of_record, encoded.pieces, is_same)
 
   def _resolver(self, batch: Sequence[passes.Record]) -> Callable[[str], Any]:
     """Returns the function that finds the parameters that leaves of a batch need."""
@@ -399,6 +535,30 @@ class Encoder:
     )
 
 
+class _Encoded(NamedTuple):
+  """An encoded record."""
+
+  entry: manifest_lib.RecordEntry
+  pieces: list[np.ndarray]  # the stream
+  is_same: bool  # whether it is known that all bits are those of the source
+
+
+def _needs_others(record: passes.Record) -> bool:
+  """Returns whether leaves of a record are computed from other records."""
+  leaves = structured.flatten(record.params).values()
+  return any(getattr(leaf, 'needs', ()) for leaf in leaves)
+
+
+def _decoded(leaf: Any) -> Any:
+  """Returns the array of codes; other leaves as they are."""
+  return leaf.materialize() if isinstance(leaf, quantisers.BlockQuantized) else leaf
+
+
+def _arrays_of(leaf: Any) -> list[np.ndarray]:
+  """Returns the arrays that stand for an array or a leaf in a file."""
+  return [np.asarray(x) for x in prices.stored(leaf)[1].values()]
+
+
 def _write_files(
   streams: container.StreamWriter, prefix: str, contents: Mapping[str, Any]
 ) -> dict[str, manifest_lib.Deflated]:
@@ -434,19 +594,6 @@ def _deflated(file: files_lib.File) -> Iterator[bytes]:
   yield packer.flush()
 
 
-def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
-  """Rounds a matrix to a step by its root mean square; returns other leaves."""
-  dtype = np.dtype(leaf.dtype)
-  is_float = dtype in (np.float16, ml_dtypes.bfloat16, np.float32)
-  is_matrix = structured.is_plain(leaf) and passes.is_matrix(leaf)
-  log2_step = rounding.log2_step(path, dtype) if is_float and is_matrix else None
-  if log2_step is None:
-    return leaf
-  wide = jnp.asarray(leaf, jnp.float32)
-  multiples, _ = passes.round_leaf(wide, dtype, log2_step, rounding.uniform)
-  return structured.astype(passes.narrowed(jax.device_get(multiples)), dtype)
-
-
 def _find_codes(params: dict[str, Any], beside: dict[str, measure.Measured]) -> None:
   """Replaces arrays that were quantised before by their codes, if these are smaller."""
   for path, leaf in params.items():
@@ -459,13 +606,6 @@ def _find_codes(params: dict[str, Any], beside: dict[str, measure.Measured]) -> 
     ):
       params[path] = codes
       beside.pop(path, None)
-
-
-def stored(leaf: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Returns the settings and the arrays that stand for an array or a leaf in a file."""
-  if structured.is_structured(leaf):
-    return leaf.stored()
-  return {}, {'': np.asarray(leaf).view(entries_lib.stored_dtype(leaf.dtype.name))}
 
 
 def _stored(
@@ -485,7 +625,7 @@ def _stored(
       array = leaf.materialize(*map(resolve, leaf.needs))
       crc32 = checksums.of_array(jax.device_get(array))
   type_name, shape, dtype, stack_key = structured.stack_key(leaf)
-  settings, arrays = stored(leaf)
+  settings, arrays = prices.stored(leaf)
   if not type_name:
     entry = manifest_lib.Leaf(path=path, shape=shape, dtype=dtype)
     return entry, [*arrays.values()], None

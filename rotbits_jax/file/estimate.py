@@ -8,32 +8,24 @@ interpolates, because a file's bytes are nearly linear in the step.
 
 import collections
 from collections.abc import Callable
-import itertools
 import math
 from typing import Any
 import zlib
 
-import msgspec
 import numpy as np
 
-from rotbits_jax import models
 from rotbits_jax import passes
 from rotbits_jax import presets
-from rotbits_jax import quantisers
 from rotbits_jax import structured
-from rotbits_jax.coding import coder
-from rotbits_jax.file import encode
-from rotbits_jax.relative import measure
-from rotbits_jax.structured import difference
+from rotbits_jax.file import prices
 from rotbits_jax.system import progress as progress_lib
 
 _WITHIN = 0.01  # the most that a file of a target size has fewer bytes, relative
-_RECORDS = 3  # of one kind that are read
-_ELEMENTS = 1 << 18  # of a sample
 _FILE, _ENTRY = 2000, 14  # bytes of a manifest, and of a tensor's entry in it, about
 _START = -5.0
 _BITS = 7.05  # of a normal number at this step, of which each octave takes one
-_PROBES = 6  # files that are written in the search of a step
+_SAME = 64  # bytes by which files of the same arrays differ at most
+_PROBES = 8  # files that are written in the search of a step
 
 
 def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
@@ -52,61 +44,23 @@ def estimate(source: Any, *, progress: bool = False) -> dict[str, int]:
   count = len(alike) + (config is not None)
   with progress_lib.Progress('estimate', count, 'step', show=progress) as bar:
     for records in alike.values():
-      sampled = records[:: -(-len(records) // _RECORDS)]
+      sampled = records[:: -(-len(records) // prices.RECORDS)]
       for record in sampled:
         for path, array in structured.flatten(source.read(record)).items():
           for preset, rounding in roundings.items():
-            nbytes = _array_bytes(path, array, rounding)
+            nbytes = prices.array_bytes(path, array, rounding)
             sizes[preset] += nbytes * len(records) / len(sampled)
       bar.update()
     if config is not None:
-      sizes['free'], kept = _rewritten(source, presets.free())
+      sizes['free'], kept = prices.rewritten_bytes(source, presets.free())
       sizes['near'] *= kept
       if config.sliced:  # an embedding in terms of its head
-        sizes['exact'], _ = _rewritten(source, presets.exact())
+        sizes['exact'], _ = prices.rewritten_bytes(source, presets.exact())
       bar.update()
+  sizes = {preset: min(nbytes, sizes['exact']) for preset, nbytes in sizes.items()}
   others = _FILE + _ENTRY * len(source.tensors)
   others += sum(len(zlib.compress(x)) for x in source.files.values())
   return {preset: round(others + sizes[preset]) for preset in sorted(sizes)}
-
-
-def _rewritten(source: Any, preset: presets.Preset) -> tuple[float, float]:
-  """Returns about the bytes of a preset, and the share of elements that it stores."""
-  config, widths = source.config, source.config.segment_widths
-  count, step = config.num_layers, config.segments_per_layer
-  is_even = count > _RECORDS and widths[_RECORDS * step] == widths[-1]
-  chosen = _RECORDS if is_even else count
-  small = msgspec.structs.replace(
-    config, num_layers=chosen, segment_widths=widths[: chosen * step + 1]
-  )
-  model = source.load(range(chosen)).model.replace(config=small)
-  context, nbytes, elements = passes.make_context(model), 0.0, 0
-  given = structured.flatten(model.params)
-  rewritten = passes.rewrite(context, preset.transform, rounding=preset.rounding)
-  for record in itertools.chain.from_iterable(records for records, _ in rewritten):
-    # The second layer stands for those that are not read.
-    weight = 1 + (count - chosen) * (record.name == models.names.layer(1))
-    leaves = structured.flatten(record.params)
-    elements += weight * sum(map(structured.count_elements, leaves.values()))
-    arrays = list[np.ndarray]()
-    for leaf in leaves.values():
-      if isinstance(leaf, difference.Difference):  # an embedding beside its head
-        nbytes += measure.of_leaf(leaf, *map(given.__getitem__, leaf.needs)).estimate()
-      else:
-        arrays += encode.stored(leaf)[1].values()
-    nbytes += weight * coder.estimate(arrays)
-  return nbytes, elements / models.count_elements(config)
-
-
-def _array_bytes(path: str, array: np.ndarray, rounding: Any) -> float:
-  """Returns about the bytes of an array, from some rows of it, rounded."""
-  if rounding is None and (codes := quantisers.find(array)) is not None:
-    return quantisers.nbytes(codes)
-  rows = array.reshape(-1, (array.shape[-1] if array.ndim > 1 else 1) or 1)
-  sample = np.ascontiguousarray(rows[:: max(array.size // _ELEMENTS, 1)])
-  leaf: Any = sample if rounding is None else encode.rounded(rounding, path, sample)
-  nbytes = coder.estimate([*encode.stored(leaf)[1].values()])
-  return nbytes * len(rows) / max(len(sample), 1)
 
 
 def write_within(target: int, write: Callable[[float, range], int]) -> None:
@@ -121,14 +75,31 @@ def write_within(target: int, write: Callable[[float, range], int]) -> None:
     size = sizes[step] = write(step, accepted)
     if size in accepted:
       return
+    if size < target and _is_exact(sizes):
+      break
     step += _BITS * (size - aim) / size
     if min(sizes.values()) < aim < max(sizes.values()):
-      ascending = sorted(sizes, key=sizes.__getitem__)
-      step = float(np.interp(aim, [sizes[x] for x in ascending], ascending))
+      step = _interpolated(sizes, aim)
     step = min(max(round(step, 3), passes.FINEST), passes.COARSEST)
   fitting = [step for step, size in sizes.items() if size <= target]
   least, most = min(sizes.values()), max(sizes.values())
-  if not fitting or (most < target and min(sizes) <= passes.FINEST):
+  is_too_small = most < target and min(sizes) <= passes.FINEST
+  if not fitting or (is_too_small and not _is_exact(sizes)):
     text = f'files of {least:,} to {most:,} bytes, none of about {target:,}'
     raise ValueError(f'near has steps from 2^{passes.FINEST:g} on, and wrote {text}')
   write(min(fitting), range(target + 1))
+
+
+def _interpolated(sizes: dict[float, int], aim: float) -> float:
+  """Returns the step at which a file has about a size, given sizes around it."""
+  steps, most = sorted(sizes, reverse=True), max(sizes.values())
+  # Finer steps than the coarsest one with which all bits are kept change nothing.
+  finest = next(step for step in steps if most - sizes[step] < _SAME)
+  chosen = [step for step in steps if step >= finest]
+  return float(np.interp(aim, [sizes[step] for step in chosen], chosen))
+
+
+def _is_exact(sizes: dict[float, int]) -> bool:
+  """Returns whether finer steps make no larger file, because it has all bits."""
+  finest = [sizes[step] for step in sorted(sizes)[:2]]
+  return len(finest) > 1 and abs(finest[0] - finest[1]) < _SAME

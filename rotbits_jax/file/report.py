@@ -1,5 +1,6 @@
 """The report on a file, to the byte: as text, as JSON, and as one web page."""
 
+from collections.abc import Sequence
 import html
 import math
 import os
@@ -62,6 +63,9 @@ class Report(NamedTuple):
   measured: held_out.Measured | None = None  # if `near` was given a bound
   missed: tuple[str, ...] = ()  # files of the input's folder that are not stored
   excluded: tuple[str, ...] = ()  # those that were left out on purpose
+  records: int = 0
+  kept_records: tuple[str, ...] = ()  # that are stored as `exact` stores them
+  kept_tensors: tuple[str, ...] = ()  # in other records
 
   def to_json(self, *, verbose: bool = False) -> dict[str, Any]:
     """Returns the report as JSON values, with the notes if `verbose`."""
@@ -76,6 +80,7 @@ class Report(NamedTuple):
       'base': [schema.dump(array) for array in self.needs.values()],
       'measured': schema.dump(self.measured),
       'metadata': self.metadata,
+      'kept': {'records': self.kept_records, 'tensors': self.kept_tensors},
     }
     return value | {'notes': self.notes} if verbose else value
 
@@ -122,15 +127,36 @@ class Report(NamedTuple):
       first, count = next(iter(self.needs)), len(self.needs)
       text = f'{count} tensors, {size:,} elements, such as {first}'
       remarks.append(f'The file needs a base, to decode it with: {text}.')
+    if self.kept_records or self.kept_tensors:
+      remarks.append(self._about_kept())
     if self.keeps != 'bits':
       text = 'LoRA adapters trained on the input no longer fit: merge them first'
       remarks.append(f'The weights differ, so {text}, or use the preset exact.')
+    if self.keeps == 'bits':
+      return remarks
     if self.measured is not None:
       remarks.append(f'The loss is {self.measured}.')
     elif self.keeps == 'approximation':
       text = '`rotbits evaluate` compares the predictions of models of known families'
       remarks.append(f'No divergence was measured: {text}.')
     return remarks
+
+  def _about_kept(self) -> str:
+    """Returns the remark on what is stored as `exact` stores it."""
+    records, tensors, counted = self.kept_records, self.kept_tensors, []
+    if records:
+      counted.append(f'{len(records)} of {self.records} records ({_few(records)})')
+    if tensors:
+      counted.append(f'{len(tensors)} tensors ({_few(tensors)})')
+    text = ' and '.join(counted)
+    return (
+      f'Smaller as the preset exact stores them, so all their bits are kept: {text}.'
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+  """Returns the first of some names, and the last one."""
+  return ', '.join(names if len(names) < 4 else (*names[:2], '...', names[-1]))
 
 
 def _summary(notes: list[Note]) -> list[Note]:
@@ -190,6 +216,8 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     notes[encode_lib.RELATIVE] = [_relative_form(leaf) for leaf in leaves]
   if quantised := [x for record in manifest.records for x in _quantised(record)]:
     notes['quantised before'] = quantised
+  kept = notes.pop(encode_lib.KEPT, [])
+  names = [entry.name for entry in manifest.records if _is_kept(entry)]
   elements = sum(entry.input.elements for entry in stored)
   size = sum(entry.input.bytes for entry in stored)
   other_bytes = sum(x.nbytes for x in manifest.files.values())
@@ -219,7 +247,15 @@ def from_reader(reader: reader_lib.Reader) -> Report:
     measured=loss and schema.load(held_out.Measured, loss, 'measured'),
     missed=manifest.missed,
     excluded=manifest.excluded,
+    records=len(manifest.records),
+    kept_records=tuple(names),
+    kept_tensors=tuple(str(note.get('tensor')) for note in kept),
   )
+
+
+def _is_kept(record: manifest_lib.RecordEntry) -> bool:
+  """Returns whether a preset that changes weights has kept those of a record."""
+  return any(x.name == encode_lib.KEPT and not x.notes for x in record.savings)
 
 
 def _bits(record: manifest_lib.RecordEntry) -> Note:

@@ -14,6 +14,7 @@ The modules, in the order of reading:
 """
 
 from rotbits_jax.passes.heads import remove_head_gauges as remove_head_gauges
+from rotbits_jax.passes.residual import is_rotated as is_rotated
 from rotbits_jax.passes.residual import random_rotation as random_rotation
 from rotbits_jax.passes.residual import randomly_rotated as randomly_rotated
 from rotbits_jax.passes.residual import remove_residual_gauge as remove_residual_gauge

@@ -135,6 +135,11 @@ def _outer(context: Context, state: Any, params: Params) -> transform_lib.Noted:
   return rotated, notes
 
 
+def is_rotated(state: Any) -> bool:
+  """Returns whether layers with this state of a chain have rotated coordinates."""
+  return isinstance(state, State)
+
+
 # ---- shortcuts ---------------------------------------------------------------------
 
 

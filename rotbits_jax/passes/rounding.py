@@ -76,6 +76,11 @@ class Rounding(NamedTuple):
     is_sensitive = path.startswith('head/') and mantissa < 10
     return self.step - mantissa - (2 if is_sensitive else 0)
 
+  def is_finer_than(self, dtype: np.dtype) -> bool:
+    """Returns whether multiples take more bits than typical elements of a dtype."""
+    is_fine = self.step is not None and self.step <= -jnp.finfo(dtype).nmant
+    return self.uniform and is_fine
+
 
 NEAREST = Rounding()  # to the nearest numbers of the dtype
 

@@ -13,10 +13,11 @@ dict and return it. So the memory of a leaf is free as soon as it is rewritten.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 import math
 from typing import Any, NamedTuple, Protocol
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,7 @@ class Record(NamedTuple):
   name: str  # 'layers.0', 'layers.1', ..., 'embed', 'final_norm' or 'head'
   params: models.Params  # nested dicts whose only outermost key is the name
   savings: list[Saving]  # of each transform; all outer ones are in one record
+  unchanged: frozenset[str] = frozenset()  # paths that were only rounded
 
 
 def rewrite(
@@ -200,8 +202,11 @@ def rewrite(
     if advance is not None and index is not None:
       state = advance(context, state, index, params)
     if index is None or index in layers:
+      # No leaf is held that a transform replaces.
+      read = {path: weakref.ref(leaf) for path, leaf in params.items()}
       params, savings = _apply(context, chain, state, index, params)
-      yield _records(context, rounding, index, params, savings), state
+      unchanged = [x for x in params.keys() & read if params[x] is read[x]()]
+      yield _records(context, rounding, index, params, savings, unchanged), state
 
 
 def _apply(
@@ -229,9 +234,11 @@ def _records(
   index: int | None,
   params: Params,
   savings: list[Saving],
+  unchanged: Sequence[str],
 ) -> list[Record]:
   """Rounds rewritten parameters, and makes records of them on the host."""
   prefix, records = models.names.prefix(index), list[Record]()
+  paths = frozenset(prefix + path for path in unchanged)
   params = {prefix + path: params.pop(path) for path in [*params]}
   for name in dict.fromkeys(path.split('/')[0] for path in params):
     leaves = {x: params.pop(x) for x in [*params] if x.split('/')[0] == name}
@@ -246,7 +253,8 @@ def _records(
       notes = [{key: _to_json(x) for key, x in note.items()} for note in notes]
       if notes:
         savings = [*savings, Saving('rounding', 0, int(bits / 8), tuple(notes))]
-    records.append(Record(name, structured.unflatten(leaves), savings))
+    tree = structured.unflatten(leaves)
+    records.append(Record(name, tree, savings, paths.intersection(leaves)))
     savings = []
   return records
 

@@ -28,6 +28,8 @@ class Preset(NamedTuple):
   # Whether name and options determine everything else, so a run can be continued.
   # If not, other transforms may change the function, so it is compared for 'function'.
   resumable: bool = False
+  # Whether records that are smaller as `exact` stores them are stored so.
+  may_keep_bits: bool = False
   coder: str = 'weights'  # of records, see `file.coders`; or `paper.CODER`
 
 
@@ -75,6 +77,7 @@ def free(
     transform=_without_gauges(tolerance, transforms),
     rounding=passes.Rounding(floor),
     resumable=not transforms,
+    may_keep_bits=not transforms,
   )
 
 
@@ -128,6 +131,7 @@ def near(
     rounding=passes.Rounding(step, True, offsets, inputs or {}),
     keeps='approximation',
     resumable=not (transforms or inputs),
+    may_keep_bits=not transforms,
   )
 
 

@@ -10,3 +10,4 @@ from rotbits_jax.quantisers.leaf import BlockQuantized as BlockQuantized
 from rotbits_jax.quantisers.leaf import form as form
 from rotbits_jax.quantisers.search import find as find
 from rotbits_jax.quantisers.search import nbytes as nbytes
+from rotbits_jax.quantisers.search import repeats as repeats

@@ -79,7 +79,7 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   if structured.is_structured(array) or array.dtype.name not in _REPEATED:
     return None
   array = np.asarray(array)
-  if array.size < _LEAST or array.ndim < 2 or not _repeats(array):
+  if not repeats(array):
     return None
   array = host.contiguous(array)
   magnitudes = _magnitudes(array)
@@ -102,6 +102,29 @@ def find(array: Any) -> leaf_lib.BlockQuantized | None:
   return leaf
 
 
+def repeats(array: np.ndarray) -> bool:
+  """Returns whether many elements of some rows or columns are repeated.
+
+  Of dtypes in which no codes are looked for, none are.
+  """
+  if array.dtype.name not in _REPEATED or array.size < _LEAST or array.ndim < 2:
+    return False
+  matrix = array.reshape(-1, array.shape[-1])
+  for lines in (matrix, matrix.T):
+    middle = lines.shape[1] // 2 // _RUN * _RUN  # the first tokens are often unused
+    some = lines[:: max(len(lines) // _LINES, 1)][:_LINES, middle:][:, :_RUN]
+    for run, share in _REPEATED[array.dtype.name]:
+      run = min(run, some.shape[1])
+      runs = some[:, : some.shape[1] // run * run].reshape(-1, run)
+      ascending = np.sort(_magnitudes(runs), axis=1)
+      is_used = ascending[:, 1:] > 0
+      is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & is_used
+      used: Any = np.count_nonzero(is_used)  # with zeros, each has fewer to repeat
+      if np.count_nonzero(is_repeated) > share * used * max(used / is_used.size, 1 / 4):
+        return True
+  return False
+
+
 def nbytes(leaf: leaf_lib.BlockQuantized) -> float:
   """Estimates the bytes of a leaf in a file; of small arrays, by entropies of bytes."""
   arrays = leaf.stored()[1]
@@ -117,24 +140,6 @@ def _estimate(array: np.ndarray) -> float:
   rows = array.reshape(-1, array.shape[-1])
   sample = np.ascontiguousarray(rows[:: -(-array.size // _ESTIMATED)])
   return coder.estimate([sample]) * len(rows) / len(sample)
-
-
-def _repeats(array: np.ndarray) -> bool:
-  """Returns whether many elements of some rows or columns are repeated."""
-  matrix = array.reshape(-1, array.shape[-1])
-  for lines in (matrix, matrix.T):
-    middle = lines.shape[1] // 2 // _RUN * _RUN  # the first tokens are often unused
-    some = lines[:: max(len(lines) // _LINES, 1)][:_LINES, middle:][:, :_RUN]
-    for run, share in _REPEATED[array.dtype.name]:
-      run = min(run, some.shape[1])
-      runs = some[:, : some.shape[1] // run * run].reshape(-1, run)
-      ascending = np.sort(_magnitudes(runs), axis=1)
-      is_used = ascending[:, 1:] > 0
-      is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & is_used
-      used: Any = np.count_nonzero(is_used)  # with zeros, each has fewer to repeat
-      if np.count_nonzero(is_repeated) > share * used * max(used / is_used.size, 1 / 4):
-        return True
-  return False
 
 
 def _magnitudes(array: np.ndarray) -> np.ndarray:
