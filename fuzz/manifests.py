@@ -4,13 +4,15 @@
 
 Checksums are made right again, so an edit is seen by all that is behind them. An edited
 file is refused with a `ContainerError`, or an `OSError` of the system, or it is read.
-Any other error is a failure, and so is a read that takes too long or too much memory.
+Any other error is a failure, and so is a read that takes too long or too much memory,
+or that returns memory which was never written.
 The first file of each failure is kept in --failures, and the exit code is 1.
 """
 
 import collections
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -45,6 +47,7 @@ from rotbits_jax.file import shards
 from rotbits_jax.file import verification
 from rotbits_jax.structured import difference
 from rotbits_jax.system import checksums
+from rotbits_jax.system import host
 
 _KIND = flags.DEFINE_list('kind', None, 'Kinds of files; by default all.')
 _EDITS = flags.DEFINE_integer('edits', 20_000, 'Edited files of each kind.')
@@ -239,13 +242,36 @@ def _load(reader: rotbits_jax.file.Reader, names: list[str], rng: Any) -> None:
     placement.on_device(structured.astype(content, np.float32))
 
 
+def _twice(reader: rotbits_jax.file.Reader, names: list[str], rng: Any) -> None:
+  """Decodes the content into memory of two contents; both results must be equal."""
+  found = []
+  for byte in (0xAB, 0x54):
+    with mock.patch.object(host, 'empty', functools.partial(_filled, byte)):
+      decoded = reader.content()
+    params: Any = decoded.params if isinstance(decoded, models.Model) else decoded
+    found.append([np.asarray(x).tobytes() for x in jax.tree.leaves(params)])
+  if found[0] != found[1]:
+    raise AssertionError('memory is returned that was never written')
+
+
+_empty = host.empty
+
+
+def _filled(byte: int, *shape_and_dtype: Any) -> np.ndarray:
+  """Returns an array of `host.empty` whose bytes are equal."""
+  array = _empty(*shape_and_dtype)
+  if array.size:
+    array.reshape(-1).view(np.uint8)[...] = byte
+  return array
+
+
 def _page(reader: rotbits_jax.file.Reader, names: list[str], rng: Any) -> None:
   """Writes the report as a web page."""
   source, _ = reader.inputs
   report_lib.report_page(source).encode()
 
 
-_WAYS = (_content, _content, _each, _some, _verify, _directory, _load, _page)
+_WAYS = (_content, _twice, _each, _some, _verify, _directory, _load, _page)
 
 
 # ---- running -------------------------------------------------------------------------
