@@ -175,7 +175,7 @@ def make_inputs(folder: pathlib.Path) -> None:
   word_checkpoints.copy_with_tokenizer('llama-tiny-dense', folder)
   (folder / 'llama-tiny-dense').rename(folder / 'model')
   shutil.copytree(folder / 'model', folder / 'base')
-  (folder / 'text').write_text(word_checkpoints.random_text(40))
+  (folder / 'text').write_text(word_checkpoints.random_text(400))
   rotbits_jax.encode_to_file(folder / 'model', folder / 'file', preset='exact')
   # Others, so it can be seen which of both is there.
   (folder / 'base' / 'LICENSE').write_text('another one')
