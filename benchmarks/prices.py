@@ -38,7 +38,7 @@ def through(
     is_table = path.startswith('embed/')
     rows = array if is_table else array.swapaxes(-1, -2)  # kernels are [in, out]
     flat = np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
-    changed = quantise(flat).reshape(rows.shape).astype(dtype)
+    changed: np.ndarray = quantise(flat).reshape(rows.shape).astype(dtype)
     return changed if is_table else changed.swapaxes(-1, -2)
 
   leaves = structured.flatten(model.params)

@@ -16,7 +16,7 @@ from rotbits_jax import checkpoints
 from rotbits_jax import structured
 
 ROOT = pathlib.Path(__file__).parents[1]
-PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+PLACE = jax.device_put(0, jax.devices()[0]).sharding
 
 
 def params(dtype=jnp.bfloat16):
