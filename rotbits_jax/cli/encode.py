@@ -50,6 +50,8 @@ from rotbits_jax.cli import program
 from rotbits_jax.file import output
 from rotbits_jax.file import report as report_lib
 from rotbits_jax.presets import steps
+from rotbits_jax.system import files as files_lib
+from rotbits_jax.system import outputs
 
 
 def _config_flag() -> flags.FlagHolder[Any]:
@@ -93,7 +95,7 @@ flags.mark_flags_as_mutual_exclusive(['config', 'preset'])
 def main(checkpoint: str, file: str | None = None) -> program.Result | None:
   start, path = time.monotonic(), pathlib.Path(checkpoint)
   if not path.name.strip('.'):  # . or ..
-    path = path.resolve()
+    path = files_lib.real_path(path)
   stem = path.stem if path.is_file() else path.name
   target = file or str(path.with_name(f'{stem}.rotbits'))
   shard_size, overwrite = program.parse_size(_SHARD_SIZE), _OVERWRITE.value
@@ -104,24 +106,29 @@ def main(checkpoint: str, file: str | None = None) -> program.Result | None:
     exclude=tuple(_EXCLUDE.value), all_files=_ALL_FILES.value
   )
   source = checkpoints.open_any(checkpoint, selection)
-  options = _options(source, target)
-  rotbits_jax.encode_to_file(
-    checkpoint,
-    target,
-    base=_BASE.value,
-    shard_size=shard_size,
-    exclude=selection.exclude,
-    all_files=selection.all_files,
-    metadata=_metadata(),
-    overwrite=overwrite,
-    check=_VERIFY.value,
-    progress=True,
-    **options,
-  )
+  # The search for steps takes minutes, in which no other run may take the target.
+  is_shared = _DISTRIBUTED.value
+  with contextlib.nullcontext() if is_shared else outputs.reserved(target):
+    options = _options(source, target)
+    rotbits_jax.encode_to_file(
+      checkpoint,
+      target,
+      base=_BASE.value,
+      shard_size=shard_size,
+      exclude=selection.exclude,
+      all_files=selection.all_files,
+      metadata=_metadata(),
+      overwrite=overwrite,
+      check=_VERIFY.value,
+      progress=True,
+      **options,
+    )
   if jax.process_index():
     return None
-  report = rotbits_jax.inspect(pathlib.Path(target).resolve())
+  report = rotbits_jax.inspect(files_lib.real_path(target))
   reason = getattr(source, 'reason', None)
+  if report.family is None and reason is None:  # with the weights of sub-folders
+    source = checkpoints.open_plain(checkpoint, selection)
   result = report.to_json() | {
     'given_bytes': source.input_bytes,
     'missed': list(report.missed),
@@ -193,7 +200,7 @@ def _options(source: Any, target: str) -> dict[str, Any]:
     program.read_tokens(_TEXT.value, model.files),
     max_kl=_MAX_KL.value,
     max_tokens=_MAX_TOKENS.value,
-    folder=pathlib.Path(target).resolve().parent,
+    folder=files_lib.real_path(target).parent,
     progress=True,
   )
   return options | calibration.options

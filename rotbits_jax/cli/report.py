@@ -18,7 +18,7 @@ from rotbits_jax.system import outputs
 
 def main(file: str, page: str | None = None) -> program.Result:
   page = page or f'{file.removesuffix(".rotbits")}.html'
-  target = files.local_path(page).resolve()
+  target = files.real_path(page)
   output.check_path(target, None, inputs=[file], overwrite=_OVERWRITE.value)
   with outputs.writer(target) as folder:
     outputs.check(target, overwrite=_OVERWRITE.value)

@@ -39,7 +39,7 @@ _RECIPE = flags.DEFINE_string('recipe', None, 'The same, given the dense model.'
 
 def main(model: str, folder: str) -> program.Result:
   dense, overwrite = program.read_model(model), _OVERWRITE.value
-  path = files.local_path(model).resolve()
+  path = files.real_path(model)
   stem = f'{path.name if path.is_dir() else path.stem}_{_SPARSITY.value}'
   directory = outputs.directory_target(folder)
   names = f'{stem}.pt', f'{stem}.json', *dense.files

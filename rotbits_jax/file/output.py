@@ -54,7 +54,7 @@ class Plan:
   ):
     """Plans the files from the sizes before coding."""
     check_path(path, shard_size, inputs=encoder.inputs, overwrite=overwrite)
-    self._encoder, self._target = encoder, files_lib.local_path(path).resolve()
+    self._encoder, self._target = encoder, files_lib.real_path(path)
     self._next: tuple[int, Any] = (0, None)  # a shard, and the state before it
     self._has_index = shard_size is not None
     self._overwrite, self._shard_size = overwrite, shard_size
@@ -202,7 +202,7 @@ def check_path(
   """Checks, before the work, that an output can be written, see `Plan`."""
   if shard_size is None:
     target = files_lib.local_path(path)
-    outputs.check(target.resolve(), overwrite=overwrite)
+    outputs.check(files_lib.real_path(target), overwrite=overwrite)
     check_inputs([target], inputs)
     return
   if shard_size < 1:
@@ -222,14 +222,14 @@ def check_inputs(targets: Iterable[pathlib.Path], inputs: Iterable[Any]) -> None
   paths, opened files with their bases, or lists of these; others are ignored.
   """
   for path in _input_paths([*inputs]):
-    real, is_encoded = path.resolve(), shards_lib.is_encoded(path)
+    real, is_encoded = files_lib.real_path(path), shards_lib.is_encoded(path)
     folder = path if real.is_dir() else path.parent
     files = {real}
     if real.is_dir() or real.name == shards_lib.INDEX or not is_encoded:
-      files |= {x.resolve() for x in folder.iterdir()}
+      files |= {files_lib.real_path(x) for x in folder.iterdir()}
     for target in filter(os.path.exists, targets):
       is_result = not is_encoded and shards_lib.is_encoded(target)
-      if target.resolve() in files and not is_result:
+      if files_lib.real_path(target) in files and not is_result:
         raise ValueError(f'{target}: it is a file of an input, {path}')
 
 

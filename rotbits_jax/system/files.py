@@ -79,6 +79,11 @@ def local_path(path: str | os.PathLike[str]) -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(path))
 
 
+def real_path(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns a path that a user gave without links; a loop of links stays as it is."""
+  return pathlib.Path(os.path.realpath(local_path(path)))
+
+
 def missing(path: str | os.PathLike[str]) -> str:
   """Returns why a path that does not exist cannot be read, and what may help."""
   text = 'there is no such file or directory'

@@ -56,7 +56,7 @@ def check(target: pathlib.Path, *, overwrite: bool) -> None:
 
 def directory_target(path: Path) -> pathlib.Path:
   """Returns the directory of a path, which need not exist but can be written."""
-  target = files_lib.local_path(path).resolve()
+  target = files_lib.real_path(path)
   if os.path.lexists(target) and not target.is_dir():
     raise OSError(errno.ENOTDIR, 'is a file, not a directory to write to', str(target))
   _check_writable(target)
@@ -147,7 +147,7 @@ def reserved(*paths: Path) -> Iterator[None]:
   """Keeps other processes from targets that this thread writes in the context."""
   with contextlib.ExitStack() as stack:
     for path in paths:
-      stack.enter_context(_locked(files_lib.local_path(path).resolve()))
+      stack.enter_context(_locked(files_lib.real_path(path)))
     yield
 
 
