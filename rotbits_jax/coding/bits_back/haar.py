@@ -72,28 +72,55 @@ def num_cells(n: int, k: int) -> int:
 
 
 def codec(n: int, k: int) -> codecs.Codec:
-  """Returns the codec under the Haar measure of the cells uint16 `[S]` of a frame."""
+  """Returns the codec under the Haar measure of the cells of a frame, uint16 `[S]`.
+
+  Raises:
+    ValueError: unless 1 <= k <= n.
+  """
+  _check_shape(n, k)
   row, _ = places(n, k)
   # The sign is in the last row. It has no bin, and its low part is one bit.
   is_sign = row == n - 1
   fine = jnp.where(is_sign, jnp.uint32(1), jnp.uint32(_FINE_BITS))
   context = jnp.where(is_sign, n - 1, n - 2 - row)
-  low, high = codecs.uniform(fine), codecs.categorical(context, bin_tables(n))
+  parts = codecs.serial(
+    codecs.uniform(fine), codecs.categorical(context, bin_tables(n))
+  )
 
   def push(message: rans.Message, cells: jax.Array) -> rans.Message:
-    message = low.push(message, cells & ((1 << _FINE_BITS) - 1))
-    return high.push(message, cells >> _FINE_BITS)
+    low = cells & ((1 << _FINE_BITS) - 1)
+    return parts.push(message, (low, cells >> _FINE_BITS))
 
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
-    message, bins = high.pop(message)
-    message, parts = low.pop(message)
-    return message, bins << _FINE_BITS | parts
+    message, (low, bins) = parts.pop(message)
+    return message, bins << _FINE_BITS | low
 
   return codecs.Codec(push, pop)
 
 
+def _check_shape(n: int, k: int) -> None:
+  """Raises a ValueError if there are no frames of k columns in n dimensions."""
+  if not 1 <= k <= n:
+    raise ValueError(f'a frame must have 1 <= k <= n, got {n=}, {k=}')
+
+
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
-  """Returns the frame, float32 `[n, k]`, for which the cells uint16 `[S]` stand."""
+  """Returns the frame Q = H_0 ... H_{k-1} D of its cells.
+
+  Args:
+    cells: uint16 `[S]`.
+    n: rows of the frame.
+    k: its columns, 1 <= k <= n.
+
+  Returns:
+    Q, float32 `[n, k]`.
+
+  Raises:
+    ValueError: if there is no such frame, or it has another number of cells.
+  """
+  _check_shape(n, k)
+  if cells.shape != (num_cells(n, k),):
+    raise ValueError(f'cells must be [{num_cells(n, k)}], got {cells.shape=}')
   return _compose(*_reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32)))
 
 
