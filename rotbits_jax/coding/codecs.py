@@ -210,7 +210,7 @@ def _check_indices(values: jax.Array, name: str, most: int) -> None:
     raise ValueError(f'{name} must be integers, got {name}.dtype={values.dtype}')
   if isinstance(values, jax.core.Tracer):
     return
-  known = np.asarray(values)
+  known: Any = np.asarray(values)
   least = int(np.min(known))
   greatest = int(np.max(known))
   if least < 0 or greatest > most:
@@ -226,7 +226,7 @@ def _check_frequencies(frequencies: np.ndarray | jax.Array) -> None:
   if isinstance(frequencies, jax.core.Tracer):
     return
   rows = np.asarray(frequencies).astype(np.int64)
-  totals = rows.sum(axis=1)
+  totals: Any = rows.sum(axis=1)
   if (rows < 0).any() or (totals != tables.TOTAL).any():
     raise ValueError(
       f'each row of frequencies must be non-negative and add up to {tables.TOTAL}, got '
