@@ -110,6 +110,32 @@ def check_sharded(kind):
   assert again['layers'].sharding == like['layers'].sharding
 
 
+def _sum(params, config):
+  """Returns the sum of all canonical elements."""
+  arrays = _arrays_of(rotbits_jax.canonicalize(params, config)[0])
+  return sum(x.sum() for x in arrays.values())
+
+
+def _arrays_of(params):
+  return {
+    path: structured.materialize(x) for path, x in structured.flatten(params).items()
+  }
+
+
+UP = 'layers.0:3/mlp/up/kernel'
+WRONG = {
+  'a missing parameter': (lambda x: x.pop(UP), f'{UP} must have'),
+  'an extra parameter': (
+    lambda x: x.update({'head/bias': jnp.ones(2)}),
+    r'head/bias must have the shape None, got \(2,\)',
+  ),
+  'a cut parameter': (
+    lambda x: x.update({UP: x[UP][..., :-1]}),
+    f'{UP} must have the shape',
+  ),
+}
+
+
 class CanonicalizeTest(parameterized.TestCase):
   @parameterized.named_parameters(*CASES)
   def test_all_checks(self, family, kind):
@@ -232,6 +258,48 @@ class CanonicalizeTest(parameterized.TestCase):
     model = random_models.sliced_llama([18, 18, 16, 16, 24])
     with self.assertRaisesRegex(ValueError, 'do not get narrower'):
       rotbits_jax.canonicalize(model.params, model.config)
+
+  @parameterized.parameters(*WRONG)
+  def test_a_wrong_parameter_is_named(self, name):
+    change, text = WRONG[name]
+    model = _model('llama', 'sliced')
+    params = structured.flatten(model.params)
+    change(params)
+    with self.assertRaisesRegex(ValueError, text):
+      _canonicalize(structured.unflatten(params), model.config)
+
+  def test_another_config_is_refused(self):
+    dense = _model('llama', 'dense')
+    sliced = _model('llama', 'sliced')
+    with self.assertRaisesRegex(ValueError, 'embed/tokens must have the shape'):
+      _canonicalize(sliced.params, dense.config)
+
+  def test_gradients_of_a_dense_model_are_finite(self):
+    model = _model('llama', 'dense')
+    gradients = jax.jit(jax.grad(functools.partial(_sum, config=model.config)))(
+      model.params
+    )
+    for path, gradient in structured.flatten(gradients).items():
+      self.assertTrue(np.isfinite(gradient).all(), path)
+
+  def test_gradients_of_shortcuts_are_refused(self):
+    model = _model('llama', 'sliced')
+    with self.assertRaisesRegex(ValueError, 'no gradients through the shortcuts'):
+      jax.grad(functools.partial(_sum, config=model.config))(model.params)
+
+  @parameterized.parameters('dense', 'sliced')
+  def test_a_mapped_call_may_be_divided_by_shard_map(self, kind):
+    model = _model('llama', kind)
+    function = functools.partial(rotbits_jax.canonicalize, config=model.config)
+    mesh = jax.make_mesh((1,), ('models',), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec('models')
+    divided = jax.shard_map(
+      jax.vmap(function), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    found = jax.jit(divided)(jax.tree.map(lambda x: x[None], model.params))
+    expected = _canonicalize(model.params, model.config)
+    first = jax.tree.map(lambda x: x[0], found)
+    chex.assert_trees_all_close(first, expected, atol=3e-5)
 
   @parameterized.parameters('Auto', 'Explicit')
   @pytest.mark.slow

@@ -12,12 +12,12 @@ from rotbits_jax.coding import rans
 
 
 def random_message(seed: int, lanes: int, depth: int) -> rans.Message:
-  """Returns a message with random states and words."""
+  """Returns a message with random states and words, and room for as many more."""
   rng = np.random.default_rng(seed)
   size = jnp.asarray(rng.integers(depth - depth // 8, depth + 1, lanes), jnp.int32)
   return rans.Message(
     state=jnp.asarray(rng.integers(1 << 16, 1 << 32, lanes), jnp.uint32),
-    words=jnp.asarray(rng.integers(0, 1 << 16, (lanes, depth)), jnp.uint16),
+    words=jnp.asarray(rng.integers(0, 1 << 16, (lanes, 2 * depth)), jnp.uint16),
     size=size,
   )
 

@@ -91,7 +91,7 @@ class EigenTest(parameterized.TestCase):
   def test_message_comes_back(self):
     code = codes.eigen_code(N, None)
     codec = code.codec()
-    empty = rans.stacked(jnp.zeros((1, 8), jnp.uint16))
+    empty = rans.stacked(jnp.zeros((1, 8), jnp.uint16), room=N * N)
     message = jax.jit(codec.push)(empty, _weights(N))  # initial bits
     rest, patterns = jax.jit(codec.pop)(message)
     np.testing.assert_array_equal(patterns, _weights(N))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from examples import generate
+from examples import mixture
 import rotbits_jax
 from rotbits_jax import checkpoints
 from rotbits_jax import models
@@ -26,6 +27,10 @@ def test_qwix_quantised(capsys):
   pytest.importorskip('qwix')
   runpy.run_path(str(EXAMPLES / 'qwix_quantised.py'), run_name='__main__')
   assert capsys.readouterr().out.count('every bit comes back') == 2
+
+
+def test_a_mixture_is_coded_at_its_ideal_rate():
+  assert 0.99 < mixture.main(steps=32, batch=32) < 1.02
 
 
 def test_generate_takes_the_most_likely_tokens(tmp_path):

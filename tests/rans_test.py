@@ -26,8 +26,8 @@ def words_popped(message, count):
   return words_of(count).pop(message)[0]
 
 
-def message_of(words):
-  return rans.stacked(jnp.asarray(words, jnp.uint16))
+def message_of(words, room=40):
+  return rans.stacked(jnp.asarray(words, jnp.uint16), room=room)
 
 
 def content(message):
@@ -83,6 +83,26 @@ class RansTest(absltest.TestCase):
     dry = words_pushed(words_popped(message_of([[0] * LANES]), 2), 4)
     with self.assertRaisesRegex(ValueError, 'ran dry'):
       rans.check(dry)
+
+  def test_overflow_is_noticed_later(self):
+    full = words_pushed(message_of([[0] * LANES], room=2), 4)
+    self.assertGreater(full.size.min(), full.capacity)  # it tells the words needed
+    with self.assertRaisesRegex(ValueError, 'overflowed: a lane has room for 2 words'):
+      rans.check(words_popped(full, 4))
+
+  def test_the_last_word_of_room_can_be_used(self):
+    message = message_of([[0] * LANES], room=4)
+    full = rans.check(words_pushed(message, 4))
+    self.assertEqual(full.size.tolist(), [4] * LANES)
+    self.assertEqual(rans.check(words_popped(full, 4)), message)
+
+  def test_equal_messages_hold_the_same_words(self):
+    message = message_of([[1] * LANES, [2] * LANES], room=3)
+    same = message._replace(words=message.words.at[:, 1:].set(7))
+    other = message._replace(words=message.words.at[0, 0].set(7))
+    self.assertTrue(message == same)
+    self.assertFalse(message != same)
+    self.assertFalse(message == other)
 
   def test_words_round_trip(self):
     for seed in (0, 1, 7):

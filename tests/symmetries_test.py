@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import factorizations
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import rotations
 from rotbits_jax.symmetries import steps
@@ -38,7 +38,7 @@ def _repeated(rng, n, m):
 
 # Functions, each with a function that makes its float32 arguments from a generator.
 FUNCTIONS = {
-  'polar': (canonical.polar, lambda r: (_normal(r, 6, 8),)),
+  'polar': (factorizations.polar, lambda r: (_normal(r, 6, 8),)),
   'next_rotation': (
     rotations.next_rotation,
     lambda r: (_orthogonal(r, 6), _orthogonal(r, 4), _orthogonal(r, 2)),
@@ -55,8 +55,8 @@ FUNCTIONS = {
     steps.quantize,
     lambda r: (_normal(r, 6, 8), np.float32(0.5), np.eye(6, dtype=np.float32)),
   ),
-  'canonical_svd': (canonical.svd, lambda r: (_normal(r, 6, 8),)),
-  'canonical_qr': (canonical.qr, lambda r: (_normal(r, 6, 8),)),
+  'canonical_svd': (factorizations.svd, lambda r: (_normal(r, 6, 8),)),
+  'canonical_qr': (factorizations.qr, lambda r: (_normal(r, 6, 8),)),
   'basis': (heads.basis, lambda r: (_normal(r, 8, 3),)),
   'with_value_bias': (
     functools.partial(heads.with_value_bias, kv_heads=2),
@@ -171,7 +171,7 @@ _basis = jax.jit(heads.basis)
 
 
 class StreamTest(parameterized.TestCase):
-  @parameterized.parameters(canonical.polar, canonical.quick_polar)
+  @parameterized.parameters(factorizations.polar, factorizations.quick_polar)
   def test_polar_factors_agree_with_numpy(self, function):
     rng, polar = np.random.default_rng(0), jax.jit(function)
     for d, e, least in ((3, 3, 1.0), (4, 7, 0.5), (48, 48, 0.05), (64, 80, 1e-3)):
@@ -192,7 +192,7 @@ class StreamTest(parameterized.TestCase):
     outlier[3, 3], outlier[5, 5] = 1, 1000
     flat = np.diag(np.repeat(np.float32([1.0, 1e-3]), 32))
     for matrix in (dropped, 0.15 * dropped, outlier, flat):
-      got = jax.jit(canonical.quick_polar)(matrix)
+      got = jax.jit(factorizations.quick_polar)(matrix)
       o, psd = np.float64(got.rotation), np.float64(got.u * got.values) @ got.u.T
       np.testing.assert_allclose(o @ o.T, np.eye(64), atol=1e-5)
       np.testing.assert_allclose(psd @ o, matrix, atol=1e-5 * np.abs(matrix).max())
@@ -235,7 +235,7 @@ class HeadsTest(parameterized.TestCase):
       np.testing.assert_allclose(_spanned(below) @ other, u @ v, atol=tolerance)
 
 
-CANONICALIZERS = canonical.svd, canonical.qr
+CANONICALIZERS = factorizations.svd, factorizations.qr
 
 
 def _turn(n: int, seed: int) -> np.ndarray:
@@ -279,3 +279,81 @@ class CanonicalTest(parameterized.TestCase):
       self.assertEqual((reference.dtype, q.dtype), (jnp.float32, jnp.float32))
       np.testing.assert_allclose(q.T @ q, np.eye(6), atol=1e-5, err_msg=case)
       np.testing.assert_allclose(q @ reference, w, atol=1e-5, err_msg=case)
+
+
+# ---- wrong arguments -----------------------------------------------------------------
+
+
+def _zeros(*shape):
+  return jnp.zeros(shape, jnp.float32)
+
+
+ERRORS = {
+  'a polar factor of a list': (
+    lambda: factorizations.polar([4, 3]),
+    r'matrix.shape=\(2,\)',
+  ),
+  'a polar factor of a tall matrix': (
+    lambda: factorizations.polar(_zeros(4, 3)),
+    r'd <= e, got matrix.shape=\(4, 3\)',
+  ),
+  'a quick polar factor of a tall matrix': (
+    lambda: factorizations.quick_polar(_zeros(4, 3)),
+    r'd <= e, got matrix.shape=\(4, 3\)',
+  ),
+  'singular values of a vector': (
+    lambda: factorizations.svd(_zeros(4)),
+    r'w.shape=\(4,\)',
+  ),
+  'a QR factorization of a stack': (
+    lambda: factorizations.qr(_zeros(2, 4, 4)),
+    r'w.shape=\(2, 4, 4\)',
+  ),
+  'a step that is no matrix': (
+    lambda: factorizations.reorthogonalize(_zeros(4, 3)),
+    r'q.shape=\(4, 3\)',
+  ),
+  'rows of another size': (
+    lambda: rotations.rotate(_zeros(4, 3), _zeros(3, 3)),
+    r'must be \[4, 4\], got rotation.shape=\(3, 3\)',
+  ),
+  'columns of another size': (
+    lambda: rotations.rotate(_zeros(4), columns=_zeros(3, 3)),
+    r'must be \[4, 4\], got rotation.shape=\(3, 3\)',
+  ),
+  'a narrower segment': (
+    lambda: rotations.next_rotation(_zeros(3, 3), _zeros(4, 4)),
+    r'step.shape=\(3, 3\)',
+  ),
+  'a single step': (
+    lambda: rotations.running_rotations(_zeros(3, 3), _zeros(3, 3)),
+    r'steps.shape=\(3, 3\)',
+  ),
+  'moments of other inputs': (
+    lambda: steps.quantize(_zeros(4, 3), jnp.float32(1), _zeros(3, 3)),
+    r'moments.shape=\(3, 3\)',
+  ),
+  'a wide basis': (lambda: heads.basis(_zeros(2, 3)), r'matrix.shape=\(2, 3\)'),
+  'factors of other ranks': (
+    lambda: heads.fix_low_rank(_zeros(4, 3), _zeros(2, 4)),
+    r'v.shape=\(2, 4\)',
+  ),
+  'heads that do not divide': (
+    lambda: heads.fix_values(
+      {heads.VALUE: _zeros(4, 6), heads.OUT: _zeros(6, 4)}, kv_heads=4
+    ),
+    'attention/value/kernel must have kv_heads=4',
+  ),
+  'a bias of another kernel': (
+    lambda: heads.with_value_bias(_zeros(3), _zeros(4), _zeros(4, 4), kv_heads=2),
+    r'out_bias.shape=\(3,\)',
+  ),
+}
+
+
+class ErrorsTest(parameterized.TestCase):
+  @parameterized.parameters(*ERRORS)
+  def test_a_wrong_argument_is_named(self, name):
+    call, text = ERRORS[name]
+    with self.assertRaisesRegex(ValueError, text):
+      call()

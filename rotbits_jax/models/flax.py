@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from rotbits_jax.models import config as config_lib
+from rotbits_jax.models import layout
 from rotbits_jax.models import model as model_lib
 from rotbits_jax.models import names
 from rotbits_jax.models import transformer
@@ -57,7 +58,7 @@ class LinenTransformer(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Maps `[B, T]` tokens to `[B, T, V]` float32 logits."""
     stacks = {
-      names.stack(x): len(x) for x in transformer.check(self.specs, self.config)
+      names.stack(x): len(x) for x in layout.check_params(self.specs, self.config)
     }
     outer = {k: _module(x, k) for k, x in self.specs.items() if k not in stacks}
 
@@ -125,7 +126,7 @@ class NnxTransformer(nnx.Module):
   def __init__(self, config: config_lib.ModelConfig, params: model_lib.Params):
     self.config = config
     parts: dict[str, Any] = {}
-    stacks = {names.stack(x): x for x in transformer.check(params, config)}
+    stacks = {names.stack(x): x for x in layout.check_params(params, config)}
     for key, x in params.items():
       layers = (model_lib.unstack_layer(x, i) for i in range(len(stacks.get(key, ()))))
       parts[key] = [_Nnx(layer) for layer in layers] or _Nnx(x)

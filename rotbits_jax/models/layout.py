@@ -8,6 +8,7 @@ are `[in, out]`. Shape letters are those of `models.config`.
 """
 
 from collections.abc import Mapping
+import itertools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -95,6 +96,35 @@ def layer_shapes(config: config_lib.ModelConfig, layer: int) -> dict[str, Any]:
 def outer_shapes(config: config_lib.ModelConfig) -> dict[str, Any]:
   """Returns the shapes of the parameters outside the layers, as nested dicts."""
   return _shapes(config, outer_axes(config), config.segment_widths)
+
+
+def check_params(
+  params: dict[str, Any], config: config_lib.ModelConfig
+) -> tuple[range, ...]:
+  """Checks the paths and shapes of all parameters of a model.
+
+  Returns:
+    The stacks of layers, as the ranges of their indices.
+
+  Raises:
+    ValueError: with the path of a parameter that is missing, is not one of the model,
+      or has another shape.
+  """
+  stacks = names.stacks(params)
+  if [*itertools.chain(*stacks)] != [*range(config.num_layers)]:
+    raise ValueError(f'the model has {config.num_layers} layers, got {stacks=}')
+  expected = structured.flatten(outer_shapes(config))
+  for stack in stacks:
+    for path, shape in structured.flatten(layer_shapes(config, stack.start)).items():
+      expected[f'{names.stack(stack)}/{path}'] = len(stack), *shape
+  got = {path: leaf.shape for path, leaf in structured.flatten(params).items()}
+  for path in sorted(expected | got):
+    if got.get(path) != expected.get(path):
+      raise ValueError(
+        f'the parameter {path} must have the shape {expected.get(path)}, got '
+        f'{got.get(path)}'
+      )
+  return stacks
 
 
 def check_shapes(

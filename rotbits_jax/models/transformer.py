@@ -20,7 +20,6 @@ Shape letters are those of `models.config`. In addition:
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +81,7 @@ def forward(
   Returns:
     `[B, T, V]` float32.
   """
-  stacks = check(params, config)
+  stacks = layout.check_params(params, config)
   if tokens.ndim != 2:
     raise ValueError(f'tokens must be [B, T], got {tokens.shape=}')
   with jax.default_matmul_precision('highest'):
@@ -281,25 +280,6 @@ def rope_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
   kept = np.clip((turns - low) / (high - low), 0, 1)
   return kept * frequencies + (1 - kept) * lowered
-
-
-def check(params: Params, config: config_lib.ModelConfig) -> tuple[range, ...]:
-  """Checks the paths and shapes of all parameters, and returns the stacks of layers."""
-  stacks = names.stacks(params)
-  if [*itertools.chain(*stacks)] != [*range(config.num_layers)]:
-    raise ValueError(f'the model has {config.num_layers} layers, got {stacks=}')
-  expected = structured.flatten(layout.outer_shapes(config))
-  for stack in stacks:
-    shapes = structured.flatten(layout.layer_shapes(config, stack.start))
-    expected |= {
-      f'{names.stack(stack)}/{k}': (len(stack), *x) for k, x in shapes.items()
-    }
-  got = {path: leaf.shape for path, leaf in structured.flatten(params).items()}
-  for path in sorted(expected | got):
-    if got.get(path) != expected.get(path):
-      text = f'must have the shape {expected.get(path)}, got {got.get(path)}'
-      raise ValueError(f'the parameter {path} {text}')
-  return stacks
 
 
 def _apply_stack(

@@ -20,7 +20,7 @@ rotation from them, and pushes it back. With segments 0 .. S, the encoder does t
 The decoder does the inverse, from the end. The message and the model are in memory.
 
 The canonicalizer decides from which parameters T is recovered, and so which matrix, the
-frame, is sampled (see `symmetries.canonical`):
+frame, is sampled (see `symmetries.factorizations`):
 
 * `svd` and `qr` recover T from a matrix W that reads the segment. Let W = C W_ref with
   the canonical rotation C. A rotation Q is sampled, and T = C Q^T. The stored matrix is

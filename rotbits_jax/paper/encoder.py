@@ -32,6 +32,14 @@ class EncodedModel(NamedTuple):
   saving: passes.Saving  # of all rotations, with a note for each segment
 
 
+class _Rotated(NamedTuple):
+  """The parameters around a segment, rotated."""
+
+  rotation: jax.Array | None  # T, float32 [d, d]; None for the identity
+  arrays: segments.Arrays
+  note: dict[str, Any]  # what sampling saves; empty if T was not sampled
+
+
 def refuse(source: passes.Source) -> None:
   """Raises a ValueError if a model cannot be coded. It reads only shapes and dtypes."""
   if not source.config.sliced:
@@ -90,9 +98,11 @@ class _Encoder:
   """The state of one call of `encode`."""
 
   def __init__(self, source: passes.Source, options: layout_lib.Options):
-    self.options, self.widths = options, source.config.segment_widths
+    self.options = options
+    self.widths = source.config.segment_widths
     self.segments = segments.read(source)
-    self.message, self.corrections = stack.WordStack(), stack.WordStack()
+    self.message = stack.WordStack()
+    self.corrections = stack.WordStack()
     self.lanes = layout_lib.lanes(self.widths)
     self.fixed = 0  # columns of the embeddings that are pushed first
     self.before: jax.Array | None = None  # the rotation of the previous segment
@@ -101,28 +111,50 @@ class _Encoder:
     self.notes: list[dict[str, Any]] = []
 
   def push(self, t: int) -> None:
-    """Encodes one segment."""
-    segment, canonicalizer = self.segments[t], self.options.canonicalizer
-    leaving = self.segments[t + 1].shortcut if t + 1 < len(self.segments) else {}
-    can_rotate = rotations.can_rotate(segment, leaving)
-    neutral = None  # the canonical rotation of the readers
-    if can_rotate and not self.options.frame(self.widths, t, 0).from_shortcut:
-      neutral = rotations.reader_rotation(segment.readers.values(), canonicalizer)
-    first = {} if t else self._push_first(segment, neutral)
+    """Encodes one segment by bits-back coding, see `paper`.
+
+    It pops the rotation of the segment from the message, rotates the parameters around
+    the segment, and pushes these. The decoder recovers the rotation from them and
+    pushes it back, so it costs no bits; compare `coding.codecs.bits_back`.
+    """
+    segment = self.segments[t]
+    can_rotate = self._can_rotate(t)
+    neutral = self._reader_rotation(t) if can_rotate else None
+    first = self._push_first(segment, neutral) if t == 0 else {}
     frame = self.options.frame(self.widths, t, self.fixed)
-    sample = self._sample(segment, frame, neutral) if can_rotate and frame.n else None
-    if sample is None:
+    rotated = None
+    if can_rotate and frame.n:
+      rotated = self._pop_rotation(segment, frame, neutral)
+    if rotated is None:
       # The columns that `_push_first` pushed are already in canonical form.
-      rotation = None if t else neutral
-      sample = rotation, rotations.rotated(segment, self.before, rotation), {}
-    self.before, arrays, note = sample
-    arrays = {path: arrays[path] for path in segment.all}
+      rotation = neutral if t == 0 else None
+      arrays = rotations.rotated(segment, self.before, rotation)
+      rotated = _Rotated(rotation, arrays, {})
+    self.before = rotated.rotation
+    self._push_segment({path: rotated.arrays[path] for path in segment.all}, first)
+    note = {'segment': t, 'width': self.widths[t], 'found in': None}
+    self.notes.append(note | rotated.note)
+
+  def _can_rotate(self, t: int) -> bool:
+    """Whether rotated elements stay within the range of their dtypes."""
+    is_last = t + 1 == len(self.segments)
+    leaving = {} if is_last else self.segments[t + 1].shortcut
+    return rotations.can_rotate(self.segments[t], leaving)
+
+  def _reader_rotation(self, t: int) -> jax.Array | None:
+    """Returns the canonical rotation of the readers; None if a shortcut has it."""
+    if self.options.frame(self.widths, t, 0).from_shortcut:
+      return None
+    readers = self.segments[t].readers.values()
+    return rotations.reader_rotation(readers, self.options.canonicalizer)
+
+  def _push_segment(self, arrays: segments.Arrays, first: segments.Arrays) -> None:
+    """Pushes the arrays around a segment, without the columns pushed first."""
     others = {path: arrays[path][:, self.fixed :] for path in first}
     self._push((arrays | others).values())
     for path, columns in first.items():
       arrays[path] = np.concatenate([columns, others[path]], axis=1)
     self.stored |= _stored(arrays)
-    self.notes.append({'segment': t, 'width': self.widths[t], 'found in': None} | note)
 
   def _push(self, arrays: Iterable[np.ndarray]) -> None:
     """Pushes arrays onto the message."""
@@ -136,13 +168,16 @@ class _Encoder:
   def _push_first(
     self, segment: segments.SegmentParameters, neutral: jax.Array | None
   ) -> segments.Arrays:
-    """Pushes and returns first columns of the embeddings: they pay for the rotation."""
+    """Pushes and returns first columns of the embeddings, to pay for a rotation."""
     tables = {k: x for k, x in segment.writers.items() if k.startswith('embed/')}
     bits = min(8 * x.itemsize for x in tables.values())
     bits *= sum(x.shape[0] for x in tables.values())  # bits of a column
     bits *= 0.6 if self.options.entropy else 1.0  # about
     width = self.widths[0]
-    needed = lambda n: 9 * n * (n + 1) + 64 * self.lanes
+
+    def needed(n: int) -> int:
+      return 9 * n * (n + 1) + 64 * self.lanes
+
     enough = (f for f in range(width) if f * bits >= needed(width - f))
     self.fixed = next(enough, width)
     first = {
@@ -152,14 +187,14 @@ class _Encoder:
     self._push(first.values())
     return first
 
-  def _sample(
+  def _pop_rotation(
     self,
     segment: segments.SegmentParameters,
     frame: layout_lib.Frame,
     neutral: jax.Array | None,
-  ) -> tuple[jax.Array | None, segments.Arrays, dict[str, Any]] | None:
-    """Returns a rotation, rotated parameters and a note; None if it saves nothing."""
-    code, canonicalizer = self.options.code(frame), self.options.canonicalizer
+  ) -> _Rotated | None:
+    """Pops a rotation and applies it; None, and pops none, if it saves nothing."""
+    code = self.options.code(frame)
     rows = min(code.max_rows(self.lanes), self.message.size // self.lanes)
     if not rows:
       return None
@@ -169,24 +204,14 @@ class _Encoder:
     message, integers, q = code.sample(stacked)
     if int(np.min(message.size)) < 0:  # it ran dry
       return None
-    if frame.from_shortcut:
-      (shortcut,) = segment.shortcut.values()
-      rotation = rotations.chained(shortcut, self.before, q)
-    else:
-      rotation = rotations.counter_rotated(neutral, q)
+    rotation = self._rotation(segment, frame, neutral, q)
     arrays = rotations.rotated(segment, self.before, rotation)
-    recovered, elsewhere = (
-      rotations.recovered(frame, segment, arrays, canonicalizer, disturb=disturb)
-      for disturb in (False, True)
-    )
-    correction = code.correct(recovered, elsewhere, integers)
-    # The decoder's own steps on two machines, tried before anything is written.
-    for matrix in (recovered, elsewhere) if self.options.exact else ():
-      _, restored = code.restore(message, matrix, correction)
-      if not jnp.array_equal(restored, integers):
-        return None
+    correction = self._correction(segment, frame, arrays, message, integers)
+    if correction is None:
+      return None
     levels, residues = correction_lib.pack(correction, code.groups())
-    (spec, coded), left = _coded(levels), rans.to_words(message)
+    spec, coded = _coded(levels)
+    left = rans.to_words(message)
     cost = residues.size + coded.size
     net = words.size - left.size - cost
     if net <= 0:
@@ -198,4 +223,41 @@ class _Encoder:
     self.coders.append(spec)
     source = 'shortcut' if frame.from_shortcut else 'readers'
     note = {'found in': source, 'correction': 16 * cost, 'net': 16 * net}
-    return rotation, arrays, note
+    return _Rotated(rotation, arrays, note)
+
+  def _rotation(
+    self,
+    segment: segments.SegmentParameters,
+    frame: layout_lib.Frame,
+    neutral: jax.Array | None,
+    q: jax.Array,
+  ) -> jax.Array:
+    """Returns the rotation T of a segment with the sampled frame, see `paper`."""
+    if frame.from_shortcut:
+      (shortcut,) = segment.shortcut.values()
+      return rotations.chained(shortcut, self.before, q)
+    return rotations.counter_rotated(neutral, q)
+
+  def _correction(
+    self,
+    segment: segments.SegmentParameters,
+    frame: layout_lib.Frame,
+    arrays: segments.Arrays,
+    message: rans.Message,
+    integers: jax.Array,
+  ) -> correction_lib.Correction | None:
+    """Returns the correction of a frame; None if it does not give the integers back."""
+    code = self.options.code(frame)
+    recovered, elsewhere = (
+      rotations.recovered(
+        frame, segment, arrays, self.options.canonicalizer, disturb=disturb
+      )
+      for disturb in (False, True)
+    )
+    correction = code.correct(recovered, elsewhere, integers)
+    # The decoder's own steps on two machines, tried before anything is written.
+    for matrix in (recovered, elsewhere) if self.options.exact else ():
+      _, restored = code.restore(message, matrix, correction)
+      if not jnp.array_equal(restored, integers):
+        return None
+    return correction

@@ -13,7 +13,7 @@ import numpy as np
 
 from rotbits_jax.paper import layout
 from rotbits_jax.paper import segments
-from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import factorizations
 from rotbits_jax.symmetries import rotations
 
 _matmul = functools.partial(jnp.matmul, precision='highest')
@@ -96,14 +96,14 @@ def _disturbed(matrix: np.ndarray, disturb: bool) -> jax.Array:
   return exact + error if disturb else exact
 
 
-_svd = jax.jit(lambda w: canonical.svd(w)[1])
-_qr = jax.jit(lambda w: canonical.qr(w)[1])
+_svd = jax.jit(lambda w: factorizations.svd(w)[1])
+_qr = jax.jit(lambda w: factorizations.qr(w)[1])
 
 
 @jax.jit
 def _shortcut_frame(shortcut: jax.Array) -> jax.Array:
   """Returns the transposed polar factor `[e, d]` of a stored shortcut `[d, e]`."""
-  return canonical.polar(shortcut).rotation[: shortcut.shape[0]].T
+  return factorizations.polar(shortcut).rotation[: shortcut.shape[0]].T
 
 
 @jax.jit
@@ -113,8 +113,8 @@ def chained(shortcut: jax.Array, before: jax.Array | None, q: jax.Array) -> jax.
   before = jnp.eye(k, dtype=jnp.float32) if before is None else before
   rest, _ = jnp.linalg.qr(q, mode='complete')
   z = jnp.concatenate([q, rest[:, k:]], axis=1) if k < n else q
-  polar = rotations.next_rotation(canonical.polar(shortcut).rotation, before)
-  return canonical.reorthogonalize(_matmul(polar, z.T))
+  polar = rotations.next_rotation(factorizations.polar(shortcut).rotation, before)
+  return factorizations.reorthogonalize(_matmul(polar, z.T))
 
 
 @jax.jit
@@ -122,4 +122,4 @@ def counter_rotated(neutral: jax.Array, q: jax.Array) -> jax.Array:
   """Returns `C (I + Q)^T`, see `paper`; C is the readers' canonical rotation."""
   kept = jnp.eye(len(neutral) - len(q), dtype=jnp.float32)
   whole = jax.scipy.linalg.block_diag(kept, q)
-  return canonical.reorthogonalize(_matmul(neutral, whole.T))
+  return factorizations.reorthogonalize(_matmul(neutral, whole.T))

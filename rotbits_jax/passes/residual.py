@@ -29,7 +29,7 @@ from rotbits_jax import structured
 from rotbits_jax.passes import transform as transform_lib
 from rotbits_jax.passes.transform import Context
 from rotbits_jax.passes.transform import Params
-from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import factorizations
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import layer as layer_lib
 from rotbits_jax.symmetries import products
@@ -145,7 +145,7 @@ def is_rotated(state: Any) -> bool:
 
 def _shortcut(
   kernel: jax.Array,
-  polar: canonical.Polar | None,
+  polar: factorizations.Polar | None,
   rows: jax.Array,
   columns: jax.Array,
   context: Context,
@@ -300,7 +300,7 @@ def _orthogonal(key: jax.Array, count: int, width: int, kept: int = 0) -> jax.Ar
 
 
 _gauge = jax.jit(
-  functools.partial(layer_lib.gauge, polar=canonical.quick_polar), static_argnums=1
+  functools.partial(layer_lib.gauge, polar=factorizations.quick_polar), static_argnums=1
 )
 _segments = jax.jit(layer_lib.segments, static_argnums=3)
 _first_rotation = jax.jit(layer_lib.first_rotation, static_argnums=2)

@@ -22,7 +22,6 @@ reads or writes, and G = H / K. G query heads that share a key-value head form a
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -53,7 +52,8 @@ def basis(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
   >>> float(abs(basis(jnp.array([[0.0], [1.0]]))[0][0, 0]))
   2.0
   """
-  chex.assert_rank(matrix, 2)
+  if matrix.ndim != 2 or matrix.shape[0] < matrix.shape[1]:
+    raise ValueError(f'the matrix must be [n, h] with n >= h, got {matrix.shape=}')
   h = matrix.shape[1]
   q, r = jnp.linalg.qr(matrix)
   u, cosines, vt = jnp.linalg.svd(q[:h])
@@ -62,11 +62,10 @@ def basis(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
   return 2 * _matmul(q[h:], inverse), factor
 
 
-def fix_low_rank(
-  u: jax.Array,  # [m, r], r <= m
-  v: jax.Array,  # [r, n]
-) -> tuple[jax.Array, jax.Array]:
+def fix_low_rank(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Fixes the gauge GL(r) of two factors: returns B `[m - r, r]` and V `[r, n]`.
+
+  The factors are u `[m, r]`, r <= m, and v `[r, n]`; a ValueError for other shapes.
 
   Then `u @ v = [I - B^T B / 4; B] @ V`, with r^2 elements fewer. The product may have a
   lower rank than r. Compression by a singular value decomposition makes such factors.
@@ -77,20 +76,40 @@ def fix_low_rank(
 
   Reference: Zhao et al., PIFA, arXiv 2501.19090, section 3: the redundant elements.
   """
-  chex.assert_shape(v, (u.shape[1], None))
+  if u.ndim != 2 or v.ndim != 2 or u.shape[1] != v.shape[0]:
+    raise ValueError(f'factors must be [m, r] and [r, n], got {u.shape=}, {v.shape=}')
   below, factor = basis(u.astype(jnp.float32))
   return below, _matmul(factor, v.astype(jnp.float32))
 
 
 def with_value_bias(
-  out_bias: jax.Array,  # [d]
-  value_bias: jax.Array,  # [K h]
-  kernel: jax.Array,  # W_o, [H h, d]
-  *,
-  kv_heads: int,
+  out_bias: jax.Array, value_bias: jax.Array, kernel: jax.Array, *, kv_heads: int
 ) -> jax.Array:
-  """Returns the output bias that includes the value bias: `b_o + b_v W_o`, `[d]`."""
-  chex.assert_shape([value_bias, kernel], [(None,), (None, len(out_bias))])
+  """Returns the output bias that includes the value bias: `b_o + b_v W_o`.
+
+  Args:
+    out_bias: b_o, `[d]`.
+    value_bias: `[K h]`; b_v repeats each of its heads for the G query heads of a group.
+    kernel: W_o, `[H h, d]`.
+    kv_heads: K.
+
+  Returns:
+    The bias, float32 `[d]`.
+
+  Raises:
+    ValueError: if the shapes do not fit.
+  """
+  is_valid = (
+    out_bias.ndim == value_bias.ndim == 1
+    and kernel.shape[1:] == out_bias.shape
+    and value_bias.size % kv_heads == 0
+    and kernel.shape[0] % value_bias.size == 0
+  )
+  if not is_valid:
+    raise ValueError(
+      f'expected biases [d] and [K h], and a kernel [H h, d], got {out_bias.shape=}, '
+      f'{value_bias.shape=}, {kernel.shape=}, {kv_heads=}'
+    )
   # H / K consecutive query heads read the same value head.
   groups = kernel.shape[0] // value_bias.shape[0]
   heads = value_bias.astype(jnp.float32).reshape(kv_heads, -1)
@@ -106,8 +125,9 @@ def rotate_heads(params: models.Params, rotations: jax.Array) -> models.Params:
   """
 
   def rotate(path: str, x: jax.Array) -> jax.Array:
-    product = _multiply(x.T, rotations).T if path == OUT else _multiply(x, rotations)
-    return product.astype(x.dtype)
+    if path == OUT:
+      return _multiply(x.T, rotations).T.astype(x.dtype)
+    return _multiply(x, rotations).astype(x.dtype)
 
   return {path: rotate(path, x) for path, x in params.items()}
 
@@ -128,6 +148,7 @@ def fix_values(
   >>> bool(jnp.allclose(product, params[VALUE] @ params[OUT], atol=1e-5))
   True
   """
+  _check_heads(params, kv_heads)
   h = params[VALUE].shape[1] // kv_heads
   heads = _stacked_heads(params[OUT].T, kv_heads, h)  # [K, G d, h]
   below, factors = jax.vmap(basis)(heads)
@@ -153,10 +174,13 @@ def fix_keys(
   parameters are `KEYS`: arrays, and W_k has at least m rows. `rotary` is r < h. It also
   returns A, `[K, m, m]`.
   """
-  d, h = params[KEY].shape[0], params[KEY].shape[1] // kv_heads
+  _check_heads(params, kv_heads)
+  d = params[KEY].shape[0]
+  h = params[KEY].shape[1] // kv_heads
   heads = _stacked_heads(params[KEY], kv_heads, h)
   below, factors = jax.vmap(basis)(heads[..., rotary:])
-  gauge, kept = jnp.matrix_transpose(factors), jnp.eye(rotary, dtype=jnp.float32)
+  gauge = jnp.matrix_transpose(factors)
+  kept = jnp.eye(rotary, dtype=jnp.float32)
   whole = jax.vmap(lambda a: jax.scipy.linalg.block_diag(kept, a))(gauge)
   queries = [path for path in (QUERY, QUERY_BIAS) if path in params]
   fixed: models.Params = {path: _multiply(params[path], whole) for path in queries}
@@ -170,6 +194,14 @@ def fix_keys(
     bias = params[KEY_BIAS].astype(jnp.float32).reshape(kv_heads, h)
     fixed[KEY_BIAS] = bias.at[:, rotary:].set(0).reshape(-1)
   return fixed, gauge
+
+
+def _check_heads(params: models.Params, kv_heads: int) -> None:
+  """Raises a ValueError if the head axes of parameters cannot be divided into K."""
+  for path, x in params.items():
+    size = x.shape[0] if path == OUT else x.shape[-1]
+    if size % kv_heads:
+      raise ValueError(f'{path} must have {kv_heads=} heads, got {x.shape=}')
 
 
 def _multiply(array: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -195,40 +227,53 @@ Sides = tuple[jax.Array, jax.Array]
 def _sides(params: models.Params, kv_heads: int) -> Sides:
   """Returns the two kernels of a pair, `VALUES` or `KEYS`. Biases are further rows."""
   params = structured.materialize(params)
-  with_bias = lambda *paths: jnp.concatenate(
-    [jnp.atleast_2d(params[path]) for path in paths if path in params]
-  )
+
+  def with_bias(*paths: str) -> jax.Array:
+    rows = [jnp.atleast_2d(params[path]) for path in paths if path in params]
+    return jnp.concatenate(rows)
+
   if OUT in params:
-    left, right = with_bias(VALUE, VALUE_BIAS), params[OUT].T
+    left = with_bias(VALUE, VALUE_BIAS)
+    right = params[OUT].T
   else:
-    left, right = with_bias(QUERY, QUERY_BIAS), with_bias(KEY, KEY_BIAS)
+    left = with_bias(QUERY, QUERY_BIAS)
+    right = with_bias(KEY, KEY_BIAS)
   h = min(left.shape[1], right.shape[1]) // kv_heads
   return _stacked_heads(left, kv_heads, h), _stacked_heads(right, kv_heads, h)
 
 
 def rounding_errors(
-  pair: models.Params,  # `VALUES` or `KEYS`, before their gauge is fixed
-  fixed: models.Params,  # the same with their gauge fixed
-  kv_heads: int,
-  dtype: Any,
+  pair: models.Params, fixed: models.Params, kv_heads: int, dtype: Any
 ) -> dict[str, jax.Array]:
   """Returns the relative errors in the Frobenius norm that rounding makes in products.
 
-  'plain_error' is that of plain kernels, and 'error' that of the fixed ones.
+  Args:
+    pair: `VALUES` or `KEYS`, before their gauge is fixed.
+    fixed: the same with their gauge fixed.
+    kv_heads: K.
+    dtype: the dtype to which they are rounded.
+
+  Returns:
+    'plain_error', that of plain kernels, and 'error', that of the fixed ones.
   """
-  round_off = lambda x: structured.astype(structured.astype(x, dtype), jnp.float32)
+
+  def round_off(x: Any) -> Any:
+    return structured.astype(structured.astype(x, dtype), jnp.float32)
+
   # The weights of a checkpoint have no rounding error, because they are rounded
   # already. A multiple of them has the usual error.
   left, right = _sides(pair, kv_heads)
   scaled = left * 2**0.5, right / 2**0.5
-  exact, rounded = (_sides(x, kv_heads) for x in (fixed, round_off(fixed)))
+  exact = _sides(fixed, kv_heads)
+  rounded = _sides(round_off(fixed), kv_heads)
   plain_error = _relative_error(scaled, round_off(scaled))
   return {'plain_error': plain_error, 'error': _relative_error(exact, rounded)}
 
 
 def _relative_error(exact: Sides, near: Sides) -> jax.Array:
   """Returns the error of all products, accurately even if the sides differ little."""
-  (left, right), (near_left, near_right) = exact, near
+  left, right = exact
+  near_left, near_right = near
   off = _product_norm(
     jnp.concatenate([near_left - left, near_left], axis=2),
     jnp.concatenate([right, near_right - right], axis=2),

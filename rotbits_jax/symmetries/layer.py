@@ -6,7 +6,7 @@ r"""One layer of a model, in the coordinates that `canonicalize` chooses.
     fix        the biases and the bases of its attention heads
 
 `gauge` needs the layer alone, and `segments` the rotation that the layer before ends
-with. The others need the rotations, and no other layer. `stacked.canonicalize` is their
+with. The others need the rotations, and no other layer. `canonicalize` is their
 `vmap` over stacked layers; `passes` calls the same functions layer by layer, measures
 what rounding does to the result, and keeps what is accurate.
 
@@ -18,19 +18,18 @@ width of a shortcut's first segment, and e that of its second one. Rotations are
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from rotbits_jax import models
 from rotbits_jax import structured
-from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import factorizations
 from rotbits_jax.symmetries import heads
 from rotbits_jax.symmetries import products
 from rotbits_jax.symmetries import rotations as rotations_lib
 
 Params = dict[str, Any]
-Polars = Sequence[canonical.Polar | None]
+Polars = Sequence[factorizations.Polar | None]
 """The decompositions of a layer's shortcuts, see `gauge`."""
 
 UP, HEAD = 'mlp/up/kernel', 'head/kernel'
@@ -49,9 +48,18 @@ def gauge(
   params: Params,
   config: models.ModelConfig,
   *,
-  polar: Callable[[jax.Array], canonical.Polar] = canonical.polar,
-) -> list[canonical.Polar | None]:
-  """Returns the polar decompositions of the shortcuts; None for one that narrows."""
+  polar: Callable[[jax.Array], factorizations.Polar] = factorizations.polar,
+) -> list[factorizations.Polar | None]:
+  """Returns the polar decompositions of the shortcuts, M_s = [P_s 0] O_s.
+
+  Args:
+    params: the layer.
+    config: the config of the model.
+    polar: the function that decomposes a matrix `[d, e]`, d <= e.
+
+  Returns:
+    A decomposition for each shortcut; None for one that narrows the stream.
+  """
   kernels = [params[path] for path in shortcut_paths(config)]
   is_wide = [x.shape[0] <= x.shape[1] for x in kernels]
   if len(kernels) == 2 and kernels[0].shape == kernels[1].shape and all(is_wide):
@@ -65,19 +73,30 @@ def gauge(
 def segments(
   params: Params,
   polars: Polars,
-  first: jax.Array,  # R_s of the segment that the layer reads
+  first: jax.Array,
   config: models.ModelConfig,
   *,
-  free: jax.Array | None = None,  # Z of the last shortcut
+  free: jax.Array | None = None,
 ) -> list[jax.Array]:
   """Returns the rotations R_s, R_{s+1}, ... of the segments of a layer.
 
   A shortcut that narrows the stream becomes lower trapezoidal. All segments of a dense
   model have the same rotation.
+
+  Args:
+    params: the layer.
+    polars: what `gauge` returned.
+    first: R_s of the segment that the layer reads, float32 `[d, d]`.
+    config: the config of the model.
+    free: Z of the last shortcut; None for the identity.
+
+  Returns:
+    The rotations, float32.
   """
   if not config.sliced:
     return [first] * 3
-  rotations, paths = [first], shortcut_paths(config)
+  rotations = [first]
+  paths = shortcut_paths(config)
   for path, polar in zip(paths, polars, strict=True):
     if polar is None:
       rotated = products.matmul(rotations[-1].T, params[path].astype(jnp.float32))
@@ -94,8 +113,14 @@ def first_rotation(
 ) -> rotations_lib.UpperForm | None:
   """Returns the R_0 that makes the up kernel of the first layer upper trapezoidal.
 
-  It is None if that kernel is a structured leaf, or if the segment that it reads has
-  another width than the first. The arguments are those of `segments`.
+  Args:
+    params: the first layer.
+    polars: what `gauge` returned.
+    config: the config of the model.
+
+  Returns:
+    R_0 and its pivots; None if that kernel is a structured leaf, or if the segment that
+    it reads has another width than the first.
   """
   if not structured.is_plain(params.get(UP)):
     return None
@@ -110,7 +135,7 @@ def first_rotation(
 
 
 def last_rotation(
-  outer: Params, polar: canonical.Polar | None
+  outer: Params, polar: factorizations.Polar | None
 ) -> rotations_lib.UpperForm | None:
   """Returns the Z `[e - d, e - d]` that makes the last rows of the head trapezoidal.
 
@@ -126,26 +151,41 @@ def last_rotation(
 
 def rotate(
   params: Params,
-  rotations: Sequence[jax.Array | None],  # of `segments`, or of the ends of the model
+  rotations: Sequence[jax.Array | None],
   config: models.ModelConfig,
   *,
   is_outer: bool = False,
-  function: Callable[..., Any] = rotations_lib.rotate,  # or its compiled form
+  function: Callable[..., Any] = rotations_lib.rotate,
 ) -> Params:
   """Rotates the kernels and biases of a layer, or the parameters outside the layers.
 
   In a dense model, the scales of norms are folded into kernels first. Shortcuts stay
   matrices, see `rotations.shortcut`.
+
+  Args:
+    params: the parameters.
+    rotations: those of `segments`, or outside the layers those of the first and the
+      last segment; None for the identity.
+    config: the config of the model.
+    is_outer: whether the parameters are those outside the layers.
+    function: `rotations.rotate` or its compiled form.
+
+  Returns:
+    The rotated parameters, in their dtypes.
   """
   layout = models.layout
   axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
   if not config.sliced:
     params = fold_norm_scales(params, config, is_outer=is_outer)
-  of = lambda segment: None if segment is None else rotations[segment]
-  return {
-    path: function(leaf, *map(of, rotations_lib.sides(axes[path])))
-    for path, leaf in params.items()
-  }
+
+  def of(segment: int | None) -> jax.Array | None:
+    return None if segment is None else rotations[segment]
+
+  rotated = {}
+  for path, leaf in params.items():
+    read, written = rotations_lib.sides(axes[path])
+    rotated[path] = function(leaf, of(read), of(written))
+  return rotated
 
 
 def fold_norm_scales(
@@ -154,29 +194,52 @@ def fold_norm_scales(
   """Moves the scales of RMSNorms into the kernels that read them, in their old dtypes.
 
   A scale multiplies the coordinates of a segment, and does not commute with a
-  rotation. The scales become constant leaves of value 1. The parameters are those
-  of a layer of a dense model, or outside the layers; a ValueError for other norms.
+  rotation: `(x * scale) W = x (diag(scale) W)`.
 
   >>> checkpoint = rotbits_jax.checkpoints.example('llama-tiny-dense')
   >>> model = rotbits_jax.load_checkpoint(checkpoint).model
   >>> folded = fold_norm_scales(structured.flatten(model.layer(0)), model.config)
   >>> float(folded['mlp_norm/scale'].value)
   1.0
+
+  Args:
+    params: the parameters of a layer of a dense model, by path.
+    config: the config of the model.
+    is_outer: whether they are the parameters outside the layers instead.
+
+  Returns:
+    The parameters; the scales are constant leaves of value 1.
+
+  Raises:
+    ValueError: for another norm, or a scale of another shape.
   """
   if config.norm != 'rmsnorm':
     raise ValueError(f'{config.family}: only scales of RMSNorms can be folded')
-  layout, folded = models.layout, dict(params)
+  layout = models.layout
+  folded = dict(params)
   axes = layout.outer_axes(config) if is_outer else layout.layer_axes(config)
   for path, path_axes in axes.items():
-    sublayer, is_reader = path.split('/')[0], isinstance(path_axes[0], int)
-    if path in params and len(path_axes) == 2 and is_reader:
-      norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
-      kernel, scale = params[path], params[f'{norm}/scale']
-      chex.assert_shape(scale, (kernel.shape[-2],))
-      product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
-      folded[path] = product.astype(kernel.dtype)
-      folded[f'{norm}/scale'] = structured.Constant.like(scale, 1.0)
+    is_reader = len(path_axes) == 2 and isinstance(path_axes[0], int)
+    if path not in params or not is_reader:
+      continue
+    sublayer = path.split('/')[0]
+    norm = 'final_norm' if is_outer else layout.norm_of(config, sublayer)
+    folded[path] = _scaled_rows(params, path, norm)
+    folded[f'{norm}/scale'] = structured.Constant.like(params[f'{norm}/scale'], 1.0)
   return folded
+
+
+def _scaled_rows(params: Params, path: str, norm: str) -> jax.Array:
+  """Returns the kernel `diag(scale) W`, in its dtype."""
+  kernel = params[path]
+  scale = params[f'{norm}/scale']
+  if scale.shape != (kernel.shape[-2],):
+    raise ValueError(
+      f'{norm}/scale must have an element for each row of {path}, got {scale.shape=}, '
+      f'{kernel.shape=}'
+    )
+  product = kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]
+  return product.astype(kernel.dtype)
 
 
 # ---- attention heads ---------------------------------------------------------------
@@ -184,13 +247,18 @@ def fold_norm_scales(
 
 def without_biases(params: Params, config: models.ModelConfig) -> Params:
   """Returns the biases that change when those of key and value become zero."""
-  valid, changed = models.layout.symmetries(config), Params()
-  has = lambda path: structured.is_plain(params.get(path))
+  valid = models.layout.symmetries(config)
+  changed: Params = {}
+
+  def has(path: str) -> bool:
+    return structured.is_plain(params.get(path))
+
   if valid.key_bias and has(heads.KEY_BIAS):
     zeros = structured.Constant.like(params[heads.KEY_BIAS], 0.0)
     changed[heads.KEY_BIAS] = zeros
   if valid.values and has(heads.VALUE_BIAS) and has(heads.OUT_BIAS):
-    value, out = params[heads.VALUE_BIAS], params[heads.OUT_BIAS]
+    value = params[heads.VALUE_BIAS]
+    out = params[heads.OUT_BIAS]
     kernel = structured.materialize(params[heads.OUT])
     changed[heads.OUT_BIAS] = heads.with_value_bias(
       out, value, kernel, kv_heads=config.num_kv_heads
@@ -204,13 +272,22 @@ def head_pair(
 ) -> Params:
   """Returns the parameters of a layer that share a gauge of heads.
 
-  `paths` is `heads.VALUES` or `heads.KEYS`. The result is {} if there is no such gauge.
+  Args:
+    params: the layer.
+    config: the config of the model.
+    paths: `heads.VALUES` or `heads.KEYS`.
+
+  Returns:
+    The parameters; {} if there is no such gauge.
   """
-  valid, pair = models.layout.symmetries(config), Params()
+  valid = models.layout.symmetries(config)
   is_values = paths == heads.VALUES
-  is_free = valid.queries and config.rotary_dim < config.head_dim
-  if not (valid.values if is_values else is_free):
+  is_free = valid.values
+  if not is_values:
+    is_free = valid.queries and config.rotary_dim < config.head_dim
+  if not is_free:
     return {}
+  pair: Params = {}
   for path in paths:
     leaf = params.get(path)
     if leaf is None or (isinstance(leaf, structured.Constant) and not leaf.value):
@@ -234,7 +311,8 @@ def fix(
   params: Params, config: models.ModelConfig
 ) -> tuple[Params, dict[str, jax.Array]]:
   """Removes biases and fixes heads; also returns their A by 'values' and 'keys'."""
-  params, gauges = params | without_biases(params, config), {}
+  params = params | without_biases(params, config)
+  gauges = {}
   for name, paths in (('values', heads.VALUES), ('keys', heads.KEYS)):
     if pair := head_pair(params, config, paths=paths):
       fixed, gauges[name] = fix_pair(pair, config)

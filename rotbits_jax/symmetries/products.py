@@ -17,14 +17,24 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns `a @ b`, `[m, k]` or `[k]` times `[k, n]`, in full float32 precision."""
   if a.ndim == 1:
     return matmul(a[None], b)[0]
-  product = lambda x, y: jnp.matmul(x, y, precision='highest')
-  (m, k), n = a.shape, b.shape[1]
-  if k <= _BLOCK or not 0 < m * n <= _LARGE or jax.default_backend() != 'cpu':
-    return product(a, b)
+  m, k = a.shape
+  n = b.shape[1]
+  is_divided = k > _BLOCK and 0 < m * n <= _LARGE
+  if not is_divided or jax.default_backend() != 'cpu':
+    return _product(a, b)
   padding = -k % _BLOCK
   rows = jnp.pad(a, ((0, 0), (0, padding))).reshape(m, -1, _BLOCK).swapaxes(0, 1)
   columns = jnp.pad(b, ((0, padding), (0, 0))).reshape(-1, _BLOCK, n)
 
-  add = lambda total, blocks: (total + product(*blocks), None)
-  start = jnp.zeros((m, n), jnp.result_type(a, b))
+  def add(
+    total: jax.Array, blocks: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, None]:
+    return total + _product(*blocks), None
+
+  # Made like both, it varies over the same axes of `jax.shard_map`.
+  start = jnp.zeros_like(a, shape=(m, n)) + jnp.zeros_like(b, shape=(m, n))
   return jax.lax.scan(add, start, (rows, columns))[0]
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, precision='highest')

@@ -28,13 +28,12 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rotbits_jax import structured
-from rotbits_jax.symmetries import canonical
+from rotbits_jax.symmetries import factorizations
 from rotbits_jax.symmetries import products
 
 _matmul = products.matmul
@@ -47,32 +46,48 @@ TOLERANCE = 0.8
 
 
 def rotate(
-  array: Any,  # [n, m] or [m]
-  rows: jax.Array | None = None,  # [n, n]
-  columns: jax.Array | None = None,  # [m, m]
+  array: Any, rows: jax.Array | None = None, columns: jax.Array | None = None
 ) -> Any:
-  """Rotates one array: returns `rows^T @ array @ columns` in the array's dtype.
-
-  The product is computed in float32.
+  """Rotates one array: returns `rows^T @ array @ columns`.
 
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
   >>> rotate(jnp.array([1.0, 2.0]), columns=quarter).tolist()
   [-2.0, 1.0]
+
+  Args:
+    array: `[n, m]` or `[m]`, of any floating-point dtype.
+    rows: the rotation of what it reads, float32 `[n, n]`; None for the identity.
+    columns: the rotation of what it writes, float32 `[m, m]`; None for the identity.
+
+  Returns:
+    The product, computed in float32, in the dtype of the array.
+
+  Raises:
+    ValueError: if a rotation has another shape.
   """
   product = array.astype(jnp.float32)
   if rows is not None:
-    chex.assert_shape(rows, (array.shape[0], array.shape[0]))
+    _check_rotation(rows, array.shape[0])
     product = _matmul(rows.T, product)
   if columns is not None:
-    chex.assert_shape(columns, (array.shape[-1], array.shape[-1]))
+    _check_rotation(columns, array.shape[-1])
     product = _matmul(product, columns)
   return product.astype(array.dtype)
 
 
+def _check_rotation(rotation: jax.Array, size: int) -> None:
+  """Raises a ValueError if a rotation has not this number of dimensions."""
+  if rotation.shape != (size, size):
+    raise ValueError(f'a rotation must be {[size, size]}, got {rotation.shape=}')
+
+
 def sides(axes: tuple[Any, ...]) -> tuple[int | None, int | None]:
   """Returns the segments that a parameter reads and writes, from its axes; or None."""
-  segment = lambda axis: axis if isinstance(axis, int) else None
-  return (segment(axes[-2]) if len(axes) > 1 else None), segment(axes[-1])
+  read, written = (None, *axes)[-2:]
+  return (
+    read if isinstance(read, int) else None,
+    written if isinstance(written, int) else None,
+  )
 
 
 def largest_rotated(
@@ -80,8 +95,17 @@ def largest_rotated(
 ) -> float:
   """Returns a bound of the magnitudes that rotations of some axes can make.
 
-  Rotations keep the norms of what they mix. The bound is NaN or infinite if an element
-  is not finite, unless only finite ones count. It is computed on the host.
+  Rotations keep the norms of what they mix. So the bound is the greatest magnitude
+  times the square root of the number of elements that are mixed. It is computed on the
+  host.
+
+  Args:
+    array: floats of 16 or 32 bits.
+    axes: the axes that are rotated.
+    only_finite: whether only finite elements count.
+
+  Returns:
+    The bound; NaN or infinite if an element that counts is not finite.
   """
   # Without their sign, bits are in order, and NumPy is slow in half precision.
   unsigned = f'u{array.itemsize}'
@@ -90,41 +114,64 @@ def largest_rotated(
     infinite = np.array(np.inf, array.dtype).view(unsigned) << 1
     bits = np.where(bits < infinite, bits, 0)
   greatest = (np.max(bits, initial=0) >> 1).view(array.dtype)
-  return float(greatest) * math.sqrt(math.prod(array.shape[axis] for axis in axes))
+  mixed = math.prod(array.shape[axis] for axis in axes)
+  return float(greatest) * math.sqrt(mixed)
 
 
 # ---- the rotations -----------------------------------------------------------------
 
 
 def next_rotation(
-  step: jax.Array,  # O_s, [e, e]
-  rotation: jax.Array,  # R_s, [d, d]
-  free: jax.Array | None = None,  # Z, [e - d, e - d]; None for the identity
+  step: jax.Array, rotation: jax.Array, free: jax.Array | None = None
 ) -> jax.Array:
-  """Returns R_{s+1} = O_s^T diag(R_s, Z), `[e, e]`."""
-  chex.assert_rank([step, rotation], 2)
-  if len(step) > len(rotation):
+  """Returns the rotation of the next segment, R_{s+1} = O_s^T diag(R_s, Z).
+
+  Args:
+    step: O_s, float32 `[e, e]`.
+    rotation: R_s, float32 `[d, d]`, d <= e.
+    free: Z, float32 `[e - d, e - d]`; None for the identity.
+
+  Returns:
+    R_{s+1}, float32 `[e, e]`.
+
+  Raises:
+    ValueError: if a rotation has another shape.
+  """
+  _check_rotation(step, len(step))
+  _check_rotation(rotation, len(rotation))
+  new = len(step) - len(rotation)
+  if new < 0:
+    raise ValueError(f'segments may not get narrower, got {step.shape=}')
+  if new:
     if free is None:
-      free = jnp.eye(len(step) - len(rotation), dtype=jnp.float32)
+      free = jnp.eye(new, dtype=jnp.float32)
+    _check_rotation(free, new)
     rotation = jax.scipy.linalg.block_diag(rotation, free)
-  return canonical.reorthogonalize(_matmul(step.T, rotation))
+  return factorizations.reorthogonalize(_matmul(step.T, rotation))
 
 
-def running_rotations(
-  steps: jax.Array,  # O_0, ..., O_{N-1}, [N, d, d]
-  first: jax.Array,  # R_0, [d, d]
-) -> jax.Array:
-  """Returns R_{s+1} = O_s^T ... O_0^T R_0, `[N, d, d]`, by an associative scan."""
-  chex.assert_rank(steps, 3)
-  multiply = jax.vmap(lambda earlier, later: _matmul(later, earlier))
-  products = jax.lax.associative_scan(multiply, jnp.matrix_transpose(steps))
-  finish = lambda product: canonical.reorthogonalize(_matmul(product, first))
-  return jax.vmap(finish)(products)
+def running_rotations(steps: jax.Array, first: jax.Array) -> jax.Array:
+  """Returns R_{s+1} = O_s^T ... O_0^T R_0, `[N, d, d]`, by an associative scan.
+
+  `steps` are O_0, ..., O_{N-1}, float32 `[N, d, d]`, and `first` is R_0, `[d, d]`.
+  """
+  if steps.ndim != 3:
+    raise ValueError(f'steps must be [N, d, d], got {steps.shape=}')
+  _check_rotation(first, steps.shape[-1])
+
+  def multiply(earlier: jax.Array, later: jax.Array) -> jax.Array:
+    return _matmul(later, earlier)
+
+  def finish(product: jax.Array) -> jax.Array:
+    return factorizations.reorthogonalize(_matmul(product, first))
+
+  transposed = jnp.matrix_transpose(steps)
+  return jax.vmap(finish)(jax.lax.associative_scan(jax.vmap(multiply), transposed))
 
 
 def upper_rotation(matrix: jax.Array) -> jax.Array:
   """Returns the rotation G with `G^T @ matrix` upper trapezoidal, diagonal >= 0."""
-  return canonical.reorthogonalize(canonical.qr(matrix)[1])
+  return factorizations.reorthogonalize(factorizations.qr(matrix)[1])
 
 
 class UpperForm(NamedTuple):
@@ -154,30 +201,50 @@ def upper_form(matrix: jax.Array) -> UpperForm:
     columns = structured.TrapezoidalRows.order(pivots)[:count]
     return UpperForm(upper_rotation(matrix[:, columns]), pivots)
 
+  # Made like the matrix, the pivots vary over the same axes of `jax.shard_map`.
   is_leading = jnp.arange(matrix.shape[1]) < count
-  leading = UpperForm(rotation, is_leading.astype(jnp.uint8))
+  none = jnp.zeros_like(matrix[0], jnp.uint8)
+  leading = UpperForm(rotation, none + is_leading.astype(jnp.uint8))
   return jax.lax.cond(is_regular, lambda: leading, with_pivots)
 
 
-_Search = tuple[jax.Array, jax.Array, jax.Array]  # a column, the basis, the pivots
+class _Search(NamedTuple):
+  """The state of `_independent`."""
+
+  column: jax.Array  # the next one, int32 []
+  basis: jax.Array  # orthonormal rows that span the pivots so far, float32 [d, d]
+  pivots: jax.Array  # uint8 [V]
 
 
 def _independent(matrix: jax.Array) -> jax.Array:
   """Returns 1 for columns that are not nearly combinations of earlier ones, uint8."""
   rows, columns = matrix.shape
 
-  def add(state: _Search) -> _Search:
-    j, basis, pivots = state
+  def count(search: _Search) -> jax.Array:
+    return search.pivots.sum(dtype=jnp.int32)
+
+  def is_left(search: _Search) -> jax.Array:
+    return (search.column < columns) & (count(search) < rows)
+
+  def add(search: _Search) -> _Search:
+    j, basis, pivots = search
     off = matrix[:, j] - _matmul(_matmul(matrix[:, j], basis.T), basis)
     size = jnp.linalg.norm(off)
     is_new = size > _LEAST * jnp.linalg.norm(matrix[:, j])
     vector = jnp.where(is_new, off / size, 0)
-    basis = basis.at[pivots.sum(dtype=jnp.int32)].set(vector)
-    return j + 1, basis, pivots.at[j].set(is_new.astype(jnp.uint8))
+    return _Search(
+      j + 1,
+      basis.at[count(search)].set(vector),
+      pivots.at[j].set(is_new.astype(jnp.uint8)),
+    )
 
-  is_left = lambda state: (state[0] < columns) & (state[2].sum(dtype=jnp.int32) < rows)
-  nothing = jnp.zeros((rows, rows), jnp.float32), jnp.zeros(columns, jnp.uint8)
-  return jax.lax.while_loop(is_left, add, (jnp.int32(0), *nothing))[2]
+  # Made like the matrix, they vary over the same axes of `jax.shard_map`.
+  start = _Search(
+    jnp.int32(0),
+    jnp.zeros_like(matrix, shape=(rows, rows)),
+    jnp.zeros_like(matrix, jnp.uint8, shape=columns),
+  )
+  return jax.lax.while_loop(is_left, add, start).pivots
 
 
 # ---- the canonical parameters ------------------------------------------------------
@@ -197,33 +264,71 @@ def ranks(values: jax.Array, tolerance: float) -> jax.Array:
   matters. A difference below a quarter of the tolerance never does.
   """
   off = jnp.stack([1 - values, values - 1])
-  count, most = (jnp.sum(off > least, axis=1) for least in (tolerance, tolerance / 4))
+  count = jnp.sum(off > tolerance, axis=1)
+  most = jnp.sum(off > tolerance / 4, axis=1)
   return jnp.minimum(-(-count // _GRAIN) * _GRAIN, most)
 
 
 def shortcut(
-  rotation: jax.Array,  # R, [d, d]
-  polar: canonical.Polar,
+  rotation: jax.Array,
+  polar: factorizations.Polar,
   *,
   tolerance: float,
   columns: tuple[int, int],
 ) -> structured.IdentityMinusGram:
   """Returns a shortcut between rotated segments: R^T P R = I - B B^T + C C^T.
 
-  `ranks` tells which singular values count as 1. With more values below 1 (above 1)
-  than B (C) has columns, those closest to 1 count as 1. B and C are lower trapezoidal;
-  columns that are not needed are zero and come last.
+  With P = U diag(s) U^T, B is R^T U diag(1 - s)^(1/2) for the s below 1, and C is
+  R^T U diag(s - 1)^(1/2) for the s above 1. Both are rotated from the right so that
+  they are lower trapezoidal. There are no gradients through a shortcut, see
+  `canonicalize`.
+
+  Args:
+    rotation: R, float32 `[d, d]`.
+    polar: the decomposition of the shortcut.
+    tolerance: how far values that count as 1 may be from 1, see `ranks`.
+    columns: those of B and C. If more values are below 1 (above 1), those closest to 1
+      count as 1. Columns that are not needed are zero and come last.
+
+  Returns:
+    The shortcut, `[d, e]`.
+
+  Raises:
+    ValueError: if the rotation has another shape than U, or is differentiated.
   """
-  chex.assert_equal_shape([rotation, polar.u])
+  _check_rotation(rotation, len(polar.u))
+  polar = _without_gradient(polar)
   # The values descend: those above 1 are the first, those below 1 are the last.
-  excess, (below, above) = polar.values - 1, ranks(polar.values, tolerance)
-
-  def factor(vectors: jax.Array, sizes: jax.Array, rank: Any, count: int) -> jax.Array:
-    weights = jnp.where(jnp.arange(count) < rank, sizes[:count], 0)
-    square_root = _matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights))
-    # Any rotation of the columns keeps B B^T, and this one makes B lower trapezoidal.
-    return jnp.tril(canonical.qr(square_root.T)[0].T)
-
-  b = factor(polar.u[:, ::-1], -excess[::-1], below, columns[0])
-  c = factor(polar.u, excess, above, columns[1])
+  excess = polar.values - 1
+  below, above = ranks(polar.values, tolerance)
+  b = _lower_root(rotation, polar.u[:, ::-1], -excess[::-1], below, columns[0])
+  c = _lower_root(rotation, polar.u, excess, above, columns[1])
   return structured.IdentityMinusGram(b, c, columns=len(polar.rotation))
+
+
+def _lower_root(
+  rotation: jax.Array, vectors: jax.Array, sizes: jax.Array, rank: jax.Array, count: int
+) -> jax.Array:
+  """Returns a lower trapezoidal B, `[d, count]`, of `rank` columns that are not zero.
+
+  B B^T = R^T V diag(sizes) V^T R
+  """
+  weights = jnp.where(jnp.arange(count) < rank, sizes[:count], 0)
+  root = _matmul(rotation.T, vectors[:, :count] * jnp.sqrt(weights))
+  # Any rotation of the columns keeps B B^T, and this one makes B lower trapezoidal.
+  return jnp.tril(factorizations.qr(root.T)[0].T)
+
+
+@jax.custom_jvp
+def _without_gradient(polar: factorizations.Polar) -> factorizations.Polar:
+  """Returns a decomposition; refuses to differentiate it, which would give NaN."""
+  return polar
+
+
+@_without_gradient.defjvp
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+  raise ValueError(
+    'there are no gradients through the shortcuts of a sliced model: singular values '
+    'of 1 repeat, so their vectors have no derivatives; differentiate the model before '
+    'canonicalize'
+  )

@@ -33,9 +33,8 @@ References:
 
 from collections.abc import Callable
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,43 +62,77 @@ def typical_size(array: jax.Array) -> jax.Array:
   >>> int(typical_size(jnp.array([1.0, -1.0, 0.0, jnp.inf])))
   1
   """
-  fold = functools.partial(_fold, array)
 
-  def measure(limit: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the rms of magnitudes up to a limit, the limit, and the next limit."""
-    kept = lambda x: jnp.where(x <= limit, x, 0)
-    greatest = fold(lambda y, x: jnp.maximum(y, kept(x).max(initial=0)), jnp.float32(0))
+  def measure(limit: jax.Array) -> _Size:
+    """Measures the magnitudes up to a limit."""
+    scale = _greatest(array, limit)
     # No square is infinite after the division, and not all squares are zero.
-    scale = jnp.where(greatest > 0, greatest, 1)
-
-    def add(sums: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
-      sizes = kept(x) / scale
-      terms = (kept(x) > 0).sum(dtype=jnp.int32), sizes.sum(), jnp.square(sizes).sum()
-      return jax.tree.map(jnp.add, sums, terms)
-
-    count, total, squares = fold(add, (jnp.int32(0), jnp.float32(0), jnp.float32(0)))
+    scale = jnp.where(scale > 0, scale, 1)
+    count, total, squares = _sums(array, limit, scale)
     count = jnp.maximum(count, 1).astype(jnp.float32)
-    rms, mean = jnp.sqrt(squares / count), total / count
+    rms = jnp.sqrt(squares / count)
+    mean = total / count
     is_uneven = (rms > 2 * mean) & (8 * mean < 1)
-    return scale * rms, limit, jnp.where(is_uneven, 8 * mean * scale, limit)
+    return _Size(scale * rms, limit, jnp.where(is_uneven, 8 * mean * scale, limit))
 
-  def has_outliers(state: tuple[tuple[jax.Array, ...], jax.Array]) -> jax.Array:
-    (_, limit, next_limit), rounds = state
-    return (next_limit < limit) & (rounds < _ROUNDS)
+  def has_outliers(state: tuple[_Size, jax.Array]) -> jax.Array:
+    size, rounds = state
+    return (size.next_limit < size.limit) & (rounds < _ROUNDS)
+
+  def remove_outliers(state: tuple[_Size, jax.Array]) -> tuple[_Size, jax.Array]:
+    size, rounds = state
+    return measure(size.next_limit), rounds + 1
 
   largest = jnp.float32(jnp.finfo(jnp.float32).max)
-  (rms, _, _), _ = jax.lax.while_loop(
-    has_outliers,
-    lambda state: (measure(state[0][2]), state[1] + 1),
-    (measure(largest), jnp.int32(0)),
-  )
-  return rms
+  start = measure(largest), jnp.int32(0)
+  size, _ = jax.lax.while_loop(has_outliers, remove_outliers, start)
+  return size.rms
+
+
+class _Size(NamedTuple):
+  """The size of magnitudes up to a limit, float32 [] each."""
+
+  rms: jax.Array
+  limit: jax.Array
+  next_limit: jax.Array  # the limit without outliers; the same if there are none
+
+
+def _greatest(array: jax.Array, limit: jax.Array) -> jax.Array:
+  """Returns the greatest magnitude up to a limit; 0 if there is none."""
+
+  def larger(greatest: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.maximum(greatest, jnp.where(x <= limit, x, 0).max(initial=0))
+
+  return _fold(array, larger, jnp.float32(0))
+
+
+def _sums(
+  array: jax.Array, limit: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums nonzero magnitudes up to a limit, divided by the scale.
+
+  Returns their number, int32, their sum, and the sum of their squares.
+  """
+
+  def add(sums: tuple[jax.Array, ...], x: jax.Array) -> tuple[jax.Array, ...]:
+    kept = jnp.where(x <= limit, x, 0)
+    sizes = kept / scale
+    count = (kept > 0).sum(dtype=jnp.int32)
+    return jax.tree.map(jnp.add, sums, (count, sizes.sum(), jnp.square(sizes).sum()))
+
+  return _fold(array, add, (jnp.int32(0), jnp.float32(0), jnp.float32(0)))
 
 
 def _fold(
   array: jax.Array, function: Callable[[Any, jax.Array], Any], start: Any
 ) -> Any:
-  """Folds a function over magnitudes of pieces of an array, so XLA copies none."""
+  """Folds a function over the magnitudes of pieces of an array, so XLA copies none.
+
+  Args:
+    array: float32, of any shape.
+    function: takes what is folded so far, and magnitudes with zeros among them.
+    start: what is folded at first.
+  """
   flat = array.reshape(-1)
   size = min(flat.size, _PIECE)
 
@@ -143,9 +176,17 @@ def round_to_power_of_two(
 ) -> tuple[jax.Array, jax.Array]:
   """Rounds an array to multiples of 2^floor(log2(rms) + log2_step), and to its dtype.
 
-  It also returns the step; 0 if all elements are in the dtype already.
+  Args:
+    array: float32, of any shape.
+    rms: the typical size of its elements, float32 `[]`.
+    log2_step: the logarithm of the step, in units of the typical size, float32 `[]`.
+    dtype: that of the result.
+
+  Returns:
+    The rounded array; and the step, 0 if all elements are in the dtype already.
   """
-  q, nearest = jnp.floor(jnp.log2(rms) + log2_step), array.astype(dtype)
+  q = jnp.floor(jnp.log2(rms) + log2_step)
+  nearest = array.astype(dtype)
   # The dtype has no finer step, and the inverse of 2^q must be a float32.
   least = max(least_exponent(dtype) - jnp.finfo(dtype).nmant, -126)
   step = jnp.ldexp(jnp.float32(1), jnp.clip(q, least, 126).astype(jnp.int32))
@@ -163,12 +204,12 @@ def least_exponent(dtype: np.dtype) -> int:
 
 @functools.partial(jax.jit, static_argnames='axis')
 def quantize(
-  array: jax.Array,  # float32 [n, m]; [m, n] if the axis is 1; any without moments
-  step: jax.Array,  # float32 []; with outputs about the geometric mean of the steps
-  moments: jax.Array | None = None,  # H or its multiple, float32 [n, n]
-  outputs: jax.Array | None = None,  # g, float32 [m]; None for one step
+  array: jax.Array,
+  step: jax.Array,
+  moments: jax.Array | None = None,
+  outputs: jax.Array | None = None,
   *,
-  axis: int = 0,  # of the inputs
+  axis: int = 0,
 ) -> structured.UniformlyQuantized:
   """Rounds an array to multiples of a step, or of a step per row and column.
 
@@ -179,26 +220,42 @@ def quantize(
   >>> kernel, moments = jnp.full((4, 1), 0.4), jnp.ones((4, 4))  # inputs are equal
   >>> quantize(kernel, jnp.float32(1), moments).integers.sum().tolist()  # from 1.6
   2.0
+
+  Args:
+    array: float32 `[n, m]`, or `[m, n]` if the axis is 1; any without moments.
+    step: float32 `[]`; with outputs, about the geometric mean of the steps.
+    moments: H or its multiple, float32 `[n, n]`; None for no feedback.
+    outputs: g, float32 `[m]`; None for one step.
+    axis: the axis of the inputs, 0 or 1.
+
+  Returns:
+    The integers and steps.
+
+  Raises:
+    ValueError: if the moments have another shape.
   """
   if moments is None:
     integers = jnp.rint(array / step)
     integers = jnp.where(integers == 0, 0, integers)  # -0 becomes 0
     return structured.UniformlyQuantized(integers, step, 'float32')
   kernel = array if axis == 0 else array.T
-  chex.assert_shape(moments, (len(kernel),) * 2)
+  if moments.shape != (len(kernel), len(kernel)):
+    raise ValueError(f'moments must be [n, n], got {moments.shape=}, {array.shape=}')
   order, lower, pivots = _factors(moments)
   rows = kernel[order]
   axis_exponents: list[jax.Array | None] = [None, None]
   if outputs is not None:
-    of_inputs, of_outputs = map(_exponents, (pivots, outputs))
-    factors, columns = map(structured.line_factors, (of_inputs, of_outputs))
-    rows = rows / (factors[:, None] * columns)
+    of_inputs = _exponents(pivots)
+    of_outputs = _exponents(outputs)
+    factors = structured.line_factors(of_inputs)
+    rows = rows / (factors[:, None] * structured.line_factors(of_outputs))
     lower = lower * (factors[:, None] / factors)
     axis_exponents = [jnp.zeros_like(of_inputs).at[order].set(of_inputs), of_outputs]
   rounded = jnp.rint(_round_rows(rows, step, lower) / step)
   integers = jnp.zeros_like(kernel).at[order].set(rounded)
   if axis == 1:
-    integers, axis_exponents = integers.T, axis_exponents[::-1]
+    integers = integers.T
+    axis_exponents = axis_exponents[::-1]
   return structured.UniformlyQuantized(integers, step, 'float32', *axis_exponents)
 
 
@@ -214,7 +271,8 @@ def _exponents(counts: jax.Array) -> jax.Array:
 
 def _factors(moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the order of the inputs; and L and the diagonal of D in this order."""
-  count, diagonal = len(moments), jnp.diagonal(moments)
+  count = len(moments)
+  diagonal = jnp.diagonal(moments)
   order = jnp.argsort(diagonal)  # the last row is rounded first
   mean = jnp.mean(diagonal)
   damping = _DAMPING * jnp.where(mean > 0, mean, 1)

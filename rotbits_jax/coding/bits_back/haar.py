@@ -44,6 +44,7 @@ References:
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,37 +73,80 @@ def num_cells(n: int, k: int) -> int:
 
 
 def codec(n: int, k: int) -> codecs.Codec:
-  """Returns the codec under the Haar measure of the cells uint16 `[S]` of a frame."""
+  """Returns the codec under the Haar measure of the cells of a frame, uint16 `[S]`.
+
+  Raises:
+    ValueError: unless 1 <= k <= n.
+  """
+  _check_shape(n, k)
   row, _ = places(n, k)
   # The sign is in the last row. It has no bin, and its low part is one bit.
   is_sign = row == n - 1
   fine = jnp.where(is_sign, jnp.uint32(1), jnp.uint32(_FINE_BITS))
   context = jnp.where(is_sign, n - 1, n - 2 - row)
-  low, high = codecs.uniform(fine), codecs.categorical(context, bin_tables(n))
+  parts = codecs.serial(
+    codecs.uniform(fine), codecs.categorical(context, bin_tables(n))
+  )
 
   def push(message: rans.Message, cells: jax.Array) -> rans.Message:
-    message = low.push(message, cells & ((1 << _FINE_BITS) - 1))
-    return high.push(message, cells >> _FINE_BITS)
+    low = cells & ((1 << _FINE_BITS) - 1)
+    return parts.push(message, (low, cells >> _FINE_BITS))
 
   def pop(message: rans.Message) -> tuple[rans.Message, jax.Array]:
-    message, bins = high.pop(message)
-    message, parts = low.pop(message)
-    return message, bins << _FINE_BITS | parts
+    message, (low, bins) = parts.pop(message)
+    return message, bins << _FINE_BITS | low
 
   return codecs.Codec(push, pop)
 
 
+def _check_shape(n: int, k: int) -> None:
+  """Raises a ValueError if there are no frames of k columns in n dimensions."""
+  if not 1 <= k <= n:
+    raise ValueError(f'a frame must have 1 <= k <= n, got {n=}, {k=}')
+
+
 def rotation(cells: jax.Array, n: int, k: int) -> jax.Array:
-  """Returns the frame, float32 `[n, k]`, for which the cells uint16 `[S]` stand."""
+  """Returns the frame Q = H_0 ... H_{k-1} D of its cells.
+
+  Args:
+    cells: uint16 `[S]`.
+    n: rows of the frame.
+    k: its columns, 1 <= k <= n.
+
+  Returns:
+    Q, float32 `[n, k]`.
+
+  Raises:
+    ValueError: if there is no such frame, or it has another number of cells.
+  """
+  _check_shape(n, k)
+  if cells.shape != (num_cells(n, k),):
+    raise ValueError(f'cells must be [{num_cells(n, k)}], got {cells.shape=}')
   return _compose(*_reflectors(_unpack(cells, n, k), jnp.arange(k, dtype=jnp.int32)))
 
 
 def correct(
-  recovered: jax.Array,  # Q_hat, float32 [n, k]; columns may have the other sign
-  other: jax.Array,  # Q_hat as another machine may recover it
-  cells: jax.Array,  # uint16 [S]
+  recovered: jax.Array, other: jax.Array, cells: jax.Array
 ) -> correction_lib.Correction:
-  """Returns the correction with which `recover` finds the cells from either frame."""
+  """Returns the correction with which `recover` finds the cells from either frame.
+
+  Args:
+    recovered: Q_hat, float32 `[n, k]`; columns may have the other sign.
+    other: Q_hat as another machine may recover it.
+    cells: uint16 `[S]`.
+
+  Returns:
+    The correction.
+
+  Raises:
+    ValueError: if the frames and the cells have different shapes.
+  """
+  _check_shape(*recovered.shape)
+  if other.shape != recovered.shape or cells.shape != (num_cells(*recovered.shape),):
+    raise ValueError(
+      f'expected frames [n, k] and their cells, got {recovered.shape=}, '
+      f'{other.shape=}, {cells.shape=}'
+    )
   n, k = recovered.shape
   _, column = places(n, k)
   # The least margin covers the decoder's own float32 arithmetic, whose errors grow as
@@ -115,15 +159,21 @@ def correct(
   def remaining(recovered: jax.Array) -> jax.Array:
     """Reflects all columns at once, each by the reflections of those before it."""
     flipped = jnp.where(flips, -recovered, recovered)
-    inner = _reflections(vectors, flipped, transpose=True)
+    inner = Householder(vectors).coefficients(flipped, transpose=True)
     return jnp.tril(flipped - _matmul(vectors, jnp.triu(inner, 1)))
 
-  here, elsewhere = remaining(recovered), remaining(other)
-  position = lambda x: _pack(_positions(x), n, k)
+  here = remaining(recovered)
+  elsewhere = remaining(other)
   # An error of a coordinate x_i changes the ratio t_i by its part of |x_i, ...|.
   sensitivity = _pack(1 / _norms(here), n, k)
   corrected = correction_lib.correct(
-    position(here), cells, position(elsewhere), margin, column, k, sensitivity
+    _pack(_positions(here), n, k),
+    cells,
+    _pack(_positions(elsewhere), n, k),
+    margin,
+    column,
+    k,
+    sensitivity,
   )
   return corrected._replace(others=(flips.astype(jnp.uint8),))
 
@@ -134,9 +184,17 @@ def recover(recovered: jax.Array, correction: correction_lib.Correction) -> jax.
   base, extra, residue, (flips,) = correction
   level = correction_lib.levels(base, extra, places(n, k)[1])
   remaining = jnp.where(flips > 0, -recovered, recovered)
-  widen = lambda x: jnp.pad(x, ((0, 0), (0, -k % _PANEL)))
-  levels, residues = (widen(_unpack(x, n, k)) for x in (level, residue))
-  return _pack(_read_columns(widen(remaining), levels, residues), n, k)
+  read = _read_columns(
+    _widened(remaining),
+    _widened(_unpack(level, n, k)),
+    _widened(_unpack(residue, n, k)),
+  )
+  return _pack(read, n, k)
+
+
+def _widened(matrix: jax.Array) -> jax.Array:
+  """Adds columns of zeros, so that they fill panels."""
+  return jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % _PANEL)))
 
 
 def _read_columns(
@@ -159,8 +217,7 @@ def _read_columns(
       square = _matmul(vector, jnp.stack([vector, vector], 1))[0]
       scale = 2 / jnp.maximum(square, 1)
       panel = panel - jnp.outer(scale * vector, _matmul(vector, panel))
-      put = lambda x, column: jax.lax.dynamic_update_index_in_dim(x, column, c, 1)
-      return panel, put(vectors, vector), put(cells, cell)
+      return panel, _with_column(vectors, vector, c), _with_column(cells, cell, c)
 
     carry = panel, jnp.zeros_like(panel), jnp.zeros(panel.shape, jnp.uint16)
     return jax.lax.fori_loop(0, _PANEL, read, carry)
@@ -168,8 +225,7 @@ def _read_columns(
   def step(remaining: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     panel = jax.lax.dynamic_slice_in_dim(remaining, start, _PANEL, axis=1)
     _, vectors, cells = native.loop(read_panel)(panel, start)
-    inner = _reflections(vectors, remaining, transpose=True)
-    return remaining - _matmul(vectors, inner), cells
+    return Householder(vectors).apply_transposed(remaining), cells
 
   starts = jnp.arange(0, count, _PANEL, dtype=jnp.int32)
   remaining, panels = jax.lax.scan(step, remaining, starts)
@@ -179,6 +235,39 @@ def _read_columns(
   # Later reflections do not change the rows and columns that have been read.
   right = _read_columns(*(x[count:, count:] for x in (remaining, levels, residues)))
   return jnp.concatenate([cells, jnp.pad(right, ((count, 0), (0, 0)))], axis=1)
+
+
+class Householder(NamedTuple):
+  """A product of Householder reflections, `H_0 ... H_{k-1} = I - V T V^T`.
+
+      H_j = I - 2 v_j v_j^T / |v_j|^2,    T^-1 = triu(V^T V, 1) + diag(V^T V) / 2
+
+  The vectors v_j are the columns of V. A zero vector stands for no reflection, H_j = I.
+  """
+
+  vectors: jax.Array  # V, float32 [n, k]
+
+  def apply(self, x: jax.Array) -> jax.Array:
+    """Returns `H_0 ... H_{k-1} x`, of x `[n, c]`."""
+    return x - _matmul(self.vectors, self.coefficients(x, transpose=False))
+
+  def apply_transposed(self, x: jax.Array) -> jax.Array:
+    """Returns `H_{k-1} ... H_0 x`, of x `[n, c]`."""
+    return x - _matmul(self.vectors, self.coefficients(x, transpose=True))
+
+  def coefficients(self, x: jax.Array, *, transpose: bool) -> jax.Array:
+    """Returns what the reflections subtract, `T V^T x` or `T^T V^T x`: `[k, c]`."""
+    gram = _matmul(self.vectors.T, self.vectors)
+    diagonal = jnp.diagonal(gram)
+    diagonal = jnp.where(diagonal > 0, diagonal / 2, 1)
+    factor = jnp.triu(gram, 1) + jnp.diag(diagonal)
+    products = _matmul(self.vectors.T, x)
+    return jax.scipy.linalg.solve_triangular(factor, products, trans=int(transpose))
+
+
+def _with_column(matrix: jax.Array, column: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns a matrix in which one column is replaced."""
+  return jax.lax.dynamic_update_index_in_dim(matrix, column, index, 1)
 
 
 @functools.lru_cache(maxsize=8)
@@ -196,11 +285,13 @@ def bin_tables(n: int) -> np.ndarray:
   t = np.where(v <= 16, 1.0, 4.0 / np.sqrt(v)) * midpoints
   # Computes sqrt(1 - t^2)^(v - 3) by squaring. The exponent is 0 for v = 2, because the
   # angle is uniform.
-  power, weight = np.sqrt((1.0 - t) * (1.0 + t)), np.ones_like(t)
+  power = np.sqrt((1.0 - t) * (1.0 + t))
+  weight = np.ones_like(t)
   exponent = np.maximum(v.astype(np.int64) - 3, 0)
   while exponent.any():
     weight = np.where(exponent & 1, weight * power, weight)
-    power, exponent = power * power, exponent >> 1
+    power = power * power
+    exponent = exponent >> 1
   mass = functools.reduce(np.add, (weight[:, i::points] for i in range(points)))
   total = functools.reduce(np.add, (mass[:, i : i + 1] for i in range(half)))
   counts = np.floor(mass / (2 * total) * 2.0**40).astype(np.int64)
@@ -256,18 +347,7 @@ def _norms(x: jax.Array) -> jax.Array:
 def _compose(vectors: jax.Array, signs: jax.Array) -> jax.Array:
   """Returns `H_0 ... H_{k-1} D`, given Householder vectors and signs."""
   diagonal = jnp.eye(vectors.shape[0], signs.size, dtype=jnp.float32) * -signs
-  return diagonal - _matmul(vectors, _reflections(vectors, diagonal, transpose=False))
-
-
-def _reflections(vectors: jax.Array, x: jax.Array, *, transpose: bool) -> jax.Array:
-  """Returns `T V^T x`, or `T^T V^T x`, of `H_0 ... H_{k-1} = I - V T V^T`."""
-  gram = _matmul(vectors.T, vectors)
-  diagonal = jnp.diagonal(gram)
-  # A zero vector stands for no reflection.
-  diagonal = jnp.where(diagonal > 0, diagonal / 2, 1)
-  factor = jnp.triu(gram, 1) + jnp.diag(diagonal)
-  products = _matmul(vectors.T, x)
-  return jax.scipy.linalg.solve_triangular(factor, products, trans=int(transpose))
+  return Householder(vectors).apply(diagonal)
 
 
 def places(n: int, k: int) -> tuple[jax.Array, jax.Array]:

@@ -22,7 +22,6 @@ Reference: N. J. Higham, Functions of Matrices, SIAM 2008, chapter 8.
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -39,18 +38,19 @@ def svd(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   The rows of `W_ref = S V^T` are orthogonal, and their norms descend. Signs are chosen
   so that no row of W_ref has a negative sum; corrections of `bits_back.haar` have
-  those that rounding changes.
+  those that rounding changes. Returns W_ref and Q.
 
   >>> w = jnp.array([[0.0, 3.0], [1.0, 0.0]])
   >>> quarter = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
   >>> bool(jnp.allclose(svd(w)[0], svd(quarter @ w)[0], atol=1e-6))
   True
   """
-  w = _matrix(w)
+  w = _matrix(w, 'w')
   n, m = w.shape
   q, _, _ = jnp.linalg.svd(w, full_matrices=m < n)
   reference = _matmul(q.T, w)
-  signs = jnp.where(reference.sum(axis=1) < 0, jnp.float32(-1), jnp.float32(1))
+  is_negative = reference.sum(axis=1) < 0
+  signs = jnp.where(is_negative, jnp.float32(-1), jnp.float32(1))
   return reference * signs[:, None], q * signs
 
 
@@ -58,12 +58,13 @@ def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Canonicalizes by a QR factorisation of the leading n columns.
 
   These columns of W_ref are upper triangular, and their diagonal is not negative.
+  Returns W_ref and Q.
 
   >>> reference, rotation = qr(jnp.array([[0.0, 1.0], [2.0, 3.0]]))
   >>> np.rint(reference).tolist(), np.rint(rotation @ reference).tolist()
   ([[2.0, 3.0], [0.0, 1.0]], [[0.0, 1.0], [2.0, 3.0]])
   """
-  w = _matrix(w)
+  w = _matrix(w, 'w')
   n, m = w.shape
   q, r = jnp.linalg.qr(w[:, :n], mode='complete')
   diagonal = jnp.pad(jnp.diagonal(r), (0, n - min(n, m)))
@@ -71,14 +72,22 @@ def qr(w: jax.Array) -> tuple[jax.Array, jax.Array]:
   return _matmul(q.T, w), q
 
 
-def _matrix(w: jax.Array) -> jax.Array:
-  """Returns a matrix in float32."""
-  chex.assert_rank(w, 2)
-  return w.astype(jnp.float32)
+def _matrix(array: jax.Array, name: str) -> jax.Array:
+  """Returns a matrix in float32; a ValueError for an array of another rank."""
+  matrix = jnp.asarray(array)
+  if matrix.ndim != 2:
+    raise ValueError(f'{name} must be a matrix, got {name}.shape={matrix.shape}')
+  return matrix.astype(jnp.float32)
 
 
 class Polar(NamedTuple):
-  """The left polar decomposition M = [P 0] O, with P = U diag(values) U^T."""
+  """The left polar decomposition M = [P 0] O, with P = U diag(values) U^T.
+
+  `jax.scipy.linalg.polar(M, side='left')` also has M = P O_d, with a factor O_d of d
+  rows. Here O is a whole rotation, of which these are the first rows, because it turns
+  all e coordinates of a wider segment. P comes as its eigenvectors and eigenvalues,
+  because a shortcut is a function of these, and no iteration stops early.
+  """
 
   u: jax.Array  # U, float32 [d, d], orthogonal
   values: jax.Array  # the singular values of M, float32 [d], descending
@@ -88,13 +97,19 @@ class Polar(NamedTuple):
 def polar(matrix: jax.Array) -> Polar:
   """Returns the left polar decomposition of a matrix M `[d, e]`, d <= e, in float32.
 
+  With the singular value decomposition M = U S V^T, it is P = U S U^T, and O begins
+  with the rows of U V^T.
+
   >>> found = polar(jnp.array([[0.0, 2.0], [1.0, 0.0]]))
   >>> np.rint(found.values).tolist()
   [2.0, 1.0]
   >>> np.rint((found.u * found.values) @ found.u.T @ found.rotation).tolist()
   [[0.0, 2.0], [1.0, 0.0]]
+
+  Raises:
+    ValueError: if the matrix has another rank, or more rows than columns.
   """
-  u, values, vt = jnp.linalg.svd(_matrix(matrix), full_matrices=False)
+  u, values, vt = jnp.linalg.svd(_wide(matrix), full_matrices=False)
   return Polar(u, values, _completed(_matmul(u, vt)))
 
 
@@ -104,12 +119,16 @@ def quick_polar(matrix: jax.Array) -> Polar:
   The eigenvectors of `M M^T` are those of P, but they square the condition of M. So a
   small SVD decomposes what M does to the last sixteenth of them. For blocks of
   orthogonal matrices that is enough; `polar` decomposes others. (`vmap` computes both.)
+
+  Raises:
+    ValueError: if the matrix has another rank, or more rows than columns.
   """
-  matrix = _matrix(matrix)
+  matrix = _wide(matrix)
   d = len(matrix)
-  squares, u = jnp.linalg.eigh(_matmul(matrix, matrix.T))
   few = -(-d // 16)
-  many, last = u[:, few:][:, ::-1], u[:, :few]
+  squares, u = jnp.linalg.eigh(_matmul(matrix, matrix.T))
+  many = u[:, few:][:, ::-1]
+  last = u[:, :few]
   values = jnp.sqrt(jnp.maximum(squares[few:][::-1], jnp.finfo(jnp.float32).tiny))
   rows = _matmul(many.T, matrix) / values[:, None]
   remainder = _matmul(last.T, matrix)
@@ -128,6 +147,14 @@ def quick_polar(matrix: jax.Array) -> Polar:
   return jax.lax.cond(is_accurate, lambda: quick, lambda: polar(matrix))
 
 
+def _wide(matrix: jax.Array) -> jax.Array:
+  """Returns a matrix in float32; a ValueError if it has more rows than columns."""
+  matrix = _matrix(matrix, 'matrix')
+  if matrix.shape[0] > matrix.shape[1]:
+    raise ValueError(f'the matrix must be [d, e] with d <= e, got {matrix.shape=}')
+  return matrix
+
+
 def _completed(rows: jax.Array) -> jax.Array:
   """Returns an orthogonal matrix `[e, e]`, given its first rows `[d, e]`."""
   d, e = rows.shape
@@ -138,6 +165,10 @@ def _completed(rows: jax.Array) -> jax.Array:
 
 
 def reorthogonalize(q: jax.Array) -> jax.Array:
-  """Makes one Newton-Schulz step, which restores the orthogonality of `[n, n]`."""
-  chex.assert_shape(q, (len(q), len(q)))
+  """Makes one Newton-Schulz step, which restores the orthogonality of Q `[n, n]`.
+
+  Q' = 3/2 Q - 1/2 Q Q^T Q
+  """
+  if q.ndim != 2 or q.shape[0] != q.shape[1]:
+    raise ValueError(f'a rotation must be [n, n], got {q.shape=}')
   return 1.5 * q - 0.5 * _matmul(q, _matmul(q.T, q))
