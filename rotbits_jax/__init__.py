@@ -62,7 +62,7 @@ if TYPE_CHECKING:  # the names below, for type checkers and editors
   from rotbits_jax.presets import PRESETS as PRESETS
   from rotbits_jax.presets import Preset as Preset
   from rotbits_jax.snapshots import snapshot as snapshot
-  from rotbits_jax.symmetries import canonicalize as canonicalize
+  from rotbits_jax.symmetries.canonicalize import canonicalize as canonicalize
 
 # Names are imported when they are first used, so `symmetries` and
 # `coding.bits_back` load without the rest.
@@ -77,7 +77,7 @@ _NAMES = {
   'models': 'Model ModelConfig',
   'presets': 'PRESETS Preset',
   'snapshots': 'snapshot',
-  'symmetries': 'canonicalize',
+  'symmetries.canonicalize': 'canonicalize',
 }
 _MODULES = {name: module for module in _NAMES for name in _NAMES[module].split()}
 _ROOMS = 'checkpoints coding evaluation file models passes presets slicing structured'
