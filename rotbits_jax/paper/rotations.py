@@ -24,11 +24,11 @@ _BACKWARD_ERROR = 4 * 2.0**-24
 _NOISE = 0  # seed of the change of a matrix
 
 
-def can_rotate(
-  segment: segments.SegmentParameters,
-  leaving: segments.Arrays,  # the shortcut that leads out of the segment
-) -> bool:
-  """Tells whether every rotated element will be within the range of its dtype."""
+def can_rotate(segment: segments.SegmentParameters, leaving: segments.Arrays) -> bool:
+  """Tells whether every rotated element will be within the range of its dtype.
+
+  `leaving` is the shortcut that leads out of the segment, or nothing.
+  """
   axes = ((0,), segment.readers), ((-1,), segment.writers), ((0, 1), segment.shortcut)
   return all(
     rotations.largest_rotated(x, mixed) < 0.99 * float(jnp.finfo(x.dtype).max)
@@ -42,10 +42,19 @@ rotate = jax.jit(rotations.rotate)
 
 def rotated(
   segment: segments.SegmentParameters,
-  before: jax.Array | None,  # the rotation of the previous segment
-  rotation: jax.Array | None,  # the rotation of this segment
+  before: jax.Array | None,
+  rotation: jax.Array | None,
 ) -> segments.Arrays:
-  """Rotates the parameters around a segment; returns them by path, in their dtypes."""
+  """Rotates the parameters around a segment.
+
+  Args:
+    segment: the arrays around it.
+    before: the rotation of the previous segment.
+    rotation: the rotation of this segment.
+
+  Returns:
+    The arrays by path, in their dtypes.
+  """
   arrays = {path: rotate(x, rotation) for path, x in segment.readers.items()}
   arrays |= {path: rotate(x, None, rotation) for path, x in segment.writers.items()}
   arrays |= {path: rotate(x, before, rotation) for path, x in segment.shortcut.items()}
@@ -73,12 +82,23 @@ def reader_rotation(
 def recovered(
   frame: layout.Frame,
   shapes: segments.SegmentParameters,
-  arrays: segments.Arrays,  # the stored parameters, by path
+  arrays: segments.Arrays,
   canonicalizer: str,
   *,
-  disturb: bool = False,  # whether to make the errors of another machine
+  disturb: bool = False,
 ) -> jax.Array:
-  """Recovers the sampled frame, float32 `[n, k]`, inexactly, from stored parameters."""
+  """Recovers the sampled frame inexactly from stored parameters.
+
+  Args:
+    frame: the shape of the frame.
+    shapes: the parameters around the segment.
+    arrays: the stored parameters, by path.
+    canonicalizer: 'polar_shortcut', 'qr' or 'svd'.
+    disturb: whether to make the errors of another machine.
+
+  Returns:
+    The frame, float32 `[n, k]`.
+  """
   if frame.from_shortcut:
     (shortcut,) = (arrays[path] for path in shapes.shortcut)
     return _shortcut_frame(_disturbed(np.asarray(shortcut, np.float32), disturb))

@@ -44,8 +44,10 @@ def sample_sequences(
 ) -> np.ndarray:
   """Draws sequences `[S, T]`: one at a random place in each of S equal parts."""
   if sequences < 1 or length < 1 or len(tokens) < 1:
-    got = f'{sequences=} and {length=} from {len(tokens)} tokens'
-    raise ValueError(f'calibration needs a sequence of at least 1 token, got {got}')
+    raise ValueError(
+      f'calibration needs a sequence of at least 1 token, got {sequences=} and '
+      f'{length=} from {len(tokens)} tokens'
+    )
   length = min(length, len(tokens))
   count = min(sequences, len(tokens) // length)
   part = len(tokens) // count
@@ -57,7 +59,16 @@ def sample_sequences(
 def embed(
   embeddings: models.Params, tokens: np.ndarray, config: models.ModelConfig
 ) -> np.ndarray:
-  """Returns X_0, float32 `[S, T, D]`, given embeddings of the fused model."""
+  """Returns X_0, the activations of the first segment.
+
+  Args:
+    embeddings: those of the fused model.
+    tokens: integers `[S, T]`.
+    config: the config of the fused model.
+
+  Returns:
+    X_0, float32 `[S, T, D]`.
+  """
   params = {'embed': _device_float32(embeddings)}
   activations = np.empty((*tokens.shape, config.hidden_size), np.float32)
   for i, sequence in enumerate(tokens):
@@ -66,12 +77,19 @@ def embed(
 
 
 def advance(
-  activations: np.ndarray,  # X_s, float32 [S, T, D]; overwritten by X_{s+1}
-  sublayers: models.Params,  # fused, between the two segments, by name
-  basis: PrincipalComponents,  # of segment s
-  config: models.ModelConfig,  # of the fused model
+  activations: np.ndarray,
+  sublayers: models.Params,
+  basis: PrincipalComponents,
+  config: models.ModelConfig,
 ) -> None:
-  """Replaces the activations of a segment by those of the next segment."""
+  """Replaces the activations of a segment by those of the next segment.
+
+  Args:
+    activations: X_s, float32 `[S, T, D]`; overwritten by X_{s+1}.
+    sublayers: the fused sublayers between the two segments, by name.
+    basis: the components of segment s.
+    config: the config of the fused model.
+  """
   params, cut = _device_float32((sublayers, basis.cut))
   for i, sequence in enumerate(activations):
     activations[i] = _advance(params, cut, sequence, config=config)

@@ -28,6 +28,14 @@ def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> 
 
   >>> sliced_width(768, 0.2)
   608
+
+  Args:
+    hidden_size: D.
+    sparsity: the part of D that slicing removes, in [0, 1).
+    round_interval: d is rounded down to a multiple of it.
+
+  Raises:
+    ValueError: if a setting is out of range, or d would be 0.
   """
   if not 0 <= sparsity < 1:
     raise ValueError(f'the slicing sparsity must be in [0, 1), got {sparsity}')
@@ -36,19 +44,20 @@ def sliced_width(hidden_size: int, sparsity: float, round_interval: int = 8) -> 
   width = int((1 - sparsity) * hidden_size)  # the order of SliceGPT's operations
   width -= width % round_interval
   if width == 0:
-    text = f'leaves nothing of the hidden size {hidden_size}'
-    raise ValueError(f'the slicing sparsity {sparsity} {text}')
+    raise ValueError(
+      f'the slicing sparsity {sparsity} leaves nothing of the hidden size {hidden_size}'
+    )
   return width
 
 
 def slice_model(
   model: models.Model,
-  tokens: np.ndarray,  # [S, T] token ids, see `sample_sequences`
+  tokens: np.ndarray,
   *,
-  sparsity: float,  # the part of the hidden size that slicing removes, in [0, 1)
-  round_interval: int = 8,  # the width of a segment is rounded down to a multiple
-  slice_head: bool = False,  # whether to slice the segment that the head reads, too
-  seed: int = 42,  # of the random rotations
+  sparsity: float,
+  round_interval: int = 8,
+  slice_head: bool = False,
+  seed: int = 42,
   progress: bool = False,
 ) -> models.Model:
   """Slices a dense model; the leaves of the result are float32 NumPy arrays.
@@ -56,20 +65,41 @@ def slice_model(
   The kept components are multiplied by random rotations (Haar), so the elements of a
   matrix have similar sizes. Besides both models, memory holds the activations of one
   segment, float32 `[S, T, D]`, and in float64 one layer, the embeddings or the head.
+
+  Args:
+    model: the dense model.
+    tokens: integers `[S, T]`, see `calibration.sample_sequences`.
+    sparsity: the part of the hidden size that slicing removes, in [0, 1).
+    round_interval: the width of a segment is rounded down to a multiple of it.
+    slice_head: whether to slice the segment that the head reads, too.
+    seed: the seed of the random rotations.
+    progress: whether to show a progress bar.
+
+  Returns:
+    The sliced model.
+
+  Raises:
+    ValueError: if the model is sliced, a setting is out of range, or the tokens are too
+      few, too many for a position, or outside the vocabulary.
   """
   config = norm_fusion.fused(model.config)
   hidden = config.hidden_size
   width = sliced_width(hidden, sparsity, round_interval)
   tokens = config.checked_tokens(tokens, '[S, T]')
   if tokens.shape[1] > config.max_positions:
-    text = f'got sequences of {tokens.shape[1]} tokens'
-    raise ValueError(f'the model has {config.max_positions} positions, {text}')
+    raise ValueError(
+      f'the model has {config.max_positions} positions, got sequences of '
+      f'{tokens.shape[1]} tokens'
+    )
   if tokens.size < hidden:
-    text = f'as many tokens as the hidden size {hidden}, got {tokens.size}'
-    raise ValueError(f'the calibration text must have at least {text}')
+    raise ValueError(
+      'the calibration text must have at least as many tokens as the hidden size '
+      f'{hidden}, got {tokens.size}'
+    )
   segments = len(config.segment_widths)
   widths = (width,) * (segments - 1) + (width if slice_head else hidden,)
-  rng, remaining = np.random.default_rng(seed), iter(widths)
+  rng = np.random.default_rng(seed)
+  remaining = iter(widths)
 
   def next_basis() -> calibration.PrincipalComponents:
     basis = calibration.principal_components(activations, next(remaining))
@@ -81,7 +111,8 @@ def slice_model(
   dense = model.materialize()
   embeddings = norm_fusion.fuse_embeddings(dense.outer(), dense.config)
   activations = calibration.embed(embeddings, tokens, config)
-  bases, layers = [next_basis()], []
+  bases = [next_basis()]
+  layers = []
   embeddings = {name: table @ bases[0].kept for name, table in embeddings.items()}
   outer = {'embed': _float32(embeddings, 'embed')}
   count = config.num_layers
@@ -104,8 +135,18 @@ def slice_model(
 def slice_layer(
   layer: models.Params, bases: tuple[np.ndarray, ...], config: models.ModelConfig
 ) -> models.Params:
-  """Slices the segments of a fused layer, given V_s `[D, d]` of each; float64."""
-  flat, sliced = structured.flatten(layer), {}
+  """Slices the segments of a fused layer: `V_s^T W`, `W V_s` or `V_s^T V_{s+1}`.
+
+  Args:
+    layer: the fused layer, float64.
+    bases: V_s of its segments, float64 `[D, d]` each.
+    config: the config of the fused model.
+
+  Returns:
+    The sliced layer, float64.
+  """
+  flat = structured.flatten(layer)
+  sliced = {}
   for path, axes in models.layout.layer_axes(config).items():
     read, written = (None if x is None else bases[x] for x in rotations.sides(axes))
     if read is not None and written is not None:  # a shortcut
@@ -120,7 +161,13 @@ def slice_layer(
 def sliced_checkpoint(
   dense: checkpoints.Checkpoint, model: models.Model, stem: str
 ) -> checkpoints.Checkpoint:
-  """Returns the checkpoint that SliceGPT saves; its stem is `<name>_<sparsity>`."""
+  """Returns the checkpoint that SliceGPT saves.
+
+  Args:
+    dense: the checkpoint of the dense model, which has the other files.
+    model: the sliced model.
+    stem: `<name>_<sparsity>`, with which its files begin.
+  """
   widths = json.dumps(checkpoints.slicing_json(model.config)).encode()
   return checkpoints.Checkpoint(model, dense.files | {f'{stem}.json': widths}, stem)
 

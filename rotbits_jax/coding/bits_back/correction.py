@@ -56,15 +56,25 @@ class Correction(NamedTuple):
 
 
 def correct(
-  positions: jax.Array,  # float32 [S]; only their values modulo 2^16 matter
-  integers: jax.Array,  # uint16 [S]
-  others: jax.Array,  # positions with errors as of another machine, [S]
-  margin: jax.Array | float,  # the least one, [S] or a number
+  positions: jax.Array,
+  integers: jax.Array,
+  others: jax.Array,
+  margin: jax.Array | float,
   groups: jax.Array,
   count: int,
-  sensitivity: jax.Array | float = 1.0,  # of positions to errors of the input, [S]
+  sensitivity: jax.Array | float = 1.0,
 ) -> Correction:
-  """Returns the correction that leads from the positions to the integers."""
+  """Returns the correction that leads from the positions to the integers.
+
+  Args:
+    positions: float32 `[S]`; only their values modulo 2^16 matter.
+    integers: uint16 `[S]`.
+    others: positions with errors as of another machine, float32 `[S]`.
+    margin: the least margin, float32 `[S]` or a number.
+    groups: int32 `[S]`.
+    count: G.
+    sensitivity: that of positions to errors of the input, float32 `[S]` or a number.
+  """
   distance = jnp.abs(_wrapped(positions - integers.astype(jnp.float32)))
   spread = _spread(_wrapped(positions - others), sensitivity, groups, count)
   margin = jnp.maximum(spread, margin)  # NaN if one is
@@ -105,12 +115,16 @@ def _wrapped(difference: jax.Array) -> jax.Array:
 
 
 def with_levels(
-  integers: jax.Array,  # uint16 [S]
-  needed: jax.Array,  # int32 [S]
-  base: jax.Array,  # int32 [G]
-  groups: jax.Array,
+  integers: jax.Array, needed: jax.Array, base: jax.Array, groups: jax.Array
 ) -> Correction:
-  """Returns the correction with levels of at least the base and the needed ones."""
+  """Returns the correction with levels of at least the base and the needed ones.
+
+  Args:
+    integers: uint16 `[S]`.
+    needed: the least level of each integer, int32 `[S]`.
+    base: the least level of each group, int32 `[G]`.
+    groups: int32 `[S]`.
+  """
   level = jnp.maximum(needed, base[groups])
   return Correction(
     base=base.astype(jnp.uint8),
@@ -127,7 +141,15 @@ def levels(base: jax.Array, extra: jax.Array, groups: jax.Array) -> jax.Array:
 def nearest(positions: jax.Array, level: jax.Array, residue: jax.Array) -> jax.Array:
   """Returns the integers with these residues that are nearest to the positions.
 
-  All are of one shape: float32 positions, int32 levels, uint16 residues and integers.
+      u = r + 2^c round((p - r) / 2^c)   modulo 2^16
+
+  Args:
+    positions: p, float32, of any shape.
+    level: c, int32, of the same shape.
+    residue: r, uint16, of the same shape.
+
+  Returns:
+    u, uint16.
   """
   residue = residue.astype(jnp.int32)
   # Multiplying by a power of two is exact.

@@ -69,18 +69,27 @@ def _matrix(patterns: jax.Array, n: int) -> jax.Array:
 
 
 def correct(
-  recovered: jax.Array,  # Q_hat, float32 [n, n]
-  other: jax.Array,  # Q_hat as another machine may recover it
-  patterns: jax.Array,  # uint16 [S]
-  threshold: float | None = None,  # the greatest error of a number; None for exact
+  recovered: jax.Array,
+  other: jax.Array,
+  patterns: jax.Array,
+  threshold: float | None = None,
 ) -> correction_lib.Correction:
-  """Returns the correction with which `recover` finds the patterns."""
-  n, ordinals = len(recovered), ordinal(patterns)
+  """Returns the correction with which `recover` finds the patterns.
+
+  Args:
+    recovered: Q_hat, float32 `[n, n]`.
+    other: Q_hat as another machine may recover it.
+    patterns: uint16 `[S]`.
+    threshold: the greatest error of a number; None for exact numbers.
+  """
+  n = len(recovered)
+  ordinals = ordinal(patterns)
   w = (recovered * _matmul(_matrix(patterns, n), recovered)).sum(axis=0)
   scale = jnp.abs(w).max(initial=jnp.finfo(jnp.float32).tiny)
   steps = jnp.round(32767.5 + 32767.5 * (w / scale)).astype(jnp.uint16)
   spectrum = scale, jnp.diff(steps, prepend=jnp.uint16(0))
-  matrix, row, column = _product(recovered, *spectrum), *places(n)
+  matrix = _product(recovered, *spectrum)
+  row, column = places(n)
   estimates = matrix[row, column]
   if threshold is not None:
     # Comparisons with NaN are false, so a NaN is sent in full.
