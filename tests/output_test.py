@@ -44,11 +44,11 @@ def coded(killed_at=None):
   """Yields a list of the records that are coded; one ends the process, as it were."""
   names, encode_record = [], encode.Encoder.encode_record
 
-  def noted(self, record, resolve):
+  def noted(self, record, resolve, **options):
     names.append(record.name)
     if record.name == killed_at:
       raise KeyboardInterrupt
-    return encode_record(self, record, resolve)
+    return encode_record(self, record, resolve, **options)
 
   with mock.patch.object(encode.Encoder, 'encode_record', noted):
     if killed_at is None:
@@ -170,11 +170,11 @@ def test_an_input_that_is_replaced_by_another_of_its_size_and_time(
   os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
   encode_record, records = encode.Encoder.encode_record, []
 
-  def replace(self, record, resolve):
+  def replace(self, record, resolve, **options):
     records.append(record.name)
     if len(records) == (1 if moment == 'first' else len(self.counts)):
       other.replace(target)
-    return encode_record(self, record, resolve)
+    return encode_record(self, record, resolve, **options)
 
   patch = mock.patch.object(encode.Encoder, 'encode_record', replace)
   words = 'changed after it was opened'

@@ -16,6 +16,7 @@ import platform
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 from zlib_ng import zlib_ng
@@ -356,8 +357,8 @@ class Encoder:
         while batch:
           record = batch.pop(0)  # its memory is freed when it is coded
           if record.name in names:
-            encode = self._encode_smaller if is_alone else self._encode_rewritten
-            jobs.append(start(functools.partial(encode, record, resolve)))
+            encode = functools.partial(self.encode_record, record, resolve)
+            jobs.append(start(functools.partial(encode, is_alone=is_alone)))
           del record
         ahead.append(jobs)
         while len(ahead) > (0 if size >= memory.LARGE else 1):
@@ -367,6 +368,20 @@ class Encoder:
       for future in synced:
         future.result()
     return entries, state
+
+  def encode_record(
+    self, record: passes.Record, resolve: Callable[[str], Any], *, is_alone: bool
+  ) -> '_Encoded':
+    """Encodes a record.
+
+    Args:
+      record: The rewritten record.
+      resolve: Returns the array of a parameter that a leaf needs, by its path.
+      is_alone: Whether no other record needs this one or shares its coordinates.
+    """
+    if is_alone:
+      return self._encode_smaller(record, resolve)
+    return self._encode_rewritten(record, resolve)
 
   def _encode_smaller(
     self, record: passes.Record, resolve: Callable[[str], Any]
@@ -420,7 +435,12 @@ class Encoder:
     """Returns the arrays, or their codes, that are smaller than they are rounded."""
     rounding, originals = self.preset.rounding, dict[str, Any]()
     kept: dict[str, Any] = {}
-    matrices = [path for path in sorted(paths) if len(leaves[path].shape) > 1]
+    matrices = [
+      path
+      for path in sorted(paths)
+      if len(leaves[path].shape) > 1
+      and jnp.issubdtype(leaves[path].dtype, jnp.floating)
+    ]
     if rounding is None:
       return kept
     for path in matrices:
