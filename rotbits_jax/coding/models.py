@@ -35,7 +35,7 @@ _MIDDLE = _BINS // 2  # the bin of elements of the size 1, of the scale 1
 _GROUP_BITS = 8 * 100  # of a group in the spec, and of a block without words
 _SYMBOL_BITS = 6  # of the count of a symbol of a table, compressed
 _ESCAPE_BITS = 14  # of an element without a bin, in addition to its whole pair
-_SLOWER = 0.0025  # share of the bytes for which it is worth to decode singles
+_SLOWER = 0.004  # share of the bytes for which it is worth to decode singles
 _MOST_GROUPS = 8  # of one dtype
 _MOST_OCTAVES = 24  # between the scales of a group, because a byte tells the class
 
