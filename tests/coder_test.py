@@ -12,7 +12,9 @@ import zlib
 from absl.testing import parameterized
 import ml_dtypes
 import numpy as np
+import pytest
 
+from benchmarks import ideals
 from rotbits_jax import pool
 from rotbits_jax.coding import blocks
 from rotbits_jax.coding import coder
@@ -89,6 +91,11 @@ def gaussian(deviation):
   return math.log2(deviation * math.sqrt(2 * math.pi * math.e)) / 8
 
 
+def cauchy(shape, dtype, seed=0):
+  with np.errstate(over='ignore'):
+    return np.random.default_rng(seed).standard_cauchy(shape).astype(dtype)
+
+
 SPECIAL = [np.nan, np.inf, -np.inf, -0.0, 1e-8, 6e4]
 RECORDS = {
   'nothing': [],
@@ -117,6 +124,12 @@ RECORDS = {
     normal((4096, 64), np.float16) * (np.arange(64) % 2).astype(np.float16)
   ],
   'unaligned memory': [normal((1 << 22) + i, np.float32)[13:] for i in (13, 76)],
+  'short axes': [
+    *(normal((900, n), x) for n in (1, 2, 3) for x in FLOATS),
+    *(normal(shape, np.float16) for shape in ((1, 900), (30, 40, 3), (30, 40, 1))),
+    *(cauchy((30, 40, n), np.float32) for n in (1, 2, 3)),
+  ],
+  'columns without scales': [normal((2, (1 << 20) + 2), np.float16) * [[1], [9]]],
   'zeros': [pruned(x) for x in (0.01, 0.5, 0.99)]
   + [pruned(0.5, np.int16), pruned(0.5, np.float32, (5000,))],
 } | {
@@ -128,6 +141,11 @@ RECORDS = {
       for i, shape in enumerate([(100, 300), (7,), (0, 3), (), (1, 1), (2, 3, 4)])
     ],
     'special': [np.array([SPECIAL * 3000]).astype(x), np.array(SPECIAL, x)],
+    'heavy tails': [
+      *(cauchy(shape, x) for shape in ((99, 101), (40, 30, 9), (5001,))),
+      np.abs(cauchy((99, 100), x)),
+      np.where(cauchy((99, 100), x) > 9, np.nan, cauchy((99, 100), x, 1)).astype(x),
+    ],
     'every pattern': [
       (np.arange(1 << 16) << 8 * (np.dtype(x).itemsize - 2))
       .astype(f'u{np.dtype(x).itemsize}')
@@ -140,6 +158,24 @@ ROWS = 2.0 ** normal((200, 1), float, 1, scale=1)
 COLUMNS = 2.0 ** normal(250, float, 2, scale=1).repeat(2)  # two share a scale
 _WHOLE = normal((200, 500), float)
 PRUNED_CODES = integers((200, 500), np.int8, 36) * (normal((200, 500), float, 1) > 0)
+
+_RNG = np.random.default_rng(0)
+DISTRIBUTIONS = {
+  'squares': _WHOLE**2,
+  'fourth powers': _WHOLE**4,
+  'two sizes': _WHOLE * _RNG.choice([1, 1e-20], (200, 500)),
+  'lognormal': np.exp(6 * _RNG.normal(size=(200, 500))),
+  'Cauchy': cauchy((200, 500), float),
+  'alternating columns': _WHOLE * np.where(np.arange(500) % 2, 1, 1e-3),
+  'channels': _WHOLE.reshape(50, 40, 50, 1) * np.exp(_RNG.normal(size=(50, 1, 1, 1))),
+  'short axis': _WHOLE.reshape(50, 500, 4) * np.exp(_RNG.normal(size=(50, 1, 1))),
+}
+
+
+def ideal_bytes(array):
+  """Returns the bytes that an array may take: 1% above its ideal, and its tables."""
+  return 1.01 * ideals.bits(array) / 8 + 300
+
 
 # Arrays, and a bound of the bytes of their stream.
 RATES = {
@@ -166,6 +202,11 @@ RATES = {
     * modelled(np.random.default_rng(0).standard_t(2, (200, 500)).astype(np.float32))
     + 500,
   ),
+  **{
+    f'{name}, {np.dtype(x).name}': ([values.astype(x)], ideal_bytes(values.astype(x)))
+    for name, values in DISTRIBUTIONS.items()
+    for x in (ml_dtypes.bfloat16, np.float32)
+  },
   'noise': ([noise(50_000, np.float16), noise(50_000, np.int8)], 150_000),
   'half of the elements': ([pruned(0.5)], 200_000 / 8 + 100_000 * 1.32 + 500),
   'half of the codes': ([PRUNED_CODES], 1.01 * entropy(PRUNED_CODES) + 250),
@@ -284,9 +325,13 @@ class DamageTest(parameterized.TestCase):
       integers((40, 40), np.int8, 9),
       -pruned(0.8, np.float32, (90, 60)),
       array,
+      cauchy((40, 50), np.float16),
+      (cauchy((30, 20, 9), np.float32) ** 2) * ROWS[:30, :, None] ** 3,
     ]
     encoded = coder.encode(cls.arrays, {6: cls.known})
-    assert [len(x.parts) for x in encoded.spec.arrays] == [1, 1, 1, 1, 1, 3, 1]
+    assert [len(x.parts) for x in encoded.spec.arrays] == [1, 1, 1, 1, 1, 3, 1, 1, 1]
+    types = {group.type_name for group in encoded.spec.groups}
+    assert types >= {'floats', 'singles', 'positive'}, types
     cls.value, cls.data = dump(encoded.spec), encoded.data
     cls.expected = [x.tobytes() for x in cls.arrays]
 
@@ -391,6 +436,18 @@ def test_equal_elements_take_fewer_bytes_than_plain_ones():
       assert round_trip([array]) < array.nbytes, (dtype, size, number)
 
 
+def test_damage_names_the_array():
+  arrays = [cauchy((40, 50), np.float16), cauchy((40, 50), np.float32) ** 2]
+  encoded = coder.encode(arrays)
+  assert {x.type_name for x in encoded.spec.groups} == {'singles', 'positive'}
+  ends = np.cumsum([x.contexts + sum(x.blocks) for x in encoded.spec.groups])
+  for end in ends:
+    damaged = encoded.data.copy()
+    damaged[end - 50] ^= 1  # a raw bit
+    with pytest.raises(ValueError, match=r'array [01] of the record is damaged'):
+      coder.decode(encoded.spec, damaged)
+
+
 def test_golden_record():
   """This record must stay readable, unless the version of the format changes."""
   i = np.arange(4800)
@@ -407,4 +464,4 @@ def test_golden_record():
   assert zlib.crc32(spec.encode()) == GOLDEN[1], zlib.crc32(spec.encode())
 
 
-GOLDEN = 1159672923, 3653769829
+GOLDEN = 2753588296, 101135034

@@ -10,6 +10,7 @@ import pytest
 
 from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
+from rotbits_jax.coding import scales
 from rotbits_jax.coding import tables
 from rotbits_jax.structured import ulps
 
@@ -76,6 +77,10 @@ def test_tables_without_an_escape_or_with_a_frequent_symbol_are_refused():
       layouts.Pairs(np.dtype(np.float16), 8).tables(zeros[:1], zeros[:4], counts)
   with pytest.raises(ValueError, match='slots'):
     layouts.Bytes(np.dtype(np.uint8), 0).tables(zeros, zeros, np.full((1, 255), 17))
+  with pytest.raises(ValueError, match='slots'):
+    layouts.Singles(np.dtype(np.float16), 8).tables(
+      zeros[:1], zeros[:4], np.full((1, 255), 17)
+    )
   for counts in (np.eye(1, 32, 1, dtype=int) << 14, np.full((1, 32), 1 << 10)):
     with pytest.raises(ValueError, match='slots'):
       layouts.Differences(np.dtype(np.int8), 0).tables(zeros[:1], zeros, counts)
@@ -94,6 +99,23 @@ def test_numbers_are_moved_by_their_differences(dtype):
   np.testing.assert_array_equal(moved, numbers)
   on_device = ulps.differences(jnp.asarray(numbers), jnp.asarray(known), dtype)
   np.testing.assert_array_equal(on_device, off)
+
+
+def test_rows_along_the_first_axis_and_modes_are_read():
+  layout = layouts.Singles(np.dtype(np.float16), 8)
+  frequencies = np.full((1, 255), 16)
+  written = contexts.Contexts(np.zeros(1, int), np.zeros(4, int), frequencies)
+  rows, columns = np.arange(4, dtype=np.uint8), np.arange(6, dtype=np.uint8)
+  expected = scales.Scales(7, rows, columns, by_first=True)
+  data = contexts.to_bytes(written, [expected])
+  _, (found,) = contexts.from_bytes(data, layout, [(4, 2, 3)])
+  classes = np.empty(24, np.uint8)
+  found.write((4, 2, 3), 1, 0, classes)
+  np.testing.assert_array_equal(classes, 7 + np.add.outer(rows, columns).reshape(-1))
+  content = bytearray(zlib.decompress(data, -15))
+  content[2] = 8
+  with pytest.raises(ValueError, match='mode 8'):
+    contexts.from_bytes(zlib.compress(content, wbits=-15), layout, [(4, 2, 3)])
 
 
 def test_damaged_contexts_are_refused_and_what_is_inflated_is_bounded():

@@ -15,12 +15,23 @@ own, such as the arrays of one layer. Its *stream* is the bytes that stand for i
 
 The bits of an element are divided into a *symbol*, which is worth modelling, and *raw
 bits*, which are noise. A *layout* is the rule of this division for one dtype. A *unit*
-has one symbol; it is a byte, or a pair of neighbouring elements. A frequency table
-says how probable each symbol is. The *class* of a unit says which table codes it; it
-follows from the scales of its row and column. An array may be coded relative to one
+is a byte, or a pair of neighbouring elements, which has one symbol or two. A frequency
+table says how probable each symbol is. The *class* of a unit says which table codes it;
+it follows from the scales of its row and column. An array may be coded relative to one
 that both sides know. Arrays of one layout form a *group*, which shares tables, and its
 units are cut into *blocks*. In a block, symbols are pushed onto a *message*, a stack of
-several lanes that are coded side by side. In the order of reading:
+several lanes that are coded side by side.
+
+The way of an array of floats:
+
+    statistics   which low bits are zero in all elements; whether it has many zeros
+    scales       how large its rows and columns are
+    models       which scales pay, which layout, and which arrays share tables
+    plans        counts a sample of its bins, and makes frequencies of these
+    contexts     serialises scales and frequencies
+    blocks       pushes the symbols, and puts the raw bits into planes
+
+In the order of reading:
 
     rans         the entropy coder: pushes symbols onto a message and pops them
     tables       integer frequency tables
@@ -29,8 +40,10 @@ several lanes that are coded side by side. In the order of reading:
     units        the base of layouts: units, and the tables of their symbols
     layouts      divides elements into symbols and raw bits
     blocks       codes up to 2^20 units in one message
-    contexts     the classes of elements and the tables of arrays
-    statistics   chooses layouts of floats, and measures rows and columns
+    scales       measures rows and columns, and gives each element its class
+    contexts     serialises scales and tables
+    statistics   the low bits, zeros and codes of arrays
+    models       chooses scales, layouts and groups of floats by their price
     plans        chooses how each array is stored
     specs        describes a stream, for the decoder
     coder        codes a record: the way through all of these

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rotbits_jax.coding import contexts
 from rotbits_jax.coding import layouts
 from rotbits_jax.coding import rans
+from rotbits_jax.coding import scales as scales_lib
 from rotbits_jax.coding import units as units_lib
 from rotbits_jax.system import checksums as checksums_lib
 from rotbits_jax.system import host
@@ -64,7 +64,7 @@ class Span(NamedTuple):
   some: slice  # of the numbers in the part; one may be missing in the last unit
   numbers: np.ndarray  # bit patterns of the whole part
   known: np.ndarray | None  # the known numbers of the part, if there are any
-  classes: Callable[[np.ndarray], None]  # writes them, see `contexts.Scales`
+  classes: Callable[[np.ndarray], None]  # writes them, see `scales_lib.Scales`
   is_even: bool  # whether all units of the part have one class
   part: int  # index of the part
 
@@ -101,7 +101,7 @@ def capacity(layout: layouts.Layout) -> int:
 def divide(
   parts: Sequence[np.ndarray],
   known: Sequence[np.ndarray | None],
-  scales: Sequence[contexts.Scales],
+  scales: Sequence[scales_lib.Scales],
   layout: layouts.Layout,
 ) -> list[list[Span]]:
   """Divides contiguous parts into few blocks alike, of whole rows but for the last one.
@@ -440,7 +440,7 @@ def _encode(*arguments: Any, layout: layouts.Layout) -> tuple[jax.Array, ...]:
       given = _given(t, classes, known, units, [])
       intervals, pieces, mark = layout.encode_step(given, coder_tables)
       coder = state, sizes, words
-      if len(intervals) > 1:
+      if not isinstance(intervals[-1][-1], int):
         # Few rows have the highest raw bits. A loop of no turn or one pushes them,
         # because XLA would copy the stacks for a conditional.
         *intervals, raw = intervals

@@ -20,6 +20,11 @@ Two int8 are a pair, too. They have no signs: with the highest bit flipped, they
 the order of their bit patterns. A bin has 2^r neighbouring integers, which r raw bits
 distinguish.
 
+**Singles.** Only distributions that are near normal have few bins, none of which is
+frequent. Others have heavy tails, two sizes, or neighbours of different scales. Then
+each number of a pair has its own symbol, one of 255 bins, and its own class. That takes
+two lookups in place of one. Numbers without signs, such as squares, store none.
+
 **Differences.** Two numbers near known ones, or two signed integers, are a pair of bins
 with a sign. The exponent of the known number and the scales tell how large a difference
 is in ULPs: the *level*. It gives the *shift*, the number of raw bits, and one of few
@@ -31,6 +36,7 @@ that are too rare, are in lists after the block.
 Shape letters: n units, L lanes, K tables.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any, ClassVar
@@ -58,7 +64,8 @@ _BIAS = np.uint8(30)  # of bytes, of which 225 is rare in masks and codes
 
 _PAIRS = 6  # bits of the index of a pair of tables of differences
 
-_HALVES_BELOW = 128  # bins below the scale of floats, of which plans choose 32
+MOST_SHARE = 0.33
+"""The greatest share of a bin of floats that are coded as pairs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +99,21 @@ class Pairs(units_lib.Base):
 
   @property
   def most_share(self) -> float:  # type: ignore[override]
-    return {'floats': 0.33, 'codes': 0.46, 'raised': 0.66}[self.type_name]
+    return {'floats': MOST_SHARE, 'codes': 0.46, 'raised': 0.66}[self.type_name]
+
+  @property
+  def is_relative(self) -> bool:
+    """Whether bins are half octaves relative to the scale."""
+    return self.type_name == 'floats'
+
+  @property
+  def is_biased(self) -> bool:
+    """Whether the highest bit is flipped, so that signed integers are in order."""
+    return self.type_name == 'codes'
 
   def base(self, octave: int, least: int) -> int:
     """Returns the offset of class 0, of the scale 2^octave; or the minimum exponent."""
-    return 2 * octave - _HALVES_BELOW if self.type_name == 'floats' else least
+    return 2 * octave - self.seen // 2 if self.is_relative else least
 
   @functools.cached_property
   def pieces(self) -> tuple[tuple[int, int], ...]:  # type: ignore[override]
@@ -122,14 +139,14 @@ class Pairs(units_lib.Base):
   @property
   def _low(self) -> int:
     """The number of bits below the bin, which has one or two of a mantissa."""
-    return self.format.nmant - 1 - self.raised if self._sign else self.raw_bits
+    return self.raw_bits if self.is_biased else self.format.nmant - 1 - self.raised
 
   def context(self, row: units_lib.Row, base: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Returns the tables of units, and their offsets or minimum exponents.
 
     `base` has the offset of class 0, or its minimum exponent.
     """
-    count, step = self.most_tables, 1 + (self.type_name == 'floats')
+    count, step = self.most_tables, 1 + self.is_relative
     steps = row.classes >> count.bit_length() - 1
     return row.classes & count - 1, steps * step + base[0]
 
@@ -146,23 +163,34 @@ class Pairs(units_lib.Base):
     """Divides bit patterns into bins, uint32 of any value, and raw bits."""
     width, low, top = self.width, self._low, self.raw_bits - self._sign
     number = ulps.raised(number, self.format, told, xp) if self.raised else number
-    number = number if self._sign else number ^ number.dtype.type(128)
+    number = number ^ number.dtype.type(128) if self.is_biased else number
     magnitude = number & number.dtype.type((1 << width - self._sign) - 1)
     bins = (magnitude >> low).astype(np.int32) - (0 if self.raised else told)
     bins = bins.view(np.uint32)
     raw = (magnitude & ((1 << low) - 1)) >> low - top
     return bins, raw | number >> width - 1 << top if self._sign else raw
 
+  def bins(self, symbols: Any) -> Sequence[Any]:
+    """Returns the bins of both numbers of units, uint32, given their symbols."""
+    return symbols >> 5, symbols & units_lib.BINS - 1
+
+  def offsets(self, told: Any) -> Sequence[Any]:
+    """Returns the offset of the bin of each number of units, uint32."""
+    return [0, 0] if self.raised else [told.astype(np.uint32)] * 2
+
   def join(self, symbols: Any, kept: list[Any], told: Any, xp: Any = jnp) -> list[Any]:
     """Makes the words of units, given symbols, uint32, and the result of `context`.
 
     `kept` are words that have the signs and the low bits. `xp` is JAX or NumPy.
     """
-    offset = 0 if self.raised else told.astype(np.uint32)
-    bins = self._packed((symbols >> 5) + offset, (symbols & 31) + offset)
+    offsets = self.offsets(told)
+    bins = self.bins(symbols)
+    bins = self._packed(*(x + y for x, y in zip(bins, offsets, strict=True)))
     highest = np.uint32(self._ones << self.width - 1)
-    if not self._sign:
+    if self.is_biased:
       return [((bins[0] << self._low | kept[0]) ^ highest).astype(self.word)]
+    if not self._sign:
+      return [x << self._low | y for x, y in zip(bins, kept, strict=True)]
     words = [x << self._low | y & ~highest for x, y in zip(bins, kept, strict=True)]
     if self.raised:
       lower = lambda x: ulps.lowered(x, self.format, told, xp)
@@ -176,9 +204,9 @@ class Pairs(units_lib.Base):
       mask = (1 << width) - 1
       fields = self._packed(piece & mask, piece >> width & mask)
       raw = [x | y << place for x, y in zip(raw, fields, strict=True)]
+    top, ones = self.raw_bits - self._sign, np.uint32(self._ones)
     if not self._sign:
-      return raw
-    top, ones = self.raw_bits - 1, np.uint32(self._ones)
+      return [x << self._low - top for x in raw]
     signs = [(x >> top & ones) << self.width - 1 for x in raw]
     tails = [(x & ones * np.uint32((1 << top) - 1)) << self._low - top for x in raw]
     return [x | y for x, y in zip(signs, tails, strict=True)]
@@ -186,11 +214,115 @@ class Pairs(units_lib.Base):
   def divided(self, numbers: list[Any], told: Any) -> tuple[Any, ...]:
     """Returns the symbols of units; intervals of raw bits; and pieces of these."""
     bins, raw = zip(*(self._split(x, told) for x in numbers), strict=True)
+    return units_lib.of_pair(*bins), [], self.planes(raw)
+
+  def planes(self, raw: Any) -> list[jax.Array]:
+    """Returns the pieces of the raw bits of both numbers of units."""
     pieces = []
     for bits, place in self.pieces:
       low, high = (x >> place & ((1 << bits) - 1) for x in raw)
       pieces.append(low | high << bits)
-    return units_lib.of_pair(*bins), [], pieces
+    return pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Singles(Pairs):
+  """The layout of floats whose numbers have a symbol each, for any distribution."""
+
+  type_name: str = 'singles'  # or 'positive', if no float has a sign
+
+  alphabet: ClassVar[int] = 255  # of a stored table, which does not have the escape
+  stored_precision: ClassVar[int] = 12
+  symbol_bits: ClassVar[int] = 8
+  shared: ClassVar[int] = 1
+  pushes: ClassVar[int] = 2
+  most_share: ClassVar[float] = 1
+  most_tables: ClassVar[int] = 4
+  precision: ClassVar[int] = 12
+  is_product: ClassVar[bool] = False
+  is_relative: ClassVar[bool] = True
+  # An escape takes as many bits as all elements lose by so few slots.
+  least_share: ClassVar[float] = 0.05
+  seen: ClassVar[int] = 1 << 10
+
+  def is_valid(self) -> bool:
+    """Returns whether there is such a layout."""
+    top = self.raw_bits - self._sign
+    return self.dtype in ulps.FORMATS and 0 <= top <= self._low
+
+  @property
+  def _sign(self) -> int:
+    return int(self.type_name == 'singles')
+
+  def contexts(
+    self, row: units_lib.Row, base: Any
+  ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Returns the table and the offset of each number of units; see `context`."""
+    first, second = (
+      self.context(units_lib.Row(x, None, None, []), base)
+      for x in (row.classes & 255, row.classes >> 8)
+    )
+    return first, second
+
+  def counted(self, row: units_lib.Row, base: np.ndarray) -> tuple[Any, ...]:
+    """Returns tables, bins and raw bits of units `[n, 2]`; see `Pairs.counted`."""
+    contexts = self.contexts(row, base.astype(np.int32))
+    both = [np.hstack(x) for x in zip(*contexts, strict=True)]
+    return both[0], self._split(row.units, both[1], np)[0], self.raw_bits, None
+
+  def bins(self, symbols: Any) -> Sequence[Any]:
+    """Returns the bins of both numbers of units, which are their symbols."""
+    return symbols
+
+  def offsets(self, told: Any) -> Sequence[Any]:
+    """Returns the offset of the bin of each number of units, uint32."""
+    return [x.astype(np.uint32) for x in told]
+
+  def frequencies(self, counts: np.ndarray) -> np.ndarray:
+    return counts
+
+  def lists(self, symbols: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
+    """Returns the list of units at escapes, whole."""
+    return [units]
+
+  def listed(
+    self, data: np.ndarray, units: np.ndarray, row: units_lib.Row, told: np.ndarray
+  ) -> np.ndarray:
+    """Returns the units at escapes, given their list; see `units.Base.listed`."""
+    if data.size != units.size * self.word.itemsize:
+      raise ValueError('the list of a block does not fit its escapes')
+    return data.copy().view(self.word).reshape(-1, self.words)
+
+  def decode_step(
+    self, pop: units_lib.Pop, row: units_lib.Row, coder_tables: units_lib.Tables
+  ) -> tuple[jax.Array, jax.Array]:
+    """Decodes a unit of each lane, in a program; see `units.Base.decode_step`."""
+    symbols, offsets = [], []
+    for table, offset in self.contexts(row, coder_tables.told):
+      symbols.append(self.popped(pop, table, None, coder_tables))
+      offsets.append(offset)
+    is_listed = (symbols[0] == self.escape) | (symbols[1] == self.escape)
+    raw = self.raw(pop, row, offsets[0])
+    words = self.join(symbols, raw, offsets)
+    return jnp.stack(words, -1).astype(self.word), is_listed
+
+  def encode_step(
+    self, row: units_lib.Row, coder_tables: units_lib.Tables
+  ) -> tuple[list[units_lib.Interval], list[jax.Array], jax.Array]:
+    """Divides a unit of each lane, in a program; see `units.Base.encode_step`."""
+    contexts = self.contexts(row, coder_tables.told)
+    intervals, raw, is_listed = [], [], jnp.zeros(row.classes.shape, bool)
+    numbers = self._numbers(row.units)
+    for number, (table, offset) in zip(numbers, contexts, strict=True):
+      bins, of_number = self._split(number, offset)
+      symbol = jnp.minimum(bins, np.uint32(self.escape))
+      (symbol,) = units_lib.once(coder_tables.told, symbol)
+      interval, is_escape = self.interval(symbol, table, coder_tables)
+      intervals.append(interval)
+      raw.append(of_number)
+      is_listed |= is_escape
+    mark = jnp.where(is_listed, units_lib.MARKED, 0).astype(jnp.uint16)
+    return intervals, self.planes(raw), mark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,6 +478,7 @@ class Bytes(units_lib.Base):
 
   type_name: str = 'bytes'
 
+  is_product: ClassVar[bool] = False
   most_share: ClassVar[float] = 1
   alphabet: ClassVar[int] = 255  # of a stored table, which does not have the escape
   stored_precision: ClassVar[int] = 12
@@ -390,4 +523,4 @@ def folded(values: Any) -> Any:
   return (values << 1 ^ values >> 31).view(np.uint32)
 
 
-Layout = Pairs | Differences | Bytes
+Layout = Pairs | Singles | Differences | Bytes

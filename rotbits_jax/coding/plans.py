@@ -16,6 +16,8 @@ import numpy as np
 from rotbits_jax import pool
 from rotbits_jax.coding import contexts as contexts_lib
 from rotbits_jax.coding import layouts
+from rotbits_jax.coding import models
+from rotbits_jax.coding import scales as scales_lib
 from rotbits_jax.coding import specs
 from rotbits_jax.coding import statistics
 from rotbits_jax.coding import tables
@@ -31,7 +33,6 @@ _LEAST_SAMPLE = 1 << 12  # units of a part
 _GROUP_BYTES = 100  # of a group in the spec and of a block without words, about
 _BELOW = 4  # octaves from the scale of the first table to the minimum exponent
 _EXPONENTS = 8  # minimum exponents of a group, which its classes tell
-_SEEN = 256  # bins among which a group chooses those that have symbols
 _ARRAYS_OF_BYTES = (units_lib.CLASSES - statistics.DENSITIES) // 8  # with own tables
 _FAR, _FARTHEST = 1e-3, 5e-4  # shares of differences without a symbol, and too large
 _ESCAPE_BITS = 24  # of an escape, and those of the unit
@@ -52,10 +53,12 @@ class Part:
   numbers: np.ndarray  # contiguous
   layout: Any = None  # one of `layouts`; None if it is stored as it is
   lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
+  by_first: bool = False  # whether rows are along the first axis, see `scales`
   least: int = 0  # the minimum exponent of floats that share a step
+  member: models.Member | None = None  # of a group to be chosen
   known: np.ndarray | None = None  # unsigned integers `[n]`, known numbers
   group: int | None = None  # the index of its group; None if it is stored as it is
-  scales: Any = None  # `contexts.Scales`
+  scales: Any = None  # `scales.Scales`
   nbytes: float = 0  # that it takes, about
 
 
@@ -84,19 +87,37 @@ def make(arrays: Sequence[np.ndarray], known: Mapping[int, Known]) -> Plan:
   whole = pool.each(host.contiguous, map(np.asarray, arrays))
   places = range(len(whole))
   divided = pool.each(_divided, places, whole, map(known.get, places))
-  parts = [*itertools.chain(*divided)]
-  least = min((x.least for x in parts if x.least), default=0)
-  alike: dict[Any, list[Part]] = {}
-  for part in parts:
-    if part.layout:
-      key = part.layout, (part.least - least) // _EXPONENTS
-      alike.setdefault(key, []).append(part)
-  ordered = sorted(alike.values(), key=lambda x: x[0].layout.type_name == 'known')
+  alike = _alike([*itertools.chain(*divided)])
+  ordered = sorted(alike, key=lambda x: x[0].layout.type_name == 'known')
   groups = [group for group in pool.each(_group, ordered) if group.parts]
   for i, group in enumerate(groups):
     for part in group.parts:
       part.group = i
   return Plan(whole, divided, groups)
+
+
+def _alike(parts: Sequence[Part]) -> list[list[Part]]:
+  """Returns the parts of each group; floats get their layout."""
+  found = dict[Any, list[Part]]()
+  several = dict[np.dtype, list[Part]]()
+  least = min((x.least for x in parts if x.least), default=0)
+  for part in parts:
+    if part.member is not None:
+      several.setdefault(part.numbers.dtype, []).append(part)
+    elif part.layout:
+      key = part.layout, (part.least - least) // _EXPONENTS
+      found.setdefault(key, []).append(part)
+  groups = [*found.values()]
+  for dtype, of_dtype in several.items():
+    members = [x.member for x in of_dtype if x.member is not None]
+    for layout, places in models.grouped(members, dtype):
+      group = [of_dtype[i] for i in places]
+      for part in group:
+        part.layout = layout
+        if part.member is not None and layout.shared > 1:
+          part.lines = part.member.fit.paired_lines
+      groups.append(group)
+  return groups
 
 
 def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
@@ -107,25 +128,43 @@ def _divided(place: int, array: np.ndarray, known: Known | None) -> list[Part]:
   if known is not None:
     layout = layouts.Differences(dtype, 0, 'known')
     return [_with_raw_bits(Part(array, layout, known.lines, known=known.bits))]
-  if statistics.has_zeros(array):
+  if statistics.has_zeros(array) and not _is_cheaper_whole(array):
     mask, values, *signs = masks.divided(array)
     of_mask = Part(mask, of_bytes, statistics.densities(mask))
     of_values = _divided(place, values, None)
     return [of_mask, *of_values, *(Part(x, of_bytes) for x in signs)]
   if dtype in ulps.FORMATS:
-    of_floats, least = statistics.of_floats(array)
-    return [Part(array, of_floats, statistics.measure(array, 2), least)]
+    return [_of_floats(array)]
   if specs.is_of_bytes(dtype):  # each byte of an element has a class
     array = array.reshape(-1, 1).view(np.uint8)
     first = statistics.DENSITIES + 8 * (place % _ARRAYS_OF_BYTES)
     return [Part(array, of_bytes, (np.full(1, first), np.arange(array.shape[1])))]
   if dtype == np.int8:
-    lines = statistics.measure(array, 2)
+    lines = scales_lib.kept(array, 2)
     of_codes = statistics.of_codes(array.reshape(-1), lines)
     if of_codes:
       return [Part(array, of_codes, lines)]
-  layout, lines = layouts.Differences(dtype, 0), statistics.measure(array, 1)
+  layout, lines = layouts.Differences(dtype, 0), scales_lib.kept(array, 1)
   return [_with_raw_bits(Part(array, layout, lines))]
+
+
+def _is_cheaper_whole(array: np.ndarray) -> bool:
+  """Returns whether floats cost less with their zeros, as rows and columns."""
+  is_float = array.dtype in ulps.FORMATS
+  return is_float and models.is_cheaper_whole(array)
+
+
+def _of_floats(array: np.ndarray) -> Part:
+  """Returns an array of floats with its scales, in whichever way takes fewest bits."""
+  tail, least, saved = statistics.step_of(array)
+  fit = models.fit(array)
+  is_signed = statistics.has_signs(array)
+  raised = fit.pairs.pair_bits() + (1 - saved) * array.size
+  if least and raised < fit.bits + is_signed * array.size:
+    layout = layouts.Pairs(array.dtype, max(tail, 1), 'raised')
+    return Part(array, layout, scales_lib.kept(array, 2), least=least)
+  member = models.Member(fit, array.size, tail, is_signed)
+  return Part(array, None, fit.lines, fit.by_first, member=member)
 
 
 def _with_raw_bits(part: Part) -> Part:
@@ -154,7 +193,7 @@ def _group(parts: Sequence[Part]) -> Group:
   most = _BYTES if isinstance(layout, layouts.Bytes) else most
   samples = [_sample(*x, most) for x in zip(parts, scales, strict=True)]
   counted = [layout.counted(x, base) for x in samples]
-  first = _first_bin(counted) if layout.type_name in ('floats', 'codes') else 0
+  first = _first_bin(counted, layout) if _has_first_bin(layout) else 0
   width = layout.alphabet + 1
   counts = np.zeros((len(parts), layout.most_tables, width))
   for of_part, (table_of, symbols, _, times) in zip(counts, counted, strict=True):
@@ -179,11 +218,17 @@ def _group(parts: Sequence[Part]) -> Group:
   return Group(layout, contexts, head, coded if is_smaller else [])
 
 
-def _first_bin(counted: Sequence[tuple[Any, ...]]) -> int:
+def _has_first_bin(layout: layouts.Layout) -> bool:
+  """Returns whether the bins of symbols are some of those that occur."""
+  return isinstance(layout, layouts.Pairs) and not layout.raised
+
+
+def _first_bin(counted: Sequence[tuple[Any, ...]], layout: layouts.Layout) -> int:
   """Returns the first one of the bins with symbols, which are those that occur most."""
   bins = np.concatenate([x for _, x, *_ in counted], axis=None)
-  ends = np.cumsum(np.bincount(bins.clip(max=_SEEN) + 1, minlength=_SEEN + 2))
-  covered = ends[units_lib.BINS : -1] - ends[: -1 - units_lib.BINS]
+  counts = np.bincount(bins.clip(max=layout.seen) + 1, minlength=layout.seen + 2)
+  ends = np.cumsum(counts)
+  covered = ends[layout.alphabet : -1] - ends[: -1 - layout.alphabet]
   best = np.flatnonzero(covered == np.max(covered))
   return int(best[best.size // 2])
 
@@ -196,7 +241,7 @@ def _bits(frequencies: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   return np.append(bits, np.full((len(bits), 1), escape), axis=1)
 
 
-def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarray]:
+def _classes(parts: Sequence[Part]) -> tuple[list[scales_lib.Scales], np.ndarray]:
   """Returns scales whose classes fit a byte, and the base of the contexts."""
   layout = parts[0].layout
   is_small = layout.type_name in ('raised', 'codes')
@@ -212,19 +257,21 @@ def _classes(parts: Sequence[Part]) -> tuple[list[contexts_lib.Scales], np.ndarr
     # Each has half of the room.
     below = [*map(np.minimum, below, (top // 2, top - top // 2))]
     base = top - int(sum(x.max() for x in below)) + count * (part.least - least)
-    lines = [(x.max() - x).astype(np.uint8) for x in below]
-    lines = [x if x.any() else x[:1] for x in lines]
-    scales.append(contexts_lib.Scales(base % units_lib.CLASSES, *lines))
+    rows, columns = ((x.max() - x).astype(np.uint8) for x in below)
+    rows = rows if rows.any() else rows[:1]
+    columns = columns if columns.any() else columns[:1]
+    first = base % units_lib.CLASSES
+    scales.append(scales_lib.Scales(first, rows, columns, part.by_first))
   return scales, np.array([layout.base(octave, least)])
 
 
-def _sample(part: Part, scales: contexts_lib.Scales, most: int) -> units_lib.Row:
+def _sample(part: Part, scales: scales_lib.Scales, most: int) -> units_lib.Row:
   """Takes about `most` of the units of a part, in runs."""
   numbers, layout, rows = part.numbers, part.layout, []
   size, shared = layout.size, layout.shared
   flat = numbers.reshape(-1).view(f'u{numbers.itemsize}')
   known = np.zeros(flat.size, flat.dtype) if part.known is None else part.known
-  for run in statistics.runs(flat.size // size, most):
+  for run in scales_lib.runs(flat.size // size, most):
     classes = np.empty(run.stop - run.start, layout.class_type)
     some = slice(run.start * size, run.stop * size)
     scales.write(numbers.shape, shared, some.start // shared, classes.view(np.uint8))
@@ -266,14 +313,16 @@ def _frequencies(counts: np.ndarray, layout: layouts.Layout) -> np.ndarray:
   # Spread over half of the bins, pairs of rare ones have slots.
   even = (np.arange(layout.alphabet) < layout.alphabet // 2) * (2 / layout.alphabet)
   coded = counts[:, : layout.alphabet]
-  whole = (counts if layout.size == 1 else coded).sum(axis=1, keepdims=True)
+  whole = (coded if layout.is_product else counts).sum(axis=1, keepdims=True)
   shares = np.where(whole > 0, coded / np.maximum(whole, 1), even)
   most = shares[:, layout.is_first_long :].max(axis=1, keepdims=True)
   excess = (most - layout.most_share) / np.maximum(most - even[0], 1e-9)
   shares += np.maximum(excess, 0) * (even - shares)
   room, less = (1 << layout.precision) - 1, 2.0**-14
   while True:
-    frequencies = np.rint(shares * size).astype(np.int64)
+    slots = shares * size
+    frequencies = np.rint(slots).astype(np.int64)
+    frequencies += (frequencies < 1) & (slots > layout.least_share)
     used = layout.frequencies(frequencies).sum(axis=1).reshape(len(counts), -1)
     if used.max() <= room:
       return frequencies

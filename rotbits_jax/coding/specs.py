@@ -106,6 +106,7 @@ class ArraySpec(schema.Row):
 
 _LAYOUTS: dict[str, Any] = {
   **dict.fromkeys(('floats', 'raised', 'codes'), layouts.Pairs),
+  **dict.fromkeys(('singles', 'positive'), layouts.Singles),
   **dict.fromkeys(('integers', 'known'), layouts.Differences),
   'bytes': layouts.Bytes,
 }

@@ -76,6 +76,9 @@ class Base:
   pushes: ClassVar[int] = 1  # of a unit
   pieces: ClassVar[tuple[tuple[int, int], ...]] = ()  # of raw bits in planes
   raised: ClassVar[bool] = False
+  is_product: ClassVar[bool] = True  # whether tables are products of stored ones
+  least_share: ClassVar[float] = 0.5  # of a slot, with which a symbol has one
+  seen: ClassVar[int] = 256  # bins of which `alphabet` are chosen
   # Whether the first symbol may have more slots than a field of `Tables.slots` tells.
   is_first_long: ClassVar[bool] = False
 
@@ -163,6 +166,16 @@ class Base:
     words are those that `join` needs.
     """
     table, context = self.context(row, coder_tables.told)
+    symbol = self.popped(pop, table, context, coder_tables)
+    is_listed, raw = symbol == self.escape, self.raw(pop, row, context)
+    pairs = zip(raw, self.join(symbol, raw, context), strict=True)
+    words = [jnp.where(is_listed, x, y) for x, y in pairs]
+    return jnp.stack(words, -1).astype(self.word), is_listed
+
+  def popped(
+    self: Any, pop: Pop, table: jax.Array, context: Any, coder_tables: Tables
+  ) -> jax.Array:
+    """Pops a symbol of a table from each lane, given the result of `context`."""
     field = (32 - self.symbol_bits) // 2
     mask = (1 << field) - 1
 
@@ -179,11 +192,7 @@ class Base:
         less = jnp.where(is_first, entry, less)
       return slot - distance, less + 1
 
-    symbol = pop(find, split, self.precision) >> 2 * field
-    is_listed, raw = symbol == self.escape, self.raw(pop, row, context)
-    pairs = zip(raw, self.join(symbol, raw, context), strict=True)
-    words = [jnp.where(is_listed, x, y) for x, y in pairs]
-    return jnp.stack(words, -1).astype(self.word), is_listed
+    return pop(find, split, self.precision) >> 2 * field
 
   def encode_step(
     self: Any, row: Row, coder_tables: Tables
@@ -196,10 +205,17 @@ class Base:
     table, context = self.context(row, coder_tables.told)
     symbol, raw, pieces = self.divided(self._numbers(row.units), context)
     (symbol,) = once(coder_tables.told, symbol)
+    interval, is_escape = self.interval(symbol, table, coder_tables)
+    mark = jnp.where(is_escape, MARKED | symbol, 0).astype(jnp.uint16)
+    return [interval, *raw], pieces, mark
+
+  def interval(
+    self: Any, symbol: jax.Array, table: jax.Array, coder_tables: Tables
+  ) -> tuple[Interval, jax.Array]:
+    """Returns the interval of a symbol of each lane, and whether it is the escape's."""
     entry = _get(coder_tables.intervals, table, self.symbol_bits, symbol)
     interval = entry >> 12 & 0x3FFF, (entry & 0xFFF) + 1, self.precision
-    mark = jnp.where(entry >> 31 > 0, MARKED | symbol, 0).astype(jnp.uint16)
-    return [interval, *raw], pieces, mark
+    return interval, entry >> 31 > 0
 
 
 # ---- symbols -------------------------------------------------------------------------
