@@ -157,7 +157,7 @@ def worst(tensors: packaged.Tensors) -> tuple[str, float]:
 
 def _cells(python: str, name: str, source: pathlib.Path) -> tuple[float, str, str]:
   """Returns the share of bytes of a compressor, and the CPU seconds of both ways."""
-  packed = source.with_name('packed')
+  packed = source.parent.with_name('packed')
   spent = [common.run_peer(python, name, 'compress', source, packed)[4]]
   spent.append(common.run_peer(python, name, 'decode', packed)[4])
   share = packed.stat().st_size / source.stat().st_size
@@ -170,7 +170,8 @@ def real_rows(settings: common.Settings) -> list[tuple[Any, ...]]:
   peers = PEERS if settings.peers_python else ()
   rows: list[tuple[Any, ...]] = []
   with tempfile.TemporaryDirectory() as folder:
-    source = pathlib.Path(folder, 'model.safetensors')
+    source = pathlib.Path(folder, 'model', 'model.safetensors')
+    source.parent.mkdir()
     for name, tensors in files():
       for dtype in DTYPES:
         rounded = {k: x.astype(jnp.dtype(dtype)) for k, x in tensors.items()}
