@@ -325,7 +325,7 @@ class DamageTest(parameterized.TestCase):
       integers((40, 40), np.int8, 9),
       -pruned(0.8, np.float32, (90, 60)),
       array,
-      cauchy((40, 50), np.float16),
+      cauchy((90, 100), np.float16),
       (cauchy((30, 20, 9), np.float32) ** 2) * ROWS[:30, :, None] ** 3,
     ]
     encoded = coder.encode(cls.arrays, {6: cls.known})

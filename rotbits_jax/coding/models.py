@@ -28,11 +28,13 @@ from rotbits_jax.structured import ulps
 
 _SAMPLE = 1 << 13  # elements that tell the price of scales
 _SHORT = 16  # elements of a last axis along which there are no rows
-_LEAST_SCALED = 1 << 9  # elements of an array that may have scales
+_LEAST_SCALED = 1 << 11  # elements of an array that may have scales
 _BINS = 1 << 10
 _MIDDLE = _BINS // 2  # the bin of elements of the size 1, of the scale 1
 
-_GROUP_BITS = 8 * 100  # of a group in the spec, and of a block without words
+# What a group must save to be worth a block of its own: half a millisecond of decoding.
+_GROUP_BITS = 8 * 300
+_GROUP_SHARE = 0.004  # of the bits of its first array
 _SYMBOL_BITS = 6  # of the count of a symbol of a table, compressed
 _ESCAPE_BITS = 14  # of an element without a bin, in addition to its whole pair
 _SLOWER = 0.004  # share of the bytes for which it is worth to decode singles
@@ -63,12 +65,22 @@ class Fit(NamedTuple):
   by_first: bool  # whether rows are along the first axis alone
   singles: Binned
   pairs: Binned
-  bits: float  # of bins and scales, about
+
+  def bits(self) -> float:
+    """Returns about the bits of the bins and the scales."""
+    return self.singles.single_bits()
 
   @property
   def paired_lines(self) -> scales_lib.Lines:
     """The scales of rows, and of pairs of columns."""
     return self.lines[0], scales_lib.paired(self.lines[1])
+
+
+class _Choice(NamedTuple):
+  """Scales that an array may have, see `Fit`."""
+
+  lines: scales_lib.Lines
+  by_first: bool
 
 
 class Member(NamedTuple):
@@ -78,6 +90,11 @@ class Member(NamedTuple):
   size: int
   tail: int  # bits of an element below its bin
   is_signed: bool
+
+  @property
+  def nbits(self) -> int:
+    """The bits of the array as it is."""
+    return self.size * self.fit.singles.width
 
   @property
   def octave(self) -> int:
@@ -122,14 +139,20 @@ def fit(array: np.ndarray) -> Fit:
   """Chooses the scales of an array of floats, contiguous and not empty."""
   sample = _sampled(array)
   level = np.rint(scales_lib.STEPS / 2 * np.mean(sample.halves)).astype(int)
-  best = _priced(sample, (level.reshape(1), np.zeros(1, int)), array.shape, False)
-  if array.size < _LEAST_SCALED:
-    return best
-  for by_first in _orientations(array.shape):
-    for lines in _candidates(array, by_first):
-      priced = _priced(sample, lines, array.shape, by_first)
-      best = min(best, priced, key=lambda x: x.bits)
-  return best
+  unscaled = _Choice((level.reshape(1), np.zeros(1, int)), by_first=False)
+  choices = [unscaled]
+  if array.size >= _LEAST_SCALED:
+    choices += [
+      _Choice(lines, by_first)
+      for by_first in _orientations(array.shape)
+      for lines in _candidates(array, by_first)
+    ]
+  singles = [_singles(sample, choice, array.shape) for choice in choices]
+  best = 0
+  if len(choices) > 1:
+    best = int(np.argmin([binned.single_bits() for binned in singles]))
+  pairs = _pairs(sample, choices[best], array.shape, singles[best])
+  return Fit(*choices[best], singles[best], pairs)
 
 
 def _orientations(shape: scales_lib.Shape) -> list[bool]:
@@ -153,7 +176,7 @@ def is_cheaper_whole(array: np.ndarray) -> bool:
   if others.size < _LEAST_SCALED:
     return False
   mask = float(tables.entropy_bits(np.array([zeros, others.size])))
-  return fit(array).bits + zeros * mantissa < fit(others).bits + mask
+  return fit(array).bits() + zeros * mantissa < fit(others).bits() + mask
 
 
 def _candidates(array: np.ndarray, by_first: bool) -> Iterator[scales_lib.Lines]:
@@ -179,46 +202,40 @@ def _sampled(array: np.ndarray) -> _Sample:
   return _Sample(halves, indices, flat.size / halves.size, form.bits)
 
 
-def _priced(
-  sample: _Sample, lines: scales_lib.Lines, shape: scales_lib.Shape, by_first: bool
-) -> Fit:
-  """Returns what an array of a shape costs with these scales.
+def _singles(sample: _Sample, choice: _Choice, shape: scales_lib.Shape) -> Binned:
+  """Divides elements of an array into bins, each with the scale of its column."""
+  width = scales_lib.matrix_shape(shape, 1, choice.by_first)[1]
+  return _binned(sample, choice.lines, width, sample.places % width)
 
-  Args:
-    sample: some of its elements.
-    lines: the scales of rows and of columns, or one for all.
-    shape: the shape of the array.
-    by_first: whether rows are along the first axis alone.
-  """
-  rows, columns = lines
-  width = scales_lib.matrix_shape(shape, 1, by_first)[1]
-  scale: np.ndarray = np.zeros(1, np.int32)
-  if rows.size > 1:
-    scale = scale + rows.astype(np.int32)[sample.places // width]
-  else:
-    scale = scale + rows.astype(np.int32)
-  singles = pairs = _binned(sample, scale, lines, sample.places % width)
+
+def _pairs(
+  sample: _Sample, choice: _Choice, shape: scales_lib.Shape, singles: Binned
+) -> Binned:
+  """Divides elements into bins, where two columns share a scale; see `_singles`."""
+  rows, columns = choice.lines
+  if columns.size == 1:
+    return singles
+  width = scales_lib.matrix_shape(shape, 1, choice.by_first)[1]
   paired = scales_lib.paired(columns)
   if paired.size < columns.size:
-    pairs = _binned(sample, scale, (rows, paired), sample.places % width // 2)
-  elif columns.size > 1:  # a pair has the scale of its first element
-    pairs = _binned(sample, scale, lines, (sample.places & ~1) % width)
-  bits = min(singles.single_bits(), pairs.pair_bits())
-  return Fit(lines, by_first, singles, pairs, bits)
+    return _binned(sample, (rows, paired), width, sample.places % width // 2)
+  # A pair has the scale of its first element.
+  return _binned(sample, choice.lines, width, (sample.places & ~1) % width)
 
 
 def _binned(
-  sample: _Sample, scale: np.ndarray, lines: scales_lib.Lines, places: np.ndarray
+  sample: _Sample, lines: scales_lib.Lines, width: int, places: np.ndarray
 ) -> Binned:
   """Divides elements into bins.
 
   Args:
     sample: the elements.
-    scale: the scales of their rows.
     lines: all scales of rows and of columns.
+    width: the elements of a row.
     places: the places of the elements among the scales of columns.
   """
-  columns = lines[1].astype(np.int32)
+  rows, columns = (line.astype(np.int32) for line in lines)
+  scale = rows[sample.places // width] if rows.size > 1 else rows
   scale = scale + (columns[places] if columns.size > 1 else columns)
   bins = sample.halves - 2 * (scale >> 2) + _MIDDLE
   index = (scale & 3) * _BINS + bins.clip(0, _BINS - 1)
@@ -248,12 +265,16 @@ def grouped(
   used = np.flatnonzero(np.any(every, axis=0))
   seen = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 1)
   for i in order:
+    if groups and members[i].nbits <= _GROUP_BITS:  # as are all that follow
+      _join(groups, i, members[i], seen)
+      continue
     alone = _with(None, i, members[i], seen)
     joined = [_with(x, i, members[i], seen) for x in groups]
     added = [x.bits - y.bits for x, y in zip(joined, groups, strict=True)]
     best = int(np.argmin(added)) if added else 0
     is_full = len(groups) == _MOST_GROUPS
-    if groups and (is_full or added[best] <= alone.bits + _GROUP_BITS):
+    least = (1 + _GROUP_SHARE) * alone.bits + _GROUP_BITS
+    if groups and (is_full or added[best] <= least):
       groups[best] = joined[best]
     else:
       groups.append(alone)
@@ -261,7 +282,26 @@ def grouped(
     yield _layout(group, dtype), sorted(group.members)
 
 
+def _join(groups: list[_Group], i: int, member: Member, seen: slice) -> None:
+  """Adds a member that is too small for a group of its own to one that takes it."""
+  for place, group in enumerate(groups):
+    if abs(group.octave - member.octave) <= _MOST_OCTAVES:
+      groups[place] = _united(group, i, member, seen)
+      return
+  groups.append(_united(None, i, member, seen))
+
+
 def _with(group: _Group | None, i: int, member: Member, seen: slice) -> _Group:
+  """Returns a group with one more member, or one that has it alone, and its price."""
+  joined = _united(group, i, member, seen)
+  if group is not None and abs(group.octave - member.octave) > _MOST_OCTAVES:
+    joined.bits = np.inf
+  else:
+    joined.bits = min(_costs(joined))
+  return joined
+
+
+def _united(group: _Group | None, i: int, member: Member, seen: slice) -> _Group:
   """Returns a group with one more member, or one that has it alone."""
   binned = member.fit.singles, member.fit.pairs
   singles, pairs = (x.counts[:, seen] for x in binned)
@@ -275,10 +315,6 @@ def _with(group: _Group | None, i: int, member: Member, seen: slice) -> _Group:
     joined.tail = max(group.tail, member.tail)
     joined.is_signed |= group.is_signed
     joined.octave = group.octave
-    if abs(group.octave - member.octave) > _MOST_OCTAVES:
-      joined.bits = np.inf
-      return joined
-  joined.bits = min(_costs(joined))
   return joined
 
 
@@ -302,9 +338,8 @@ def _layout(group: _Group, dtype: np.dtype) -> layouts.Layout:
 def _single_bits(counts: np.ndarray) -> float:
   """Returns the bits of bins `[4, B]` that are coded one by one, and of tables."""
   sums = counts.sum(axis=1)
-  sums = sums[sums > 0]
   used = counts[counts > 0]
-  entropy = float(sums @ np.log2(sums)) - float(used @ np.log2(used))
+  entropy = float(sums @ np.log2(np.maximum(sums, 1))) - float(used @ np.log2(used))
   return entropy + _SYMBOL_BITS * used.size
 
 

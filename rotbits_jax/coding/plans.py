@@ -159,10 +159,11 @@ def _of_floats(array: np.ndarray) -> Part:
   tail, least, saved = statistics.step_of(array)
   fit = models.fit(array)
   is_signed = statistics.has_signs(array)
-  raised = fit.pairs.pair_bits() + (1 - saved) * array.size
-  if least and raised < fit.bits + is_signed * array.size:
-    layout = layouts.Pairs(array.dtype, max(tail, 1), 'raised')
-    return Part(array, layout, scales_lib.kept(array, 2), least=least)
+  if least:
+    raised = fit.pairs.pair_bits() + (1 - saved) * array.size
+    if raised < fit.bits() + is_signed * array.size:
+      layout = layouts.Pairs(array.dtype, max(tail, 1), 'raised')
+      return Part(array, layout, scales_lib.kept(array, 2), least=least)
   member = models.Member(fit, array.size, tail, is_signed)
   return Part(array, None, fit.lines, fit.by_first, member=member)
 
