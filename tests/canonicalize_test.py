@@ -191,7 +191,8 @@ class CanonicalizeTest(parameterized.TestCase):
     for params in (structured.unflatten(expected), rotated.params):
       for path, array in _arrays(compiled(params)[0]).items():
         error = np.linalg.norm(array - expected[path])
-        self.assertLessEqual(error, 1e-5 * np.linalg.norm(array), path)
+        # Of float32, through a factorisation of columns that may repeat.
+        self.assertLessEqual(error, 2e-5 * np.linalg.norm(array), path)
 
   @parameterized.parameters(*cases.CHECKPOINTS)
   @pytest.mark.slow
