@@ -308,6 +308,17 @@ class RecordsTest(parameterized.TestCase):
     self.assertLen(streams, 1)
 
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.float16, np.float32, np.float64])
+def test_arrays_in_any_memory_come_back(dtype):
+  array = (normal((3, (1 << 19) + 96), np.float16) * 50).astype(dtype)
+  for offset in (1, 2, 8, 24, 31, 40, 63):
+    memory = np.empty(array.nbytes + 2 * 64, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    given = memory[start : start + array.nbytes].view(dtype).reshape(array.shape)
+    given[...] = array
+    round_trip([given])
+
+
 class DamageTest(parameterized.TestCase):
   """A damaged stream is decoded correctly or raises ValueError, in little memory."""
 

@@ -180,7 +180,8 @@ def _window(some: slice, array: np.ndarray, size: int, edge: np.ndarray) -> Any:
   """Returns so many aligned words around some elements, which are rows of all lanes.
 
   None if the array does not have them. The first or the last row may lie partly
-  outside, because memory of NumPy is not aligned; `edge` gets its words.
+  outside, because memory of NumPy is not aligned; `edge` gets its words. Rows of bytes
+  are shorter than the alignment, so that two may lie outside: these are copied.
   """
   word, stride = edge.dtype, edge.size
   each, step = word.itemsize // array.itemsize, host.ALIGNMENT // word.itemsize
@@ -189,6 +190,8 @@ def _window(some: slice, array: np.ndarray, size: int, edge: np.ndarray) -> Any:
   start, stop = some.start // each, some.stop // each
   first = max((min(start, words.size - size) - skipped) // step, 0) * step + skipped
   if first + size > words.size or (some.stop - some.start) % (each * stride):
+    return None
+  if max(first - start, stop - first - size) > stride:
     return None
   place = start if start < first else stop - stride
   edge[:] = words[place : place + stride]
