@@ -25,7 +25,7 @@ _OTHER_FORMATS = frozenset([
   '.onnx', '.onnx_data', '.ot', '.pb', '.pkl', '.pt', '.pth', '.tflite',
 ])  # fmt: skip
 # Settings and counters of a training, in formats that else hold weights.
-_is_small_state = re.compile(
+is_small_state = re.compile(
   r'training_args\.bin|scheduler\.pt|scaler\.pt|rng_state.*\.pth'
 ).fullmatch
 # Files and folders that other programs make anew.
@@ -127,7 +127,7 @@ def _fate(
 
 def _is_of_other_format(name: str) -> bool:
   """Returns whether a name is that of weights that are not read, or of their index."""
-  if _is_small_state(name):
+  if is_small_state(name):
     return False
   file = pathlib.PurePosixPath(name.removesuffix('.index.json'))
   return file.suffix.lower() in _OTHER_FORMATS

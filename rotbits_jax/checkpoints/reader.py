@@ -47,8 +47,7 @@ _NOTHING = folders.Listing((), (), (), (), (), ())
 
 _MOST_SIDECARS = 1 << 28  # bytes of all together, as many as an encoded file may have
 _MOST_FILES = 1 << 12
-# Files that a Trainer of transformers leaves beside the weights.
-_TRAINING = frozenset(['optimizer.pt', 'scheduler.pt', 'scaler.pt'])
+_OPTIMIZER = 'optimizer.pt'  # which a Trainer of transformers leaves
 _SHOWN = 8  # names listed in an error
 _MANY_RECORDS, _SMALL_RECORD = 1 << 10, 1 << 12  # a count, and elements; see `_joined`
 
@@ -465,7 +464,11 @@ def main_weights(names: Sequence[str]) -> list[str]:
   Args:
     names: The names of the files in the folder.
   """
-  found = sorted(x for x in names if x.endswith('.pt') and x not in _TRAINING)
+  found = sorted(
+    name
+    for name in names
+    if name.endswith('.pt') and name != _OPTIMIZER and not folders.is_small_state(name)
+  )
   # Programs prefer these to safetensors of other names, such as an adapter's.
   for pattern in (
     safetensors.WEIGHTS, f'*{safetensors.SUFFIX}', _TORCH_WEIGHTS, _TORCH_INDEX,

@@ -42,7 +42,7 @@ class Known(NamedTuple):
   """The numbers that both sides know, relative to which an array is coded."""
 
   bits: np.ndarray  # unsigned integers `[n]`, of numbers near those of the array
-  lines: statistics.Lines  # quarter octaves: sizes of differences over the least ULP
+  lines: scales_lib.Lines  # quarter octaves: sizes of differences over the least ULP
   crc32: Callable[[], int] | None = None  # of the array itself, if others need it, too
 
 
@@ -52,7 +52,7 @@ class Part:
 
   numbers: np.ndarray  # contiguous
   layout: Any = None  # one of `layouts`; None if it is stored as it is
-  lines: statistics.Lines = (np.zeros(1, int), np.zeros(1, int))
+  lines: scales_lib.Lines = (np.zeros(1, int), np.zeros(1, int))
   by_first: bool = False  # whether rows are along the first axis, see `scales`
   least: int = 0  # the minimum exponent of floats that share a step
   member: models.Member | None = None  # of a group to be chosen
@@ -248,12 +248,12 @@ def _classes(parts: Sequence[Part]) -> tuple[list[scales_lib.Scales], np.ndarray
   is_small = layout.type_name in ('raised', 'codes')
   count = layout.most_tables if is_small else units_lib.CLASSES
   most = max(int(sum(line.max() for line in x.lines)) for x in parts)
-  octave = (most - count) // statistics.STEPS + 1
+  octave = (most - count) // scales_lib.STEPS + 1
   least, scales = min(x.least for x in parts), []
   for part in parts:
     below = [line.max() - line for line in part.lines]
     start = part.least - _BELOW if layout.raised else octave
-    top = int(sum(line.max() for line in part.lines)) - statistics.STEPS * start
+    top = int(sum(line.max() for line in part.lines)) - scales_lib.STEPS * start
     top = min(max(top, 0), count - 1)
     # Each has half of the room.
     below = [*map(np.minimum, below, (top // 2, top - top // 2))]

@@ -12,14 +12,8 @@ from rotbits_jax.coding import scales
 from rotbits_jax.coding import units as units_lib
 from rotbits_jax.structured import ulps
 
-STEPS = scales.STEPS
-"""The number of classes for a factor of 2."""
-
 DENSITIES = 32
 """The number of scales of the rows of masks."""
-
-Lines = scales.Lines
-"""The scales of rows and of columns, or one for all: integers of any size."""
 
 # A minimum exponent that is further below the scale saves less than 0.03 bits.
 _MOST_BELOW, _MOST_ABOVE = 6, 2
@@ -55,7 +49,7 @@ def has_signs(array: np.ndarray) -> bool:
   return bool(_some(bits).min() < 0 or bits.min() < 0)
 
 
-def of_codes(numbers: np.ndarray, lines: Lines) -> layouts.Pairs | None:
+def of_codes(numbers: np.ndarray, lines: scales.Lines) -> layouts.Pairs | None:
   """Chooses the layout of codes, int8 `[n]`, by their range; None for others."""
   several = _some(numbers)
   least, most = np.quantile(several, _TAILS).astype(int).tolist()
@@ -113,7 +107,7 @@ def _some(flat: np.ndarray) -> np.ndarray:
   return np.concatenate([flat[run] for run in scales.runs(flat.size, _FLOATS)])
 
 
-def densities(mask: np.ndarray) -> Lines:
+def densities(mask: np.ndarray) -> scales.Lines:
   """Returns scales of the rows of a mask, bits `[R, C]`: half octaves of the odds."""
   ones = np.bitwise_count(mask).sum(axis=1, dtype=float) + 0.5
   odds = 2 * np.log2(ones / (8 * mask.shape[1] + 1 - ones))

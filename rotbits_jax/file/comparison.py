@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rotbits_jax import passes
 from rotbits_jax import structured
+from rotbits_jax.file import prices
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.symmetries import steps
 from rotbits_jax.system import files
@@ -118,17 +118,11 @@ def step_of(
     ones = np.ones_like(leaf.integers)
     units = leaf.replace(integers=ones, name='float32').materialize()
     return np.asarray(units, np.float64)
-  if log2_step is None or not is_rounded(leaf):
+  if log2_step is None or not prices.is_rounded(leaf):
     return None
   step = steps.quarter_step(jnp.float32(_size(original)), jnp.float32(log2_step))
   # Another machine may have summed the squares in another order.
   return _NEXT_STEP * float(step)
-
-
-def is_rounded(leaf: Any) -> bool:
-  """Returns whether a preset with steps rounds an array."""
-  is_float = np.dtype(leaf.dtype) in (np.float16, ml_dtypes.bfloat16, np.float32)
-  return is_float and passes.is_matrix(leaf)
 
 
 def check_step(

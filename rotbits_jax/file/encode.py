@@ -84,10 +84,10 @@ class Encoder:
     metadata: Mapping[str, str] | None = None,
   ):
     """Checks, before the work, that the preset suits the source; see `api.encode`."""
-    self._copies = dict(getattr(source, 'copies', {}))
-    self._selection = getattr(source, 'selection', checkpoints.Selection())
-    self._excluded = tuple(getattr(source, 'excluded', ()))
-    self.missed: tuple[str, ...] = tuple(getattr(source, 'missed', ()))
+    # The folder of the source, or an empty one for what is in memory.
+    empty = checkpoints.Folder(None, {}, {})
+    self._folder = source if isinstance(source, checkpoints.Folder) else empty
+    self.missed = self._folder.missed
     self.can_be_divided = preset.coder != paper.CODER
     if self.can_be_divided and preset.coder not in coders.CODERS:
       raise ValueError(f'there is no coder of the name {preset.coder!r}')
@@ -164,7 +164,7 @@ class Encoder:
     is_last = records[-1:] == tuple(self.counts)[-1:]
     files, headers, copies = {}, {}, {}
     if is_last:
-      files, headers, copies = self._files, self._headers, self._copies
+      files, headers, copies = self._files, self._headers, self._folder.copies
     names = list(records)
     if not self.can_be_divided:
       records = [name for name in records if name == models.names.BUFFERS]
@@ -198,8 +198,8 @@ class Encoder:
         files=_write_files(streams, manifest_lib.FILES, files),
         headers=_write_files(streams, manifest_lib.HEADERS, headers),
         copies=_write_copies(streams, copies),
-        exclude=self._selection.exclude if is_last else (),
-        excluded=self._excluded if is_last else (),
+        exclude=self._folder.selection.exclude if is_last else (),
+        excluded=self._folder.excluded if is_last else (),
         missed=self.missed if is_last else (),
         dtypes=self._dtypes(),
         metadata=self._metadata if is_last else {},
@@ -404,8 +404,7 @@ class Encoder:
       )
     if rewritten < prices.NEARLY * exact:
       return self._encode(record, resolve, is_same=False)
-    empty: Any = {path: {} for path in structured.empty_dicts(record.params)}
-    params = structured.unflatten(originals | empty)
+    params = _nested(originals, record)
     original = passes.Record(record.name, params, [passes.Saving(KEPT, 0, 0)])
     return self._encode(original, resolve, is_same=self.source.stored_as is None)
 
@@ -424,10 +423,9 @@ class Encoder:
     kept = self._kept(record.unchanged, leaves) if self._may_keep_bits else {}
     if not kept:
       return record
-    empty: Any = {path: {} for path in structured.empty_dicts(record.params)}
     notes: list[dict[str, Any]] = [{'tensor': path} for path in kept]
     return record._replace(
-      params=structured.unflatten(leaves | kept | empty),
+      params=_nested(leaves | kept, record),
       savings=[*record.savings, passes.Saving(KEPT, 0, 0, tuple(notes))],
     )
 
@@ -577,6 +575,12 @@ def _decoded(leaf: Any) -> Any:
 def _arrays_of(leaf: Any) -> list[np.ndarray]:
   """Returns the arrays that stand for an array or a leaf in a file."""
   return [np.asarray(x) for x in prices.stored(leaf)[1].values()]
+
+
+def _nested(leaves: dict[str, Any], record: passes.Record) -> Any:
+  """Returns leaves by path as nested dicts, with the empty dicts of a record."""
+  empty: Any = {path: {} for path in structured.empty_dicts(record.params)}
+  return structured.unflatten(leaves | empty)
 
 
 def _write_files(

@@ -196,12 +196,18 @@ def array_bytes(path: str, leaf: Any, rounding: passes.Rounding | None) -> float
   return nbytes * len(rows) / max(len(sample), 1)
 
 
+def is_rounded(leaf: Any) -> bool:
+  """Returns whether a preset with steps rounds an array."""
+  is_float = np.dtype(leaf.dtype) in (np.float16, ml_dtypes.bfloat16, np.float32)
+  return is_float and passes.is_matrix(leaf)
+
+
 def rounded(rounding: passes.Rounding, path: str, leaf: Any) -> Any:
   """Rounds a matrix to a step by its root mean square; returns other leaves."""
   dtype = np.dtype(leaf.dtype)
-  is_float = dtype in (np.float16, ml_dtypes.bfloat16, np.float32)
-  is_matrix = structured.is_plain(leaf) and passes.is_matrix(leaf)
-  log2_step = rounding.log2_step(path, dtype) if is_float and is_matrix else None
+  if not (structured.is_plain(leaf) and is_rounded(leaf)):
+    return leaf
+  log2_step = rounding.log2_step(path, dtype)
   if log2_step is None:
     return leaf
   wide = jnp.asarray(leaf, jnp.float32)

@@ -19,6 +19,7 @@ from rotbits_jax.evaluation import held_out
 from rotbits_jax.file import comparison
 from rotbits_jax.file import container
 from rotbits_jax.file import originals
+from rotbits_jax.file import prices
 from rotbits_jax.file import reader as reader_lib
 from rotbits_jax.file.container import ContainerError
 from rotbits_jax.system import schema
@@ -365,7 +366,7 @@ def coarse(model: models.Model, rounding: passes.Rounding) -> models.Model:
   def rounded(flat: dict[str, Any]) -> models.Params:
     arrays = structured.expand(flat)
     for path, array in arrays.items():
-      if comparison.is_rounded(array):
+      if prices.is_rounded(array):
         dtype = np.dtype(array.dtype)
         step = rounding.log2_step(path, dtype)
         assert step is not None

@@ -18,7 +18,7 @@ from rotbits_jax import pool
 from rotbits_jax import structured
 from rotbits_jax.coding import coder
 from rotbits_jax.coding import plans
-from rotbits_jax.coding import statistics
+from rotbits_jax.coding import scales as scales_lib
 from rotbits_jax.coding import tables
 from rotbits_jax.relative import entries
 from rotbits_jax.relative import factors
@@ -210,7 +210,7 @@ def _drift(bits: np.ndarray, known: np.ndarray, dtype: np.dtype) -> dict[str, An
 
 def _lines(
   elements: np.ndarray, known: np.ndarray, is_sparse: bool
-) -> statistics.Lines:
+) -> scales_lib.Lines:
   """Measures the sizes of differences from known bits; of lines only where they pay.
 
   They are in quarter octaves, relative to the least ULP of the dtype.
@@ -222,7 +222,7 @@ def _lines(
   some_columns = slice(None, None, max(width // _LINES, 1))
   least = 0  # quarter octaves from the least ULP to 1
   if form := ulps.FORMATS.get(dtype):
-    least = statistics.STEPS * ((1 << form.nexp - 1) - 1 + form.nmant)
+    least = scales_lib.STEPS * ((1 << form.nexp - 1) - 1 + form.nmant)
 
   def roots_of(*part: slice) -> np.ndarray:
     # Few large differences change the mean of roots little.
@@ -230,14 +230,14 @@ def _lines(
 
   def quarters(roots: Any) -> np.ndarray:
     octaves = 2 * np.log2(np.maximum(roots, 1e-30))  # finite if nothing differs
-    return np.rint(statistics.STEPS * octaves).astype(int)
+    return np.rint(scales_lib.STEPS * octaves).astype(int)
 
   sample = roots_of(some_rows)
   if is_sparse:
     # The size by which numbers move, of which rounding leaves few. Two octaves
     # less, because they move alike: bins hold more of them, and raw bits take time.
     root = np.sqrt(np.square(sample).mean(dtype=np.float64, keepdims=True))
-    return quarters(root).reshape(-1) + least - 2 * statistics.STEPS, np.zeros(1, int)
+    return quarters(root).reshape(-1) + least - 2 * scales_lib.STEPS, np.zeros(1, int)
   share, mean = np.count_nonzero(sample) / sample.size, float(sample.mean())
   lines = [np.zeros(1, int), np.zeros(1, int)]
   if width > 1 and mean > 0:
